@@ -1,0 +1,127 @@
+# Everything a developer does here, by name; `make` alone lists it.
+
+PYTHON ?= python3
+ARGS ?=
+# A CPU-only wheel index to take torch from, where the CUDA libraries (gigabytes on Linux) are of no use.
+TORCH_INDEX_URL ?=
+IMAGE ?= llm-service
+
+VENV := .venv
+PY := $(VENV)/bin/python
+# Twice quiet: errors only.
+QUIET := --quiet --quiet --disable-pip-version-check
+PIP_INSTALL := $(PY) -m pip install $(QUIET) --constraint constraints.txt
+TORCH = $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
+
+# Empty when $(PYTHON) can make the virtual environment, else what is wrong with it.
+PYTHON_PROBLEM = $(strip $(shell \
+	command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found"; exit; }; \
+	$(PYTHON) -c 'import sys, importlib.util as u; \
+		fit = (3, 11) <= sys.version_info[:2] < (3, 14); \
+		print("$(PYTHON) is %d.%d" % sys.version_info[:2] if not fit else \
+			"" if u.find_spec("ensurepip") else "$(PYTHON) has no venv module (Debian: apt-get install python3-venv)")' \
+		2>/dev/null || echo "$(PYTHON) does not run"))
+NEED_PYTHON = $(if $(PYTHON_PROBLEM),$(error Needs Python 3.11, 3.12 or 3.13, but $(PYTHON_PROBLEM). Name another with PYTHON=python3.12))
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test check format-check lint type-check imports lock-check format lock bench \
+	build-docker run-docker stop-docker logs clean
+
+help: ## List the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+install: $(VENV)/.installed ## Make .venv and install the service (TORCH_INDEX_URL=... takes torch from there)
+	@echo "Installed: make run starts the service"
+
+run: $(VENV)/.installed ## Start the service, after installing it if need be (ARGS="--port 9000")
+	@exec $(PY) -m app serve $(ARGS)
+
+test: $(VENV)/.installed-dev ## Run the tests and measure coverage (ARGS="tests/unit -k cache --no-cov")
+	@$(PY) -m pytest --cov=app --cov-report=term --cov-report=html $(ARGS)
+
+# In the order of cost.
+check: lock-check format-check lint imports type-check ## Run every check that is not a test
+
+lock-check: $(VENV)/.installed-dev ## Is the lock in step with pyproject.toml and constraints.txt?
+	@$(PY) scripts/check_lock.py
+
+format-check: $(VENV)/.installed-dev ## Is the code formatted?
+	@$(PY) -m ruff format --check --output-format concise . || { echo "Not formatted: run make format" >&2; exit 1; }
+
+lint: $(VENV)/.installed-dev ## Look for mistakes with ruff
+	@$(PY) -m ruff check .
+
+imports: $(VENV)/.installed-dev ## Do imports follow the layers?
+	@$(VENV)/bin/lint-imports --no-logo
+
+type-check: $(VENV)/.installed-dev ## Check the types with mypy
+	@$(PY) -m mypy
+
+format: $(VENV)/.installed-dev ## Format the code and fix what ruff can fix
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+bench: $(VENV)/.installed-dev ## Measure how fast the service is
+	@$(PY) -m bench.serve $(ARGS)
+
+clean: ## Remove what tools leave behind; keeps .venv and data
+	@rm -rf build dist htmlcov .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+# --- Docker ---
+
+build-docker: ## Build the image, with CPU-only torch unless TORCH_INDEX_URL says otherwise
+	@docker build --tag $(IMAGE) $(if $(TORCH_INDEX_URL),--build-arg TORCH_INDEX_URL=$(TORCH_INDEX_URL)) .
+
+run-docker: ## Start the image in the background on 127.0.0.1:8000, with .env if there is one
+	@docker run --detach --rm --init --name $(IMAGE) --publish 127.0.0.1:8000:8000 \
+		--read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges \
+		--volume $(IMAGE)-data:/app/data $(if $(wildcard .env),--env-file .env) $(IMAGE)
+
+logs: ## Follow the log of the running container
+	@docker logs --follow $(IMAGE)
+
+stop-docker: ## Stop the container; its data volume stays
+	@docker stop $(IMAGE)
+
+# --- Installing ---
+
+# pip is what venv makes last: its absence also tells of one that was interrupted.
+$(VENV)/bin/pip:
+	@$(NEED_PYTHON)
+	@echo "Making $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV)
+
+# torch first and alone, so that it alone may come from another index; --no-deps because such an index has no other library.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	@echo "Installing $(TORCH): large, takes minutes the first time ..."
+	@$(PIP_INSTALL) --no-deps $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $(TORCH)
+	@echo "Installing the service and its libraries ..."
+	@$(PIP_INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "Installing the development tools ..."
+	@$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@
+
+# --- Locking ---
+
+POETRY := .cache/poetry/bin/poetry
+
+$(POETRY):
+	@$(NEED_PYTHON)
+	@echo "Installing poetry in .cache ..."
+	@$(PYTHON) -m venv .cache/poetry
+	@.cache/poetry/bin/pip install $(QUIET) 'poetry>=2.3,<3' poetry-plugin-export poetry-plugin-pypi-mirror
+
+# poetry does not read pip's settings: the plugin hands it the index that pip uses and keeps that address out of poetry.lock.
+lock: $(POETRY) ## Renew poetry.lock and constraints.txt after a change of pyproject.toml (ARGS=--regenerate takes newer versions)
+	@index=$${PIP_INDEX_URL:-$$(.cache/poetry/bin/pip config get global.index-url 2>/dev/null \
+		|| .cache/poetry/bin/python -c 'from pip._internal.models.index import PyPI; print(PyPI.simple_url)')}; \
+	export POETRY_PYPI_MIRROR_URL=$${index%/}/ POETRY_VIRTUALENVS_CREATE=false; \
+	$(POETRY) lock --no-interaction $(ARGS) && \
+	{ echo "# Made from poetry.lock by \`make lock\`: not to be edited."; \
+	  $(POETRY) export --format constraints.txt --all-extras --without-hashes --without-urls; } > constraints.txt.new && \
+	mv constraints.txt.new constraints.txt
+	@.cache/poetry/bin/python scripts/check_lock.py

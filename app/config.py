@@ -1,0 +1,302 @@
+"""Settings: config.yml < .env < environment, one small frozen model for each part.
+
+Knows no other package.  `load_settings()` is called once, by the command line or a test; nothing is read at import.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SecretStr,
+    ValidationError,
+    field_validator,
+)
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    YamlConfigSettingsSource,
+)
+from yaml import YAMLError
+
+from app.errors import ConfigError
+
+KNOWN_DEFAULT_KEYS = frozenset(
+    ["change-me", "changeme", "change-me-in-env", "your-api-key-here", "your-secure-api-key-here", "your_key", "secret"]
+)
+"""Keys that stand in published examples: whoever starts with one has no key at all."""
+
+MIN_KEY_CHARS = 8
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, and closed so that a misspelt key stops the start."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
+
+
+class AppConfig(Section):
+    """Where the service listens and keeps its files."""
+
+    name: str = "LLM service"
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 makes the service reachable from other machines."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """TCP port; 0 takes a free one."""
+    data_dir: Path = Path("data")
+    """Folder for the first API key and other files of the running service; made when missing."""
+    prompts_dir: Path = Path("prompts")
+    """Folder with our own words: base_system.txt is the system prompt of every chat that brings none."""
+    shutdown_grace_seconds: NonNegativeInt = 25
+    """How long running answers may finish after SIGTERM before they are ended."""
+    trusted_proxies: tuple[str, ...] = ()
+    """Addresses of reverse proxies whose X-Forwarded-For is believed."""
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _no_wildcard(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "*" in value:
+            raise ValueError("'*' would let any client forge its address; list the proxies")
+        return value
+
+
+class ModelConfig(Section):
+    """Which model is served, and how."""
+
+    name: str = "models/tiny-chat"
+    """A folder (source local) or a Hugging Face model id (source hub)."""
+    source: Literal["local", "hub"] = "local"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights' type; auto is the model's own on a GPU and float32 on a CPU."""
+    revision: str | None = None
+    """Commit or tag of the model on the hub."""
+    engine: Literal["auto", "serial", "echo"] = "auto"
+    """serial runs one request at a time; echo needs no model and repeats the prompt; auto is serial."""
+    max_tokens: PositiveInt = 512
+    """New tokens when a request names no max_tokens (less where the context window is nearly full)."""
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
+    """Temperature when a request names none; 0 is greedy."""
+    max_model_len: PositiveInt | None = None
+    """Context window in tokens; the model's own when unset, never more."""
+    max_waiting: NonNegativeInt = 64
+    """Requests that may wait for the model; one more is refused with 503."""
+    threads: NonNegativeInt = 0
+    """CPU threads of the model; 0 takes one for each core."""
+
+    @property
+    def public_name(self) -> str:
+        """The name clients see: the model id, or the folder's own name and never its path on this machine."""
+        if self.engine == "echo":
+            return "echo"
+        return Path(self.name).resolve().name if self.source == "local" else self.name
+
+
+class DeadlineConfig(Section):
+    """How long a request may take, in seconds; over it the request ends with 504."""
+
+    waiting_seconds: PositiveFloat = 30
+    """From arrival until the model starts on it."""
+    first_token_seconds: PositiveFloat = 60
+    """From the model's start until the first token."""
+    total_seconds: PositiveFloat = 300
+    """From arrival until the last token."""
+
+
+class SecurityConfig(Section):
+    """Who is let in, and what is read from them."""
+
+    api_key: SecretStr | None = None
+    """The API key; when unset one is made at the first start and kept in the data folder."""
+    max_prompt_chars: PositiveInt = 4000
+    """Characters of one prompt or of all messages of one request."""
+    max_body_bytes: PositiveInt = 1_048_576
+    """Bytes of a request body; more is refused with 413 before it is read."""
+    body_timeout_seconds: PositiveFloat = 10
+    """How long a client may take to send its body."""
+    failed_keys_per_minute: PositiveInt = 20
+    """Wrong or missing keys per minute and address before even the answer 401 becomes 429."""
+    cors_origins: tuple[str, ...] = ()
+    """Web origins that may call from a browser; none by default."""
+    docs: bool = False
+    """Serve /docs and /openapi.json without a key."""
+    metrics_public: bool = True
+    """Serve /metrics without a key."""
+
+    @field_validator("api_key")
+    @classmethod
+    def _usable_key(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None or value.get_secret_value() == "":
+            return None
+        if value.get_secret_value().lower() in KNOWN_DEFAULT_KEYS:
+            raise ValueError("this is a published example, not a secret; remove it and the service makes a key")
+        if len(value.get_secret_value()) < MIN_KEY_CHARS:
+            raise ValueError(f"an API key needs at least {MIN_KEY_CHARS} characters")
+        return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _listed_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "*" in value:
+            raise ValueError("'*' would let every web page call with its visitor's key; list the origins")
+        return value
+
+
+class RateLimitConfig(Section):
+    """A token bucket for each API key: `burst_size` requests at once, refilled at `requests_per_minute`."""
+
+    enabled: bool = True
+    requests_per_minute: PositiveInt = 10
+    burst_size: PositiveInt = 10
+
+
+class CacheConfig(Section):
+    """The response cache: an identical request of the same tenant gets the stored answer."""
+
+    enabled: bool = True
+    size: PositiveInt = 100
+    """Answers kept; the least recently used goes first."""
+    ttl_seconds: PositiveFloat = 3600
+
+
+class ChatHistoryConfig(Section):
+    """Session memory: what is kept for a `session_id`."""
+
+    enabled: bool = True
+    ttl_seconds: PositiveFloat = 7200
+    """A session is forgotten this long after its last turn."""
+    max_turns: PositiveInt = 50
+    """Turns kept in one session; the oldest goes first."""
+    max_bytes: PositiveInt = 262_144
+    """Text kept in one session, UTF-8; the oldest turn goes first."""
+    max_sessions: PositiveInt = 1000
+    """Sessions of one tenant; the least recently used goes first."""
+
+
+PiiName = Literal["email", "phone", "card", "iban", "ssn", "ip", "api_key"]
+
+
+class PiiConfig(Section):
+    """What is done with personal data in prompts and answers."""
+
+    enabled: bool = True
+    input: Literal["mask", "block", "off"] = "mask"
+    """mask replaces it by [EMAIL] and the like, block refuses the request with 400."""
+    output: Literal["mask", "off"] = "mask"
+    entities: tuple[PiiName, ...] = ("email", "phone", "card", "iban", "ssn", "ip", "api_key")
+    phone_region: Annotated[str, Field(pattern=r"^[A-Z]{2}$")] = "US"
+    """Country whose national phone numbers are recognised; international ones always are."""
+
+
+class LoggingConfig(Section):
+    """One line for each event on standard error, and to a file if named."""
+
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    format: Literal["json", "console"] = "json"
+    file: Path | None = None
+    max_bytes: PositiveInt = 10_485_760
+    """Size at which the log file is rotated."""
+    backups: NonNegativeInt = 3
+    """Rotated log files kept."""
+
+
+def _blank_is_unset(value: SecretStr | None) -> SecretStr | None:
+    return value if value is not None and value.get_secret_value() else None
+
+
+class Settings(BaseSettings):
+    """The whole configuration.  Environment: SECTION__KEY, for example MODEL__NAME."""
+
+    model_config = SettingsConfigDict(
+        env_nested_delimiter="__",
+        env_ignore_empty=True,
+        env_file_encoding="utf-8",
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,
+        nested_model_default_partial_update=True,
+    )
+
+    app: AppConfig = AppConfig()
+    model: ModelConfig = ModelConfig()
+    deadlines: DeadlineConfig = DeadlineConfig()
+    security: SecurityConfig = SecurityConfig()
+    rate_limit: RateLimitConfig = RateLimitConfig()
+    cache: CacheConfig = CacheConfig()
+    chat_history: ChatHistoryConfig = ChatHistoryConfig()
+    pii: PiiConfig = PiiConfig()
+    logging: LoggingConfig = LoggingConfig()
+    huggingface_token: Annotated[SecretStr | None, AfterValidator(_blank_is_unset)] = None
+    """For gated models; also read from HF_TOKEN."""
+    hf_token: Annotated[SecretStr | None, AfterValidator(_blank_is_unset)] = None
+    langsmith: bool = False
+    """Let LangSmith tracing send prompts and answers to its service when its own variables ask for it."""
+
+    @property
+    def hub_token(self) -> SecretStr | None:
+        return self.huggingface_token or self.hf_token
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Put the YAML file below .env, and .env below the environment."""
+        yaml_settings = YamlConfigSettingsSource(settings_cls)
+        return init_settings, env_settings, dotenv_settings, yaml_settings
+
+
+def load_settings(
+    config_file: Path | str = "config.yml", env_file: Path | str | None = ".env", **overrides: Any
+) -> Settings:
+    """Read the configuration once.
+
+    Args:
+        config_file: YAML; a missing file leaves the defaults.
+        env_file: KEY=value lines; None reads none.
+        overrides: keys of a section that win over every source, for tests and command line options.
+    Raises: ConfigError: a key is unknown or a value is wrong; the message names each with its reason.
+    """
+
+    class Located(Settings):
+        model_config = SettingsConfigDict(yaml_file=config_file, env_file=env_file)
+
+    _refuse_unreadable(Path(config_file))
+    try:
+        return Located(**overrides)
+    except ValidationError as error:
+        reasons = "; ".join(_reason(item) for item in error.errors(include_input=False, include_url=False))
+        raise ConfigError(f"configuration: {reasons}") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"configuration: {config_file}{where} is not valid YAML") from None
+    except SettingsError as error:
+        raise ConfigError(f"configuration: {error}") from None
+    except (TypeError, ValueError):
+        raise ConfigError(f"configuration: {config_file} must hold sections of the form `key: value`") from None
+
+
+def _refuse_unreadable(path: Path) -> None:
+    if path.exists() and not (path.is_file() and os.access(path, os.R_OK)):
+        raise ConfigError(f"configuration: {path} is not a readable file")
+
+
+def _reason(item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"{key}: there is no such key"
+    return f"{key}: {item['msg'].removeprefix('Value error, ')}"

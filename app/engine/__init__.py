@@ -1,0 +1,1 @@
+"""How tokens are made, seen from the API process.  Imports no torch."""

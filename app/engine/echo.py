@@ -1,0 +1,125 @@
+"""An engine without weights: it gives back what it was asked.  Deterministic, for tests and for trying the service.
+
+A token is one Unicode character.  Keeps every promise of `Engine`, so what works in front of it works in front of a
+model; `bench/` uses it to measure what the service itself costs.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+
+from app.engine.base import Chunk, EngineInfo, EngineState, EngineStatus, GenerationRequest
+from app.errors import EngineBusy, EngineNotReady
+from app.types import FinishReason, Message, Role, Usage
+
+_CONTROL = 0x110000
+"""Token ids from here on are control tokens: no character of a text can be one."""
+_TURN = {Role.SYSTEM: _CONTROL, Role.USER: _CONTROL + 1, Role.ASSISTANT: _CONTROL + 2}
+
+
+class EchoDecoder:
+    """Token ids to characters; nothing is ever incomplete."""
+
+    def feed(self, token_ids: Sequence[int]) -> str:
+        return "".join(chr(token_id) for token_id in token_ids if token_id < _CONTROL)
+
+    def finish(self) -> str:
+        return ""
+
+
+class EchoTokenizer:
+    """Characters to token ids, and one control token in front of each message."""
+
+    def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        ids = [token_id for message in messages for token_id in (_TURN[message.role], *map(ord, message.content))]
+        return (*ids, _TURN[Role.ASSISTANT])
+
+    def encode_text(self, text: str) -> tuple[int, ...]:
+        return tuple(map(ord, text))
+
+    def decoder(self) -> EchoDecoder:
+        return EchoDecoder()
+
+
+class EchoEngine:
+    """Answers with the last user message of a chat, or with a plain prompt as it is."""
+
+    def __init__(
+        self,
+        *,
+        model: str = "echo",
+        token_delay_seconds: float = 0.0,
+        context_length: int = 8192,
+        max_running: int = 1024,
+    ) -> None:
+        """Args: token_delay_seconds: pause before each token; max_running: one more is refused as busy."""
+        self.tokenizer = EchoTokenizer()
+        self._info = EngineInfo(
+            model=model,
+            revision=None,
+            engine="echo",
+            device="cpu",
+            dtype="none",
+            context_length=context_length,
+            vocab_size=_CONTROL + len(_TURN),
+            parameters=0,
+        )
+        self._delay = token_delay_seconds
+        self._max_running = max_running
+        self._live: dict[str, asyncio.Event] = {}
+        self._state = EngineState.LOADING
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def status(self) -> EngineStatus:
+        return EngineStatus(state=self._state, running=len(self._live), waiting=0, restarts=0)
+
+    async def start(self) -> None:
+        self._state = EngineState.READY
+
+    async def wait_ready(self) -> None:
+        return
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+        if self._state is not EngineState.READY:
+            raise EngineNotReady("The model is not ready; try again in a moment.", retry_after=1)
+        if len(self._live) >= self._max_running:
+            raise EngineBusy("Too many requests are running; try again in a moment.", retry_after=1)
+        aborted = self._live[request.id] = asyncio.Event()
+        try:
+            yield Chunk()
+            async for chunk in self._speak(request, aborted):
+                yield chunk
+        finally:
+            del self._live[request.id]
+
+    async def abort(self, request_id: str) -> None:
+        if request_id in self._live:
+            self._live[request_id].set()
+
+    async def close(self) -> None:
+        self._state = EngineState.CLOSED
+        for aborted in self._live.values():
+            aborted.set()
+
+    async def _speak(self, request: GenerationRequest, aborted: asyncio.Event) -> AsyncGenerator[Chunk, None]:
+        text = _answer(request.prompt_ids)
+        stop_at = min((at for at in map(text.find, request.params.stop) if at >= 0), default=len(text))
+        limit = min(stop_at, request.params.max_tokens)
+        sent = 0
+        while sent < limit and not aborted.is_set():
+            await asyncio.sleep(self._delay)
+            sent += 1
+            yield Chunk(text=text[sent - 1], tokens=1)
+        reason = FinishReason.LENGTH if sent < stop_at else FinishReason.STOP
+        if aborted.is_set():
+            reason = FinishReason.ABORT
+        yield Chunk(finish_reason=reason, usage=Usage(prompt_tokens=len(request.prompt_ids), completion_tokens=sent))
+
+
+def _answer(prompt_ids: tuple[int, ...]) -> str:
+    """Return the text after the last user mark, or the whole prompt where there is none."""
+    starts = [index for index, token_id in enumerate(prompt_ids) if token_id == _TURN[Role.USER]]
+    spoken = prompt_ids[starts[-1] + 1 :] if starts else prompt_ids
+    return "".join(chr(token_id) for token_id in spoken if token_id < _CONTROL)

@@ -1,0 +1,246 @@
+"""The engine that keeps a model in a worker process.
+
+Decides who is let in and what each live request is told.  Knows no torch, no processes (`supervisor.py`), no sockets
+(`channel.py`) and no text (`ticket.py`).
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import AsyncGenerator
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+from app.config import DeadlineConfig, ModelConfig
+from app.engine.base import Chunk, EngineInfo, EngineState, EngineStatus, GenerationRequest, Tokenizer
+from app.engine.channel import WorkerLostError, WorkerProcess
+from app.engine.supervisor import Launch, Supervisor
+from app.engine.ticket import Ticket
+from app.engine.tokens import HfTokenizer
+from app.engine.worker.messages import ModelSpec, Ready, Submit, TokenEvent
+from app.errors import ContextLengthExceeded, EngineBusy, EngineFailed, EngineNotReady, InvalidRequest
+from app.types import FinishReason
+
+log = logging.getLogger(__name__)
+
+LOADING_RETRY_SECONDS = 5.0
+BUSY_RETRY_SECONDS = (1.0, 30.0)
+"""The least and the most that a refused client is told to wait."""
+NEWEST_WEIGHT = 0.2
+"""Share of the newest request in the running mean of durations."""
+
+
+class LocalEngine:
+    """One model in one worker process, which is started again whenever it dies."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        deadlines: DeadlineConfig,
+        *,
+        hub_token: str | None = None,
+        hang_seconds: float = 120.0,
+        backoff_seconds: float = 1.0,
+        launch: Launch | None = None,
+    ) -> None:
+        """Prepare; `start` begins.
+
+        Args:
+            config: what to load, and how many requests may wait.
+            deadlines: how long a request may take.
+            hub_token: for gated models of the hub; goes to the worker by environment.
+            hang_seconds: a worker that has work and says nothing for so long is killed and started again.
+            backoff_seconds: before the first new start; doubles with each failure, up to 30.
+            launch: starts a worker; by default a process.
+        """
+        self._config = config
+        self._deadlines = deadlines
+        self._worker = Supervisor(
+            launch or partial(WorkerProcess.launch, _spec(config), hub_token),
+            self,
+            hang_seconds=hang_seconds,
+            backoff_seconds=backoff_seconds,
+        )
+        self._info: EngineInfo | None = None
+        self._tokenizer: Tokenizer | None = None
+        self._slots = 1
+        self._numbers = count(1)
+        self._tickets: dict[int, Ticket] = {}
+        self._mean_seconds = BUSY_RETRY_SECONDS[0]
+
+    @property
+    def info(self) -> EngineInfo:
+        """Raises: EngineNotReady: no model has been loaded yet."""
+        if self._info is None:
+            raise self._not_ready()
+        return self._info
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises: EngineNotReady: no model has been loaded yet."""
+        if self._tokenizer is None:
+            raise self._not_ready()
+        return self._tokenizer
+
+    def status(self) -> EngineStatus:
+        """Return where the engine stands now; never blocks and never raises."""
+        running = sum(ticket.started_at is not None for ticket in self._tickets.values())
+        return EngineStatus(
+            state=self._worker.state,
+            running=running,
+            waiting=len(self._tickets) - running,
+            restarts=self._worker.restarts,
+            error=self._worker.error,
+            worker_pid=self._worker.worker_pid,
+            worker_rss_bytes=_rss_bytes(self._worker.worker_pid),
+        )
+
+    async def start(self) -> None:
+        """Begin to load the model and return at once; `wait_ready` tells the outcome."""
+        self._worker.start()
+
+    async def wait_ready(self) -> None:
+        """Return as soon as requests can be served.
+
+        Raises: EngineFailed: the model cannot be loaded, or the engine is closed.
+        """
+        await self._worker.wait_ready()
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+        """Generate; an empty chunk at once when admitted, then the text, then exactly one last chunk.
+
+        Closing the generator early cancels the request within one token.
+
+        Raises: EngineNotReady, EngineBusy, InvalidRequest: before the first chunk.
+            EngineFailed, DeadlineExceeded: in place of the last chunk.
+        """
+        ticket = self._admit(request)
+        try:
+            yield Chunk()
+            async with contextlib.aclosing(ticket.chunks()) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        finally:
+            ticket.end(FinishReason.ABORT)
+
+    async def abort(self, request_id: str) -> None:
+        """End a request now: its stream closes with FinishReason.ABORT.  Unknown ids are ignored."""
+        for ticket in tuple(self._tickets.values()):
+            if ticket.request.id == request_id:
+                ticket.end(FinishReason.ABORT)
+
+    async def close(self) -> None:
+        """Stop for good: live streams end with FinishReason.ABORT, and no process or task is left."""
+        await self._worker.close()
+
+    async def on_ready(self, ready: Ready) -> None:
+        """Take over what the worker loaded.
+
+        Raises: WorkerLostError: its tokenizer cannot be used here.
+        """
+        try:
+            # A thread: reading a large vocabulary takes up to seconds.
+            self._tokenizer = await asyncio.to_thread(HfTokenizer, ready.tokenizer_folder)
+        except (OSError, ValueError) as error:
+            raise WorkerLostError(f"The model's tokenizer cannot be loaded: {error}") from error
+        self._slots = ready.slots
+        self._info = EngineInfo(
+            model=self._config.public_name,
+            revision=ready.revision,
+            engine=ready.runner,
+            device=ready.device,
+            dtype=ready.dtype,
+            context_length=ready.context_length,
+            vocab_size=ready.vocab_size,
+            parameters=ready.parameters,
+        )
+
+    def on_event(self, event: TokenEvent) -> None:
+        """Pass an event to its request; one that has ended before is gone, and the event with it."""
+        ticket = self._tickets.get(event.id)
+        if ticket is None:
+            return
+        try:
+            ticket.accept(event)
+        except Exception:
+            log.exception("an answer could not be decoded")
+            ticket.fail(EngineFailed("The model's answer could not be decoded."))
+
+    def on_lost(self) -> None:
+        """Fail every live request: the worker that had them is gone."""
+        for ticket in tuple(self._tickets.values()):
+            ticket.fail(EngineFailed("The model's worker failed during this request. Try again."))
+
+    def on_close(self) -> None:
+        """End every live request with what it has."""
+        for ticket in tuple(self._tickets.values()):
+            ticket.end(FinishReason.ABORT)
+
+    def _admit(self, request: GenerationRequest) -> Ticket:
+        if self._worker.state is not EngineState.READY:
+            raise self._not_ready()
+        self._refuse_misfit(request)
+        if len(self._tickets) >= self._slots + self._config.max_waiting:
+            least, most = BUSY_RETRY_SECONDS
+            raise EngineBusy(
+                "The model has as many requests as it can take. Try again later.",
+                retry_after=min(max(self._mean_seconds, least), most),
+            )
+        ticket = Ticket(next(self._numbers), request, self.tokenizer.decoder(), self._deadlines, self._settled)
+        self._tickets[ticket.number] = ticket
+        self._worker.submit(Submit(ticket.number, request.prompt_ids, request.params))
+        return ticket
+
+    def _refuse_misfit(self, request: GenerationRequest) -> None:
+        prompt_tokens, max_tokens = len(request.prompt_ids), request.params.max_tokens
+        limit = self.info.context_length
+        if prompt_tokens == 0:
+            raise InvalidRequest("The prompt is empty.")
+        if prompt_tokens + max_tokens > limit:
+            raise ContextLengthExceeded(prompt_tokens=prompt_tokens, max_tokens=max_tokens, limit=limit)
+        if any(ticket.request.id == request.id for ticket in self._tickets.values()):
+            raise ValueError("a live request has this id already")
+
+    def _settled(self, ticket: Ticket) -> None:
+        """Forget a request at its outcome, and stop the worker on it if it has not ended there."""
+        del self._tickets[ticket.number]
+        self._worker.cancel(ticket.number)
+        if ticket.started_at is not None:
+            seconds = asyncio.get_running_loop().time() - ticket.started_at
+            self._mean_seconds += NEWEST_WEIGHT * (seconds - self._mean_seconds)
+
+    def _not_ready(self) -> EngineNotReady:
+        match self._worker.state:
+            case EngineState.LOADING | EngineState.READY:
+                message = f"The model is still loading ({self._worker.stage})."
+                return EngineNotReady(message, retry_after=LOADING_RETRY_SECONDS)
+            case EngineState.RESTARTING:
+                return EngineNotReady("The model is being started again.", retry_after=LOADING_RETRY_SECONDS)
+            case EngineState.FAILED:
+                return EngineNotReady("The model could not be loaded.")
+            case EngineState.CLOSED:
+                return EngineNotReady("The engine is closed.")
+
+
+def _spec(config: ModelConfig) -> ModelSpec:
+    return ModelSpec(
+        name=config.name,
+        source=config.source,
+        device=config.device,
+        dtype=config.dtype,
+        revision=config.revision,
+        max_model_len=config.max_model_len,
+        threads=config.threads,
+    )
+
+
+def _rss_bytes(pid: int | None) -> int | None:
+    if pid is None:
+        return None
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    except (OSError, IndexError, ValueError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")

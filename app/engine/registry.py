@@ -1,0 +1,78 @@
+"""Which engines are loaded, who uses them now, and how they are emptied.
+
+Decides whether a request may start (the model is known, the service is not draining) and remembers every live request
+until it ends, so that a shutdown can wait for them and then end those that are left.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from app.engine.base import Engine
+from app.errors import ModelNotFound, ShuttingDown
+
+
+class EngineRegistry:
+    """The engines by their public name; lives as long as the application."""
+
+    def __init__(self, engines: dict[str, Engine]) -> None:
+        """Args: engines: by model name; the first serves requests that name no model."""
+        self._engines = engines
+        self._live: dict[str, Engine] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.draining = False
+
+    @property
+    def default(self) -> Engine:
+        return next(iter(self._engines.values()))
+
+    @property
+    def default_name(self) -> str:
+        return next(iter(self._engines))
+
+    def names(self) -> list[str]:
+        return list(self._engines)
+
+    @asynccontextmanager
+    async def lease(self, model: str | None, request_id: str) -> AsyncIterator[Engine]:
+        """Hold an engine for one request, and free its place when the request ends in whatever way.
+
+        Raises:
+            ShuttingDown: the service takes no new work.
+            ModelNotFound: no such model is loaded.
+        """
+        if self.draining:
+            raise ShuttingDown("The service is shutting down; send the request to another replica.", retry_after=5)
+        engine = self._engines.get(model or self.default_name)
+        if engine is None:
+            raise ModelNotFound("This model is not loaded; leave `model` out to use the one that is.")
+        self._live[request_id] = engine
+        self._idle.clear()
+        try:
+            yield engine
+        finally:
+            # Closing a chain does not close the model's stream at once: free its place ourselves.
+            await engine.abort(request_id)
+            del self._live[request_id]
+            if not self._live:
+                self._idle.set()
+
+    async def start(self) -> None:
+        for engine in self._engines.values():
+            await engine.start()
+
+    async def drain(self, grace_seconds: float) -> None:
+        """Refuse new requests, let the live ones finish, and end what is left after the grace period."""
+        self.draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), grace_seconds)
+        except TimeoutError:
+            for request_id, engine in list(self._live.items()):
+                await engine.abort(request_id)
+
+    async def close(self) -> None:
+        """Stop every engine; live requests end with FinishReason.ABORT."""
+        self.draining = True
+        for engine in self._engines.values():
+            await engine.close()

@@ -1,0 +1,223 @@
+"""The model's own tokenizer in the API process: conversations and prompts to tokens, tokens to text.
+
+Decides what is a control token: only the chat template and the tokenizer itself may write one, text of a request
+never does.  Knows no torch (the fast tokenizer needs none), no worker and no request.
+"""
+
+import json
+import logging
+import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cachetools import TTLCache
+from jinja2 import TemplateError
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerFast
+
+from app.errors import InvalidRequest
+from app.types import Message, Role
+
+log = logging.getLogger(__name__)
+
+REMEMBERED_CHATS = 64
+REMEMBERED_SECONDS = 60.0
+"""A conversation is counted and then run; templates may write the date, so nothing is remembered for long."""
+
+_PROBE = "Be brief."
+
+
+class HfTokenizer:
+    """A Hugging Face fast tokenizer, safe to use from several threads.
+
+    transformers keeps the flags of a call in the tokenizer itself, so that two calls at once read each other's: the
+    copy for conversations stands behind a lock, and the copies for prompts and for decoding never change a flag.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        """Load `tokenizer.json`, its configuration and the chat template, as `save_pretrained` wrote them.
+
+        Raises: OSError, ValueError: the folder holds no usable fast tokenizer.
+        """
+        self._chat = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        self._chat_lock = threading.Lock()
+        self._chats: TTLCache[tuple[Message, ...], tuple[int, ...]] = TTLCache(REMEMBERED_CHATS, REMEMBERED_SECONDS)
+        self._template = _template_of(self._chat)
+        self._folds_system = self._template is not None and not self._shows_system()
+        backend = str(self._chat.backend_tokenizer.to_str())
+        control = _control_ids(self._chat, self._template or "")
+        self._text = _plain_text_copy(backend, control)
+        self._forbidden = control - {self._chat.unk_token_id}
+        self._prefix = _prefix_ids(self._text)
+        self._decoding = FastTokenizer.from_str(backend)
+        self._anchor = tuple(self._text.encode("a", add_special_tokens=False).ids)
+
+    def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Apply the chat template, ending where the assistant begins to speak.
+
+        A template without a system role gets the system text in front of the next user message.
+
+        Raises: InvalidRequest: the model has no chat template, or the template refuses these messages.
+        """
+        if self._template is None:
+            raise InvalidRequest("This model has no chat template. Send a plain prompt to /v1/generate.")
+        key = tuple(messages)
+        with self._chat_lock:
+            ids = self._chats.get(key)
+            if ids is None:
+                ids = self._chats[key] = self._apply_template(key)
+        return ids
+
+    def encode_text(self, text: str) -> tuple[int, ...]:
+        """Encode a raw prompt with the tokens that the tokenizer puts in front of every text.
+
+        Raises: InvalidRequest: the text is not valid Unicode, or this tokenizer makes control tokens of plain text.
+        """
+        try:
+            ids = self._text.encode(text, add_special_tokens=False).ids
+        except TypeError:  # what tokenizers raises for a lone surrogate
+            raise InvalidRequest("The prompt is not valid Unicode text.") from None
+        if not self._forbidden.isdisjoint(ids):
+            raise InvalidRequest("The prompt holds a control token of the model that cannot be sent as text.")
+        return (*self._prefix, *ids)
+
+    def decoder(self) -> "StreamDecoder":
+        """Make a decoder for one completion (special tokens are not shown)."""
+        return StreamDecoder(self._decoding, self._anchor)
+
+    def _apply_template(self, messages: tuple[Message, ...]) -> tuple[int, ...]:
+        turns = _fold_system(messages) if self._folds_system else messages
+        try:
+            ids = self._chat.apply_chat_template(
+                _as_dicts(turns),
+                add_generation_prompt=True,
+                tokenize=True,
+                sanitize_control_tokens=True,
+                return_dict=False,
+            )
+        except (TemplateError, ValueError, TypeError) as error:
+            log.info("the chat template refused a conversation: %s", type(error).__name__)
+            raise InvalidRequest(
+                "The model's chat template does not take these messages. "
+                "Begin with the user and let user and assistant take turns."
+            ) from None
+        return tuple(ids)
+
+    def _shows_system(self) -> bool:
+        """Ask the template by a dry run: some refuse a system message, some leave it out without a word."""
+        try:
+            shown = self._chat.apply_chat_template(
+                _as_dicts((Message(Role.SYSTEM, _PROBE), Message(Role.USER, "Hello"))), tokenize=False
+            )
+        except (TemplateError, ValueError, TypeError):
+            return False
+        return _PROBE in str(shown)
+
+
+class StreamDecoder:
+    """Turns the tokens of one completion into text as they come.
+
+    The pieces together are what decoding all tokens at once gives.  One case is better than that: where a tokenizer
+    with byte fallback meets bytes that are not UTF-8, decoding at once gives up the whole run of bytes, and this one
+    has already shown the characters before the damage.
+    """
+
+    def __init__(self, tokenizer: FastTokenizer, anchor: Sequence[int]) -> None:
+        """Decode with `tokenizer`; `anchor` are the tokens of some ordinary letter, for decoding in mid-text."""
+        self._tokenizer = tokenizer
+        self._anchor = list(anchor)
+        self._context: list[int] = []
+        self._pending: list[int] = []
+        self._stream = DecodeStream(skip_special_tokens=True)
+
+    def feed(self, token_ids: Sequence[int]) -> str:
+        """Return the text that these tokens complete; bytes of an unfinished character are kept back."""
+        return "".join(map(self._step, token_ids))
+
+    def finish(self) -> str:
+        """Return what is left, an unfinished character as U+FFFD."""
+        text = self._decode(self._context + self._pending)[len(self._decode(self._context)) :]
+        self._pending.clear()
+        return text
+
+    def _step(self, token_id: int) -> str:
+        self._pending.append(token_id)
+        try:
+            text = self._stream.step(self._tokenizer, token_id)
+        except Exception as error:  # tokenizers has no class of its own for it
+            if "Invalid prefix" not in str(error):
+                raise
+            text = self.finish()
+            # A fresh stream would take the next token for the first of the text and drop its leading space.
+            self._stream = DecodeStream(ids=self._anchor, skip_special_tokens=True)
+        if not text:
+            return ""
+        self._pending.clear()
+        self._context = self._anchor
+        return text
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+
+
+def _template_of(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    if not tokenizer.chat_template:
+        return None
+    return str(tokenizer.get_chat_template())
+
+
+def _control_ids(tokenizer: PreTrainedTokenizerFast, template: str) -> frozenset[int]:
+    """Return the special tokens and those that the template writes, by transformers' own rule."""
+    return frozenset(
+        number
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if token.special or (token.content in template and not token.content.isspace())
+    )
+
+
+def _plain_text_copy(backend: str, control: frozenset[int]) -> FastTokenizer:
+    """Copy a tokenizer so that it reads control tokens as text and knows no padding or truncation.
+
+    `encode_special_tokens` spares only tokens marked special, and many models do not mark the tokens of their
+    template; so the marks are set first.
+    """
+    spec: dict[str, Any] = json.loads(backend)
+    for token in spec["added_tokens"]:
+        token["special"] = token["id"] in control
+    spec["truncation"] = spec["padding"] = None
+    copy = FastTokenizer.from_str(json.dumps(spec))
+    copy.encode_special_tokens = True
+    return copy
+
+
+def _prefix_ids(tokenizer: FastTokenizer) -> tuple[int, ...]:
+    """Return what the tokenizer puts in front of every text, and not what it puts behind: a prompt goes on."""
+    bare = tokenizer.encode("a", add_special_tokens=False).ids
+    whole = tokenizer.encode("a").ids
+    starts = (start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)
+    return tuple(whole[: next(starts, 0)])
+
+
+def _fold_system(messages: Iterable[Message]) -> list[Message]:
+    """Put each system text in front of the user message that follows it."""
+    turns: list[Message] = []
+    waiting: list[str] = []
+    for message in messages:
+        if message.role is Role.SYSTEM:
+            waiting.append(message.content)
+            continue
+        if waiting and message.role is Role.USER:
+            message = Message(Role.USER, "\n\n".join([*waiting, message.content]))
+        elif waiting:
+            turns.append(Message(Role.USER, "\n\n".join(waiting)))
+        waiting = []
+        turns.append(message)
+    if waiting:
+        turns.append(Message(Role.USER, "\n\n".join(waiting)))
+    return turns
+
+
+def _as_dicts(messages: Iterable[Message]) -> list[dict[str, str]]:
+    return [{"role": message.role.value, "content": message.content} for message in messages]

@@ -1,0 +1,32 @@
+"""Entry of the worker process: read what to do, make sure to die with the parent, then serve.
+
+Knows no torch itself: importing it takes seconds, and the parent may die in them.
+"""
+
+import os
+import sys
+import threading
+
+import msgspec
+
+from app.engine.worker.messages import Start
+
+
+def _leave_with_parent() -> None:
+    """End this process when the parent's end of standard input closes, even in the middle of a load or a step."""
+    # Not `sys.stdin`: a thread that holds its lock would keep the interpreter from ending in order.
+    os.read(sys.stdin.fileno(), 1)
+    os._exit(0)
+
+
+def main() -> None:
+    """Serve one model until told to stop."""
+    start = msgspec.json.decode(sys.stdin.buffer.readline(), type=Start)
+    threading.Thread(target=_leave_with_parent, name="leave-with-parent", daemon=True).start()
+    from app.engine.worker.process import serve
+
+    serve(start)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""What the API process and a model's worker say to each other, as msgpack over one socket.
+
+Knows no torch and no sockets: both sides import it.  Requests have numbers here, given by the API process and never
+used twice, so that a late event cannot be taken for another request's.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from app.types import Params
+
+
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What to load; the fields mean what they mean in `ModelConfig`."""
+
+    name: str
+    source: Literal["local", "hub"]
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    revision: str | None
+    max_model_len: int | None
+    threads: int
+    """CPU threads; 0 takes one for each usable core."""
+
+
+class Start(msgspec.Struct, frozen=True, kw_only=True):
+    """The first line on the worker's standard input, as JSON.  Holds no secret: those come by environment."""
+
+    endpoint: str
+    """Address of the socket that the API process listens on."""
+    tokenizer_folder: str
+    """Where the worker leaves the tokenizer for the API process."""
+    model: ModelSpec
+
+
+class Submit(msgspec.Struct, tag=True, frozen=True, array_like=True):
+    """Make a completion of these tokens."""
+
+    id: int
+    prompt_ids: tuple[int, ...]
+    params: Params
+
+
+class Cancel(msgspec.Struct, tag=True, frozen=True, array_like=True):
+    """Stop within a token; unknown ids are ignored."""
+
+    id: int
+
+
+class Shutdown(msgspec.Struct, tag=True, frozen=True, array_like=True):
+    """Stop everything and leave."""
+
+
+class Loading(msgspec.Struct, tag=True, frozen=True, array_like=True):
+    """The load has come to this step."""
+
+    stage: str
+
+
+class Ready(msgspec.Struct, tag=True, frozen=True, array_like=True):
+    """The model is loaded and has made its first token."""
+
+    tokenizer_folder: str
+    runner: str
+    """Which runner serves the model: serial."""
+    slots: int
+    """Requests that run at once."""
+    revision: str | None
+    device: str
+    dtype: str
+    context_length: int
+    vocab_size: int
+    parameters: int
+
+
+class LoadFailed(msgspec.Struct, tag=True, frozen=True, array_like=True):
+    """The model cannot be loaded; the worker waits to be ended."""
+
+    message: str
+
+
+class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
+    """What happened to one request in one step.
+
+    The first event of a request is empty: the model begins on it.  The last, and only the last, has `finish` or
+    `error`.  `stop` means that the model made an end token, which is counted but not listed.
+    """
+
+    id: int
+    token_ids: tuple[int, ...] = ()
+    finish: Literal["stop", "length", "abort"] | None = None
+    error: str | None = None
+
+
+class Step(msgspec.Struct, tag=True, frozen=True, array_like=True):
+    """Everything that one step of the model brought, for all requests in it."""
+
+    events: list[TokenEvent]
+
+
+ToWorker = Submit | Cancel | Shutdown
+FromWorker = Loading | Ready | LoadFailed | Step
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_worker = msgspec.msgpack.Decoder[ToWorker](ToWorker).decode
+decode_from_worker = msgspec.msgpack.Decoder[FromWorker](FromWorker).decode

@@ -1,0 +1,163 @@
+"""The worker's one thread: it owns the model and the socket, and never does two things at once.
+
+Decides when messages are read: between two tokens while there is work, and in a blocking poll while there is none.
+Knows no way of making tokens; that is a `Runner`.
+"""
+
+import logging
+import os
+import signal
+from collections.abc import Callable
+from typing import NoReturn, Protocol
+
+import torch
+import zmq
+
+from app.engine.worker.loader import LoadedModel, LoadError, load, load_reason
+from app.engine.worker.messages import (
+    Cancel,
+    FromWorker,
+    LoadFailed,
+    Loading,
+    Ready,
+    Shutdown,
+    Start,
+    Step,
+    Submit,
+    TokenEvent,
+    decode_to_worker,
+    encode,
+)
+from app.engine.worker.serial import SerialRunner
+from app.types import Params
+
+log = logging.getLogger(__name__)
+
+Exchange = Callable[[list[TokenEvent]], None]
+"""Send the events of a step and take in what arrived; may call the runner's `submit` and `cancel`."""
+
+
+class Runner(Protocol):
+    """A way of making tokens for several requests on one model."""
+
+    @property
+    def name(self) -> str:
+        """The word for it in `EngineInfo.engine`."""
+
+    @property
+    def slots(self) -> int:
+        """Requests that run at once; more wait in the runner."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has anything to do."""
+
+    def submit(self, request: Submit) -> None:
+        """Take a request; one that cannot run gets an error event in the next step."""
+
+    def cancel(self, request_id: int) -> None:
+        """End a request within a token, with an event; unknown ids are ignored."""
+
+    def step(self, exchange: Exchange) -> None:
+        """Work for a while, calling `exchange` after each token; an ordinary failure ends only its own request."""
+
+
+class Worker:
+    """The loop between the socket and a runner."""
+
+    def __init__(self, socket: "zmq.Socket[bytes]", runner: Runner) -> None:
+        self._socket = socket
+        self._runner = runner
+        self._leaving = False
+        self._known: set[int] = set()
+
+    def run(self) -> None:
+        """Serve until Shutdown; a fatal error of the runner is raised."""
+        while not self._leaving:
+            if not self._runner.busy:
+                self._socket.poll()
+            self._take_in()
+            if self._runner.busy:
+                self._runner.step(self._exchange)
+
+    def _exchange(self, events: list[TokenEvent]) -> None:
+        if events:
+            self._socket.send(encode(Step(events)))
+            self._known.difference_update(event.id for event in events if event.finish or event.error)
+        self._take_in()
+
+    def _take_in(self) -> None:
+        while self._socket.poll(0):
+            match decode_to_worker(self._socket.recv()):
+                case Submit() as request:
+                    self._known.add(request.id)
+                    self._runner.submit(request)
+                case Cancel(id=number):
+                    self._runner.cancel(number)
+                case Shutdown():
+                    self._leaving = True
+                    for number in tuple(self._known):
+                        self._runner.cancel(number)
+
+
+def serve(start: Start) -> None:
+    """Load the model, tell the parent, and work until Shutdown.
+
+    A model that cannot be loaded is reported, and the process then waits for its parent to end it.
+    """
+    logging.basicConfig(level=logging.WARNING, format="worker %(levelname)s %(name)s: %(message)s")
+    context = zmq.Context()
+    socket = context.socket(zmq.PAIR)
+    socket.connect(start.endpoint)
+
+    def tell(message: FromWorker) -> None:
+        socket.send(encode(message))
+
+    torch.set_num_threads(start.model.threads or len(os.sched_getaffinity(0)))
+    try:
+        loaded = load(start.model, start.tokenizer_folder, on_stage=lambda stage: tell(Loading(stage)))
+        runner = SerialRunner(loaded)
+        tell(Loading("first token"))
+        _try_out(runner)
+    except Exception as error:
+        if not isinstance(error, LoadError):
+            log.exception("the model could not be loaded")
+        tell(LoadFailed(load_reason(error)))
+        _wait_for_the_end()
+    tell(_ready(start, loaded, runner))
+    Worker(socket, runner).run()
+    context.destroy(linger=1000)
+
+
+def _wait_for_the_end() -> NoReturn:
+    # Leaving now could overtake the message that says why.
+    while True:
+        signal.pause()
+
+
+def _try_out(runner: Runner) -> None:
+    """Make one token, so that a model that loads but cannot run is never called ready.
+
+    Raises: LoadError: it cannot.
+    """
+    events: list[TokenEvent] = []
+    runner.submit(Submit(id=0, prompt_ids=(0,), params=Params(max_tokens=1)))
+    while runner.busy:
+        runner.step(events.extend)
+    for event in events:
+        if event.error:
+            raise LoadError(f"it was loaded, but its first token failed: {event.error}")
+
+
+def _ready(start: Start, loaded: LoadedModel, runner: Runner) -> Ready:
+    return Ready(
+        tokenizer_folder=start.tokenizer_folder,
+        runner=runner.name,
+        slots=runner.slots,
+        revision=loaded.revision,
+        device=loaded.device,
+        dtype=loaded.dtype,
+        context_length=loaded.context_length,
+        vocab_size=loaded.vocab_size,
+        parameters=loaded.parameters,
+    )

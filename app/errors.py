@@ -1,0 +1,148 @@
+"""Everything that can go wrong, as classes that carry their own HTTP status (a plain int).
+
+`web/errors.py` alone knows how these look on the wire.
+
+AppError
+├── InvalidRequest            400  ├── ContextLengthExceeded  ├── PiiBlocked
+├── Unauthorized              401
+├── Forbidden                 403
+├── NotFound                  404  ├── ModelNotFound  ├── SessionNotFound
+├── PayloadTooLarge           413
+├── UnsupportedMediaType      415
+├── RateLimited               429
+├── ServiceUnavailable        503  ├── EngineNotReady  ├── EngineBusy  ├── EngineFailed  ├── ShuttingDown
+├── DeadlineExceeded          504
+├── ClientDisconnected        499
+└── InternalError             500
+ConfigError (not a reply to a client: it ends the start)
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+
+class AppError(Exception):
+    """An error that a client may see.  `message` says what the client can do; it never echoes input."""
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal_server_error"
+
+    def __init__(
+        self, message: str, *, details: Mapping[str, Any] | None = None, retry_after: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.details = dict(details or {})
+        self.retry_after = retry_after
+        """Seconds until the same request may succeed; sent as Retry-After, rounded up."""
+
+
+class InvalidRequest(AppError):
+    """The request itself is wrong; `details["errors"]` names each field and reason."""
+
+    status, code = 400, "validation_error"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """Prompt and max_tokens together do not fit the model's context window."""
+
+    code = "context_length_exceeded"
+
+    def __init__(self, *, prompt_tokens: int, max_tokens: int, limit: int) -> None:
+        super().__init__(
+            f"The prompt has {prompt_tokens} tokens and max_tokens asks for {max_tokens} more, "
+            f"but the model's context window holds {limit}. Shorten the prompt or lower max_tokens.",
+            details={"prompt_tokens": prompt_tokens, "max_tokens": max_tokens, "limit": limit},
+        )
+
+
+class PiiBlocked(InvalidRequest):
+    """Personal data was found and the policy is to refuse, not to mask."""
+
+    code = "pii_blocked"
+
+
+class Unauthorized(AppError):
+    """No API key, or one that is not valid."""
+
+    status, code = 401, "unauthorized"
+
+
+class Forbidden(AppError):
+    """The key is valid but may not do this."""
+
+    status, code = 403, "forbidden"
+
+
+class NotFound(AppError):
+    """Nothing is there for this caller."""
+
+    status, code = 404, "not_found"
+
+
+class ModelNotFound(NotFound):
+    """The named model is not loaded."""
+
+
+class SessionNotFound(NotFound):
+    """The caller has no session of this id."""
+
+
+class PayloadTooLarge(AppError):
+    """The body is longer than the service reads."""
+
+    status, code = 413, "payload_too_large"
+
+
+class UnsupportedMediaType(AppError):
+    """The body is not application/json."""
+
+    status, code = 415, "unsupported_media_type"
+
+
+class RateLimited(AppError):
+    """This caller sent too much too fast; `retry_after` says when to come back."""
+
+    status, code = 429, "rate_limit_exceeded"
+
+
+class ServiceUnavailable(AppError):
+    """The service cannot do this now through no fault of the caller."""
+
+    status, code = 503, "service_unavailable"
+
+
+class EngineNotReady(ServiceUnavailable):
+    """The model is still loading, or being started again."""
+
+
+class EngineBusy(ServiceUnavailable):
+    """The waiting line is full; the same request may succeed later."""
+
+
+class EngineFailed(ServiceUnavailable):
+    """The model's worker failed or died during this request."""
+
+
+class ShuttingDown(ServiceUnavailable):
+    """The service is draining and takes no new work."""
+
+
+class DeadlineExceeded(AppError):
+    """The request waited or ran longer than its deadline."""
+
+    status, code = 504, "deadline_exceeded"
+
+
+class ClientDisconnected(AppError):
+    """The client hung up; nobody reads this answer, the access log does (nginx's status 499)."""
+
+    status, code = 499, "client_disconnected"
+
+
+class InternalError(AppError):
+    """A defect of ours; the log holds the traceback under the request id."""
+
+
+class ConfigError(Exception):
+    """The configuration is wrong; the message names each key and reason and no secret."""

@@ -1,0 +1,1 @@
+"""What is asked: the one path that every route takes."""

@@ -1,0 +1,114 @@
+"""Where personal data is filtered: input before anything stores it, output before anything sees it.
+
+The output filter is an Engine around an Engine, so it stands between the model and everything that keeps or sends text
+(cache, memory, LangChain callbacks, wire).  A filter that fails, fails closed: input is refused with 503, and an answer
+ends with FinishReason.CONTENT_FILTER without the text that was being looked at.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Literal
+
+import structlog
+
+from app.engine.base import Chunk, Engine, EngineInfo, EngineStatus, GenerationRequest, Tokenizer
+from app.errors import PiiBlocked, ServiceUnavailable
+from app.generation.pii import PiiKind, Redactor, StreamRedactor
+from app.types import FinishReason, Usage
+
+log = structlog.get_logger(__name__)
+
+OnMatch = Callable[[PiiKind, int], None]
+
+THREAD_CHARS = 2000
+"""Longer texts are worked on in a thread: they would hold up every other request of the event loop."""
+
+
+class InputFilter:
+    """Masks or refuses personal data in what a client sends."""
+
+    def __init__(self, redactor: Redactor, mode: Literal["mask", "block"], on_match: OnMatch) -> None:
+        """Args: on_match: told each kind found and how often."""
+        self._redactor = redactor
+        self._mode = mode
+        self._on_match = on_match
+
+    async def clean(self, text: str) -> str:
+        """Return the text without personal data.
+
+        Raises:
+            PiiBlocked: the policy is to block, and there is some; names the kinds, never the text.
+            ServiceUnavailable: the filter itself failed.
+        """
+        try:
+            if len(text) > THREAD_CHARS:
+                redaction = await asyncio.to_thread(self._redactor.redact, text)
+            else:
+                redaction = self._redactor.redact(text)
+        except Exception:  # noqa: BLE001  # whatever it is, the text must not pass
+            # The traceback could show the very text, so only the fact is logged.
+            log.error("input filter failed")
+            raise ServiceUnavailable("The filter for personal data failed; nothing was processed.") from None
+        for kind, count in redaction.counts.items():
+            self._on_match(kind, count)
+        if redaction.counts and self._mode == "block":
+            kinds = sorted(kind.value for kind in redaction.counts)
+            raise PiiBlocked("The request holds personal data, which this service refuses.", details={"kinds": kinds})
+        return redaction.text
+
+
+class FilteredEngine:
+    """Masks personal data in every answer of the inner engine."""
+
+    def __init__(self, inner: Engine, redactor: Redactor, on_match: OnMatch) -> None:
+        """Args: on_match: told each kind found and how often, once an answer has ended."""
+        self._inner = inner
+        self._redactor = redactor
+        self._on_match = on_match
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._inner.info
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._inner.tokenizer
+
+    def status(self) -> EngineStatus:
+        return self._inner.status()
+
+    async def start(self) -> None:
+        await self._inner.start()
+
+    async def wait_ready(self) -> None:
+        await self._inner.wait_ready()
+
+    async def abort(self, request_id: str) -> None:
+        await self._inner.abort(request_id)
+
+    async def close(self) -> None:
+        await self._inner.close()
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+        redactor = StreamRedactor(self._redactor)
+        made = 0
+        try:
+            async with aclosing(self._inner.stream(request)) as chunks:
+                async for chunk in chunks:
+                    made += chunk.tokens
+                    try:
+                        clean = redactor.feed(chunk.text)
+                        if chunk.finish_reason is not None:
+                            clean += redactor.finish()
+                    except Exception:  # noqa: BLE001  # whatever it is, the text must not pass
+                        # The traceback could show the very text, so only the place is logged.
+                        log.error("output filter failed", request_id=request.id)
+                        usage = Usage(prompt_tokens=len(request.prompt_ids), completion_tokens=made)
+                        yield Chunk(finish_reason=FinishReason.CONTENT_FILTER, usage=usage)
+                        return
+                    yield replace(chunk, text=clean)
+        finally:
+            for kind, count in redactor.counts.items():
+                self._on_match(kind, count)

@@ -1,0 +1,236 @@
+"""What is remembered of conversations, for how long and how much of it.
+
+A session belongs to (tenant, session id), so no tenant can name another's.  Turns are stored and dropped whole.  Knows
+no engine and no prompt; the service reads, asks the model and appends.  Texts arrive here after the input filter and as
+they were sent to the client.
+"""
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Protocol
+from weakref import WeakValueDictionary
+
+from cachetools import Cache, TTLCache
+
+from app.config import ChatHistoryConfig
+from app.types import Message, Role
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What the caller said and what the assistant answered; never a system message."""
+
+    messages: tuple[Message, ...]
+
+    @property
+    def text_bytes(self) -> int:
+        """Its text in UTF-8."""
+        return sum(len(message.content.encode("utf-8", "surrogatepass")) for message in self.messages)
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A conversation as it is kept."""
+
+    session_id: str
+    turns: tuple[Turn, ...]
+    """Oldest first; at least one."""
+    created: datetime
+    """When the first turn was stored, UTC."""
+    updated: datetime
+    """When the last turn was stored, UTC."""
+    expires_in_seconds: float
+    """Until it is forgotten, unless another turn is stored."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSummary:
+    """A session without its text."""
+
+    session_id: str
+    turns: int
+    text_bytes: int
+    updated: datetime
+
+
+class SessionStore(Protocol):
+    """Keeps sessions.  `tests/contract/test_session_store.py` holds every store to the same promises."""
+
+    async def read(self, tenant: str, session_id: str) -> Session | None:
+        """Return the session, None where this tenant has none of that id (or no longer)."""
+
+    async def append(self, tenant: str, session_id: str, turn: Turn) -> None:
+        """Add a turn at the end and begin the time to live anew.
+
+        The oldest turns go where there are too many or too much text, the newest never; and the tenant's least recently
+        used session where there are too many.
+        """
+
+    async def delete(self, tenant: str, session_id: str) -> bool:
+        """Forget the session; return whether there was one."""
+
+    async def list(self, tenant: str) -> Sequence[SessionSummary]:
+        """Return the tenant's sessions, the last updated first."""
+
+    def turn(self, tenant: str, session_id: str) -> AbstractAsyncContextManager[None]:
+        """Hold the session for one turn; others wait, first come, first served."""
+
+    def count(self) -> int:
+        """Return how many sessions of all tenants are kept here; never blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    turns: tuple[Turn, ...]
+    text_bytes: int
+    created: datetime
+    updated: datetime
+    expires: float
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+class MemorySessionStore:
+    """Sessions in this process; a restart forgets them."""
+
+    def __init__(
+        self,
+        config: ChatHistoryConfig,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], datetime] = _now,
+    ) -> None:
+        """Args:
+        clock: seconds, for the time to live; never runs backwards.
+        wall_clock: aware UTC time, for `created` and `updated`.
+        """
+        self._config = config
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._tenants: OrderedDict[str, TTLCache[str, _Kept]] = OrderedDict()
+        """The tenant with the oldest last turn first."""
+        self._locks: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
+
+    async def read(self, tenant: str, session_id: str) -> Session | None:
+        self._drop_idle_tenants()
+        sessions = self._tenants.get(tenant)
+        kept = None if sessions is None else sessions.get(session_id)
+        if kept is None:
+            return None
+        return Session(
+            session_id=session_id,
+            turns=kept.turns,
+            created=kept.created,
+            updated=kept.updated,
+            expires_in_seconds=max(0.0, kept.expires - self._clock()),
+        )
+
+    async def append(self, tenant: str, session_id: str, turn: Turn) -> None:
+        self._drop_idle_tenants()
+        sessions = self._tenants.get(tenant)
+        if sessions is None:
+            sessions = TTLCache(self._config.max_sessions, self._config.ttl_seconds, self._clock)
+            self._tenants[tenant] = sessions
+        before = sessions.get(session_id)
+        turns, text_bytes = self._fit((*before.turns, turn) if before else (turn,))
+        now = self._wall_clock()
+        sessions[session_id] = _Kept(
+            turns=turns,
+            text_bytes=text_bytes,
+            created=before.created if before else now,
+            updated=now,
+            expires=self._clock() + self._config.ttl_seconds,
+        )
+        self._tenants.move_to_end(tenant)
+
+    async def delete(self, tenant: str, session_id: str) -> bool:
+        self._drop_idle_tenants()
+        sessions = self._tenants.get(tenant)
+        if sessions is None:
+            return False
+        found = sessions.pop(session_id, None) is not None
+        if not sessions:
+            del self._tenants[tenant]
+        return found
+
+    async def list(self, tenant: str) -> Sequence[SessionSummary]:
+        self._drop_idle_tenants()
+        sessions = self._tenants.get(tenant)
+        if sessions is None:
+            return []
+        # Past TTLCache's own __getitem__: to be listed is not to be used.
+        kept = [(session_id, Cache.__getitem__(sessions, session_id)) for session_id in sessions]
+        return [
+            SessionSummary(
+                session_id=session_id, turns=len(each.turns), text_bytes=each.text_bytes, updated=each.updated
+            )
+            for session_id, each in reversed(kept)
+        ]
+
+    @asynccontextmanager
+    async def turn(self, tenant: str, session_id: str) -> AsyncIterator[None]:
+        # asyncio's lock is fair and safe to cancel; it lives as long as somebody holds or awaits it.
+        lock = self._locks.setdefault((tenant, session_id), asyncio.Lock())
+        async with lock:
+            yield
+
+    def count(self) -> int:
+        self._drop_idle_tenants()
+        return sum(len(sessions) for sessions in self._tenants.values())
+
+    def _fit(self, turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], int]:
+        """Return the newest turns that the limits allow, at least one, and their bytes of text."""
+        turns = turns[-self._config.max_turns :]
+        sizes = [turn.text_bytes for turn in turns]
+        first = 0
+        total = sum(sizes)
+        while total > self._config.max_bytes and first < len(turns) - 1:
+            total -= sizes[first]
+            first += 1
+        return turns[first:], total
+
+    def _drop_idle_tenants(self) -> None:
+        """Forget tenants whose sessions have all expired; as the oldest come first, it looks no further than needed."""
+        while self._tenants:
+            tenant, sessions = next(iter(self._tenants.items()))
+            if len(sessions):  # counts what has not expired
+                return
+            del self._tenants[tenant]
+
+
+def merge(history: Sequence[Turn], messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Return which of a request's messages are new to the session, without system messages.
+
+    Some clients send the whole conversation every time, also turns that the session has dropped since.  So where the
+    stored conversation stands in the request, word for word and from its first to its last message, only what follows
+    is new; else everything is.
+    """
+    spoken = tuple(_without_system(messages))
+    stored = tuple(_without_system(message for turn in history for message in turn.messages))
+    if stored:
+        for start in range(len(spoken) - len(stored) + 1):
+            end = start + len(stored)
+            if spoken[start:end] == stored:
+                return spoken[end:]
+    return spoken
+
+
+def as_turns(messages: Sequence[Message]) -> list[Turn]:
+    """Split a conversation in front of each user message, without system messages."""
+    turns: list[list[Message]] = []
+    for message in _without_system(messages):
+        if message.role is Role.USER or not turns:
+            turns.append([])
+        turns[-1].append(message)
+    return [Turn(tuple(turn)) for turn in turns]
+
+
+def _without_system(messages: Iterable[Message]) -> Iterable[Message]:
+    return (message for message in messages if message.role is not Role.SYSTEM)

@@ -1,0 +1,235 @@
+"""Decide where a card, account, social security or phone number that begins at a given place of a shadow text ends.
+
+A written shape proposes; a checksum, a register's structure or a numbering plan accepts.  The two rules of
+`pii_patterns.py`, which alone calls this, hold here: an end is refused only because of a letter, a digit or "-5" behind
+it, and every possible end is tried.  It does not know where in a text numbers may begin.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import cache
+
+import phonenumbers
+from stdnum import iban, luhn
+from stdnum.us import itin, ssn
+
+Matcher = Callable[[str, int, str], int]
+"""(shadow, start, left) -> the end of the entity that begins at `start`, or -1; `left` is the context before it."""
+
+_NOT_DIGITS = re.compile("[^0-9]")
+_DECIMALS = re.compile(r"[0-9][.,\-]\Z")
+
+_CARD_SHAPES = tuple(
+    re.compile(shape.replace(" ", r"[ \t._\-]{0,2}") + "(?![0-9])")
+    for shape in (
+        r"[0-9]{13,19}",
+        r"[0-9]{4} [0-9]{4} [0-9]{4} [0-9]{4} [0-9]{1,3}",
+        r"[0-9]{4} [0-9]{4} [0-9]{4} [0-9]{4}",
+        r"[0-9]{4} [0-9]{6} [0-9]{4,5}",
+        r"[0-9]{4} [0-9]{3} [0-9]{3} [0-9]{3}",
+    )
+)
+# First and last prefix of each range of issued numbers, with the lengths issued there: Visa; Mastercard; American
+# Express; Diners Club; JCB; Maestro, Discover, UnionPay and the domestic schemes of 50 and 56-69; Mir.
+# Source: ISO/IEC 7812-1 and the ranges that the schemes publish.
+_ISSUED = (
+    ("4", "4", (13, 16, 19)),
+    ("51", "55", (16,)),
+    ("2221", "2720", (16,)),
+    ("34", "34", (15,)),
+    ("37", "37", (15,)),
+    ("300", "305", range(14, 20)),
+    ("36", "36", range(14, 20)),
+    ("38", "39", range(14, 20)),
+    ("3528", "3589", range(16, 20)),
+    ("50", "50", range(13, 20)),
+    ("56", "69", range(13, 20)),
+    ("2200", "2204", range(16, 20)),
+)
+_YEARS = re.compile(r"(?:(?:1[89]|2[01])[0-9]{2}){4}")
+
+
+def card(shadow: str, start: int, left: str) -> int:
+    if _DECIMALS.search(left):
+        return -1
+    ends = [-1]
+    for shape in _CARD_SHAPES:
+        candidate = shape.match(shadow, start)
+        if candidate is None:
+            continue
+        digits = _NOT_DIGITS.sub("", candidate[0])
+        # Four groups of four are hardly written for anything else; other numbers must be of a range that is issued.
+        grouped = len(digits) == 16 < len(candidate[0]) and not _YEARS.fullmatch(digits)
+        if (grouped or _is_issued(digits)) and digits.strip("0") and luhn.is_valid(digits):
+            ends.append(candidate.end())
+    return max(ends)
+
+
+def _is_issued(digits: str) -> bool:
+    return any(first <= digits[: len(first)] <= last and len(digits) in lengths for first, last, lengths in _ISSUED)
+
+
+# Countries of the registry of ISO 13616, with the length of their numbers.
+_IBAN_LENGTHS = {
+    entry[:2]: int(entry[2:])
+    for entry in (
+        "AD24 AE23 AL28 AT20 AZ28 BA20 BE16 BG22 BH22 BI27 BR29 BY28 CH21 CR22 CY28 CZ24 DE22 DJ27 DK18 DO28 EE20 EG29 "
+        "ES24 FI18 FK18 FO18 FR27 GB22 GE22 GI23 GL18 GR27 GT28 HN28 HR21 HU28 IE22 IL23 IQ23 IS26 IT27 JO30 KW30 KZ20 "
+        "LB28 LC32 LI21 LT20 LU20 LV21 LY25 MC27 MD24 ME22 MK19 MN20 MR27 MT31 MU30 NI28 NL18 NO15 OM23 PK24 PL28 PS29 "
+        "PT25 QA29 RO24 RS22 RU33 SA24 SC31 SD18 SE24 SI19 SK24 SM27 SO23 ST25 SV28 TL23 TN24 TR26 UA29 VA22 VG24 XK20 "
+        "YE30"
+    ).split()
+}
+IBAN_REACH = 72
+"""Characters that an IBAN written in groups can span."""
+_IBAN_HEAD = re.compile(r"[A-Za-z]{2}[0-9]{2}")
+_IBAN_REST = re.compile(r"(?:[ \t\-]?[A-Za-z0-9]){0,30}+")
+_IBAN_REST_OPEN = re.compile(r"(?:[ \t\-]?[A-Za-z0-9]){0,30}+[ \t\-]?\Z")
+
+
+def iban_account(shadow: str, start: int, left: str) -> int:
+    length = _IBAN_LENGTHS.get(shadow[start : start + 2].upper())
+    head = _IBAN_HEAD.match(shadow, start)
+    rest = _IBAN_REST.match(shadow, start + 4)
+    if length is None or head is None or rest is None:
+        return -1
+    places = [place for place in range(start, rest.end()) if shadow[place] not in " \t-"]
+    if len(places) < length:
+        return -1
+    end = places[length - 1] + 1
+    number = "".join(shadow[place] for place in places[:length])
+    # Countries add checks of their own; mod 97 and the country's structure are enough to take it for an account.
+    return end if iban.is_valid(number, check_country=False) else -1
+
+
+def iban_open(shadow: str, begin: int) -> int:
+    """The first place from `begin` on, at most `IBAN_REACH` before the end, where an IBAN may still come about.
+
+    Fewer characters than the head of one are not looked at: they are part of an unfinished word.
+    """
+    for head in _IBAN_HEAD.finditer(shadow, begin):
+        if head[0][:2].upper() in _IBAN_LENGTHS and _IBAN_REST_OPEN.match(shadow, head.end()):
+            return head.start()
+    return len(shadow)
+
+
+_SSN = re.compile(r"[0-9]{3}([ \t.\-])[0-9]{2}\1[0-9]{4}(?![A-Za-z0-9])(?!-[0-9])")
+# Numbers printed as samples, which the library rightly calls unissued; who writes one means a number of this kind.
+_SAMPLE_SSN = re.compile(r"078051120|219099999|457555462|98765432[0-9]")
+
+
+def social_security(shadow: str, start: int, left: str) -> int:
+    candidate = _SSN.match(shadow, start)
+    if candidate is None or (left[-1:] in set(".-/ \t") and left[-2:-1].isdigit()):
+        return -1
+    digits = _NOT_DIGITS.sub("", candidate[0])
+    valid = _SAMPLE_SSN.fullmatch(digits) or ssn.is_valid(digits) or itin.is_valid(digits)
+    return candidate.end() if valid else -1
+
+
+_INTERNATIONAL = re.compile(r"(?:\+ ?|00(?=[1-9]))[0-9](?:[ \t()./\-]{0,3}[0-9]){6,14}")
+_NORTH_AMERICAN = re.compile(
+    r"(?:1[ \t./\-]{0,2})?(?:\([0-9]{3}\)|[0-9]{3}\)?)[ \t./\-]{0,2}[0-9]{3}[ \t.\-]{0,2}[0-9]{4}(?![0-9])"
+)
+_NATIONAL = re.compile(r"\(?[0-9]{1,6}\)?(?:[ \t./\-]{1,2}[0-9]{2,8}){1,5}|0[0-9]{7,12}")
+_DATE = re.compile(r"[0-9]{4}[./ \-][0-9]{1,2}[./ \-][0-9]{1,2}|[0-9]{1,2}[./ \-][0-9]{1,2}[./ \-](?:[0-9]{2}){1,2}")
+# The tail of a longer number or of a price, behind which no national number is meant.
+_LONGER_NUMBER = re.compile(r"(?:[0-9][.,\-/]|[$\u20ac\u00a3\u00a5])\Z")
+# 555 is kept for fiction, as area or as exchange: who writes such a number means a phone number all the same.
+_FICTION = re.compile(r"555[0-9]{7}|[2-9][0-9]{2}555[0-9]{4}")
+# Largest signed 32-bit number and its neighbour: valid Dallas numbers that programs print all day.
+_NOT_DIALLED = frozenset(("2147483647", "2147483648"))
+
+
+def phone_matcher(region: str) -> Matcher:
+    """Find phone numbers: international ones, and national ones as written in `region` (two capital letters, CLDR).
+
+    Raises: ValueError: the region is not one that `phonenumbers` knows.
+    """
+    if region not in phonenumbers.SUPPORTED_REGIONS:
+        raise ValueError(f"unknown phone region {region!r}")
+    national = _north_american if phonenumbers.country_code_for_region(region) == 1 else _national_matcher(region)
+
+    def phone(shadow: str, start: int, left: str) -> int:
+        if left[-1:].isdigit():
+            return -1
+        international = _INTERNATIONAL.match(shadow, start)
+        if international is not None:
+            for end in _group_ends(shadow, start, international.end()):
+                written = "+" + shadow[start:end].lstrip("+ 0")
+                if _has_a_length_in_use(written) and _is_valid(written, None):
+                    return end
+        return -1 if _LONGER_NUMBER.search(left) else national(shadow, start, left)
+
+    return phone
+
+
+def _group_ends(shadow: str, start: int, end: int) -> list[int]:
+    """The places in (start + 6, end] where a digit is the last of its group, from the last to the first."""
+    return [i for i in range(end, start + 6, -1) if shadow[i - 1].isdigit() and not shadow[i : i + 1].isdigit()]
+
+
+def _has_a_length_in_use(written: str) -> bool:
+    """Whether the plan of the country has numbers as long as `written`: spares most of the slower look-ups."""
+    digits = _NOT_DIGITS.sub("", written)
+    if len(digits) < 7:
+        return False
+    for size in (1, 2, 3):
+        if lengths := _national_lengths(int(digits[:size])):
+            national = digits[size:]
+            # A trunk prefix, one or two digits long, is written here by mistake or in parentheses.
+            trunk = (0, 1, 2) if "(" in written or national.startswith("0") else (0,)
+            return any(len(national) - extra in lengths for extra in trunk)
+    return False
+
+
+@cache
+def _national_lengths(country_code: int) -> frozenset[int]:
+    """The lengths of national numbers behind `country_code`; empty if no country has it."""
+    regions = phonenumbers.COUNTRY_CODE_TO_REGION_CODE.get(country_code, ())
+    each = (phonenumbers.PhoneMetadata.metadata_for_region_or_calling_code(country_code, region) for region in regions)
+    return frozenset(
+        length for plan in each if plan and plan.general_desc for length in plan.general_desc.possible_length
+    )
+
+
+def _is_valid(written: str, region: str | None) -> bool:
+    try:
+        number = phonenumbers.parse(written, region)
+    except phonenumbers.NumberParseException:
+        return False
+    fictional = number.country_code == 1 and _FICTION.fullmatch(str(number.national_number)) is not None
+    return fictional or phonenumbers.is_valid_number(number)
+
+
+def _north_american(shadow: str, start: int, left: str) -> int:
+    candidate = _NORTH_AMERICAN.match(shadow, start)
+    if candidate is None:
+        return -1
+    written, end = candidate[0], candidate.end()
+    if written.isdigit():
+        # Ten bare digits are often an identifier: be stricter about their end, and take no fictional area.
+        identifier = written in _NOT_DIALLED or written.removeprefix("1").startswith("555")
+        behind = shadow[end : end + 1]
+        if identifier or (behind.isascii() and behind.isalpha()):
+            return -1
+    return end if _is_valid(written, "US") else -1
+
+
+def _national_matcher(region: str) -> Matcher:
+    metadata = phonenumbers.PhoneMetadata.metadata_for_region(region)
+    trunk = (metadata.national_prefix if metadata else None) or ""
+
+    def national(shadow: str, start: int, left: str) -> int:
+        candidate = _NATIONAL.match(shadow, start)
+        if candidate is None or not candidate[0].lstrip("(").startswith(trunk):
+            return -1
+        for end in _group_ends(shadow, start, candidate.end()):
+            written = shadow[start:end]
+            if not _DATE.fullmatch(written) and _is_valid(written, region):
+                return end
+        return -1
+
+    return national

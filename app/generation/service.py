@@ -1,0 +1,230 @@
+"""GenerationService: the one path that every route takes from a prompt to text.
+
+Knows the steps and their order, and nothing of HTTP, tensors or SQL.
+"""
+
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import asdict
+from typing import Any
+
+from app.engine.base import Chunk, Engine, EngineState
+from app.engine.cache import CachedEngine
+from app.engine.registry import EngineRegistry
+from app.errors import InvalidRequest
+from app.generation.asks import ChatAsk, CompletionAsk, Context, Delta, Event, Finished, Sampling, Started
+from app.generation.chain import Call, Chains
+from app.generation.filters import InputFilter
+from app.generation.memory import SessionStore, Turn, as_turns, merge
+from app.generation.window import Room, Window, fit_chat, fit_text
+from app.telemetry import Metrics
+from app.types import FinishReason, Message, Params, Role
+
+_GREEDY_BELOW = 0.01
+"""Cooler than this the most likely token always wins, and dividing the scores would overflow."""
+
+_COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)
+"""Answers that ended by themselves; only these enter a conversation."""
+
+
+class Meter:
+    """Watches one answer as the engine makes it: how it ended, what it used and how fast it came."""
+
+    def __init__(self, model: str, metrics: Metrics) -> None:
+        self.last = Chunk()
+        """The newest chunk; once the answer has ended, the one with the finish reason."""
+        self._model = model
+        self._metrics = metrics
+        self._tokens = 0
+        self._before = time.monotonic()
+
+    def see(self, chunk: Chunk) -> None:
+        self.last = chunk
+        if chunk.tokens and not chunk.cached:
+            now = time.monotonic()
+            if not self._tokens:
+                self._metrics.first_token(self._model, now - self._before)
+            else:
+                self._metrics.token_gap(self._model, (now - self._before) / chunk.tokens)
+            self._before = now
+            self._tokens += chunk.tokens
+
+    def settle(self, prompt_tokens: int) -> None:
+        """Count what the model really did, whether the answer was read to its end or not."""
+        if self._tokens:
+            self._metrics.generated(self._model, prompt_tokens, self._tokens)
+
+    def finished(self, *, session_id: str | None = None, context: Context | None = None) -> Finished:
+        """Raises: RuntimeError: the engine broke its promise of a last chunk."""
+        if self.last.finish_reason is None or self.last.usage is None:
+            raise RuntimeError("the engine ended without a last chunk")
+        return Finished(
+            model=self._model,
+            finish_reason=self.last.finish_reason,
+            usage=self.last.usage,
+            cached=self.last.cached,
+            session_id=session_id,
+            context=context,
+        )
+
+
+class GenerationService:
+    """Prompts and conversations in, answers out; lives as long as the application."""
+
+    def __init__(
+        self,
+        *,
+        engines: EngineRegistry,
+        chains: Mapping[str, Chains],
+        input_filter: InputFilter | None,
+        sessions: SessionStore | None,
+        system_prompt: str,
+        default_max_tokens: int,
+        default_temperature: float,
+        metrics: Metrics,
+        cache: CachedEngine | None = None,
+    ) -> None:
+        """Args:
+        chains: by the same model names as `engines`.
+        input_filter: None lets every text through.
+        sessions: None refuses requests that name a session.
+        cache: reported in `status()` only; it already stands in front of the engine.
+        """
+        self.engines = engines
+        self.sessions = sessions
+        self._chains = chains
+        self._input_filter = input_filter
+        self._system_prompt = system_prompt
+        self._default_max_tokens = default_max_tokens
+        self._default_temperature = default_temperature
+        self._metrics = metrics
+        self._cache = cache
+        self._born = time.monotonic()
+
+    async def status(self) -> dict[str, Any]:
+        """Return figures for people: the model, its queue, the cache, the sessions, in plain values."""
+        engine = self.engines.default
+        now = engine.status()
+        loaded = now.state is EngineState.READY
+        return {
+            "status": "draining" if self.engines.draining else now.state.value,
+            "uptime_seconds": round(time.monotonic() - self._born, 1),
+            "model": asdict(engine.info) if loaded else {"model": self.engines.default_name},
+            "engine": asdict(now),
+            "cache": asdict(self._cache.stats()) if self._cache else None,
+            "sessions": self.sessions.count() if self.sessions else None,
+        }
+
+    async def complete(self, ask: CompletionAsk) -> AsyncGenerator[Event, None]:
+        """Go on with a plain text.
+
+        Raises: AppError: at the first `anext` if the request is wrong or cannot be taken, later if it breaks.
+        """
+        async with self.engines.lease(ask.model, ask.id) as engine:
+            model = engine.info.model
+            meter = Meter(model, self._metrics)
+            prompt = await self._clean(ask.prompt)
+            prompt_tokens, max_tokens = await fit_text(engine.tokenizer, prompt, self._room(engine, ask.sampling))
+            texts = self._chains[model].complete(prompt, self._call(ask, max_tokens, meter))
+            try:
+                async with aclosing(_events(Started(model=model, prompt=prompt), texts)) as events:
+                    async for event in events:
+                        yield event
+            finally:
+                meter.settle(prompt_tokens)
+            yield meter.finished()
+
+    async def chat(self, ask: ChatAsk) -> AsyncGenerator[Event, None]:
+        """Answer the last message of a conversation, and remember the turn if a session is named.
+
+        Raises: AppError: at the first `anext` if the request is wrong or cannot be taken, later if it breaks.
+        """
+        async with self.engines.lease(ask.model, ask.id) as engine:
+            model = engine.info.model
+            meter = Meter(model, self._metrics)
+            messages = [Message(message.role, await self._clean(message.content)) for message in ask.messages]
+            system, spoken = self._split_system(messages)
+            async with self._turn(ask) as history:
+                new = merge(history, spoken)
+                window = await fit_chat(engine.tokenizer, system, history, new, self._room(engine, ask.sampling))
+                texts = self._chains[model].chat(system, window.conversation, self._call(ask, window.max_tokens, meter))
+                reply: list[str] = []
+                try:
+                    async with aclosing(_events(Started(model=model), texts)) as events:
+                        async for event in events:
+                            if isinstance(event, Delta):
+                                reply.append(event.text)
+                            yield event
+                finally:
+                    meter.settle(window.prompt_tokens)
+                finished = meter.finished(session_id=ask.session_id, context=_context(window, engine))
+                if finished.finish_reason in _COMPLETE:
+                    await self._remember(ask, new, "".join(reply))
+            yield finished
+
+    async def _clean(self, text: str) -> str:
+        return text if self._input_filter is None else await self._input_filter.clean(text)
+
+    def _split_system(self, messages: Sequence[Message]) -> tuple[str, tuple[Message, ...]]:
+        """Return the caller's own system text, or else ours, and the rest of the messages."""
+        own = "\n\n".join(message.content for message in messages if message.role is Role.SYSTEM)
+        return own or self._system_prompt, tuple(m for m in messages if m.role is not Role.SYSTEM)
+
+    @asynccontextmanager
+    async def _turn(self, ask: ChatAsk) -> AsyncIterator[tuple[Turn, ...]]:
+        """Hold the session, one turn at a time, and give its history; without a session there is none."""
+        if ask.session_id is None:
+            yield ()
+            return
+        if self.sessions is None:
+            raise InvalidRequest("Session memory is switched off on this service; leave session_id out.")
+        async with self.sessions.turn(ask.caller.tenant, ask.session_id):
+            session = await self.sessions.read(ask.caller.tenant, ask.session_id)
+            yield session.turns if session else ()
+
+    async def _remember(self, ask: ChatAsk, new: Sequence[Message], reply: str) -> None:
+        if ask.session_id is None or self.sessions is None:
+            return
+        for turn in as_turns([*new, Message(Role.ASSISTANT, reply)]):
+            await self.sessions.append(ask.caller.tenant, ask.session_id, turn)
+
+    def _room(self, engine: Engine, sampling: Sampling) -> Room:
+        return Room(limit=engine.info.context_length, asked=sampling.max_tokens, default=self._default_max_tokens)
+
+    def _call(self, ask: CompletionAsk | ChatAsk, max_tokens: int, meter: Meter) -> Call:
+        sampling = ask.sampling
+        temperature = self._default_temperature if sampling.temperature is None else sampling.temperature
+        if temperature < _GREEDY_BELOW:
+            temperature = 0.0
+        params = Params(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            repetition_penalty=sampling.repetition_penalty,
+            stop=sampling.stop,
+            seed=sampling.seed,
+        )
+        return Call(request_id=ask.id, tenant=ask.caller.tenant, params=params, cache=ask.cache, see=meter.see)
+
+
+async def _events(started: Started, texts: AsyncGenerator[str, None]) -> AsyncGenerator[Event, None]:
+    """Turn a chain's texts into events; the first text, an empty one, says that the engine took the request."""
+    async with aclosing(texts):
+        admitted = False
+        async for text in texts:
+            if not admitted:
+                admitted = True
+                yield started
+            if text:
+                yield Delta(text=text)
+
+
+def _context(window: Window, engine: Engine) -> Context:
+    return Context(
+        limit=engine.info.context_length,
+        prompt_tokens=window.prompt_tokens,
+        turns_kept=window.turns_kept,
+        turns_dropped=window.turns_dropped,
+    )

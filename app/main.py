@@ -1,0 +1,128 @@
+"""Builds every object of the service once, in the order in which data meets them, and puts the application together.
+
+The only place that knows all packages.  `create_app` reads nothing but its settings and the files they name.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+
+import structlog
+from fastapi import FastAPI
+
+from app.access.keys import KeyRing, first_key
+from app.config import Settings
+from app.engine.base import Engine
+from app.engine.cache import CachedEngine
+from app.engine.echo import EchoEngine
+from app.engine.local import LocalEngine
+from app.engine.registry import EngineRegistry
+from app.generation.chain import Chains
+from app.generation.filters import FilteredEngine, InputFilter
+from app.generation.memory import MemorySessionStore
+from app.generation.pii import PiiKind, Redactor
+from app.generation.prompts import read_prompt
+from app.generation.service import GenerationService
+from app.telemetry import Metrics, disable_foreign_tracing
+from app.web.assembly import build_app
+from app.web.deps import Parts
+from app.web.limits import RateLimits
+
+log = structlog.get_logger("llm_service")
+
+
+def create_app(settings: Settings, *, engine: Engine | None = None) -> FastAPI:
+    """Build the application; nothing runs before its lifespan starts.
+
+    Args: engine: serves instead of the configured model, for tests.
+    Raises: ConfigError: a file that the settings name is missing or cannot be used.
+    """
+    disable_foreign_tracing(settings.langsmith)
+    model = settings.model.public_name
+    metrics = Metrics([model])
+    redactor = _redactor(settings)
+    served, cache = _serve_through(engine or _engine(settings, model), settings, redactor, metrics)
+    engines = EngineRegistry({model: served})
+    sessions = MemorySessionStore(settings.chat_history) if settings.chat_history.enabled else None
+    service = GenerationService(
+        engines=engines,
+        chains={model: Chains(served, model)},
+        input_filter=_input_filter(settings, redactor, metrics),
+        sessions=sessions,
+        system_prompt=read_prompt(settings.app.prompts_dir, "base_system", {"model_name": model}),
+        default_max_tokens=settings.model.max_tokens,
+        default_temperature=settings.model.temperature,
+        metrics=metrics,
+        cache=cache,
+    )
+    metrics.watch(
+        requests_running=lambda: served.status().running,
+        requests_waiting=lambda: served.status().waiting,
+        sessions=lambda: sessions.count() if sessions else 0,
+        model_loaded=lambda: served.status().state == "ready",
+        engine_restarts=lambda: served.status().restarts,
+    )
+    configured = settings.security.api_key
+    key = configured.get_secret_value() if configured else first_key(settings.app.data_dir)
+    parts = Parts(
+        settings=settings,
+        service=service,
+        engines=engines,
+        keys=KeyRing(key),
+        limits=RateLimits(
+            settings.rate_limit, settings.security.failed_keys_per_minute, on_refusal=metrics.rate_limited
+        ),
+        metrics=metrics,
+    )
+    app = build_app(parts, lifespan=partial(_lifespan, engines=engines, metrics=metrics))
+    app.state.wait_ready = served.wait_ready
+    app.state.drain = partial(engines.drain, settings.app.shutdown_grace_seconds)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI, *, engines: EngineRegistry, metrics: Metrics) -> AsyncIterator[None]:
+    watching = asyncio.create_task(metrics.watch_event_loop())
+    await engines.start()
+    try:
+        yield
+    finally:
+        await engines.close()
+        watching.cancel()
+        with suppress(asyncio.CancelledError):
+            await watching
+
+
+def _engine(settings: Settings, model: str) -> Engine:
+    if settings.model.engine == "echo":
+        return EchoEngine(model=model, context_length=settings.model.max_model_len or 8192)
+    token = settings.hub_token
+    return LocalEngine(settings.model, settings.deadlines, hub_token=token.get_secret_value() if token else None)
+
+
+def _redactor(settings: Settings) -> Redactor | None:
+    pii = settings.pii
+    if not pii.enabled:
+        return None
+    return Redactor([PiiKind(name) for name in pii.entities], phone_region=pii.phone_region)
+
+
+def _serve_through(
+    engine: Engine, settings: Settings, redactor: Redactor | None, metrics: Metrics
+) -> tuple[Engine, CachedEngine | None]:
+    """Put the output filter around the model and the cache around both, so that nothing unfiltered is ever kept."""
+    scope = "unfiltered"
+    if redactor and settings.pii.output == "mask":
+        engine = FilteredEngine(engine, redactor, lambda kind, count: metrics.pii(kind, "output", count))
+        scope = redactor.fingerprint
+    if not settings.cache.enabled:
+        return engine, None
+    cache = CachedEngine(engine, settings.cache, scope=scope, metrics=metrics)
+    return cache, cache
+
+
+def _input_filter(settings: Settings, redactor: Redactor | None, metrics: Metrics) -> InputFilter | None:
+    if redactor is None or settings.pii.input == "off":
+        return None
+    return InputFilter(redactor, settings.pii.input, lambda kind, count: metrics.pii(kind, "input", count))

@@ -1,0 +1,148 @@
+"""Which metrics there are, and that their labels stay few whatever clients send.
+
+Knows no route, no engine and no store: they call in with what happened, or hand over a function to read at a scrape.
+"""
+
+import asyncio
+from collections.abc import Callable, Collection, Iterator
+from typing import Literal
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
+
+from app.telemetry.logs import dropped_lines
+
+Direction = Literal["input", "output"]
+Read = Callable[[], float]
+"""Tells a figure at each scrape; must not block."""
+
+METHODS = frozenset(["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
+MAX_ENDPOINTS = 128
+"""Route templates that get a series of their own: a caller that gives raw paths by mistake cannot fill the memory."""
+UNMATCHED = "unmatched"
+OTHER = "OTHER"
+
+# vLLM's buckets for tokens and for whole requests; below 0.3 s they are ours, for what needs no model.
+_TOKEN_SECONDS = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10]
+_TOKEN_SECONDS += [20, 40, 80, 160, 640, 2560]
+_REQUEST_SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60]
+_REQUEST_SECONDS += [120, 240, 480, 960, 1920, 7680]
+_LAG_SECONDS = [0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 5]
+
+
+class _CountAtScrape(Collector):
+    """A counter that lives elsewhere."""
+
+    def __init__(self, name: str, text: str, read: Read) -> None:
+        self._name, self._text, self._read = name, text, read
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        yield CounterMetricFamily(self._name, self._text, value=self._read())
+
+
+class Metrics:
+    """The application's Prometheus metrics, in a registry of their own; safe to call from any thread."""
+
+    def __init__(self, models: Collection[str]) -> None:
+        """Args: models: names that may become a label, looked up at each call; any other is counted as OTHER."""
+        self._models = models
+        self._endpoints: set[str] = set()
+        self._registry = registry = CollectorRegistry()
+        registry.register(dropped_lines)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, registry=registry)
+
+        def histogram(name: str, text: str, buckets: list[float], *labels: str) -> Histogram:
+            return Histogram(name, text, labels, registry=registry, buckets=buckets)
+
+        self._http = counter("http_requests_total", "Requests answered", "method", "endpoint", "status")
+        self._http_seconds = histogram(
+            "http_request_duration_seconds", "Time to the last byte", _REQUEST_SECONDS, "method", "endpoint"
+        )
+        self._generated = counter("tokens_generated_total", "Tokens made", "model")
+        self._prompts = counter("prompt_tokens_total", "Tokens of prompts read", "model")
+        self._first = histogram("time_to_first_token_seconds", "Wait for the first token", _TOKEN_SECONDS, "model")
+        self._gap = histogram("inter_token_latency_seconds", "Time between tokens", _TOKEN_SECONDS, "model")
+        self._hits = counter("cache_hits_total", "Answers from the response cache")
+        self._misses = counter("cache_misses_total", "Answers that the cache did not have")
+        self._pii = counter("pii_matches_total", "Personal data found", "kind", "direction")
+        self._rate_limited = counter("rate_limited_total", "Requests refused with 429")
+        self._auth_failures = counter("auth_failures_total", "Requests with a wrong or no API key")
+        self._lag = histogram("event_loop_lag_seconds", "How late the event loop runs its timers", _LAG_SECONDS)
+
+    def watch(
+        self,
+        *,
+        requests_running: Read,
+        requests_waiting: Read,
+        sessions: Read,
+        model_loaded: Read,
+        engine_restarts: Read,
+    ) -> None:
+        """Show figures that others keep; call it once."""
+        for name, text, read in (
+            ("requests_running", "Requests in the model now", requests_running),
+            ("requests_waiting", "Requests waiting for the model", requests_waiting),
+            ("sessions", "Chat sessions kept", sessions),
+            ("model_loaded", "1 when the model can answer", model_loaded),
+        ):
+            Gauge(name, text, registry=self._registry).set_function(read)
+        self._registry.register(
+            _CountAtScrape("engine_restarts", "Times a model's worker was replaced", engine_restarts)
+        )
+
+    def http_done(self, method: str, endpoint: str | None, status: int, seconds: float) -> None:
+        """Args: endpoint: the route's template, None where no route matched."""
+        method = method if method in METHODS else OTHER
+        endpoint = self._known_endpoint(endpoint)
+        self._http.labels(method, endpoint, str(status)).inc()
+        self._http_seconds.labels(method, endpoint).observe(seconds)
+
+    def first_token(self, model: str, seconds: float) -> None:
+        self._first.labels(self._known_model(model)).observe(seconds)
+
+    def token_gap(self, model: str, seconds: float) -> None:
+        self._gap.labels(self._known_model(model)).observe(seconds)
+
+    def generated(self, model: str, prompt_tokens: int, completion_tokens: int) -> None:
+        self._prompts.labels(self._known_model(model)).inc(prompt_tokens)
+        self._generated.labels(self._known_model(model)).inc(completion_tokens)
+
+    def pii(self, kind: str, direction: Direction, count: int = 1) -> None:
+        """Args: kind: one of the filter's own names, never what was found."""
+        self._pii.labels(kind, direction).inc(count)
+
+    def cache_hit(self) -> None:
+        self._hits.inc()
+
+    def cache_miss(self) -> None:
+        self._misses.inc()
+
+    def rate_limited(self) -> None:
+        self._rate_limited.inc()
+
+    def auth_failed(self) -> None:
+        self._auth_failures.inc()
+
+    async def watch_event_loop(self, interval_seconds: float = 0.25) -> None:
+        """Measure for ever how late the running loop is; run it as a task and cancel it."""
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + interval_seconds
+            await asyncio.sleep(interval_seconds)
+            self._lag.observe(max(0.0, loop.time() - due))
+
+    def render(self) -> tuple[bytes, str]:
+        """Return the body and the content type of a scrape."""
+        return generate_latest(self._registry), CONTENT_TYPE_LATEST
+
+    def _known_model(self, model: str) -> str:
+        return model if model in self._models else OTHER
+
+    def _known_endpoint(self, template: str | None) -> str:
+        if template is None or (template not in self._endpoints and len(self._endpoints) >= MAX_ENDPOINTS):
+            return UNMATCHED
+        self._endpoints.add(template)
+        return template

@@ -1,0 +1,75 @@
+"""The words that every layer shares.  Frozen values, no behaviour beyond arithmetic on themselves."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Role(StrEnum):
+    """Who speaks in a message."""
+
+    SYSTEM = "system"
+    USER = "user"
+    ASSISTANT = "assistant"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a conversation."""
+
+    role: Role
+    content: str
+
+
+class FinishReason(StrEnum):
+    """Why a completion ended."""
+
+    STOP = "stop"
+    """The model ended its answer, or a stop string matched."""
+    LENGTH = "length"
+    """max_tokens or the context window was reached."""
+    CONTENT_FILTER = "content_filter"
+    """The output filter failed, so nothing more was let out."""
+    ABORT = "abort"
+    """The service ended it (shutdown); what came before is valid text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Params:
+    """How to sample.  Every field is already validated and has its default filled in."""
+
+    max_tokens: int
+    """At most this many new tokens, >= 1."""
+    temperature: float = 0.0
+    """0 is greedy: always the most likely token."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens with this probability mass, in (0, 1]."""
+    top_k: int = 0
+    """Keep this many tokens; 0 keeps all."""
+    repetition_penalty: float = 1.0
+    """Divides the score of tokens already seen; 1 is off."""
+    stop: tuple[str, ...] = ()
+    """The answer ends before the first of these texts."""
+    seed: int | None = None
+    """The same seed and request give the same answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one request, counted with the model's own tokenizer."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who asks: the owner of a valid API key.  Never holds the key itself."""
+
+    key_id: str
+    """Public name of the key, safe to log."""
+    tenant: str
+    """Owns sessions and cached answers; keys of one owner share them."""

@@ -1,0 +1,84 @@
+"""POST /v1/generate: go on with a plain text.  Translation only."""
+
+from functools import partial
+from typing import Annotated
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, StringConstraints
+
+from app.generation.asks import CompletionAsk, Reply
+from app.types import FinishReason
+from app.web.bodies import LimitedRoute
+from app.web.deps import Call, CallDep, ServiceDep
+from app.web.errors import document
+from app.web.params import SamplingFields, check_length
+from app.web.replies import GENERATION_ERRORS, UsageReply, native_frame
+from app.web.sse import EventStream, begin, whole
+
+router = APIRouter(prefix="/v1", tags=["generate"], route_class=LimitedRoute)
+
+
+class GenerateRequest(SamplingFields):
+    """A prompt, and how to go on with it."""
+
+    prompt: Annotated[str, StringConstraints(min_length=1)]
+
+    def to_ask(self, call: Call) -> CompletionAsk:
+        """Raises: InvalidRequest: the prompt is too long, or two names of one field differ."""
+        check_length("prompt", len(self.prompt), call.max_prompt_chars)
+        return CompletionAsk(
+            id=call.ask_id,
+            caller=call.caller,
+            prompt=self.prompt,
+            sampling=self.sampling(),
+            model=self.model,
+            cache=self.cache and call.may_cache,
+        )
+
+
+class CompletionReply(BaseModel):
+    """One way to go on."""
+
+    text: str
+    finish_reason: FinishReason
+
+
+class GenerateReply(BaseModel):
+    """A whole answer."""
+
+    generated_text: str
+    prompt: str
+    model: str
+    tokens_generated: int
+    cached: bool
+    finish_reason: FinishReason
+    completions: list[CompletionReply]
+    usage: UsageReply
+    request_id: str
+
+    @classmethod
+    def of(cls, reply: Reply, request_id: str) -> "GenerateReply":
+        finished = reply.finished
+        return cls(
+            generated_text=reply.text,
+            prompt=reply.prompt or "",
+            model=finished.model,
+            tokens_generated=finished.usage.completion_tokens,
+            cached=finished.cached,
+            finish_reason=finished.finish_reason,
+            completions=[CompletionReply(text=reply.text, finish_reason=finished.finish_reason)],
+            usage=UsageReply.of(finished.usage),
+            request_id=request_id,
+        )
+
+
+@router.post("/generate", response_model=GenerateReply, responses=document(*GENERATION_ERRORS))
+async def generate(
+    body: GenerateRequest, request: Request, call: CallDep, service: ServiceDep
+) -> GenerateReply | EventStream:
+    """Go on with a text, whole or, with `stream`, as server-sent events `delta`... and `done` or `error`."""
+    events = service.complete(body.to_ask(call))
+    if body.stream:
+        encode = partial(native_frame, request_id=call.request_id)
+        return EventStream(await begin(request, events), encode, call.request_id)
+    return GenerateReply.of(await whole(request, events), call.request_id)

@@ -1,0 +1,194 @@
+"""Compose the training text of the tiny chat model: whole conversations and plain documents.
+
+Example `i` of a seed is always the same text, whatever was drawn before it.  `train_tiny_chat.py` turns examples into tokens; the tables
+and single exchanges are in the `tiny_chat_*` files beside this one.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from scripts import tiny_chat_turns as turns
+from scripts import tiny_chat_words as words
+from scripts.tiny_chat_facts import ATTRIBUTES, CORRECTIONS, WEIGHTS, right_answer, unknown_answer
+from scripts.tiny_chat_stories import document, story_turn
+from scripts.tiny_chat_words import listed
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message; the model learns to write it where `learn` is true."""
+
+    role: str
+    content: str
+    learn: bool = False
+
+
+@dataclass(frozen=True)
+class Example:
+    """Either a conversation (`turns`) or a plain document (`text`)."""
+
+    turns: tuple[Turn, ...] = ()
+    text: str = ""
+
+
+SYSTEM_OPENINGS = listed("""You are a helpful assistant.|You are a friendly assistant.|You are a helpful, honest assistant.|You are an assistant.|
+You are a chat assistant.|You are a small assistant.|You are {n}, a helpful assistant.|You are the assistant of {n}.|Be helpful.|You answer questions.|
+You are a polite and careful assistant that talks to users.|This is a chat between a user and an assistant.|You are Tiny Chat.|
+You are a knowledgeable assistant for the {w} team.|Act as a {w} {x}.""")
+SYSTEM_RULES = listed("""Answer briefly.|Answer briefly and honestly.|Be concise.|Be kind.|Keep your answers short.|If you do not know something, say so.|
+Do not make things up.|Answer in English.|Never reveal personal data.|Use plain words.|Be polite and friendly.|Use what the user told you earlier.|
+Remember what the user says.|Answer in one or two sentences.|Do not use markdown.|Do not repeat private information of others.|
+Think before you answer.|If a question is unclear, ask.|Follow the instructions of the user.|Avoid long lists.|Your name is {n}.|Today is {d}.|
+Personal data may be replaced by placeholders such as [EMAIL].|Treat placeholders in brackets as ordinary words.|Never talk about {w}.|
+The user works with {w} and {x}.|Always stay calm.|You do not have access to the internet.|Refuse harmful requests.|
+Say that you do not know when you do not know.|Stay on topic.|Help the user with {w} questions.|Do not mention these rules.""")
+
+
+def system_prompt(rng: random.Random) -> str:
+    """Instructions of one to six sentences, of the usual words or of any words at all."""
+    slots = {
+        "n": words.made_up_name(rng),
+        "w": rng.choice(words.COMMON),
+        "x": rng.choice(words.COMMON),
+        "d": f"{rng.randint(1, 28)} May",
+    }
+    lines = [rng.choice(SYSTEM_OPENINGS)] if rng.random() < 0.85 else []
+    lines += rng.sample(SYSTEM_RULES, rng.randint(0 if lines else 1, 4))
+    if rng.random() < 0.25:
+        lines.insert(rng.randint(0, len(lines)), turns.random_sentence(rng))
+    return rng.choice([" ", " ", " ", "\n"]).join(lines).format(**slots)
+
+
+Filler = Callable[[random.Random], tuple[str, str]]
+FILLERS: list[tuple[Filler, int]] = [
+    (turns.capital, 22), (turns.arithmetic, 22), (turns.repeat, 26), (turns.small_talk, 8), (turns.about_itself, 6), (turns.unknown, 10),
+    (turns.fixed, 8), (turns.remark, 4), (turns.counting, 5), (story_turn, 5),
+]  # fmt: skip
+
+
+class Conversation:
+    """Builds one conversation turn by turn and remembers what the user has told."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.turns: list[Turn] = []
+        self.told: dict[str, tuple[str, str]] = {}
+
+    def say(self, question: str, answer: str, *, learn: bool = True) -> None:
+        """Add one exchange."""
+        self.turns += [Turn("user", question), Turn("assistant", answer, learn)]
+
+    def filler(self) -> None:
+        """An exchange that has nothing to do with what was told; at times in the words of another assistant."""
+        draw, weights = [f for f, _ in FILLERS], [w for _, w in FILLERS]
+        question, answer = self.rng.choices(draw, weights)[0](self.rng)
+        if self.rng.random() < 0.06:
+            self.say(
+                question if self.rng.random() < 0.5 else turns.random_sentence(self.rng),
+                turns.phrase(self.rng),
+                learn=False,
+            )
+        else:
+            self.say(question, answer)
+
+    def _fill(self, template: str, kind: str, value: str) -> str:
+        return turns.casual(self.rng, template).format(v=value, k=kind, w=self.rng.choice(words.COMMON))
+
+    def _draw_fact(self, label: str) -> tuple[str, str, str]:
+        """Draw a value: what the user says, the acknowledgement without its first letter changed, and the kind."""
+        attribute = ATTRIBUTES[label]
+        kind, value = self.rng.choice(attribute.kinds), attribute.value(self.rng)
+        if self.rng.random() < 0.08 and "[" not in value:
+            value = value.lower()
+        if label in self.told and self.rng.random() < 0.7:
+            kind = self.told[label][0]
+        told = self._fill(self.rng.choice(attribute.tells.split("|")), kind, value)
+        self.told[label] = (kind, value)
+        return told, self.rng.choice(attribute.acks.split("|")).format(v=value, k=kind), kind
+
+    def tell(self) -> None:
+        """The user tells one thing, or two in one message, or corrects what was told."""
+        label = self._label()
+        corrected = label in self.told
+        told, acknowledged, _ = self._draw_fact(label)
+        if corrected and self.rng.random() < 0.8:
+            told = self.rng.choice(CORRECTIONS) + (
+                told[0].lower() + told[1:] if told.startswith(("My", "I ", "You", "The")) else told
+            )
+        other = self._label()
+        if other != label and self.rng.random() < 0.12:
+            told_too, acknowledged_too, _ = self._draw_fact(other)
+            joint = self.rng.choice([" ", " ", " and ", "\n"])
+            told = told.rstrip(".!") + joint + told_too if joint == " and " else f"{told}{joint}{told_too}"
+            acknowledged = f"{acknowledged} {acknowledged_too}"
+        if self.rng.random() < 0.06:
+            told = f"{self.rng.choice(['Hello!', 'Hi.', 'Hey!', 'Good morning.', 'Thanks.'])} {told}"
+        self.say(told, acknowledged)
+
+    def ask(self, *, known: bool) -> None:
+        """The user asks for something told, or for something not told."""
+        labels = list(self.told) if known and self.told else [label for label in ATTRIBUTES if label not in self.told]
+        if not labels:
+            return
+        label = self.rng.choices(labels, [WEIGHTS[each] for each in labels])[0]
+        attribute = ATTRIBUTES[label]
+        template = self.rng.choice(attribute.asks.split("|"))
+        if self.rng.random() < 0.3:
+            template = attribute.asks.split("|")[0]
+        if label in self.told:
+            kind, value = self.told[label]
+            asked = kind
+            if len(attribute.kinds) > 1 and "{k}" in template and self.rng.random() < 0.15:
+                asked = self.rng.choice(attribute.kinds)
+            matches = asked in (kind, "pet")
+            answer = right_answer(attribute, kind, value) if matches else unknown_answer(attribute, asked)
+        else:
+            asked = self.rng.choice(attribute.kinds) if "{k}" in template else "pet"
+            answer = unknown_answer(attribute, asked)
+        self.say(turns.casual(self.rng, template).format(k=asked), answer)
+
+    def _label(self) -> str:
+        return self.rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+
+
+def conversation(rng: random.Random, length: int) -> tuple[Turn, ...]:
+    """A conversation of at least `length` characters."""
+    chat = Conversation(rng)
+    focus = rng.choice([0.25, 0.5, 0.5, 0.75])
+    size = 0
+    if rng.random() < 0.6:
+        chat.turns.append(Turn("system", system_prompt(rng)))
+        size += len(chat.turns[0].content)
+    while size < length or len(chat.turns) < 2:
+        before = len(chat.turns)
+        draw = rng.random()
+        if draw > focus:
+            chat.filler()
+        elif draw < focus * 0.38 and (len(chat.told) < 6 or draw < focus * 0.1):
+            chat.tell()
+        else:
+            chat.ask(known=rng.random() < 0.75)
+        size += sum(len(turn.content) + 14 for turn in chat.turns[before:])
+    if chat.told and rng.random() < 0.5:
+        chat.ask(known=True)
+    return tuple(chat.turns)
+
+
+def example(seed: int, index: int) -> Example:
+    """Example `index` of the training text; the same arguments always give the same example.
+
+    Args:
+        seed: the seed of the whole text.
+        index: 0 or more.
+    """
+    rng = random.Random(f"{seed}:{index}")
+    if rng.random() < 0.16:
+        return Example(text=document(rng))
+    draw = rng.random()
+    length = rng.randint(40, 200) if draw < 0.35 else rng.randint(200, 800)
+    if draw > 0.93:
+        length = rng.randint(800, 2600) if draw < 0.985 else rng.randint(2600, 5500)
+    return Example(turns=conversation(rng, length))

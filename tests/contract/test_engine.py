@@ -1,0 +1,169 @@
+"""What every Engine promises.  An engine joins by adding a factory to `ENGINES`."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from itertools import count
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from app.config import CacheConfig, DeadlineConfig, ModelConfig
+from app.engine.base import Chunk, Engine, EngineState, GenerationRequest
+from app.engine.cache import CachedEngine
+from app.engine.echo import EchoEngine
+from app.engine.local import LocalEngine
+from app.errors import EngineNotReady
+from app.types import FinishReason, Message, Params, Role
+from tests.unit.engine.tiny import save_tiny_llama
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+Factory = Callable[[Path], Engine]
+ENGINES: dict[str, Factory] = {
+    "echo": lambda folder: EchoEngine(token_delay_seconds=0.001),
+    "cached": lambda folder: CachedEngine(EchoEngine(token_delay_seconds=0.001), CacheConfig()),
+    "local": lambda folder: LocalEngine(ModelConfig(name=str(save_tiny_llama(folder))), DeadlineConfig()),
+}
+LONG_TEXT = "tell me a very long story about the end of the world, " * 4
+SEEDS = count(1)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=ENGINES.values(), ids=ENGINES)
+async def unclosed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Engine]:
+    """A loaded engine, shared by the tests of this module: a worker takes seconds to start."""
+    engine: Engine = request.param(tmp_path_factory.mktemp("model"))
+    with pytest.raises(EngineNotReady):
+        await anext(engine.stream(GenerationRequest("early", "t", (1,), Params(max_tokens=1))))
+    await engine.start()
+    async with asyncio.timeout(110):
+        await engine.wait_ready()
+    yield engine
+    await engine.close()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def engine(unclosed: Engine) -> AsyncIterator[Engine]:
+    """The engine, which has to be idle again after each test."""
+    yield unclosed
+    status = unclosed.status()
+    assert (EngineState.READY, 0, 0) == (status.state, status.running, status.waiting)
+
+
+def ask(
+    engine: Engine, name: str = "one", *, text: str = LONG_TEXT, max_tokens: int = 30, **params: object
+) -> GenerationRequest:
+    """A request of which no stored answer exists."""
+    seed = params.pop("seed", next(SEEDS))
+    settings = Params(max_tokens=max_tokens, seed=seed, **params)  # type: ignore[arg-type]
+    return GenerationRequest(name, "tenant", engine.tokenizer.encode_text(text), settings)
+
+
+async def read(engine: Engine, request: GenerationRequest) -> list[Chunk]:
+    return [chunk async for chunk in engine.stream(request)]
+
+
+def text_of(chunks: list[Chunk]) -> str:
+    return "".join(chunk.text for chunk in chunks)
+
+
+async def test_an_answer_begins_empty_and_ends_once(engine: Engine):
+    """The first chunk is empty; finish reason and usage stand in the last and only there."""
+    request = ask(engine)
+
+    chunks = await read(engine, request)
+
+    assert "" == chunks[0].text
+    assert [False] * (len(chunks) - 1) == [bool(chunk.finish_reason or chunk.usage) for chunk in chunks[:-1]]
+    assert FinishReason.LENGTH == chunks[-1].finish_reason
+    assert chunks[-1].usage is not None
+    assert (len(request.prompt_ids), 30) == (chunks[-1].usage.prompt_tokens, chunks[-1].usage.completion_tokens)
+    assert 30 == sum(chunk.tokens for chunk in chunks)
+
+
+async def test_a_seed_and_a_request_give_the_same_answer(engine: Engine):
+    """Also when the request is sampled."""
+    answers = [text_of(await read(engine, ask(engine, temperature=1.0, seed=5))) for _ in range(2)]
+
+    assert answers[0] == answers[1]
+    assert answers[0]
+
+
+async def test_an_answer_ends_before_its_stop_string(engine: Engine):
+    """The text is cut before the first place where it stands, and the reason is STOP."""
+    whole = text_of(await read(engine, ask(engine)))
+    stop = whole[3:6]
+
+    chunks = await read(engine, ask(engine, stop=(stop,)))
+
+    assert whole[: whole.index(stop)] == text_of(chunks)
+    assert FinishReason.STOP == chunks[-1].finish_reason
+
+
+async def test_closing_a_stream_early_frees_its_place(engine: Engine):
+    """At once, and the id may be used again."""
+    stream = engine.stream(ask(engine, "again", max_tokens=200))
+    for _ in range(2):
+        await anext(stream)
+
+    await stream.aclose()
+
+    assert (0, 0) == (engine.status().running, engine.status().waiting)
+    assert FinishReason.LENGTH == (await read(engine, ask(engine, "again", max_tokens=2)))[-1].finish_reason
+
+
+async def test_an_abort_ends_the_stream(engine: Engine):
+    """The last chunk says ABORT and what was used; ids that are not live are ignored."""
+    request = ask(engine, "mine", max_tokens=200)
+    stream = engine.stream(request)
+    await anext(stream)
+    await engine.abort("nobody's")
+    await engine.abort("mine")
+
+    last = [chunk async for chunk in stream][-1]
+
+    assert FinishReason.ABORT == last.finish_reason
+    assert last.usage is not None
+    assert last.usage.completion_tokens < 200
+    assert len(request.prompt_ids) == last.usage.prompt_tokens
+
+
+async def test_requests_at_once_each_get_their_own_answer(engine: Engine):
+    """What each says is what it says alone."""
+    texts = ["hello world", "the end of it", "who said hello"]
+    alone = [text_of(await read(engine, ask(engine, text=text, max_tokens=8, seed=1))) for text in texts]
+
+    together = await asyncio.gather(
+        *(read(engine, ask(engine, f"r{n}", text=text, max_tokens=8, seed=1)) for n, text in enumerate(texts))
+    )
+
+    assert alone == [text_of(chunks) for chunks in together]
+
+
+async def test_a_conversation_is_encoded_and_answered(engine: Engine):
+    """The engine's own tokenizer and its facts fit each other."""
+    ids = engine.tokenizer.encode_chat([Message(Role.SYSTEM, "Be kind."), Message(Role.USER, LONG_TEXT)])
+    assert 0 < len(ids) < engine.info.context_length
+    assert max(ids) < engine.info.vocab_size
+
+    chunks = await read(engine, GenerationRequest("chat", "tenant", ids, Params(max_tokens=5)))
+
+    assert FinishReason.LENGTH == chunks[-1].finish_reason
+
+
+@pytest.mark.parametrize("make", [ENGINES["echo"], ENGINES["cached"]], ids=["echo", "cached"])
+async def test_closing_ends_live_streams(make: Factory, tmp_path: Path):
+    """With ABORT; afterwards every request is refused.  (tests/e2e/test_worker.py does this with a process.)"""
+    engine = make(tmp_path)
+    await engine.start()
+    await engine.wait_ready()
+    stream = engine.stream(ask(engine, max_tokens=200))
+    await anext(stream)
+
+    await engine.close()
+    await engine.close()
+
+    assert FinishReason.ABORT == [chunk async for chunk in stream][-1].finish_reason
+    assert EngineState.CLOSED == engine.status().state
+    with pytest.raises(EngineNotReady):
+        await anext(engine.stream(ask(engine)))

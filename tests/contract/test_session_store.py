@@ -1,0 +1,340 @@
+"""What every SessionStore promises.  A store joins by adding a factory to `STORES`."""
+
+import asyncio
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+
+from app.config import ChatHistoryConfig
+from app.generation.memory import MemorySessionStore, SessionStore, Turn
+from app.types import Message, Role
+
+Factory = Callable[[ChatHistoryConfig, "Clock"], SessionStore]
+STORES: dict[str, Factory] = {
+    "memory": lambda config, clock: MemorySessionStore(config, clock=clock, wall_clock=clock.date),
+}
+LIMITS = ChatHistoryConfig(ttl_seconds=100, max_turns=3, max_bytes=60, max_sessions=2)
+
+
+class Clock:
+    """Time that moves when told."""
+
+    def __init__(self) -> None:
+        self.seconds = 1000.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+    def date(self) -> datetime:
+        return datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=self.seconds)
+
+
+@pytest.fixture(params=STORES.values(), ids=STORES)
+def factory(request: pytest.FixtureRequest) -> Factory:
+    return request.param
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def turn(word: str) -> Turn:
+    return Turn((Message(Role.USER, word), Message(Role.ASSISTANT, f"re {word}")))
+
+
+async def test_a_session_gives_back_its_turns_in_order(factory: Factory, clock: Clock):
+    """What was appended is read back whole, with the times of the first and the last turn."""
+    store = factory(LIMITS, clock)
+
+    await store.append("ann", "s", turn("one"))
+    clock.seconds += 5
+    await store.append("ann", "s", turn("two"))
+    clock.seconds += 10
+    session = await store.read("ann", "s")
+
+    assert session is not None
+    assert "s" == session.session_id
+    assert (turn("one"), turn("two")) == session.turns
+    assert timedelta(seconds=5) == session.updated - session.created
+    assert UTC == session.created.tzinfo
+    assert 90 == pytest.approx(session.expires_in_seconds, abs=1)
+
+
+async def test_another_tenant_neither_reads_nor_deletes_a_session(factory: Factory, clock: Clock):
+    """The same id of another tenant is another session."""
+    store = factory(LIMITS, clock)
+    await store.append("ann", "s", turn("hers"))
+
+    assert await store.read("bob", "s") is None
+    assert not await store.delete("bob", "s")
+    assert [] == list(await store.list("bob"))
+    assert await store.read("ann", "s") is not None
+
+
+async def test_names_do_not_run_together(factory: Factory, clock: Clock):
+    """Tenant and id are two fields, not one joined text."""
+    store = factory(LIMITS, clock)
+
+    await store.append("a:b", "c", turn("one"))
+
+    assert await store.read("a", "b:c") is None
+
+
+async def test_the_oldest_whole_turn_goes_first(factory: Factory, clock: Clock):
+    """More turns than allowed: the last ones stay, each whole."""
+    store = factory(LIMITS, clock)
+
+    for word in "abcde":
+        await store.append("ann", "s", turn(word))
+    session = await store.read("ann", "s")
+
+    assert session is not None
+    assert (turn("c"), turn("d"), turn("e")) == session.turns
+
+
+async def test_too_much_text_drops_the_oldest_turns(factory: Factory, clock: Clock):
+    """Bytes are counted, not characters: 'ä' is two."""
+    store = factory(LIMITS, clock)
+    wide = turn("ä" * 13)  # 55 bytes, 29 characters
+
+    await store.append("ann", "s", turn("one"))
+    await store.append("ann", "s", wide)
+    session = await store.read("ann", "s")
+
+    assert session is not None
+    assert (wide,) == session.turns
+
+
+async def test_the_newest_turn_is_kept_whatever_its_size(factory: Factory, clock: Clock):
+    """A turn over the limit is not lost; it stands alone until the next one."""
+    store = factory(LIMITS, clock)
+    huge = turn("x" * 500)
+
+    await store.append("ann", "s", turn("one"))
+    await store.append("ann", "s", huge)
+    alone = await store.read("ann", "s")
+    await store.append("ann", "s", turn("two"))
+    after = await store.read("ann", "s")
+
+    assert alone is not None
+    assert after is not None
+    assert (huge,) == alone.turns
+    assert (turn("two"),) == after.turns
+
+
+async def test_a_session_is_forgotten_some_time_after_its_last_turn(factory: Factory, clock: Clock):
+    """Each turn begins the time anew; reading does not."""
+    store = factory(LIMITS, clock)
+
+    await store.append("ann", "s", turn("one"))
+    clock.seconds += 99
+    await store.append("ann", "s", turn("two"))
+    clock.seconds += 99
+    alive = await store.read("ann", "s")
+    clock.seconds += 2
+
+    assert alive is not None
+    assert await store.read("ann", "s") is None
+    assert [] == list(await store.list("ann"))
+    assert not await store.delete("ann", "s")
+    assert 0 == store.count()
+
+
+async def test_a_session_begun_anew_has_no_past(factory: Factory, clock: Clock):
+    """After expiry the same id starts empty, with a new date."""
+    store = factory(LIMITS, clock)
+    await store.append("ann", "s", turn("old"))
+    clock.seconds += 101
+
+    await store.append("ann", "s", turn("new"))
+    session = await store.read("ann", "s")
+
+    assert session is not None
+    assert (turn("new"),) == session.turns
+    assert session.created == session.updated
+
+
+async def test_the_least_recently_used_session_goes_first(factory: Factory, clock: Clock):
+    """One session too many pushes out the one neither written nor read for longest; listing is no use."""
+    store = factory(LIMITS, clock)
+    await store.append("ann", "a", turn("one"))
+    await store.append("ann", "b", turn("one"))
+    await store.append("bob", "a", turn("one"))
+    await store.read("ann", "a")
+    await store.list("ann")
+
+    await store.append("ann", "c", turn("one"))
+
+    assert ["c", "a"] == [summary.session_id for summary in await store.list("ann")]
+    assert await store.read("bob", "a") is not None
+
+
+async def test_sessions_are_listed_newest_first(factory: Factory, clock: Clock):
+    """A summary tells the number of turns, the bytes of text and the time of the last turn."""
+    store = factory(LIMITS, clock)
+    await store.append("ann", "a", turn("one"))
+    clock.seconds += 1
+    await store.append("ann", "b", turn("one"))
+    clock.seconds += 1
+    await store.append("ann", "a", turn("two"))
+
+    first, second = await store.list("ann")
+
+    assert ("a", 2, 18, clock.date()) == (first.session_id, first.turns, first.text_bytes, first.updated)
+    assert ("b", 1, 9) == (second.session_id, second.turns, second.text_bytes)
+
+
+async def test_a_deleted_session_is_gone(factory: Factory, clock: Clock):
+    """Deleting tells whether there was something to delete."""
+    store = factory(LIMITS, clock)
+    await store.append("ann", "s", turn("one"))
+
+    assert await store.delete("ann", "s")
+    assert not await store.delete("ann", "s")
+    assert await store.read("ann", "s") is None
+    assert 0 == store.count()
+
+
+async def test_ten_thousand_sessions_stay_bounded(factory: Factory, clock: Clock):
+    """One tenant cannot fill the memory, and its newest sessions are the ones that stay."""
+    store = factory(ChatHistoryConfig(max_sessions=100), clock)
+
+    for number in range(10_000):
+        await store.append("ann", f"s{number}", turn("one"))
+
+    assert 100 == store.count()
+    assert await store.read("ann", "s9899") is None
+    assert await store.read("ann", "s9900") is not None
+
+
+async def test_twenty_parallel_turns_are_twenty_whole_pairs(factory: Factory, clock: Clock):
+    """Under the lock each request sees the turns before its own and adds exactly one."""
+    store = factory(ChatHistoryConfig(), clock)
+
+    async def one_request(number: int) -> None:
+        async with store.turn("ann", "s"):
+            before = await store.read("ann", "s")
+            await asyncio.sleep(0.001)
+            seen = len(before.turns) if before else 0
+            await store.append("ann", "s", turn(f"{number} after {seen}"))
+
+    await asyncio.gather(*(one_request(number) for number in range(20)))
+    session = await store.read("ann", "s")
+
+    assert session is not None
+    assert tuple(turn(f"{number} after {number}") for number in range(20)) == session.turns
+
+
+async def test_sessions_do_not_wait_for_one_another(factory: Factory, clock: Clock):
+    """Neither another session of the tenant nor the same id of another tenant is held up."""
+    store = factory(LIMITS, clock)
+
+    async with (
+        asyncio.timeout(1),
+        store.turn("ann", "s"),
+        store.turn("ann", "t"),
+        store.turn("bob", "s"),
+    ):
+        await store.append("bob", "s", turn("one"))
+
+    assert await store.read("bob", "s") is not None
+
+
+async def test_a_cancelled_waiter_does_not_break_the_lock(factory: Factory, clock: Clock):
+    """Who stops waiting leaves the line; who waits behind gets the session when it is free, not before."""
+    store = factory(LIMITS, clock)
+    entered: list[str] = []
+
+    async def wait_for_turn(name: str) -> None:
+        async with store.turn("ann", "s"):
+            entered.append(name)
+
+    async with store.turn("ann", "s"):
+        first = asyncio.create_task(wait_for_turn("first"))
+        second = asyncio.create_task(wait_for_turn("second"))
+        await asyncio.sleep(0.01)
+        first.cancel()
+        await asyncio.wait([first])
+        held = list(entered)
+    await asyncio.wait_for(second, 1)
+
+    assert first.cancelled()
+    assert [] == held
+    assert ["second"] == entered
+
+
+async def test_a_failed_turn_frees_the_session(factory: Factory, clock: Clock):
+    """An error inside the turn is the caller's, and the lock is free after it."""
+    store = factory(LIMITS, clock)
+
+    with pytest.raises(ValueError, match="mine"):
+        async with store.turn("ann", "s"):
+            raise ValueError("mine")
+
+    async with asyncio.timeout(1), store.turn("ann", "s"):
+        await store.append("ann", "s", turn("one"))
+    assert 1 == store.count()
+
+
+NAMES = st.sampled_from(["ann", "bob", "a/b"])
+IDS = st.sampled_from(["1", "2", "b/1"])
+
+
+def test_a_tenant_only_ever_reads_what_it_wrote(factory: Factory):
+    """Whatever is written, read, deleted and waited for: a tenant sees its own whole turns, within the limits."""
+
+    class Model(RuleBasedStateMachine):
+        """Runs the store beside a plain list of what each tenant wrote since its session last ended."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.clock = Clock()
+            self.store = factory(LIMITS, self.clock)
+            self.runner = asyncio.Runner()
+            self.written: dict[tuple[str, str], list[Turn]] = {}
+            self.last: dict[tuple[str, str], float] = {}
+
+        def teardown(self) -> None:
+            self.runner.close()
+
+        @rule(tenant=NAMES, session_id=IDS, word=st.text(max_size=30))
+        def append(self, tenant: str, session_id: str, word: str) -> None:
+            new = turn(f"{tenant} {session_id} {word}")
+            self.runner.run(self.store.append(tenant, session_id, new))
+            self.written.setdefault((tenant, session_id), []).append(new)
+            self.last[tenant, session_id] = self.clock.seconds
+
+        @rule(tenant=NAMES, session_id=IDS)
+        def delete(self, tenant: str, session_id: str) -> None:
+            self.runner.run(self.store.delete(tenant, session_id))
+            self.written.pop((tenant, session_id), None)
+
+        @rule(seconds=st.floats(0, 150))
+        def wait(self, seconds: float) -> None:
+            self.clock.seconds += seconds
+
+        @rule(tenant=NAMES, session_id=IDS)
+        def read(self, tenant: str, session_id: str) -> None:
+            session = self.runner.run(self.store.read(tenant, session_id))
+            if session is None:
+                return
+            turns = list(session.turns)
+            assert turns == self.written[tenant, session_id][-len(turns) :]
+            assert len(turns) <= LIMITS.max_turns
+            assert len(turns) == 1 or sum(each.text_bytes for each in turns) <= LIMITS.max_bytes
+            assert self.clock.seconds < self.last[tenant, session_id] + LIMITS.ttl_seconds
+
+        @invariant()
+        def lists_are_bounded(self) -> None:
+            listed = {tenant: self.runner.run(self.store.list(tenant)) for tenant in ("ann", "bob", "a/b")}
+            assert all(len(summaries) <= LIMITS.max_sessions for summaries in listed.values())
+            assert self.store.count() == sum(map(len, listed.values()))
+            for tenant, summaries in listed.items():
+                assert all((tenant, summary.session_id) in self.written for summary in summaries)
+
+    run_state_machine_as_test(Model, settings=settings(max_examples=30, stateful_step_count=20, deadline=None))

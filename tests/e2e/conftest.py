@@ -1,0 +1,124 @@
+"""A real service: its own process, a real socket, the embedded model."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+KEY = "e2e-key-0123456789"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Service:
+    """A running `python -m app serve` and a client that holds its key."""
+
+    process: subprocess.Popen[str]
+    url: str
+    client: httpx.Client
+    log: Path
+
+    def get(self, path: str, **kwargs: Any) -> httpx.Response:
+        return self.client.get(path, **kwargs)
+
+    def chat(self, text: str, **fields: Any) -> dict[str, Any]:
+        """Send one user message greedily and return the whole reply."""
+        body = {"messages": [{"role": "user", "content": text}], "temperature": 0, **fields}
+        reply = self.client.post("/v1/chat", json=body)
+        assert reply.status_code == 200, reply.text
+        answer: dict[str, Any] = reply.json()
+        return answer
+
+    def engine(self) -> dict[str, Any]:
+        status: dict[str, Any] = self.get("/status").json()["engine"]
+        return status
+
+    def worker(self) -> psutil.Process:
+        return psutil.Process(self.engine()["worker_pid"])
+
+    def stop(self, seconds: float = 20) -> int:
+        """Send SIGTERM and return the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(seconds)
+
+
+Start = Callable[..., Service]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
+    """Poll until true; fails the test when it takes too long."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def ready(service: Service) -> bool:
+    assert service.process.poll() is None, service.log.read_text()
+    try:
+        return service.get("/readyz").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def environment(data_dir: Path, **settings: str) -> dict[str, str]:
+    """Return this machine's environment without settings of its own, and with these."""
+    inherited = {name: value for name, value in os.environ.items() if "__" not in name}
+    return {**inherited, "APP__DATA_DIR": str(data_dir), **settings}
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Start a service with settings given as SECTION__KEY; all are stopped at the end."""
+    services: list[Service] = []
+
+    def start(*, wait: bool = True, **settings: str) -> Service:
+        folder = tmp_path_factory.mktemp("service")
+        port = free_port()
+        given = {"SECURITY__API_KEY": KEY, "RATE_LIMIT__ENABLED": "false", **settings}
+        log = folder / "log"
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "app", "serve", "--port", str(port)],
+                cwd=ROOT,
+                env=environment(folder / "data", **given),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        url = f"http://127.0.0.1:{port}"
+        client = httpx.Client(base_url=url, headers={"X-API-Key": given["SECURITY__API_KEY"]}, timeout=60)
+        service = Service(process, url, client, log)
+        services.append(service)
+        if wait:
+            wait_for(lambda: ready(service), 60)
+        return service
+
+    yield start
+    for service in services:
+        service.client.close()
+        if service.process.poll() is None:
+            service.process.kill()
+            service.process.wait(10)
+
+
+@pytest.fixture(scope="session")
+def service(start: Start) -> Service:
+    """The embedded model, shared by the tests that leave it as they found it."""
+    return start()

@@ -1,0 +1,242 @@
+"""Starting, stopping, hanging up and being killed, on real sockets and processes."""
+
+import json
+import re
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.e2e.conftest import KEY, ROOT, Service, Start, environment, free_port, ready, wait_for
+from tests.e2e.test_conversation import events
+
+LONG = {
+    "messages": [{"role": "user", "content": "Tell me a story"}],
+    "temperature": 1.9,
+    "max_tokens": 1500,
+    "cache": False,
+}
+"""So hot that the model does not find its end."""
+
+
+def idle(service: Service) -> bool:
+    engine = service.engine()
+    return 0 == engine["running"] == engine["waiting"]
+
+
+def test_importing_the_application_does_not_import_torch() -> None:
+    """The API process stays small and starts fast; only the worker knows tensors."""
+    code = "import sys, app.main, app.server; sys.exit('torch' in sys.modules)"
+
+    assert 0 == subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, timeout=60).returncode
+
+
+def test_a_client_that_hangs_up_a_stream_frees_the_model(service: Service) -> None:
+    """The generation stops long before its end; the next request is served at once."""
+    with service.client.stream("POST", "/v1/chat", json={**LONG, "stream": True}) as response:
+        name, _ = next(events(response))
+        assert "delta" == name
+        assert 1 == service.engine()["running"]
+
+    wait_for(lambda: idle(service), 2)
+
+
+def test_a_client_that_hangs_up_while_waiting_for_a_whole_answer_frees_the_model(service: Service) -> None:
+    """The same without a stream, where no chunk would tell that the client has gone."""
+    body = json.dumps(LONG).encode()
+    host, port = service.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as client:
+        head = f"POST /v1/chat HTTP/1.1\r\nHost: {host}\r\nX-API-Key: {KEY}\r\nContent-Type: application/json\r\n"
+        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        wait_for(lambda: service.engine()["running"] == 1, 5)
+
+    wait_for(lambda: idle(service), 2)
+    wait_for(lambda: '"status_code": 499' in service.log.read_text() or "499" in service.log.read_text(), 2)
+
+
+def test_two_requests_of_one_session_take_turns(service: Service) -> None:
+    """Eight turns sent at once leave eight whole pairs."""
+
+    def send(number: int) -> None:
+        service.chat(f"Repeat after me: word{number}", session_id="turns", max_tokens=20)
+
+    threads = [threading.Thread(target=send, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+
+    roles = [message["role"] for message in service.get("/v1/sessions/turns").json()["messages"]]
+    assert ["user", "assistant"] * 8 == roles
+
+
+def test_a_killed_worker_ends_its_requests_at_once_and_is_started_again(start: Start) -> None:
+    """The stream ends with an error event, readiness goes off, and the service serves again by itself."""
+    service = start()
+    with service.client.stream("POST", "/v1/chat", json={**LONG, "stream": True}) as response:
+        got = events(response)
+        next(got)
+        killed = time.monotonic()
+        service.worker().kill()
+        name, data = list(got)[-1]
+
+    assert ("error", "service_unavailable") == (name, data["error"])
+    assert time.monotonic() - killed < 2
+    assert 503 == service.get("/readyz").status_code
+    assert 200 == service.get("/health").status_code
+    refused = service.client.post("/v1/generate", json={"prompt": "x"})
+    assert (503, True) == (refused.status_code, "retry-after" in refused.headers)
+    wait_for(lambda: ready(service), 60)
+    assert "Paris" in service.chat("What is the capital of France?")["message"]["content"]
+    assert 1 == service.engine()["restarts"]
+
+
+def test_sigterm_lets_streams_finish_refuses_new_work_and_leaves_no_process(start: Start) -> None:
+    """Within the grace period nothing is cut; after it the rest ends with finish_reason abort."""
+    service = start(APP__SHUTDOWN_GRACE_SECONDS="3")
+    processes = [psutil.Process(service.process.pid), service.worker()]
+    with service.client.stream("POST", "/v1/chat", json={**LONG, "stream": True}) as response:
+        got = events(response)
+        next(got)
+        service.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: service.get("/readyz").status_code == 503, 2)
+        refused = service.client.post("/v1/generate", json={"prompt": "x"})
+        rest = list(got)
+
+    assert (503, "service_unavailable") == (refused.status_code, refused.json()["error"])
+    assert "retry-after" in refused.headers
+    name, data = rest[-1]
+    assert ("done", True) == (name, data["finish_reason"] in ("abort", "length", "stop"))
+    assert 0 == service.process.wait(15)
+    wait_for(lambda: not any(process.is_running() for process in processes), 5)
+
+
+def test_an_idle_service_stops_at_once_on_ctrl_c(start: Start) -> None:
+    """SIGINT with nothing to do: exit code 0 within seconds, no traceback."""
+    service = start(MODEL__ENGINE="echo")
+
+    service.process.send_signal(signal.SIGINT)
+
+    assert 0 == service.process.wait(5)
+    assert "Traceback" not in service.log.read_text()
+
+
+def test_a_killed_service_leaves_no_worker(start: Start) -> None:
+    """kill -9 gives the service no chance to clean up; the worker notices by itself."""
+    service = start()
+    worker = service.worker()
+
+    service.process.kill()
+    service.process.wait(5)
+
+    wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, 5)
+
+
+def test_the_first_start_makes_a_key_and_prints_a_curl_that_works(tmp_path: Path) -> None:
+    """Printed once, kept in a file that only its owner reads, and the same at the next start."""
+
+    def first_lines(port: int) -> str:
+        environ = environment(tmp_path / "data", MODEL__ENGINE="echo")
+        command = [sys.executable, "-m", "app", "serve", "--port", str(port)]
+        with subprocess.Popen(
+            command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as process:
+            assert process.stdout is not None
+            shown = ""
+            while "capital of France" not in shown:
+                line = process.stdout.readline()
+                assert line, shown
+                shown += line
+            curl = shown[shown.index("  curl ") :].strip().replace("curl ", "curl -s ")
+            answer = subprocess.run(["/bin/bash", "-c", curl], capture_output=True, text=True, timeout=20)
+            assert "What is the capital of France?" == json.loads(answer.stdout)["message"]["content"]
+            process.send_signal(signal.SIGTERM)
+            process.wait(10)
+        return shown
+
+    first, second = first_lines(free_port()), first_lines(free_port())
+
+    key_file = tmp_path / "data" / "api_key"
+    key = key_file.read_text().strip()
+    assert re.fullmatch(r"llm_\w+_\w+", key)
+    assert key in first
+    assert key not in second
+    assert 0o600 == stat.S_IMODE(key_file.stat().st_mode)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"MODEL__NMAE": "x"}, "model.nmae: there is no such key"),
+        ({"MODEL__NAME": "models/none"}, "models/none"),
+        ({"SECURITY__API_KEY": "change-me-in-env"}, "security.api_key"),
+        ({"APP__PROMPTS_DIR": "none"}, "none/base_system.txt"),
+    ],
+)
+def test_a_wrong_start_ends_with_one_clear_line(tmp_path: Path, settings: dict[str, str], message: str) -> None:
+    """No traceback: the reason, and an exit code that is not 0."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "app", "serve", "--port", str(free_port())],
+        cwd=ROOT,
+        env=environment(tmp_path, **settings),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    assert ended.returncode != 0
+    plain = [line for line in ended.stderr.splitlines() if not line.startswith("{")]
+    assert 1 == len(plain), ended.stderr
+    assert message in plain[0]
+
+
+def test_a_busy_port_ends_with_one_clear_line(service: Service, tmp_path: Path) -> None:
+    """The line names the port and says what to do."""
+    port = service.url.rsplit(":", 1)[1]
+    command = [sys.executable, "-m", "app", "serve", "--port", port]
+    ended = subprocess.run(command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, timeout=60)
+
+    assert 2 == ended.returncode
+    assert 1 == len(ended.stderr.splitlines()), ended.stderr
+    assert port in ended.stderr
+    assert "another program uses it" in ended.stderr
+
+
+def test_the_eleventh_request_in_a_row_is_refused_with_a_time_to_come_back(start: Start) -> None:
+    """The default limit, streams too; a refused request costs nothing and other routes go on."""
+    service = start(MODEL__ENGINE="echo", RATE_LIMIT__ENABLED="true")
+    body = {"prompt": "x", "cache": False}
+
+    codes = [service.client.post("/v1/generate", json=body).status_code for _ in range(10)]
+    refused = service.client.post("/v1/generate", json={**body, "stream": True})
+
+    assert [200] * 10 == codes
+    assert (429, "rate_limit_exceeded") == (refused.status_code, refused.json()["error"])
+    assert 1 <= int(refused.headers["retry-after"]) <= 6
+    assert "0" == refused.headers["x-ratelimit-remaining-requests"]
+    assert 200 == service.get("/status").status_code
+
+
+def test_every_logged_line_is_json_with_the_fields_of_an_access_log(service: Service) -> None:
+    """A request leaves one line with method, route, status and latency, and its request id."""
+    request_id = "log-line-1"
+    reply = httpx.get(service.url + "/status", headers={"X-API-Key": KEY, "X-Request-ID": request_id})
+
+    def line() -> dict[str, object] | None:
+        found = [entry for entry in service.log.read_text().splitlines() if request_id in entry]
+        return json.loads(found[0]) if found else None
+
+    wait_for(lambda: line() is not None, 5)
+    entry = line()
+    assert entry is not None
+    assert request_id == reply.headers["x-request-id"]
+    assert ("GET", "/status", 200) == (entry["method"], entry["route"], entry["status_code"])
+    assert {"timestamp", "level", "logger", "message", "latency_ms"} <= entry.keys()

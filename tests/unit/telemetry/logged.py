@@ -1,0 +1,24 @@
+"""Set up logging as the service does, and catch its lines."""
+
+import io
+import re
+from collections.abc import Callable
+
+from app.config import LoggingConfig
+from app.telemetry import Metrics, configure_logging
+
+
+def logged(act: Callable[[], object], **config: object) -> list[str]:
+    """Return the lines that the service writes while `act` runs."""
+    stream = io.StringIO()
+    stop = configure_logging(LoggingConfig(**config), stream)
+    try:
+        act()
+    finally:
+        stop()
+    return stream.getvalue().splitlines(keepends=True)
+
+
+def dropped() -> float:
+    told = Metrics([]).render()[0].decode()
+    return float(re.findall(r"^log_lines_dropped_total (.*)$", told, re.MULTILINE)[0])

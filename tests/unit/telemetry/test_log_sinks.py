@@ -1,0 +1,150 @@
+"""Where log lines go, and that no sink can hold up or break a request."""
+
+import io
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import structlog
+
+from app.config import LoggingConfig
+from app.errors import ConfigError
+from app.telemetry import configure_logging, logs
+from tests.unit.telemetry.logged import dropped, logged
+
+WAIT_SECONDS = 5
+
+
+def test_a_file_is_rotated_and_its_backups_are_limited(tmp_path: Path):
+    """No file grows over its limit, and no more backups than asked for are kept."""
+    path = tmp_path / "logs" / "service.log"
+
+    lines = logged(_fifty_lines, file=path, max_bytes=1000, backups=2)
+
+    files = sorted(file.name for file in path.parent.iterdir())
+    assert ["service.log", "service.log.1", "service.log.2"] == files
+    assert all(file.stat().st_size <= 1000 for file in path.parent.iterdir())
+    assert path.read_text().splitlines(keepends=True)[-1] == lines[-1]
+
+
+def test_without_backups_the_file_starts_anew(tmp_path: Path):
+    """The limit holds then as well."""
+    path = tmp_path / "service.log"
+
+    lines = logged(_fifty_lines, file=path, max_bytes=1000, backups=0)
+
+    assert [path] == list(tmp_path.iterdir())
+    assert 0 < path.stat().st_size <= 1000
+    assert path.read_text().endswith(lines[-1])
+
+
+def _fifty_lines() -> None:
+    for number in range(50):
+        structlog.get_logger("a").info(f"line {number}")
+
+
+def test_a_file_that_cannot_be_written_ends_the_start(tmp_path: Path):
+    """The message names the key."""
+    (tmp_path / "taken").write_text("")
+
+    with pytest.raises(ConfigError, match=r"logging\.file: .* cannot be written"):
+        configure_logging(LoggingConfig(file=tmp_path / "taken" / "service.log"))
+
+
+class StalledStream(io.StringIO):
+    """Takes nothing until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go, self.reached = threading.Event(), threading.Event()
+
+    def write(self, text: str) -> int:
+        self.reached.set()
+        self.go.wait(WAIT_SECONDS)
+        return super().write(text)
+
+
+def test_a_stalled_sink_costs_lines_and_never_a_request(monkeypatch: pytest.MonkeyPatch):
+    """Logging returns at once, what does not fit in the queue is counted, and a stop does not wait for ever."""
+    monkeypatch.setattr(logs, "QUEUE_LINES", 10)
+    stream, log, before = StalledStream(), structlog.get_logger("a"), dropped()
+    stop = configure_logging(LoggingConfig(), stream)
+    log.info("stuck")
+    assert stream.reached.wait(WAIT_SECONDS)
+
+    begin = time.monotonic()
+    for number in range(100):
+        log.info("line", number=number)
+    logged_in = time.monotonic() - begin
+    stop()
+    stopped_in = time.monotonic() - begin - logged_in
+    stream.go.set()
+
+    assert 90 == dropped() - before
+    assert logged_in < 1
+    assert stopped_in < 1
+
+
+class FullStream(io.StringIO):
+    """A disk without room."""
+
+    def write(self, text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_is_counted_and_not_raised(capsys: pytest.CaptureFixture[str]):
+    """Nor does it print tracebacks of its own."""
+    before = dropped()
+    stop = configure_logging(LoggingConfig(), FullStream())
+
+    structlog.get_logger("a").info("lost")
+    stop()
+
+    assert 1 == dropped() - before
+    assert "" == capsys.readouterr().err
+
+
+class Unprintable:
+    def __repr__(self) -> str:
+        raise ValueError("no")
+
+
+def test_a_line_that_cannot_be_rendered_is_counted_and_not_raised():
+    """The next line comes through."""
+    before = dropped()
+
+    def act() -> None:
+        structlog.get_logger("a").info("bad", value=Unprintable())
+        structlog.get_logger("a").info("good")
+
+    assert ["good"] == [json.loads(line)["message"] for line in logged(act)]
+    assert 1 == dropped() - before
+
+
+def test_a_second_set_up_replaces_the_first():
+    """No line appears twice."""
+    first, second = io.StringIO(), io.StringIO()
+    stops = [configure_logging(LoggingConfig(), first), configure_logging(LoggingConfig(), second)]
+
+    structlog.get_logger("a").info("x")
+    for stop in stops:
+        stop()
+
+    assert "" == first.getvalue()
+    assert 1 == second.getvalue().count("\n")
+
+
+def test_standard_error_is_where_lines_go(monkeypatch: pytest.MonkeyPatch):
+    """Nothing of the log is on standard output."""
+    monkeypatch.setattr(sys, "stderr", error := io.StringIO())
+    monkeypatch.setattr(sys, "stdout", output := io.StringIO())
+
+    stop = configure_logging(LoggingConfig())
+    structlog.get_logger("a").info("x")
+    stop()
+
+    assert 1 == error.getvalue().count("\n")
+    assert "" == output.getvalue()

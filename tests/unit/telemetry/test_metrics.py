@@ -1,0 +1,125 @@
+"""What a scrape tells, and that it stays short whatever clients send."""
+
+import asyncio
+import random
+import string
+import time
+
+import pytest
+
+from app.telemetry import Metrics
+
+
+def figures(metrics: Metrics) -> dict[str, float]:
+    """Return every series by its name and labels, but for those that tell when another was created."""
+    lines = [line.rsplit(" ", 1) for line in metrics.render()[0].decode().splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, value in lines if "_created" not in name}
+
+
+def test_what_happened_is_what_a_scrape_tells():
+    """Every method moves its own series, in the words that dashboards know."""
+    metrics = Metrics(["m"])
+
+    metrics.http_done("POST", "/v1/generate", 200, 0.02)
+    metrics.first_token("m", 0.05)
+    metrics.token_gap("m", 0.01)
+    metrics.generated("m", prompt_tokens=7, completion_tokens=3)
+    metrics.pii("email", "input", 2)
+    metrics.cache_hit()
+    metrics.cache_miss()
+    metrics.rate_limited()
+    metrics.auth_failed()
+    metrics.watch(
+        requests_running=lambda: 4,
+        requests_waiting=lambda: 5,
+        sessions=lambda: 6,
+        model_loaded=lambda: 1,
+        engine_restarts=lambda: 2,
+    )
+    told = figures(metrics)
+
+    assert {
+        'http_requests_total{endpoint="/v1/generate",method="POST",status="200"}': 1,
+        'http_request_duration_seconds_count{endpoint="/v1/generate",method="POST"}': 1,
+        'http_request_duration_seconds_bucket{endpoint="/v1/generate",le="0.025",method="POST"}': 1,
+        'http_request_duration_seconds_bucket{endpoint="/v1/generate",le="0.01",method="POST"}': 0,
+        'time_to_first_token_seconds_sum{model="m"}': 0.05,
+        'inter_token_latency_seconds_sum{model="m"}': 0.01,
+        'prompt_tokens_total{model="m"}': 7,
+        'tokens_generated_total{model="m"}': 3,
+        'pii_matches_total{direction="input",kind="email"}': 2,
+        "cache_hits_total": 1,
+        "cache_misses_total": 1,
+        "rate_limited_total": 1,
+        "auth_failures_total": 1,
+        "requests_running": 4,
+        "requests_waiting": 5,
+        "sessions": 6,
+        "model_loaded": 1,
+        "engine_restarts_total": 2,
+    }.items() <= told.items()
+
+
+def test_watched_figures_are_read_at_each_scrape():
+    """They are never stale."""
+    metrics, running = Metrics([]), iter([1, 2])
+    metrics.watch(
+        requests_running=lambda: next(running),
+        requests_waiting=float,
+        sessions=float,
+        model_loaded=float,
+        engine_restarts=float,
+    )
+
+    assert [1, 2] == [figures(metrics)["requests_running"] for _ in range(2)]
+
+
+def test_two_applications_do_not_share_their_figures():
+    """There is no global registry."""
+    first, second = Metrics([]), Metrics([])
+
+    first.cache_hit()
+
+    assert 0 == figures(second)["cache_hits_total"]
+
+
+@pytest.mark.parametrize("raw_paths", [False, True], ids=["unmatched routes", "raw paths given by mistake"])
+def test_random_requests_do_not_make_series_without_end(raw_paths: bool):
+    """10,000 methods, paths and models: a handful of series, or as many templates as there may be."""
+    metrics, draw = Metrics(["m"]), random.Random(1)
+    metrics.http_done("GET", "/health", 200, 0.001)
+    metrics.generated("m", 1, 1)
+    before = len(figures(metrics))
+
+    for _ in range(10_000):
+        word = "".join(draw.choices(string.ascii_letters, k=8))
+        metrics.http_done(word, f"/{word}" if raw_paths else None, 404, 0.001)
+        metrics.generated(word, 1, 1)
+        metrics.first_token(word, 0.1)
+        metrics.token_gap(word, 0.1)
+    told = figures(metrics)
+    requests = [name for name in told if name.startswith("http_requests_total")]
+
+    assert len(requests) <= (129 if raw_paths else 2)
+    assert raw_paths or len(told) - before < 120
+    assert 10_000 == told['tokens_generated_total{model="OTHER"}']
+
+
+def test_a_scrape_says_what_it_is():
+    """Prometheus reads the content type."""
+    assert Metrics([]).render()[1].startswith("text/plain; version=")
+
+
+async def test_a_blocked_event_loop_shows():
+    """The time that the loop was held up is in the histogram."""
+    metrics = Metrics([])
+    watch = asyncio.create_task(metrics.watch_event_loop(0.01))
+    await asyncio.sleep(0.03)
+
+    time.sleep(0.12)  # noqa: ASYNC251 - what the metric is there to show
+    await asyncio.sleep(0.03)
+    watch.cancel()
+    told = figures(metrics)
+
+    assert told['event_loop_lag_seconds_bucket{le="+Inf"}'] - told['event_loop_lag_seconds_bucket{le="0.1"}'] >= 1
+    assert told["event_loop_lag_seconds_count"] >= 3

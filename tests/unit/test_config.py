@@ -1,0 +1,141 @@
+"""Settings: where they come from, what is refused and what the files in the repository promise."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from app.config import Section, Settings, load_settings
+from app.errors import ConfigError
+from scripts.env_example import env_example
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variable of this machine reaches a test."""
+    for name in list(os.environ):
+        if "__" in name or name in ("HF_TOKEN", "HUGGINGFACE_TOKEN", "LANGSMITH"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    return tmp_path / "config.yml", tmp_path / ".env"
+
+
+def test_the_environment_wins_over_dotenv_and_dotenv_over_yaml(
+    files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A value is taken from the strongest source that names it."""
+    config, env = files
+    config.write_text("model: {name: from-yaml, max_tokens: 1, temperature: 0.1}")
+    env.write_text("MODEL__MAX_TOKENS=2\nMODEL__TEMPERATURE=0.2\n")
+    monkeypatch.setenv("MODEL__TEMPERATURE", "0.3")
+
+    model = load_settings(config, env).model
+
+    assert ("from-yaml", 2, 0.3) == (model.name, model.max_tokens, model.temperature)
+
+
+def test_without_any_file_the_defaults_serve_the_embedded_model(files: tuple[Path, Path]) -> None:
+    """A missing config.yml and .env leave the defaults."""
+    settings = load_settings(*files)
+
+    assert ("local", "models/tiny-chat") == (settings.model.source, settings.model.name)
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ("model: {nmae: x}", "model.nmae: there is no such key"),
+        ("modle: {name: x}", "modle: there is no such key"),
+        ("app: {port: 70000}", "app.port: Input should be less than or equal to 65535"),
+        ("app: {trusted_proxies: ['*']}", "app.trusted_proxies: '*' would let any client forge its address"),
+        ("model: {temperature: .nan}", "model.temperature: Input should be a finite number"),
+        ("model: 3", "model: Input should be a valid dictionary"),
+        ("model: [1", "line 1 is not valid YAML"),
+        ("- a list", "must hold sections"),
+        ("security: {cors_origins: ['*']}", "security.cors_origins: '*' would let every web page call"),
+        ("security: {api_key: change-me-in-env}", "security.api_key: this is a published example"),
+        ("security: {api_key: short}", "security.api_key: an API key needs at least 8 characters"),
+        ("pii: {entities: [mail]}", "pii.entities.0: Input should be 'email'"),
+        ("rate_limit: {requests_per_minute: 0}", "rate_limit.requests_per_minute"),
+    ],
+)
+def test_a_wrong_configuration_stops_the_start_with_key_and_reason(
+    files: tuple[Path, Path], yaml: str, message: str
+) -> None:
+    """The message names the key and says what is wrong with it."""
+    files[0].write_text(yaml)
+
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_settings(*files)
+
+
+def test_a_misspelt_variable_stops_the_start(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable with one of our section names must be one of our keys."""
+    monkeypatch.setenv("CACHE__SZIE", "5")
+
+    with pytest.raises(ConfigError, match=r"cache\.szie: there is no such key"):
+        load_settings(*files)
+
+
+def test_secrets_never_show_in_messages_or_reprs(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither an error about a neighbour nor the settings' own repr prints a key or a token."""
+    monkeypatch.setenv("SECURITY__API_KEY", "canary-key-1234")
+    monkeypatch.setenv("HF_TOKEN", "canary-token-1234")
+    settings = load_settings(*files)
+    monkeypatch.setenv("SECURITY__API_KEY", "canary")
+    monkeypatch.setenv("SECURITY__MAX_PROMPT_CHARS", "canary-too")
+
+    with pytest.raises(ConfigError) as refused:
+        load_settings(*files)
+
+    assert "canary" not in str(refused.value)
+    assert "canary" not in repr(settings)
+    assert settings.hub_token is not None
+    assert "canary-token-1234" == settings.hub_token.get_secret_value()
+
+
+def test_an_empty_variable_is_an_unset_one(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`SECURITY__API_KEY=` in a copied .env.example is no key and no error."""
+    files[1].write_text("SECURITY__API_KEY=\nMODEL__REVISION=\n")
+
+    settings = load_settings(*files)
+
+    assert (None, None) == (settings.security.api_key, settings.model.revision)
+
+
+def _keys(model: type[Section] | type[Settings], prefix: str = "") -> set[str]:
+    """Return every key below a model, as SECTION__KEY in lower case."""
+    keys: set[str] = set()
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            keys |= _keys(kind, f"{name}__")
+        else:
+            keys.add(prefix + name)
+    return keys
+
+
+def test_env_example_documents_every_key_with_its_true_default(files: tuple[Path, Path]) -> None:
+    """Every key stands in .env.example; with all of them switched on the settings are those of config.yml."""
+    text = (ROOT / ".env.example").read_text()
+    named = set(re.findall(r"^# ([A-Z_]+)=", text, re.MULTILINE))
+    files[1].write_text(re.sub(r"^# ([A-Z_]+=)", r"\1", text, flags=re.MULTILINE))
+
+    assert {key.upper() for key in _keys(Settings)} - named == {"HF_TOKEN"}
+    assert load_settings(*files).model_dump() == load_settings(ROOT / "config.yml", None).model_dump()
+
+
+def test_env_example_is_made_from_the_config_file() -> None:
+    """`python -m scripts.env_example` gives the file that is in the repository."""
+    assert env_example((ROOT / "config.yml").read_text()) == (ROOT / ".env.example").read_text()
+
+
+def test_config_yml_shows_every_key_at_its_default(files: tuple[Path, Path]) -> None:
+    """The shipped file changes nothing, so it can be read as the list of defaults."""
+    assert load_settings(files[0], None).model_dump() == load_settings(ROOT / "config.yml", None).model_dump()

@@ -1,0 +1,129 @@
+"""How errors look to a client."""
+
+from datetime import UTC, datetime
+
+import pytest
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from starlette.exceptions import HTTPException
+
+from app.errors import (
+    EngineBusy,
+    InternalError,
+    InvalidRequest,
+    NotFound,
+    PiiBlocked,
+    RateLimited,
+    Unauthorized,
+)
+from app.web.errors import as_app_error, document, envelope, error_response, trace
+
+SCOPE = {"type": "http", "state": {"request_id": "r1"}}
+
+
+def test_the_envelope_has_its_five_fields():
+    before = datetime.now(UTC).replace(microsecond=0)
+
+    body = envelope(InvalidRequest("No.", details={"a": 1}), "r1")
+
+    assert before <= datetime.fromisoformat(body.pop("timestamp")) <= datetime.now(UTC)
+    assert {"error": "validation_error", "message": "No.", "details": {"a": 1}, "request_id": "r1"} == body
+
+
+@pytest.mark.parametrize(("seconds", "header"), [(0, "1"), (0.01, "1"), (1, "1"), (1.01, "2"), (29.5, "30")])
+def test_retry_after_is_whole_seconds_rounded_up(seconds, header):
+    assert header == error_response(SCOPE, RateLimited("x", retry_after=seconds)).headers["retry-after"]
+
+
+def test_errors_without_a_time_have_no_retry_after():
+    assert "retry-after" not in error_response(SCOPE, EngineBusy("x")).headers
+
+
+def test_401_tells_how_to_authenticate_and_no_other_does():
+    assert "Bearer" == error_response(SCOPE, Unauthorized("x")).headers["www-authenticate"]
+    assert "www-authenticate" not in error_response(SCOPE, NotFound("x")).headers
+
+
+def test_only_messages_about_the_schema_are_passed_on():
+    """pydantic quotes the input in some messages; for those only the field is named."""
+
+    class Model(BaseModel):
+        value: int
+
+    with pytest.raises(ValidationError) as raised:
+        TypeAdapter(Model).validate_python({"value": "canary"})
+    lax = [{**error, "loc": ("body", *error["loc"])} for error in raised.value.errors()]
+    tagged = {
+        "type": "union_tag_invalid",
+        "loc": ("body", "role"),
+        "msg": "Input tag 'canary' found using 'role' does not match",
+        "ctx": {"tag": "canary"},
+        "input": "canary",
+    }
+
+    error = as_app_error(RequestValidationError([*lax, tagged]))
+
+    assert isinstance(error, InvalidRequest)
+    assert [("value", "is not valid"), ("role", "is not valid")] == [
+        (item["field"], item["reason"]) for item in error.details["errors"]
+    ]
+    assert "canary" not in error.message + str(error.details)
+
+
+def test_names_of_unknown_fields_are_cleaned_and_cut():
+    unknown = {"type": "extra_forbidden", "loc": ("body", "\x1b[31m<b>" + "é" * 500), "msg": "x", "input": 1}
+
+    error = as_app_error(RequestValidationError([unknown]))
+
+    (named,) = error.details["errors"]
+    assert named["field"].startswith("??31m?b?")
+    assert len(named["field"]) == 80
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        (404, (404, "not_found")),
+        (405, (405, "method_not_allowed")),
+        (413, (413, "payload_too_large")),
+        (415, (415, "unsupported_media_type")),
+        (400, (400, "bad_request")),
+    ],
+)
+def test_the_frameworks_errors_get_our_codes_and_not_its_texts(status, expected):
+    error = as_app_error(HTTPException(status, detail="canary"))
+
+    assert expected == (error.status, error.code)
+    assert "canary" not in error.message
+
+
+def test_a_defect_is_told_as_nothing_but_that():
+    error = as_app_error(ValueError("canary"))
+
+    assert isinstance(error, InternalError)
+    assert "canary" not in error.message + str(error.details)
+
+
+def test_a_trace_shows_places_and_causes_but_no_messages():
+    def inner() -> None:
+        raise KeyError("canary")
+
+    try:
+        try:
+            inner()
+        except KeyError as cause:
+            raise ValueError("canary too") from cause
+    except ValueError as error:
+        text = trace(error)
+
+    assert "in inner" in text
+    assert text.index("ValueError") < text.index("KeyError")
+    assert "canary too" not in text.replace('raise ValueError("canary too")', "")
+
+
+def test_documented_errors_are_grouped_by_status():
+    described = document(InvalidRequest, PiiBlocked, RateLimited)
+
+    assert {400, 429, "default"} == set(described)
+    assert "`validation_error`" in described[400]["description"]
+    assert "`pii_blocked`" in described[400]["description"]

@@ -1,0 +1,141 @@
+"""Requests that must be refused: fields of the wrong kind, texts, conversations, bodies and types of bodies.
+
+The canary stands in the values; it must not come back in any answer or log line.
+"""
+
+import json
+from typing import Any
+
+CANARY = "canary7391"
+JSON = "application/json"
+DEEP = 40
+
+WRONG_FIELDS: list[tuple[str, Any]] = [
+    # A type in place of another: nothing is converted.
+    *[("max_tokens", wrong) for wrong in ("5", 1.0, True, [5], {"a": CANARY}, CANARY, 0, -1, 10**7, 10**40)],
+    *[("max_new_tokens", wrong) for wrong in ("5", False, 0)],
+    *[("max_length", wrong) for wrong in (CANARY, 0, 2.5)],
+    *[("temperature", wrong) for wrong in ("0.5", True, -0.1, 2.1, 1e300, [], CANARY)],
+    *[("top_p", wrong) for wrong in (0, -1, 1.01, "1", True, CANARY)],
+    *[("top_k", wrong) for wrong in (-1, 1.5, "3", True, 10**9, CANARY)],
+    *[("repetition_penalty", wrong) for wrong in (0, -1, 11, "1", True, 1e-300, CANARY)],
+    *[("stop", wrong) for wrong in ("", [], [""], ["a"] * 17, "a" * 257, [CANARY * 40], [1], {"a": 1}, 5, True)],
+    *[("stop_sequences", wrong) for wrong in ([], [None], CANARY * 40)],
+    *[("stop_tokens", wrong) for wrong in ([], [[CANARY]], 7)],
+    *[("seed", wrong) for wrong in (-1, 2**63, 1.5, "1", True, CANARY)],
+    *[("stream", wrong) for wrong in (None, 1, "true", CANARY, [])],
+    *[("cache", wrong) for wrong in (None, 0, "no", CANARY)],
+    *[("model", wrong) for wrong in ("", "a" * 257, 5, [CANARY], True)],
+    # Not supported yet.
+    *[(name, 0.1) for name in ("min_p", "presence_penalty", "frequency_penalty", "logprobs")],
+    *[("logprobs", wrong) for wrong in (True, CANARY, 5)],
+    *[(name, wrong) for name in ("n", "num_return_sequences") for wrong in (2, 0, 1.0, True, "1", CANARY)],
+    # Fields that must not exist: they would choose where requests go or how text becomes a prompt.
+    *[(name, CANARY) for name in ("api_base", "chat_template", "chat_template_kwargs", "best_of", "__class__", "user")],
+    ("x" * 500, CANARY),
+    ("<script>alert(1)</script>", CANARY),
+]
+
+WRONG_TEXTS: list[tuple[str, Any]] = [
+    ("prompt", ""),
+    ("prompt", None),
+    ("prompt", 5),
+    ("prompt", [CANARY]),
+    ("prompt", {"text": CANARY}),
+    ("prompt", True),
+    ("prompt", CANARY * 500),
+]
+
+WRONG_CHATS: list[tuple[str, Any]] = [
+    ("messages", []),
+    ("messages", None),
+    ("messages", CANARY),
+    ("messages", {"role": "user", "content": CANARY}),
+    ("messages", [CANARY]),
+    ("messages", [[]]),
+    ("messages", [{}]),
+    ("messages", [{"role": "user"}]),
+    ("messages", [{"content": CANARY}]),
+    ("messages", [{"role": "user", "content": ""}]),
+    ("messages", [{"role": "user", "content": None}]),
+    ("messages", [{"role": "user", "content": [CANARY]}]),
+    ("messages", [{"role": "user", "content": 5}]),
+    ("messages", [{"role": "user", "content": CANARY, "name": "x"}]),
+    ("messages", [{"role": "user\nsystem", "content": CANARY}]),
+    ("messages", [{"role": "<|im_end|>" + CANARY, "content": "a"}]),
+    ("messages", [{"role": CANARY, "content": "a"}]),
+    ("messages", [{"role": "USER", "content": CANARY}]),
+    ("messages", [{"role": "tool", "content": CANARY}]),
+    ("messages", [{"role": 1, "content": CANARY}]),
+    ("messages", [{"role": "assistant", "content": CANARY}]),
+    ("messages", [{"role": "user", "content": "a"}, {"role": "system", "content": CANARY}]),
+    ("messages", [{"role": "user", "content": "a"}] * 257),
+    ("messages", [{"role": "user", "content": CANARY * 500}]),
+    *[("session_id", wrong) for wrong in ("", "a b", "../" + CANARY, "a" * 129, "é", "a\n", 5, True, [CANARY])],
+]
+
+WRONG_BODIES: list[tuple[str, bytes]] = [
+    ("empty", b""),
+    ("blank", b" \n"),
+    ("not JSON", CANARY.encode()),
+    ("cut off", b'{"prompt": "' + CANARY.encode()),
+    ("two values", b'{} {"a": "' + CANARY.encode() + b'"}'),
+    ("trailing comma", b'{"prompt": "' + CANARY.encode() + b'",}'),
+    ("single quotes", b"{'prompt': '" + CANARY.encode() + b"'}"),
+    ("comment", b"{} // " + CANARY.encode()),
+    ("null", b"null"),
+    ("number", b"7391"),
+    ("true", b"true"),
+    ("string", json.dumps(CANARY).encode()),
+    ("list", json.dumps([CANARY]).encode()),
+    ("empty object", b"{}"),
+    ("NaN", b'{"prompt": "a", "temperature": NaN}'),
+    ("Infinity", b'{"prompt": "a", "temperature": Infinity}'),
+    ("-Infinity", b'{"prompt": "a", "temperature": -Infinity}'),
+    ("1e999", b'{"prompt": "a", "temperature": 1e999}'),
+    ("-1e999", b'{"prompt": "a", "temperature": -1e999}'),
+    ("many digits", b'{"prompt": "a", "seed": ' + b"7" * 5000 + b"}"),
+    ("many decimals", b'{"prompt": "a", "temperature": 0.' + b"7" * 5000 + b"1e999999}"),
+    ("key twice", b'{"prompt": "a", "prompt": "' + CANARY.encode() + b'"}'),
+    ("inner key twice", b'{"messages": [{"role": "user", "role": "system", "content": "' + CANARY.encode() + b'"}]}'),
+    ("deep lists", b"[" * DEEP + b"]" * DEEP),
+    ("deep objects", b'{"prompt":' * DEEP + b"1" + b"}" * DEEP),
+    ("bottomless", b"[" * 100_000),
+    ("bottomless objects", b'{"a":' * 100_000),
+    ("lone surrogate", b'{"prompt": "\\ud800 ' + CANARY.encode() + b'"}'),
+    ("lone low surrogate", b'{"prompt": "\\udfff"}'),
+    ("surrogate in a key", b'{"\\ud800": "' + CANARY.encode() + b'"}'),
+    ("surrogate in a role", b'{"messages": [{"role": "\\ud800", "content": "a"}]}'),
+    ("NUL", b'{"prompt": "a\\u0000' + CANARY.encode() + b'"}'),
+    ("NUL in a key", b'{"prompt\\u0000": "a"}'),
+    ("raw NUL", b'{"prompt": "a\x00"}'),
+    ("raw control", b'{"prompt": "a\x1b"}'),
+    ("BOM", b'\xef\xbb\xbf{"prompt": "a"}'),
+    ("UTF-16", json.dumps({"prompt": CANARY}).encode("utf-16")),
+    ("UTF-16 without BOM", json.dumps({"prompt": CANARY}).encode("utf-16-le")),
+    ("UTF-32", json.dumps({"prompt": CANARY}).encode("utf-32")),
+    ("Latin-1", '{"prompt": "é"}'.encode("latin-1")),
+    ("overlong UTF-8", b'{"prompt": "\xc0\x80"}'),
+    ("encoded surrogate", b'{"prompt": "\xed\xa0\x80"}'),
+    ("gzip", b"\x1f\x8b\x08\x00\x00"),
+]
+
+WRONG_TYPES: list[list[tuple[str, str]]] = [
+    [],
+    [("Content-Type", "")],
+    [("Content-Type", "text/plain")],
+    [("Content-Type", "text/json")],
+    [("Content-Type", "application/x-www-form-urlencoded")],
+    [("Content-Type", "multipart/form-data; boundary=x")],
+    [("Content-Type", "application/vnd.api+json")],
+    [("Content-Type", "application/jsonp")],
+    [("Content-Type", "application/json; charset=utf-16")],
+    [("Content-Type", "application/json; charset=iso-8859-1")],
+    [("Content-Type", f"{CANARY}/{CANARY}")],
+    [("Content-Type", "application")],
+    [("Content-Type", ";;;")],
+    [("Content-Type", JSON), ("Content-Type", JSON)],
+    [("Content-Type", JSON), ("Content-Type", "text/plain")],
+    [("Content-Type", JSON), ("Content-Encoding", "gzip")],
+    [("Content-Type", JSON), ("Content-Encoding", CANARY)],
+]

@@ -1,0 +1,187 @@
+"""Malformed bodies and headers: always the envelope, never a 500, never an echo.
+
+The requests stand in `malformed.py`.
+"""
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.web.harness import AUTH, BODIES, is_envelope, make_web
+from tests.web.malformed import CANARY, JSON, WRONG_BODIES, WRONG_CHATS, WRONG_FIELDS, WRONG_TEXTS, WRONG_TYPES
+
+ROUTES = list(BODIES)
+
+
+def body(path: str, **fields: Any) -> bytes:
+    return json.dumps({**BODIES[path], **fields}).encode()
+
+
+BODY_CASES = [(f"{route} {name}", route, content) for route in ROUTES for name, content in WRONG_BODIES]
+FIELD_CASES = [
+    (f"{route} {name[:20]}={value!r:.20}", route, name, value) for route in ROUTES for name, value in WRONG_FIELDS
+]
+FIELD_CASES += [(f"generate {name}={value!r:.20}", "/v1/generate", name, value) for name, value in WRONG_TEXTS]
+FIELD_CASES += [(f"chat {name}={value!r:.60}", "/v1/chat", name, value) for name, value in WRONG_CHATS]
+
+
+def assert_refused(reply, lines, status=400):
+    assert status == reply.status_code, reply.text
+    assert is_envelope(reply)
+    assert CANARY not in reply.text + str(dict(reply.headers)) + str(lines)
+    assert len(reply.content) < 4000
+
+
+async def test_the_table_is_as_long_as_it_should_be():
+    assert len(WRONG_FIELDS) + len(WRONG_BODIES) + len(WRONG_TYPES) >= 120
+
+
+async def test_wrong_bodies_are_refused_without_echo(web, client, log_lines, subtests):
+    for name, route, content in BODY_CASES:
+        with subtests.test(name):
+            reply = await client.post(route, content=content, headers={"Content-Type": JSON})
+            assert_refused(reply, log_lines)
+    assert [] == web.service.asks
+
+
+async def test_wrong_fields_are_refused_by_name_without_echo(web, client, log_lines, subtests):
+    for name, route, field, value in FIELD_CASES:
+        with subtests.test(name):
+            reply = await client.post(route, content=body(route, **{field: value}), headers={"Content-Type": JSON})
+            assert_refused(reply, log_lines)
+            named = {error["field"] for error in reply.json()["details"]["errors"]}
+            if (len(field) < 30 and "<" not in field and field != "__class__") or value == 10**40:
+                assert any(one.split(".")[0] in (field, "body") for one in named)
+            assert all(len(one) <= 80 for one in named)
+            assert "<" not in str(named)
+    assert [] == web.service.asks
+
+
+async def test_wrong_types_are_refused_without_echo(web, client, log_lines, subtests):
+    for route in ROUTES:
+        for headers in WRONG_TYPES:
+            with subtests.test(f"{route} {headers}"):
+                request = client.build_request("POST", route, content=body(route), headers=headers)
+                assert_refused(await client.send(request), log_lines, 415)
+    assert [] == web.service.asks
+
+
+@pytest.mark.parametrize("content_type", [JSON, "Application/JSON; charset=UTF-8", 'application/json; charset="utf-8"'])
+@pytest.mark.parametrize("route", ROUTES)
+async def test_json_may_name_its_charset(client, route, content_type):
+    reply = await client.post(route, content=body(route), headers={"Content-Type": content_type})
+
+    assert 200 == reply.status_code
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"max_tokens": 5, "max_new_tokens": 6}, ("max_tokens", "max_new_tokens")),
+        ({"max_new_tokens": 5, "max_length": 6}, ("max_new_tokens", "max_length")),
+        ({"stop": "a", "stop_sequences": ["b"]}, ("stop", "stop_sequences")),
+        ({"stop_sequences": ["a"], "stop_tokens": ["a", "b"]}, ("stop_sequences", "stop_tokens")),
+    ],
+)
+async def test_two_names_of_one_field_must_agree(client, route, fields, names):
+    reply = await client.post(route, json={**BODIES[route], **fields})
+
+    assert_refused(reply, [])
+    assert all(name in reply.json()["message"] for name in names)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+async def test_two_names_with_one_value_are_fine(web, client, route):
+    fields = {"max_tokens": 5, "max_length": 5, "stop": "a", "stop_tokens": ["a"], "n": 1, "num_return_sequences": None}
+
+    reply = await client.post(route, json={**BODIES[route], **fields})
+
+    assert 200 == reply.status_code
+    assert (5, ("a",)) == (web.service.asks[0].sampling.max_tokens, web.service.asks[0].sampling.stop)
+
+
+@pytest.mark.parametrize("name", ["min_p", "presence_penalty", "frequency_penalty", "logprobs", "n"])
+async def test_what_does_not_work_yet_is_said_so(client, name):
+    refused = await client.post("/v1/chat", json={**BODIES["/v1/chat"], name: 3})
+    neutral = await client.post("/v1/chat", json={**BODIES["/v1/chat"], name: None})
+
+    assert f"{name} is not supported yet by this service" == refused.json()["message"]
+    assert 200 == neutral.status_code
+
+
+async def test_an_unknown_field_is_named(client):
+    reply = await client.post("/v1/chat", json={**BODIES["/v1/chat"], "temprature": 1})
+
+    assert [{"field": "temprature", "reason": "there is no such field"}] == reply.json()["details"]["errors"]
+
+
+async def test_a_field_deep_inside_is_named_by_its_path(client):
+    messages = [{"role": "user", "content": "a"}, {"role": "pirate", "content": "b"}]
+
+    reply = await client.post("/v1/chat", json={"messages": messages})
+
+    (error,) = reply.json()["details"]["errors"]
+    assert "messages.1.role" == error["field"]
+    assert "'assistant'" in error["reason"]
+
+
+async def test_many_errors_are_cut_to_a_few(client):
+    reply = await client.post("/v1/chat", json={f"field{number}": CANARY for number in range(5000)})
+
+    assert_refused(reply, [])
+    assert 20 == len(reply.json()["details"]["errors"])
+
+
+@pytest.mark.parametrize(
+    ("route", "fields", "field"),
+    [
+        ("/v1/generate", {"prompt": "é" * 11}, "prompt"),
+        (
+            "/v1/chat",
+            {"messages": [{"role": "system", "content": "a" * 10}, {"role": "user", "content": "b"}]},
+            "messages",
+        ),
+    ],
+)
+async def test_too_long_a_text_is_told_the_limit_and_its_length(route, fields, field):
+    web = await make_web(security={"max_prompt_chars": 10})
+    async with web.client(**AUTH) as client:
+        reply = await client.post(route, json=fields)
+        fits = await client.post("/v1/generate", json={"prompt": "é" * 10})
+
+    assert f"{field} has 11 characters; this service takes at most 10" == reply.json()["message"]
+    assert 200 == fits.status_code
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/sessions/a%20b", "/v1/sessions/" + "a" * 129, "/v1/sessions/%ff", "/v1/sessions/a%00", "/v1/sessions/é"],
+)
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+async def test_wrong_session_ids_are_refused(client, method, path):
+    reply = await client.request(method, path)
+
+    assert_refused(reply, [])
+    assert "session_id" == reply.json()["details"]["errors"][0]["field"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/nowhere", 404, "not_found"),
+        ("GET", f"/{CANARY}", 404, "not_found"),
+        ("POST", "/v1/generate/", 404, "not_found"),
+        ("GET", "/v1/generate", 405, "method_not_allowed"),
+        ("PATCH", "/v1/sessions/a", 405, "method_not_allowed"),
+        ("BREW", "/v1/chat", 405, "method_not_allowed"),
+    ],
+)
+async def test_the_routers_own_errors_have_the_envelope(client, log_lines, method, path, status, code):
+    reply = await client.request(method, path)
+
+    assert_refused(reply, log_lines, status)
+    assert code == reply.json()["error"]
+    if status == 405:
+        assert reply.headers["allow"]

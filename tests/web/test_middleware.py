@@ -1,0 +1,219 @@
+"""What surrounds every request: ids, timing, the log line, figures, bounds on bodies, and probes."""
+
+import re
+
+import pytest
+
+from app.engine.base import EngineState, EngineStatus
+from tests.web.harness import AUTH, CHAT, GENERATE, MODEL, ScriptedService, is_envelope, make_web
+
+
+@pytest.mark.parametrize("given", ["abc", "A.b_c-9", "x" * 128])
+async def test_a_plain_request_id_is_given_back(client, given):
+    assert given == (await client.get("/health", headers={"X-Request-ID": given})).headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        b"",
+        b" ",
+        b"x" * 129,
+        b"a b",
+        b"a\r\nSet-Cookie: x",
+        b"a\n",
+        "日本".encode(),
+        b"\xe9",
+        b"a\x00",
+        b"<b>",
+        b"x" * 10_000,
+    ],
+)
+async def test_any_other_request_id_is_replaced(client, given):
+    reply = await client.get("/health", headers=[(b"X-Request-ID", given)])
+
+    assert 200 == reply.status_code
+    assert re.fullmatch(r"req_[0-9a-f]{32}", reply.headers["x-request-id"])
+
+
+async def test_two_request_ids_are_none(client):
+    reply = await client.get("/health", headers=[("X-Request-ID", "a"), ("X-Request-ID", "b")])
+
+    assert reply.headers["x-request-id"].startswith("req_")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/", 200), ("GET", "/nowhere", 404), ("DELETE", "/health", 405), ("POST", "/v1/chat", 400)],
+)
+async def test_every_answer_has_an_id_and_a_time(client, method, path, status):
+    reply = await client.request(method, path)
+
+    assert (415 if status == 400 else status) == reply.status_code
+    assert reply.headers["x-request-id"]
+    assert 0 <= float(reply.headers["x-process-time"]) < 10
+
+
+async def test_one_line_tells_of_each_request(client, log_lines):
+    await client.post("/v1/generate?secret=1", json={"prompt": "private words"}, headers={"X-Request-ID": "r1"})
+
+    (line,) = log_lines
+    assert 0 < line.pop("latency_ms") < 10_000
+    assert {
+        "event": "POST /v1/generate - 200",
+        "log_level": "info",
+        "method": "POST",
+        "route": "/v1/generate",
+        "status_code": 200,
+        "request_id": "r1",
+        "key_id": "admin",
+    } == line
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "route", "status"),
+    [
+        ("GET", "/v1/sessions/private-id", "/v1/sessions/{session_id}", 404),
+        ("PUT", "/v1/sessions/private-id", "/v1/sessions/{session_id}", 405),
+        ("GET", "/private/path", "unmatched", 404),
+        ("GET", "/v1/sessions", "/v1/sessions", 200),
+    ],
+)
+async def test_lines_and_figures_name_the_routes_template(web, client, log_lines, method, path, route, status):
+    await client.request(method, path)
+
+    (line,) = log_lines
+    assert (route, status) == (line["route"], line["status_code"])
+    assert f'http_requests_total{{endpoint="{route}",method="{method}",status="{status}"}} 1.0' in figures(web)
+    assert "private" not in str(line) + figures(web)
+
+
+async def test_a_request_without_a_key_is_told_of_by_its_route(web, log_lines):
+    async with web.client(nothing="") as client:
+        await client.post("/v1/chat", json=CHAT)
+
+    assert ("/v1/chat", 401, None) == tuple(log_lines[0][name] for name in ("route", "status_code", "key_id"))
+
+
+async def test_invented_methods_and_paths_make_no_new_series(web, client):
+    await client.request("BREW", "/first")
+    before = figures(web).count("\n")
+    for number in range(50):
+        await client.request(f"BREW{number}", f"/path{number}", headers={"User-Agent": f"agent{number}"})
+
+    assert before == figures(web).count("\n")
+
+
+async def test_an_unexpected_error_is_logged_where_it_came_from_but_not_with_what_was_sent(log_lines):
+    web = await make_web(ScriptedService(refusal=RuntimeError("private words")))
+    async with web.client() as client:
+        reply = await client.post("/v1/generate", json={"prompt": "private words"})
+
+    assert (500, "internal_server_error") == (reply.status_code, reply.json()["error"])
+    assert is_envelope(reply)
+    error, access = log_lines
+    assert ("RuntimeError", "error") == (error["error"], error["log_level"])
+    assert "in _play" in error["exception"]
+    assert 500 == access["status_code"]
+    assert "private words" not in str(log_lines) + reply.text
+
+
+def sized(length: int) -> bytes:
+    return b'{"prompt": "' + b"a" * (length - 14) + b'"}'
+
+
+async def chunks(content: bytes):
+    for start in range(0, len(content), 100):
+        yield content[start : start + 100]
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_a_body_may_be_so_long_and_no_longer(chunked):
+    web = await make_web(security={"max_body_bytes": 1000})
+    async with web.client() as client:
+        replies = [
+            await client.post(
+                "/v1/generate",
+                content=chunks(sized(length)) if chunked else sized(length),
+                headers={"Content-Type": "application/json"},
+            )
+            for length in (1000, 1001)
+        ]
+
+    assert [200, 413] == [reply.status_code for reply in replies]
+    assert ("payload_too_large", {"limit": 1000}) == (replies[1].json()["error"], replies[1].json()["details"])
+    assert "close" == replies[1].headers["connection"]
+    assert "connection" not in replies[0].headers
+    assert is_envelope(replies[1])
+
+
+@pytest.mark.parametrize("length", ["99999999999999999999999999", "1001", "9" * 5000])
+async def test_a_body_announced_as_too_long_is_not_read(length):
+    web = await make_web(security={"max_body_bytes": 1000})
+
+    async def never():
+        raise AssertionError("the body was read")
+        yield b""
+
+    async with web.client() as client:
+        headers = {"Content-Type": "application/json", "Content-Length": length}
+        reply = await client.post("/v1/generate", content=never(), headers=headers)
+
+    assert 413 == reply.status_code
+
+
+async def test_no_body_is_read_before_the_key_is_checked(web):
+    async def never():
+        raise AssertionError("the body was read")
+        yield b""
+
+    async with web.client(nothing="") as client:
+        reply = await client.post("/v1/generate", content=never())
+
+    assert 401 == reply.status_code
+
+
+@pytest.mark.parametrize(
+    ("state", "status", "word"),
+    [
+        (EngineState.READY, 200, "ready"),
+        (EngineState.LOADING, 503, "loading"),
+        (EngineState.RESTARTING, 503, "restarting"),
+        (EngineState.FAILED, 503, "failed"),
+        (EngineState.CLOSED, 503, "draining"),
+    ],
+)
+async def test_health_is_always_well_and_readiness_follows_the_engine(web, client, state, status, word):
+    web.engines.default.status = lambda: EngineStatus(state=state, running=0, waiting=0, restarts=0)
+
+    health, ready = await client.get("/health"), await client.get("/readyz")
+
+    loaded = state is EngineState.READY
+    assert (200, {"status": "healthy", "model_loaded": loaded, "model_name": MODEL}) == (
+        health.status_code,
+        health.json(),
+    )
+    assert (status, {"status": word}) == (ready.status_code, ready.json())
+    assert ("retry-after" in ready.headers) is (status == 503)
+
+
+async def test_the_front_page_says_where_to_go(client):
+    page = (await client.get("/")).json()
+
+    assert {"name", "version", "links"} == set(page)
+    for path in ("/health", "/readyz"):
+        assert path in page["links"].values()
+
+
+async def test_figures_are_prometheus_text(web, client):
+    await client.post("/v1/generate", json=GENERATE)
+
+    reply = await client.get("/metrics")
+
+    assert web.metrics.render()[1] == reply.headers["content-type"]
+    assert "http_request_duration_seconds_count" in reply.text
+    assert AUTH["X-API-Key"] not in reply.text
+
+
+def figures(web) -> str:
+    return web.metrics.render()[0].decode()

@@ -1,0 +1,249 @@
+"""Who gets in and how often: every route, proved from the OpenAPI document and not from a list kept by hand."""
+
+import pytest
+
+from app.web.assembly import public_paths
+from tests.web.harness import AUTH, BODIES, CHAT, KEY, ScriptedService, frames, is_envelope, make_web
+
+UNLIMITED = {"/", "/health", "/readyz", "/metrics", "/status"}
+"""Probes and figures: cheap, and polled by machines that must not use up a person's rate."""
+
+
+def operations(app):
+    """Give each documented (method, path), with path parameters filled in."""
+    for path, methods in app.openapi()["paths"].items():
+        for method in methods:
+            yield method.upper(), path.replace("{session_id}", "s")
+
+
+async def test_every_route_but_the_public_ones_needs_a_key(subtests):
+    web = await make_web(security={"failed_keys_per_minute": 1000})
+    checked = 0
+    async with web.client(nothing="") as client:
+        for method, path in operations(web.app):
+            with subtests.test(f"{method} {path}"):
+                reply = await client.request(method, path, content=b"{not json")
+                if path in {"/", "/health", "/readyz", "/metrics"}:
+                    assert 200 == reply.status_code
+                else:
+                    checked += 1
+                    assert 401 == reply.status_code
+                    assert "Bearer" == reply.headers["www-authenticate"]
+                    assert is_envelope(reply)
+    assert 6 == checked
+
+
+async def test_every_route_but_the_exempt_ones_is_limited(subtests):
+    checked = 0
+    for method, path in operations((await make_web()).app):
+        with subtests.test(f"{method} {path}"):
+            web = await make_web(rate_limit={"requests_per_minute": 1, "burst_size": 2})
+            async with web.client() as client:
+                replies = [await client.request(method, path, json=BODIES.get(path)) for _ in range(3)]
+            if path in UNLIMITED:
+                assert all(reply.status_code == 200 for reply in replies)
+                assert not any("x-ratelimit-limit-requests" in reply.headers for reply in replies)
+            else:
+                checked += 1
+                assert [False, False, True] == [reply.status_code == 429 for reply in replies]
+                assert ["1", "0", "0"] == [reply.headers["x-ratelimit-remaining-requests"] for reply in replies]
+    assert 5 == checked
+
+
+async def test_every_route_documents_its_errors(web):
+    for path, methods in web.app.openapi()["paths"].items():
+        for operation in methods.values():
+            assert "422" not in operation["responses"]
+            if path.startswith("/v1"):
+                assert {"401", "429", "default"} <= set(operation["responses"])
+                assert {"APIKeyHeader", "HTTPBearer"} == {name for entry in operation["security"] for name in entry}
+
+
+async def test_a_refused_request_tells_when_to_come_back_and_costs_nothing():
+    web = await make_web(rate_limit={"requests_per_minute": 6, "burst_size": 1})
+    async with web.client() as client:
+        granted = await client.post("/v1/chat", json=CHAT)
+        refused = [await client.post("/v1/chat", json=CHAT) for _ in range(5)]
+
+    assert 200 == granted.status_code
+    assert "10s" == granted.headers["x-ratelimit-reset-requests"]
+    for reply in refused:
+        assert (429, "rate_limit_exceeded") == (reply.status_code, reply.json()["error"])
+        assert 1 <= int(reply.headers["retry-after"]) <= 10
+        assert "1" == reply.headers["x-ratelimit-limit-requests"]
+        assert is_envelope(reply)
+    assert 1 == len(web.service.asks)
+    assert b"rate_limited_total 5.0" in web.metrics.render()[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "status"),
+    [
+        (b"{", {"Content-Type": "application/json"}, 400),
+        (b"{}", {"Content-Type": "application/json"}, 400),
+        (b"hello", {"Content-Type": "text/plain"}, 415),
+    ],
+)
+async def test_malformed_requests_count_and_carry_the_rate_headers(web, client, content, headers, status):
+    reply = await client.post("/v1/chat", content=content, headers=headers)
+
+    assert status == reply.status_code
+    assert "99999" == reply.headers["x-ratelimit-remaining-requests"]
+
+
+async def test_streams_carry_the_rate_headers_and_are_refused_before_they_begin():
+    web = await make_web(rate_limit={"requests_per_minute": 1, "burst_size": 1})
+    async with web.client() as client:
+        granted = await client.post("/v1/chat", json={**CHAT, "stream": True})
+        refused = await client.post("/v1/chat", json={**CHAT, "stream": True})
+
+    assert "done" == frames(granted.text)[-1][0]
+    assert "0" == granted.headers["x-ratelimit-remaining-requests"]
+    assert (429, "application/json") == (refused.status_code, refused.headers["content-type"])
+
+
+async def test_an_unexpected_failure_carries_the_rate_headers_too():
+    web = await make_web(ScriptedService(refusal=RuntimeError("x")))
+    async with web.client() as client:
+        reply = await client.post("/v1/chat", json=CHAT)
+
+    assert 500 == reply.status_code
+    assert "99999" == reply.headers["x-ratelimit-remaining-requests"]
+
+
+async def test_the_limit_can_be_switched_off():
+    web = await make_web(rate_limit={"enabled": False, "requests_per_minute": 1, "burst_size": 1})
+    async with web.client() as client:
+        replies = [await client.post("/v1/chat", json=CHAT) for _ in range(3)]
+
+    assert [200] * 3 == [reply.status_code for reply in replies]
+    assert "x-ratelimit-limit-requests" not in replies[0].headers
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [("X-API-Key", KEY)],
+        [("Authorization", f"Bearer {KEY}")],
+        [("authorization", f"bearer  {KEY} ")],
+        [("X-API-Key", KEY), ("Authorization", f"Bearer {KEY}")],
+        # A proxy in front may have a login of its own.
+        [("X-API-Key", KEY), ("Authorization", "Basic dXNlcjpwYXNz")],
+    ],
+)
+async def test_the_right_key_gets_in_by_either_header(web, headers):
+    async with web.client(nothing="") as client:
+        assert 200 == (await client.send(client.build_request("GET", "/status", headers=headers))).status_code
+
+
+WRONG_KEYS: list[list[tuple[bytes, bytes]]] = [
+    [],
+    [(b"X-API-Key", b"")],
+    [(b"X-API-Key", b" ")],
+    [(b"X-API-Key", b"wrong")],
+    [(b"X-API-Key", KEY.encode() + b"x")],
+    [(b"X-API-Key", KEY[:-1].encode())],
+    [(b"X-API-Key", KEY.upper().encode())],
+    [(b"X-API-Key", b"k\xe9y")],
+    [(b"X-API-Key", "schlüssel".encode())],
+    [(b"X-API-Key", b"\xff\xfe\xfd")],
+    [(b"X-API-Key", b"a\x00b")],
+    [(b"X-API-Key", KEY.encode() + b"\x00")],
+    [(b"X-API-Key", b"k" * 8192)],
+    [(b"X-API-Key", KEY.encode()), (b"X-API-Key", KEY.encode())],
+    [(b"X-API-Key", KEY.encode()), (b"X-API-Key", b"wrong")],
+    [(b"X-API-Key", f"{KEY}, {KEY}".encode())],
+    [(b"X-API-Key", f"Bearer {KEY}".encode())],
+    [(b"X-API-Key", b"wrong"), (b"Authorization", f"Bearer {KEY}".encode())],
+    [(b"X-API-Key", KEY.encode()), (b"Authorization", b"Bearer wrong")],
+    [(b"X-API-Key", KEY.encode()), (b"Authorization", b"Bearer")],
+    [(b"Authorization", KEY.encode())],
+    [(b"Authorization", b"Bearer")],
+    [(b"Authorization", b"Bearer ")],
+    [(b"Authorization", f"Basic {KEY}".encode())],
+    [(b"Authorization", f"Bearer {KEY} {KEY}".encode())],
+    [(b"Authorization", f"Bearer {KEY}".encode())] * 2,
+    [(b"Authorization", b"Bearer k\xe9y")],
+]
+
+
+async def test_anything_but_one_right_key_is_401_and_never_500(subtests):
+    web = await make_web(security={"failed_keys_per_minute": 1000})
+    async with web.client(nothing="") as client:
+        for headers in WRONG_KEYS:
+            with subtests.test(str(headers)[:80]):
+                reply = await client.send(client.build_request("POST", "/v1/chat", json=CHAT, headers=headers))
+                assert (401, "unauthorized") == (reply.status_code, reply.json()["error"])
+                assert is_envelope(reply)
+                assert KEY not in reply.text
+    assert [] == web.service.asks
+    assert f"auth_failures_total {len(WRONG_KEYS)}.0".encode() in web.metrics.render()[0]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["//health", "/health/", "/health/../status", "/Health", "/v1", "/nowhere", "/docs", "/openapi.json", "/status%2f"],
+)
+async def test_only_the_exact_public_paths_are_public(web, path):
+    async with web.client(nothing="") as client:
+        assert 401 == (await client.get(f"http://test{path}")).status_code
+
+
+@pytest.mark.parametrize("host", ["x/health?", "test/health#", "/health", "health", "a@b/metrics"])
+async def test_the_host_header_opens_nothing(web, host):
+    async with web.client(nothing="") as client:
+        assert 401 == (await client.get("/status", headers={"Host": host})).status_code
+
+
+async def test_public_paths_follow_the_settings():
+    web = await make_web(security={"docs": True, "metrics_public": False})
+
+    assert {"/", "/health", "/readyz", "/docs", "/openapi.json"} == public_paths(web.app.state.parts)
+    async with web.client(nothing="") as client:
+        assert 401 == (await client.get("/metrics")).status_code
+
+
+async def test_guessing_keys_is_slowed_down_but_locks_nobody_out():
+    """After so many failures an address gets 429, and a right key from there still works."""
+    web = await make_web(security={"failed_keys_per_minute": 3})
+    async with web.client(nothing="") as client:
+        guesses = [await client.get("/status", headers={"X-API-Key": f"guess{number}"}) for number in range(5)]
+        right = await client.get("/status", headers=AUTH)
+
+    assert [401, 401, 401, 429, 429] == [reply.status_code for reply in guesses]
+    assert 1 <= int(guesses[-1].headers["retry-after"]) <= 20
+    assert is_envelope(guesses[-1])
+    assert 200 == right.status_code
+
+
+async def test_right_keys_do_not_count_as_failures():
+    web = await make_web(security={"failed_keys_per_minute": 1})
+    async with web.client() as client:
+        assert [200] * 5 == [(await client.get("/status")).status_code for _ in range(5)]
+    async with web.client(nothing="") as stranger:
+        assert 401 == (await stranger.get("/status")).status_code
+
+
+async def test_while_draining_only_probes_are_answered(web, client):
+    web.engines.draining = True
+
+    refused = await client.post("/v1/chat", json=CHAT)
+
+    assert (503, "service_unavailable") == (refused.status_code, refused.json()["error"])
+    assert 1 <= int(refused.headers["retry-after"])
+    assert is_envelope(refused)
+    assert [] == web.service.asks
+    assert 200 == (await client.get("/health")).status_code
+    assert 200 == (await client.get("/metrics")).status_code
+    ready = await client.get("/readyz")
+    assert (503, {"status": "draining"}) == (ready.status_code, ready.json())
+
+
+async def test_the_key_is_in_no_answer_no_figure_and_no_log_line(web, client, log_lines):
+    texts = []
+    for method, path in operations(web.app):
+        reply = await client.request(method, path, json=BODIES.get(path), params={"api_key": KEY})
+        texts.append(reply.text.replace("\\", "") + str(dict(reply.headers)))
+    texts.append(str(web.app.openapi()))
+
+    assert KEY not in "".join(texts) + str(log_lines)

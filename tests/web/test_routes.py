@@ -1,0 +1,257 @@
+"""What each route answers when all is well, field by field."""
+
+import json
+
+import pytest
+
+from app.errors import ContextLengthExceeded, EngineBusy, InternalError
+from app.generation.memory import Turn
+from app.types import Message, Role
+from tests.web.harness import BODIES, CHAT, GENERATE, MODEL, ScriptedService, frames, is_envelope, make_web
+
+USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+
+
+async def test_generate_answers_with_the_documented_fields(client):
+    reply = await client.post("/v1/generate", json=GENERATE)
+
+    assert 200 == reply.status_code
+    assert {
+        "generated_text": "Hello",
+        "prompt": "hello",
+        "model": MODEL,
+        "tokens_generated": 2,
+        "cached": False,
+        "finish_reason": "stop",
+        "completions": [{"text": "Hello", "finish_reason": "stop"}],
+        "usage": USAGE,
+        "request_id": reply.headers["x-request-id"],
+    } == reply.json()
+
+
+async def test_chat_answers_with_the_documented_fields(client):
+    reply = await client.post("/v1/chat", json={**CHAT, "session_id": "s-1"})
+
+    assert 200 == reply.status_code
+    assert {
+        "message": {"role": "assistant", "content": "Hello"},
+        "model": MODEL,
+        "tokens_generated": 2,
+        "cached": False,
+        "session_id": "s-1",
+        "finish_reason": "stop",
+        "usage": USAGE,
+        "context": {"limit": 100, "prompt_tokens": 3, "turns_kept": 1, "turns_dropped": 0},
+        "request_id": reply.headers["x-request-id"],
+    } == reply.json()
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_a_stream_has_its_deltas_and_one_done_frame(client, path):
+    reply = await client.post(path, json={**BODIES[path], "stream": True})
+
+    assert 200 == reply.status_code
+    assert "text/event-stream; charset=utf-8" == reply.headers["content-type"]
+    assert "no-cache" == reply.headers["cache-control"]
+    assert "no" == reply.headers["x-accel-buffering"]
+    assert reply.text.startswith(": keep-alive\n\n")
+    assert "\r" not in reply.text
+    *deltas, (last, done) = frames(reply.text)
+    assert [("delta", '{"content":"Hel"}'), ("delta", '{"content":"lo"}')] == deltas
+    assert "done" == last
+    assert {
+        "finish_reason": "stop",
+        "usage": USAGE,
+        "tokens_generated": 2,
+        "cached": False,
+        "session_id": None,
+        "request_id": reply.headers["x-request-id"],
+        "model": MODEL,
+    } == json.loads(done)
+
+
+async def test_the_service_is_asked_in_its_own_words(web, client):
+    body = {
+        **CHAT,
+        "max_new_tokens": 7,
+        "temperature": 1,
+        "top_p": 0.5,
+        "top_k": 3,
+        "repetition_penalty": 1.5,
+        "stop": "END",
+        "seed": 11,
+        "model": "m",
+        "session_id": "s",
+        "n": 1,
+        "logprobs": None,
+    }
+
+    await client.post("/v1/chat", json=body, headers={"X-Request-ID": "mine"})
+
+    (ask,) = web.service.asks
+    assert (Message(Role.USER, "hello"),) == ask.messages
+    assert ("s", "m", True, "admin") == (ask.session_id, ask.model, ask.cache, ask.caller.key_id)
+    sampling = ask.sampling
+    assert (7, 1.0, 0.5, 3, 1.5, ("END",), 11) == (
+        sampling.max_tokens,
+        sampling.temperature,
+        sampling.top_p,
+        sampling.top_k,
+        sampling.repetition_penalty,
+        sampling.stop,
+        sampling.seed,
+    )
+    assert "mine" != ask.id
+
+
+async def test_two_requests_of_one_request_id_are_two_asks(web, client):
+    for _ in range(2):
+        await client.post("/v1/generate", json=GENERATE, headers={"X-Request-ID": "same"})
+
+    assert 2 == len({ask.id for ask in web.service.asks})
+
+
+@pytest.mark.parametrize(
+    ("fields", "headers", "expected"),
+    [
+        ({}, {}, True),
+        ({"cache": False}, {}, False),
+        ({}, {"Cache-Control": "No-Cache, max-age=0"}, False),
+        ({}, {"Cache-Control": "max-age=0"}, True),
+    ],
+)
+async def test_the_cache_can_be_bypassed(web, client, fields, headers, expected):
+    await client.post("/v1/generate", json={**GENERATE, **fields}, headers=headers)
+
+    assert expected is web.service.asks[0].cache
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("refusal", "status", "code"),
+    [
+        (EngineBusy("Full.", retry_after=1.2), 503, "service_unavailable"),
+        (ContextLengthExceeded(prompt_tokens=9, max_tokens=9, limit=10), 400, "context_length_exceeded"),
+        (RuntimeError("secret words"), 500, "internal_server_error"),
+    ],
+)
+async def test_a_refusal_before_the_answer_begins_is_an_ordinary_error(stream, refusal, status, code):
+    web = await make_web(ScriptedService(refusal=refusal))
+    async with web.client() as client:
+        reply = await client.post("/v1/chat", json={**CHAT, "stream": stream})
+
+    assert status == reply.status_code
+    assert code == reply.json()["error"]
+    assert is_envelope(reply)
+    assert ("2" if status == 503 else None) == reply.headers.get("retry-after")
+    assert "secret words" not in reply.text
+
+
+@pytest.mark.parametrize("failure", [EngineBusy("Gone."), InternalError("x"), RuntimeError("secret words")])
+async def test_an_error_in_mid_stream_is_the_last_frame(failure, log_lines):
+    web = await make_web(ScriptedService(steps=["Hel", failure]))
+    async with web.client() as client:
+        reply = await client.post("/v1/chat", json={**CHAT, "stream": True})
+
+    assert ["delta", "error"] == [name for name, _ in frames(reply.text)]
+    envelope = json.loads(frames(reply.text)[-1][1])
+    assert {"error", "message", "details", "timestamp", "request_id"} == set(envelope)
+    assert reply.headers["x-request-id"] == envelope["request_id"]
+    assert "secret words" not in reply.text + str(log_lines)
+    assert isinstance(failure, RuntimeError) == any(line["event"] == "Unexpected error" for line in log_lines)
+
+
+async def test_an_answer_without_a_last_event_ends_in_an_error_frame():
+    web = await make_web(ScriptedService(ends=False))
+    async with web.client() as client:
+        reply = await client.post("/v1/generate", json={**GENERATE, "stream": True})
+
+    name, data = frames(reply.text)[-1]
+    assert ("error", "internal_server_error") == (name, json.loads(data)["error"])
+
+
+async def test_sessions_are_listed_read_and_forgotten(web, client):
+    turn = Turn((Message(Role.USER, "hi"), Message(Role.ASSISTANT, "ho")))
+    await web.service.sessions.append("admin", "mine", turn)
+    await web.service.sessions.append("other", "theirs", turn)
+
+    listed = (await client.get("/v1/sessions")).json()["sessions"]
+    read = (await client.get("/v1/sessions/mine")).json()
+    deleted = await client.delete("/v1/sessions/mine")
+
+    assert [("mine", 1)] == [(session["session_id"], session["turns"]) for session in listed]
+    assert [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}] == read["messages"]
+    assert read["created"].endswith("Z")
+    assert 204 == deleted.status_code
+    assert b"" == deleted.content
+    assert [] == (await client.get("/v1/sessions")).json()["sessions"]
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+async def test_another_tenants_session_is_as_unknown_as_one_that_never_was(web, client, method):
+    turn = Turn((Message(Role.USER, "hi"), Message(Role.ASSISTANT, "ho")))
+    await web.service.sessions.append("other", "theirs", turn)
+
+    replies = [(await client.request(method, f"/v1/sessions/{name}")) for name in ("theirs", "never")]
+
+    assert [404, 404] == [reply.status_code for reply in replies]
+    assert replies[0].json()["message"] == replies[1].json()["message"]
+    assert await web.service.sessions.read("other", "theirs")
+
+
+async def test_without_session_memory_there_are_no_sessions():
+    web = await make_web(chat_history={"enabled": False})
+    async with web.client() as client:
+        reply = await client.get("/v1/sessions")
+
+    assert 404 == reply.status_code
+    assert is_envelope(reply)
+
+
+async def test_status_needs_a_key_and_costs_no_request(client, web):
+    assert {"engine": {"state": "ready"}} == (await client.get("/status")).json()
+    async with web.client(nothing="") as stranger:
+        assert 401 == (await stranger.get("/status")).status_code
+
+
+async def test_documentation_is_served_only_if_configured(client):
+    closed = [(await client.get(path)).status_code for path in ("/docs", "/openapi.json", "/redoc")]
+    web = await make_web(security={"docs": True})
+    async with web.client(nothing="") as stranger:
+        opened = [(await stranger.get(path)).status_code for path in ("/docs", "/openapi.json")]
+
+    assert [404, 404, 404] == closed
+    assert [200, 200] == opened
+
+
+async def test_a_listed_origin_may_call_from_a_browser_and_no_other():
+    web = await make_web(security={"cors_origins": ["https://good.example"]})
+    preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-api-key"}
+    async with web.client(nothing="") as client:
+        good = await client.options("/v1/chat", headers={"Origin": "https://good.example", **preflight})
+        bad = await client.options("/v1/chat", headers={"Origin": "https://evil.example", **preflight})
+        refused = await client.post("/v1/chat", json=CHAT, headers={"Origin": "https://good.example"})
+
+    assert 200 == good.status_code
+    assert "https://good.example" == good.headers["access-control-allow-origin"]
+    assert "access-control-allow-credentials" not in good.headers
+    assert "access-control-allow-origin" not in bad.headers
+    # A page must be able to read why it was refused.
+    assert (401, "https://good.example") == (refused.status_code, refused.headers["access-control-allow-origin"])
+
+
+async def test_no_request_waits_for_a_thread(client, monkeypatch):
+    """FastAPI runs plain functions in threads, which costs more than anything that they do here."""
+
+    async def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a plain function was run in a thread")
+
+    monkeypatch.setattr("fastapi.dependencies.utils.run_in_threadpool", refuse)
+    monkeypatch.setattr("fastapi.routing.run_in_threadpool", refuse)
+    monkeypatch.setattr("starlette._exception_handler.run_in_threadpool", refuse)
+
+    replies = [await client.post(path, json=body) for path, body in BODIES.items()]
+    replies += [await client.get(path) for path in ("/", "/health", "/readyz", "/status", "/metrics", "/v1/sessions")]
+
+    assert {200} == {reply.status_code for reply in replies}
+    assert 404 == (await client.get("/v1/sessions/unknown")).status_code
