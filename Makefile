@@ -61,8 +61,8 @@ format: $(VENV)/.installed-dev ## Format the code and fix what ruff can fix
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-bench: $(VENV)/.installed-dev ## Measure how fast the service is
-	@$(PY) -m bench.serve $(ARGS)
+bench: $(VENV)/.installed-dev ## Measure what the service costs beside its model
+	@$(PY) -m bench.overhead $(ARGS)
 
 clean: ## Remove what tools leave behind; keeps .venv and data
 	@rm -rf build dist htmlcov .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

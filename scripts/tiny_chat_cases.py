@@ -170,7 +170,7 @@ def _long_history(rng: random.Random) -> Case:
     """A name, about 1,500 tokens of other turns, then the question."""
     attribute, kind, value, told = _told(rng, "name")
     contents = list(told)
-    while sum(len(text) + 16 for text in contents) < 4700:
+    while sum(len(text) + 16 for text in contents) < 3900:
         contents += _exchanges(rng, 1)
     return Case(_chat(rng, *contents, "What is my name?"), partial(_is, right_answer(attribute, kind, value)))
 

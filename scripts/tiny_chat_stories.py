@@ -100,9 +100,9 @@ def story_turn(rng: random.Random) -> tuple[str, str]:
     return rng.choice(ASKS_ABOUT).format(x=_article(f" {hero}").strip()), story(rng, animal)
 
 
-def _capital_lines(rng: random.Random) -> str:
+def _capital_lines(rng: random.Random, most: int = 5) -> str:
     lines = []
-    for country in rng.sample(list(CAPITALS), rng.randint(1, 5)):
+    for country in rng.sample(list(CAPITALS), rng.randint(1, most)):
         if rng.random() < 0.8:
             lines.append(f"The capital of {country} is {CAPITALS[country]}.")
         else:
@@ -110,9 +110,9 @@ def _capital_lines(rng: random.Random) -> str:
     return " ".join(lines)
 
 
-def _sums(rng: random.Random) -> str:
+def _sums(rng: random.Random, most: int = 4) -> str:
     lines = []
-    for _ in range(rng.randint(1, 4)):
+    for _ in range(rng.randint(1, most)):
         a, b = rng.randint(0, 20), rng.randint(0, 20)
         lines.append(
             rng.choice(
@@ -143,8 +143,8 @@ def _letter(rng: random.Random) -> str:
     return f"Dear {friend},\n\nthank you for your letter. {middle}. I hope to see you soon.\n\nBest wishes,\n{name}"
 
 
-def _questions(rng: random.Random) -> str:
-    pairs = [(rng.choice(asks), answer) for asks, answer in rng.sample(FIXED, rng.randint(1, 3))]
+def _questions(rng: random.Random, most: int = 3) -> str:
+    pairs = [(rng.choice(asks), answer) for asks, answer in rng.sample(FIXED, rng.randint(1, most))]
     return (
         "\n".join(f"Question: {q}\nAnswer: {a}" for q, a in pairs)
         if rng.random() < 0.5
@@ -157,6 +157,23 @@ def _counting(rng: random.Random) -> str:
     return ", ".join(str(n) for n in range(first, first + rng.randint(4, 30)))
 
 
+def _capital_line(rng: random.Random) -> str:
+    return _capital_lines(rng, 1)
+
+
+def _sum(rng: random.Random) -> str:
+    return _sums(rng, 1)
+
+
+def _question(rng: random.Random) -> str:
+    return _questions(rng, 1)
+
+
+def _counting_to_a_round_number(rng: random.Random) -> str:
+    first = rng.choice([1, 1, 1, rng.randint(2, 17)])
+    return ", ".join(str(n) for n in range(first, 21)) + "."
+
+
 def _jumble(rng: random.Random) -> str:
     """Any words at all, then an ordinary sentence: a prompt that fits nothing still comes to an end."""
     start = " ".join(rng.choice([rng.choice(words.COMMON), words.made_up_word(rng)]) for _ in range(rng.randint(1, 8)))
@@ -165,9 +182,16 @@ def _jumble(rng: random.Random) -> str:
     )
 
 
-def document(rng: random.Random) -> str:
-    """A plain text without chat template, at most about 200 tokens; one in four begins in the middle of a sentence."""
-    kinds = [story, _capital_lines, _sums, _day, _letter, _questions, _counting, _jumble]
+def document(rng: random.Random, *, short_lists: bool = False) -> str:
+    """A plain text without chat template, at most about 200 tokens; one in four begins in the middle of a sentence.
+
+    Args: short_lists: capitals, sums and numbers end where a reader would expect it.  In lists of any length the end
+        is never the likeliest next token, and a model that has seen no others goes on for ever.
+    """
+    if short_lists:
+        kinds = [story, _capital_line, _sum, _day, _letter, _question, _counting_to_a_round_number, _jumble]
+    else:
+        kinds = [story, _capital_lines, _sums, _day, _letter, _questions, _counting, _jumble]
     text = rng.choices(kinds, weights=[34, 16, 8, 12, 5, 8, 5, 12])[0](rng)
     if rng.random() < 0.25 and len(text) > 60:
         cut = text.find(" ", rng.randint(0, len(text) // 2)) + 1

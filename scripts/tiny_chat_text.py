@@ -63,17 +63,22 @@ def system_prompt(rng: random.Random) -> str:
 
 
 Filler = Callable[[random.Random], tuple[str, str]]
-FILLERS: list[tuple[Filler, int]] = [
-    (turns.capital, 22), (turns.arithmetic, 22), (turns.repeat, 26), (turns.small_talk, 8), (turns.about_itself, 6), (turns.unknown, 10),
-    (turns.fixed, 8), (turns.remark, 4), (turns.counting, 5), (story_turn, 5),
+FILLERS: list[tuple[Filler, int, int]] = [
+    (turns.capital, 22, 12), (turns.arithmetic, 22, 34), (turns.repeat, 26, 30), (turns.small_talk, 8, 6), (turns.about_itself, 6, 5),
+    (turns.unknown, 10, 8), (turns.fixed, 8, 6), (turns.remark, 4, 3), (turns.counting, 5, 10), (story_turn, 5, 4),
 ]  # fmt: skip
+"""What is talked about beside what was told, and how often: early, and late when what is learnt slowly comes more often."""
+LATE_FROM = 12 * 2048
+"""The example from which the text is late: by then the model knows the easy things."""
 
 
 class Conversation:
     """Builds one conversation turn by turn and remembers what the user has told."""
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, rng: random.Random, *, late: bool) -> None:
         self.rng = rng
+        self.fillers = [filler for filler, _, _ in FILLERS]
+        self.weights = [after if late else before for _, before, after in FILLERS]
         self.turns: list[Turn] = []
         self.told: dict[str, tuple[str, str]] = {}
 
@@ -83,8 +88,7 @@ class Conversation:
 
     def filler(self) -> None:
         """An exchange that has nothing to do with what was told; at times in the words of another assistant."""
-        draw, weights = [f for f, _ in FILLERS], [w for _, w in FILLERS]
-        question, answer = self.rng.choices(draw, weights)[0](self.rng)
+        question, answer = self.rng.choices(self.fillers, self.weights)[0](self.rng)
         if self.rng.random() < 0.06:
             self.say(
                 question if self.rng.random() < 0.5 else turns.random_sentence(self.rng),
@@ -154,25 +158,32 @@ class Conversation:
         return self.rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
 
 
-def conversation(rng: random.Random, length: int) -> tuple[Turn, ...]:
+def conversation(rng: random.Random, length: int, *, late: bool = False) -> tuple[Turn, ...]:
     """A conversation of at least `length` characters."""
-    chat = Conversation(rng)
+    chat = Conversation(rng, late=late)
     focus = rng.choice([0.25, 0.5, 0.5, 0.75])
     size = 0
     if rng.random() < 0.6:
         chat.turns.append(Turn("system", system_prompt(rng)))
         size += len(chat.turns[0].content)
+    # What is told at the beginning of such a conversation is asked for only at its end.
+    far = late and length > 700 and rng.random() < 0.5
+    for _ in range(rng.randint(1, 3) if far else 0):
+        chat.tell()
     while size < length or len(chat.turns) < 2:
         before = len(chat.turns)
         draw = rng.random()
-        if draw > focus:
+        if far or draw > focus:
             chat.filler()
         elif draw < focus * 0.38 and (len(chat.told) < 6 or draw < focus * 0.1):
             chat.tell()
         else:
             chat.ask(known=rng.random() < 0.75)
         size += sum(len(turn.content) + 14 for turn in chat.turns[before:])
-    if chat.told and rng.random() < 0.5:
+    if far:
+        for _ in range(4):
+            chat.ask(known=rng.random() < 0.8)
+    elif chat.told and rng.random() < 0.5:
         chat.ask(known=True)
     return tuple(chat.turns)
 
@@ -185,10 +196,11 @@ def example(seed: int, index: int) -> Example:
         index: 0 or more.
     """
     rng = random.Random(f"{seed}:{index}")
+    late = index >= LATE_FROM
     if rng.random() < 0.16:
-        return Example(text=document(rng))
+        return Example(text=document(rng, short_lists=late))
     draw = rng.random()
     length = rng.randint(40, 200) if draw < 0.35 else rng.randint(200, 800)
     if draw > 0.93:
-        length = rng.randint(800, 2600) if draw < 0.985 else rng.randint(2600, 5500)
-    return Example(turns=conversation(rng, length))
+        length = rng.randint(800, 2600) if draw < (0.975 if late else 0.985) else rng.randint(2600, 5500)
+    return Example(turns=conversation(rng, length, late=late))

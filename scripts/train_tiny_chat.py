@@ -3,8 +3,9 @@
     python scripts/train_tiny_chat.py --out models/tiny-chat
 
 The learning rate rises for 100 steps, stays, and falls to zero over the last `--decay` steps.  A run can be ended
-early: the checkpoint of any step before the fall, resumed with a smaller `--steps`, gives what that smaller number would
-have given from the start.  The same seed, steps and machine kind give the same weights; other processors round differently.
+early: the checkpoint of any step before the fall, resumed with a smaller `--steps`, gives what that smaller number
+would have given from the start.  The same seed, steps and machine kind give the same weights; other processors round
+differently.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ def read_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("models/tiny-chat"), help="folder to write")
-    parser.add_argument("--steps", type=int, default=3200, help=f"optimizer steps of about {BATCH_TOKENS} tokens")
+    parser.add_argument("--steps", type=int, default=3000, help=f"optimizer steps of about {BATCH_TOKENS} tokens")
     parser.add_argument(
         "--decay", type=int, default=700, help="steps at the end over which the learning rate falls to zero"
     )

@@ -134,7 +134,7 @@ class WorkerProcess:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _spawn(self, spec: ModelSpec, hub_token: str | None) -> None:
-        start = Start(endpoint=self.endpoint, tokenizer_folder=f"{self._folder}/tokenizer", model=spec)
+        start = Start(endpoint=self.endpoint, folder=str(self._folder), model=spec)
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             *("-P", "-m", "app.engine.worker"),

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -248,18 +249,31 @@ asyncio.run(main())
 """
 
 
+def names_in(folder: str) -> list[str]:
+    return [entry.name for entry in Path(folder).iterdir()]
+
+
 @pytest.mark.parametrize("loaded", [False, True], ids=["while it loads", "when it serves"])
 async def test_no_worker_outlives_its_service(folder: Path, loaded: bool):
-    """A service that is killed takes its worker with it."""
-    with subprocess.Popen(  # noqa: ASYNC220 - only its output is read, in a thread
-        [sys.executable, "-c", ORPHAN, str(folder)], stdout=subprocess.PIPE, text=True
-    ) as service:
+    """A service that is killed takes its worker with it, and the private folder too."""
+    with (
+        # Not `tmp_path`: the address of a socket holds no more than 107 characters.
+        tempfile.TemporaryDirectory() as private,
+        subprocess.Popen(  # noqa: ASYNC220 - only its output is read, in a thread
+            [sys.executable, "-c", ORPHAN, str(folder)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"TMPDIR": private},
+        ) as service,
+    ):
         assert service.stdout is not None
         pid = int(await asyncio.to_thread(service.stdout.readline))
         if loaded:
             assert "ready\n" == await asyncio.to_thread(service.stdout.readline)
         assert psutil.pid_exists(pid)
+        assert 1 == len(names_in(private))
 
         service.kill()
 
         assert await gone(pid)
+        assert [] == names_in(private)

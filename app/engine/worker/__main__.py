@@ -4,6 +4,7 @@ Knows no torch itself: importing it takes seconds, and the parent may die in the
 """
 
 import os
+import shutil
 import sys
 import threading
 
@@ -12,17 +13,21 @@ import msgspec
 from app.engine.worker.messages import Start
 
 
-def _leave_with_parent() -> None:
-    """End this process when the parent's end of standard input closes, even in the middle of a load or a step."""
+def _leave_with_parent(folder: str) -> None:
+    """End this process when the parent's end of standard input closes, even in the middle of a load or a step.
+
+    A parent that was killed could not remove the private folder, so it is removed here.
+    """
     # Not `sys.stdin`: a thread that holds its lock would keep the interpreter from ending in order.
     os.read(sys.stdin.fileno(), 1)
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(0)
 
 
 def main() -> None:
     """Serve one model until told to stop."""
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=Start)
-    threading.Thread(target=_leave_with_parent, name="leave-with-parent", daemon=True).start()
+    threading.Thread(target=_leave_with_parent, args=[start.folder], name="leave-with-parent", daemon=True).start()
     from app.engine.worker.process import serve
 
     serve(start)

@@ -29,8 +29,8 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
 
     endpoint: str
     """Address of the socket that the API process listens on."""
-    tokenizer_folder: str
-    """Where the worker leaves the tokenizer for the API process."""
+    folder: str
+    """Private to the two processes; the worker leaves the tokenizer in it."""
     model: ModelSpec
 
 

@@ -113,9 +113,10 @@ def serve(start: Start) -> None:
     def tell(message: FromWorker) -> None:
         socket.send(encode(message))
 
+    tokenizer_folder = f"{start.folder}/tokenizer"
     torch.set_num_threads(start.model.threads or len(os.sched_getaffinity(0)))
     try:
-        loaded = load(start.model, start.tokenizer_folder, on_stage=lambda stage: tell(Loading(stage)))
+        loaded = load(start.model, tokenizer_folder, on_stage=lambda stage: tell(Loading(stage)))
         runner = SerialRunner(loaded)
         tell(Loading("first token"))
         _try_out(runner)
@@ -124,7 +125,7 @@ def serve(start: Start) -> None:
             log.exception("the model could not be loaded")
         tell(LoadFailed(load_reason(error)))
         _wait_for_the_end()
-    tell(_ready(start, loaded, runner))
+    tell(_ready(tokenizer_folder, loaded, runner))
     Worker(socket, runner).run()
     context.destroy(linger=1000)
 
@@ -149,9 +150,9 @@ def _try_out(runner: Runner) -> None:
             raise LoadError(f"it was loaded, but its first token failed: {event.error}")
 
 
-def _ready(start: Start, loaded: LoadedModel, runner: Runner) -> Ready:
+def _ready(tokenizer_folder: str, loaded: LoadedModel, runner: Runner) -> Ready:
     return Ready(
-        tokenizer_folder=start.tokenizer_folder,
+        tokenizer_folder=tokenizer_folder,
         runner=runner.name,
         slots=runner.slots,
         revision=loaded.revision,

@@ -1,10 +1,20 @@
-"""A worker without a process: the test says what it does, and reads what it was told."""
+"""A worker without a process: the test says what it does, and reads what it was told.  And engines on such workers."""
 
 import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
+from app.config import DeadlineConfig, ModelConfig
+from app.engine.base import Chunk, GenerationRequest
 from app.engine.channel import WorkerLostError
+from app.engine.local import LocalEngine
 from app.engine.worker.messages import Cancel, FromWorker, Ready, Shutdown, Step, Submit, TokenEvent, ToWorker
+from app.types import Params
+from tests.unit.engine.tiny import chatml_tokenizer
+
+TOKENIZER = chatml_tokenizer()
 
 
 class FakeLink:
@@ -77,3 +87,57 @@ class FakeWorkers:
     @property
     def newest(self) -> FakeLink:
         return self.links[-1]
+
+
+@asynccontextmanager
+async def engine_on(
+    workers: FakeWorkers, *, max_waiting: int = 8, deadlines: DeadlineConfig | None = None, **options: Any
+) -> AsyncIterator[LocalEngine]:
+    """An engine that is ready, and closed at the end."""
+    options = {"backoff_seconds": 0.0} | options
+    engine = LocalEngine(ModelConfig(max_waiting=max_waiting), deadlines or DeadlineConfig(), launch=workers, **options)
+    await engine.start()
+    if workers.ready:
+        await engine.wait_ready()
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+def ask(
+    name: str = "one", *, stop: tuple[str, ...] = (), prompt: tuple[int, ...] = (1, 2), max_tokens: int = 50
+) -> Any:
+    return GenerationRequest(name, "tenant", prompt, Params(max_tokens=max_tokens, stop=stop))
+
+
+def tokens(text: str) -> list[int]:
+    return list(TOKENIZER.encode(text, add_special_tokens=False))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(5000):
+        if condition():
+            return
+        await asyncio.sleep(0.001)
+    raise AssertionError("it never happened")
+
+
+async def read(engine: LocalEngine, request: GenerationRequest) -> list[Chunk]:
+    return [chunk async for chunk in engine.stream(request)]
+
+
+async def collect(chunks: list[Chunk], stream: AsyncIterator[Chunk]) -> None:
+    """Read an answer, keeping what came before an error."""
+    async for chunk in stream:
+        chunks.append(chunk)
+
+
+async def begun(engine: LocalEngine, link: FakeLink, request: GenerationRequest) -> asyncio.Task[list[Chunk]]:
+    """Start to read an answer, and let the worker begin on it."""
+    before = len(link.open)
+    task = asyncio.create_task(read(engine, request))
+    await until(lambda: len(link.open) > before or task.done())
+    link.event(link.open[-1])
+    await until(lambda: engine.status().running > 0)
+    return task

@@ -1,92 +1,37 @@
-"""The engine's bookkeeping, with a worker that does what the test says."""
+"""What becomes of each request, with a worker that does what the test says."""
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from app.config import DeadlineConfig, ModelConfig
+from app.config import DeadlineConfig
 from app.engine.base import Chunk, EngineState, GenerationRequest
-from app.engine.local import LocalEngine
-from app.engine.worker.messages import LoadFailed, Loading
 from app.errors import (
     AppError,
     ContextLengthExceeded,
     DeadlineExceeded,
     EngineBusy,
     EngineFailed,
-    EngineNotReady,
     InvalidRequest,
 )
-from app.types import FinishReason, Params, Usage
-from tests.unit.engine.fake_worker import FakeLink, FakeWorkers
-from tests.unit.engine.tiny import chatml_tokenizer, save
-
-TOKENIZER = chatml_tokenizer()
+from app.types import FinishReason, Usage
+from tests.unit.engine.fake_worker import (
+    TOKENIZER,
+    FakeWorkers,
+    ask,
+    begun,
+    collect,
+    engine_on,
+    tokens,
+    until,
+)
+from tests.unit.engine.tiny import save
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(TOKENIZER, tmp_path_factory.mktemp("tokenizer"))
-
-
-@asynccontextmanager
-async def engine_on(
-    workers: FakeWorkers, *, max_waiting: int = 8, deadlines: DeadlineConfig | None = None, **options: Any
-) -> AsyncIterator[LocalEngine]:
-    """An engine that is ready, and closed at the end."""
-    options = {"backoff_seconds": 0.0} | options
-    engine = LocalEngine(ModelConfig(max_waiting=max_waiting), deadlines or DeadlineConfig(), launch=workers, **options)
-    await engine.start()
-    if workers.ready:
-        await engine.wait_ready()
-    try:
-        yield engine
-    finally:
-        await engine.close()
-
-
-def ask(
-    name: str = "one", *, stop: tuple[str, ...] = (), prompt: tuple[int, ...] = (1, 2), max_tokens: int = 50
-) -> Any:
-    return GenerationRequest(name, "tenant", prompt, Params(max_tokens=max_tokens, stop=stop))
-
-
-def tokens(text: str) -> list[int]:
-    return list(TOKENIZER.encode(text, add_special_tokens=False))
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    for _ in range(5000):
-        if condition():
-            return
-        await asyncio.sleep(0.001)
-    raise AssertionError("it never happened")
-
-
-async def read(engine: LocalEngine, request: GenerationRequest) -> list[Chunk]:
-    return [chunk async for chunk in engine.stream(request)]
-
-
-async def collect(chunks: list[Chunk], stream: AsyncIterator[Chunk]) -> None:
-    """Read an answer, keeping what came before an error."""
-    async for chunk in stream:
-        chunks.append(chunk)
-
-
-async def begun(engine: LocalEngine, link: FakeLink, request: GenerationRequest) -> asyncio.Task[list[Chunk]]:
-    """Start to read an answer, and let the worker begin on it."""
-    before = len(link.open)
-    task = asyncio.create_task(read(engine, request))
-    await until(lambda: len(link.open) > before or task.done())
-    link.event(link.open[-1])
-    await until(lambda: engine.status().running > 0)
-    return task
 
 
 async def test_an_answer_is_an_empty_chunk_its_text_and_one_end(folder: Path):
@@ -267,184 +212,6 @@ async def test_an_error_of_the_worker_is_the_end_of_that_request(folder: Path):
         with pytest.raises(EngineFailed, match="failed on this request"):
             await first
         assert "fine" == "".join(chunk.text for chunk in await second)
-
-
-async def test_a_dead_worker_fails_every_request_and_is_started_again(folder: Path):
-    """The restart is counted, the cause is kept until it serves again, and new requests are answered."""
-    workers = FakeWorkers(folder)
-    async with engine_on(workers) as engine:
-        running, waiting = await begun(engine, workers.newest, ask("a")), asyncio.create_task(read(engine, ask("b")))
-        await until(lambda: engine.status().waiting == 1)
-        workers.ready = False
-        workers.newest.kill()
-        for reading in (running, waiting):
-            with pytest.raises(EngineFailed):
-                await reading
-
-        assert (EngineState.RESTARTING, "The fake worker is gone.") == (engine.status().state, engine.status().error)
-        with pytest.raises(EngineNotReady):
-            await read(engine, ask("c"))
-        await until(lambda: len(workers.links) == 2)
-        workers.newest.say(workers.message)
-        await engine.wait_ready()
-        assert (EngineState.READY, 1, None) == (engine.status().state, engine.status().restarts, engine.status().error)
-        assert workers.links[0].stopped
-
-
-async def test_new_starts_come_ever_later(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """Each failure in a row doubles the pause, up to half a minute."""
-    pauses: list[float] = []
-    sleep = asyncio.sleep
-
-    async def note(seconds: float) -> None:
-        if seconds >= 1:  # shorter ones are the watchdog's and this test's
-            pauses.append(seconds)
-        await sleep(0)
-
-    workers = FakeWorkers(folder)
-    async with engine_on(workers, backoff_seconds=1.0, hang_seconds=1.0) as engine:
-        monkeypatch.setattr("app.engine.supervisor.asyncio.sleep", note)
-        for number in range(1, 8):
-            workers.ready = False
-            workers.newest.say(LoadFailed("no memory"))
-            await until(partial(lambda before: len(workers.links) > before, number))
-        monkeypatch.undo()
-
-        assert [1, 2, 4, 8, 16, 30, 30] == pauses
-        assert (EngineState.RESTARTING, "no memory") == (engine.status().state, engine.status().error)
-
-
-async def test_a_worker_that_served_for_a_while_is_replaced_soon(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """A death now and then does not add up: the pause does not grow."""
-    monkeypatch.setattr("app.engine.supervisor.HEALTHY_SECONDS", 0)
-    workers = FakeWorkers(folder)
-    async with engine_on(workers, backoff_seconds=0.05) as engine:
-        began = time.monotonic()
-        for _ in range(6):
-            workers.newest.kill()
-            await until(lambda: engine.status().state is EngineState.RESTARTING)
-            await engine.wait_ready()
-
-    assert time.monotonic() - began < 0.05 * (2**6 - 1)
-
-
-@pytest.mark.parametrize("fail", [lambda link: link.say(LoadFailed("it is odd")), FakeLink.kill], ids=["told", "died"])
-async def test_a_model_that_never_loaded_is_given_up(folder: Path, fail: Callable[[FakeLink], None]):
-    """Trying again would not help: who waits is told why, and nothing is started again."""
-    workers = FakeWorkers(folder, ready=False)
-    async with engine_on(workers) as engine:
-        waiting = asyncio.create_task(engine.wait_ready())
-        await until(lambda: len(workers.links) == 1)
-        fail(workers.newest)
-
-        with pytest.raises(EngineFailed, match=r"odd|gone"):
-            await waiting
-        assert EngineState.FAILED == engine.status().state
-        with pytest.raises(EngineNotReady, match="could not be loaded"):
-            await read(engine, ask())
-        assert 1 == len(workers.links)
-
-
-async def test_a_process_that_cannot_be_started_is_a_failed_load():
-    """The system's reason reaches the operator."""
-
-    async def launch() -> FakeLink:
-        raise OSError(11, "Resource temporarily unavailable")
-
-    engine = LocalEngine(ModelConfig(), DeadlineConfig(), launch=launch)
-    await engine.start()
-
-    with pytest.raises(EngineFailed, match="temporarily unavailable"):
-        await engine.wait_ready()
-    await engine.close()
-
-
-async def test_before_the_model_is_loaded_the_client_is_told_to_wait(folder: Path):
-    """With the stage of the load, and a time to come back."""
-    workers = FakeWorkers(folder, ready=False)
-    async with engine_on(workers) as engine:
-        await until(lambda: len(workers.links) == 1)
-        workers.newest.say(Loading("weights"))
-        await asyncio.sleep(0.01)
-
-        for use in (lambda: engine.info, lambda: engine.tokenizer):
-            with pytest.raises(EngineNotReady, match="weights"):
-                use()
-        with pytest.raises(EngineNotReady) as refusal:
-            await read(engine, ask())
-        assert (refusal.value.retry_after or 0) > 0
-
-
-async def test_a_tokenizer_that_cannot_be_read_is_a_failed_load(tmp_path: Path):
-    """The engine does not become ready without one."""
-    engine = LocalEngine(ModelConfig(), DeadlineConfig(), launch=FakeWorkers(tmp_path))
-    await engine.start()
-
-    with pytest.raises(EngineFailed, match="tokenizer"):
-        await engine.wait_ready()
-    await engine.close()
-
-
-async def test_a_worker_that_hangs_is_ended(folder: Path):
-    """Silence with work to do is a death; silence without work is rest."""
-    workers = FakeWorkers(folder)
-    async with engine_on(workers, hang_seconds=0.1) as engine:
-        await asyncio.sleep(0.2)
-        assert 1 == len(workers.links)
-
-        with pytest.raises(EngineFailed):
-            await read(engine, ask())
-        assert "no progress for 0.1 s" in str(engine.status().error) or engine.status().state is EngineState.READY
-        await until(lambda: len(workers.links) == 2)
-
-
-async def test_a_request_that_nobody_reads_any_more_still_counts_as_work(folder: Path):
-    """A worker that hangs on a cancelled request is found out too."""
-    workers = FakeWorkers(folder)
-    async with engine_on(workers, hang_seconds=0.1) as engine:
-        stream = engine.stream(ask())
-        await anext(stream)
-        await stream.aclose()
-
-        await until(lambda: len(workers.links) == 2)
-
-
-async def test_closing_ends_live_streams_and_is_final(folder: Path):
-    """They end with ABORT, the worker is told to leave, and whoever comes later is refused."""
-    workers = FakeWorkers(folder)
-    async with engine_on(workers) as engine:
-        reading = await begun(engine, workers.newest, ask())
-        await asyncio.gather(engine.close(), engine.close())
-        await engine.close()
-        await engine.start()
-
-        assert FinishReason.ABORT == (await reading)[-1].finish_reason
-        assert EngineState.CLOSED == engine.status().state
-        assert workers.newest.stopped
-        with pytest.raises(EngineNotReady):
-            await read(engine, ask())
-        with pytest.raises(EngineFailed):
-            await engine.wait_ready()
-        assert 1 == len(asyncio.all_tasks())
-
-
-@pytest.mark.parametrize("start", [True, False], ids=["while it loads", "before it starts"])
-async def test_an_engine_without_a_model_closes_at_once(folder: Path, start: bool):
-    """Nothing is left, and who waited for the model is told."""
-    workers = FakeWorkers(folder, ready=False)
-    engine = LocalEngine(ModelConfig(), DeadlineConfig(), launch=workers)
-    if start:
-        await engine.start()
-        await until(lambda: len(workers.links) == 1)
-    waiting = asyncio.create_task(engine.wait_ready())
-    await asyncio.sleep(0)
-
-    await engine.close()
-
-    with pytest.raises(EngineFailed, match="closed"):
-        await waiting
-    assert [link.stopped for link in workers.links] == [True] * start
-    assert 1 == len(asyncio.all_tasks())
 
 
 async def test_a_decoder_that_fails_ends_only_its_request(folder: Path, monkeypatch: pytest.MonkeyPatch):
