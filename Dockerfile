@@ -7,7 +7,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /app
 # Everything but the code, so that editing the code does not install the libraries again; the install only points at /app.
-COPY pyproject.toml constraints.txt Makefile LICENSE ./
+COPY pyproject.toml constraints.txt Makefile LICENSE README.md ./
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 RUN mkdir app \
     && touch app/__init__.py \

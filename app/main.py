@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from pathlib import Path
 
 import structlog
 from fastapi import FastAPI
@@ -18,6 +19,7 @@ from app.engine.cache import CachedEngine
 from app.engine.echo import EchoEngine
 from app.engine.local import LocalEngine
 from app.engine.registry import EngineRegistry
+from app.errors import ConfigError
 from app.generation.chain import Chains
 from app.generation.filters import FilteredEngine, InputFilter
 from app.generation.memory import MemorySessionStore
@@ -97,6 +99,11 @@ async def _lifespan(app: FastAPI, *, engines: EngineRegistry, metrics: Metrics) 
 def _engine(settings: Settings, model: str) -> Engine:
     if settings.model.engine == "echo":
         return EchoEngine(model=model, context_length=settings.model.max_model_len or 8192)
+    if settings.model.source == "local" and not (Path(settings.model.name) / "config.json").is_file():
+        # The worker would find out too, seconds later.
+        raise ConfigError(
+            f"configuration: model.name: the folder {settings.model.name} holds no model (no config.json)"
+        )
     token = settings.hub_token
     return LocalEngine(settings.model, settings.deadlines, hub_token=token.get_secret_value() if token else None)
 
