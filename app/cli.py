@@ -9,6 +9,9 @@ from app import __version__
 from app.config import load_settings
 from app.errors import ConfigError
 
+CONFIG = Path("config.yml")
+"""Read where there is one; a file that was asked for has to be there."""
+
 cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
@@ -25,7 +28,7 @@ def version() -> None:
 
 @cli.command()
 def serve(
-    config: Annotated[Path, typer.Option(help="The configuration file.")] = Path("config.yml"),
+    config: Annotated[Path, typer.Option(help="The configuration file.")] = CONFIG,
     host: Annotated[str | None, typer.Option(help="Address to listen on; wins over the configuration.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; wins over the configuration.")] = None,
 ) -> None:
@@ -33,6 +36,9 @@ def serve(
     # Late, because the command line must answer --help without importing the whole service.
     from app import server
 
+    if config != CONFIG and not config.exists():
+        typer.echo(f"llm-service: there is no file {config}", err=True)
+        raise typer.Exit(2)
     listen: dict[str, Any] = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
     try:
         settings = load_settings(config, app=listen)

@@ -5,7 +5,6 @@
 AppError
 ├── InvalidRequest            400  ├── ContextLengthExceeded  ├── PiiBlocked
 ├── Unauthorized              401
-├── Forbidden                 403
 ├── NotFound                  404  ├── ModelNotFound  ├── SessionNotFound
 ├── PayloadTooLarge           413
 ├── UnsupportedMediaType      415
@@ -26,6 +25,8 @@ class AppError(Exception):
 
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal_server_error"
+    usual_retry_after: ClassVar[float | None] = None
+    """Taken where the error itself cannot tell."""
 
     def __init__(
         self, message: str, *, details: Mapping[str, Any] | None = None, retry_after: float | None = None
@@ -33,7 +34,7 @@ class AppError(Exception):
         super().__init__(message)
         self.message = message
         self.details = dict(details or {})
-        self.retry_after = retry_after
+        self.retry_after = self.usual_retry_after if retry_after is None else retry_after
         """Seconds until the same request may succeed; sent as Retry-After, rounded up."""
 
 
@@ -66,12 +67,6 @@ class Unauthorized(AppError):
     """No API key, or one that is not valid."""
 
     status, code = 401, "unauthorized"
-
-
-class Forbidden(AppError):
-    """The key is valid but may not do this."""
-
-    status, code = 403, "forbidden"
 
 
 class NotFound(AppError):
@@ -110,6 +105,7 @@ class ServiceUnavailable(AppError):
     """The service cannot do this now through no fault of the caller."""
 
     status, code = 503, "service_unavailable"
+    usual_retry_after = 5.0
 
 
 class EngineNotReady(ServiceUnavailable):

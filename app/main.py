@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-import structlog
 from fastapi import FastAPI
 
 from app.access.keys import KeyRing, first_key
@@ -31,7 +30,8 @@ from app.web.assembly import build_app
 from app.web.deps import Parts
 from app.web.limits import RateLimits
 
-log = structlog.get_logger("llm_service")
+HANG_SECONDS = 120.0
+"""A worker that has work and says nothing for so long is ended and started again."""
 
 
 def create_app(settings: Settings, *, engine: Engine | None = None) -> FastAPI:
@@ -56,6 +56,7 @@ def create_app(settings: Settings, *, engine: Engine | None = None) -> FastAPI:
         default_max_tokens=settings.model.max_tokens,
         default_temperature=settings.model.temperature,
         metrics=metrics,
+        waiting_seconds=settings.deadlines.waiting_seconds,
         cache=cache,
     )
     metrics.watch(
@@ -105,14 +106,23 @@ def _engine(settings: Settings, model: str) -> Engine:
             f"configuration: model.name: the folder {settings.model.name} holds no model (no config.json)"
         )
     token = settings.hub_token
-    return LocalEngine(settings.model, settings.deadlines, hub_token=token.get_secret_value() if token else None)
+    return LocalEngine(
+        settings.model,
+        settings.deadlines,
+        hub_token=token.get_secret_value() if token else None,
+        # A long prompt is silent work: what a deadline allows must not count as hung.
+        hang_seconds=max(HANG_SECONDS, settings.deadlines.first_token_seconds + 30),
+    )
 
 
 def _redactor(settings: Settings) -> Redactor | None:
     pii = settings.pii
     if not pii.enabled:
         return None
-    return Redactor([PiiKind(name) for name in pii.entities], phone_region=pii.phone_region)
+    try:
+        return Redactor([PiiKind(name) for name in pii.entities], phone_region=pii.phone_region)
+    except ValueError:
+        raise ConfigError(f"configuration: pii.phone_region: there is no region {pii.phone_region}") from None
 
 
 def _serve_through(

@@ -5,6 +5,7 @@ Knows uvicorn and the terminal; `cli.py` calls it.
 
 import asyncio
 import errno
+import shlex
 import signal
 import socket
 import sys
@@ -36,6 +37,11 @@ class DrainingServer(uvicorn.Server):
         self._drain = drain
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a signal has come."""
+        return self.should_exit or self._draining is not None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -106,6 +112,8 @@ async def _greet(
     try:
         await wait_ready()
     except AppError as error:
+        if server.stopping:
+            return True
         print(f"llm-service: {error.message}", file=sys.stderr, flush=True)
         server.should_exit = True
         return False
@@ -119,8 +127,10 @@ def how_to_use(settings: Settings, port: int) -> str:
     shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host  # noqa: S104
     url = f"http://{shown}:{port}"
     key_file = (settings.app.data_dir / KEY_FILE).resolve()
-    key = '"X-API-Key: $SECURITY__API_KEY"' if settings.security.api_key else f'"X-API-Key: $(cat {key_file})"'
-    where = "SECURITY__API_KEY" if settings.security.api_key else f"in {key_file}"
+    if settings.security.api_key:
+        where, key = "the one you set as SECURITY__API_KEY", "'X-API-Key: YOUR-KEY'"
+    else:
+        where, key = f"in {key_file}", f'"X-API-Key: $(cat {shlex.quote(str(key_file))})"'
     return "\n".join(
         [
             "",

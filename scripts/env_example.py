@@ -17,7 +17,10 @@ HEADER = """\
 
 
 def env_example(config_text: str) -> str:
-    """Return one commented variable for each key of config.yml, with its comment and default."""
+    """Return one commented variable for each key of config.yml, with its default, below the key's comment.
+
+    The comment has a line of its own because `docker run --env-file` would take one behind the value for a part of it.
+    """
     lines, section = [HEADER], ""
     for line in config_text.splitlines():
         if match := re.fullmatch(r"(\w+):\s*(?:#\s*(.*))?", line):
@@ -26,8 +29,8 @@ def env_example(config_text: str) -> str:
         elif match := re.fullmatch(r"(  )?(\w+): (.*?)(?:\s+#\s*(.*))?", line):
             name = f"{section}__{match[2]}" if match[1] else match[2]
             value = "" if match[3] == "null" else _as_json(match[3])
-            lines.append(f"# {name.upper()}={value}" + (f"    # {match[4]}" if match[4] else ""))
-            continue
+            lines += [f"# {match[4]}"] if match[4] else []
+            lines.append(f"# {name.upper()}={value}")
         elif not line.strip():
             lines.append("")
     return "\n".join(lines).rstrip() + "\n"

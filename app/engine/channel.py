@@ -87,7 +87,13 @@ class WorkerProcess:
 
         Raises: OSError: no process could be started.
         """
-        link = cls(Path(tempfile.mkdtemp(prefix="llm-worker-")))
+        folder = Path(tempfile.mkdtemp(prefix="llm-worker-"))
+        try:
+            link = cls(folder)
+        except zmq.ZMQError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            # The system's limit on such a path is about 100 bytes; TMPDIR decides most of it.
+            raise OSError(error.errno, f"no socket in {folder}: {error.strerror}") from None
         try:
             await link._spawn(spec, hub_token)
         except BaseException:

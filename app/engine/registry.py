@@ -22,6 +22,9 @@ class EngineRegistry:
         self._idle = asyncio.Event()
         self._idle.set()
         self.draining = False
+        """New requests are refused; live ones may finish."""
+        self.over = False
+        """The grace period has ended: nothing may start any more, not even what was taken in before."""
 
     @property
     def default(self) -> Engine:
@@ -30,9 +33,6 @@ class EngineRegistry:
     @property
     def default_name(self) -> str:
         return next(iter(self._engines))
-
-    def names(self) -> list[str]:
-        return list(self._engines)
 
     @asynccontextmanager
     async def lease(self, model: str | None, request_id: str) -> AsyncIterator[Engine]:
@@ -53,10 +53,12 @@ class EngineRegistry:
             yield engine
         finally:
             # Closing a chain does not close the model's stream at once: free its place ourselves.
-            await engine.abort(request_id)
-            del self._live[request_id]
-            if not self._live:
-                self._idle.set()
+            try:
+                await engine.abort(request_id)
+            finally:
+                del self._live[request_id]
+                if not self._live:
+                    self._idle.set()
 
     async def start(self) -> None:
         for engine in self._engines.values():
@@ -68,6 +70,7 @@ class EngineRegistry:
         try:
             await asyncio.wait_for(self._idle.wait(), grace_seconds)
         except TimeoutError:
+            self.over = True
             for request_id, engine in list(self._live.items()):
                 await engine.abort(request_id)
 

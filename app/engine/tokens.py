@@ -7,7 +7,7 @@ never does.  Knows no torch (the fast tokenizer needs none), no worker and no re
 import json
 import logging
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from app.types import Message, Role
 
 log = logging.getLogger(__name__)
 
-REMEMBERED_CHATS = 64
+REMEMBERED = 64
 REMEMBERED_SECONDS = 60.0
-"""A conversation is counted and then run; templates may write the date, so nothing is remembered for long."""
+"""A prompt is counted and then run; templates may write the date, so nothing is remembered for long."""
 
 _PROBE = "Be brief."
 
@@ -43,7 +43,9 @@ class HfTokenizer:
         """
         self._chat = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
         self._chat_lock = threading.Lock()
-        self._chats: TTLCache[tuple[Message, ...], tuple[int, ...]] = TTLCache(REMEMBERED_CHATS, REMEMBERED_SECONDS)
+        self._known: TTLCache[tuple[Message, ...] | str, tuple[int, ...]] = TTLCache(REMEMBERED, REMEMBERED_SECONDS)
+        self._known_lock = threading.Lock()
+        """For look-ups only, so that what is known never waits for what is being encoded."""
         self._template = _template_of(self._chat)
         self._folds_system = self._template is not None and not self._shows_system()
         backend = str(self._chat.backend_tokenizer.to_str())
@@ -63,40 +65,49 @@ class HfTokenizer:
         """
         if self._template is None:
             raise InvalidRequest("This model has no chat template. Send a plain prompt to /v1/generate.")
-        key = tuple(messages)
-        with self._chat_lock:
-            ids = self._chats.get(key)
-            if ids is None:
-                ids = self._chats[key] = self._apply_template(key)
-        return ids
+        return self._remembered(tuple(messages), self._apply_template)
 
     def encode_text(self, text: str) -> tuple[int, ...]:
         """Encode a raw prompt with the tokens that the tokenizer puts in front of every text.
 
         Raises: InvalidRequest: the text is not valid Unicode, or this tokenizer makes control tokens of plain text.
         """
+        return self._remembered(text, self._encode_plain)
+
+    def decoder(self) -> "StreamDecoder":
+        """Make a decoder for one completion (special tokens are not shown)."""
+        return StreamDecoder(self._decoding, self._anchor)
+
+    def _remembered(self, key: Any, encode: Callable[[Any], tuple[int, ...]]) -> tuple[int, ...]:
+        with self._known_lock:
+            ids = self._known.get(key)
+        if ids is None:
+            ids = encode(key)
+            with self._known_lock:
+                self._known[key] = ids
+        return ids
+
+    def _encode_plain(self, text: str) -> tuple[int, ...]:
         try:
-            ids = self._text.encode(text, add_special_tokens=False).ids
+            # As a batch of one: a single text would be encoded with the interpreter's lock held.
+            ids = self._text.encode_batch([text], add_special_tokens=False)[0].ids
         except TypeError:  # what tokenizers raises for a lone surrogate
             raise InvalidRequest("The prompt is not valid Unicode text.") from None
         if not self._forbidden.isdisjoint(ids):
             raise InvalidRequest("The prompt holds a control token of the model that cannot be sent as text.")
         return (*self._prefix, *ids)
 
-    def decoder(self) -> "StreamDecoder":
-        """Make a decoder for one completion (special tokens are not shown)."""
-        return StreamDecoder(self._decoding, self._anchor)
-
     def _apply_template(self, messages: tuple[Message, ...]) -> tuple[int, ...]:
         turns = _fold_system(messages) if self._folds_system else messages
         try:
-            ids = self._chat.apply_chat_template(
-                _as_dicts(turns),
-                add_generation_prompt=True,
-                tokenize=True,
-                sanitize_control_tokens=True,
-                return_dict=False,
-            )
+            with self._chat_lock:
+                ids = self._chat.apply_chat_template(
+                    _as_dicts(turns),
+                    add_generation_prompt=True,
+                    tokenize=True,
+                    sanitize_control_tokens=True,
+                    return_dict=False,
+                )
         except (TemplateError, ValueError, TypeError) as error:
             log.info("the chat template refused a conversation: %s", type(error).__name__)
             raise InvalidRequest(

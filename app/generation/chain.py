@@ -94,7 +94,8 @@ class EnginePipeline(HuggingFacePipeline):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        prompt_ids = self.engine.tokenizer.encode_text(prompt)
+        # A thread: a long prompt would hold up every other request of the event loop.
+        prompt_ids = await asyncio.to_thread(self.engine.tokenizer.encode_text, prompt)
         async with aclosing(self.chunks(prompt_ids, self.call(stop, kwargs))) as chunks:
             async for chunk in chunks:
                 generation = GenerationChunk(text=chunk.text, generation_info=_outcome(chunk, self.model_id))
@@ -158,7 +159,8 @@ class EngineChat(ChatHuggingFace):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         pipeline: EnginePipeline = self.llm
-        prompt_ids = pipeline.engine.tokenizer.encode_chat([from_langchain(message) for message in messages])
+        spoken = [from_langchain(message) for message in messages]
+        prompt_ids = await asyncio.to_thread(pipeline.engine.tokenizer.encode_chat, spoken)
         async with aclosing(pipeline.chunks(prompt_ids, pipeline.call(stop, kwargs))) as chunks:
             async for chunk in chunks:
                 last = chunk.finish_reason is not None

@@ -6,7 +6,7 @@ ends with FinishReason.CONTENT_FILTER without the text that was being looked at.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Literal
@@ -15,7 +15,7 @@ import structlog
 
 from app.engine.base import Chunk, Engine, EngineInfo, EngineStatus, GenerationRequest, Tokenizer
 from app.errors import PiiBlocked, ServiceUnavailable
-from app.generation.pii import PiiKind, Redactor, StreamRedactor
+from app.generation.pii import PiiKind, Redaction, Redactor, StreamRedactor
 from app.types import FinishReason, Usage
 
 log = structlog.get_logger(__name__)
@@ -35,28 +35,40 @@ class InputFilter:
         self._mode = mode
         self._on_match = on_match
 
-    async def clean(self, text: str) -> str:
-        """Return the text without personal data.
+    async def clean(self, texts: Sequence[str]) -> list[str]:
+        """Return the texts without personal data.
 
         Raises:
             PiiBlocked: the policy is to block, and there is some; names the kinds, never the text.
             ServiceUnavailable: the filter itself failed.
         """
+        redactions = await self._redact(texts)
+        kinds = sorted({kind for redaction in redactions for kind in redaction.counts})
+        for redaction in redactions:
+            for kind, count in redaction.counts.items():
+                self._on_match(kind, count)
+        if kinds and self._mode == "block":
+            raise PiiBlocked("The request holds personal data, which this service refuses.", details={"kinds": kinds})
+        return [redaction.text for redaction in redactions]
+
+    async def mask(self, text: str) -> str:
+        """Return a text as it would look had it come in, whatever the policy: what is kept is compared with that.
+
+        Raises: ServiceUnavailable: the filter itself failed.
+        """
+        return (await self._redact([text]))[0].text
+
+    async def _redact(self, texts: Sequence[str]) -> list[Redaction]:
+        def redact() -> list[Redaction]:
+            return [self._redactor.redact(text) for text in texts]
+
         try:
-            if len(text) > THREAD_CHARS:
-                redaction = await asyncio.to_thread(self._redactor.redact, text)
-            else:
-                redaction = self._redactor.redact(text)
+            long = sum(map(len, texts)) > THREAD_CHARS
+            return await asyncio.to_thread(redact) if long else redact()
         except Exception:  # noqa: BLE001  # whatever it is, the text must not pass
             # The traceback could show the very text, so only the fact is logged.
             log.error("input filter failed")
             raise ServiceUnavailable("The filter for personal data failed; nothing was processed.") from None
-        for kind, count in redaction.counts.items():
-            self._on_match(kind, count)
-        if redaction.counts and self._mode == "block":
-            kinds = sorted(kind.value for kind in redaction.counts)
-            raise PiiBlocked("The request holds personal data, which this service refuses.", details={"kinds": kinds})
-        return redaction.text
 
 
 class FilteredEngine:

@@ -215,7 +215,8 @@ def merge(history: Sequence[Turn], messages: Sequence[Message]) -> tuple[Message
     spoken = tuple(_without_system(messages))
     stored = tuple(_without_system(message for turn in history for message in turn.messages))
     if stored:
-        for start in range(len(spoken) - len(stored) + 1):
+        # The last place that leaves something new: what is kept is the end of the conversation.
+        for start in reversed(range(len(spoken) - len(stored))):
             end = start + len(stored)
             if spoken[start:end] == stored:
                 return spoken[end:]

@@ -3,16 +3,17 @@
 Knows the steps and their order, and nothing of HTTP, tensors or SQL.
 """
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import asdict
 from typing import Any
 
 from app.engine.base import Chunk, Engine, EngineState
 from app.engine.cache import CachedEngine
 from app.engine.registry import EngineRegistry
-from app.errors import InvalidRequest
+from app.errors import DeadlineExceeded, InvalidRequest, ShuttingDown
 from app.generation.asks import ChatAsk, CompletionAsk, Context, Delta, Event, Finished, Sampling, Started
 from app.generation.chain import Call, Chains
 from app.generation.filters import InputFilter
@@ -83,12 +84,14 @@ class GenerationService:
         default_max_tokens: int,
         default_temperature: float,
         metrics: Metrics,
+        waiting_seconds: float = 30,
         cache: CachedEngine | None = None,
     ) -> None:
         """Args:
         chains: by the same model names as `engines`.
         input_filter: None lets every text through.
         sessions: None refuses requests that name a session.
+        waiting_seconds: how long a request may wait for the turn before it in its session.
         cache: reported in `status()` only; it already stands in front of the engine.
         """
         self.engines = engines
@@ -99,6 +102,7 @@ class GenerationService:
         self._default_max_tokens = default_max_tokens
         self._default_temperature = default_temperature
         self._metrics = metrics
+        self._waiting_seconds = waiting_seconds
         self._cache = cache
         self._born = time.monotonic()
 
@@ -124,7 +128,7 @@ class GenerationService:
         async with self.engines.lease(ask.model, ask.id) as engine:
             model = engine.info.model
             meter = Meter(model, self._metrics)
-            prompt = await self._clean(ask.prompt)
+            (prompt,) = await self._clean([ask.prompt])
             prompt_tokens, max_tokens = await fit_text(engine.tokenizer, prompt, self._room(engine, ask.sampling))
             texts = self._chains[model].complete(prompt, self._call(ask, max_tokens, meter))
             try:
@@ -143,15 +147,17 @@ class GenerationService:
         async with self.engines.lease(ask.model, ask.id) as engine:
             model = engine.info.model
             meter = Meter(model, self._metrics)
-            messages = [Message(message.role, await self._clean(message.content)) for message in ask.messages]
+            texts = await self._clean([message.content for message in ask.messages])
+            messages = [Message(message.role, text) for message, text in zip(ask.messages, texts, strict=True)]
             system, spoken = self._split_system(messages)
             async with self._turn(ask) as history:
                 new = merge(history, spoken)
                 window = await fit_chat(engine.tokenizer, system, history, new, self._room(engine, ask.sampling))
-                texts = self._chains[model].chat(system, window.conversation, self._call(ask, window.max_tokens, meter))
+                call = self._call(ask, window.max_tokens, meter)
+                pieces = self._chains[model].chat(system, window.conversation, call)
                 reply: list[str] = []
                 try:
-                    async with aclosing(_events(Started(model=model), texts)) as events:
+                    async with aclosing(_events(Started(model=model), pieces)) as events:
                         async for event in events:
                             if isinstance(event, Delta):
                                 reply.append(event.text)
@@ -163,8 +169,8 @@ class GenerationService:
                     await self._remember(ask, new, "".join(reply))
             yield finished
 
-    async def _clean(self, text: str) -> str:
-        return text if self._input_filter is None else await self._input_filter.clean(text)
+    async def _clean(self, texts: list[str]) -> list[str]:
+        return texts if self._input_filter is None else await self._input_filter.clean(texts)
 
     def _split_system(self, messages: Sequence[Message]) -> tuple[str, tuple[Message, ...]]:
         """Return the caller's own system text, or else ours, and the rest of the messages."""
@@ -179,13 +185,24 @@ class GenerationService:
             return
         if self.sessions is None:
             raise InvalidRequest("Session memory is switched off on this service; leave session_id out.")
-        async with self.sessions.turn(ask.caller.tenant, ask.session_id):
+        async with AsyncExitStack() as held:
+            try:
+                async with asyncio.timeout(self._waiting_seconds):
+                    await held.enter_async_context(self.sessions.turn(ask.caller.tenant, ask.session_id))
+            except TimeoutError:
+                raise DeadlineExceeded("The turn before this one in the session takes too long.") from None
+            if self.engines.draining:
+                raise ShuttingDown("The service is shutting down; send the request to another replica.", retry_after=5)
             session = await self.sessions.read(ask.caller.tenant, ask.session_id)
             yield session.turns if session else ()
 
     async def _remember(self, ask: ChatAsk, new: Sequence[Message], reply: str) -> None:
         if ask.session_id is None or self.sessions is None:
             return
+        if self._input_filter is not None:
+            # Where output is not filtered this still keeps personal data out of the session, and lets a client's
+            # resent conversation, which comes through the same filter, be recognised.
+            reply = await self._input_filter.mask(reply)
         for turn in as_turns([*new, Message(Role.ASSISTANT, reply)]):
             await self.sessions.append(ask.caller.tenant, ask.session_id, turn)
 
@@ -193,6 +210,8 @@ class GenerationService:
         return Room(limit=engine.info.context_length, asked=sampling.max_tokens, default=self._default_max_tokens)
 
     def _call(self, ask: CompletionAsk | ChatAsk, max_tokens: int, meter: Meter) -> Call:
+        if self.engines.over:
+            raise ShuttingDown("The service is shutting down; send the request to another replica.", retry_after=5)
         sampling = ask.sampling
         temperature = self._default_temperature if sampling.temperature is None else sampling.temperature
         if temperature < _GREEDY_BELOW:

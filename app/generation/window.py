@@ -4,14 +4,16 @@ Decides by the model's own tokenizer, whole turns at a time.  Knows no session s
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from app.engine.base import Tokenizer
 from app.errors import ContextLengthExceeded, InvalidRequest
-from app.generation.filters import THREAD_CHARS
 from app.generation.memory import Turn
 from app.types import Message, Role
+
+LIKELY_BYTES_PER_TOKEN = 4
+"""Of ordinary text and vocabularies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +59,7 @@ async def fit_text(tokenizer: Tokenizer, prompt: str, room: Room) -> tuple[int, 
 
     Raises: ContextLengthExceeded; InvalidRequest: the prompt encodes to nothing.
     """
-    if len(prompt) > THREAD_CHARS:
-        prompt_ids = await asyncio.to_thread(tokenizer.encode_text, prompt)
-    else:
-        prompt_ids = tokenizer.encode_text(prompt)
+    prompt_ids = await asyncio.to_thread(tokenizer.encode_text, prompt)
     if not prompt_ids:
         raise InvalidRequest("The prompt holds no token for this model.")
     return len(prompt_ids), room.max_tokens(len(prompt_ids))
@@ -74,29 +73,42 @@ async def fit_chat(
     Raises: ContextLengthExceeded: the new messages alone are too long.
     """
 
-    async def measure(dropped: int) -> tuple[tuple[Message, ...], int]:
-        earlier = [message for turn in history[dropped:] for message in turn.messages]
-        conversation = (*earlier, *new)
-        messages = (Message(Role.SYSTEM, system), *conversation)
-        if sum(len(message.content) for message in messages) > THREAD_CHARS:
-            return conversation, len(await asyncio.to_thread(tokenizer.encode_chat, messages))
-        return conversation, len(tokenizer.encode_chat(messages))
+    def conversation(kept: int) -> tuple[Message, ...]:
+        earlier = [message for turn in history[len(history) - kept :] for message in turn.messages]
+        return (*earlier, *new)
 
-    dropped = 0
-    conversation, prompt_tokens = await measure(0)
-    if history and prompt_tokens + room.reserve > room.limit:
-        # The count falls with every dropped turn, so halving finds the fewest that must go.
-        low, high = 1, len(history)
-        while low < high:
-            middle = (low + high) // 2
-            _, prompt_tokens = await measure(middle)
-            low, high = (low, middle) if prompt_tokens + room.reserve <= room.limit else (middle + 1, high)
-        dropped = low
-        conversation, prompt_tokens = await measure(dropped)
+    async def measure(kept: int) -> int:
+        messages = (Message(Role.SYSTEM, system), *conversation(kept))
+        return len(await asyncio.to_thread(tokenizer.encode_chat, messages))
+
+    kept = await _most_that_fit(history, measure, room.limit - room.reserve)
+    prompt_tokens = await measure(kept)
     return Window(
-        conversation=conversation,
+        conversation=conversation(kept),
         prompt_tokens=prompt_tokens,
-        turns_kept=len(history) - dropped,
-        turns_dropped=dropped,
+        turns_kept=kept,
+        turns_dropped=len(history) - kept,
         max_tokens=room.max_tokens(prompt_tokens),
     )
+
+
+async def _most_that_fit(history: Sequence[Turn], measure: Callable[[int], Awaitable[int]], tokens: int) -> int:
+    """Return how many of the newest turns leave the prompt within `tokens`; 0 if none does.
+
+    All at once where they are likely to fit.  Else from the newest outwards in growing steps, so that a history many
+    times as long as the window is never encoded whole.
+    """
+    if sum(turn.text_bytes for turn in history) <= LIKELY_BYTES_PER_TOKEN * tokens:
+        if await measure(len(history)) <= tokens:
+            return len(history)
+        too_many = len(history)
+    else:
+        too_many = len(history) + 1
+    fitting, step = 0, 1
+    while too_many - fitting > 1:
+        kept = min(fitting + step, (fitting + too_many) // 2)
+        if await measure(kept) <= tokens:
+            fitting, step = kept, 2 * step
+        else:
+            too_many = kept
+    return fitting

@@ -80,6 +80,8 @@ class RateLimits:
         """
         taken = self._take(self._failures, client_address(scope))
         if not taken.granted:
+            scope["state"][RATE_HEADERS] = _headers(self._failures, taken)
+            self._on_refusal()
             raise RateLimited("Too many attempts without a valid API key.", retry_after=taken.retry_in)
 
     def _take(self, limit: BucketLimit, owner: str) -> Taken:

@@ -101,7 +101,9 @@ class EventStream(EventSourceResponse):
             if not finished:
                 raise RuntimeError("an answer ended without its last event")
         except Exception as error:  # noqa: BLE001  # as_app_error logs what is unexpected
-            yield _frame("error", envelope(as_app_error(error), self._request_id))
+            shown = as_app_error(error)
+            if not finished:
+                yield _frame("error", envelope(shown, self._request_id))
 
     async def _close(self) -> None:
         self._reading.cancel()

@@ -14,6 +14,8 @@ from app.engine.cache import CachedEngine
 from app.engine.echo import EchoEngine
 from app.engine.local import LocalEngine
 from app.errors import EngineNotReady
+from app.generation.filters import FilteredEngine
+from app.generation.pii import Redactor
 from app.types import FinishReason, Message, Params, Role
 from tests.unit.engine.tiny import save_tiny_llama
 
@@ -23,6 +25,9 @@ Factory = Callable[[Path], Engine]
 ENGINES: dict[str, Factory] = {
     "echo": lambda folder: EchoEngine(token_delay_seconds=0.001),
     "cached": lambda folder: CachedEngine(EchoEngine(token_delay_seconds=0.001), CacheConfig()),
+    "filtered": lambda folder: FilteredEngine(
+        EchoEngine(token_delay_seconds=0.001), Redactor(), lambda kind, count: None
+    ),
     "local": lambda folder: LocalEngine(ModelConfig(name=str(save_tiny_llama(folder))), DeadlineConfig()),
 }
 LONG_TEXT = "tell me a very long story about the end of the world, " * 4

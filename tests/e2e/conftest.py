@@ -78,9 +78,23 @@ def ready(service: Service) -> bool:
 
 
 def environment(data_dir: Path, **settings: str) -> dict[str, str]:
-    """Return this machine's environment without settings of its own, and with these."""
+    """Return this machine's environment without settings of its own, and with these.
+
+    The service is started in a folder of its own, so that no .env or config.yml of a developer changes what is tested.
+    """
     inherited = {name: value for name, value in os.environ.items() if "__" not in name}
-    return {**inherited, "APP__DATA_DIR": str(data_dir), **settings}
+    ours = {
+        "PYTHONPATH": str(ROOT),
+        "APP__DATA_DIR": str(data_dir),
+        "APP__PROMPTS_DIR": str(ROOT / "prompts"),
+        "MODEL__NAME": str(ROOT / "models" / "tiny-chat"),
+    }
+    return {**inherited, **ours, **settings}
+
+
+def serve(port: int) -> list[str]:
+    """Return the command that serves on this port."""
+    return [sys.executable, "-m", "app", "serve", "--port", str(port)]
 
 
 @pytest.fixture(scope="session")
@@ -95,8 +109,8 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
         log = folder / "log"
         with log.open("w") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "app", "serve", "--port", str(port)],
-                cwd=ROOT,
+                serve(port),
+                cwd=folder,
                 env=environment(folder / "data", **given),
                 stdout=output,
                 stderr=subprocess.STDOUT,

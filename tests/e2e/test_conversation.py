@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import pytest
 
-from tests.e2e.conftest import Service
+from tests.e2e.conftest import Service, Start
+
+pytestmark = pytest.mark.e2e
 
 
 def events(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -134,3 +137,53 @@ def test_a_prompt_beyond_the_context_window_names_both_numbers(service: Service)
     assert (400, "context_length_exceeded") == (reply.status_code, reply.json()["error"])
     assert 2048 == reply.json()["details"]["limit"]
     assert 5000 == reply.json()["details"]["max_tokens"]
+
+
+def test_what_the_model_itself_says_is_filtered(start: Start) -> None:
+    """With the input filter off the real model repeats an address; the client sees a placeholder."""
+    service = start(PII__INPUT="off")
+    body = {"messages": [{"role": "user", "content": "Repeat after me: jane.doe@example.com"}], "temperature": 0}
+
+    whole = service.client.post("/v1/chat", json=body).json()["message"]["content"]
+    text, _ = stream(service, "/v1/chat", {**body, "cache": False})
+
+    assert "[EMAIL]" == whole == text
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/health", None),
+        ("/status", None),
+        ("/metrics", None),
+        (
+            "/v1/generate",
+            {"prompt": "Explain quantum computing in simple terms", "max_tokens": 200, "temperature": 0.7},
+        ),
+        (
+            "/v1/chat",
+            {
+                "messages": [{"role": "user", "content": "What is the capital of France?"}],
+                "max_tokens": 100,
+                "temperature": 0.7,
+            },
+        ),
+        (
+            "/v1/chat",
+            {
+                "session_id": "user-123-conversation",
+                "messages": [{"role": "user", "content": "What is Python?"}],
+                "max_tokens": 100,
+            },
+        ),
+        ("/v1/chat", {"messages": [{"role": "user", "content": "Tell me a story"}], "stream": True}),
+    ],
+)
+def test_the_usual_examples_of_such_a_service_work_as_they_are(
+    service: Service, path: str, body: dict[str, Any] | None
+) -> None:
+    """Bodies as they stand in other services' manuals."""
+    reply = service.get(path) if body is None else service.client.post(path, json=body)
+
+    assert 200 == reply.status_code
+    assert reply.text

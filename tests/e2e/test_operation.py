@@ -15,8 +15,10 @@ import httpx
 import psutil
 import pytest
 
-from tests.e2e.conftest import KEY, ROOT, Service, Start, environment, free_port, ready, wait_for
+from tests.e2e.conftest import KEY, ROOT, Service, Start, environment, free_port, ready, serve, wait_for
 from tests.e2e.test_conversation import events
+
+pytestmark = pytest.mark.e2e
 
 LONG = {
     "messages": [{"role": "user", "content": "Tell me a story"}],
@@ -59,7 +61,7 @@ def test_a_client_that_hangs_up_while_waiting_for_a_whole_answer_frees_the_model
         wait_for(lambda: service.engine()["running"] == 1, 5)
 
     wait_for(lambda: idle(service), 2)
-    wait_for(lambda: '"status_code": 499' in service.log.read_text() or "499" in service.log.read_text(), 2)
+    wait_for(lambda: '"status_code": 499' in service.log.read_text(), 2)
 
 
 def test_two_requests_of_one_session_take_turns(service: Service) -> None:
@@ -99,24 +101,89 @@ def test_a_killed_worker_ends_its_requests_at_once_and_is_started_again(start: S
     assert 1 == service.engine()["restarts"]
 
 
-def test_sigterm_lets_streams_finish_refuses_new_work_and_leaves_no_process(start: Start) -> None:
-    """Within the grace period nothing is cut; after it the rest ends with finish_reason abort."""
-    service = start(APP__SHUTDOWN_GRACE_SECONDS="3")
+COUNT = {
+    "messages": [{"role": "user", "content": "Count from 1 to 50"}],
+    "temperature": 0,
+    "cache": False,
+    "stream": True,
+}
+"""About 170 tokens."""
+
+
+def count_in_threads(service: Service, clients: int) -> tuple[list[threading.Thread], list[tuple[str, str]]]:
+    """Let so many clients stream at once; the list fills with each one's last event and its finish reason."""
+    last: list[tuple[str, str]] = []
+
+    def read() -> None:
+        with service.client.stream("POST", "/v1/chat", json=COUNT) as response:
+            name, data = list(events(response))[-1]
+            last.append((name, data["finish_reason"]))
+
+    threads = [threading.Thread(target=read) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: service.engine()["running"] + service.engine()["waiting"] == clients, 10)
+    return threads, last
+
+
+def test_sigterm_ends_every_stream_with_a_last_event_and_leaves_no_process(start: Start) -> None:
+    """Streams go on until the grace period is over; new work is refused meanwhile; then the rest ends with abort."""
+    service = start(APP__SHUTDOWN_GRACE_SECONDS="1")
     processes = [psutil.Process(service.process.pid), service.worker()]
-    with service.client.stream("POST", "/v1/chat", json={**LONG, "stream": True}) as response:
-        got = events(response)
-        next(got)
-        service.process.send_signal(signal.SIGTERM)
-        wait_for(lambda: service.get("/readyz").status_code == 503, 2)
-        refused = service.client.post("/v1/generate", json={"prompt": "x"})
-        rest = list(got)
+    threads, last = count_in_threads(service, 24)
+
+    service.process.send_signal(signal.SIGTERM)
+    signalled = time.monotonic()
+    wait_for(lambda: service.get("/readyz").status_code == 503, 2)
+    refused = service.client.post("/v1/generate", json={"prompt": "x"})
+    for thread in threads:
+        thread.join(20)
+    took = time.monotonic() - signalled
 
     assert (503, "service_unavailable") == (refused.status_code, refused.json()["error"])
     assert "retry-after" in refused.headers
-    name, data = rest[-1]
-    assert ("done", True) == (name, data["finish_reason"] in ("abort", "length", "stop"))
+    assert 24 == len(last)
+    assert {("done", "stop"), ("done", "abort")} == set(last)
+    assert 0.9 < took < 10
     assert 0 == service.process.wait(15)
     wait_for(lambda: not any(process.is_running() for process in processes), 5)
+
+
+def test_sigterm_lets_a_running_stream_finish_and_then_stops(start: Start) -> None:
+    """Within the grace period the answer comes to its own end, and the service does not wait longer than that."""
+    service = start()
+    threads, last = count_in_threads(service, 2)
+
+    assert 0 == service.stop(15)
+
+    for thread in threads:
+        thread.join(5)
+    assert [("done", "stop")] * 2 == last
+
+
+def test_a_second_signal_stops_at_once(start: Start) -> None:
+    """Whoever presses Ctrl-C twice does not want to wait; the worker goes too."""
+    service = start()
+    worker = service.worker()
+    count_in_threads(service, 24)
+
+    service.process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    service.process.send_signal(signal.SIGINT)
+
+    service.process.wait(5)
+    wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, 5)
+
+
+def test_ctrl_c_while_the_model_loads_is_no_error(start: Start) -> None:
+    """Exit code 0, and nothing is said of a failure."""
+    service = start(wait=False)
+    wait_for(lambda: "Uvicorn running" in service.log.read_text(), 30)
+
+    service.process.send_signal(signal.SIGINT)
+
+    assert 0 == service.process.wait(15)
+    assert "llm-service:" not in service.log.read_text()
 
 
 def test_an_idle_service_stops_at_once_on_ctrl_c(start: Start) -> None:
@@ -142,12 +209,13 @@ def test_a_killed_service_leaves_no_worker(start: Start) -> None:
 
 def test_the_first_start_makes_a_key_and_prints_a_curl_that_works(tmp_path: Path) -> None:
     """Printed once, kept in a file that only its owner reads, and the same at the next start."""
+    folder = tmp_path / "a folder"
+    folder.mkdir()
 
     def first_lines(port: int) -> str:
-        environ = environment(tmp_path / "data", MODEL__ENGINE="echo")
-        command = [sys.executable, "-m", "app", "serve", "--port", str(port)]
+        environ = environment(folder / "data", MODEL__ENGINE="echo")
         with subprocess.Popen(
-            command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            serve(port), cwd=folder, env=environ, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         ) as process:
             assert process.stdout is not None
             shown = ""
@@ -164,7 +232,7 @@ def test_the_first_start_makes_a_key_and_prints_a_curl_that_works(tmp_path: Path
 
     first, second = first_lines(free_port()), first_lines(free_port())
 
-    key_file = tmp_path / "data" / "api_key"
+    key_file = folder / "data" / "api_key"
     key = key_file.read_text().strip()
     assert re.fullmatch(r"llm_\w+_\w+", key)
     assert key in first
@@ -179,13 +247,14 @@ def test_the_first_start_makes_a_key_and_prints_a_curl_that_works(tmp_path: Path
         ({"MODEL__NAME": "models/none"}, "models/none"),
         ({"SECURITY__API_KEY": "change-me-in-env"}, "security.api_key"),
         ({"APP__PROMPTS_DIR": "none"}, "none/base_system.txt"),
+        ({"PII__PHONE_REGION": "XX"}, "pii.phone_region"),
     ],
 )
 def test_a_wrong_start_ends_with_one_clear_line(tmp_path: Path, settings: dict[str, str], message: str) -> None:
     """No traceback: the reason, and an exit code that is not 0."""
     ended = subprocess.run(
-        [sys.executable, "-m", "app", "serve", "--port", str(free_port())],
-        cwd=ROOT,
+        serve(free_port()),
+        cwd=tmp_path,
         env=environment(tmp_path, **settings),
         capture_output=True,
         text=True,
@@ -201,8 +270,9 @@ def test_a_wrong_start_ends_with_one_clear_line(tmp_path: Path, settings: dict[s
 def test_a_busy_port_ends_with_one_clear_line(service: Service, tmp_path: Path) -> None:
     """The line names the port and says what to do."""
     port = service.url.rsplit(":", 1)[1]
-    command = [sys.executable, "-m", "app", "serve", "--port", port]
-    ended = subprocess.run(command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        serve(int(port)), cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=60
+    )
 
     assert 2 == ended.returncode
     assert 1 == len(ended.stderr.splitlines()), ended.stderr
@@ -225,7 +295,7 @@ def test_the_eleventh_request_in_a_row_is_refused_with_a_time_to_come_back(start
     assert 200 == service.get("/status").status_code
 
 
-def test_every_logged_line_is_json_with_the_fields_of_an_access_log(service: Service) -> None:
+def test_a_request_leaves_one_json_line_with_the_fields_of_an_access_log(service: Service) -> None:
     """A request leaves one line with method, route, status and latency, and its request id."""
     request_id = "log-line-1"
     reply = httpx.get(service.url + "/status", headers={"X-API-Key": KEY, "X-Request-ID": request_id})

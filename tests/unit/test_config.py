@@ -60,7 +60,8 @@ def test_without_any_file_the_defaults_serve_the_embedded_model(files: tuple[Pat
         ("- a list", "must hold sections"),
         ("security: {cors_origins: ['*']}", "security.cors_origins: '*' would let every web page call"),
         ("security: {api_key: change-me-in-env}", "security.api_key: this is a published example"),
-        ("security: {api_key: short}", "security.api_key: an API key needs at least 8 characters"),
+        ("security: {api_key: short}", "security.api_key: an API key needs 8 to 512 letters"),
+        ("security: {api_key: with a space}", "security.api_key: an API key needs 8 to 512 letters"),
         ("pii: {entities: [mail]}", "pii.entities.0: Input should be 'email'"),
         ("rate_limit: {requests_per_minute: 0}", "rate_limit.requests_per_minute"),
     ],
@@ -80,6 +81,35 @@ def test_a_misspelt_variable_stops_the_start(files: tuple[Path, Path], monkeypat
     monkeypatch.setenv("CACHE__SZIE", "5")
 
     with pytest.raises(ConfigError, match=r"cache\.szie: there is no such key"):
+        load_settings(*files)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("MODLE__NAME", "x", "MODLE__NAME: there is no section modle; is it model?"),
+        ("SECURITY__CORS_ORIGINS", "https://a", 'a list is written as JSON, such as ["a", "b"]'),
+    ],
+)
+def test_a_variable_that_nearly_is_ours_stops_the_start(
+    files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+) -> None:
+    """Other programs' variables are left alone."""
+    monkeypatch.setenv("GIT__SOMETHING", "x")
+    load_settings(*files)
+    monkeypatch.setenv(name, value)
+
+    with pytest.raises(ConfigError) as refused:
+        load_settings(*files)
+
+    assert message in str(refused.value)
+
+
+def test_a_file_that_is_not_utf_8_is_named(files: tuple[Path, Path]) -> None:
+    """The one that is wrong, be it the YAML or the .env."""
+    files[1].write_bytes(b"\xff\xfe")
+
+    with pytest.raises(ConfigError, match=r"\.env is not UTF-8 text"):
         load_settings(*files)
 
 

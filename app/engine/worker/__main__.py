@@ -5,6 +5,7 @@ Knows no torch itself: importing it takes seconds, and the parent may die in the
 
 import os
 import shutil
+import signal
 import sys
 import threading
 
@@ -26,6 +27,9 @@ def _leave_with_parent(folder: str) -> None:
 
 def main() -> None:
     """Serve one model until told to stop."""
+    # Some supervisors signal every process of a service: the worker still has to serve while its parent drains.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=Start)
     threading.Thread(target=_leave_with_parent, args=[start.folder], name="leave-with-parent", daemon=True).start()
     from app.engine.worker.process import serve

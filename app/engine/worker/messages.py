@@ -4,6 +4,7 @@ Knows no torch and no sockets: both sides import it.  Requests have numbers here
 used twice, so that a late event cannot be taken for another request's.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import msgspec
@@ -98,6 +99,9 @@ class Step(msgspec.Struct, tag=True, frozen=True, array_like=True):
 
     events: list[TokenEvent]
 
+
+Exchange = Callable[[list[TokenEvent]], None]
+"""Send the events of a step and take in what arrived; may call the runner's `submit` and `cancel`."""
 
 ToWorker = Submit | Cancel | Shutdown
 FromWorker = Loading | Ready | LoadFailed | Step

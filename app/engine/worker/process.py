@@ -7,7 +7,6 @@ Knows no way of making tokens; that is a `Runner`.
 import logging
 import os
 import signal
-from collections.abc import Callable
 from typing import NoReturn, Protocol
 
 import torch
@@ -16,6 +15,7 @@ import zmq
 from app.engine.worker.loader import LoadedModel, LoadError, load, load_reason
 from app.engine.worker.messages import (
     Cancel,
+    Exchange,
     FromWorker,
     LoadFailed,
     Loading,
@@ -32,9 +32,6 @@ from app.engine.worker.serial import SerialRunner
 from app.types import Params
 
 log = logging.getLogger(__name__)
-
-Exchange = Callable[[list[TokenEvent]], None]
-"""Send the events of a step and take in what arrived; may call the runner's `submit` and `cancel`."""
 
 
 class Runner(Protocol):
@@ -114,7 +111,7 @@ def serve(start: Start) -> None:
         socket.send(encode(message))
 
     tokenizer_folder = f"{start.folder}/tokenizer"
-    torch.set_num_threads(start.model.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(start.model.threads or usable_cores())
     try:
         loaded = load(start.model, tokenizer_folder, on_stage=lambda stage: tell(Loading(stage)))
         runner = SerialRunner(loaded)
@@ -128,6 +125,12 @@ def serve(start: Start) -> None:
     tell(_ready(tokenizer_folder, loaded, runner))
     Worker(socket, runner).run()
     context.destroy(linger=1000)
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use, or where the system does not tell, how many there are."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
 def _wait_for_the_end() -> NoReturn:

@@ -14,14 +14,12 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from app.engine.worker.loader import LoadedModel
-from app.engine.worker.messages import Submit, TokenEvent
+from app.engine.worker.messages import Exchange, Submit, TokenEvent
 from app.types import Params
 
 log = logging.getLogger(__name__)
 
 SEED_BITS = 63
-
-Exchange = Callable[[list[TokenEvent]], None]
 
 
 class SerialRunner:

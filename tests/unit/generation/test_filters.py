@@ -42,8 +42,8 @@ async def test_input_is_masked_and_counted_by_kind() -> None:
     found, mask, _ = counting()
     padding = "word " * (THREAD_CHARS // 5)
 
-    assert "mail [EMAIL]" == await mask.clean(f"mail {CANARY}")
-    assert f"{padding}[EMAIL]" == await mask.clean(padding + CANARY)
+    assert ["mail [EMAIL]", "hello"] == await mask.clean([f"mail {CANARY}", "hello"])
+    assert [f"{padding}[EMAIL]"] == await mask.clean([padding + CANARY])
     assert {PiiKind.EMAIL: 2} == found
 
 
@@ -51,12 +51,20 @@ async def test_blocked_input_names_the_kinds_and_never_the_text() -> None:
     """Clean text passes unchanged; the rest is refused."""
     _, _, block = counting()
 
-    assert "hello" == await block.clean("hello")
+    assert ["hello"] == await block.clean(["hello"])
     with pytest.raises(PiiBlocked) as refused:
-        await block.clean(f"mail {CANARY}")
+        await block.clean(["hello", f"mail {CANARY}"])
 
     assert {"kinds": ["email"]} == refused.value.details
     assert CANARY not in str(refused.value)
+
+
+async def test_what_is_kept_is_masked_even_where_input_is_blocked_and_counts_as_no_match() -> None:
+    """The reply that enters a session looks as it would if the client sent it back."""
+    found, _, block = counting()
+
+    assert "mail [EMAIL]" == await block.mask(f"mail {CANARY}")
+    assert {} == found
 
 
 async def test_a_broken_input_filter_refuses_and_does_not_let_through(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +73,7 @@ async def test_a_broken_input_filter_refuses_and_does_not_let_through(monkeypatc
     monkeypatch.setattr(Redactor, "redact", lambda self, text: 1 / 0)
 
     with pytest.raises(ServiceUnavailable) as refused:
-        await mask.clean(CANARY)
+        await mask.clean([CANARY])
 
     assert refused.value.__cause__ is None
     assert CANARY not in str(refused.value)

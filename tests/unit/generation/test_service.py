@@ -10,7 +10,15 @@ from app.config import CacheConfig, ChatHistoryConfig
 from app.engine.cache import CachedEngine
 from app.engine.echo import EchoEngine
 from app.engine.registry import EngineRegistry
-from app.errors import ContextLengthExceeded, EngineBusy, InvalidRequest, ModelNotFound, PiiBlocked, ShuttingDown
+from app.errors import (
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    EngineBusy,
+    InvalidRequest,
+    ModelNotFound,
+    PiiBlocked,
+    ShuttingDown,
+)
 from app.generation.asks import ChatAsk, CompletionAsk, Delta, Finished, Sampling, Started, collect
 from app.generation.chain import Chains
 from app.generation.filters import FilteredEngine, InputFilter
@@ -29,7 +37,7 @@ async def make() -> AsyncIterator[Make]:
     made: list[EngineRegistry] = []
     started: list[asyncio.Task[None]] = []
 
-    def make(*, input_mode: str = "mask", history: dict[str, Any] | None = None, **engine: Any) -> GenerationService:
+    def make(*, input_mode: str = "mask", waiting_seconds: float = 30, **engine: Any) -> GenerationService:
         redactor = Redactor()
         filtered = FilteredEngine(EchoEngine(**engine), redactor, lambda kind, count: None)
         cache = CachedEngine(filtered, CacheConfig(), scope=redactor.fingerprint)
@@ -40,11 +48,12 @@ async def make() -> AsyncIterator[Make]:
             engines=registry,
             chains={"echo": Chains(cache, "echo")},
             input_filter=InputFilter(redactor, input_mode, lambda kind, count: None),  # type: ignore[arg-type]
-            sessions=MemorySessionStore(ChatHistoryConfig(**(history or {}))),
+            sessions=MemorySessionStore(ChatHistoryConfig()),
             system_prompt="sys",
             default_max_tokens=100,
             default_temperature=0,
             metrics=Metrics(["echo"]),
+            waiting_seconds=waiting_seconds,
             cache=cache,
         )
 
@@ -194,6 +203,34 @@ async def test_identical_requests_of_one_tenant_are_answered_once(make: Make) ->
     cached = [reply.finished.cached for reply in (first, again, foreign, fresh)]
     assert [False, True, False, False] == cached
     assert {"hi"} == {reply.text for reply in (first, again, foreign, fresh)}
+
+
+async def test_a_turn_waits_only_so_long_for_the_one_before_it(make: Make) -> None:
+    """After that it is refused, and the one before it goes on undisturbed."""
+    service = make(token_delay_seconds=0.02, waiting_seconds=0.05)
+    first = asyncio.create_task(collect(service.chat(chat("a longer text", session_id="s"))))
+    await asyncio.sleep(0.03)
+
+    with pytest.raises(DeadlineExceeded):
+        await collect(service.chat(chat("impatient", session_id="s")))
+
+    assert "a longer text" == (await first).text
+    assert [["a longer text"] * 2] == await turns(service, ANNA, "s")
+
+
+async def test_a_turn_that_waited_while_the_service_began_to_drain_is_refused(make: Make) -> None:
+    """The running one is ended after the grace period; the waiting one does not start after it."""
+    service = make(token_delay_seconds=0.02)
+    first = asyncio.create_task(collect(service.chat(chat("a longer text", session_id="s"))))
+    await asyncio.sleep(0.03)
+    second = asyncio.create_task(collect(service.chat(chat("later", session_id="s"))))
+    await asyncio.sleep(0)
+
+    await service.engines.drain(0.01)
+
+    assert FinishReason.ABORT == (await first).finished.finish_reason
+    with pytest.raises(ShuttingDown):
+        await second
 
 
 async def test_leaving_a_stream_frees_the_model_at_once(make: Make) -> None:

@@ -1,5 +1,7 @@
 """Fitting a conversation into the context window."""
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -72,3 +74,23 @@ async def test_the_boundary_of_the_context_window_is_exact(length: int, fits: bo
 async def test_an_answer_of_no_named_length_gives_way_to_the_prompt() -> None:
     """Without max_tokens the default is cut to what is left of the window."""
     assert (95, 5) == await fit_text(EchoTokenizer(), "x" * 95, Room(limit=100, asked=None, default=64))
+
+
+async def test_a_history_many_times_as_long_as_the_window_is_never_encoded_whole() -> None:
+    """The work is bounded by the window, not by what a session keeps."""
+
+    class Counting(EchoTokenizer):
+        longest = 0
+
+        def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+            ids = super().encode_chat(messages)
+            self.longest = max(self.longest, len(ids))
+            return ids
+
+    tokenizer = Counting()
+    history = [turn("u" * 50, "a" * 50)] * 1000
+
+    window = await fit_chat(tokenizer, "sys", history, ask("new"), Room(limit=1000, asked=100, default=64))
+
+    assert 8 == window.turns_kept
+    assert tokenizer.longest < 3000

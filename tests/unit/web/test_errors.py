@@ -35,8 +35,10 @@ def test_retry_after_is_whole_seconds_rounded_up(seconds, header):
     assert header == error_response(SCOPE, RateLimited("x", retry_after=seconds)).headers["retry-after"]
 
 
-def test_errors_without_a_time_have_no_retry_after():
-    assert "retry-after" not in error_response(SCOPE, EngineBusy("x")).headers
+def test_every_503_says_when_to_come_back_and_what_never_helps_does_not():
+    """Where the error itself cannot tell, the usual time is sent."""
+    assert "5" == error_response(SCOPE, EngineBusy("x")).headers["retry-after"]
+    assert "retry-after" not in error_response(SCOPE, InvalidRequest("x")).headers
 
 
 def test_401_tells_how_to_authenticate_and_no_other_does():

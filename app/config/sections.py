@@ -1,11 +1,8 @@
-"""Settings: config.yml < .env < environment, one small frozen model for each part.
+"""What can be set: one small frozen model for each part, each field with its unit and consequence.  Reads nothing."""
 
-Knows no other package.  `load_settings()` is called once, by the command line or a test; nothing is read at import.
-"""
-
-import os
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
@@ -16,26 +13,21 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     SecretStr,
-    ValidationError,
     field_validator,
 )
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    SettingsError,
     YamlConfigSettingsSource,
 )
-from yaml import YAMLError
-
-from app.errors import ConfigError
 
 KNOWN_DEFAULT_KEYS = frozenset(
     ["change-me", "changeme", "change-me-in-env", "your-api-key-here", "your-secure-api-key-here", "your_key", "secret"]
 )
 """Keys that stand in published examples: whoever starts with one has no key at all."""
 
-MIN_KEY_CHARS = 8
+MIN_KEY_CHARS, MAX_KEY_CHARS = 8, 512
 
 
 class Section(BaseModel):
@@ -53,7 +45,7 @@ class AppConfig(Section):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """TCP port; 0 takes a free one."""
     data_dir: Path = Path("data")
-    """Folder for the first API key and other files of the running service; made when missing."""
+    """Folder for the first API key; made when missing."""
     prompts_dir: Path = Path("prompts")
     """Folder with our own words: base_system.txt is the system prompt of every chat that brings none."""
     shutdown_grace_seconds: NonNegativeInt = 25
@@ -105,11 +97,11 @@ class DeadlineConfig(Section):
     """How long a request may take, in seconds; over it the request ends with 504."""
 
     waiting_seconds: PositiveFloat = 30
-    """From arrival until the model starts on it."""
+    """Until the session is free, and from there until the model starts on it."""
     first_token_seconds: PositiveFloat = 60
     """From the model's start until the first token."""
     total_seconds: PositiveFloat = 300
-    """From arrival until the last token."""
+    """From when the model takes the request, running or waiting, until the last token."""
 
 
 class SecurityConfig(Section):
@@ -139,8 +131,8 @@ class SecurityConfig(Section):
             return None
         if value.get_secret_value().lower() in KNOWN_DEFAULT_KEYS:
             raise ValueError("this is a published example, not a secret; remove it and the service makes a key")
-        if len(value.get_secret_value()) < MIN_KEY_CHARS:
-            raise ValueError(f"an API key needs at least {MIN_KEY_CHARS} characters")
+        if not re.fullmatch(rf"[!-~]{{{MIN_KEY_CHARS},{MAX_KEY_CHARS}}}", value.get_secret_value()):
+            raise ValueError(f"an API key needs {MIN_KEY_CHARS} to {MAX_KEY_CHARS} letters, digits or signs, no spaces")
         return value
 
     @field_validator("cors_origins")
@@ -257,46 +249,3 @@ class Settings(BaseSettings):
         """Put the YAML file below .env, and .env below the environment."""
         yaml_settings = YamlConfigSettingsSource(settings_cls)
         return init_settings, env_settings, dotenv_settings, yaml_settings
-
-
-def load_settings(
-    config_file: Path | str = "config.yml", env_file: Path | str | None = ".env", **overrides: Any
-) -> Settings:
-    """Read the configuration once.
-
-    Args:
-        config_file: YAML; a missing file leaves the defaults.
-        env_file: KEY=value lines; None reads none.
-        overrides: keys of a section that win over every source, for tests and command line options.
-    Raises: ConfigError: a key is unknown or a value is wrong; the message names each with its reason.
-    """
-
-    class Located(Settings):
-        model_config = SettingsConfigDict(yaml_file=config_file, env_file=env_file)
-
-    _refuse_unreadable(Path(config_file))
-    try:
-        return Located(**overrides)
-    except ValidationError as error:
-        reasons = "; ".join(_reason(item) for item in error.errors(include_input=False, include_url=False))
-        raise ConfigError(f"configuration: {reasons}") from None
-    except (YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"configuration: {config_file}{where} is not valid YAML") from None
-    except SettingsError as error:
-        raise ConfigError(f"configuration: {error}") from None
-    except (TypeError, ValueError):
-        raise ConfigError(f"configuration: {config_file} must hold sections of the form `key: value`") from None
-
-
-def _refuse_unreadable(path: Path) -> None:
-    if path.exists() and not (path.is_file() and os.access(path, os.R_OK)):
-        raise ConfigError(f"configuration: {path} is not a readable file")
-
-
-def _reason(item: Any) -> str:
-    key = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        return f"{key}: there is no such key"
-    return f"{key}: {item['msg'].removeprefix('Value error, ')}"

@@ -1,0 +1,150 @@
+"""The application as `create_app` builds it, with the echo engine: what is wired to what."""
+
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from app.config import load_settings
+from app.errors import ConfigError
+from app.main import create_app
+
+KEY = "application-key"
+CANARY = "jane.doe@example.com"
+Client = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Client:
+    """Start the application with some sections of its settings changed."""
+
+    @asynccontextmanager
+    async def client(**sections: dict[str, Any]) -> AsyncIterator[httpx.AsyncClient]:
+        given: dict[str, dict[str, Any]] = {
+            "app": {"data_dir": tmp_path},
+            "model": {"engine": "echo", "temperature": 0},
+            "security": {"api_key": KEY},
+            "rate_limit": {"enabled": False},
+        }
+        given |= {name: given.get(name, {}) | section for name, section in sections.items()}
+        app = create_app(load_settings(tmp_path / "none.yml", None, **given))
+        transport = httpx.ASGITransport(app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://test", headers={"X-API-Key": KEY}) as http,
+        ):
+            yield http
+
+    return client
+
+
+def said(text: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": text}]}
+
+
+async def test_what_the_model_says_is_filtered_whole_and_streamed_and_in_the_cache(client: Client) -> None:
+    """With the input filter off the model sees an address and repeats it; nobody else does."""
+    async with client(pii={"input": "off"}) as http:
+        whole = (await http.post("/v1/chat", json=said(CANARY))).json()
+        replayed = (await http.post("/v1/chat", json=said(CANARY))).json()
+        streamed = (await http.post("/v1/generate", json={"prompt": f"mail {CANARY} now", "stream": True})).text
+        metrics = (await http.get("/metrics")).text
+
+    assert "[EMAIL]" == whole["message"]["content"] == replayed["message"]["content"]
+    assert replayed["cached"]
+    assert "jane" not in streamed
+    pieces = [json.loads(line[6:]).get("content", "") for line in streamed.splitlines() if line.startswith("data: ")]
+    assert "mail [EMAIL] now" == "".join(pieces)
+    assert 'pii_matches_total{direction="output",kind="email"} 2.0' in metrics
+
+
+async def test_the_policy_to_block_refuses_with_400_and_names_the_kind(client: Client) -> None:
+    """Nothing of the text is in the answer."""
+    async with client(pii={"input": "block"}) as http:
+        refused = await http.post("/v1/chat", json=said(f"mail {CANARY}"))
+
+    assert (400, "pii_blocked", {"kinds": ["email"]}) == (
+        refused.status_code,
+        refused.json()["error"],
+        refused.json()["details"],
+    )
+    assert "jane" not in refused.text
+
+
+async def test_switched_off_filters_let_everything_through(client: Client) -> None:
+    """`pii.enabled: false` is the operator's word."""
+    async with client(pii={"enabled": False}) as http:
+        assert CANARY == (await http.post("/v1/chat", json=said(CANARY))).json()["message"]["content"]
+
+
+async def test_the_system_prompt_of_the_prompts_folder_stands_in_front_of_every_chat(
+    client: Client, tmp_path: Path
+) -> None:
+    """Its tokens are counted into the prompt; {model_name} is filled in."""
+    (tmp_path / "base_system.txt").write_text("I am {model_name}.")
+
+    async with client(app={"data_dir": tmp_path, "prompts_dir": tmp_path}) as http:
+        usage = (await http.post("/v1/chat", json=said("hi"))).json()["usage"]
+
+    # The echo engine's tokens are characters, and one more for each message and for the answer's beginning.
+    assert len("I am echo.") + len("hi") + 3 == usage["prompt_tokens"]
+
+
+async def test_status_and_metrics_tell_what_was_done(client: Client) -> None:
+    """Tokens, times, cache, sessions and the engine, after one answer and its replay."""
+    async with client() as http:
+        for _ in range(2):
+            await http.post("/v1/chat", json=said("hello") | {"session_id": "s"})
+            await http.post("/v1/generate", json={"prompt": "hello"})
+        status = (await http.get("/status")).json()
+        metrics = (await http.get("/metrics")).text
+
+    assert ("ready", "cpu", 1) == (status["status"], status["model"]["device"], status["sessions"])
+    assert {"hits": 1, "misses": 3} == {name: status["cache"][name] for name in ("hits", "misses")}
+    assert status["uptime_seconds"] >= 0
+    assert 0 == status["engine"]["waiting"]
+    for line in (
+        'tokens_generated_total{model="echo"} 15.0',
+        'time_to_first_token_seconds_count{model="echo"} 3.0',
+        'inter_token_latency_seconds_count{model="echo"} 12.0',
+        "cache_hits_total 1.0",
+        "requests_waiting 0.0",
+        "sessions 1.0",
+        "model_loaded 1.0",
+        'http_requests_total{endpoint="/v1/chat",method="POST",status="200"} 2.0',
+    ):
+        assert line in metrics
+
+
+async def test_switched_off_parts_are_off(client: Client) -> None:
+    """No cache, no session memory."""
+    async with client(cache={"enabled": False}, chat_history={"enabled": False}) as http:
+        answers = [(await http.post("/v1/generate", json={"prompt": "x"})).json()["cached"] for _ in range(2)]
+        refused = await http.post("/v1/chat", json=said("hi") | {"session_id": "s"})
+
+    assert [False, False] == answers
+    assert 400 == refused.status_code
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"pii": {"phone_region": "XX"}}, "pii.phone_region: there is no region XX"),
+        ({"model": {"name": "/nowhere"}}, "model.name: the folder /nowhere holds no model"),
+        ({"app": {"prompts_dir": "/nowhere"}}, "/nowhere/base_system.txt"),
+    ],
+)
+def test_files_and_names_that_do_not_exist_end_the_start(
+    tmp_path: Path, section: dict[str, dict[str, Any]], message: str
+) -> None:
+    """Before anything runs, with the key and the reason."""
+    given = {"app": {"data_dir": tmp_path}, "security": {"api_key": KEY}} | section
+
+    with pytest.raises(ConfigError) as refused:
+        create_app(load_settings(tmp_path / "none.yml", None, **given))
+
+    assert message in str(refused.value)
