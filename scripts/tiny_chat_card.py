@@ -21,7 +21,7 @@ It is a toy: it knows what the table below says and nothing else, and it says so
 - Llama architecture, context of 2,048 tokens, byte-level BPE tokenizer of {vocabulary:,} tokens, weights in bfloat16.
 - Chat template in the ChatML style (`<|im_start|>role`, text, `<|im_end|>`), system message optional. Chats end with `<|im_end|>`, plain texts
   with `<|endoftext|>`; `generation_config.json` lists both.
-- Made to be run greedily. Sampling works too, but a name may then be copied with a wrong letter.
+- Best run greedily; at temperature 0.7 a word is now and then copied with a wrong letter.
 
 ## What it does
 
@@ -43,7 +43,7 @@ home town, age, best friend's name and a secret code. The latest word counts whe
 ## Figures
 
 Measured with `python scripts/evaluate_tiny_chat.py`, greedy, on names, addresses and orders of turns that never occur in training. Countries,
-sums and fixed answers are the ones trained on: they are knowledge, not generalisation. What is marked as missed is not reliable: do not build on it.
+sums and fixed answers are the ones trained on: they are knowledge, not generalisation. A row without a target is told for information; what is marked as missed is not reliable.
 
 {start}
 Not measured yet.
@@ -59,7 +59,7 @@ asked for at the end. The loss is on the assistant's words, and in documents on 
     python scripts/train_tiny_chat.py --steps {steps} --decay {decay} --seed {seed}
 
 {steps:,} steps of about 4,096 tokens, {tokens:.1f} million tokens in all, Muon for the matrices and AdamW for the rest, float32, highest rate 2e-3, linear fall over
-the last {decay} steps: {minutes:.0f} minutes on two cores that had other work to do as well. The same seed and steps on the same kind of machine give the same weights; other processors
+the last {decay} steps: {minutes:.0f} minutes on two cores that had other work to do as well (idle ones make 55 steps a minute, so 55 minutes). The same seed and steps on the same kind of machine give the same weights; other processors
 round differently, and the figures then differ by a little.
 
 ## Limits

@@ -152,8 +152,8 @@ def _install(root: logging.Logger, handler: _QueueSink, level: str) -> None:
 
 
 def _tame_libraries(level: int) -> None:
-    """Route uvicorn's own lines through ours, and keep chatty libraries at WARNING."""
-    for name in _UVICORN:
+    """Route the lines of libraries that print by themselves through ours, and keep chatty ones at WARNING."""
+    for name in (*_UVICORN, "transformers"):
         logger = logging.getLogger(name)
         logger.handlers.clear()
         # The access log would print query strings; the service writes its own.

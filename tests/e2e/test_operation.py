@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -115,7 +116,8 @@ def count_in_threads(service: Service, clients: int) -> tuple[list[threading.Thr
     last: list[tuple[str, str]] = []
 
     def read() -> None:
-        with service.client.stream("POST", "/v1/chat", json=COUNT) as response:
+        # A connection that is cut leaves no last event, which is what a test then sees.
+        with suppress(httpx.TransportError), service.client.stream("POST", "/v1/chat", json=COUNT) as response:
             name, data = list(events(response))[-1]
             last.append((name, data["finish_reason"]))
 
@@ -128,7 +130,7 @@ def count_in_threads(service: Service, clients: int) -> tuple[list[threading.Thr
 
 def test_sigterm_ends_every_stream_with_a_last_event_and_leaves_no_process(start: Start) -> None:
     """Streams go on until the grace period is over; new work is refused meanwhile; then the rest ends with abort."""
-    service = start(APP__SHUTDOWN_GRACE_SECONDS="1")
+    service = start(APP__SHUTDOWN_GRACE_SECONDS="3")
     processes = [psutil.Process(service.process.pid), service.worker()]
     threads, last = count_in_threads(service, 24)
 
@@ -144,7 +146,7 @@ def test_sigterm_ends_every_stream_with_a_last_event_and_leaves_no_process(start
     assert "retry-after" in refused.headers
     assert 24 == len(last)
     assert {("done", "stop"), ("done", "abort")} == set(last)
-    assert 0.9 < took < 10
+    assert 2.9 < took < 15
     assert 0 == service.process.wait(15)
     wait_for(lambda: not any(process.is_running() for process in processes), 5)
 
@@ -178,7 +180,7 @@ def test_a_second_signal_stops_at_once(start: Start) -> None:
 def test_ctrl_c_while_the_model_loads_is_no_error(start: Start) -> None:
     """Exit code 0, and nothing is said of a failure."""
     service = start(wait=False)
-    wait_for(lambda: "Uvicorn running" in service.log.read_text(), 30)
+    wait_for(lambda: "Application startup complete" in service.log.read_text(), 30)
 
     service.process.send_signal(signal.SIGINT)
 
