@@ -40,15 +40,14 @@ class Figure:
     """The outcome of one suite."""
 
     name: str
-    target: float | None
-    """None: told for information."""
+    target: float
     right: int
     count: int
 
     @property
     def reached(self) -> bool:
         """Whether the share of right answers is high enough."""
-        return self.target is None or self.right >= self.target * self.count
+        return self.right >= self.target * self.count
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, case: Case) -> list[int]:
@@ -118,7 +117,7 @@ def measure(
             for (_, case), answer in zip(everything, answers, strict=True)
             if isinstance(case.prompt, str) != in_chat
         ]
-        figures.append(Figure(name, 0.995, sum(ended), len(ended)))
+        figures.append(Figure(name, 1.0, sum(ended), len(ended)))
     return figures
 
 
@@ -133,8 +132,7 @@ def table(figures: list[Figure]) -> str:
     lines = ["| what | target | measured | cases |", "|---|---|---|---|"]
     for figure in figures:
         measured = f"{figure.right / figure.count:.1%}{'' if figure.reached else ' (missed)'}"
-        target = "" if figure.target is None else f"{figure.target:.1%}".replace(".0%", "%")
-        lines.append(f"| {figure.name} | {target} | {measured} | {figure.right} of {figure.count} |")
+        lines.append(f"| {figure.name} | {figure.target:.0%} | {measured} | {figure.right} of {figure.count} |")
     return "\n".join(lines)
 
 

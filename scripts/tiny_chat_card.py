@@ -43,7 +43,7 @@ home town, age, best friend's name and a secret code. The latest word counts whe
 ## Figures
 
 Measured with `python scripts/evaluate_tiny_chat.py`, greedy, on names, addresses and orders of turns that never occur in training. Countries,
-sums and fixed answers are the ones trained on: they are knowledge, not generalisation. A row without a target is told for information; what is marked as missed is not reliable.
+sums and fixed answers are the ones trained on: they are knowledge, not generalisation. What is marked as missed is not reliable: do not build on it.
 
 {start}
 Not measured yet.

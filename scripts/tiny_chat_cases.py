@@ -41,10 +41,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Suite:
-    """Cases that share one figure, a share between 0 and 1 that has to reach `target`; None only tells."""
+    """Cases that share one figure, a share between 0 and 1 that has to reach `target`."""
 
     name: str
-    target: float | None
+    target: float
     cases: tuple[Case, ...]
 
 
@@ -250,7 +250,7 @@ def suites(seed: int) -> list[Suite]:
     """All suites; one seed gives the same cases."""
     rng = random.Random(f"evaluate:{seed}")
     recall = [
-        Suite(f"recall: {ATTRIBUTES[label].title('pet')}, {'asked at once' if not between else 'other turns between'}", None,
+        Suite(f"recall: {ATTRIBUTES[label].title('pet')}, {'asked at once' if not between else 'other turns between'}", 0.95,
               tuple(_recall(rng, label, between and rng.randint(1, 5)) for _ in range(40)))
         for label in ("name", "colour", "number", "pet", "email") for between in (0, 1)
     ]  # fmt: skip
@@ -261,17 +261,17 @@ def suites(seed: int) -> list[Suite]:
     plain_capitals = [Case(f"The capital of {c} is", partial(_begins, f" {city}")) for c, city in CAPITALS.items()]
     return [
         *recall,
-        Suite("recall: one of four things told", None, tuple(_several(rng) for _ in range(60))),
-        Suite("recall: the latest after a correction", None, tuple(_corrected(rng) for _ in range(60))),
-        Suite("recall: placeholders such as [EMAIL]", None, tuple(_masked(rng) for _ in range(40))),
-        Suite("recall: a name 1,500 tokens ago", None, tuple(_long_history(rng) for _ in range(20))),
+        Suite("recall: one of four things told", 0.95, tuple(_several(rng) for _ in range(60))),
+        Suite("recall: the latest after a correction", 0.95, tuple(_corrected(rng) for _ in range(60))),
+        Suite("recall: placeholders such as [EMAIL]", 0.95, tuple(_masked(rng) for _ in range(40))),
+        Suite("recall: a name 1,500 tokens ago", 0.95, tuple(_long_history(rng) for _ in range(20))),
         Suite("says that it was not told", 0.90, tuple(_never_told(rng) for _ in range(100))),
         Suite(f"capitals of {len(CAPITALS)} countries", 0.98, tuple(capitals)),
         Suite("sums and differences of numbers to 20", 0.90, tuple(_sums(rng))),
         Suite("repeats a phrase", 0.95, tuple(_phrase(rng) for _ in range(100))),
-        Suite("repeats given strings", None, tuple(Case(_chat(rng, f"{ask} {p}"), partial(_is, p)) for p in FIXED_PHRASES for ask in ("Say:", "Repeat after me:"))),
+        Suite("repeats given strings", 1.0, tuple(Case(_chat(rng, f"{ask} {p}"), partial(_is, p)) for p in FIXED_PHRASES for ask in ("Say:", "Repeat after me:"))),
         Suite("counts from 1 to N", 0.95, tuple(Case(_chat(rng, f"Count from 1 to {n}"), partial(_is, ", ".join(map(str, range(1, n + 1))))) for n in (5, 10, 12, 17, 20, 30, 40, 50))),
-        Suite("greetings, thanks, what it is and can do", 0.90, tuple(Case(_chat(rng, ask), partial(_has, part)) for ask, part in ITSELF.items() for _ in range(3))),
+        Suite("greetings, thanks, what it is and can do", 0.95, tuple(Case(_chat(rng, ask), partial(_has, part)) for ask, part in ITSELF.items() for _ in range(3))),
         Suite("admits what it does not know", 0.90, tuple(Case(_chat(rng, ask), partial(_is, UNKNOWN)) for ask in OUT_OF_REACH for _ in range(2))),
         Suite("tells a story of 60 to 200 tokens", 0.95, tuple(Case(_chat(rng, rng.choice(ASKS)), _story) for _ in range(40))),
         Suite("continues the beginning of a story", 0.95, tuple(Case(start, lambda answer, n: n >= 20) for start in STORY_STARTS)),

@@ -212,6 +212,7 @@ async def test_guessing_keys_is_slowed_down_but_locks_nobody_out():
 
     assert [401, 401, 401, 429, 429] == [reply.status_code for reply in guesses]
     assert 1 <= int(guesses[-1].headers["retry-after"]) <= 20
+    assert "0" == guesses[-1].headers["x-ratelimit-remaining-requests"]
     assert is_envelope(guesses[-1])
     assert 200 == right.status_code
 
