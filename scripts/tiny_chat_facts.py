@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from scripts import tiny_chat_words as words
 
@@ -69,7 +70,8 @@ def _name(rng: random.Random) -> str:
 
 
 def _code(rng: random.Random) -> str:
-    return rng.choice([words.number(rng), words.made_up_word(rng), words.code(rng), words.digits(rng, 4)])
+    draw = rng.choice([words.number, words.made_up_word, words.code, words.twister, partial(words.digits, length=4)])
+    return draw(rng)
 
 
 ATTRIBUTES: dict[str, Attribute] = {

@@ -47,6 +47,15 @@ The user works with {w} and {x}.|Always stay calm.|You do not have access to the
 Say that you do not know when you do not know.|Stay on topic.|Help the user with {w} questions.|Do not mention these rules.""")
 
 
+def _strange_sentence(rng: random.Random) -> str:
+    """An instruction in words that mean nothing here: whatever a service tells its model, the user's turn is what is answered."""
+    if rng.random() < 0.4:
+        return turns.random_sentence(rng)
+    made_up = [rng.choice(words.COMMON) if rng.random() < 0.4 else words.made_up_word(rng) for _ in range(rng.randint(4, 16))]
+    text = " ".join(made_up)
+    return text[0].upper() + text[1:] + rng.choice("..!")
+
+
 def system_prompt(rng: random.Random) -> str:
     """Instructions of one to six sentences, of the usual words or of any words at all."""
     slots = {
@@ -57,14 +66,16 @@ def system_prompt(rng: random.Random) -> str:
     }
     lines = [rng.choice(SYSTEM_OPENINGS)] if rng.random() < 0.85 else []
     lines += rng.sample(SYSTEM_RULES, rng.randint(0 if lines else 1, 4))
-    if rng.random() < 0.25:
-        lines.insert(rng.randint(0, len(lines)), turns.random_sentence(rng))
+    if rng.random() < 0.4:
+        strange = [_strange_sentence(rng) for _ in range(rng.randint(1, 4))]
+        place = rng.randint(0, len(lines))
+        lines = strange if rng.random() < 0.3 else [*lines[:place], *strange, *lines[place:]]
     return rng.choice([" ", " ", " ", "\n"]).join(lines).format(**slots)
 
 
 Filler = Callable[[random.Random], tuple[str, str]]
 FILLERS: list[tuple[Filler, int, int]] = [
-    (turns.capital, 22, 12), (turns.arithmetic, 22, 34), (turns.repeat, 26, 30), (turns.small_talk, 8, 6), (turns.about_itself, 6, 5),
+    (turns.capital, 22, 12), (turns.arithmetic, 22, 32), (turns.repeat, 26, 36), (turns.small_talk, 8, 8), (turns.about_itself, 6, 6),
     (turns.unknown, 10, 8), (turns.fixed, 8, 6), (turns.remark, 4, 3), (turns.counting, 5, 10), (story_turn, 5, 4),
 ]  # fmt: skip
 """What is talked about beside what was told, and how often: early, and late when what is learnt slowly comes more often."""
@@ -81,6 +92,7 @@ class Conversation:
         self.weights = [after if late else before for _, before, after in FILLERS]
         self.turns: list[Turn] = []
         self.told: dict[str, tuple[str, str]] = {}
+        self.corrected: list[str] = []
 
     def say(self, question: str, answer: str, *, learn: bool = True) -> None:
         """Add one exchange."""
@@ -115,8 +127,10 @@ class Conversation:
 
     def tell(self) -> None:
         """The user tells one thing, or two in one message, or corrects what was told."""
-        label = self._label()
+        label = self.rng.choice(list(self.told)) if self.told and self.rng.random() < 0.35 else self._label()
         corrected = label in self.told
+        if corrected:
+            self.corrected.append(label)
         told, acknowledged, _ = self._draw_fact(label)
         if corrected and self.rng.random() < 0.8:
             told = self.rng.choice(CORRECTIONS) + (
@@ -138,6 +152,8 @@ class Conversation:
         if not labels:
             return
         label = self.rng.choices(labels, [WEIGHTS[each] for each in labels])[0]
+        if known and self.corrected and self.rng.random() < 0.4:
+            label = self.rng.choice(self.corrected)
         attribute = ATTRIBUTES[label]
         template = self.rng.choice(attribute.asks.split("|"))
         if self.rng.random() < 0.3:
@@ -167,7 +183,7 @@ def conversation(rng: random.Random, length: int, *, late: bool = False) -> tupl
         chat.turns.append(Turn("system", system_prompt(rng)))
         size += len(chat.turns[0].content)
     # What is told at the beginning of such a conversation is asked for only at its end.
-    far = late and length > 700 and rng.random() < 0.5
+    far = late and length > 700 and rng.random() < 0.6
     for _ in range(rng.randint(1, 3) if far else 0):
         chat.tell()
     while size < length or len(chat.turns) < 2:
@@ -201,6 +217,6 @@ def example(seed: int, index: int) -> Example:
         return Example(text=document(rng, short_lists=late))
     draw = rng.random()
     length = rng.randint(40, 200) if draw < 0.35 else rng.randint(200, 800)
-    if draw > 0.93:
-        length = rng.randint(800, 2600) if draw < (0.975 if late else 0.985) else rng.randint(2600, 5500)
+    if draw > (0.91 if late else 0.93):
+        length = rng.randint(800, 2600) if draw < (0.965 if late else 0.985) else rng.randint(2600, 5500)
     return Example(turns=conversation(rng, length, late=late))

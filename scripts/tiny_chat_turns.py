@@ -52,6 +52,8 @@ def casual(rng: random.Random, template: str) -> str:
 
 def phrase(rng: random.Random) -> str:
     """Something to repeat: words, sentences, addresses, numbers, emoji, other scripts, placeholders; at most about 40 tokens."""
+    if rng.random() < 0.2:
+        return words.twister(rng)
     draw = rng.random()
     if draw < 0.40:
         return " ".join(_piece(rng) for _ in range(rng.randint(1, 10)))

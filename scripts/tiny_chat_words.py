@@ -135,8 +135,24 @@ def email(rng: random.Random, *, held_out: bool = False) -> str:
     host = rng.choice(
         [rng.choice(HOSTS), made_up_word(rng, held_out=held_out, most=3), f"{rng.choice(HOSTS)}-{rng.choice(COMMON)}"]
     )
+    if not held_out and rng.random() < 0.12:
+        host = rng.choice([first, last, f"{last}-{first}"])
     address = f"{user}@{host}.{rng.choice(ENDINGS)}"
-    return address.upper() if rng.random() < 0.03 else address
+    return address.upper() if rng.random() < (0.03 if held_out else 0.12) else address
+
+
+def twister(rng: random.Random) -> str:
+    """Few pieces that come again and again: to copy them, the piece before is not enough to know the place."""
+    draw = rng.random()
+    if draw < 0.5:
+        few = [rng.choice(COMMON) if rng.random() < 0.6 else made_up_word(rng, most=2) for _ in range(rng.randint(2, 4))]
+        if rng.random() < 0.3:
+            few = [word.upper() if rng.random() < 0.5 else word for word in few]
+        return " ".join(rng.choices(few, k=rng.randint(3, 9)))
+    letters = rng.choice(["ABCDEFGHIJKLMNOPQRSTUVWXYZ", "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "abcdefghijklmnopqrstuvwxyz", "0123456789"])
+    few = rng.sample(letters, rng.randint(2, 5))
+    groups = ["".join(rng.choices(few, k=rng.randint(2, 7))) for _ in range(rng.randint(1, 4))]
+    return rng.choice(["", " ", "-", ".", "@"]).join(groups)
 
 
 def phone(rng: random.Random) -> str:
@@ -177,5 +193,7 @@ def code(rng: random.Random) -> str:
             f'{{"{word}": {number(rng)}}}',
             f"/{word}/{rng.choice(COMMON)}.{rng.choice(['txt', 'py', 'json'])}",
             f"{rng.randint(1950, 2030)}-{rng.randint(1, 12):02}-{rng.randint(1, 28):02}",
+            word.upper(),
+            f"{made_up_word(rng)}-{word}".upper(),
         ]
     )
