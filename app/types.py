@@ -51,6 +51,35 @@ class Params:
     """The answer ends before the first of these texts."""
     seed: int | None = None
     """The same seed and request give the same answer."""
+    sample: int = 0
+    """Which of several answers to one request this is, from 0; each draws differently from one seed."""
+    min_p: float = 0.0
+    """Keep the tokens that are at least this share of the most likely one's probability, in [0, 1]; 0 is off."""
+    presence_penalty: float = 0.0
+    """Taken off the score of each token that the answer holds already, in [-2, 2]."""
+    frequency_penalty: float = 0.0
+    """Taken off the score of a token once for each time that the answer holds it already, in [-2, 2]."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Added to the scores of these token ids; each bias in [-100, 100]."""
+    logprobs: int | None = None
+    """Report each token's log-probability, and those of this many most likely tokens, 0 to 20; None is off."""
+    stop_token_ids: tuple[int, ...] = ()
+    """The answer ends at any of these tokens, beside the model's own end tokens."""
+    ignore_eos: bool = False
+    """Go on after the model's own end tokens."""
+    min_tokens: int = 0
+    """No end token can be drawn before the answer has this many tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One token of an answer and how likely the model found it, before any sampling setting changed the scores."""
+
+    token_id: int
+    logprob: float
+    """Natural logarithm of the probability, <= 0."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The most likely tokens here and their log-probabilities, most likely first; as many as were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +88,8 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
+    """Prompt tokens that did not have to be computed again."""
 
     @property
     def total_tokens(self) -> int:

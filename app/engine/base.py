@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from app.types import FinishReason, Message, Params, Usage
+from app.types import FinishReason, Message, Params, TokenLogprob, Usage
 
 
 class EngineState(StrEnum):
@@ -31,13 +31,15 @@ class EngineInfo:
     model: str
     revision: str | None
     engine: str
-    """Which implementation serves it: serial, echo."""
+    """Which implementation serves it: batching, serial, echo."""
     device: str
     dtype: str
     context_length: int
     """Tokens of prompt and completion together that fit one request."""
     vocab_size: int
     parameters: int
+    unsupported: tuple[str, ...] = ()
+    """Fields of `Params` that this engine cannot honour; a request that sets one is refused, never half served."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,9 @@ class Chunk:
     """Tokens made since the chunk before; over a whole stream they add up to `usage.completion_tokens`."""
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the tokens whose text ended since the chunk before, where asked for: only those that are part of the answer's
+    text, in order."""
     cached: bool = False
     """Nothing was generated for this piece: it comes from another request's answer."""
 

@@ -21,13 +21,15 @@ from app.engine.ticket import Ticket
 from app.engine.tokens import HfTokenizer
 from app.engine.worker.messages import ModelSpec, Ready, Submit, TokenEvent
 from app.errors import ContextLengthExceeded, EngineBusy, EngineFailed, EngineNotReady, InvalidRequest
-from app.types import FinishReason
+from app.types import FinishReason, Params
 
 log = logging.getLogger(__name__)
 
 LOADING_RETRY_SECONDS = 5.0
 BUSY_RETRY_SECONDS = (1.0, 30.0)
 """The least and the most that a refused client is told to wait."""
+DEFAULTS = Params(max_tokens=1)
+"""What asks for nothing special."""
 NEWEST_WEIGHT = 0.2
 """Share of the newest request in the running mean of durations."""
 
@@ -155,6 +157,7 @@ class LocalEngine:
             context_length=ready.context_length,
             vocab_size=ready.vocab_size,
             parameters=ready.parameters,
+            unsupported=ready.unsupported,
         )
 
     def on_event(self, event: TokenEvent) -> None:
@@ -191,7 +194,7 @@ class LocalEngine:
             )
         ticket = Ticket(next(self._numbers), request, self.tokenizer.decoder(), self._deadlines, self._settled)
         self._tickets[ticket.number] = ticket
-        self._worker.submit(Submit(ticket.number, request.prompt_ids, request.params))
+        self._worker.submit(Submit(ticket.number, request.prompt_ids, request.params, request.tenant))
         return ticket
 
     def _refuse_misfit(self, request: GenerationRequest) -> None:
@@ -199,6 +202,10 @@ class LocalEngine:
         limit = self.info.context_length
         if prompt_tokens == 0:
             raise InvalidRequest("The prompt is empty.")
+        for name in self.info.unsupported:
+            if getattr(request.params, name) != getattr(DEFAULTS, name):
+                reason = "is not supported for this model"
+                raise InvalidRequest(f"{name} {reason}", details={"errors": [{"field": name, "reason": reason}]})
         if prompt_tokens + max_tokens > limit:
             raise ContextLengthExceeded(prompt_tokens=prompt_tokens, max_tokens=max_tokens, limit=limit)
         if any(ticket.request.id == request.id for ticket in self._tickets.values()):

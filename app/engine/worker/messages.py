@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from app.types import Params
+from app.types import Params, TokenLogprob
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,6 +41,8 @@ class Submit(msgspec.Struct, tag=True, frozen=True, array_like=True):
     id: int
     prompt_ids: tuple[int, ...]
     params: Params
+    tenant: str = ""
+    """Whose turn it is: tenants share the model fairly, and never see what was computed for another."""
 
 
 class Cancel(msgspec.Struct, tag=True, frozen=True, array_like=True):
@@ -64,7 +66,7 @@ class Ready(msgspec.Struct, tag=True, frozen=True, array_like=True):
 
     tokenizer_folder: str
     runner: str
-    """Which runner serves the model: serial."""
+    """Which runner serves the model: batching or serial."""
     slots: int
     """Requests that run at once."""
     revision: str | None
@@ -73,6 +75,8 @@ class Ready(msgspec.Struct, tag=True, frozen=True, array_like=True):
     context_length: int
     vocab_size: int
     parameters: int
+    unsupported: tuple[str, ...] = ()
+    """Fields of `Params` that this runner cannot honour; a request that sets one is refused."""
 
 
 class LoadFailed(msgspec.Struct, tag=True, frozen=True, array_like=True):
@@ -92,6 +96,10 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
     token_ids: tuple[int, ...] = ()
     finish: Literal["stop", "length", "abort"] | None = None
     error: str | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each of `token_ids` where the request asked for them; none for an end token."""
+    cached_tokens: int = 0
+    """In the first event: prompt tokens that did not have to be computed again."""
 
 
 class Step(msgspec.Struct, tag=True, frozen=True, array_like=True):

@@ -46,6 +46,10 @@ class Runner(Protocol):
         """Requests that run at once; more wait in the runner."""
 
     @property
+    def unsupported(self) -> tuple[str, ...]:
+        """Fields of `Params` that it cannot honour."""
+
+    @property
     def busy(self) -> bool:
         """Whether `step` has anything to do."""
 
@@ -164,4 +168,5 @@ def _ready(tokenizer_folder: str, loaded: LoadedModel, runner: Runner) -> Ready:
         context_length=loaded.context_length,
         vocab_size=loaded.vocab_size,
         parameters=loaded.parameters,
+        unsupported=runner.unsupported,
     )

@@ -27,6 +27,7 @@ class SerialRunner:
 
     name = "serial"
     slots = 1
+    unsupported = ("presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "min_tokens")
 
     def __init__(self, loaded: LoadedModel) -> None:
         self._model = loaded
@@ -89,9 +90,10 @@ class SerialRunner:
 
     def _generate(self, request: Submit, exchange: Exchange) -> TokenEvent:
         """Run one request, sending all but its last event, which is returned."""
-        progress = _Progress(request, self._model.end_ids, exchange, lambda: self._cancelled)
+        ends = end_ids(request.params, self._model)
+        progress = _Progress(request, ends, exchange, lambda: self._cancelled)
         try:
-            torch.manual_seed(secrets.randbits(SEED_BITS) if request.params.seed is None else request.params.seed)
+            torch.manual_seed(_seed(request.params))
             if not self._cancelled:
                 self._forward(request, progress)
         except torch.AcceleratorError:
@@ -112,6 +114,17 @@ class SerialRunner:
         )
 
 
+def end_ids(params: Params, model: LoadedModel) -> tuple[int, ...]:
+    """Return the tokens that end this request's answer."""
+    return (*(() if params.ignore_eos else model.end_ids), *params.stop_token_ids)
+
+
+def _seed(params: Params) -> int:
+    if params.seed is None:
+        return secrets.randbits(SEED_BITS)
+    return (params.seed + params.sample) % 2**SEED_BITS
+
+
 def generation_config(params: Params, model: LoadedModel) -> GenerationConfig:
     """Say every setting outright, so that neither the model's nor the pipeline's sampling defaults slip in."""
     settings: dict[str, Any] = {
@@ -119,12 +132,13 @@ def generation_config(params: Params, model: LoadedModel) -> GenerationConfig:
         "do_sample": params.temperature > 0,
         "num_beams": 1,
         "repetition_penalty": params.repetition_penalty,
-        "eos_token_id": list(model.end_ids) or None,
+        "eos_token_id": list(end_ids(params, model)) or None,
         "pad_token_id": model.pad_id,
         "use_cache": True,
     }
     if params.temperature > 0:
         settings |= {"temperature": params.temperature, "top_k": params.top_k, "top_p": params.top_p}
+        settings |= {"min_p": params.min_p or None}
     return GenerationConfig(**settings)  # type: ignore[no-untyped-call]
 
 
