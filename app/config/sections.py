@@ -69,19 +69,27 @@ class ModelConfig(Section):
     source: Literal["local", "hub"] = "local"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Weights' type; auto is the model's own on a GPU and float32 on a CPU."""
+    """Weights' type; auto is the model's own on a GPU, and on a CPU bfloat16 if that is the model's own and the CPU
+    computes in it, else float32."""
     revision: str | None = None
     """Commit or tag of the model on the hub."""
-    engine: Literal["auto", "serial", "echo"] = "auto"
-    """serial runs one request at a time; echo needs no model and repeats the prompt; auto is serial."""
+    engine: Literal["auto", "batching", "serial", "echo"] = "auto"
+    """batching runs many requests at once, serial one; echo needs no model and repeats the prompt; auto is batching, or
+    serial for a model that cannot be batched."""
     max_tokens: PositiveInt = 512
     """New tokens when a request names no max_tokens (less where the context window is nearly full)."""
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
     """Temperature when a request names none; 0 is greedy."""
     max_model_len: PositiveInt | None = None
     """Context window in tokens; the model's own when unset, never more."""
+    max_batch_size: PositiveInt | None = None
+    """Answers made at once; unset takes what memory has room for, 32 at most."""
+    prefix_reuse: bool = True
+    """Start a prompt from what was computed before for the same tenant, as in the next turn of a conversation."""
     max_waiting: NonNegativeInt = 64
     """Requests that may wait for the model; one more is refused with 503."""
+    max_waiting_tokens: PositiveInt = 65_536
+    """Tokens of their prompts together; one request may always wait."""
     threads: NonNegativeInt = 0
     """CPU threads of the model; 0 takes one for each core."""
 

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 import os
+from collections import deque
 from collections.abc import AsyncGenerator
 from functools import partial
 from itertools import count
@@ -30,8 +31,23 @@ BUSY_RETRY_SECONDS = (1.0, 30.0)
 """The least and the most that a refused client is told to wait."""
 DEFAULTS = Params(max_tokens=1)
 """What asks for nothing special."""
-NEWEST_WEIGHT = 0.2
-"""Share of the newest request in the running mean of durations."""
+
+
+class Ends:
+    """Measures how fast answers end, to tell a refused client when the line will have moved."""
+
+    def __init__(self) -> None:
+        self._moments: deque[float] = deque(maxlen=16)
+
+    def add(self, moment: float) -> None:
+        """Take note of an end, at a time in seconds."""
+        self._moments.append(moment)
+
+    def seconds_each(self) -> float:
+        """Return the mean time from one end to the next, of the last few; 0 before there were two."""
+        if len(self._moments) < 2:
+            return 0.0
+        return (self._moments[-1] - self._moments[0]) / (len(self._moments) - 1)
 
 
 class LocalEngine:
@@ -70,7 +86,7 @@ class LocalEngine:
         self._slots = 1
         self._numbers = count(1)
         self._tickets: dict[int, Ticket] = {}
-        self._mean_seconds = BUSY_RETRY_SECONDS[0]
+        self._ends = Ends()
 
     @property
     def info(self) -> EngineInfo:
@@ -186,16 +202,24 @@ class LocalEngine:
         if self._worker.state is not EngineState.READY:
             raise self._not_ready()
         self._refuse_misfit(request)
-        if len(self._tickets) >= self._slots + self._config.max_waiting:
-            least, most = BUSY_RETRY_SECONDS
-            raise EngineBusy(
-                "The model has as many requests as it can take. Try again later.",
-                retry_after=min(max(self._mean_seconds, least), most),
-            )
+        self._refuse_too_many(request)
         ticket = Ticket(next(self._numbers), request, self.tokenizer.decoder(), self._deadlines, self._settled)
         self._tickets[ticket.number] = ticket
         self._worker.submit(Submit(ticket.number, request.prompt_ids, request.params, request.tenant))
         return ticket
+
+    def _refuse_too_many(self, request: GenerationRequest) -> None:
+        waiting = [ticket.request for ticket in self._tickets.values() if ticket.started_at is None]
+        tokens = sum(len(each.prompt_ids) for each in waiting)
+        if len(self._tickets) < self._slots + self._config.max_waiting and (
+            not waiting or tokens + len(request.prompt_ids) <= self._config.max_waiting_tokens
+        ):
+            return
+        least, most = BUSY_RETRY_SECONDS
+        raise EngineBusy(
+            "The model has as many requests as it can take. Try again later.",
+            retry_after=min(max(self._ends.seconds_each() * len(waiting), least), most),
+        )
 
     def _refuse_misfit(self, request: GenerationRequest) -> None:
         prompt_tokens, max_tokens = len(request.prompt_ids), request.params.max_tokens
@@ -216,8 +240,7 @@ class LocalEngine:
         del self._tickets[ticket.number]
         self._worker.cancel(ticket.number)
         if ticket.started_at is not None:
-            seconds = asyncio.get_running_loop().time() - ticket.started_at
-            self._mean_seconds += NEWEST_WEIGHT * (seconds - self._mean_seconds)
+            self._ends.add(asyncio.get_running_loop().time())
 
     def _not_ready(self) -> EngineNotReady:
         match self._worker.state:
@@ -241,6 +264,9 @@ def _spec(config: ModelConfig) -> ModelSpec:
         revision=config.revision,
         max_model_len=config.max_model_len,
         threads=config.threads,
+        engine="auto" if config.engine == "echo" else config.engine,
+        max_batch_size=config.max_batch_size,
+        prefix_reuse=config.prefix_reuse,
     )
 
 

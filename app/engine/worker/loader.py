@@ -79,7 +79,7 @@ def load(spec: ModelSpec, tokenizer_folder: str, on_stage: Callable[[str], None]
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
-        dtype=_dtype(spec.dtype, device),
+        dtype=_dtype(spec.dtype, device, config),
         trust_remote_code=False,
         use_safetensors=True,
         local_files_only=True,
@@ -186,11 +186,21 @@ def _device(wanted: str) -> str:
     return wanted
 
 
-def _dtype(wanted: str, device: str) -> torch.dtype | str:
+def _dtype(wanted: str, device: str, config: Any) -> torch.dtype | str:
     if wanted != "auto":
         return getattr(torch, wanted)  # type: ignore[no-any-return]
-    # Few CPUs compute in 16 bits as fast as in 32.
-    return torch.float32 if device == "cpu" else "auto"
+    own = getattr(config.get_text_config(decoder=True), "dtype", None)
+    if device != "cpu" or (own == torch.bfloat16 and cpu_computes_bfloat16()):
+        return "auto"
+    # Without instructions for it, arithmetic in 16 bits takes up to 16 times as long as in 32.
+    return torch.float32
+
+
+def cpu_computes_bfloat16() -> bool:
+    """Return whether this processor has instructions for bfloat16 matrices."""
+    if torch.backends.cpu.get_cpu_capability().startswith("SVE"):
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _context_length(config: Any, limit: int | None) -> int:

@@ -21,6 +21,11 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     revision: str | None
     max_model_len: int | None
+    engine: Literal["auto", "batching", "serial"] = "auto"
+    max_batch_size: int | None = None
+    """Answers made at once; None takes what memory has room for, 32 at most."""
+    prefix_reuse: bool = True
+    """Whether what was computed for one request may serve another of the same tenant."""
     threads: int
     """CPU threads; 0 takes one for each usable core."""
 

@@ -12,13 +12,16 @@ from typing import NoReturn, Protocol
 import torch
 import zmq
 
+from app.engine.worker.forward import make_row_model
 from app.engine.worker.loader import LoadedModel, LoadError, load, load_reason
+from app.engine.worker.memory import bytes_for_rows
 from app.engine.worker.messages import (
     Cancel,
     Exchange,
     FromWorker,
     LoadFailed,
     Loading,
+    ModelSpec,
     Ready,
     Shutdown,
     Start,
@@ -28,6 +31,8 @@ from app.engine.worker.messages import (
     decode_to_worker,
     encode,
 )
+from app.engine.worker.rows import UnsupportedModelError
+from app.engine.worker.runner import BatchingRunner
 from app.engine.worker.serial import SerialRunner
 from app.types import Params
 
@@ -118,7 +123,7 @@ def serve(start: Start) -> None:
     torch.set_num_threads(start.model.threads or usable_cores())
     try:
         loaded = load(start.model, tokenizer_folder, on_stage=lambda stage: tell(Loading(stage)))
-        runner = SerialRunner(loaded)
+        runner = make_runner(loaded, start.model)
         tell(Loading("first token"))
         _try_out(runner)
     except Exception as error:
@@ -129,6 +134,28 @@ def serve(start: Start) -> None:
     tell(_ready(tokenizer_folder, loaded, runner))
     Worker(socket, runner).run()
     context.destroy(linger=1000)
+
+
+def make_runner(loaded: LoadedModel, spec: ModelSpec) -> Runner:
+    """Choose how the model is served.
+
+    Raises: LoadError: batching was asked for, and this model cannot be batched.
+    """
+    if spec.engine == "serial":
+        return SerialRunner(loaded)
+    try:
+        rows = make_row_model(
+            loaded.pipeline.model,
+            length=loaded.context_length,
+            rows=spec.max_batch_size,
+            free_bytes=bytes_for_rows(loaded.device),
+        )
+    except UnsupportedModelError as error:
+        if spec.engine == "batching":
+            raise LoadError(f"it cannot be batched: {error}") from None
+        log.warning("the model is served one request at a time: %s", error)
+        return SerialRunner(loaded)
+    return BatchingRunner(loaded, rows, reuse=spec.prefix_reuse)
 
 
 def usable_cores() -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from app.engine.worker.checks import check_request, end_ids, failure_reason
 from app.engine.worker.loader import LoadedModel
 from app.engine.worker.messages import Exchange, Submit, TokenEvent
 from app.types import Params
@@ -43,11 +44,12 @@ class SerialRunner:
 
     def submit(self, request: Submit) -> None:
         """Take a request; one that the model cannot run gets an error event in the next step."""
-        reason = self._refusal(request)
-        if reason is None:
-            self._waiting.append(request)
+        try:
+            check_request(request, self._model)
+        except ValueError as error:
+            self._settled.append(TokenEvent(request.id, error=str(error)))
         else:
-            self._settled.append(TokenEvent(request.id, error=reason))
+            self._waiting.append(request)
 
     def cancel(self, request_id: int) -> None:
         """End a request: the running one after its current token, a waiting one at once."""
@@ -81,13 +83,6 @@ class SerialRunner:
             events, self._settled = self._settled, []
             exchange(events)
 
-    def _refusal(self, request: Submit) -> str | None:
-        if not request.prompt_ids:
-            return "The prompt holds no token."
-        if not all(0 <= token < self._model.vocab_size for token in request.prompt_ids):
-            return "The prompt holds a token outside the model's vocabulary."
-        return None
-
     def _generate(self, request: Submit, exchange: Exchange) -> TokenEvent:
         """Run one request, sending all but its last event, which is returned."""
         ends = end_ids(request.params, self._model)
@@ -100,7 +95,7 @@ class SerialRunner:
             raise
         except Exception as error:
             log.exception("a request failed")
-            return TokenEvent(request.id, error=_failure(error))
+            return TokenEvent(request.id, error=failure_reason(error))
         return progress.last_event()
 
     def _forward(self, request: Submit, progress: "_Progress") -> None:
@@ -114,15 +109,10 @@ class SerialRunner:
         )
 
 
-def end_ids(params: Params, model: LoadedModel) -> tuple[int, ...]:
-    """Return the tokens that end this request's answer."""
-    return (*(() if params.ignore_eos else model.end_ids), *params.stop_token_ids)
-
-
 def _seed(params: Params) -> int:
     if params.seed is None:
         return secrets.randbits(SEED_BITS)
-    return (params.seed + params.sample) % 2**SEED_BITS
+    return (params.seed + params.sample) % (1 << SEED_BITS)
 
 
 def generation_config(params: Params, model: LoadedModel) -> GenerationConfig:
@@ -150,10 +140,10 @@ class _Progress(StoppingCriteria):
     """
 
     def __init__(
-        self, request: Submit, end_ids: tuple[int, ...], exchange: Exchange, cancelled: Callable[[], bool]
+        self, request: Submit, ends: frozenset[int], exchange: Exchange, cancelled: Callable[[], bool]
     ) -> None:
         self._request = request
-        self._end_ids = end_ids
+        self._ends = ends
         self._exchange = exchange
         self._cancelled = cancelled
         self._made = 0
@@ -173,15 +163,9 @@ class _Progress(StoppingCriteria):
     def _see(self, token: int) -> None:
         self._made += 1
         number = self._request.id
-        if token in self._end_ids:
+        if token in self._ends:
             self._last = TokenEvent(number, finish="stop")
         elif self._made == self._request.params.max_tokens:
             self._last = TokenEvent(number, (token,), finish="length")
         else:
             self._exchange([TokenEvent(number, (token,))])
-
-
-def _failure(error: Exception) -> str:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return "The model ran out of memory on this request. Try a shorter prompt."
-    return f"The model failed on this request ({type(error).__name__})."

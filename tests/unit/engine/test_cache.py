@@ -58,6 +58,23 @@ async def test_an_identical_request_is_replayed_in_its_pieces():
     assert CacheStats(hits=1, misses=1, entries=1, size=100, bytes=5 * 200 + 6) == engine.stats()
 
 
+async def test_log_probabilities_are_replayed_with_their_pieces_and_count_in_bytes():
+    """What was told of each token is told again; stored answers with alternatives are heavier than those without."""
+    weights = []
+    for logprobs in (None, 0, 1):
+        inner = EchoEngine()
+        await inner.start()
+        engine = CachedEngine(inner, CacheConfig())
+        params = Params(max_tokens=5, logprobs=logprobs)
+        first, second = [await read(engine, ask(name, prompt_ids=(104, 105), params=params)) for name in ("1", "2")]
+
+        assert [replace(chunk, cached=True) for chunk in first] == second
+        assert (2 if logprobs is not None else 0) == sum(len(chunk.logprobs) for chunk in second)
+        weights.append(engine.stats().bytes)
+
+    assert weights == sorted(set(weights))
+
+
 async def test_two_tenants_never_share_an_answer():
     """The same prompt of another tenant is another generation."""
     inner = ScriptedEngine("hi").run_freely()
@@ -85,7 +102,35 @@ OTHER_PARAMS = st.builds(
     repetition_penalty=st.floats(0.5, 2),
     stop=st.lists(st.text(min_size=1, max_size=4), max_size=3).map(tuple),
     seed=st.none() | st.integers(),
+    sample=st.integers(0, 7),
+    min_p=st.floats(0, 1),
+    presence_penalty=st.floats(-2, 2),
+    frequency_penalty=st.floats(-2, 2),
+    logit_bias=st.lists(st.tuples(st.integers(0, 300), st.floats(-100, 100)), max_size=3).map(tuple),
+    logprobs=st.none() | st.integers(0, 20),
+    stop_token_ids=st.lists(st.integers(0, 300), max_size=3).map(tuple),
+    ignore_eos=st.booleans(),
+    min_tokens=st.integers(0, 64),
 )
+CHANGED = Params(
+    max_tokens=65,
+    temperature=0.5,
+    top_p=0.5,
+    top_k=5,
+    repetition_penalty=1.5,
+    stop=("x",),
+    seed=5,
+    sample=1,
+    min_p=0.5,
+    presence_penalty=0.5,
+    frequency_penalty=0.5,
+    logit_bias=((5, 0.5),),
+    logprobs=0,
+    stop_token_ids=(5,),
+    ignore_eos=True,
+    min_tokens=5,
+)
+"""Differs from REQUEST in every field."""
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Params)])
@@ -98,6 +143,22 @@ def test_every_field_of_the_parameters_is_in_the_key(name: str, mine: Params, ot
     same = cache_key(ask("1", params=mine), INFO, "") == cache_key(ask("2", params=changed), INFO, "")
 
     assert same == (repr(mine) == repr(changed))
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Params)])
+async def test_requests_that_differ_in_one_field_never_share_an_answer(name: str):
+    """Whatever the field: the model is asked again, and for the first request only once."""
+    inner = ScriptedEngine("hi").run_freely()
+    engine = CachedEngine(inner, CacheConfig())
+    other = replace(REQUEST.params, **{name: getattr(CHANGED, name)})
+
+    cached = [
+        (await read(engine, ask(str(n), params=each)))[-1].cached for n, each in enumerate([REQUEST.params, other])
+    ]
+    again = (await read(engine, ask("again")))[-1].cached
+
+    assert other != REQUEST.params
+    assert ([False, False], True) == (cached, again)
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(EngineInfo)])

@@ -1,0 +1,187 @@
+"""Rows of KV cache, and attention over them: one forward pass computes the next tokens of many sequences.
+
+A forward pass gets all its tokens as one sequence of shape (1, tokens), each with its own position.  The linear layers
+see one big batch; here the keys and values go to their rows, and each query attends to its own row only.  Works for
+every model that hands its attention to transformers' `AttentionInterface` and rotates or embeds by `position_ids`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+
+from app.engine.worker.layout import Layout, Piece, Singles, additive
+
+ATTENTION = "rows"
+"""The name under which the attention is known to transformers."""
+HARMLESS = frozenset({"position_ids", "cache_position"})
+"""Tensors that attention functions are shown but do not need."""
+
+
+class UnsupportedModelError(Exception):
+    """The model computes attention in a way that rows cannot; the message says which."""
+
+
+class RowCache(Cache):
+    """The keys and values of all rows, for all layers of one model.
+
+    A layer's storage is made when the layer first computes something: (rows, KV heads, length, head size), zero pages
+    that take memory only as they are written.
+    """
+
+    is_compileable = False
+
+    def __init__(self, rows: int, length: int, device: str) -> None:
+        """Args: length: tokens that fit a row."""
+        super().__init__(layers=[])
+        self.rows = rows
+        self.length = length
+        self.windows: dict[int, int | None] = {}
+        """By layer, the sliding window in tokens that it told the attention, or None; known after the first pass."""
+        self._device = torch.device(device)
+        self._storage: dict[int, tuple[Tensor, Tensor]] = {}
+        self._layout: Layout | None = None
+        self._layer = 0
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of keys and values of all layers that have computed something."""
+        each = (tensor.numel() * tensor.element_size() for pair in self._storage.values() for tensor in pair)
+        return sum(each) // (self.rows * self.length)
+
+    def prepare(self, pieces: Sequence[Piece]) -> Layout:
+        """Lay out the next forward pass, which has to follow.
+
+        Args: pieces: single tokens first, by row; then longer ones; every row at most once.
+        """
+        self._layout = Layout(pieces, self._device)
+        return self._layout
+
+    @torch.inference_mode()
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Copy the keys and values of the first `count` tokens of a row to another."""
+        for pair in self._storage.values():
+            for tensor in pair:
+                tensor[target, :, :count] = tensor[source, :, :count]
+
+    @torch.inference_mode()
+    def clear(self, row: int) -> None:
+        """Forget a row's numbers: one that is no number would spoil even those that are masked."""
+        for pair in self._storage.values():
+            for tensor in pair:
+                tensor[row] = 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the new keys and values, each (1, KV heads, tokens, head size), to their rows; return a layer's all."""
+        if self._layout is None or key_states.shape[0] != 1 or key_states.shape[2] != self._layout.ids.shape[1]:
+            raise UnsupportedModelError("it does not keep one key and value for each token")
+        if layer_idx not in self._storage:
+            self._storage[layer_idx] = self._make(key_states), self._make(value_states)
+        keys, values = self._storage[layer_idx]
+        self._layer = layer_idx
+        place = self._layout.rows, slice(None), self._layout.positions[0]
+        keys[place] = key_states[0].transpose(0, 1)
+        values[place] = value_states[0].transpose(0, 1)
+        return keys, values
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return 0: positions are always given, never counted on from the cache."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Never of use: with this attention transformers makes no masks."""
+        return query_length, 0
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Attend each token of `query` (1, heads, tokens, head size) to its own row of a layer's keys and values.
+
+        Args:
+            scaling: of the scores; None is 1 / sqrt(head size).
+            sliding_window: a token sees itself and the keys before it, so many in all; None is no limit.
+            softcap: bounds the scores by `softcap * tanh(score / softcap)`.
+        Returns: (1, tokens, heads, head size).
+        """
+        layout = self._layout
+        assert layout is not None  # noqa: S101  # `update` has looked
+        self.windows[self._layer] = sliding_window
+        _, heads, tokens, size = query.shape
+        scale = size**-0.5 if scaling is None else scaling
+        groups = heads // key.shape[1]
+        q = query[0].transpose(0, 1)
+        out = q.new_empty(tokens, heads, value.shape[-1])
+        for number, group in enumerate(layout.groups):
+            seen = slice(group.first(sliding_window), group.end)
+            k, v = key[group.rows, :, seen], value[group.rows, :, seen]
+            mask = layout.mask(number, sliding_window, q)
+            if isinstance(group, Singles):
+                # All query heads of one KV head together, as if they were so many queries: nothing is repeated.
+                folded = q[group.tokens].view(-1, heads // groups, groups, size)
+                out[group.tokens] = _dot(folded, k, v, mask, scale, softcap, causal=False).flatten(1, 2)
+            else:
+                if groups > 1:
+                    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+                part = _dot(q[group.tokens].transpose(0, 1)[None], k, v, mask, scale, softcap, causal=True)
+                out[group.tokens] = part[0].transpose(0, 1)
+        return out[None]
+
+    def _make(self, like: Tensor) -> Tensor:
+        _, heads, _, size = like.shape
+        made = torch.zeros((self.rows, heads, self.length, size), dtype=like.dtype, device=like.device)
+        # The way from a layer's attention, which is called by transformers, back to the rows.
+        made.row_cache = self  # type: ignore[attr-defined]
+        return made
+
+
+def _attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in every layer, in its own signature.
+
+    Raises: UnsupportedModelError: the model asks for something that is not computed here.
+    """
+    strange = sorted(name for name, each in others.items() if isinstance(each, Tensor) and name not in HARMLESS)
+    cache: RowCache | None = getattr(key, "row_cache", None)
+    if cache is None or attention_mask is not None or strange:
+        raise UnsupportedModelError(f"its attention needs {', '.join(strange) or 'keys or a mask of its own'}")
+    return cache.attend(query, key, value, scaling, sliding_window, softcap), None
+
+
+AttentionInterface.register(ATTENTION, _attend)
+
+
+def _dot(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None, *, causal: bool
+) -> Tensor:
+    """Scaled dot-product attention of (batch, heads, queries, size) over (batch, heads, keys, size)."""
+    if softcap is None:
+        return functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=scale
+        )
+    scores = torch.tanh((q @ k.mT) * scale / softcap) * softcap
+    if mask is not None:
+        scores = scores + mask
+    elif causal:
+        scores = scores + additive(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(), q)
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype) @ v

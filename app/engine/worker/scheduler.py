@@ -1,0 +1,304 @@
+"""Who takes part in the next step of the model, and in which row of the KV cache.
+
+Pure: decides from counts alone.  Knows no torch, no threads, no clocks, no sampling.  The runner asks for a `Plan`,
+runs it, and says `computed`; sequences come with `add` and go with `remove` between steps.
+
+Tenants share the model by start-time fair queueing (Goyal, Vin and Cheng 1996): each has a virtual time that grows with
+the tokens computed for it, the least goes first, and a tenant that comes back starts at the least of those present.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass, field
+
+SHARED_LEAST = 32
+"""Waiting for another sequence to compute a shared beginning pays from this many tokens on."""
+CHUNK_LEAST = 16
+"""A smaller piece of a long prompt is not worth a place in a step."""
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One answer in the making: its prompt and what the model has added to it."""
+
+    number: int
+    tenant: str
+    tokens: list[int]
+    """Prompt and answer so far."""
+    prompt_tokens: int
+    row: int | None = None
+    """Where its keys and values are; None while it waits."""
+    computed: int = 0
+    """How many of `tokens`, from the first, have keys and values in the row."""
+    reused: int = 0
+    """Of these, how many were there when it first got a row."""
+    begun: bool = False
+    """Whether it ever had a row."""
+    served: int = 0
+    """The step that last computed something of it."""
+
+    @property
+    def left(self) -> int:
+        """Tokens to compute before the next one can be drawn."""
+        return len(self.tokens) - self.computed
+
+
+@dataclass(slots=True)
+class _Row:
+    """A place in the KV cache; keeps what its last sequence left there until it is needed."""
+
+    index: int
+    holder: Sequence | None = None
+    tenant: str = ""
+    kept: list[int] = field(default_factory=list)
+    """Tokens whose keys and values are still there, once the holder has gone."""
+    freed: int = 0
+    """When the holder went; the row that was freed first is given away first."""
+
+    def known(self) -> tuple[list[int], int]:
+        """Return tokens, and how many of them are computed here."""
+        return (self.kept, len(self.kept)) if self.holder is None else (self.holder.tokens, self.holder.computed)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Compute the next `count` tokens of a sequence."""
+
+    sequence: Sequence
+    count: int
+
+    @property
+    def completes(self) -> bool:
+        """Whether the next token can be drawn afterwards."""
+        return self.count == self.sequence.left
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Before anything else, copy the keys and values of the first `count` tokens from one row to another."""
+
+    source: int
+    target: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step."""
+
+    work: list[Work]
+    """Single tokens first, by row; then pieces of prompts.  Empty if there is nothing to do."""
+    copies: list[Copy]
+    begun: list[Sequence]
+    """Sequences that got a row for the first time."""
+
+
+class Scheduler:
+    """Keeps the waiting line, the rows and the shares."""
+
+    def __init__(self, rows: int, *, reuse: bool = True) -> None:
+        """Args:
+        rows: sequences that can be in the KV cache at once, >= 1.
+        reuse: whether a sequence may start from keys and values that another of its tenant has left or is computing.
+        """
+        self._rows = [_Row(index) for index in range(rows)]
+        self._reuse = reuse
+        self._sequences: dict[int, Sequence] = {}
+        self._waiting: dict[str, deque[Sequence]] = {}
+        self._virtual: dict[str, float] = {}
+        """Of the tenants that have sequences now."""
+        self._step = 0
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._sequences
+
+    @property
+    def running(self) -> list[Sequence]:
+        """The sequences that have rows, by row."""
+        return [row.holder for row in self._rows if row.holder is not None]
+
+    def add(self, sequence: Sequence) -> None:
+        """Put a sequence at the end of its tenant's line."""
+        self._sequences[sequence.number] = sequence
+        if sequence.tenant not in self._virtual:
+            self._virtual[sequence.tenant] = min(self._virtual.values(), default=0.0)
+        self._waiting.setdefault(sequence.tenant, deque()).append(sequence)
+
+    def remove(self, number: int, *, forget: bool = False) -> Sequence | None:
+        """Take a sequence out, wherever it is; its row is free at once.  Returns None if there is no such sequence.
+
+        Args: forget: what it computed must not be used again.
+        """
+        sequence = self._sequences.pop(number, None)
+        if sequence is None:
+            return None
+        if sequence.row is None:
+            self._waiting[sequence.tenant].remove(sequence)
+            self._drop_empty_line(sequence.tenant)
+        else:
+            self._free(sequence, forget=forget)
+        if all(other.tenant != sequence.tenant for other in self._sequences.values()):
+            del self._virtual[sequence.tenant]
+        return sequence
+
+    def plan(self, *, prompt_tokens: int, width: int | None = None) -> Plan:
+        """Give out free rows and choose what the next step computes.
+
+        Args:
+            prompt_tokens: how many tokens of unfinished prompts the step may hold beside the single ones, >= 1.
+            width: with several tenants running, at most so many single tokens; None is no limit.
+        """
+        self._step += 1
+        copies, begun = self._admit()
+        singles = self._pick([s for s in self.running if s.left == 1], width)
+        work = [Work(sequence, 1) for sequence in sorted(singles, key=lambda s: s.row or 0)]
+        work += self._pieces(prompt_tokens)
+        return Plan(work, copies, begun)
+
+    def computed(self, work: Iterable[Work]) -> None:
+        """Take note that these pieces of a plan have been computed."""
+        for piece in work:
+            sequence = piece.sequence
+            sequence.computed += piece.count
+            sequence.served = self._step
+            if sequence.tenant in self._virtual:
+                self._virtual[sequence.tenant] += piece.count
+
+    def _pick(self, singles: list[Sequence], width: int | None) -> list[Sequence]:
+        """Choose who makes a token: all, or a fair share of each tenant where one has so many that others wait."""
+        if width is None or len(singles) <= width or len({s.tenant for s in singles}) == 1:
+            return singles
+        lines: dict[str, deque[Sequence]] = {}
+        for sequence in sorted(singles, key=lambda s: s.served):
+            lines.setdefault(sequence.tenant, deque()).append(sequence)
+        chosen: list[Sequence] = []
+        while len(chosen) < width:
+            for line in lines.values():
+                if line and len(chosen) < width:
+                    chosen.append(line.popleft())
+        return chosen
+
+    def _pieces(self, budget: int) -> Iterator[Work]:
+        """Deal the budget for prompts to those who are behind, a whole rest at a time where it fits."""
+        unfinished = [sequence for sequence in self.running if sequence.left > 1]
+        for sequence in sorted(unfinished, key=lambda s: (self._virtual[s.tenant], s.number)):
+            yield Work(sequence, min(sequence.left, budget))
+            budget -= sequence.left
+            if budget < CHUNK_LEAST:
+                return
+
+    def _admit(self) -> tuple[list[Copy], list[Sequence]]:
+        copies: list[Copy] = []
+        begun: list[Sequence] = []
+        passed: set[str] = set()
+        while (tenant := self._next_tenant(passed)) is not None:
+            sequence = self._waiting[tenant][0]
+            if self._should_wait(sequence) or not self._make_room(tenant):
+                passed.add(tenant)
+                continue
+            self._waiting[tenant].popleft()
+            self._drop_empty_line(tenant)
+            copies += self._place(sequence)
+            if not sequence.begun:
+                sequence.begun = True
+                sequence.reused = sequence.computed
+                begun.append(sequence)
+        return copies, begun
+
+    def _next_tenant(self, passed: set[str]) -> str | None:
+        """Whose turn it is to get a row: who has fewest, and of these who got least."""
+        held = self._held()
+        lines = [tenant for tenant in self._waiting if tenant not in passed]
+        return min(lines, key=lambda t: (held.get(t, 0), self._virtual[t], self._waiting[t][0].number), default=None)
+
+    def _held(self) -> dict[str, int]:
+        held: dict[str, int] = {}
+        for sequence in self.running:
+            held[sequence.tenant] = held.get(sequence.tenant, 0) + 1
+        return held
+
+    def _should_wait(self, sequence: Sequence) -> bool:
+        """Whether a running sequence is computing a beginning that this one shares, so that it can be copied soon."""
+        if not self._reuse:
+            return False
+        most, there = len(sequence.tokens) - 1, self._best(sequence)[1]
+        for other in self.running:
+            if other.tenant != sequence.tenant or other.left <= 1:
+                continue
+            shared = min(common_length(other.tokens, sequence.tokens), most)
+            gain = shared - there
+            if gain >= SHARED_LEAST or (gain > 0 and shared == most):
+                return True
+        return False
+
+    def _make_room(self, tenant: str) -> bool:
+        """See that a row is free; take one from a tenant that has more than its share where need be."""
+        if any(row.holder is None for row in self._rows):
+            return True
+        held = self._held()
+        richest = max(held, key=lambda each: (held[each], self._virtual[each]))
+        if held[richest] < held.get(tenant, 0) + 2:
+            return False
+        # The youngest: it has the least to compute again when its turn comes back.
+        youngest = max((s for s in self.running if s.tenant == richest), key=lambda s: s.number)
+        self._free(youngest)
+        youngest.computed = 0
+        self._waiting.setdefault(richest, deque()).appendleft(youngest)
+        return True
+
+    def _place(self, sequence: Sequence) -> list[Copy]:
+        """Give a sequence a free row, with as much of its beginning as some row of its tenant holds."""
+        source, shared = self._best(sequence)
+        free = sorted((row for row in self._rows if row.holder is None), key=lambda row: (len(row.kept) > 0, row.freed))
+        target = free[0]
+        copies: list[Copy] = []
+        if source is not None:
+            # A row that would lose much more than it gives is copied from, as long as another can be had.
+            whole = source.holder is None and (len(source.kept) <= 2 * shared or len(free) == 1)
+            if whole:
+                target = source
+            elif target is not source:
+                copies.append(Copy(source.index, target.index, shared))
+        target.holder, target.tenant, target.kept = sequence, sequence.tenant, []
+        sequence.row, sequence.computed = target.index, shared
+        return copies
+
+    def _best(self, sequence: Sequence) -> tuple[_Row | None, int]:
+        """Return the row of the same tenant that shares the longest computed beginning, and its length in tokens."""
+        best, length = None, 0
+        for row in self._rows if self._reuse else ():
+            if row.tenant == sequence.tenant:
+                tokens, computed = row.known()
+                # The last token is always computed: the scores of the next one come from it.
+                shared = min(common_length(tokens, sequence.tokens), computed, len(sequence.tokens) - 1)
+                if shared > length:
+                    best, length = row, shared
+        return best, length
+
+    def _free(self, sequence: Sequence, *, forget: bool = False) -> None:
+        row = next(row for row in self._rows if row.holder is sequence)
+        row.kept = [] if forget or not self._reuse else sequence.tokens[: sequence.computed]
+        row.holder, row.freed, sequence.row = None, self._step, None
+
+    def _drop_empty_line(self, tenant: str) -> None:
+        if not self._waiting[tenant]:
+            del self._waiting[tenant]
+
+
+def common_length(one: Tokens[int], other: Tokens[int]) -> int:
+    """Return how many tokens two sequences share from the first on."""
+    low, high = 0, min(len(one), len(other))
+    if one[:high] == other[:high]:
+        return high
+    # Slices are compared in C; a loop over tokens would take milliseconds for a full line of long prompts.
+    while high - low > 1:
+        middle = (low + high) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
