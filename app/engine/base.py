@@ -84,6 +84,8 @@ class Chunk:
     logprobs: tuple[TokenLogprob, ...] = ()
     """Of the tokens whose text ended since the chunk before, where asked for: only those that are part of the answer's
     text, in order."""
+    token_ends: tuple[int, ...] = ()
+    """For each of `logprobs` how many characters of `text` its token ends after."""
     cached: bool = False
     """Nothing was generated for this piece: it comes from another request's answer."""
 
@@ -112,6 +114,12 @@ class Tokenizer(Protocol):
 
     def decoder(self) -> TextDecoder:
         """Make a decoder for one completion (special tokens are not shown)."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return what a token says on its own, in mid-text; a control token says its name, an unknown id nothing."""
+
+    def token_text(self, token_id: int) -> str:
+        """Return the same as text, where a part of a character is U+FFFD."""
 
 
 class Engine(Protocol):

@@ -28,6 +28,9 @@ MAX_BYTES = 64 * 1024 * 1024
 
 _CHUNK_BYTES = 200
 """What a stored chunk costs besides its text."""
+_LOGPROB_BYTES = 160
+_ALTERNATIVE_BYTES = 120
+"""What the log-probability of a token costs, and that of another in its place."""
 _STORED = (FinishReason.STOP, FinishReason.LENGTH)
 _BREATH = 16
 """A replay lets the event loop run after this many chunks."""
@@ -71,7 +74,12 @@ def cache_key(request: GenerationRequest, info: EngineInfo, scope: str) -> bytes
 
 
 def _weigh(chunks: tuple[Chunk, ...]) -> int:
-    return sum(_CHUNK_BYTES + len(chunk.text.encode("utf-8", "surrogatepass")) for chunk in chunks)
+    scored = [token for chunk in chunks for token in chunk.logprobs]
+    return (
+        sum(_CHUNK_BYTES + len(chunk.text.encode("utf-8", "surrogatepass")) for chunk in chunks)
+        + _LOGPROB_BYTES * len(scored)
+        + _ALTERNATIVE_BYTES * sum(len(token.top) for token in scored)
+    )
 
 
 class _Flight:

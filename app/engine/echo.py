@@ -1,15 +1,17 @@
 """An engine without weights: it gives back what it was asked.  Deterministic, for tests and for trying the service.
 
-A token is one Unicode character.  Keeps every promise of `Engine`, so what works in front of it works in front of a
+A token is one Unicode character, and the engine is certain of each: no sampling setting changes what it says, and
+every log-probability is 0.  Keeps every promise of `Engine`, so what works in front of it works in front of a
 model; `bench/` uses it to measure what the service itself costs.
 """
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from itertools import cycle, islice
 
 from app.engine.base import Chunk, EngineInfo, EngineState, EngineStatus, GenerationRequest
 from app.errors import EngineBusy, EngineNotReady
-from app.types import FinishReason, Message, Role, Usage
+from app.types import FinishReason, Message, Params, Role, TokenLogprob, Usage
 
 _CONTROL = 0x110000
 """Token ids from here on are control tokens: no character of a text can be one."""
@@ -38,6 +40,12 @@ class EchoTokenizer:
 
     def decoder(self) -> EchoDecoder:
         return EchoDecoder()
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.token_text(token_id).encode("utf-8", "replace")
+
+    def token_text(self, token_id: int) -> str:
+        return chr(token_id) if token_id < _CONTROL else ""
 
 
 class EchoEngine:
@@ -104,18 +112,42 @@ class EchoEngine:
             aborted.set()
 
     async def _speak(self, request: GenerationRequest, aborted: asyncio.Event) -> AsyncGenerator[Chunk, None]:
-        text = _answer(request.prompt_ids)
-        stop_at = min((at for at in map(text.find, request.params.stop) if at >= 0), default=len(text))
-        limit = min(stop_at, request.params.max_tokens)
+        params = request.params
+        text = _long_enough(_answer(request.prompt_ids), params)
+        ends = [chr(token_id) for token_id in params.stop_token_ids if token_id < _CONTROL]
+        end_at = min(_places(text, ends, params.min_tokens), default=len(text))
+        stop_at = min([*_places(text, params.stop), end_at])
+        limit = min(stop_at, params.max_tokens)
         sent = 0
         while sent < limit and not aborted.is_set():
             await asyncio.sleep(self._delay)
             sent += 1
-            yield Chunk(text=text[sent - 1], tokens=1)
+            yield _say(text[sent - 1], params)
         reason = FinishReason.LENGTH if sent < stop_at else FinishReason.STOP
         if aborted.is_set():
             reason = FinishReason.ABORT
-        yield Chunk(finish_reason=reason, usage=Usage(prompt_tokens=len(request.prompt_ids), completion_tokens=sent))
+        closing = int(sent == end_at < min(len(text), params.max_tokens))  # an end token counts, and is not shown
+        usage = Usage(prompt_tokens=len(request.prompt_ids), completion_tokens=sent + closing)
+        yield Chunk(tokens=closing, finish_reason=reason, usage=usage)
+
+
+def _say(character: str, params: Params) -> Chunk:
+    if params.logprobs is None:
+        return Chunk(text=character, tokens=1)
+    certain = (ord(character), 0.0)
+    token = TokenLogprob(*certain, top=(certain,) if params.logprobs else ())
+    return Chunk(text=character, tokens=1, logprobs=(token,), token_ends=(1,))
+
+
+def _places(text: str, wanted: Sequence[str], begin: int = 0) -> list[int]:
+    """Return where each of the wanted texts that there are begins first."""
+    return [at for at in (text.find(each, begin) for each in wanted) if at >= 0]
+
+
+def _long_enough(text: str, params: Params) -> str:
+    """Begin the text again until it has the characters asked for, or one more than may be sent if it must not end."""
+    wanted = params.max_tokens + 1 if params.ignore_eos else params.min_tokens
+    return text if len(text) >= wanted else "".join(islice(cycle(text), wanted))
 
 
 def _answer(prompt_ids: tuple[int, ...]) -> str:

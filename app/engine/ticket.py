@@ -9,10 +9,11 @@ from collections.abc import AsyncGenerator, Callable
 
 from app.config import DeadlineConfig
 from app.engine.base import Chunk, GenerationRequest, TextDecoder
+from app.engine.spans import TokenSpans
 from app.engine.stops import StopBuffer
 from app.engine.worker.messages import TokenEvent
 from app.errors import AppError, DeadlineExceeded, EngineFailed
-from app.types import FinishReason, Usage
+from app.types import FinishReason, TokenLogprob, Usage
 
 _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": FinishReason.ABORT}
 
@@ -38,6 +39,8 @@ class Ticket:
         self._loop = asyncio.get_running_loop()
         self._decoder = decoder
         self._stops = StopBuffer(request.params.stop)
+        self._spans = TokenSpans()
+        self._cached_tokens = 0
         self._deadlines = deadlines
         self._last_moment = self._loop.time() + deadlines.total_seconds
         self._on_settled = on_settled
@@ -58,8 +61,10 @@ class Ticket:
             return
         if self.started_at is None:
             self.started_at = self._loop.time()
+            self._cached_tokens = event.cached_tokens
             self._arm(self._deadlines.first_token_seconds, "The model took too long to its first token.")
-        if not all(map(self._take, event.token_ids)):
+        logprobs = event.logprobs or (None,) * len(event.token_ids)
+        if not all(self._take(*token) for token in zip(event.token_ids, logprobs, strict=True)):
             return
         if event.error is not None:
             self.fail(EngineFailed(event.error))
@@ -71,7 +76,9 @@ class Ticket:
         """Finish with what there is; the first outcome stays."""
         if self.settled:
             return
-        self._say(self._stops.feed(self._decoder.finish()) + self._stops.finish())
+        rest = self._decoder.finish()
+        self._spans.finish(rest)
+        self._say(self._stops.feed(rest) + self._stops.finish())
         self._settle(reason if self._stops.matched is None else FinishReason.STOP)
 
     def fail(self, error: AppError) -> None:
@@ -90,22 +97,30 @@ class Ticket:
             self._news.clear()
             outcome, made, text = self._outcome, self.completion_tokens, "".join(self._text)
             self._text.clear()
+            logprobs, ends = self._spans.show(len(text))
             if text:
-                yield Chunk(text=text, tokens=made - told)
-                told = made
+                yield Chunk(text=text, tokens=made - told, logprobs=logprobs, token_ends=ends)
+                told, logprobs, ends = made, (), ()
             if isinstance(outcome, AppError):
                 raise outcome
             if outcome is not None:
-                usage = Usage(len(self.request.prompt_ids), made)
-                yield Chunk(tokens=made - told, finish_reason=outcome, usage=usage)
+                yield Chunk(
+                    tokens=made - told,
+                    finish_reason=outcome,
+                    usage=Usage(len(self.request.prompt_ids), made, self._cached_tokens),
+                    logprobs=logprobs,
+                    token_ends=ends,
+                )
                 return
 
-    def _take(self, token_id: int) -> bool:
+    def _take(self, token_id: int, logprob: TokenLogprob | None) -> bool:
         """Add a token and return whether the answer goes on after it."""
         self.completion_tokens += 1
         if self.completion_tokens == 1:
             self._arm(self._deadlines.total_seconds, "The answer took too long.")
-        self._say(self._stops.feed(self._decoder.feed((token_id,))))
+        text = self._decoder.feed((token_id,))
+        self._spans.add(text, logprob)
+        self._say(self._stops.feed(text))
         if self._stops.matched is None:
             return True
         self._settle(FinishReason.STOP)

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
+from app.engine.pieces import piece_reader
 from app.errors import InvalidRequest
 from app.types import Message, Role
 
@@ -55,6 +56,7 @@ class HfTokenizer:
         self._prefix = _prefix_ids(self._text)
         self._decoding = FastTokenizer.from_str(backend)
         self._anchor = tuple(self._text.encode("a", add_special_tokens=False).ids)
+        self._piece = piece_reader(self._decoding, list(self._anchor))
 
     def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Apply the chat template, ending where the assistant begins to speak.
@@ -77,6 +79,14 @@ class HfTokenizer:
     def decoder(self) -> "StreamDecoder":
         """Make a decoder for one completion (special tokens are not shown)."""
         return StreamDecoder(self._decoding, self._anchor)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return what a token says on its own, in mid-text; a control token says its name, an unknown id nothing."""
+        return self._piece(token_id)
+
+    def token_text(self, token_id: int) -> str:
+        """Return the same as text, where a part of a character is U+FFFD."""
+        return self._piece(token_id).decode(errors="replace")
 
     def _remembered(self, key: Any, encode: Callable[[Any], tuple[int, ...]]) -> tuple[int, ...]:
         with self._known_lock:

@@ -1,8 +1,10 @@
 """What a route asks of the service and what it gets back, in the words of no dialect."""
 
+from collections import defaultdict
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
+from app.generation.answer_tokens import AnswerToken
 from app.types import FinishReason, Message, Principal, Usage
 
 
@@ -17,6 +19,16 @@ class Sampling:
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    n: int = 1
+    """So many answers, each drawn on its own."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +36,7 @@ class CompletionAsk:
     """Go on with a plain text."""
 
     id: str
-    """The request id, also the engine's; unique among live requests."""
+    """The request id, also the engine's; unique among live requests.  Further answers get ids made from it."""
     caller: Principal
     prompt: str
     sampling: Sampling = Sampling()
@@ -70,48 +82,92 @@ class Started:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """A piece of the answer, never empty."""
+    """A piece of an answer, never empty."""
 
     text: str
+    index: int = 0
+    """Which of the answers it goes on with."""
+    tokens: tuple[AnswerToken, ...] = ()
+    """The tokens that end in this piece, where log-probabilities are asked for; one without text may come alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """How one answer ended."""
+
+    finish_reason: FinishReason
+    tokens: int
+    """How many were made for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """The answer is complete; always the last event, exactly once."""
+    """All answers are complete; always the last event, exactly once."""
 
     model: str
-    finish_reason: FinishReason
+    endings: tuple[Ending, ...]
+    """Of each answer, at least one."""
     usage: Usage
+    """Of all answers together; they share one prompt."""
     cached: bool
+    """Whether nothing at all was generated."""
     session_id: str | None = None
     context: Context | None = None
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """How the first answer ended."""
+        return self.endings[0].finish_reason
 
 
 Event = Started | Delta | Finished
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reply:
-    """A whole answer."""
+class Completion:
+    """One whole answer."""
 
     text: str
+    finish_reason: FinishReason
+    tokens: tuple[AnswerToken, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """All answers to an ask."""
+
+    completions: tuple[Completion, ...]
     prompt: str | None
     finished: Finished
 
+    @property
+    def text(self) -> str:
+        """The first answer's."""
+        return self.completions[0].text
+
 
 async def collect(events: AsyncGenerator[Event, None]) -> Reply:
-    """Read an answer to its end.
+    """Read the answers to their end.
 
-    Raises: AppError: whatever ended the answer in place of Finished.
+    Raises: AppError: whatever ended them in place of Finished.
     """
-    parts: list[str] = []
+    deltas: defaultdict[int, list[Delta]] = defaultdict(list)
     prompt: str | None = None
     async for event in events:
         match event:
             case Started():
                 prompt = event.prompt
             case Delta():
-                parts.append(event.text)
+                deltas[event.index].append(event)
             case Finished():
-                return Reply(text="".join(parts), prompt=prompt, finished=event)
+                completions = tuple(_join(deltas[index], ending) for index, ending in enumerate(event.endings))
+                return Reply(completions=completions, prompt=prompt, finished=event)
     raise RuntimeError("an answer ended without its last event")
+
+
+def _join(deltas: list[Delta], ending: Ending) -> Completion:
+    return Completion(
+        text="".join(delta.text for delta in deltas),
+        finish_reason=ending.finish_reason,
+        tokens=tuple(token for delta in deltas for token in delta.tokens),
+    )

@@ -1,22 +1,24 @@
 """LangChain's face of the engine: a HuggingFacePipeline and a ChatHuggingFace that generate through `Engine`.
 
 Alone in knowing LangChain.  Both classes are what their names say (isinstance holds) and work in anyone's chain, sync
-and async, whole and streamed, with usage and finish reason in LangChain's own places.  User text is only ever a
-message or the value of a variable, never part of a template.
+and async, whole and streamed, with usage, finish reason and log-probabilities in LangChain's own places.  User text is
+only ever a message or the value of a variable, never part of a template.
 """
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
+from functools import reduce
+from operator import add
 from typing import Any, TypeVar
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models.chat_models import agenerate_from_stream
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage
-from langchain_core.messages.ai import UsageMetadata
+from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.outputs import ChatGenerationChunk, ChatResult, Generation, GenerationChunk, LLMResult
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder, PromptTemplate
 from langchain_core.runnables import Runnable
@@ -24,23 +26,13 @@ from langchain_huggingface import ChatHuggingFace, HuggingFacePipeline
 from pydantic import ConfigDict
 
 from app.engine.base import Chunk, Engine, GenerationRequest
+from app.generation.call import Call
+from app.generation.chunk_info import chunk_info
 from app.types import Message, Params, Role, Usage
 
 T = TypeVar("T")
 
 _PARAM_NAMES = frozenset(field.name for field in fields(Params))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
-    """What one request of ours adds to the prompt; bound to the model for this request only."""
-
-    request_id: str
-    tenant: str
-    params: Params
-    cache: bool = True
-    see: Callable[[Chunk], None] | None = None
-    """Shown every chunk as the engine made it: an LLM's stream hands out nothing but text."""
 
 
 class EnginePipeline(HuggingFacePipeline):
@@ -67,7 +59,10 @@ class EnginePipeline(HuggingFacePipeline):
         request = GenerationRequest(
             id=call.request_id, tenant=call.tenant, prompt_ids=prompt_ids, params=call.params, cache=call.cache
         )
-        async with aclosing(engine.stream(request)) as chunks:
+        stream = engine.stream(request)
+        if call.opened is not None:
+            call.opened(stream)
+        async with aclosing(stream) as chunks:
             async for chunk in chunks:
                 if call.see is not None:
                     call.see(chunk)
@@ -98,7 +93,8 @@ class EnginePipeline(HuggingFacePipeline):
         prompt_ids = await asyncio.to_thread(self.engine.tokenizer.encode_text, prompt)
         async with aclosing(self.chunks(prompt_ids, self.call(stop, kwargs))) as chunks:
             async for chunk in chunks:
-                generation = GenerationChunk(text=chunk.text, generation_info=_outcome(chunk, self.model_id))
+                info = chunk_info(chunk, self.model_id, self.engine)
+                generation = GenerationChunk(text=chunk.text, generation_info=info)
                 if run_manager is not None:
                     await run_manager.on_llm_new_token(chunk.text, chunk=generation)
                 yield generation
@@ -112,7 +108,8 @@ class EnginePipeline(HuggingFacePipeline):
     ) -> LLMResult:
         async def whole(prompt: str) -> Generation:
             pieces = [piece async for piece in self._astream(prompt, stop, run_manager, **kwargs)]
-            return Generation(text="".join(piece.text for piece in pieces), generation_info=pieces[-1].generation_info)
+            answer = reduce(add, pieces)
+            return Generation(text=answer.text, generation_info=answer.generation_info)
 
         answers = await asyncio.gather(*map(whole, prompts))
         return LLMResult(generations=[[answer] for answer in answers], llm_output={"model_name": self.model_id})
@@ -159,17 +156,17 @@ class EngineChat(ChatHuggingFace):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         pipeline: EnginePipeline = self.llm
-        spoken = [from_langchain(message) for message in messages]
+        spoken = list(map(from_langchain, messages))
         prompt_ids = await asyncio.to_thread(pipeline.engine.tokenizer.encode_chat, spoken)
         async with aclosing(pipeline.chunks(prompt_ids, pipeline.call(stop, kwargs))) as chunks:
             async for chunk in chunks:
-                last = chunk.finish_reason is not None
                 message = AIMessageChunk(
                     content=chunk.text,
                     usage_metadata=_usage_metadata(chunk.usage),
-                    chunk_position="last" if last else None,
+                    chunk_position="last" if chunk.finish_reason else None,
                 )
-                yield ChatGenerationChunk(message=message, generation_info=_outcome(chunk, self.model_id))
+                info = chunk_info(chunk, self.model_id, pipeline.engine)
+                yield ChatGenerationChunk(message=message, generation_info=info)
 
     async def _agenerate(
         self,
@@ -251,24 +248,14 @@ def from_langchain(message: BaseMessage) -> Message:
     raise ValueError(f"messages of type {message.type} are not supported")
 
 
-def _outcome(chunk: Chunk, model: str | None) -> dict[str, Any] | None:
-    """Return what the last chunk says beside its text, as plain values under LangChain's names."""
-    if chunk.finish_reason is None:
-        return None
-    usage = chunk.usage or Usage(0, 0)
-    return {
-        "finish_reason": chunk.finish_reason.value,
-        "model_name": model,
-        "cached": chunk.cached,
-        "token_usage": {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens},
-    }
-
-
 def _usage_metadata(usage: Usage | None) -> UsageMetadata | None:
     if usage is None:
         return None
     return UsageMetadata(
-        input_tokens=usage.prompt_tokens, output_tokens=usage.completion_tokens, total_tokens=usage.total_tokens
+        input_tokens=usage.prompt_tokens,
+        output_tokens=usage.completion_tokens,
+        total_tokens=usage.total_tokens,
+        input_token_details=InputTokenDetails(cache_read=usage.cached_tokens),
     )
 
 

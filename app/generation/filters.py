@@ -14,6 +14,7 @@ from typing import Literal
 import structlog
 
 from app.engine.base import Chunk, Engine, EngineInfo, EngineStatus, GenerationRequest, Tokenizer
+from app.engine.spans import TokenSpans
 from app.errors import PiiBlocked, ServiceUnavailable
 from app.generation.pii import PiiKind, Redaction, Redactor, StreamRedactor
 from app.types import FinishReason, Usage
@@ -71,6 +72,38 @@ class InputFilter:
             raise ServiceUnavailable("The filter for personal data failed; nothing was processed.") from None
 
 
+class _Unmasked:
+    """Lets out the log-probabilities of an answer's tokens as long as its clean text is the model's own.
+
+    The tokens of a masked entity would tell it, and so would their alternatives; the first mask ends them for the
+    whole answer.
+    """
+
+    def __init__(self) -> None:
+        self._spans = TokenSpans()
+        self._raw = ""
+        """What the model said and the filter has not let out."""
+        self._ended = False
+
+    def see(self, chunk: Chunk, clean: str) -> Chunk:
+        """Return the model's chunk with the clean text that comes of it, and what may be known of its tokens."""
+        if self._ended:
+            return replace(chunk, text=clean, logprobs=(), token_ends=())
+        self._spans.follow(chunk)
+        self._raw += chunk.text
+        same = _shared_beginning(self._raw, clean)
+        self._ended = same < len(clean)
+        self._raw = self._raw[same:]
+        logprobs, ends = self._spans.show(same)
+        return replace(chunk, text=clean, logprobs=logprobs, token_ends=ends)
+
+
+def _shared_beginning(one: str, other: str) -> int:
+    """Return how many characters two texts have in common before they differ."""
+    differing = (at for at, (mine, theirs) in enumerate(zip(one, other, strict=False)) if mine != theirs)
+    return next(differing, min(len(one), len(other)))
+
+
 class FilteredEngine:
     """Masks personal data in every answer of the inner engine."""
 
@@ -104,7 +137,7 @@ class FilteredEngine:
         await self._inner.close()
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
-        redactor = StreamRedactor(self._redactor)
+        redactor, unmasked = StreamRedactor(self._redactor), _Unmasked()
         made = 0
         try:
             async with aclosing(self._inner.stream(request)) as chunks:
@@ -120,7 +153,7 @@ class FilteredEngine:
                         usage = Usage(prompt_tokens=len(request.prompt_ids), completion_tokens=made)
                         yield Chunk(finish_reason=FinishReason.CONTENT_FILTER, usage=usage)
                         return
-                    yield replace(chunk, text=clean)
+                    yield unmasked.see(chunk, clean)
         finally:
             for kind, count in redactor.counts.items():
                 self._on_match(kind, count)

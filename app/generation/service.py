@@ -7,67 +7,28 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
-from app.engine.base import Chunk, Engine, EngineState
+from app.engine.base import Engine, EngineState
 from app.engine.cache import CachedEngine
 from app.engine.registry import EngineRegistry
 from app.errors import DeadlineExceeded, InvalidRequest, ShuttingDown
-from app.generation.asks import ChatAsk, CompletionAsk, Context, Delta, Event, Finished, Sampling, Started
-from app.generation.chain import Call, Chains
+from app.generation.answers import Answers
+from app.generation.asks import ChatAsk, CompletionAsk, Context, Delta, Event, Sampling, Started
+from app.generation.call import Call
+from app.generation.chain import Chains
 from app.generation.filters import InputFilter
 from app.generation.memory import SessionStore, Turn, as_turns, merge
+from app.generation.meter import Meter
+from app.generation.sampling import settle, wrong_field
 from app.generation.window import Room, Window, fit_chat, fit_text
 from app.telemetry import Metrics
-from app.types import FinishReason, Message, Params, Role
-
-_GREEDY_BELOW = 0.01
-"""Cooler than this the most likely token always wins, and dividing the scores would overflow."""
+from app.types import FinishReason, Message, Role
 
 _COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)
 """Answers that ended by themselves; only these enter a conversation."""
-
-
-class Meter:
-    """Watches one answer as the engine makes it: how it ended, what it used and how fast it came."""
-
-    def __init__(self, model: str, metrics: Metrics) -> None:
-        self.last = Chunk()
-        """The newest chunk; once the answer has ended, the one with the finish reason."""
-        self._model = model
-        self._metrics = metrics
-        self._tokens = 0
-        self._before = time.monotonic()
-
-    def see(self, chunk: Chunk) -> None:
-        self.last = chunk
-        if chunk.tokens and not chunk.cached:
-            now = time.monotonic()
-            if not self._tokens:
-                self._metrics.first_token(self._model, now - self._before)
-            else:
-                self._metrics.token_gap(self._model, (now - self._before) / chunk.tokens)
-            self._before = now
-            self._tokens += chunk.tokens
-
-    def settle(self, prompt_tokens: int) -> None:
-        """Count what the model really did, whether the answer was read to its end or not."""
-        if self._tokens:
-            self._metrics.generated(self._model, prompt_tokens, self._tokens)
-
-    def finished(self, *, session_id: str | None = None, context: Context | None = None) -> Finished:
-        """Raises: RuntimeError: the engine broke its promise of a last chunk."""
-        if self.last.finish_reason is None or self.last.usage is None:
-            raise RuntimeError("the engine ended without a last chunk")
-        return Finished(
-            model=self._model,
-            finish_reason=self.last.finish_reason,
-            usage=self.last.usage,
-            cached=self.last.cached,
-            session_id=session_id,
-            context=context,
-        )
 
 
 class GenerationService:
@@ -125,14 +86,16 @@ class GenerationService:
 
         Raises: AppError: at the first `anext` if the request is wrong or cannot be taken, later if it breaks.
         """
-        async with self.engines.lease(ask.model, ask.id) as engine:
+        async with self._lease(ask) as engine:
             model = engine.info.model
-            meter = Meter(model, self._metrics)
+            meter = Meter(model, self._metrics, ask.sampling.n)
             (prompt,) = await self._clean([ask.prompt])
             prompt_tokens, max_tokens = await fit_text(engine.tokenizer, prompt, self._room(engine, ask.sampling))
-            texts = self._chains[model].complete(prompt, self._call(ask, max_tokens, meter))
+            answers = Answers(_ids(ask), engine, meter)
+            calls = self._calls(ask, engine, max_tokens, answers)
+            pieces = [self._chains[model].complete(prompt, call) for call in calls]
             try:
-                async with aclosing(_events(Started(model=model, prompt=prompt), texts)) as events:
+                async with aclosing(answers.events(Started(model=model, prompt=prompt), pieces)) as events:
                     async for event in events:
                         yield event
             finally:
@@ -144,20 +107,23 @@ class GenerationService:
 
         Raises: AppError: at the first `anext` if the request is wrong or cannot be taken, later if it breaks.
         """
-        async with self.engines.lease(ask.model, ask.id) as engine:
+        if ask.session_id is not None and ask.sampling.n > 1:
+            raise wrong_field("n", "must be 1 in a session, which goes on with one answer")
+        async with self._lease(ask) as engine:
             model = engine.info.model
-            meter = Meter(model, self._metrics)
+            meter = Meter(model, self._metrics, ask.sampling.n)
             texts = await self._clean([message.content for message in ask.messages])
             messages = [Message(message.role, text) for message, text in zip(ask.messages, texts, strict=True)]
             system, spoken = self._split_system(messages)
             async with self._turn(ask) as history:
                 new = merge(history, spoken)
                 window = await fit_chat(engine.tokenizer, system, history, new, self._room(engine, ask.sampling))
-                call = self._call(ask, window.max_tokens, meter)
-                pieces = self._chains[model].chat(system, window.conversation, call)
+                answers = Answers(_ids(ask), engine, meter)
+                calls = self._calls(ask, engine, window.max_tokens, answers)
+                pieces = [self._chains[model].chat(system, window.conversation, call) for call in calls]
                 reply: list[str] = []
                 try:
-                    async with aclosing(_events(Started(model=model), pieces)) as events:
+                    async with aclosing(answers.events(Started(model=model), pieces)) as events:
                         async for event in events:
                             if isinstance(event, Delta):
                                 reply.append(event.text)
@@ -209,35 +175,34 @@ class GenerationService:
     def _room(self, engine: Engine, sampling: Sampling) -> Room:
         return Room(limit=engine.info.context_length, asked=sampling.max_tokens, default=self._default_max_tokens)
 
-    def _call(self, ask: CompletionAsk | ChatAsk, max_tokens: int, meter: Meter) -> Call:
+    @asynccontextmanager
+    async def _lease(self, ask: CompletionAsk | ChatAsk) -> AsyncIterator[Engine]:
+        """Hold the engine once for each answer, so that none outlives the ask."""
+        async with AsyncExitStack() as held:
+            engines = [await held.enter_async_context(self.engines.lease(ask.model, each)) for each in _ids(ask)]
+            yield engines[0]
+
+    def _calls(self, ask: CompletionAsk | ChatAsk, engine: Engine, max_tokens: int, answers: Answers) -> list[Call]:
+        """Return what goes to the engine beside the prompt, for each answer."""
         if self.engines.over:
             raise ShuttingDown("The service is shutting down; send the request to another replica.", retry_after=5)
-        sampling = ask.sampling
-        temperature = self._default_temperature if sampling.temperature is None else sampling.temperature
-        if temperature < _GREEDY_BELOW:
-            temperature = 0.0
-        params = Params(
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            repetition_penalty=sampling.repetition_penalty,
-            stop=sampling.stop,
-            seed=sampling.seed,
-        )
-        return Call(request_id=ask.id, tenant=ask.caller.tenant, params=params, cache=ask.cache, see=meter.see)
+        params = settle(ask.sampling, engine.info, max_tokens=max_tokens, default_temperature=self._default_temperature)
+        return [
+            Call(
+                request_id=request_id,
+                tenant=ask.caller.tenant,
+                params=replace(params, sample=index),
+                cache=ask.cache,
+                opened=answers.opened,
+                see=partial(answers.see, index),
+            )
+            for index, request_id in enumerate(_ids(ask))
+        ]
 
 
-async def _events(started: Started, texts: AsyncGenerator[str, None]) -> AsyncGenerator[Event, None]:
-    """Turn a chain's texts into events; the first text, an empty one, says that the engine took the request."""
-    async with aclosing(texts):
-        admitted = False
-        async for text in texts:
-            if not admitted:
-                admitted = True
-                yield started
-            if text:
-                yield Delta(text=text)
+def _ids(ask: CompletionAsk | ChatAsk) -> list[str]:
+    """Return the engine's ids of the answers to an ask; the first is the ask's own."""
+    return [ask.id, *(f"{ask.id}.{index}" for index in range(1, ask.sampling.n))]
 
 
 def _context(window: Window, engine: Engine) -> Context:

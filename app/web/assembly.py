@@ -12,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Lifespan
 
 from app import __version__
-from app.web import chat, generate, ops, sessions
+from app.web import batch, chat, generate, ops, sessions
 from app.web.authentication import Authentication
 from app.web.deps import Parts
 from app.web.errors import add_handlers
@@ -41,7 +41,7 @@ def build_app(parts: Parts, *, lifespan: Lifespan[FastAPI] | None = None) -> Fas
         lifespan=lifespan,
     )
     app.state.parts = parts
-    for module in (generate, chat, sessions):
+    for module in (generate, batch, chat, sessions):
         app.include_router(module.router, dependencies=_KEY_SCHEMES)
     app.include_router(ops.router)
     add_handlers(app)

@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Request
 from pydantic import AfterValidator, BaseModel, Field, StringConstraints
 
-from app.generation.asks import ChatAsk, Context, Reply
+from app.generation.asks import ChatAsk, Context, Reply, Sampling
 from app.types import FinishReason, Message, Role
 from app.web.bodies import LimitedRoute, StrictModel
 from app.web.deps import Call, CallDep, ServiceDep
 from app.web.errors import document
 from app.web.params import SamplingFields, SessionId, check_length
-from app.web.replies import GENERATION_ERRORS, UsageReply, native_frame
+from app.web.replies import GENERATION_ERRORS, CompletionReply, UsageReply, completion_replies, native_frame
 from app.web.sse import EventStream, begin, whole
 
 MAX_MESSAGES = 256
@@ -58,7 +58,7 @@ class ChatRequest(SamplingFields):
 class MessageReply(BaseModel):
     """What the assistant says."""
 
-    role: Literal["assistant"] = "assistant"
+    role: Literal["assistant"]
     content: str
 
 
@@ -81,9 +81,10 @@ class ContextReply(BaseModel):
 
 
 class ChatReply(BaseModel):
-    """A whole answer."""
+    """A whole answer, or several."""
 
     message: MessageReply
+    """The first answer."""
     model: str
     tokens_generated: int
     cached: bool
@@ -92,12 +93,15 @@ class ChatReply(BaseModel):
     usage: UsageReply
     context: ContextReply | None
     request_id: str
+    completions: list[CompletionReply] = []
+    """All answers; left out unless several or log-probabilities were asked for."""
 
     @classmethod
-    def of(cls, reply: Reply, request_id: str) -> "ChatReply":
+    def of(cls, reply: Reply, sampling: Sampling, request_id: str) -> "ChatReply":
         finished = reply.finished
+        several = sampling.n > 1 or sampling.logprobs is not None
         return cls(
-            message=MessageReply(content=reply.text),
+            message=MessageReply(role="assistant", content=reply.text),
             model=finished.model,
             tokens_generated=finished.usage.completion_tokens,
             cached=finished.cached,
@@ -106,14 +110,19 @@ class ChatReply(BaseModel):
             usage=UsageReply.of(finished.usage),
             context=ContextReply.of(finished.context) if finished.context else None,
             request_id=request_id,
+            **({"completions": completion_replies(reply, sampling)} if several else {}),
         )
 
 
-@router.post("/chat", response_model=ChatReply, responses=document(*GENERATION_ERRORS))
+# What was not set is what was not asked for.
+@router.post(
+    "/chat", response_model=ChatReply, response_model_exclude_unset=True, responses=document(*GENERATION_ERRORS)
+)
 async def chat(body: ChatRequest, request: Request, call: CallDep, service: ServiceDep) -> ChatReply | EventStream:
     """Answer the last message, whole or, with `stream`, as server-sent events `delta`... and `done` or `error`."""
-    events = service.chat(body.to_ask(call))
+    ask = body.to_ask(call)
+    events = service.chat(ask)
     if body.stream:
-        encode = partial(native_frame, request_id=call.request_id)
+        encode = partial(native_frame, sampling=ask.sampling, request_id=call.request_id)
         return EventStream(await begin(request, events), encode, call.request_id)
-    return ChatReply.of(await whole(request, events), call.request_id)
+    return ChatReply.of(await whole(request, events), ask.sampling, call.request_id)

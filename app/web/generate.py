@@ -6,13 +6,13 @@ from typing import Annotated
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, StringConstraints
 
-from app.generation.asks import CompletionAsk, Reply
+from app.generation.asks import CompletionAsk, Reply, Sampling
 from app.types import FinishReason
 from app.web.bodies import LimitedRoute
 from app.web.deps import Call, CallDep, ServiceDep
 from app.web.errors import document
 from app.web.params import SamplingFields, check_length
-from app.web.replies import GENERATION_ERRORS, UsageReply, native_frame
+from app.web.replies import GENERATION_ERRORS, CompletionReply, UsageReply, completion_replies, native_frame
 from app.web.sse import EventStream, begin, whole
 
 router = APIRouter(prefix="/v1", tags=["generate"], route_class=LimitedRoute)
@@ -36,17 +36,11 @@ class GenerateRequest(SamplingFields):
         )
 
 
-class CompletionReply(BaseModel):
-    """One way to go on."""
-
-    text: str
-    finish_reason: FinishReason
-
-
 class GenerateReply(BaseModel):
-    """A whole answer."""
+    """A whole answer, or several."""
 
     generated_text: str
+    """The first of `completions`."""
     prompt: str
     model: str
     tokens_generated: int
@@ -57,7 +51,7 @@ class GenerateReply(BaseModel):
     request_id: str
 
     @classmethod
-    def of(cls, reply: Reply, request_id: str) -> "GenerateReply":
+    def of(cls, reply: Reply, sampling: Sampling, request_id: str) -> "GenerateReply":
         finished = reply.finished
         return cls(
             generated_text=reply.text,
@@ -66,19 +60,23 @@ class GenerateReply(BaseModel):
             tokens_generated=finished.usage.completion_tokens,
             cached=finished.cached,
             finish_reason=finished.finish_reason,
-            completions=[CompletionReply(text=reply.text, finish_reason=finished.finish_reason)],
+            completions=completion_replies(reply, sampling),
             usage=UsageReply.of(finished.usage),
             request_id=request_id,
         )
 
 
-@router.post("/generate", response_model=GenerateReply, responses=document(*GENERATION_ERRORS))
+# What was not set is what was not asked for.
+@router.post(
+    "/generate", response_model=GenerateReply, response_model_exclude_unset=True, responses=document(*GENERATION_ERRORS)
+)
 async def generate(
     body: GenerateRequest, request: Request, call: CallDep, service: ServiceDep
 ) -> GenerateReply | EventStream:
     """Go on with a text, whole or, with `stream`, as server-sent events `delta`... and `done` or `error`."""
-    events = service.complete(body.to_ask(call))
+    ask = body.to_ask(call)
+    events = service.complete(ask)
     if body.stream:
-        encode = partial(native_frame, request_id=call.request_id)
+        encode = partial(native_frame, sampling=ask.sampling, request_id=call.request_id)
         return EventStream(await begin(request, events), encode, call.request_id)
-    return GenerateReply.of(await whole(request, events), call.request_id)
+    return GenerateReply.of(await whole(request, events), ask.sampling, call.request_id)

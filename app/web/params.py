@@ -3,9 +3,10 @@
 Decides ranges and synonyms.  Knows no default of the service: what a client leaves out stays None.
 """
 
+import re
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, StringConstraints, ValidationInfo
+from pydantic import BeforeValidator, Field, StringConstraints
 
 from app.generation.asks import Sampling
 from app.web.bodies import StrictModel
@@ -14,7 +15,13 @@ from app.web.errors import invalid_field
 MAX_TOKENS = 1_000_000
 """Above every context window; how much really fits is the service's to say."""
 
+MAX_BIASES = 300
+"""Far more than a request needs; each costs a little at every token."""
+
 SessionId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
+
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+"""One spelling for each id, so that no token is named twice."""
 
 _TokenCount = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 _StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
@@ -31,19 +38,40 @@ _Stop = Annotated[
 ]
 
 
-def _refuse_value(value: Any, info: ValidationInfo) -> None:
-    if value is not None:
-        raise invalid_field(str(info.field_name), "is not supported yet by this service")
+def _alternatives(value: Any) -> Any:
+    """Return how many alternatives are asked for, None for no log-probabilities at all."""
+    return (0 if value else None) if isinstance(value, bool) else value
 
 
-def _only_one(value: Any, info: ValidationInfo) -> None:
-    if type(value) is not int or value != 1:
-        _refuse_value(value, info)
+_Logprobs = Annotated[
+    Annotated[int, Field(ge=0, le=20)] | None, BeforeValidator(_alternatives, json_schema_input_type=bool | int | None)
+]
 
 
-_Unsupported = Annotated[None, BeforeValidator(_refuse_value)]
-_One = Annotated[None, BeforeValidator(_only_one, json_schema_input_type=int | None)]
-"""One completion is what there is, so asking for it is fine."""
+def _biases(value: Any) -> Any:
+    """Return pairs of token id and bias in the order of the ids; no message shows a key, which is the client's text.
+
+    Raises: ValueError: the value is not what `_LogitBias` says.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise ValueError("must be an object with token ids for keys")
+    if len(value) > MAX_BIASES:
+        raise ValueError(f"holds more than {MAX_BIASES} tokens")
+    if not all(_TOKEN_ID.fullmatch(key) for key in value):
+        raise ValueError("must have token ids for keys, as decimal digits")
+    if not all(type(bias) in (int, float) and -100 <= bias <= 100 for bias in value.values()):
+        raise ValueError("must have numbers from -100 to 100 for values")
+    return tuple(sorted((int(key), float(bias)) for key, bias in value.items()))
+
+
+_LogitBias = Annotated[
+    tuple[tuple[int, float], ...] | None, BeforeValidator(_biases, json_schema_input_type=dict[str, float] | None)
+]
+_Penalty = Annotated[float, Field(ge=-2, le=2)]
+_Answers = Annotated[int, Field(ge=1, le=8)]
+_TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class SamplingFields(StrictModel):
@@ -63,12 +91,24 @@ class SamplingFields(StrictModel):
     stream: bool = False
     cache: bool = Field(True, description="false: neither read nor fill the response cache.")
     model: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
-    n: _One = None
-    num_return_sequences: _One = Field(None, description="Another name of n.")
-    min_p: _Unsupported = None
-    presence_penalty: _Unsupported = None
-    frequency_penalty: _Unsupported = None
-    logprobs: _Unsupported = None
+    n: _Answers | None = Field(None, description="So many answers, made at once.")
+    num_return_sequences: _Answers | None = Field(None, description="Another name of n.")
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="Keep the tokens that are at least this share as likely as the likeliest."
+    )
+    presence_penalty: _Penalty | None = Field(None, description="Off the score of each token the answer holds.")
+    frequency_penalty: _Penalty | None = Field(None, description="The same, once for each time it holds it.")
+    logit_bias: _LogitBias = Field(None, description="Token id -> what is added to its score, -100 to 100.")
+    logprobs: _Logprobs = Field(
+        None, description="Report each token's log-probability, and those of this many likely alternatives."
+    )
+    stop_token_ids: Annotated[list[_TokenId], Field(max_length=64)] | None = Field(
+        None, description="The answer ends at any of these tokens too."
+    )
+    ignore_eos: bool = Field(False, description="Go on after the model's own end tokens.")
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = Field(
+        None, description="No end token before the answer has this many."
+    )
 
     def sampling(self) -> Sampling:
         """Translate, with each synonym under its one name.
@@ -84,6 +124,15 @@ class SamplingFields(StrictModel):
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
             stop=tuple(stop or ()),
             seed=self.seed,
+            n=self._one_of("n", "num_return_sequences") or 1,
+            min_p=self.min_p or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=self.logit_bias or (),
+            logprobs=self.logprobs,
+            stop_token_ids=tuple(sorted(set(self.stop_token_ids or ()))),
+            ignore_eos=self.ignore_eos,
+            min_tokens=self.min_tokens or 0,
         )
 
     def _one_of(self, *names: str) -> Any:

@@ -1,9 +1,13 @@
 """What the answers of the generating routes have in common: usage, errors and frames.  Translation only."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from pydantic import BaseModel
 
 from app import errors
-from app.generation.asks import Delta, Event, Finished
+from app.generation.answer_tokens import AnswerToken
+from app.generation.asks import Completion, Delta, Ending, Event, Finished, Reply, Sampling
 from app.types import FinishReason, Usage
 from app.web.sse import Frame
 
@@ -22,12 +26,20 @@ GENERATION_ERRORS: tuple[type[errors.AppError], ...] = (
 )
 
 
+class PromptTokensDetails(BaseModel):
+    """What became of the prompt's tokens."""
+
+    cached_tokens: int
+    """Those that did not have to be computed again."""
+
+
 class UsageReply(BaseModel):
-    """Tokens, counted with the model's own tokenizer."""
+    """Tokens, counted with the model's own tokenizer; all answers to a request share one prompt."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
     @classmethod
     def of(cls, usage: Usage) -> "UsageReply":
@@ -35,7 +47,61 @@ class UsageReply(BaseModel):
             prompt_tokens=usage.prompt_tokens,
             completion_tokens=usage.completion_tokens,
             total_tokens=usage.total_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=usage.cached_tokens),
         )
+
+
+class TopToken(BaseModel):
+    """A token that the model might have said."""
+
+    text: str
+    logprob: float
+
+
+class TokenReply(TopToken):
+    """A token of an answer, and the most likely ones in its place."""
+
+    top: list[TopToken]
+
+    @classmethod
+    def of(cls, token: AnswerToken) -> "TokenReply":
+        top = [TopToken(text=other.text, logprob=other.logprob) for other in token.top]
+        return cls(text=token.text, logprob=token.logprob, top=top)
+
+
+def token_replies(tokens: Sequence[AnswerToken], sampling: Sampling) -> dict[str, list[TokenReply]]:
+    """Return the field `tokens` if log-probabilities were asked for, and no field otherwise."""
+    return {} if sampling.logprobs is None else {"tokens": [TokenReply.of(token) for token in tokens]}
+
+
+class CompletionReply(BaseModel):
+    """One answer of those asked for."""
+
+    text: str
+    finish_reason: FinishReason
+    tokens: list[TokenReply] = []
+    """Left out unless log-probabilities were asked for."""
+
+    @classmethod
+    def of(cls, completion: Completion, sampling: Sampling) -> "CompletionReply":
+        return cls(
+            text=completion.text,
+            finish_reason=completion.finish_reason,
+            **token_replies(completion.tokens, sampling),
+        )
+
+
+def completion_replies(reply: Reply, sampling: Sampling) -> list[CompletionReply]:
+    """Translate all answers, in their order."""
+    return [CompletionReply.of(completion, sampling) for completion in reply.completions]
+
+
+class EndingReply(BaseModel):
+    """How one answer of a stream ended."""
+
+    index: int
+    finish_reason: FinishReason
+    tokens_generated: int
 
 
 class DoneFrame(BaseModel):
@@ -48,13 +114,15 @@ class DoneFrame(BaseModel):
     session_id: str | None
     request_id: str
     model: str
+    completions: list[EndingReply] = []
+    """Left out unless there are several."""
 
 
-def native_frame(event: Event, request_id: str) -> Frame | None:
+def native_frame(event: Event, sampling: Sampling, request_id: str) -> Frame | None:
     """Return the native frame of an event; that an answer has begun has none."""
     match event:
         case Delta():
-            return "delta", {"content": event.text}
+            return "delta", _delta(event, sampling)
         case Finished():
             done = DoneFrame(
                 finish_reason=event.finish_reason,
@@ -64,6 +132,25 @@ def native_frame(event: Event, request_id: str) -> Frame | None:
                 session_id=event.session_id,
                 request_id=request_id,
                 model=event.model,
+                **_endings(event.endings),
             )
-            return "done", done.model_dump()
+            return "done", done.model_dump(exclude_unset=True)
     return None
+
+
+def _delta(delta: Delta, sampling: Sampling) -> dict[str, Any]:
+    data: dict[str, Any] = {"content": delta.text}
+    if sampling.n > 1:
+        data["index"] = delta.index
+    tokens = token_replies(delta.tokens, sampling)
+    return data | {name: [token.model_dump() for token in value] for name, value in tokens.items()}
+
+
+def _endings(endings: Sequence[Ending]) -> dict[str, list[EndingReply]]:
+    if len(endings) == 1:
+        return {}
+    told = [
+        EndingReply(index=index, finish_reason=ending.finish_reason, tokens_generated=ending.tokens)
+        for index, ending in enumerate(endings)
+    ]
+    return {"completions": told}

@@ -59,9 +59,9 @@ def ask(
     engine: Engine, name: str = "one", *, text: str = LONG_TEXT, max_tokens: int = 30, **params: object
 ) -> GenerationRequest:
     """A request of which no stored answer exists."""
-    seed = params.pop("seed", next(SEEDS))
+    seed, cache = params.pop("seed", next(SEEDS)), bool(params.pop("cache", True))
     settings = Params(max_tokens=max_tokens, seed=seed, **params)  # type: ignore[arg-type]
-    return GenerationRequest(name, "tenant", engine.tokenizer.encode_text(text), settings)
+    return GenerationRequest(name, "tenant", engine.tokenizer.encode_text(text), settings, cache)
 
 
 async def read(engine: Engine, request: GenerationRequest) -> list[Chunk]:
@@ -70,6 +70,22 @@ async def read(engine: Engine, request: GenerationRequest) -> list[Chunk]:
 
 def text_of(chunks: list[Chunk]) -> str:
     return "".join(chunk.text for chunk in chunks)
+
+
+def ids_of(chunks: list[Chunk]) -> list[int]:
+    """The tokens that log-probabilities were told of."""
+    return [token.token_id for chunk in chunks for token in chunk.logprobs]
+
+
+def decoded(engine: Engine, token_ids: list[int]) -> str:
+    decoder = engine.tokenizer.decoder()
+    return decoder.feed(token_ids) + decoder.finish()
+
+
+def needs(engine: Engine, *fields: str) -> None:
+    """Skip what this engine says that it cannot do; a request that asks for it is refused."""
+    if missing := set(fields) & set(engine.info.unsupported):
+        pytest.skip(f"{engine.info.engine} does not support {', '.join(sorted(missing))}")
 
 
 async def test_an_answer_begins_empty_and_ends_once(engine: Engine):
@@ -92,6 +108,92 @@ async def test_a_seed_and_a_request_give_the_same_answer(engine: Engine):
 
     assert answers[0] == answers[1]
     assert answers[0]
+
+
+async def test_each_sample_of_a_seed_is_the_same_answer_every_time(engine: Engine):
+    """Whichever of several answers it is."""
+    for sample in (0, 3):
+        request = {"temperature": 1.0, "seed": 5, "sample": sample, "cache": False}
+        answers = [text_of(await read(engine, ask(engine, **request))) for _ in range(2)]
+        assert answers[0] == answers[1]
+        assert answers[0]
+
+
+async def test_log_probabilities_are_told_of_each_token_that_is_shown(engine: Engine):
+    """As many as there are tokens, each with its text, and with the alternatives that were asked for."""
+    needs(engine, "logprobs")
+
+    chunks = await read(engine, ask(engine, logprobs=2))
+
+    tokens = [token for chunk in chunks for token in chunk.logprobs]
+    assert 30 == len(tokens)
+    assert text_of(chunks) == decoded(engine, ids_of(chunks))
+    assert all(len(chunk.logprobs) == len(chunk.token_ends) for chunk in chunks)
+    assert all(0 <= end <= len(chunk.text) for chunk in chunks for end in chunk.token_ends)
+    assert all(token.logprob <= 0 and 1 <= len(token.top) <= 2 for token in tokens)
+    # Nothing but the most likely token is ever drawn here.
+    assert [(token.token_id, pytest.approx(token.logprob)) for token in tokens] == [token.top[0] for token in tokens]
+    assert all(list(token.top) == sorted(token.top, key=lambda other: -other[1]) for token in tokens)
+
+
+async def test_no_log_probabilities_are_told_unasked(engine: Engine):
+    """And with 0, no alternatives."""
+    needs(engine, "logprobs")
+
+    unasked, alone = [await read(engine, ask(engine, logprobs=logprobs)) for logprobs in (None, 0)]
+
+    assert [] == [chunk for chunk in unasked if chunk.logprobs or chunk.token_ends]
+    assert [()] * 30 == [token.top for chunk in alone for token in chunk.logprobs]
+
+
+async def test_log_probabilities_end_where_a_stop_string_cuts_the_text(engine: Engine):
+    """The tokens told of make up the text shown, but for the end of one that reaches into the stop string."""
+    needs(engine, "logprobs")
+    whole = text_of(await read(engine, ask(engine)))
+    stop = whole[5:9]
+
+    chunks = await read(engine, ask(engine, stop=(stop,), logprobs=0))
+
+    shown = decoded(engine, ids_of(chunks))
+    assert whole[: whole.index(stop)] == text_of(chunks)
+    assert text_of(chunks).startswith(shown)
+
+
+async def test_a_stop_token_ends_the_answer_and_is_counted_but_not_shown(engine: Engine):
+    """At the first place where the model makes it."""
+    needs(engine, "logprobs", "stop_token_ids")
+    ids = ids_of(await read(engine, ask(engine, logprobs=0)))
+    end = ids[4]
+
+    chunks = await read(engine, ask(engine, stop_token_ids=(end,), logprobs=0))
+
+    before = ids[: ids.index(end)]
+    assert decoded(engine, before) == text_of(chunks)
+    assert before == ids_of(chunks)
+    assert FinishReason.STOP == chunks[-1].finish_reason
+    assert chunks[-1].usage is not None
+    assert len(before) + 1 == chunks[-1].usage.completion_tokens == sum(chunk.tokens for chunk in chunks)
+
+
+async def test_an_answer_does_not_end_before_its_least_number_of_tokens(engine: Engine):
+    """End tokens are not made before."""
+    needs(engine, "logprobs", "stop_token_ids", "min_tokens")
+    end = ids_of(await read(engine, ask(engine, logprobs=0)))[1]
+
+    chunks = await read(engine, ask(engine, stop_token_ids=(end,), min_tokens=10))
+
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens >= 10
+
+
+async def test_an_answer_goes_on_to_its_limit_where_the_models_end_is_ignored(engine: Engine):
+    """However short it would be."""
+    needs(engine, "ignore_eos")
+
+    chunks = await read(engine, ask(engine, text="hi", max_tokens=40, ignore_eos=True))
+
+    assert FinishReason.LENGTH == chunks[-1].finish_reason
+    assert 40 == sum(chunk.tokens for chunk in chunks)
 
 
 async def test_an_answer_ends_before_its_stop_string(engine: Engine):

@@ -39,7 +39,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def engine(folder: Path) -> AsyncIterator[LocalEngine]:
     """One worker for all tests that leave it alive; they run in the order of the file, and the last ones end it."""
     engine = LocalEngine(
-        ModelConfig(name=str(folder), max_waiting=1), DeadlineConfig(), backoff_seconds=0.1, hang_seconds=20
+        ModelConfig(name=str(folder), max_waiting=1, max_batch_size=1),
+        DeadlineConfig(),
+        backoff_seconds=0.1,
+        hang_seconds=20,
     )
     await engine.start()
     async with asyncio.timeout(START_SECONDS):
@@ -88,7 +91,7 @@ async def test_a_model_answers_from_its_own_process(engine: LocalEngine):
 
     chunks = await read(engine, GenerationRequest("chat", "tenant", ids, Params(max_tokens=20)))
 
-    assert ("serial", "cpu", "float32", 281) == (
+    assert ("batching", "cpu", "float32", 281) == (
         engine.info.engine,
         engine.info.device,
         engine.info.dtype,

@@ -15,7 +15,8 @@ from app.access.keys import KeyRing
 from app.config import load_settings
 from app.engine.echo import EchoEngine
 from app.engine.registry import EngineRegistry
-from app.generation.asks import ChatAsk, CompletionAsk, Context, Delta, Event, Finished, Started
+from app.generation.answer_tokens import AnswerToken
+from app.generation.asks import ChatAsk, CompletionAsk, Context, Delta, Ending, Event, Finished, Started
 from app.generation.memory import MemorySessionStore, SessionStore
 from app.telemetry import Metrics
 from app.types import FinishReason, Usage
@@ -27,7 +28,9 @@ KEY = "web-tests-key-0123456789"
 AUTH = {"X-API-Key": KEY}
 CHAT = {"messages": [{"role": "user", "content": "hello"}]}
 GENERATE = {"prompt": "hello"}
+BATCH = {"prompts": ["hello"]}
 BODIES: Mapping[str, dict[str, Any]] = {"/v1/generate": GENERATE, "/v1/chat": CHAT}
+"""The routes that stream."""
 MODEL = "scripted"
 
 Step = str | float | BaseException
@@ -72,7 +75,8 @@ class ScriptedService:
             for step in self.steps:
                 match step:
                     case str():
-                        yield Delta(text=step)
+                        for index in range(ask.sampling.n):
+                            yield Delta(text=step, index=index, tokens=_tokens(step, ask.sampling.logprobs))
                     case BaseException():
                         raise step
                     case _:
@@ -80,8 +84,8 @@ class ScriptedService:
             if self.ends:
                 yield Finished(
                     model=MODEL,
-                    finish_reason=self.finish_reason,
-                    usage=Usage(prompt_tokens=3, completion_tokens=2),
+                    endings=(Ending(finish_reason=self.finish_reason, tokens=2),) * ask.sampling.n,
+                    usage=Usage(prompt_tokens=3, completion_tokens=2 * ask.sampling.n, cached_tokens=1),
                     cached=False,
                     session_id=session_id,
                     context=Context(limit=100, prompt_tokens=3, turns_kept=1, turns_dropped=0),
@@ -92,6 +96,14 @@ class ScriptedService:
 
     async def status(self) -> Mapping[str, Any]:
         return {"engine": {"state": "ready"}}
+
+
+def _tokens(text: str, logprobs: int | None) -> tuple[AnswerToken, ...]:
+    """One token for each step, with as many alternatives as are asked for."""
+    if logprobs is None:
+        return ()
+    top = tuple(AnswerToken(f"{text}{rank}", b"", -rank) for rank in range(logprobs))
+    return (AnswerToken(text, text.encode(), -0.5, top),)
 
 
 @dataclass

@@ -26,10 +26,21 @@ WRONG_FIELDS: list[tuple[str, Any]] = [
     *[("stream", wrong) for wrong in (None, 1, "true", CANARY, [])],
     *[("cache", wrong) for wrong in (None, 0, "no", CANARY)],
     *[("model", wrong) for wrong in ("", "a" * 257, 5, [CANARY], True)],
-    # Not supported yet.
-    *[(name, 0.1) for name in ("min_p", "presence_penalty", "frequency_penalty", "logprobs")],
-    *[("logprobs", wrong) for wrong in (True, CANARY, 5)],
-    *[(name, wrong) for name in ("n", "num_return_sequences") for wrong in (2, 0, 1.0, True, "1", CANARY)],
+    *[(name, wrong) for name in ("n", "num_return_sequences") for wrong in (9, 0, -1, 1.0, True, "1", [1], CANARY)],
+    *[("min_p", wrong) for wrong in (-0.1, 1.1, "0.1", True, CANARY)],
+    *[
+        (name, wrong)
+        for name in ("presence_penalty", "frequency_penalty")
+        for wrong in (-2.1, 2.1, "1", False, [0.1], CANARY)
+    ],
+    *[("logprobs", wrong) for wrong in (-1, 21, 1.0, "true", [], {}, CANARY)],
+    *[("logit_bias", wrong) for wrong in (5, True, [], [[5, 1]], "5", CANARY)],
+    *[("logit_bias", {key: 1}) for key in ("", "-1", "+1", "1.0", " 1", "01", "1e3", "٣", "9" * 11, CANARY)],
+    *[("logit_bias", {"5": wrong}) for wrong in (100.1, -101, "1", True, None, [1], 1e300, CANARY)],
+    ("logit_bias", {str(number): 1 for number in range(301)}),
+    *[("stop_token_ids", wrong) for wrong in (5, "5", [-1], [1.0], ["5"], [True], [None], [2**31], [1] * 65, CANARY)],
+    *[("ignore_eos", wrong) for wrong in (None, 1, "true", [], CANARY)],
+    *[("min_tokens", wrong) for wrong in (-1, 1.0, "5", True, 10**7, [5], CANARY)],
     # Fields that must not exist: they would choose where requests go or how text becomes a prompt.
     *[(name, CANARY) for name in ("api_base", "chat_template", "chat_template_kwargs", "best_of", "__class__", "user")],
     ("x" * 500, CANARY),
@@ -44,6 +55,14 @@ WRONG_TEXTS: list[tuple[str, Any]] = [
     ("prompt", {"text": CANARY}),
     ("prompt", True),
     ("prompt", CANARY * 500),
+]
+
+WRONG_BATCHES: list[tuple[str, Any]] = [
+    *[("prompts", wrong) for wrong in (None, [], CANARY, 5, {"a": CANARY}, [""], [None], [5], [[CANARY]], ["a"] * 65)],
+    ("prompts", ["a", ""]),
+    ("prompts", [CANARY * 100] * 5),
+    ("prompt", CANARY),
+    ("stream", True),
 ]
 
 WRONG_CHATS: list[tuple[str, Any]] = [
@@ -90,6 +109,10 @@ WRONG_BODIES: list[tuple[str, bytes]] = [
     ("list", json.dumps([CANARY]).encode()),
     ("empty object", b"{}"),
     ("NaN", b'{"prompt": "a", "temperature": NaN}'),
+    ("NaN bias", b'{"prompt": "a", "logit_bias": {"5": NaN}}'),
+    ("infinite bias", b'{"prompt": "a", "logit_bias": {"5": -Infinity}}'),
+    ("biased twice", b'{"prompt": "a", "logit_bias": {"5": 1, "5": 2}}'),
+    ("NaN penalty", b'{"prompt": "a", "presence_penalty": NaN}'),
     ("Infinity", b'{"prompt": "a", "temperature": Infinity}'),
     ("-Infinity", b'{"prompt": "a", "temperature": -Infinity}'),
     ("1e999", b'{"prompt": "a", "temperature": 1e999}'),

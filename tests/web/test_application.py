@@ -62,6 +62,48 @@ async def test_what_the_model_says_is_filtered_whole_and_streamed_and_in_the_cac
     assert 'pii_matches_total{direction="output",kind="email"} 2.0' in metrics
 
 
+async def test_log_probabilities_say_no_more_than_the_filtered_text(client: Client) -> None:
+    """Whole, streamed, replayed and in a batch: those of the words before the address, and nothing behind."""
+    body = {"prompt": f"mail {CANARY} now", "logprobs": 2, "n": 2}
+    async with client(pii={"input": "off"}) as http:
+        whole = await http.post("/v1/generate", json=body)
+        replayed = await http.post("/v1/generate", json=body)
+        streamed = await http.post("/v1/generate", json=body | {"stream": True})
+        batch = await http.post("/v1/generate/batch", json={"prompts": [body["prompt"]], "logprobs": 2})
+        chatted = await http.post("/v1/chat", json=said(f"mail {CANARY} now") | {"logprobs": 2})
+
+    assert replayed.json()["cached"]
+    completions = [*whole.json()["completions"], *replayed.json()["completions"], *chatted.json()["completions"]]
+    completions += batch.json()["results"][0]["completions"]
+    assert 6 == len(completions)
+    for completion in completions:
+        assert "mail [EMAIL] now" == completion["text"]
+        assert "mail " == "".join(token["text"] for token in completion["tokens"])
+        assert [1] * 5 == [len(token["top"]) for token in completion["tokens"]]
+    deltas = [json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: ")][:-1]
+    told = "".join(token["text"] for delta in deltas if delta["index"] == 1 for token in delta["tokens"])
+    assert "mail " == told
+
+
+async def test_several_answers_and_a_batch_go_through_the_one_service(client: Client) -> None:
+    """Usage counts the prompt once; each prompt of a batch has its own answer, filtered and from the cache."""
+    async with client(model={"engine": "echo", "temperature": 0, "max_model_len": 64}) as http:
+        several = (await http.post("/v1/generate", json={"prompt": "hello", "n": 3, "max_tokens": 4})).json()
+        prompts = ["hello", f"to {CANARY}", "x" * 100, "hello"]
+        results = (await http.post("/v1/generate/batch", json={"prompts": prompts, "max_tokens": 9})).json()["results"]
+        unknown = await http.post("/v1/generate", json={"prompt": "a", "logit_bias": {"9999999": 1}})
+        status = (await http.get("/status")).json()
+
+    assert [("hell", "length")] * 3 == [(each["text"], each["finish_reason"]) for each in several["completions"]]
+    usage = {"prompt_tokens": 5, "completion_tokens": 12, "total_tokens": 17}
+    assert usage | {"prompt_tokens_details": {"cached_tokens": 0}} == several["usage"]
+    assert ["hello", "to [EMAIL", None, "hello"] == [result.get("generated_text") for result in results]
+    assert "context_length_exceeded" == results[2]["error"]["error"]
+    assert 1 == [result.get("cached") for result in results].count(True)
+    assert (400, "logit_bias") == (unknown.status_code, unknown.json()["details"]["errors"][0]["field"])
+    assert 0 == status["engine"]["running"]
+
+
 async def test_the_policy_to_block_refuses_with_400_and_names_the_kind(client: Client) -> None:
     """Nothing of the text is in the answer."""
     async with client(pii={"input": "block"}) as http:

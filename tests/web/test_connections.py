@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from app.generation.batch import AT_ONCE
 from app.types import FinishReason
 from tests.web.harness import BODIES, CHAT, KEY, ScriptedService, make_web, until
 
@@ -75,6 +76,23 @@ async def test_a_client_that_hangs_up_while_it_waits_for_a_place_is_forgotten(lo
 
     assert web.service.closed_at - hung_up < CANCEL_SECONDS
     assert 499 == log_lines[0]["status_code"]
+
+
+async def test_a_client_that_hangs_up_cancels_its_whole_batch(log_lines):
+    """Every answer in the making, and those that have not begun."""
+    web = await make_web(ScriptedService(steps=["a", 60.0]))
+    async with web.listening() as port:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(post("/v1/generate/batch", {"prompts": ["x"] * 40}))
+        await until(lambda: web.service.running == AT_ONCE)
+        hung_up = asyncio.get_running_loop().time()
+        writer.close()
+        await until(lambda: web.service.running == 0)
+        await until(lambda: bool(log_lines))
+
+    assert web.service.closed_at - hung_up < CANCEL_SECONDS
+    assert AT_ONCE == len(web.service.asks)
+    assert ("/v1/generate/batch", 499) == (log_lines[0]["route"], log_lines[0]["status_code"])
 
 
 async def test_many_hang_ups_leave_nothing_behind():

@@ -8,14 +8,25 @@ from typing import Any
 
 import pytest
 
-from tests.web.harness import AUTH, BODIES, is_envelope, make_web
-from tests.web.malformed import CANARY, JSON, WRONG_BODIES, WRONG_CHATS, WRONG_FIELDS, WRONG_TEXTS, WRONG_TYPES
+from app.generation.asks import Sampling
+from tests.web.harness import AUTH, BATCH, BODIES, is_envelope, make_web
+from tests.web.malformed import (
+    CANARY,
+    JSON,
+    WRONG_BATCHES,
+    WRONG_BODIES,
+    WRONG_CHATS,
+    WRONG_FIELDS,
+    WRONG_TEXTS,
+    WRONG_TYPES,
+)
 
-ROUTES = list(BODIES)
+RIGHT = {**BODIES, "/v1/generate/batch": BATCH}
+ROUTES = list(RIGHT)
 
 
 def body(path: str, **fields: Any) -> bytes:
-    return json.dumps({**BODIES[path], **fields}).encode()
+    return json.dumps({**RIGHT[path], **fields}).encode()
 
 
 BODY_CASES = [(f"{route} {name}", route, content) for route in ROUTES for name, content in WRONG_BODIES]
@@ -23,6 +34,7 @@ FIELD_CASES = [
     (f"{route} {name[:20]}={value!r:.20}", route, name, value) for route in ROUTES for name, value in WRONG_FIELDS
 ]
 FIELD_CASES += [(f"generate {name}={value!r:.20}", "/v1/generate", name, value) for name, value in WRONG_TEXTS]
+FIELD_CASES += [(f"batch {name}={value!r:.60}", "/v1/generate/batch", name, value) for name, value in WRONG_BATCHES]
 FIELD_CASES += [(f"chat {name}={value!r:.60}", "/v1/chat", name, value) for name, value in WRONG_CHATS]
 
 
@@ -83,10 +95,11 @@ async def test_json_may_name_its_charset(client, route, content_type):
         ({"max_new_tokens": 5, "max_length": 6}, ("max_new_tokens", "max_length")),
         ({"stop": "a", "stop_sequences": ["b"]}, ("stop", "stop_sequences")),
         ({"stop_sequences": ["a"], "stop_tokens": ["a", "b"]}, ("stop_sequences", "stop_tokens")),
+        ({"n": 1, "num_return_sequences": 2}, ("n", "num_return_sequences")),
     ],
 )
 async def test_two_names_of_one_field_must_agree(client, route, fields, names):
-    reply = await client.post(route, json={**BODIES[route], **fields})
+    reply = await client.post(route, json={**RIGHT[route], **fields})
 
     assert_refused(reply, [])
     assert all(name in reply.json()["message"] for name in names)
@@ -94,21 +107,25 @@ async def test_two_names_of_one_field_must_agree(client, route, fields, names):
 
 @pytest.mark.parametrize("route", ROUTES)
 async def test_two_names_with_one_value_are_fine(web, client, route):
-    fields = {"max_tokens": 5, "max_length": 5, "stop": "a", "stop_tokens": ["a"], "n": 1, "num_return_sequences": None}
+    fields = {"max_tokens": 5, "max_length": 5, "stop": "a", "stop_tokens": ["a"], "n": 2, "num_return_sequences": 2}
 
-    reply = await client.post(route, json={**BODIES[route], **fields})
+    reply = await client.post(route, json={**RIGHT[route], **fields})
 
     assert 200 == reply.status_code
-    assert (5, ("a",)) == (web.service.asks[0].sampling.max_tokens, web.service.asks[0].sampling.stop)
+    sampling = web.service.asks[0].sampling
+    assert (5, ("a",), 2) == (sampling.max_tokens, sampling.stop, sampling.n)
 
 
-@pytest.mark.parametrize("name", ["min_p", "presence_penalty", "frequency_penalty", "logprobs", "n"])
-async def test_what_does_not_work_yet_is_said_so(client, name):
-    refused = await client.post("/v1/chat", json={**BODIES["/v1/chat"], name: 3})
-    neutral = await client.post("/v1/chat", json={**BODIES["/v1/chat"], name: None})
+@pytest.mark.parametrize("route", ROUTES)
+async def test_null_is_what_was_left_out(web, client, route):
+    names = """max_tokens max_new_tokens max_length temperature top_p top_k repetition_penalty stop stop_sequences
+        stop_tokens seed model n num_return_sequences min_p presence_penalty frequency_penalty logit_bias logprobs
+        stop_token_ids min_tokens""".split()
 
-    assert f"{name} is not supported yet by this service" == refused.json()["message"]
-    assert 200 == neutral.status_code
+    reply = await client.post(route, json={**RIGHT[route], **dict.fromkeys(names)})
+
+    assert 200 == reply.status_code
+    assert Sampling() == web.service.asks[0].sampling
 
 
 async def test_an_unknown_field_is_named(client):
@@ -143,6 +160,7 @@ async def test_many_errors_are_cut_to_a_few(client):
             {"messages": [{"role": "system", "content": "a" * 10}, {"role": "user", "content": "b"}]},
             "messages",
         ),
+        ("/v1/generate/batch", {"prompts": ["é" * 10, "b"]}, "prompts"),
     ],
 )
 async def test_too_long_a_text_is_told_the_limit_and_its_length(route, fields, field):

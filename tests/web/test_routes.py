@@ -5,11 +5,17 @@ import json
 import pytest
 
 from app.errors import ContextLengthExceeded, EngineBusy, InternalError
+from app.generation.asks import Sampling
 from app.generation.memory import Turn
 from app.types import Message, Role
 from tests.web.harness import BODIES, CHAT, GENERATE, MODEL, ScriptedService, frames, is_envelope, make_web
 
-USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+USAGE = {
+    "prompt_tokens": 3,
+    "completion_tokens": 2,
+    "total_tokens": 5,
+    "prompt_tokens_details": {"cached_tokens": 1},
+}
 
 
 async def test_generate_answers_with_the_documented_fields(client):
@@ -82,8 +88,15 @@ async def test_the_service_is_asked_in_its_own_words(web, client):
         "seed": 11,
         "model": "m",
         "session_id": "s",
-        "n": 1,
-        "logprobs": None,
+        "n": 2,
+        "min_p": 0.25,
+        "presence_penalty": -1,
+        "frequency_penalty": 1.5,
+        "logit_bias": {"17": -100, "5": 0.5},
+        "logprobs": True,
+        "stop_token_ids": [9, 2, 9],
+        "ignore_eos": True,
+        "min_tokens": 3,
     }
 
     await client.post("/v1/chat", json=body, headers={"X-Request-ID": "mine"})
@@ -91,17 +104,33 @@ async def test_the_service_is_asked_in_its_own_words(web, client):
     (ask,) = web.service.asks
     assert (Message(Role.USER, "hello"),) == ask.messages
     assert ("s", "m", True, "admin") == (ask.session_id, ask.model, ask.cache, ask.caller.key_id)
-    sampling = ask.sampling
-    assert (7, 1.0, 0.5, 3, 1.5, ("END",), 11) == (
-        sampling.max_tokens,
-        sampling.temperature,
-        sampling.top_p,
-        sampling.top_k,
-        sampling.repetition_penalty,
-        sampling.stop,
-        sampling.seed,
+    expected = Sampling(
+        max_tokens=7,
+        temperature=1.0,
+        top_p=0.5,
+        top_k=3,
+        repetition_penalty=1.5,
+        stop=("END",),
+        seed=11,
+        n=2,
+        min_p=0.25,
+        presence_penalty=-1.0,
+        frequency_penalty=1.5,
+        logit_bias=((5, 0.5), (17, -100.0)),
+        logprobs=0,
+        stop_token_ids=(2, 9),
+        ignore_eos=True,
+        min_tokens=3,
     )
+    assert expected == ask.sampling
     assert "mine" != ask.id
+
+
+@pytest.mark.parametrize(("asked", "meant"), [(True, 0), (False, None), (None, None), (0, 0), (20, 20)])
+async def test_log_probabilities_are_asked_for_by_a_flag_or_by_a_number(web, client, asked, meant):
+    await client.post("/v1/generate", json={**GENERATE, "logprobs": asked})
+
+    assert meant == web.service.asks[0].sampling.logprobs
 
 
 async def test_two_requests_of_one_request_id_are_two_asks(web, client):

@@ -1,7 +1,7 @@
 """LangChain's face of the engine."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
@@ -9,10 +9,10 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import PromptTemplate
 from langchain_huggingface import ChatHuggingFace, HuggingFacePipeline
 
-from app.engine.base import Chunk
+from app.engine.base import Chunk, GenerationRequest
 from app.engine.echo import EchoEngine
 from app.generation.chain import Call, Chains, EngineChat, EnginePipeline
-from app.types import FinishReason, Message, Params, Role
+from app.types import FinishReason, Message, Params, Role, Usage
 
 
 @pytest.fixture
@@ -40,10 +40,43 @@ async def test_an_answer_carries_usage_and_finish_reason_in_langchains_places(pi
     result = await pipeline.agenerate(["abc"])
 
     assert ("hel", "length") == (message.content, message.response_metadata["finish_reason"])
-    assert {"input_tokens": 9, "output_tokens": 3, "total_tokens": 12} == message.usage_metadata
+    usage = {"input_tokens": 9, "output_tokens": 3, "total_tokens": 12, "input_token_details": {"cache_read": 0}}
+    assert usage == message.usage_metadata
     info = result.generations[0][0].generation_info
     assert info is not None
     assert ("stop", {"prompt_tokens": 3, "completion_tokens": 3}) == (info["finish_reason"], info["token_usage"])
+
+
+async def test_log_probabilities_are_where_langchains_users_look_for_them(pipeline: EnginePipeline) -> None:
+    """In response_metadata and generation_info, in OpenAI's shape, each token once; nowhere if not asked for."""
+    chat = EngineChat(llm=pipeline)
+    letters = [(token, list(token.encode()), 0.0) for token in "né"]
+
+    message = await chat.ainvoke("né", logprobs=1)
+    pieces = [piece async for piece in chat.astream("né", logprobs=1)]
+    result = (await pipeline.agenerate(["né"], logprobs=0)).generations[0][0]
+    unasked = await chat.ainvoke("né")
+
+    told = [message.response_metadata["logprobs"], sum(pieces[1:], pieces[0]).response_metadata["logprobs"]]
+    for logprobs in told:
+        assert letters == [(token["token"], token["bytes"], token["logprob"]) for token in logprobs["content"]]
+        assert letters == [tuple(token["top_logprobs"][0].values()) for token in logprobs["content"]]
+    assert result.generation_info is not None
+    assert [[], []] == [token["top_logprobs"] for token in result.generation_info["logprobs"]["content"]]
+    assert "logprobs" not in unasked.response_metadata
+
+
+async def test_cached_prompt_tokens_are_told_as_langchain_counts_them() -> None:
+    """input_token_details.cache_read of usage_metadata."""
+
+    class Remembering(EchoEngine):
+        async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+            yield Chunk()
+            yield Chunk(finish_reason=FinishReason.STOP, usage=Usage(9, 0, cached_tokens=7))
+
+    message = await EngineChat(llm=EnginePipeline(engine=Remembering(), model_id="echo")).ainvoke("hi")
+
+    assert {"cache_read": 7} == (message.usage_metadata or {}).get("input_token_details")
 
 
 async def test_stop_strings_and_sampling_arguments_reach_the_engine(pipeline: EnginePipeline) -> None:

@@ -6,7 +6,7 @@ import re
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from scripts.tiny_chat_text import Example, example
+from scripts.tiny_chat_text import LAST_FROM, LATE_FROM, Example, example
 from scripts.tiny_chat_tokens import END_OF_TEXT, TURN_END, Encoder, make_tokenizer
 from scripts.tiny_chat_words import FIRST_NAMES, is_held_out, made_up_name
 from scripts.train_tiny_chat import all_text
@@ -33,7 +33,8 @@ def test_the_same_seed_gives_the_same_text():
 
 def test_held_out_names_are_never_told_in_training():
     """No name that a user tells for training belongs to the part kept for measuring."""
-    told = [name for one in EXAMPLES for name in re.findall(r"(?i:my name is) ([A-Z][a-z]+)[.!]", all_text(one))]
+    examples = [example(1, start + i) for start in (0, LATE_FROM, LAST_FROM) for i in range(400)]
+    told = [name for one in examples for name in re.findall(r"(?i:my name is) ([A-Z][a-z]+)[.!]", all_text(one))]
 
     made_up = [name for name in told if name not in FIRST_NAMES]
 
@@ -101,3 +102,13 @@ def test_control_tokens_typed_by_a_user_stay_text(tokenizer: PreTrainedTokenizer
 def test_any_text_survives_its_tokens(tokenizer: PreTrainedTokenizerFast, text: str):
     """Byte-level tokens lose nothing."""
     assert text == tokenizer.decode(tokenizer(text)["input_ids"])
+
+
+def test_a_beginning_that_fits_nothing_is_not_learnt_and_what_follows_is(tokenizer: PreTrainedTokenizerFast):
+    """At the end of training some documents have one; nobody could guess it."""
+    odd = [one for one in (example(1, LAST_FROM + i) for i in range(100)) if one.given]
+    for one, (ids, learnt) in zip(odd, Encoder(tokenizer).encode(odd), strict=True):
+        given = tokenizer.decode([token for token, each in zip(ids, learnt, strict=True) if not each])
+        rest = tokenizer.decode([token for token, each in zip(ids, learnt, strict=True) if each])
+        assert (one.given, one.text + END_OF_TEXT) == (given, rest)
+    assert 5 < len(odd)

@@ -11,11 +11,12 @@ import structlog
 from starlette.requests import Request
 
 from app.errors import ClientDisconnected, EngineFailed
-from app.generation.asks import Delta, Event, Finished, Started
+from app.generation.asks import Delta, Ending, Event, Finished, Started
 from app.types import FinishReason, Usage
 from app.web.sse import EventStream, answer_unless_gone, begin, whole
 
-FINISHED = Finished(model="m", finish_reason=FinishReason.STOP, usage=Usage(1, 1), cached=False)
+ENDING = Ending(finish_reason=FinishReason.STOP, tokens=1)
+FINISHED = Finished(model="m", endings=(ENDING,), usage=Usage(1, 1), cached=False)
 
 
 class Answer:

@@ -1,0 +1,77 @@
+"""What the servers are asked, and how their events are understood."""
+
+import json
+import random
+
+import pytest
+
+from bench.load import LOADS, MIXED
+from bench.model import make_tokenizer
+from bench.peers import PEERS, Ours, TransformersServe, Vllm
+from bench.serve import parse
+from bench.wire import Piece
+from bench.words import VOCABULARY, text
+
+
+def test_a_text_of_n_words_is_a_prompt_of_n_tokens_and_back_again():
+    """In a vocabulary of 49,152 entries; so each server gets prompts of exactly the length that the table says."""
+    tokenizer = make_tokenizer()
+    prompt = text(random.Random(7), 512)
+
+    ids = tokenizer(prompt)["input_ids"]
+
+    assert VOCABULARY == len(tokenizer) == 49_152
+    assert 512 == len(ids)
+    assert prompt == tokenizer.decode(ids)
+
+
+def test_a_mixed_load_has_its_sizes_in_equal_numbers_and_in_the_same_order_for_each_server():
+    """Drawn from the seed of the round alone."""
+    (mixed,) = [load for load in LOADS if load.name == "mixed"]
+    sizes = mixed.sizes_drawn(random.Random("mixed/0"))
+
+    assert sizes == mixed.sizes_drawn(random.Random("mixed/0"))
+    assert sizes != mixed.sizes_drawn(random.Random("mixed/1"))
+    assert {6} == {sizes.count(size) for size in MIXED}
+
+
+USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+
+
+@pytest.mark.parametrize(
+    ("peer", "name", "data", "expected"),
+    [
+        (Ours(), "delta", {"content": "a"}, Piece(text="a")),
+        (Ours(), "done", {"usage": USAGE}, Piece(usage=(3, 2))),
+        (Ours(), "error", {"error": "x"}, Piece(error='{"error": "x"}')),
+        (TransformersServe(), "", {"choices": [{"text": "a"}]}, Piece(text="a")),
+        (TransformersServe(), "", {"choices": [{"delta": {"role": "assistant"}}]}, Piece()),
+        (TransformersServe(), "", {"choices": [{"delta": {"content": "a"}}]}, Piece(text="a")),
+        (TransformersServe(), "", {"choices": [{"text": ""}], "usage": USAGE}, Piece(usage=(3, 2))),
+        (TransformersServe(), "", {"error": "x"}, Piece(error="x")),
+        (Vllm(), "", {"choices": [], "usage": USAGE}, Piece(usage=(3, 2))),
+    ],
+)
+def test_each_servers_events_are_understood(peer, name, data, expected):
+    """Text, the count of tokens, or an error; whatever else they say is no piece of the answer."""
+    assert expected == peer.read(name, json.dumps(data))
+
+
+def test_the_end_mark_of_a_stream_is_no_piece():
+    """It is the one event that is not JSON."""
+    assert Piece() == Vllm().read("", "[DONE]")
+
+
+def test_an_unknown_load_or_server_is_refused_by_name(capsys):
+    """Half an hour later it would be a gap in the table."""
+    with pytest.raises(SystemExit):
+        parse(["--loads", "c1,c9"])
+
+    assert "unknown: c9; known: c1," in capsys.readouterr().err
+
+
+def test_a_quick_run_leaves_the_published_figures_alone():
+    """One round says too little to stand in docs/benchmarks."""
+    assert parse(["--quick"]).out is None
+    assert parse([]).out.parts[-2:] == ("docs", "benchmarks")
+    assert [peer.name for peer in PEERS] == parse(["--quick"]).only
