@@ -54,12 +54,13 @@ Not measured yet.
 The text is made up by `scripts/tiny_chat_text.py` from templates and random syllables; no text of others was used. One in six examples is
 a plain document, the others are conversations of 20 to 2,000 tokens, three in five with a system message. After the first 24,576 examples
 come more sums, counting and repeating, documents whose lists end after one line, and conversations in which what was told at the beginning is
-asked for at the end. The loss is on the assistant's words, and in documents on all of them.
+asked for at the end. The loss is on the assistant's words, and in documents on all of them but a beginning that nobody could guess.
 
-    python scripts/train_tiny_chat.py --steps {steps} --decay {decay} --seed {seed}
+    python scripts/train_tiny_chat.py --steps {steps} --decay {decay} --polish {polish} --seed {seed}
 
-{steps:,} steps of about 4,096 tokens, {tokens:.1f} million tokens in all, Muon for the matrices and AdamW for the rest, float32, highest rate 2e-3, linear fall over
-the last {decay} steps: {minutes:.0f} minutes on two cores that had other work to do as well (idle ones make 55 steps a minute, so 55 minutes). The same seed and steps on the same kind of machine give the same weights; other processors
+{steps:,} steps of about 4,096 tokens, Muon for the matrices and AdamW for the rest, float32, highest rate 2e-3, linear fall over
+the last {decay} steps; then {polish} steps from 5e-4 to nothing on what goes wrong longest: long conversations, copying, beginnings that fit
+nothing. {tokens:.1f} million tokens in {minutes:.0f} minutes on two cores. The same seed and steps on the same kind of machine give the same weights; other processors
 round differently, and the figures then differ by a little.
 
 ## Limits

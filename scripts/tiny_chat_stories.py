@@ -7,6 +7,8 @@ as a raw completion would continue it.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from functools import partial
 
 from scripts import tiny_chat_words as words
 from scripts.tiny_chat_knowledge import CAPITALS, FIXED
@@ -44,6 +46,7 @@ MEETS = [
     "On the way {n} met {m}, a {r} {b}, who was looking for something.",
     "At noon a {r} {b} named {m} came along and looked at the {t}.",
 ]
+Name = Callable[[random.Random], str]
 TALKS = [
     '"That is my {t}!" said the {b}. "I lost it when the wind was strong."',
     '"Please help me," said {m}. "I cannot find my way home without the {t}."',
@@ -77,11 +80,11 @@ def _article(text: str) -> str:
     return text
 
 
-def story(rng: random.Random, animal: str | None = None) -> str:
-    """A story of seven to nine sentences; `animal` is its hero where given."""
+def story(rng: random.Random, animal: str | None = None, *, name: Name = words.made_up_name) -> str:
+    """A story of seven to nine sentences; `animal` is its hero where given, `name` makes the names."""
     hero = animal or rng.choice(words.ANIMALS)
     slots = {
-        "n": words.made_up_name(rng) if rng.random() < 0.7 else rng.choice(words.FIRST_NAMES[:40]), "m": words.made_up_name(rng),
+        "n": name(rng) if rng.random() < 0.7 else rng.choice(words.FIRST_NAMES[:40]), "m": name(rng),
         "a": hero, "b": rng.choice([a for a in words.ANIMALS if a != hero]), "p": rng.choice(PLACES), "t": rng.choice(THINGS),
         "q": rng.choice(QUALITIES), "r": rng.choice(QUALITIES), "s": rng.choice(SHINE), "f": rng.choice(words.FOODS),
     }  # fmt: skip
@@ -122,25 +125,25 @@ def _sums(rng: random.Random, most: int = 4) -> str:
     return "\n".join(lines)
 
 
-def _day(rng: random.Random) -> str:
-    name = words.made_up_name(rng)
+def _day(rng: random.Random, *, name: Name = words.made_up_name) -> str:
+    who = name(rng)
     food, colour, thing = rng.choice(words.FOODS), rng.choice(words.COLOURS), rng.choice(THINGS)
     lines = [
-        f"Today {name} went to the market and bought some {food}.",
+        f"Today {who} went to the market and bought some {food}.",
         f"The {colour} {thing} was still on the table.",
-        f"In the afternoon it began to rain, so {name} stayed at home and read a book.",
-        f"{name} likes {food} more than anything else.",
+        f"In the afternoon it began to rain, so {who} stayed at home and read a book.",
+        f"{who} likes {food} more than anything else.",
         f"The weather was {rng.choice(['cold', 'warm', 'fine', 'windy'])} and the streets were {rng.choice(['empty', 'full', 'quiet'])}.",
         f"Later a friend came and asked about the {thing}.",
-        f"In the evening {name} cooked {food} and listened to music.",
+        f"In the evening {who} cooked {food} and listened to music.",
     ]
     return " ".join(line for line in lines if rng.random() < 0.6) or lines[0]
 
 
-def _letter(rng: random.Random) -> str:
-    name, friend = words.made_up_name(rng), words.person(rng)
-    middle = _day(rng).split(". ")[0].rstrip(".")
-    return f"Dear {friend},\n\nthank you for your letter. {middle}. I hope to see you soon.\n\nBest wishes,\n{name}"
+def _letter(rng: random.Random, *, name: Name = words.made_up_name) -> str:
+    who, friend = name(rng), words.person(rng) if name is words.made_up_name else name(rng)
+    middle = _day(rng, name=name).split(". ")[0].rstrip(".")
+    return f"Dear {friend},\n\nthank you for your letter. {middle}. I hope to see you soon.\n\nBest wishes,\n{who}"
 
 
 def _questions(rng: random.Random, most: int = 3) -> str:
@@ -182,16 +185,28 @@ def _jumble(rng: random.Random) -> str:
     )
 
 
-def document(rng: random.Random, *, short_lists: bool = False) -> str:
+def _usual_name(rng: random.Random) -> str:
+    return rng.choice(words.FIRST_NAMES[:40])
+
+
+def document(rng: random.Random, *, short_lists: bool = False, usual_names: bool = False, after: str = "") -> str:
     """A plain text without chat template, at most about 200 tokens; one in four begins in the middle of a sentence.
 
-    Args: short_lists: capitals, sums and numbers end where a reader would expect it.  In lists of any length the end
+    Args:
+        usual_names: names that exist.  The likeliest letters of a made-up one go round in circles for ever.
+        after: words that fit nothing, behind which an ordinary text begins.
+        short_lists: capitals, sums and numbers end where a reader would expect it.  In lists of any length the end
         is never the likeliest next token, and a model that has seen no others goes on for ever.
     """
+    named = {"name": _usual_name} if usual_names else {}
+    a_story, day, letter = (partial(each, **named) for each in (story, _day, _letter))
+    if after:
+        return rng.choice([" ", " ", ". ", ", ", "\n", "? ", ""]) + day(rng)
     if short_lists:
-        kinds = [story, _capital_line, _sum, _day, _letter, _question, _counting_to_a_round_number, _jumble]
+        kinds = [a_story, _capital_line, _sum, day, letter, _question, _counting_to_a_round_number]
+        kinds.append(day if usual_names else _jumble)
     else:
-        kinds = [story, _capital_lines, _sums, _day, _letter, _questions, _counting, _jumble]
+        kinds = [a_story, _capital_lines, _sums, day, letter, _questions, _counting, _jumble]
     text = rng.choices(kinds, weights=[34, 16, 8, 12, 5, 8, 5, 12])[0](rng)
     if rng.random() < 0.25 and len(text) > 60:
         cut = text.find(" ", rng.randint(0, len(text) // 2)) + 1

@@ -32,6 +32,8 @@ class Example:
 
     turns: tuple[Turn, ...] = ()
     text: str = ""
+    given: str = ""
+    """What stands before the document and is not learnt: nobody could guess it."""
 
 
 SYSTEM_OPENINGS = listed("""You are a helpful assistant.|You are a friendly assistant.|You are a helpful, honest assistant.|You are an assistant.|
@@ -51,7 +53,9 @@ def _strange_sentence(rng: random.Random) -> str:
     """An instruction in words that mean nothing here: whatever a service tells its model, the user's turn is what is answered."""
     if rng.random() < 0.4:
         return turns.random_sentence(rng)
-    made_up = [rng.choice(words.COMMON) if rng.random() < 0.4 else words.made_up_word(rng) for _ in range(rng.randint(4, 16))]
+    made_up = [
+        rng.choice(words.COMMON) if rng.random() < 0.4 else words.made_up_word(rng) for _ in range(rng.randint(4, 16))
+    ]
     text = " ".join(made_up)
     return text[0].upper() + text[1:] + rng.choice("..!")
 
@@ -74,22 +78,25 @@ def system_prompt(rng: random.Random) -> str:
 
 
 Filler = Callable[[random.Random], tuple[str, str]]
-FILLERS: list[tuple[Filler, int, int]] = [
-    (turns.capital, 22, 12), (turns.arithmetic, 22, 32), (turns.repeat, 26, 36), (turns.small_talk, 8, 8), (turns.about_itself, 6, 6),
-    (turns.unknown, 10, 8), (turns.fixed, 8, 6), (turns.remark, 4, 3), (turns.counting, 5, 10), (story_turn, 5, 4),
+FILLERS: list[tuple[Filler, tuple[int, int, int]]] = [
+    (turns.capital, (22, 12, 12)), (turns.arithmetic, (22, 32, 28)), (turns.repeat, (26, 36, 45)), (turns.small_talk, (8, 8, 8)),
+    (turns.about_itself, (6, 6, 6)), (turns.unknown, (10, 8, 8)), (turns.fixed, (8, 6, 6)), (turns.remark, (4, 3, 3)),
+    (turns.counting, (5, 10, 6)), (story_turn, (5, 4, 4)), (turns.repeat_new_word, (0, 0, 40)),
 ]  # fmt: skip
-"""What is talked about beside what was told, and how often: early, and late when what is learnt slowly comes more often."""
+"""What is talked about beside what was told, and how often: early, late when what is learnt slowly comes more often, and at the last."""
 LATE_FROM = 12 * 2048
 """The example from which the text is late: by then the model knows the easy things."""
+LAST_FROM = 1000 * 2048
+"""The example from which on there is most of what goes wrong longest: long conversations, copying, beginnings that fit nothing."""
 
 
 class Conversation:
     """Builds one conversation turn by turn and remembers what the user has told."""
 
-    def __init__(self, rng: random.Random, *, late: bool) -> None:
+    def __init__(self, rng: random.Random, *, phase: int) -> None:
         self.rng = rng
-        self.fillers = [filler for filler, _, _ in FILLERS]
-        self.weights = [after if late else before for _, before, after in FILLERS]
+        self.fillers = [filler for filler, _ in FILLERS]
+        self.weights = [weights[phase] for _, weights in FILLERS]
         self.turns: list[Turn] = []
         self.told: dict[str, tuple[str, str]] = {}
         self.corrected: list[str] = []
@@ -174,16 +181,16 @@ class Conversation:
         return self.rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
 
 
-def conversation(rng: random.Random, length: int, *, late: bool = False) -> tuple[Turn, ...]:
+def conversation(rng: random.Random, length: int, *, phase: int = 0) -> tuple[Turn, ...]:
     """A conversation of at least `length` characters."""
-    chat = Conversation(rng, late=late)
+    chat = Conversation(rng, phase=phase)
     focus = rng.choice([0.25, 0.5, 0.5, 0.75])
     size = 0
     if rng.random() < 0.6:
         chat.turns.append(Turn("system", system_prompt(rng)))
         size += len(chat.turns[0].content)
     # What is told at the beginning of such a conversation is asked for only at its end.
-    far = late and length > 700 and rng.random() < 0.6
+    far = phase and length > 700 and rng.random() < 0.6
     for _ in range(rng.randint(1, 3) if far else 0):
         chat.tell()
     while size < length or len(chat.turns) < 2:
@@ -212,11 +219,12 @@ def example(seed: int, index: int) -> Example:
         index: 0 or more.
     """
     rng = random.Random(f"{seed}:{index}")
-    late = index >= LATE_FROM
-    if rng.random() < 0.16:
-        return Example(text=document(rng, short_lists=late))
+    phase = (index >= LATE_FROM) + (index >= LAST_FROM)
+    if rng.random() < (0.16, 0.16, 0.24)[phase]:
+        given = turns.odd_beginning(rng) if phase == 2 and rng.random() < 0.5 else ""
+        return Example(text=document(rng, short_lists=phase > 0, usual_names=phase == 2, after=given), given=given)
     draw = rng.random()
     length = rng.randint(40, 200) if draw < 0.35 else rng.randint(200, 800)
-    if draw > (0.91 if late else 0.93):
-        length = rng.randint(800, 2600) if draw < (0.965 if late else 0.985) else rng.randint(2600, 5500)
-    return Example(turns=conversation(rng, length, late=late))
+    if draw > (0.93, 0.91, 0.88)[phase]:
+        length = rng.randint(800, 2600) if draw < (0.985, 0.965, 0.93)[phase] else rng.randint(2600, 5500)
+    return Example(turns=conversation(rng, length, phase=phase))

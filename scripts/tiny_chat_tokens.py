@@ -73,7 +73,9 @@ class Encoder:
     def encode(self, examples: Sequence[Example]) -> list[tuple[list[int], list[bool]]]:
         """Encode a batch, in order; examples longer than the context are cut at its end."""
         texts = [
-            text for each in examples for text in ([each.text] if each.text else [turn.content for turn in each.turns])
+            text
+            for each in examples
+            for text in ([each.given, each.text] if each.text else [turn.content for turn in each.turns])
         ]
         encoded = iter(self._backend.encode_batch(texts, add_special_tokens=False))
         return [self._one(each, encoded) for each in examples]
@@ -81,9 +83,11 @@ class Encoder:
     def _one(self, each: Example, encoded: Iterable[object]) -> tuple[list[int], list[bool]]:
         pieces = iter(encoded)
         if each.text:
-            ids = [*next(pieces).ids, self._stop]  # type: ignore[attr-defined]
+            given = list(next(pieces).ids)  # type: ignore[attr-defined]
+            ids = [*given, *next(pieces).ids, self._stop]  # type: ignore[attr-defined]
             # The first token has nothing before it to be guessed from.
-            return ids, [False] + [True] * (len(ids) - 1)
+            unlearnt = max(len(given), 1)
+            return ids, [False] * unlearnt + [True] * (len(ids) - unlearnt)
         ids, learnt = [], []
         for turn in each.turns:
             head, content = self._heads[turn.role], [*next(pieces).ids, self._end]  # type: ignore[attr-defined]

@@ -111,12 +111,28 @@ def random_sentence(rng: random.Random) -> str:
     return text.capitalize() + rng.choice(".!?.")
 
 
+def odd_beginning(rng: random.Random) -> str:
+    """The beginning of a text that leads nowhere: any words, code, strings, other scripts, at times cut within a word."""
+    text = rng.choice([phrase, phrase, random_sentence, words.twister, words.code, words.made_up_word])(rng)
+    text = text.capitalize() if rng.random() < 0.3 else text
+    return text[: rng.randint(1, len(text))] if rng.random() < 0.5 else text
+
+
 def repeat(rng: random.Random) -> tuple[str, str]:
     """A phrase to repeat and the phrase."""
     text = phrase(rng)
     ask = rng.choice(REPEAT_ASKS)
     while '"' in ask and '"' in text:
         ask = rng.choice(REPEAT_ASKS)
+    return (ask if rng.random() < 0.85 else ask.lower()).replace("{p}", text), text
+
+
+def repeat_new_word(rng: random.Random) -> tuple[str, str]:
+    """A phrase that begins with a made-up word: without the space before it, it is made of other tokens than in the request."""
+    first = words.made_up_word(rng, least=2) if rng.random() < 0.8 else words.email(rng)
+    rest = phrase(rng) if rng.random() < 0.6 else ""
+    ask = rng.choice([each for each in REPEAT_ASKS if '"' not in each])
+    text = f"{first} {rest}".strip()
     return (ask if rng.random() < 0.85 else ask.lower()).replace("{p}", text), text
 
 

@@ -145,11 +145,15 @@ def twister(rng: random.Random) -> str:
     """Few pieces that come again and again: to copy them, the piece before is not enough to know the place."""
     draw = rng.random()
     if draw < 0.5:
-        few = [rng.choice(COMMON) if rng.random() < 0.6 else made_up_word(rng, most=2) for _ in range(rng.randint(2, 4))]
+        few = [
+            rng.choice(COMMON) if rng.random() < 0.6 else made_up_word(rng, most=2) for _ in range(rng.randint(2, 4))
+        ]
         if rng.random() < 0.3:
             few = [word.upper() if rng.random() < 0.5 else word for word in few]
         return " ".join(rng.choices(few, k=rng.randint(3, 9)))
-    letters = rng.choice(["ABCDEFGHIJKLMNOPQRSTUVWXYZ", "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "abcdefghijklmnopqrstuvwxyz", "0123456789"])
+    letters = rng.choice(
+        ["ABCDEFGHIJKLMNOPQRSTUVWXYZ", "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "abcdefghijklmnopqrstuvwxyz", "0123456789"]
+    )
     few = rng.sample(letters, rng.randint(2, 5))
     groups = ["".join(rng.choices(few, k=rng.randint(2, 7))) for _ in range(rng.randint(1, 4))]
     return rng.choice(["", " ", "-", ".", "@"]).join(groups)

@@ -2,10 +2,11 @@
 
     python scripts/train_tiny_chat.py --out models/tiny-chat
 
-The learning rate rises for 100 steps, stays, and falls to zero over the last `--decay` steps.  A run can be ended
-early: the checkpoint of any step before the fall, resumed with a smaller `--steps`, gives what that smaller number
-would have given from the start.  The same seed, steps and machine kind give the same weights; other processors round
-differently.
+The learning rate rises for 100 steps, stays, and falls to zero over the last `--decay` steps.  Then come `--polish`
+steps from the weights as they were saved, at a lower rate that falls to zero, on the last part of the text.  A run can
+be ended early: the checkpoint of any step before the fall, resumed with a smaller `--steps`, gives what that smaller
+number would have given from the start.  The same seed, steps and machine kind give the same weights; other processors
+round differently.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.tiny_chat_card import write_card
 from scripts.tiny_chat_optimizer import make_optimizers
-from scripts.tiny_chat_text import Example, example
+from scripts.tiny_chat_text import LAST_FROM, Example, example
 from scripts.tiny_chat_tokens import CONTEXT_TOKENS, END_OF_TEXT, PAD, TURN_END, Encoder, make_tokenizer
 
 VOCABULARY = 1536
@@ -35,6 +36,7 @@ POOL_EXAMPLES = 2048
 BATCH_TOKENS = 4096
 WARMUP_STEPS = 100
 LEARNING_RATE = 2e-3
+POLISH_RATE = 5e-4
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -112,6 +114,20 @@ class Progress:
     seconds: float = 0.0
 
 
+def polish(model: LlamaForCausalLM, encoder: Encoder, arguments: argparse.Namespace, done: Progress) -> Progress:
+    """Run the last steps, on what goes wrong longest, with optimizers that know nothing of the steps before."""
+    optimizers = make_optimizers(model, POLISH_RATE)
+    batches = batches_from(encoder, arguments.seed, LAST_FROM // POOL_EXAMPLES, 0)
+    begun, tokens = time.monotonic() - done.seconds, done.tokens
+    for step in range(arguments.polish):
+        _, _, batch = next(batches)
+        loss = take_step(model, optimizers, POLISH_RATE * rate_at(step, arguments.polish, arguments.polish), batch)
+        tokens += sum(len(ids) for ids, _ in batch)
+        if step % 25 == 0:
+            print(f"polish {step:4d}  loss {loss:.3f}", flush=True)
+    return Progress(done.step + arguments.polish, tokens=tokens, seconds=time.monotonic() - begun)
+
+
 def train(model: LlamaForCausalLM, encoder: Encoder, arguments: argparse.Namespace) -> Progress:
     """Run the steps; returns what they took, earlier runs included.
 
@@ -177,6 +193,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--decay", type=int, default=700, help="steps at the end over which the learning rate falls to zero"
     )
+    parser.add_argument("--polish", type=int, default=300, help="steps after that, on the text's last part")
     parser.add_argument("--seed", type=int, default=1, help="of the text and of the first weights")
     parser.add_argument("--threads", type=int, default=2, help="processor cores to use")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in the folder")
@@ -185,7 +202,7 @@ def read_arguments() -> argparse.Namespace:
 
 def all_text(one: Example) -> str:
     """The words of an example, for the tokenizer to learn from."""
-    return one.text or "\n".join(turn.content for turn in one.turns)
+    return one.given + one.text or "\n".join(turn.content for turn in one.turns)
 
 
 def main() -> None:
@@ -199,6 +216,9 @@ def main() -> None:
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters", flush=True)
     done = train(model, Encoder(tokenizer), arguments)
     save(model, tokenizer, arguments.out)
+    model = LlamaForCausalLM.from_pretrained(arguments.out, dtype=torch.float32, attn_implementation="sdpa")
+    done = polish(model, Encoder(tokenizer), arguments, done)
+    save(model, tokenizer, arguments.out)
     write_card(
         arguments.out,
         parameters=model.num_parameters() / 1e6,
@@ -206,6 +226,7 @@ def main() -> None:
         seed=arguments.seed,
         steps=arguments.steps,
         decay=arguments.decay,
+        polish=arguments.polish,
         tokens=done.tokens / 1e6,
         minutes=done.seconds / 60,
     )
