@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 ARGS ?=
+# How long `make soak` lasts.
+MINUTES ?= 30
 # A CPU-only wheel index to take torch from, where the CUDA libraries (gigabytes on Linux) are of no use.
 TORCH_INDEX_URL ?=
 IMAGE ?= llm-service
@@ -24,11 +26,11 @@ PYTHON_PROBLEM = $(strip $(shell \
 NEED_PYTHON = $(if $(PYTHON_PROBLEM),$(error Needs Python 3.11, 3.12 or 3.13, but $(PYTHON_PROBLEM). Name another with PYTHON=python3.12))
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check format-check lint type-check imports lock-check format lock bench \
+.PHONY: help install run test check format-check lint type-check imports lock-check format lock bench bench-overhead soak \
 	build-docker run-docker stop-docker logs clean
 
 help: ## List the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 install: $(VENV)/.installed ## Make .venv and install the service (TORCH_INDEX_URL=... takes torch from there)
 	@echo "Installed: make run starts the service"
@@ -61,8 +63,14 @@ format: $(VENV)/.installed-dev ## Format the code and fix what ruff can fix
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-bench: $(VENV)/.installed-dev ## Measure what the service costs beside its model
+bench: $(VENV)/.installed-bench ## Measure the service beside other servers: an hour, or minutes with ARGS=--quick
+	@$(PY) -m bench.serve $(ARGS)
+
+bench-overhead: $(VENV)/.installed-dev ## Measure what the service costs beside its model
 	@$(PY) -m bench.overhead $(ARGS)
+
+soak: $(VENV)/.installed-dev ## Keep the service busy and see that nothing is left behind (MINUTES=30)
+	@$(PY) -m bench.soak --minutes $(MINUTES) $(ARGS)
 
 clean: ## Remove what tools leave behind; keeps .venv and data
 	@rm -rf build dist htmlcov .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
@@ -103,6 +111,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/pip
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "Installing the development tools ..."
 	@$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed-dev
+	@echo "Installing what the benchmark compares with ..."
+	@$(PIP_INSTALL) --editable '.[dev,bench]'
 	@touch $@
 
 # --- Locking ---

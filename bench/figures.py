@@ -1,0 +1,78 @@
+"""From answers to figures: one round of a load on a server, and the median of rounds.  Pure."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from bench.wire import Answer
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Return the smallest value that at least this share of the values does not exceed; NaN of none."""
+    if not values:
+        return math.nan
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one round showed, or the medians of several."""
+
+    tokens_per_second: float
+    """New tokens of all clients, from the first request to the last answer."""
+    first_token_p50_ms: float
+    first_token_p95_ms: float
+    between_p50_ms: float
+    """From each piece of text to the next."""
+    between_p95_ms: float
+    client_share: float
+    """Of the processor time that client and server took together."""
+
+    @classmethod
+    def of(cls, answers: Sequence[Answer], client_seconds: float, server_seconds: float) -> "Figures":
+        """Reduce the answers of one round."""
+        seconds = max(answer.ended for answer in answers) - min(answer.began for answer in answers)
+        first = [1000 * answer.first_token for answer in answers]
+        between = [1000 * gap for answer in answers for gap in answer.gaps]
+        return cls(
+            tokens_per_second=sum(answer.completion_tokens for answer in answers) / seconds,
+            first_token_p50_ms=percentile(first, 0.5),
+            first_token_p95_ms=percentile(first, 0.95),
+            between_p50_ms=percentile(between, 0.5),
+            between_p95_ms=percentile(between, 0.95),
+            client_share=client_seconds / ((client_seconds + server_seconds) or math.inf),
+        )
+
+    @classmethod
+    def median(cls, rounds: Sequence["Figures"]) -> "Figures":
+        """Return the median of each figure on its own."""
+        return cls(*(statistics.median(getattr(each, field.name) for each in rounds) for field in fields(cls)))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All rounds of one load on one server."""
+
+    load: str
+    peer: str
+    rounds: Sequence[Figures]
+    turns_ms: Sequence[Sequence[float]] = ()
+    """Of a conversation: the time to the first token of each turn, by round."""
+    prompt_tokens: Sequence[int] = ()
+    """Of a conversation: how long the prompt of each turn was."""
+    failure: str | None = None
+    """Why there are no (more) rounds."""
+
+    @property
+    def median(self) -> Figures | None:
+        return Figures.median(self.rounds) if self.rounds and self.failure is None else None
+
+    def turn_ms(self, turn: int) -> float:
+        """Return the median time to the first token of a turn, counted from 0."""
+        return statistics.median(one[turn] for one in self.turns_ms)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all of it, and the median."""
+        return {**asdict(self), "median": asdict(self.median) if self.median else None}

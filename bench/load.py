@@ -1,0 +1,100 @@
+"""What is asked of every server: how many clients, how long the prompts and answers.
+
+A load is drawn from a seed, so that each server of a round gets the same requests, and no two requests are alike.
+"""
+
+import asyncio
+import random
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from bench.peers import Message, Peer, Setup
+from bench.wire import Answer, RequestFailed, ask
+from bench.words import text
+
+Size = tuple[int, int]
+"""Tokens of a prompt and of its answer."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """So many clients, each sending its next request when the last is answered."""
+
+    name: str
+    title: str
+    clients: int
+    per_client: int
+    """Requests of each client, on average."""
+    sizes: Sequence[Size]
+    """Taken in turns, in a drawn order."""
+    turns: int = 0
+    """Above 0 the requests are the turns of one conversation instead, one after the other."""
+
+    def shortened(self) -> "Load":
+        """Return the same with one request of each client, and a conversation of three turns."""
+        return replace(self, per_client=1, turns=min(self.turns, 3))
+
+    def sizes_drawn(self, draw: random.Random) -> list[Size]:
+        """Return the sizes of all requests of one round."""
+        count = self.clients * self.per_client
+        sizes = [self.sizes[number % len(self.sizes)] for number in range(count)]
+        draw.shuffle(sizes)
+        return sizes
+
+
+SHORT, LONG = (105, 64), (512, 64)
+MIXED = ((16, 96), (105, 64), (105, 32), (512, 64))
+TURN = (64, 64)
+LOADS = (
+    Load("c1", "1 client", 1, 4, [SHORT]),
+    Load("c8", "8 clients", 8, 2, [SHORT]),
+    Load("c32", "32 clients", 32, 2, [SHORT]),
+    Load("long", "long prompts, 8 clients", 8, 2, [LONG]),
+    Load("mixed", "mixed sizes, 8 clients", 8, 3, MIXED),
+    Load("chat", "conversation of ten turns", 1, 1, [TURN], turns=10),
+)
+WARM_UP = Load("warm-up", "warm-up", 2, 2, [(105, 8)])
+
+
+async def put(load: Load, peer: Peer, setup: Setup, port: int, seed: str) -> list[Answer]:
+    """Put a load on a server and return the answers, those of a conversation in order.
+
+    Raises: RequestFailed: a request failed, or was not as long as asked.
+    """
+    draw = random.Random(seed)
+    if load.turns:
+        return await _converse(load, peer, setup, port, seed)
+    waiting = deque((text(draw, prompt), prompt, made) for prompt, made in load.sizes_drawn(draw))
+    answers: list[Answer] = []
+
+    async def client() -> None:
+        while waiting:
+            prompt, prompt_tokens, max_tokens = waiting.popleft()
+            answer = await ask(port, peer.completion(setup, prompt, max_tokens), peer.read)
+            _check(answer, max_tokens, prompt_tokens)
+            answers.append(answer)
+
+    await asyncio.gather(*(client() for _ in range(load.clients)))
+    return answers
+
+
+async def _converse(load: Load, peer: Peer, setup: Setup, port: int, seed: str) -> list[Answer]:
+    draw = random.Random(seed)
+    session = f"{seed.replace('/', '.')}.{draw.getrandbits(32)}"
+    (words, max_tokens), turns, answers = load.sizes[0], list[Message](), list[Answer]()
+    for _ in range(load.turns):
+        turns.append({"role": "user", "content": text(draw, words).strip()})
+        answer = await ask(port, peer.chat(setup, session, turns, max_tokens), peer.read)
+        _check(answer, max_tokens)
+        turns.append({"role": "assistant", "content": answer.text})
+        answers.append(answer)
+    return answers
+
+
+def _check(answer: Answer, completion_tokens: int, prompt_tokens: int | None = None) -> None:
+    """A server that does less work than asked would win.  Raises: RequestFailed: it did."""
+    if answer.completion_tokens != completion_tokens:
+        raise RequestFailed(f"{answer.completion_tokens} tokens made where {completion_tokens} were asked for")
+    if prompt_tokens is not None and answer.prompt_tokens != prompt_tokens:
+        raise RequestFailed(f"a prompt of {prompt_tokens} tokens was read as {answer.prompt_tokens}")

@@ -1,0 +1,143 @@
+"""One streamed request over a socket of its own, with the time at which each piece of the answer came.
+
+Plain asyncio, because the client shares the processors with the servers that it measures.  Knows HTTP and server-sent
+events, and neither loads nor statistics.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+
+class RequestFailed(Exception):
+    """A server refused a request or broke it off; the message is what it said."""
+
+
+@dataclass(frozen=True)
+class Post:
+    """A request."""
+
+    path: str
+    body: Mapping[str, Any]
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def encode(self) -> bytes:
+        """Return its bytes; the server is asked to close the connection, which ends the answer."""
+        body = json.dumps(self.body).encode()
+        headers = {"Host": "localhost", "Connection": "close", "Content-Type": "application/json", **self.headers}
+        lines = [f"POST {self.path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+        return "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one event of a stream says."""
+
+    text: str = ""
+    usage: tuple[int, int] | None = None
+    """Tokens of the prompt and of the completion, where the server counts them."""
+    error: str | None = None
+
+
+ReadEvent = Callable[[str, str], Piece]
+"""Understands the name and the data of one event."""
+
+
+@dataclass
+class Answer:
+    """A finished answer; times in seconds on one clock."""
+
+    began: float
+    ended: float = 0.0
+    arrivals: list[float] = field(default_factory=list)
+    """When each piece with text came."""
+    text: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    @property
+    def first_token(self) -> float:
+        return self.arrivals[0] - self.began
+
+    @property
+    def gaps(self) -> list[float]:
+        """Seconds from each piece with text to the next."""
+        return [later - earlier for earlier, later in pairwise(self.arrivals)]
+
+
+class EventReader:
+    """Takes server-sent events out of bytes that come in any portions."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._name, self._data = "", list[str]()
+
+    def feed(self, portion: bytes) -> list[tuple[str, str]]:
+        """Return the name (often empty) and the data of each event that is complete now."""
+        *lines, self._rest = (self._rest + portion).split(b"\n")
+        return [event for line in lines if (event := self._line(line.removesuffix(b"\r").decode())) is not None]
+
+    def _line(self, line: str) -> tuple[str, str] | None:
+        name, _, value = line.partition(":")
+        match name:
+            case "event":
+                self._name = value.removeprefix(" ")
+            case "data":
+                self._data.append(value.removeprefix(" "))
+            case "" if not line and self._data:
+                event = self._name, "\n".join(self._data)
+                self._name, self._data = "", []
+                return event
+        return None
+
+
+async def ask(port: int, post: Post, read: ReadEvent) -> Answer:
+    """Send a request and read its answer to the end.
+
+    Raises: RequestFailed: the server refused it, broke off, or never said how many tokens it made.
+    """
+    answer = Answer(began=time.perf_counter())
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(post.encode())
+        async for portion in _events(reader):
+            now = time.perf_counter()
+            for name, data in portion:
+                _add(answer, read(name, data), now)
+    except (OSError, asyncio.IncompleteReadError) as error:
+        raise RequestFailed(f"the connection broke: {error!r}") from None
+    finally:
+        writer.close()
+    answer.ended = time.perf_counter()
+    if not answer.arrivals or not answer.completion_tokens:
+        raise RequestFailed("the answer ended without text or without a count of its tokens")
+    return answer
+
+
+def _add(answer: Answer, piece: Piece, now: float) -> None:
+    if piece.error is not None:
+        raise RequestFailed(piece.error)
+    if piece.text:
+        answer.arrivals.append(now)
+        answer.text += piece.text
+    if piece.usage is not None:
+        answer.prompt_tokens, answer.completion_tokens = piece.usage
+
+
+async def _events(reader: asyncio.StreamReader) -> AsyncIterator[list[tuple[str, str]]]:
+    """Yield the events of each portion of the body as it comes."""
+    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+    status = head.split(" ", 2)[1]
+    if status != "200":
+        said = (await reader.read()).decode(errors="replace")
+        raise RequestFailed(f"HTTP {status}: {said.strip()[:300]}")
+    if "transfer-encoding: chunked" not in head.lower():
+        raise RequestFailed("the answer is not a stream")
+    events = EventReader()
+    while size := int(await reader.readuntil(b"\n"), 16):
+        portion = await reader.readexactly(size + 2)
+        yield events.feed(portion[:size])
