@@ -6,16 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
-import httpx
 import pytest
 
-from tests.e2e.conftest import KEY, Service, Start, wait_for
+from tests.e2e.conftest import Service, Start, wait_for
 from tests.e2e.test_conversation import events
 
 pytestmark = pytest.mark.e2e
 
 CLIENTS = 32
-TOKENS = 60
+TOKENS = 100
 
 
 def body(number: int, tokens: int = TOKENS, **fields: Any) -> dict[str, Any]:
@@ -37,10 +36,7 @@ class Reader(threading.Thread):
         self._request = {**request, "stream": True}
 
     def run(self) -> None:
-        with (
-            httpx.Client(headers={"X-API-Key": KEY}, timeout=60) as client,
-            client.stream("POST", f"{self._service.url}/v1/generate", json=self._request) as response,
-        ):
+        with self._service.client.stream("POST", "/v1/generate", json=self._request) as response:
             assert 200 == response.status_code, response.read()
             for name, data in events(response):
                 self.moments.append(time.monotonic())
@@ -93,7 +89,7 @@ def test_a_long_prompt_does_not_stall_a_stream(service: Service) -> None:
     stream.start()
     wait_for(lambda: len(stream.moments) > 20)
     before = time.monotonic()
-    words = " ".join(str(n) for n in range(530))
+    words = " ".join(str(n) for n in range(450))
     long = service.client.post("/v1/generate", json=body(0, tokens=1, prompt=words)).json()
     after = time.monotonic()
     stream.leaving.set()
@@ -144,7 +140,7 @@ def test_a_full_line_is_refused_with_the_time_it_will_take(start: Start) -> None
     """503 with a Retry-After; those who wait are served, one after the other."""
     small = start(MODEL__MAX_BATCH_SIZE="1", MODEL__MAX_WAITING="2")
     with ThreadPoolExecutor() as pool:
-        replies = list(pool.map(lambda n: small.client.post("/v1/generate", json=body(n, tokens=400)), range(8)))
+        replies = list(pool.map(lambda n: small.client.post("/v1/generate", json=body(n, tokens=100)), range(8)))
 
     refused = [reply for reply in replies if reply.status_code == 503]
     assert 3 <= sum(reply.status_code == 200 for reply in replies)
@@ -153,15 +149,13 @@ def test_a_full_line_is_refused_with_the_time_it_will_take(start: Start) -> None
     assert 0 == small.stop()
 
 
-@pytest.mark.parametrize("engine", ["serial", "batching"])
-def test_the_engine_can_be_chosen(start: Start, engine: str) -> None:
-    """Both answer alike; /status says which it is, and the serial one refuses by name what it cannot do."""
-    chosen = start(MODEL__ENGINE=engine)
+def test_the_serial_runner_can_be_chosen(start: Start) -> None:
+    """It answers alike; /status says which it is, and it refuses by name what it cannot do."""
+    serial = start(MODEL__ENGINE="serial")
 
-    assert engine == chosen.get("/status").json()["model"]["engine"]
-    assert "Paris" in chosen.chat("What is the capital of France?")["message"]["content"]
-    penalty = chosen.client.post("/v1/generate", json={**body(1), "presence_penalty": 0.5})
-    assert (400 if engine == "serial" else 200) == penalty.status_code
-    if engine == "serial":
-        assert "presence_penalty" in penalty.json()["message"]
-    chosen.stop()
+    assert "serial" == serial.get("/status").json()["model"]["engine"]
+    assert "Paris" in serial.chat("What is the capital of France?")["message"]["content"]
+    refused = serial.client.post("/v1/generate", json={**body(1), "presence_penalty": 0.5})
+    assert 400 == refused.status_code
+    assert "presence_penalty" in refused.json()["message"]
+    serial.stop()

@@ -31,6 +31,7 @@ from app.engine.worker.messages import (
     decode_to_worker,
     encode,
 )
+from app.engine.worker.packing import pack_linears
 from app.engine.worker.rows import UnsupportedModelError
 from app.engine.worker.runner import BatchingRunner
 from app.engine.worker.serial import SerialRunner
@@ -155,6 +156,7 @@ def make_runner(loaded: LoadedModel, spec: ModelSpec) -> Runner:
             raise LoadError(f"it cannot be batched: {error}") from None
         log.warning("the model is served one request at a time: %s", error)
         return SerialRunner(loaded)
+    pack_linears(loaded.pipeline.model)
     return BatchingRunner(loaded, rows, reuse=spec.prefix_reuse)
 
 
