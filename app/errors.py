@@ -43,6 +43,11 @@ class InvalidRequest(AppError):
 
     status, code = 400, "validation_error"
 
+    @staticmethod
+    def of_field(field: str, reason: str) -> "InvalidRequest":
+        """Say of one field why it is wrong; `reason` goes on after the field's name."""
+        return InvalidRequest(f"{field} {reason}", details={"errors": [{"field": field, "reason": reason}]})
+
 
 class ContextLengthExceeded(InvalidRequest):
     """Prompt and max_tokens together do not fit the model's context window."""
@@ -121,7 +126,10 @@ class EngineFailed(ServiceUnavailable):
 
 
 class ShuttingDown(ServiceUnavailable):
-    """The service is draining and takes no new work."""
+    """The service is draining and takes no new work; a load balancer soon sends the request elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__("The service is shutting down; send the request to another replica.")
 
 
 class DeadlineExceeded(AppError):

@@ -33,14 +33,10 @@ class FinishReason(StrEnum):
     """The service ended it (shutdown); what came before is valid text."""
 
 
-@dataclass(frozen=True, slots=True)
-class Params:
-    """How to sample.  Every field is already validated and has its default filled in."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingSettings:
+    """How to sample, as far as a caller says it and nothing has to be filled in."""
 
-    max_tokens: int
-    """At most this many new tokens, >= 1."""
-    temperature: float = 0.0
-    """0 is greedy: always the most likely token."""
     top_p: float = 1.0
     """Keep the smallest set of tokens with this probability mass, in (0, 1]."""
     top_k: int = 0
@@ -51,8 +47,6 @@ class Params:
     """The answer ends before the first of these texts."""
     seed: int | None = None
     """The same seed and request give the same answer."""
-    sample: int = 0
-    """Which of several answers to one request this is, from 0; each draws differently from one seed."""
     min_p: float = 0.0
     """Keep the tokens that are at least this share of the most likely one's probability, in [0, 1]; 0 is off."""
     presence_penalty: float = 0.0
@@ -69,6 +63,18 @@ class Params:
     """Go on after the model's own end tokens."""
     min_tokens: int = 0
     """No end token can be drawn before the answer has this many tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Params(SamplingSettings):
+    """How to sample, whole.  Every field is already validated and has its default filled in."""
+
+    max_tokens: int
+    """At most this many new tokens, >= 1."""
+    temperature: float = 0.0
+    """0 is greedy: always the most likely token."""
+    sample: int = 0
+    """Which of several answers to one request this is, from 0; each draws differently from one seed."""
 
 
 @dataclass(frozen=True, slots=True)

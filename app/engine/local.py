@@ -228,8 +228,7 @@ class LocalEngine:
             raise InvalidRequest("The prompt is empty.")
         for name in self.info.unsupported:
             if getattr(request.params, name) != getattr(DEFAULTS, name):
-                reason = "is not supported for this model"
-                raise InvalidRequest(f"{name} {reason}", details={"errors": [{"field": name, "reason": reason}]})
+                raise InvalidRequest.of_field(name, "is not supported for this model")
         if prompt_tokens + max_tokens > limit:
             raise ContextLengthExceeded(prompt_tokens=prompt_tokens, max_tokens=max_tokens, limit=limit)
         if any(ticket.request.id == request.id for ticket in self._tickets.values()):

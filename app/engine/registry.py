@@ -43,7 +43,7 @@ class EngineRegistry:
             ModelNotFound: no such model is loaded.
         """
         if self.draining:
-            raise ShuttingDown("The service is shutting down; send the request to another replica.", retry_after=5)
+            raise ShuttingDown()
         engine = self._engines.get(model or self.default_name)
         if engine is None:
             raise ModelNotFound("This model is not loaded; leave `model` out to use the one that is.")

@@ -5,30 +5,17 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from app.generation.answer_tokens import AnswerToken
-from app.types import FinishReason, Message, Principal, Usage
+from app.types import FinishReason, Message, Principal, SamplingSettings, Usage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How the caller wants the answer; None takes the service's default."""
+class Sampling(SamplingSettings):
+    """How the caller wants the answers; None takes the service's default."""
 
     max_tokens: int | None = None
     temperature: float | None = None
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    stop: tuple[str, ...] = ()
-    seed: int | None = None
     n: int = 1
     """So many answers, each drawn on its own."""
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    logprobs: int | None = None
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    min_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

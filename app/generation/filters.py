@@ -137,7 +137,8 @@ class FilteredEngine:
         await self._inner.close()
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
-        redactor, unmasked = StreamRedactor(self._redactor), _Unmasked()
+        redactor = StreamRedactor(self._redactor)
+        unmasked = None if request.params.logprobs is None else _Unmasked()
         made = 0
         try:
             async with aclosing(self._inner.stream(request)) as chunks:
@@ -153,7 +154,10 @@ class FilteredEngine:
                         usage = Usage(prompt_tokens=len(request.prompt_ids), completion_tokens=made)
                         yield Chunk(finish_reason=FinishReason.CONTENT_FILTER, usage=usage)
                         return
-                    yield unmasked.see(chunk, clean)
+                    if unmasked is None:
+                        yield replace(chunk, text=clean, logprobs=(), token_ends=())
+                    else:
+                        yield unmasked.see(chunk, clean)
         finally:
             for kind, count in redactor.counts.items():
                 self._on_match(kind, count)

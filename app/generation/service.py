@@ -22,7 +22,7 @@ from app.generation.chain import Chains
 from app.generation.filters import InputFilter
 from app.generation.memory import SessionStore, Turn, as_turns, merge
 from app.generation.meter import Meter
-from app.generation.sampling import settle, wrong_field
+from app.generation.sampling import settle
 from app.generation.window import Room, Window, fit_chat, fit_text
 from app.telemetry import Metrics
 from app.types import FinishReason, Message, Role
@@ -108,7 +108,7 @@ class GenerationService:
         Raises: AppError: at the first `anext` if the request is wrong or cannot be taken, later if it breaks.
         """
         if ask.session_id is not None and ask.sampling.n > 1:
-            raise wrong_field("n", "must be 1 in a session, which goes on with one answer")
+            raise InvalidRequest.of_field("n", "must be 1 in a session, which goes on with one answer")
         async with self._lease(ask) as engine:
             model = engine.info.model
             meter = Meter(model, self._metrics, ask.sampling.n)
@@ -158,7 +158,7 @@ class GenerationService:
             except TimeoutError:
                 raise DeadlineExceeded("The turn before this one in the session takes too long.") from None
             if self.engines.draining:
-                raise ShuttingDown("The service is shutting down; send the request to another replica.", retry_after=5)
+                raise ShuttingDown()
             session = await self.sessions.read(ask.caller.tenant, ask.session_id)
             yield session.turns if session else ()
 
@@ -185,7 +185,7 @@ class GenerationService:
     def _calls(self, ask: CompletionAsk | ChatAsk, engine: Engine, max_tokens: int, answers: Answers) -> list[Call]:
         """Return what goes to the engine beside the prompt, for each answer."""
         if self.engines.over:
-            raise ShuttingDown("The service is shutting down; send the request to another replica.", retry_after=5)
+            raise ShuttingDown()
         params = settle(ask.sampling, engine.info, max_tokens=max_tokens, default_temperature=self._default_temperature)
         return [
             Call(

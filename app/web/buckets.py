@@ -108,7 +108,7 @@ class TokenBucketRateLimiter(RateLimiter):
 
     def __init__(self, storage: StorageTypes) -> None:
         if not isinstance(storage, BucketStorage):
-            raise NotImplementedError(f"a token bucket needs BucketStorage, not {type(storage).__name__}")
+            raise TypeError(f"a token bucket needs BucketStorage, not {type(storage).__name__}")
         super().__init__(storage)
         self._buckets = storage
 

@@ -84,11 +84,6 @@ def _own_headers(error: AppError) -> dict[str, str]:
     return headers
 
 
-def invalid_field(field: str, reason: str) -> InvalidRequest:
-    """Say of one field why it is wrong; `reason` goes on after the field's name."""
-    return InvalidRequest(f"{field} {reason}", details={"errors": [{"field": field, "reason": reason}]})
-
-
 def as_app_error(error: Exception) -> AppError:
     """Find what a client may know of any exception; the unexpected is logged here, and only here."""
     match error:

@@ -31,9 +31,6 @@ from app.types import Principal
 from app.web.errors import as_app_error, error_response
 from app.web.limits import RATE_HEADERS
 
-DRAIN_RETRY_SECONDS = 5
-"""By then a load balancer sends the request elsewhere, or the restarted service takes it."""
-
 _CLIENT_GONE = 499
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -145,7 +142,7 @@ class DrainGate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self.engines.draining and scope["path"] not in self.always:
-            raise ShuttingDown("The service is shutting down; send the request again.", retry_after=DRAIN_RETRY_SECONDS)
+            raise ShuttingDown()
         await self.app(scope, receive, send)
 
 

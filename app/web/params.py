@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, StringConstraints
 
+from app.errors import InvalidRequest
 from app.generation.asks import Sampling
 from app.web.bodies import StrictModel
-from app.web.errors import invalid_field
 
 MAX_TOKENS = 1_000_000
 """Above every context window; how much really fits is the service's to say."""
@@ -139,11 +139,13 @@ class SamplingFields(StrictModel):
         given = [(name, value) for name in names if (value := getattr(self, name)) is not None]
         for name, value in given[1:]:
             if value != given[0][1]:
-                raise invalid_field(name, f"and {given[0][0]} are two names of one field and have different values")
+                raise InvalidRequest.of_field(
+                    name, f"and {given[0][0]} are two names of one field and have different values"
+                )
         return given[0][1] if given else None
 
 
 def check_length(field: str, length: int, limit: int) -> None:
     """Raises: InvalidRequest: the text has more characters than the service takes."""
     if length > limit:
-        raise invalid_field(field, f"has {length} characters; this service takes at most {limit}")
+        raise InvalidRequest.of_field(field, f"has {length} characters; this service takes at most {limit}")

@@ -7,6 +7,7 @@ Knows no way of making tokens; that is a `Runner`.
 import logging
 import os
 import signal
+import time
 from typing import NoReturn, Protocol
 
 import torch
@@ -38,6 +39,9 @@ from app.engine.worker.serial import SerialRunner
 from app.types import Params
 
 log = logging.getLogger(__name__)
+
+SILENCE_SECONDS = 1.0
+"""A worker that works says so at least this often."""
 
 
 class Runner(Protocol):
@@ -76,6 +80,7 @@ class Worker:
         self._socket = socket
         self._runner = runner
         self._leaving = False
+        self._told_at = time.monotonic()
         self._known: set[int] = set()
 
     def run(self) -> None:
@@ -88,8 +93,10 @@ class Worker:
                 self._runner.step(self._exchange)
 
     def _exchange(self, events: list[TokenEvent]) -> None:
-        if events:
+        # A long prompt brings no event for many steps; silence would be taken for a hang.
+        if events or time.monotonic() - self._told_at > SILENCE_SECONDS:
             self._socket.send(encode(Step(events)))
+            self._told_at = time.monotonic()
             self._known.difference_update(event.id for event in events if event.finish or event.error)
         self._take_in()
 

@@ -17,11 +17,15 @@ from app.engine.worker.forward import RowModel
 from app.engine.worker.layout import Piece
 from app.engine.worker.loader import LoadedModel
 from app.engine.worker.messages import Exchange, Submit, TokenEvent
+from app.engine.worker.plan import Plan, Work
+from app.engine.worker.plan import Sequence as Answer
 from app.engine.worker.sampler import RowSampler, Sampled, sample
-from app.engine.worker.scheduler import Plan, Scheduler, Work
-from app.engine.worker.scheduler import Sequence as Answer
+from app.engine.worker.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
+
+FAIR_WIDTH = 8
+"""Answers that one step may always hold, whoever asked; for so few it takes hardly longer than for one."""
 
 
 @dataclass(slots=True)
@@ -96,7 +100,8 @@ class BatchingRunner:
         Raises: torch.AcceleratorError: the device is in an unknown state, and with it this process.
         """
         events, self._settled = self._settled, []
-        plan = self._scheduler.plan(prompt_tokens=self._pace.prompt_tokens(self._any_ready()), width=self.slots // 2)
+        width = max(FAIR_WIDTH, self.slots // 2)
+        plan = self._scheduler.plan(prompt_tokens=self._pace.prompt_tokens(self._any_ready()), width=width)
         events += [TokenEvent(answer.number, cached_tokens=answer.reused) for answer in plan.begun]
         for copy in plan.copies:
             self._rows.cache.copy(copy.source, copy.target, copy.count)

@@ -12,36 +12,12 @@ from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
+from app.engine.worker.plan import Copy, Plan, Sequence, Work
+
 SHARED_LEAST = 32
 """Waiting for another sequence to compute a shared beginning pays from this many tokens on."""
 CHUNK_LEAST = 16
 """A smaller piece of a long prompt is not worth a place in a step."""
-
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """One answer in the making: its prompt and what the model has added to it."""
-
-    number: int
-    tenant: str
-    tokens: list[int]
-    """Prompt and answer so far."""
-    prompt_tokens: int
-    row: int | None = None
-    """Where its keys and values are; None while it waits."""
-    computed: int = 0
-    """How many of `tokens`, from the first, have keys and values in the row."""
-    reused: int = 0
-    """Of these, how many were there when it first got a row."""
-    begun: bool = False
-    """Whether it ever had a row."""
-    served: int = 0
-    """The step that last computed something of it."""
-
-    @property
-    def left(self) -> int:
-        """Tokens to compute before the next one can be drawn."""
-        return len(self.tokens) - self.computed
 
 
 @dataclass(slots=True)
@@ -59,39 +35,6 @@ class _Row:
     def known(self) -> tuple[list[int], int]:
         """Return tokens, and how many of them are computed here."""
         return (self.kept, len(self.kept)) if self.holder is None else (self.holder.tokens, self.holder.computed)
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Compute the next `count` tokens of a sequence."""
-
-    sequence: Sequence
-    count: int
-
-    @property
-    def completes(self) -> bool:
-        """Whether the next token can be drawn afterwards."""
-        return self.count == self.sequence.left
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """Before anything else, copy the keys and values of the first `count` tokens from one row to another."""
-
-    source: int
-    target: int
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """One step."""
-
-    work: list[Work]
-    """Single tokens first, by row; then pieces of prompts.  Empty if there is nothing to do."""
-    copies: list[Copy]
-    begun: list[Sequence]
-    """Sequences that got a row for the first time."""
 
 
 class Scheduler:
@@ -170,11 +113,12 @@ class Scheduler:
 
     def _pick(self, singles: list[Sequence], width: int | None) -> list[Sequence]:
         """Choose who makes a token: all, or a fair share of each tenant where one has so many that others wait."""
-        if width is None or len(singles) <= width or len({s.tenant for s in singles}) == 1:
-            return singles
         lines: dict[str, deque[Sequence]] = {}
         for sequence in sorted(singles, key=lambda s: s.served):
             lines.setdefault(sequence.tenant, deque()).append(sequence)
+        # Where every tenant has more than an equal share of a shorter step, all would only wait for their turns.
+        if width is None or len(singles) <= width or len(lines) * min(map(len, lines.values())) > width:
+            return singles
         chosen: list[Sequence] = []
         while len(chosen) < width:
             for line in lines.values():
@@ -196,13 +140,19 @@ class Scheduler:
         begun: list[Sequence] = []
         passed: set[str] = set()
         while (tenant := self._next_tenant(passed)) is not None:
-            sequence = self._waiting[tenant][0]
-            if self._should_wait(sequence) or not self._make_room(tenant):
+            sequence, giver = self._waiting[tenant][0], self._who_gives_way(tenant)
+            if giver is None and not self._has_free_row():
                 passed.add(tenant)
                 continue
+            source, shared = self._best(sequence)
+            if self._should_wait(sequence, shared):
+                passed.add(tenant)
+                continue
+            if giver is not None:
+                self._put_back(giver)
             self._waiting[tenant].popleft()
             self._drop_empty_line(tenant)
-            copies += self._place(sequence)
+            copies += self._place(sequence, source, shared)
             if not sequence.begun:
                 sequence.begun = True
                 sequence.reused = sequence.computed
@@ -221,11 +171,11 @@ class Scheduler:
             held[sequence.tenant] = held.get(sequence.tenant, 0) + 1
         return held
 
-    def _should_wait(self, sequence: Sequence) -> bool:
-        """Whether a running sequence is computing a beginning that this one shares, so that it can be copied soon."""
+    def _should_wait(self, sequence: Sequence, there: int) -> bool:
+        """Whether a running sequence is computing more of a shared beginning than is there, to be copied soon."""
         if not self._reuse:
             return False
-        most, there = len(sequence.tokens) - 1, self._best(sequence)[1]
+        most = len(sequence.tokens) - 1
         for other in self.running:
             if other.tenant != sequence.tenant or other.left <= 1:
                 continue
@@ -235,24 +185,28 @@ class Scheduler:
                 return True
         return False
 
-    def _make_room(self, tenant: str) -> bool:
-        """See that a row is free; take one from a tenant that has more than its share where need be."""
-        if any(row.holder is None for row in self._rows):
-            return True
+    def _has_free_row(self) -> bool:
+        return any(row.holder is None for row in self._rows)
+
+    def _who_gives_way(self, tenant: str) -> Sequence | None:
+        """Return whose row a tenant gets where none is free: one of who has most, if that is more by two."""
+        if self._has_free_row():
+            return None
         held = self._held()
         richest = max(held, key=lambda each: (held[each], self._virtual[each]))
         if held[richest] < held.get(tenant, 0) + 2:
-            return False
+            return None
         # The youngest: it has the least to compute again when its turn comes back.
-        youngest = max((s for s in self.running if s.tenant == richest), key=lambda s: s.number)
-        self._free(youngest)
-        youngest.computed = 0
-        self._waiting.setdefault(richest, deque()).appendleft(youngest)
-        return True
+        return max((s for s in self.running if s.tenant == richest), key=lambda s: s.number)
 
-    def _place(self, sequence: Sequence) -> list[Copy]:
-        """Give a sequence a free row, with as much of its beginning as some row of its tenant holds."""
-        source, shared = self._best(sequence)
+    def _put_back(self, sequence: Sequence) -> None:
+        """Take a running sequence's row away; it is the first of its tenant to get one again."""
+        self._free(sequence)
+        sequence.computed = 0
+        self._waiting.setdefault(sequence.tenant, deque()).appendleft(sequence)
+
+    def _place(self, sequence: Sequence, source: _Row | None, shared: int) -> list[Copy]:
+        """Give a sequence a free row, with the beginning that it shares with another."""
         free = sorted((row for row in self._rows if row.holder is None), key=lambda row: (len(row.kept) > 0, row.freed))
         target = free[0]
         copies: list[Copy] = []

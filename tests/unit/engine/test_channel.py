@@ -82,6 +82,8 @@ class CountingRunner:
 
     def step(self, exchange: Callable[[list[TokenEvent]], None]) -> None:
         request = self.waiting.pop(0)
+        for _ in request.prompt_ids[1:]:
+            exchange([])
         for token in range(request.params.max_tokens):
             if request.id in self.cancelled:
                 exchange([TokenEvent(request.id, finish="abort")])
@@ -116,6 +118,17 @@ class Loop:
             assert isinstance(step, Step)
             events.extend(step.events)
         return events
+
+
+def test_a_worker_that_makes_nothing_for_long_still_says_that_it_lives(monkeypatch: pytest.MonkeyPatch, loop: Loop):
+    """The steps of a long prompt bring no events; at times one is told all the same, and short silences are kept."""
+    loop.tell(Submit(1, (5,) * 4, Params(max_tokens=1)))
+    assert [((0,), None), ((), "length")] == [(e.token_ids, e.finish) for e in loop.events_until_end()]
+
+    monkeypatch.setattr("app.engine.worker.process.SILENCE_SECONDS", -1)
+    loop.tell(Submit(2, (5,) * 4, Params(max_tokens=1)))
+    assert [Step([])] * 3 == [loop.hear() for _ in range(3)]
+    assert [((0,), None), ((), "length")] == [(e.token_ids, e.finish) for e in loop.events_until_end()]
 
 
 @pytest.fixture

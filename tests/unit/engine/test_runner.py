@@ -13,9 +13,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from app.engine.worker.forward import RowModel, UnsupportedModelError, make_row_model
 from app.engine.worker.layout import Piece
 from app.engine.worker.messages import Submit, TokenEvent
+from app.engine.worker.plan import Sequence as Answer
+from app.engine.worker.plan import Work
 from app.engine.worker.runner import BatchingRunner, Pace
-from app.engine.worker.scheduler import Sequence as Answer
-from app.engine.worker.scheduler import Work
 from app.types import Params
 from tests.unit.engine.families import CONTEXT, FAMILIES, NOT_IN_ROWS, VOCABULARY, loaded, make
 

@@ -145,7 +145,8 @@ class SpeakingEngine(EchoEngine):
 
 async def shown(tokens: Sequence[str], sizes: Sequence[int] = ()) -> list[Chunk]:
     filtered = FilteredEngine(SpeakingEngine(tokens, sizes), Redactor(), lambda kind, times: None)
-    return [chunk async for chunk in filtered.stream(ask("x"))]
+    request = GenerationRequest("r", "t", (1,), Params(max_tokens=1000, logprobs=0))
+    return [chunk async for chunk in filtered.stream(request)]
 
 
 def numbers(chunks: Sequence[Chunk]) -> list[int]:

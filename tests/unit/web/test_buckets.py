@@ -144,7 +144,7 @@ def test_it_stands_beside_the_librarys_own_strategies():
 
 
 def test_another_storage_or_limit_is_refused():
-    with pytest.raises(NotImplementedError, match="MemoryStorage"):
+    with pytest.raises(TypeError, match="MemoryStorage"):
         TokenBucketRateLimiter(MemoryStorage())
     with pytest.raises(TypeError):
         bucket(Clock()).hit(RateLimitItemPerMinute(1), "owner")
