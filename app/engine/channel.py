@@ -177,7 +177,7 @@ def worker_environment(own: Mapping[str, str], spec: ModelSpec, hub_token: str |
     # Threads that spin for long while they wait take the cores from the API process; those that sleep at once are woken
     # too slowly for the hundreds of small operations of a step, which then takes twice as long.
     if "OMP_WAIT_POLICY" not in passed:
-        passed = {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "0"} | passed
+        passed = {"GOMP_SPINCOUNT": "8000", "KMP_BLOCKTIME": "0"} | passed
     passed |= {
         "PYTHONPATH": str(Path(next(iter(app.__path__))).parent),
         "PYTHONUNBUFFERED": "1",

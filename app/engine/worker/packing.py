@@ -1,30 +1,60 @@
-"""Linear layers whose weights lie in the order in which oneDNN reads them.
+"""Linear layers whose weights lie in the order in which a CPU's matrix product reads them.
 
-On a CPU an ordinary layer brings its weights into that order anew in every call, which for the few tokens of a decoding
-step costs as much as the product itself.  The operators are torch's own but private (they are what freezing compiles
-to), so that they are used from here only, tried out before, and done without where they fail.
+An ordinary layer brings its weights into that order anew in every call, which for the few tokens of a decoding step
+costs as much as the product itself; and a step for few rows takes as long as it takes to read the weights.  So weights
+are ordered once, and in float32 models kept in 16 bits where that loses nothing.  The operators are torch's own but
+private or going out of use, so that they are used from here only, tried out before, and done without where they fail.
 """
 
 import logging
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 log = logging.getLogger(__name__)
 
-DTYPES = (torch.float32, torch.bfloat16)
 USUAL_ROWS = 8
-"""The number of tokens that the order is chosen for; others are served as well."""
-LEAST_WEIGHTS = 500_000
-"""Smaller layers lose more by the call than they gain: with 330,000 weights an ordinary one is as fast or faster."""
+"""The number of tokens that oneDNN's order is chosen for; others are served as well."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """How far a packed layer's numbers may be from an ordinary one's, as a share of their norm."""
+LOSSLESS = 1e-7
+"""What keeping weights in another type may change, as a share of their norm: as much as one rounding in float32."""
+
+
+class HalfLinear(nn.Module):
+    """Keeps its weights as float16 and computes in float32 (FBGEMM, x86 only): half as much to read in each step.
+
+    Weights of a checkpoint in bfloat16 or float16 fit without loss; those that need more bits are refused.
+    """
+
+    LEAST = 250_000
+    """Smaller layers lose more by waking the other threads than they gain."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        """Raises: ArithmeticError: the weights need more than 16 bits."""
+        super().__init__()
+        weight = linear.weight.detach()
+        lost = (weight.half().float() - weight).norm()
+        if not lost <= LOSSLESS * weight.norm():
+            raise ArithmeticError("float16 does not hold these weights")
+        self._packed: Any = torch.ops.quantized.linear_prepack_fp16(weight, linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs) to (..., outputs)"""
+        done: Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self._packed)
+        return done
 
 
 class PackedLinear(nn.Module):
-    """Computes what the given layer computes."""
+    """Keeps its weights in oneDNN's own order."""
+
+    LEAST = 500_000
+    """With 330,000 weights an ordinary layer is as fast or faster."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -37,34 +67,68 @@ class PackedLinear(nn.Module):
         return done
 
 
-@torch.inference_mode()
-def pack_linears(model: Any, least: int = LEAST_WEIGHTS) -> int:
-    """Replace a model's linear layers that have at least so many weights; for inference only.
+WAYS: dict[torch.dtype, tuple[type[HalfLinear] | type[PackedLinear], ...]] = {
+    torch.float32: (HalfLinear, PackedLinear),
+    torch.bfloat16: (PackedLinear,),
+}
+"""Better ones first."""
 
+
+@torch.inference_mode()
+def pack_linears(model: Any, least: int | None = None) -> int:
+    """Replace a model's linear layers, as far as that makes them faster; for inference only.
+
+    Args: least: layers with so many weights are large enough; None leaves that to each way.
     Returns: how many were replaced, 0 where this processor or torch cannot.
     """
-    found = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if type(child) is nn.Linear and child.weight.device.type == "cpu" and child.weight.dtype in DTYPES
-        if child.weight.numel() >= least
-    ]
-    try:
-        for linear in {child.weight.shape: child for _, _, child in found}.values():
-            _try_out(linear)
-    except Exception as error:  # noqa: BLE001  # private operators may fail in any way; the plain path is there
-        log.warning("weights are not packed: %s", type(error).__name__)
-        return 0
-    for parent, name, child in found:
-        setattr(parent, name, PackedLinear(child))
-    return len(found)
+    refused: set[object] = set()
+    count = 0
+    for parent, name, linear in list(_linears(model)):
+        packed = _pack(linear, least, refused)
+        if packed is not None:
+            setattr(parent, name, packed)
+            count += 1
+    return count
 
 
-def _try_out(linear: nn.Linear) -> None:
-    """Raises: ArithmeticError, or whatever torch raises: this layer's shape is not computed rightly."""
+def _linears(model: Any) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """Find the linear layers on the CPU: whose they are, their name there, and they themselves."""
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if type(child) in {nn.Linear, Conv1D} and child.weight.device.type == "cpu":
+                yield parent, name, child if isinstance(child, nn.Linear) else _as_linear(child)
+
+
+def _as_linear(layer: Conv1D) -> nn.Linear:
+    """Return GPT-2's kind of linear layer, whose weights are (inputs, outputs), as the ordinary kind."""
+    inputs, outputs = layer.weight.shape
+    linear = nn.Linear(inputs, outputs, device="meta")
+    linear.weight, linear.bias = nn.Parameter(layer.weight.T, requires_grad=False), layer.bias
+    return linear
+
+
+def _pack(linear: nn.Linear, least: int | None, refused: set[object]) -> nn.Module | None:
+    """Return the layer packed, or None; what failed once for a shape is not tried for it again."""
+    for way in WAYS.get(linear.weight.dtype, ()):
+        shape = way, linear.weight.shape
+        if shape in refused or linear.weight.numel() < (way.LEAST if least is None else least):
+            continue
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                return _tried(way(linear), linear)
+        except Exception as error:  # noqa: BLE001  # such operators may fail in any way; the plain path is there
+            refused.add(shape)
+            log.info(
+                "%s does not serve %s: %s", way.__name__, tuple(linear.weight.shape), str(error) or type(error).__name__
+            )
+    return None
+
+
+def _tried(packed: nn.Module, linear: nn.Linear) -> nn.Module:
+    """Raises: ArithmeticError, or whatever torch raises: the layer is not computed rightly."""
     x = torch.randn(3, linear.in_features, dtype=linear.weight.dtype)
     expected = functional.linear(x, linear.weight, linear.bias)
-    error = (PackedLinear(linear)(x) - expected).float().norm()
+    error = (packed(x) - expected).float().norm()
     if not error <= TOLERANCE[linear.weight.dtype] * expected.float().norm():
         raise ArithmeticError("a packed layer computes something else")
+    return packed

@@ -54,7 +54,7 @@ def test_a_local_model_never_reaches_the_hub():
 
 def test_how_threads_wait_is_the_operators_choice():
     """They do not spin, unless the service was started with another word."""
-    assert "2000" == worker_environment({}, LOCAL, None)["GOMP_SPINCOUNT"]
+    assert "8000" == worker_environment({}, LOCAL, None)["GOMP_SPINCOUNT"]
     assert "9" == worker_environment({"GOMP_SPINCOUNT": "9"}, LOCAL, None)["GOMP_SPINCOUNT"]
     chosen = worker_environment({"OMP_WAIT_POLICY": "active"}, LOCAL, None)
     assert ("active", None) == (chosen["OMP_WAIT_POLICY"], chosen.get("GOMP_SPINCOUNT"))

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from app.engine.worker import packing
-from app.engine.worker.packing import PackedLinear, pack_linears
+from app.engine.worker.packing import HalfLinear, PackedLinear, pack_linears
 from tests.unit.engine.families import FAMILIES, VOCABULARY, make
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -19,25 +20,50 @@ def scores(model: Any) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("family", ["llama", "phi", "opt"])
+@pytest.mark.parametrize("family", ["llama", "phi", "opt", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_packed_model_gives_the_same_scores(family: str, dtype: torch.dtype) -> None:
     """With and without bias, tied output included: all layers are replaced, or none where the processor cannot."""
     model = make(FAMILIES[family]).to(dtype)
-    before, layers = scores(model), [each for each in model.modules() if type(each) is nn.Linear]
+    before, layers = scores(model), [each for each in model.modules() if type(each) in {nn.Linear, Conv1D}]
 
     packed = pack_linears(model, least=0)
 
-    left = [each for each in model.modules() if type(each) is nn.Linear]
+    left = [each for each in model.modules() if type(each) in {nn.Linear, Conv1D}]
     assert (len(layers), 0) == (packed, len(left)) or (dtype == torch.bfloat16 and (0, layers) == (packed, left))
     assert (scores(model) - before).float().norm() <= packing.TOLERANCE[dtype] * before.float().norm()
     assert VOCABULARY == before.shape[-1]
 
 
-def test_where_packing_fails_the_model_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An operator that computes something else is found out before any layer is replaced."""
-    monkeypatch.setattr(PackedLinear, "forward", lambda self, x: torch.zeros(3, 1))
-    model = make(FAMILIES["llama"])
+def test_float32_weights_are_halved_only_where_that_loses_nothing() -> None:
+    """A checkpoint in bfloat16 fits 16 bits; one that was trained in float32 keeps all its bits."""
+    exact, halved = make(FAMILIES["llama"]), make(FAMILIES["llama"]).to(torch.bfloat16).float()
+    expected = scores(halved)
+
+    pack_linears(exact, least=0)
+    pack_linears(halved, least=0)
+
+    assert not any(type(each) is HalfLinear for each in exact.modules())
+    if "fbgemm" in torch.backends.quantized.supported_engines:
+        assert not any(type(each) in {nn.Linear, PackedLinear} for each in halved.modules())
+    assert (scores(halved) - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_weights_beyond_float16_stay_in_float32() -> None:
+    """A weight that float16 would make infinite refuses the layer."""
+    layer = nn.Linear(8, 4)
+    layer.weight.data[0, 0] = 2.0**20
+
+    with pytest.raises(ArithmeticError):
+        HalfLinear(layer)
+
+
+@pytest.mark.parametrize("way", [HalfLinear, PackedLinear])
+def test_where_packing_fails_the_layers_stay_as_they_are(monkeypatch: pytest.MonkeyPatch, way: type[nn.Module]) -> None:
+    """An operator that computes something else is found out before its layer is replaced."""
+    monkeypatch.setattr(way, "forward", lambda self, x: torch.zeros(3, 1))
+    monkeypatch.setattr(packing, "WAYS", {torch.float32: (way,)})
+    model = make(FAMILIES["llama"]).to(torch.bfloat16).float()
     before = scores(model)
 
     assert 0 == pack_linears(model, least=0)
