@@ -5,6 +5,8 @@ see one big batch; here the keys and values go to their rows, and each query att
 every model that hands its attention to transformers' `AttentionInterface` and rotates or embeds by `position_ids`.
 """
 
+import math
+import mmap
 from collections.abc import Sequence
 from typing import Any
 
@@ -140,10 +142,19 @@ class RowCache(Cache):
 
     def _make(self, like: Tensor) -> Tensor:
         _, heads, _, size = like.shape
-        made = torch.zeros((self.rows, heads, self.length, size), dtype=like.dtype, device=like.device)
+        made = _zeros((self.rows, heads, self.length, size), like)
         # The way from a layer's attention, which is called by transformers, back to the rows.
         made.row_cache = self  # type: ignore[attr-defined]
         return made
+
+
+def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Return zeros of the type and on the device of `like`; on the host a page takes memory once it is written."""
+    if like.device.type != "cpu":
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    # `torch.zeros` writes its zeros, and so takes all memory at once; fresh pages of the system are zero already.
+    pages = mmap.mmap(-1, math.prod(shape) * like.element_size(), access=mmap.ACCESS_COPY)
+    return torch.frombuffer(pages, dtype=like.dtype).view(shape)
 
 
 def _attend(

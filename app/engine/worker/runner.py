@@ -24,8 +24,8 @@ from app.engine.worker.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
-FAIR_WIDTH = 8
-"""Answers that one step may always hold, whoever asked; for so few it takes hardly longer than for one."""
+FAIR_WIDTH = 6
+"""Tokens that one step may always make, whoever asked; for so few it takes not much longer than for one."""
 
 
 @dataclass(slots=True)
@@ -65,6 +65,7 @@ class BatchingRunner:
         self._rows = rows
         self._scheduler = Scheduler(self.slots, reuse=reuse)
         self._pace = Pace()
+        self._width = FAIR_WIDTH if loaded.device == "cpu" else max(FAIR_WIDTH, self.slots // 2)
         self._clock = clock
         self._live: dict[int, _Live] = {}
         self._settled: list[TokenEvent] = []
@@ -100,8 +101,7 @@ class BatchingRunner:
         Raises: torch.AcceleratorError: the device is in an unknown state, and with it this process.
         """
         events, self._settled = self._settled, []
-        width = max(FAIR_WIDTH, self.slots // 2)
-        plan = self._scheduler.plan(prompt_tokens=self._pace.prompt_tokens(self._any_ready()), width=width)
+        plan = self._scheduler.plan(prompt_tokens=self._prompt_tokens(), width=self._width)
         events += [TokenEvent(answer.number, cached_tokens=answer.reused) for answer in plan.begun]
         for copy in plan.copies:
             self._rows.cache.copy(copy.source, copy.target, copy.count)
@@ -109,8 +109,12 @@ class BatchingRunner:
             events += self._compute(plan)
         exchange(events)
 
-    def _any_ready(self) -> bool:
-        return any(answer.left == 1 for answer in self._scheduler.running)
+    def _prompt_tokens(self) -> int:
+        ready = sum(answer.left == 1 for answer in self._scheduler.running)
+        if self._scheduler.tenants > 1:
+            # The streams of others do not pay for one who sends many requests at once.
+            return self._pace.prompt_tokens(min(ready, self._width))
+        return self._pace.prompt_tokens(ready, self._scheduler.starting)
 
     def _compute(self, plan: Plan) -> list[TokenEvent]:
         before = self._clock()
@@ -183,42 +187,52 @@ def _piece(work: Work) -> Piece:
 
 
 class Pace:
-    """Measures steps, to say how much of a prompt a step can hold before those who stream notice."""
+    """Measures steps, to say how much of a prompt a step can hold before those who stream notice.
+
+    A step takes so long at least, and so much longer for each of its tokens, whether of prompts or of answers: a line
+    through the steps so far, by least squares, of which old ones count less and less.
+    """
 
     MOST = 512
     LEAST = 16
-    STRETCH = 1.2
+    FIRST = 64
+    """While nothing is known."""
+    STRETCH = 1.0
     """A step with a piece of prompt in it may take this much longer than without."""
-    NEWEST = 0.2
-    """Share of the newest step in the running means."""
+    CROWD = 4.0
+    """As many times more, where so many more wait for their first token than for the next one."""
+    NEWEST = 0.1
+    """What the newest step counts."""
 
     def __init__(self) -> None:
-        self._decode_seconds: float | None = None
-        """Of a step that only makes tokens."""
-        self._prompt_seconds: float | None = None
-        """Of one token of a prompt, added to a step."""
+        self._tokens, self._seconds = 0.0, 0.0
+        """Means over the steps."""
+        self._variance, self._covariance = 0.0, 0.0
+        self._steps = 0
 
-    def prompt_tokens(self, others_wait: bool) -> int:
+    def prompt_tokens(self, ready: int, starting: int = 0) -> int:
         """Return how many tokens of prompts the next step may hold.
 
-        Args: others_wait: whether answers are ready for their next token.
+        Args:
+            ready: answers that wait for their next token.
+            starting: answers that wait for their first one; where these are the more, they get more of the step.
         """
-        if not others_wait:
+        if not ready:
             return self.MOST
-        if self._decode_seconds is None or self._prompt_seconds is None:
-            return 4 * self.LEAST
-        fitting = int(self.STRETCH * self._decode_seconds / self._prompt_seconds)
-        return min(max(fitting, self.LEAST), self.MOST)
+        if self._covariance <= 0:
+            return self.FIRST
+        each = self._covariance / self._variance
+        without = max(self._seconds + each * (ready - self._tokens), each * ready)
+        crowd = min(max(1.0, starting / ready), self.CROWD)
+        return min(max(int(crowd * self.STRETCH * without / each), self.LEAST), self.MOST)
 
     def see(self, work: Sequence[Work], seconds: float) -> None:
         """Take note of how long a step took."""
-        singles = sum(each.count == 1 for each in work)
-        tokens = sum(each.count for each in work) - singles
-        if not tokens:
-            self._decode_seconds = self._mean(self._decode_seconds, seconds)
-        elif not singles or self._decode_seconds is not None:
-            beside = (self._decode_seconds or 0.0) if singles else 0.0
-            self._prompt_seconds = self._mean(self._prompt_seconds, max(seconds - beside, 0.05 * seconds) / tokens)
-
-    def _mean(self, before: float | None, newest: float) -> float:
-        return newest if before is None else before + self.NEWEST * (newest - before)
+        self._steps += 1
+        newest = max(self.NEWEST, 1 / self._steps)
+        more = sum(each.count for each in work) - self._tokens
+        longer = seconds - self._seconds
+        self._tokens += newest * more
+        self._seconds += newest * longer
+        self._variance = (1 - newest) * (self._variance + newest * more * more)
+        self._covariance = (1 - newest) * (self._covariance + newest * more * longer)

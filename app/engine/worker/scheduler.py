@@ -8,7 +8,7 @@ the tokens computed for it, the least goes first, and a tenant that comes back s
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
@@ -18,6 +18,8 @@ SHARED_LEAST = 32
 """Waiting for another sequence to compute a shared beginning pays from this many tokens on."""
 CHUNK_LEAST = 16
 """A smaller piece of a long prompt is not worth a place in a step."""
+PROMPT_EVERY = 3
+"""In every so many steps a tenant has its next prompts computed while another one makes fewer tokens in a step."""
 
 
 @dataclass(slots=True)
@@ -60,6 +62,18 @@ class Scheduler:
         return number in self._sequences
 
     @property
+    def tenants(self) -> int:
+        """How many tenants have sequences."""
+        return len(self._virtual)
+
+    @property
+    def starting(self) -> int:
+        """How many sequences have a row, or could get a free one, and not all of their prompt computed."""
+        unfinished = sum(s.left > 1 for s in self.running)
+        free = sum(row.holder is None for row in self._rows)
+        return unfinished + min(free, sum(map(len, self._waiting.values())))
+
+    @property
     def running(self) -> list[Sequence]:
         """The sequences that have rows, by row."""
         return [row.holder for row in self._rows if row.holder is not None]
@@ -93,13 +107,17 @@ class Scheduler:
 
         Args:
             prompt_tokens: how many tokens of unfinished prompts the step may hold beside the single ones, >= 1.
-            width: with several tenants running, at most so many single tokens; None is no limit.
+            width: at most so many single tokens where one tenant has many and another few; None is no limit.
         """
         self._step += 1
         copies, begun = self._admit()
-        singles = self._pick([s for s in self.running if s.left == 1], width)
-        work = [Work(sequence, 1) for sequence in sorted(singles, key=lambda s: s.row or 0)]
-        work += self._pieces(prompt_tokens)
+        lines = self._ready()
+        least = min((len(lines.get(tenant, ())) for tenant in self._held()), default=0)
+        ahead = {tenant for tenant, line in lines.items() if len(line) > least}
+        # Where all have more than an equal share, a shorter step would only make all of them wait for their turns.
+        shorter = width is not None and ahead and least * len(lines) <= width
+        work = [Work(sequence, 1) for sequence in sorted(self._pick(lines, width if shorter else None), key=_by_row)]
+        work += self._pieces(prompt_tokens, ahead if self._step % PROMPT_EVERY else ())
         return Plan(work, copies, begun)
 
     def computed(self, work: Iterable[Work]) -> None:
@@ -111,24 +129,27 @@ class Scheduler:
             if sequence.tenant in self._virtual:
                 self._virtual[sequence.tenant] += piece.count
 
-    def _pick(self, singles: list[Sequence], width: int | None) -> list[Sequence]:
-        """Choose who makes a token: all, or a fair share of each tenant where one has so many that others wait."""
+    def _ready(self) -> dict[str, deque[Sequence]]:
+        """The sequences that can make a token, by tenant; who has waited longest first."""
         lines: dict[str, deque[Sequence]] = {}
-        for sequence in sorted(singles, key=lambda s: s.served):
+        for sequence in sorted((s for s in self.running if s.left == 1), key=lambda s: s.served):
             lines.setdefault(sequence.tenant, deque()).append(sequence)
-        # Where every tenant has more than an equal share of a shorter step, all would only wait for their turns.
-        if width is None or len(singles) <= width or len(lines) * min(map(len, lines.values())) > width:
-            return singles
+        return lines
+
+    def _pick(self, lines: Mapping[str, deque[Sequence]], width: int | None) -> list[Sequence]:
+        """Choose who makes a token: of each tenant in turn, as many as fit; all where there is no limit."""
+        ready = sum(map(len, lines.values()))
+        places = ready if width is None else min(width, ready)
         chosen: list[Sequence] = []
-        while len(chosen) < width:
+        while len(chosen) < places:
             for line in lines.values():
-                if line and len(chosen) < width:
+                if line and len(chosen) < places:
                     chosen.append(line.popleft())
         return chosen
 
-    def _pieces(self, budget: int) -> Iterator[Work]:
+    def _pieces(self, budget: int, held_back: Collection[str]) -> Iterator[Work]:
         """Deal the budget for prompts to those who are behind, a whole rest at a time where it fits."""
-        unfinished = [sequence for sequence in self.running if sequence.left > 1]
+        unfinished = [s for s in self.running if s.left > 1 and s.tenant not in held_back]
         for sequence in sorted(unfinished, key=lambda s: (self._virtual[s.tenant], s.number)):
             yield Work(sequence, min(sequence.left, budget))
             budget -= sequence.left
@@ -241,6 +262,10 @@ class Scheduler:
     def _drop_empty_line(self, tenant: str) -> None:
         if not self._waiting[tenant]:
             del self._waiting[tenant]
+
+
+def _by_row(sequence: Sequence) -> int:
+    return -1 if sequence.row is None else sequence.row
 
 
 def common_length(one: Tokens[int], other: Tokens[int]) -> int:

@@ -278,17 +278,30 @@ def _work(*counts: int) -> list[Work]:
     return [Work(Answer(n, "", [0] * count, count), count) for n, count in enumerate(counts)]
 
 
-def test_the_pace_holds_prompts_to_what_streams_can_bear():
-    """All that fits while nobody streams; beside a stream so much that a step takes about twice as long."""
+def _measured() -> Pace:
+    """A step of one token takes 29 ms, and each token more another one."""
     pace = Pace()
-    assert (Pace.MOST, 64) == (pace.prompt_tokens(others_wait=False), pace.prompt_tokens(others_wait=True))
     for _ in range(50):
         pace.see(_work(1, 1), 0.030)
         pace.see(_work(1, 1, 100), 0.130)
-    assert (36, Pace.MOST) == (pace.prompt_tokens(others_wait=True), pace.prompt_tokens(others_wait=False))
+    return pace
+
+
+def test_the_pace_holds_prompts_to_what_streams_can_bear():
+    """All that fits while nobody streams; beside a stream so much that a step takes about twice as long."""
+    pace = _measured()
+    assert (Pace.MOST, Pace.FIRST) == (Pace().prompt_tokens(ready=0), Pace().prompt_tokens(ready=1))
+    assert (Pace.MOST, 29, 49) == tuple(pace.prompt_tokens(ready) for ready in (0, 1, 21))
     for _ in range(50):
         pace.see(_work(1, 100), 9.0)
-    assert Pace.LEAST == pace.prompt_tokens(others_wait=True)
+        pace.see(_work(1), 0.01)
+    assert Pace.LEAST == pace.prompt_tokens(ready=1)
+
+
+def test_where_more_wait_for_their_first_token_prompts_get_more_of_a_step():
+    """As many times more as there are more of them, up to a bound; fewer do not get less."""
+    pace = _measured()
+    assert [29, 29, 58, 116, 116] == [pace.prompt_tokens(1, starting) for starting in (0, 1, 2, 4, 30)]
 
 
 class AnyOrder(RuleBasedStateMachine):

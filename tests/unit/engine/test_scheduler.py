@@ -150,6 +150,50 @@ def test_tenants_with_as_much_to_do_each_are_not_made_to_take_turns():
     assert [answer.number for answer in answers] == sorted(numbers_in(machine.step(width=4)))
 
 
+def test_the_next_prompts_of_who_streams_more_take_one_step_in_three():
+    """A step with a prompt in it is longer; two of three pass without one for the tenant with fewer streams."""
+    machine = Machine(rows=4)
+    first, second, other = machine.add([1]), machine.add([2]), machine.add([3], "b")
+    machine.step()
+    long = machine.add(list(range(64)))
+
+    for _ in range(11):
+        machine.step(prompt_tokens=16)
+    assert (12, 12, 12) == tuple(len(each.tokens) - each.prompt_tokens for each in (first, second, other))
+    assert 64 == long.computed
+    machine.remove(other.number)
+    late = machine.add(list(range(100, 164)))
+    for _ in range(4):
+        machine.step(prompt_tokens=16)
+    assert 64 == late.computed
+
+
+def test_who_has_no_stream_yet_hardly_waits_for_the_prompts_of_others():
+    """The first prompt of a tenant gets the budget of two steps in three, and the other's streams go on."""
+    machine = Machine(rows=8)
+    streams = [machine.add([number]) for number in range(4)]
+    machine.step()
+    mine, prompt = machine.add(list(range(64)), "b"), machine.add(list(range(100, 164)))
+
+    for _ in range(4):
+        machine.step(prompt_tokens=16)
+
+    assert (48, 16) == (mine.computed, prompt.computed)
+    assert [5] * 4 == [len(each.tokens) - each.prompt_tokens for each in streams]
+
+
+def test_starting_counts_who_has_no_token_and_could_have_a_row():
+    """Unfinished prompts in rows, and as many from the line as rows are free."""
+    machine = Machine(rows=3, reuse=False)
+    for _ in range(5):
+        machine.add([1] * 20)
+    assert 3 == machine.scheduler.starting
+    machine.step(prompt_tokens=20)
+    assert 2 == machine.scheduler.starting
+    machine.step(prompt_tokens=40)
+    assert 0 == machine.scheduler.starting
+
+
 def test_the_line_costs_nothing_while_no_row_is_free(monkeypatch: pytest.MonkeyPatch):
     """Who waits is compared with what the rows hold only once one can be had."""
     machine = Machine(rows=1)
