@@ -6,6 +6,7 @@ Decides when an ask counts as begun and what one lost answer means for the other
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import TypeVar
 
 from app.engine.base import Chunk, Engine
@@ -62,7 +63,7 @@ class Answers:
             if delta.index not in admitted:
                 admitted.add(delta.index)
                 if len(admitted) == len(self._ids):
-                    yield started
+                    yield replace(started, cached=self._meter.cached)
             if len(admitted) == len(self._ids):
                 for each in early:
                     yield each

@@ -105,6 +105,8 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
     """One for each of `token_ids` where the request asked for them; none for an end token."""
     cached_tokens: int = 0
     """In the first event: prompt tokens that did not have to be computed again."""
+    end_token: int | None = None
+    """Which end token the model made."""
 
 
 class Step(msgspec.Struct, tag=True, frozen=True, array_like=True):
