@@ -40,6 +40,8 @@ class EngineInfo:
     parameters: int
     unsupported: tuple[str, ...] = ()
     """Fields of `Params` that this engine cannot honour; a request that sets one is refused, never half served."""
+    recommended: tuple[tuple[str, float], ...] = ()
+    """Sampling settings that the model's own files recommend, by the names of `Params`."""
 
 
 @dataclass(frozen=True, slots=True)

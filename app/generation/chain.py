@@ -90,9 +90,11 @@ class EnginePipeline(HuggingFacePipeline):
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
         call = self.call(stop, kwargs)
-        # A thread: a long prompt would hold up every other request of the event loop.
-        encoded = call.prompt_ids or await asyncio.to_thread(self.engine.tokenizer.encode_text, prompt)
-        async with aclosing(self.chunks(encoded, call)) as chunks:
+        prompt_ids = call.prompt_ids
+        if prompt_ids is None:
+            # A thread: a long prompt would hold up every other request of the event loop.
+            prompt_ids = tuple(await asyncio.to_thread(self.engine.tokenizer.encode_text, prompt))
+        async with aclosing(self.chunks(prompt_ids, call)) as chunks:
             async for chunk in chunks:
                 info = chunk_info(chunk, self.model_id, self.engine)
                 generation = GenerationChunk(text=chunk.text, generation_info=info)

@@ -65,7 +65,7 @@ async def fit_text(
     if prompt_ids is None:
         prompt_ids = await asyncio.to_thread(tokenizer.encode_text, prompt)
     if not prompt_ids:
-        raise InvalidRequest("The prompt holds no token for this model.")
+        raise InvalidRequest.of_field("prompt", "holds no token for this model")
     return len(prompt_ids), room.max_tokens(len(prompt_ids))
 
 

@@ -82,6 +82,8 @@ class Ready(msgspec.Struct, tag=True, frozen=True, array_like=True):
     parameters: int
     unsupported: tuple[str, ...] = ()
     """Fields of `Params` that this runner cannot honour; a request that sets one is refused."""
+    recommended: tuple[tuple[str, float], ...] = ()
+    """Sampling settings that the model's own files recommend, by the names of `Params`."""
 
 
 class LoadFailed(msgspec.Struct, tag=True, frozen=True, array_like=True):
