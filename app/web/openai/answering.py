@@ -10,16 +10,10 @@ from starlette.responses import Response
 
 from app.errors import ShuttingDown
 from app.generation.asks import Event, Reply
-from app.web.openai.errors import ErrorReply
 from app.web.openai.fields import Served
 from app.web.openai.objects import Head, fingerprint
 from app.web.openai.streams import ChunkStream, is_cut_short
 from app.web.sse import EventStream, begin, whole
-
-ERRORS: dict[int | str, dict[str, Any]] = {
-    "default": {"model": ErrorReply, "description": "Any error; `code` says which, and `param` names the field."}
-}
-"""Named so that FastAPI does not add a 422 of its own, which no route answers."""
 
 
 def head(prefix: str, served: Served, *, service_tier: str | None = None) -> Head:

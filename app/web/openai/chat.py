@@ -12,12 +12,14 @@ from app.types import Message, Role
 from app.web.bodies import LimitedRoute, StrictModel
 from app.web.chat import MAX_MESSAGES
 from app.web.deps import Call, CallDep, PartsDep, note_end_user
-from app.web.openai.answering import ERRORS, head, respond
+from app.web.openai.answering import head, respond
+from app.web.openai.errors import document
 from app.web.openai.fields import OpenAIFields, Served, is_deterministic
 from app.web.openai.objects import Head, chat_logprobs, ending_fields
 from app.web.openai.streams import ChatChoices, ChunkStream
 from app.web.openai.values import Metadata, Only
 from app.web.params import SessionId, TokenCount, check_length
+from app.web.replies import GENERATION_ERRORS
 
 router = APIRouter(prefix="/v1", tags=["openai"], route_class=LimitedRoute)
 
@@ -166,7 +168,7 @@ def _choice(index: int, completion: Completion, scored: bool) -> dict[str, Any]:
     }
 
 
-@router.post("/chat/completions", responses=ERRORS)
+@router.post("/chat/completions", responses=document(*GENERATION_ERRORS))
 async def chat_completions(
     body: ChatCompletionRequest,
     request: Request,

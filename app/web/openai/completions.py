@@ -12,12 +12,14 @@ from app.generation.batch import answer_as_one
 from app.web.batch import MAX_PROMPTS
 from app.web.bodies import LimitedRoute
 from app.web.deps import Call, CallDep, PartsDep, note_end_user
-from app.web.openai.answering import ERRORS, head, respond
+from app.web.openai.answering import head, respond
+from app.web.openai.errors import document
 from app.web.openai.fields import OpenAIFields, Served, is_deterministic
 from app.web.openai.objects import Head, TextLogprobs, ending_fields
 from app.web.openai.streams import ChunkStream, TextChoices
 from app.web.openai.values import Only, Prompts
 from app.web.params import check_length
+from app.web.replies import GENERATION_ERRORS
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's own, for this route alone."""
@@ -76,7 +78,7 @@ def _choice(index: int, completion: Completion, echoed: str, scored: bool) -> di
     }
 
 
-@router.post("/completions", responses=ERRORS)
+@router.post("/completions", responses=document(*GENERATION_ERRORS))
 async def completions(body: CompletionRequest, request: Request, call: CallDep, parts: PartsDep) -> Response:
     """Go on with one or several prompts as OpenAI does, whole or, with `stream`, as chunks."""
     note_end_user(request, body.user)

@@ -45,7 +45,7 @@ def speaks(path: str) -> bool:
 
 def envelope(error: AppError, path: str) -> dict[str, Any]:
     """Render an error."""
-    kind, code = _names(error)
+    kind, code = _names(type(error), error.code, error.status)
     return ErrorReply(
         error=ErrorObject(message=error.message, type=kind, param=_param(error, path), code=code)
     ).model_dump()
@@ -56,12 +56,26 @@ def headers(error: AppError) -> dict[str, str]:
     return {"x-should-retry": "false"} if error.code == "quota_exceeded" else {}
 
 
-def _names(error: AppError) -> tuple[str, str]:
-    if isinstance(error, ContextLengthExceeded | PromptTooLong):
+def document(*kinds: type[AppError]) -> dict[int | str, dict[str, Any]]:
+    """Describe a route's errors for OpenAPI, from the classes themselves."""
+    described: dict[int | str, dict[str, Any]] = {}
+    for kind in kinds:
+        line = f"`{_names(kind, kind.code, kind.status)[1]}`: {(kind.__doc__ or '').strip()}"
+        before = described.get(kind.status)
+        text = f"{before['description']}\n\n{line}" if before else line
+        described[kind.status] = {"model": ErrorReply, "description": text}
+    # Named so that FastAPI does not add a 422 of its own, which no route answers.
+    described["default"] = {"model": ErrorReply, "description": "Any other error, in the same form."}
+    return described
+
+
+def _names(kind: type[AppError], code: str, status: int) -> tuple[str, str]:
+    """Return type and code here of an error of ours; a few have code and status of their own beside their class."""
+    if issubclass(kind, ContextLengthExceeded | PromptTooLong):
         return _INVALID, "context_length_exceeded"
-    if isinstance(error, ModelNotFound):
+    if issubclass(kind, ModelNotFound):
         return _INVALID, "model_not_found"
-    return _NAMES.get(error.code, (_INVALID if error.status < 500 else "server_error", error.code))
+    return _NAMES.get(code, (_INVALID if status < 500 else "server_error", code))
 
 
 def _param(error: AppError, path: str) -> str | None:

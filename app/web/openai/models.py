@@ -5,13 +5,14 @@ from typing import Any
 from fastapi import APIRouter
 
 from app.engine.base import Engine, EngineState
-from app.errors import EngineNotReady
+from app.errors import EngineNotReady, InternalError, ModelNotFound, RateLimited, Unauthorized
 from app.web.bodies import LimitedRoute
 from app.web.deps import Parts, PartsDep
-from app.web.openai.answering import ERRORS
+from app.web.openai.errors import document
 
 router = APIRouter(prefix="/v1/models", tags=["openai"], route_class=LimitedRoute)
 
+_ERRORS = document(Unauthorized, ModelNotFound, RateLimited, InternalError)
 _STATUS = {
     EngineState.LOADING: "loading",
     EngineState.READY: "loaded",
@@ -22,14 +23,14 @@ _STATUS = {
 """llama.cpp's words."""
 
 
-@router.get("", responses=ERRORS)
+@router.get("", responses=_ERRORS)
 async def models(parts: PartsDep) -> dict[str, Any]:
     """List the models."""
     return {"object": "list", "data": [_card(name, parts) for name in parts.engines.names]}
 
 
 # A model of the hub has a slash in its name.
-@router.get("/{model:path}", responses=ERRORS)
+@router.get("/{model:path}", responses=_ERRORS)
 async def model(model: str, parts: PartsDep) -> dict[str, Any]:
     """Describe one model."""
     parts.engines.find(model)
