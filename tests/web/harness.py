@@ -160,7 +160,7 @@ async def make_web(service: ScriptedService | None = None, **sections: dict[str,
 
 
 def is_envelope(response: httpx.Response) -> bool:
-    """Whether an answer is the error object of its path's dialect, whole and, as far as it tells one, of the right id."""
+    """Whether an answer is the error object of its path's dialect, whole and, where it tells one, of the right id."""
     body = response.json()
     if response.request.url.path.startswith(OPENAI_PATHS):
         return set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
