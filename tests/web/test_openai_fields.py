@@ -3,7 +3,9 @@
 The types are walked, so a newer package with a new field fails here and not at a user's.
 """
 
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -15,6 +17,8 @@ from openai.types.chat.chat_completion_stream_options_param import ChatCompletio
 
 from app.generation.asks import ChatAsk, CompletionAsk
 from app.types import Message, Role
+from app.web.openai.chat import ChatCompletionRequest
+from app.web.openai.completions import CompletionRequest
 from tests.web.harness import CHAT, GENERATE, MODEL, ScriptedService, make_web
 
 CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
@@ -125,6 +129,14 @@ def fields(path: str) -> dict[str, Any]:
 def test_every_field_of_the_package_is_known_here(path):
     """A field in no table is one that nobody has thought about."""
     assert set(fields(path)) == ASKED[path].keys() | ELSEWHERE[path] | REFUSED[path].keys()
+
+
+def test_the_table_for_users_names_every_field():
+    """In docs/openai.md, with our and vLLM's own."""
+    words = set(re.findall(r"`([a-z_]+)`", (Path(__file__).parents[2] / "docs" / "openai.md").read_text()))
+    ours = {name for model in (ChatCompletionRequest, CompletionRequest) for name in model.model_fields}
+
+    assert set() == (fields(CHATS).keys() | fields(TEXTS).keys() | ours) - words
 
 
 @pytest.mark.parametrize(
