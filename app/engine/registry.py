@@ -47,7 +47,7 @@ class EngineRegistry:
 
         Raises: ModelNotFound: no such model is loaded.
         """
-        engine = self._engines.get(model or self.default_name)
+        engine = self._engines.get(self.default_name if model is None else model)
         if engine is None:
             raise ModelNotFound("This model is not loaded; leave `model` out to use the one that is.")
         return engine

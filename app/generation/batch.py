@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from app.errors import EngineBusy
 from app.generation.answers import together
-from app.generation.asks import CompletionAsk, Event, Finished, Reply, collect
+from app.generation.asks import CompletionAsk, Delta, Event, Finished, Reply, Started, collect
 from app.types import Usage
 
 AT_ONCE = 16
@@ -49,10 +49,15 @@ async def answer_as_one(complete: Complete, asks: Sequence[CompletionAsk]) -> As
     async def in_turn(number: int) -> AsyncGenerator[Event, None]:
         async with places, aclosing(batch.events(asks[number])) as events:
             async for event in events:
-                if isinstance(event, Finished):
-                    finished[number] = event
-                else:
-                    yield replace(event, index=event.index + number * answers)
+                match event:
+                    case Started():
+                        # Of several prompts it is not known yet, so they count as made anew.
+                        cached = event.cached and len(asks) == 1
+                        yield replace(event, index=number * answers, cached=cached)
+                    case Delta():
+                        yield replace(event, index=event.index + number * answers)
+                    case Finished():
+                        finished[number] = event
 
     async with aclosing(together([in_turn(number) for number in range(len(asks))])) as events:
         async for event in events:

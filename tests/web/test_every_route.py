@@ -167,6 +167,17 @@ async def test_a_second_request_of_its_kind_is_answered_from_the_cache(start, ro
         assert "HIT" == second.headers["x-cache"]
 
 
+async def test_a_stream_of_several_prompts_claims_no_hit_that_it_cannot_know(start):
+    """The header goes out before all of them are looked up; one prompt is known."""
+    prompts = ["hello", ["hello", "world"], ["hello", "world"], "hello"]
+    async with start() as http:
+        replies = [
+            await http.post("/v1/completions", json={"prompt": prompt, "seed": 1, "stream": True}) for prompt in prompts
+        ]
+
+    assert ["MISS", "MISS", "MISS", "HIT"] == [reply.headers["x-cache"] for reply in replies]
+
+
 @every_stream
 async def test_too_many_requests_are_refused_with_their_headers(start, route, stream):
     async with start(rate_limit={"enabled": True, "requests_per_minute": 1, "burst_size": 2}) as http:

@@ -87,6 +87,7 @@ async def test_what_the_service_refuses_has_its_type_and_code(path, refusal, exp
         ("DELETE", "/v1/models", (405, "invalid_request_error", None, "method_not_allowed")),
         ("POST", "/v1/completions/x", (404, "invalid_request_error", None, "not_found")),
         ("GET", "/v1/chat/completions/chatcmpl-1", (404, "invalid_request_error", None, "not_found")),
+        ("GET", "/v1/models/", (404, "invalid_request_error", "model", "model_not_found")),
         ("GET", "/v1/models/x", (404, "invalid_request_error", "model", "model_not_found")),
     ],
 )
