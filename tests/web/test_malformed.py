@@ -71,6 +71,23 @@ async def test_wrong_fields_are_refused_by_name_without_echo(web, client, log_li
     assert [] == web.service.asks
 
 
+RIGHT_FOR_OPENAI = [("top_k", -1), ("stop", []), ("seed", -1), ("stream", None), ("ignore_eos", None), ("user", CANARY)]
+"""Wrong on the native routes only."""
+
+
+async def test_wrong_fields_are_refused_in_openais_dialect_too(web, client, log_lines, subtests):
+    for route in OPENAI_BODIES:
+        for field, value in WRONG_FIELDS:
+            if (field, value) in RIGHT_FOR_OPENAI:
+                continue
+            with subtests.test(f"{route} {field[:20]}={value!r:.20}"):
+                content = body(route, **{field: value})
+                reply = await client.post(route, content=content, headers={"Content-Type": JSON})
+                assert_refused(reply, log_lines)
+                assert "<" not in str(reply.json()["error"]["param"])
+    assert [] == web.service.asks
+
+
 async def test_wrong_types_are_refused_without_echo(web, client, log_lines, subtests):
     for route in EVERY_ROUTE:
         for headers in WRONG_TYPES:
