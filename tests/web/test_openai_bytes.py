@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from app.config import DeadlineConfig, ModelConfig
+from app.engine.local import LocalEngine
 from app.errors import EngineFailed
 from app.generation.asks import Sampling
 from app.types import FinishReason
@@ -136,6 +138,18 @@ async def test_a_model_of_the_hub_has_a_slash_in_its_name(client, web):
     web.engines._engines["google/gemma-2-2b-it"] = web.engines.default
 
     assert "google/gemma-2-2b-it" == (await client.get("/v1/models/google/gemma-2-2b-it")).json()["id"]
+
+
+async def test_a_model_that_still_loads_is_listed_and_its_requests_are_told_to_wait(web, client):
+    """Nothing is known of it yet but its name."""
+    web.engines._engines["slow"] = LocalEngine(ModelConfig(), DeadlineConfig())
+
+    card = (await client.get("/v1/models/slow")).json()
+    reply = await client.post(CHATS, json=body(CHATS, {"model": "slow"}))
+
+    assert ({"value": "loading", "failed": False}, None) == (card["status"], card["max_model_len"])
+    assert (503, "service_unavailable") == (reply.status_code, reply.json()["error"]["code"])
+    assert int(reply.headers["retry-after"]) >= 1
 
 
 @pytest.mark.parametrize(
