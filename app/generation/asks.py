@@ -68,6 +68,8 @@ class Started:
     model: str
     prompt: str | None = None
     """The prompt as the model sees it, after the input filter; None for a chat."""
+    prompt_tokens: int = 0
+    """How many the model sees."""
     index: int = 0
     """The first of the answers that it begins."""
     cached: bool = False
@@ -83,6 +85,8 @@ class Delta:
     """Which of the answers it goes on with."""
     tokens: tuple[AnswerToken, ...] = ()
     """The tokens that end in this piece, where log-probabilities are asked for; one without text may come alone."""
+    made: int = 0
+    """How many tokens the model has made for this answer since the piece before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -95,8 +95,9 @@ class GenerationService:
             answers = Answers(_ids(ask), engine, meter)
             calls = [replace(call, prompt_ids=prompt_ids) for call in self._calls(ask, engine, max_tokens, answers)]
             pieces = [self._chains[model].complete(prompt, call) for call in calls]
+            started = Started(model=model, prompt=prompt, prompt_tokens=prompt_tokens)
             try:
-                async with aclosing(answers.events(Started(model=model, prompt=prompt), pieces)) as events:
+                async with aclosing(answers.events(started, pieces)) as events:
                     async for event in events:
                         yield event
             finally:
@@ -127,9 +128,10 @@ class GenerationService:
                     replace(call, go_on=ask.go_on) for call in self._calls(ask, engine, window.max_tokens, answers)
                 ]
                 pieces = [self._chains[model].chat(system, window.conversation, call) for call in calls]
+                started = Started(model=model, prompt_tokens=window.prompt_tokens)
                 reply: list[str] = []
                 try:
-                    async with aclosing(answers.events(Started(model=model), pieces)) as events:
+                    async with aclosing(answers.events(started, pieces)) as events:
                         async for event in events:
                             if isinstance(event, Delta):
                                 reply.append(event.text)

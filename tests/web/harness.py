@@ -57,11 +57,11 @@ class ScriptedService:
     """The loop's time when the last answer was over."""
 
     async def complete(self, ask: CompletionAsk) -> AsyncGenerator[Event, None]:
-        async for event in self._play(ask, Started(model=MODEL, prompt=str(ask.prompt)), None):
+        async for event in self._play(ask, Started(model=MODEL, prompt=str(ask.prompt), prompt_tokens=3), None):
             yield event
 
     async def chat(self, ask: ChatAsk) -> AsyncGenerator[Event, None]:
-        async for event in self._play(ask, Started(model=MODEL), ask.session_id):
+        async for event in self._play(ask, Started(model=MODEL, prompt_tokens=3), ask.session_id):
             yield event
 
     async def _play(
@@ -78,7 +78,7 @@ class ScriptedService:
                 match step:
                     case str():
                         for index in range(ask.sampling.n):
-                            yield Delta(text=step, index=index, tokens=_tokens(step, ask.sampling.logprobs))
+                            yield Delta(text=step, index=index, tokens=_tokens(step, ask.sampling.logprobs), made=1)
                     case BaseException():
                         raise step
                     case _:

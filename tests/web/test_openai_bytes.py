@@ -18,6 +18,7 @@ from tests.web.harness import CHAT, GENERATE, MODEL, ScriptedService, make_web
 GOLDEN = Path(__file__).with_name("golden")
 CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
 USAGE = {"stream_options": {"include_usage": True}}
+ALWAYS = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
 SCORED = {CHATS: {"logprobs": True, "top_logprobs": 1}, TEXTS: {"logprobs": 1}}
 
 WHOLE = {
@@ -30,9 +31,11 @@ WHOLE = {
 STREAMS = {
     "chat_stream": (CHATS, {}),
     "chat_stream_usage": (CHATS, {"n": 2, **USAGE}),
+    "chat_stream_usage_always": (CHATS, ALWAYS),
     "chat_stream_scored": (CHATS, SCORED[CHATS]),
     "text_stream": (TEXTS, {}),
     "text_stream_usage": (TEXTS, {"n": 2, **USAGE}),
+    "text_stream_usage_always": (TEXTS, {"n": 2, "echo": True, **ALWAYS}),
     "text_stream_scored": (TEXTS, SCORED[TEXTS]),
     "text_stream_echo": (TEXTS, {"echo": True}),
 }

@@ -276,6 +276,11 @@ async def test_what_the_assistant_said_may_come_back_as_it_was_sent(web, client)
         (CHATS, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         (CHATS, {"stream_options": {"include_usage": True}}, "stream_options"),
         (CHATS, {"stream": True, "stream_options": {"include_x": True}}, "stream_options.include_x"),
+        (
+            CHATS,
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "stream_options.continuous_usage_stats",
+        ),
         (CHATS, {"continue_final_message": True}, "continue_final_message"),
         (CHATS, {"add_generation_prompt": False}, "add_generation_prompt"),
         (CHATS, {"metadata": {"a": 1}}, "metadata"),

@@ -15,7 +15,7 @@ from app.web.deps import Call, CallDep, PartsDep, note_end_user
 from app.web.openai.answering import head, respond
 from app.web.openai.errors import document
 from app.web.openai.fields import OpenAIFields, Served, is_deterministic
-from app.web.openai.objects import Head, chat_logprobs, ending_fields
+from app.web.openai.objects import Head, chat_logprobs, ending_fields, usage_object
 from app.web.openai.streams import ChatChoices, ChunkStream
 from app.web.openai.values import Metadata, Only
 from app.web.params import SessionId, TokenCount, check_length
@@ -155,7 +155,7 @@ _SESSION_ID: TypeAdapter[str] = TypeAdapter(SessionId)
 
 def _whole(reply: Reply, head: Head, body: ChatCompletionRequest) -> dict[str, Any]:
     choices = [_choice(index, each, bool(body.logprobs)) for index, each in enumerate(reply.completions)]
-    made = head.object("chat.completion", choices, reply.finished.usage)
+    made = head.object("chat.completion", choices, usage_object(reply.finished.usage))
     return made if body.metadata is None else {**made, "metadata": body.metadata}
 
 
@@ -182,7 +182,7 @@ async def chat_completions(
     ask = body.to_ask(call, served, x_session_id)
     about = head("chatcmpl", served, service_tier=body.service_tier and "default")
     choices = ChatChoices(ask.sampling)
-    chunks = ChunkStream(about, choices, answers=ask.sampling.n, include_usage=body.include_usage)
+    chunks = ChunkStream(about, choices, answers=ask.sampling.n, usage_told=body.usage_told)
     return await respond(
         request,
         parts.service.chat(ask),

@@ -15,7 +15,7 @@ from app.web.deps import Call, CallDep, PartsDep, note_end_user
 from app.web.openai.answering import head, respond
 from app.web.openai.errors import document
 from app.web.openai.fields import OpenAIFields, Served, is_deterministic
-from app.web.openai.objects import Head, TextLogprobs, ending_fields
+from app.web.openai.objects import Head, TextLogprobs, ending_fields, usage_object
 from app.web.openai.streams import ChunkStream, TextChoices
 from app.web.openai.values import Only, Prompts
 from app.web.params import check_length
@@ -66,7 +66,7 @@ def _whole(reply: Reply, head: Head, body: CompletionRequest) -> dict[str, Any]:
         _choice(index, completion, echoed[index] if echoed else "", body.logprobs is not None)
         for index, completion in enumerate(reply.completions)
     ]
-    return head.object("text_completion", choices, reply.finished.usage)
+    return head.object("text_completion", choices, usage_object(reply.finished.usage))
 
 
 def _choice(index: int, completion: Completion, echoed: str, scored: bool) -> dict[str, Any]:
@@ -86,7 +86,7 @@ async def completions(body: CompletionRequest, request: Request, call: CallDep, 
     asks = body.to_asks(call, served)
     about = head("cmpl", served)
     choices = TextChoices(asks[0].sampling, echo=bool(body.echo))
-    chunks = ChunkStream(about, choices, answers=asks[0].sampling.n, include_usage=body.include_usage)
+    chunks = ChunkStream(about, choices, answers=asks[0].sampling.n, usage_told=body.usage_told)
     return await respond(
         request,
         answer_as_one(parts.service.complete, asks),

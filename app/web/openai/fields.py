@@ -14,6 +14,7 @@ from app.errors import InvalidRequest
 from app.generation.asks import Sampling
 from app.web.bodies import StrictModel
 from app.web.deps import Parts
+from app.web.openai.streams import UsageTold
 from app.web.openai.values import Only
 from app.web.params import MAX_TOKENS, Answers, LogitBias, Penalty, StopText, TokenCount, TokenId, listed
 
@@ -28,6 +29,7 @@ class StreamOptions(StrictModel):
     """What a stream tells beside the text."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = Field(None, description="vLLM's: each chunk tells the tokens so far.")
     include_obfuscation: Annotated[Any, Only(False)] = None
 
 
@@ -57,14 +59,20 @@ class OpenAIFields(StrictModel):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
 
     @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with its usage."""
-        return bool(self.stream_options and self.stream_options.include_usage)
+    def usage_told(self) -> UsageTold:
+        """When a stream tells its usage."""
+        options = self.stream_options
+        if options is None or not options.include_usage:
+            return UsageTold.NEVER
+        return UsageTold.ALWAYS if options.continuous_usage_stats else UsageTold.AT_THE_END
 
     def check_stream_options(self) -> None:
-        """Raises: InvalidRequest: they are given, and the answer is no stream."""
-        if self.stream_options is not None and not self.stream:
+        """Raises: InvalidRequest: they are given, and the answer is no stream, or one needs another."""
+        options = self.stream_options
+        if options is not None and not self.stream:
             raise InvalidRequest.of_field("stream_options", "is only possible where stream is true")
+        if options is not None and options.continuous_usage_stats and not options.include_usage:
+            raise InvalidRequest.of_field("stream_options.continuous_usage_stats", "needs include_usage")
 
     def sampling(self, served: "Served", *, max_tokens: int | None, logprobs: int | None) -> Sampling:
         """Translate, with the defaults filled in."""

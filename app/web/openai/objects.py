@@ -32,26 +32,33 @@ class Head:
     service_tier: str | None = None
     """Named only where the request named one."""
 
-    def object(self, kind: str, choices: Sequence[dict[str, Any]], usage: Usage | None) -> dict[str, Any]:
-        """Put an object together; `usage` is null where None."""
+    def object(self, kind: str, choices: Sequence[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
+        """Put an object together."""
         made = {
             "id": self.id,
             "object": kind,
             "created": self.created,
             "model": self.model,
             "choices": list(choices),
-            "usage": None if usage is None else usage_object(usage),
+            "usage": usage,
             "system_fingerprint": self.system_fingerprint,
         }
         return made if self.service_tier is None else {**made, "service_tier": self.service_tier}
 
 
-def usage_object(usage: Usage) -> dict[str, Any]:
-    """All answers to a request share one prompt; the tokens of all count."""
+def tokens_object(usage: Usage) -> dict[str, Any]:
+    """Return the counts of what there is so far."""
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.total_tokens,
+    }
+
+
+def usage_object(usage: Usage) -> dict[str, Any]:
+    """Return the counts of a whole request; its answers share one prompt, and the tokens of all count."""
+    return {
+        **tokens_object(usage),
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
         "completion_tokens_details": {"reasoning_tokens": 0},
     }

@@ -1,17 +1,28 @@
 """OpenAI's streams: chunks without event names, errors as objects, and `[DONE]` at the end of either."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from dataclasses import replace
+from enum import Enum, auto
 from typing import Any, Protocol
 
 from app.errors import AppError, ShuttingDown
 from app.generation.asks import Delta, Ending, Event, Finished, Sampling, Started
 from app.types import FinishReason, Usage
 from app.web.openai import errors
-from app.web.openai.objects import Head, TextLogprobs, chat_logprobs, ending_fields
+from app.web.openai.objects import Head, TextLogprobs, chat_logprobs, ending_fields, tokens_object, usage_object
 from app.web.sse import frame
 
 DONE = b"data: [DONE]\n\n"
+
+
+class UsageTold(Enum):
+    """When a stream tells how many tokens there are."""
+
+    NEVER = auto()
+    AT_THE_END = auto()
+    """In one more chunk, without choices."""
+    ALWAYS = auto()
+    """There, and in every chunk those of its choice so far."""
 
 
 def is_cut_short(finished: Finished) -> bool:
@@ -39,41 +50,53 @@ class Choices(Protocol):
 class ChunkStream:
     """Writes a stream of chunks with one choice each; a `Dialect`."""
 
-    def __init__(self, head: Head, choices: Choices, *, answers: int, include_usage: bool) -> None:
-        """Args:
-        answers: choices that each prompt begins.
-        include_usage: one more chunk, without choices, tells the tokens.
-        """
+    def __init__(self, head: Head, choices: Choices, *, answers: int, usage_told: UsageTold) -> None:
+        """Args: answers: choices that each prompt begins."""
         self._head = head
         self._choices = choices
         self._answers = answers
-        self._include_usage = include_usage
+        self._usage_told = usage_told
+        self._so_far: dict[int, Usage] = {}
+        """Of each choice, with the tokens of its prompt."""
 
     def frames(self, event: Event) -> bytes:
         match event:
             case Started():
-                indexes = range(event.index, event.index + self._answers)
-                openings = [self._choices.opening(index, event) for index in indexes]
-                return b"".join(self._chunk([opening]) for opening in openings if opening is not None)
+                return self._begin(event)
             case Delta():
-                return self._chunk([self._choices.piece(event)])
+                so_far = self._so_far[event.index]
+                usage = replace(so_far, completion_tokens=so_far.completion_tokens + event.made)
+                self._so_far[event.index] = usage
+                return self._chunk(self._choices.piece(event), usage)
             case Finished():
                 return self._end(event)
 
     def failure(self, error: AppError) -> bytes:
         return frame(errors.envelope(error, self._choices.path)) + DONE
 
+    def _begin(self, started: Started) -> bytes:
+        chunks = []
+        for index in range(started.index, started.index + self._answers):
+            usage = self._so_far[index] = Usage(started.prompt_tokens, 0)
+            if (opening := self._choices.opening(index, started)) is not None:
+                chunks.append(self._chunk(opening, usage))
+        return b"".join(chunks)
+
     def _end(self, finished: Finished) -> bytes:
         if is_cut_short(finished):
             return self.failure(ShuttingDown())
-        chunks = [self._chunk([self._choices.closing(*each)]) for each in enumerate(finished.endings)]
-        if self._include_usage:
-            chunks.append(self._chunk([], finished.usage))
+        chunks = []
+        for index, ending in enumerate(finished.endings):
+            usage = replace(self._so_far[index], completion_tokens=ending.tokens)
+            chunks.append(self._chunk(self._choices.closing(index, ending), usage))
+        if self._usage_told is not UsageTold.NEVER:
+            chunks.append(frame(self._head.object(self._choices.kind, [], usage_object(finished.usage))))
         return b"".join((*chunks, DONE))
 
-    def _chunk(self, choices: Sequence[dict[str, Any]], usage: Usage | None = None) -> bytes:
-        made = self._head.object(self._choices.kind, choices, usage)
-        if not self._include_usage:
+    def _chunk(self, choice: dict[str, Any], so_far: Usage) -> bytes:
+        told = tokens_object(so_far) if self._usage_told is UsageTold.ALWAYS else None
+        made = self._head.object(self._choices.kind, [choice], told)
+        if self._usage_told is UsageTold.NEVER:
             del made["usage"]
         return frame(made)
 

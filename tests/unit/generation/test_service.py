@@ -242,9 +242,23 @@ async def test_what_began_and_what_ended_an_answer_is_told(make: Make) -> None:
     for cached in (False, True):
         ask = complete("one two three", sampling=Sampling(stop=("three", "two")))
         events = [event async for event in service.complete(ask)]
-        assert Started(model="echo", prompt="one two three", cached=cached) == events[0]
+        assert Started(model="echo", prompt="one two three", prompt_tokens=13, cached=cached) == events[0]
         assert isinstance(events[-1], Finished)
         assert ("two", cached) == (events[-1].endings[0].stopped_by, events[-1].cached)
+
+
+async def test_each_piece_tells_how_many_tokens_it_took(make: Make) -> None:
+    """Also those that the filter held back for a while: together they are what the last event counts."""
+    ask = complete("mail jane.doe@example.com or call", sampling=Sampling(n=2))
+
+    events = [event async for event in make(input_mode="mask").complete(ask)]
+
+    finished = events[-1]
+    assert isinstance(finished, Finished)
+    for index, ending in enumerate(finished.endings):
+        pieces = [event for event in events if isinstance(event, Delta) and event.index == index]
+        assert ending.tokens == sum(piece.made for piece in pieces)
+        assert all(piece.text for piece in pieces)
 
 
 async def test_blocked_personal_data_leaves_no_trace(make: Make) -> None:
