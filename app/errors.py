@@ -3,7 +3,7 @@
 `web/errors.py` alone knows how these look on the wire.
 
 AppError
-├── InvalidRequest            400  ├── ContextLengthExceeded  ├── PiiBlocked
+├── InvalidRequest            400  ├── ContextLengthExceeded  ├── PromptTooLong  ├── PiiBlocked
 ├── Unauthorized              401
 ├── NotFound                  404  ├── ModelNotFound  ├── SessionNotFound
 ├── PayloadTooLarge           413
@@ -60,6 +60,14 @@ class ContextLengthExceeded(InvalidRequest):
             f"but the model's context window holds {limit}. Shorten the prompt or lower max_tokens.",
             details={"prompt_tokens": prompt_tokens, "max_tokens": max_tokens, "limit": limit},
         )
+
+
+class PromptTooLong(InvalidRequest):
+    """More characters than the service reads, before any token is counted."""
+
+    def __init__(self, field: str, *, length: int, limit: int) -> None:
+        reason = f"has {length} characters; this service takes at most {limit}"
+        super().__init__(f"{field} {reason}", details={"errors": [{"field": field, "reason": reason}]})
 
 
 class PiiBlocked(InvalidRequest):

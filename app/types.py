@@ -10,6 +10,8 @@ class Role(StrEnum):
     SYSTEM = "system"
     USER = "user"
     ASSISTANT = "assistant"
+    TOOL = "tool"
+    """What a tool said that the assistant asked."""
 
 
 @dataclass(frozen=True, slots=True)

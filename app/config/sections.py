@@ -197,6 +197,13 @@ class PiiConfig(Section):
     """Country whose national phone numbers are recognised; international ones always are."""
 
 
+class OpenAIConfig(Section):
+    """What holds on OpenAI's routes only."""
+
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    """Temperature when a request names none; unset takes what the model's files recommend, else OpenAI's 1."""
+
+
 class LoggingConfig(Section):
     """One line for each event on standard error, and to a file if named."""
 
@@ -234,6 +241,7 @@ class Settings(BaseSettings):
     cache: CacheConfig = CacheConfig()
     chat_history: ChatHistoryConfig = ChatHistoryConfig()
     pii: PiiConfig = PiiConfig()
+    openai: OpenAIConfig = OpenAIConfig()
     logging: LoggingConfig = LoggingConfig()
     huggingface_token: Annotated[SecretStr | None, AfterValidator(_blank_is_unset)] = None
     """For gated models; also read from HF_TOKEN."""

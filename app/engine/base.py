@@ -40,6 +40,8 @@ class EngineInfo:
     parameters: int
     unsupported: tuple[str, ...] = ()
     """Fields of `Params` that this engine cannot honour; a request that sets one is refused, never half served."""
+    recommended: tuple[tuple[str, float], ...] = ()
+    """Sampling settings that the model's own files recommend, by the names of `Params`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,8 @@ class Chunk:
     text, in order."""
     token_ends: tuple[int, ...] = ()
     """For each of `logprobs` how many characters of `text` its token ends after."""
+    stopped_by: str | int | None = None
+    """In the last chunk: the stop string or the one of `stop_token_ids` that ended the answer."""
     cached: bool = False
     """Nothing was generated for this piece: it comes from another request's answer."""
 
@@ -103,8 +107,9 @@ class TextDecoder(Protocol):
 class Tokenizer(Protocol):
     """The model's own tokenizer; user text can never become a control token."""
 
-    def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Apply the chat template, ending where the assistant begins to speak.
+    def encode_chat(self, messages: Sequence[Message], *, go_on: bool = False) -> tuple[int, ...]:
+        """Apply the chat template, ending where the assistant begins to speak, or with `go_on` where the last message
+        breaks off.
 
         Raises: InvalidRequest: the model has no chat template, or the template refuses these messages.
         """

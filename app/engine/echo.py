@@ -15,14 +15,14 @@ from app.types import FinishReason, Message, Params, Role, TokenLogprob, Usage
 
 _CONTROL = 0x110000
 """Token ids from here on are control tokens: no character of a text can be one."""
-_TURN = {Role.SYSTEM: _CONTROL, Role.USER: _CONTROL + 1, Role.ASSISTANT: _CONTROL + 2}
+_TURN = {role: _CONTROL + number for number, role in enumerate(Role)}
 
 
 class EchoDecoder:
     """Token ids to characters; nothing is ever incomplete."""
 
     def feed(self, token_ids: Sequence[int]) -> str:
-        return "".join(chr(token_id) for token_id in token_ids if token_id < _CONTROL)
+        return _characters(token_ids)
 
     def finish(self) -> str:
         return ""
@@ -31,9 +31,9 @@ class EchoDecoder:
 class EchoTokenizer:
     """Characters to token ids, and one control token in front of each message."""
 
-    def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    def encode_chat(self, messages: Sequence[Message], *, go_on: bool = False) -> tuple[int, ...]:
         ids = [token_id for message in messages for token_id in (_TURN[message.role], *map(ord, message.content))]
-        return (*ids, _TURN[Role.ASSISTANT])
+        return tuple(ids) if go_on else (*ids, _TURN[Role.ASSISTANT])
 
     def encode_text(self, text: str) -> tuple[int, ...]:
         return tuple(map(ord, text))
@@ -128,7 +128,8 @@ class EchoEngine:
             reason = FinishReason.ABORT
         closing = int(sent == end_at < min(len(text), params.max_tokens))  # an end token counts, and is not shown
         usage = Usage(prompt_tokens=len(request.prompt_ids), completion_tokens=sent + closing)
-        yield Chunk(tokens=closing, finish_reason=reason, usage=usage)
+        stopped_by = _stopped_by(text, sent, end_at, params) if reason is FinishReason.STOP else None
+        yield Chunk(tokens=closing, finish_reason=reason, usage=usage, stopped_by=stopped_by)
 
 
 def _say(character: str, params: Params) -> Chunk:
@@ -137,6 +138,13 @@ def _say(character: str, params: Params) -> Chunk:
     certain = (ord(character), 0.0)
     token = TokenLogprob(*certain, top=(certain,) if params.logprobs else ())
     return Chunk(text=character, tokens=1, logprobs=(token,), token_ends=(1,))
+
+
+def _stopped_by(text: str, at: int, end_at: int, params: Params) -> str | int | None:
+    """Return which stop token or stop string begins where the answer ended; None where it ended by itself."""
+    if at == end_at:
+        return ord(text[at]) if at < len(text) and ord(text[at]) in params.stop_token_ids else None
+    return min((stop for stop in params.stop if text.startswith(stop, at)), key=len, default=None)
 
 
 def _places(text: str, wanted: Sequence[str], begin: int = 0) -> list[int]:
@@ -154,4 +162,10 @@ def _answer(prompt_ids: tuple[int, ...]) -> str:
     """Return the text after the last user mark, or the whole prompt where there is none."""
     starts = [index for index, token_id in enumerate(prompt_ids) if token_id == _TURN[Role.USER]]
     spoken = prompt_ids[starts[-1] + 1 :] if starts else prompt_ids
-    return "".join(chr(token_id) for token_id in spoken if token_id < _CONTROL)
+    return _characters(spoken)
+
+
+def _characters(token_ids: Sequence[int]) -> str:
+    """Return the text of tokens; one that stands for half of a surrogate pair is U+FFFD."""
+    text = "".join(chr(token_id) for token_id in token_ids if token_id < _CONTROL)
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

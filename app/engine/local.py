@@ -174,6 +174,7 @@ class LocalEngine:
             vocab_size=ready.vocab_size,
             parameters=ready.parameters,
             unsupported=ready.unsupported,
+            recommended=ready.recommended,
         )
 
     def on_event(self, event: TokenEvent) -> None:

@@ -5,6 +5,7 @@ until it ends, so that a shutdown can wait for them and then end those that are 
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -18,6 +19,8 @@ class EngineRegistry:
     def __init__(self, engines: dict[str, Engine]) -> None:
         """Args: engines: by model name; the first serves requests that name no model."""
         self._engines = engines
+        self.since = int(time.time())
+        """When they were put together, in seconds since 1970."""
         self._live: dict[str, Engine] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -34,6 +37,21 @@ class EngineRegistry:
     def default_name(self) -> str:
         return next(iter(self._engines))
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all models, the default one first."""
+        return tuple(self._engines)
+
+    def find(self, model: str | None) -> Engine:
+        """Return the engine of a model, or the default one for None.
+
+        Raises: ModelNotFound: no such model is loaded.
+        """
+        engine = self._engines.get(self.default_name if model is None else model)
+        if engine is None:
+            raise ModelNotFound("This model is not loaded; leave `model` out to use the one that is.")
+        return engine
+
     @asynccontextmanager
     async def lease(self, model: str | None, request_id: str) -> AsyncIterator[Engine]:
         """Hold an engine for one request, and free its place when the request ends in whatever way.
@@ -44,9 +62,7 @@ class EngineRegistry:
         """
         if self.draining:
             raise ShuttingDown()
-        engine = self._engines.get(model or self.default_name)
-        if engine is None:
-            raise ModelNotFound("This model is not loaded; leave `model` out to use the one that is.")
+        engine = self.find(model)
         self._live[request_id] = engine
         self._idle.clear()
         try:

@@ -41,6 +41,7 @@ class Ticket:
         self._stops = StopBuffer(request.params.stop)
         self._spans = TokenSpans()
         self._cached_tokens = 0
+        self._end_token: int | None = None
         self._deadlines = deadlines
         self._last_moment = self._loop.time() + deadlines.total_seconds
         self._on_settled = on_settled
@@ -70,6 +71,7 @@ class Ticket:
             self.fail(EngineFailed(event.error))
         elif event.finish is not None:
             self.completion_tokens += event.finish == "stop"
+            self._end_token = event.end_token
             self.end(_FINISH[event.finish])
 
     def end(self, reason: FinishReason) -> None:
@@ -110,8 +112,15 @@ class Ticket:
                     usage=Usage(len(self.request.prompt_ids), made, self._cached_tokens),
                     logprobs=logprobs,
                     token_ends=ends,
+                    stopped_by=self._stopped_by(),
                 )
                 return
+
+    def _stopped_by(self) -> str | int | None:
+        """Return which of the request's own stop strings and tokens ended the answer."""
+        if self._stops.matched is not None:
+            return self._stops.matched
+        return self._end_token if self._end_token in self.request.params.stop_token_ids else None
 
     def _take(self, token_id: int, logprob: TokenLogprob | None) -> bool:
         """Add a token and return whether the answer goes on after it."""

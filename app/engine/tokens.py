@@ -29,6 +29,9 @@ REMEMBERED_SECONDS = 60.0
 
 _PROBE = "Be brief."
 
+_Chat = tuple[tuple[Message, ...], bool]
+"""A conversation, and whether its last message is to be continued."""
+
 
 class HfTokenizer:
     """A Hugging Face fast tokenizer, safe to use from several threads.
@@ -44,11 +47,16 @@ class HfTokenizer:
         """
         self._chat = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
         self._chat_lock = threading.Lock()
-        self._known: TTLCache[tuple[Message, ...] | str, tuple[int, ...]] = TTLCache(REMEMBERED, REMEMBERED_SECONDS)
+        self._known: TTLCache[_Chat | str, tuple[int, ...]] = TTLCache(REMEMBERED, REMEMBERED_SECONDS)
         self._known_lock = threading.Lock()
         """For look-ups only, so that what is known never waits for what is being encoded."""
         self._template = _template_of(self._chat)
-        self._folds_system = self._template is not None and not self._shows_system()
+        self._folds_system = self._template is not None and not self._shows(
+            Message(Role.SYSTEM, _PROBE), Message(Role.USER, "Hello")
+        )
+        self._shows_tools = self._template is not None and self._shows(
+            Message(Role.USER, "Hello"), Message(Role.ASSISTANT, "Well"), Message(Role.TOOL, _PROBE)
+        )
         backend = str(self._chat.backend_tokenizer.to_str())
         control = _control_ids(self._chat, self._template or "")
         self._text = _plain_text_copy(backend, control)
@@ -58,16 +66,18 @@ class HfTokenizer:
         self._anchor = tuple(self._text.encode("a", add_special_tokens=False).ids)
         self._piece = piece_reader(self._decoding, list(self._anchor))
 
-    def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Apply the chat template, ending where the assistant begins to speak.
+    def encode_chat(self, messages: Sequence[Message], *, go_on: bool = False) -> tuple[int, ...]:
+        """Apply the chat template, ending where the assistant begins to speak, or with `go_on` where the last message
+        breaks off.
 
-        A template without a system role gets the system text in front of the next user message.
+        A template without a system role gets the system text in front of the next user message, and one without a
+        tool role gets what tools said as the user's words.
 
         Raises: InvalidRequest: the model has no chat template, or the template refuses these messages.
         """
         if self._template is None:
             raise InvalidRequest("This model has no chat template. Send a plain prompt to /v1/generate.")
-        return self._remembered(tuple(messages), self._apply_template)
+        return self._remembered((tuple(messages), go_on), self._apply_template)
 
     def encode_text(self, text: str) -> tuple[int, ...]:
         """Encode a raw prompt with the tokens that the tokenizer puts in front of every text.
@@ -107,13 +117,17 @@ class HfTokenizer:
             raise InvalidRequest("The prompt holds a control token of the model that cannot be sent as text.")
         return (*self._prefix, *ids)
 
-    def _apply_template(self, messages: tuple[Message, ...]) -> tuple[int, ...]:
-        turns = _fold_system(messages) if self._folds_system else messages
+    def _apply_template(self, chat: _Chat) -> tuple[int, ...]:
+        messages, go_on = chat
+        turns: Sequence[Message] = _fold_system(messages) if self._folds_system else messages
+        if not self._shows_tools and any(message.role is Role.TOOL for message in turns):
+            turns = _fold_tools(turns)
         try:
             with self._chat_lock:
                 ids = self._chat.apply_chat_template(
                     _as_dicts(turns),
-                    add_generation_prompt=True,
+                    add_generation_prompt=not go_on,
+                    continue_final_message=go_on,
                     tokenize=True,
                     sanitize_control_tokens=True,
                     return_dict=False,
@@ -126,12 +140,10 @@ class HfTokenizer:
             ) from None
         return tuple(ids)
 
-    def _shows_system(self) -> bool:
-        """Ask the template by a dry run: some refuse a system message, some leave it out without a word."""
+    def _shows(self, *messages: Message) -> bool:
+        """Ask the template by a dry run: some refuse a role, some leave it out without a word."""
         try:
-            shown = self._chat.apply_chat_template(
-                _as_dicts((Message(Role.SYSTEM, _PROBE), Message(Role.USER, "Hello"))), tokenize=False
-            )
+            shown = self._chat.apply_chat_template(_as_dicts(messages), tokenize=False)
         except (TemplateError, ValueError, TypeError):
             return False
         return _PROBE in str(shown)
@@ -237,6 +249,19 @@ def _fold_system(messages: Iterable[Message]) -> list[Message]:
         turns.append(message)
     if waiting:
         turns.append(Message(Role.USER, "\n\n".join(waiting)))
+    return turns
+
+
+def _fold_tools(messages: Iterable[Message]) -> list[Message]:
+    """Let the user say what tools said, as one message where two would come together: most templates want turns."""
+    turns: list[Message] = []
+    folding = False
+    for message in messages:
+        folded, folding = folding, message.role is Role.TOOL
+        spoken = Message(Role.USER, message.content) if folding else message
+        if turns and spoken.role is turns[-1].role is Role.USER and (folded or folding):
+            spoken = Message(Role.USER, f"{turns.pop().content}\n\n{spoken.content}")
+        turns.append(spoken)
     return turns
 
 

@@ -6,6 +6,7 @@ Decides when an ask counts as begun and what one lost answer means for the other
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import TypeVar
 
 from app.engine.base import Chunk, Engine
@@ -27,6 +28,8 @@ class Answers:
         self._meter = meter
         self._logprobs: list[list[TokenLogprob]] = [[] for _ in ids]
         """Of each answer, those that no event has told yet."""
+        self._made = [0] * len(ids)
+        """Tokens of each answer that no event has told yet."""
         self._opened: list[AsyncGenerator[Chunk, None]] = []
 
     def opened(self, stream: AsyncGenerator[Chunk, None]) -> None:
@@ -37,6 +40,7 @@ class Answers:
         """Take in what a chain cannot hand on: it comes just before the chunk's text."""
         self._meter.see(index, chunk)
         self._logprobs[index].extend(chunk.logprobs)
+        self._made[index] += chunk.tokens
 
     async def events(self, started: Started, texts: Sequence[AsyncGenerator[str, None]]) -> AsyncGenerator[Event, None]:
         """Yield what the chains say; the first text of each, an empty one, says that the engine took it.
@@ -57,12 +61,12 @@ class Answers:
         admitted: set[int] = set()
         early: list[Delta] = []
         async for delta in deltas:
-            if delta.text or delta.tokens:
+            if _tells(delta):
                 early.append(delta)
             if delta.index not in admitted:
                 admitted.add(delta.index)
                 if len(admitted) == len(self._ids):
-                    yield started
+                    yield replace(started, cached=self._meter.cached)
             if len(admitted) == len(self._ids):
                 for each in early:
                     yield each
@@ -75,13 +79,21 @@ class Answers:
             async for text in texts:
                 logprobs, self._logprobs[index] = self._logprobs[index], []
                 tokens = spell(logprobs, self._engine.tokenizer) if logprobs else ()
-                yield Delta(text=text, index=index, tokens=tokens)
+                delta = Delta(text=text, index=index, tokens=tokens, made=self._made[index])
+                if _tells(delta):
+                    self._made[index] = 0
+                yield delta
 
     async def _end_with(self, index: int) -> None:
         """End all answers if this one was ended from outside: the ask has one fate."""
         if len(self._ids) > 1 and self._meter.last[index].finish_reason is FinishReason.ABORT:
             for request_id in self._ids:
                 await self._engine.abort(request_id)
+
+
+def _tells(delta: Delta) -> bool:
+    """Whether it says anything; while an answer is held back, there are some that do not."""
+    return bool(delta.text or delta.tokens)
 
 
 async def together(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:

@@ -25,7 +25,8 @@ class CompletionAsk:
     id: str
     """The request id, also the engine's; unique among live requests.  Further answers get ids made from it."""
     caller: Principal
-    prompt: str
+    prompt: str | tuple[int, ...]
+    """A text, or tokens of the model."""
     sampling: Sampling = Sampling()
     model: str | None = None
     cache: bool = True
@@ -38,7 +39,9 @@ class ChatAsk:
     id: str
     caller: Principal
     messages: tuple[Message, ...]
-    """At least one; the last is the user's."""
+    """At least one; in a session the last is the user's."""
+    go_on: bool = False
+    """Continue the last message, which is the assistant's, where it breaks off."""
     session_id: str | None = None
     sampling: Sampling = Sampling()
     model: str | None = None
@@ -60,11 +63,17 @@ class Context:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """The request is valid and admitted; always the first event."""
+    """The request is valid and admitted; always the first event, and with several prompts once for each."""
 
     model: str
     prompt: str | None = None
     """The prompt as the model sees it, after the input filter; None for a chat."""
+    prompt_tokens: int = 0
+    """How many the model sees."""
+    index: int = 0
+    """The first of the answers that it begins."""
+    cached: bool = False
+    """Whether nothing at all is generated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +85,8 @@ class Delta:
     """Which of the answers it goes on with."""
     tokens: tuple[AnswerToken, ...] = ()
     """The tokens that end in this piece, where log-probabilities are asked for; one without text may come alone."""
+    made: int = 0
+    """How many tokens the model has made for this answer since the piece before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +96,8 @@ class Ending:
     finish_reason: FinishReason
     tokens: int
     """How many were made for it."""
+    stopped_by: str | int | None = None
+    """The stop string or stop token that ended it; None if it ended otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,8 +128,12 @@ class Completion:
     """One whole answer."""
 
     text: str
-    finish_reason: FinishReason
+    ending: Ending
     tokens: tuple[AnswerToken, ...] = ()
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        return self.ending.finish_reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,13 +141,19 @@ class Reply:
     """All answers to an ask."""
 
     completions: tuple[Completion, ...]
-    prompt: str | None
+    prompts: tuple[str | None, ...]
+    """One for each prompt of the request."""
     finished: Finished
 
     @property
     def text(self) -> str:
         """The first answer's."""
         return self.completions[0].text
+
+    @property
+    def prompt(self) -> str | None:
+        """The first prompt."""
+        return self.prompts[0]
 
 
 async def collect(events: AsyncGenerator[Event, None]) -> Reply:
@@ -139,22 +162,23 @@ async def collect(events: AsyncGenerator[Event, None]) -> Reply:
     Raises: AppError: whatever ended them in place of Finished.
     """
     deltas: defaultdict[int, list[Delta]] = defaultdict(list)
-    prompt: str | None = None
+    prompts: dict[int, str | None] = {}
     async for event in events:
         match event:
             case Started():
-                prompt = event.prompt
+                prompts[event.index] = event.prompt
             case Delta():
                 deltas[event.index].append(event)
             case Finished():
                 completions = tuple(_join(deltas[index], ending) for index, ending in enumerate(event.endings))
-                return Reply(completions=completions, prompt=prompt, finished=event)
+                told = tuple(prompt for _, prompt in sorted(prompts.items()))
+                return Reply(completions=completions, prompts=told, finished=event)
     raise RuntimeError("an answer ended without its last event")
 
 
 def _join(deltas: list[Delta], ending: Ending) -> Completion:
     return Completion(
         text="".join(delta.text for delta in deltas),
-        finish_reason=ending.finish_reason,
+        ending=ending,
         tokens=tuple(token for delta in deltas for token in delta.tokens),
     )

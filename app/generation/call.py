@@ -15,6 +15,10 @@ class Call:
     tenant: str
     params: Params
     cache: bool = True
+    prompt_ids: tuple[int, ...] | None = None
+    """The prompt, where it is tokens and no text."""
+    go_on: bool = False
+    """Whether the last message of the conversation is to be continued."""
     opened: Callable[[AsyncGenerator[Chunk, None]], None] | None = None
     """Given the engine's stream, to close it: a chain that is closed leaves it to the garbage collector."""
     see: Callable[[Chunk], None] | None = None

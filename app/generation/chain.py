@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models.chat_models import agenerate_from_stream
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.outputs import ChatGenerationChunk, ChatResult, Generation, GenerationChunk, LLMResult
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder, PromptTemplate
@@ -89,9 +89,12 @@ class EnginePipeline(HuggingFacePipeline):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        # A thread: a long prompt would hold up every other request of the event loop.
-        prompt_ids = await asyncio.to_thread(self.engine.tokenizer.encode_text, prompt)
-        async with aclosing(self.chunks(prompt_ids, self.call(stop, kwargs))) as chunks:
+        call = self.call(stop, kwargs)
+        prompt_ids = call.prompt_ids
+        if prompt_ids is None:
+            # A thread: a long prompt would hold up every other request of the event loop.
+            prompt_ids = tuple(await asyncio.to_thread(self.engine.tokenizer.encode_text, prompt))
+        async with aclosing(self.chunks(prompt_ids, call)) as chunks:
             async for chunk in chunks:
                 info = chunk_info(chunk, self.model_id, self.engine)
                 generation = GenerationChunk(text=chunk.text, generation_info=info)
@@ -157,8 +160,9 @@ class EngineChat(ChatHuggingFace):
     ) -> AsyncIterator[ChatGenerationChunk]:
         pipeline: EnginePipeline = self.llm
         spoken = list(map(from_langchain, messages))
-        prompt_ids = await asyncio.to_thread(pipeline.engine.tokenizer.encode_chat, spoken)
-        async with aclosing(pipeline.chunks(prompt_ids, pipeline.call(stop, kwargs))) as chunks:
+        call = pipeline.call(stop, kwargs)
+        prompt_ids = await asyncio.to_thread(pipeline.engine.tokenizer.encode_chat, spoken, go_on=call.go_on)
+        async with aclosing(pipeline.chunks(prompt_ids, call)) as chunks:
             async for chunk in chunks:
                 message = AIMessageChunk(
                     content=chunk.text,
@@ -234,10 +238,12 @@ def to_langchain(message: Message) -> BaseMessage:
             return HumanMessage(message.content)
         case Role.ASSISTANT:
             return AIMessage(message.content)
+        case Role.TOOL:
+            return ToolMessage(message.content, tool_call_id="")
 
 
 def from_langchain(message: BaseMessage) -> Message:
-    """Raises: ValueError: a kind of message that no chat template of ours takes, such as a tool result."""
+    """Raises: ValueError: a kind of message that no chat template of ours takes."""
     match message:
         case SystemMessage():
             return Message(Role.SYSTEM, message.text)
@@ -245,6 +251,8 @@ def from_langchain(message: BaseMessage) -> Message:
             return Message(Role.USER, message.text)
         case AIMessage():
             return Message(Role.ASSISTANT, message.text)
+        case ToolMessage():
+            return Message(Role.TOOL, message.text)
     raise ValueError(f"messages of type {message.type} are not supported")
 
 

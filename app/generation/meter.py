@@ -32,6 +32,11 @@ class Meter:
             self._before[index] = now
             self._tokens[index] += chunk.tokens
 
+    @property
+    def cached(self) -> bool:
+        """Whether all answers come from the cache, as their first chunks tell already."""
+        return all(each.cached for each in self.last)
+
     def settle(self, prompt_tokens: int) -> None:
         """Count what the model really did, whether the answers were read to their end or not."""
         if any(self._tokens):
@@ -39,16 +44,19 @@ class Meter:
 
     def finished(self, *, session_id: str | None = None, context: Context | None = None) -> Finished:
         """Raises: RuntimeError: the engine broke its promise of a last chunk."""
-        ended = [(each.finish_reason, each.usage) for each in self.last if each.finish_reason and each.usage]
+        ended = [(each, each.finish_reason, each.usage) for each in self.last if each.finish_reason and each.usage]
         if len(ended) < len(self.last):
             raise RuntimeError("the engine ended without a last chunk")
-        endings = tuple(Ending(finish_reason=reason, tokens=usage.completion_tokens) for reason, usage in ended)
-        first = ended[0][1]
+        endings = tuple(
+            Ending(finish_reason=reason, tokens=usage.completion_tokens, stopped_by=chunk.stopped_by)
+            for chunk, reason, usage in ended
+        )
+        first = ended[0][2]
         return Finished(
             model=self._model,
             endings=endings,
             usage=Usage(first.prompt_tokens, sum(ending.tokens for ending in endings), first.cached_tokens),
-            cached=all(each.cached for each in self.last),
+            cached=self.cached,
             session_id=session_id,
             context=context,
         )

@@ -22,7 +22,7 @@ from app.generation.chain import Chains
 from app.generation.filters import InputFilter
 from app.generation.memory import SessionStore, Turn, as_turns, merge
 from app.generation.meter import Meter
-from app.generation.sampling import settle
+from app.generation.sampling import check_tokens, settle
 from app.generation.window import Room, Window, fit_chat, fit_text
 from app.telemetry import Metrics
 from app.types import FinishReason, Message, Role
@@ -89,13 +89,15 @@ class GenerationService:
         async with self._lease(ask) as engine:
             model = engine.info.model
             meter = Meter(model, self._metrics, ask.sampling.n)
-            (prompt,) = await self._clean([ask.prompt])
-            prompt_tokens, max_tokens = await fit_text(engine.tokenizer, prompt, self._room(engine, ask.sampling))
+            room = self._room(engine, ask.sampling)
+            prompt, prompt_ids = await self._prompt(ask.prompt, engine, room)
+            prompt_tokens, max_tokens = await fit_text(engine.tokenizer, prompt, room, prompt_ids)
             answers = Answers(_ids(ask), engine, meter)
-            calls = self._calls(ask, engine, max_tokens, answers)
+            calls = [replace(call, prompt_ids=prompt_ids) for call in self._calls(ask, engine, max_tokens, answers)]
             pieces = [self._chains[model].complete(prompt, call) for call in calls]
+            started = Started(model=model, prompt=prompt, prompt_tokens=prompt_tokens)
             try:
-                async with aclosing(answers.events(Started(model=model, prompt=prompt), pieces)) as events:
+                async with aclosing(answers.events(started, pieces)) as events:
                     async for event in events:
                         yield event
             finally:
@@ -109,6 +111,8 @@ class GenerationService:
         """
         if ask.session_id is not None and ask.sampling.n > 1:
             raise InvalidRequest.of_field("n", "must be 1 in a session, which goes on with one answer")
+        if ask.session_id is not None and ask.messages[-1].role is not Role.USER:
+            raise InvalidRequest.of_field("messages", "must end with the user's in a session")
         async with self._lease(ask) as engine:
             model = engine.info.model
             meter = Meter(model, self._metrics, ask.sampling.n)
@@ -117,13 +121,17 @@ class GenerationService:
             system, spoken = self._split_system(messages)
             async with self._turn(ask) as history:
                 new = merge(history, spoken)
-                window = await fit_chat(engine.tokenizer, system, history, new, self._room(engine, ask.sampling))
+                room = self._room(engine, ask.sampling)
+                window = await fit_chat(engine.tokenizer, system, history, new, room, go_on=ask.go_on)
                 answers = Answers(_ids(ask), engine, meter)
-                calls = self._calls(ask, engine, window.max_tokens, answers)
+                calls = [
+                    replace(call, go_on=ask.go_on) for call in self._calls(ask, engine, window.max_tokens, answers)
+                ]
                 pieces = [self._chains[model].chat(system, window.conversation, call) for call in calls]
+                started = Started(model=model, prompt_tokens=window.prompt_tokens)
                 reply: list[str] = []
                 try:
-                    async with aclosing(answers.events(Started(model=model), pieces)) as events:
+                    async with aclosing(answers.events(started, pieces)) as events:
                         async for event in events:
                             if isinstance(event, Delta):
                                 reply.append(event.text)
@@ -134,6 +142,22 @@ class GenerationService:
                 if finished.finish_reason in _COMPLETE:
                     await self._remember(ask, new, "".join(reply))
             yield finished
+
+    async def _prompt(
+        self, given: str | tuple[int, ...], engine: Engine, room: Room
+    ) -> tuple[str, tuple[int, ...] | None]:
+        """Return a prompt as clean text, and its tokens where it came as tokens and nothing was filtered out.
+
+        Raises: InvalidRequest: it names a token that the model does not have.
+        """
+        if isinstance(given, str):
+            (prompt,) = await self._clean([given])
+            return prompt, None
+        check_tokens("prompt", given, engine.info)
+        room.max_tokens(len(given))  # raises before any work is done for a prompt that is far too long
+        text = await asyncio.to_thread(_decode, engine, given)
+        (prompt,) = await self._clean([text])
+        return prompt, given if prompt == text else None
 
     async def _clean(self, texts: list[str]) -> list[str]:
         return texts if self._input_filter is None else await self._input_filter.clean(texts)
@@ -198,6 +222,11 @@ class GenerationService:
             )
             for index, request_id in enumerate(_ids(ask))
         ]
+
+
+def _decode(engine: Engine, token_ids: tuple[int, ...]) -> str:
+    decoder = engine.tokenizer.decoder()
+    return decoder.feed(token_ids) + decoder.finish()
 
 
 def _ids(ask: CompletionAsk | ChatAsk) -> list[str]:

@@ -54,22 +54,33 @@ class Window:
     max_tokens: int
 
 
-async def fit_text(tokenizer: Tokenizer, prompt: str, room: Room) -> tuple[int, int]:
-    """Return the tokens of a raw prompt and how many more may follow.
+async def fit_text(
+    tokenizer: Tokenizer, prompt: str, room: Room, prompt_ids: tuple[int, ...] | None = None
+) -> tuple[int, int]:
+    """Return how many tokens a raw prompt has and how many more may follow.
 
+    Args: prompt_ids: its tokens, where they are not to be made of the text.
     Raises: ContextLengthExceeded; InvalidRequest: the prompt encodes to nothing.
     """
-    prompt_ids = await asyncio.to_thread(tokenizer.encode_text, prompt)
+    if prompt_ids is None:
+        prompt_ids = await asyncio.to_thread(tokenizer.encode_text, prompt)
     if not prompt_ids:
-        raise InvalidRequest("The prompt holds no token for this model.")
+        raise InvalidRequest.of_field("prompt", "holds no token for this model")
     return len(prompt_ids), room.max_tokens(len(prompt_ids))
 
 
 async def fit_chat(
-    tokenizer: Tokenizer, system: str, history: Sequence[Turn], new: Sequence[Message], room: Room
+    tokenizer: Tokenizer,
+    system: str,
+    history: Sequence[Turn],
+    new: Sequence[Message],
+    room: Room,
+    *,
+    go_on: bool = False,
 ) -> Window:
     """Keep as many of the newest earlier turns as fit in front of the new messages.
 
+    Args: go_on: the last message is to be continued.
     Raises: ContextLengthExceeded: the new messages alone are too long.
     """
 
@@ -79,7 +90,7 @@ async def fit_chat(
 
     async def measure(kept: int) -> int:
         messages = (Message(Role.SYSTEM, system), *conversation(kept))
-        return len(await asyncio.to_thread(tokenizer.encode_chat, messages))
+        return len(await asyncio.to_thread(tokenizer.encode_chat, messages, go_on=go_on))
 
     kept = await _most_that_fit(history, measure, room.limit - room.reserve)
     prompt_tokens = await measure(kept)

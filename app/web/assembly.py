@@ -17,6 +17,9 @@ from app.web.authentication import Authentication
 from app.web.deps import Parts
 from app.web.errors import add_handlers
 from app.web.middleware import BodyLimits, DrainGate, ErrorBoundary, RequestLog
+from app.web.openai import chat as openai_chat
+from app.web.openai import completions as openai_completions
+from app.web.openai import models as openai_models
 
 _DOCS_URL, _OPENAPI_URL = "/docs", "/openapi.json"
 
@@ -41,7 +44,7 @@ def build_app(parts: Parts, *, lifespan: Lifespan[FastAPI] | None = None) -> Fas
         lifespan=lifespan,
     )
     app.state.parts = parts
-    for module in (generate, batch, chat, sessions):
+    for module in (generate, batch, chat, sessions, openai_chat, openai_completions, openai_models):
         app.include_router(module.router, dependencies=_KEY_SCHEMES)
     app.include_router(ops.router)
     add_handlers(app)
@@ -80,9 +83,17 @@ def _cors(origins: tuple[str, ...]) -> dict[str, Any]:
     return {
         "allow_origins": list(origins),
         "allow_methods": ["GET", "POST", "DELETE"],
-        "allow_headers": ["Authorization", "Cache-Control", "Content-Type", "X-API-Key", "X-Request-ID"],
+        "allow_headers": [
+            "Authorization",
+            "Cache-Control",
+            "Content-Type",
+            "X-API-Key",
+            "X-Request-ID",
+            "X-Session-ID",
+        ],
         "expose_headers": [
             "Retry-After",
+            "X-Cache",
             "X-Process-Time",
             "X-Request-ID",
             "x-ratelimit-limit-requests",

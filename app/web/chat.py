@@ -1,6 +1,5 @@
 """POST /v1/chat: answer the last message of a conversation, with or without a session.  Translation only."""
 
-from functools import partial
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Request
@@ -12,7 +11,7 @@ from app.web.bodies import LimitedRoute, StrictModel
 from app.web.deps import Call, CallDep, ServiceDep
 from app.web.errors import document
 from app.web.params import SamplingFields, SessionId, check_length
-from app.web.replies import GENERATION_ERRORS, CompletionReply, UsageReply, completion_replies, native_frame
+from app.web.replies import GENERATION_ERRORS, CompletionReply, NativeStream, UsageReply, completion_replies
 from app.web.sse import EventStream, begin, whole
 
 MAX_MESSAGES = 256
@@ -123,6 +122,5 @@ async def chat(body: ChatRequest, request: Request, call: CallDep, service: Serv
     ask = body.to_ask(call)
     events = service.chat(ask)
     if body.stream:
-        encode = partial(native_frame, sampling=ask.sampling, request_id=call.request_id)
-        return EventStream(await begin(request, events), encode, call.request_id)
+        return EventStream(await begin(request, events), events, NativeStream(ask.sampling, call.request_id))
     return ChatReply.of(await whole(request, events), ask.sampling, call.request_id)

@@ -1,7 +1,7 @@
 """Decide how an error looks to a client: the JSON envelope, its headers, or the last frame of a stream.
 
-The one place that knows the envelope; another dialect's envelope belongs beside `envelope`, chosen in `error_response`
-by the path.  Knows no route.  What a client sent is never echoed, but for the cleaned name of an unknown field.
+The one place that knows the native envelope, and chooses in `error_response` by the path whether OpenAI's is the one
+to send.  Knows no route.  What a client sent is never echoed, but for the cleaned name of an unknown field.
 """
 
 import math
@@ -30,6 +30,7 @@ from app.errors import (
     Unauthorized,
     UnsupportedMediaType,
 )
+from app.web.openai import errors as openai
 
 MAX_ERRORS_NAMED = 20
 MAX_FIELD_CHARS = 80
@@ -68,10 +69,11 @@ def envelope(error: AppError, request_id: str) -> dict[str, Any]:
 
 def error_response(scope: Scope, error: AppError, headers: Mapping[str, str] | None = None) -> Response:
     """Make the answer to a request that failed before its answer began."""
+    speaks_openai = openai.speaks(scope["path"])
     return JSONResponse(
-        envelope(error, scope["state"]["request_id"]),
+        openai.envelope(error, scope["path"]) if speaks_openai else envelope(error, scope["state"]["request_id"]),
         status_code=error.status,
-        headers={**_own_headers(error), **(headers or {})},
+        headers={**_own_headers(error), **(openai.headers(error) if speaks_openai else {}), **(headers or {})},
     )
 
 

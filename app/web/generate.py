@@ -1,6 +1,5 @@
 """POST /v1/generate: go on with a plain text.  Translation only."""
 
-from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Request
@@ -12,7 +11,7 @@ from app.web.bodies import LimitedRoute
 from app.web.deps import Call, CallDep, ServiceDep
 from app.web.errors import document
 from app.web.params import SamplingFields, check_length
-from app.web.replies import GENERATION_ERRORS, CompletionReply, UsageReply, completion_replies, native_frame
+from app.web.replies import GENERATION_ERRORS, CompletionReply, NativeStream, UsageReply, completion_replies
 from app.web.sse import EventStream, begin, whole
 
 router = APIRouter(prefix="/v1", tags=["generate"], route_class=LimitedRoute)
@@ -77,6 +76,5 @@ async def generate(
     ask = body.to_ask(call)
     events = service.complete(ask)
     if body.stream:
-        encode = partial(native_frame, sampling=ask.sampling, request_id=call.request_id)
-        return EventStream(await begin(request, events), encode, call.request_id)
+        return EventStream(await begin(request, events), events, NativeStream(ask.sampling, call.request_id))
     return GenerateReply.of(await whole(request, events), ask.sampling, call.request_id)

@@ -86,6 +86,7 @@ class RequestLog:
             latency_ms=round(seconds * 1000, 2),
             request_id=scope["state"]["request_id"],
             key_id=principal.key_id if principal else None,
+            **({"end_user": end_user} if (end_user := scope["state"].get("end_user")) else {}),
         )
 
     def _template(self, scope: Scope) -> str:

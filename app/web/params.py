@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, StringConstraints
 
-from app.errors import InvalidRequest
+from app.errors import InvalidRequest, PromptTooLong
 from app.generation.asks import Sampling
 from app.web.bodies import StrictModel
 
@@ -23,18 +23,19 @@ SessionId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,128}$")
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 """One spelling for each id, so that no token is named twice."""
 
-_TokenCount = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
-_StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+TokenCount = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
 
-def _listed(value: Any) -> Any:
+def listed(value: Any) -> Any:
+    """Put a single text in a list."""
     return [value] if isinstance(value, str) else value
 
 
 _Stop = Annotated[
-    list[_StopText],
+    list[StopText],
     Field(min_length=1, max_length=16),
-    BeforeValidator(_listed, json_schema_input_type=str | list[str]),
+    BeforeValidator(listed, json_schema_input_type=str | list[str]),
 ]
 
 
@@ -51,7 +52,7 @@ _Logprobs = Annotated[
 def _biases(value: Any) -> Any:
     """Return pairs of token id and bias in the order of the ids; no message shows a key, which is the client's text.
 
-    Raises: ValueError: the value is not what `_LogitBias` says.
+    Raises: ValueError: the value is not what `LogitBias` says.
     """
     if value is None:
         return None
@@ -66,20 +67,20 @@ def _biases(value: Any) -> Any:
     return tuple(sorted((int(key), float(bias)) for key, bias in value.items()))
 
 
-_LogitBias = Annotated[
+LogitBias = Annotated[
     tuple[tuple[int, float], ...] | None, BeforeValidator(_biases, json_schema_input_type=dict[str, float] | None)
 ]
-_Penalty = Annotated[float, Field(ge=-2, le=2)]
-_Answers = Annotated[int, Field(ge=1, le=8)]
-_TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Answers = Annotated[int, Field(ge=1, le=8)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class SamplingFields(StrictModel):
     """How the answer is drawn and delivered."""
 
-    max_tokens: _TokenCount | None = None
-    max_new_tokens: _TokenCount | None = Field(None, description="Another name of max_tokens.")
-    max_length: _TokenCount | None = Field(None, description="Another name of max_tokens.")
+    max_tokens: TokenCount | None = None
+    max_new_tokens: TokenCount | None = Field(None, description="Another name of max_tokens.")
+    max_length: TokenCount | None = Field(None, description="Another name of max_tokens.")
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="0 is greedy.")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(None, description="0 keeps all tokens.")
@@ -91,18 +92,18 @@ class SamplingFields(StrictModel):
     stream: bool = False
     cache: bool = Field(True, description="false: neither read nor fill the response cache.")
     model: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
-    n: _Answers | None = Field(None, description="So many answers, made at once.")
-    num_return_sequences: _Answers | None = Field(None, description="Another name of n.")
+    n: Answers | None = Field(None, description="So many answers, made at once.")
+    num_return_sequences: Answers | None = Field(None, description="Another name of n.")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
         None, description="Keep the tokens that are at least this share as likely as the likeliest."
     )
-    presence_penalty: _Penalty | None = Field(None, description="Off the score of each token the answer holds.")
-    frequency_penalty: _Penalty | None = Field(None, description="The same, once for each time it holds it.")
-    logit_bias: _LogitBias = Field(None, description="Token id -> what is added to its score, -100 to 100.")
+    presence_penalty: Penalty | None = Field(None, description="Off the score of each token the answer holds.")
+    frequency_penalty: Penalty | None = Field(None, description="The same, once for each time it holds it.")
+    logit_bias: LogitBias = Field(None, description="Token id -> what is added to its score, -100 to 100.")
     logprobs: _Logprobs = Field(
         None, description="Report each token's log-probability, and those of this many likely alternatives."
     )
-    stop_token_ids: Annotated[list[_TokenId], Field(max_length=64)] | None = Field(
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = Field(
         None, description="The answer ends at any of these tokens too."
     )
     ignore_eos: bool = Field(False, description="Go on after the model's own end tokens.")
@@ -146,6 +147,6 @@ class SamplingFields(StrictModel):
 
 
 def check_length(field: str, length: int, limit: int) -> None:
-    """Raises: InvalidRequest: the text has more characters than the service takes."""
+    """Raises: PromptTooLong: the text has more characters than the service takes."""
     if length > limit:
-        raise InvalidRequest.of_field(field, f"has {length} characters; this service takes at most {limit}")
+        raise PromptTooLong(field, length=length, limit=limit)

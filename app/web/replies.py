@@ -9,7 +9,8 @@ from app import errors
 from app.generation.answer_tokens import AnswerToken
 from app.generation.asks import Completion, Delta, Ending, Event, Finished, Reply, Sampling
 from app.types import FinishReason, Usage
-from app.web.sse import Frame
+from app.web.errors import envelope
+from app.web.sse import frame
 
 GENERATION_ERRORS: tuple[type[errors.AppError], ...] = (
     errors.InvalidRequest,
@@ -118,24 +119,36 @@ class DoneFrame(BaseModel):
     """Left out unless there are several."""
 
 
-def native_frame(event: Event, sampling: Sampling, request_id: str) -> Frame | None:
-    """Return the native frame of an event; that an answer has begun has none."""
-    match event:
-        case Delta():
-            return "delta", _delta(event, sampling)
-        case Finished():
-            done = DoneFrame(
-                finish_reason=event.finish_reason,
-                usage=UsageReply.of(event.usage),
-                tokens_generated=event.usage.completion_tokens,
-                cached=event.cached,
-                session_id=event.session_id,
-                request_id=request_id,
-                model=event.model,
-                **_endings(event.endings),
-            )
-            return "done", done.model_dump(exclude_unset=True)
-    return None
+class NativeStream:
+    """Writes the frames `delta`, `done` and `error`; that an answer has begun has none."""
+
+    def __init__(self, sampling: Sampling, request_id: str) -> None:
+        self._sampling = sampling
+        self._request_id = request_id
+
+    def frames(self, event: Event) -> bytes:
+        match event:
+            case Delta():
+                return frame(_delta(event, self._sampling), "delta")
+            case Finished():
+                return frame(self._done(event), "done")
+        return b""
+
+    def failure(self, error: errors.AppError) -> bytes:
+        return frame(envelope(error, self._request_id), "error")
+
+    def _done(self, finished: Finished) -> dict[str, Any]:
+        done = DoneFrame(
+            finish_reason=finished.finish_reason,
+            usage=UsageReply.of(finished.usage),
+            tokens_generated=finished.usage.completion_tokens,
+            cached=finished.cached,
+            session_id=finished.session_id,
+            request_id=self._request_id,
+            model=finished.model,
+            **_endings(finished.endings),
+        )
+        return done.model_dump(exclude_unset=True)
 
 
 def _delta(delta: Delta, sampling: Sampling) -> dict[str, Any]:

@@ -6,9 +6,9 @@ field of an answer.
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from contextlib import aclosing, suppress
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import anyio
 import structlog
@@ -17,12 +17,9 @@ from sse_starlette.sse import SendTimeoutError
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
-from app.errors import ClientDisconnected
-from app.generation.asks import Event, Finished, Reply, collect
-from app.web.errors import as_app_error, envelope
-
-Frame = tuple[str, Mapping[str, Any]]
-"""An event's name and its data."""
+from app.errors import AppError, ClientDisconnected
+from app.generation.asks import Event, Finished, Reply, Started, collect
+from app.web.errors import as_app_error
 
 PING_SECONDS = 15.0
 """Below the idle timeouts of the common proxies, which start at 30 s."""
@@ -34,6 +31,17 @@ READ_AHEAD = 16
 """Events made before the client took the earlier ones; then the answer waits for it."""
 
 _KEEP_ALIVE = ServerSentEvent(comment="keep-alive", sep="\n")
+
+
+class Dialect(Protocol):
+    """How a stream is written: the bytes of each event, and of what went wrong."""
+
+    def frames(self, event: Event) -> bytes:
+        """Return an event's frames; empty for an event that has none."""
+
+    def failure(self, error: AppError) -> bytes:
+        """Return what ends a stream that failed midway."""
+
 
 _T = TypeVar("_T")
 _log = structlog.get_logger("llm_service")
@@ -48,26 +56,26 @@ class EventStream(EventSourceResponse):
 
     def __init__(
         self,
+        started: Started,
         events: AsyncGenerator[Event, None],
-        encode: Callable[[Event], Frame | None],
-        request_id: str,
+        dialect: Dialect,
         *,
+        headers: Mapping[str, str] | None = None,
         ping_seconds: float = PING_SECONDS,
         send_timeout_seconds: float = SEND_TIMEOUT_SECONDS,
     ) -> None:
         """Args:
-        events: an answer that has begun.
-        encode: returns an event's frame, or None for an event that has none.
-        request_id: stands in the envelope should the answer fail midway.
+        started: the answer's first event.
+        events: those that follow.
         """
+        self._started = started
         self._events = events
-        self._encode = encode
-        self._request_id = request_id
+        self._dialect = dialect
         self._reading: asyncio.Task[None]
         self._inlet, self._outlet = anyio.create_memory_object_stream[Event](READ_AHEAD)
         super().__init__(
             self._frames(),
-            headers={"Cache-Control": "no-cache"},
+            headers={"Cache-Control": "no-cache", **(headers or {})},
             ping=ping_seconds,
             ping_message_factory=lambda: _KEEP_ALIVE,
             send_timeout=send_timeout_seconds,
@@ -93,17 +101,19 @@ class EventStream(EventSourceResponse):
         yield _KEEP_ALIVE.encode()
         finished = False
         try:
+            if opening := self._dialect.frames(self._started):
+                yield opening
             async for event in self._outlet:
                 finished = isinstance(event, Finished)
-                if encoded := self._encode(event):
-                    yield _frame(*encoded)
+                if frames := self._dialect.frames(event):
+                    yield frames
             await self._reading
             if not finished:
                 raise RuntimeError("an answer ended without its last event")
         except Exception as error:  # noqa: BLE001  # as_app_error logs what is unexpected
             shown = as_app_error(error)
             if not finished:
-                yield _frame("error", envelope(shown, self._request_id))
+                yield self._dialect.failure(shown)
 
     async def _close(self) -> None:
         self._reading.cancel()
@@ -124,9 +134,11 @@ class EventStream(EventSourceResponse):
         await anyio.sleep_forever()
 
 
-def _frame(name: str, data: Mapping[str, Any]) -> bytes:
+def frame(data: Mapping[str, Any], name: str | None = None) -> bytes:
+    """Return one server-sent event."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return f"event: {name}\ndata: {text}\n\n".encode()
+    head = f"event: {name}\n" if name else ""
+    return f"{head}data: {text}\n\n".encode()
 
 
 async def answer_unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
@@ -157,17 +169,19 @@ async def _hung_up(request: Request) -> None:
         pass
 
 
-async def begin(request: Request, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
+async def begin(request: Request, events: AsyncGenerator[Event, None]) -> Started:
     """Wait until an answer has begun, so that what is wrong with the request is still an ordinary error.
 
     Raises: AppError: the request is wrong or cannot be taken.
     """
 
-    async def first() -> None:
-        await anext(events)
+    async def first() -> Started:
+        event = await anext(events)
+        if not isinstance(event, Started):
+            raise TypeError("an answer begins with Started")
+        return event
 
-    await answer_unless_gone(request, first())
-    return events
+    return await answer_unless_gone(request, first())
 
 
 async def whole(request: Request, events: AsyncGenerator[Event, None]) -> Reply:

@@ -170,7 +170,7 @@ async def test_a_stop_token_ends_the_answer_and_is_counted_but_not_shown(engine:
     before = ids[: ids.index(end)]
     assert decoded(engine, before) == text_of(chunks)
     assert before == ids_of(chunks)
-    assert FinishReason.STOP == chunks[-1].finish_reason
+    assert (FinishReason.STOP, end) == (chunks[-1].finish_reason, chunks[-1].stopped_by)
     assert chunks[-1].usage is not None
     assert len(before) + 1 == chunks[-1].usage.completion_tokens == sum(chunk.tokens for chunk in chunks)
 
@@ -197,14 +197,16 @@ async def test_an_answer_goes_on_to_its_limit_where_the_models_end_is_ignored(en
 
 
 async def test_an_answer_ends_before_its_stop_string(engine: Engine):
-    """The text is cut before the first place where it stands, and the reason is STOP."""
-    whole = text_of(await read(engine, ask(engine)))
+    """The text is cut before the first place where it stands, and the reason is STOP; the last chunk names it."""
+    untouched = await read(engine, ask(engine))
+    whole = text_of(untouched)
     stop = whole[3:6]
 
     chunks = await read(engine, ask(engine, stop=(stop,)))
 
     assert whole[: whole.index(stop)] == text_of(chunks)
-    assert FinishReason.STOP == chunks[-1].finish_reason
+    assert (FinishReason.STOP, stop) == (chunks[-1].finish_reason, chunks[-1].stopped_by)
+    assert [None] * len(untouched) == [chunk.stopped_by for chunk in untouched]
 
 
 async def test_closing_a_stream_early_frees_its_place(engine: Engine):

@@ -30,7 +30,9 @@ CHAT = {"messages": [{"role": "user", "content": "hello"}]}
 GENERATE = {"prompt": "hello"}
 BATCH = {"prompts": ["hello"]}
 BODIES: Mapping[str, dict[str, Any]] = {"/v1/generate": GENERATE, "/v1/chat": CHAT}
-"""The routes that stream."""
+"""The native routes that stream."""
+OPENAI_BODIES: Mapping[str, dict[str, Any]] = {"/v1/chat/completions": CHAT, "/v1/completions": GENERATE}
+OPENAI_PATHS = (*OPENAI_BODIES, "/v1/models")
 MODEL = "scripted"
 
 Step = str | float | BaseException
@@ -55,11 +57,11 @@ class ScriptedService:
     """The loop's time when the last answer was over."""
 
     async def complete(self, ask: CompletionAsk) -> AsyncGenerator[Event, None]:
-        async for event in self._play(ask, Started(model=MODEL, prompt=ask.prompt), None):
+        async for event in self._play(ask, Started(model=MODEL, prompt=str(ask.prompt), prompt_tokens=3), None):
             yield event
 
     async def chat(self, ask: ChatAsk) -> AsyncGenerator[Event, None]:
-        async for event in self._play(ask, Started(model=MODEL), ask.session_id):
+        async for event in self._play(ask, Started(model=MODEL, prompt_tokens=3), ask.session_id):
             yield event
 
     async def _play(
@@ -76,7 +78,7 @@ class ScriptedService:
                 match step:
                     case str():
                         for index in range(ask.sampling.n):
-                            yield Delta(text=step, index=index, tokens=_tokens(step, ask.sampling.logprobs))
+                            yield Delta(text=step, index=index, tokens=_tokens(step, ask.sampling.logprobs), made=1)
                     case BaseException():
                         raise step
                     case _:
@@ -158,8 +160,10 @@ async def make_web(service: ScriptedService | None = None, **sections: dict[str,
 
 
 def is_envelope(response: httpx.Response) -> bool:
-    """Whether an answer is the native error object, whole and of the right id."""
+    """Whether an answer is the error object of its path's dialect, whole and, where it tells one, of the right id."""
     body = response.json()
+    if response.request.url.path.startswith(OPENAI_PATHS):
+        return set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
     return set(body) == {"error", "message", "details", "timestamp", "request_id"} and (
         body["request_id"] == response.headers["x-request-id"]
     )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from app.generation.asks import Sampling
-from tests.web.harness import AUTH, BATCH, BODIES, is_envelope, make_web
+from tests.web.harness import AUTH, BATCH, BODIES, OPENAI_BODIES, is_envelope, make_web
 from tests.web.malformed import (
     CANARY,
     JSON,
@@ -21,15 +21,16 @@ from tests.web.malformed import (
     WRONG_TYPES,
 )
 
-RIGHT = {**BODIES, "/v1/generate/batch": BATCH}
-ROUTES = list(RIGHT)
+ROUTES = [*BODIES, "/v1/generate/batch"]
+EVERY_ROUTE = [*ROUTES, *OPENAI_BODIES]
+RIGHT = {**BODIES, "/v1/generate/batch": BATCH, **OPENAI_BODIES}
 
 
 def body(path: str, **fields: Any) -> bytes:
     return json.dumps({**RIGHT[path], **fields}).encode()
 
 
-BODY_CASES = [(f"{route} {name}", route, content) for route in ROUTES for name, content in WRONG_BODIES]
+BODY_CASES = [(f"{route} {name}", route, content) for route in EVERY_ROUTE for name, content in WRONG_BODIES]
 FIELD_CASES = [
     (f"{route} {name[:20]}={value!r:.20}", route, name, value) for route in ROUTES for name, value in WRONG_FIELDS
 ]
@@ -70,8 +71,25 @@ async def test_wrong_fields_are_refused_by_name_without_echo(web, client, log_li
     assert [] == web.service.asks
 
 
+RIGHT_FOR_OPENAI = [("top_k", -1), ("stop", []), ("seed", -1), ("stream", None), ("ignore_eos", None), ("user", CANARY)]
+"""Wrong on the native routes only."""
+
+
+async def test_wrong_fields_are_refused_in_openais_dialect_too(web, client, log_lines, subtests):
+    for route in OPENAI_BODIES:
+        for field, value in WRONG_FIELDS:
+            if (field, value) in RIGHT_FOR_OPENAI:
+                continue
+            with subtests.test(f"{route} {field[:20]}={value!r:.20}"):
+                content = body(route, **{field: value})
+                reply = await client.post(route, content=content, headers={"Content-Type": JSON})
+                assert_refused(reply, log_lines)
+                assert "<" not in str(reply.json()["error"]["param"])
+    assert [] == web.service.asks
+
+
 async def test_wrong_types_are_refused_without_echo(web, client, log_lines, subtests):
-    for route in ROUTES:
+    for route in EVERY_ROUTE:
         for headers in WRONG_TYPES:
             with subtests.test(f"{route} {headers}"):
                 request = client.build_request("POST", route, content=body(route), headers=headers)

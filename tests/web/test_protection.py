@@ -30,7 +30,7 @@ async def test_every_route_but_the_public_ones_needs_a_key(subtests):
                     assert 401 == reply.status_code
                     assert "Bearer" == reply.headers["www-authenticate"]
                     assert is_envelope(reply)
-    assert 7 == checked
+    assert 11 == checked
 
 
 async def test_every_route_but_the_exempt_ones_is_limited(subtests):
@@ -47,7 +47,7 @@ async def test_every_route_but_the_exempt_ones_is_limited(subtests):
                 checked += 1
                 assert [False, False, True] == [reply.status_code == 429 for reply in replies]
                 assert ["1", "0", "0"] == [reply.headers["x-ratelimit-remaining-requests"] for reply in replies]
-    assert 6 == checked
+    assert 10 == checked
 
 
 async def test_every_route_documents_its_errors(web):

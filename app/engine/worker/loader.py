@@ -36,6 +36,7 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 HUB_FILES_LEFT = ["*/*", "consolidated*"]
 """Other formats of the same weights."""
+RECOMMENDED_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 CONTEXT_WHEN_UNSAID = 2048
 """For models without a fixed window (ALiBi, recurrent) whose configuration names none."""
@@ -61,6 +62,8 @@ class LoadedModel:
     end_ids: tuple[int, ...]
     """Any of these ends an answer."""
     pad_id: int
+    recommended: tuple[tuple[str, float], ...] = ()
+    """Sampling settings of its generation_config.json, as far as a request can set them too."""
 
 
 def load(spec: ModelSpec, tokenizer_folder: str, on_stage: Callable[[str], None]) -> LoadedModel:
@@ -86,6 +89,7 @@ def load(spec: ModelSpec, tokenizer_folder: str, on_stage: Callable[[str], None]
     )
     model.eval()
     end_ids = _end_ids(model, tokenizer)
+    recommended = _recommended(model.generation_config)
     # The model's own sampling defaults would fill in whatever a request leaves open.
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     return LoadedModel(
@@ -98,6 +102,7 @@ def load(spec: ModelSpec, tokenizer_folder: str, on_stage: Callable[[str], None]
         parameters=sum(weight.numel() for weight in model.parameters()),
         end_ids=end_ids,
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(end_ids), 0),
+        recommended=recommended,
     )
 
 
@@ -220,3 +225,8 @@ def _end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     ):
         found.update(value if isinstance(value, list | tuple) else () if value is None else (value,))
     return tuple(sorted(found))
+
+
+def _recommended(config: GenerationConfig) -> tuple[tuple[str, float], ...]:
+    said: dict[str, Any] = {name: getattr(config, name, None) for name in RECOMMENDED_FIELDS}
+    return tuple((name, value) for name, value in said.items() if value is not None)

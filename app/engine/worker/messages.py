@@ -82,6 +82,8 @@ class Ready(msgspec.Struct, tag=True, frozen=True, array_like=True):
     parameters: int
     unsupported: tuple[str, ...] = ()
     """Fields of `Params` that this runner cannot honour; a request that sets one is refused."""
+    recommended: tuple[tuple[str, float], ...] = ()
+    """Sampling settings that the model's own files recommend, by the names of `Params`."""
 
 
 class LoadFailed(msgspec.Struct, tag=True, frozen=True, array_like=True):
@@ -105,6 +107,8 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
     """One for each of `token_ids` where the request asked for them; none for an end token."""
     cached_tokens: int = 0
     """In the first event: prompt tokens that did not have to be computed again."""
+    end_token: int | None = None
+    """Which end token the model made."""
 
 
 class Step(msgspec.Struct, tag=True, frozen=True, array_like=True):

@@ -205,4 +205,5 @@ def _ready(tokenizer_folder: str, loaded: LoadedModel, runner: Runner) -> Ready:
         vocab_size=loaded.vocab_size,
         parameters=loaded.parameters,
         unsupported=runner.unsupported,
+        recommended=loaded.recommended,
     )

@@ -161,7 +161,7 @@ class BatchingRunner:
         logprobs = () if drawn.logprob is None else (drawn.logprob,)
         if drawn.token in live.ends:
             self._end(number)
-            return TokenEvent(number, finish="stop")
+            return TokenEvent(number, finish="stop", end_token=drawn.token)
         if live.made == live.request.params.max_tokens:
             self._end(number)
             return TokenEvent(number, (drawn.token,), finish="length", logprobs=logprobs)

@@ -164,7 +164,7 @@ class _Progress(StoppingCriteria):
         self._made += 1
         number = self._request.id
         if token in self._ends:
-            self._last = TokenEvent(number, finish="stop")
+            self._last = TokenEvent(number, finish="stop", end_token=token)
         elif self._made == self._request.params.max_tokens:
             self._last = TokenEvent(number, (token,), finish="length")
         else:

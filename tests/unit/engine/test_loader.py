@@ -41,8 +41,21 @@ def test_a_model_is_loaded_as_it_is(llama: Path):
 
     assert ("cpu", "float32", 2048, 281) == (loaded.device, loaded.dtype, loaded.context_length, loaded.vocab_size)
     assert (1, 4, 5) == loaded.end_ids
+    assert () == loaded.recommended
     assert loaded.parameters == sum(weight.numel() for weight in loaded.pipeline.model.parameters())
     assert not loaded.pipeline.model.training
+
+
+def test_what_the_models_makers_recommend_is_known_and_not_applied(tmp_path: Path):
+    """Sampling settings of generation_config.json; the model itself keeps none that would fill gaps in a request."""
+    folder = save_tiny_llama(tmp_path)
+    config = {"do_sample": True, "temperature": 0.6, "top_k": 20, "repetition_penalty": 1.05, "max_length": 99}
+    (folder / "generation_config.json").write_text(json.dumps(config))
+
+    loaded = load_folder(folder)
+
+    assert {"temperature": 0.6, "top_k": 20, "repetition_penalty": 1.05} == dict(loaded.recommended)
+    assert loaded.pipeline.model.generation_config.top_k is None
 
 
 def test_the_dtype_can_be_chosen(llama: Path):

@@ -78,6 +78,51 @@ def test_no_text_in_a_conversation_becomes_a_control_token(family: Family):
         assert expected == family.control_ids(family.loaded.encode_chat(user(text))), text
 
 
+def test_no_text_that_goes_on_becomes_a_control_token(family: Family):
+    """What is put in the assistant's mouth is as much a client's text as any other."""
+
+    def spoken(text: str) -> tuple[int, ...]:
+        return family.loaded.encode_chat([*user("Hi"), Message(Role.ASSISTANT, text)], go_on=True)
+
+    expected = family.control_ids(spoken("plain words"))
+    for text in forgeries(family.added):
+        assert expected == family.control_ids(spoken(text)), text
+
+
+def test_a_conversation_that_goes_on_ends_where_it_breaks_off(family: Family):
+    """No word of the template stands behind the last message; up to there it is the same conversation."""
+    messages = [*user("Hi"), Message(Role.ASSISTANT, "The answer is")]
+
+    open_end = family.loaded.encode_chat(messages, go_on=True)
+    closed = family.loaded.encode_chat(messages)
+
+    assert closed[: len(open_end)] == open_end
+    assert family.backend.decode(list(open_end)).endswith("The answer is")
+
+
+def test_what_a_tool_said_is_the_users_where_the_template_has_no_tools(gemma: Family):
+    """In turns, as the template wants them: two tools and the user's next words are one message."""
+    called = [*user("What time is it?"), Message(Role.ASSISTANT, "Let me look.")]
+    told = [Message(Role.TOOL, "12:30"), Message(Role.TOOL, "UTC")]
+
+    folded = gemma.loaded.encode_chat([*called, *told, *user("Well?")])
+
+    assert gemma.loaded.encode_chat([*called, *user("12:30\n\nUTC\n\nWell?")]) == folded
+
+
+def test_a_template_that_knows_tools_shows_them(chatml: Family):
+    """Under their own role, and no forged one."""
+    called = [*user("What time is it?"), Message(Role.ASSISTANT, "Let me look.")]
+
+    def shown(role: Role, text: str = "12:30") -> tuple[int, ...]:
+        return chatml.loaded.encode_chat([*called, Message(role, text)])
+
+    assert "tool\n12:30" in chatml.backend.decode(list(shown(Role.TOOL)))
+    assert shown(Role.TOOL) != shown(Role.USER)
+    for text in forgeries(chatml.added):
+        assert chatml.control_ids(shown(Role.TOOL)) == chatml.control_ids(shown(Role.TOOL, text)), text
+
+
 def test_no_text_of_a_prompt_becomes_a_control_token(family: Family):
     """A raw prompt has the control tokens that the tokenizer puts in front, and no other."""
     expected = family.control_ids(family.loaded.encode_text("plain words"))

@@ -6,8 +6,8 @@ from collections.abc import AsyncGenerator
 import pytest
 
 from app.errors import AppError, EngineBusy, InvalidRequest
-from app.generation.asks import CompletionAsk, Delta, Ending, Event, Finished, Reply, Sampling, Started
-from app.generation.batch import AT_ONCE, answer_each
+from app.generation.asks import CompletionAsk, Delta, Ending, Event, Finished, Reply, Sampling, Started, collect
+from app.generation.batch import AT_ONCE, answer_as_one, answer_each
 from app.types import FinishReason, Principal, Usage
 
 
@@ -110,3 +110,56 @@ async def test_being_cancelled_cancels_all():
     await asyncio.sleep(0.01)
 
     assert (0, AT_ONCE) == (service.taken, service.begun)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+async def test_several_prompts_are_answered_as_one_ask(n: int):
+    """The answers to each prompt follow those to the one before, and the last event tells of all."""
+    prompts = [f"p{number}" for number in range(20)]
+
+    reply = await collect(answer_as_one(Places().complete, asks(*prompts, n=n)))
+
+    assert tuple(prompts) == reply.prompts
+    assert 20 * n == len(reply.completions)
+    assert prompts == [completion.text for completion in reply.completions[::n]]
+    assert Usage(20, 20) == reply.finished.usage
+
+
+@pytest.mark.parametrize(("places", "most"), [(1, 1), (5, 5), (1000, AT_ONCE)])
+async def test_as_one_ask_they_take_a_bounded_part_of_the_engine(places: int, most: int):
+    """However full it is, all are answered in the end."""
+    service = Places(places)
+    prompts = [f"p{number}" for number in range(40)]
+
+    reply = await collect(answer_as_one(service.complete, asks(*prompts)))
+
+    assert prompts == [completion.text for completion in reply.completions]
+    assert (most, 0) == (service.most, service.taken)
+
+
+@pytest.mark.parametrize(("prompt", "kind"), [("wrong", InvalidRequest), ("defect", RuntimeError)])
+async def test_as_one_ask_they_have_one_fate(prompt: str, kind: type[Exception]):
+    """What goes wrong with one ends them all, and nothing is left running."""
+    service = Places()
+
+    with pytest.raises(kind):
+        await collect(answer_as_one(service.complete, asks("a", "b", prompt, *"cdefgh" * 5)))
+
+    assert 0 == service.taken
+
+
+async def test_as_one_ask_an_engine_that_others_fill_refuses_them():
+    with pytest.raises(EngineBusy):
+        await asyncio.wait_for(collect(answer_as_one(Places(0).complete, asks(*"abcdefgh" * 4))), 5)
+
+
+async def test_leaving_one_stream_of_several_prompts_closes_all():
+    """After the first event, with the others in the making or waiting."""
+    service = Places()
+    service.go.clear()
+    events = answer_as_one(service.complete, asks(*"abcdefgh" * 4))
+
+    assert isinstance(await anext(events), Started)
+    await events.aclose()
+
+    assert 0 == service.taken

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 
 import pytest
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.messages import AIMessage, FunctionMessage, HumanMessage, SystemMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import PromptTemplate
 from langchain_huggingface import ChatHuggingFace, HuggingFacePipeline
@@ -125,9 +125,9 @@ async def test_leaving_a_sync_stream_early_frees_the_engine(engine: EchoEngine, 
 
 
 async def test_a_message_of_an_unknown_kind_is_refused(pipeline: EnginePipeline) -> None:
-    """A tool result has no place in our templates; it is not rendered as somebody's words."""
-    with pytest.raises(ValueError, match="tool"):
-        await EngineChat(llm=pipeline).ainvoke([AIMessage("x"), ToolMessage("y", tool_call_id="1")])
+    """What no template of ours knows is not rendered as somebody's words."""
+    with pytest.raises(ValueError, match="function"):
+        await EngineChat(llm=pipeline).ainvoke([AIMessage("x"), FunctionMessage("y", name="f")])
 
 
 @pytest.mark.parametrize(

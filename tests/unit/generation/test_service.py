@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -67,7 +68,7 @@ ANNA, BERT = Principal("a", "anna"), Principal("b", "bert")
 _ids = iter(range(10**9))
 
 
-def complete(prompt: str, **fields: Any) -> CompletionAsk:
+def complete(prompt: str | tuple[int, ...], **fields: Any) -> CompletionAsk:
     return CompletionAsk(id=f"r{next(_ids)}", caller=ANNA, prompt=prompt, **fields)
 
 
@@ -180,6 +181,84 @@ async def test_personal_data_reaches_neither_model_session_nor_cache(make: Make)
 
     assert "mail [EMAIL]" == generated.prompt == generated.text == chatted.text
     assert [["mail [EMAIL]"] * 2] == await turns(service, ANNA, "s")
+
+
+async def test_a_prompt_of_tokens_goes_to_the_model_as_it_is(make: Make) -> None:
+    """Also tokens that no text makes; the prompt shown is what they say."""
+    service = make()
+    control = service.engines.default.tokenizer.encode_chat([Message(Role.ASSISTANT, "")])[0]
+    tokens = (control, *map(ord, "hello"))
+
+    reply = await collect(service.complete(complete(tokens)))
+
+    assert ("hello", len(tokens)) == (reply.prompt, reply.finished.usage.prompt_tokens)
+
+
+async def test_personal_data_in_a_prompt_of_tokens_is_filtered_too(make: Make) -> None:
+    """Control tokens in the midst of it hide nothing; the model gets the clean text."""
+    service = make()
+    control = service.engines.default.tokenizer.encode_chat([Message(Role.ASSISTANT, "")])[0]
+    tokens = (*map(ord, "mail jane"), control, *map(ord, ".doe@example.com"))
+
+    reply = await collect(service.complete(complete(tokens)))
+
+    assert "mail [EMAIL]" == reply.prompt == reply.text
+    assert len("mail [EMAIL]") == reply.finished.usage.prompt_tokens
+    with pytest.raises(PiiBlocked):
+        await anext(make(input_mode="block").complete(complete(tokens)))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "refusal"), [((5, 2**30), InvalidRequest), ((97,) * 100, ContextLengthExceeded), ((), InvalidRequest)]
+)
+async def test_tokens_that_the_model_cannot_take_are_refused(make: Make, tokens: tuple[int, ...], refusal: Any) -> None:
+    """One that it does not have, more than it has room for, or none; the field is named."""
+    with pytest.raises(refusal) as refused:
+        await anext(make(context_length=50).complete(complete(tokens)))
+
+    if refusal is InvalidRequest:
+        assert "prompt" == refused.value.details["errors"][0]["field"]
+
+
+async def test_a_message_that_goes_on_has_no_new_turn_in_front(make: Make) -> None:
+    """The model sees one mark less than where it begins to speak anew."""
+    service = make()
+    begun = chat("hi", "well")
+
+    anew = await collect(service.chat(begun))
+    going_on = await collect(service.chat(replace(begun, id="on", go_on=True)))
+
+    assert anew.finished.usage.prompt_tokens - 1 == going_on.finished.usage.prompt_tokens
+
+
+async def test_a_session_goes_on_with_the_users_words_only(make: Make) -> None:
+    with pytest.raises(InvalidRequest, match="messages"):
+        await anext(make().chat(chat("hi", "well", session_id="s")))
+
+
+async def test_what_began_and_what_ended_an_answer_is_told(make: Make) -> None:
+    """Whether it comes from the cache is known from its first event, and the stop string from its last."""
+    service = make()
+    for cached in (False, True):
+        ask = complete("one two three", sampling=Sampling(stop=("three", "two")))
+        events = [event async for event in service.complete(ask)]
+        assert Started(model="echo", prompt="one two three", prompt_tokens=13, cached=cached) == events[0]
+        assert isinstance(events[-1], Finished)
+        assert ("two", cached) == (events[-1].endings[0].stopped_by, events[-1].cached)
+
+
+async def test_each_piece_tells_how_many_tokens_it_took(make: Make) -> None:
+    """Also those that the filter held back for a while: together they are what the last event counts."""
+    ask = complete("mail jane.doe@example.com or call", sampling=Sampling(n=2))
+
+    events = [event async for event in make(input_mode="mask").complete(ask)]
+
+    finished = events[-1]
+    assert isinstance(finished, Finished)
+    for index, ending in enumerate(finished.endings):
+        pieces = [event for event in events if isinstance(event, Delta) and event.index == index]
+        assert ending.tokens == sum(piece.made for piece in pieces)
+        assert all(piece.text for piece in pieces)
 
 
 async def test_blocked_personal_data_leaves_no_trace(make: Make) -> None:

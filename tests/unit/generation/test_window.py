@@ -82,8 +82,8 @@ async def test_a_history_many_times_as_long_as_the_window_is_never_encoded_whole
     class Counting(EchoTokenizer):
         longest = 0
 
-        def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
-            ids = super().encode_chat(messages)
+        def encode_chat(self, messages: Sequence[Message], *, go_on: bool = False) -> tuple[int, ...]:
+            ids = super().encode_chat(messages, go_on=go_on)
             self.longest = max(self.longest, len(ids))
             return ids
 

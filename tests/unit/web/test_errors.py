@@ -18,7 +18,7 @@ from app.errors import (
 )
 from app.web.errors import as_app_error, document, envelope, error_response, trace
 
-SCOPE = {"type": "http", "state": {"request_id": "r1"}}
+SCOPE = {"type": "http", "path": "/v1/chat", "state": {"request_id": "r1"}}
 
 
 def test_the_envelope_has_its_five_fields():

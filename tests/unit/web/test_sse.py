@@ -10,10 +10,11 @@ import pytest
 import structlog
 from starlette.requests import Request
 
-from app.errors import ClientDisconnected, EngineFailed
+from app.errors import AppError, ClientDisconnected, EngineFailed
 from app.generation.asks import Delta, Ending, Event, Finished, Started
 from app.types import FinishReason, Usage
-from app.web.sse import EventStream, answer_unless_gone, begin, whole
+from app.web.errors import envelope
+from app.web.sse import EventStream, answer_unless_gone, begin, frame, whole
 
 ENDING = Ending(finish_reason=FinishReason.STOP, tokens=1)
 FINISHED = Finished(model="m", endings=(ENDING,), usage=Usage(1, 1), cached=False)
@@ -70,17 +71,23 @@ class Client:
         return b"".join(message.get("body", b"") for message in self.sent).decode()
 
 
-def encode(event: Event) -> tuple[str, dict[str, Any]] | None:
-    match event:
-        case Delta():
-            return "delta", {"content": event.text}
-        case Finished():
-            return "done", {}
-    return None
+class Plain:
+    """The simplest dialect."""
+
+    def frames(self, event: Event) -> bytes:
+        match event:
+            case Delta():
+                return frame({"content": event.text}, "delta")
+            case Finished():
+                return frame({}, "done")
+        return b""
+
+    def failure(self, error: AppError) -> bytes:
+        return frame(envelope(error, "r1"), "error")
 
 
 async def serve(answer: Answer, client: Client, **options: float) -> None:
-    stream = EventStream(answer.events, encode, "r1", **options)
+    stream = EventStream(Started(model="m"), answer.events, Plain(), **options)
     async with asyncio.timeout(5):
         await stream({"type": "http", "method": "POST"}, client.receive, client.send)
 

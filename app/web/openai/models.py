@@ -1,0 +1,62 @@
+"""GET /v1/models: what can be asked for.  vLLM's and llama.cpp's card fields together."""
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from app.engine.base import Engine, EngineState
+from app.errors import EngineNotReady, InternalError, ModelNotFound, RateLimited, Unauthorized
+from app.web.bodies import LimitedRoute
+from app.web.deps import Parts, PartsDep
+from app.web.openai.errors import document
+
+router = APIRouter(prefix="/v1/models", tags=["openai"], route_class=LimitedRoute)
+
+_ERRORS = document(Unauthorized, ModelNotFound, RateLimited, InternalError)
+_STATUS = {
+    EngineState.LOADING: "loading",
+    EngineState.READY: "loaded",
+    EngineState.RESTARTING: "loading",
+    EngineState.FAILED: "unloaded",
+    EngineState.CLOSED: "unloaded",
+}
+"""llama.cpp's words."""
+
+
+@router.get("", responses=_ERRORS)
+async def models(parts: PartsDep) -> dict[str, Any]:
+    """List the models."""
+    return {"object": "list", "data": [_card(name, parts) for name in parts.engines.names]}
+
+
+# A model of the hub has a slash in its name.
+@router.get("/{model:path}", responses=_ERRORS)
+async def model(model: str, parts: PartsDep) -> dict[str, Any]:
+    """Describe one model."""
+    parts.engines.find(model)
+    return _card(model, parts)
+
+
+def _card(name: str, parts: Parts) -> dict[str, Any]:
+    engine = parts.engines.find(name)
+    state = engine.status().state
+    return {
+        "id": name,
+        "object": "model",
+        "created": parts.engines.since,
+        "owned_by": "llm-service",
+        "root": name,
+        "parent": None,
+        "max_model_len": _context_length(engine),
+        "permission": [],
+        "architecture": {"input_modalities": ["text"], "output_modalities": ["text"]},
+        "status": {"value": _STATUS[state], "failed": state is EngineState.FAILED},
+    }
+
+
+def _context_length(engine: Engine) -> int | None:
+    """Return the tokens of prompt and answer together; None as long as nothing is known of the model."""
+    try:
+        return engine.info.context_length
+    except EngineNotReady:
+        return None

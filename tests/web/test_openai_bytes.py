@@ -1,0 +1,223 @@
+"""What OpenAI's routes send, byte for byte, as the files in `golden/` show it."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.config import DeadlineConfig, ModelConfig
+from app.engine.local import LocalEngine
+from app.errors import EngineFailed
+from app.generation.asks import Sampling
+from app.types import FinishReason
+from app.web.openai.streams import DONE
+from tests.web.harness import CHAT, GENERATE, MODEL, ScriptedService, make_web
+
+GOLDEN = Path(__file__).with_name("golden")
+CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
+USAGE = {"stream_options": {"include_usage": True}}
+ALWAYS = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+SCORED = {CHATS: {"logprobs": True, "top_logprobs": 1}, TEXTS: {"logprobs": 1}}
+
+WHOLE = {
+    "chat": (CHATS, {}),
+    "chat_scored": (CHATS, {"n": 2, **SCORED[CHATS]}),
+    "text": (TEXTS, {}),
+    "text_scored": (TEXTS, {"n": 2, **SCORED[TEXTS]}),
+    "text_echo": (TEXTS, {"prompt": ["one", "two"], "echo": True}),
+}
+STREAMS = {
+    "chat_stream": (CHATS, {}),
+    "chat_stream_usage": (CHATS, {"n": 2, **USAGE}),
+    "chat_stream_usage_always": (CHATS, ALWAYS),
+    "chat_stream_scored": (CHATS, SCORED[CHATS]),
+    "text_stream": (TEXTS, {}),
+    "text_stream_usage": (TEXTS, {"n": 2, **USAGE}),
+    "text_stream_usage_always": (TEXTS, {"n": 2, "echo": True, **ALWAYS}),
+    "text_stream_scored": (TEXTS, SCORED[TEXTS]),
+    "text_stream_echo": (TEXTS, {"echo": True}),
+}
+
+
+def body(path: str, fields: dict[str, Any]) -> dict[str, Any]:
+    return {**(CHAT if path == CHATS else GENERATE), **fields}
+
+
+def steady(text: str) -> str:
+    """Put the same words wherever an answer has an id, a time or a fingerprint of its own."""
+    text = re.sub(r'"(chatcmpl|cmpl)-[0-9a-f]{32}"', r'"\1-ID"', text)
+    text = re.sub(r'"created":1[0-9]{9}\b', '"created":TIME', text)
+    return re.sub(r'"fp_[0-9a-f]{10}"', '"fp_PRINT"', text)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+async def test_a_whole_answer_is_as_its_file_shows(client, name):
+    path, fields = WHOLE[name]
+
+    reply = await client.post(path, json=body(path, fields))
+
+    assert (GOLDEN / f"{name}.json").read_text() == steady(reply.text) + "\n"
+
+
+@pytest.mark.parametrize("name", STREAMS)
+async def test_a_stream_is_as_its_file_shows(client, name):
+    path, fields = STREAMS[name]
+
+    reply = await client.post(path, json=body(path, {**fields, "stream": True}))
+
+    assert "text/event-stream; charset=utf-8" == reply.headers["content-type"]
+    assert ("no-cache", "no") == (reply.headers["cache-control"], reply.headers["x-accel-buffering"])
+    assert (GOLDEN / f"{name}.txt").read_text() == steady(reply.text)
+
+
+@pytest.mark.parametrize(("path", "name"), [(CHATS, "chat_stream_error"), (TEXTS, "text_stream_error")])
+async def test_an_error_inside_a_stream_is_an_object_and_then_done(path, name):
+    web = await make_web(ScriptedService(steps=["Hel", EngineFailed('The "engine" died.')]))
+    async with web.client() as client:
+        reply = await client.post(path, json=body(path, {"stream": True, **USAGE}))
+
+    assert 200 == reply.status_code
+    assert (GOLDEN / f"{name}.txt").read_text() == steady(reply.text)
+
+
+async def test_no_golden_file_is_left_over():
+    names = {f"{name}.json" for name in WHOLE} | {f"{name}.txt" for name in STREAMS}
+    assert names | {"chat_stream_error.txt", "text_stream_error.txt"} == {file.name for file in GOLDEN.iterdir()}
+
+
+@pytest.mark.parametrize("path", [CHATS, TEXTS])
+async def test_an_answer_that_the_service_cut_short_is_an_error(path):
+    """No finish reason says that; whole it is a 503 that clients try again, in a stream the error object."""
+    web = await make_web(ScriptedService(finish_reason=FinishReason.ABORT))
+    async with web.client() as client:
+        whole = await client.post(path, json=body(path, {}))
+        streamed = await client.post(path, json=body(path, {"stream": True}))
+
+    assert (503, "service_unavailable") == (whole.status_code, whole.json()["error"]["code"])
+    assert int(whole.headers["retry-after"]) >= 1
+    *_, error, done, _ = streamed.text.split("\n\n")
+    assert "service_unavailable" == json.loads(error.removeprefix("data: "))["error"]["code"]
+    assert DONE.decode() == f"{done}\n\n"
+    assert '"finish_reason":"' not in streamed.text
+
+
+async def test_every_answer_has_an_id_of_its_own_and_the_models_fingerprint(client):
+    first, second = [(await client.post(CHATS, json=CHAT)).json() for _ in range(2)]
+
+    assert first["id"] != second["id"]
+    assert first["id"].startswith("chatcmpl-")
+    assert first["system_fingerprint"] == second["system_fingerprint"]
+    assert abs(first["created"] - (await client.get("/v1/models")).json()["data"][0]["created"]) < 60
+
+
+async def test_models_are_listed_with_the_fields_of_both_servers(client):
+    listed = (await client.get("/v1/models")).json()
+    one = await client.get(f"/v1/models/{MODEL}")
+    missing = await client.get("/v1/models/gpt-4o")
+
+    assert ("list", [one.json()]) == (listed["object"], listed["data"])
+    assert isinstance(one.json().pop("created"), int)
+    assert {
+        "id": MODEL,
+        "object": "model",
+        "owned_by": "llm-service",
+        "root": MODEL,
+        "parent": None,
+        "max_model_len": 8192,
+        "permission": [],
+        "architecture": {"input_modalities": ["text"], "output_modalities": ["text"]},
+        "status": {"value": "loaded", "failed": False},
+    } == {name: value for name, value in one.json().items() if name != "created"}
+    assert (404, "model_not_found", "model") == (
+        missing.status_code,
+        missing.json()["error"]["code"],
+        missing.json()["error"]["param"],
+    )
+
+
+async def test_a_model_of_the_hub_has_a_slash_in_its_name(client, web):
+    web.engines._engines["google/gemma-2-2b-it"] = web.engines.default
+
+    assert "google/gemma-2-2b-it" == (await client.get("/v1/models/google/gemma-2-2b-it")).json()["id"]
+
+
+async def test_a_model_that_still_loads_is_listed_and_its_requests_are_told_to_wait(web, client):
+    """Nothing is known of it yet but its name."""
+    web.engines._engines["slow"] = LocalEngine(ModelConfig(), DeadlineConfig())
+
+    card = (await client.get("/v1/models/slow")).json()
+    reply = await client.post(CHATS, json=body(CHATS, {"model": "slow"}))
+
+    assert ({"value": "loading", "failed": False}, None) == (card["status"], card["max_model_len"])
+    assert (503, "service_unavailable") == (reply.status_code, reply.json()["error"]["code"])
+    assert int(reply.headers["retry-after"]) >= 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "headers", "verdict"),
+    [
+        ({"temperature": 0}, {}, "MISS"),
+        ({"seed": 1}, {}, "MISS"),
+        ({}, {}, "BYPASS"),
+        ({"temperature": 0.7}, {}, "BYPASS"),
+        ({"temperature": 0}, {"Cache-Control": "no-cache"}, "BYPASS"),
+    ],
+)
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("path", [CHATS, TEXTS])
+async def test_only_what_is_deterministic_may_come_from_the_cache(web, client, path, fields, headers, verdict, stream):
+    reply = await client.post(path, json=body(path, {**fields, "stream": stream}), headers=headers)
+
+    assert verdict == reply.headers["x-cache"]
+    assert (verdict != "BYPASS") == web.service.asks[0].cache
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_where_there_is_no_cache_it_is_passed_by(stream):
+    web = await make_web(cache={"enabled": False})
+    async with web.client() as client:
+        reply = await client.post(CHATS, json={**CHAT, "temperature": 0, "stream": stream})
+
+    assert "BYPASS" == reply.headers["x-cache"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "headers", "session"),
+    [
+        ({}, {}, None),
+        ({"session_id": "s"}, {}, "s"),
+        ({}, {"X-Session-ID": "h"}, "h"),
+        ({"session_id": "s"}, {"X-Session-ID": "s"}, "s"),
+        ({"user": "u", "metadata": {"session_id": "m"}}, {"X-OpenWebUI-Chat-Id": "c"}, None),
+    ],
+)
+async def test_a_session_is_kept_only_where_one_is_named(web, client, fields, headers, session):
+    await client.post(CHATS, json={**CHAT, **fields}, headers=headers)
+
+    assert session == web.service.asks[0].session_id
+
+
+@pytest.mark.parametrize(
+    ("headers", "param"), [({"X-Session-ID": "other"}, "session_id"), ({"X-Session-ID": "a b"}, "X-Session-ID")]
+)
+async def test_a_session_that_is_not_clear_is_refused(web, client, headers, param):
+    reply = await client.post(CHATS, json={**CHAT, "session_id": "s"}, headers=headers)
+
+    assert (400, param) == (reply.status_code, reply.json()["error"]["param"])
+    assert [] == web.service.asks
+
+
+async def test_the_last_message_is_continued_when_asked(web, client):
+    messages = [*CHAT["messages"], {"role": "assistant", "content": "The answer is"}]
+    for fields, going_on in (({}, False), ({"continue_final_message": True, "add_generation_prompt": False}, True)):
+        assert 200 == (await client.post(CHATS, json={"messages": messages, **fields})).status_code
+        assert going_on == web.service.asks[-1].go_on
+
+
+async def test_nothing_of_the_sampling_is_lost_in_translation(web, client):
+    await client.post(CHATS, json={**CHAT, "logprobs": True, "top_logprobs": 4, "n": 2, "top_k": 5, "seed": 3})
+
+    expected = Sampling(temperature=1.0, logprobs=4, n=2, top_k=5, seed=3)
+    assert expected == web.service.asks[0].sampling

@@ -1,0 +1,155 @@
+"""OpenAI's error object, with the words that its clients branch on, wherever an error comes from."""
+
+import pytest
+
+from app import errors
+from app.errors import AppError, ContextLengthExceeded, EngineBusy, InternalError, RateLimited
+from app.web.openai.errors import envelope, headers, speaks
+from tests.web.harness import AUTH, CHAT, GENERATE, KEY, ScriptedService, make_web
+
+BODIES = {"/v1/chat/completions": CHAT, "/v1/completions": GENERATE}
+PATHS = [*BODIES, "/v1/models", "/v1/models/x"]
+
+
+class QuotaUsedUp(AppError):
+    """Stands for a quota's error: the code is all that matters."""
+
+    status, code = 429, "quota_exceeded"
+
+
+def told(reply) -> tuple[int, str, str | None, str]:
+    error = reply.json()["error"]
+    return reply.status_code, error["type"], error["param"], error["code"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_a_wrong_key_is_invalid_api_key(path):
+    web = await make_web()
+    async with web.client(Authorization="Bearer wrong-key-0123456789") as client:
+        reply = await client.post(path) if path in BODIES else await client.get(path)
+
+    assert (401, "authentication_error", None, "invalid_api_key") == told(reply)
+    assert "Bearer" == reply.headers["www-authenticate"]
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_a_bearer_token_is_the_key(path):
+    web = await make_web()
+    async with web.client(Authorization=f"Bearer {KEY}") as client:
+        assert 200 == (await client.post(path, json=BODIES[path])).status_code
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_an_unknown_model_is_model_not_found(client, path):
+    reply = await client.post(path, json={**BODIES[path], "model": "gpt-4o"})
+
+    assert (404, "invalid_request_error", "model", "model_not_found") == told(reply)
+
+
+@pytest.mark.parametrize(("path", "field"), [("/v1/chat/completions", "messages"), ("/v1/completions", "prompt")])
+async def test_too_long_a_prompt_is_context_length_exceeded_in_tokens_and_in_characters(path, field):
+    refusal = ContextLengthExceeded(prompt_tokens=9, max_tokens=9, limit=10)
+    in_tokens = await make_web(ScriptedService(refusal=refusal))
+    in_characters = await make_web(security={"max_prompt_chars": 4})
+    for web in (in_tokens, in_characters):
+        async with web.client(**AUTH) as client:
+            reply = await client.post(path, json=BODIES[path])
+        assert (400, "invalid_request_error", field, "context_length_exceeded") == told(reply)
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize(
+    ("refusal", "expected"),
+    [
+        (RateLimited("Slow down.", retry_after=7), (429, "rate_limit_error", None, "rate_limit_exceeded")),
+        (QuotaUsedUp("Used up.", retry_after=7), (429, "insufficient_quota", None, "insufficient_quota")),
+        (EngineBusy("Full.", retry_after=7), (503, "server_error", None, "service_unavailable")),
+        (InternalError("No."), (500, "server_error", None, "internal_server_error")),
+        (errors.DeadlineExceeded("Late."), (504, "server_error", None, "deadline_exceeded")),
+    ],
+)
+async def test_what_the_service_refuses_has_its_type_and_code(path, refusal, expected):
+    """Where the same request may succeed later the answer says when; for a quota a retry is not worth it."""
+    web = await make_web(ScriptedService(refusal=refusal))
+    async with web.client() as client:
+        for stream in (False, True):
+            reply = await client.post(path, json={**BODIES[path], "stream": stream})
+            assert expected == told(reply)
+            assert refusal.message == reply.json()["error"]["message"]
+            assert (refusal.retry_after and "7") == reply.headers.get("retry-after")
+            assert ("false" if "quota" in expected[3] else None) == reply.headers.get("x-should-retry")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "expected"),
+    [
+        ("GET", "/v1/chat/completions", (405, "invalid_request_error", None, "method_not_allowed")),
+        ("DELETE", "/v1/models", (405, "invalid_request_error", None, "method_not_allowed")),
+        ("POST", "/v1/completions/x", (404, "invalid_request_error", None, "not_found")),
+        ("GET", "/v1/chat/completions/chatcmpl-1", (404, "invalid_request_error", None, "not_found")),
+        ("GET", "/v1/models/", (404, "invalid_request_error", "model", "model_not_found")),
+        ("GET", "/v1/models/x", (404, "invalid_request_error", "model", "model_not_found")),
+    ],
+)
+async def test_the_routers_own_errors_speak_the_dialect(client, method, path, expected):
+    assert expected == told(await client.request(method, path))
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_wrong_bodies_speak_the_dialect(path):
+    web = await make_web(security={"max_body_bytes": 50})
+    async with web.client(**AUTH) as client:
+        plain = await client.post(path, content=b"x", headers={"Content-Type": "text/plain"})
+        broken = await client.post(path, content=b"{", headers={"Content-Type": "application/json"})
+        long = await client.post(path, json={"prompt": "x" * 100})
+
+    assert (415, "invalid_request_error", None, "unsupported_media_type") == told(plain)
+    assert (400, "invalid_request_error", None, "invalid_request_error") == told(broken)
+    assert (413, "invalid_request_error", None, "payload_too_large") == told(long)
+
+
+async def test_a_defect_of_ours_says_nothing_of_itself(log_lines):
+    web = await make_web(ScriptedService(refusal=ValueError("private")))
+    async with web.client() as client:
+        reply = await client.post("/v1/chat/completions", json=CHAT)
+
+    assert (500, "server_error", None, "internal_server_error") == told(reply)
+    assert "private" not in reply.text
+
+
+def test_every_error_of_ours_has_a_type_that_clients_know():
+    """Also one that is added later."""
+    known = {
+        "invalid_request_error",
+        "authentication_error",
+        "permission_error",
+        "rate_limit_error",
+        "insufficient_quota",
+        "server_error",
+    }
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, AppError)]
+    assert len(kinds) > 15
+    for kind in kinds:
+        error = kind.__new__(kind)
+        AppError.__init__(error, "m")
+        told = envelope(error, "/v1/completions")["error"]
+        assert told["type"] in known
+        assert ("server_error" == told["type"]) == (kind.status >= 500)
+        assert isinstance(told["code"], str)
+        assert {} == headers(error) or kind.status == 429
+
+
+@pytest.mark.parametrize(
+    ("path", "openai"),
+    [
+        ("/v1/models", True),
+        ("/v1/models/a/b", True),
+        ("/v1/completions/", True),
+        ("/v1/chat", False),
+        ("/v1/modelsx", False),
+        ("/v1/generate", False),
+        ("/nowhere", False),
+    ],
+)
+def test_the_path_decides_the_dialect(path, openai):
+    assert openai == speaks(path)

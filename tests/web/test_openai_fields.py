@@ -1,0 +1,388 @@
+"""Every field of the installed `openai` package's request types is honoured, or refused by its name.
+
+The types are walked, so a newer package with a new field fails here and not at a user's.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+from openai.types import completion_create_params as text_params
+from openai.types.chat import completion_create_params as chat_params
+from openai.types.chat.chat_completion_content_part_text_param import ChatCompletionContentPartTextParam
+from openai.types.chat.chat_completion_message_param import ChatCompletionMessageParam
+from openai.types.chat.chat_completion_stream_options_param import ChatCompletionStreamOptionsParam
+
+from app.generation.asks import ChatAsk, CompletionAsk
+from app.types import Message, Role
+from app.web.openai.chat import ChatCompletionRequest
+from app.web.openai.completions import CompletionRequest
+from tests.web.harness import CHAT, GENERATE, MODEL, ScriptedService, make_web
+
+CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
+BODIES = {CHATS: CHAT, TEXTS: GENERATE}
+TYPES = {
+    CHATS: (chat_params.CompletionCreateParamsNonStreaming, chat_params.CompletionCreateParamsStreaming),
+    TEXTS: (text_params.CompletionCreateParamsNonStreaming, text_params.CompletionCreateParamsStreaming),
+}
+
+Ask = ChatAsk | CompletionAsk
+Seen = Callable[[Ask], Any]
+"""What the service was asked, as far as it comes from the field."""
+
+
+def sampled(name: str) -> Seen:
+    return lambda ask: getattr(ask.sampling, name)
+
+
+DRAWN: dict[str, tuple[Any, Any, Seen]] = {
+    "model": (MODEL, MODEL, lambda ask: ask.model),
+    "max_tokens": (7, 7, sampled("max_tokens")),
+    "temperature": (0.25, 0.25, sampled("temperature")),
+    "top_p": (0.5, 0.5, sampled("top_p")),
+    "n": (3, 3, sampled("n")),
+    "stop": (["A", "B"], ("A", "B"), sampled("stop")),
+    "seed": (-1, 2**63 - 1, sampled("seed")),
+    "presence_penalty": (1.5, 1.5, sampled("presence_penalty")),
+    "frequency_penalty": (-0.5, -0.5, sampled("frequency_penalty")),
+    "logit_bias": ({"5": -100, "3": 1}, ((3, 1.0), (5, -100.0)), sampled("logit_bias")),
+}
+EXTRAS: dict[str, tuple[Any, Any, Seen]] = {
+    "top_k": (-1, 0, sampled("top_k")),
+    "min_p": (0.1, 0.1, sampled("min_p")),
+    "repetition_penalty": (1.2, 1.2, sampled("repetition_penalty")),
+    "ignore_eos": (True, True, sampled("ignore_eos")),
+    "min_tokens": (3, 3, sampled("min_tokens")),
+    "stop_token_ids": ([9, 2, 9], (2, 9), sampled("stop_token_ids")),
+}
+"""vLLM's."""
+ASKED: dict[str, dict[str, tuple[Any, Any, Seen]]] = {
+    CHATS: DRAWN
+    | {
+        "messages": (
+            [{"role": "developer", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}],
+            (Message(Role.SYSTEM, "a\nb"),),
+            lambda ask: ask.messages,
+        ),
+        "max_completion_tokens": (9, 9, sampled("max_tokens")),
+        "logprobs": (True, 0, sampled("logprobs")),
+    },
+    TEXTS: DRAWN
+    | {
+        "prompt": ([1, 2, 3], (1, 2, 3), lambda ask: ask.prompt),
+        "logprobs": (5, 5, sampled("logprobs")),
+    },
+}
+"""Fields that change what the service is asked: a value, what becomes of it, and where."""
+
+ELSEWHERE = {
+    CHATS: {"stream", "stream_options", "top_logprobs", "metadata", "user", "safety_identifier", "service_tier"},
+    TEXTS: {"stream", "stream_options", "echo", "user", "best_of"},
+}
+"""Fields that are honoured otherwise; each has a test of its own in this folder."""
+
+REFUSED: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
+    CHATS: {
+        "audio": ([], [{"format": "mp3", "voice": "alloy"}]),
+        "function_call": (["none", "auto"], [{"name": "f"}]),
+        "functions": ([[]], [[{"name": "f"}]]),
+        "modalities": ([["text"]], [["text", "audio"], ["audio"]]),
+        "moderation": ([], [{"model": "m"}]),
+        "parallel_tool_calls": ([True], [False, 1]),
+        "prediction": ([], [{"type": "content", "content": "x"}]),
+        "prompt_cache_key": ([], ["k"]),
+        "prompt_cache_options": ([], [{"mode": "explicit"}]),
+        "prompt_cache_retention": (["in_memory"], []),
+        "reasoning_effort": (["none"], []),
+        "response_format": (
+            [{"type": "text"}],
+            [{"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": "x"}}],
+        ),
+        "store": ([False], [True, 0]),
+        "tool_choice": (["none", "auto"], ["required", {"type": "function", "function": {"name": "f"}}]),
+        "tools": ([[]], [[{"type": "function", "function": {"name": "f"}}]]),
+        "verbosity": (["medium"], []),
+        "web_search_options": ([], [{}]),
+    },
+    TEXTS: {"suffix": ([], ["", "x"])},
+}
+"""Fields that cannot be honoured: the values that change nothing, and others; those of the types are added."""
+
+
+def literals(hint: Any) -> Iterator[Any]:
+    """Yield the values that a type lists by name."""
+    if get_origin(hint) is Literal:
+        yield from get_args(hint)
+    else:
+        for part in get_args(hint):
+            yield from literals(part)
+
+
+def fields(path: str) -> dict[str, Any]:
+    """Return the package's own field names and types of a route."""
+    return {name: hint for kind in TYPES[path] for name, hint in get_type_hints(kind).items()}
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_every_field_of_the_package_is_known_here(path):
+    """A field in no table is one that nobody has thought about."""
+    assert set(fields(path)) == ASKED[path].keys() | ELSEWHERE[path] | REFUSED[path].keys()
+
+
+def test_the_table_for_users_names_every_field():
+    """In docs/openai.md, with our and vLLM's own."""
+    words = set(re.findall(r"`([a-z_]+)`", (Path(__file__).parents[2] / "docs" / "openai.md").read_text()))
+    ours = {name for model in (ChatCompletionRequest, CompletionRequest) for name in model.model_fields}
+
+    assert set() == (fields(CHATS).keys() | fields(TEXTS).keys() | ours) - words
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), [(path, name) for path in BODIES for name in {**ASKED[path], **EXTRAS}], ids=lambda each: each
+)
+async def test_a_field_that_is_honoured_reaches_the_service(web, client, path, name):
+    value, expected, seen = {**ASKED[path], **EXTRAS}[name]
+
+    reply = await client.post(path, json={**BODIES[path], name: value})
+
+    assert 200 == reply.status_code, reply.text
+    assert expected == seen(web.service.asks[0])
+
+
+@pytest.mark.parametrize(("path", "name"), [(path, name) for path in BODIES for name in REFUSED[path]])
+async def test_a_field_that_cannot_be_honoured_is_refused_by_name(web, client, path, name):
+    """Every value that means something, those that the package's types list among them; null and defaults pass."""
+    neutral, meant = REFUSED[path][name]
+    others = [value for value in literals(fields(path)[name]) if value not in neutral]
+    assert meant + others
+
+    for value in [None, *neutral]:
+        assert 200 == (await client.post(path, json={**BODIES[path], name: value})).status_code
+    asked = len(web.service.asks)
+    for value in meant + [value for value in others if isinstance(value, str)]:
+        reply = await client.post(path, json={**BODIES[path], name: value})
+        assert (400, "invalid_request_error", name) == (
+            reply.status_code,
+            reply.json()["error"]["type"],
+            reply.json()["error"]["param"],
+        )
+    assert asked == len(web.service.asks)
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_a_field_that_nobody_knows_is_refused_by_name(client, path):
+    reply = await client.post(path, json={**BODIES[path], "temprature": 1})
+
+    assert (400, "temprature") == (reply.status_code, reply.json()["error"]["param"])
+    assert "temprature: there is no such field" == reply.json()["error"]["message"]
+
+
+MESSAGES: dict[str, tuple[dict[str, Any], dict[str, list[Any]]]] = {
+    "system": ({"content": "x"}, {"name": ["n"]}),
+    "developer": ({"content": "x"}, {"name": ["n"]}),
+    "user": ({"content": "x"}, {"name": ["n"]}),
+    "assistant": (
+        {"content": "x"},
+        {
+            "name": ["n"],
+            "audio": [{"id": "a"}],
+            "function_call": [{"name": "f", "arguments": "{}"}],
+            "refusal": ["no"],
+            "tool_calls": [[{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]],
+        },
+    ),
+    "tool": ({"content": "x", "tool_call_id": "1"}, {}),
+    "function": ({}, {"role": ["function"], "content": ["x"], "name": ["f"]}),
+}
+"""For each role a message that is taken, and the fields that are refused."""
+
+
+def message_types() -> dict[str, dict[str, Any]]:
+    hints = [get_type_hints(kind) for kind in get_args(ChatCompletionMessageParam)]
+    return {get_args(hint["role"])[0]: hint for hint in hints}
+
+
+def test_every_field_of_the_packages_messages_is_known_here():
+    for role, hint in message_types().items():
+        taken, refused = MESSAGES[role]
+        assert set(hint) - {"role"} == (taken.keys() | refused.keys()) - {"role"}, role
+    assert message_types().keys() == MESSAGES.keys()
+    assert {"type", "text", "prompt_cache_breakpoint"} == set(get_type_hints(ChatCompletionContentPartTextParam))
+    assert {"include_usage", "include_obfuscation"} == set(get_type_hints(ChatCompletionStreamOptionsParam))
+
+
+@pytest.mark.parametrize("role", [role for role in MESSAGES if role != "function"])
+async def test_every_role_is_heard(web, client, role):
+    taken, refused = MESSAGES[role]
+    expected = {"developer": Role.SYSTEM}.get(role) or Role(role)
+
+    reply = await client.post(CHATS, json={"messages": [{"role": role, **taken, **dict.fromkeys(refused)}]})
+
+    assert 200 == reply.status_code, reply.text
+    assert (Message(expected, "x"),) == web.service.asks[0].messages
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"role": role, **taken, name: value}, name)
+        for role, (taken, refused) in MESSAGES.items()
+        if role != "function"
+        for name, values in refused.items()
+        for value in values
+    ]
+    + [
+        ({"role": "function", "content": "x", "name": "f"}, "role"),
+        ({"role": "user"}, "content"),
+        ({"role": "assistant", "content": None}, "content"),
+        ({"role": "user", "content": []}, "content"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "content.0.type"),
+        ({"role": "user", "content": [{"type": "text", "text": 1}]}, "content.0.text"),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "x", "prompt_cache_breakpoint": {"mode": "a"}}]},
+            "content.0.prompt_cache_breakpoint",
+        ),
+    ],
+)
+async def test_what_a_message_cannot_hold_is_refused_by_its_path(client, message, param):
+    reply = await client.post(CHATS, json={"messages": [{"role": "user", "content": "a"}, message]})
+
+    assert (400, f"messages.1.{param}") == (reply.status_code, reply.json()["error"]["param"])
+
+
+async def test_a_tools_message_and_no_other_names_its_call(client):
+    for message in ({"role": "tool", "content": "x"}, {"role": "user", "content": "x", "tool_call_id": "1"}):
+        reply = await client.post(CHATS, json={"messages": [message]})
+        assert (400, "messages.0") == (reply.status_code, reply.json()["error"]["param"])
+
+
+async def test_what_the_assistant_said_may_come_back_as_it_was_sent(web, client):
+    """Clients put our own message object at the end of the conversation."""
+    ours = (await client.post(CHATS, json=CHAT)).json()["choices"][0]["message"]
+
+    reply = await client.post(CHATS, json={"messages": [*CHAT["messages"], ours, *CHAT["messages"]]})
+
+    assert 200 == reply.status_code
+    assert Message(Role.ASSISTANT, "Hello") == web.service.asks[1].messages[1]
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "param"),
+    [
+        (CHATS, {"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
+        (CHATS, {"top_logprobs": 2}, "top_logprobs"),
+        (CHATS, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        (CHATS, {"stream_options": {"include_usage": True}}, "stream_options"),
+        (CHATS, {"stream": True, "stream_options": {"include_x": True}}, "stream_options.include_x"),
+        (
+            CHATS,
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "stream_options.continuous_usage_stats",
+        ),
+        (CHATS, {"continue_final_message": True}, "continue_final_message"),
+        (CHATS, {"add_generation_prompt": False}, "add_generation_prompt"),
+        (CHATS, {"metadata": {"a": 1}}, "metadata"),
+        (CHATS, {"metadata": {str(number): "" for number in range(17)}}, "metadata"),
+        (CHATS, {"metadata": {"a": "x" * 513}}, "metadata"),
+        (CHATS, {"service_tier": "priority"}, "service_tier"),
+        (CHATS, {"user": 5}, "user"),
+        (CHATS, {"session_id": "a b"}, "session_id"),
+        (TEXTS, {"stream_options": {"include_usage": True}}, "stream_options"),
+        (TEXTS, {"best_of": 2}, "best_of"),
+        (TEXTS, {"echo": True, "logprobs": 1}, "echo"),
+        (TEXTS, {"prompt": None}, "prompt"),
+        (TEXTS, {"prompt": []}, "prompt"),
+        (TEXTS, {"prompt": ["a", 1]}, "prompt"),
+        (TEXTS, {"prompt": [True]}, "prompt"),
+        (TEXTS, {"prompt": [-1]}, "prompt"),
+        (TEXTS, {"prompt": [[]]}, "prompt"),
+        (TEXTS, {"prompt": ["a"] * 65}, "prompt"),
+        (TEXTS, {"session_id": "s"}, "session_id"),
+    ],
+)
+async def test_what_contradicts_itself_or_is_out_of_range_is_refused_by_name(web, client, path, given, param):
+    reply = await client.post(path, json={**BODIES[path], **given})
+
+    assert (400, param) == (reply.status_code, reply.json()["error"]["param"]), reply.text
+    assert [] == web.service.asks
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_what_is_left_out_has_openais_defaults(web, client, path):
+    """Temperature 1 and no filter, whatever holds on the native routes; a plain completion has 16 tokens."""
+    nothing = dict.fromkeys(fields(path).keys() - BODIES[path].keys())
+
+    assert 200 == (await client.post(path, json={**BODIES[path], **nothing})).status_code
+
+    sampling = web.service.asks[0].sampling
+    assert (1.0, 1.0, 0, 0.0, 1.0) == (
+        sampling.temperature,
+        sampling.top_p,
+        sampling.top_k,
+        sampling.min_p,
+        sampling.repetition_penalty,
+    )
+    assert {CHATS: None, TEXTS: 16}[path] == sampling.max_tokens
+
+
+async def test_the_configuration_goes_before_openais_default_and_a_request_before_both():
+    web = await make_web(ScriptedService(), openai={"temperature": 0.3})
+    async with web.client() as client:
+        await client.post(CHATS, json=CHAT)
+        await client.post(CHATS, json={**CHAT, "temperature": 0.9})
+
+    assert [0.3, 0.9] == [ask.sampling.temperature for ask in web.service.asks]
+
+
+async def test_a_stream_is_never_obfuscated(client):
+    """Random padding is refused by name; to ask for none is fine."""
+    for asked, status in ((False, 200), (True, 400)):
+        options = {"stream": True, "stream_options": {"include_obfuscation": asked}}
+        reply = await client.post(CHATS, json={**CHAT, **options})
+        assert status == reply.status_code
+    assert "stream_options.include_obfuscation" == reply.json()["error"]["param"]
+
+
+async def test_best_of_may_say_what_n_says(client):
+    """So older clients send it; nothing is chosen."""
+    for given in ({"best_of": 1}, {"best_of": 2, "n": 2}):
+        assert 200 == (await client.post(TEXTS, json={**GENERATE, **given})).status_code
+
+
+@pytest.mark.parametrize(
+    ("prompt", "asked"),
+    [
+        ("a", ["a"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [(1, 2)]),
+        ([[1], [2, 3]], [(1,), (2, 3)]),
+    ],
+)
+async def test_a_prompt_may_be_a_text_texts_tokens_or_lists_of_tokens(web, client, prompt, asked):
+    reply = await client.post(TEXTS, json={"prompt": prompt, "n": 2})
+
+    assert asked == [ask.prompt for ask in web.service.asks]
+    assert list(range(2 * len(asked))) == [choice["index"] for choice in reply.json()["choices"]]
+
+
+async def test_the_end_user_is_told_apart_in_the_log_and_named_nowhere(client, log_lines):
+    """The same name gives the same mark, and the name itself is not written."""
+    for given in ({"user": "jane"}, {"safety_identifier": "jane", "user": "other"}, {"user": "joe"}, {}):
+        await client.post(CHATS, json={**CHAT, **given})
+
+    marks = [line.get("end_user") for line in log_lines]
+    assert marks[0] == marks[1] != marks[2]
+    assert marks[3] is None
+    assert "jane" not in str(log_lines)
+
+
+async def test_metadata_and_the_service_tier_stand_in_the_answer_again(client):
+    given = {"metadata": {"run": "7"}, "service_tier": "auto"}
+
+    reply = (await client.post(CHATS, json={**CHAT, **given})).json()
+    plain = (await client.post(CHATS, json=CHAT)).json()
+
+    assert ({"run": "7"}, "default") == (reply["metadata"], reply["service_tier"])
+    assert not {"metadata", "service_tier"} & plain.keys()
