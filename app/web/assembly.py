@@ -79,14 +79,16 @@ def _cors(origins: tuple[str, ...]) -> dict[str, Any]:
     """Without credentials: keys travel in a header that the page sets itself, so no visitor's key is sent unasked."""
     return {
         "allow_origins": list(origins),
-        "allow_methods": ["GET", "POST", "DELETE"],
+        "allow_methods": ["GET", "POST", "PUT", "PATCH", "DELETE"],
         "allow_headers": ["Authorization", "Cache-Control", "Content-Type", "X-API-Key", "X-Request-ID"],
         "expose_headers": [
             "Retry-After",
             "X-Process-Time",
             "X-Request-ID",
-            "x-ratelimit-limit-requests",
-            "x-ratelimit-remaining-requests",
-            "x-ratelimit-reset-requests",
+            *(
+                f"x-ratelimit-{what}-{kind}"
+                for what in ("limit", "remaining", "reset")
+                for kind in ("requests", "tokens")
+            ),
         ],
     }
