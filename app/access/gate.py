@@ -10,6 +10,7 @@ from app.access.key_ring import KeyRing
 from app.access.keys import KeyStore
 from app.access.limits import configured
 from app.access.quotas import Quotas
+from app.access.reports import Reports
 from app.access.roles import ADMIN, RoleStore
 from app.access.usage_log import UsageLog
 from app.config import Settings
@@ -43,6 +44,7 @@ class Access:
         defaults = configured(settings.rate_limit, settings.quota)
         self.ring = KeyRing(self.keys, self.roles, defaults, configured_key=configured_key)
         self.quotas = Quotas(self.database, settings.quota)
+        self.reports = Reports(self.database)
         self.log = UsageLog(self.database, settings.usage_log, mask=mask, on_drop=on_drop)
         self._first_key = first_key
         self._opened = False

@@ -16,7 +16,7 @@ from app.access.key_format import digest_of, id_of
 from app.access.keys import Found, KeyStore
 from app.access.limits import LimitSettings, resolve
 from app.access.roles import ADMIN, RoleStore
-from app.errors import StoreUnavailable
+from app.errors import KeyNotFound, StoreUnavailable
 from app.types import Limits, Principal, Rights
 
 FRESH_SECONDS = 4.0
@@ -125,6 +125,18 @@ class KeyRing:
             ends = min(overlap, found.record.expires or overlap)
             return _Remembered(_principal(found, self._defaults), asked, ends)
         return None
+
+    async def limits_of(self, key_id: str) -> Limits:
+        """Return the limits of any key, good or not.
+
+        Raises: KeyNotFound: there is no such key.  StoreUnavailable: the database does not answer.
+        """
+        found = await self._keys.find(key_id)
+        if found is not None:
+            return resolve(self._defaults, found.record.limits, found.role.limits)
+        if self._configured is None or key_id != self._configured_id:
+            raise KeyNotFound("There is no key of this id.")
+        return resolve(self._defaults, (await self._roles.read(ADMIN)).limits)
 
     def forget(self, key_id: str) -> None:
         """Ask the database again at the key's next use: something about it has changed."""

@@ -117,9 +117,12 @@ class Quotas:
         with suppress(StoreUnavailable):
             await self._do(order)
 
-    async def standing(self, caller_id: str) -> Standing:
-        """Return how a key stands this month."""
-        return await ledger.standing(self._db, Month(caller_id, month_of(self._now())))
+    async def standing(self, key_id: str, month: str) -> Standing:
+        """Return how a key stands in a month.
+
+        Raises: StoreUnavailable: the database does not answer.
+        """
+        return await ledger.standing(self._db, Month(key_id, month))
 
     async def _do(self, order: Reserve | Settle) -> Standing:
         loop = asyncio.get_running_loop()

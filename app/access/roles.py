@@ -56,27 +56,23 @@ class RoleStore:
             raise RoleNotFound("There is no role of this name.")
         return Role.of(row)
 
-    async def create(self, role: Role) -> None:
-        """Raises: Conflict: there is a role of this name."""
-        try:
-            async with self._db.begin() as connection:
-                await connection.execute(insert(tables.roles).values(_values(role)))
-        except IntegrityError:
-            raise Conflict("There is a role of this name already.") from None
+    async def put(self, role: Role) -> None:
+        """Put a role in the place of the one of its name, or make it.
 
-    async def change(self, role: Role) -> None:
-        """Put a role in the place of the one of its name.
-
-        Raises:
-            RoleNotFound: there is none.
-            Forbidden: nobody could undo what is asked.
+        Raises: Forbidden: nobody could undo what is asked.  Conflict: somebody else made it at the same moment.
         """
         if role.name == ADMIN and not role.rights.manage_keys:
             raise Forbidden("The role admin must be able to manage keys, or nobody could.")
+        try:
+            await self._put(role)
+        except IntegrityError:
+            raise Conflict("Somebody else made this role at the same moment; try again.") from None
+
+    async def _put(self, role: Role) -> None:
         async with self._db.begin() as connection:
             change = update(tables.roles).where(tables.roles.c.name == role.name).values(_values(role))
             if (await connection.execute(change)).rowcount == 0:
-                raise RoleNotFound("There is no role of this name.")
+                await connection.execute(insert(tables.roles).values(_values(role)))
 
     async def delete(self, name: str) -> None:
         """Raises: RoleNotFound: there is none.  Conflict: it is built in, or keys have it."""

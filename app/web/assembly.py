@@ -12,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Lifespan
 
 from app import __version__
-from app.web import batch, chat, generate, ops, sessions
+from app.web import batch, chat, generate, keys, ops, roles, sessions, usage
 from app.web.authentication import Authentication
 from app.web.deps import Parts
 from app.web.errors import add_handlers
@@ -41,8 +41,9 @@ def build_app(parts: Parts, *, lifespan: Lifespan[FastAPI] | None = None) -> Fas
         lifespan=lifespan,
     )
     app.state.parts = parts
-    for module in (generate, batch, chat, sessions):
-        app.include_router(module.router, dependencies=_KEY_SCHEMES)
+    routers = [module.router for module in (generate, batch, chat, sessions, keys, roles, usage)]
+    for router in (*routers, keys.seed_router):
+        app.include_router(router, dependencies=_KEY_SCHEMES)
     app.include_router(ops.router)
     add_handlers(app)
     _add_middlewares(app, parts)

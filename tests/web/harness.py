@@ -163,7 +163,8 @@ HIGH_RATE = {"requests_per_minute": 100_000, "burst_size": 100_000}
 
 async def make_web(service: ScriptedService | None = None, **sections: dict[str, Any]) -> Web:
     """Build the application as `create_app` does, around a scripted service."""
-    config = load_settings("absent.yml", None, **{"rate_limit": HIGH_RATE, **sections})
+    nowhere = {"url": "sqlite:////nowhere/service.db"}
+    config = load_settings("absent.yml", None, **{"rate_limit": HIGH_RATE, "database": nowhere, **sections})
     service = service or ScriptedService()
     if service.sessions is None and config.chat_history.enabled:
         service.sessions = MemorySessionStore(config.chat_history)

@@ -36,7 +36,7 @@ def test_threads_that_start_at_once_get_one_key(tmp_path: Path):
 
 def test_processes_that_start_at_once_get_one_key(tmp_path: Path):
     code = (
-        "import sys, pathlib; from app.access.first_key import first_key; print(first_key(pathlib.Path(sys.argv[1])))"
+        "import sys, pathlib; from app.access.first_key import first_key as key; print(key(pathlib.Path(sys.argv[1])))"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "data")]
 
