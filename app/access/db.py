@@ -97,6 +97,18 @@ class Database:
         async with self.begin(MIGRATION_SECONDS) as connection:
             return await connection.run_sync(_revision)
 
+    def exists(self) -> bool:
+        """Whether SQLite's file is there; Postgres tells when it is asked."""
+        return not self.sqlite or Path(self._url.database or "").exists()
+
+    async def problems(self) -> list[str]:
+        """Return what SQLite finds wrong with its file; Postgres looks after itself."""
+        if not self.sqlite:
+            return []
+        async with self.begin(MIGRATION_SECONDS) as connection:
+            found = (await connection.execute(text("PRAGMA integrity_check"))).scalars()
+            return [line for line in found if line != "ok"]
+
     def _make_file(self) -> None:
         """Make an empty file that only its owner may read; SQLite gives its other files the same rights."""
         path = Path(self._url.database or "")

@@ -39,7 +39,8 @@ _ERRORS = document(
 
 KeyPath = Annotated[str, Path(pattern=r"^[0-9A-Za-z]{1,64}$")]
 RoleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
-OwnerName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9@._ -]{1,128}$")]
+OwnerName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._ -]{1,128}$")]
+"""No address: what is kept of people here is in every report."""
 _Limit = Annotated[int, Field(ge=0, le=MAX_LIMIT)] | None
 _Seconds = Annotated[int, Field(ge=1, le=MAX_SECONDS)]
 

@@ -30,7 +30,7 @@ _ERRORS = document(
 )
 
 RolePath = Annotated[RoleName, Path()]
-_ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+_ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._/:-]{1,256}$")]
 
 
 class RightsFields(StrictModel):
