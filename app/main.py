@@ -19,6 +19,7 @@ from app.engine.cache import CachedEngine
 from app.engine.echo import EchoEngine
 from app.engine.local import LocalEngine
 from app.engine.registry import EngineRegistry
+from app.engine.stored import StoredEngine
 from app.errors import ConfigError
 from app.generation.accounts import Accounts
 from app.generation.chain import Chains
@@ -46,10 +47,10 @@ def create_app(settings: Settings, *, engine: Engine | None = None) -> FastAPI:
     model = settings.model.public_name
     metrics = Metrics([model])
     redactor = _redactor(settings)
-    served, cache = _serve_through(engine or _engine(settings, model), settings, redactor, metrics)
+    access = _access(settings, redactor, metrics)
+    served, cache = _serve_through(engine or _engine(settings, model), settings, redactor, metrics, access)
     engines = EngineRegistry({model: served})
     sessions = MemorySessionStore(settings.chat_history) if settings.chat_history.enabled else None
-    access = _access(settings, redactor, metrics)
     limits = RateLimits(
         settings.security.failed_keys_per_minute,
         enabled=settings.rate_limit.enabled,
@@ -155,7 +156,7 @@ def _redactor(settings: Settings) -> Redactor | None:
 
 
 def _serve_through(
-    engine: Engine, settings: Settings, redactor: Redactor | None, metrics: Metrics
+    engine: Engine, settings: Settings, redactor: Redactor | None, metrics: Metrics, access: Access
 ) -> tuple[Engine, CachedEngine | None]:
     """Put the output filter around the model and the cache around both, so that nothing unfiltered is ever kept."""
     scope = "unfiltered"
@@ -164,6 +165,8 @@ def _serve_through(
         scope = redactor.fingerprint
     if not settings.cache.enabled:
         return engine, None
+    if settings.cache.persistent:
+        engine = StoredEngine(engine, access.answers, scope=scope)
     cache = CachedEngine(engine, settings.cache, scope=scope, metrics=metrics)
     return cache, cache
 

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import datetime
 
+from app.access.answers import StoredAnswers
 from app.access.db import Database
 from app.access.housekeeping import every
 from app.access.key_ring import KeyRing
@@ -45,6 +46,7 @@ class Access:
         self.ring = KeyRing(self.keys, self.roles, defaults, configured_key=configured_key)
         self.quotas = Quotas(self.database, settings.quota)
         self.reports = Reports(self.database)
+        self.answers = StoredAnswers(self.database, settings.cache.ttl_seconds)
         self.log = UsageLog(self.database, settings.usage_log, mask=mask, on_drop=on_drop)
         self._first_key = first_key
         self._opened = False
@@ -70,6 +72,7 @@ class Access:
         self._tasks = [
             asyncio.create_task(every(USED_SECONDS, self._note_used)),
             asyncio.create_task(every(RETENTION_SECONDS, self.log.delete_old)),
+            asyncio.create_task(every(RETENTION_SECONDS, self.answers.delete_expired)),
         ]
 
     async def close(self) -> None:
@@ -79,6 +82,7 @@ class Access:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.quotas.close()
         await self.log.close()
+        await self.answers.close()
         await self.database.close()
 
     async def _note_used(self) -> None:

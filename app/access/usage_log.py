@@ -9,7 +9,7 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
@@ -25,14 +25,15 @@ from app.config import UsageLogConfig
 from app.errors import AppError, StoreUnavailable
 from app.types import InferenceRecord
 
-MAX_BATCH = 500
-"""Rows of one transaction."""
+MAX_BATCH = 100
+"""Rows of one transaction; preparing them holds up the event loop for a millisecond or two."""
 RETRY_SECONDS = 1.0
 CLOSE_SECONDS = 5.0
 """How long a shutdown waits for the last rows."""
 RETENTION_BATCH = 1000
 """Rows deleted in one transaction."""
 
+_COLUMNS = tuple(field.name for field in fields(InferenceRecord) if field.name != "counted")
 _TEXT_CHARS = 20_000
 """Of a prompt or an answer; the rest is not kept."""
 
@@ -164,6 +165,4 @@ def _insert(connection: Connection, *, rows: list[InferenceRecord], keep: bool) 
 
 
 def _values(row: InferenceRecord) -> dict[str, Any]:
-    values = asdict(row)
-    del values["counted"]
-    return values
+    return {name: getattr(row, name) for name in _COLUMNS}

@@ -1,13 +1,16 @@
 """Several replicas on one database, and a database that goes away."""
 
 import asyncio
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from sqlalchemy import func, select, update
 
 from app.access.db import Database
 from app.access.ledger import Month, standing
 from app.access.quotas import Quotas
+from app.access.tables import completion_cache
 from app.config import QuotaConfig
 from app.types import Limits, Principal
 from tests.services.postgres import Postgres
@@ -38,6 +41,28 @@ async def test_two_replicas_share_keys_and_quotas(url: str, tmp_path: Path):
     assert (200, 0) == (report["used"], report["reserved"])
     assert took < 5
     assert 401 == here.status_code
+
+
+async def test_an_answer_outlives_its_process_and_is_shared(url: str, tmp_path: Path):
+    """The second service has it from the database; for another tenant, or once it is too old, it is made anew."""
+    given = {"database": {"url": url}, "cache": {"persistent": True, "ttl_seconds": 60}}
+    body = {"prompt": "hello world", "max_tokens": 50, "cache": True}
+    async with running(tmp_path / "a", **given) as one:
+        first = await one.ask(ADMIN_KEY, **body)
+    async with running(tmp_path / "b", **given) as other:
+        second = await other.ask(ADMIN_KEY, **body)
+        streamed = await other.ask(ADMIN_KEY, **body | {"stream": True})
+        foreign = await other.ask(await other.key(), **body)
+        async with other.access.database.begin() as connection:
+            await connection.execute(update(completion_cache).values(expires=datetime(2026, 1, 1, tzinfo=UTC)))
+        await other.access.answers.delete_expired()
+        async with other.access.database.begin() as connection:
+            left = await connection.scalar(select(func.count()).select_from(completion_cache))
+
+    assert [False, True, False] == [reply.json()["cached"] for reply in (first, second, foreign)]
+    assert first.json()["generated_text"] == second.json()["generated_text"]
+    assert '"cached":true' in streamed.text
+    assert 0 == left
 
 
 async def test_what_a_dead_process_had_reserved_is_released_by_its_lease(url: str, database: Database):
