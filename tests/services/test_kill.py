@@ -58,7 +58,7 @@ def start(url: str, folder: Path) -> tuple[subprocess.Popen[bytes], str]:
 
 
 async def ready(http: httpx.AsyncClient, process: subprocess.Popen[bytes]) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(110):
         while True:
             assert process.poll() is None
             try:
