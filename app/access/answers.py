@@ -38,7 +38,7 @@ class StoredAnswers:
             return None
         fresh = (_answers.c.key == key) & (_answers.c.expires > datetime.now(UTC))
         try:
-            async with self._db.begin(WAIT_SECONDS) as connection:
+            async with self._db.read(WAIT_SECONDS) as connection:
                 answer: bytes | None = await connection.scalar(select(_answers.c.answer).where(fresh))
         except StoreUnavailable:
             self._broken_until = now + WAIT_SECONDS + OUTAGE_SECONDS

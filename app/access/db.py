@@ -26,6 +26,7 @@ _MIGRATIONS = Path(__file__).with_name("migrations")
 _MIGRATION_LOCK = 0x6C6C6D73
 """Any number, as long as every replica takes the same."""
 _POOL_SIZE = 5
+_READING = "llm_service_reading"
 
 T = TypeVar("T")
 
@@ -38,6 +39,7 @@ class Database:
         self._url = _understand(url)
         self.sqlite = self._url.get_backend_name() == "sqlite"
         self.engine = _open_sqlite(self._url) if self.sqlite else _open_postgres(self._url)
+        self._reading = self.engine.execution_options(**{_READING: True})
         self._quick = _Quick(self._url) if self.sqlite else None
 
     @property
@@ -53,6 +55,16 @@ class Database:
         """
         with _outages():
             async with asyncio.timeout(seconds), self.engine.begin() as connection:
+                yield connection
+
+    @asynccontextmanager
+    async def read(self, seconds: float = WAIT_SECONDS) -> AsyncIterator[AsyncConnection]:
+        """Run the block in one transaction that only reads; on SQLite no writer holds it up.
+
+        Raises: StoreUnavailable: as for `begin`.
+        """
+        with _outages():
+            async with asyncio.timeout(seconds), self._reading.begin() as connection:
                 yield connection
 
     async def quickly(self, work: Callable[[Connection], T]) -> T:
@@ -94,7 +106,7 @@ class Database:
 
     async def revision(self) -> str | None:
         """Return the schema's revision, None for a database without one."""
-        async with self.begin(MIGRATION_SECONDS) as connection:
+        async with self.read(MIGRATION_SECONDS) as connection:
             return await connection.run_sync(_revision)
 
     def exists(self) -> bool:
@@ -105,7 +117,7 @@ class Database:
         """Return what SQLite finds wrong with its file; Postgres looks after itself."""
         if not self.sqlite:
             return []
-        async with self.begin(MIGRATION_SECONDS) as connection:
+        async with self.read(MIGRATION_SECONDS) as connection:
             found = (await connection.execute(text("PRAGMA integrity_check"))).scalars()
             return [line for line in found if line != "ok"]
 
@@ -192,7 +204,8 @@ def _prepare_sqlite(engine: Engine, synchronous: str) -> None:
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
         # A transaction that reads first and writes later fails at once where another has written in between.
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        reading = connection.get_execution_options().get(_READING)
+        connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
 
 
 class _Quick:

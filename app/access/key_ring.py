@@ -4,6 +4,7 @@ A key's owner is remembered for a few seconds by the digest of the whole key.  S
 `FRESH_SECONDS`, and an outage shorter than `STALE_SECONDS` locks out nobody who was here before.  Knows no HTTP.
 """
 
+import asyncio
 import hmac
 import time
 from collections.abc import Callable
@@ -23,6 +24,10 @@ FRESH_SECONDS = 4.0
 """So long is the database not asked again: a second less than a revocation may take."""
 STALE_SECONDS = 60.0
 """So long is the last answer good while the database is down."""
+KNOWN_WAIT_SECONDS = 0.5
+"""So long does a request of a key that is known wait for news of it."""
+OUTAGE_SECONDS = 1.0
+"""After a failure the database is not asked about known keys for so long."""
 MAX_REMEMBERED = 10_000
 
 _NOBODY = bytes(32)
@@ -60,6 +65,7 @@ class KeyRing:
         self._defaults = defaults
         self._clock = clock
         self._known: LRUCache[bytes, _Remembered] = LRUCache(MAX_REMEMBERED)
+        self._broken_until = 0.0
         self._configured = digest_of(configured_key.encode()) if configured_key else None
         self._configured_id = (id_of(configured_key) or ADMIN) if configured_key else ADMIN
 
@@ -86,10 +92,16 @@ class KeyRing:
         self, key_id: str, digest: bytes, known: _Remembered | None, *, configured: bool
     ) -> _Remembered | None:
         asked = self._clock()
+        usable = known is not None and asked - known.asked <= STALE_SECONDS
+        if usable and asked < self._broken_until:
+            return known
+        asking = self._admin(asked) if configured else self._stored(key_id, digest, asked)
         try:
-            found = await self._admin(asked) if configured else await self._stored(key_id, digest, asked)
-        except StoreUnavailable:
-            if known is not None and asked - known.asked <= STALE_SECONDS:
+            # Who is known does not wait for a slow database.
+            found = await (asyncio.wait_for(asking, KNOWN_WAIT_SECONDS) if usable else asking)
+        except (StoreUnavailable, TimeoutError):
+            self._broken_until = self._clock() + OUTAGE_SECONDS
+            if usable:
                 return known
             if configured:
                 # The configuration vouches for this key, database or not.

@@ -95,7 +95,7 @@ class KeyStore:
 
     async def read(self, key_id: str) -> KeyRecord:
         """Raises: KeyNotFound: there is no such key."""
-        async with self._db.begin() as connection:
+        async with self._db.read() as connection:
             return await _read(connection, key_id)
 
     async def list(
@@ -111,7 +111,7 @@ class KeyStore:
             query = query.where(_keys.c.owner == owner)
         if role is not None:
             query = query.where(_keys.c.role == role)
-        async with self._db.begin() as connection:
+        async with self._db.read() as connection:
             if after is not None:
                 last = await _read(connection, after)
                 query = query.where(tuple_(_keys.c.created, _keys.c.id) > tuple_(last.created, last.id))
@@ -158,10 +158,13 @@ class KeyStore:
             return await _read(connection, key_id), key
 
     async def find(self, key_id: str) -> Found | None:
-        """Return all that authentication needs of a key."""
+        """Return all that authentication needs of a key.
+
+        Raises: StoreUnavailable: the database does not answer.
+        """
         columns = [*_keys.c, *(column.label(f"role_{column.name}") for column in tables.roles.c)]
         query = select(*columns).join(tables.roles, tables.roles.c.name == _keys.c.role).where(_keys.c.id == key_id)
-        async with self._db.begin() as connection:
+        async with self._db.read() as connection:
             row = (await connection.execute(query)).mappings().first()
         if row is None:
             return None

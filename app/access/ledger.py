@@ -130,7 +130,7 @@ def make_counter(connection: Connection, counter: Month) -> None:
 
 async def standing(database: Database, counter: Month) -> Standing:
     """Return how a counter stands; one that was never used stands at nothing."""
-    async with database.begin() as connection:
+    async with database.read() as connection:
         of = {"key": counter.key_id, "in_month": counter.month}
         row = (await connection.execute(_STANDING, of)).first()
     return Standing(row.used, row.reserved) if row else Standing()

@@ -63,7 +63,7 @@ class Reports:
             .group_by(day, _log.c.model)
             .order_by(day, _log.c.model)
         )
-        async with self._db.begin() as connection:
+        async with self._db.read() as connection:
             rows = (await connection.execute(query)).mappings().all()
         return [
             Used(day=str(row["day"]), model=row["model"], **{name: int(row[name]) for name in _SUMS}) for row in rows
@@ -82,7 +82,7 @@ class Reports:
             .where(_counters.c.month == month)
             .order_by(_counters.c.used.desc(), _counters.c.key_id)
         )
-        async with self._db.begin() as connection:
+        async with self._db.read() as connection:
             return [KeyTotal(**row) for row in (await connection.execute(query)).mappings()]
 
 

@@ -44,13 +44,13 @@ class RoleStore:
         self._db = database
 
     async def list(self) -> list[Role]:
-        async with self._db.begin() as connection:
+        async with self._db.read() as connection:
             rows = (await connection.execute(select(tables.roles).order_by(tables.roles.c.name))).mappings()
             return [Role.of(row) for row in rows]
 
     async def read(self, name: str) -> Role:
         """Raises: RoleNotFound: there is no such role."""
-        async with self._db.begin() as connection:
+        async with self._db.read() as connection:
             row = (await connection.execute(select(tables.roles).where(tables.roles.c.name == name))).mappings().first()
         if row is None:
             raise RoleNotFound("There is no role of this name.")

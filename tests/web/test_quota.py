@@ -4,12 +4,14 @@ import asyncio
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from app.access import usage_log
 from app.engine.base import EngineState
 from app.engine.echo import EchoEngine
 from app.generation.asks import CompletionAsk, Delta
@@ -288,6 +290,22 @@ async def test_a_stalled_database_slows_no_request_down_and_lost_rows_are_counte
     assert sorted(took)[20] < 0.1
     dropped = float(metrics.split("\nusage_log_dropped_total ")[1].split("\n")[0])
     assert dropped >= 1
+
+
+async def test_old_rows_are_deleted_in_bounded_batches(service: Running, monkeypatch: pytest.MonkeyPatch):
+    """Only what is past the configured days, however many transactions that takes."""
+    monkeypatch.setattr(usage_log, "RETENTION_BATCH", 2)
+    key = await service.key()
+    for _ in range(5):
+        await service.ask(key)
+    await counted(service, key, 50)
+    now = datetime.now(UTC)
+
+    kept = await service.access.log.delete_old(now + timedelta(days=89))
+    deleted = await service.access.log.delete_old(now + timedelta(days=91))
+
+    assert (0, 5) == (kept, deleted)
+    assert [] == (await service.usage(key))["by_day"]
 
 
 @pytest.mark.parametrize(("policy", "status"), [("closed", 503), ("open", 200)])
