@@ -26,7 +26,7 @@ PYTHON_PROBLEM = $(strip $(shell \
 NEED_PYTHON = $(if $(PYTHON_PROBLEM),$(error Needs Python 3.11, 3.12 or 3.13, but $(PYTHON_PROBLEM). Name another with PYTHON=python3.12))
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check format-check lint type-check imports lock-check format lock bench bench-overhead soak \
+.PHONY: help install run test check format-check lint type-check imports lock-check format lock bench bench-overhead bench-access soak test-long \
 	build-docker run-docker stop-docker logs clean
 
 help: ## List the commands
@@ -71,6 +71,12 @@ bench-overhead: $(VENV)/.installed-dev ## Measure what the service costs beside 
 
 soak: $(VENV)/.installed-dev ## Keep the service busy and see that nothing is left behind (MINUTES=30)
 	@$(PY) -m bench.soak --minutes $(MINUTES) $(ARGS)
+
+test-long: $(VENV)/.installed-dev ## The tests that take minutes: kills and races of the database at full length
+	@$(PY) -m pytest --no-cov -m soak tests/services $(ARGS)
+
+bench-access: $(VENV)/.installed-dev ## Measure what keys, limits, quotas and the log cost a request
+	@$(PY) -m bench.access $(ARGS)
 
 clean: ## Remove what tools leave behind; keeps .venv and data
 	@rm -rf build dist htmlcov .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -5,11 +5,15 @@
 AppError
 ├── InvalidRequest            400  ├── ContextLengthExceeded  ├── PromptTooLong  ├── PiiBlocked
 ├── Unauthorized              401
-├── NotFound                  404  ├── ModelNotFound  ├── SessionNotFound
+├── Forbidden                 403
+├── NotFound                  404  ├── ModelNotFound  ├── SessionNotFound  ├── KeyNotFound  ├── RoleNotFound
+├── Conflict                  409
 ├── PayloadTooLarge           413
 ├── UnsupportedMediaType      415
 ├── RateLimited               429
+├── QuotaExceeded             429
 ├── ServiceUnavailable        503  ├── EngineNotReady  ├── EngineBusy  ├── EngineFailed  ├── ShuttingDown
+│                                  ├── StoreUnavailable
 ├── DeadlineExceeded          504
 ├── ClientDisconnected        499
 └── InternalError             500
@@ -82,6 +86,12 @@ class Unauthorized(AppError):
     status, code = 401, "unauthorized"
 
 
+class Forbidden(AppError):
+    """The key is valid, but its role does not allow this."""
+
+    status, code = 403, "forbidden"
+
+
 class NotFound(AppError):
     """Nothing is there for this caller."""
 
@@ -94,6 +104,20 @@ class ModelNotFound(NotFound):
 
 class SessionNotFound(NotFound):
     """The caller has no session of this id."""
+
+
+class KeyNotFound(NotFound):
+    """There is no API key of this id."""
+
+
+class RoleNotFound(NotFound):
+    """There is no role of this name."""
+
+
+class Conflict(AppError):
+    """What is there already does not allow this."""
+
+    status, code = 409, "conflict"
 
 
 class PayloadTooLarge(AppError):
@@ -114,6 +138,12 @@ class RateLimited(AppError):
     status, code = 429, "rate_limit_exceeded"
 
 
+class QuotaExceeded(AppError):
+    """The key's tokens of this month do not suffice; `details` says limit, used and when a new month begins."""
+
+    status, code = 429, "quota_exceeded"
+
+
 class ServiceUnavailable(AppError):
     """The service cannot do this now through no fault of the caller."""
 
@@ -131,6 +161,13 @@ class EngineBusy(ServiceUnavailable):
 
 class EngineFailed(ServiceUnavailable):
     """The model's worker failed or died during this request."""
+
+
+class StoreUnavailable(ServiceUnavailable):
+    """The database does not answer."""
+
+    def __init__(self) -> None:
+        super().__init__("The service cannot reach its database; try again in a moment.", retry_after=2)
 
 
 class ShuttingDown(ServiceUnavailable):

@@ -11,14 +11,17 @@ from pathlib import Path
 
 from fastapi import FastAPI
 
-from app.access.keys import KeyRing, first_key
+from app.access.first_key import first_key
+from app.access.gate import Access
 from app.config import Settings
 from app.engine.base import Engine
 from app.engine.cache import CachedEngine
 from app.engine.echo import EchoEngine
 from app.engine.local import LocalEngine
 from app.engine.registry import EngineRegistry
+from app.engine.stored import StoredEngine
 from app.errors import ConfigError
+from app.generation.accounts import Accounts
 from app.generation.chain import Chains
 from app.generation.filters import FilteredEngine, InputFilter
 from app.generation.memory import MemorySessionStore
@@ -44,9 +47,15 @@ def create_app(settings: Settings, *, engine: Engine | None = None) -> FastAPI:
     model = settings.model.public_name
     metrics = Metrics([model])
     redactor = _redactor(settings)
-    served, cache = _serve_through(engine or _engine(settings, model), settings, redactor, metrics)
+    access = _access(settings, redactor, metrics)
+    served, cache = _serve_through(engine or _engine(settings, model), settings, redactor, metrics, access)
     engines = EngineRegistry({model: served})
     sessions = MemorySessionStore(settings.chat_history) if settings.chat_history.enabled else None
+    limits = RateLimits(
+        settings.security.failed_keys_per_minute,
+        enabled=settings.rate_limit.enabled,
+        on_refusal=metrics.rate_limited,
+    )
     service = GenerationService(
         engines=engines,
         chains={model: Chains(served, model)},
@@ -56,6 +65,14 @@ def create_app(settings: Settings, *, engine: Engine | None = None) -> FastAPI:
         default_max_tokens=settings.model.max_tokens,
         default_temperature=settings.model.temperature,
         metrics=metrics,
+        accounts=Accounts(
+            rate=limits,
+            quota=access.quotas,
+            journal=access.log,
+            cached_prompt=settings.quota.cached_prompt,
+            cached_completion=settings.quota.cached_completion,
+            keep_text=settings.logging.store_text,
+        ),
         waiting_seconds=settings.deadlines.waiting_seconds,
         cache=cache,
     )
@@ -66,35 +83,48 @@ def create_app(settings: Settings, *, engine: Engine | None = None) -> FastAPI:
         model_loaded=lambda: served.status().state == "ready",
         engine_restarts=lambda: served.status().restarts,
     )
-    configured = settings.security.api_key
-    key = configured.get_secret_value() if configured else first_key(settings.app.data_dir)
     parts = Parts(
         settings=settings,
         service=service,
         engines=engines,
-        keys=KeyRing(key),
-        limits=RateLimits(
-            settings.rate_limit, settings.security.failed_keys_per_minute, on_refusal=metrics.rate_limited
-        ),
+        keys=access.ring,
+        access=access,
+        limits=limits,
         metrics=metrics,
     )
-    app = build_app(parts, lifespan=partial(_lifespan, engines=engines, metrics=metrics))
+    app = build_app(parts, lifespan=partial(_lifespan, access=access, engines=engines, metrics=metrics))
+    app.state.open_database = access.open
     app.state.wait_ready = served.wait_ready
     app.state.drain = partial(engines.drain, settings.app.shutdown_grace_seconds)
     return app
 
 
 @asynccontextmanager
-async def _lifespan(app: FastAPI, *, engines: EngineRegistry, metrics: Metrics) -> AsyncIterator[None]:
+async def _lifespan(app: FastAPI, *, access: Access, engines: EngineRegistry, metrics: Metrics) -> AsyncIterator[None]:
     watching = asyncio.create_task(metrics.watch_event_loop())
-    await engines.start()
     try:
+        await access.start()
+        await engines.start()
         yield
     finally:
         await engines.close()
+        await access.close()
         watching.cancel()
         with suppress(asyncio.CancelledError):
             await watching
+
+
+def _access(settings: Settings, redactor: Redactor | None, metrics: Metrics) -> Access:
+    configured = settings.security.api_key
+    # What is written down is masked even where the filters are off.
+    log_filter = InputFilter(redactor or Redactor(), "mask", lambda kind, count: None)
+    return Access(
+        settings,
+        configured_key=configured.get_secret_value() if configured else None,
+        first_key=None if configured else first_key(settings.app.data_dir),
+        mask=log_filter.mask,
+        on_drop=metrics.log_rows_dropped,
+    )
 
 
 def _engine(settings: Settings, model: str) -> Engine:
@@ -126,7 +156,7 @@ def _redactor(settings: Settings) -> Redactor | None:
 
 
 def _serve_through(
-    engine: Engine, settings: Settings, redactor: Redactor | None, metrics: Metrics
+    engine: Engine, settings: Settings, redactor: Redactor | None, metrics: Metrics, access: Access
 ) -> tuple[Engine, CachedEngine | None]:
     """Put the output filter around the model and the cache around both, so that nothing unfiltered is ever kept."""
     scope = "unfiltered"
@@ -135,6 +165,8 @@ def _serve_through(
         scope = redactor.fingerprint
     if not settings.cache.enabled:
         return engine, None
+    if settings.cache.persistent:
+        engine = StoredEngine(engine, access.answers, scope=scope)
     cache = CachedEngine(engine, settings.cache, scope=scope, metrics=metrics)
     return cache, cache
 

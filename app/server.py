@@ -16,7 +16,7 @@ import structlog
 import uvicorn
 from fastapi import FastAPI
 
-from app.access.keys import KEY_FILE
+from app.access.first_key import KEY_FILE
 from app.config import Settings
 from app.errors import AppError, ConfigError
 from app.main import create_app
@@ -99,6 +99,7 @@ def _uvicorn(app: FastAPI, settings: Settings) -> uvicorn.Config:
 
 
 async def _serve(app: FastAPI, settings: Settings, config: uvicorn.Config, listener: socket.socket) -> int:
+    await app.state.open_database()
     server = DrainingServer(config, app.state.drain)
     greeted = asyncio.create_task(_greet(app.state.wait_ready, server, settings, listener.getsockname()[1]))
     await server.serve([listener])

@@ -1,6 +1,7 @@
 """The words that every layer shares.  Frozen values, no behaviour beyond arithmetic on themselves."""
 
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 
 
@@ -104,6 +105,36 @@ class Usage:
         return self.prompt_tokens + self.completion_tokens
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How much one key may ask; 0 is no limit."""
+
+    monthly_tokens: int = 0
+    """Tokens of prompts and answers in a calendar month, UTC."""
+    requests_per_minute: int = 0
+    """Requests that flow back into the key's bucket in a minute."""
+    burst: int = 0
+    """Requests of a full bucket; 0 takes one minute's."""
+    tokens_per_minute: int = 0
+    parallel_requests: int = 0
+    """Requests being answered at the same time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rights:
+    """What a key may do beside asking."""
+
+    models: tuple[str, ...] | None = None
+    """Names of the models that it may use; None allows all."""
+    load_models: bool = False
+    manage_keys: bool = False
+    """Also roles, and everybody's usage."""
+    system_messages: bool = True
+    """Send messages of the role system."""
+    raw_logprobs: bool = True
+    """Ask for log-probabilities."""
+
+
 @dataclass(frozen=True, slots=True)
 class Principal:
     """Who asks: the owner of a valid API key.  Never holds the key itself."""
@@ -112,3 +143,34 @@ class Principal:
     """Public name of the key, safe to log."""
     tenant: str
     """Owns sessions and cached answers; keys of one owner share them."""
+    role: str = "standard"
+    limits: Limits = Limits()
+    rights: Rights = Rights()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferenceRecord:
+    """What is written down of one ask."""
+
+    created: datetime
+    request_id: str
+    key_id: str
+    route: str
+    model: str
+    revision: str | None
+    adapter: str | None
+    prompt_tokens: int
+    completion_tokens: int
+    charged_tokens: int
+    """What the ask counts for its key's month."""
+    counted: bool
+    """Whether the quota has counted that already."""
+    cached: bool
+    finish_reason: FinishReason | None
+    """None: the answer did not end by itself."""
+    status: int
+    """The HTTP status that fits; 499 for a client that hung up."""
+    first_token_ms: float | None
+    latency_ms: float
+    prompt: str | None = None
+    answer: str | None = None

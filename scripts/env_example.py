@@ -13,6 +13,9 @@ HEADER = """\
 
 # Access to gated models on the Hugging Face hub; HF_TOKEN is read too.
 # HUGGINGFACE_TOKEN=
+
+# postgresql://user:password@host/name, for several replicas; without it the database is a file in the data folder.
+# DATABASE_URL=
 """
 
 

@@ -1,134 +1,198 @@
-"""Decide whose API key this is, and make the first one.
+"""The API keys in the database: made, shown without their secret, changed, rotated, revoked.
 
-Knows no HTTP and no framework.  Today there is one key, the configured or the generated one; `KeyRing.authenticate` is
-all that the web layer sees, so a database of keys can stand behind the same method.
+Of a secret only the digest and the last four characters are kept; whoever makes a key sees it once.
 """
 
-import hashlib
-import hmac
-import os
-import re
-import secrets
-import string
-import zlib
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
-import structlog
+from sqlalchemy import Select, exists, insert, select, tuple_, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
 
-from app.errors import ConfigError
-from app.types import Principal
+from app.access import tables
+from app.access.db import Database
+from app.access.key_format import digest_of, id_of, new_key
+from app.access.limits import LIMIT_NAMES, NOTHING_SAID, LimitSettings
+from app.access.roles import Role
+from app.errors import KeyNotFound, RoleNotFound
 
-KEY_FILE = "api_key"
-
-_BASE62 = string.digits + string.ascii_uppercase + string.ascii_lowercase
-_ID_CHARS = 8
-_SECRET_CHARS = 32
-"""32 characters of base62 are 190 random bits."""
-_CHECKSUM_CHARS = 6
-"""The fewest base62 digits that hold a CRC-32."""
-_KEY = re.compile(
-    rf"llm_(?P<id>[0-9A-Za-z]{{{_ID_CHARS}}})_[0-9A-Za-z]{{{_SECRET_CHARS}}}(?P<checksum>[0-9A-Za-z]{{{_CHECKSUM_CHARS}}})"
-)
-
-_log = structlog.get_logger("llm_service")
+_keys = tables.api_keys
 
 
-class KeyRing:
-    """The keys that are let in, as digests: the keys themselves are not kept."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyRecord:
+    """What is known of a key, and may be shown."""
 
-    def __init__(self, key: str) -> None:
-        """Args:
-        key: the one valid key.  One of our own form is known by the id in it, any other as "admin".
+    id: str
+    last_four: str
+    role: str
+    owner: str | None
+    limits: LimitSettings
+    """What the key itself says; its role says the rest."""
+    created: datetime
+    expires: datetime | None
+    revoked: datetime | None
+    last_used: datetime | None
+    """To half a minute."""
+    previous_expires: datetime | None
+    """Until when the secret before the last rotation is good too."""
+
+    @classmethod
+    def of(cls, row: Mapping[Any, Any]) -> "KeyRecord":
+        names = "id last_four role owner created expires revoked last_used previous_expires"
+        return cls(limits=LimitSettings.of(row), **{name: row[name] for name in names.split()})
+
+    def good_at(self, moment: datetime) -> bool:
+        """Whether the key is neither revoked nor past its time."""
+        return self.revoked is None and (self.expires is None or moment < self.expires)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """A key as authentication needs it."""
+
+    record: KeyRecord
+    role: Role
+    digest: bytes
+    previous_digest: bytes | None
+
+
+class KeyStore:
+    """The keys in the database."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    async def create(
+        self,
+        *,
+        role: str,
+        owner: str | None = None,
+        limits: LimitSettings = NOTHING_SAID,
+        expires: datetime | None = None,
+        key: str | None = None,
+    ) -> tuple[KeyRecord, str]:
+        """Make a key and return it with its secret, which nobody will see again.
+
+        Args: key: one that exists already, such as the first start's; it stays as it is if the database knows it.
+        Raises: RoleNotFound: there is no such role.
         """
-        key_id = _id_of(key) or "admin"
-        self._principal = Principal(key_id=key_id, tenant=key_id)
-        self._digest = _digest(key.encode())
+        known, key = key is not None, key or new_key()
+        key_id = id_of(key) or ""
+        values: dict[str, Any] = {"id": key_id, "digest": digest_of(key.encode()), "last_four": key[-4:], "role": role}
+        values |= {"owner": owner, **asdict(limits), "created": _now(), "expires": expires}
+        try:
+            async with self._db.begin() as connection:
+                await _require_role(connection, role)
+                await connection.execute(insert(_keys).values(values))
+        except IntegrityError:
+            if not known:
+                raise
+        return await self.read(key_id), key
 
-    def authenticate(self, presented: bytes) -> Principal | None:
-        """Return the owner of a key, or None if no such key is valid.
+    async def read(self, key_id: str) -> KeyRecord:
+        """Raises: KeyNotFound: there is no such key."""
+        async with self._db.read() as connection:
+            return await _read(connection, key_id)
 
-        Takes the same time for every wrong key: digests are compared, so neither the length nor a common prefix shows.
+    async def list(
+        self, *, limit: int, after: str | None = None, owner: str | None = None, role: str | None = None
+    ) -> Sequence[KeyRecord]:
+        """Return the keys in the order of their making.
+
+        Args: after: begin behind the key of this id.
+        Raises: KeyNotFound: there is no key of that id.
         """
-        return self._principal if hmac.compare_digest(_digest(presented), self._digest) else None
+        query: Select[Any] = select(_keys).order_by(_keys.c.created, _keys.c.id).limit(limit)
+        if owner is not None:
+            query = query.where(_keys.c.owner == owner)
+        if role is not None:
+            query = query.where(_keys.c.role == role)
+        async with self._db.read() as connection:
+            if after is not None:
+                last = await _read(connection, after)
+                query = query.where(tuple_(_keys.c.created, _keys.c.id) > tuple_(last.created, last.id))
+            return [KeyRecord.of(row) for row in (await connection.execute(query)).mappings()]
+
+    async def change(self, key_id: str, values: Mapping[str, Any]) -> KeyRecord:
+        """Set role, owner, expires or limits.
+
+        Args: values: by the names of the columns.
+        Raises: KeyNotFound, RoleNotFound: there is no such key or role.
+        """
+        unknown = set(values) - {"role", "owner", "expires", *LIMIT_NAMES}
+        if unknown:
+            raise ValueError(f"cannot be changed: {unknown}")
+        async with self._db.begin() as connection:
+            if "role" in values:
+                await _require_role(connection, values["role"])
+            if values:
+                await connection.execute(update(_keys).where(_keys.c.id == key_id).values(**values))
+            return await _read(connection, key_id)
+
+    async def revoke(self, key_id: str) -> KeyRecord:
+        """End a key for good; one that is revoked already stays as it is.
+
+        Raises: KeyNotFound: there is no such key.
+        """
+        async with self._db.begin() as connection:
+            alive = (_keys.c.id == key_id) & _keys.c.revoked.is_(None)
+            await connection.execute(update(_keys).where(alive).values(revoked=_now(), previous_digest=None))
+            return await _read(connection, key_id)
+
+    async def rotate(self, key_id: str, overlap: timedelta) -> tuple[KeyRecord, str]:
+        """Give a key a new secret; the old one is good for a while yet.
+
+        Raises: KeyNotFound: there is no such key, or it is revoked.
+        """
+        key = new_key(key_id)
+        values = {"digest": digest_of(key.encode()), "last_four": key[-4:]}
+        previous = {"previous_digest": _keys.c.digest, "previous_expires": _now() + overlap}
+        async with self._db.begin() as connection:
+            alive = (_keys.c.id == key_id) & _keys.c.revoked.is_(None)
+            if (await connection.execute(update(_keys).where(alive).values(**values, **previous))).rowcount == 0:
+                raise KeyNotFound("There is no key of this id, or it is revoked.")
+            return await _read(connection, key_id), key
+
+    async def find(self, key_id: str) -> Found | None:
+        """Return all that authentication needs of a key.
+
+        Raises: StoreUnavailable: the database does not answer.
+        """
+        columns = [*_keys.c, *(column.label(f"role_{column.name}") for column in tables.roles.c)]
+        query = select(*columns).join(tables.roles, tables.roles.c.name == _keys.c.role).where(_keys.c.id == key_id)
+        async with self._db.read() as connection:
+            row = (await connection.execute(query)).mappings().first()
+        if row is None:
+            return None
+        return Found(
+            record=KeyRecord.of(row),
+            role=Role.of(row, "role_"),
+            digest=row["digest"],
+            previous_digest=row["previous_digest"],
+        )
+
+    async def used(self, moments: Mapping[str, datetime]) -> None:
+        """Note when these keys were last used."""
+        async with self._db.begin() as connection:
+            for key_id, moment in sorted(moments.items()):
+                await connection.execute(update(_keys).where(_keys.c.id == key_id).values(last_used=moment))
 
 
-def new_key() -> str:
-    """Make a key `llm_<id>_<secret><checksum>`: the prefix is easy to search for, the checksum sorts out look-alikes.
-
-    Source: GitHub's token format, "Behind GitHub's new authentication token formats", 2021-04-05.
-    """
-    body = f"llm_{_random(_ID_CHARS)}_{_random(_SECRET_CHARS)}"
-    return body + _checksum(body)
+async def _read(connection: AsyncConnection, key_id: str) -> KeyRecord:
+    row = (await connection.execute(select(_keys).where(_keys.c.id == key_id))).mappings().first()
+    if row is None:
+        raise KeyNotFound("There is no key of this id.")
+    return KeyRecord.of(row)
 
 
-def first_key(data_dir: Path) -> str:
-    """Return the key kept in `data_dir`, making it at the first start.
-
-    Two processes that start at once get the same key.  A key file that others may read is closed to them.
-
-    Raises: ConfigError: the folder cannot be written, or the file holds something else than a key.
-    """
-    path = data_dir / KEY_FILE
-    try:
-        if not path.exists():
-            _create(path, new_key())
-        _close_to_others(path)
-        key = path.read_text(encoding="ascii").strip()
-    except OSError as error:
-        raise ConfigError(
-            f"the API key cannot be kept in {path}: {error.strerror}; "
-            "make that folder writable, name another as APP__DATA_DIR, or set SECURITY__API_KEY"
-        ) from None
-    except UnicodeDecodeError:
-        key = ""
-    if _id_of(key) is None:
-        raise ConfigError(f"{path} does not hold a key made by this service; delete it to get a new one")
-    return key
+async def _require_role(connection: AsyncConnection, name: str) -> None:
+    if not await connection.scalar(select(exists().where(tables.roles.c.name == name))):
+        raise RoleNotFound("There is no role of this name.")
 
 
-def _create(path: Path, key: str) -> None:
-    """Write the file whole or not at all; a file that another process made meanwhile stays."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(key + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        # A link appears in one step and, unlike a rename, never replaces what is there.
-        os.link(draft, path)
-    except FileExistsError:
-        return
-    finally:
-        draft.unlink()
-
-
-def _close_to_others(path: Path) -> None:
-    # Windows keeps no such bits: there every file looks readable by all.
-    if os.name == "posix" and path.stat().st_mode & 0o077:
-        path.chmod(0o600)
-        _log.warning("Others could read the API key file: closed to them now, but the key may be known", path=str(path))
-
-
-def _id_of(key: str) -> str | None:
-    match = _KEY.fullmatch(key)
-    if match is None or match["checksum"] != _checksum(key[:-_CHECKSUM_CHARS]):
-        return None
-    return match["id"]
-
-
-def _checksum(body: str) -> str:
-    number, digits = zlib.crc32(body.encode()), ""
-    for _ in range(_CHECKSUM_CHARS):
-        number, digit = divmod(number, len(_BASE62))
-        digits = _BASE62[digit] + digits
-    return digits
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
-
-
-def _random(length: int) -> str:
-    return "".join(secrets.choice(_BASE62) for _ in range(length))
+def _now() -> datetime:
+    return datetime.now(UTC)

@@ -1,6 +1,8 @@
 """The configuration.  Knows no other package; nothing is read at import."""
 
+from app.config.access import DatabaseConfig, QuotaConfig, RateLimitConfig, UsageLogConfig
 from app.config.loading import load_settings
+from app.config.section import Section
 from app.config.sections import (
     AppConfig,
     CacheConfig,
@@ -9,8 +11,6 @@ from app.config.sections import (
     LoggingConfig,
     ModelConfig,
     PiiConfig,
-    RateLimitConfig,
-    Section,
     SecurityConfig,
     Settings,
 )
@@ -19,13 +19,16 @@ __all__ = [
     "AppConfig",
     "CacheConfig",
     "ChatHistoryConfig",
+    "DatabaseConfig",
     "DeadlineConfig",
     "LoggingConfig",
     "ModelConfig",
     "PiiConfig",
+    "QuotaConfig",
     "RateLimitConfig",
     "Section",
     "SecurityConfig",
     "Settings",
+    "UsageLogConfig",
     "load_settings",
 ]

@@ -6,8 +6,6 @@ from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeInt,
     PositiveFloat,
@@ -22,18 +20,15 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from app.config.access import DatabaseConfig, QuotaConfig, RateLimitConfig, UsageLogConfig
+from app.config.section import Section
+
 KNOWN_DEFAULT_KEYS = frozenset(
     ["change-me", "changeme", "change-me-in-env", "your-api-key-here", "your-secure-api-key-here", "your_key", "secret"]
 )
 """Keys that stand in published examples: whoever starts with one has no key at all."""
 
 MIN_KEY_CHARS, MAX_KEY_CHARS = 8, 512
-
-
-class Section(BaseModel):
-    """A part of the configuration: frozen, and closed so that a misspelt key stops the start."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
 
 
 class AppConfig(Section):
@@ -45,7 +40,7 @@ class AppConfig(Section):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """TCP port; 0 takes a free one."""
     data_dir: Path = Path("data")
-    """Folder for the first API key; made when missing."""
+    """Folder for the embedded database and the first API key; made when missing."""
     prompts_dir: Path = Path("prompts")
     """Folder with our own words: base_system.txt is the system prompt of every chat that brings none."""
     shutdown_grace_seconds: NonNegativeInt = 25
@@ -151,14 +146,6 @@ class SecurityConfig(Section):
         return value
 
 
-class RateLimitConfig(Section):
-    """A token bucket for each API key: `burst_size` requests at once, refilled at `requests_per_minute`."""
-
-    enabled: bool = True
-    requests_per_minute: PositiveInt = 10
-    burst_size: PositiveInt = 10
-
-
 class CacheConfig(Section):
     """The response cache: an identical request of the same tenant gets the stored answer."""
 
@@ -166,6 +153,8 @@ class CacheConfig(Section):
     size: PositiveInt = 100
     """Answers kept; the least recently used goes first."""
     ttl_seconds: PositiveFloat = 3600
+    persistent: bool = False
+    """Also keep answers in the database: they outlive a restart and are shared by replicas."""
 
 
 class ChatHistoryConfig(Section):
@@ -214,6 +203,8 @@ class LoggingConfig(Section):
     """Size at which the log file is rotated."""
     backups: NonNegativeInt = 3
     """Rotated log files kept."""
+    store_text: bool = False
+    """Keep prompts and answers, with personal data masked, in the database's inference log."""
 
 
 def _blank_is_unset(value: SecretStr | None) -> SecretStr | None:
@@ -238,6 +229,9 @@ class Settings(BaseSettings):
     deadlines: DeadlineConfig = DeadlineConfig()
     security: SecurityConfig = SecurityConfig()
     rate_limit: RateLimitConfig = RateLimitConfig()
+    quota: QuotaConfig = QuotaConfig()
+    usage_log: UsageLogConfig = UsageLogConfig()
+    database: DatabaseConfig = DatabaseConfig()
     cache: CacheConfig = CacheConfig()
     chat_history: ChatHistoryConfig = ChatHistoryConfig()
     pii: PiiConfig = PiiConfig()
@@ -246,8 +240,16 @@ class Settings(BaseSettings):
     huggingface_token: Annotated[SecretStr | None, AfterValidator(_blank_is_unset)] = None
     """For gated models; also read from HF_TOKEN."""
     hf_token: Annotated[SecretStr | None, AfterValidator(_blank_is_unset)] = None
+    database_url: Annotated[SecretStr | None, AfterValidator(_blank_is_unset)] = None
+    """Another name of `database.url`, and stronger."""
     langsmith: bool = False
     """Let LangSmith tracing send prompts and answers to its service when its own variables ask for it."""
+
+    @property
+    def where_database(self) -> str:
+        """The URL of the database: the configured one, or a file in the data folder."""
+        given = self.database_url or self.database.url
+        return given.get_secret_value() if given else f"sqlite:///{self.app.data_dir / 'service.db'}"
 
     @property
     def hub_token(self) -> SecretStr | None:

@@ -19,6 +19,15 @@ class Sampling(SamplingSettings):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where an ask came from, for the inference log."""
+
+    request_id: str = ""
+    """The id that the client sees; unlike the ask's own it may come twice."""
+    route: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionAsk:
     """Go on with a plain text."""
 
@@ -30,6 +39,7 @@ class CompletionAsk:
     sampling: Sampling = Sampling()
     model: str | None = None
     cache: bool = True
+    origin: Origin = Origin()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +56,7 @@ class ChatAsk:
     sampling: Sampling = Sampling()
     model: str | None = None
     cache: bool = True
+    origin: Origin = Origin()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,12 @@ class Meter:
         """Start the clock."""
         self.last = [Chunk()] * answers
         """The newest chunk of each; once all have ended, those with the finish reasons."""
+        self.first_token_seconds: float | None = None
+        """How long the first token of all was waited for."""
+        self.replayed = 0
+        """Tokens that came from another request's answer."""
         self._model = model
+        self._began = time.monotonic()
         self._metrics = metrics
         self._tokens = [0] * answers
         self._before = [time.monotonic()] * answers
@@ -23,6 +28,10 @@ class Meter:
     def see(self, index: int, chunk: Chunk) -> None:
         """Take in the next chunk of an answer: the first token of all is waited for once, each answer has its gaps."""
         self.last[index] = chunk
+        if chunk.tokens and self.first_token_seconds is None:
+            self.first_token_seconds = time.monotonic() - self._began
+        if chunk.cached:
+            self.replayed += chunk.tokens
         if chunk.tokens and not chunk.cached:
             now = time.monotonic()
             if self._tokens[index]:
@@ -37,10 +46,15 @@ class Meter:
         """Whether all answers come from the cache, as their first chunks tell already."""
         return all(each.cached for each in self.last)
 
+    @property
+    def made(self) -> int:
+        """Tokens that the model made for this ask."""
+        return sum(self._tokens)
+
     def settle(self, prompt_tokens: int) -> None:
         """Count what the model really did, whether the answers were read to their end or not."""
-        if any(self._tokens):
-            self._metrics.generated(self._model, prompt_tokens, sum(self._tokens))
+        if self.made:
+            self._metrics.generated(self._model, prompt_tokens, self.made)
 
     def finished(self, *, session_id: str | None = None, context: Context | None = None) -> Finished:
         """Raises: RuntimeError: the engine broke its promise of a last chunk."""

@@ -15,6 +15,7 @@ from app.engine.base import Engine, EngineState
 from app.engine.cache import CachedEngine
 from app.engine.registry import EngineRegistry
 from app.errors import DeadlineExceeded, InvalidRequest, ShuttingDown
+from app.generation.accounts import Accounts, check_rights
 from app.generation.answers import Answers
 from app.generation.asks import ChatAsk, CompletionAsk, Context, Delta, Event, Sampling, Started
 from app.generation.call import Call
@@ -45,6 +46,7 @@ class GenerationService:
         default_max_tokens: int,
         default_temperature: float,
         metrics: Metrics,
+        accounts: Accounts,
         waiting_seconds: float = 30,
         cache: CachedEngine | None = None,
     ) -> None:
@@ -52,6 +54,7 @@ class GenerationService:
         chains: by the same model names as `engines`.
         input_filter: None lets every text through.
         sessions: None refuses requests that name a session.
+        accounts: what each ask costs its caller, and its row in the log.
         waiting_seconds: how long a request may wait for the turn before it in its session.
         cache: reported in `status()` only; it already stands in front of the engine.
         """
@@ -63,6 +66,7 @@ class GenerationService:
         self._default_max_tokens = default_max_tokens
         self._default_temperature = default_temperature
         self._metrics = metrics
+        self._accounts = accounts
         self._waiting_seconds = waiting_seconds
         self._cache = cache
         self._born = time.monotonic()
@@ -86,12 +90,15 @@ class GenerationService:
 
         Raises: AppError: at the first `anext` if the request is wrong or cannot be taken, later if it breaks.
         """
-        async with self._lease(ask) as engine:
+        async with self._accounts.open(ask) as account, self._lease(ask) as engine:
             model = engine.info.model
+            check_rights(ask, model)
             meter = Meter(model, self._metrics, ask.sampling.n)
             room = self._room(engine, ask.sampling)
             prompt, prompt_ids = await self._prompt(ask.prompt, engine, room)
             prompt_tokens, max_tokens = await fit_text(engine.tokenizer, prompt, room, prompt_ids)
+            account.begin(engine.info, meter, prompt_tokens, prompt)
+            await account.reserve(max_tokens)
             answers = Answers(_ids(ask), engine, meter)
             calls = [replace(call, prompt_ids=prompt_ids) for call in self._calls(ask, engine, max_tokens, answers)]
             pieces = [self._chains[model].complete(prompt, call) for call in calls]
@@ -99,10 +106,12 @@ class GenerationService:
             try:
                 async with aclosing(answers.events(started, pieces)) as events:
                     async for event in events:
+                        account.see(event)
                         yield event
             finally:
                 meter.settle(prompt_tokens)
-            yield meter.finished()
+                await account.settle()
+            yield account.finished(meter.finished())
 
     async def chat(self, ask: ChatAsk) -> AsyncGenerator[Event, None]:
         """Answer the last message of a conversation, and remember the turn if a session is named.
@@ -113,8 +122,9 @@ class GenerationService:
             raise InvalidRequest.of_field("n", "must be 1 in a session, which goes on with one answer")
         if ask.session_id is not None and ask.messages[-1].role is not Role.USER:
             raise InvalidRequest.of_field("messages", "must end with the user's in a session")
-        async with self._lease(ask) as engine:
+        async with self._accounts.open(ask) as account, self._lease(ask) as engine:
             model = engine.info.model
+            check_rights(ask, model)
             meter = Meter(model, self._metrics, ask.sampling.n)
             texts = await self._clean([message.content for message in ask.messages])
             messages = [Message(message.role, text) for message, text in zip(ask.messages, texts, strict=True)]
@@ -123,6 +133,8 @@ class GenerationService:
                 new = merge(history, spoken)
                 room = self._room(engine, ask.sampling)
                 window = await fit_chat(engine.tokenizer, system, history, new, room, go_on=ask.go_on)
+                account.begin(engine.info, meter, window.prompt_tokens, *(message.content for message in new))
+                await account.reserve(window.max_tokens)
                 answers = Answers(_ids(ask), engine, meter)
                 calls = [
                     replace(call, go_on=ask.go_on) for call in self._calls(ask, engine, window.max_tokens, answers)
@@ -133,15 +145,17 @@ class GenerationService:
                 try:
                     async with aclosing(answers.events(started, pieces)) as events:
                         async for event in events:
+                            account.see(event)
                             if isinstance(event, Delta):
                                 reply.append(event.text)
                             yield event
                 finally:
                     meter.settle(window.prompt_tokens)
+                    await account.settle()
                 finished = meter.finished(session_id=ask.session_id, context=_context(window, engine))
                 if finished.finish_reason in _COMPLETE:
                     await self._remember(ask, new, "".join(reply))
-            yield finished
+            yield account.finished(finished)
 
     async def _prompt(
         self, given: str | tuple[int, ...], engine: Engine, room: Room

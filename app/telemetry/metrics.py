@@ -70,6 +70,7 @@ class Metrics:
         self._pii = counter("pii_matches_total", "Personal data found", "kind", "direction")
         self._rate_limited = counter("rate_limited_total", "Requests refused with 429")
         self._auth_failures = counter("auth_failures_total", "Requests with a wrong or no API key")
+        self._rows_lost = counter("usage_log_dropped_total", "Rows of the inference log lost to a slow database")
         self._lag = histogram("event_loop_lag_seconds", "How late the event loop runs its timers", _LAG_SECONDS)
 
     def watch(
@@ -125,6 +126,9 @@ class Metrics:
 
     def auth_failed(self) -> None:
         self._auth_failures.inc()
+
+    def log_rows_dropped(self, count: int) -> None:
+        self._rows_lost.inc(count)
 
     async def watch_event_loop(self, interval_seconds: float = 0.25) -> None:
         """Measure for ever how late the running loop is; run it as a task and cancel it."""

@@ -12,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Lifespan
 
 from app import __version__
-from app.web import batch, chat, generate, ops, sessions
+from app.web import batch, chat, generate, keys, ops, roles, sessions, usage
 from app.web.authentication import Authentication
 from app.web.deps import Parts
 from app.web.errors import add_handlers
@@ -44,8 +44,10 @@ def build_app(parts: Parts, *, lifespan: Lifespan[FastAPI] | None = None) -> Fas
         lifespan=lifespan,
     )
     app.state.parts = parts
-    for module in (generate, batch, chat, sessions, openai_chat, openai_completions, openai_models):
-        app.include_router(module.router, dependencies=_KEY_SCHEMES)
+    openai = openai_chat, openai_completions, openai_models
+    routers = [module.router for module in (generate, batch, chat, sessions, *openai, keys, roles, usage)]
+    for router in (*routers, keys.seed_router):
+        app.include_router(router, dependencies=_KEY_SCHEMES)
     app.include_router(ops.router)
     add_handlers(app)
     _add_middlewares(app, parts)
@@ -82,7 +84,7 @@ def _cors(origins: tuple[str, ...]) -> dict[str, Any]:
     """Without credentials: keys travel in a header that the page sets itself, so no visitor's key is sent unasked."""
     return {
         "allow_origins": list(origins),
-        "allow_methods": ["GET", "POST", "DELETE"],
+        "allow_methods": ["GET", "POST", "PUT", "PATCH", "DELETE"],
         "allow_headers": [
             "Authorization",
             "Cache-Control",
@@ -96,8 +98,10 @@ def _cors(origins: tuple[str, ...]) -> dict[str, Any]:
             "X-Cache",
             "X-Process-Time",
             "X-Request-ID",
-            "x-ratelimit-limit-requests",
-            "x-ratelimit-remaining-requests",
-            "x-ratelimit-reset-requests",
+            *(
+                f"x-ratelimit-{what}-{kind}"
+                for what in ("limit", "remaining", "reset")
+                for kind in ("requests", "tokens")
+            ),
         ],
     }

@@ -5,15 +5,23 @@ Knows keys as bytes and their owners; what a caller may do is not its affair.
 """
 
 from collections.abc import Collection
+from typing import Protocol
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app.access.keys import KeyRing
 from app.errors import Unauthorized
 from app.telemetry import Metrics
+from app.types import Principal
 from app.web.limits import RateLimits
 
 MAX_KEY_BYTES = 512
+
+
+class Keys(Protocol):
+    """Knows whose a key is; `access.KeyRing` is it."""
+
+    async def authenticate(self, presented: bytes) -> Principal | None:
+        """Return the owner of a key, or None if no such key is valid."""
 
 
 class Authentication:
@@ -23,7 +31,7 @@ class Authentication:
     """
 
     def __init__(
-        self, app: ASGIApp, *, keys: KeyRing, limits: RateLimits, metrics: Metrics, public: Collection[str]
+        self, app: ASGIApp, *, keys: Keys, limits: RateLimits, metrics: Metrics, public: Collection[str]
     ) -> None:
         """Args: public: exact paths that need no key; every other one does, whether it exists or not."""
         self.app = app
@@ -34,12 +42,17 @@ class Authentication:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in self.public:
-            self._identify(scope)
-        await self.app(scope, receive, send)
+            await self._identify(scope)
+            try:
+                await self.app(scope, receive, send)
+            finally:
+                self.limits.end_request(scope)
+        else:
+            await self.app(scope, receive, send)
 
-    def _identify(self, scope: Scope) -> None:
+    async def _identify(self, scope: Scope) -> None:
         key = presented_key(scope["headers"])
-        principal = self.keys.authenticate(key) if key is not None else None
+        principal = await self.keys.authenticate(key) if key is not None else None
         if principal is None:
             self.metrics.auth_failed()
             self.limits.take_failure(scope)

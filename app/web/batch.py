@@ -48,6 +48,7 @@ class BatchRequest(SamplingFields):
                 sampling=sampling,
                 model=self.model,
                 cache=self.cache and call.may_cache,
+                origin=call.origin,
             )
             for number, prompt in enumerate(self.prompts)
         ]

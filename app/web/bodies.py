@@ -15,8 +15,8 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict
 from starlette.requests import ClientDisconnect
 
-from app.errors import ClientDisconnected, InvalidRequest, UnsupportedMediaType
-from app.web.limits import enforce_rate
+from app.errors import ClientDisconnected, InvalidRequest, QuotaExceeded, RateLimited, UnsupportedMediaType
+from app.web.limits import RateLimits
 
 MAX_DEPTH = 32
 MAX_NUMBER_CHARS = 32
@@ -41,8 +41,13 @@ class LimitedRoute(APIRoute):
         takes_body = self.body_field is not None
 
         async def handle(request: Request) -> Response:
-            enforce_rate(request)
-            return await handler(await _JsonRequest.read(request) if takes_body else request)
+            limits: RateLimits = request.app.state.parts.limits
+            limits.take_request(request.scope)
+            try:
+                return await handler(await _JsonRequest.read(request) if takes_body else request)
+            except (RateLimited, QuotaExceeded):
+                limits.give_back_request(request.scope)
+                raise
 
         return handle
 

@@ -51,6 +51,7 @@ class ChatRequest(SamplingFields):
             sampling=self.sampling(),
             model=self.model,
             cache=self.cache and call.may_cache,
+            origin=call.origin,
         )
 
 

@@ -12,14 +12,15 @@ from uuid import uuid4
 
 from fastapi import Depends, Request
 
-from app.access.keys import KeyRing
+from app.access.gate import Access
 from app.config import Settings
 from app.engine.registry import EngineRegistry
-from app.errors import NotFound
-from app.generation.asks import ChatAsk, CompletionAsk, Event
+from app.errors import Forbidden, NotFound
+from app.generation.asks import ChatAsk, CompletionAsk, Event, Origin
 from app.generation.memory import SessionStore
 from app.telemetry import Metrics
 from app.types import Principal
+from app.web.authentication import Keys
 from app.web.limits import RateLimits
 
 
@@ -47,7 +48,8 @@ class Parts:
     settings: Settings
     service: Service
     engines: EngineRegistry
-    keys: KeyRing
+    keys: Keys
+    access: Access
     limits: RateLimits
     metrics: Metrics
 
@@ -67,6 +69,23 @@ async def _caller(request: Request) -> Principal:
 
 CallerDep = Annotated[Principal, Depends(_caller)]
 """The owner of the key; the authentication middleware has let nobody else through."""
+
+
+async def _admin(caller: CallerDep) -> Principal:
+    if not caller.rights.manage_keys:
+        raise Forbidden("This needs an API key whose role may manage keys.")
+    return caller
+
+
+AdminDep = Annotated[Principal, Depends(_admin)]
+"""A caller who may manage keys, roles and see everybody's usage."""
+
+
+async def _access(parts: PartsDep) -> Access:
+    return parts.access
+
+
+AccessDep = Annotated[Access, Depends(_access)]
 
 
 async def _service(parts: PartsDep) -> Service:
@@ -101,6 +120,7 @@ class Call:
     """The id that the client sees, and may have chosen itself."""
     ask_id: str
     """The engine's id: always fresh, since a client may send one request id twice at once."""
+    origin: Origin
     may_cache: bool
     """False: the client's Cache-Control asks for an answer made anew."""
     max_prompt_chars: int
@@ -112,6 +132,7 @@ async def _call(request: Request, parts: PartsDep, caller: CallerDep) -> Call:
         caller=caller,
         request_id=request.state.request_id,
         ask_id=f"gen_{uuid4().hex}",
+        origin=Origin(request_id=request.state.request_id, route=request.scope["route"].path),
         may_cache=not asked & {"no-cache", "no-store"},
         max_prompt_chars=parts.settings.security.max_prompt_chars,
     )

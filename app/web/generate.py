@@ -32,6 +32,7 @@ class GenerateRequest(SamplingFields):
             sampling=self.sampling(),
             model=self.model,
             cache=self.cache and call.may_cache,
+            origin=call.origin,
         )
 
 

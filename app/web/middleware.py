@@ -63,7 +63,7 @@ class RequestLog:
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = request_id
                 headers["X-Process-Time"] = f"{time.perf_counter() - began:.6f}"
-                headers.update(state.get(RATE_HEADERS, {}))
+                headers.update(state.get(RATE_HEADERS, dict)())
             await send(message)
 
         bind_request_id(request_id)

@@ -13,10 +13,12 @@ from app.engine.base import Chunk, Engine, EngineState, GenerationRequest
 from app.engine.cache import CachedEngine
 from app.engine.echo import EchoEngine
 from app.engine.local import LocalEngine
+from app.engine.stored import StoredEngine
 from app.errors import EngineNotReady
 from app.generation.filters import FilteredEngine
 from app.generation.pii import Redactor
 from app.types import FinishReason, Message, Params, Role
+from tests.unit.engine.stores import DictStore
 from tests.unit.engine.tiny import save_tiny_llama
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -25,6 +27,7 @@ Factory = Callable[[Path], Engine]
 ENGINES: dict[str, Factory] = {
     "echo": lambda folder: EchoEngine(token_delay_seconds=0.001),
     "cached": lambda folder: CachedEngine(EchoEngine(token_delay_seconds=0.001), CacheConfig()),
+    "stored": lambda folder: StoredEngine(EchoEngine(token_delay_seconds=0.001), DictStore(), scope=""),
     "filtered": lambda folder: FilteredEngine(
         EchoEngine(token_delay_seconds=0.001), Redactor(), lambda kind, count: None
     ),

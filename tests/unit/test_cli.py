@@ -1,8 +1,13 @@
 """The command line."""
 
+import json
+from pathlib import Path
+
+import pytest
 from typer.testing import CliRunner
 
 from app import __version__
+from app.access.key_format import id_of
 from app.cli import cli
 
 
@@ -17,3 +22,99 @@ def test_a_configuration_file_that_was_asked_for_has_to_be_there():
 def test_the_version_is_printed():
     """The package's own."""
     assert f"{__version__}\n" == CliRunner().invoke(cli, ["version"]).output
+
+
+def run(*arguments: str, code: int = 0) -> str:
+    """Run a command in the current folder and return what it says."""
+    ended = CliRunner().invoke(cli, list(arguments))
+    assert code == ended.exit_code, ended.output
+    return ended.output
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder without a configuration, and no variable that names a database."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("DATABASE_URL", "DATABASE__URL", "APP__DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def test_keys_are_made_listed_rotated_and_revoked(folder: Path):
+    """The secret is printed once; tables for people and JSON for programs say the same."""
+    assert "revision 0001" in run("db", "upgrade")
+    made = json.loads(run("keys", "create", "--owner", "anna", "--days", "1", "--monthly-tokens", "9", "--json"))
+    shown = run("keys", "create", "--role", "admin")
+    rotated = json.loads(run("keys", "rotate", made["id"], "--overlap-hours", "2", "--json"))
+    revoked = run("keys", "revoke", made["id"])
+    rows = json.loads(run("keys", "list", "--json"))
+    table = run("keys", "list")
+
+    assert made["id"] == id_of(made["key"]) == id_of(rotated["key"])
+    assert id_of(shown.split()[0]) is not None
+    assert "revoked" in revoked
+    assert [("revoked", "anna", "standard"), ("active", None, "admin")] == [
+        (row["state"], row["owner"], row["role"]) for row in rows
+    ]
+    assert {"monthly_tokens": 9} == rows[0]["own_limits"]
+    assert made["id"] in table
+    assert made["key"][14:] not in table + str(rows)
+
+
+def test_roles_are_listed_and_changed(folder: Path):
+    """What is not named stays; a role of a new name is made."""
+    run("db", "upgrade")
+    run("roles", "set", "team", "--requests-per-minute", "60", "--models", "a, b", "--no-raw-logprobs")
+    run("roles", "set", "team", "--burst", "5", "--models", "all")
+    (team,) = [role for role in json.loads(run("roles", "list", "--json")) if role["name"] == "team"]
+
+    assert (60, 5, "all", False) == tuple(
+        team[name] for name in ("requests_per_minute", "burst", "models", "raw_logprobs")
+    )
+    assert "default" in run("roles", "set", "team", "--burst", "many", code=2)
+    assert "may manage" not in run("roles", "set", "admin", "--no-manage-keys", code=1)
+
+
+def test_usage_says_when_there_is_none(folder: Path):
+    run("db", "upgrade")
+
+    assert "Tokens used in 2026-01: none\n" == run("usage", "--month", "2026-01")
+    assert [] == json.loads(run("usage", "--json"))
+    assert "2026-11" in run("usage", "--month", "2026-99", code=1)
+
+
+def test_the_database_says_how_it_is(folder: Path):
+    """Before there is one, after, and when it is damaged."""
+    assert "revision none" in run("db", "current")
+    assert "db upgrade" in run("keys", "list", code=2)
+    run("db", "upgrade")
+    assert {"revision": "0001", "newest": "0001"}.items() <= json.loads(run("db", "check", "--json")).items()
+
+    (folder / "data" / "service.db").write_bytes(b"not a database" * 100)
+    assert "data/service.db" in run("db", "check", code=1)
+
+
+@pytest.mark.parametrize(
+    ("url", "code", "message"),
+    [
+        ("mysql://x", 2, "must begin with postgresql:// or sqlite:///"),
+        ("sqlite://", 2, "name a file"),
+        ("postgresql://u:canary@127.0.0.1:1/x", 1, "does not answer"),
+    ],
+)
+def test_a_database_that_cannot_be_used_is_named_without_its_password(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, url: str, code: int, message: str
+):
+    monkeypatch.setenv("DATABASE_URL", url)
+
+    said = run("keys", "list", code=code)
+
+    assert message in said
+    assert "canary" not in said
+
+
+def test_an_unknown_key_or_role_is_an_error_of_one_line(folder: Path):
+    run("db", "upgrade")
+
+    assert "llm-service: There is no key of this id.\n" == run("keys", "revoke", "nobody", code=1)
+    assert "llm-service: There is no role of this name.\n" == run("keys", "create", "--role", "x", code=1)

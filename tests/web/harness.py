@@ -11,15 +11,16 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 
-from app.access.keys import KeyRing
-from app.config import load_settings
+from app.access.gate import Access
+from app.access.limits import configured
+from app.config import Settings, load_settings
 from app.engine.echo import EchoEngine
 from app.engine.registry import EngineRegistry
 from app.generation.answer_tokens import AnswerToken
 from app.generation.asks import ChatAsk, CompletionAsk, Context, Delta, Ending, Event, Finished, Started
 from app.generation.memory import MemorySessionStore, SessionStore
 from app.telemetry import Metrics
-from app.types import FinishReason, Usage
+from app.types import FinishReason, Principal, Rights, Usage
 from app.web.assembly import build_app
 from app.web.deps import Parts
 from app.web.limits import RateLimits
@@ -108,6 +109,23 @@ def _tokens(text: str, logprobs: int | None) -> tuple[AnswerToken, ...]:
     return (AnswerToken(text, text.encode(), -0.5, top),)
 
 
+@dataclass(frozen=True)
+class OneKey:
+    """Knows one key, an admin's, and no database."""
+
+    settings: Settings
+
+    async def authenticate(self, presented: bytes) -> Principal | None:
+        if presented != KEY.encode():
+            return None
+        limits = configured(self.settings.rate_limit, self.settings.quota)
+        return Principal("admin", "admin", limits=limits, rights=Rights(load_models=True, manage_keys=True))
+
+
+async def _unmasked(text: str) -> str:
+    return text
+
+
 @dataclass
 class Web:
     """One application under test and what stands behind it."""
@@ -147,15 +165,27 @@ HIGH_RATE = {"requests_per_minute": 100_000, "burst_size": 100_000}
 
 async def make_web(service: ScriptedService | None = None, **sections: dict[str, Any]) -> Web:
     """Build the application as `create_app` does, around a scripted service."""
-    config = load_settings("absent.yml", None, **{"rate_limit": HIGH_RATE, **sections})
+    nowhere = {"url": "sqlite:////nowhere/service.db"}
+    config = load_settings("absent.yml", None, **{"rate_limit": HIGH_RATE, "database": nowhere, **sections})
     service = service or ScriptedService()
     if service.sessions is None and config.chat_history.enabled:
         service.sessions = MemorySessionStore(config.chat_history)
     engines = EngineRegistry({MODEL: EchoEngine(model=MODEL)})
     await engines.start()
     metrics = Metrics(models=[MODEL])
-    limits = RateLimits(config.rate_limit, config.security.failed_keys_per_minute, on_refusal=metrics.rate_limited)
-    parts = Parts(settings=config, service=service, engines=engines, keys=KeyRing(KEY), limits=limits, metrics=metrics)
+    limits = RateLimits(
+        config.security.failed_keys_per_minute, enabled=config.rate_limit.enabled, on_refusal=metrics.rate_limited
+    )
+    access = Access(config, configured_key=KEY, first_key=None, mask=_unmasked, on_drop=lambda count: None)
+    parts = Parts(
+        settings=config,
+        service=service,
+        engines=engines,
+        keys=OneKey(config),
+        access=access,
+        limits=limits,
+        metrics=metrics,
+    )
     return Web(app=build_app(parts), service=service, engines=engines, metrics=metrics, limits=limits)
 
 

@@ -20,6 +20,7 @@ from app.generation.memory import MemorySessionStore
 from app.generation.service import GenerationService
 from app.telemetry import Metrics
 from app.types import FinishReason, Message, Principal, Role, TokenLogprob, Usage
+from tests.unit.generation.free import free_accounts
 
 ANNA = Principal("a", "anna")
 LONG, SOON = 60.0, 5.0
@@ -79,6 +80,7 @@ async def make() -> AsyncIterator[Make]:
             default_max_tokens=100,
             default_temperature=0,
             metrics=Metrics(["echo"]),
+            accounts=free_accounts(),
         )
 
     yield make

@@ -28,6 +28,7 @@ from app.generation.pii import Redactor
 from app.generation.service import GenerationService
 from app.telemetry import Metrics
 from app.types import FinishReason, Message, Principal, Role
+from tests.unit.generation.free import free_accounts
 
 Make = Callable[..., GenerationService]
 
@@ -54,6 +55,7 @@ async def make() -> AsyncIterator[Make]:
             default_max_tokens=100,
             default_temperature=0,
             metrics=Metrics(["echo"]),
+            accounts=free_accounts(),
             waiting_seconds=waiting_seconds,
             cache=cache,
         )

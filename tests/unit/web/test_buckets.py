@@ -11,7 +11,6 @@ from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage, storage_from_string
 from limits.strategies import STRATEGIES
 
-from app.config import RateLimitConfig
 from app.web import buckets
 from app.web.buckets import STORAGE_URI, STRATEGY, BucketLimit, BucketStorage, TokenBucketRateLimiter
 from app.web.limits import RateLimits
@@ -155,6 +154,6 @@ def test_settings_are_not_read_from_the_working_directory(tmp_path, monkeypatch)
     (tmp_path / ".env").write_text("RATELIMIT_ENABLED=false\nSECURITY__API_KEY=canary-in-the-file\n")
     monkeypatch.chdir(tmp_path)
 
-    limits = RateLimits(RateLimitConfig(), 20, on_refusal=lambda: None)
+    limits = RateLimits(20, enabled=True, on_refusal=lambda: None)
 
     assert {} == limits.limiter.app_config.file_values

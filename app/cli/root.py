@@ -1,18 +1,20 @@
-"""The command line: `python -m app serve`.  Knows no routes."""
+"""`python -m app serve`, and the groups of the other commands."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from app import __version__
+from app.cli import db, keys, roles, usage
+from app.cli.terminal import CONFIG, ConfigOption, existing
 from app.config import load_settings
 from app.errors import ConfigError
 
-CONFIG = Path("config.yml")
-"""Read where there is one; a file that was asked for has to be there."""
-
 cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+cli.add_typer(keys.cli, name="keys")
+cli.add_typer(roles.cli, name="roles")
+cli.add_typer(db.cli, name="db")
+cli.command("usage")(usage.usage)
 
 
 @cli.callback()
@@ -28,7 +30,7 @@ def version() -> None:
 
 @cli.command()
 def serve(
-    config: Annotated[Path, typer.Option(help="The configuration file.")] = CONFIG,
+    config: ConfigOption = CONFIG,
     host: Annotated[str | None, typer.Option(help="Address to listen on; wins over the configuration.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; wins over the configuration.")] = None,
 ) -> None:
@@ -36,12 +38,9 @@ def serve(
     # Late, because the command line must answer --help without importing the whole service.
     from app import server
 
-    if config != CONFIG and not config.exists():
-        typer.echo(f"llm-service: there is no file {config}", err=True)
-        raise typer.Exit(2)
     listen: dict[str, Any] = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
     try:
-        settings = load_settings(config, app=listen)
+        settings = load_settings(existing(config), app=listen)
         code = server.run(settings)
     except ConfigError as error:
         typer.echo(f"llm-service: {error}", err=True)

@@ -1,0 +1,171 @@
+"""Decide whose API key this is, quickly and also while the database is away.
+
+A key's owner is remembered for a few seconds by the digest of the whole key.  So a revocation holds everywhere within
+`FRESH_SECONDS`, and an outage shorter than `STALE_SECONDS` locks out nobody who was here before.  Knows no HTTP.
+"""
+
+import asyncio
+import hmac
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from cachetools import LRUCache
+
+from app.access.key_format import digest_of, id_of
+from app.access.keys import Found, KeyStore
+from app.access.limits import LimitSettings, resolve
+from app.access.roles import ADMIN, RoleStore
+from app.errors import KeyNotFound, StoreUnavailable
+from app.types import Limits, Principal, Rights
+
+FRESH_SECONDS = 4.0
+"""So long is the database not asked again: a second less than a revocation may take."""
+STALE_SECONDS = 60.0
+"""So long is the last answer good while the database is down."""
+KNOWN_WAIT_SECONDS = 0.5
+"""So long does a request of a key that is known wait for news of it."""
+OUTAGE_SECONDS = 1.0
+"""After a failure the database is not asked about known keys for so long."""
+MAX_REMEMBERED = 10_000
+
+_NOBODY = bytes(32)
+
+
+@dataclass(frozen=True, slots=True)
+class _Remembered:
+    principal: Principal
+    asked: float
+    expires: datetime | None
+
+
+class KeyRing:
+    """Tells whose a key is; lives as long as the application."""
+
+    def __init__(
+        self,
+        keys: KeyStore,
+        roles: RoleStore,
+        defaults: Limits,
+        *,
+        configured_key: str | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Args:
+        defaults: limits where neither key nor role says anything.
+        configured_key: has the role admin, and no row in the database.  One of our own form is known by the id in it,
+            any other as "admin".
+        clock: seconds that never go back.
+        """
+        self.used: dict[str, datetime] = {}
+        """When each key was last used, until somebody takes it to the database."""
+        self._keys = keys
+        self._roles = roles
+        self._defaults = defaults
+        self._clock = clock
+        self._known: LRUCache[bytes, _Remembered] = LRUCache(MAX_REMEMBERED)
+        self._broken_until = 0.0
+        self._configured = digest_of(configured_key.encode()) if configured_key else None
+        self._configured_id = (id_of(configured_key) or ADMIN) if configured_key else ADMIN
+
+    async def authenticate(self, presented: bytes) -> Principal | None:
+        """Return the owner of a key, or None if no such key is valid.
+
+        Raises: StoreUnavailable: the database is down, and the key was not seen lately.
+        """
+        digest = digest_of(presented)
+        configured = self._configured is not None and hmac.compare_digest(digest, self._configured)
+        key_id = self._configured_id if configured else id_of(presented.decode("ascii", "replace"))
+        if key_id is None:
+            return None
+        known = self._known.get(digest)
+        if known is None or self._clock() - known.asked > FRESH_SECONDS:
+            known = await self._look_up(key_id, digest, known, configured=configured)
+        now = datetime.now(UTC)
+        if known is None or (known.expires is not None and known.expires <= now):
+            return None
+        self.used[key_id] = now
+        return known.principal
+
+    async def _look_up(
+        self, key_id: str, digest: bytes, known: _Remembered | None, *, configured: bool
+    ) -> _Remembered | None:
+        asked = self._clock()
+        usable = known is not None and asked - known.asked <= STALE_SECONDS
+        if usable and asked < self._broken_until:
+            return known
+        asking = self._admin(asked) if configured else self._stored(key_id, digest, asked)
+        try:
+            # Who is known does not wait for a slow database.
+            found = await (asyncio.wait_for(asking, KNOWN_WAIT_SECONDS) if usable else asking)
+        except (StoreUnavailable, TimeoutError):
+            self._broken_until = self._clock() + OUTAGE_SECONDS
+            if usable:
+                return known
+            if configured:
+                # The configuration vouches for this key, database or not.
+                unlimited = resolve(self._defaults, LimitSettings(monthly_tokens=0))
+                return self._as_admin(Rights(load_models=True, manage_keys=True), unlimited, asked)
+            raise
+        if found is None:
+            self._known.pop(digest, None)
+        else:
+            self._known[digest] = found
+        return found
+
+    async def _admin(self, asked: float) -> _Remembered:
+        role = await self._roles.read(ADMIN)
+        return self._as_admin(role.rights, resolve(self._defaults, role.limits), asked)
+
+    def _as_admin(self, rights: Rights, limits: Limits, asked: float) -> _Remembered:
+        principal = Principal(self._configured_id, self._configured_id, role=ADMIN, limits=limits, rights=rights)
+        return _Remembered(principal, asked, None)
+
+    async def _stored(self, key_id: str, digest: bytes, asked: float) -> _Remembered | None:
+        """Compare with what is stored; an id that is not there is compared too, so that it takes the same time."""
+        found = await self._keys.find(key_id)
+        now = datetime.now(UTC)
+        right = hmac.compare_digest(digest, found.digest if found else _NOBODY)
+        before = hmac.compare_digest(digest, (found.previous_digest if found else None) or _NOBODY)
+        if found is None or not found.record.good_at(now):
+            return None
+        if right:
+            return _Remembered(_principal(found, self._defaults), asked, found.record.expires)
+        overlap = found.record.previous_expires
+        if before and overlap is not None and now < overlap:
+            ends = min(overlap, found.record.expires or overlap)
+            return _Remembered(_principal(found, self._defaults), asked, ends)
+        return None
+
+    async def limits_of(self, key_id: str) -> Limits:
+        """Return the limits of any key, good or not.
+
+        Raises: KeyNotFound: there is no such key.  StoreUnavailable: the database does not answer.
+        """
+        found = await self._keys.find(key_id)
+        if found is not None:
+            return resolve(self._defaults, found.record.limits, found.role.limits)
+        if self._configured is None or key_id != self._configured_id:
+            raise KeyNotFound("There is no key of this id.")
+        return resolve(self._defaults, (await self._roles.read(ADMIN)).limits)
+
+    def forget(self, key_id: str) -> None:
+        """Ask the database again at the key's next use: something about it has changed."""
+        for digest in [digest for digest, known in self._known.items() if known.principal.key_id == key_id]:
+            del self._known[digest]
+
+    def forget_all(self) -> None:
+        """The same for every key: a role has changed."""
+        self._known = LRUCache(MAX_REMEMBERED)
+
+
+def _principal(found: Found, defaults: Limits) -> Principal:
+    key = found.record
+    return Principal(
+        key_id=key.id,
+        tenant=key.owner or key.id,
+        role=found.role.name,
+        limits=resolve(defaults, key.limits, found.role.limits),
+        rights=found.role.rights,
+    )

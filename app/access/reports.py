@@ -1,0 +1,114 @@
+"""What was used: by key, day and model, from the counters and the inference log."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime
+from typing import Literal
+
+from sqlalchemy import func, select
+
+from app.access import tables
+from app.access.db import Database
+from app.access.quotas import next_month
+from app.errors import InvalidRequest
+
+_log, _counters = tables.inference_log, tables.usage_counters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Used:
+    """Answers and their tokens, of one day and one model, or summed over either."""
+
+    day: str = ""
+    model: str = ""
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+    charged_tokens: int
+    """What counts for the quota."""
+
+
+COLUMNS = tuple(field.name for field in fields(Used))
+_SUMS = ("requests", "prompt_tokens", "completion_tokens", "charged_tokens")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyTotal:
+    """What one key has used in a month."""
+
+    key_id: str
+    owner: str | None
+    role: str | None
+    used: int
+    reserved: int
+
+
+class Reports:
+    """Reads what requests have left behind."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    async def by_day_and_model(self, key_id: str, month: str) -> list[Used]:
+        """Return a key's answers of one month, UTC; days that the log has forgotten are not in it.
+
+        Raises: InvalidRequest: this is no month.
+        """
+        begin = first_of(month)
+        day = func.date(_log.c.created).label("day")
+        tokens = [func.sum(_log.c[name]).label(name) for name in _SUMS[1:]]
+        query = (
+            select(day, _log.c.model, func.count().label("requests"), *tokens)
+            .where(_log.c.key_id == key_id, _log.c.created >= begin, _log.c.created < next_month(begin))
+            .group_by(day, _log.c.model)
+            .order_by(day, _log.c.model)
+        )
+        async with self._db.read() as connection:
+            rows = (await connection.execute(query)).mappings().all()
+        return [
+            Used(day=str(row["day"]), model=row["model"], **{name: int(row[name]) for name in _SUMS}) for row in rows
+        ]
+
+    async def by_key(self, month: str) -> Sequence[KeyTotal]:
+        """Return what each key has used in a month, most first.
+
+        Raises: InvalidRequest: this is no month.
+        """
+        first_of(month)
+        keys = tables.api_keys
+        query = (
+            select(_counters.c.key_id, keys.c.owner, keys.c.role, _counters.c.used, _counters.c.reserved)
+            .outerjoin(keys, keys.c.id == _counters.c.key_id)
+            .where(_counters.c.month == month)
+            .order_by(_counters.c.used.desc(), _counters.c.key_id)
+        )
+        async with self._db.read() as connection:
+            return [KeyTotal(**row) for row in (await connection.execute(query)).mappings()]
+
+
+def summed(rows: Iterable[Used], over: Literal["day", "model"]) -> list[Used]:
+    """Add up what has the same day and model once one of them is left out.  Args: over: the one left out."""
+    totals: dict[tuple[str, str], Used] = {}
+    for row in rows:
+        left = replace(row, day="") if over == "day" else replace(row, model="")
+        before = totals.get((left.day, left.model))
+        if before is not None:
+            left = replace(left, **{name: getattr(before, name) + getattr(left, name) for name in _SUMS})
+        totals[left.day, left.model] = left
+    return [totals[key] for key in sorted(totals)]
+
+
+def as_values(row: Used) -> dict[str, str | int]:
+    """Return a row without the column that it was summed over."""
+    return {name: value for name, value in asdict(row).items() if value != ""}
+
+
+def first_of(month: str) -> datetime:
+    """Return when a month, as 2026-11, begins, UTC.
+
+    Raises: InvalidRequest: this is no month.
+    """
+    try:
+        return datetime.strptime(month, "%Y-%m").replace(tzinfo=UTC)
+    except ValueError:
+        raise InvalidRequest.of_field("month", "must be a month such as 2026-11") from None

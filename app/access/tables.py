@@ -1,0 +1,124 @@
+"""The tables, as SQLAlchemy sees them.  How they came to be is in `migrations/`, and a test holds the two together."""
+
+from datetime import UTC, datetime
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    DateTime,
+    Dialect,
+    Float,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    TypeDecorator,
+)
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """A moment, kept in UTC without its zone: SQLite has no type that would keep one."""
+
+    impl = DateTime
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return value.astimezone(UTC).replace(tzinfo=None) if value else None
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return value.replace(tzinfo=UTC) if value else None
+
+
+metadata = MetaData()
+
+
+def _limits() -> list[Column[int]]:
+    """NULL leaves a limit to the next level: key, role, configuration."""
+    names = ("monthly_tokens", "requests_per_minute", "burst", "tokens_per_minute", "parallel_requests")
+    return [Column(name, BigInteger) for name in names]
+
+
+roles = Table(
+    "roles",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    *_limits(),
+    Column("models", JSON),  # NULL allows all
+    Column("load_models", Boolean, nullable=False),
+    Column("manage_keys", Boolean, nullable=False),
+    Column("system_messages", Boolean, nullable=False),
+    Column("raw_logprobs", Boolean, nullable=False),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("digest", LargeBinary, nullable=False),
+    Column("last_four", String(4), nullable=False),
+    Column("previous_digest", LargeBinary),  # of the secret before the last rotation
+    Column("previous_expires", UtcDateTime),
+    Column("role", String(64), nullable=False),
+    Column("owner", String(128)),
+    *_limits(),
+    Column("created", UtcDateTime, nullable=False, index=True),
+    Column("expires", UtcDateTime),
+    Column("revoked", UtcDateTime),
+    Column("last_used", UtcDateTime),
+)
+
+usage_counters = Table(
+    "usage_counters",
+    metadata,
+    Column("key_id", String(64), primary_key=True),
+    Column("month", String(7), primary_key=True),
+    Column("used", BigInteger, nullable=False),
+    Column("reserved", BigInteger, nullable=False),
+)
+
+reservations = Table(
+    "reservations",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("key_id", String(64), nullable=False),
+    Column("month", String(7), nullable=False),
+    Column("tokens", BigInteger, nullable=False),
+    Column("expires", UtcDateTime, nullable=False, index=True),
+)
+
+inference_log = Table(
+    "inference_log",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("created", UtcDateTime, nullable=False, index=True),
+    Column("request_id", String(128), nullable=False),
+    Column("key_id", String(64), nullable=False),
+    Column("route", String(128), nullable=False),
+    Column("model", String(256), nullable=False),
+    Column("revision", String(256)),
+    Column("adapter", String(256)),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("completion_tokens", BigInteger, nullable=False),
+    Column("charged_tokens", BigInteger, nullable=False),
+    Column("cached", Boolean, nullable=False),
+    Column("finish_reason", String(32)),  # NULL: the answer did not end by itself
+    Column("status", Integer, nullable=False),
+    Column("first_token_ms", Float),
+    Column("latency_ms", Float, nullable=False),
+    Column("prompt", Text),
+    Column("answer", Text),
+    Index("ix_inference_log_key_id_created", "key_id", "created"),
+)
+
+completion_cache = Table(
+    "completion_cache",
+    metadata,
+    Column("key", LargeBinary, primary_key=True),
+    Column("answer", LargeBinary, nullable=False),
+    Column("expires", UtcDateTime, nullable=False, index=True),
+)

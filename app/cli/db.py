@@ -1,0 +1,49 @@
+"""`python -m app db`: the database's schema."""
+
+import typer
+
+from app.access.db import Database, head_revision
+from app.cli.terminal import CONFIG, ConfigOption, JsonOption, fail, print_json, with_database
+
+cli = typer.Typer(no_args_is_help=True, help="The database's schema.")
+
+
+@cli.command()
+def upgrade(config: ConfigOption = CONFIG, as_json: JsonOption = False) -> None:
+    """Bring the schema up to date, as the service does when it starts."""
+
+    async def work(database: Database) -> None:
+        await database.migrate()
+        _tell(database, await database.revision(), as_json=as_json)
+
+    with_database(config, work, ready=False)
+
+
+@cli.command()
+def current(config: ConfigOption = CONFIG, as_json: JsonOption = False) -> None:
+    """Say which revision the database is at and which this program needs."""
+
+    async def work(database: Database) -> None:
+        _tell(database, await database.revision() if database.exists() else None, as_json=as_json)
+
+    with_database(config, work, ready=False)
+
+
+@cli.command()
+def check(config: ConfigOption = CONFIG, as_json: JsonOption = False) -> None:
+    """Fail unless the schema is this program's and the database whole."""
+
+    async def work(database: Database) -> None:
+        problems = await database.problems()
+        if problems:
+            fail(f"the database {database.name} is damaged: {'; '.join(problems)}", 1)
+        _tell(database, await database.revision(), as_json=as_json)
+
+    with_database(config, work)
+
+
+def _tell(database: Database, revision: str | None, *, as_json: bool) -> None:
+    if as_json:
+        print_json({"database": database.name, "revision": revision, "newest": head_revision()})
+    else:
+        typer.echo(f"{database.name}: revision {revision or 'none'}, newest {head_revision()}")

@@ -1,0 +1,91 @@
+"""`python -m app roles`: what keys may do and how much."""
+
+from dataclasses import asdict, replace
+from typing import Annotated, Any
+
+import typer
+
+from app.access.db import Database
+from app.access.limits import LIMIT_NAMES, NOTHING_SAID
+from app.access.roles import Role, RoleStore
+from app.cli.terminal import CONFIG, ConfigOption, JsonOption, show, with_database
+from app.errors import RoleNotFound
+from app.types import Rights
+
+cli = typer.Typer(no_args_is_help=True, help="Roles: what keys may do and how much.")
+
+DEFAULT = "default"
+"""Takes a limit back: what the configuration says holds again."""
+
+
+def _limit(value: str) -> str:
+    if value != DEFAULT and not (value.isdecimal() and len(value) <= 15):
+        raise typer.BadParameter(f"must be a whole number (0 is no limit) or {DEFAULT}")
+    return value
+
+
+def _option(text: str) -> Any:
+    return typer.Option(help=f"{text}; 0 is no limit, {DEFAULT} what the configuration says.", callback=_given)
+
+
+def _given(value: str | None) -> str | None:
+    return None if value is None else _limit(value)
+
+
+@cli.command("list")
+def list_roles(config: ConfigOption = CONFIG, as_json: JsonOption = False) -> None:
+    """List the roles; a dash is a limit that the configuration decides."""
+
+    async def work(database: Database) -> None:
+        show([_row(role) for role in await RoleStore(database).list()], title="Roles", as_json=as_json)
+
+    with_database(config, work)
+
+
+@cli.command("set")
+def set_role(
+    name: Annotated[str, typer.Argument(help="The role; made if there is none of this name.")],
+    monthly_tokens: Annotated[str | None, _option("Tokens in a calendar month, UTC")] = None,
+    requests_per_minute: Annotated[str | None, _option("Requests a minute")] = None,
+    burst: Annotated[str | None, _option("Requests at once")] = None,
+    tokens_per_minute: Annotated[str | None, _option("Tokens a minute")] = None,
+    parallel_requests: Annotated[str | None, _option("Requests being answered at the same time")] = None,
+    models: Annotated[str | None, typer.Option(help="Models that it may use, with commas between, or all.")] = None,
+    load_models: Annotated[bool | None, typer.Option(help="May load and unload models.")] = None,
+    manage_keys: Annotated[bool | None, typer.Option(help="May manage keys and roles.")] = None,
+    system_messages: Annotated[bool | None, typer.Option(help="May send system messages.")] = None,
+    raw_logprobs: Annotated[bool | None, typer.Option(help="May ask for log-probabilities.")] = None,
+    config: ConfigOption = CONFIG,
+    as_json: JsonOption = False,
+) -> None:
+    """Change what is named of a role, and leave the rest; it holds for running services within five seconds."""
+    values = (monthly_tokens, requests_per_minute, burst, tokens_per_minute, parallel_requests)
+    given = dict(zip(LIMIT_NAMES, values, strict=True))
+    limits = {name: None if value == DEFAULT else int(value) for name, value in given.items() if value is not None}
+    flags = {
+        "load_models": load_models,
+        "manage_keys": manage_keys,
+        "system_messages": system_messages,
+        "raw_logprobs": raw_logprobs,
+    }
+    rights: dict[str, Any] = {right: flag for right, flag in flags.items() if flag is not None}
+    if models is not None:
+        rights["models"] = (
+            None if models == "all" else tuple(part.strip() for part in models.split(",") if part.strip())
+        )
+
+    async def work(database: Database) -> None:
+        store = RoleStore(database)
+        try:
+            before = await store.read(name)
+        except RoleNotFound:
+            before = Role(name=name, limits=NOTHING_SAID, rights=Rights())
+        role = replace(before, limits=replace(before.limits, **limits), rights=replace(before.rights, **rights))
+        await store.put(role)
+        show([_row(role)], title="Role", as_json=as_json)
+
+    with_database(config, work)
+
+
+def _row(role: Role) -> dict[str, Any]:
+    return {"name": role.name, **asdict(role.limits), **asdict(role.rights), "models": role.rights.models or "all"}

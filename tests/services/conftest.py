@@ -1,0 +1,52 @@
+"""Both databases, each test with an empty one of its own; Postgres is skipped where the machine has none."""
+
+import os
+from collections.abc import AsyncIterator, Iterator
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from app.access.db import Database
+from tests.services.postgres import Postgres, binaries, running
+
+_numbers = count()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """One server for all tests.  REQUIRE_SERVICES, which CI sets, turns its absence into a failure."""
+    programs = binaries()
+    if programs is None:
+        reason = "there is no Postgres on this machine (Debian: apt-get install postgresql)"
+        if os.environ.get("REQUIRE_SERVICES"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with running(programs) as server:
+        yield server
+
+
+@pytest.fixture
+def postgres_url(postgres: Postgres) -> str:
+    return postgres.database(f"test{next(_numbers)}")
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'service.db'}"
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.services)])
+def url(request: pytest.FixtureRequest) -> str:
+    """An empty database of either kind."""
+    found: str = request.getfixturevalue(f"{request.param}_url")
+    return found
+
+
+@pytest.fixture
+async def database(url: str) -> AsyncIterator[Database]:
+    """The same with its tables."""
+    database = Database(url)
+    await database.migrate()
+    yield database
+    await database.close()

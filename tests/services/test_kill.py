@@ -1,0 +1,148 @@
+"""The service killed under load: what it has acknowledged is there afterwards, on both databases."""
+
+import asyncio
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import httpx
+import pytest
+from sqlalchemy import func, select
+
+from app.access.db import Database
+from app.access.ledger import Month, release_expired, standing
+from app.access.quotas import month_of
+from app.access.tables import api_keys, inference_log, reservations
+from tests.web.access import ADMIN_KEY
+
+ROOT = Path(__file__).parents[2]
+FLUSH_SECONDS = 0.2
+SLACK_SECONDS = 0.5
+"""On a busy machine the log's task may come late to its turn."""
+
+
+@dataclass
+class Acknowledged:
+    """What clients were told before the service died."""
+
+    keys: list[str] = field(default_factory=list)
+    tokens: int = 0
+    answers: list[tuple[float, str]] = field(default_factory=list)
+    """When each arrived, and its request id."""
+
+
+def start(url: str, folder: Path) -> tuple[subprocess.Popen[bytes], str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = {
+        "PYTHONPATH": str(ROOT),
+        "DATABASE_URL": url,
+        "MODEL__ENGINE": "echo",
+        "SECURITY__API_KEY": ADMIN_KEY,
+        "RATE_LIMIT__ENABLED": "false",
+        "APP__PROMPTS_DIR": str(ROOT / "prompts"),
+        "USAGE_LOG__FLUSH_SECONDS": str(FLUSH_SECONDS),
+    }
+    command = [sys.executable, "-m", "app", "serve", "--port", str(port)]
+    with (folder / "log").open("ab") as log:
+        process = subprocess.Popen(command, cwd=folder, env=os.environ | settings, stdout=log, stderr=log)
+    return process, f"http://127.0.0.1:{port}"
+
+
+async def ready(http: httpx.AsyncClient, process: subprocess.Popen[bytes]) -> None:
+    async with asyncio.timeout(110):
+        while True:
+            assert process.poll() is None
+            try:
+                if (await http.get("/readyz")).status_code == 200:
+                    return
+            except httpx.TransportError:
+                await asyncio.sleep(0.05)
+
+
+async def load(http: httpx.AsyncClient, key: str, told: Acknowledged) -> None:
+    """Ask and make keys until the service is gone."""
+    while True:
+        try:
+            made = await http.post("/v1/keys", json={"role": "free"})
+            told.keys.append(made.json()["id"])
+            for _ in range(3):
+                body = {"prompt": "hello", "max_tokens": 9, "cache": False}
+                reply = await http.post("/v1/generate", json=body, headers={"X-API-Key": key})
+                told.tokens += reply.json()["usage"]["total_tokens"]
+                told.answers.append((time.monotonic(), reply.json()["request_id"]))
+        except httpx.TransportError:
+            return
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kills", [1, pytest.param(25, marks=pytest.mark.soak)])
+async def test_a_killed_service_has_lost_nothing_that_it_acknowledged(url: str, tmp_path: Path, kills: int):
+    """Keys, tokens, and log rows but those of the last flush interval; leases free what was reserved."""
+    told, key = Acknowledged(), ""
+    for _ in range(kills):
+        process, address = start(url, tmp_path)
+        try:
+            async with httpx.AsyncClient(base_url=address, headers={"X-API-Key": ADMIN_KEY}, timeout=10) as http:
+                await ready(http, process)
+                if not key:
+                    made = await http.post("/v1/keys", json={"limits": {"monthly_tokens": 10**9}})
+                    key = made.json()["key"]
+                clients = [asyncio.create_task(load(http, key, told)) for _ in range(8)]
+                await asyncio.sleep(random.uniform(0.8, 2))
+                process.send_signal(signal.SIGKILL)
+                killed = time.monotonic()
+                await asyncio.gather(*clients)
+        finally:
+            process.kill()
+            process.wait(10)
+        await look(url, key, told, killed - FLUSH_SECONDS - SLACK_SECONDS)
+    assert len(told.answers) > 10 * kills
+    await leases_free_the_rest(url, key)
+
+
+async def look(url: str, key: str, told: Acknowledged, safe_until: float) -> None:
+    """Find in the database what was acknowledged."""
+    database = Database(url)
+    async with database.begin() as connection:
+        keys = set((await connection.execute(select(api_keys.c.id))).scalars())
+        rows = set((await connection.execute(select(inference_log.c.request_id))).scalars())
+    counted = await standing(database, counter(key))
+    problems = await database.problems()
+    await database.close()
+
+    assert set() == set(told.keys) - keys
+    assert counted.used >= told.tokens
+    assert set() == {request_id for arrived, request_id in told.answers if arrived < safe_until} - rows
+    assert [] == problems
+    # Those of the last interval may be lost; the next round must not ask for them again.
+    told.answers = [(arrived, request_id) for arrived, request_id in told.answers if request_id in rows]
+
+
+def counter(key: str) -> Month:
+    return Month(key.split("_")[1], month_of(now()))
+
+
+async def leases_free_the_rest(url: str, key: str) -> None:
+    """Two minutes on, nothing is reserved any more."""
+    database = Database(url)
+    later = now() + timedelta(minutes=2)
+    await database.quickly(lambda connection: release_expired(connection, later))
+    left = await standing(database, counter(key))
+    async with database.begin() as connection:
+        assert 0 == await connection.scalar(select(func.count()).select_from(reservations))
+    await database.close()
+
+    assert 0 == left.reserved
+
+
+def now() -> datetime:
+    return datetime.now(UTC)

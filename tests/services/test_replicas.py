@@ -1,0 +1,122 @@
+"""Several replicas on one database, and a database that goes away."""
+
+import asyncio
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from sqlalchemy import func, select, update
+
+from app.access.db import Database
+from app.access.ledger import Month, standing
+from app.access.quotas import Quotas
+from app.access.tables import completion_cache
+from app.config import QuotaConfig
+from app.types import Limits, Principal
+from tests.services.postgres import Postgres
+from tests.web.access import ADMIN_KEY, running
+
+CALLER = Principal("key", "tenant", limits=Limits(monthly_tokens=1000))
+
+
+async def test_two_replicas_share_keys_and_quotas(url: str, tmp_path: Path):
+    """A key that one revokes the other refuses within five seconds; no token of a quota is granted by both."""
+    given = {"database": {"url": url}}
+    async with running(tmp_path / "a", **given) as one, running(tmp_path / "b", **given) as other:
+        key = await one.key(limits={"monthly_tokens": 200})
+        replies = await asyncio.gather(*(replica.ask(key) for replica in (one, other) for _ in range(20)))
+        report = await other.usage(key)
+        async with one.client() as admin:
+            await admin.delete(f"/v1/keys/{key.split('_')[1]}")
+        loop = asyncio.get_running_loop()
+        revoked = loop.time()
+        async with asyncio.timeout(6):
+            while (await other.ask(key)).status_code != 401:  # noqa: ASYNC110  # what is waited for has no event
+                await asyncio.sleep(0.1)
+        took = loop.time() - revoked
+        here = await one.ask(key)
+
+    assert 20 == sum(reply.status_code == 200 for reply in replies)
+    assert {200, 429} == {reply.status_code for reply in replies}
+    assert (200, 0) == (report["used"], report["reserved"])
+    assert took < 5
+    assert 401 == here.status_code
+
+
+async def test_an_answer_outlives_its_process_and_is_shared(url: str, tmp_path: Path):
+    """The second service has it from the database; for another tenant, or once it is too old, it is made anew."""
+    given = {"database": {"url": url}, "cache": {"persistent": True, "ttl_seconds": 60}}
+    body = {"prompt": "hello world", "max_tokens": 50, "cache": True}
+    async with running(tmp_path / "a", **given) as one:
+        first = await one.ask(ADMIN_KEY, **body)
+    async with running(tmp_path / "b", **given) as other:
+        second = await other.ask(ADMIN_KEY, **body)
+        streamed = await other.ask(ADMIN_KEY, **body | {"stream": True})
+        foreign = await other.ask(await other.key(), **body)
+        async with other.access.database.begin() as connection:
+            await connection.execute(update(completion_cache).values(expires=datetime(2026, 1, 1, tzinfo=UTC)))
+        await other.access.answers.delete_expired()
+        async with other.access.database.begin() as connection:
+            left = await connection.scalar(select(func.count()).select_from(completion_cache))
+
+    assert [False, True, False] == [reply.json()["cached"] for reply in (first, second, foreign)]
+    assert first.json()["generated_text"] == second.json()["generated_text"]
+    assert '"cached":true' in streamed.text
+    assert 0 == left
+
+
+async def test_what_a_dead_process_had_reserved_is_released_by_its_lease(url: str, database: Database):
+    """A living one renews its own; a settlement that comes too late still counts."""
+    config = QuotaConfig(lease_seconds=0.4)
+    dead, alive = Quotas(Database(url), config), Quotas(database, config)
+    await dead.start()
+    await alive.start()
+    lost = await dead.reserve(CALLER, 300)
+    held = await alive.reserve(CALLER, 500)
+    assert lost is not None
+    assert held is not None
+    for task in dead._tasks:
+        task.cancel()
+    counter = Month("key", held.counter.month)
+
+    async with asyncio.timeout(5):
+        while (await standing(database, counter)).reserved != 500:  # noqa: ASYNC110  # another task's work
+            await asyncio.sleep(0.05)
+    await asyncio.sleep(0.6)
+    kept = await standing(database, counter)
+    await held.settle(20)
+    await alive.settle(lost, 30)
+    settled = await standing(database, counter)
+    await alive.close()
+    await dead._db.close()
+
+    assert (0, 500) == (kept.used, kept.reserved)
+    assert (50, 0) == (settled.used, settled.reserved)
+
+
+@pytest.mark.services
+async def test_quotas_survive_a_restart_of_postgres(postgres: Postgres, postgres_url: str, tmp_path: Path):
+    """While it is down: 503 for a key with a quota, an answer for one without.  Then all is counted exactly once."""
+    async with running(tmp_path, database={"url": postgres_url}) as service:
+        key = await service.key(limits={"monthly_tokens": 100_000})
+        statuses = [(await service.ask(key)).status_code for _ in range(5)]
+        open_ask = asyncio.create_task(service.ask(key, prompt="word " * 100, max_tokens=500))
+        await asyncio.sleep(0.01)
+        await asyncio.to_thread(postgres.stop)
+        down = await service.ask(key)
+        unlimited = await service.ask(ADMIN_KEY)
+        began = asyncio.get_running_loop().time()
+        await asyncio.to_thread(postgres.start)
+        async with asyncio.timeout(10):
+            while (await service.ask(key)).status_code != 200:  # noqa: ASYNC110  # Postgres' start has no event
+                await asyncio.sleep(0.1)
+        took = asyncio.get_running_loop().time() - began
+        first = await open_ask
+        async with asyncio.timeout(10):
+            while (report := await service.usage(key))["reserved"]:  # noqa: ASYNC110  # another task's work
+                await asyncio.sleep(0.05)
+
+    assert [200] * 5 == statuses
+    assert (503, 200) == (down.status_code, unlimited.status_code)
+    assert took < 6
+    assert 6 * 10 + (1000 if first.status_code == 200 else 0) == report["used"]

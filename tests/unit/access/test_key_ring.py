@@ -1,0 +1,162 @@
+"""What is remembered of keys, and for how long, while the database is there, away or slow."""
+
+import asyncio
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from app.access import key_ring
+from app.access.key_format import digest_of, id_of, new_key
+from app.access.key_ring import FRESH_SECONDS, STALE_SECONDS, KeyRing
+from app.access.keys import Found, KeyRecord
+from app.access.limits import NOTHING_SAID
+from app.access.roles import Role
+from app.errors import StoreUnavailable
+from app.types import Limits, Rights
+
+ROLE = Role(name="admin", limits=NOTHING_SAID, rights=Rights(manage_keys=True))
+
+
+class Store:
+    """Keys and roles of a database that can be slow or away."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.asked = 0
+        self.delay = 0.0
+        self.away = False
+        self.revoked: datetime | None = None
+
+    async def _answer(self) -> None:
+        self.asked += 1
+        await asyncio.sleep(self.delay)
+        if self.away:
+            raise StoreUnavailable()
+
+    async def find(self, key_id: str) -> Found | None:
+        await self._answer()
+        if key_id != id_of(self.key):
+            return None
+        none: dict[str, Any] = dict.fromkeys(("owner", "expires", "last_used", "previous_expires"))
+        record = KeyRecord(
+            id=key_id,
+            last_four="",
+            role="admin",
+            limits=NOTHING_SAID,
+            created=datetime.now(UTC),
+            revoked=self.revoked,
+            **none,
+        )
+        return Found(record=record, role=ROLE, digest=digest_of(self.key.encode()), previous_digest=None)
+
+    async def read(self, name: str) -> Role:
+        await self._answer()
+        return ROLE
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def key() -> str:
+    return new_key()
+
+
+@pytest.fixture
+def store(key: str) -> Store:
+    return Store(key)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def ring(store: Store, clock: Clock) -> KeyRing:
+    return KeyRing(store, store, Limits(), configured_key="configured-key", clock=clock)  # type: ignore[arg-type]
+
+
+async def test_the_database_is_asked_once_in_a_while_and_then_believed(
+    ring: KeyRing, store: Store, clock: Clock, key: str
+):
+    """A revocation holds as soon as what is remembered is no longer fresh: within five seconds."""
+    assert FRESH_SECONDS < 5
+    for _ in range(10):
+        assert await ring.authenticate(key.encode()) is not None
+    assert 1 == store.asked
+
+    store.revoked = datetime.now(UTC)
+    clock.now += FRESH_SECONDS + 0.1
+    assert await ring.authenticate(key.encode()) is None
+
+
+async def test_a_known_key_outlives_an_outage_of_a_minute_and_no_longer(
+    ring: KeyRing, store: Store, clock: Clock, key: str
+):
+    """An unknown one is nobody's fault: 503 and not 401."""
+    await ring.authenticate(key.encode())
+    store.away = True
+
+    clock.now += STALE_SECONDS
+    assert await ring.authenticate(key.encode()) is not None
+    clock.now += 1
+    with pytest.raises(StoreUnavailable):
+        await ring.authenticate(key.encode())
+    with pytest.raises(StoreUnavailable):
+        await ring.authenticate(new_key().encode())
+
+
+async def test_a_known_key_does_not_wait_for_a_slow_database(ring: KeyRing, store: Store, clock: Clock, key: str):
+    """One request waits a moment; those after it not at all, for a second."""
+    await ring.authenticate(key.encode())
+    store.delay = 30
+    clock.now += FRESH_SECONDS + 0.1
+    loop = asyncio.get_running_loop()
+
+    began = loop.time()
+    assert await ring.authenticate(key.encode()) is not None
+    first = loop.time() - began
+    for _ in range(100):
+        assert await ring.authenticate(key.encode()) is not None
+
+    assert first < 2
+    assert 2 == store.asked
+
+
+async def test_the_configured_key_needs_no_database(ring: KeyRing, store: Store):
+    """The configuration vouches for it, also when nobody was ever asked."""
+    store.away = True
+
+    principal = await ring.authenticate(b"configured-key")
+
+    assert principal is not None
+    assert ("admin", True, 0) == (principal.key_id, principal.rights.manage_keys, principal.limits.monthly_tokens)
+
+
+@pytest.mark.parametrize("wrong", [b"", b"configured-ke", b"configured-key ", b"\xff\x00", b"llm_", b"x" * 10_000])
+async def test_what_cannot_be_a_key_asks_no_database(ring: KeyRing, store: Store, wrong: bytes):
+    assert await ring.authenticate(wrong) is None
+    assert 0 == store.asked
+
+
+async def test_memory_is_bounded(ring: KeyRing, monkeypatch: pytest.MonkeyPatch):
+    """However many keys come by."""
+    monkeypatch.setattr(key_ring, "MAX_REMEMBERED", 3)
+    ring.forget_all()
+    for number in range(10):
+        ring._known[bytes([number])] = ring._as_admin(Rights(), Limits(), 0)
+
+    assert 3 == len(ring._known)
+
+
+async def test_no_key_is_in_a_repr(ring: KeyRing, key: str):
+    principal = await ring.authenticate(key.encode())
+
+    assert key not in repr(ring) + str(vars(ring)) + repr(principal)
+    assert "configured-key" not in str(vars(ring))

@@ -1,0 +1,73 @@
+"""The whole application with its database, as `create_app` builds it, and clients that hold a key each."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from fastapi import FastAPI
+
+from app.access.gate import Access
+from app.config import load_settings
+from app.engine.base import Engine
+from app.main import create_app
+
+ADMIN_KEY = "access-tests-key-0123456789"
+
+
+@dataclass
+class Running:
+    """A started application."""
+
+    app: FastAPI
+
+    @property
+    def access(self) -> Access:
+        access: Access = self.app.state.parts.access
+        return access
+
+    def client(self, key: str = ADMIN_KEY) -> httpx.AsyncClient:
+        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+        return httpx.AsyncClient(transport=transport, base_url="http://test", headers={"X-API-Key": key})
+
+    async def ask(self, key: str, **fields: Any) -> httpx.Response:
+        """Send one prompt."""
+        async with self.client(key) as http:
+            return await http.post("/v1/generate", json={"prompt": "hello", "max_tokens": 5, "cache": False} | fields)
+
+    async def key(self, **fields: Any) -> str:
+        """Make a key."""
+        async with self.client() as http:
+            made = await http.post("/v1/keys", json=fields)
+        assert 201 == made.status_code, made.text
+        key: str = made.json()["key"]
+        return key
+
+    async def usage(self, key: str = ADMIN_KEY, **params: str) -> dict[str, Any]:
+        """Return what a key is told of its own usage."""
+        async with self.client(key) as http:
+            reply = await http.get("/v1/usage", params=params)
+        assert 200 == reply.status_code, reply.text
+        report: dict[str, Any] = reply.json()
+        return report
+
+
+@asynccontextmanager
+async def running(folder: Path, *, engine: Engine | None = None, **sections: Any) -> AsyncIterator[Running]:
+    """Run the application with the echo engine until the block ends."""
+    given: dict[str, Any] = {
+        "app": {"data_dir": folder},
+        "model": {"engine": "echo", "temperature": 0},
+        "security": {"api_key": ADMIN_KEY},
+        "rate_limit": {"requests_per_minute": 100_000, "burst_size": 100_000, "tokens_per_minute": 10**9},
+        "usage_log": {"flush_seconds": 0.01},
+    }
+    given |= {
+        name: given.get(name, {}) | section if isinstance(section, dict) else section
+        for name, section in sections.items()
+    }
+    app = create_app(load_settings(folder / "none.yml", None, **given), engine=engine)
+    async with app.router.lifespan_context(app):
+        yield Running(app)

@@ -1,0 +1,105 @@
+"""A key and an e-mail address, driven through every route, and looked for everywhere afterwards."""
+
+import logging
+import re
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.config import LoggingConfig
+from app.engine.base import GenerationRequest
+from app.engine.echo import EchoEngine
+from app.telemetry import configure_logging
+from tests.web.access import Running, running
+
+ADDRESS = "canary.jones@example.com"
+
+
+class FailingEngine(EchoEngine):
+    """Breaks, with what it was asked in the error's message, when it is asked to."""
+
+    async def stream(self, request: GenerationRequest):
+        text = "".join(chr(each) for each in request.prompt_ids if each < 0x110000)
+        if "break now" in text:
+            raise RuntimeError(f"broke at {text}")
+        async for chunk in super().stream(request):
+            yield chunk
+
+
+def body_of(schema: dict[str, Any], components: dict[str, Any], secret: str) -> Any:
+    """Make a body of a schema with the canaries wherever a text may stand."""
+    schema = components[schema["$ref"].split("/")[-1]] if "$ref" in schema else schema
+    for choice in schema.get("anyOf", []):
+        if choice.get("type") != "null":
+            return body_of(choice, components, secret)
+    match schema.get("type"):
+        case "object":
+            return {name: body_of(each, components, secret) for name, each in schema.get("properties", {}).items()}
+        case "array":
+            return [body_of(schema["items"], components, secret)]
+        case "string":
+            return schema.get("const") or schema.get("enum", [f"mail {ADDRESS} key {secret} break now"])[-1]
+        case "integer" | "number":
+            return 1
+    return None
+
+
+async def drive(service: Running, key: str) -> list[str]:
+    """Call every operation with right bodies, with canaries in every field and path, and with nonsense."""
+    texts, app = [], service.app
+    schema = app.openapi()
+    said = f"mail {ADDRESS}, key {key}"
+    right = [{"prompt": said}, {"prompt": f"{said} break now"}, {"prompts": [said]}]
+    right += [{"messages": [{"role": "user", "content": said}], "session_id": "s"}, {"username": ADDRESS}]
+    right += [{"role": ADDRESS, "owner": ADDRESS}, {"rights": {"models": [ADDRESS]}}]
+    async with service.client(key) as http:
+        for path, operations in schema["paths"].items():
+            for method, operation in operations.items():
+                content = operation.get("requestBody", {}).get("content", {}).get("application/json")
+                bodies: list[Any] = [None]
+                if content:
+                    bodies = [*right, body_of(content["schema"], schema["components"]["schemas"], key), ADDRESS]
+                    bodies += [{**body, "stream": True} for body in right[:2]]
+                for value in ("x", ADDRESS):
+                    url = re.sub(r"{\w+}", value, path)
+                    for body in bodies:
+                        query = {"key": ADDRESS, "after": ADDRESS, "api_key": key} if value == ADDRESS else {}
+                        reply = await http.request(method, url, json=body, params=query)
+                        texts.append(str(dict(reply.headers)))
+        texts.append(str((await http.get("/metrics")).text))
+        texts.append(str(schema))
+    return texts
+
+
+def all_files(folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+async def test_neither_a_key_nor_an_address_is_found_anywhere(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """Not in a log line, a table (but its digest), a metric, a traceback, a header or /openapi.json."""
+    stop = configure_logging(LoggingConfig(level="DEBUG", file=tmp_path / "log"))
+    logging.getLogger("sqlalchemy").setLevel(logging.INFO)
+    try:
+        async with running(
+            tmp_path, engine=FailingEngine(), logging={"store_text": True}, cache={"persistent": True}
+        ) as service:
+            key = await service.key(role="admin")
+            texts = await drive(service, key)
+    finally:
+        logging.getLogger("sqlalchemy").setLevel(logging.NOTSET)
+        stop()
+    stored = all_files(tmp_path)
+    with sqlite3.connect(tmp_path / "service.db") as database:
+        (rows,) = database.execute("SELECT count(*) FROM inference_log WHERE prompt LIKE '%[EMAIL]%'").fetchone()
+        failed = database.execute("SELECT count(*) FROM inference_log WHERE status = 500").fetchone()[0]
+    database.close()
+
+    everything = "".join(texts) + "".join(capfd.readouterr()) + stored.decode("latin-1")
+    assert ADDRESS not in everything
+    assert key not in everything
+    assert key.split("_")[2] not in everything
+    assert "RuntimeError" in everything
+    assert rows > 5
+    assert failed > 0

@@ -1,0 +1,334 @@
+"""Quotas, token rates and parallel requests through the whole application: what is refused, and what things cost."""
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from app.access import usage_log
+from app.engine.base import EngineState
+from app.engine.echo import EchoEngine
+from app.generation.asks import CompletionAsk, Delta
+from tests.web.access import ADMIN_KEY, Running, running
+from tests.web.harness import frames, until
+
+BODY = {"prompt": "hello", "max_tokens": 5, "cache": False}
+"""Ten tokens: the echo engine's are characters."""
+
+
+@pytest.fixture
+async def service(tmp_path: Path) -> AsyncIterator[Running]:
+    async with running(tmp_path) as service:
+        yield service
+
+
+async def used(service: Running, key: str) -> tuple[int, int]:
+    report = await service.usage(key)
+    return report["used"], report["reserved"]
+
+
+async def counted(service: Running, key: str, tokens: int) -> None:
+    """Wait until the log has been written."""
+    async with asyncio.timeout(5):
+        while await used(service, key) != (tokens, 0):  # noqa: ASYNC110  # another task's work has no event
+            await asyncio.sleep(0.01)
+
+
+async def test_a_request_that_the_month_has_no_room_for_is_refused_with_the_figures(service: Running):
+    """429 quota_exceeded, told apart from a rate limit, with the time until the new month."""
+    key = await service.key(limits={"monthly_tokens": 19})
+
+    first, second = await service.ask(key), await service.ask(key)
+    fits = await service.ask(key, max_tokens=4)
+
+    assert [200, 429, 200] == [first.status_code, second.status_code, fits.status_code]
+    error = second.json()
+    assert "quota_exceeded" == error["error"]
+    assert {"limit": 19, "used": 10, "reserved": 0, "requested": 10} == {
+        name: error["details"][name] for name in ("limit", "used", "reserved", "requested")
+    }
+    assert error["details"]["resets"].endswith("-01T00:00:00Z")
+    assert 0 < int(second.headers["retry-after"]) <= 31 * 86_400
+    assert (19, 0) == await used(service, key)
+
+
+async def test_what_was_reserved_and_not_used_is_given_back(service: Running):
+    """An answer that ends early costs its own tokens only, with several answers for each."""
+    key = await service.key(limits={"monthly_tokens": 1000})
+    await service.ask(key, max_tokens=100, n=3)
+
+    assert (5 + 3 * 5, 0) == await used(service, key)
+
+
+async def test_a_stream_costs_what_it_sent(service: Running):
+    key = await service.key(limits={"monthly_tokens": 1000})
+    async with service.client(key) as http:
+        reply = await http.post("/v1/chat", json={"messages": [{"role": "user", "content": "hi"}], "stream": True})
+    total = int(frames(reply.text)[-1][1].split('"total_tokens":')[1].split(",")[0])
+
+    assert (total, 0) == await used(service, key)
+
+
+async def test_an_answer_from_the_cache_costs_nothing_by_default(service: Running):
+    key = await service.key(limits={"monthly_tokens": 1000})
+    replies = [await service.ask(key, cache=True) for _ in range(3)]
+
+    assert [False, True, True] == [reply.json()["cached"] for reply in replies]
+    assert (10, 0) == await used(service, key)
+
+
+async def test_an_answer_from_the_cache_costs_what_is_configured(tmp_path: Path):
+    """As a share of the prompt's tokens and of its own."""
+    async with running(tmp_path, quota={"cached_prompt": 1, "cached_completion": 0.5}) as service:
+        key = await service.key(limits={"monthly_tokens": 1000})
+        for _ in range(2):
+            await service.ask(key, cache=True)
+
+        assert (10 + 8, 0) == await used(service, key)
+
+
+async def test_a_cancelled_answer_costs_what_was_made_until_then(tmp_path: Path):
+    """The client goes in the middle; nothing stays reserved."""
+    async with running(tmp_path, engine=EchoEngine(token_delay_seconds=0.02)) as service:
+        key = await service.key(limits={"monthly_tokens": 1000})
+        caller = await service.access.ring.authenticate(key.encode())
+        assert caller is not None
+        ask = CompletionAsk(id="r", caller=caller, prompt="one word " * 20, cache=False)
+        async with aclosing(service.app.state.parts.service.complete(ask)) as events:
+            async for event in events:
+                if isinstance(event, Delta):
+                    break
+
+        found, reserved = await used(service, key)
+        assert 0 == reserved
+        assert 181 <= found < 300
+
+
+async def test_a_failed_answer_frees_its_reservation(tmp_path: Path):
+    """An engine that takes nothing: 503, and the month is as it was."""
+    engine = EchoEngine(max_running=0)
+    async with running(tmp_path, engine=engine) as service:
+        assert EngineState.READY is engine.status().state
+        key = await service.key(limits={"monthly_tokens": 1000})
+
+        assert 503 == (await service.ask(key)).status_code
+        assert (0, 0) == await used(service, key)
+
+
+async def test_many_at_once_never_overdraw_and_all_reservations_end(service: Running):
+    """Fifty at once on a budget for ten."""
+    key = await service.key(limits={"monthly_tokens": 100})
+    replies = await asyncio.gather(*(service.ask(key) for _ in range(50)))
+
+    assert {200, 429} == {reply.status_code for reply in replies}
+    assert (100, 0) == await used(service, key)
+    assert 10 == sum(reply.status_code == 200 for reply in replies)
+
+
+async def test_keys_without_a_quota_are_counted_too(service: Running):
+    """Behind the request's back, at the latest with the next flush of the log."""
+    await service.ask(ADMIN_KEY)
+    await counted(service, ADMIN_KEY, 10)
+
+
+async def test_the_report_tells_days_and_models_and_the_table_the_same(service: Running):
+    key = await service.key(owner="anna")
+    for _ in range(2):
+        await service.ask(key)
+    await counted(service, key, 20)
+
+    report = await service.usage(key)
+    async with service.client() as admin:
+        key_id = key.split("_")[1]
+        foreign = (await admin.get("/v1/usage", params={"key": key_id})).json()
+        table = await admin.get("/v1/usage", params={"key": key_id, "format": "csv"})
+        unknown = await admin.get("/v1/usage", params={"key": "nobody"})
+        wrong = await admin.get("/v1/usage", params={"month": "2026-13"})
+
+    figures = {"requests": 2, "prompt_tokens": 10, "completion_tokens": 10, "charged_tokens": 20}
+    assert [figures | {"model": "echo"}] == report["by_model"]
+    assert [figures | {"day": report["by_day"][0]["day"]}] == report["by_day"]
+    assert report == foreign
+    head, row, end = table.text.split("\r\n")
+    assert "day,model,requests,prompt_tokens,completion_tokens,charged_tokens" == head
+    assert (f"{report['by_day'][0]['day']},echo,2,10,10,20", "") == (row, end)
+    assert (404, 400) == (unknown.status_code, wrong.status_code)
+
+
+def remaining(reply: httpx.Response) -> tuple[str, str]:
+    return reply.headers["x-ratelimit-remaining-requests"], reply.headers["x-ratelimit-remaining-tokens"]
+
+
+async def test_tokens_a_minute_are_limited_and_a_refused_request_costs_nothing(service: Running):
+    """Neither of the tokens nor of the requests; what an answer did not use comes back."""
+    limits = {"tokens_per_minute": 25, "requests_per_minute": 1, "burst": 10}
+    key = await service.key(limits=limits)
+    first = await service.ask(key, prompt="hi", max_tokens=20)
+    refused = await service.ask(key, max_tokens=20)
+    too_large = await service.ask(key, max_tokens=30)
+    fits = await service.ask(key, max_tokens=5)
+
+    assert [200, 429, 429, 200] == [reply.status_code for reply in (first, refused, too_large, fits)]
+    assert ("9", "21") == remaining(first)
+    assert ("9", "21") == remaining(refused)
+    assert "rate_limit_exceeded" == refused.json()["error"]
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    assert "retry-after" not in too_large.headers
+    assert ("8", "11") == remaining(fits)
+
+
+async def test_a_request_refused_for_its_quota_costs_no_rate(service: Running):
+    key = await service.key(limits={"monthly_tokens": 5, "tokens_per_minute": 50, "requests_per_minute": 1, "burst": 9})
+
+    refused = await service.ask(key)
+
+    assert (429, ("9", "50")) == (refused.status_code, remaining(refused))
+
+
+async def test_parallel_requests_are_limited_and_free_their_places(tmp_path: Path):
+    """However they end; the streams of one key do not keep another's out."""
+    async with running(tmp_path, engine=EchoEngine(token_delay_seconds=0.02)) as service:
+        key = await service.key(limits={"parallel_requests": 2})
+        other = await service.key(limits={"parallel_requests": 2})
+        replies = await asyncio.gather(*(service.ask(key) for _ in range(4)), service.ask(other))
+        again = await service.ask(key, stream=True)
+        third = await service.ask(key)
+
+    assert [200, 200, 429, 429, 200] == sorted_first_four([reply.status_code for reply in replies])
+    assert [200, 200] == [again.status_code, third.status_code]
+    assert "10" not in [reply.headers.get("retry-after") for reply in replies]
+
+
+def sorted_first_four(codes: list[int]) -> list[int]:
+    return [*sorted(codes[:4]), *codes[4:]]
+
+
+async def test_every_answer_tells_what_is_left_streams_too(service: Running):
+    """Requests and tokens, on answers and on errors."""
+    async with service.client() as http:
+        replies = [
+            await http.post("/v1/generate", json=BODY),
+            await http.post("/v1/generate", json=BODY | {"stream": True}),
+            await http.post("/v1/generate", json={}),
+            await http.get("/v1/keys"),
+            await http.get("/v1/keys/nobody"),
+        ]
+
+    names = [
+        f"x-ratelimit-{what}-{kind}" for what in ("limit", "remaining", "reset") for kind in ("requests", "tokens")
+    ]
+    for reply in replies:
+        assert all(name in reply.headers for name in names), reply.status_code
+
+
+async def test_what_is_logged_has_no_text_unless_asked_for_and_then_only_masked(tmp_path: Path):
+    """Also where the filters are off; a row tells who asked what way, and how it ended."""
+    address = "jane.doe@example.com"
+    rows: dict[bool, Any] = {}
+    for keep in (False, True):
+        folder = tmp_path / str(keep)
+        pii = {"input": "off", "output": "off"}
+        async with running(folder, logging={"store_text": keep}, pii=pii) as service:
+            await service.ask(ADMIN_KEY, prompt=f"mail {address}", max_tokens=50)
+            await service.ask(ADMIN_KEY, prompt="x", max_tokens=9000)
+        with sqlite3.connect(folder / "service.db") as database:
+            database.row_factory = sqlite3.Row
+            rows[keep] = [dict(row) for row in database.execute("SELECT * FROM inference_log ORDER BY id")]
+        database.close()
+
+    assert (None, None) == (rows[False][0]["prompt"], rows[False][0]["answer"])
+    assert ("mail [EMAIL]", "mail [EMAIL]") == (rows[True][0]["prompt"], rows[True][0]["answer"])
+    row = rows[False][0]
+    assert ("admin", "/v1/generate", "echo", "stop", 200, 0) == (
+        row["key_id"],
+        row["route"],
+        row["model"],
+        row["finish_reason"],
+        row["status"],
+        row["cached"],
+    )
+    assert (25, 25) == (row["prompt_tokens"], row["completion_tokens"])
+    assert 0 < row["first_token_ms"] < row["latency_ms"]
+    assert [200, 400] == [row["status"] for row in rows[False]]
+
+
+async def test_at_the_end_nothing_is_left_unwritten(tmp_path: Path):
+    """A flush interval longer than the service's life: the shutdown writes what waits."""
+    async with running(tmp_path, usage_log={"flush_seconds": 3600}) as service:
+        await asyncio.gather(*(service.ask(ADMIN_KEY) for _ in range(20)))
+        assert 20 == len(service.access.log._waiting)
+    with sqlite3.connect(tmp_path / "service.db") as database:
+        (rows,) = database.execute("SELECT count(*) FROM inference_log").fetchone()
+    database.close()
+
+    assert 20 == rows
+
+
+async def test_a_stalled_database_slows_no_request_down_and_lost_rows_are_counted(tmp_path: Path):
+    """Another process holds SQLite's lock; keys without a quota never notice, and the event loop goes on."""
+    async with running(tmp_path, usage_log={"flush_seconds": 0.01, "max_waiting": 10}) as service:
+        await service.ask(ADMIN_KEY)
+        blocker = sqlite3.connect(tmp_path / "service.db", isolation_level=None)
+        blocker.execute("BEGIN EXCLUSIVE")
+        loop = asyncio.get_running_loop()
+        took = []
+        for _ in range(40):
+            began = loop.time()
+            assert 200 == (await service.ask(ADMIN_KEY)).status_code
+            took.append(loop.time() - began)
+            await asyncio.sleep(0.01)
+        blocker.execute("ROLLBACK")
+        blocker.close()
+        metrics = service.app.state.parts.metrics.render()[0].decode()
+
+    assert sorted(took)[20] < 0.1
+    dropped = float(metrics.split("\nusage_log_dropped_total ")[1].split("\n")[0])
+    assert dropped >= 1
+
+
+async def test_old_rows_are_deleted_in_bounded_batches(service: Running, monkeypatch: pytest.MonkeyPatch):
+    """Only what is past the configured days, however many transactions that takes."""
+    monkeypatch.setattr(usage_log, "RETENTION_BATCH", 2)
+    key = await service.key()
+    for _ in range(5):
+        await service.ask(key)
+    await counted(service, key, 50)
+    now = datetime.now(UTC)
+
+    kept = await service.access.log.delete_old(now + timedelta(days=89))
+    deleted = await service.access.log.delete_old(now + timedelta(days=91))
+
+    assert (0, 5) == (kept, deleted)
+    assert [] == (await service.usage(key))["by_day"]
+
+
+@pytest.mark.parametrize(("policy", "status"), [("closed", 503), ("open", 200)])
+async def test_without_a_database_quotas_refuse_or_let_pass_as_configured(tmp_path: Path, policy: str, status: int):
+    """Keys seen lately are still known; closed is 503 with a time to come back, open answers."""
+    async with running(tmp_path, quota={"on_outage": policy}) as service:
+        key = await service.key(limits={"monthly_tokens": 1000})
+        assert 200 == (await service.ask(key)).status_code
+        blocker = sqlite3.connect(tmp_path / "service.db", isolation_level=None)
+        blocker.execute("BEGIN EXCLUSIVE")
+        loop = asyncio.get_running_loop()
+        first = await service.ask(key)
+        began = loop.time()
+        second = await service.ask(key)
+        took = loop.time() - began
+        blocker.execute("ROLLBACK")
+        blocker.close()
+        await until(lambda: loop.time() > service.access.quotas._broken_until)
+        recovered = await service.ask(key)
+
+    assert [status, status] == [first.status_code, second.status_code]
+    if status == 503:
+        assert "service_unavailable" == second.json()["error"]
+        assert "retry-after" in second.headers
+    assert took < 0.5
+    assert 200 == recovered.status_code
