@@ -102,18 +102,19 @@ def serving(*command: str) -> Iterator[int]:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     settings = {"MODEL__ENGINE": "echo", "RATE_LIMIT__ENABLED": "false", "SECURITY__API_KEY": KEY}
-    settings |= {"APP__DATA_DIR": tempfile.gettempdir(), "LOGGING__LEVEL": "WARNING"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command, "--port", str(port)],
-        env=os.environ | settings,
-        stdout=subprocess.DEVNULL,
-    )
-    try:
-        wait_until_ready(port)
-        yield port
-    finally:
-        process.terminate()
-        process.wait(20)
+    with tempfile.TemporaryDirectory() as folder:
+        settings |= {"APP__DATA_DIR": folder, "LOGGING__LEVEL": "WARNING"}
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command, "--port", str(port)],
+            env=os.environ | settings,
+            stdout=subprocess.DEVNULL,
+        )
+        try:
+            wait_until_ready(port)
+            yield port
+        finally:
+            process.terminate()
+            process.wait(20)
 
 
 def wait_until_ready(port: int) -> None:

@@ -34,8 +34,11 @@ T = TypeVar("T")
 class Database:
     """One database; opens nothing before it is used."""
 
-    def __init__(self, url: str) -> None:
-        """Raises: ConfigError: the URL is neither SQLite's nor Postgres'."""
+    def __init__(self, url: str, *, wait_seconds: float = WAIT_SECONDS) -> None:
+        """Args: wait_seconds: after so long without an answer there is an outage.
+        Raises: ConfigError: the URL is neither SQLite's nor Postgres'.
+        """
+        self._wait_seconds = wait_seconds
         self._url = _understand(url)
         self.sqlite = self._url.get_backend_name() == "sqlite"
         self.engine = _open_sqlite(self._url) if self.sqlite else _open_postgres(self._url)
@@ -48,23 +51,23 @@ class Database:
         return self._url.render_as_string(hide_password=True)
 
     @asynccontextmanager
-    async def begin(self, seconds: float = WAIT_SECONDS) -> AsyncIterator[AsyncConnection]:
+    async def begin(self, seconds: float | None = None) -> AsyncIterator[AsyncConnection]:
         """Run the block in one transaction, on SQLite one that may write from its start.
 
         Raises: StoreUnavailable: the database does not answer, or not in time.
         """
         with _outages():
-            async with asyncio.timeout(seconds), self.engine.begin() as connection:
+            async with asyncio.timeout(seconds or self._wait_seconds), self.engine.begin() as connection:
                 yield connection
 
     @asynccontextmanager
-    async def read(self, seconds: float = WAIT_SECONDS) -> AsyncIterator[AsyncConnection]:
+    async def read(self, seconds: float | None = None) -> AsyncIterator[AsyncConnection]:
         """Run the block in one transaction that only reads; on SQLite no writer holds it up.
 
         Raises: StoreUnavailable: as for `begin`.
         """
         with _outages():
-            async with asyncio.timeout(seconds), self._reading.begin() as connection:
+            async with asyncio.timeout(seconds or self._wait_seconds), self._reading.begin() as connection:
                 yield connection
 
     async def quickly(self, work: Callable[[Connection], T]) -> T:
@@ -79,7 +82,7 @@ class Database:
         with _outages():
             if self._quick:
                 return await self._quick.run(work)
-            async with asyncio.timeout(WAIT_SECONDS), self.engine.begin() as connection:
+            async with asyncio.timeout(self._wait_seconds), self.engine.begin() as connection:
                 return await connection.run_sync(work)
 
     async def migrate(self) -> None:

@@ -16,6 +16,7 @@ from uuid import uuid4
 
 import structlog
 from sqlalchemy import Connection
+from sqlalchemy.exc import IntegrityError
 
 from app.access import ledger
 from app.access.db import WAIT_SECONDS, Database
@@ -169,14 +170,14 @@ class Quotas:
     async def _write_batch(self, batch: list[_Waiting]) -> bool:
         try:
             outcomes = await self._db.quickly(partial(_apply, batch))
-        except StoreUnavailable as error:
+        except (StoreUnavailable, IntegrityError):
             self._broken_until = asyncio.get_running_loop().time() + OUTAGE_SECONDS
             for each in batch:
                 each.tried = True
                 if isinstance(each.order, Settle):
                     self._waiting.append(each)
                 elif not each.done.done():
-                    each.done.set_exception(error)
+                    each.done.set_exception(StoreUnavailable())
             return False
         for each, outcome in zip(batch, outcomes, strict=True):
             if isinstance(each.order, Settle):

@@ -110,6 +110,9 @@ class UsageLog:
             if isinstance(error, asyncio.CancelledError):
                 raise
             return False
+        except Exception as error:  # noqa: BLE001  # rows that cannot be written must not stop those behind them
+            self._on_drop(len(batch))
+            _log.error("Rows of the inference log cannot be written", rows=len(batch), error=type(error).__name__)
         return True
 
     def _bound(self) -> None:

@@ -47,7 +47,7 @@ def with_database(config: Path, work: Callable[[Database], Awaitable[None]], *, 
     """
 
     async def run() -> None:
-        database = Database(load_settings(existing(config)).where_database)
+        database = Database(load_settings(existing(config)).where_database, wait_seconds=10)
         try:
             if ready:
                 await _require_schema(database)

@@ -228,6 +228,19 @@ async def test_two_keys_of_one_id_never_share_an_identity(service: Running):
     assert 401 == (await service.ask(new_key(good.split("_")[1]))).status_code
 
 
+async def test_the_last_use_of_a_key_is_noted_now_and_then(service: Running):
+    """Not by the request itself: that would write a row for each."""
+    key = await service.key()
+    await service.ask(key)
+    async with service.client() as admin:
+        before = (await admin.get(f"/v1/keys/{key.split('_')[1]}")).json()["last_used"]
+        await service.access._note_used()
+        after = (await admin.get(f"/v1/keys/{key.split('_')[1]}")).json()["last_used"]
+
+    assert before is None
+    assert after is not None
+
+
 async def test_the_configured_key_is_an_admins_of_its_own_name(service: Running):
     report = await service.usage(ADMIN_KEY)
 
