@@ -5,6 +5,7 @@ The real service over the echo engine, in the application as `create_app` builds
 
 import asyncio
 import json
+import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import pytest
 from app.config import load_settings
 from app.engine.echo import EchoEngine
 from app.main import create_app
+from tests.web.access import running
 from tests.web.harness import Web, is_envelope, make_web, until
 from tests.web.test_connections import post
 
@@ -187,6 +189,34 @@ async def test_too_many_requests_are_refused_with_their_headers(start, route, st
     assert ["1", "0", "0"] == [reply.headers["x-ratelimit-remaining-requests"] for reply in replies]
     assert int(replies[2].headers["retry-after"]) > 0
     assert is_envelope(replies[2])
+
+
+@every_stream
+async def test_a_month_that_has_no_room_is_refused_and_what_was_made_is_counted(tmp_path, route, stream):
+    """On OpenAI's routes as insufficient_quota, which its clients do not send again; nothing is taken for it."""
+    async with running(tmp_path, cache={"enabled": False}) as service:
+
+        async def asked(key: str) -> httpx.Response:
+            async with service.client(key) as http:
+                reply = await http.post(route.path, json=route.body(max_tokens=4, stream=stream))
+            async with asyncio.timeout(5):
+                while (await service.usage(key))["reserved"]:  # noqa: ASYNC110  # settled by another task
+                    await asyncio.sleep(0.01)
+            return reply
+
+        rich = await service.key(limits={"monthly_tokens": 10_000})
+        await asked(rich)
+        cost = (await service.usage(rich))["used"]
+        key = await service.key(limits={"monthly_tokens": 2 * cost})
+        replies = [await asked(key) for _ in range(3)]
+        used = (await service.usage(key))["used"]
+
+    code = "insufficient_quota" if "completions" in route.path else "quota_exceeded"
+    assert [False, False, True] == [code in reply.text for reply in replies]
+    assert 2 * cost == used >= 2 * len("hellohell")
+    assert (200 if "batch" in route.path else 429) == replies[-1].status_code
+    with sqlite3.connect(tmp_path / "service.db") as database:
+        assert [(route.path,)] == database.execute("SELECT DISTINCT route FROM inference_log").fetchall()
 
 
 @every_stream

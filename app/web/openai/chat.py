@@ -108,6 +108,7 @@ class ChatCompletionRequest(OpenAIFields):
         return ChatAsk(
             id=call.ask_id,
             caller=call.caller,
+            origin=call.origin,
             messages=messages,
             session_id=self._session(session_header),
             sampling=sampling,

@@ -51,6 +51,7 @@ class CompletionRequest(OpenAIFields):
             CompletionAsk(
                 id=f"{call.ask_id}-{number}",
                 caller=call.caller,
+                origin=call.origin,
                 prompt=prompt,
                 sampling=sampling,
                 model=self.model,
