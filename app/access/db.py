@@ -169,7 +169,10 @@ def _understand(url: str) -> URL:
         if not parsed.database or parsed.database == ":memory:":
             raise ConfigError("configuration: database.url: name a file, as in sqlite:///data/service.db")
         return parsed.set(drivername="sqlite+aiosqlite")
-    return parsed.set(drivername="postgresql+asyncpg")
+    query = dict(parsed.query)
+    if "sslmode" in query:  # libpq's word, as hosts hand it out; asyncpg calls it ssl
+        query["ssl"] = query.pop("sslmode")
+    return parsed.set(drivername="postgresql+asyncpg", query=query)
 
 
 def _open_postgres(url: URL) -> AsyncEngine:

@@ -2,12 +2,14 @@
 
 import asyncio
 from datetime import UTC, datetime
+from functools import partial
 
 import pytest
 
+from app.access import ledger
 from app.access.db import Database
 from app.access.ledger import Month, standing
-from app.access.quotas import Quotas, month_of
+from app.access.quotas import Quotas, month_of, next_month
 from app.config import QuotaConfig
 from app.errors import QuotaExceeded
 from app.types import Limits, Principal
@@ -52,3 +54,58 @@ async def test_many_workers_of_several_replicas_are_granted_exactly_the_limit(
 
     assert 1000 == sum(granted)
     assert 1000 == sum(await stands(database))
+
+
+async def test_a_settlement_that_is_tried_again_counts_once(database: Database):
+    """After a lost connection nobody knows whether the commit arrived; one whose lease has ended counts too."""
+    counter = Month("key", "2026-11")
+    far = datetime(2030, 1, 1, tzinfo=UTC)
+    order = ledger.Reserve(id="r", counter=counter, tokens=500, limit=1000, expires=far)
+    settlement = ledger.Settle(id="r", counter=counter, tokens=30)
+    late = ledger.Settle(id="gone", counter=counter, tokens=7)
+
+    await database.quickly(partial(ledger.reserve, order=order))
+    reserved = await standing(database, counter)
+    for again in (False, True, True):
+        await database.quickly(partial(ledger.settle, order=settlement, again=again))
+    await database.quickly(partial(ledger.settle, order=late))
+
+    assert (0, 500) == (reserved.used, reserved.reserved)
+    settled = await standing(database, counter)
+    assert (37, 0) == (settled.used, settled.reserved)
+
+
+async def test_an_answer_counts_for_the_month_in_which_it_began(database: Database):
+    """Let in a moment before midnight UTC and settled after it; the new month begins with nothing used."""
+    moments = [datetime(2026, 11, 30, 23, 59, 59, 900_000, tzinfo=UTC), datetime(2026, 12, 1, tzinfo=UTC)]
+    clock = iter(moments)
+    quotas = Quotas(database, QuotaConfig(), now=lambda: next(clock))
+    await quotas.start()
+    old = await quotas.reserve(CALLER, 1000)
+    new = await quotas.reserve(CALLER, 1000)
+    assert old is not None
+    assert new is not None
+    await old.settle(10)
+    await new.settle(20)
+    await quotas.close()
+
+    stood = [await standing(database, Month("key", month)) for month in ("2026-11", "2026-12")]
+    assert [(10, 0), (20, 0)] == [(each.used, each.reserved) for each in stood]
+    assert moments[1] == next_month(moments[0])
+    assert datetime(2027, 1, 1, tzinfo=UTC) == next_month(moments[1])
+
+
+async def test_a_limit_that_is_lowered_below_what_is_used_refuses(database: Database):
+    """And a refusal leaves nothing behind."""
+    quotas = Quotas(database, QuotaConfig())
+    await quotas.start()
+    held = await quotas.reserve(CALLER, 900)
+    assert held is not None
+    await held.settle(900)
+
+    with pytest.raises(QuotaExceeded) as refused:
+        await quotas.reserve(Principal("key", "tenant", limits=Limits(monthly_tokens=500)), 1)
+    await quotas.close()
+
+    assert (500, 900, 1) == tuple(refused.value.details[name] for name in ("limit", "used", "requested"))
+    assert (900, 0) == await stands(database)

@@ -68,6 +68,8 @@ async def drive(service: Running, key: str) -> list[str]:
                         query = {"key": ADDRESS, "after": ADDRESS, "api_key": key} if value == ADDRESS else {}
                         reply = await http.request(method, url, json=body, params=query)
                         texts.append(str(dict(reply.headers)))
+                        generates = path in ("/v1/generate", "/v1/generate/batch", "/v1/chat")
+                        assert generates or reply.status_code < 500, (method, url, body)
         texts.append(str((await http.get("/metrics")).text))
         texts.append(str(schema))
     return texts
