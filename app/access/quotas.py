@@ -103,7 +103,7 @@ class Quotas:
         try:
             standing = await self._do(order)
         except BaseException as error:
-            # It may have been granted all the same: nobody renews it, so its lease gives it back.
+            # It may be granted all the same, and is given back then.
             self._live.discard(reservation.id)
             if isinstance(error, StoreUnavailable) and self._config.on_outage == "open":
                 return None
@@ -127,7 +127,7 @@ class Quotas:
 
     async def _do(self, order: Reserve | Settle) -> Standing:
         loop = asyncio.get_running_loop()
-        waiting = _Waiting(order, loop.create_future())
+        waiting = _Waiting(order, _future())
         if loop.time() < self._broken_until:
             if isinstance(order, Settle):
                 self._keep(waiting)
@@ -139,10 +139,23 @@ class Quotas:
                 return await asyncio.shield(waiting.done)
         except TimeoutError:
             self._broken_until = loop.time() + OUTAGE_SECONDS
+            self._withdraw(waiting)
             raise StoreUnavailable() from None
-        finally:
-            if isinstance(order, Reserve) and not waiting.done.done():
-                waiting.done.cancel()  # nobody wants it any more
+        except asyncio.CancelledError:
+            self._withdraw(waiting)
+            raise
+
+    def _withdraw(self, waiting: _Waiting) -> None:
+        """Nobody wants a reservation any more: do not make it, or give back what it was granted."""
+        if isinstance(waiting.order, Settle):
+            return
+        if not waiting.done.done():
+            waiting.done.cancel()
+        elif not waiting.done.exception() and waiting.done.result().granted:
+            self._give_back(waiting.order)
+
+    def _give_back(self, order: Reserve) -> None:
+        self._keep(_Waiting(Settle(id=order.id, counter=order.counter, tokens=0), _future()))
 
     def _keep(self, waiting: _Waiting) -> None:
         self._waiting.append(waiting)
@@ -182,6 +195,8 @@ class Quotas:
         for each, outcome in zip(batch, outcomes, strict=True):
             if isinstance(each.order, Settle):
                 self._live.discard(each.order.id)
+            elif each.done.cancelled() and outcome.granted:
+                self._give_back(each.order)
             if not each.done.done():
                 each.done.set_result(outcome)
         return True
@@ -197,6 +212,10 @@ class Quotas:
                 released = await self._db.quickly(partial(ledger.release_expired, now=now))
                 if released:
                     _log.warning("Released what a dead process had reserved", reservations=released)
+
+
+def _future() -> asyncio.Future[Standing]:
+    return asyncio.get_running_loop().create_future()
 
 
 def _apply(batch: list[_Waiting], connection: Connection) -> list[Standing]:

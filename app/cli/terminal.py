@@ -70,6 +70,8 @@ async def _require_schema(database: Database) -> None:
     if database.sqlite and not database.exists():
         fail(f"there is no database {database.name} yet; run: python -m app db upgrade, or start the service")
     revision = await database.revision()
+    if revision is not None and revision > head_revision():
+        fail(f"the database {database.name} is newer than this program; install the version that made it")
     if revision != head_revision():
         fail(
             f"the database {database.name} is at revision {revision or 'none'} and this program needs "

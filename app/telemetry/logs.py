@@ -31,10 +31,10 @@ STOP_SECONDS = 2.0
 
 _UVICORN = ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi")
 _QUIET = [
-    *("httpcore", "httpx", "huggingface_hub", "langchain", "langchain_core"),
+    *("alembic", "httpcore", "httpx", "huggingface_hub", "langchain", "langchain_core"),
     *("langsmith", "sse_starlette", "transformers", "urllib3"),
 ]
-"""Libraries whose lines below WARNING tell of prompts, answers or addresses."""
+"""Libraries whose lines below WARNING tell of prompts, answers or addresses, or of nothing that anybody asked."""
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Controls, line and paragraph separators, text-direction marks, and half characters that no encoding can write."""
 _BARE = re.compile(r"[^\s\"'=]+")

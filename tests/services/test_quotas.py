@@ -1,6 +1,7 @@
 """Quotas on both databases: never more than the limit, whoever asks, stops or dies."""
 
 import asyncio
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 
@@ -109,3 +110,23 @@ async def test_a_limit_that_is_lowered_below_what_is_used_refuses(database: Data
 
     assert (500, 900, 1) == tuple(refused.value.details[name] for name in ("limit", "used", "requested"))
     assert (900, 0) == await stands(database)
+
+
+async def test_who_leaves_while_tokens_are_reserved_holds_none(database: Database):
+    """Whatever the moment; long before any lease ends."""
+    quotas = Quotas(database, QuotaConfig())
+    await quotas.start()
+    for moment in range(40):
+        leaving = asyncio.create_task(quotas.reserve(CALLER, 10))
+        await asyncio.sleep(0.0001 * moment)
+        leaving.cancel()
+        with suppress(asyncio.CancelledError):
+            held = await leaving
+            assert held is not None
+            await held.settle(0)
+    async with asyncio.timeout(5):
+        while await stands(database) != (0, 0):  # noqa: ASYNC110  # the writer's work has no event
+            await asyncio.sleep(0.01)
+    await quotas.close()
+
+    assert (0, 0) == await stands(database)

@@ -1,6 +1,7 @@
 """The command line."""
 
 import json
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,11 @@ def test_the_database_says_how_it_is(folder: Path):
     assert "db upgrade" in run("keys", "list", code=2)
     run("db", "upgrade")
     assert {"revision": "0001", "newest": "0001"}.items() <= json.loads(run("db", "check", "--json")).items()
+
+    with sqlite3.connect(folder / "data" / "service.db") as database:
+        database.execute("UPDATE alembic_version SET version_num = '9999'")
+    database.close()
+    assert "newer than this program" in run("keys", "list", code=2)
 
     (folder / "data" / "service.db").write_bytes(b"not a database" * 100)
     assert "data/service.db" in run("db", "check", code=1)
