@@ -123,6 +123,7 @@ class _Scan:
         self._shadow, self._decided, self._matchers, self._emails = shadow, decided, each, emails
         # Nothing before the floor is seen: there a replaced entity, or the text, begins.
         self._floor = 0
+        self._begin = begin
         self._at = self._next_at(begin)
         self._email: tuple[int, int] | None = None
         self._matches: list[PiiMatch] = []
@@ -149,7 +150,7 @@ class _Scan:
         """`start`, or where an e-mail address begins before it."""
         # An "@" farther away cannot belong to an address that begins up to here: it is looked at later, once.
         while self._email is None and 0 <= self._at <= start + LOCAL_PART:
-            self._email = email_around(self._shadow, self._at, self._floor)
+            self._email = email_around(self._shadow, self._at, self._floor, self._begin)
             if self._email is None:
                 self._at = self._next_at(self._at + 1)
         return min(start, self._email[0]) if self._email else start

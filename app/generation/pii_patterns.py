@@ -26,7 +26,7 @@ from app.generation.pii_numbers import (
     social_security,
 )
 
-PATTERN_VERSION = 1
+PATTERN_VERSION = 2
 """Raised with every change of what is found: caches of filtered text are keyed with it."""
 
 
@@ -104,8 +104,10 @@ _LOCAL_START = re.compile(rf"[{_LETTER}0-9_]")
 _LOCAL_REVERSED = re.compile(rf"{LOCAL_CHARACTER}{{0,{LOCAL_PART}}}+")
 
 
-def email_around(shadow: str, at: int, floor: int) -> tuple[int, int] | None:
-    """The e-mail address whose "@" is at `at`, as (start, end); nothing before `floor` is read.
+def email_around(shadow: str, at: int, floor: int, first: int) -> tuple[int, int] | None:
+    """The e-mail address whose "@" is at `at`, as (start, end); it begins at `first` or later.
+
+    Nothing before `floor` is read, and what lies between `floor` and `first` only as the left side of what follows.
 
     A local part over 64 characters is nobody's address, but its last 64 may be: it is taken from the first of them
     where a word, or the letters of a longer word, allow a start.
@@ -117,7 +119,7 @@ def email_around(shadow: str, at: int, floor: int) -> tuple[int, int] | None:
     domain = _DOMAIN.match(shadow, at + 1)
     if domain is None:
         return None
-    for start in range(at - run.end(), at):
+    for start in range(max(at - run.end(), first), at):
         left = shadow[max(floor, start - LEFT_REACH) : start]
         if not _LOCAL_START.match(shadow, start):
             continue
