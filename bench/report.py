@@ -33,7 +33,7 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 INTRO = """# This service beside other servers
 
 `make bench`: the same model, type, threads and requests for every server, over HTTP on one machine. All servers are
-started, one is awake at a time, and they take turns; the figures are medians of {rounds} rounds. Only the ratios say
+started, one is awake at a time, and they take turns; the figures are {rounds}. Only the ratios say
 something about another machine. The model is a Llama of {megaparameters:.0f} million random weights made by the script,
 whose every word is one token, so all prompts have exactly the length they are said to have and no two are alike.
 "First token" is from sending the request to the first text, "between" from each piece of text to the next.
@@ -91,7 +91,8 @@ def page(result: Result) -> str:
         f"{result['dtype']}; Python {machine['python']}, "
         + ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     )
-    intro = INTRO.format(rounds=result["rounds"], megaparameters=result["parameters"] / 1e6, machine=f"{ran}.")
+    rounds = f"medians of {result['rounds']} rounds" if result["rounds"] > 1 else "those of one round"
+    intro = INTRO.format(rounds=rounds, megaparameters=result["parameters"] / 1e6, machine=f"{ran}.")
     return f"{intro}\n{tables(result)}"
 
 

@@ -15,6 +15,8 @@ from app.telemetry import configure_logging
 from tests.web.access import Running, running
 
 ADDRESS = "canary.jones@example.com"
+GENERATING = ("/v1/generate", "/v1/generate/batch", "/v1/chat", "/v1/chat/completions", "/v1/completions")
+"""Where the engine breaks."""
 
 
 class FailingEngine(EchoEngine):
@@ -68,7 +70,7 @@ async def drive(service: Running, key: str) -> list[str]:
                         query = {"key": ADDRESS, "after": ADDRESS, "api_key": key} if value == ADDRESS else {}
                         reply = await http.request(method, url, json=body, params=query)
                         texts.append(str(dict(reply.headers)))
-                        generates = path in ("/v1/generate", "/v1/generate/batch", "/v1/chat")
+                        generates = path in GENERATING
                         assert generates or reply.status_code < 500, (method, url, body)
         texts.append(str((await http.get("/metrics")).text))
         texts.append(str(schema))
