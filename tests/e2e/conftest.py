@@ -88,6 +88,8 @@ def environment(data_dir: Path, **settings: str) -> dict[str, str]:
         "APP__DATA_DIR": str(data_dir),
         "APP__PROMPTS_DIR": str(ROOT / "prompts"),
         "MODEL__NAME": str(ROOT / "models" / "tiny-chat"),
+        # Two services are tested at once; threads that wait for each other on shared cores would make both crawl.
+        "MODEL__THREADS": "1",
     }
     return {**inherited, **ours, **settings}
 
