@@ -53,6 +53,7 @@ async def test_an_answer_outlives_its_process_and_is_shared(url: str, tmp_path: 
         second = await other.ask(ADMIN_KEY, **body)
         streamed = await other.ask(ADMIN_KEY, **body | {"stream": True})
         foreign = await other.ask(await other.key(), **body)
+        await other.access.answers.close()  # what is being written is there then
         async with other.access.database.begin() as connection:
             await connection.execute(update(completion_cache).values(expires=datetime(2026, 1, 1, tzinfo=UTC)))
         await other.access.answers.delete_expired()
