@@ -65,14 +65,7 @@ def create_app(settings: Settings, *, engine: Engine | None = None) -> FastAPI:
         default_max_tokens=settings.model.max_tokens,
         default_temperature=settings.model.temperature,
         metrics=metrics,
-        accounts=Accounts(
-            rate=limits,
-            quota=access.quotas,
-            journal=access.log,
-            cached_prompt=settings.quota.cached_prompt,
-            cached_completion=settings.quota.cached_completion,
-            keep_text=settings.logging.store_text,
-        ),
+        accounts=_accounts(settings, access, limits),
         waiting_seconds=settings.deadlines.waiting_seconds,
         cache=cache,
     )
@@ -124,6 +117,17 @@ def _access(settings: Settings, redactor: Redactor | None, metrics: Metrics) -> 
         first_key=None if configured else first_key(settings.app.data_dir),
         mask=log_filter.mask,
         on_drop=metrics.log_rows_dropped,
+    )
+
+
+def _accounts(settings: Settings, access: Access, limits: RateLimits) -> Accounts:
+    return Accounts(
+        rate=limits,
+        quota=access.quotas,
+        journal=access.log,
+        cached_prompt=settings.quota.cached_prompt,
+        cached_completion=settings.quota.cached_completion,
+        keep_text=settings.logging.store_text,
     )
 
 

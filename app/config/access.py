@@ -14,10 +14,10 @@ class RateLimitConfig(Section):
 
     enabled: bool = True
     """False switches off every rate limit, those of roles and keys too."""
-    requests_per_minute: PositiveInt = 10
+    requests_per_minute: NonNegativeInt = 10
     """Requests that flow back into a token bucket in a minute."""
-    burst_size: PositiveInt = 10
-    """Requests of a full bucket, so many at once."""
+    burst_size: NonNegativeInt = 10
+    """Requests of a full bucket, so many at once; 0 takes as many as flow back in a minute."""
     tokens_per_minute: NonNegativeInt = 100_000
     """Tokens of prompts and answers in a minute, and at once."""
     parallel_requests: NonNegativeInt = 0

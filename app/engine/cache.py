@@ -20,7 +20,8 @@ from uuid import uuid4
 from cachetools import TTLCache
 
 from app.config import CacheConfig
-from app.engine.base import Chunk, Engine, EngineInfo, EngineStatus, GenerationRequest, Tokenizer
+from app.engine.around import EngineAround
+from app.engine.base import Chunk, Engine, EngineInfo, GenerationRequest
 from app.types import FinishReason, Usage
 
 MAX_BYTES = 64 * 1024 * 1024
@@ -145,7 +146,7 @@ class _Reader:
         return Chunk(finish_reason=FinishReason.ABORT, usage=usage)
 
 
-class CachedEngine:
+class CachedEngine(EngineAround):
     """Replays stored answers in the pieces they came in, and follows those that are being made."""
 
     def __init__(
@@ -161,7 +162,7 @@ class CachedEngine:
         scope: what else decides an answer and only the composition knows, for example the output filter's policy.
         clock: seconds; tells when a stored answer is too old.
         """
-        self._inner = inner
+        super().__init__(inner)
         self._scope = scope
         self._metrics = metrics
         self._size = config.size
@@ -169,17 +170,6 @@ class CachedEngine:
         self._flights: dict[bytes, _Flight] = {}
         self._readers: dict[str, _Reader] = {}
         self._hits = self._misses = 0
-
-    @property
-    def info(self) -> EngineInfo:
-        return self._inner.info
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self._inner.tokenizer
-
-    def status(self) -> EngineStatus:
-        return self._inner.status()
 
     def stats(self) -> CacheStats:
         return CacheStats(
@@ -189,12 +179,6 @@ class CachedEngine:
             size=self._size,
             bytes=int(self._answers.currsize),
         )
-
-    async def start(self) -> None:
-        await self._inner.start()
-
-    async def wait_ready(self) -> None:
-        await self._inner.wait_ready()
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         if not request.cache:

@@ -12,7 +12,8 @@ from typing import Protocol
 
 import msgspec
 
-from app.engine.base import Chunk, Engine, EngineInfo, EngineStatus, GenerationRequest, Tokenizer
+from app.engine.around import EngineAround
+from app.engine.base import Chunk, Engine, GenerationRequest
 from app.engine.cache import cache_key
 from app.types import FinishReason, Usage
 
@@ -34,33 +35,16 @@ class AnswerStore(Protocol):
         """Keep an answer, without waiting for it."""
 
 
-class StoredEngine:
+class StoredEngine(EngineAround):
     """Replays answers that this or another process has made before."""
 
     def __init__(self, inner: Engine, store: AnswerStore, *, scope: str) -> None:
         """Args: scope: what else decides an answer, as for `CachedEngine`."""
-        self._inner = inner
+        super().__init__(inner)
         self._store = store
         self._scope = scope
         self._replaying: dict[str, bool] = {}
         """Request id -> whether it has been aborted."""
-
-    @property
-    def info(self) -> EngineInfo:
-        return self._inner.info
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self._inner.tokenizer
-
-    def status(self) -> EngineStatus:
-        return self._inner.status()
-
-    async def start(self) -> None:
-        await self._inner.start()
-
-    async def wait_ready(self) -> None:
-        await self._inner.wait_ready()
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         key = cache_key(request, self._inner.info, self._scope) if request.cache else None

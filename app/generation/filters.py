@@ -13,7 +13,8 @@ from typing import Literal
 
 import structlog
 
-from app.engine.base import Chunk, Engine, EngineInfo, EngineStatus, GenerationRequest, Tokenizer
+from app.engine.around import EngineAround
+from app.engine.base import Chunk, Engine, GenerationRequest
 from app.engine.spans import TokenSpans
 from app.errors import PiiBlocked, ServiceUnavailable
 from app.generation.pii import PiiKind, Redaction, Redactor, StreamRedactor
@@ -104,37 +105,14 @@ def _shared_beginning(one: str, other: str) -> int:
     return next(differing, min(len(one), len(other)))
 
 
-class FilteredEngine:
+class FilteredEngine(EngineAround):
     """Masks personal data in every answer of the inner engine."""
 
     def __init__(self, inner: Engine, redactor: Redactor, on_match: OnMatch) -> None:
         """Args: on_match: told each kind found and how often, once an answer has ended."""
-        self._inner = inner
+        super().__init__(inner)
         self._redactor = redactor
         self._on_match = on_match
-
-    @property
-    def info(self) -> EngineInfo:
-        return self._inner.info
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self._inner.tokenizer
-
-    def status(self) -> EngineStatus:
-        return self._inner.status()
-
-    async def start(self) -> None:
-        await self._inner.start()
-
-    async def wait_ready(self) -> None:
-        await self._inner.wait_ready()
-
-    async def abort(self, request_id: str) -> None:
-        await self._inner.abort(request_id)
-
-    async def close(self) -> None:
-        await self._inner.close()
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         redactor = StreamRedactor(self._redactor)

@@ -162,14 +162,16 @@ def add_handlers(app: FastAPI) -> None:
         app.add_exception_handler(kind, _handle)  # type: ignore[arg-type]  # None sends nothing, starlette allows it
 
 
-def document(*errors: type[AppError]) -> dict[int | str, dict[str, Any]]:
+def document(*errors: type[AppError], speaks_openai: bool = False) -> dict[int | str, dict[str, Any]]:
     """Describe a route's errors for OpenAPI, from the classes themselves."""
+    body: type[BaseModel] = openai.ErrorReply if speaks_openai else ErrorBody
     described: dict[int | str, dict[str, Any]] = {}
     for error in errors:
-        line = f"`{error.code}`: {(error.__doc__ or '').strip()}"
+        code = openai.code_of(error) if speaks_openai else error.code
+        line = f"`{code}`: {(error.__doc__ or '').strip()}"
         before = described.get(error.status)
         text = f"{before['description']}\n\n{line}" if before else line
-        described[error.status] = {"model": ErrorBody, "description": text}
+        described[error.status] = {"model": body, "description": text}
     # Named so that FastAPI does not add a 422 of its own, which no route answers.
-    described["default"] = {"model": ErrorBody, "description": "Any other error, in the same form."}
+    described["default"] = {"model": body, "description": "Any other error, in the same form."}
     return described

@@ -63,7 +63,7 @@ def test_without_any_file_the_defaults_serve_the_embedded_model(files: tuple[Pat
         ("security: {api_key: short}", "security.api_key: an API key needs 8 to 512 letters"),
         ("security: {api_key: with a space}", "security.api_key: an API key needs 8 to 512 letters"),
         ("pii: {entities: [mail]}", "pii.entities.0: Input should be 'email'"),
-        ("rate_limit: {requests_per_minute: 0}", "rate_limit.requests_per_minute"),
+        ("rate_limit: {requests_per_minute: -1}", "rate_limit.requests_per_minute"),
     ],
 )
 def test_a_wrong_configuration_stops_the_start_with_key_and_reason(

@@ -332,3 +332,14 @@ async def test_without_a_database_quotas_refuse_or_let_pass_as_configured(tmp_pa
         assert "retry-after" in second.headers
     assert took < 0.5
     assert 200 == recovered.status_code
+
+
+async def test_a_limit_of_zero_is_no_limit(tmp_path: Path):
+    """0 in the configuration: nothing is counted and no header speaks of it."""
+    async with running(
+        tmp_path, rate_limit={"requests_per_minute": 0, "burst_size": 0, "tokens_per_minute": 0}
+    ) as all_in:
+        replies = [await all_in.ask(ADMIN_KEY) for _ in range(30)]
+
+    assert {200} == {reply.status_code for reply in replies}
+    assert not [name for name in replies[-1].headers if name.startswith("x-ratelimit")]

@@ -12,8 +12,8 @@ from app.types import Message, Role
 from app.web.bodies import LimitedRoute, StrictModel
 from app.web.chat import MAX_MESSAGES
 from app.web.deps import Call, CallDep, PartsDep, note_end_user
+from app.web.errors import document
 from app.web.openai.answering import head, respond
-from app.web.openai.errors import document
 from app.web.openai.fields import OpenAIFields, Served, is_deterministic
 from app.web.openai.objects import Head, chat_logprobs, ending_fields, usage_object
 from app.web.openai.streams import ChatChoices, ChunkStream
@@ -169,7 +169,7 @@ def _choice(index: int, completion: Completion, scored: bool) -> dict[str, Any]:
     }
 
 
-@router.post("/chat/completions", responses=document(*GENERATION_ERRORS))
+@router.post("/chat/completions", responses=document(*GENERATION_ERRORS, speaks_openai=True))
 async def chat_completions(
     body: ChatCompletionRequest,
     request: Request,

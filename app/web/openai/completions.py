@@ -12,8 +12,8 @@ from app.generation.batch import answer_as_one
 from app.web.batch import MAX_PROMPTS
 from app.web.bodies import LimitedRoute
 from app.web.deps import Call, CallDep, PartsDep, note_end_user
+from app.web.errors import document
 from app.web.openai.answering import head, respond
-from app.web.openai.errors import document
 from app.web.openai.fields import OpenAIFields, Served, is_deterministic
 from app.web.openai.objects import Head, TextLogprobs, ending_fields, usage_object
 from app.web.openai.streams import ChunkStream, TextChoices
@@ -79,7 +79,7 @@ def _choice(index: int, completion: Completion, echoed: str, scored: bool) -> di
     }
 
 
-@router.post("/completions", responses=document(*GENERATION_ERRORS))
+@router.post("/completions", responses=document(*GENERATION_ERRORS, speaks_openai=True))
 async def completions(body: CompletionRequest, request: Request, call: CallDep, parts: PartsDep) -> Response:
     """Go on with one or several prompts as OpenAI does, whole or, with `stream`, as chunks."""
     note_end_user(request, body.user)

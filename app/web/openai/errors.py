@@ -56,17 +56,9 @@ def headers(error: AppError) -> dict[str, str]:
     return {"x-should-retry": "false"} if error.code == "quota_exceeded" else {}
 
 
-def document(*kinds: type[AppError]) -> dict[int | str, dict[str, Any]]:
-    """Describe a route's errors for OpenAPI, from the classes themselves."""
-    described: dict[int | str, dict[str, Any]] = {}
-    for kind in kinds:
-        line = f"`{_names(kind, kind.code, kind.status)[1]}`: {(kind.__doc__ or '').strip()}"
-        before = described.get(kind.status)
-        text = f"{before['description']}\n\n{line}" if before else line
-        described[kind.status] = {"model": ErrorReply, "description": text}
-    # Named so that FastAPI does not add a 422 of its own, which no route answers.
-    described["default"] = {"model": ErrorReply, "description": "Any other error, in the same form."}
-    return described
+def code_of(kind: type[AppError]) -> str:
+    """Return the code that errors of this class have here."""
+    return _names(kind, kind.code, kind.status)[1]
 
 
 def _names(kind: type[AppError], code: str, status: int) -> tuple[str, str]:

@@ -8,11 +8,11 @@ from app.engine.base import Engine, EngineState
 from app.errors import EngineNotReady, InternalError, ModelNotFound, RateLimited, Unauthorized
 from app.web.bodies import LimitedRoute
 from app.web.deps import Parts, PartsDep
-from app.web.openai.errors import document
+from app.web.errors import document
 
 router = APIRouter(prefix="/v1/models", tags=["openai"], route_class=LimitedRoute)
 
-_ERRORS = document(Unauthorized, ModelNotFound, RateLimited, InternalError)
+_ERRORS = document(Unauthorized, ModelNotFound, RateLimited, InternalError, speaks_openai=True)
 _STATUS = {
     EngineState.LOADING: "loading",
     EngineState.READY: "loaded",
