@@ -286,35 +286,38 @@ ATTACKS += [
 ATTACKS += ["a@" + "x" * 63 + ".", "." * 64 + "@", "a@b.c.d.e.f.g.h.i.j.", "212-", "llm_", "DE89370400440532013001 "]
 
 
-def quickest(work, times=2):
-    """Seconds of CPU of the quickest of several runs: what else the machine does hardly counts."""
-    taken = []
-    for _ in range(times):
-        before = time.thread_time()
-        work()
-        taken.append(time.thread_time() - before)
-    return min(taken)
+def seconds_of(work):
+    """Seconds of CPU: what else the machine does hardly counts."""
+    before = time.thread_time()
+    work()
+    return time.thread_time() - before
+
+
+def happens(measured, times=6):
+    """Tell whether it is so in any of several tries: a machine may be slow now and then, a square is one every time."""
+    return any(measured() for _ in range(times))
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=ascii)
 def test_time_grows_with_the_length_and_not_with_its_square(attack):
-    """Four times the text takes about four times as long (a square would be sixteen); a millisecond is noise."""
+    """Four times the text takes about four times as long (a square would be sixteen); a few milliseconds are noise."""
     short, long = (attack * 8000)[:8000], (attack * 32000)[:32000]
 
-    once = quickest(lambda: REDACTOR.redact(short))
-    fourfold = quickest(lambda: REDACTOR.redact(long), times=2 if once < 0.02 else 1)
-
-    assert fourfold < 7 * once + 0.005
-    assert once < 2
+    assert happens(
+        lambda: seconds_of(lambda: REDACTOR.redact(long)) < 7 * seconds_of(lambda: REDACTOR.redact(short)) + 0.005
+    )
+    assert happens(lambda: seconds_of(lambda: REDACTOR.redact(short)) < 2)
 
 
 @pytest.mark.parametrize("attack", ATTACKS[:18], ids=ascii)
 def test_a_stream_looks_at_a_bounded_tail(attack):
-    """Fed in single characters, the second half costs about what the first did."""
+    """Fed in single characters, the next 700 cost about what the first did."""
     text = (attack * 700)[:700]
-    stream = StreamRedactor(REDACTOR)
 
-    first = quickest(lambda: [stream.feed(character) for character in text], times=1)
-    later = quickest(lambda: [stream.feed(character) for character in text])
+    def later_costs_no_more():
+        stream = StreamRedactor(REDACTOR)
+        first = seconds_of(lambda: [stream.feed(character) for character in text])
+        later = seconds_of(lambda: [stream.feed(character) for character in text])
+        return later < 3 * first + 0.02
 
-    assert later < 3 * first + 0.02
+    assert happens(later_costs_no_more)
