@@ -80,6 +80,7 @@ class Access:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.ring.close()
         await self.quotas.close()
         await self.log.close()
         await self.answers.close()

@@ -1,13 +1,16 @@
 """Decide whose API key this is, quickly and also while the database is away.
 
-A key's owner is remembered for a few seconds by the digest of the whole key.  So a revocation holds everywhere within
-`FRESH_SECONDS`, and an outage shorter than `STALE_SECONDS` locks out nobody who was here before.  Knows no HTTP.
+A key's owner is remembered for a few seconds by the digest of the whole key, and while the key is in use the database
+is asked behind its requests.  So a revocation holds everywhere within `FRESH_SECONDS`, and an outage shorter than
+`STALE_SECONDS` locks out nobody who was here before and makes nobody wait.  Knows no HTTP.
 """
 
 import asyncio
 import hmac
+import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -20,17 +23,21 @@ from app.access.roles import ADMIN, RoleStore
 from app.errors import KeyNotFound, StoreUnavailable
 from app.types import Limits, Principal, Rights
 
+RENEW_SECONDS = 1.5
+"""From this age on what is remembered is asked anew, behind the request; an outage is then noticed in time."""
 FRESH_SECONDS = 4.0
-"""So long is the database not asked again: a second less than a revocation may take."""
+"""From this age on a request waits for what the database says: a second less than a revocation may take."""
 STALE_SECONDS = 60.0
 """So long is the last answer good while the database is down."""
 KNOWN_WAIT_SECONDS = 0.5
-"""So long does a request of a key that is known wait for news of it."""
-OUTAGE_SECONDS = 1.0
-"""After a failure the database is not asked about known keys for so long."""
+"""A database that takes longer than this is away for the keys that are known."""
+PROBE_SECONDS = 1.0
+"""So often is a database that was away tried again."""
 MAX_REMEMBERED = 10_000
 
 _NOBODY = bytes(32)
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +72,9 @@ class KeyRing:
         self._defaults = defaults
         self._clock = clock
         self._known: LRUCache[bytes, _Remembered] = LRUCache(MAX_REMEMBERED)
-        self._broken_until = 0.0
+        self._asking: dict[bytes, asyncio.Task[_Remembered | None]] = {}
+        self._away = False
+        self._probing: asyncio.Task[None] | None = None
         self._configured = digest_of(configured_key.encode()) if configured_key else None
         self._configured_id = (id_of(configured_key) or ADMIN) if configured_key else ADMIN
 
@@ -80,39 +89,81 @@ class KeyRing:
         if key_id is None:
             return None
         known = self._known.get(digest)
-        if known is None or self._clock() - known.asked > FRESH_SECONDS:
-            known = await self._look_up(key_id, digest, known, configured=configured)
+        age = self._clock() - known.asked if known else STALE_SECONDS + 1
+        if age > STALE_SECONDS:
+            known = await self._look_up(key_id, digest, configured=configured)
+        elif age > RENEW_SECONDS and not self._away:
+            asking = self._ask(key_id, digest, configured=configured)
+            if age > FRESH_SECONDS:
+                known = await self._news(asking, known)
         now = datetime.now(UTC)
         if known is None or (known.expires is not None and known.expires <= now):
             return None
         self.used[key_id] = now
         return known.principal
 
-    async def _look_up(
-        self, key_id: str, digest: bytes, known: _Remembered | None, *, configured: bool
-    ) -> _Remembered | None:
-        asked = self._clock()
-        usable = known is not None and asked - known.asked <= STALE_SECONDS
-        if usable and asked < self._broken_until:
-            return known
-        asking = self._admin(asked) if configured else self._stored(key_id, digest, asked)
+    async def _look_up(self, key_id: str, digest: bytes, *, configured: bool) -> _Remembered | None:
         try:
-            # Who is known does not wait for a slow database.
-            found = await (asyncio.wait_for(asking, KNOWN_WAIT_SECONDS) if usable else asking)
-        except (StoreUnavailable, TimeoutError):
-            self._broken_until = self._clock() + OUTAGE_SECONDS
-            if usable:
-                return known
-            if configured:
-                # The configuration vouches for this key, database or not.
-                unlimited = resolve(self._defaults, LimitSettings(monthly_tokens=0))
-                return self._as_admin(Rights(load_models=True, manage_keys=True), unlimited, asked)
-            raise
-        if found is None:
-            self._known.pop(digest, None)
-        else:
+            return await asyncio.shield(self._ask(key_id, digest, configured=configured))
+        except StoreUnavailable:
+            if not configured:
+                raise
+            # The configuration vouches for this key, database or not.
+            unlimited = resolve(self._defaults, LimitSettings(monthly_tokens=0))
+            return self._as_admin(Rights(load_models=True, manage_keys=True), unlimited, self._clock())
+
+    async def _news(self, asking: "asyncio.Task[_Remembered | None]", known: _Remembered | None) -> _Remembered | None:
+        """Return what the database says of a known key, or after a moment what was known."""
+        await asyncio.wait({asking}, timeout=KNOWN_WAIT_SECONDS)
+        if not asking.done():
+            self._went_away()
+            return known
+        return known if isinstance(asking.exception(), StoreUnavailable) else asking.result()
+
+    def _ask(self, key_id: str, digest: bytes, *, configured: bool) -> "asyncio.Task[_Remembered | None]":
+        """Ask the database, once for all requests of a key that are there at the time."""
+        if digest not in self._asking:
+            asked = self._clock()
+            asking = self._admin(asked) if configured else self._stored(key_id, digest, asked)
+            task = self._asking[digest] = asyncio.create_task(asking)
+            task.add_done_callback(lambda task: self._answered(digest, task))
+        return self._asking[digest]
+
+    def _answered(self, digest: bytes, task: "asyncio.Task[_Remembered | None]") -> None:
+        wanted = self._asking.get(digest) is task
+        if wanted:
+            del self._asking[digest]
+        if task.cancelled():
+            return
+        error = task.exception()
+        if isinstance(error, StoreUnavailable):
+            self._went_away()
+        elif error is not None:
+            log.error("an API key could not be looked up", exc_info=error)
+        elif wanted and (found := task.result()) is not None:
             self._known[digest] = found
-        return found
+        elif wanted:
+            self._known.pop(digest, None)
+
+    def _went_away(self) -> None:
+        """Wait for the database no more where something is known, until it answers again."""
+        self._away = True
+        if self._probing is None or self._probing.done():
+            self._probing = asyncio.create_task(self._probe())
+
+    async def _probe(self) -> None:
+        while self._away:
+            await asyncio.sleep(PROBE_SECONDS)
+            with suppress(StoreUnavailable, TimeoutError):
+                await asyncio.wait_for(self._roles.read(ADMIN), KNOWN_WAIT_SECONDS)
+                self._away = False
+
+    async def close(self) -> None:
+        """Ask no more."""
+        tasks = [*self._asking.values(), *([self._probing] if self._probing else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _admin(self, asked: float) -> _Remembered:
         role = await self._roles.read(ADMIN)
@@ -154,10 +205,12 @@ class KeyRing:
         """Ask the database again at the key's next use: something about it has changed."""
         for digest in [digest for digest, known in self._known.items() if known.principal.key_id == key_id]:
             del self._known[digest]
+        self._asking.clear()  # what is on its way may be from before the change
 
     def forget_all(self) -> None:
         """The same for every key: a role has changed."""
         self._known = LRUCache(MAX_REMEMBERED)
+        self._asking.clear()
 
 
 def _principal(found: Found, defaults: Limits) -> Principal:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 USERS = ("postgres", "nobody")
 """Postgres refuses to run as root; then it runs as the first of these that there is."""
 
@@ -66,6 +68,20 @@ class Postgres:
             except subprocess.TimeoutExpired:
                 self._process.send_signal(3)  # SIGQUIT: "immediate shutdown"
                 self._process.wait(10)
+
+    @contextmanager
+    def stalled(self) -> Iterator[None]:
+        """Let it accept connections and answer nothing while the block runs."""
+        assert self._process is not None
+        server = psutil.Process(self._process.pid)
+        processes = [server, *server.children(recursive=True)]
+        for process in processes:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in processes:
+                process.resume()
 
     def database(self, name: str) -> str:
         """Make an empty database and return its URL."""

@@ -10,11 +10,12 @@ from sqlalchemy import func, select, update
 from app.access.db import Database
 from app.access.ledger import Month, standing
 from app.access.quotas import Quotas
-from app.access.tables import completion_cache
+from app.access.tables import completion_cache, inference_log
 from app.config import QuotaConfig
+from app.errors import StoreUnavailable
 from app.types import Limits, Principal
 from tests.services.postgres import Postgres
-from tests.web.access import ADMIN_KEY, running
+from tests.web.access import ADMIN_KEY, Running, running
 
 CALLER = Principal("key", "tenant", limits=Limits(monthly_tokens=1000))
 
@@ -121,3 +122,46 @@ async def test_quotas_survive_a_restart_of_postgres(postgres: Postgres, postgres
     assert (503, 200) == (down.status_code, unlimited.status_code)
     assert took < 6
     assert 6 * 10 + (1000 if first.status_code == 200 else 0) == report["used"]
+
+
+@pytest.mark.services
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("seconds", [8, pytest.param(30, marks=pytest.mark.soak)])
+async def test_a_stalled_postgres_slows_no_request_down(
+    seconds: float, postgres: Postgres, postgres_url: str, tmp_path: Path
+):
+    """Neither its key nor its line of the log waits for it, and afterwards every line is there."""
+    loop = asyncio.get_running_loop()
+    async with running(tmp_path, database={"url": postgres_url}) as service:
+        keys = [ADMIN_KEY, await service.key()]
+        took = []
+
+        async def ask(key: str) -> None:
+            began = loop.time()
+            assert 200 == (await service.ask(key)).status_code
+            took.append(loop.time() - began)
+
+        for key in keys:
+            await ask(key)
+        with postgres.stalled():
+            end = loop.time() + seconds
+            while loop.time() < end:
+                for key in keys:
+                    await ask(key)
+                await asyncio.sleep(0.02)
+        async with asyncio.timeout(20):
+            while await logged(service) != len(took):  # noqa: ASYNC110  # another task's work
+                await asyncio.sleep(0.1)
+
+    # A machine may have one slow moment; a request that waited would have companions.
+    assert sum(each > 0.4 for each in took) <= 1, sorted(took)[-5:]
+    assert len(took) > 10 * seconds
+
+
+async def logged(service: Running) -> int:
+    """Count the answers in the log."""
+    try:
+        async with service.access.database.read() as connection:
+            return int(await connection.scalar(select(func.count()).select_from(inference_log)) or 0)
+    except StoreUnavailable:
+        return -1

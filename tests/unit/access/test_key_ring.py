@@ -1,6 +1,7 @@
 """What is remembered of keys, and for how long, while the database is there, away or slow."""
 
 import asyncio
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -8,12 +9,13 @@ import pytest
 
 from app.access import key_ring
 from app.access.key_format import digest_of, id_of, new_key
-from app.access.key_ring import FRESH_SECONDS, STALE_SECONDS, KeyRing
+from app.access.key_ring import FRESH_SECONDS, RENEW_SECONDS, STALE_SECONDS, KeyRing
 from app.access.keys import Found, KeyRecord
 from app.access.limits import NOTHING_SAID
 from app.access.roles import Role
 from app.errors import StoreUnavailable
 from app.types import Limits, Rights
+from tests.web.harness import until
 
 ROLE = Role(name="admin", limits=NOTHING_SAID, rights=Rights(manage_keys=True))
 
@@ -26,11 +28,14 @@ class Store:
         self.asked = 0
         self.delay = 0.0
         self.away = False
+        self.answers = asyncio.Event()
+        self.answers.set()
         self.revoked: datetime | None = None
 
     async def _answer(self) -> None:
         self.asked += 1
         await asyncio.sleep(self.delay)
+        await self.answers.wait()
         if self.away:
             raise StoreUnavailable()
 
@@ -78,8 +83,10 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def ring(store: Store, clock: Clock) -> KeyRing:
-    return KeyRing(store, store, Limits(), configured_key="configured-key", clock=clock)  # type: ignore[arg-type]
+async def ring(store: Store, clock: Clock) -> AsyncIterator[KeyRing]:
+    ring = KeyRing(store, store, Limits(), configured_key="configured-key", clock=clock)  # type: ignore[arg-type]
+    yield ring
+    await ring.close()
 
 
 async def test_the_database_is_asked_once_in_a_while_and_then_believed(
@@ -127,6 +134,80 @@ async def test_a_known_key_does_not_wait_for_a_slow_database(ring: KeyRing, stor
 
     assert first < 2
     assert 2 == store.asked
+
+
+async def test_a_key_in_use_never_waits_for_a_database_that_stalls(
+    ring: KeyRing, store: Store, clock: Clock, key: str, monkeypatch: pytest.MonkeyPatch
+):
+    """It is asked behind the requests, so that its silence is known before anybody depends on it."""
+    monkeypatch.setattr(key_ring, "KNOWN_WAIT_SECONDS", 60)
+    await ring.authenticate(key.encode())
+    store.answers.clear()
+
+    async with asyncio.timeout(5):
+        clock.now += RENEW_SECONDS + 0.1
+        assert await ring.authenticate(key.encode()) is not None
+        await until(lambda: store.asked == 2)
+        store.away = True
+        store.answers.set()
+        await until(lambda: ring._away)
+        store.answers.clear()
+        for _ in range(11):
+            clock.now += FRESH_SECONDS + 1
+            assert await ring.authenticate(key.encode()) is not None
+
+
+async def test_a_revoked_key_in_use_is_found_out_behind_its_requests(
+    ring: KeyRing, store: Store, clock: Clock, key: str
+):
+    await ring.authenticate(key.encode())
+    store.revoked = datetime.now(UTC)
+
+    clock.now += RENEW_SECONDS + 0.1
+    assert await ring.authenticate(key.encode()) is not None
+    await until(lambda: not ring._asking)
+    assert await ring.authenticate(key.encode()) is None
+
+
+async def test_a_database_that_is_back_is_believed_again(
+    ring: KeyRing, store: Store, clock: Clock, key: str, monkeypatch: pytest.MonkeyPatch
+):
+    """What was revoked while nobody could be asked is refused."""
+    monkeypatch.setattr(key_ring, "PROBE_SECONDS", 0.01)
+    await ring.authenticate(key.encode())
+    store.away = True
+    clock.now += FRESH_SECONDS + 0.1
+    assert await ring.authenticate(key.encode()) is not None
+    await until(lambda: store.asked > 5)
+    store.away, store.revoked = False, datetime.now(UTC)
+
+    await until(lambda: not ring._away)
+    assert await ring.authenticate(key.encode()) is None
+
+
+async def test_what_was_asked_before_a_change_is_not_remembered_after_it(ring: KeyRing, store: Store, key: str):
+    """A revocation here holds at once, whatever is on its way from the database."""
+    store.answers.clear()
+    early = asyncio.create_task(ring.authenticate(key.encode()))
+    await until(lambda: store.asked == 1)
+    ring.forget(str(id_of(key)))
+    store.answers.set()
+    assert await early is not None
+    store.revoked = datetime.now(UTC)
+
+    assert await ring.authenticate(key.encode()) is None
+
+
+async def test_requests_of_one_key_ask_once(ring: KeyRing, store: Store, key: str):
+    """One that hangs up does not take the answer from the others."""
+    store.answers.clear()
+    first, *others = [asyncio.create_task(ring.authenticate(key.encode())) for _ in range(5)]
+    await until(lambda: store.asked == 1)
+    first.cancel()
+    store.answers.set()
+
+    assert all(await asyncio.gather(*others))
+    assert 1 == store.asked
 
 
 async def test_the_configured_key_needs_no_database(ring: KeyRing, store: Store):
