@@ -66,6 +66,9 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Weights' type; auto is the model's own on a GPU, and on a CPU bfloat16 if that is the model's own and the CPU
     computes in it, else float32."""
+    quantization: Literal["none", "int8"] = "none"
+    """int8 computes a CPU's linear layers in integers: long prompts are read faster and most weights take a quarter of
+    the memory, but log-probabilities change; /v1/models tells by how much."""
     revision: str | None = None
     """Commit or tag of the model on the hub."""
     engine: Literal["auto", "batching", "serial", "echo"] = "auto"

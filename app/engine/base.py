@@ -42,6 +42,9 @@ class EngineInfo:
     """Fields of `Params` that this engine cannot honour; a request that sets one is refused, never half served."""
     recommended: tuple[tuple[str, float], ...] = ()
     """Sampling settings that the model's own files recommend, by the names of `Params`."""
+    logprob_shift: float | None = None
+    """By how much computing in int8 changed the log-probability of the likeliest token at load, on average; None where
+    nothing is quantized."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -175,6 +175,7 @@ class LocalEngine:
             parameters=ready.parameters,
             unsupported=ready.unsupported,
             recommended=ready.recommended,
+            logprob_shift=ready.logprob_shift,
         )
 
     def on_event(self, event: TokenEvent) -> None:
@@ -261,6 +262,7 @@ def _spec(config: ModelConfig) -> ModelSpec:
         source=config.source,
         device=config.device,
         dtype=config.dtype,
+        quantization=config.quantization,
         revision=config.revision,
         max_model_len=config.max_model_len,
         threads=config.threads,

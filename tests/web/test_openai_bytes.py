@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,7 @@ async def test_models_are_listed_with_the_fields_of_both_servers(client):
         "root": MODEL,
         "parent": None,
         "max_model_len": 8192,
+        "quantization": None,
         "permission": [],
         "architecture": {"input_modalities": ["text"], "output_modalities": ["text"]},
         "status": {"value": "loaded", "failed": False},
@@ -135,6 +137,15 @@ async def test_models_are_listed_with_the_fields_of_both_servers(client):
         missing.json()["error"]["code"],
         missing.json()["error"]["param"],
     )
+
+
+async def test_a_quantized_model_says_what_that_costs(web, client):
+    """Its log-probabilities are not those of the model as it was made, and the card says by how much."""
+    web.engines.default._info = replace(web.engines.default.info, logprob_shift=0.0583)
+
+    card = (await client.get(f"/v1/models/{MODEL}")).json()
+
+    assert {"method": "int8", "logprob_shift": 0.0583} == card["quantization"]
 
 
 async def test_a_model_of_the_hub_has_a_slash_in_its_name(client, web):

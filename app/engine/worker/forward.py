@@ -17,6 +17,8 @@ from app.engine.worker.rows import ATTENTION, RowCache, UnsupportedModelError
 PROBE_TOKENS = 24
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """How far the scores of the two ways may be apart, as a share of their norm; rounding alone stays well below."""
+QUANTIZED = 2e-2
+"""The same for int8, where a rounding in float32 now and then becomes one of a hundredth."""
 GLOBAL_ROPE = ("dynamic", "longrope")
 """Rotations that depend on the longest sequence in the batch, so that one row would change another's answer."""
 
@@ -52,7 +54,9 @@ class RowModel:
         return scores[: len(keep)]
 
 
-def make_row_model(model: Any, *, length: int, rows: int | None, free_bytes: int) -> RowModel:
+def make_row_model(
+    model: Any, *, length: int, rows: int | None, free_bytes: int, quantized: bool = False
+) -> RowModel:
     """Prove that rows give the model's own scores, and make the rows.
 
     Args:
@@ -67,7 +71,8 @@ def make_row_model(model: Any, *, length: int, rows: int | None, free_bytes: int
         if not model._can_set_attn_implementation():
             raise UnsupportedModelError("it computes attention of its own")
         _check_config(model.config.get_text_config(decoder=True))
-        probe = _prove(model, min(length, PROBE_TOKENS))
+        tolerance = QUANTIZED if quantized else TOLERANCE.get(model.dtype, 0)
+        probe = _prove(model, min(length, PROBE_TOKENS), tolerance)
     except Exception as error:
         model.set_attn_implementation(usual)
         if isinstance(error, UnsupportedModelError):
@@ -92,7 +97,7 @@ def _check_config(config: Any) -> None:
 
 
 @torch.inference_mode()
-def _prove(model: Any, tokens: int) -> RowModel:
+def _prove(model: Any, tokens: int, tolerance: float) -> RowModel:
     """Compare scores computed in pieces, beside a neighbour, with those of an ordinary forward pass.
 
     Raises: UnsupportedModelError: they differ.
@@ -114,7 +119,7 @@ def _prove(model: Any, tokens: int) -> RowModel:
         )
     _check_windows(model.config.get_text_config(decoder=True), rows.cache.windows)
     difference = (torch.cat(found) - expected).float().norm() / expected.float().norm()
-    if not difference <= TOLERANCE.get(expected.dtype, 0):
+    if not difference <= tolerance:
         raise UnsupportedModelError(f"its scores differ by {difference:.1%} when they are computed in rows")
     return rows
 

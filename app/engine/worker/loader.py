@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from app.engine.worker.messages import ModelSpec
+from app.engine.worker.quantizing import PROBE_TOKENS, TEXT, QuantizationError, quantize_linears
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -64,6 +65,8 @@ class LoadedModel:
     pad_id: int
     recommended: tuple[tuple[str, float], ...] = ()
     """Sampling settings of its generation_config.json, as far as a request can set them too."""
+    logprob_shift: float | None = None
+    """By how much quantization changed log-probabilities; None where there is none."""
 
 
 def load(spec: ModelSpec, tokenizer_folder: str, on_stage: Callable[[str], None]) -> LoadedModel:
@@ -88,6 +91,8 @@ def load(spec: ModelSpec, tokenizer_folder: str, on_stage: Callable[[str], None]
         local_files_only=True,
     )
     model.eval()
+    parameters = sum(weight.numel() for weight in model.parameters())
+    logprob_shift = _quantize(model, tokenizer, device) if spec.quantization == "int8" else None
     end_ids = _end_ids(model, tokenizer)
     recommended = _recommended(model.generation_config)
     # The model's own sampling defaults would fill in whatever a request leaves open.
@@ -99,10 +104,11 @@ def load(spec: ModelSpec, tokenizer_folder: str, on_stage: Callable[[str], None]
         dtype=str(model.dtype).removeprefix("torch."),
         context_length=_context_length(config, spec.max_model_len),
         vocab_size=model.get_input_embeddings().num_embeddings,
-        parameters=sum(weight.numel() for weight in model.parameters()),
+        parameters=parameters,
         end_ids=end_ids,
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(end_ids), 0),
         recommended=recommended,
+        logprob_shift=logprob_shift,
     )
 
 
@@ -199,6 +205,17 @@ def _dtype(wanted: str, device: str, config: Any) -> torch.dtype | str:
         return "auto"
     # Without instructions for it, arithmetic in 16 bits takes up to 16 times as long as in 32.
     return torch.float32
+
+
+def _quantize(model: Any, tokenizer: Any, device: str) -> float:
+    """Return by how much it changes log-probabilities."""
+    if device != "cpu":
+        raise LoadError(f"int8 is for processors and not for {device}; choose dtype bfloat16 or float16 there")
+    ids = tokenizer(TEXT, add_special_tokens=True).input_ids[:PROBE_TOKENS]
+    try:
+        return round(quantize_linears(model, torch.tensor([ids or [0]])), 4)
+    except QuantizationError as error:
+        raise LoadError(f"int8 is not to be had here: {error}") from None
 
 
 def cpu_computes_bfloat16() -> bool:

@@ -19,6 +19,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     source: Literal["local", "hub"]
     device: Literal["auto", "cpu", "cuda", "mps"]
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    quantization: Literal["none", "int8"] = "none"
     revision: str | None
     max_model_len: int | None
     engine: Literal["auto", "batching", "serial"] = "auto"
@@ -84,6 +85,8 @@ class Ready(msgspec.Struct, tag=True, frozen=True, array_like=True):
     """Fields of `Params` that this runner cannot honour; a request that sets one is refused."""
     recommended: tuple[tuple[str, float], ...] = ()
     """Sampling settings that the model's own files recommend, by the names of `Params`."""
+    logprob_shift: float | None = None
+    """By how much quantization changes log-probabilities, on average; None where there is none."""
 
 
 class LoadFailed(msgspec.Struct, tag=True, frozen=True, array_like=True):

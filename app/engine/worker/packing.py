@@ -8,13 +8,13 @@ private or going out of use, so that they are used from here only, tried out bef
 
 import logging
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.pytorch_utils import Conv1D
+
+from app.engine.worker.linears import linears
 
 log = logging.getLogger(__name__)
 
@@ -83,28 +83,12 @@ def pack_linears(model: Any, least: int | None = None) -> int:
     """
     refused: set[object] = set()
     count = 0
-    for parent, name, linear in list(_linears(model)):
+    for parent, name, linear in list(linears(model)):
         packed = _pack(linear, least, refused)
         if packed is not None:
             setattr(parent, name, packed)
             count += 1
     return count
-
-
-def _linears(model: Any) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """Find the linear layers on the CPU: whose they are, their name there, and they themselves."""
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            if type(child) in {nn.Linear, Conv1D} and child.weight.device.type == "cpu":
-                yield parent, name, child if isinstance(child, nn.Linear) else _as_linear(child)
-
-
-def _as_linear(layer: Conv1D) -> nn.Linear:
-    """Return GPT-2's kind of linear layer, whose weights are (inputs, outputs), as the ordinary kind."""
-    inputs, outputs = layer.weight.shape
-    linear = nn.Linear(inputs, outputs, device="meta")
-    linear.weight, linear.bias = nn.Parameter(layer.weight.T, requires_grad=False), layer.bias
-    return linear
 
 
 def _pack(linear: nn.Linear, least: int | None, refused: set[object]) -> nn.Module | None:

@@ -157,6 +157,7 @@ def make_runner(loaded: LoadedModel, spec: ModelSpec) -> Runner:
             length=loaded.context_length,
             rows=spec.max_batch_size,
             free_bytes=bytes_for_rows(loaded.device),
+            quantized=loaded.logprob_shift is not None,
         )
     except UnsupportedModelError as error:
         if spec.engine == "batching":
@@ -206,4 +207,5 @@ def _ready(tokenizer_folder: str, loaded: LoadedModel, runner: Runner) -> Ready:
         parameters=loaded.parameters,
         unsupported=runner.unsupported,
         recommended=loaded.recommended,
+        logprob_shift=loaded.logprob_shift,
     )

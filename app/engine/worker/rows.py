@@ -134,10 +134,18 @@ class RowCache(Cache):
                 folded = q[group.tokens].view(-1, heads // groups, groups, size)
                 out[group.tokens] = _dot(folded, k, v, mask, scale, softcap, causal=False).flatten(1, 2)
             else:
-                if groups > 1:
-                    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-                part = _dot(q[group.tokens].transpose(0, 1)[None], k, v, mask, scale, softcap, causal=True)
-                out[group.tokens] = part[0].transpose(0, 1)
+                # The query heads of one KV head as so many batches over the same keys: nothing is repeated here either.
+                folded = q[group.tokens].view(-1, heads // groups, groups, size).permute(2, 1, 0, 3)
+                part = _dot(
+                    folded,
+                    k.expand(groups, -1, -1, -1),
+                    v.expand(groups, -1, -1, -1),
+                    mask,
+                    scale,
+                    softcap,
+                    causal=True,
+                )
+                out[group.tokens] = part.permute(2, 1, 0, 3).flatten(1, 2)
         return out[None]
 
     def _make(self, like: Tensor) -> Tensor:

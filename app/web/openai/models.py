@@ -4,7 +4,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from app.engine.base import Engine, EngineState
+from app.engine.base import Engine, EngineInfo, EngineState
 from app.errors import EngineNotReady, InternalError, ModelNotFound, RateLimited, Unauthorized
 from app.web.bodies import LimitedRoute
 from app.web.deps import Parts, PartsDep
@@ -39,7 +39,7 @@ async def model(model: str, parts: PartsDep) -> dict[str, Any]:
 
 def _card(name: str, parts: Parts) -> dict[str, Any]:
     engine = parts.engines.find(name)
-    state = engine.status().state
+    state, info = engine.status().state, _info(engine)
     return {
         "id": name,
         "object": "model",
@@ -47,16 +47,24 @@ def _card(name: str, parts: Parts) -> dict[str, Any]:
         "owned_by": "llm-service",
         "root": name,
         "parent": None,
-        "max_model_len": _context_length(engine),
+        "max_model_len": info.context_length if info else None,
+        "quantization": _quantization(info),
         "permission": [],
         "architecture": {"input_modalities": ["text"], "output_modalities": ["text"]},
         "status": {"value": _STATUS[state], "failed": state is EngineState.FAILED},
     }
 
 
-def _context_length(engine: Engine) -> int | None:
-    """Return the tokens of prompt and answer together; None as long as nothing is known of the model."""
+def _info(engine: Engine) -> EngineInfo | None:
+    """Return None as long as nothing is known of the model."""
     try:
-        return engine.info.context_length
+        return engine.info
     except EngineNotReady:
         return None
+
+
+def _quantization(info: EngineInfo | None) -> dict[str, Any] | None:
+    """Tell how far log-probabilities are from the model's own; None where it computes as it was made."""
+    if info is None or info.logprob_shift is None:
+        return None
+    return {"method": "int8", "logprob_shift": info.logprob_shift}
