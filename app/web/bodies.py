@@ -86,7 +86,7 @@ def parse(body: bytes) -> Any:
     """Read one JSON value.
 
     Raises: InvalidRequest: it is empty, not UTF-8, malformed, ambiguous (a key twice), nested deeper than `MAX_DEPTH`,
-        or holds a number or a character that could not be passed on (NaN, infinities, NUL, half a surrogate pair).
+        or holds a number or a character that could not be passed on (NaN, infinities, half a surrogate pair).
     """
     if not body.strip():
         _refuse("The body is empty; send a JSON object.")
@@ -125,8 +125,6 @@ def _check(value: Any, texts: bool) -> None:
 
 
 def _check_text(text: str) -> None:
-    if "\x00" in text:
-        _refuse("The body holds a NUL character.")
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -124,6 +124,26 @@ async def test_quotas_survive_a_restart_of_postgres(postgres: Postgres, postgres
     assert 6 * 10 + (1000 if first.status_code == 200 else 0) == report["used"]
 
 
+@pytest.mark.parametrize("path", ["/v1/generate", "/v1/completions"])
+async def test_a_nul_in_a_text_is_a_character_like_any_other(path: str, url: str, tmp_path: Path):
+    """Load generators draw prompts from all tokens; Postgres keeps no NUL, so its log leaves it out."""
+    given = {"database": {"url": url}, "logging": {"store_text": True}, "cache": {"persistent": True}}
+    body = {"prompt": "a\x00b", "max_tokens": 20, "temperature": 0}
+    async with running(tmp_path, **given) as service:
+        async with service.client() as http:
+            first, second = [await http.post(path, json=body) for _ in range(2)]
+        async with asyncio.timeout(10):
+            while await logged(service) != 2:  # noqa: ASYNC110  # another task's work
+                await asyncio.sleep(0.05)
+        async with service.access.database.read() as connection:
+            rows = (await connection.execute(select(inference_log.c.prompt, inference_log.c.answer))).all()
+
+    assert [200, 200] == [first.status_code, second.status_code]
+    assert "a\\u0000b" in first.text
+    assert "a\\u0000b" in second.text
+    assert [("ab", "ab")] * 2 == [tuple(row) for row in rows]
+
+
 @pytest.mark.services
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("seconds", [8, pytest.param(30, marks=pytest.mark.soak)])

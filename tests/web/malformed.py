@@ -129,7 +129,6 @@ WRONG_BODIES: list[tuple[str, bytes]] = [
     ("lone low surrogate", b'{"prompt": "\\udfff"}'),
     ("surrogate in a key", b'{"\\ud800": "' + CANARY.encode() + b'"}'),
     ("surrogate in a role", b'{"messages": [{"role": "\\ud800", "content": "a"}]}'),
-    ("NUL", b'{"prompt": "a\\u0000' + CANARY.encode() + b'"}'),
     ("NUL in a key", b'{"prompt\\u0000": "a"}'),
     ("raw NUL", b'{"prompt": "a\x00"}'),
     ("raw control", b'{"prompt": "a\x1b"}'),
