@@ -54,9 +54,7 @@ class RowModel:
         return scores[: len(keep)]
 
 
-def make_row_model(
-    model: Any, *, length: int, rows: int | None, free_bytes: int, quantized: bool = False
-) -> RowModel:
+def make_row_model(model: Any, *, length: int, rows: int | None, free_bytes: int, quantized: bool = False) -> RowModel:
     """Prove that rows give the model's own scores, and make the rows.
 
     Args:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from app.engine.worker.fusing import fuse_linears
 from app.engine.worker.linears import linears
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ def pack_linears(model: Any, least: int | None = None) -> int:
     Returns: how many were replaced, 0 where this processor or torch cannot.
     """
     refused: set[object] = set()
-    count = 0
+    count = fuse_linears(model, lambda linear: _pack(linear, least, refused))
     for parent, name, linear in list(linears(model)):
         packed = _pack(linear, least, refused)
         if packed is not None:
