@@ -71,7 +71,7 @@ def _groups(model: Any) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
         for names in SIBLINGS:
             layers: list[Any] = [getattr(parent, name, None) for name in names]
             plain = [layer for layer in layers if type(layer) is nn.Linear and layer.weight.device.type == "cpu"]
-            kinds = {(layer.in_features, layer.weight.dtype, layer.bias is None) for layer in plain}
+            kinds = {(layer.in_features, layer.weight.dtype, type(layer.bias)) for layer in plain}
             if len(plain) == len(names) and len(kinds) == 1:
                 yield parent, names
 
@@ -79,7 +79,6 @@ def _groups(model: Any) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
 def _joined(layers: list[nn.Linear]) -> nn.Linear:
     joined = nn.Linear(layers[0].in_features, sum(layer.out_features for layer in layers), device="meta")
     joined.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]), requires_grad=False)
-    joined.bias = (
-        None if layers[0].bias is None else nn.Parameter(torch.cat([each.bias for each in layers]), requires_grad=False)
-    )
+    biases: list[Any] = [layer.bias for layer in layers]
+    joined.bias = None if biases[0] is None else nn.Parameter(torch.cat(biases), requires_grad=False)
     return joined

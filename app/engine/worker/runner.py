@@ -194,13 +194,13 @@ class Pace:
     """
 
     MOST = 512
-    LEAST = 16
+    LEAST = 8
     FIRST = 64
     """While nothing is known."""
-    STRETCH = 1.0
-    """A step with a piece of prompt in it may take this much longer than without."""
-    CROWD = 4.0
-    """As many times more, where so many more wait for their first token than for the next one."""
+    STRETCH = 0.8
+    """A step with a piece of one prompt in it may take this much longer than without."""
+    CROWD = 4
+    """As many times more where so many prompts wait, and no more than this."""
     NEWEST = 0.1
     """What the newest step counts."""
 
@@ -215,7 +215,7 @@ class Pace:
 
         Args:
             ready: answers that wait for their next token.
-            starting: answers that wait for their first one; where these are the more, they get more of the step.
+            starting: answers that wait for their first one; the more there are, the more of the step they get.
         """
         if not ready:
             return self.MOST
@@ -223,7 +223,7 @@ class Pace:
             return self.FIRST
         each = self._covariance / self._variance
         without = max(self._seconds + each * (ready - self._tokens), each * ready)
-        crowd = min(max(1.0, starting / ready), self.CROWD)
+        crowd = min(max(1, starting), self.CROWD)
         return min(max(int(crowd * self.STRETCH * without / each), self.LEAST), self.MOST)
 
     def see(self, work: Sequence[Work], seconds: float) -> None:
