@@ -80,5 +80,6 @@ def _joined(layers: list[nn.Linear]) -> nn.Linear:
     joined = nn.Linear(layers[0].in_features, sum(layer.out_features for layer in layers), device="meta")
     joined.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]), requires_grad=False)
     biases: list[Any] = [layer.bias for layer in layers]
-    joined.bias = None if biases[0] is None else nn.Parameter(torch.cat(biases), requires_grad=False)
+    bias: Any = None if biases[0] is None else nn.Parameter(torch.cat(biases), requires_grad=False)
+    joined.bias = bias
     return joined
