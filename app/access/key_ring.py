@@ -1,8 +1,9 @@
 """Decide whose API key this is, quickly and also while the database is away.
 
 A key's owner is remembered for a few seconds by the digest of the whole key, and while the key is in use the database
-is asked behind its requests.  So a revocation holds everywhere within `FRESH_SECONDS`, and an outage shorter than
-`STALE_SECONDS` locks out nobody who was here before and makes nobody wait.  Knows no HTTP.
+is asked behind its requests.  So a revocation holds everywhere within `FRESH_SECONDS` as long as the database answers,
+and an outage shorter than `STALE_SECONDS` locks out nobody who was here before, and makes no key wait that is in use.
+Knows no HTTP.
 """
 
 import asyncio
@@ -10,7 +11,6 @@ import hmac
 import logging
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -73,6 +73,9 @@ class KeyRing:
         self._clock = clock
         self._known: LRUCache[bytes, _Remembered] = LRUCache(MAX_REMEMBERED)
         self._asking: dict[bytes, asyncio.Task[_Remembered | None]] = {}
+        self._running: set[asyncio.Task[_Remembered | None]] = set()
+        """Those in `_asking`, and those whose answer nobody wants any more."""
+        self._closed = False
         self._away = False
         self._probing: asyncio.Task[None] | None = None
         self._configured = digest_of(configured_key.encode()) if configured_key else None
@@ -126,10 +129,12 @@ class KeyRing:
             asked = self._clock()
             asking = self._admin(asked) if configured else self._stored(key_id, digest, asked)
             task = self._asking[digest] = asyncio.create_task(asking)
+            self._running.add(task)
             task.add_done_callback(lambda task: self._answered(digest, task))
         return self._asking[digest]
 
     def _answered(self, digest: bytes, task: "asyncio.Task[_Remembered | None]") -> None:
+        self._running.discard(task)
         wanted = self._asking.get(digest) is task
         if wanted:
             del self._asking[digest]
@@ -140,27 +145,36 @@ class KeyRing:
             self._went_away()
         elif error is not None:
             log.error("an API key could not be looked up", exc_info=error)
-        elif wanted and (found := task.result()) is not None:
-            self._known[digest] = found
-        elif wanted:
-            self._known.pop(digest, None)
+        else:
+            self._away = False
+            found = task.result()
+            if wanted and found is not None:
+                self._known[digest] = found
+            elif wanted:
+                self._known.pop(digest, None)
 
     def _went_away(self) -> None:
         """Wait for the database no more where something is known, until it answers again."""
         self._away = True
-        if self._probing is None or self._probing.done():
+        if not self._closed and (self._probing is None or self._probing.done()):
             self._probing = asyncio.create_task(self._probe())
 
     async def _probe(self) -> None:
         while self._away:
             await asyncio.sleep(PROBE_SECONDS)
-            with suppress(StoreUnavailable, TimeoutError):
-                await asyncio.wait_for(self._roles.read(ADMIN), KNOWN_WAIT_SECONDS)
-                self._away = False
+            try:
+                await self._roles.read(ADMIN)
+            except StoreUnavailable:
+                continue
+            except Exception:
+                log.exception("the database answers strangely")
+            # It answers: what is wrong beyond that is told to those who ask.
+            self._away = False
 
     async def close(self) -> None:
         """Ask no more."""
-        tasks = [*self._asking.values(), *([self._probing] if self._probing else [])]
+        self._closed = True
+        tasks = [*self._running, *([self._probing] if self._probing else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -68,7 +68,7 @@ class ModelConfig(Section):
     computes in it, else float32."""
     quantization: Literal["none", "int8"] = "none"
     """int8 computes a CPU's linear layers in integers: long prompts are read faster and most weights take a quarter of
-    the memory, but log-probabilities change; /v1/models tells by how much."""
+    their float32 memory, but log-probabilities change; /v1/models tells by how much."""
     revision: str | None = None
     """Commit or tag of the model on the hub."""
     engine: Literal["auto", "batching", "serial", "echo"] = "auto"

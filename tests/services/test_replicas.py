@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import func, select, update
 
+from app.access import key_ring
 from app.access.db import Database
 from app.access.ledger import Month, standing
 from app.access.quotas import Quotas
@@ -148,9 +149,11 @@ async def test_a_nul_in_a_text_is_a_character_like_any_other(path: str, url: str
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("seconds", [8, pytest.param(30, marks=pytest.mark.soak)])
 async def test_a_stalled_postgres_slows_no_request_down(
-    seconds: float, postgres: Postgres, postgres_url: str, tmp_path: Path
+    seconds: float, postgres: Postgres, postgres_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Neither its key nor its line of the log waits for it, and afterwards every line is there."""
+    # Longer than the database's own limit of two seconds: one that waits at all waits as long as that.
+    monkeypatch.setattr(key_ring, "KNOWN_WAIT_SECONDS", 10)
     loop = asyncio.get_running_loop()
     async with running(tmp_path, database={"url": postgres_url}) as service:
         keys = [ADMIN_KEY, await service.key()]
@@ -173,8 +176,7 @@ async def test_a_stalled_postgres_slows_no_request_down(
             while await logged(service) != len(took):  # noqa: ASYNC110  # another task's work
                 await asyncio.sleep(0.1)
 
-    # A machine may have one slow moment; a request that waited would have companions.
-    assert sum(each > 0.4 for each in took) <= 1, sorted(took)[-5:]
+    assert max(took) < 1.5
     assert len(took) > 10 * seconds
 
 

@@ -18,7 +18,7 @@ PROBE_TOKENS = 24
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """How far the scores of the two ways may be apart, as a share of their norm; rounding alone stays well below."""
 QUANTIZED = 2e-2
-"""The same for int8, where a rounding in float32 now and then becomes one of a hundredth."""
+"""How much farther in int8, where a rounding now and then becomes one of a hundredth."""
 GLOBAL_ROPE = ("dynamic", "longrope")
 """Rotations that depend on the longest sequence in the batch, so that one row would change another's answer."""
 
@@ -69,7 +69,7 @@ def make_row_model(model: Any, *, length: int, rows: int | None, free_bytes: int
         if not model._can_set_attn_implementation():
             raise UnsupportedModelError("it computes attention of its own")
         _check_config(model.config.get_text_config(decoder=True))
-        tolerance = QUANTIZED if quantized else TOLERANCE.get(model.dtype, 0)
+        tolerance = TOLERANCE.get(model.dtype, 0) + (QUANTIZED if quantized else 0)
         probe = _prove(model, min(length, PROBE_TOKENS), tolerance)
     except Exception as error:
         model.set_attn_implementation(usual)

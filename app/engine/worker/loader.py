@@ -92,7 +92,7 @@ def load(spec: ModelSpec, tokenizer_folder: str, on_stage: Callable[[str], None]
     )
     model.eval()
     parameters = sum(weight.numel() for weight in model.parameters())
-    logprob_shift = _quantize(model, tokenizer, device) if spec.quantization == "int8" else None
+    logprob_shift = _quantize(model, tokenizer, device, config) if spec.quantization == "int8" else None
     end_ids = _end_ids(model, tokenizer)
     recommended = _recommended(model.generation_config)
     # The model's own sampling defaults would fill in whatever a request leaves open.
@@ -207,11 +207,11 @@ def _dtype(wanted: str, device: str, config: Any) -> torch.dtype | str:
     return torch.float32
 
 
-def _quantize(model: Any, tokenizer: Any, device: str) -> float:
+def _quantize(model: Any, tokenizer: Any, device: str, config: Any) -> float:
     """Return by how much it changes log-probabilities."""
     if device != "cpu":
         raise LoadError(f"int8 is for processors and not for {device}; choose dtype bfloat16 or float16 there")
-    ids = tokenizer(TEXT, add_special_tokens=True).input_ids[:PROBE_TOKENS]
+    ids = tokenizer(TEXT, add_special_tokens=True).input_ids[: _context_length(config, PROBE_TOKENS)]
     try:
         return round(quantize_linears(model, torch.tensor([ids or [0]])), 4)
     except QuantizationError as error:

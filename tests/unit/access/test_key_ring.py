@@ -185,6 +185,56 @@ async def test_a_database_that_is_back_is_believed_again(
     assert await ring.authenticate(key.encode()) is None
 
 
+async def test_a_probe_that_fails_strangely_does_not_end_the_questions(
+    ring: KeyRing, store: Store, clock: Clock, key: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Else a revoked key would be let in until it is forgotten."""
+    monkeypatch.setattr(key_ring, "PROBE_SECONDS", 0.01)
+    await ring.authenticate(key.encode())
+    store.away = True
+    clock.now += FRESH_SECONDS + 0.1
+    await ring.authenticate(key.encode())
+    monkeypatch.setattr(store, "read", strange)
+    store.away, store.revoked = False, datetime.now(UTC)
+
+    await until(lambda: not ring._away)
+    assert await ring.authenticate(key.encode()) is None
+
+
+async def strange(name: str) -> Role:
+    raise RuntimeError("a driver's own error")
+
+
+async def test_a_slow_database_is_believed_all_the_same(
+    ring: KeyRing, store: Store, clock: Clock, key: str, monkeypatch: pytest.MonkeyPatch
+):
+    """One that takes longer than anybody waits still tells who was revoked."""
+    monkeypatch.setattr(key_ring, "KNOWN_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(key_ring, "PROBE_SECONDS", 0.01)
+    await ring.authenticate(key.encode())
+    store.delay, store.revoked = 0.05, datetime.now(UTC)
+
+    clock.now += FRESH_SECONDS + 0.1
+    assert await ring.authenticate(key.encode()) is not None
+    await until(lambda: not ring._running)
+    assert await ring.authenticate(key.encode()) is None
+
+
+async def test_nothing_is_asked_after_the_end(ring: KeyRing, store: Store, key: str):
+    """Not even what nobody waits for any more."""
+    store.answers.clear()
+    early = asyncio.create_task(ring.authenticate(key.encode()))
+    await until(lambda: store.asked == 1)
+    ring.forget_all()
+    (asking,) = ring._running
+
+    await ring.close()
+
+    assert asking.cancelled()
+    with pytest.raises(asyncio.CancelledError):
+        await early
+
+
 async def test_what_was_asked_before_a_change_is_not_remembered_after_it(ring: KeyRing, store: Store, key: str):
     """A revocation here holds at once, whatever is on its way from the database."""
     store.answers.clear()

@@ -8,16 +8,18 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from app.engine.worker import loader
+from app.engine.worker.forward import make_row_model
 from app.engine.worker.loader import LoadError, load
 from app.engine.worker.messages import ModelSpec, Submit, TokenEvent
 from app.engine.worker.process import Runner, make_runner
-from app.engine.worker.quantizing import TOLERANCE, Int8Linear, quantize_linears
+from app.engine.worker.quantizing import Int8Linear, quantize_linears
 from app.types import Params
 from tests.unit.engine.families import FAMILIES, make
-from tests.unit.engine.tiny import save_tiny_llama
+from tests.unit.engine.tiny import chatml_tokenizer, save_tiny_llama
 
 IDS = torch.arange(5, 25)[None]
 SPEC = ModelSpec(
@@ -75,7 +77,7 @@ def test_a_layer_is_close_and_a_tokens_numbers_are_its_own(bias: bool) -> None:
         together, alone, expected = layer(x), torch.cat([layer(row[None]) for row in x]), linear(x)
 
     assert torch.equal(together, alone)
-    assert all((together - expected).norm(dim=-1) <= TOLERANCE * expected.norm(dim=-1) + 1e-6)
+    assert all((together - expected).norm(dim=-1) <= 0.05 * expected.norm(dim=-1) + 1e-6)
     assert torch.equal(together[5], expected[5])
 
 
@@ -86,6 +88,26 @@ def run(runner: Runner) -> dict[int, list[int]]:
         runner.step(events.extend)
     assert not [event.error for event in events if event.error]
     return {number: [t for e in events if e.id == number for t in e.token_ids] for number in {e.id for e in events}}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_quantized_model_can_be_batched_in_every_type(family: str, dtype: torch.dtype) -> None:
+    """The proof at load allows for what int8 adds to the type's own rounding."""
+    model = make(FAMILIES[family]).to(dtype)
+    quantize_linears(model, IDS)
+
+    assert 2 == make_row_model(model, length=64, rows=2, free_bytes=10**9, quantized=True).cache.rows
+
+
+def test_a_small_context_window_is_room_enough(tmp_path: Path) -> None:
+    """The text that the effect is measured on is cut to it."""
+    tokenizer = chatml_tokenizer()
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+
+    assert load_int8(tmp_path).logprob_shift is not None
 
 
 @pytest.mark.parametrize("engine", ["batching", "serial"])
