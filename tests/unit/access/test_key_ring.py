@@ -169,15 +169,20 @@ async def test_a_revoked_key_in_use_is_found_out_behind_its_requests(
     assert await ring.authenticate(key.encode()) is None
 
 
+async def lose(store: Store, ring: KeyRing, clock: Clock, key: str) -> None:
+    """Let the database go away under a key that is known, and the ring find out."""
+    await ring.authenticate(key.encode())
+    store.away = True
+    clock.now += FRESH_SECONDS + 0.1
+    assert await ring.authenticate(key.encode()) is not None
+
+
 async def test_a_database_that_is_back_is_believed_again(
     ring: KeyRing, store: Store, clock: Clock, key: str, monkeypatch: pytest.MonkeyPatch
 ):
     """What was revoked while nobody could be asked is refused."""
     monkeypatch.setattr(key_ring, "PROBE_SECONDS", 0.01)
-    await ring.authenticate(key.encode())
-    store.away = True
-    clock.now += FRESH_SECONDS + 0.1
-    assert await ring.authenticate(key.encode()) is not None
+    await lose(store, ring, clock, key)
     await until(lambda: store.asked > 5)
     store.away, store.revoked = False, datetime.now(UTC)
 
@@ -190,10 +195,7 @@ async def test_a_probe_that_fails_strangely_does_not_end_the_questions(
 ):
     """Else a revoked key would be let in until it is forgotten."""
     monkeypatch.setattr(key_ring, "PROBE_SECONDS", 0.01)
-    await ring.authenticate(key.encode())
-    store.away = True
-    clock.now += FRESH_SECONDS + 0.1
-    await ring.authenticate(key.encode())
+    await lose(store, ring, clock, key)
     monkeypatch.setattr(store, "read", strange)
     store.away, store.revoked = False, datetime.now(UTC)
 
