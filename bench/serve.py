@@ -104,12 +104,13 @@ class Round:
 
 
 def measure(load: Load, peer: Peer, setup: Setup, server: Server, seed: str) -> Round:
-    """Wake a server, put a load on it, and send it to sleep again.
+    """Wake a server, give it a little to do that does not count, put a load on it, and send it to sleep again.
 
     Raises: RequestFailed: a request failed.
     """
     server.resume()
     try:
+        asyncio.run(_answers(WARM_UP, peer, setup, server.port, f"{seed}/warm-up"))
         client, busy = time.process_time(), server.cpu_seconds()
         answers = asyncio.run(_answers(load, peer, setup, server.port, seed))
         client, busy = time.process_time() - client, server.cpu_seconds() - busy

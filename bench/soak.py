@@ -32,8 +32,9 @@ HANG_UP_SECONDS = 0.5
 """At most so long after the request was sent, or within so many frames of a stream."""
 HANG_UP_FRAMES = 20
 ROWS = 32
-"""Of KV cache that the service makes by itself: each is written once before anything is judged."""
-ROW_SHARE = 0.8
+"""Of KV cache: each is written from end to end before anything is judged."""
+UNWRITTEN_TOKENS = 16
+"""Of a row, at most, for the prompt is counted in words: less than a page of each head."""
 SESSIONS = 20
 SETTLE_SECONDS = 1.0
 SHORTEST = 8
@@ -118,7 +119,7 @@ async def fill_rows(http: httpx.AsyncClient) -> None:
     words = 100
     asked = {"max_tokens": 1, "cache": False}
     tried = await http.post("/v1/generate", json={**asked, "prompt": "the " * words})
-    words = int(ROW_SHARE * context / tried.raise_for_status().json()["usage"]["prompt_tokens"] * words)
+    words = int((context - UNWRITTEN_TOKENS) / tried.raise_for_status().json()["usage"]["prompt_tokens"] * words)
     prompts = (f"{chr(97 + number % 26) * (1 + number // 26)} {'the ' * words}" for number in range(ROWS))
     for reply in await asyncio.gather(*(http.post("/v1/generate", json={**asked, "prompt": each}) for each in prompts)):
         reply.raise_for_status()
@@ -181,7 +182,11 @@ def main() -> None:
     stop_on_sigterm()
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         port = free_port()
-        settings = {"MODEL__NAME": str(arguments.model.resolve()), "DEADLINES__WAITING_SECONDS": "600"}
+        settings = {
+            "MODEL__NAME": str(arguments.model.resolve()),
+            "MODEL__MAX_BATCH_SIZE": str(ROWS),
+            "DEADLINES__WAITING_SECONDS": "600",
+        }
         environment = our_environment(Path(folder), settings)
         connect = partial(
             httpx.AsyncClient, base_url=f"http://127.0.0.1:{port}", headers={"X-API-Key": KEY}, timeout=PATIENCE_SECONDS

@@ -45,6 +45,8 @@ class EngineInfo:
     logprob_shift: float | None = None
     """By how much computing in int8 changed the log-probability of the likeliest token at load, on average; None where
     nothing is quantized."""
+    compiled: bool = False
+    """Whether attention was compiled for this machine at load, or left to torch."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ import app
 from app.engine.worker.messages import FromWorker, ModelSpec, Start, ToWorker, decode_from_worker, encode
 
 PASSED_ON = frozenset(
-    ["PATH", "HOME", "LANG", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT", "VIRTUAL_ENV", "NO_PROXY", "no_proxy"]
+    ["PATH", "HOME", "LANG", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT", "VIRTUAL_ENV", "NO_PROXY", "no_proxy", "CXX"]
 )
 PASSED_ON_PREFIXES = (
     *("LC_", "HF_", "TRANSFORMERS_", "TORCH", "PYTORCH_", "CUDA_", "NVIDIA_", "HIP_", "ROCR_", "OMP_", "GOMP_", "KMP_"),

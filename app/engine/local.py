@@ -176,6 +176,7 @@ class LocalEngine:
             unsupported=ready.unsupported,
             recommended=ready.recommended,
             logprob_shift=ready.logprob_shift,
+            compiled=ready.compiled,
         )
 
     def on_event(self, event: TokenEvent) -> None:
@@ -263,6 +264,7 @@ def _spec(config: ModelConfig) -> ModelSpec:
         device=config.device,
         dtype=config.dtype,
         quantization=config.quantization,
+        compile=config.compile,
         revision=config.revision,
         max_model_len=config.max_model_len,
         threads=config.threads,

@@ -5,14 +5,18 @@ bias of its own, positions that depend on the longest sequence) is recognised he
 it and by comparing scores where it does not.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from app.engine.worker.attention import CompileError
 from app.engine.worker.layout import Piece
 from app.engine.worker.rows import ATTENTION, RowCache, UnsupportedModelError
+
+log = logging.getLogger(__name__)
 
 PROBE_TOKENS = 24
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -54,13 +58,16 @@ class RowModel:
         return scores[: len(keep)]
 
 
-def make_row_model(model: Any, *, length: int, rows: int | None, free_bytes: int, quantized: bool = False) -> RowModel:
+def make_row_model(
+    model: Any, *, length: int, rows: int | None, free_bytes: int, quantized: bool = False, compiled: bool = False
+) -> RowModel:
     """Prove that rows give the model's own scores, and make the rows.
 
     Args:
         length: tokens that fit a row.
         rows: how many; None takes 32, or fewer where they do not fit.
         free_bytes: memory that the rows may take.
+        compiled: whether attention is compiled, where that can be done.
 
     Raises: UnsupportedModelError: it has to be served another way; the model is left as it was.
     """
@@ -70,14 +77,16 @@ def make_row_model(model: Any, *, length: int, rows: int | None, free_bytes: int
             raise UnsupportedModelError("it computes attention of its own")
         _check_config(model.config.get_text_config(decoder=True))
         tolerance = TOLERANCE.get(model.dtype, 0) + (QUANTIZED if quantized else 0)
-        probe = _prove(model, min(length, PROBE_TOKENS), tolerance)
+        probe = _prove(model, min(length, PROBE_TOKENS), tolerance, compiled=compiled)
     except Exception as error:
         model.set_attn_implementation(usual)
         if isinstance(error, UnsupportedModelError):
             raise
         raise UnsupportedModelError(f"its forward pass fails with rows ({type(error).__name__})") from error
     fitting = max(1, free_bytes // max(1, probe.cache.bytes_per_token * length))
-    return RowModel(model, min(rows or MOST_ROWS, fitting), length)
+    made = RowModel(model, min(rows or MOST_ROWS, fitting), length)
+    made.cache.compiled = probe.cache.compiled
+    return made
 
 
 MOST_ROWS = 32
@@ -95,9 +104,10 @@ def _check_config(config: Any) -> None:
 
 
 @torch.inference_mode()
-def _prove(model: Any, tokens: int, tolerance: float) -> RowModel:
+def _prove(model: Any, tokens: int, tolerance: float, *, compiled: bool) -> RowModel:
     """Compare scores computed in pieces, beside a neighbour, with those of an ordinary forward pass.
 
+    Args: compiled: whether to compile attention, if possible, as soon as a first pass has shown its shapes.
     Raises: UnsupportedModelError: they differ.
     """
     generator = torch.Generator().manual_seed(0)
@@ -109,6 +119,8 @@ def _prove(model: Any, tokens: int, tolerance: float) -> RowModel:
     rows = RowModel(model, rows=3, length=tokens)
     cut = tokens // 2
     rows.scores([Piece(0, 0, neighbour[:-3]), Piece(2, 0, ids[:cut])], [False, False])
+    if compiled:
+        _compile(rows.cache)
     found = [rows.scores([Piece(0, tokens - 3, neighbour[-3:-2]), Piece(2, cut, ids[cut:-2])], [False, True])]
     for left in (2, 1):
         place = tokens - left
@@ -120,6 +132,13 @@ def _prove(model: Any, tokens: int, tolerance: float) -> RowModel:
     if not difference <= tolerance:
         raise UnsupportedModelError(f"its scores differ by {difference:.1%} when they are computed in rows")
     return rows
+
+
+def _compile(cache: RowCache) -> None:
+    try:
+        cache.compile()
+    except CompileError as error:
+        log.info("attention is not compiled: %s", error)
 
 
 def _check_windows(config: Any, windows: dict[int, int | None]) -> None:

@@ -123,6 +123,15 @@ class Layout:
         chunks = _chunks(pieces[len(singles) :], len(singles), numbers[1])
         self.groups: list[Group] = [*_runs(singles, numbers[1]), *chunks]
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
+        self._seen: dict[int | None, tuple[Tensor, Tensor]] = {}
+
+    def seen(self, window: int | None) -> tuple[Tensor, Tensor]:
+        """Return the first key that each token looks at and the one after its last, made once for all layers."""
+        if window not in self._seen:
+            end = self.positions[0] + 1
+            first = torch.zeros_like(end) if window is None else (end - window).clamp_(min=0)
+            self._seen[window] = first, end
+        return self._seen[window]
 
     def mask(self, number: int, window: int | None, like: Tensor) -> Tensor | None:
         """Return the mask of a group, made once for all layers."""

@@ -20,6 +20,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     device: Literal["auto", "cpu", "cuda", "mps"]
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     quantization: Literal["none", "int8"] = "none"
+    compile: Literal["none", "attention"] = "none"
     revision: str | None
     max_model_len: int | None
     engine: Literal["auto", "batching", "serial"] = "auto"
@@ -87,6 +88,8 @@ class Ready(msgspec.Struct, tag=True, frozen=True, array_like=True):
     """Sampling settings that the model's own files recommend, by the names of `Params`."""
     logprob_shift: float | None = None
     """By how much quantization changes log-probabilities, on average; None where there is none."""
+    compiled: bool = False
+    """Whether attention was compiled for this machine."""
 
 
 class LoadFailed(msgspec.Struct, tag=True, frozen=True, array_like=True):

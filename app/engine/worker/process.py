@@ -60,6 +60,10 @@ class Runner(Protocol):
         """Fields of `Params` that it cannot honour."""
 
     @property
+    def compiled(self) -> bool:
+        """Whether attention was compiled for this machine."""
+
+    @property
     def busy(self) -> bool:
         """Whether `step` has anything to do."""
 
@@ -158,6 +162,7 @@ def make_runner(loaded: LoadedModel, spec: ModelSpec) -> Runner:
             rows=spec.max_batch_size,
             free_bytes=bytes_for_rows(loaded.device),
             quantized=loaded.logprob_shift is not None,
+            compiled=spec.compile == "attention",
         )
     except UnsupportedModelError as error:
         if spec.engine == "batching":
@@ -208,4 +213,5 @@ def _ready(tokenizer_folder: str, loaded: LoadedModel, runner: Runner) -> Ready:
         unsupported=runner.unsupported,
         recommended=loaded.recommended,
         logprob_shift=loaded.logprob_shift,
+        compiled=runner.compiled,
     )

@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
+from app.engine.worker.attention import CompiledAttention, CompileError, Heads
 from app.engine.worker.layout import Layout, Piece, Singles, additive
 
 ATTENTION = "rows"
@@ -44,6 +45,10 @@ class RowCache(Cache):
         self.length = length
         self.windows: dict[int, int | None] = {}
         """By layer, the sliding window in tokens that it told the attention, or None; known after the first pass."""
+        self.heads: set[Heads | None] = set()
+        """The shapes of attention in the layers that have computed something; None is one that cannot be compiled."""
+        self.compiled: CompiledAttention | None = None
+        """Computes attention instead of torch, if there is one."""
         self._device = torch.device(device)
         self._storage: dict[int, tuple[Tensor, Tensor]] = {}
         self._layout: Layout | None = None
@@ -87,10 +92,24 @@ class RowCache(Cache):
             self._storage[layer_idx] = self._make(key_states), self._make(value_states)
         keys, values = self._storage[layer_idx]
         self._layer = layer_idx
-        place = self._layout.rows, slice(None), self._layout.positions[0]
-        keys[place] = key_states[0].transpose(0, 1)
-        values[place] = value_states[0].transpose(0, 1)
+        rows, positions = self._layout.rows, self._layout.positions[0]
+        if self.compiled is not None:
+            self.compiled.keep(key_states, keys, rows, positions)
+            self.compiled.keep(value_states, values, rows, positions)
+        else:
+            keys[rows, :, positions] = key_states[0].transpose(0, 1)
+            values[rows, :, positions] = value_states[0].transpose(0, 1)
         return keys, values
+
+    def compile(self) -> None:
+        """Attend by a program made for this model from the next pass on.
+
+        Raises: CompileError: there is none for it; everything goes on as before.
+        """
+        heads = next(iter(self.heads)) if len(self.heads) == 1 else None
+        if heads is None:
+            raise CompileError("its attention is not of one kind, or not in float32 on a CPU")
+        self.compiled = CompiledAttention.compile(heads)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return 0: positions are always given, never counted on from the cache."""
@@ -123,8 +142,12 @@ class RowCache(Cache):
         _, heads, tokens, size = query.shape
         scale = size**-0.5 if scaling is None else scaling
         groups = heads // key.shape[1]
+        self.heads.add(_heads(query, key, value) if softcap is None else None)
         q = query[0].transpose(0, 1)
         out = q.new_empty(tokens, heads, value.shape[-1])
+        if self.compiled is not None:
+            self.compiled.attend(q, key, value, out, layout.rows, layout.seen(sliding_window), scale)
+            return out[None]
         for number, group in enumerate(layout.groups):
             seen = slice(group.first(sliding_window), group.end)
             k, v = key[group.rows, :, seen], value[group.rows, :, seen]
@@ -163,6 +186,15 @@ def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
     # `torch.zeros` writes its zeros, and so takes all memory at once; fresh pages of the system are zero already.
     pages = mmap.mmap(-1, math.prod(shape) * like.element_size(), access=mmap.ACCESS_COPY)
     return torch.frombuffer(pages, dtype=like.dtype).view(shape)
+
+
+def _heads(query: Tensor, key: Tensor, value: Tensor) -> Heads | None:
+    """Return the shape of attention between float32 numbers of the CPU, keys and values alike; None for any other."""
+    alike = key.shape == value.shape and key.shape[-1] == query.shape[-1]
+    kinds = {(each.dtype, each.device.type) for each in (query, key, value)}
+    if not alike or kinds != {(torch.float32, "cpu")}:
+        return None
+    return Heads(key.shape[1], query.shape[1] // key.shape[1], query.shape[-1])
 
 
 def _attend(

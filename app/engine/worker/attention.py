@@ -1,0 +1,165 @@
+"""Attention over rows in C++, compiled when a model is loaded, for that model and this processor.
+
+torch's own attention is made for many queries over the same keys: for one new token of each row, and for short pieces
+of prompts, most of its time goes into starting thousands of tiny matrix products.  The source is beside this file, and
+computes in float32 on a CPU.  Decides how it is compiled and when it is not to be trusted; knows no layout of a pass.
+"""
+
+import ctypes
+import logging
+import math
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-shared", "-fPIC")
+COMPILE_SECONDS = 60
+LANES = 8
+"""A head's size is a multiple of this."""
+TOLERANCE = 1e-5
+"""How far its numbers may be from those computed by torch, as a share of their norm."""
+
+
+class CompileError(Exception):
+    """There is no such program for this model or machine; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """The shape of attention in every layer of a model."""
+
+    kv: int
+    """Heads of keys and values."""
+    groups: int
+    """Query heads of each of them."""
+    size: int
+    """Numbers of a head."""
+
+
+class CompiledAttention:
+    """The compiled program."""
+
+    def __init__(self, heads: Heads, library: Path) -> None:
+        """Raises: OSError: the library cannot be loaded."""
+        self._heads = heads
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        program = ctypes.CDLL(str(library))
+        self._attend, self._keep = program.attend, program.keep
+        self._attend.argtypes = [*[pointer] * 7, number, number, ctypes.c_float, ctypes.c_int]
+        self._keep.argtypes = [pointer, number, number, pointer, pointer, pointer, number, number]
+        self._attend.restype = self._keep.restype = None
+
+    @classmethod
+    def compile(cls, heads: Heads) -> "CompiledAttention":
+        """Make the program and try it out; takes about half a second.
+
+        Raises: CompileError: there is no compiler, or what it makes does not work here.
+        """
+        if heads.size % LANES:
+            raise CompileError(f"heads of {heads.size} numbers do not fill vectors")
+        compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))), None)
+        if compiler is None:
+            raise CompileError("there is no C++ compiler")
+        macros = [f"-DKV_HEADS={heads.kv}", f"-DGROUPS={heads.groups}", f"-DSIZE={heads.size}"]
+        try:
+            # A loaded library needs its file no longer.
+            with tempfile.TemporaryDirectory(prefix="llm-attention-") as folder:
+                library = Path(folder) / "attention.so"
+                command = [compiler, *FLAGS, *macros, str(SOURCE), "-o", str(library)]
+                subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_SECONDS)
+                made = cls(heads, library)
+        except subprocess.CalledProcessError as error:
+            raise CompileError(f"{compiler} fails: {_last_line(error.stderr)}") from None
+        except (OSError, subprocess.SubprocessError) as error:
+            raise CompileError(f"{compiler} is of no use: {error}") from None
+        made._try_out()
+        return made
+
+    def keep(self, states: Tensor, to: Tensor, rows: Tensor, positions: Tensor) -> None:
+        """Write the keys or values of some tokens to their places.
+
+        Args:
+            states: (1, KV heads, tokens, size)
+            to: (rows, KV heads, length, size), a layer's.
+            rows, positions: (tokens,)
+        """
+        if states.stride(-1) != 1:
+            states = states.contiguous()
+        self._keep(
+            states.data_ptr(),
+            states.stride(1),
+            states.stride(2),
+            to.data_ptr(),
+            rows.data_ptr(),
+            positions.data_ptr(),
+            len(rows),
+            to.shape[2],
+        )
+
+    def attend(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        out: Tensor,
+        rows: Tensor,
+        seen: tuple[Tensor, Tensor],
+        scale: float,
+    ) -> None:
+        """Attend each token to its own row.
+
+        Args:
+            q, out: (tokens, heads, size); `out` is written and has no gaps.
+            keys, values: (rows, KV heads, length, size), a layer's.
+            rows: (tokens,)
+            seen: the first key that each token looks at and the one after its last, (tokens,) both.
+        """
+        q = q.contiguous()
+        first, end = seen
+        self._attend(
+            q.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            out.data_ptr(),
+            rows.data_ptr(),
+            first.data_ptr(),
+            end.data_ptr(),
+            len(rows),
+            keys.shape[2],
+            scale,
+            torch.get_num_threads(),
+        )
+
+    def _try_out(self) -> None:
+        """Raises: CompileError: it computes something else than torch does."""
+        heads, length, tokens = self._heads, 19, 3
+        generator = torch.Generator().manual_seed(0)
+        keys, values = torch.randn(2, tokens + 1, heads.kv, length, heads.size, generator=generator).unbind()
+        q = torch.randn(tokens, heads.kv * heads.groups, heads.size, generator=generator)
+        new = torch.randn(1, heads.kv, tokens, heads.size, generator=generator)
+        rows, first, end = torch.tensor([[3, 0, 2], [0, 4, 18], [1, 17, 19]])
+        out, scale = torch.empty_like(q), 1 / math.sqrt(heads.size)
+        self.keep(new, keys, rows, end - 1)
+        self.attend(q, keys, values, out, rows, (first, end), scale)
+        for number, (row, begin, stop) in enumerate(zip(rows.tolist(), first.tolist(), end.tolist(), strict=True)):
+            k, v = (each[row, :, begin:stop].repeat_interleave(heads.groups, 0) for each in (keys, values))
+            expected = (torch.softmax(scale * (k @ q[number, :, :, None])[..., 0], -1)[:, None] @ v)[:, 0]
+            kept = torch.equal(keys[row, :, stop - 1], new[0, :, number])
+            if not kept or not (out[number] - expected).norm() <= TOLERANCE * expected.norm():
+                raise CompileError("the compiled attention computes something else")
+
+
+def _last_line(text: bytes) -> str:
+    lines: Sequence[str] = text.decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "without a word"
