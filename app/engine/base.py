@@ -7,7 +7,7 @@ Knows no HTTP, no LangChain and no torch.  `LocalEngine`, `EchoEngine` and `Cach
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Literal, Protocol
 
 from app.types import FinishReason, Message, Params, TokenLogprob, Usage
 
@@ -45,8 +45,8 @@ class EngineInfo:
     logprob_shift: float | None = None
     """By how much computing in int8 changed the log-probability of the likeliest token at load, on average; None where
     nothing is quantized."""
-    compiled: bool = False
-    """Whether attention was compiled for this machine at load, or left to torch."""
+    compiled: Literal["attention", "layers"] | None = None
+    """What was compiled for this machine at load; None leaves all to torch's own operators."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from app.engine.worker.attention import CompileError
 from app.engine.worker.layout import Piece
+from app.engine.worker.messages import Compiled
 from app.engine.worker.rows import ATTENTION, RowCache, UnsupportedModelError
 
 log = logging.getLogger(__name__)
@@ -32,11 +33,21 @@ class RowModel:
 
     def __init__(self, model: Any, rows: int, length: int) -> None:
         """Switch the model's attention over; `length` is the number of tokens that fit a row."""
-        self._model = model
+        self.model = model
         self.vocabulary = model.get_output_embeddings().weight.shape[0]
         """Tokens that it gives scores for."""
         self.cache = RowCache(rows, length, str(model.device))
-        model.set_attn_implementation(ATTENTION)
+        self.restore()
+
+    def restore(self) -> None:
+        """Have the model attend to rows in the ordinary way."""
+        self.cache.outside = False
+        self.model.set_attn_implementation(ATTENTION)
+
+    @property
+    def compiled(self) -> Compiled | None:
+        """What of it is compiled for this machine."""
+        return "layers" if self.cache.outside else "attention" if self.cache.compiled is not None else None
 
     @torch.inference_mode()
     def scores(self, pieces: Sequence[Piece], wanted: Sequence[bool]) -> Tensor:
@@ -47,7 +58,7 @@ class RowModel:
         layout = self.cache.prepare(pieces)
         ends = torch.tensor([len(piece.tokens) for piece in pieces]).cumsum(0) - 1
         keep = ends[torch.tensor(wanted)].to(layout.ids.device)
-        scores: Tensor = self._model(
+        scores: Tensor = self.model(
             input_ids=layout.ids,
             position_ids=layout.positions,
             past_key_values=self.cache,

@@ -12,6 +12,9 @@ import msgspec
 from app.types import Params, TokenLogprob
 
 
+Compiled = Literal["attention", "layers"]
+
+
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What to load; the fields mean what they mean in `ModelConfig`."""
 
@@ -20,7 +23,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     device: Literal["auto", "cpu", "cuda", "mps"]
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     quantization: Literal["none", "int8"] = "none"
-    compile: Literal["none", "attention"] = "none"
+    compile: Literal["none", "attention", "layers"] = "none"
     revision: str | None
     max_model_len: int | None
     engine: Literal["auto", "batching", "serial"] = "auto"
@@ -88,8 +91,8 @@ class Ready(msgspec.Struct, tag=True, frozen=True, array_like=True):
     """Sampling settings that the model's own files recommend, by the names of `Params`."""
     logprob_shift: float | None = None
     """By how much quantization changes log-probabilities, on average; None where there is none."""
-    compiled: bool = False
-    """Whether attention was compiled for this machine."""
+    compiled: Compiled | None = None
+    """What was compiled for this machine."""
 
 
 class LoadFailed(msgspec.Struct, tag=True, frozen=True, array_like=True):

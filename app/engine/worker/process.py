@@ -13,11 +13,14 @@ from typing import NoReturn, Protocol
 import torch
 import zmq
 
-from app.engine.worker.forward import make_row_model
+from app.engine.worker.attention import CompileError
+from app.engine.worker.compiling import compile_layers
+from app.engine.worker.forward import RowModel, make_row_model
 from app.engine.worker.loader import LoadedModel, LoadError, load, load_reason
 from app.engine.worker.memory import bytes_for_rows
 from app.engine.worker.messages import (
     Cancel,
+    Compiled,
     Exchange,
     FromWorker,
     LoadFailed,
@@ -60,8 +63,8 @@ class Runner(Protocol):
         """Fields of `Params` that it cannot honour."""
 
     @property
-    def compiled(self) -> bool:
-        """Whether attention was compiled for this machine."""
+    def compiled(self) -> Compiled | None:
+        """What was compiled for this machine."""
 
     @property
     def busy(self) -> bool:
@@ -169,8 +172,20 @@ def make_runner(loaded: LoadedModel, spec: ModelSpec) -> Runner:
             raise LoadError(f"it cannot be batched: {error}") from None
         log.warning("the model is served one request at a time: %s", error)
         return SerialRunner(loaded)
+    if spec.compile == "layers":
+        _compile_layers(rows, loaded.device)
     pack_linears(loaded.pipeline.model)
     return BatchingRunner(loaded, rows, reuse=spec.prefix_reuse)
+
+
+def _compile_layers(rows: RowModel, device: str) -> None:
+    """Raises: LoadError: they cannot be compiled."""
+    if device == "cpu":
+        raise LoadError("model.compile: layers is for GPUs; on a CPU only attention is compiled")
+    try:
+        compile_layers(rows)
+    except CompileError as error:
+        raise LoadError(f"its layers cannot be compiled: {error}") from error
 
 
 def usable_cores() -> int:

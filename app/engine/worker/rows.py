@@ -49,6 +49,8 @@ class RowCache(Cache):
         """The shapes of attention in the layers that have computed something; None is one that cannot be compiled."""
         self.compiled: CompiledAttention | None = None
         """Computes attention instead of torch, if there is one."""
+        self.outside = False
+        """Whether attention itself calls `write`, and `update` only hands on what it gets."""
         self._device = torch.device(device)
         self._storage: dict[int, tuple[Tensor, Tensor]] = {}
         self._layout: Layout | None = None
@@ -85,6 +87,12 @@ class RowCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        """Take the new keys and values, each (1, KV heads, tokens, head size); return what attention is to be handed."""
+        if self.outside:
+            return key_states, value_states
+        return self.write(key_states, value_states, layer_idx)
+
+    def write(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Write the new keys and values, each (1, KV heads, tokens, head size), to their rows; return a layer's all."""
         if self._layout is None or key_states.shape[0] != 1 or key_states.shape[2] != self._layout.ids.shape[1]:
             raise UnsupportedModelError("it does not keep one key and value for each token")

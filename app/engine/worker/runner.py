@@ -61,7 +61,7 @@ class BatchingRunner:
         clock: seconds; measures steps.
         """
         self.slots = rows.cache.rows
-        self.compiled = rows.cache.compiled is not None
+        self.compiled = rows.compiled
         self._loaded = loaded
         self._rows = rows
         self._scheduler = Scheduler(self.slots, reuse=reuse)

@@ -28,7 +28,7 @@ class SerialRunner:
 
     name = "serial"
     slots = 1
-    compiled = False
+    compiled = None
     unsupported = ("presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "min_tokens")
 
     def __init__(self, loaded: LoadedModel) -> None:

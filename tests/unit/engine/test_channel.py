@@ -65,6 +65,7 @@ class CountingRunner:
 
     name = "counting"
     slots = 1
+    compiled = None
 
     def __init__(self) -> None:
         self.waiting: list[Submit] = []

@@ -37,8 +37,10 @@ def llama() -> Any:
     return make(FAMILIES["llama"])
 
 
-def runner_for(model: Any, rows: int = 4, *, reuse: bool = True, end_ids: tuple[int, ...] = ()) -> BatchingRunner:
-    in_rows = make_row_model(model, length=CONTEXT, rows=rows, free_bytes=10**9)
+def runner_for(
+    model: Any, rows: int = 4, *, reuse: bool = True, end_ids: tuple[int, ...] = (), compiled: bool = False
+) -> BatchingRunner:
+    in_rows = make_row_model(model, length=CONTEXT, rows=rows, free_bytes=10**9, compiled=compiled)
     return BatchingRunner(replace(loaded(model), end_ids=end_ids), in_rows, reuse=reuse)
 
 
@@ -77,15 +79,16 @@ def generate(model: Any, prompt: Sequence[int]) -> list[int]:
     return [int(token) for token in whole[0, len(prompt) :]]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_answers_are_those_of_generate(family: str):
+def test_greedy_answers_are_those_of_generate(family: str, compiled: bool):
     """Token for token in float32, alone and in a full batch whose answers begin at different times."""
     model = make(FAMILIES[family])
     expected = [generate(model, prompt) for prompt in PROMPTS]
-    alone = runner_for(model, rows=1)
+    alone = runner_for(model, rows=1, compiled=compiled)
     assert expected == [complete(alone, prompt) for prompt in PROMPTS]
 
-    runner, events = runner_for(model, rows=3), list[TokenEvent]()
+    runner, events = runner_for(model, rows=3, compiled=compiled), list[TokenEvent]()
     for number, prompt in enumerate(PROMPTS):
         ask(runner, prompt, number)
         runner.step(events.extend)

@@ -1,0 +1,160 @@
+"""Compiled attention: the numbers that torch computes, and torch where it cannot be had."""
+
+import logging
+import math
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from app.engine.worker import attention
+from app.engine.worker.attention import TOLERANCE, CompiledAttention, CompileError, Heads
+from app.engine.worker.forward import RowModel, make_row_model
+from app.engine.worker.layout import Piece
+from tests.unit.engine.families import CONTEXT, FAMILIES, VOCABULARY, make
+
+LENGTH = 200
+
+
+def attended(heads: Heads, q: Tensor, keys: Tensor, values: Tensor, places: list[tuple[int, int, int]]) -> Tensor:
+    """What torch computes for each token, by (row, first key, end)."""
+    found = []
+    for token, (row, first, end) in enumerate(places):
+        k, v = (each[row, :, first:end].repeat_interleave(heads.groups, 0) for each in (keys, values))
+        weights = torch.softmax(k @ q[token, :, :, None] / math.sqrt(heads.size), dim=1)
+        found.append((weights.mT @ v)[:, 0])
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [Heads(1, 1, 8), Heads(2, 1, 48), Heads(3, 3, 64), Heads(1, 7, 80), Heads(2, 4, 128), Heads(1, 16, 256)],
+    ids=str,
+)
+def test_attention_is_that_of_torch(heads: Heads) -> None:
+    """For few and many heads of all sizes, and any number of keys: fewer than a vector holds, and more."""
+    generator = torch.Generator().manual_seed(1)
+    keys, values = torch.randn(2, 4, heads.kv, LENGTH, heads.size, generator=generator).unbind()
+    places = [(3, 0, 1), (0, 0, 7), (2, 0, 8), (1, 5, 14), (1, 0, LENGTH), (1, 190, LENGTH)]
+    q = torch.randn(len(places), heads.kv * heads.groups, heads.size, generator=generator)
+    rows, first, end = torch.tensor(places).T.contiguous()
+    out = torch.full_like(q, float("nan"))
+
+    CompiledAttention.compile(heads).attend(q, keys, values, out, rows, (first, end), 1 / math.sqrt(heads.size))
+
+    expected = attended(heads, q, keys, values, places)
+    assert (out - expected).norm() <= TOLERANCE * expected.norm()
+
+
+def test_scores_of_any_height_have_their_softmax() -> None:
+    """Equal ones share alike, one far above the others takes all, and none overflows."""
+    heads = Heads(1, 1, 8)
+    keys, values = torch.zeros(1, 1, 16, 8), torch.arange(16.0).view(1, 1, 16, 1).expand(1, 1, 16, 8).contiguous()
+    keys[0, 0, 5] = 1
+    rows, first, end = torch.tensor([[0] * 4, [0] * 4, [16] * 4])
+    q = torch.tensor([0.0, 1e4, -1e4, 1e30]).view(4, 1, 1).expand(4, 1, 8).contiguous()
+    out = torch.empty_like(q)
+
+    CompiledAttention.compile(heads).attend(q, keys, values, out, rows, (first, end), 1.0)
+
+    others = (sum(range(16)) - 5) / 15
+    assert torch.allclose(out[:, 0, 0], torch.tensor([7.5, 5.0, others, 5.0]), rtol=1e-6)
+
+
+def test_a_number_that_is_none_stays_in_its_row() -> None:
+    """The runner finds it in that row's scores, and ends that row only."""
+    heads = Heads(2, 2, 8)
+    keys, values = torch.randn(2, 3, 2, 16, 8).unbind()
+    keys[1, 0, 3, 2] = float("nan")
+    q, (rows, first, end) = torch.randn(3, 4, 8), torch.tensor([[0, 1, 2], [0, 0, 0], [16, 16, 16]])
+    out = torch.empty_like(q)
+
+    CompiledAttention.compile(heads).attend(q, keys, values, out, rows, (first, end), 0.3)
+
+    assert [True, False, True] == [bool(each.isfinite().all()) for each in out]
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma2"])
+def test_a_model_scores_alike_with_compiled_attention(family: str) -> None:
+    """Pieces of prompts beside single tokens, windows narrower than what is there, rows with gaps between them."""
+    model = make(FAMILIES[family])
+    rows = make_row_model(model, length=CONTEXT, rows=4, free_bytes=10**9, compiled=True)
+    plain = RowModel(model, rows=4, length=CONTEXT)
+    ids = [[(7 * row + 3 * place) % VOCABULARY for place in range(CONTEXT)] for row in range(4)]
+    passes = [
+        [Piece(0, 0, ids[0][:9]), Piece(2, 0, ids[2][:30])],
+        [Piece(0, 9, ids[0][9:10]), Piece(2, 30, ids[2][30:31]), Piece(3, 0, ids[3][:5])],
+        [Piece(0, 10, ids[0][10:11]), Piece(3, 5, ids[3][5:6]), Piece(2, 31, ids[2][31:40])],
+    ]
+
+    assert "attention" == rows.compiled
+    for pieces in passes:
+        wanted = [True] * len(pieces)
+        expected = plain.scores(pieces, wanted)
+        assert (rows.scores(pieces, wanted) - expected).norm() <= 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("family", ["gemma2", "llama"])
+def test_what_cannot_be_compiled_is_left_to_torch(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Scores that are bounded, and numbers of 16 bits; the reason is logged."""
+    model = make(FAMILIES[family])
+    model = model if family == "gemma2" else model.to(torch.bfloat16)
+
+    with caplog.at_level(logging.INFO, attention.__name__.rpartition(".")[0]):
+        rows = make_row_model(model, length=CONTEXT, rows=2, free_bytes=10**9, compiled=True)
+
+    assert rows.compiled is None
+    assert "attention is not compiled: its attention is not of one kind" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        (None, "there is no C\\+\\+ compiler"),
+        ("echo 'no such flag' >&2; exit 1", "fails: no such flag"),
+        ("exit 0", "is of no use: .*cannot open"),
+    ],
+)
+def test_without_a_compiler_that_works_the_model_is_served_by_torch(
+    compiler: str | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None there, one that refuses, one that makes nothing."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    if compiler is not None:
+        program = tmp_path / "c++"
+        program.write_text(f"#!/bin/sh\n{compiler}\n")
+        program.chmod(0o755)
+
+    with pytest.raises(CompileError, match=reason):
+        CompiledAttention.compile(Heads(1, 1, 8))
+    made = make_row_model(make(FAMILIES["llama"]), length=CONTEXT, rows=2, free_bytes=10**9, compiled=True)
+    assert made.compiled is None
+
+
+def test_a_head_that_fills_no_vectors_is_left_to_torch() -> None:
+    with pytest.raises(CompileError, match="heads of 20 numbers"):
+        CompiledAttention.compile(Heads(1, 1, 20))
+
+
+def test_a_program_that_computes_something_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler may be wrong about the machine; its work is tried out before it answers anyone."""
+    wrong = tmp_path / "attention.cpp"
+    wrong.write_text(attention.SOURCE.read_text().replace("scale * sum(sums[group])", "sum(sums[group])"))
+    assert wrong.read_text() != attention.SOURCE.read_text()
+    monkeypatch.setattr(attention, "SOURCE", wrong)
+
+    with pytest.raises(CompileError, match="computes something else"):
+        CompiledAttention.compile(Heads(2, 2, 16))
+
+
+def test_the_source_compiles_without_a_warning() -> None:
+    compiler = next(filter(None, map(shutil.which, attention.COMPILERS)))
+    assert compiler is not None
+    flags = [*attention.FLAGS, "-Wall", "-Wextra", "-Werror", "-DKV_HEADS=2", "-DGROUPS=2", "-DSIZE=64"]
+    command = [compiler, *flags, str(attention.SOURCE), "-o", "/dev/null"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (0, "") == (done.returncode, done.stderr)
