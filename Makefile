@@ -72,8 +72,8 @@ bench-overhead: $(VENV)/.installed-dev ## Measure what the service costs beside 
 soak: $(VENV)/.installed-dev ## Keep the service busy and see that nothing is left behind (MINUTES=30)
 	@$(PY) -m bench.soak --minutes $(MINUTES) $(ARGS)
 
-test-long: $(VENV)/.installed-dev ## The tests that take minutes: kills and races of the database at full length
-	@$(PY) -m pytest --no-cov -m soak tests/services $(ARGS)
+test-long: $(VENV)/.installed-dev ## The tests that take minutes: kills and races of the database at full length, compiled layers
+	@$(PY) -m pytest --no-cov -m soak $(ARGS)
 
 bench-access: $(VENV)/.installed-dev ## Measure what keys, limits, quotas and the log cost a request
 	@$(PY) -m bench.access $(ARGS)

@@ -70,8 +70,8 @@ class ModelConfig(Section):
     """int8 computes a CPU's linear layers in integers: long prompts are read faster and most weights take a quarter of
     their float32 memory, but log-probabilities change; /v1/models tells by how much."""
     compile: Literal["none", "attention", "layers"] = "attention"
-    """What is compiled for this machine when the model is loaded: attention by a C++ compiler (CPU, half a second; where
-    there is none, torch computes it), or a GPU's layers by torch.compile (a minute at the first start)."""
+    """What is compiled for this machine when the model is loaded: attention by a C++ compiler (CPU, half a second;
+    where there is none, torch computes it), or a GPU's layers by torch.compile (a slower start)."""
     revision: str | None = None
     """Commit or tag of the model on the hub."""
     engine: Literal["auto", "batching", "serial", "echo"] = "auto"

@@ -8,11 +8,19 @@ from transformers.pytorch_utils import Conv1D
 
 
 def linears(model: Any) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """Find the linear layers on the CPU: whose they are, their name there, and they themselves."""
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            if type(child) in {nn.Linear, Conv1D} and child.weight.device.type == "cpu":
-                yield parent, name, child if isinstance(child, nn.Linear) else _as_linear(child)
+    """Find the linear layers on the CPU: whose they are, their name there, and they themselves.
+
+    Each may be replaced before the next is asked for, and is held no longer: at no time are there two whole models.
+    """
+    places = [
+        (parent, name)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child) in {nn.Linear, Conv1D} and child.weight.device.type == "cpu"
+    ]
+    for parent, name in places:
+        child: Any = getattr(parent, name)
+        yield parent, name, child if isinstance(child, nn.Linear) else _as_linear(child)
 
 
 def _as_linear(layer: Conv1D) -> nn.Linear:

@@ -11,7 +11,6 @@ import msgspec
 
 from app.types import Params, TokenLogprob
 
-
 Compiled = Literal["attention", "layers"]
 
 

@@ -84,7 +84,7 @@ def pack_linears(model: Any, least: int | None = None) -> int:
     """
     refused: set[object] = set()
     count = fuse_linears(model, lambda linear: _pack(linear, least, refused))
-    for parent, name, linear in list(linears(model)):
+    for parent, name, linear in linears(model):
         packed = _pack(linear, least, refused)
         if packed is not None:
             setattr(parent, name, packed)

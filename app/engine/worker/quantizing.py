@@ -86,7 +86,7 @@ def quantize_linears(model: Any, ids: Tensor) -> float:
     before = _log_probabilities(model, ids)
     likeliest = before.argmax(-1, keepdim=True)
     scoring = model.get_output_embeddings()
-    for parent, name, linear in list(linears(model)):
+    for parent, name, linear in linears(model):
         if getattr(parent, name) is not scoring:
             setattr(parent, name, _quantized(linear))
     shift = _log_probabilities(model, ids).gather(-1, likeliest) - before.gather(-1, likeliest)

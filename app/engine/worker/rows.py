@@ -66,7 +66,11 @@ class RowCache(Cache):
         """Lay out the next forward pass, which has to follow.
 
         Args: pieces: single tokens first, by row; then longer ones; every row at most once.
+        Raises: IndexError: a piece lies outside of the rows.
         """
+        # The compiled attention writes where it is told to.
+        if any(not 0 <= piece.row < self.rows or piece.start < 0 or piece.end > self.length for piece in pieces):
+            raise IndexError("a piece lies outside of the rows")
         self._layout = Layout(pieces, self._device)
         return self._layout
 
@@ -87,7 +91,7 @@ class RowCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Take the new keys and values, each (1, KV heads, tokens, head size); return what attention is to be handed."""
+        """Take new keys and values, each (1, KV heads, tokens, head size); return what attention is to be handed."""
         if self.outside:
             return key_states, value_states
         return self.write(key_states, value_states, layer_idx)

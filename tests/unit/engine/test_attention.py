@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,6 +18,18 @@ from app.engine.worker.layout import Piece
 from tests.unit.engine.families import CONTEXT, FAMILIES, VOCABULARY, make
 
 LENGTH = 200
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler() -> str:
+    """One that this machine has.  REQUIRE_SERVICES, which CI sets, turns its absence into a failure."""
+    found = next(filter(None, map(shutil.which, attention.COMPILERS)), None)
+    if found is None:
+        reason = "there is no C++ compiler on this machine (Debian: apt-get install g++)"
+        if os.environ.get("REQUIRE_SERVICES"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return found
 
 
 def attended(heads: Heads, q: Tensor, keys: Tensor, values: Tensor, places: list[tuple[int, int, int]]) -> Tensor:
@@ -97,6 +110,17 @@ def test_a_model_scores_alike_with_compiled_attention(family: str) -> None:
         assert (rows.scores(pieces, wanted) - expected).norm() <= 1e-4 * expected.norm()
 
 
+@pytest.mark.parametrize(
+    "piece", [Piece(2, 0, [1]), Piece(-1, 0, [1]), Piece(0, -1, [1]), Piece(1, CONTEXT - 1, [1, 2])]
+)
+def test_nothing_is_written_outside_of_the_rows(piece: Piece) -> None:
+    """A program in C++ would write over whatever is there."""
+    rows = make_row_model(make(FAMILIES["llama"]), length=CONTEXT, rows=2, free_bytes=10**9, compiled=True)
+
+    with pytest.raises(IndexError, match="outside of the rows"):
+        rows.scores([piece], [True])
+
+
 @pytest.mark.parametrize("family", ["gemma2", "llama"])
 def test_what_cannot_be_compiled_is_left_to_torch(family: str, caplog: pytest.LogCaptureFixture) -> None:
     """Scores that are bounded, and numbers of 16 bits; the reason is logged."""
@@ -151,9 +175,7 @@ def test_a_program_that_computes_something_else_is_not_used(tmp_path: Path, monk
         CompiledAttention.compile(Heads(2, 2, 16))
 
 
-def test_the_source_compiles_without_a_warning() -> None:
-    compiler = next(filter(None, map(shutil.which, attention.COMPILERS)))
-    assert compiler is not None
+def test_the_source_compiles_without_a_warning(compiler: str) -> None:
     flags = [*attention.FLAGS, "-Wall", "-Wextra", "-Werror", "-DKV_HEADS=2", "-DGROUPS=2", "-DSIZE=64"]
     command = [compiler, *flags, str(attention.SOURCE), "-o", "/dev/null"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

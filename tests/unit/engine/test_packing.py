@@ -1,5 +1,6 @@
 """Packed weights: other operators, the same numbers, and the plain path where they fail."""
 
+import weakref
 from typing import Any
 
 import pytest
@@ -69,3 +70,21 @@ def test_where_packing_fails_the_layers_stay_as_they_are(monkeypatch: pytest.Mon
     assert 0 == pack_linears(model, least=0)
 
     assert torch.equal(before, scores(model))
+
+
+def test_a_model_is_never_there_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer's weights are let go as soon as their packed copy has taken their place."""
+    alive: list[int] = []
+    seen: list[weakref.ref[nn.Linear]] = []
+
+    def pack(linear: nn.Linear, *others: Any) -> nn.Module:
+        seen.append(weakref.ref(linear))
+        alive.append(sum(each() is not None for each in seen))
+        return nn.Identity()
+
+    monkeypatch.setattr(packing, "_pack", pack)
+    model = make(FAMILIES["phi"])
+
+    assert 6 < pack_linears(model)
+    # The one at hand, and the one before it while the next is looked for.
+    assert max(alive) <= 2

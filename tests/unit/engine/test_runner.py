@@ -79,7 +79,7 @@ def generate(model: Any, prompt: Sequence[int]) -> list[int]:
     return [int(token) for token in whole[0, len(prompt) :]]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, True], ids=["torch's attention", "compiled if it can be"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_answers_are_those_of_generate(family: str, compiled: bool):
     """Token for token in float32, alone and in a full batch whose answers begin at different times."""
