@@ -116,10 +116,11 @@ def _shape(query: Tensor, key: Tensor, value: Tensor, *others: Sequence[Any]) ->
     return query.new_empty(1, tokens, heads, value.shape[-1])
 
 
-_library = torch.library.Library("llm_rows", "DEF")
-_library.define(
-    "attend(Tensor query, Tensor key, Tensor value, SymInt number, SymInt layer, float scale, SymInt? window, "
-    "float? softcap) -> Tensor"
+_OPERATOR = "llm_rows::attend"
+torch.library.define(
+    _OPERATOR,
+    "(Tensor query, Tensor key, Tensor value, SymInt number, SymInt layer, float scale, SymInt? window, float? softcap)"
+    " -> Tensor",
 )
-_library.impl("attend", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("llm_rows::attend", _shape, lib=_library)
+torch.library.impl(_OPERATOR, "CompositeExplicitAutograd", _run)
+torch.library.register_fake(_OPERATOR, _shape)
