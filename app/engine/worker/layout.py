@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+NEAR_KEYS = 512
+"""A piece of a prompt that looks at no more is computed faster one token after the other, by the compiled attention."""
 CALL_COST = 1500
 """What one more attention call costs, in keys read: about 15 us beside 10 ns for each key of a row."""
 
@@ -121,7 +123,10 @@ class Layout:
         """(tokens,)"""
         singles = [piece for piece in pieces if len(piece.tokens) == 1]
         chunks = _chunks(pieces[len(singles) :], len(singles), numbers[1])
-        self.groups: list[Group] = [*_runs(singles, numbers[1]), *chunks]
+        runs = _runs(singles, numbers[1])
+        self.groups: list[Group] = [*runs, *chunks]
+        self.far = len(runs) + next((n for n, chunk in enumerate(chunks) if chunk.end > NEAR_KEYS), len(chunks))
+        """The first group whose keys are too many for the compiled attention; it and what follows is torch's."""
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
         self._seen: dict[int | None, tuple[Tensor, Tensor]] = {}
 

@@ -157,10 +157,13 @@ class RowCache(Cache):
         self.heads.add(_heads(query, key, value) if softcap is None else None)
         q = query[0].transpose(0, 1)
         out = q.new_empty(tokens, heads, value.shape[-1])
+        by_torch = 0
         if self.compiled is not None:
-            self.compiled.attend(q, key, value, out, layout.rows, layout.seen(sliding_window), scale)
-            return out[None]
-        for number, group in enumerate(layout.groups):
+            by_torch = layout.far
+            near = slice(layout.groups[by_torch].tokens.start if by_torch < len(layout.groups) else tokens)
+            first, end = layout.seen(sliding_window)
+            self.compiled.attend(q[near], key, value, out[near], layout.rows[near], (first[near], end[near]), scale)
+        for number, group in enumerate(layout.groups[by_torch:], by_torch):
             seen = slice(group.first(sliding_window), group.end)
             k, v = key[group.rows, :, seen], value[group.rows, :, seen]
             mask = layout.mask(number, sliding_window, q)

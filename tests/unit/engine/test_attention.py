@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.engine.worker import attention
+from app.engine.worker import attention, layout
 from app.engine.worker.attention import TOLERANCE, CompiledAttention, CompileError, Heads
 from app.engine.worker.forward import RowModel, make_row_model
 from app.engine.worker.layout import Piece
@@ -90,9 +90,12 @@ def test_a_number_that_is_none_stays_in_its_row() -> None:
     assert [True, False, True] == [bool(each.isfinite().all()) for each in out]
 
 
+@pytest.mark.parametrize("near", [layout.NEAR_KEYS, 30, 1])
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma2"])
-def test_a_model_scores_alike_with_compiled_attention(family: str) -> None:
-    """Pieces of prompts beside single tokens, windows narrower than what is there, rows with gaps between them."""
+def test_a_model_scores_alike_with_compiled_attention(family: str, near: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of prompts beside single tokens, windows narrower than what is there, rows with gaps between them; and
+    where torch attends to the longer pieces, or to all of them."""
+    monkeypatch.setattr(layout, "NEAR_KEYS", near)
     model = make(FAMILIES[family])
     rows = make_row_model(model, length=CONTEXT, rows=4, free_bytes=10**9, compiled=True)
     plain = RowModel(model, rows=4, length=CONTEXT)
