@@ -127,6 +127,8 @@ class Layout:
         self.groups: list[Group] = [*runs, *chunks]
         self.far = len(runs) + next((n for n, chunk in enumerate(chunks) if chunk.end > NEAR_KEYS), len(chunks))
         """The first group whose keys are too many for the compiled attention; it and what follows is torch's."""
+        self.near = self.groups[self.far].tokens.start if self.far < len(self.groups) else len(flat[0])
+        """How many tokens come before it."""
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
         self._seen: dict[int | None, tuple[Tensor, Tensor]] = {}
 

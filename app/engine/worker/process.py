@@ -154,8 +154,10 @@ def serve(start: Start) -> None:
 def make_runner(loaded: LoadedModel, spec: ModelSpec) -> Runner:
     """Choose how the model is served.
 
-    Raises: LoadError: batching was asked for, and this model cannot be batched.
+    Raises: LoadError: something was asked for that this model or device cannot have.
     """
+    if spec.compile == "layers" and loaded.device == "cpu":
+        raise LoadError("model.compile: layers is for GPUs; on a CPU only attention is compiled")
     if spec.engine == "serial":
         return SerialRunner(loaded)
     try:
@@ -173,15 +175,13 @@ def make_runner(loaded: LoadedModel, spec: ModelSpec) -> Runner:
         log.warning("the model is served one request at a time: %s", error)
         return SerialRunner(loaded)
     if spec.compile == "layers":
-        _compile_layers(rows, loaded.device)
+        _compile_layers(rows)
     pack_linears(loaded.pipeline.model)
     return BatchingRunner(loaded, rows, reuse=spec.prefix_reuse)
 
 
-def _compile_layers(rows: RowModel, device: str) -> None:
+def _compile_layers(rows: RowModel) -> None:
     """Raises: LoadError: they cannot be compiled."""
-    if device == "cpu":
-        raise LoadError("model.compile: layers is for GPUs; on a CPU only attention is compiled")
     try:
         compile_layers(rows)
     except CompileError as error:

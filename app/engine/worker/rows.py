@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
 from app.engine.worker.attention import CompiledAttention, CompileError, Heads
-from app.engine.worker.layout import Layout, Piece, Singles, additive
+from app.engine.worker.layout import Group, Layout, Piece, Singles, additive
 
 ATTENTION = "rows"
 """The name under which the attention is known to transformers."""
@@ -150,40 +150,23 @@ class RowCache(Cache):
         """
         layout = self._layout
         assert layout is not None  # noqa: S101  # `update` has looked
-        self.windows[self._layer] = sliding_window
+        if self._layer not in self.windows:
+            self.windows[self._layer] = sliding_window
+            self.heads.add(_heads(query, key, value) if softcap is None else None)
         _, heads, tokens, size = query.shape
         scale = size**-0.5 if scaling is None else scaling
-        groups = heads // key.shape[1]
-        self.heads.add(_heads(query, key, value) if softcap is None else None)
         q = query[0].transpose(0, 1)
         out = q.new_empty(tokens, heads, value.shape[-1])
         by_torch = 0
         if self.compiled is not None:
-            by_torch = layout.far
-            near = slice(layout.groups[by_torch].tokens.start if by_torch < len(layout.groups) else tokens)
+            by_torch, near = layout.far, slice(layout.near)
             first, end = layout.seen(sliding_window)
             self.compiled.attend(q[near], key, value, out[near], layout.rows[near], (first[near], end[near]), scale)
         for number, group in enumerate(layout.groups[by_torch:], by_torch):
             seen = slice(group.first(sliding_window), group.end)
-            k, v = key[group.rows, :, seen], value[group.rows, :, seen]
             mask = layout.mask(number, sliding_window, q)
-            if isinstance(group, Singles):
-                # All query heads of one KV head together, as if they were so many queries: nothing is repeated.
-                folded = q[group.tokens].view(-1, heads // groups, groups, size)
-                out[group.tokens] = _dot(folded, k, v, mask, scale, softcap, causal=False).flatten(1, 2)
-            else:
-                # The query heads of one KV head as so many batches over the same keys: nothing is repeated here either.
-                folded = q[group.tokens].view(-1, heads // groups, groups, size).permute(2, 1, 0, 3)
-                part = _dot(
-                    folded,
-                    k.expand(groups, -1, -1, -1),
-                    v.expand(groups, -1, -1, -1),
-                    mask,
-                    scale,
-                    softcap,
-                    causal=True,
-                )
-                out[group.tokens] = part.permute(2, 1, 0, 3).flatten(1, 2)
+            k, v = key[group.rows, :, seen], value[group.rows, :, seen]
+            out[group.tokens] = _attend_group(group, q[group.tokens], k, v, mask, scale, softcap)
         return out[None]
 
     def _make(self, like: Tensor) -> Tensor:
@@ -201,6 +184,22 @@ def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
     # `torch.zeros` writes its zeros, and so takes all memory at once; fresh pages of the system are zero already.
     pages = mmap.mmap(-1, math.prod(shape) * like.element_size(), access=mmap.ACCESS_COPY)
     return torch.frombuffer(pages, dtype=like.dtype).view(shape)
+
+
+def _attend_group(
+    group: Group, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
+    """Attend (tokens, heads, size) to (rows, KV heads, keys, size) by torch, and repeat no keys; like `q`."""
+    tokens, heads, size = q.shape
+    groups = heads // k.shape[1]
+    folded = q.view(tokens, heads // groups, groups, size)
+    if isinstance(group, Singles):
+        # All query heads of one KV head together, as if they were so many queries.
+        return _dot(folded, k, v, mask, scale, softcap, causal=False).flatten(1, 2)
+    # The query heads of one KV head as so many batches over the same keys.
+    several = k.expand(groups, -1, -1, -1), v.expand(groups, -1, -1, -1)
+    part = _dot(folded.permute(2, 1, 0, 3), *several, mask, scale, softcap, causal=True)
+    return part.permute(2, 1, 0, 3).flatten(1, 2)
 
 
 def _heads(query: Tensor, key: Tensor, value: Tensor) -> Heads | None:
