@@ -1,7 +1,7 @@
 """Attention over rows in C++, compiled when a model is loaded, for that model and this processor.
 
-torch's own attention is made for many queries over the same keys: for one new token of each row, and for short pieces
-of prompts, most of its time goes into starting thousands of tiny matrix products.  The source is beside this file, and
+torch's own attention is made for many queries over the same keys: for one new token of each row, and for pieces of
+prompts, much of its time goes into starting thousands of small matrix products.  The source is beside this file, and
 computes in float32 on a CPU.  Decides how it is compiled and when it is not to be trusted; knows no layout of a pass.
 """
 
@@ -122,8 +122,9 @@ class CompiledAttention:
         Args:
             q, out: (tokens, heads, size); `out` is written and has no gaps.
             keys, values: (rows, KV heads, length, size), a layer's.
-            rows: (tokens,)
-            seen: the first key that each token looks at and the one after its last, (tokens,) both.
+            rows: (tokens,); neighbours of one row are attended to together.
+            seen: the first key that each token looks at and the one after its last, (tokens,) both; neither goes back
+                from one token of a row to its next.
         """
         q = q.contiguous()
         first, end = seen
@@ -143,12 +144,12 @@ class CompiledAttention:
 
     def _try_out(self) -> None:
         """Raises: CompileError: it computes something else than torch does."""
-        heads, length, tokens = self._heads, 19, 3
+        heads, length, tokens = self._heads, 19, 5
         generator = torch.Generator().manual_seed(0)
         keys, values = torch.randn(2, tokens + 1, heads.kv, length, heads.size, generator=generator).unbind()
         q = torch.randn(tokens, heads.kv * heads.groups, heads.size, generator=generator)
         new = torch.randn(1, heads.kv, tokens, heads.size, generator=generator)
-        rows, first, end = torch.tensor([[3, 0, 2], [0, 4, 18], [1, 17, 19]])
+        rows, first, end = torch.tensor([[3, 0, 2, 2, 2], [0, 4, 0, 0, 1], [1, 17, 17, 18, 19]])
         out, scale = torch.empty_like(q), 1 / math.sqrt(heads.size)
         self.keep(new, keys, rows, end - 1)
         self.attend(q, keys, values, out, rows, (first, end), scale)

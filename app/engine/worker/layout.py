@@ -11,8 +11,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-NEAR_KEYS = 512
-"""A piece of a prompt that looks at no more is computed faster one token after the other, by the compiled attention."""
 CALL_COST = 1500
 """What one more attention call costs, in keys read: about 15 us beside 10 ns for each key of a row."""
 
@@ -122,13 +120,8 @@ class Layout:
         self.rows = numbers[2]
         """(tokens,)"""
         singles = [piece for piece in pieces if len(piece.tokens) == 1]
-        chunks = _chunks(pieces[len(singles) :], len(singles), numbers[1])
-        runs = _runs(singles, numbers[1])
-        self.groups: list[Group] = [*runs, *chunks]
-        self.far = len(runs) + next((n for n, chunk in enumerate(chunks) if chunk.end > NEAR_KEYS), len(chunks))
-        """The first group whose keys are too many for the compiled attention; it and what follows is torch's."""
-        self.near = self.groups[self.far].tokens.start if self.far < len(self.groups) else len(flat[0])
-        """How many tokens come before it."""
+        longer = pieces[len(singles) :]
+        self.groups: list[Group] = [*_runs(singles, numbers[1]), *_chunks(longer, len(singles), numbers[1])]
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
         self._seen: dict[int | None, tuple[Tensor, Tensor]] = {}
 

@@ -157,12 +157,10 @@ class RowCache(Cache):
         scale = size**-0.5 if scaling is None else scaling
         q = query[0].transpose(0, 1)
         out = q.new_empty(tokens, heads, value.shape[-1])
-        by_torch = 0
         if self.compiled is not None:
-            by_torch, near = layout.far, slice(layout.near)
-            first, end = layout.seen(sliding_window)
-            self.compiled.attend(q[near], key, value, out[near], layout.rows[near], (first[near], end[near]), scale)
-        for number, group in enumerate(layout.groups[by_torch:], by_torch):
+            self.compiled.attend(q, key, value, out, layout.rows, layout.seen(sliding_window), scale)
+            return out[None]
+        for number, group in enumerate(layout.groups):
             seen = slice(group.first(sliding_window), group.end)
             mask = layout.mask(number, sliding_window, q)
             k, v = key[group.rows, :, seen], value[group.rows, :, seen]

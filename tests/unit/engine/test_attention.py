@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.engine.worker import attention, layout
+from app.engine.worker import attention
 from app.engine.worker.attention import TOLERANCE, CompiledAttention, CompileError, Heads
 from app.engine.worker.forward import RowModel, make_row_model
 from app.engine.worker.layout import Piece
@@ -47,11 +47,14 @@ def attended(heads: Heads, q: Tensor, keys: Tensor, values: Tensor, places: list
     [Heads(1, 1, 8), Heads(2, 1, 48), Heads(3, 3, 64), Heads(1, 7, 80), Heads(2, 4, 128), Heads(1, 16, 256)],
     ids=str,
 )
-def test_attention_is_that_of_torch(heads: Heads) -> None:
-    """For few and many heads of all sizes, and any number of keys: fewer than a vector holds, and more."""
+@pytest.mark.parametrize("window", [LENGTH, 37])
+def test_attention_is_that_of_torch(heads: Heads, window: int) -> None:
+    """For few and many heads of all sizes, any number of keys, fewer than a vector holds and more, and any number of
+    neighbouring tokens: from one to more than are attended to together, each with a sight of its own."""
     generator = torch.Generator().manual_seed(1)
     keys, values = torch.randn(2, 4, heads.kv, LENGTH, heads.size, generator=generator).unbind()
-    places = [(3, 0, 1), (0, 0, 7), (2, 0, 8), (1, 5, 14), (1, 0, LENGTH), (1, 190, LENGTH)]
+    pieces = [(3, 1, 2), (0, 7, 8), (2, 8, 9), (3, 40, 41), (1, LENGTH - 1, LENGTH + 1), (2, 20, 25), (0, 90, 160)]
+    places = [(row, max(0, end - window), end) for row, begin, stop in pieces for end in range(begin, stop)]
     q = torch.randn(len(places), heads.kv * heads.groups, heads.size, generator=generator)
     rows, first, end = torch.tensor(places).T.contiguous()
     out = torch.full_like(q, float("nan"))
@@ -62,13 +65,15 @@ def test_attention_is_that_of_torch(heads: Heads) -> None:
     assert (out - expected).norm() <= TOLERANCE * expected.norm()
 
 
-def test_scores_of_any_height_have_their_softmax() -> None:
-    """Equal ones share alike, one far above the others takes all, and none overflows."""
-    heads = Heads(1, 1, 8)
-    keys, values = torch.zeros(1, 1, 16, 8), torch.arange(16.0).view(1, 1, 16, 1).expand(1, 1, 16, 8).contiguous()
+@pytest.mark.parametrize("size", [8, 16])
+def test_scores_of_any_height_have_their_softmax(size: int) -> None:
+    """Equal ones share alike, one far above the others takes all, and none overflows; for tokens attended to one by
+    one (heads of 8) and together (of 16)."""
+    heads = Heads(1, 1, size)
+    keys, values = torch.zeros(1, 1, 16, size), torch.arange(16.0).view(1, 1, 16, 1).repeat(1, 1, 1, size)
     keys[0, 0, 5] = 1
     rows, first, end = torch.tensor([[0] * 4, [0] * 4, [16] * 4])
-    q = torch.tensor([0.0, 1e4, -1e4, 1e30]).view(4, 1, 1).expand(4, 1, 8).contiguous()
+    q = torch.tensor([0.0, 1e4, -1e4, 1e30]).view(4, 1, 1).repeat(1, 1, size)
     out = torch.empty_like(q)
 
     CompiledAttention.compile(heads).attend(q, keys, values, out, rows, (first, end), 1.0)
@@ -78,24 +83,22 @@ def test_scores_of_any_height_have_their_softmax() -> None:
 
 
 def test_a_number_that_is_none_stays_in_its_row() -> None:
-    """The runner finds it in that row's scores, and ends that row only."""
-    heads = Heads(2, 2, 8)
-    keys, values = torch.randn(2, 3, 2, 16, 8).unbind()
-    keys[1, 0, 3, 2] = float("nan")
-    q, (rows, first, end) = torch.randn(3, 4, 8), torch.tensor([[0, 1, 2], [0, 0, 0], [16, 16, 16]])
+    """The runner finds it in that row's scores, and ends that row only; nobody looks at what lies behind a row's end."""
+    heads = Heads(2, 2, 16)
+    keys, values = torch.randn(2, 3, 2, 20, 16).unbind()
+    keys[1, 0, 3, 2] = keys[2, 0, 17, 0] = values[2, 1, 17, 0] = float("nan")
+    rows, first, end = torch.tensor([[0, 1, 2, 2], [0, 0, 0, 0], [16, 16, 16, 17]])
+    q = torch.randn(4, 4, 16)
     out = torch.empty_like(q)
 
     CompiledAttention.compile(heads).attend(q, keys, values, out, rows, (first, end), 0.3)
 
-    assert [True, False, True] == [bool(each.isfinite().all()) for each in out]
+    assert [True, False, True, True] == [bool(each.isfinite().all()) for each in out]
 
 
-@pytest.mark.parametrize("near", [layout.NEAR_KEYS, 30, 1])
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma2"])
-def test_a_model_scores_alike_with_compiled_attention(family: str, near: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces of prompts beside single tokens, windows narrower than what is there, rows with gaps between them; and
-    where torch attends to the longer pieces, or to all of them."""
-    monkeypatch.setattr(layout, "NEAR_KEYS", near)
+def test_a_model_scores_alike_with_compiled_attention(family: str) -> None:
+    """Pieces of prompts beside single tokens, windows narrower than what is there, rows with gaps between them."""
     model = make(FAMILIES[family])
     rows = make_row_model(model, length=CONTEXT, rows=4, free_bytes=10**9, compiled=True)
     plain = RowModel(model, rows=4, length=CONTEXT)
@@ -167,12 +170,20 @@ def test_a_head_that_fills_no_vectors_is_left_to_torch() -> None:
         CompiledAttention.compile(Heads(1, 1, 20))
 
 
-def test_a_program_that_computes_something_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A compiler may be wrong about the machine; its work is tried out before it answers anyone."""
-    wrong = tmp_path / "attention.cpp"
-    wrong.write_text(attention.SOURCE.read_text().replace("scale * sum(sums[group])", "sum(sums[group])"))
-    assert wrong.read_text() != attention.SOURCE.read_text()
-    monkeypatch.setattr(attention, "SOURCE", wrong)
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [("scale * sum(sums[group])", "sum(sums[group])"), ("scale * q[token", "q[token"), ("end[token] - begin,", "count,")],
+)
+def test_a_program_that_computes_something_else_is_not_used(
+    right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiler may be wrong about the machine; its work is tried out before it answers anyone: single tokens,
+    neighbours together, and what each of those looks at."""
+    source = attention.SOURCE.read_text()
+    assert source.count(right) == 1
+    changed = tmp_path / "attention.cpp"
+    changed.write_text(source.replace(right, wrong))
+    monkeypatch.setattr(attention, "SOURCE", changed)
 
     with pytest.raises(CompileError, match="computes something else"):
         CompiledAttention.compile(Heads(2, 2, 16))
