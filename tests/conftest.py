@@ -1,10 +1,13 @@
 """What all tests share: a machine with busy cores is no reason to fail a property, and reports cross processes."""
 
+import os
 from collections.abc import Generator
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+# Read by torch when it is imported.  Models this small are slower on several threads, and two tests run at once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("service", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("service")
 

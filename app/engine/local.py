@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -19,7 +19,6 @@ from app.engine.base import Chunk, EngineInfo, EngineState, EngineStatus, Genera
 from app.engine.channel import WorkerLostError, WorkerProcess
 from app.engine.supervisor import Launch, Supervisor
 from app.engine.ticket import Ticket
-from app.engine.tokens import HfTokenizer
 from app.engine.worker.messages import ModelSpec, Ready, Submit, TokenEvent
 from app.errors import ContextLengthExceeded, EngineBusy, EngineFailed, EngineNotReady, InvalidRequest
 from app.types import FinishReason, Params
@@ -118,6 +117,8 @@ class LocalEngine:
     async def start(self) -> None:
         """Begin to load the model and return at once; `wait_ready` tells the outcome."""
         self._worker.start()
+        # transformers takes a second to import, and the worker several; until then nobody needs it.
+        asyncio.get_running_loop().run_in_executor(None, _tokenizer_class)
 
     async def wait_ready(self) -> None:
         """Return as soon as requests can be served.
@@ -160,7 +161,7 @@ class LocalEngine:
         """
         try:
             # A thread: reading a large vocabulary takes up to seconds.
-            self._tokenizer = await asyncio.to_thread(HfTokenizer, ready.tokenizer_folder)
+            self._tokenizer = await asyncio.to_thread(lambda: _tokenizer_class()(ready.tokenizer_folder))
         except (OSError, ValueError) as error:
             raise WorkerLostError(f"The model's tokenizer cannot be loaded: {error}") from error
         self._slots = ready.slots
@@ -272,6 +273,12 @@ def _spec(config: ModelConfig) -> ModelSpec:
         max_batch_size=config.max_batch_size,
         prefix_reuse=config.prefix_reuse,
     )
+
+
+def _tokenizer_class() -> Callable[[str], Tokenizer]:
+    from app.engine.tokens import HfTokenizer
+
+    return HfTokenizer
 
 
 def _rss_bytes(pid: int | None) -> int | None:

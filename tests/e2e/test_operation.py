@@ -83,9 +83,9 @@ def test_two_requests_of_one_session_take_turns(service: Service) -> None:
     assert ["user", "assistant"] * 8 == roles
 
 
-def test_a_killed_worker_ends_its_requests_at_once_and_is_started_again(start: Start) -> None:
+def test_a_killed_worker_ends_its_requests_at_once_and_is_started_again(service: Service) -> None:
     """The stream ends with an error event, readiness goes off, and the service serves again by itself."""
-    service = start()
+    restarts = service.engine()["restarts"]
     with service.client.stream("POST", "/v1/chat", json={**LONG, "stream": True}) as response:
         got = events(response)
         next(got)
@@ -101,7 +101,7 @@ def test_a_killed_worker_ends_its_requests_at_once_and_is_started_again(start: S
     assert (503, True) == (refused.status_code, "retry-after" in refused.headers)
     wait_for(lambda: ready(service), 60)
     assert "Paris" in service.chat("What is the capital of France?")["message"]["content"]
-    assert 1 == service.engine()["restarts"]
+    assert restarts + 1 == service.engine()["restarts"]
 
 
 COUNT = {
@@ -202,17 +202,6 @@ def test_an_idle_service_stops_at_once_on_ctrl_c(start: Start) -> None:
 
     assert 0 == service.process.wait(5)
     assert "Traceback" not in service.log.read_text()
-
-
-def test_a_killed_service_leaves_no_worker(start: Start) -> None:
-    """kill -9 gives the service no chance to clean up; the worker notices by itself."""
-    service = start()
-    worker = service.worker()
-
-    service.process.kill()
-    service.process.wait(5)
-
-    wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, 5)
 
 
 def test_the_first_start_makes_a_key_and_prints_a_curl_that_works(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_compiled_layers_answer_as_generate_does() -> None:
     assert expected == [answer_of(events, number) for number in range(len(PROMPTS))]
 
 
-@pytest.mark.parametrize(("family", "programs"), [("gpt2", 2), ("gemma2", 4)])
+@pytest.mark.parametrize(("family", "programs"), [("gpt2", 2), pytest.param("gemma2", 4, marks=pytest.mark.soak)])
 def test_a_model_is_a_few_programs_however_many_layers_it_has(family: str, programs: int) -> None:
     """One for a single token and one for any number, for each kind of layer; none of them broken in two."""
     model = make(FAMILIES[family])

@@ -1,6 +1,6 @@
 """The batching runner: what it answers is what the model answers, whoever else is being answered."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,15 +21,6 @@ from tests.unit.engine.families import CONTEXT, FAMILIES, NOT_IN_ROWS, VOCABULAR
 
 NEW = 24
 PROMPTS = [[(7 * n + 3 * i) % VOCABULARY for i in range(length)] for n, length in enumerate((1, 5, 12, 30))]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are slower on several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """The serial runner makes what `generate` makes, for one request at a time, and stops when told."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,12 @@ SPEC = ModelSpec(name="", source="local", device="cpu", dtype="auto", revision=N
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoadedModel]:
+def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     """A model whose own settings ask for wild sampling, which no request must inherit."""
     folder = save_tiny_llama(tmp_path_factory.mktemp("llama"))
     GenerationConfig(do_sample=True, temperature=5.0, top_k=3, repetition_penalty=3.0).save_pretrained(folder)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     spec = msgspec.structs.replace(SPEC, name=str(folder))
-    yield replace(load(spec, str(folder / "saved"), on_stage=lambda stage: None), end_ids=())
-    torch.set_num_threads(threads)
+    return replace(load(spec, str(folder / "saved"), on_stage=lambda stage: None), end_ids=())
 
 
 def run(runner: SerialRunner, on_events: Callable[[list[TokenEvent]], None] = lambda events: None) -> list[TokenEvent]:
