@@ -25,14 +25,14 @@ class Load:
     title: str
     clients: int
     per_client: int
-    """Requests of each client, on average."""
+    """Requests of each client, on average; or conversations, one after the other."""
     sizes: Sequence[Size]
     """Taken in turns, in a drawn order."""
     turns: int = 0
-    """Above 0 the requests are the turns of one conversation instead, one after the other."""
+    """Above 0 each is a conversation of so many requests instead."""
 
     def shortened(self) -> "Load":
-        """Return the same with one request of each client, and a conversation of three turns."""
+        """Return the same with one request of each client, or one conversation of three turns."""
         return replace(self, per_client=1, turns=min(self.turns, 3))
 
     def sizes_drawn(self, draw: random.Random) -> list[Size]:
@@ -48,23 +48,24 @@ MIXED = ((16, 96), (105, 64), (105, 32), (512, 64))
 TURN = (64, 64)
 LOADS = (
     Load("c1", "1 client", 1, 4, [SHORT]),
-    Load("c8", "8 clients", 8, 2, [SHORT]),
+    Load("c8", "8 clients", 8, 4, [SHORT]),
     Load("c32", "32 clients", 32, 2, [SHORT]),
     Load("long", "long prompts, 8 clients", 8, 2, [LONG]),
     Load("mixed", "mixed sizes, 8 clients", 8, 3, MIXED),
-    Load("chat", "conversation of ten turns", 1, 1, [TURN], turns=10),
+    Load("chat", "conversation of ten turns", 1, 3, [TURN], turns=10),
 )
 WARM_UP = Load("warm-up", "warm-up", 2, 2, [(105, 8)])
 
 
 async def put(load: Load, peer: Peer, setup: Setup, port: int, seed: str) -> list[Answer]:
-    """Put a load on a server and return the answers, those of a conversation in order.
+    """Put a load on a server and return the answers, those of conversations in order.
 
     Raises: RequestFailed: a request failed, or was not as long as asked.
     """
     draw = random.Random(seed)
     if load.turns:
-        return await _converse(load, peer, setup, port, seed)
+        conversations = [await _converse(load, peer, setup, port, f"{seed}.{n}") for n in range(load.per_client)]
+        return [answer for answers in conversations for answer in answers]
     waiting = deque((text(draw, prompt), prompt, made) for prompt, made in load.sizes_drawn(draw))
     answers: list[Answer] = []
 

@@ -146,11 +146,16 @@ def measure_load(
                 load=load.name,
                 peer=peer.name,
                 rounds=[one.figures for one in each],
-                turns_ms=[one.first_tokens_ms for one in each] if load.turns else (),
-                prompt_tokens=each[0].prompt_tokens if load.turns and each else (),
+                turns_ms=[part for one in each for part in conversations(one.first_tokens_ms, load.turns)],
+                prompt_tokens=each[0].prompt_tokens[: load.turns] if each else (),
                 failure=failed.get(peer.name),
             )
         )
+
+
+def conversations(answers: Sequence[float], turns: int) -> list[Sequence[float]]:
+    """Part what was measured of the answers of a round by conversation, if they are of any."""
+    return [answers[begin : begin + turns] for begin in range(0, len(answers), turns)] if turns else []
 
 
 def prepare_model(folder: Path, shape: str) -> str:

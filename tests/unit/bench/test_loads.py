@@ -8,7 +8,7 @@ import pytest
 from bench.load import LOADS, MIXED
 from bench.model import make_tokenizer
 from bench.peers import PEERS, Ours, TransformersServe, Vllm
-from bench.serve import parse
+from bench.serve import conversations, parse
 from bench.wire import Piece
 from bench.words import VOCABULARY, text
 
@@ -33,6 +33,12 @@ def test_a_mixed_load_has_its_sizes_in_equal_numbers_and_in_the_same_order_for_e
     assert sizes == mixed.sizes_drawn(random.Random("mixed/0"))
     assert sizes != mixed.sizes_drawn(random.Random("mixed/1"))
     assert {6} == {sizes.count(size) for size in MIXED}
+
+
+def test_the_turns_of_each_conversation_are_kept_apart():
+    """The first and last of each are compared; a load without turns has none."""
+    assert [[1, 2], [3, 4], [5, 6]] == conversations([1, 2, 3, 4, 5, 6], 2)
+    assert [] == conversations([1, 2], 0)
 
 
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
