@@ -119,7 +119,8 @@ async def _greet(
         print(f"llm-service: {error.message}", file=sys.stderr, flush=True)
         server.should_exit = True
         return False
-    # What is here now stays: looking through it for garbage would hold all streams up for a tenth of a second.
+    # What is left now stays: looking through it for garbage would hold all streams up for a tenth of a second.
+    gc.collect()
     gc.freeze()
     print(how_to_use(settings, port), flush=True)
     return True

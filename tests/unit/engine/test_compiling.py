@@ -1,6 +1,7 @@
 """Compiled layers: the scores of the layers as they were, from few programs; and the setting that asks for them."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from app.engine.worker import process
 from app.engine.worker.attention import COMPILERS, CompileError
 from app.engine.worker.compiling import compile_layers
 from app.engine.worker.forward import RowModel
@@ -15,6 +17,7 @@ from app.engine.worker.layout import Piece
 from app.engine.worker.loader import LoadError, load
 from app.engine.worker.messages import ModelSpec
 from app.engine.worker.process import Runner, make_runner
+from app.engine.worker.rows import UnsupportedModelError
 from app.engine.worker.runner import BatchingRunner
 from tests.unit.engine.families import CONTEXT, FAMILIES, VOCABULARY, loaded, make
 from tests.unit.engine.test_runner import PROMPTS, answer_of, ask, complete, generate, run
@@ -110,18 +113,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_llama(tmp_path_factory.mktemp("llama"))
 
 
-def runner_of(folder: Path, setting: Any) -> Runner:
+def runner_of(folder: Path, setting: Any, *, engine: Any = "auto", device: str = "cpu") -> Runner:
+    """Args: device: what the model is said to be on."""
     spec = ModelSpec(
         name=str(folder),
         source="local",
         device="cpu",
         dtype="auto",
         compile=setting,
+        engine=engine,
         revision=None,
         max_model_len=None,
         threads=1,
     )
-    return make_runner(load(spec, str(folder / "saved"), on_stage=lambda stage: None), spec)
+    model = load(spec, str(folder / "saved"), on_stage=lambda stage: None)
+    return make_runner(replace(model, device=device), spec)
 
 
 def test_the_setting_decides_what_is_compiled(folder: Path) -> None:
@@ -134,3 +140,19 @@ def test_a_cpu_is_not_asked_to_compile_layers(folder: Path) -> None:
     """It gained nothing there, so the setting is refused in words instead of costing a minute at each start."""
     with pytest.raises(LoadError, match="layers is for GPUs"):
         runner_of(folder, "layers")
+
+
+def test_layers_are_not_left_uncompiled_in_silence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks for them gets them or is told why not: the serial runner compiles none, chosen or fallen back to."""
+
+    def refuse(*model: Any, **rows: Any) -> RowModel:
+        raise UnsupportedModelError("it is strange")
+
+    monkeypatch.setattr(process, "bytes_for_rows", lambda device: 10**9)
+    monkeypatch.setattr(process, "make_row_model", refuse)
+
+    with pytest.raises(LoadError, match="layers needs batching"):
+        runner_of(folder, "layers", engine="serial", device="cuda")
+    with pytest.raises(LoadError, match="it cannot be batched: it is strange"):
+        runner_of(folder, "layers", device="cuda")
+    assert "serial" == runner_of(folder, "attention", device="cuda").name
