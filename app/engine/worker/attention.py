@@ -1,38 +1,23 @@
 """Attention over rows in C++, compiled when a model is loaded, for that model and this processor.
 
 torch's own attention is made for many queries over the same keys: for one new token of each row, and for pieces of
-prompts, much of its time goes into starting thousands of small matrix products.  The source is beside this file, and
-computes in float32 on a CPU.  Decides how it is compiled and when it is not to be trusted; knows no layout of a pass.
+prompts, much of its time goes into starting thousands of small matrix products.  Computes in float32 on a CPU.  Decides
+when it is not to be trusted; knows no layout of a pass.
 """
 
 import ctypes
-import logging
 import math
-import os
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+from app.engine.worker.programs import CompileError, compile_program
 
-SOURCE = Path(__file__).with_suffix(".cpp")
-COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-shared", "-fPIC")
-COMPILE_SECONDS = 60
 LANES = 8
 """A head's size is a multiple of this."""
 TOLERANCE = 1e-5
 """How far its numbers may be from those computed by torch, as a share of their norm."""
-
-
-class CompileError(Exception):
-    """There is no such program for this model or machine; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,45 +31,30 @@ class Heads:
     size: int
     """Numbers of a head."""
 
+    @property
+    def macros(self) -> dict[str, int]:
+        """What a program is compiled with."""
+        return {"KV_HEADS": self.kv, "GROUPS": self.groups, "SIZE": self.size}
+
 
 class CompiledAttention:
     """The compiled program."""
 
-    def __init__(self, heads: Heads, library: Path) -> None:
-        """Raises: OSError: the library cannot be loaded."""
-        self._heads = heads
-        pointer, number = ctypes.c_void_p, ctypes.c_int64
-        program = ctypes.CDLL(str(library))
-        self._attend, self._keep = program.attend, program.keep
-        self._attend.argtypes = [*[pointer] * 7, number, number, ctypes.c_float, ctypes.c_int]
-        self._keep.argtypes = [pointer, number, number, pointer, pointer, pointer, number, number]
-        self._attend.restype = self._keep.restype = None
-
-    @classmethod
-    def compile(cls, heads: Heads) -> "CompiledAttention":
+    def __init__(self, heads: Heads) -> None:
         """Make the program and try it out; takes about half a second.
 
         Raises: CompileError: there is no compiler, or what it makes does not work here.
         """
         if heads.size % LANES:
             raise CompileError(f"heads of {heads.size} numbers do not fill vectors")
-        compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))), None)
-        if compiler is None:
-            raise CompileError("there is no C++ compiler")
-        macros = [f"-DKV_HEADS={heads.kv}", f"-DGROUPS={heads.groups}", f"-DSIZE={heads.size}"]
-        try:
-            # A loaded library needs its file no longer.
-            with tempfile.TemporaryDirectory(prefix="llm-attention-") as folder:
-                library = Path(folder) / "attention.so"
-                command = [compiler, *FLAGS, *macros, str(SOURCE), "-o", str(library)]
-                subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_SECONDS)
-                made = cls(heads, library)
-        except subprocess.CalledProcessError as error:
-            raise CompileError(f"{compiler} fails: {_last_line(error.stderr)}") from None
-        except (OSError, subprocess.SubprocessError) as error:
-            raise CompileError(f"{compiler} is of no use: {error}") from None
-        made._try_out()
-        return made
+        self._heads = heads
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        program = compile_program("attention", heads.macros)
+        self._attend, self._keep = program.attend, program.keep
+        self._attend.argtypes = [*[pointer] * 7, number, number, ctypes.c_float, ctypes.c_int]
+        self._keep.argtypes = [pointer, number, number, pointer, pointer, pointer, number, number]
+        self._attend.restype = self._keep.restype = None
+        self._try_out()
 
     def keep(self, states: Tensor, to: Tensor, rows: Tensor, positions: Tensor) -> None:
         """Write the keys or values of some tokens to their places.
@@ -160,7 +130,3 @@ class CompiledAttention:
             if not kept or not (out[number] - expected).norm() <= TOLERANCE * expected.norm():
                 raise CompileError("the compiled attention computes something else")
 
-
-def _last_line(text: bytes) -> str:
-    lines: Sequence[str] = text.decode(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "without a word"

@@ -15,15 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from app.engine.worker.attention import CompileError
 from app.engine.worker.forward import TOLERANCE, RowModel
-from app.engine.worker.layout import Piece
+from app.engine.worker.programs import CompileError
 from app.engine.worker.rows import RowCache
 
 ATTENTION = "compiled rows"
 """The name under which transformers knows attention that goes through the operator."""
-PROBES = ([Piece(0, 0, [0])], [Piece(0, 1, [1, 0])])
-"""A single token, and more: every size is one of these two to the compiler."""
 
 _numbers = count()
 _caches: WeakValueDictionary[int, RowCache] = WeakValueDictionary()
@@ -36,7 +33,7 @@ def compile_layers(rows: RowModel, *, backend: str | Callable[..., Any] = "induc
     Args: backend: what torch compiles with.
     Raises: CompileError: they cannot be compiled, or compute something else then; the model is left as it was.
     """
-    before = _probe(rows)
+    before = rows.probe()
     layers = list(_layers(rows.model))
     if not layers:
         raise CompileError("nothing says which modules are its layers")
@@ -52,7 +49,7 @@ def compile_layers(rows: RowModel, *, backend: str | Callable[..., Any] = "induc
     try:
         for layer in layers:
             layer.compile(dynamic=True, backend=backend)
-        difference = float((_probe(rows) - before).norm() / before.norm())
+        difference = float((rows.probe() - before).norm() / before.norm())
         if not difference <= TOLERANCE[rows.model.dtype]:
             raise CompileError(f"its scores differ by {difference:.1%} when its layers are compiled")
     except Exception as error:
@@ -70,10 +67,6 @@ def _layers(model: Any) -> Iterator[nn.Module]:
     for module in model.modules():
         if type(module).__name__ in names and any(hasattr(each, "layer_idx") for each in module.modules()):
             yield module
-
-
-def _probe(rows: RowModel) -> Tensor:
-    return torch.cat([rows.scores(pieces, [True] * len(pieces)) for pieces in PROBES]).float()
 
 
 def _attend(

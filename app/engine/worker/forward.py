@@ -5,19 +5,16 @@ bias of its own, positions that depend on the longest sequence) is recognised he
 it and by comparing scores where it does not.
 """
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from app.engine.worker.attention import CompileError
+from app.engine.worker.layers import CompiledLayers
 from app.engine.worker.layout import Piece
 from app.engine.worker.messages import Compiled
 from app.engine.worker.rows import ATTENTION, RowCache, UnsupportedModelError
-
-log = logging.getLogger(__name__)
 
 PROBE_TOKENS = 24
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -37,6 +34,8 @@ class RowModel:
         self.vocabulary = model.get_output_embeddings().weight.shape[0]
         """Tokens that it gives scores for."""
         self.cache = RowCache(rows, length, str(model.device))
+        self.layers: CompiledLayers | None = None
+        """Computes all layers instead of torch, if there is one."""
         self.restore()
 
     def restore(self) -> None:
@@ -47,7 +46,9 @@ class RowModel:
     @property
     def compiled(self) -> Compiled | None:
         """What of it is compiled for this machine."""
-        return "layers" if self.cache.outside else "attention" if self.cache.compiled is not None else None
+        if self.layers is not None or self.cache.outside:
+            return "layers"
+        return None if self.cache.compiled is None else "attention"
 
     @torch.inference_mode()
     def scores(self, pieces: Sequence[Piece], wanted: Sequence[bool]) -> Tensor:
@@ -58,6 +59,8 @@ class RowModel:
         layout = self.cache.prepare(pieces)
         ends = torch.tensor([len(piece.tokens) for piece in pieces]).cumsum(0) - 1
         keep = ends[torch.tensor(wanted)].to(layout.ids.device)
+        if self.layers is not None:
+            return self.layers.scores(layout, keep)
         scores: Tensor = self.model(
             input_ids=layout.ids,
             position_ids=layout.positions,
@@ -68,9 +71,19 @@ class RowModel:
         ).logits[0]
         return scores[: len(keep)]
 
+    def probe(self) -> Tensor:
+        """Return the scores of a made text, to compare one way of computing them with another; uses the first rows."""
+        generator = torch.Generator().manual_seed(0)
+        count = min(PROBE_TOKENS, self.cache.length)
+        ids = torch.randint(self.vocabulary, (count,), generator=generator).tolist()
+        passes = [[Piece(0, 0, ids[: count - 2])], [Piece(0, count - 2, ids[count - 2 : count - 1])]]
+        if self.cache.rows > 1:
+            passes.append([Piece(0, count - 1, ids[-1:]), Piece(1, 0, ids[: count // 2])])
+        return torch.cat([self.scores(pieces, [True] * len(pieces)) for pieces in passes]).float()
+
 
 def make_row_model(
-    model: Any, *, length: int, rows: int | None, free_bytes: int, quantized: bool = False, compiled: bool = False
+    model: Any, *, length: int, rows: int | None, free_bytes: int, quantized: bool = False
 ) -> RowModel:
     """Prove that rows give the model's own scores, and make the rows.
 
@@ -78,7 +91,6 @@ def make_row_model(
         length: tokens that fit a row.
         rows: how many; None takes 32, or fewer where they do not fit.
         free_bytes: memory that the rows may take.
-        compiled: whether attention is compiled, where that can be done.
 
     Raises: UnsupportedModelError: it has to be served another way; the model is left as it was.
     """
@@ -88,16 +100,14 @@ def make_row_model(
             raise UnsupportedModelError("it computes attention of its own")
         _check_config(model.config.get_text_config(decoder=True))
         tolerance = TOLERANCE.get(model.dtype, 0) + (QUANTIZED if quantized else 0)
-        probe = _prove(model, min(length, PROBE_TOKENS), tolerance, compiled=compiled)
+        bytes_per_token = _prove(model, min(length, PROBE_TOKENS), tolerance)
     except Exception as error:
         model.set_attn_implementation(usual)
         if isinstance(error, UnsupportedModelError):
             raise
         raise UnsupportedModelError(f"its forward pass fails with rows ({type(error).__name__})") from error
-    fitting = max(1, free_bytes // max(1, probe.cache.bytes_per_token * length))
-    made = RowModel(model, min(rows or MOST_ROWS, fitting), length)
-    made.cache.compiled = probe.cache.compiled
-    return made
+    fitting = max(1, free_bytes // max(1, bytes_per_token * length))
+    return RowModel(model, min(rows or MOST_ROWS, fitting), length)
 
 
 MOST_ROWS = 32
@@ -115,10 +125,10 @@ def _check_config(config: Any) -> None:
 
 
 @torch.inference_mode()
-def _prove(model: Any, tokens: int, tolerance: float, *, compiled: bool) -> RowModel:
+def _prove(model: Any, tokens: int, tolerance: float) -> int:
     """Compare scores computed in pieces, beside a neighbour, with those of an ordinary forward pass.
 
-    Args: compiled: whether to compile attention, if possible, as soon as a first pass has shown its shapes.
+    Returns: how many bytes of keys and values a token has.
     Raises: UnsupportedModelError: they differ.
     """
     generator = torch.Generator().manual_seed(0)
@@ -130,8 +140,6 @@ def _prove(model: Any, tokens: int, tolerance: float, *, compiled: bool) -> RowM
     rows = RowModel(model, rows=3, length=tokens)
     cut = tokens // 2
     rows.scores([Piece(0, 0, neighbour[:-3]), Piece(2, 0, ids[:cut])], [False, False])
-    if compiled:
-        _compile(rows.cache)
     found = [rows.scores([Piece(0, tokens - 3, neighbour[-3:-2]), Piece(2, cut, ids[cut:-2])], [False, True])]
     for left in (2, 1):
         place = tokens - left
@@ -142,14 +150,7 @@ def _prove(model: Any, tokens: int, tolerance: float, *, compiled: bool) -> RowM
     difference = (torch.cat(found) - expected).float().norm() / expected.float().norm()
     if not difference <= tolerance:
         raise UnsupportedModelError(f"its scores differ by {difference:.1%} when they are computed in rows")
-    return rows
-
-
-def _compile(cache: RowCache) -> None:
-    try:
-        cache.compile()
-    except CompileError as error:
-        log.info("attention is not compiled: %s", error)
+    return rows.cache.bytes_per_token
 
 
 def _check_windows(config: Any, windows: dict[int, int | None]) -> None:

@@ -18,7 +18,7 @@ class Fused:
 
     def __init__(self, product: nn.Module, sizes: list[int]) -> None:
         """Args: sizes: outputs of each layer."""
-        self._product = product
+        self.product = product
         self._sizes = sizes
         self._input: Tensor | None = None
         self._parts: dict[int, Tensor] = {}
@@ -27,7 +27,7 @@ class Fused:
         """Return what the layer of this number makes of `x`."""
         if self._input is not x or index not in self._parts:
             self._input = x
-            self._parts = dict(enumerate(self._product(x).split(self._sizes, dim=-1)))
+            self._parts = dict(enumerate(self.product(x).split(self._sizes, dim=-1)))
         found = self._parts.pop(index)
         if not self._parts:
             self._input = None
@@ -39,12 +39,12 @@ class Part(nn.Module):
 
     def __init__(self, fused: Fused, index: int) -> None:
         super().__init__()
-        self._fused = fused
+        self.fused = fused
         self._index = index
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) to (..., outputs)"""
-        return self._fused.part(self._index, x)
+        return self.fused.part(self._index, x)
 
 
 @torch.inference_mode()

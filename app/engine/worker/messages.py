@@ -12,6 +12,7 @@ import msgspec
 from app.types import Params, TokenLogprob
 
 Compiled = Literal["attention", "layers"]
+Compile = Literal["auto", "none", "attention", "layers"]
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,7 +23,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     device: Literal["auto", "cpu", "cuda", "mps"]
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     quantization: Literal["none", "int8"] = "none"
-    compile: Literal["none", "attention", "layers"] = "none"
+    compile: Compile = "auto"
     revision: str | None
     max_model_len: int | None
     engine: Literal["auto", "batching", "serial"] = "auto"

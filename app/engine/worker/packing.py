@@ -2,12 +2,14 @@
 
 An ordinary layer brings its weights into that order anew in every call, which for the few tokens of a decoding step
 costs as much as the product itself; and a step for few rows takes as long as it takes to read the weights.  So weights
-are ordered once, and in float32 models kept in 16 bits where that loses nothing.  The operators are torch's own but
-private or going out of use, so that they are used from here only, tried out before, and done without where they fail.
+are ordered once, and in float32 models kept in 16 bits where that loses nothing: by a program of our own (`panels.py`),
+and without a compiler by operators of torch that are private or going out of use.  Each is used from here only, tried
+out before, and done without where it fails.
 """
 
 import logging
 import warnings
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch.nn import functional
 
 from app.engine.worker.fusing import fuse_linears
 from app.engine.worker.linears import linears
+from app.engine.worker.panels import PanelLinear, fits_float16
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +26,6 @@ USUAL_ROWS = 8
 """The number of tokens that oneDNN's order is chosen for; others are served as well."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """How far a packed layer's numbers may be from an ordinary one's, as a share of their norm."""
-LOSSLESS = 1e-7
-"""What keeping weights in another type may change, as a share of their norm: as much as one rounding in float32."""
 
 
 class HalfLinear(nn.Module):
@@ -40,8 +41,7 @@ class HalfLinear(nn.Module):
         """Raises: ArithmeticError: the weights need more than 16 bits."""
         super().__init__()
         weight = linear.weight.detach()
-        lost = (weight.half().float() - weight).norm()
-        if not lost <= LOSSLESS * weight.norm():
+        if not fits_float16(weight):
             raise ArithmeticError("float16 does not hold these weights")
         self._packed: Any = torch.ops.quantized.linear_prepack_fp16(weight, linear.bias)
 
@@ -68,33 +68,43 @@ class PackedLinear(nn.Module):
         return done
 
 
-WAYS: dict[torch.dtype, tuple[type[HalfLinear] | type[PackedLinear], ...]] = {
-    torch.float32: (HalfLinear, PackedLinear),
+Way = type[PanelLinear] | type[HalfLinear] | type[PackedLinear]
+OF_TORCH: tuple[Way, ...] = (HalfLinear, PackedLinear)
+"""Those that need no compiler."""
+WAYS: dict[torch.dtype, tuple[Way, ...]] = {
+    torch.float32: (PanelLinear, *OF_TORCH),
     torch.bfloat16: (PackedLinear,),
 }
 """Better ones first."""
 
 
 @torch.inference_mode()
-def pack_linears(model: Any, least: int | None = None) -> int:
+def pack_linears(model: Any, ways: Collection[Way] | None = None, *, least: int | None = None) -> int:
     """Replace a model's linear layers, as far as that makes them faster; for inference only.
 
-    Args: least: layers with so many weights are large enough; None leaves that to each way.
+    Args:
+        ways: to be used at most; None is all that there are.
+        least: layers with so many weights are large enough; None leaves that to each way.
     Returns: how many were replaced, 0 where this processor or torch cannot.
     """
     refused: set[object] = set()
-    count = fuse_linears(model, lambda linear: _pack(linear, least, refused))
+
+    def pack(linear: nn.Linear) -> nn.Module | None:
+        usable = [way for way in WAYS.get(linear.weight.dtype, ()) if ways is None or way in ways]
+        return _pack(linear, usable, least, refused)
+
+    count = fuse_linears(model, pack)
     for parent, name, linear in linears(model):
-        packed = _pack(linear, least, refused)
+        packed = pack(linear)
         if packed is not None:
             setattr(parent, name, packed)
             count += 1
     return count
 
 
-def _pack(linear: nn.Linear, least: int | None, refused: set[object]) -> nn.Module | None:
+def _pack(linear: nn.Linear, ways: Sequence[Way], least: int | None, refused: set[object]) -> nn.Module | None:
     """Return the layer packed, or None; what failed once for a shape is not tried for it again."""
-    for way in WAYS.get(linear.weight.dtype, ()):
+    for way in ways:
         shape = way, linear.weight.shape
         if shape in refused or linear.weight.numel() < (way.LEAST if least is None else least):
             continue

@@ -14,9 +14,8 @@ from typing import NoReturn, Protocol
 import torch
 import zmq
 
-from app.engine.worker.attention import CompileError
-from app.engine.worker.compiling import compile_layers
-from app.engine.worker.forward import RowModel, make_row_model
+from app.engine.worker.acceleration import accelerate
+from app.engine.worker.forward import make_row_model
 from app.engine.worker.loader import LoadedModel, LoadError, load, load_reason
 from app.engine.worker.memory import bytes_for_rows
 from app.engine.worker.messages import (
@@ -36,7 +35,7 @@ from app.engine.worker.messages import (
     decode_to_worker,
     encode,
 )
-from app.engine.worker.packing import pack_linears
+from app.engine.worker.programs import CompileError
 from app.engine.worker.rows import UnsupportedModelError
 from app.engine.worker.runner import BatchingRunner
 from app.engine.worker.serial import SerialRunner
@@ -160,8 +159,6 @@ def make_runner(loaded: LoadedModel, spec: ModelSpec) -> Runner:
 
     Raises: LoadError: something was asked for that this model or device cannot have.
     """
-    if spec.compile == "layers" and loaded.device == "cpu":
-        raise LoadError("model.compile: layers is for GPUs; on a CPU only attention is compiled")
     if spec.compile == "layers" and spec.engine == "serial":
         raise LoadError("model.compile: layers needs batching, and model.engine asks for the serial runner")
     if spec.engine == "serial":
@@ -173,25 +170,17 @@ def make_runner(loaded: LoadedModel, spec: ModelSpec) -> Runner:
             rows=spec.max_batch_size,
             free_bytes=bytes_for_rows(loaded.device),
             quantized=loaded.logprob_shift is not None,
-            compiled=spec.compile == "attention",
         )
     except UnsupportedModelError as error:
         if spec.engine == "batching" or spec.compile == "layers":
             raise LoadError(f"it cannot be batched: {error}") from None
         log.warning("the model is served one request at a time: %s", error)
         return SerialRunner(loaded)
-    if spec.compile == "layers":
-        _compile_layers(rows)
-    pack_linears(loaded.pipeline.model)
-    return BatchingRunner(loaded, rows, reuse=spec.prefix_reuse)
-
-
-def _compile_layers(rows: RowModel) -> None:
-    """Raises: LoadError: they cannot be compiled."""
     try:
-        compile_layers(rows)
+        accelerate(rows, spec.compile)
     except CompileError as error:
         raise LoadError(f"its layers cannot be compiled: {error}") from error
+    return BatchingRunner(loaded, rows, reuse=spec.prefix_reuse)
 
 
 def usable_cores() -> int:

@@ -16,8 +16,9 @@ from torch.nn import functional
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
-from app.engine.worker.attention import CompiledAttention, CompileError, Heads
+from app.engine.worker.attention import CompiledAttention, Heads
 from app.engine.worker.layout import Group, Layout, Piece, Singles, additive
+from app.engine.worker.programs import CompileError
 
 ATTENTION = "rows"
 """The name under which the attention is known to transformers."""
@@ -118,10 +119,21 @@ class RowCache(Cache):
 
         Raises: CompileError: there is none for it; everything goes on as before.
         """
+        self.compiled = CompiledAttention(self.same_heads())
+
+    def same_heads(self) -> Heads:
+        """Return the shape of attention in all layers that have computed something.
+
+        Raises: CompileError: they have none in common that can be compiled.
+        """
         heads = next(iter(self.heads)) if len(self.heads) == 1 else None
         if heads is None:
             raise CompileError("its attention is not of one kind, or not in float32 on a CPU")
-        self.compiled = CompiledAttention.compile(heads)
+        return heads
+
+    def layer(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values of a layer that has computed something, (rows, KV heads, length, head size) each."""
+        return self._storage[number]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return 0: positions are always given, never counted on from the cache."""

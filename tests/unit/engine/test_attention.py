@@ -2,35 +2,32 @@
 
 import logging
 import math
-import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from app.engine.worker import attention
-from app.engine.worker.attention import TOLERANCE, CompiledAttention, CompileError, Heads
+from app.engine.worker import acceleration, programs
+from app.engine.worker.acceleration import accelerate
+from app.engine.worker.attention import TOLERANCE, CompiledAttention, Heads
 from app.engine.worker.forward import RowModel, make_row_model
 from app.engine.worker.layout import Piece
+from app.engine.worker.programs import CompileError
 from tests.unit.engine.families import CONTEXT, FAMILIES, VOCABULARY, make
 
 LENGTH = 200
+pytestmark = pytest.mark.usefixtures("compiler")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiler() -> str:
-    """One that this machine has.  REQUIRE_SERVICES, which CI sets, turns its absence into a failure."""
-    found = next(filter(None, map(shutil.which, attention.COMPILERS)), None)
-    if found is None:
-        reason = "there is no C++ compiler on this machine (Debian: apt-get install g++)"
-        if os.environ.get("REQUIRE_SERVICES"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return found
+def in_rows(model: Any, rows: int = 2) -> RowModel:
+    """A model whose attention is compiled, if that can be done."""
+    made = make_row_model(model, length=CONTEXT, rows=rows, free_bytes=10**9)
+    accelerate(made, "attention")
+    return made
 
 
 def attended(heads: Heads, q: Tensor, keys: Tensor, values: Tensor, places: list[tuple[int, int, int]]) -> Tensor:
@@ -54,7 +51,7 @@ def test_attention_is_that_of_torch(heads: Heads) -> None:
     generator = torch.Generator().manual_seed(1)
     keys, values = torch.randn(2, 4, heads.kv, LENGTH, heads.size, generator=generator).unbind()
     pieces = [(3, 1, 2), (0, 7, 8), (2, 8, 9), (3, 40, 41), (1, LENGTH - 1, LENGTH + 1), (2, 20, 25), (0, 90, 160)]
-    compiled = CompiledAttention.compile(heads)
+    compiled = CompiledAttention(heads)
     for window in (LENGTH, 37):
         places = [(row, max(0, end - window), end) for row, begin, stop in pieces for end in range(begin, stop)]
         q = torch.randn(len(places), heads.kv * heads.groups, heads.size, generator=generator)
@@ -78,7 +75,7 @@ def test_scores_of_any_height_have_their_softmax(size: int) -> None:
     q = torch.tensor([0.0, 1e4, -1e4, 1e30]).view(4, 1, 1).repeat(1, 1, size)
     out = torch.empty_like(q)
 
-    CompiledAttention.compile(heads).attend(q, keys, values, out, rows, (first, end), 1.0)
+    CompiledAttention(heads).attend(q, keys, values, out, rows, (first, end), 1.0)
 
     others = (sum(range(16)) - 5) / 15
     assert torch.allclose(out[:, 0, 0], torch.tensor([7.5, 5.0, others, 5.0]), rtol=1e-6)
@@ -93,7 +90,7 @@ def test_a_number_that_is_none_stays_in_its_row() -> None:
     q = torch.randn(4, 4, 16)
     out = torch.empty_like(q)
 
-    CompiledAttention.compile(heads).attend(q, keys, values, out, rows, (first, end), 0.3)
+    CompiledAttention(heads).attend(q, keys, values, out, rows, (first, end), 0.3)
 
     assert [True, False, True, True] == [bool(each.isfinite().all()) for each in out]
 
@@ -111,9 +108,7 @@ def two_threads() -> Iterator[None]:
 @pytest.mark.usefixtures("two_threads")
 def test_a_model_scores_alike_with_compiled_attention(family: str) -> None:
     """Pieces of prompts beside single tokens, windows narrower than what is there, rows with gaps between them."""
-    model = make(FAMILIES[family])
-    rows = make_row_model(model, length=CONTEXT, rows=4, free_bytes=10**9, compiled=True)
-    plain = RowModel(model, rows=4, length=CONTEXT)
+    rows, plain = in_rows(make(FAMILIES[family]), 4), RowModel(make(FAMILIES[family]), rows=4, length=CONTEXT)
     ids = [[(7 * row + 3 * place) % VOCABULARY for place in range(CONTEXT)] for row in range(4)]
     passes = [
         [Piece(0, 0, ids[0][:9]), Piece(2, 0, ids[2][:30])],
@@ -133,7 +128,7 @@ def test_a_model_scores_alike_with_compiled_attention(family: str) -> None:
 )
 def test_nothing_is_written_outside_of_the_rows(piece: Piece) -> None:
     """A program in C++ would write over whatever is there."""
-    rows = make_row_model(make(FAMILIES["llama"]), length=CONTEXT, rows=2, free_bytes=10**9, compiled=True)
+    rows = in_rows(make(FAMILIES["llama"]))
 
     with pytest.raises(IndexError, match="outside of the rows"):
         rows.scores([piece], [True])
@@ -145,11 +140,11 @@ def test_what_cannot_be_compiled_is_left_to_torch(family: str, caplog: pytest.Lo
     model = make(FAMILIES[family])
     model = model if family == "gemma2" else model.to(torch.bfloat16)
 
-    with caplog.at_level(logging.INFO, attention.__name__.rpartition(".")[0]):
-        rows = make_row_model(model, length=CONTEXT, rows=2, free_bytes=10**9, compiled=True)
+    with caplog.at_level(logging.INFO, acceleration.__name__):
+        rows = in_rows(model)
 
     assert rows.compiled is None
-    assert "attention is not compiled: its attention is not of one kind" in caplog.text
+    assert "attention is left to torch: its attention is not of one kind" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -172,14 +167,14 @@ def test_without_a_compiler_that_works_the_model_is_served_by_torch(
         program.chmod(0o755)
 
     with pytest.raises(CompileError, match=reason):
-        CompiledAttention.compile(Heads(1, 1, 8))
-    made = make_row_model(make(FAMILIES["llama"]), length=CONTEXT, rows=2, free_bytes=10**9, compiled=True)
+        CompiledAttention(Heads(1, 1, 8))
+    made = in_rows(make(FAMILIES["llama"]))
     assert made.compiled is None
 
 
 def test_a_head_that_fills_no_vectors_is_left_to_torch() -> None:
     with pytest.raises(CompileError, match="heads of 20 numbers"):
-        CompiledAttention.compile(Heads(1, 1, 20))
+        CompiledAttention(Heads(1, 1, 20))
 
 
 @pytest.mark.parametrize(
@@ -195,18 +190,12 @@ def test_a_program_that_computes_something_else_is_not_used(
 ) -> None:
     """A compiler may be wrong about the machine; its work is tried out before it answers anyone: single tokens,
     neighbours together, and what each of those looks at."""
-    source = attention.SOURCE.read_text()
+    shutil.copytree(programs.SOURCES, tmp_path, dirs_exist_ok=True)
+    header = tmp_path / "attention.h"
+    source = header.read_text()
     assert source.count(right) == 1
-    changed = tmp_path / "attention.cpp"
-    changed.write_text(source.replace(right, wrong))
-    monkeypatch.setattr(attention, "SOURCE", changed)
+    header.write_text(source.replace(right, wrong))
+    monkeypatch.setattr(programs, "SOURCES", tmp_path)
 
     with pytest.raises(CompileError, match="computes something else"):
-        CompiledAttention.compile(Heads(2, 2, 16))
-
-
-def test_the_source_compiles_without_a_warning(compiler: str) -> None:
-    flags = [*attention.FLAGS, "-Wall", "-Wextra", "-Werror", "-DKV_HEADS=2", "-DGROUPS=2", "-DSIZE=64"]
-    command = [compiler, *flags, str(attention.SOURCE), "-o", "/dev/null"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (0, "") == (done.returncode, done.stderr)
+        CompiledAttention(Heads(2, 2, 16))

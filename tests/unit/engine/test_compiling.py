@@ -1,6 +1,5 @@
 """Compiled layers: the scores of the layers as they were, from few programs; and the setting that asks for them."""
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,14 +8,14 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from app.engine.worker import process
-from app.engine.worker.attention import COMPILERS, CompileError
+from app.engine.worker import panels, process, programs
 from app.engine.worker.compiling import compile_layers
 from app.engine.worker.forward import RowModel
 from app.engine.worker.layout import Piece
 from app.engine.worker.loader import LoadError, load
 from app.engine.worker.messages import ModelSpec
 from app.engine.worker.process import Runner, make_runner
+from app.engine.worker.programs import CompileError
 from app.engine.worker.rows import UnsupportedModelError
 from app.engine.worker.runner import BatchingRunner
 from tests.unit.engine.families import CONTEXT, FAMILIES, VOCABULARY, loaded, make
@@ -130,16 +129,11 @@ def runner_of(folder: Path, setting: Any, *, engine: Any = "auto", device: str =
     return make_runner(replace(model, device=device), spec)
 
 
+@pytest.mark.usefixtures("compiler")
 def test_the_setting_decides_what_is_compiled(folder: Path) -> None:
-    compilers = any(map(shutil.which, COMPILERS))
-    assert ("attention" if compilers else None) == runner_of(folder, "attention").compiled
-    assert runner_of(folder, "none").compiled is None
-
-
-def test_a_cpu_is_not_asked_to_compile_layers(folder: Path) -> None:
-    """It gained nothing there, so the setting is refused in words instead of costing a minute at each start."""
-    with pytest.raises(LoadError, match="layers is for GPUs"):
-        runner_of(folder, "layers")
+    """And `/status` says it."""
+    for setting, compiled in (("auto", "layers"), ("layers", "layers"), ("attention", "attention"), ("none", None)):
+        assert compiled == runner_of(folder, setting).compiled
 
 
 def test_layers_are_not_left_uncompiled_in_silence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,3 +150,15 @@ def test_layers_are_not_left_uncompiled_in_silence(folder: Path, monkeypatch: py
     with pytest.raises(LoadError, match="it cannot be batched: it is strange"):
         runner_of(folder, "layers", device="cuda")
     assert "serial" == runner_of(folder, "attention", device="cuda").name
+
+
+def test_without_a_compiler_layers_are_refused_and_else_left_to_torch(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(programs, "COMPILERS", ())
+    monkeypatch.delenv("CXX", raising=False)
+    panels.products.cache_clear()
+
+    assert runner_of(folder, "auto").compiled is None
+    with pytest.raises(LoadError, match="its layers cannot be compiled: .*no C\\+\\+ compiler"):
+        runner_of(folder, "layers")

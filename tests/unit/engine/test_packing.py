@@ -1,6 +1,7 @@
 """Packed weights: other operators, the same numbers, and the plain path where they fail."""
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from app.engine.worker import packing
-from app.engine.worker.packing import HalfLinear, PackedLinear, pack_linears
+from app.engine.worker.packing import OF_TORCH, HalfLinear, PackedLinear, Way, pack_linears
+from app.engine.worker.panels import PanelLinear
 from tests.unit.engine.families import FAMILIES, VOCABULARY, make
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -22,13 +24,17 @@ def scores(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", ["llama", "phi", "opt", "gpt2"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_packed_model_gives_the_same_scores(family: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "ways"),
+    [(torch.float32, None), (torch.float32, OF_TORCH), (torch.bfloat16, None)],
+    ids=["float32", "float32 without a compiler", "bfloat16"],
+)
+def test_a_packed_model_gives_the_same_scores(family: str, dtype: torch.dtype, ways: Sequence[Way] | None) -> None:
     """With and without bias, tied output included: all layers are replaced, or none where the processor cannot."""
     model = make(FAMILIES[family]).to(dtype)
     before, layers = scores(model), [each for each in model.modules() if type(each) in {nn.Linear, Conv1D}]
 
-    packed = pack_linears(model, least=0)
+    packed = pack_linears(model, ways, least=0)
 
     left = [each for each in model.modules() if type(each) in {nn.Linear, Conv1D}]
     assert (len(layers), 0) == (packed, len(left)) or (dtype == torch.bfloat16 and (0, layers) == (packed, left))
@@ -41,8 +47,8 @@ def test_float32_weights_are_halved_only_where_that_loses_nothing() -> None:
     exact, halved = make(FAMILIES["llama"]), make(FAMILIES["llama"]).to(torch.bfloat16).float()
     expected = scores(halved)
 
-    pack_linears(exact, least=0)
-    pack_linears(halved, least=0)
+    pack_linears(exact, OF_TORCH, least=0)
+    pack_linears(halved, OF_TORCH, least=0)
 
     assert not any(type(each) is HalfLinear for each in exact.modules())
     if "fbgemm" in torch.backends.quantized.supported_engines:
@@ -59,7 +65,7 @@ def test_weights_beyond_float16_stay_in_float32() -> None:
         HalfLinear(layer)
 
 
-@pytest.mark.parametrize("way", [HalfLinear, PackedLinear])
+@pytest.mark.parametrize("way", [PanelLinear, HalfLinear, PackedLinear])
 def test_where_packing_fails_the_layers_stay_as_they_are(monkeypatch: pytest.MonkeyPatch, way: type[nn.Module]) -> None:
     """An operator that computes something else is found out before its layer is replaced."""
     monkeypatch.setattr(way, "forward", lambda self, x: torch.zeros(3, 1))

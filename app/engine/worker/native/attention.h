@@ -1,70 +1,30 @@
-// Attention of tokens, each over its own row of KV cache, and the writing of new keys and values.
+// Attention of tokens, each over its own row of KV cache.
 //
-// Compiled at load for one model and one machine: SIZE (of a head), GROUPS (query heads of one KV head) and KV_HEADS
-// are given as macros, so that every inner loop has a fixed length.  Plain C++ with the vector types of GCC and Clang.
-// Scores are kept whole: one pass for them, one for their softmax, one for the values.  A token by itself is bound by
-// the reading of its keys; neighbouring tokens of one row share that, and are two products of matrices.
+// SIZE (of a head), GROUPS (query heads of one KV head) and KV_HEADS are given as macros, so that every inner loop has a
+// fixed length.  Scores are kept whole: one pass for them, one for their softmax, one for the values.  A token by itself
+// is bound by the reading of its keys; neighbouring tokens of one row share that, and are two products of matrices.
+
+#pragma once
 
 #include <algorithm>
-#include <cstdint>
-#include <cstring>
 #include <limits>
 #include <vector>
 
+#include "vectors.h"
+
 namespace {
 
-constexpr int LANES = 8;
 constexpr int VECTORS = SIZE / LANES;
 // Sums of values that stay in registers at a time; 16 vector registers are what AVX2 has.
 constexpr int BLOCK = GROUPS * 4 <= 12 && VECTORS % 4 == 0 ? 4 : GROUPS * 2 <= 12 && VECTORS % 2 == 0 ? 2 : 1;
 static_assert(SIZE % LANES == 0, "a head fills whole vectors");
 
-// A product keeps QUERIES x PANEL sums in 12 of 16 registers; two vectors of one factor and a number of the other fit.
-constexpr int PANEL = 2 * LANES;
-constexpr int QUERIES = 6;
+constexpr int QUERIES = LINES;
 // Tokens that are attended to together: enough queries for the laying out of keys to be cheap, few enough to share out.
 constexpr int TOKENS = SIZE % PANEL == 0 && GROUPS <= 24 ? 48 / GROUPS : 1;
 constexpr int MOST = (TOKENS * GROUPS + QUERIES - 1) / QUERIES * QUERIES;
 // Keys whose values stay in the first-level cache while all queries take them.
 constexpr int64_t KEYS = 64;
-
-typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
-typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(int32_t))));
-
-inline Vector load(const float* from) {
-    Vector it;
-    std::memcpy(&it, from, sizeof it);
-    return it;
-}
-
-inline void store(float* to, Vector it) { std::memcpy(to, &it, sizeof it); }
-
-inline Vector all(float it) { return it - Vector{}; }
-
-inline float sum(Vector it) {
-    return ((it[0] + it[4]) + (it[1] + it[5])) + ((it[2] + it[6]) + (it[3] + it[7]));
-}
-
-// e to the power of x <= 0, by 2^n times a polynomial (Cephes' expf), to about 1e-7; 0 below -87, NaN for NaN.
-inline Vector exponential(Vector x) {
-    const Vector least = all(-87.0f);
-    const Integers tiny = x < least;
-    const Vector bounded = tiny ? least : x;
-    const Integers n = __builtin_convertvector(bounded * 1.44269504088896341f - 0.5f, Integers);
-    const Vector whole = __builtin_convertvector(n, Vector);
-    const Vector r = bounded - whole * 0.693359375f + whole * 2.12194440e-4f;
-    Vector p = all(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    const Integers power = (n + 127) << 23;
-    Vector scale;
-    std::memcpy(&scale, &power, sizeof scale);
-    return tiny ? Vector{} : p * scale;
-}
 
 // Scores of the queries of one KV head with all keys; `padded` is the room of one query's scores.
 void score(const float* q, const float* keys, float* scores, int64_t count, int64_t padded, float scale) {
@@ -181,50 +141,48 @@ class Together {
     std::vector<float> scores_;
 };
 
-}  // namespace
+// What each token of a pass looks at, (tokens,) each: its row, its first key and the one after its last.  Neither key
+// goes back from one token of a row to its next.
+struct Seen {
+    const int64_t *rows, *first, *end;
+};
 
-// q, out: (tokens, KV_HEADS * GROUPS, SIZE) without gaps; keys, values: one layer's (rows, KV_HEADS, length, SIZE).
-// rows, first and end: (tokens,) the row of each token and the keys that it looks at; neither goes back within a row.
-extern "C" void attend(const float* q, const float* keys, const float* values, float* out, const int64_t* rows,
-                       const int64_t* first, const int64_t* end, int64_t tokens, int64_t length, float scale,
-                       int threads) {
+// Where runs of neighbouring tokens of one row begin, cut so that none is too long, and the end of the last.
+std::vector<int64_t> runs(const int64_t* rows, int64_t tokens) {
     std::vector<int64_t> begins;
     for (int64_t token = 0; token < tokens; token++) {
         const bool apart = token == 0 || rows[token] != rows[begins.back()];
         if (apart || token - begins.back() == TOKENS) begins.push_back(token);
     }
-    const int64_t blocks = begins.size();
     begins.push_back(tokens);
-#pragma omp parallel num_threads(threads)
-    {
-        std::vector<float> scores;
-        Together together;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t task = blocks * KV_HEADS - 1; task >= 0; task--) {
-            const int64_t token = begins[task / KV_HEADS], head = task % KV_HEADS;
-            const int64_t block = begins[task / KV_HEADS + 1] - token;
-            const int64_t from = (rows[token] * KV_HEADS + head) * length * SIZE;
-            const int64_t place = (token * KV_HEADS + head) * GROUPS * SIZE;
-            if (block > 1) {
-                together.attend(q + place, keys + from, values + from, out + place, first + token, end + token, block,
-                                scale);
-                continue;
-            }
-            const int64_t begin = from + first[token] * SIZE, count = end[token] - first[token];
-            const int64_t padded = (count + LANES - 1) / LANES * LANES;
-            scores.resize(GROUPS * padded);
-            score(q + place, keys + begin, scores.data(), count, padded, scale);
-            for (int group = 0; group < GROUPS; group++) soften(scores.data() + group * padded, 0, count, padded);
-            gather(scores.data(), values + begin, out + place, count, padded);
-        }
-    }
+    return begins;
 }
 
-// from: (KV_HEADS, tokens, SIZE), each head's numbers without gaps; to: one layer's (rows, KV_HEADS, length, SIZE).
-extern "C" void keep(const float* from, int64_t head_stride, int64_t token_stride, float* to, const int64_t* rows,
-                     const int64_t* positions, int64_t tokens, int64_t length) {
-    for (int64_t token = 0; token < tokens; token++)
-        for (int64_t head = 0; head < KV_HEADS; head++)
-            std::memcpy(to + ((rows[token] * KV_HEADS + head) * length + positions[token]) * SIZE,
-                        from + head * head_stride + token * token_stride, SIZE * sizeof(float));
-}
+// What one thread attends with.
+class Attention {
+  public:
+    // Attend `count` tokens from `token` on, a run, for one KV head.
+    // q, out: (tokens, KV_HEADS * GROUPS, SIZE) without gaps; keys, values: (rows, KV_HEADS, length, SIZE).
+    void attend(const float* q, const float* keys, const float* values, float* out, Seen seen, int64_t token,
+                int64_t count, int64_t head, int64_t length, float scale) {
+        const int64_t from = (seen.rows[token] * KV_HEADS + head) * length * SIZE;
+        const int64_t place = (token * KV_HEADS + head) * GROUPS * SIZE;
+        if (count > 1) {
+            together_.attend(q + place, keys + from, values + from, out + place, seen.first + token, seen.end + token,
+                             count, scale);
+            return;
+        }
+        const int64_t begin = from + seen.first[token] * SIZE, keys_seen = seen.end[token] - seen.first[token];
+        const int64_t padded = (keys_seen + LANES - 1) / LANES * LANES;
+        scores_.resize(GROUPS * padded);
+        score(q + place, keys + begin, scores_.data(), keys_seen, padded, scale);
+        for (int group = 0; group < GROUPS; group++) soften(scores_.data() + group * padded, 0, keys_seen, padded);
+        gather(scores_.data(), values + begin, out + place, keys_seen, padded);
+    }
+
+  private:
+    std::vector<float> scores_;
+    Together together_;
+};
+
+}  // namespace

@@ -1,0 +1,78 @@
+"""What makes a model's passes faster on the device at hand, as `model.compile` says.
+
+Whatever takes the place of torch's own operators is compared with them first, on this model, and left out where it
+computes something else.  Decides which way is taken; knows nothing of how each works.
+"""
+
+import logging
+from collections.abc import Callable
+
+from app.engine.worker.compiling import compile_layers
+from app.engine.worker.forward import RowModel
+from app.engine.worker.layers import CompiledLayers, may_be_compiled
+from app.engine.worker.messages import Compile
+from app.engine.worker.packing import OF_TORCH, pack_linears
+from app.engine.worker.panels import PanelLinear, products
+from app.engine.worker.programs import CompileError
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = 1e-4
+"""How far scores in float32 may be from those computed by torch, as a share of their norm."""
+
+
+def accelerate(rows: RowModel, setting: Compile) -> None:
+    """Make a model that serves in rows faster; its rows must be empty, and are used.
+
+    Raises: CompileError: compiled layers were asked for and cannot be had.
+    """
+    if rows.model.device.type != "cpu":
+        if setting == "layers":
+            compile_layers(rows)
+        return
+    if setting in {"auto", "layers"}:
+        try:
+            _add_layers(rows)
+        except CompileError as error:
+            if setting == "layers":
+                raise
+            log.info("layers are left to torch: %s", error)
+    if rows.layers is None:
+        if setting != "none":
+            _add_attention(rows)
+        pack_linears(rows.model, OF_TORCH if setting == "none" else None)
+
+
+def _add_layers(rows: RowModel) -> None:
+    """Raises: CompileError: they cannot be compiled, or compute something else."""
+    may_be_compiled(rows.model)
+    products()
+
+    def add() -> None:
+        pack_linears(rows.model, [PanelLinear], least=0)
+        rows.layers = CompiledLayers(rows.model, rows.cache)
+
+    def remove() -> None:
+        rows.layers = None
+
+    _tried(rows, add, remove)
+
+
+def _add_attention(rows: RowModel) -> None:
+    def remove() -> None:
+        rows.cache.compiled = None
+
+    try:
+        _tried(rows, rows.cache.compile, remove)
+    except CompileError as error:
+        log.info("attention is left to torch: %s", error)
+
+
+def _tried(rows: RowModel, add: Callable[[], None], remove: Callable[[], None]) -> None:
+    """Raises: CompileError: it cannot be added, or changes the scores."""
+    before = rows.probe()
+    add()
+    difference = float((rows.probe() - before).norm() / before.norm())
+    if not difference <= TOLERANCE:
+        remove()
+        raise CompileError(f"its scores differ by {difference:.2%} when it is compiled")

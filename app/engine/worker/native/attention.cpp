@@ -1,0 +1,31 @@
+// Attention as torch's operator: what RowCache calls in every layer of a model that torch computes.
+
+#include "attention.h"
+
+// q, out: (tokens, KV_HEADS * GROUPS, SIZE) without gaps; keys, values: one layer's (rows, KV_HEADS, length, SIZE).
+// rows, first and end: (tokens,) the row of each token and the keys that it looks at; neither goes back within a row.
+extern "C" void attend(const float* q, const float* keys, const float* values, float* out, const int64_t* rows,
+                       const int64_t* first, const int64_t* end, int64_t tokens, int64_t length, float scale,
+                       int threads) {
+    const std::vector<int64_t> begins = runs(rows, tokens);
+    const int64_t tasks = (begins.size() - 1) * KV_HEADS;
+#pragma omp parallel num_threads(threads)
+    {
+        Attention attention;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = tasks - 1; task >= 0; task--) {
+            const int64_t token = begins[task / KV_HEADS];
+            attention.attend(q, keys, values, out, {rows, first, end}, token, begins[task / KV_HEADS + 1] - token,
+                             task % KV_HEADS, length, scale);
+        }
+    }
+}
+
+// from: (KV_HEADS, tokens, SIZE), each head's numbers without gaps; to: one layer's (rows, KV_HEADS, length, SIZE).
+extern "C" void keep(const float* from, int64_t head_stride, int64_t token_stride, float* to, const int64_t* rows,
+                     const int64_t* positions, int64_t tokens, int64_t length) {
+    for (int64_t token = 0; token < tokens; token++)
+        for (int64_t head = 0; head < KV_HEADS; head++)
+            std::memcpy(to + ((rows[token] * KV_HEADS + head) * length + positions[token]) * SIZE,
+                        from + head * head_stride + token * token_stride, SIZE * sizeof(float));
+}

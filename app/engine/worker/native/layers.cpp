@@ -1,0 +1,236 @@
+// All layers of a model in one call: the forward pass of Llama and its relatives over rows of KV cache.
+//
+// Pre-norm blocks: RMSNorm, grouped attention with rotary positions, RMSNorm, SwiGLU.  The threads stay together from the
+// first layer to the last and wait for each other between two steps of a layer, where torch would start them anew for
+// each operator.  WEIGHT is the type of the weights, a macro beside those of attention.h.
+
+#include <cmath>
+
+#include "attention.h"
+#include "products.h"
+
+extern "C" {
+
+// A layer's weights; null where it has no bias and no norm of its heads.
+struct Layer {
+    const float* attention_norm;
+    const WEIGHT* qkv;
+    const float *qkv_bias, *q_norm, *k_norm;
+    const WEIGHT* o;
+    const float *o_bias, *mlp_norm;
+    const WEIGHT* gate_up;
+    const float* gate_up_bias;
+    const WEIGHT* down;
+    const float* down_bias;
+    // (rows, KV_HEADS, length, SIZE)
+    float *keys, *values;
+    // Keys that a token sees, itself included; 0 is no limit.
+    int64_t window;
+};
+
+struct Model {
+    const Layer* layers;
+    int64_t count, hidden, inner, vocabulary, length;
+    const float* last_norm;
+    const WEIGHT* head;
+    const float* head_bias;
+    float epsilon, scale;
+    int threads;
+};
+
+struct Tokens {
+    int64_t count;
+    // (tokens, hidden): embeddings, and then what the layers add to them.
+    float* x;
+    // (tokens, SIZE)
+    const float *cosines, *sines;
+    const int64_t *rows, *positions;
+    // Those of whom scores are wanted, ascending.
+    const int64_t* wanted;
+    int64_t wanted_count;
+    // (wanted, vocabulary)
+    float* scores;
+    // (tokens, width()) of room.
+    float* room;
+};
+}
+
+namespace {
+
+constexpr int64_t HEADS = KV_HEADS * GROUPS;
+constexpr int64_t QUERY = HEADS * SIZE;
+constexpr int64_t KEY = KV_HEADS * SIZE;
+
+// out = x / sqrt(mean(x^2) + epsilon) * weight
+void normalize(const float* x, const float* weight, float* out, int64_t size, float epsilon) {
+    Vector squares = {};
+    for (int64_t at = 0; at < size; at += LANES) {
+        const Vector it = load(x + at);
+        squares += it * it;
+    }
+    const float factor = 1.0f / std::sqrt(sum(squares) / size + epsilon);
+    for (int64_t at = 0; at < size; at += LANES) store(out + at, load(x + at) * factor * load(weight + at));
+}
+
+// Turn a head by its position, in place: rotary embedding with halves as pairs (Su and others 2021).
+void rotate(float* head, const float* cosines, const float* sines) {
+    for (int left = 0, right = SIZE / 2; left < SIZE / 2; left++, right++) {
+        const float first = head[left], second = head[right];
+        head[left] = first * cosines[left] - second * sines[left];
+        head[right] = second * cosines[right] + first * sines[right];
+    }
+}
+
+// x / (1 + e^-x), by the exponential of a number that is not positive.
+inline Vector silu(Vector x) {
+    const Integers positive = x > Vector{};
+    const Vector small = exponential(positive ? -x : x);
+    return x * (positive ? all(1.0f) : small) / (small + 1.0f);
+}
+
+class Pass {
+  public:
+    Pass(const Model& model, const Tokens& tokens)
+        : model_(model), tokens_(tokens), begins_(runs(tokens.rows, tokens.count)) {
+        const int64_t count = tokens.count;
+        normed_ = tokens.room;
+        qkv_ = normed_ + count * model.hidden;
+        queries_ = qkv_ + count * (QUERY + 2 * KEY);
+        attended_ = queries_ + count * QUERY;
+        inner_ = attended_ + count * QUERY;
+        for (int64_t token = 0; token < count; token++) ends_.push_back(tokens.positions[token] + 1);
+        first_.resize(count);
+    }
+
+    static int64_t width(const Model& model) { return model.hidden + 3 * QUERY + 2 * KEY + model.inner; }
+
+    // To be called by every thread of a parallel region.
+    void run() {
+        Attention attention;
+        int64_t count = tokens_.count;
+        for (int64_t number = 0; number < model_.count; number++) {
+            const Layer& layer = model_.layers[number];
+            normalize_all(layer.attention_norm, count);
+            linear<false>(normed_, layer.qkv, layer.qkv_bias, model_.hidden, QUERY + 2 * KEY, count, qkv_,
+                          model_.threads);
+            place(layer);
+            const bool last = number + 1 == model_.count;
+            if (last && tokens_.wanted_count == 0) return;
+            attend(layer, attention, last);
+            if (last) {
+                // From here on nobody looks at the other tokens.
+                select();
+                count = tokens_.wanted_count;
+            }
+            add(attended_, layer.o, layer.o_bias, QUERY, count);
+            normalize_all(layer.mlp_norm, count);
+            gate(layer, count);
+            add(inner_, layer.down, layer.down_bias, model_.inner, count);
+        }
+        normalize_all(model_.last_norm, count);
+        linear<false>(normed_, model_.head, model_.head_bias, model_.hidden, model_.vocabulary, count, tokens_.scores,
+                      model_.threads);
+    }
+
+  private:
+    void normalize_all(const float* weight, int64_t count) {
+#pragma omp for
+        for (int64_t token = 0; token < count; token++)
+            normalize(tokens_.x + token * model_.hidden, weight, normed_ + token * model_.hidden, model_.hidden,
+                      model_.epsilon);
+    }
+
+    // Norm and turn the heads of queries and keys, and write keys and values to their rows.
+    void place(const Layer& layer) {
+#pragma omp for
+        for (int64_t token = 0; token < tokens_.count; token++) {
+            float* heads = qkv_ + token * (QUERY + 2 * KEY);
+            for (int64_t head = 0; head < HEADS + KV_HEADS; head++) {
+                const float* norm = head < HEADS ? layer.q_norm : layer.k_norm;
+                float* it = heads + head * SIZE;
+                if (norm) normalize(it, norm, it, SIZE, model_.epsilon);
+                rotate(it, tokens_.cosines + token * SIZE, tokens_.sines + token * SIZE);
+            }
+            std::copy_n(heads, QUERY, queries_ + token * QUERY);
+            for (int64_t head = 0; head < KV_HEADS; head++) {
+                const int64_t row = tokens_.rows[token] * KV_HEADS + head;
+                const int64_t to = (row * model_.length + tokens_.positions[token]) * SIZE;
+                std::copy_n(heads + QUERY + head * SIZE, SIZE, layer.keys + to);
+                std::copy_n(heads + QUERY + KEY + head * SIZE, SIZE, layer.values + to);
+            }
+            first_[token] = layer.window ? std::max<int64_t>(0, ends_[token] - layer.window) : 0;
+        }
+    }
+
+    void attend(const Layer& layer, Attention& attention, bool last) {
+        const int64_t tasks = (begins_.size() - 1) * KV_HEADS;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = tasks - 1; task >= 0; task--) {
+            const int64_t token = begins_[task / KV_HEADS], end = begins_[task / KV_HEADS + 1];
+            if (last && !any_wanted(token, end)) continue;
+            attention.attend(queries_, layer.keys, layer.values, attended_,
+                             {tokens_.rows, first_.data(), ends_.data()}, token, end - token, task % KV_HEADS,
+                             model_.length, model_.scale);
+        }
+    }
+
+    bool any_wanted(int64_t token, int64_t end) const {
+        const int64_t* stop = tokens_.wanted + tokens_.wanted_count;
+        const int64_t* found = std::lower_bound(tokens_.wanted, stop, token);
+        return found != stop && *found < end;
+    }
+
+    void select() {
+#pragma omp single
+        for (int64_t place = 0; place < tokens_.wanted_count; place++) {
+            const int64_t token = tokens_.wanted[place];
+            if (token == place) continue;
+            std::copy_n(attended_ + token * QUERY, QUERY, attended_ + place * QUERY);
+            std::copy_n(tokens_.x + token * model_.hidden, model_.hidden, tokens_.x + place * model_.hidden);
+        }
+    }
+
+    // x += a linear layer of `from`
+    void add(const float* from, const WEIGHT* weights, const float* bias, int64_t depth, int64_t count) {
+        linear<true>(from, weights, bias, depth, model_.hidden, count, tokens_.x, model_.threads);
+    }
+
+    // inner = silu(gate) * up, whose panels lie one after the other.
+    void gate(const Layer& layer, int64_t count) {
+        const int64_t depth = model_.hidden, inner = model_.inner;
+        share_out(inner / PANEL, count, model_.threads, [&](int64_t panel, int64_t begin, int64_t end) {
+            const int64_t first = panel * PANEL;
+            by_lines(begin, end, [&](int64_t token, int64_t lines) {
+                alignas(64) float sums[LINES * 2 * PANEL];
+                multiply(normed_ + token * depth, layer.gate_up + first * depth, inner * depth, depth, lines, sums);
+                for (int64_t line = 0; line < lines; line++)
+                    for (int64_t lane = 0; lane < PANEL; lane += LANES) {
+                        Vector left = load(sums + 2 * line * PANEL + lane);
+                        Vector right = load(sums + (2 * line + 1) * PANEL + lane);
+                        if (layer.gate_up_bias) {
+                            left += load(layer.gate_up_bias + first + lane);
+                            right += load(layer.gate_up_bias + inner + first + lane);
+                        }
+                        store(inner_ + (token + line) * inner + first + lane, silu(left) * right);
+                    }
+            });
+        });
+    }
+
+    const Model& model_;
+    const Tokens& tokens_;
+    const std::vector<int64_t> begins_;
+    std::vector<int64_t> first_, ends_;
+    float *normed_, *qkv_, *queries_, *attended_, *inner_;
+};
+
+}  // namespace
+
+// Numbers of room that each token needs.
+extern "C" int64_t width(const Model* model) { return Pass::width(*model); }
+
+extern "C" void forward(const Model* model, const Tokens* tokens) {
+    Pass pass(*model, *tokens);
+#pragma omp parallel num_threads(model->threads)
+    pass.run();
+}

@@ -1,0 +1,130 @@
+// Products of tokens with the weights of a linear layer, which lie in panels.
+//
+// A panel is the weights of PANEL outputs, (inputs, PANEL), zeros where a layer has fewer: in the order in which they
+// are read, so that few tokens take as long as reading them once and many as long as multiplying.
+
+#pragma once
+
+#include <algorithm>
+
+#include "vectors.h"
+
+namespace {
+
+// Tokens whose inputs stay in the second-level cache while a panel goes over them.
+constexpr int64_t TOGETHER = 128;
+// How far ahead weights are asked for, in numbers: they are read once in a pass, from farther than any cache.
+constexpr int64_t AHEAD = 64 * PANEL;
+// Parts that each thread's share of panels is cut into: long stretches to read, and a thread that is held up by another
+// process leaves the rest to others.
+constexpr int64_t PARTS = 6;
+
+#if defined(__F16C__) || defined(__aarch64__)
+#define HALVES 1
+// A float16 number, as a weight; computed with in float32.
+struct Half {
+    uint16_t bits;
+};
+
+inline Vector load(const Half* from) {
+#if defined(__F16C__)
+    typedef short Shorts __attribute__((vector_size(LANES * sizeof(short))));
+    Shorts it;
+    std::memcpy(&it, from, sizeof it);
+    return (Vector)__builtin_ia32_vcvtph2ps256(it);
+#else
+    typedef __fp16 Halves __attribute__((vector_size(LANES * sizeof(__fp16))));
+    Halves it;
+    std::memcpy(&it, from, sizeof it);
+    return __builtin_convertvector(it, Vector);
+#endif
+}
+#endif
+
+// sums (COUNT, PANELS * PANEL) = x (COUNT, depth) times some panels, each `apart` numbers after the other.
+//
+// Every sum is made in the order of the inputs, so that a token's numbers do not depend on its company.  Few tokens take
+// two panels at a time: one has too few sums to keep the processor's arithmetic filled.
+template <int COUNT, int PANELS, class Weight>
+inline void multiply(const float* x, const Weight* panels, int64_t apart, int64_t depth, float* sums) {
+    Vector its[COUNT][PANELS][2] = {};
+    for (int64_t place = 0; place < depth; place++)
+        for (int panel = 0; panel < PANELS; panel++) {
+            const Weight* weights = panels + panel * apart + place * PANEL;
+            __builtin_prefetch(weights + AHEAD);
+            const Vector left = load(weights), right = load(weights + LANES);
+            for (int token = 0; token < COUNT; token++) {
+                const float factor = x[token * depth + place];
+                its[token][panel][0] += left * factor;
+                its[token][panel][1] += right * factor;
+            }
+        }
+    std::memcpy(sums, its, sizeof its);
+}
+
+// The same for any number of tokens up to LINES and two panels.  Not inlined: once is enough code to compile.
+template <class Weight>
+__attribute__((noinline)) void multiply(const float* x, const Weight* panels, int64_t apart, int64_t depth,
+                                        int64_t count, float* sums) {
+    switch (count) {
+        case 1: return multiply<1, 2>(x, panels, apart, depth, sums);
+        case 2: return multiply<2, 2>(x, panels, apart, depth, sums);
+        case 3: return multiply<3, 2>(x, panels, apart, depth, sums);
+    }
+    for (int panel = 0; panel < 2; panel++) {
+        alignas(64) float half[LINES * PANEL];
+        const Weight* from = panels + panel * apart;
+        switch (count) {
+            case 4: multiply<4, 1>(x, from, apart, depth, half); break;
+            case 5: multiply<5, 1>(x, from, apart, depth, half); break;
+            default: multiply<LINES, 1>(x, from, apart, depth, half);
+        }
+        for (int64_t token = 0; token < count; token++)
+            std::memcpy(sums + (2 * token + panel) * PANEL, half + token * PANEL, sizeof half / LINES);
+    }
+}
+
+// Call `use(token, count)` for up to LINES tokens at a time, about equally many, of all from `token` to `end`.
+template <class Use>
+void by_lines(int64_t token, int64_t end, Use use) {
+    for (int64_t left = (end - token + LINES - 1) / LINES; left > 0; left--) {
+        const int64_t count = (end - token + left - 1) / left;
+        use(token, count);
+        token += count;
+    }
+}
+
+// Share pairs of panels out among the threads of the parallel region that all are in, for some tokens after the other;
+// call `use(pair, token, end)`.  All threads have done all of it when it returns.
+template <class Use>
+void share_out(int64_t pairs, int64_t tokens, int threads, Use use) {
+    const int64_t part = std::max<int64_t>(1, pairs / (PARTS * threads));
+    const int64_t blocks = (tokens + TOGETHER - 1) / TOGETHER;
+    for (int64_t block = 0; block < blocks; block++) {
+        const int64_t token = block * tokens / blocks, end = (block + 1) * tokens / blocks;
+#pragma omp for schedule(dynamic, part)
+        for (int64_t pair = 0; pair < pairs; pair++) use(pair, token, end);
+    }
+}
+
+// A linear layer, called by all threads of a parallel region: out (tokens, outputs) = x (tokens, depth) times weights,
+// or with ADD += that.  Bias (outputs,) or none; panels are there for an even number of them.
+template <bool ADD, class Weight>
+void linear(const float* x, const Weight* weights, const float* bias, int64_t depth, int64_t outputs, int64_t tokens,
+            float* out, int threads) {
+    constexpr int64_t PAIR = 2 * PANEL;
+    share_out((outputs + PAIR - 1) / PAIR, tokens, threads, [&](int64_t pair, int64_t begin, int64_t end) {
+        const int64_t first = pair * PAIR, width = std::min(PAIR, outputs - first);
+        by_lines(begin, end, [&](int64_t token, int64_t count) {
+            alignas(64) float sums[LINES * PAIR];
+            multiply(x + token * depth, weights + first * depth, PANEL * depth, depth, count, sums);
+            for (int64_t line = 0; line < count; line++) {
+                float* to = out + (token + line) * outputs + first;
+                for (int64_t lane = 0; lane < width; lane++)
+                    to[lane] = (ADD ? to[lane] : 0.0f) + sums[line * PAIR + lane] + (bias ? bias[first + lane] : 0.0f);
+            }
+        });
+    });
+}
+
+}  // namespace

@@ -1,0 +1,98 @@
+"""Linear layers computed by a program of our own, for processors that compute in float32.
+
+Weights lie in panels (native/products.h), as float16 where that loses nothing: a step for few tokens takes as long as
+it takes to read them.  Knows no model; `packing.py` decides which layers are made so.
+"""
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from app.engine.worker.programs import CompileError, compile_program
+
+PANEL = 16
+"""Outputs whose weights lie together; panels come in pairs."""
+LOSSLESS = 1e-7
+"""What keeping weights in another type may change, as a share of their norm: as much as one rounding in float32."""
+
+
+def fits_float16(weight: Tensor) -> bool:
+    """Whether float16 holds the same numbers, as it does those of a bfloat16 checkpoint but for the very smallest."""
+    lost = (weight.half().float() - weight).norm()
+    return bool(lost <= LOSSLESS * weight.norm())
+
+
+class PanelLinear(nn.Module):
+    """A linear layer with its weights in panels."""
+
+    LEAST = 60_000
+    """A call costs a few microseconds more than torch's own, which smaller layers do not gain back."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        """Raises: CompileError: there is no program, or it does not take such a layer."""
+        super().__init__()
+        if linear.weight.dtype != torch.float32:
+            raise CompileError(f"the program does not take {linear.weight.dtype}")
+        self._program = products()
+        weight = linear.weight.detach()
+        self.inputs, self.outputs = linear.in_features, linear.out_features
+        kind = torch.float16 if self._program.halves and fits_float16(weight) else torch.float32
+        self.panels: Tensor = _in_panels(weight.to(kind))
+        """(outputs / PANEL, inputs, PANEL)"""
+        bias: Any = linear.bias
+        self.bias: Tensor | None = None if bias is None else bias.detach().contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs) to (..., outputs)"""
+        x = x.contiguous()
+        out = x.new_empty(*x.shape[:-1], self.outputs)
+        self._program.compute(x, self, out)
+        return out
+
+
+class _Products:
+    """The compiled program."""
+
+    def __init__(self) -> None:
+        library = compile_program("products")
+        self.halves = hasattr(library, "linear_halves")
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        self._ways = {torch.float32: library.linear_floats}
+        if self.halves:
+            self._ways[torch.float16] = library.linear_halves
+        for way in self._ways.values():
+            way.argtypes = [*[pointer] * 4, *[number] * 3, ctypes.c_int]
+            way.restype = None
+
+    def compute(self, x: Tensor, layer: PanelLinear, out: Tensor) -> None:
+        """Compute (..., inputs) to (..., outputs), both without gaps."""
+        self._ways[layer.panels.dtype](
+            x.data_ptr(),
+            layer.panels.data_ptr(),
+            None if layer.bias is None else layer.bias.data_ptr(),
+            out.data_ptr(),
+            x.numel() // layer.inputs,
+            layer.inputs,
+            layer.outputs,
+            torch.get_num_threads(),
+        )
+
+
+@cache
+def products() -> _Products:
+    """Return the program, compiled once.
+
+    Raises: CompileError: there is none.
+    """
+    return _Products()
+
+
+def _in_panels(weight: Tensor) -> Tensor:
+    """(outputs, inputs) to (panels, inputs, PANEL)"""
+    outputs, inputs = weight.shape
+    whole = functional.pad(weight, (0, 0, 0, -outputs % (2 * PANEL)))
+    return whole.view(-1, PANEL, inputs).transpose(1, 2).contiguous()

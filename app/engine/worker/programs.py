@@ -1,0 +1,92 @@
+"""Programs in C++, compiled when a model is loaded, for that model and this processor.
+
+What torch's operators lose on a CPU is mostly not arithmetic: weights brought into another order in each call, threads
+started and stopped for each operator, thousands of tiny products.  The sources are in `native/`, with standard headers
+only.  Decides how they are compiled and where what was made is kept; knows nothing of what they compute.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import re
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+SOURCES = Path(__file__).parent / "native"
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-shared", "-fPIC")
+COMPILE_SECONDS = 60
+
+
+class CompileError(Exception):
+    """There is no such program for this model or machine; the message says why."""
+
+
+def compile_program(name: str, macros: Mapping[str, str | int] | None = None) -> ctypes.CDLL:
+    """Compile a source of `native/` and load it; takes a second or two, and nothing when it was made before.
+
+    Raises: CompileError: there is no compiler, or it fails.
+    """
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))), None)
+    if compiler is None:
+        raise CompileError("there is no C++ compiler")
+    defined = [f"-D{macro}={value}" for macro, value in (macros or {}).items()]
+    command = [compiler, *FLAGS, *defined, str(SOURCES / f"{name}.cpp"), "-o"]
+    try:
+        library = _folder() / f"{name}-{_digest(command)}.so"
+        if not library.exists():
+            _make(command, library)
+        return ctypes.CDLL(str(library))
+    except subprocess.CalledProcessError as error:
+        raise CompileError(f"{compiler} fails: {_last_line(error.stderr)}") from None
+    except (OSError, subprocess.SubprocessError) as error:
+        raise CompileError(f"{compiler} is of no use: {error}") from None
+
+
+def _make(command: Sequence[str], library: Path) -> None:
+    """Compile; nobody sees a half-written library, nor one that cannot be loaded."""
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = Path(folder) / library.name
+        subprocess.run([*command, str(made)], check=True, capture_output=True, timeout=COMPILE_SECONDS)
+        ctypes.CDLL(str(made))
+        made.replace(library)
+
+
+def _folder() -> Path:
+    """Return where libraries are kept: with the temporary files, and nobody else's.
+
+    Raises: OSError: somebody else has taken its name, or may write there.
+    """
+    folder = Path(tempfile.gettempdir()) / f"llm-service-{os.geteuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise PermissionError(f"{folder} is not this user's alone")
+    return folder
+
+
+def _digest(command: Sequence[str]) -> str:
+    """Tell apart what may compile to something else: sources, command, compiler and processor."""
+    digest = hashlib.sha256(repr((command, Path(command[0]).stat().st_mtime_ns, _processor())).encode())
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _processor() -> str:
+    """Return what `-march=native` looks at, as far as the system tells."""
+    try:
+        told = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted(set(re.findall(r"^(?:model name|flags|Features)\s*:.*", told, re.MULTILINE))))
+
+
+def _last_line(text: bytes) -> str:
+    lines: Sequence[str] = text.decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "without a word"

@@ -1,0 +1,162 @@
+"""Layers in one call: the scores of torch's own, for every kind that is taken, and torch where they differ."""
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+
+from app.engine.worker import acceleration, programs
+from app.engine.worker.acceleration import accelerate
+from app.engine.worker.forward import RowModel, make_row_model
+from app.engine.worker.layout import Piece
+from app.engine.worker.messages import Compile
+from app.engine.worker.panels import PanelLinear
+from app.engine.worker.programs import CompileError
+from tests.unit.engine.families import CONTEXT, FAMILIES, VOCABULARY, make
+
+pytestmark = pytest.mark.usefixtures("compiler")
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 96,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": CONTEXT // 4}
+KINDS: dict[str, Callable[[], Any]] = {
+    "llama": FAMILIES["llama"],
+    "biases": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)),
+    "tied scores": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, tie_word_embeddings=True)),
+    "stretched positions": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, rope_parameters=YARN)),
+    "one KV head": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**{**SIZES, "num_key_value_heads": 1})),
+    "windows": lambda: hf.MistralForCausalLM(hf.MistralConfig(**SIZES, sliding_window=8)),
+    "windows in some layers": lambda: hf.Qwen2ForCausalLM(
+        hf.Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    ),
+    "norms of heads": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**SIZES)),
+}
+
+
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def accelerated(model: Any, setting: Compile = "layers", rows: int = 4) -> RowModel:
+    made = make_row_model(model, length=CONTEXT, rows=rows, free_bytes=10**9)
+    accelerate(made, setting)
+    return made
+
+
+def halved(model: Any) -> Any:
+    """Its weights as those of a checkpoint in bfloat16, which are kept in 16 bits."""
+    return model.to(torch.bfloat16).float()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("threads")
+def test_compiled_layers_score_as_torch_does(kind: str) -> None:
+    """Pieces of prompts beside single tokens, some of which no scores are wanted of, rows with gaps between them."""
+    rows, plain = accelerated(halved(make(KINDS[kind]))), RowModel(halved(make(KINDS[kind])), rows=4, length=CONTEXT)
+    ids = [[(7 * row + 3 * place) % VOCABULARY for place in range(CONTEXT)] for row in range(4)]
+    passes = [
+        ([Piece(0, 0, ids[0][:9]), Piece(2, 0, ids[2][:30])], [False, True]),
+        ([Piece(0, 9, ids[0][9:10]), Piece(2, 30, ids[2][30:31]), Piece(3, 0, ids[3][:5])], [True, True, False]),
+        ([Piece(1, 0, ids[1][:40])], [False]),
+        ([Piece(0, 10, ids[0][10:11]), Piece(3, 5, ids[3][5:6]), Piece(2, 31, ids[2][31:60])], [True] * 3),
+        ([Piece(1, 40, ids[1][40:41])], [True]),
+    ]
+
+    assert "layers" == rows.compiled
+    for pieces, wanted in passes:
+        expected = plain.scores(pieces, wanted)
+        found = rows.scores(pieces, wanted)
+        assert expected.shape == found.shape
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_weights_of_32_bits_keep_them_all() -> None:
+    """Those of a model that was trained in float32 do not fit 16."""
+    rows, plain = accelerated(make(KINDS["llama"])), RowModel(make(KINDS["llama"]), rows=4, length=CONTEXT)
+    pieces = [Piece(0, 0, [5, 6, 7, 8])]
+
+    expected = plain.scores(pieces, [True])
+
+    assert (rows.scores(pieces, [True]) - expected).norm() <= 1e-5 * expected.norm()
+    kinds = {each.panels.dtype for each in rows.model.modules() if isinstance(each, PanelLinear)}
+    assert {torch.float32} == kinds
+
+
+def test_a_number_that_is_none_stays_in_its_row() -> None:
+    rows = accelerated(make(KINDS["llama"]))
+    rows.scores([Piece(0, 0, [1, 2, 3]), Piece(1, 0, [1, 2, 3])], [True, True])
+    with torch.inference_mode():
+        rows.cache.layer(1)[0][0, 0, 1, 0] = float("nan")
+
+    found = rows.scores([Piece(0, 3, [4]), Piece(1, 3, [4])], [True, True])
+
+    assert [False, True] == [bool(each.isfinite().all()) for each in found]
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: make(FAMILIES["phi"]), "phi has layers of another kind"),
+        (lambda: make(FAMILIES["llama"]).to(torch.bfloat16), "there are none in bfloat16 with silu"),
+        (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, hidden_act="gelu")), "there are none in float32 with gelu"),
+        (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**{**SIZES, "hidden_size": 72, "head_dim": 12})), "heads of 12 numbers"),
+        (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**{**SIZES, "intermediate_size": 88})), "sizes of 96 and 88 do not fill vectors"),
+    ],
+)
+def test_other_layers_are_left_to_torch(
+    model: Callable[[], Any], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the reason in the log; who asked for compiled layers is told it instead."""
+    with caplog.at_level(logging.INFO, acceleration.__name__):
+        rows = accelerated(model().eval(), "auto")
+
+    assert rows.compiled != "layers"
+    assert f"layers are left to torch: {reason}" in caplog.text
+    assert rows.probe().isfinite().all()
+    with pytest.raises(CompileError, match=reason):
+        accelerated(model().eval(), "layers")
+
+
+@pytest.mark.parametrize(
+    ("header", "right", "wrong"),
+    [
+        ("layers.cpp", "* factor *", "*"),
+        ("layers.cpp", "linear<true>(from", "linear<false>(from"),
+        ("layers.cpp", "silu(left) * right", "left * right"),
+        ("products.h", "right * factor;", "right;"),
+    ],
+)
+def test_a_program_that_computes_something_else_is_not_used(
+    header: str, right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiler may be wrong about the machine; what it makes is compared before it answers anyone, and the model is
+    served as before."""
+    shutil.copytree(programs.SOURCES, tmp_path, dirs_exist_ok=True)
+    source = (tmp_path / header).read_text()
+    assert source.count(right) == 1
+    (tmp_path / header).write_text(source.replace(right, wrong))
+    monkeypatch.setattr(programs, "SOURCES", tmp_path)
+    expected = RowModel(make(KINDS["llama"]), rows=4, length=CONTEXT).probe()
+
+    rows = accelerated(make(KINDS["llama"]), "auto")
+
+    assert rows.compiled != "layers"
+    assert (rows.probe() - expected).norm() <= 1e-5 * expected.norm()

@@ -1,0 +1,59 @@
+"""The sources that are compiled at load, and where what is made of them is kept."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from app.engine.worker import programs
+from app.engine.worker.programs import FLAGS, SOURCES, CompileError, compile_program
+
+MACROS = ("-DKV_HEADS=2", "-DGROUPS=2", "-DSIZE=64", "-DWEIGHT=float")
+
+
+@pytest.mark.parametrize("name", sorted(each.name for each in SOURCES.glob("*.cpp")))
+def test_the_source_compiles_without_a_warning(name: str, compiler: str) -> None:
+    command = [compiler, *FLAGS, "-Wall", "-Wextra", "-Werror", *MACROS, str(SOURCES / name), "-o", "/dev/null"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (0, "") == (done.returncode, done.stderr)
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where libraries are kept."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path / f"llm-service-{os.geteuid()}"
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_program_is_compiled_once(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until its source or what it is compiled with changes."""
+    sources = shutil.copytree(SOURCES, tmp_path / "sources")
+    monkeypatch.setattr(programs, "SOURCES", sources)
+    compile_program("products")
+    compile_program("products")
+    assert 1 == len(list(kept.iterdir()))
+
+    compile_program("products", {"OTHER": 1})
+    with (sources / "vectors.h").open("a") as header:
+        header.write("\n")
+    compile_program("products")
+
+    assert 3 == len(list(kept.iterdir()))
+
+
+@pytest.mark.usefixtures("compiler")
+def test_programs_are_kept_where_nobody_else_writes(kept: Path, tmp_path: Path) -> None:
+    """What lies there is run: a folder that others may write to, or that leads elsewhere, is not used."""
+    kept.mkdir(mode=0o700)
+    kept.chmod(0o770)
+    with pytest.raises(CompileError, match="is not this user's alone"):
+        compile_program("products")
+
+    kept.rmdir()
+    kept.symlink_to(tmp_path)
+    with pytest.raises(CompileError, match="is not this user's alone"):
+        compile_program("products")
