@@ -137,7 +137,8 @@ def stream_in_threads(
 
 def test_sigterm_ends_every_stream_with_a_last_event_and_leaves_no_process(start: Start) -> None:
     """Streams go on until the grace period is over; new work is refused meanwhile; then the rest ends with abort."""
-    service = start(APP__SHUTDOWN_GRACE_SECONDS="5")
+    # Uncompiled, so that the long ones are not done within the grace period.
+    service = start(APP__SHUTDOWN_GRACE_SECONDS="5", MODEL__COMPILE="none")
     processes = [psutil.Process(service.process.pid), service.worker()]
     threads, last = stream_in_threads(service, [COUNT, LONG, COUNT, LONG])
 

@@ -253,7 +253,7 @@ asyncio.run(main())
 
 
 def names_in(folder: str) -> list[str]:
-    return [entry.name for entry in Path(folder).iterdir()]
+    return [entry.name for entry in Path(folder).glob("llm-worker-*")]
 
 
 @pytest.mark.parametrize("loaded", [False, True], ids=["while it loads", "when it serves"])
