@@ -181,8 +181,8 @@ def test_a_head_that_fills_no_vectors_is_left_to_torch() -> None:
     ("right", "wrong"),
     [
         ("scale * sum(sums[group])", "sum(sums[group])"),
-        ("scale * q[token", "q[token"),
-        ("end[token] - begin,", "count,"),
+        ("scale * from[part]", "from[part]"),
+        ("end[token] - begin :", "count :"),
     ],
 )
 def test_a_program_that_computes_something_else_is_not_used(

@@ -19,10 +19,9 @@ constexpr int VECTORS = SIZE / LANES;
 constexpr int BLOCK = GROUPS * 4 <= 12 && VECTORS % 4 == 0 ? 4 : GROUPS * 2 <= 12 && VECTORS % 2 == 0 ? 2 : 1;
 static_assert(SIZE % LANES == 0, "a head fills whole vectors");
 
-constexpr int QUERIES = LINES;
 // Tokens that are attended to together: enough queries for the laying out of keys to be cheap, few enough to share out.
 constexpr int TOKENS = SIZE % PANEL == 0 && GROUPS <= 24 ? 48 / GROUPS : 1;
-constexpr int MOST = (TOKENS * GROUPS + QUERIES - 1) / QUERIES * QUERIES;
+constexpr int MOST = (TOKENS * GROUPS + 47) / 48 * 48;
 // Keys whose values stay in the first-level cache while all queries take them.
 constexpr int64_t KEYS = 64;
 
@@ -74,70 +73,120 @@ void gather(const float* weights, const float* values, float* out, int64_t count
     }
 }
 
-// c += a b, with c (QUERIES, PANEL), a (QUERIES, depth) and b (depth, PANEL); each has the given distance of its lines.
-void multiply(const float* a, int64_t a_line, const float* b, int64_t b_line, float* c, int64_t c_line, int64_t depth) {
-    Vector sums[QUERIES][2];
-    for (int query = 0; query < QUERIES; query++)
-        for (int half = 0; half < 2; half++) sums[query][half] = load(c + query * c_line + half * LANES);
+// c = a b, or with ADD += that, of c (LINES, PANEL), a (LINES, depth) and b (depth, PANEL), whose lines have the given
+// distances; `a_step` is that of the numbers of a line of a.
+template <bool ADD>
+void product(const float* a, int64_t a_line, int64_t a_step, const float* b, int64_t b_line, float* c, int64_t c_line,
+             int64_t depth) {
+    Vector sums[LINES][2] = {};
+    for (int line = 0; ADD && line < LINES; line++)
+        for (int half = 0; half < 2; half++) sums[line][half] = load(c + line * c_line + half * LANES);
     for (int64_t place = 0; place < depth; place++) {
         const Vector left = load(b + place * b_line), right = load(b + place * b_line + LANES);
-        for (int query = 0; query < QUERIES; query++) {
-            const float factor = a[query * a_line + place];
-            sums[query][0] += left * factor;
-            sums[query][1] += right * factor;
+        for (int line = 0; line < LINES; line++) {
+            const float factor = a[line * a_line + place * a_step];
+            sums[line][0] += left * factor;
+            sums[line][1] += right * factor;
         }
     }
-    for (int query = 0; query < QUERIES; query++)
-        for (int half = 0; half < 2; half++) store(c + query * c_line + half * LANES, sums[query][half]);
+    for (int line = 0; line < LINES; line++)
+        for (int half = 0; half < 2; half++) store(c + line * c_line + half * LANES, sums[line][half]);
 }
 
-// Attention of up to TOKENS neighbouring tokens of one row, for one KV head.
+// Attention of up to TOKENS neighbouring tokens of one row, for one KV head.  Scores lie by key, so that keys and values
+// are both read as they are: all queries of a key side by side.
 class Together {
   public:
     // q and out: of the first token; first and end: what each looks at; keys and values: of the row, from its start.
     void attend(const float* q, const float* keys, const float* values, float* out, const int64_t* first,
                 const int64_t* end, int64_t tokens, float scale) {
         const int64_t begin = first[0], count = end[tokens - 1] - begin;
-        lines_ = (tokens * GROUPS + QUERIES - 1) / QUERIES * QUERIES;
-        padded_ = (count + PANEL - 1) / PANEL * PANEL;
-        // Lines at a distance of a power of two would share few places of the cache.
-        line_ = (padded_ / PANEL | 1) * PANEL;
-        std::fill(queries_, queries_ + lines_ * SIZE, 0.0f);
-        for (int64_t token = 0; token < tokens; token++)
-            for (int part = 0; part < GROUPS * SIZE; part++)
-                queries_[token * GROUPS * SIZE + part] = scale * q[token * KV_HEADS * GROUPS * SIZE + part];
+        queries_ = tokens * GROUPS;
+        line_ = (queries_ + PANEL - 1) / PANEL * PANEL;
+        // The last products read and write beyond what is there.
+        scores_.resize((count + LINES) * line_ + PANEL);
+        lay_out(q, first, end, tokens, begin, count, scale);
         score(keys + begin * SIZE, count);
-        for (int64_t token = 0; token < tokens; token++)
-            for (int64_t line = token * GROUPS; line < (token + 1) * GROUPS; line++)
-                soften(scores_.data() + line * line_, first[token] - begin, end[token] - begin, padded_);
+        for (int64_t panel = 0; panel < line_; panel += PANEL)
+            for (int64_t half = panel; half < panel + PANEL; half += LANES) soften(half, count);
         gather(values + begin * SIZE, count);
-        for (int64_t token = 0; token < tokens; token++)
-            std::copy_n(sums_ + token * GROUPS * SIZE, GROUPS * SIZE, out + token * KV_HEADS * GROUPS * SIZE);
-    }
-
-  private:
-    void score(const float* keys, int64_t count) {
-        scores_.assign(lines_ * line_, 0.0f);
-        for (int64_t key = 0; key < padded_; key += PANEL) {
-            for (int64_t lane = 0; lane < PANEL; lane++)
-                for (int part = 0; part < SIZE; part++)
-                    panel_[part * PANEL + lane] = key + lane < count ? keys[(key + lane) * SIZE + part] : 0.0f;
-            for (int64_t line = 0; line < lines_; line += QUERIES)
-                multiply(queries_ + line * SIZE, SIZE, panel_, PANEL, scores_.data() + line * line_ + key, line_, SIZE);
+        for (int64_t query = 0; query < queries_; query++) {
+            float* to = out + query / GROUPS * KV_HEADS * GROUPS * SIZE + query % GROUPS * SIZE;
+            const float share = 1.0f / totals_[query];
+            for (int part = 0; part < SIZE; part++) to[part] = share * sums_[query * SIZE + part];
         }
     }
 
-    void gather(const float* values, int64_t count) {
-        std::fill(sums_, sums_ + lines_ * SIZE, 0.0f);
-        for (int64_t key = 0; key < count; key += KEYS)
-            for (int part = 0; part < SIZE; part += PANEL)
-                for (int64_t line = 0; line < lines_; line += QUERIES)
-                    multiply(scores_.data() + line * line_ + key, line_, values + key * SIZE + part, SIZE,
-                             sums_ + line * SIZE + part, SIZE, std::min(KEYS, count - key));
+  private:
+    // Queries as the columns of panels, (panels, SIZE, PANEL), and what each of them looks at.
+    void lay_out(const float* q, const int64_t* first, const int64_t* end, int64_t tokens, int64_t begin, int64_t count,
+                 float scale) {
+        for (int64_t query = 0; query < line_; query++) {
+            const int64_t token = query / GROUPS;
+            const bool there = token < tokens;
+            first_[query] = there ? first[token] - begin : 0;
+            end_[query] = there ? end[token] - begin : count;
+            const float* from = q + token * KV_HEADS * GROUPS * SIZE + query % GROUPS * SIZE;
+            float* to = panels_ + query / PANEL * PANEL * SIZE + query % PANEL;
+            for (int part = 0; part < SIZE; part++) to[part * PANEL] = there ? scale * from[part] : 0.0f;
+        }
     }
 
-    int64_t lines_, padded_, line_;
-    alignas(64) float queries_[MOST * SIZE], sums_[MOST * SIZE], panel_[SIZE * PANEL];
+    void score(const float* keys, int64_t count) {
+        for (int64_t key = 0; key < count; key += LINES) {
+            const float* from = keys + key * SIZE;
+            alignas(64) float last[LINES * SIZE];
+            if (count - key < LINES) {
+                std::fill(std::copy_n(from, (count - key) * SIZE, last), last + LINES * SIZE, 0.0f);
+                from = last;
+            }
+            for (int64_t panel = 0; panel < line_; panel += PANEL)
+                product<false>(from, SIZE, 1, panels_ + panel * SIZE, PANEL, scores_.data() + key * line_ + panel,
+                               line_, SIZE);
+        }
+    }
+
+    // The exponentials of the scores of LANES queries from `query` on, each less its most, 0 for keys not looked at; and
+    // their totals.
+    void soften(int64_t query, int64_t count) {
+        float* scores = scores_.data() + query;
+        Integers first, end;
+        std::memcpy(&first, first_ + query, sizeof first);
+        std::memcpy(&end, end_ + query, sizeof end);
+        const int64_t from = *std::max_element(first_ + query, first_ + query + LANES);
+        const int64_t to = *std::min_element(end_ + query, end_ + query + LANES);
+        const Vector none = all(-std::numeric_limits<float>::infinity());
+        Vector most = none;
+        for (int64_t key = 0; key < count; key++) {
+            Vector it = load(scores + key * line_);
+            if (key < from || key >= to) {
+                const Integers place = static_cast<int32_t>(key) - Integers{};
+                it = (place >= first) & (place < end) ? it : none;
+                store(scores + key * line_, it);
+            }
+            most = it > most ? it : most;
+        }
+        Vector total = {};
+        for (int64_t key = 0; key < count; key++) {
+            const Vector weight = exponential(load(scores + key * line_) - most);
+            store(scores + key * line_, weight);
+            total += weight;
+        }
+        store(totals_ + query, total);
+    }
+
+    void gather(const float* values, int64_t count) {
+        std::fill(sums_, sums_ + MOST * SIZE, 0.0f);
+        for (int64_t key = 0; key < count; key += KEYS)
+            for (int part = 0; part < SIZE; part += PANEL)
+                for (int64_t query = 0; query < queries_; query += LINES)
+                    product<true>(scores_.data() + key * line_ + query, 1, line_, values + key * SIZE + part, SIZE,
+                                  sums_ + query * SIZE + part, SIZE, std::min(KEYS, count - key));
+    }
+
+    int64_t queries_, line_;
+    int32_t first_[MOST], end_[MOST];
+    alignas(64) float panels_[MOST * SIZE], sums_[MOST * SIZE], totals_[MOST];
     std::vector<float> scores_;
 };
 
