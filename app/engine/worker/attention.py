@@ -129,4 +129,3 @@ class CompiledAttention:
             kept = torch.equal(keys[row, :, stop - 1], new[0, :, number])
             if not kept or not (out[number] - expected).norm() <= TOLERANCE * expected.norm():
                 raise CompileError("the compiled attention computes something else")
-

@@ -82,9 +82,7 @@ class RowModel:
         return torch.cat([self.scores(pieces, [True] * len(pieces)) for pieces in passes]).float()
 
 
-def make_row_model(
-    model: Any, *, length: int, rows: int | None, free_bytes: int, quantized: bool = False
-) -> RowModel:
+def make_row_model(model: Any, *, length: int, rows: int | None, free_bytes: int, quantized: bool = False) -> RowModel:
     """Prove that rows give the model's own scores, and make the rows.
 
     Args:

@@ -160,5 +160,5 @@ def test_without_a_compiler_layers_are_refused_and_else_left_to_torch(
     panels.products.cache_clear()
 
     assert runner_of(folder, "auto").compiled is None
-    with pytest.raises(LoadError, match="its layers cannot be compiled: .*no C\\+\\+ compiler"):
+    with pytest.raises(LoadError, match=r"its layers cannot be compiled: .*no C\+\+ compiler"):
         runner_of(folder, "layers")

@@ -111,16 +111,25 @@ def test_a_number_that_is_none_stays_in_its_row() -> None:
     assert [False, True] == [bool(each.isfinite().all()) for each in found]
 
 
-@pytest.mark.parametrize(
-    ("model", "reason"),
-    [
-        (lambda: make(FAMILIES["phi"]), "phi has layers of another kind"),
-        (lambda: make(FAMILIES["llama"]).to(torch.bfloat16), "there are none in bfloat16 with silu"),
-        (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, hidden_act="gelu")), "there are none in float32 with gelu"),
-        (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**{**SIZES, "hidden_size": 72, "head_dim": 12})), "heads of 12 numbers"),
-        (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**{**SIZES, "intermediate_size": 88})), "sizes of 96 and 88 do not fill vectors"),
-    ],
-)
+STRANGE: list[tuple[Callable[[], Any], str]] = [
+    (FAMILIES["phi"], "phi has layers of another kind"),
+    (lambda: make(FAMILIES["llama"]).to(torch.bfloat16), "there are none in bfloat16 with silu"),
+    (
+        lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, hidden_act="gelu")),
+        "there are none in float32 with gelu",
+    ),
+    (
+        lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**{**SIZES, "hidden_size": 72, "head_dim": 12})),
+        "heads of 12 numbers",
+    ),
+    (
+        lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**{**SIZES, "intermediate_size": 88})),
+        "sizes of 96 and 88 do not fill vectors",
+    ),
+]
+
+
+@pytest.mark.parametrize(("model", "reason"), STRANGE, ids=[reason for _, reason in STRANGE])
 def test_other_layers_are_left_to_torch(
     model: Callable[[], Any], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
