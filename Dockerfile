@@ -14,6 +14,10 @@ RUN mkdir app \
     && PIP_NO_CACHE_DIR=1 make install PYTHON=python TORCH_INDEX_URL=${TORCH_INDEX_URL}
 
 FROM ${PYTHON_IMAGE}
+# A compiler: what the model's layers run on is made for the processor that they run on.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
 RUN useradd --uid 10001 --home-dir /app/data --no-create-home --shell /usr/sbin/nologin service
 WORKDIR /app
 COPY --from=build /app/.venv .venv

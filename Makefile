@@ -89,7 +89,7 @@ build-docker: ## Build the image, with CPU-only torch unless TORCH_INDEX_URL say
 
 run-docker: ## Start the image in the background on 127.0.0.1:8000, with .env if there is one
 	@docker run --detach --rm --init --name $(IMAGE) --publish 127.0.0.1:8000:8000 \
-		--read-only --tmpfs /tmp --stop-timeout 40 --cap-drop ALL --security-opt no-new-privileges \
+		--read-only --tmpfs /tmp:exec --stop-timeout 40 --cap-drop ALL --security-opt no-new-privileges \
 		--volume $(IMAGE)-data:/app/data $(if $(wildcard .env),--env-file .env) $(IMAGE)
 
 logs: ## Follow the log of the running container

@@ -70,10 +70,10 @@ class ModelConfig(Section):
     """int8 computes a CPU's linear layers in integers: long prompts are read faster and most weights take a quarter of
     their float32 memory, but log-probabilities change; /v1/models tells by how much."""
     compile: Literal["auto", "none", "attention", "layers"] = "auto"
-    """What is compiled for this machine when the model is loaded.  On a CPU, by a C++ compiler (two seconds): auto is
-    the layers of models that the service has a program for, attention of others, and nothing where there is no
-    compiler; layers refuses a model whose layers cannot be had.  On a GPU layers are compiled by torch, a slower start,
-    and only if asked for."""
+    """What is compiled for this machine when the model is loaded.  On a CPU, by a C++ compiler (two seconds at the
+    first start): auto is all layers of the families that there is a program for, linear layers and attention of the
+    others, and nothing where there is no compiler; attention is what auto is for the others; layers refuses a model
+    whose layers cannot be had.  On a GPU layers are compiled by torch, a slower start, and only if asked for."""
     revision: str | None = None
     """Commit or tag of the model on the hub."""
     engine: Literal["auto", "batching", "serial", "echo"] = "auto"

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 
 from app.engine.worker.compiling import compile_layers
-from app.engine.worker.forward import RowModel
+from app.engine.worker.forward import QUANTIZED, RowModel
 from app.engine.worker.layers import CompiledLayers, may_be_compiled
 from app.engine.worker.messages import Compile
 from app.engine.worker.packing import OF_TORCH, pack_linears
@@ -21,9 +21,10 @@ TOLERANCE = 1e-4
 """How far scores in float32 may be from those computed by torch, as a share of their norm."""
 
 
-def accelerate(rows: RowModel, setting: Compile) -> None:
+def accelerate(rows: RowModel, setting: Compile, *, quantized: bool = False) -> None:
     """Make a model that serves in rows faster; its rows must be empty, and are used.
 
+    Args: quantized: whether it computes in int8, where a last bit becomes a hundredth now and then.
     Raises: CompileError: compiled layers were asked for and cannot be had.
     """
     if rows.model.device.type != "cpu":
@@ -36,10 +37,10 @@ def accelerate(rows: RowModel, setting: Compile) -> None:
         except CompileError as error:
             if setting == "layers":
                 raise
-            log.info("layers are left to torch: %s", error)
+            log.warning("layers are left to torch: %s", error)
     if rows.layers is None:
         if setting != "none":
-            _add_attention(rows)
+            _add_attention(rows, TOLERANCE + (QUANTIZED if quantized else 0))
         pack_linears(rows.model, OF_TORCH if setting == "none" else None)
 
 
@@ -55,24 +56,27 @@ def _add_layers(rows: RowModel) -> None:
     def remove() -> None:
         rows.layers = None
 
-    _tried(rows, add, remove)
+    _compare(rows, add, remove, TOLERANCE)
 
 
-def _add_attention(rows: RowModel) -> None:
+def _add_attention(rows: RowModel, tolerance: float) -> None:
     def remove() -> None:
         rows.cache.compiled = None
 
     try:
-        _tried(rows, rows.cache.compile, remove)
+        _compare(rows, rows.cache.compile, remove, tolerance)
     except CompileError as error:
-        log.info("attention is left to torch: %s", error)
+        log.warning("attention is left to torch: %s", error)
 
 
-def _tried(rows: RowModel, add: Callable[[], None], remove: Callable[[], None]) -> None:
+def _compare(rows: RowModel, add: Callable[[], None], remove: Callable[[], None], tolerance: float) -> None:
     """Raises: CompileError: it cannot be added, or changes the scores."""
     before = rows.probe()
     add()
     difference = float((rows.probe() - before).norm() / before.norm())
-    if not difference <= TOLERANCE:
+    if not difference <= tolerance:
         remove()
+        # Numbers that are none would spoil what torch computes from now on.
+        for row in range(min(2, rows.cache.rows)):
+            rows.cache.clear(row)
         raise CompileError(f"its scores differ by {difference:.2%} when it is compiled")

@@ -15,7 +15,7 @@ from torch import Tensor
 from app.engine.worker.programs import CompileError, compile_program
 
 LANES = 8
-"""A head's size is a multiple of this."""
+"""Numbers of a vector; a head's size is a multiple of it."""
 TOLERANCE = 1e-5
 """How far its numbers may be from those computed by torch, as a share of their norm."""
 
@@ -33,7 +33,12 @@ class Heads:
 
     @property
     def macros(self) -> dict[str, int]:
-        """What a program is compiled with."""
+        """What a program is compiled with.
+
+        Raises: CompileError: there is none for such heads.
+        """
+        if self.size % LANES:
+            raise CompileError(f"heads of {self.size} numbers do not fill vectors")
         return {"KV_HEADS": self.kv, "GROUPS": self.groups, "SIZE": self.size}
 
 
@@ -41,12 +46,10 @@ class CompiledAttention:
     """The compiled program."""
 
     def __init__(self, heads: Heads) -> None:
-        """Make the program and try it out; takes about half a second.
+        """Make the program and try it out.
 
         Raises: CompileError: there is no compiler, or what it makes does not work here.
         """
-        if heads.size % LANES:
-            raise CompileError(f"heads of {heads.size} numbers do not fill vectors")
         self._heads = heads
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         program = compile_program("attention", heads.macros)

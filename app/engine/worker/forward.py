@@ -75,7 +75,8 @@ class RowModel:
         """Return the scores of a made text, to compare one way of computing them with another; uses the first rows."""
         generator = torch.Generator().manual_seed(0)
         count = min(PROBE_TOKENS, self.cache.length)
-        ids = torch.randint(self.vocabulary, (count,), generator=generator).tolist()
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        ids = torch.randint(vocabulary, (count,), generator=generator).tolist()
         passes = [[Piece(0, 0, ids[: count - 2])], [Piece(0, count - 2, ids[count - 2 : count - 1])]]
         if self.cache.rows > 1:
             passes.append([Piece(0, count - 1, ids[-1:]), Piece(1, 0, ids[: count // 2])])

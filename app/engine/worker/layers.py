@@ -1,7 +1,7 @@
 """The layers of Llama and its relatives in one call of a program of our own (native/layers.cpp).
 
 For few tokens a step of torch's is mostly the calling of operators, a thousand of them; here it is one call, and takes
-as long as reading the weights.  Decides which models it computes, and proves for each that it computes the same.
+as long as reading the weights.  Decides which models it computes; that it computes the same is for others to see.
 """
 
 import ctypes
@@ -75,6 +75,8 @@ def may_be_compiled(model: Any) -> None:
         raise CompileError(f"{config.model_type} has layers of another kind")
     if model.dtype != torch.float32 or config.hidden_act not in ACTIVATIONS:
         raise CompileError(f"there are none in {str(model.dtype).removeprefix('torch.')} with {config.hidden_act}")
+    if config.hidden_size % LANES or config.intermediate_size % PANEL:
+        raise CompileError(f"sizes of {config.hidden_size} and {config.intermediate_size} do not fill vectors")
     if any(type(each) is not nn.Linear for layer in model.model.layers for each in _linears(layer)):
         raise CompileError("its linear layers have been replaced")
 
@@ -89,13 +91,11 @@ class CompiledLayers:
             model: one that `may_be_compiled`, with its linear layers in panels.
             cache: has computed something with it.
 
-        Raises: CompileError: its sizes do not fit, or there is no compiler.
+        Raises: CompileError: its weights are of two types, or there is no compiler.
         """
         self._body, head = model.model, _panels(model.get_output_embeddings())
         heads = cache.same_heads()
         attention, mlp, norm = self._body.layers[0].self_attn, self._body.layers[0].mlp, self._body.norm
-        if heads.size % LANES:
-            raise CompileError(f"heads of {heads.size} numbers do not fill vectors")
         self._kept: list[Any] = [model, head]
         """What the program has pointers to."""
         table = [self._layer(number, layer, cache) for number, layer in enumerate(self._body.layers)]
@@ -154,8 +154,6 @@ class CompiledLayers:
         gate_up = _together(mlp.gate_proj, mlp.up_proj)
         o, down = _panels(attention.o_proj), _panels(mlp.down_proj)
         keys, values = cache.layer(number)
-        if down.inputs % PANEL or down.outputs % LANES:
-            raise CompileError(f"sizes of {down.outputs} and {down.inputs} do not fill vectors")
         self._kept += [qkv, gate_up, o, down]
         return _Layer(
             attention_norm=self._pointer(layer.input_layernorm.weight),

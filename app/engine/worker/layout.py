@@ -6,6 +6,7 @@ longer piece by itself.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -119,11 +120,16 @@ class Layout:
         """(1, tokens) each."""
         self.rows = numbers[2]
         """(tokens,)"""
-        singles = [piece for piece in pieces if len(piece.tokens) == 1]
-        longer = pieces[len(singles) :]
-        self.groups: list[Group] = [*_runs(singles, numbers[1]), *_chunks(longer, len(singles), numbers[1])]
+        self._pieces = pieces
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
         self._seen: dict[int | None, tuple[Tensor, Tensor]] = {}
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """For torch's attention only; the compiled one takes tokens as they are."""
+        singles = [piece for piece in self._pieces if len(piece.tokens) == 1]
+        longer, positions = self._pieces[len(singles) :], self.positions[0]
+        return [*_runs(singles, positions), *_chunks(longer, len(singles), positions)]
 
     def seen(self, window: int | None) -> tuple[Tensor, Tensor]:
         """Return the first key that each token looks at and the one after its last, made once for all layers."""

@@ -42,7 +42,7 @@ class PanelLinear(nn.Module):
         self.inputs, self.outputs = linear.in_features, linear.out_features
         kind = torch.float16 if self._program.halves and fits_float16(weight) else torch.float32
         self.panels: Tensor = _in_panels(weight.to(kind))
-        """(outputs / PANEL, inputs, PANEL)"""
+        """(panels, inputs, PANEL), an even number of them"""
         bias: Any = linear.bias
         self.bias: Tensor | None = None if bias is None else bias.detach().contiguous()
 
@@ -82,13 +82,24 @@ class _Products:
         )
 
 
-@cache
 def products() -> _Products:
     """Return the program, compiled once.
 
     Raises: CompileError: there is none.
     """
-    return _Products()
+    made = _made()
+    if isinstance(made, CompileError):
+        raise made
+    return made
+
+
+@cache
+def _made() -> _Products | CompileError:
+    # The error is kept as well: a compiler that hangs is not waited for by each layer.
+    try:
+        return _Products()
+    except CompileError as error:
+        return error
 
 
 def _in_panels(weight: Tensor) -> Tensor:

@@ -177,7 +177,7 @@ def make_runner(loaded: LoadedModel, spec: ModelSpec) -> Runner:
         log.warning("the model is served one request at a time: %s", error)
         return SerialRunner(loaded)
     try:
-        accelerate(rows, spec.compile)
+        accelerate(rows, spec.compile, quantized=loaded.logprob_shift is not None)
     except CompileError as error:
         raise LoadError(f"its layers cannot be compiled: {error}") from error
     return BatchingRunner(loaded, rows, reuse=spec.prefix_reuse)

@@ -7,6 +7,7 @@ only.  Decides how they are compiled and where what was made is kept; knows noth
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import re
@@ -15,7 +16,10 @@ import stat
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "native"
 COMPILERS = ("c++", "g++", "clang++")
@@ -38,35 +42,38 @@ def compile_program(name: str, macros: Mapping[str, str | int] | None = None) ->
     defined = [f"-D{macro}={value}" for macro, value in (macros or {}).items()]
     command = [compiler, *FLAGS, *defined, str(SOURCES / f"{name}.cpp"), "-o"]
     try:
-        library = _folder() / f"{name}-{_digest(command)}.so"
-        if not library.exists():
-            _make(command, library)
-        return ctypes.CDLL(str(library))
+        return _kept(command, f"{name}-{_digest(command)}.so")
     except subprocess.CalledProcessError as error:
         raise CompileError(f"{compiler} fails: {_last_line(error.stderr)}") from None
     except (OSError, subprocess.SubprocessError) as error:
         raise CompileError(f"{compiler} is of no use: {error}") from None
 
 
-def _make(command: Sequence[str], library: Path) -> None:
-    """Compile; nobody sees a half-written library, nor one that cannot be loaded."""
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        made = Path(folder) / library.name
+def _kept(command: Sequence[str], name: str) -> ctypes.CDLL:
+    """Load a library from where they are kept; make it if it is not there, or damaged."""
+    folder = _folder()
+    if folder is not None:
+        with suppress(OSError):
+            return ctypes.CDLL(str(folder / name))
+    with tempfile.TemporaryDirectory(prefix="llm-program-", dir=folder) as private:
+        made = Path(private) / name
         subprocess.run([*command, str(made)], check=True, capture_output=True, timeout=COMPILE_SECONDS)
-        ctypes.CDLL(str(made))
-        made.replace(library)
+        # A loaded library needs its file no longer.
+        library = ctypes.CDLL(str(made))
+        if folder is not None:
+            # At once: nobody finds half of it.
+            made.replace(folder / name)
+        return library
 
 
-def _folder() -> Path:
-    """Return where libraries are kept: with the temporary files, and nobody else's.
-
-    Raises: OSError: somebody else has taken its name, or may write there.
-    """
+def _folder() -> Path | None:
+    """Return where libraries are kept, with the temporary files; None if that is not this user's alone."""
     folder = Path(tempfile.gettempdir()) / f"llm-service-{os.geteuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-        raise PermissionError(f"{folder} is not this user's alone")
+        log.warning("%s is not this user's alone: programs are compiled anew each time", folder)
+        return None
     return folder
 
 

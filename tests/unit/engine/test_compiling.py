@@ -157,8 +157,9 @@ def test_without_a_compiler_layers_are_refused_and_else_left_to_torch(
 ) -> None:
     monkeypatch.setattr(programs, "COMPILERS", ())
     monkeypatch.delenv("CXX", raising=False)
-    panels.products.cache_clear()
+    panels._made.cache_clear()
 
     assert runner_of(folder, "auto").compiled is None
     with pytest.raises(LoadError, match=r"its layers cannot be compiled: .*no C\+\+ compiler"):
         runner_of(folder, "layers")
+    panels._made.cache_clear()

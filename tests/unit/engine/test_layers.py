@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as hf
 
-from app.engine.worker import acceleration, programs
+from app.engine.worker import acceleration, panels, programs
 from app.engine.worker.acceleration import accelerate
 from app.engine.worker.forward import RowModel, make_row_model
 from app.engine.worker.layout import Piece
@@ -55,6 +55,15 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def programs_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of sources to be changed, which programs are made of instead."""
+    monkeypatch.setattr(programs, "SOURCES", shutil.copytree(programs.SOURCES, tmp_path / "native"))
+    panels._made.cache_clear()
+    yield tmp_path / "native"
+    panels._made.cache_clear()
+
+
 def accelerated(model: Any, setting: Compile = "layers", rows: int = 4) -> RowModel:
     made = make_row_model(model, length=CONTEXT, rows=rows, free_bytes=10**9)
     accelerate(made, setting)
@@ -86,6 +95,20 @@ def test_compiled_layers_score_as_torch_does(kind: str) -> None:
         found = rows.scores(pieces, wanted)
         assert expected.shape == found.shape
         assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_long_pieces_score_as_torch_does() -> None:
+    """More tokens than products take at once, beside another's, and more keys than their values are taken at once."""
+    build = lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**{**SIZES, "max_position_embeddings": 512}))  # noqa: E731
+    rows = make_row_model(make(build), length=512, rows=2, free_bytes=10**9)
+    accelerate(rows, "layers")
+    plain = RowModel(make(build), rows=2, length=512)
+    ids = [(7 * place) % VOCABULARY for place in range(512)]
+
+    for pieces in ([Piece(0, 0, ids[:300])], [Piece(1, 0, ids[:1]), Piece(0, 300, ids[300:490])]):
+        wanted = [True] * len(pieces)
+        expected = plain.scores(pieces, wanted)
+        assert (rows.scores(pieces, wanted) - expected).norm() <= 1e-5 * expected.norm()
 
 
 def test_weights_of_32_bits_keep_them_all() -> None:
@@ -134,7 +157,7 @@ def test_other_layers_are_left_to_torch(
     model: Callable[[], Any], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With the reason in the log; who asked for compiled layers is told it instead."""
-    with caplog.at_level(logging.INFO, acceleration.__name__):
+    with caplog.at_level(logging.WARNING, acceleration.__name__):
         rows = accelerated(model().eval(), "auto")
 
     assert rows.compiled != "layers"
@@ -145,24 +168,24 @@ def test_other_layers_are_left_to_torch(
 
 
 @pytest.mark.parametrize(
-    ("header", "right", "wrong"),
+    ("source", "right", "wrong"),
     [
         ("layers.cpp", "* factor *", "*"),
+        ("layers.cpp", "first * cosines[left] -", "0.0f / 0.0f -"),
         ("layers.cpp", "linear<true>(from", "linear<false>(from"),
         ("layers.cpp", "silu(left) * right", "left * right"),
         ("products.h", "right * factor;", "right;"),
     ],
 )
 def test_a_program_that_computes_something_else_is_not_used(
-    header: str, right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: str, right: str, wrong: str, programs_of: Path
 ) -> None:
     """A compiler may be wrong about the machine; what it makes is compared before it answers anyone, and the model is
-    served as before."""
-    shutil.copytree(programs.SOURCES, tmp_path, dirs_exist_ok=True)
-    source = (tmp_path / header).read_text()
-    assert source.count(right) == 1
-    (tmp_path / header).write_text(source.replace(right, wrong))
-    monkeypatch.setattr(programs, "SOURCES", tmp_path)
+    served as before, whatever the program left in the rows."""
+    path = programs_of / source
+    text = path.read_text()
+    assert text.count(right) == 1
+    path.write_text(text.replace(right, wrong))
     expected = RowModel(make(KINDS["llama"]), rows=4, length=CONTEXT).probe()
 
     rows = accelerated(make(KINDS["llama"]), "auto")

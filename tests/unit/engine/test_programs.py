@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from app.engine.worker import programs
-from app.engine.worker.programs import FLAGS, SOURCES, CompileError, compile_program
+from app.engine.worker.programs import FLAGS, SOURCES, compile_program
 
 MACROS = ("-DKV_HEADS=2", "-DGROUPS=2", "-DSIZE=64", "-DWEIGHT=float")
 
@@ -46,14 +46,27 @@ def test_a_program_is_compiled_once(kept: Path, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.usefixtures("compiler")
-def test_programs_are_kept_where_nobody_else_writes(kept: Path, tmp_path: Path) -> None:
-    """What lies there is run: a folder that others may write to, or that leads elsewhere, is not used."""
-    kept.mkdir(mode=0o700)
-    kept.chmod(0o770)
-    with pytest.raises(CompileError, match="is not this user's alone"):
-        compile_program("products")
+@pytest.mark.parametrize("kind", ["for a group", "a link"])
+def test_programs_are_kept_where_nobody_else_writes(kind: str, kept: Path, tmp_path: Path) -> None:
+    """What lies there is run: a folder that others may write to, or that leads elsewhere, is done without."""
+    if kind == "a link":
+        kept.symlink_to(tmp_path)
+    else:
+        kept.mkdir()
+        kept.chmod(0o770)
+    before = sorted(tmp_path.rglob("*"))
 
-    kept.rmdir()
-    kept.symlink_to(tmp_path)
-    with pytest.raises(CompileError, match="is not this user's alone"):
-        compile_program("products")
+    assert compile_program("products").linear_floats
+
+    assert before == sorted(tmp_path.rglob("*"))
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_damaged_program_is_made_again(kept: Path) -> None:
+    """As after a crash of the machine."""
+    compile_program("products")
+    (library,) = kept.iterdir()
+    library.write_bytes(b"")
+
+    assert compile_program("products").linear_floats
+    assert library.stat().st_size > 0

@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from app.engine.worker import loader
+from app.engine.worker.acceleration import accelerate
 from app.engine.worker.forward import make_row_model
 from app.engine.worker.loader import LoadError, load
 from app.engine.worker.messages import ModelSpec, Submit, TokenEvent
@@ -90,14 +91,19 @@ def run(runner: Runner) -> dict[int, list[int]]:
     return {number: [t for e in events if e.id == number for t in e.token_ids] for number in {e.id for e in events}}
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_quantized_model_can_be_batched_in_every_type(family: str, dtype: torch.dtype) -> None:
-    """The proof at load allows for what int8 adds to the type's own rounding."""
+    """What is compared at load allows for what int8 adds to rounding; attention is compiled as always."""
     model = make(FAMILIES[family]).to(dtype)
     quantize_linears(model, IDS)
 
-    assert 2 == make_row_model(model, length=64, rows=2, free_bytes=10**9, quantized=True).cache.rows
+    rows = make_row_model(model, length=64, rows=2, free_bytes=10**9, quantized=True)
+    accelerate(rows, "auto", quantized=True)
+
+    assert 2 == rows.cache.rows
+    assert ("attention" if dtype == torch.float32 else None) == rows.compiled
 
 
 def test_a_small_context_window_is_room_enough(tmp_path: Path) -> None:

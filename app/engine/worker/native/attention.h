@@ -19,7 +19,7 @@ constexpr int VECTORS = SIZE / LANES;
 constexpr int BLOCK = GROUPS * 4 <= 12 && VECTORS % 4 == 0 ? 4 : GROUPS * 2 <= 12 && VECTORS % 2 == 0 ? 2 : 1;
 static_assert(SIZE % LANES == 0, "a head fills whole vectors");
 
-// Tokens that are attended to together: enough queries for the laying out of keys to be cheap, few enough to share out.
+// Tokens that are attended to together: enough queries to share the reading of keys, few enough to share out.
 constexpr int TOKENS = SIZE % PANEL == 0 && GROUPS <= 24 ? 48 / GROUPS : 1;
 constexpr int MOST = (TOKENS * GROUPS + 47) / 48 * 48;
 // Keys whose values stay in the first-level cache while all queries take them.
@@ -37,10 +37,9 @@ void score(const float* q, const float* keys, float* scores, int64_t count, int6
     }
 }
 
-// Softmax in place of the scores from `first` to `end`; the others of `padded` become 0.
-void soften(float* scores, int64_t first, int64_t end, int64_t padded) {
-    std::fill(scores, scores + first, -std::numeric_limits<float>::infinity());
-    std::fill(scores + end, scores + padded, -std::numeric_limits<float>::infinity());
+// Softmax of some scores in place; what is there of `padded` beyond them becomes 0.
+void soften(float* scores, int64_t count, int64_t padded) {
+    std::fill(scores + count, scores + padded, -std::numeric_limits<float>::infinity());
     Vector mosts = load(scores);
     for (int64_t key = LANES; key < padded; key += LANES) {
         const Vector score = load(scores + key);
@@ -225,7 +224,7 @@ class Attention {
         const int64_t padded = (keys_seen + LANES - 1) / LANES * LANES;
         scores_.resize(GROUPS * padded);
         score(q + place, keys + begin, scores_.data(), keys_seen, padded, scale);
-        for (int group = 0; group < GROUPS; group++) soften(scores_.data() + group * padded, 0, keys_seen, padded);
+        for (int group = 0; group < GROUPS; group++) soften(scores_.data() + group * padded, keys_seen, padded);
         gather(scores_.data(), values + begin, out + place, keys_seen, padded);
     }
 

@@ -195,7 +195,7 @@ class Pass {
         linear<true>(from, weights, bias, depth, model_.hidden, count, tokens_.x, model_.threads);
     }
 
-    // inner = silu(gate) * up, whose panels lie one after the other.
+    // inner = silu(gate) * up, whose panels lie one after the other; `inner` is a multiple of PANEL.
     void gate(const Layer& layer, int64_t count) {
         const int64_t depth = model_.hidden, inner = model_.inner;
         share_out(inner / PANEL, count, model_.threads, [&](int64_t panel, int64_t begin, int64_t end) {
