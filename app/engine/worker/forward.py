@@ -19,7 +19,7 @@ from app.engine.worker.rows import ATTENTION, RowCache, UnsupportedModelError
 PROBE_TOKENS = 24
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """How far the scores of the two ways may be apart, as a share of their norm; rounding alone stays well below."""
-QUANTIZED = 2e-2
+QUANTIZED = 5e-2
 """How much farther in int8, where a rounding now and then becomes one of a hundredth."""
 GLOBAL_ROPE = ("dynamic", "longrope")
 """Rotations that depend on the longest sequence in the batch, so that one row would change another's answer."""

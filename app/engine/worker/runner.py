@@ -195,7 +195,7 @@ class Pace:
     """
 
     MOST = 512
-    LEAST = 8
+    LEAST = 5
     FIRST = 64
     """While nothing is known."""
     STRETCH = 0.8
