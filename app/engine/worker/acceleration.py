@@ -73,7 +73,7 @@ def _compare(rows: RowModel, add: Callable[[], None], remove: Callable[[], None]
     """Raises: CompileError: it cannot be added, or changes the scores."""
     before = rows.probe()
     add()
-    difference = float((rows.probe() - before).norm() / before.norm())
+    difference = rows.apart(before)
     if not difference <= tolerance:
         remove()
         # Numbers that are none would spoil what torch computes from now on.

@@ -49,7 +49,7 @@ def compile_layers(rows: RowModel, *, backend: str | Callable[..., Any] = "induc
     try:
         for layer in layers:
             layer.compile(dynamic=True, backend=backend)
-        difference = float((rows.probe() - before).norm() / before.norm())
+        difference = rows.apart(before)
         if not difference <= TOLERANCE[rows.model.dtype]:
             raise CompileError(f"its scores differ by {difference:.1%} when its layers are compiled")
     except Exception as error:

@@ -71,6 +71,12 @@ class RowModel:
         ).logits[0]
         return scores[: len(keep)]
 
+    def apart(self, before: Tensor) -> float:
+        """Return how far the scores of the made text are from those that `probe` returned before, as a share of their
+        norm; NaN where a score is no number.
+        """
+        return float((self.probe() - before).norm() / before.norm())
+
     def probe(self) -> Tensor:
         """Return the scores of a made text, to compare one way of computing them with another; uses the first rows."""
         generator = torch.Generator().manual_seed(0)

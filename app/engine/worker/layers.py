@@ -66,7 +66,7 @@ class _Tokens(ctypes.Structure):
 
 
 def may_be_compiled(model: Any) -> None:
-    """Look at a model whose linear layers are torch's own.
+    """Look at a model that has not been packed yet.
 
     Raises: CompileError: its layers are of another kind.
     """
@@ -78,7 +78,7 @@ def may_be_compiled(model: Any) -> None:
     if config.hidden_size % LANES or config.intermediate_size % PANEL:
         raise CompileError(f"sizes of {config.hidden_size} and {config.intermediate_size} do not fill vectors")
     if any(type(each) is not nn.Linear for layer in model.model.layers for each in _linears(layer)):
-        raise CompileError("its linear layers have been replaced")
+        raise CompileError("its linear layers are quantized")
 
 
 class CompiledLayers:

@@ -58,8 +58,9 @@ struct Tokens {
 namespace {
 
 constexpr int64_t HEADS = KV_HEADS * GROUPS;
-constexpr int64_t QUERY = HEADS * SIZE;
-constexpr int64_t KEY = KV_HEADS * SIZE;
+// Numbers of all query heads of a token, and of all its key heads.
+constexpr int64_t QUERY_SIZE = HEADS * SIZE;
+constexpr int64_t KEY_SIZE = KV_HEADS * SIZE;
 
 // out = x / sqrt(mean(x^2) + epsilon) * weight
 void normalize(const float* x, const float* weight, float* out, int64_t size, float epsilon) {
@@ -95,14 +96,14 @@ class Pass {
         const int64_t count = tokens.count;
         normed_ = tokens.room;
         qkv_ = normed_ + count * model.hidden;
-        queries_ = qkv_ + count * (QUERY + 2 * KEY);
-        attended_ = queries_ + count * QUERY;
-        inner_ = attended_ + count * QUERY;
+        queries_ = qkv_ + count * (QUERY_SIZE + 2 * KEY_SIZE);
+        attended_ = queries_ + count * QUERY_SIZE;
+        inner_ = attended_ + count * QUERY_SIZE;
         for (int64_t token = 0; token < count; token++) ends_.push_back(tokens.positions[token] + 1);
         first_.resize(count);
     }
 
-    static int64_t width(const Model& model) { return model.hidden + 3 * QUERY + 2 * KEY + model.inner; }
+    static int64_t width(const Model& model) { return model.hidden + 3 * QUERY_SIZE + 2 * KEY_SIZE + model.inner; }
 
     // To be called by every thread of a parallel region.
     void run() {
@@ -111,7 +112,7 @@ class Pass {
         for (int64_t number = 0; number < model_.count; number++) {
             const Layer& layer = model_.layers[number];
             normalize_all(layer.attention_norm, count);
-            linear<false>(normed_, layer.qkv, layer.qkv_bias, model_.hidden, QUERY + 2 * KEY, count, qkv_,
+            linear<false>(normed_, layer.qkv, layer.qkv_bias, model_.hidden, QUERY_SIZE + 2 * KEY_SIZE, count, qkv_,
                           model_.threads);
             place(layer);
             const bool last = number + 1 == model_.count;
@@ -122,7 +123,7 @@ class Pass {
                 select();
                 count = tokens_.wanted_count;
             }
-            add(attended_, layer.o, layer.o_bias, QUERY, count);
+            add(attended_, layer.o, layer.o_bias, QUERY_SIZE, count);
             normalize_all(layer.mlp_norm, count);
             gate(layer, count);
             add(inner_, layer.down, layer.down_bias, model_.inner, count);
@@ -144,19 +145,19 @@ class Pass {
     void place(const Layer& layer) {
 #pragma omp for
         for (int64_t token = 0; token < tokens_.count; token++) {
-            float* heads = qkv_ + token * (QUERY + 2 * KEY);
+            float* heads = qkv_ + token * (QUERY_SIZE + 2 * KEY_SIZE);
             for (int64_t head = 0; head < HEADS + KV_HEADS; head++) {
                 const float* norm = head < HEADS ? layer.q_norm : layer.k_norm;
                 float* it = heads + head * SIZE;
                 if (norm) normalize(it, norm, it, SIZE, model_.epsilon);
                 rotate(it, tokens_.cosines + token * SIZE, tokens_.sines + token * SIZE);
             }
-            std::copy_n(heads, QUERY, queries_ + token * QUERY);
+            std::copy_n(heads, QUERY_SIZE, queries_ + token * QUERY_SIZE);
             for (int64_t head = 0; head < KV_HEADS; head++) {
                 const int64_t row = tokens_.rows[token] * KV_HEADS + head;
                 const int64_t to = (row * model_.length + tokens_.positions[token]) * SIZE;
-                std::copy_n(heads + QUERY + head * SIZE, SIZE, layer.keys + to);
-                std::copy_n(heads + QUERY + KEY + head * SIZE, SIZE, layer.values + to);
+                std::copy_n(heads + QUERY_SIZE + head * SIZE, SIZE, layer.keys + to);
+                std::copy_n(heads + QUERY_SIZE + KEY_SIZE + head * SIZE, SIZE, layer.values + to);
             }
             first_[token] = layer.window ? std::max<int64_t>(0, ends_[token] - layer.window) : 0;
         }
@@ -185,7 +186,7 @@ class Pass {
         for (int64_t place = 0; place < tokens_.wanted_count; place++) {
             const int64_t token = tokens_.wanted[place];
             if (token == place) continue;
-            std::copy_n(attended_ + token * QUERY, QUERY, attended_ + place * QUERY);
+            std::copy_n(attended_ + token * QUERY_SIZE, QUERY_SIZE, attended_ + place * QUERY_SIZE);
             std::copy_n(tokens_.x + token * model_.hidden, model_.hidden, tokens_.x + place * model_.hidden);
         }
     }

@@ -12,7 +12,7 @@
 namespace {
 
 // Tokens whose inputs stay in the second-level cache while a panel goes over them.
-constexpr int64_t TOGETHER = 128;
+constexpr int64_t AT_ONCE = 128;
 // How far ahead weights are asked for, in numbers: they are read once in a pass, from farther than any cache.
 constexpr int64_t AHEAD = 64 * PANEL;
 // Parts that each thread's share of panels is cut into: long stretches to read, and a thread that is held up by another
@@ -99,7 +99,7 @@ void by_lines(int64_t token, int64_t end, Use use) {
 template <class Use>
 void share_out(int64_t pairs, int64_t tokens, int threads, Use use) {
     const int64_t part = std::max<int64_t>(1, pairs / (PARTS * threads));
-    const int64_t blocks = (tokens + TOGETHER - 1) / TOGETHER;
+    const int64_t blocks = (tokens + AT_ONCE - 1) / AT_ONCE;
     for (int64_t block = 0; block < blocks; block++) {
         const int64_t token = block * tokens / blocks, end = (block + 1) * tokens / blocks;
 #pragma omp for schedule(dynamic, part)
