@@ -24,7 +24,7 @@ from app.engine.worker.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
-FAIR_WIDTH = 6
+FAIR_WIDTH = 4
 """Tokens that one step may always make, whoever asked; for so few it takes not much longer than for one."""
 
 

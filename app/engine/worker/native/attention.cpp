@@ -7,17 +7,15 @@
 extern "C" void attend(const float* q, const float* keys, const float* values, float* out, const int64_t* rows,
                        const int64_t* first, const int64_t* end, int64_t tokens, int64_t length, float scale,
                        int threads) {
-    const std::vector<int64_t> begins = runs(rows, tokens);
-    const int64_t tasks = (begins.size() - 1) * KV_HEADS;
+    const std::vector<Run> all = runs(rows, end, tokens);
+    const int64_t tasks = all.size() * KV_HEADS;
 #pragma omp parallel num_threads(threads)
     {
         Attention attention;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t task = tasks - 1; task >= 0; task--) {
-            const int64_t token = begins[task / KV_HEADS];
-            attention.attend(q, keys, values, out, {rows, first, end}, token, begins[task / KV_HEADS + 1] - token,
-                             task % KV_HEADS, length, scale);
-        }
+        for (int64_t task = 0; task < tasks; task++)
+            attention.attend(q, keys, values, out, {rows, first, end}, all[task % all.size()], task / all.size(), length,
+                             scale);
     }
 }
 

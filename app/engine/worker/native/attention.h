@@ -22,8 +22,8 @@ static_assert(SIZE % LANES == 0, "a head fills whole vectors");
 // Tokens that are attended to together: enough queries to share the reading of keys, few enough to share out.
 constexpr int TOKENS = SIZE % PANEL == 0 && GROUPS <= 24 ? 48 / GROUPS : 1;
 constexpr int MOST = (TOKENS * GROUPS + 47) / 48 * 48;
-// Keys whose values stay in the first-level cache while all queries take them.
-constexpr int64_t KEYS = 64;
+// Keys of a block, whose scores stay in the first-level cache.
+constexpr int64_t KEYS = 120;
 
 // Scores of the queries of one KV head with all keys; `padded` is the room of one query's scores.
 void score(const float* q, const float* keys, float* scores, int64_t count, int64_t padded, float scale) {
@@ -92,8 +92,9 @@ void product(const float* a, int64_t a_line, int64_t a_step, const float* b, int
         for (int half = 0; half < 2; half++) store(c + line * c_line + half * LANES, sums[line][half]);
 }
 
-// Attention of up to TOKENS neighbouring tokens of one row, for one KV head.  Scores lie by key, so that keys and values
-// are both read as they are: all queries of a key side by side.
+// Attention of up to TOKENS neighbouring tokens of one row, for one KV head.  Goes over the keys in blocks, whose scores
+// never leave the first-level cache, and keeps what of the softmax is known so far (Dao and others 2022).  Scores lie by
+// key, so that keys and values are both read as they are: all queries of a key side by side.
 class Together {
   public:
     // q and out: of the first token; first and end: what each looks at; keys and values: of the row, from its start.
@@ -102,13 +103,16 @@ class Together {
         const int64_t begin = first[0], count = end[tokens - 1] - begin;
         queries_ = tokens * GROUPS;
         line_ = (queries_ + PANEL - 1) / PANEL * PANEL;
-        // The last products read and write beyond what is there.
-        scores_.resize((count + LINES) * line_ + PANEL);
         lay_out(q, first, end, tokens, begin, count, scale);
-        score(keys + begin * SIZE, count);
-        for (int64_t panel = 0; panel < line_; panel += PANEL)
-            for (int64_t half = panel; half < panel + PANEL; half += LANES) soften(half, count);
-        gather(values + begin * SIZE, count);
+        std::fill(sums_, sums_ + MOST * SIZE, 0.0f);
+        std::fill(totals_, totals_ + MOST, 0.0f);
+        std::fill(mosts_, mosts_ + MOST, std::numeric_limits<float>::lowest());
+        for (int64_t key = 0; key < count; key += KEYS) {
+            const int64_t here = std::min(KEYS, count - key);
+            score(keys + (begin + key) * SIZE, here);
+            for (int64_t panel = 0; panel < line_; panel += PANEL) soften(panel, key, here);
+            gather(values + (begin + key) * SIZE, here);
+        }
         for (int64_t query = 0; query < queries_; query++) {
             float* to = out + query / GROUPS * KV_HEADS * GROUPS * SIZE + query % GROUPS * SIZE;
             const float share = 1.0f / totals_[query];
@@ -131,6 +135,7 @@ class Together {
         }
     }
 
+    // Scores of a block, (keys, line_).
     void score(const float* keys, int64_t count) {
         for (int64_t key = 0; key < count; key += LINES) {
             const float* from = keys + key * SIZE;
@@ -140,53 +145,68 @@ class Together {
                 from = last;
             }
             for (int64_t panel = 0; panel < line_; panel += PANEL)
-                product<false>(from, SIZE, 1, panels_ + panel * SIZE, PANEL, scores_.data() + key * line_ + panel,
-                               line_, SIZE);
+                product<false>(from, SIZE, 1, panels_ + panel * SIZE, PANEL, scores_ + key * line_ + panel, line_,
+                               SIZE);
         }
     }
 
-    // The exponentials of the scores of LANES queries from `query` on, each less its most, 0 for keys not looked at; and
-    // their totals.
-    void soften(int64_t query, int64_t count) {
-        float* scores = scores_.data() + query;
-        Integers first, end;
-        std::memcpy(&first, first_ + query, sizeof first);
-        std::memcpy(&end, end_ + query, sizeof end);
-        const int64_t from = *std::max_element(first_ + query, first_ + query + LANES);
-        const int64_t to = *std::min_element(end_ + query, end_ + query + LANES);
-        const Vector none = all(-std::numeric_limits<float>::infinity());
-        Vector most = none;
-        for (int64_t key = 0; key < count; key++) {
-            Vector it = load(scores + key * line_);
-            if (key < from || key >= to) {
-                const Integers place = static_cast<int32_t>(key) - Integers{};
-                it = (place >= first) & (place < end) ? it : none;
-                store(scores + key * line_, it);
+    // Make the scores of a panel of queries, for `count` keys from `key` on, to exponentials of what each is less than its
+    // most so far, 0 for keys not looked at; add these to the totals.
+    void soften(int64_t panel, int64_t key, int64_t count) {
+        for (int64_t query = panel; query < panel + PANEL; query += LANES) hide(query, key, count);
+        float* scores = scores_ + panel;
+        const int64_t line = line_;
+        Vector before[2], most[2], total[2] = {};
+        std::memcpy(before, mosts_ + panel, sizeof before);
+        std::memcpy(most, before, sizeof most);
+        for (int64_t place = 0; place < count; place++)
+            for (int half = 0; half < 2; half++) most[half] = greater(load(scores + place * line + half * LANES), most[half]);
+        for (int64_t place = 0; place < count; place++)
+            for (int half = 0; half < 2; half++) {
+                float* at = scores + place * line + half * LANES;
+                const Vector weight = exponential(load(at) - most[half]);
+                store(at, weight);
+                total[half] += weight;
             }
-            most = it > most ? it : most;
+        for (int half = 0; half < 2; half++) {
+            const int64_t query = panel + half * LANES;
+            const Vector kept = exponential(before[half] - most[half]);
+            store(totals_ + query, load(totals_ + query) * kept + total[half]);
+            store(mosts_ + query, most[half]);
+            for (int lane = 0; lane < LANES; lane++)
+                if (kept[lane] != 1.0f)
+                    for (int part = 0; part < SIZE; part++) sums_[(query + lane) * SIZE + part] *= kept[lane];
         }
-        Vector total = {};
-        for (int64_t key = 0; key < count; key++) {
-            const Vector weight = exponential(load(scores + key * line_) - most);
-            store(scores + key * line_, weight);
-            total += weight;
-        }
-        store(totals_ + query, total);
     }
 
+    // Take out of the scores of LANES queries those of keys that they do not look at.
+    void hide(int64_t query, int64_t key, int64_t count) {
+        const int32_t *const firsts = first_ + query, *const ends = end_ + query;
+        const int64_t line = line_;
+        if (*std::max_element(firsts, firsts + LANES) <= key && *std::min_element(ends, ends + LANES) >= key + count)
+            return;
+        Integers first, end;
+        std::memcpy(&first, firsts, sizeof first);
+        std::memcpy(&end, ends, sizeof end);
+        for (int64_t place = 0; place < count; place++) {
+            float* at = scores_ + place * line + query;
+            const Integers number = static_cast<int32_t>(key + place) - Integers{};
+            store(at, (number >= first) & (number < end) ? load(at) : all(-std::numeric_limits<float>::infinity()));
+        }
+    }
+
+    // Add the values of a block, as much of each as its exponential.
     void gather(const float* values, int64_t count) {
-        std::fill(sums_, sums_ + MOST * SIZE, 0.0f);
-        for (int64_t key = 0; key < count; key += KEYS)
-            for (int part = 0; part < SIZE; part += PANEL)
-                for (int64_t query = 0; query < queries_; query += LINES)
-                    product<true>(scores_.data() + key * line_ + query, 1, line_, values + key * SIZE + part, SIZE,
-                                  sums_ + query * SIZE + part, SIZE, std::min(KEYS, count - key));
+        for (int part = 0; part < SIZE; part += PANEL)
+            for (int64_t query = 0; query < queries_; query += LINES)
+                product<true>(scores_ + query, 1, line_, values + part, SIZE, sums_ + query * SIZE + part, SIZE, count);
     }
 
     int64_t queries_, line_;
     int32_t first_[MOST], end_[MOST];
-    alignas(64) float panels_[MOST * SIZE], sums_[MOST * SIZE], totals_[MOST];
-    std::vector<float> scores_;
+    // The last products read and write beyond what is there.
+    alignas(64) float scores_[(KEYS + LINES) * MOST];
+    alignas(64) float panels_[MOST * SIZE], sums_[MOST * SIZE], totals_[MOST], mosts_[MOST];
 };
 
 // What each token of a pass looks at, (tokens,) each: its row, its first key and the one after its last.  Neither key
@@ -195,24 +215,33 @@ struct Seen {
     const int64_t *rows, *first, *end;
 };
 
-// Where runs of neighbouring tokens of one row begin, cut so that none is too long, and the end of the last.
-std::vector<int64_t> runs(const int64_t* rows, int64_t tokens) {
-    std::vector<int64_t> begins;
+// Neighbouring tokens of one row, from `begin` to `end`.
+struct Run {
+    int64_t begin, end;
+};
+
+// All tokens of a pass in runs that are not too long, those with the most to compute first, so that no thread begins with
+// one when the others are done.  ends: what Seen has.
+std::vector<Run> runs(const int64_t* rows, const int64_t* ends, int64_t tokens) {
+    std::vector<Run> all;
     for (int64_t token = 0; token < tokens; token++) {
-        const bool apart = token == 0 || rows[token] != rows[begins.back()];
-        if (apart || token - begins.back() == TOKENS) begins.push_back(token);
+        const bool apart = token == 0 || rows[token] != rows[token - 1] || token - all.back().begin == TOKENS;
+        if (apart) all.push_back({token, token});
+        all.back().end = token + 1;
     }
-    begins.push_back(tokens);
-    return begins;
+    const auto work = [&](const Run& run) { return (run.end - run.begin) * ends[run.end - 1]; };
+    std::stable_sort(all.begin(), all.end(), [&](const Run& one, const Run& other) { return work(one) > work(other); });
+    return all;
 }
 
 // What one thread attends with.
 class Attention {
   public:
-    // Attend `count` tokens from `token` on, a run, for one KV head.
+    // Attend a run for one KV head.
     // q, out: (tokens, KV_HEADS * GROUPS, SIZE) without gaps; keys, values: (rows, KV_HEADS, length, SIZE).
-    void attend(const float* q, const float* keys, const float* values, float* out, Seen seen, int64_t token,
-                int64_t count, int64_t head, int64_t length, float scale) {
+    void attend(const float* q, const float* keys, const float* values, float* out, Seen seen, Run run, int64_t head,
+                int64_t length, float scale) {
+        const int64_t token = run.begin, count = run.end - run.begin;
         const int64_t from = (seen.rows[token] * KV_HEADS + head) * length * SIZE;
         const int64_t place = (token * KV_HEADS + head) * GROUPS * SIZE;
         if (count > 1) {

@@ -91,8 +91,7 @@ inline Vector silu(Vector x) {
 
 class Pass {
   public:
-    Pass(const Model& model, const Tokens& tokens)
-        : model_(model), tokens_(tokens), begins_(runs(tokens.rows, tokens.count)) {
+    Pass(const Model& model, const Tokens& tokens) : model_(model), tokens_(tokens) {
         const int64_t count = tokens.count;
         normed_ = tokens.room;
         qkv_ = normed_ + count * model.hidden;
@@ -101,6 +100,7 @@ class Pass {
         inner_ = attended_ + count * QUERY_SIZE;
         for (int64_t token = 0; token < count; token++) ends_.push_back(tokens.positions[token] + 1);
         first_.resize(count);
+        runs_ = runs(tokens.rows, ends_.data(), count);
     }
 
     static int64_t width(const Model& model) { return model.hidden + 3 * QUERY_SIZE + 2 * KEY_SIZE + model.inner; }
@@ -164,21 +164,21 @@ class Pass {
     }
 
     void attend(const Layer& layer, Attention& attention, bool last) {
-        const int64_t tasks = (begins_.size() - 1) * KV_HEADS;
+        const int64_t tasks = runs_.size() * KV_HEADS;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t task = tasks - 1; task >= 0; task--) {
-            const int64_t token = begins_[task / KV_HEADS], end = begins_[task / KV_HEADS + 1];
-            if (last && !any_wanted(token, end)) continue;
+        for (int64_t task = 0; task < tasks; task++) {
+            const Run run = runs_[task % runs_.size()];
+            if (last && !any_wanted(run)) continue;
             attention.attend(queries_, layer.keys, layer.values, attended_,
-                             {tokens_.rows, first_.data(), ends_.data()}, token, end - token, task % KV_HEADS,
-                             model_.length, model_.scale);
+                             {tokens_.rows, first_.data(), ends_.data()}, run, task / runs_.size(), model_.length,
+                             model_.scale);
         }
     }
 
-    bool any_wanted(int64_t token, int64_t end) const {
+    bool any_wanted(Run run) const {
         const int64_t* stop = tokens_.wanted + tokens_.wanted_count;
-        const int64_t* found = std::lower_bound(tokens_.wanted, stop, token);
-        return found != stop && *found < end;
+        const int64_t* found = std::lower_bound(tokens_.wanted, stop, run.begin);
+        return found != stop && *found < run.end;
     }
 
     void select() {
@@ -220,8 +220,8 @@ class Pass {
 
     const Model& model_;
     const Tokens& tokens_;
-    const std::vector<int64_t> begins_;
     std::vector<int64_t> first_, ends_;
+    std::vector<Run> runs_;
     float *normed_, *qkv_, *queries_, *attended_, *inner_;
 };
 

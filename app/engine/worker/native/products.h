@@ -15,8 +15,8 @@ namespace {
 constexpr int64_t AT_ONCE = 128;
 // How far ahead weights are asked for, in numbers: they are read once in a pass, from farther than any cache.
 constexpr int64_t AHEAD = 64 * PANEL;
-// Parts that each thread's share of panels is cut into: long stretches to read, and a thread that is held up by another
-// process leaves the rest to others.
+// Parts that each thread's share of panels is cut into for few tokens: a thread that is held up by another process leaves
+// the rest to others.
 constexpr int64_t PARTS = 6;
 
 #if defined(__F16C__) || defined(__aarch64__)
@@ -95,15 +95,16 @@ void by_lines(int64_t token, int64_t end, Use use) {
 }
 
 // Share pairs of panels out among the threads of the parallel region that all are in, for some tokens after the other;
-// call `use(pair, token, end)`.  All threads have done all of it when it returns.
+// call `use(pair, token, end)`.  All threads have done all of it when it returns.  Few tokens are read for: long stretches
+// for each thread.  Many are computed for: small parts, so that no thread waits long for another.
 template <class Use>
 void share_out(int64_t pairs, int64_t tokens, int threads, Use use) {
-    const int64_t part = std::max<int64_t>(1, pairs / (PARTS * threads));
+    const int64_t part = tokens > 2 * LINES ? 1 : std::max<int64_t>(1, pairs / (PARTS * threads));
     const int64_t blocks = (tokens + AT_ONCE - 1) / AT_ONCE;
-    for (int64_t block = 0; block < blocks; block++) {
-        const int64_t token = block * tokens / blocks, end = (block + 1) * tokens / blocks;
 #pragma omp for schedule(dynamic, part)
-        for (int64_t pair = 0; pair < pairs; pair++) use(pair, token, end);
+    for (int64_t task = 0; task < blocks * pairs; task++) {
+        const int64_t block = task / pairs;
+        use(task % pairs, block * tokens / blocks, (block + 1) * tokens / blocks);
     }
 }
 
