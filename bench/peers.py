@@ -192,8 +192,8 @@ class Vllm(OpenAiPeer):
         return [program, "serve", str(setup.model), "--port", str(port), "--host", "127.0.0.1", "--dtype", setup.dtype]
 
     def environment(self, setup: Setup) -> dict[str, str]:
-        # Its own interpreter must not find our libraries.  GiB of KV cache are more than these loads need.  By itself it
-        # leaves one core to its front end, with which it is half as fast on two.
+        # Its own interpreter must not find our libraries.  GiB of KV cache are more than these loads need.  By itself
+        # vLLM leaves one core to its front end, with which it is half as fast on two.
         inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[: setup.threads]))
         own = {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_CPU_OMP_THREADS_BIND": cores}

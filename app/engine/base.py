@@ -43,7 +43,7 @@ class EngineInfo:
     recommended: tuple[tuple[str, float], ...] = ()
     """Sampling settings that the model's own files recommend, by the names of `Params`."""
     logprob_shift: float | None = None
-    """By how much computing in int8 changed the log-probability of the likeliest token at load, on average; None where
+    """By how much weights in int8 changed the log-probability of the likeliest token at load, on average; None where
     nothing is quantized."""
     compiled: Literal["attention", "layers"] | None = None
     """What was compiled for this machine at load; None leaves all to torch's own operators."""

@@ -14,6 +14,7 @@ from app.engine.worker.messages import Compile
 from app.engine.worker.packing import OF_TORCH, pack_linears
 from app.engine.worker.panels import PanelLinear, products
 from app.engine.worker.programs import CompileError
+from app.engine.worker.quantizing import in_integers
 
 log = logging.getLogger(__name__)
 
@@ -21,10 +22,9 @@ TOLERANCE = 1e-4
 """How far scores in float32 may be from those computed by torch, as a share of their norm."""
 
 
-def accelerate(rows: RowModel, setting: Compile, *, quantized: bool = False) -> None:
+def accelerate(rows: RowModel, setting: Compile) -> None:
     """Make a model that serves in rows faster; its rows must be empty, and are used.
 
-    Args: quantized: whether it computes in int8, where a last bit becomes a hundredth now and then.
     Raises: CompileError: compiled layers were asked for and cannot be had.
     """
     if rows.model.device.type != "cpu":
@@ -40,7 +40,7 @@ def accelerate(rows: RowModel, setting: Compile, *, quantized: bool = False) -> 
             log.warning("layers are left to torch: %s", error)
     if rows.layers is None:
         if setting != "none":
-            _add_attention(rows, TOLERANCE + (QUANTIZED if quantized else 0))
+            _add_attention(rows, TOLERANCE + (QUANTIZED if in_integers(rows.model) else 0))
         pack_linears(rows.model, OF_TORCH if setting == "none" else None)
 
 

@@ -14,13 +14,14 @@ from torch import Tensor
 from app.engine.worker.layers import CompiledLayers
 from app.engine.worker.layout import Piece
 from app.engine.worker.messages import Compiled
+from app.engine.worker.quantizing import in_integers
 from app.engine.worker.rows import ATTENTION, RowCache, UnsupportedModelError
 
 PROBE_TOKENS = 24
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """How far the scores of the two ways may be apart, as a share of their norm; rounding alone stays well below."""
 QUANTIZED = 5e-2
-"""How much farther in int8, where a rounding now and then becomes one of a hundredth."""
+"""How much farther in integers, where a rounding now and then becomes one of a hundredth."""
 GLOBAL_ROPE = ("dynamic", "longrope")
 """Rotations that depend on the longest sequence in the batch, so that one row would change another's answer."""
 
@@ -89,7 +90,7 @@ class RowModel:
         return torch.cat([self.scores(pieces, [True] * len(pieces)) for pieces in passes]).float()
 
 
-def make_row_model(model: Any, *, length: int, rows: int | None, free_bytes: int, quantized: bool = False) -> RowModel:
+def make_row_model(model: Any, *, length: int, rows: int | None, free_bytes: int) -> RowModel:
     """Prove that rows give the model's own scores, and make the rows.
 
     Args:
@@ -104,7 +105,7 @@ def make_row_model(model: Any, *, length: int, rows: int | None, free_bytes: int
         if not model._can_set_attn_implementation():
             raise UnsupportedModelError("it computes attention of its own")
         _check_config(model.config.get_text_config(decoder=True))
-        tolerance = TOLERANCE.get(model.dtype, 0) + (QUANTIZED if quantized else 0)
+        tolerance = TOLERANCE.get(model.dtype, 0) + (QUANTIZED if in_integers(model) else 0)
         bytes_per_token = _prove(model, min(length, PROBE_TOKENS), tolerance)
     except Exception as error:
         model.set_attn_implementation(usual)

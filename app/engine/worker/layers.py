@@ -21,21 +21,30 @@ FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """By the `model_type` of their configuration: the same layers, with or without biases, norms of heads and windows."""
 ACTIVATIONS = frozenset({"silu", "swish"})
 """Two names of one."""
-TYPES = {torch.float16: "Half", torch.float32: "float"}
+TYPES = {torch.int8: "Byte", torch.float16: "Half", torch.float32: "float"}
 """Of weights, in the program."""
+
+
+class _Weights(ctypes.Structure):
+    """`Weights` of the program."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("panels", "scales", "bias")]
 
 
 class _Layer(ctypes.Structure):
     """`Layer` of the program."""
 
     _fields_ = [
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                *("attention_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "o_bias"),
-                *("mlp_norm", "gate_up", "gate_up_bias", "down", "down_bias", "keys", "values"),
-            )
-        ),
+        ("attention_norm", ctypes.c_void_p),
+        ("qkv", _Weights),
+        ("q_norm", ctypes.c_void_p),
+        ("k_norm", ctypes.c_void_p),
+        ("o", _Weights),
+        ("mlp_norm", ctypes.c_void_p),
+        ("gate_up", _Weights),
+        ("down", _Weights),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
         ("window", ctypes.c_int64),
     ]
 
@@ -46,7 +55,8 @@ class _Model(ctypes.Structure):
     _fields_ = [
         ("layers", ctypes.POINTER(_Layer)),
         *((name, ctypes.c_int64) for name in ("count", "hidden", "inner", "vocabulary", "length")),
-        *((name, ctypes.c_void_p) for name in ("last_norm", "head", "head_bias")),
+        ("last_norm", ctypes.c_void_p),
+        ("head", _Weights),
         ("epsilon", ctypes.c_float),
         ("scale", ctypes.c_float),
         ("threads", ctypes.c_int),
@@ -99,10 +109,11 @@ class CompiledLayers:
         self._kept: list[Any] = [model, head]
         """What the program has pointers to."""
         table = [self._layer(number, layer, cache) for number, layer in enumerate(self._body.layers)]
-        kinds = {each.panels.dtype for each in self._kept if isinstance(each, PanelLinear)}
+        kinds = {each.panels.dtype for each in self._kept if isinstance(each, PanelLinear) and each is not head}
         if len(kinds) > 1:
             raise CompileError("its weights are not all of one type")
-        self._program = compile_program("layers", {**heads.macros, "WEIGHT": TYPES[kinds.pop()]})
+        types = {"WEIGHT": TYPES[kinds.pop()], "HEAD": TYPES[head.panels.dtype]}
+        self._program = compile_program("layers", {**heads.macros, **types})
         self._program.width.restype = ctypes.c_int64
         self._program.forward.restype = None
         self._model = _Model(
@@ -113,8 +124,7 @@ class CompiledLayers:
             vocabulary=head.outputs,
             length=cache.length,
             last_norm=self._pointer(norm.weight),
-            head=self._pointer(head.panels),
-            head_bias=self._pointer(head.bias),
+            head=self._weights(head),
             epsilon=norm.variance_epsilon,
             scale=attention.scaling,
             threads=torch.get_num_threads(),
@@ -152,26 +162,24 @@ class CompiledLayers:
         attention, mlp = layer.self_attn, layer.mlp
         qkv = _together(attention.q_proj, attention.k_proj, attention.v_proj)
         gate_up = _together(mlp.gate_proj, mlp.up_proj)
-        o, down = _panels(attention.o_proj), _panels(mlp.down_proj)
         keys, values = cache.layer(number)
-        self._kept += [qkv, gate_up, o, down]
         return _Layer(
             attention_norm=self._pointer(layer.input_layernorm.weight),
-            qkv=self._pointer(qkv.panels),
-            qkv_bias=self._pointer(qkv.bias),
+            qkv=self._weights(qkv),
             q_norm=self._pointer(getattr(getattr(attention, "q_norm", None), "weight", None)),
             k_norm=self._pointer(getattr(getattr(attention, "k_norm", None), "weight", None)),
-            o=self._pointer(o.panels),
-            o_bias=self._pointer(o.bias),
+            o=self._weights(_panels(attention.o_proj)),
             mlp_norm=self._pointer(layer.post_attention_layernorm.weight),
-            gate_up=self._pointer(gate_up.panels),
-            gate_up_bias=self._pointer(gate_up.bias),
-            down=self._pointer(down.panels),
-            down_bias=self._pointer(down.bias),
+            gate_up=self._weights(gate_up),
+            down=self._weights(_panels(mlp.down_proj)),
             keys=self._pointer(keys),
             values=self._pointer(values),
             window=cache.windows[number] or 0,
         )
+
+    def _weights(self, linear: PanelLinear) -> _Weights:
+        self._kept.append(linear)
+        return _Weights(*map(self._pointer, (linear.panels, linear.scales, linear.bias)))
 
     def _pointer(self, tensor: Tensor | None) -> int | None:
         if tensor is None:

@@ -4,6 +4,7 @@ Decides device, dtype, context window, end tokens, and which models are refused:
 no adapters, nothing but decoder-only language models.  Knows no sockets and no requests.
 """
 
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +32,11 @@ from transformers import (
 )
 
 from app.engine.worker.messages import ModelSpec
+from app.engine.worker.panels import products
+from app.engine.worker.programs import CompileError
 from app.engine.worker.quantizing import PROBE_TOKENS, TEXT, QuantizationError, quantize_linears
+
+log = logging.getLogger(__name__)
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -92,7 +97,7 @@ def load(spec: ModelSpec, tokenizer_folder: str, on_stage: Callable[[str], None]
     )
     model.eval()
     parameters = sum(weight.numel() for weight in model.parameters())
-    logprob_shift = _quantize(model, tokenizer, device, config) if spec.quantization == "int8" else None
+    logprob_shift = _quantize(model, tokenizer, device, config, spec) if spec.quantization == "int8" else None
     end_ids = _end_ids(model, tokenizer)
     recommended = _recommended(model.generation_config)
     # The model's own sampling defaults would fill in whatever a request leaves open.
@@ -207,15 +212,28 @@ def _dtype(wanted: str, device: str, config: Any) -> torch.dtype | str:
     return torch.float32
 
 
-def _quantize(model: Any, tokenizer: Any, device: str, config: Any) -> float:
+def _quantize(model: Any, tokenizer: Any, device: str, config: Any, spec: ModelSpec) -> float:
     """Return by how much it changes log-probabilities."""
     if device != "cpu":
         raise LoadError(f"int8 is for processors and not for {device}; choose dtype bfloat16 or float16 there")
     ids = tokenizer(TEXT, add_special_tokens=True).input_ids[: _context_length(config, PROBE_TOKENS)]
     try:
-        return round(quantize_linears(model, torch.tensor([ids or [0]])), 4)
+        integers = not _takes_panels(model, spec)
+        return round(quantize_linears(model, torch.tensor([ids or [0]]), integers=integers), 4)
     except QuantizationError as error:
         raise LoadError(f"int8 is not to be had here: {error}") from None
+
+
+def _takes_panels(model: Any, spec: ModelSpec) -> bool:
+    """Return whether a program of our own will compute the model's linear layers."""
+    if spec.compile == "none" or model.dtype != torch.float32:
+        return False
+    try:
+        products()
+    except CompileError as error:
+        log.warning("int8 is left to torch: %s", error)
+        return False
+    return True
 
 
 def cpu_computes_bfloat16() -> bool:

@@ -1,6 +1,6 @@
 """Linear layers computed by a program of our own, for processors that compute in float32.
 
-Weights lie in panels (native/products.h), as float16 where that loses nothing: a step for few tokens takes as long as
+Weights lie in panels (native/products.h), in the smallest type that holds them: a step for few tokens takes as long as
 it takes to read them.  Knows no model; `packing.py` decides which layers are made so.
 """
 
@@ -16,6 +16,8 @@ from app.engine.worker.programs import CompileError, compile_program
 
 PANEL = 16
 """Outputs whose weights lie together; panels come in pairs."""
+SMALLEST = 1e-30
+"""The greatest weight of an output that has none: its scale must not be nothing."""
 LOSSLESS = 1e-7
 """What keeping weights in another type may change, as a share of their norm: as much as one rounding in float32."""
 
@@ -24,6 +26,17 @@ def fits_float16(weight: Tensor) -> bool:
     """Whether float16 holds the same numbers, as it does those of a bfloat16 checkpoint but for the very smallest."""
     lost = (weight.half().float() - weight).norm()
     return bool(lost <= LOSSLESS * weight.norm())
+
+
+def in_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weights, (outputs, inputs), as the nearest whole numbers up to 127, and their scales, (outputs, 1).
+
+    Scales have 16 bits, so that one times a whole number is exact and what was rounded once is found to be so.
+    """
+    peaks = weight.abs().amax(1, keepdim=True).clamp(min=SMALLEST) / 127
+    mantissa, exponent = torch.frexp(peaks)
+    scales = torch.ldexp((mantissa * 2**16).ceil() / 2**16, exponent)
+    return (weight / scales).round().to(torch.int8), scales
 
 
 class PanelLinear(nn.Module):
@@ -38,11 +51,12 @@ class PanelLinear(nn.Module):
         if linear.weight.dtype != torch.float32:
             raise CompileError(f"the program does not take {linear.weight.dtype}")
         self._program = products()
-        weight = linear.weight.detach()
         self.inputs, self.outputs = linear.in_features, linear.out_features
-        kind = torch.float16 if self._program.halves and fits_float16(weight) else torch.float32
-        self.panels: Tensor = _in_panels(weight.to(kind))
+        weight, scales = self._smallest(linear.weight.detach())
+        self.panels: Tensor = _in_panels(weight)
         """(panels, inputs, PANEL), an even number of them"""
+        self.scales: Tensor | None = scales
+        """(outputs,) of whole numbers"""
         bias: Any = linear.bias
         self.bias: Tensor | None = None if bias is None else bias.detach().contiguous()
 
@@ -53,6 +67,13 @@ class PanelLinear(nn.Module):
         self._program.compute(x, self, out)
         return out
 
+    def _smallest(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return weights in the smallest type that holds them, and their scales if they have any."""
+        whole, scales = in_int8(weight)
+        if torch.equal(whole * scales, weight):
+            return whole, scales.flatten()
+        return weight.half() if self._program.halves and fits_float16(weight) else weight, None
+
 
 class _Products:
     """The compiled program."""
@@ -61,11 +82,11 @@ class _Products:
         library = compile_program("products")
         self.halves = hasattr(library, "linear_halves")
         pointer, number = ctypes.c_void_p, ctypes.c_int64
-        self._ways = {torch.float32: library.linear_floats}
+        self._ways = {torch.float32: library.linear_floats, torch.int8: library.linear_bytes}
         if self.halves:
             self._ways[torch.float16] = library.linear_halves
         for way in self._ways.values():
-            way.argtypes = [*[pointer] * 4, *[number] * 3, ctypes.c_int]
+            way.argtypes = [*[pointer] * 5, *[number] * 3, ctypes.c_int]
             way.restype = None
 
     def compute(self, x: Tensor, layer: PanelLinear, out: Tensor) -> None:
@@ -73,6 +94,7 @@ class _Products:
         self._ways[layer.panels.dtype](
             x.data_ptr(),
             layer.panels.data_ptr(),
+            None if layer.scales is None else layer.scales.data_ptr(),
             None if layer.bias is None else layer.bias.data_ptr(),
             out.data_ptr(),
             x.numel() // layer.inputs,

@@ -35,7 +35,10 @@ from app.engine.worker.messages import (
     decode_to_worker,
     encode,
 )
+from app.engine.worker.packing import pack_linears
+from app.engine.worker.panels import PanelLinear
 from app.engine.worker.programs import CompileError
+from app.engine.worker.quantizing import in_integers
 from app.engine.worker.rows import UnsupportedModelError
 from app.engine.worker.runner import BatchingRunner
 from app.engine.worker.serial import SerialRunner
@@ -162,25 +165,32 @@ def make_runner(loaded: LoadedModel, spec: ModelSpec) -> Runner:
     if spec.compile == "layers" and spec.engine == "serial":
         raise LoadError("model.compile: layers needs batching, and model.engine asks for the serial runner")
     if spec.engine == "serial":
-        return SerialRunner(loaded)
+        return _one_at_a_time(loaded)
     try:
         rows = make_row_model(
             loaded.pipeline.model,
             length=loaded.context_length,
             rows=spec.max_batch_size,
             free_bytes=bytes_for_rows(loaded.device),
-            quantized=loaded.logprob_shift is not None,
         )
     except UnsupportedModelError as error:
         if spec.engine == "batching" or spec.compile == "layers":
             raise LoadError(f"it cannot be batched: {error}") from None
         log.warning("the model is served one request at a time: %s", error)
-        return SerialRunner(loaded)
+        return _one_at_a_time(loaded)
     try:
-        accelerate(rows, spec.compile, quantized=loaded.logprob_shift is not None)
+        accelerate(rows, spec.compile)
     except CompileError as error:
         raise LoadError(f"its layers cannot be compiled: {error}") from error
     return BatchingRunner(loaded, rows, reuse=spec.prefix_reuse)
+
+
+def _one_at_a_time(loaded: LoadedModel) -> SerialRunner:
+    model = loaded.pipeline.model
+    if loaded.logprob_shift is not None and not in_integers(model):
+        # Its weights are rounded and still lie there as floats.
+        pack_linears(model, [PanelLinear])
+    return SerialRunner(loaded)
 
 
 def usable_cores() -> int:

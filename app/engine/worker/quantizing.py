@@ -1,9 +1,10 @@
-"""Linear layers computed in 8-bit integers: faster and smaller on a CPU, and no longer exactly the model's own numbers.
+"""Linear layers with weights of 8 bits on a CPU: smaller and faster, and no longer exactly the model's own numbers.
 
-Weights have a scale for each output, activations one for each token (dynamic quantization by token, as in Dettmers and
-others 2022 without their outlier columns), so that a token's numbers do not depend on what else is in the batch.  What
-that does to log-probabilities is measured when a model is loaded.  The operator is torch's own but private, so that it
-is used from here only and tried out before.
+Weights have a scale for each output.  Where a program of our own computes them (`panels.py`), that is all; torch's own
+operators compute with integers throughout, and activations are rounded as well, with a scale for each token (dynamic
+quantization by token, as in Dettmers and others 2022 without their outlier columns), so that a token's numbers do not
+depend on what else is in the batch.  What either does to log-probabilities is measured when a model is loaded.  Torch's
+operator is private, so that it is used from here only and tried out before.
 """
 
 import warnings
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from app.engine.worker.linears import linears
+from app.engine.worker.panels import in_int8
 
 TOLERANCE = 0.01
 """How far a layer's numbers may be from those of the same rounded weights and activations in floats, as a share of
@@ -76,10 +78,13 @@ def _scaled(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.inference_mode()
-def quantize_linears(model: Any, ids: Tensor) -> float:
-    """Replace a model's linear layers, all but the one that gives the scores.
+def quantize_linears(model: Any, ids: Tensor, *, integers: bool) -> float:
+    """Round the weights of a model's linear layers, all but the one that gives the scores.
 
-    Args: ids: (1, tokens) to measure the effect on.
+    Args:
+        ids: (1, tokens) to measure the effect on.
+        integers: whether torch is to compute in integers; else the layers stay as they are, with weights that whole
+            numbers hold, for `packing.py`.
     Returns: by how much the log-probability of the likeliest next token changes, on average.
     Raises: QuantizationError: it cannot be done here.
     """
@@ -88,14 +93,25 @@ def quantize_linears(model: Any, ids: Tensor) -> float:
     scoring = model.get_output_embeddings()
     for parent, name, linear in linears(model):
         if getattr(parent, name) is not scoring:
-            setattr(parent, name, _quantized(linear))
+            setattr(parent, name, _quantized(linear) if integers else _rounded(linear))
     shift = _log_probabilities(model, ids).gather(-1, likeliest) - before.gather(-1, likeliest)
     return float(shift.abs().mean())
+
+
+def in_integers(model: Any) -> bool:
+    """Return whether a model computes in integers, where a last bit becomes a hundredth now and then."""
+    return any(isinstance(module, Int8Linear) for module in model.modules())
 
 
 def _log_probabilities(model: Any, ids: Tensor) -> Tensor:
     scores: Tensor = model(input_ids=ids, use_cache=False).logits[0]
     return functional.log_softmax(scores.float(), dim=-1)
+
+
+def _rounded(linear: nn.Linear) -> nn.Linear:
+    whole, scales = in_int8(linear.weight.detach())
+    linear.weight = nn.Parameter(whole * scales, requires_grad=False)
+    return linear
 
 
 def _quantized(linear: nn.Linear) -> Int8Linear:

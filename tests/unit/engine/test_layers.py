@@ -1,7 +1,9 @@
 """Layers in one call: the scores of torch's own, for every kind that is taken, and torch where they differ."""
 
+import copy
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from app.engine.worker.layout import Piece
 from app.engine.worker.messages import Compile
 from app.engine.worker.panels import PanelLinear
 from app.engine.worker.programs import CompileError
+from app.engine.worker.quantizing import quantize_linears
 from tests.unit.engine.families import CONTEXT, FAMILIES, VOCABULARY, make
 
 pytestmark = pytest.mark.usefixtures("compiler")
@@ -97,9 +100,14 @@ def test_compiled_layers_score_as_torch_does(kind: str) -> None:
         assert (found - expected).norm() <= 1e-5 * expected.norm()
 
 
-def test_long_pieces_score_as_torch_does() -> None:
-    """More tokens than products take at once, beside another's, and more keys than their values are taken at once."""
-    build = lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**{**SIZES, "max_position_embeddings": 512}))  # noqa: E731
+@pytest.mark.parametrize("window", [None, 200])
+def test_long_pieces_score_as_torch_does(window: int | None) -> None:
+    """More tokens than products take at once, beside another's, and blocks of keys that not all of them see."""
+    long = {**SIZES, "max_position_embeddings": 512}
+
+    def build() -> Any:
+        return hf.MistralForCausalLM(hf.MistralConfig(**long, sliding_window=window))
+
     rows = make_row_model(make(build), length=512, rows=2, free_bytes=10**9)
     accelerate(rows, "layers")
     plain = RowModel(make(build), rows=2, length=512)
@@ -121,6 +129,22 @@ def test_weights_of_32_bits_keep_them_all() -> None:
     assert (rows.scores(pieces, [True]) - expected).norm() <= 1e-5 * expected.norm()
     kinds = {each.panels.dtype for each in rows.model.modules() if isinstance(each, PanelLinear)}
     assert {torch.float32} == kinds
+
+
+@pytest.mark.parametrize("kind", ["llama", "biases"])
+def test_weights_of_8_bits_score_as_the_same_numbers_do_in_torch(kind: str) -> None:
+    """Beside a last product of another type, with and without biases."""
+    model = make(KINDS[kind])
+    quantize_linears(model, torch.tensor([[5, 6, 7, 8]]), integers=False)
+    plain = RowModel(copy.deepcopy(model), rows=4, length=CONTEXT)
+    rows = accelerated(model)
+    pieces = [Piece(0, 0, [5]), Piece(1, 0, [(7 * place) % VOCABULARY for place in range(40)])]
+
+    expected = plain.scores(pieces, [True, True])
+
+    assert (rows.scores(pieces, [True, True]) - expected).norm() <= 1e-5 * expected.norm()
+    kinds = [each.panels.dtype for each in rows.model.modules() if isinstance(each, PanelLinear)]
+    assert {torch.int8: len(kinds) - 1, torch.float32: 1} == Counter(kinds)
 
 
 def test_a_number_that_is_none_stays_in_its_row() -> None:

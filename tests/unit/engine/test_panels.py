@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from app.engine.worker.panels import PANEL, PanelLinear
+from app.engine.worker.panels import PANEL, PanelLinear, in_int8
 from app.engine.worker.programs import CompileError
 
 pytestmark = pytest.mark.usefixtures("compiler")
@@ -13,22 +13,44 @@ TOLERANCE = 2e-6
 
 
 @pytest.mark.parametrize("outputs", [1, PANEL, 3 * PANEL + 5, 200])
-@pytest.mark.parametrize(("halves", "bias"), [(True, True), (True, False), (False, True)])
-def test_a_layer_in_panels_computes_what_torch_computes(outputs: int, halves: bool, bias: bool) -> None:
-    """From one token, over all numbers of them that are computed together, to several blocks of many."""
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.int8])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_in_panels_computes_what_torch_computes(outputs: int, kind: torch.dtype, bias: bool) -> None:
+    """In the smallest type that holds its weights; for one token, for as many as are computed together, for blocks."""
     torch.manual_seed(3)
     linear = nn.Linear(51, outputs, bias=bias)
-    if halves:
+    if kind == torch.float16:
         linear.weight.data = linear.weight.data.bfloat16().float()
+    if kind == torch.int8:
+        whole, scales = in_int8(linear.weight.data)
+        linear.weight.data = whole * scales
 
     layer = PanelLinear(linear)
 
-    assert layer.panels.dtype == (torch.float16 if halves else torch.float32)
+    assert kind == layer.panels.dtype
     for tokens in (1, 2, 3, 4, 5, 6, 7, 13, 128, 129, 300):
         x = torch.randn(1, tokens, 51)
         expected = linear(x).detach()
         assert (layer(x) - expected).norm() <= TOLERANCE * expected.norm()
         assert expected.shape == layer(x).shape
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e-3, 1, 1e10])
+def test_weights_are_rounded_to_the_nearest_of_255_steps_once(size: float) -> None:
+    """An output of great weights does not coarsen another's, and rounding again changes nothing."""
+    torch.manual_seed(3)
+    weight = torch.randn(40, 64) * size
+    weight[7] *= 1000
+    weight[9] = 0
+
+    whole, scales = in_int8(weight)
+
+    rounded = whole * scales
+    step = weight.abs().amax(1, keepdim=True) / 127
+    assert ((rounded - weight).abs() <= 0.501 * step).all()
+    again, _ = in_int8(rounded)
+    assert torch.equal(whole, again)
+    assert torch.equal(rounded, again * in_int8(rounded)[1])
 
 
 def test_a_tokens_numbers_do_not_depend_on_its_company() -> None:

@@ -14,10 +14,13 @@ from transformers.pytorch_utils import Conv1D
 from app.engine.worker import loader
 from app.engine.worker.acceleration import accelerate
 from app.engine.worker.forward import make_row_model
+from app.engine.worker.linears import linears
 from app.engine.worker.loader import LoadError, load
 from app.engine.worker.messages import ModelSpec, Submit, TokenEvent
+from app.engine.worker.panels import PanelLinear, in_int8
 from app.engine.worker.process import Runner, make_runner
-from app.engine.worker.quantizing import Int8Linear, quantize_linears
+from app.engine.worker.programs import CompileError
+from app.engine.worker.quantizing import Int8Linear, in_integers, quantize_linears
 from app.types import Params
 from tests.unit.engine.families import FAMILIES, make
 from tests.unit.engine.tiny import chatml_tokenizer, save_tiny_llama
@@ -53,7 +56,7 @@ def test_every_layer_but_the_last_computes_in_int8_and_the_effect_is_told(family
     with torch.inference_mode():
         before = functional.log_softmax(model(input_ids=IDS).logits[0].float(), -1)
 
-    shift = quantize_linears(model, IDS)
+    shift = quantize_linears(model, IDS, integers=True)
 
     left = [each for each in model.modules() if type(each) in {nn.Linear, Conv1D}]
     assert [model.get_output_embeddings()] == left
@@ -63,6 +66,20 @@ def test_every_layer_but_the_last_computes_in_int8_and_the_effect_is_told(family
     expected = (after.gather(-1, likeliest) - before.gather(-1, likeliest)).abs().mean()
     assert 0 < shift == pytest.approx(float(expected), rel=1e-3)
     assert shift < 1
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "opt", "gpt2"])
+def test_rounded_weights_change_less_than_integers_do(family: str) -> None:
+    """All layers but the last hold whole numbers then, and are otherwise what they were."""
+    model, other = make(FAMILIES[family]), make(FAMILIES[family])
+
+    shift = quantize_linears(model, IDS, integers=False)
+
+    assert 0 < shift < quantize_linears(other, IDS, integers=True)
+    assert not in_integers(model)
+    rounded = [linear for _, _, linear in linears(model) if linear is not model.get_output_embeddings()]
+    assert rounded
+    assert all(torch.equal(torch.mul(*in_int8(linear.weight)), linear.weight) for linear in rounded)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -96,9 +113,9 @@ def run(runner: Runner) -> dict[int, list[int]]:
 def test_a_quantized_model_can_be_batched_in_every_type(family: str, dtype: torch.dtype) -> None:
     """The proof at load allows for what int8 adds to the type's own rounding."""
     model = make(FAMILIES[family]).to(dtype)
-    quantize_linears(model, IDS)
+    quantize_linears(model, IDS, integers=True)
 
-    assert 2 == make_row_model(model, length=64, rows=2, free_bytes=10**9, quantized=True).cache.rows
+    assert 2 == make_row_model(model, length=64, rows=2, free_bytes=10**9).cache.rows
 
 
 @pytest.mark.usefixtures("compiler")
@@ -106,10 +123,10 @@ def test_a_quantized_model_can_be_batched_in_every_type(family: str, dtype: torc
 def test_attention_beside_integers_is_compiled_as_always(family: str) -> None:
     """A last bit of it may become one step of a rounding, which is no reason to leave it to torch."""
     model = make(FAMILIES[family])
-    quantize_linears(model, IDS)
-    rows = make_row_model(model, length=64, rows=2, free_bytes=10**9, quantized=True)
+    quantize_linears(model, IDS, integers=True)
+    rows = make_row_model(model, length=64, rows=2, free_bytes=10**9)
 
-    accelerate(rows, "auto", quantized=True)
+    accelerate(rows, "auto")
 
     assert "attention" == rows.compiled
 
@@ -125,9 +142,10 @@ def test_a_small_context_window_is_room_enough(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("engine", ["batching", "serial"])
-def test_a_quantized_model_answers_alike_alone_and_in_company(folder: Path, engine: Any) -> None:
-    spec = msgspec.structs.replace(SPEC, name=str(folder), engine=engine)
-    runner = make_runner(load_int8(folder), spec)
+@pytest.mark.parametrize("setting", ["auto", "none"])
+def test_a_quantized_model_answers_alike_alone_and_in_company(folder: Path, engine: Any, setting: Any) -> None:
+    spec = msgspec.structs.replace(SPEC, name=str(folder), engine=engine, compile=setting)
+    runner = make_runner(load_int8(folder, compile=setting), spec)
     asks = [Submit(id=n, prompt_ids=tuple(range(5 + n, 25 + 2 * n)), params=Params(max_tokens=12)) for n in range(4)]
 
     alone = {}
@@ -160,13 +178,43 @@ def wrong_numbers(self: Int8Linear, x: torch.Tensor) -> torch.Tensor:
     return torch.zeros(3, 1)
 
 
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("engine", ["batching", "serial"])
+def test_weights_of_8_bits_take_8(folder: Path, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In compiled layers, and for a model that is served one request at a time."""
+    monkeypatch.setattr(PanelLinear, "LEAST", 0)
+    loaded = load_int8(folder)
+    runner = make_runner(loaded, msgspec.structs.replace(SPEC, name=str(folder), engine=engine))
+
+    model = loaded.pipeline.model
+    panels = [each for each in model.modules() if isinstance(each, PanelLinear)]
+    assert ("layers" if engine == "batching" else None) == runner.compiled
+    assert {torch.int8} == {each.panels.dtype for each in panels if each is not model.get_output_embeddings()}
+    assert [] == [each for each in model.modules() if type(each) is nn.Linear]
+
+
+def test_without_a_compiler_torch_computes_in_integers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> None:
+        raise CompileError("there is no C++ compiler")
+
+    monkeypatch.setattr(loader, "products", none)
+
+    assert in_integers(load_int8(folder).pipeline.model)
+
+
+@pytest.mark.parametrize("how", [{"compile": "none"}, {"dtype": "bfloat16"}])
+def test_torch_computes_in_integers_where_nothing_is_compiled(folder: Path, how: Any) -> None:
+    """By the setting, or because the program computes in float32 only."""
+    assert in_integers(load_int8(folder, **how).pipeline.model)
+
+
 @pytest.mark.parametrize("broken", [no_operator, wrong_numbers])
 def test_where_int8_goes_wrong_the_load_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch, broken: Any) -> None:
     """Nobody who asked for int8 gets something else in silence."""
     monkeypatch.setattr(Int8Linear, "forward", broken)
 
     with pytest.raises(LoadError, match="int8 is not to be had here: this processor"):
-        load_int8(folder)
+        load_int8(folder, compile="none")
 
 
 def test_int8_is_refused_on_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,8 @@
 //
 // Pre-norm blocks: RMSNorm, grouped attention with rotary positions, RMSNorm, SwiGLU.  The threads stay together from the
 // first layer to the last and wait for each other between two steps of a layer, where torch would start them anew for
-// each operator.  WEIGHT is the type of the weights, a macro beside those of attention.h.
+// each operator.  WEIGHT is the type of the layers' weights and HEAD that of the last product's, macros beside those of
+// attention.h.
 
 #include <cmath>
 
@@ -11,17 +12,14 @@
 
 extern "C" {
 
-// A layer's weights; null where it has no bias and no norm of its heads.
+// A layer's weights; null where it has no norm of its heads.
 struct Layer {
     const float* attention_norm;
-    const WEIGHT* qkv;
-    const float *qkv_bias, *q_norm, *k_norm;
-    const WEIGHT* o;
-    const float *o_bias, *mlp_norm;
-    const WEIGHT* gate_up;
-    const float* gate_up_bias;
-    const WEIGHT* down;
-    const float* down_bias;
+    Weights<WEIGHT> qkv;
+    const float *q_norm, *k_norm;
+    Weights<WEIGHT> o;
+    const float* mlp_norm;
+    Weights<WEIGHT> gate_up, down;
     // (rows, KV_HEADS, length, SIZE)
     float *keys, *values;
     // Keys that a token sees, itself included; 0 is no limit.
@@ -32,8 +30,7 @@ struct Model {
     const Layer* layers;
     int64_t count, hidden, inner, vocabulary, length;
     const float* last_norm;
-    const WEIGHT* head;
-    const float* head_bias;
+    Weights<HEAD> head;
     float epsilon, scale;
     int threads;
 };
@@ -112,8 +109,7 @@ class Pass {
         for (int64_t number = 0; number < model_.count; number++) {
             const Layer& layer = model_.layers[number];
             normalize_all(layer.attention_norm, count);
-            linear<false>(normed_, layer.qkv, layer.qkv_bias, model_.hidden, QUERY_SIZE + 2 * KEY_SIZE, count, qkv_,
-                          model_.threads);
+            linear<false>(normed_, layer.qkv, model_.hidden, QUERY_SIZE + 2 * KEY_SIZE, count, qkv_, model_.threads);
             place(layer);
             const bool last = number + 1 == model_.count;
             if (last && tokens_.wanted_count == 0) return;
@@ -123,14 +119,13 @@ class Pass {
                 select();
                 count = tokens_.wanted_count;
             }
-            add(attended_, layer.o, layer.o_bias, QUERY_SIZE, count);
+            add(attended_, layer.o, QUERY_SIZE, count);
             normalize_all(layer.mlp_norm, count);
             gate(layer, count);
-            add(inner_, layer.down, layer.down_bias, model_.inner, count);
+            add(inner_, layer.down, model_.inner, count);
         }
         normalize_all(model_.last_norm, count);
-        linear<false>(normed_, model_.head, model_.head_bias, model_.hidden, model_.vocabulary, count, tokens_.scores,
-                      model_.threads);
+        linear<false>(normed_, model_.head, model_.hidden, model_.vocabulary, count, tokens_.scores, model_.threads);
     }
 
   private:
@@ -192,8 +187,8 @@ class Pass {
     }
 
     // x += a linear layer of `from`
-    void add(const float* from, const WEIGHT* weights, const float* bias, int64_t depth, int64_t count) {
-        linear<true>(from, weights, bias, depth, model_.hidden, count, tokens_.x, model_.threads);
+    void add(const float* from, Weights<WEIGHT> weights, int64_t depth, int64_t count) {
+        linear<true>(from, weights, depth, model_.hidden, count, tokens_.x, model_.threads);
     }
 
     // inner = silu(gate) * up, whose panels lie one after the other; `inner` is a multiple of PANEL.
@@ -203,15 +198,13 @@ class Pass {
             const int64_t first = panel * PANEL;
             by_lines(begin, end, [&](int64_t token, int64_t lines) {
                 alignas(64) float sums[LINES * 2 * PANEL];
-                multiply(normed_ + token * depth, layer.gate_up + first * depth, inner * depth, depth, lines, sums);
+                multiply(normed_ + token * depth, layer.gate_up.panels + first * depth, inner * depth, depth, lines,
+                         sums);
                 for (int64_t line = 0; line < lines; line++)
                     for (int64_t lane = 0; lane < PANEL; lane += LANES) {
-                        Vector left = load(sums + 2 * line * PANEL + lane);
-                        Vector right = load(sums + (2 * line + 1) * PANEL + lane);
-                        if (layer.gate_up_bias) {
-                            left += load(layer.gate_up_bias + first + lane);
-                            right += load(layer.gate_up_bias + inner + first + lane);
-                        }
+                        const float* from = sums + 2 * line * PANEL + lane;
+                        const Vector left = layer.gate_up.finish(load(from), first + lane);
+                        const Vector right = layer.gate_up.finish(load(from + PANEL), inner + first + lane);
                         store(inner_ + (token + line) * inner + first + lane, silu(left) * right);
                     }
             });

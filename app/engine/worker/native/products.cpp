@@ -2,17 +2,31 @@
 
 #include "products.h"
 
-// x (tokens, depth), out (tokens, outputs), both without gaps; bias (outputs,) or none.
-extern "C" void linear_floats(const float* x, const float* weights, const float* bias, float* out, int64_t tokens,
-                              int64_t depth, int64_t outputs, int threads) {
+namespace {
+
+template <class Weight>
+void compute(const float* x, Weights<Weight> weights, float* out, int64_t tokens, int64_t depth, int64_t outputs,
+             int threads) {
 #pragma omp parallel num_threads(threads)
-    linear<false>(x, weights, bias, depth, outputs, tokens, out, threads);
+    linear<false>(x, weights, depth, outputs, tokens, out, threads);
+}
+
+}  // namespace
+
+// x (tokens, depth), out (tokens, outputs), both without gaps; scales and bias (outputs,) or none.
+extern "C" void linear_floats(const float* x, const float* panels, const float* scales, const float* bias, float* out,
+                              int64_t tokens, int64_t depth, int64_t outputs, int threads) {
+    compute<float>(x, {panels, scales, bias}, out, tokens, depth, outputs, threads);
+}
+
+extern "C" void linear_bytes(const float* x, const Byte* panels, const float* scales, const float* bias, float* out,
+                             int64_t tokens, int64_t depth, int64_t outputs, int threads) {
+    compute<Byte>(x, {panels, scales, bias}, out, tokens, depth, outputs, threads);
 }
 
 #ifdef HALVES
-extern "C" void linear_halves(const float* x, const Half* weights, const float* bias, float* out, int64_t tokens,
-                              int64_t depth, int64_t outputs, int threads) {
-#pragma omp parallel num_threads(threads)
-    linear<false>(x, weights, bias, depth, outputs, tokens, out, threads);
+extern "C" void linear_halves(const float* x, const Half* panels, const float* scales, const float* bias, float* out,
+                              int64_t tokens, int64_t depth, int64_t outputs, int threads) {
+    compute<Half>(x, {panels, scales, bias}, out, tokens, depth, outputs, threads);
 }
 #endif

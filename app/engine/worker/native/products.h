@@ -6,6 +6,9 @@
 #pragma once
 
 #include <algorithm>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #include "vectors.h"
 
@@ -18,6 +21,21 @@ constexpr int64_t AHEAD = 64 * PANEL;
 // Parts that each thread's share of panels is cut into for few tokens: a thread that is held up by another process leaves
 // the rest to others.
 constexpr int64_t PARTS = 6;
+
+// A whole number, as a weight; the numbers of an output share a scale.
+typedef int8_t Byte;
+
+inline Vector load(const Byte* from) {
+#if defined(__AVX2__)
+    // GCC 12 takes the other way one number after the other.
+    return (Vector)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+#else
+    typedef int8_t Bytes __attribute__((vector_size(LANES)));
+    Bytes it;
+    std::memcpy(&it, from, sizeof it);
+    return __builtin_convertvector(__builtin_convertvector(it, Integers), Vector);
+#endif
+}
 
 #if defined(__F16C__) || defined(__aarch64__)
 #define HALVES 1
@@ -108,21 +126,37 @@ void share_out(int64_t pairs, int64_t tokens, int threads, Use use) {
     }
 }
 
+// Panels for an even number of outputs, what their sums are to be multiplied with, (outputs,) or none, and bias, the same.
+template <class Weight>
+struct Weights {
+    const Weight* panels;
+    const float *scales, *bias;
+
+    float finish(float sum, int64_t output) const {
+        return (scales ? scales[output] * sum : sum) + (bias ? bias[output] : 0.0f);
+    }
+
+    Vector finish(Vector sums, int64_t output) const {
+        if (scales) sums *= load(scales + output);
+        return bias ? sums + load(bias + output) : sums;
+    }
+};
+
 // A linear layer, called by all threads of a parallel region: out (tokens, outputs) = x (tokens, depth) times weights,
-// or with ADD += that.  Bias (outputs,) or none; panels are there for an even number of them.
+// or with ADD += that.
 template <bool ADD, class Weight>
-void linear(const float* x, const Weight* weights, const float* bias, int64_t depth, int64_t outputs, int64_t tokens,
-            float* out, int threads) {
+void linear(const float* x, Weights<Weight> weights, int64_t depth, int64_t outputs, int64_t tokens, float* out,
+            int threads) {
     constexpr int64_t PAIR = 2 * PANEL;
     share_out((outputs + PAIR - 1) / PAIR, tokens, threads, [&](int64_t pair, int64_t begin, int64_t end) {
         const int64_t first = pair * PAIR, width = std::min(PAIR, outputs - first);
         by_lines(begin, end, [&](int64_t token, int64_t count) {
             alignas(64) float sums[LINES * PAIR];
-            multiply(x + token * depth, weights + first * depth, PANEL * depth, depth, count, sums);
+            multiply(x + token * depth, weights.panels + first * depth, PANEL * depth, depth, count, sums);
             for (int64_t line = 0; line < count; line++) {
                 float* to = out + (token + line) * outputs + first;
                 for (int64_t lane = 0; lane < width; lane++)
-                    to[lane] = (ADD ? to[lane] : 0.0f) + sums[line * PAIR + lane] + (bias ? bias[first + lane] : 0.0f);
+                    to[lane] = (ADD ? to[lane] : 0.0f) + weights.finish(sums[line * PAIR + lane], first + lane);
             }
         });
     });

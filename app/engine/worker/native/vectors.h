@@ -15,6 +15,7 @@ constexpr int LINES = 6;
 
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
 typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(int32_t))));
+typedef uint32_t Bits __attribute__((vector_size(LANES * sizeof(uint32_t))));
 
 inline Vector load(const float* from) {
     Vector it;
@@ -44,7 +45,8 @@ inline Vector exponential(Vector x) {
     const Vector high = 1.3934541e-3f * square + (8.3698696e-3f * r + 4.1666456e-2f);
     const Vector low = high * square + (1.6666499e-1f * r + 0.5f);
     const Vector p = low * square + (r + 1.0f);
-    Integers bits, power;
+    // Unsigned, for these may overflow where x is below what there is.
+    Bits bits, power;
     std::memcpy(&bits, &p, sizeof bits);
     std::memcpy(&power, &rounded, sizeof power);
     bits += power << 23;
