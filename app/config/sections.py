@@ -67,8 +67,8 @@ class ModelConfig(Section):
     """Weights' type; auto is the model's own on a GPU, and on a CPU bfloat16 if that is the model's own and the CPU
     computes in it, else float32."""
     quantization: Literal["none", "int8"] = "none"
-    """int8 rounds the weights of a CPU's linear layers to 8 bits: they take a quarter of their float32 memory and single
-    answers come faster, but log-probabilities change; /v1/models tells by how much."""
+    """int8 rounds the weights of a CPU's linear layers to 8 bits: they take a quarter of their float32 memory and
+    single answers come faster, but log-probabilities change; /v1/models tells by how much."""
     compile: Literal["auto", "none", "attention", "layers"] = "auto"
     """What is compiled for this machine when the model is loaded.  On a CPU, by a C++ compiler (two seconds at the
     first start): auto is all layers of the families that there is a program for, linear layers and attention of the

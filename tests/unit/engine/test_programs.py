@@ -11,7 +11,7 @@ import pytest
 from app.engine.worker import programs
 from app.engine.worker.programs import FLAGS, SOURCES, compile_program
 
-MACROS = ("-DKV_HEADS=2", "-DGROUPS=2", "-DSIZE=64", "-DWEIGHT=float")
+MACROS = ("-DKV_HEADS=2", "-DGROUPS=2", "-DSIZE=64", "-DWEIGHT=Byte", "-DHEAD=float")
 
 
 @pytest.mark.parametrize("name", sorted(each.name for each in SOURCES.glob("*.cpp")))
