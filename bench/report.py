@@ -38,8 +38,9 @@ something about another machine. The model is a Llama of {megaparameters:.0f} mi
 whose every word is one token, so all prompts have exactly the length they are said to have and no two are alike.
 "First token" is from sending the request to the first text, "between" from each piece of text to the next.
 
-Every server runs with its defaults but one: `--continuous-batching` gets a KV cache of 128 blocks of 256 tokens and
-1024 tokens a step, without which it is many times slower on a CPU.
+Every server runs with its defaults but for two: `--continuous-batching` gets a KV cache of 128 blocks of 256 tokens and
+1024 tokens a step, without which it is many times slower on a CPU, and vLLM (its CPU build, if it is there) all cores,
+where by itself it keeps one free, and the OpenMP library that it asks for.
 
 {machine}
 
