@@ -68,6 +68,7 @@ def test_a_model_is_a_few_programs_however_many_layers_it_has(family: str, progr
     assert (programs, {}) == (counters["stats"]["unique_graphs"], dict(counters["graph_break"]))
 
 
+@pytest.mark.soak
 def test_two_models_keep_their_own_rows() -> None:
     one, other = (RowModel(make(FAMILIES["llama"]), rows=2, length=CONTEXT) for _ in range(2))
     compile_layers(one, backend=TRACED)
