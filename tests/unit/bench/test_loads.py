@@ -1,13 +1,14 @@
 """What the servers are asked, and how their events are understood."""
 
 import json
+import os
 import random
 
 import pytest
 
 from bench.load import LOADS, MIXED
 from bench.model import make_tokenizer
-from bench.peers import PEERS, Ours, TransformersServe, Vllm
+from bench.peers import PEERS, Ours, Setup, TransformersServe, Vllm
 from bench.serve import conversations, parse
 from bench.wire import Piece
 from bench.words import VOCABULARY, text
@@ -66,6 +67,22 @@ def test_each_servers_events_are_understood(peer, name, data, expected):
 def test_the_end_mark_of_a_stream_is_no_piece():
     """It is the one event that is not JSON."""
     assert Piece() == Vllm().read("", "[DONE]")
+
+
+def test_vllm_gets_as_many_cores_as_the_others_and_none_of_our_libraries(tmp_path, monkeypatch):
+    """By itself it keeps one free, and would be measured at half of its speed on two."""
+    monkeypatch.setenv("PYTHONPATH", "ours")
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    openmp = tmp_path / "lib" / "libiomp5.so"
+    openmp.parent.mkdir()
+    openmp.touch()
+    cores = sorted(os.sched_getaffinity(0))
+
+    environment = Vllm().environment(Setup(tmp_path, "float32", len(cores), tmp_path, "", vllm=tmp_path))
+
+    assert ",".join(map(str, cores)) == environment["VLLM_CPU_OMP_THREADS_BIND"]
+    assert str(openmp) == environment["LD_PRELOAD"]
+    assert "PYTHONPATH" not in environment
 
 
 def test_an_unknown_load_or_server_is_refused_by_name(capsys):
