@@ -28,6 +28,11 @@ def fits_float16(weight: Tensor) -> bool:
     return bool(lost <= LOSSLESS * weight.norm())
 
 
+def fits_int8(weight: Tensor) -> bool:
+    """Whether whole numbers and a scale for each output hold the same numbers, as they do once rounded."""
+    return torch.equal(torch.mul(*in_int8(weight)), weight)
+
+
 def in_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return weights, (outputs, inputs), as the nearest whole numbers up to 127, and their scales, (outputs, 1).
 
@@ -69,8 +74,9 @@ class PanelLinear(nn.Module):
 
     def _smallest(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return weights in the smallest type that holds them, and their scales if they have any."""
-        whole, scales = in_int8(weight)
-        if torch.equal(whole * scales, weight):
+        # A first output, which nearly always says no, spares large models the rounding of all weights at load.
+        if fits_int8(weight[:1]) and fits_int8(weight):
+            whole, scales = in_int8(weight)
             return whole, scales.flatten()
         return weight.half() if self._program.halves and fits_float16(weight) else weight, None
 

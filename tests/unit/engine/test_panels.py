@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from app.engine.worker.panels import PANEL, PanelLinear, in_int8
+from app.engine.worker.panels import PANEL, PanelLinear, fits_int8, in_int8
 from app.engine.worker.programs import CompileError
 
 pytestmark = pytest.mark.usefixtures("compiler")
@@ -48,9 +48,19 @@ def test_weights_are_rounded_to_the_nearest_of_255_steps_once(size: float) -> No
     rounded = whole * scales
     step = weight.abs().amax(1, keepdim=True) / 127
     assert ((rounded - weight).abs() <= 0.501 * step).all()
-    again, _ = in_int8(rounded)
-    assert torch.equal(whole, again)
-    assert torch.equal(rounded, again * in_int8(rounded)[1])
+    assert fits_int8(rounded)
+    assert not fits_int8(weight)
+
+
+def test_one_output_of_whole_numbers_does_not_make_the_others_lose_theirs() -> None:
+    """Though it is the first, which is looked at before all are."""
+    linear = nn.Linear(51, 32)
+    linear.weight.data[0] = 1.0
+
+    layer = PanelLinear(linear)
+
+    assert torch.float32 == layer.panels.dtype
+    assert layer.scales is None
 
 
 def test_a_tokens_numbers_do_not_depend_on_its_company() -> None:
