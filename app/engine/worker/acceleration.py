@@ -7,6 +7,8 @@ computes something else.  Decides which way is taken; knows nothing of how each 
 import logging
 from collections.abc import Callable
 
+import torch
+
 from app.engine.worker.compiling import compile_layers
 from app.engine.worker.forward import QUANTIZED, RowModel
 from app.engine.worker.layers import CompiledLayers, may_be_compiled
@@ -18,8 +20,8 @@ from app.engine.worker.quantizing import in_integers
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = 1e-4
-"""How far scores in float32 may be from those computed by torch, as a share of their norm."""
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+"""How far scores may be from those computed by torch, as a share of their norm; in bfloat16 its own are as far off."""
 
 
 def accelerate(rows: RowModel, setting: Compile) -> None:
@@ -40,7 +42,8 @@ def accelerate(rows: RowModel, setting: Compile) -> None:
             log.warning("layers are left to torch: %s", error)
     if rows.layers is None:
         if setting != "none":
-            _add_attention(rows, TOLERANCE + (QUANTIZED if in_integers(rows.model) else 0))
+            tolerance = TOLERANCE.get(rows.model.dtype, 0) + (QUANTIZED if in_integers(rows.model) else 0)
+            _add_attention(rows, tolerance)
         pack_linears(rows.model, OF_TORCH if setting == "none" else None)
 
 
@@ -56,7 +59,7 @@ def _add_layers(rows: RowModel) -> None:
     def remove() -> None:
         rows.layers = None
 
-    _compare(rows, add, remove, TOLERANCE)
+    _compare(rows, add, remove, TOLERANCE[rows.model.dtype])
 
 
 def _add_attention(rows: RowModel, tolerance: float) -> None:

@@ -1,8 +1,8 @@
 """Attention over rows in C++, compiled when a model is loaded, for that model and this processor.
 
 torch's own attention is made for many queries over the same keys: for one new token of each row, and for pieces of
-prompts, much of its time goes into starting thousands of small matrix products.  Computes in float32 on a CPU.  Decides
-when it is not to be trusted; knows no layout of a pass.
+prompts, much of its time goes into starting thousands of small matrix products.  Keys and values are in float32 or
+bfloat16, on a CPU.  Decides when it is not to be trusted; knows no layout of a pass.
 """
 
 import ctypes
@@ -16,7 +16,9 @@ from app.engine.worker.programs import CompileError, compile_program
 
 LANES = 8
 """Numbers of a vector; a head's size is a multiple of it."""
-TOLERANCE = 1e-5
+NUMBERS = {torch.float32: "float", torch.bfloat16: "Bfloat"}
+"""Types of keys and values, as the programs call them."""
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """How far its numbers may be from those computed by torch, as a share of their norm."""
 
 
@@ -30,16 +32,18 @@ class Heads:
     """Query heads of each of them."""
     size: int
     """Numbers of a head."""
+    dtype: torch.dtype = torch.float32
+    """Of keys, values and what attention returns."""
 
     @property
-    def macros(self) -> dict[str, int]:
+    def macros(self) -> dict[str, str | int]:
         """What a program is compiled with.
 
         Raises: CompileError: there is none for such heads.
         """
         if self.size % LANES:
             raise CompileError(f"heads of {self.size} numbers do not fill vectors")
-        return {"KV_HEADS": self.kv, "GROUPS": self.groups, "SIZE": self.size}
+        return {"KV_HEADS": self.kv, "GROUPS": self.groups, "SIZE": self.size, "NUMBER": NUMBERS[self.dtype]}
 
 
 class CompiledAttention:
@@ -119,16 +123,20 @@ class CompiledAttention:
         """Raises: CompileError: it computes something else than torch does."""
         heads, length, tokens = self._heads, 19, 5
         generator = torch.Generator().manual_seed(0)
-        keys, values = torch.randn(2, tokens + 1, heads.kv, length, heads.size, generator=generator).unbind()
-        q = torch.randn(tokens, heads.kv * heads.groups, heads.size, generator=generator)
-        new = torch.randn(1, heads.kv, tokens, heads.size, generator=generator)
+
+        def made(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(heads.dtype)
+
+        keys, values = made(2, tokens + 1, heads.kv, length, heads.size).unbind()
+        q = made(tokens, heads.kv * heads.groups, heads.size)
+        new = made(1, heads.kv, tokens, heads.size)
         rows, first, end = torch.tensor([[3, 0, 2, 2, 2], [0, 4, 0, 0, 1], [1, 17, 17, 18, 19]])
         out, scale = torch.empty_like(q), 1 / math.sqrt(heads.size)
         self.keep(new, keys, rows, end - 1)
         self.attend(q, keys, values, out, rows, (first, end), scale)
         for number, (row, begin, stop) in enumerate(zip(rows.tolist(), first.tolist(), end.tolist(), strict=True)):
-            k, v = (each[row, :, begin:stop].repeat_interleave(heads.groups, 0) for each in (keys, values))
-            expected = (torch.softmax(scale * (k @ q[number, :, :, None])[..., 0], -1)[:, None] @ v)[:, 0]
+            k, v = (each[row, :, begin:stop].float().repeat_interleave(heads.groups, 0) for each in (keys, values))
+            expected = (torch.softmax(scale * (k @ q[number, :, :, None].float())[..., 0], -1)[:, None] @ v)[:, 0]
             kept = torch.equal(keys[row, :, stop - 1], new[0, :, number])
-            if not kept or not (out[number] - expected).norm() <= TOLERANCE * expected.norm():
+            if not kept or not (out[number] - expected).norm() <= TOLERANCE[heads.dtype] * expected.norm():
                 raise CompileError("the compiled attention computes something else")

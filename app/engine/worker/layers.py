@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from app.engine.worker.attention import LANES
+from app.engine.worker.attention import LANES, NUMBERS
 from app.engine.worker.fusing import Part
 from app.engine.worker.layout import Layout
 from app.engine.worker.panels import PANEL, PanelLinear
@@ -21,7 +21,7 @@ FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """By the `model_type` of their configuration: the same layers, with or without biases, norms of heads and windows."""
 ACTIVATIONS = frozenset({"silu", "swish"})
 """Two names of one."""
-TYPES = {torch.int8: "Byte", torch.float16: "Half", torch.float32: "float"}
+TYPES = {torch.int8: "Byte", torch.float16: "Half", torch.bfloat16: "Bfloat", torch.float32: "float"}
 """Of weights, in the program."""
 
 
@@ -83,7 +83,7 @@ def may_be_compiled(model: Any) -> None:
     config = model.config
     if config.model_type not in FAMILIES:
         raise CompileError(f"{config.model_type} has layers of another kind")
-    if model.dtype != torch.float32 or config.hidden_act not in ACTIVATIONS:
+    if model.dtype not in NUMBERS or config.hidden_act not in ACTIVATIONS:
         raise CompileError(f"there are none in {str(model.dtype).removeprefix('torch.')} with {config.hidden_act}")
     if config.hidden_size % LANES or config.intermediate_size % PANEL:
         raise CompileError(f"sizes of {config.hidden_size} and {config.intermediate_size} do not fill vectors")
@@ -123,7 +123,7 @@ class CompiledLayers:
             inner=_panels(mlp.down_proj).inputs,
             vocabulary=head.outputs,
             length=cache.length,
-            last_norm=self._pointer(norm.weight),
+            last_norm=self._floats(norm.weight),
             head=self._weights(head),
             epsilon=norm.variance_epsilon,
             scale=attention.scaling,
@@ -138,7 +138,7 @@ class CompiledLayers:
         Args: wanted: places of tokens in the pass, ascending.
         """
         count = layout.ids.shape[1]
-        x = self._body.embed_tokens(layout.ids)
+        x = self._body.embed_tokens(layout.ids).float()
         cosines, sines = self._body.rotary_emb(x, layout.positions)
         if len(self._room) < count * self._width:
             self._room = torch.empty(count * self._width)
@@ -164,12 +164,12 @@ class CompiledLayers:
         gate_up = _together(mlp.gate_proj, mlp.up_proj)
         keys, values = cache.layer(number)
         return _Layer(
-            attention_norm=self._pointer(layer.input_layernorm.weight),
+            attention_norm=self._floats(layer.input_layernorm.weight),
             qkv=self._weights(qkv),
-            q_norm=self._pointer(getattr(getattr(attention, "q_norm", None), "weight", None)),
-            k_norm=self._pointer(getattr(getattr(attention, "k_norm", None), "weight", None)),
+            q_norm=self._floats(getattr(getattr(attention, "q_norm", None), "weight", None)),
+            k_norm=self._floats(getattr(getattr(attention, "k_norm", None), "weight", None)),
             o=self._weights(_panels(attention.o_proj)),
-            mlp_norm=self._pointer(layer.post_attention_layernorm.weight),
+            mlp_norm=self._floats(layer.post_attention_layernorm.weight),
             gate_up=self._weights(gate_up),
             down=self._weights(_panels(mlp.down_proj)),
             keys=self._pointer(keys),
@@ -180,6 +180,9 @@ class CompiledLayers:
     def _weights(self, linear: PanelLinear) -> _Weights:
         self._kept.append(linear)
         return _Weights(*map(self._pointer, (linear.panels, linear.scales, linear.bias)))
+
+    def _floats(self, weight: Tensor | None) -> int | None:
+        return self._pointer(None if weight is None else weight.detach().float())
 
     def _pointer(self, tensor: Tensor | None) -> int | None:
         if tensor is None:

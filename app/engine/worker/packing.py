@@ -73,7 +73,7 @@ OF_TORCH: tuple[Way, ...] = (HalfLinear, PackedLinear)
 """Those that need no compiler."""
 WAYS: dict[torch.dtype, tuple[Way, ...]] = {
     torch.float32: (PanelLinear, *OF_TORCH),
-    torch.bfloat16: (PackedLinear,),
+    torch.bfloat16: (PanelLinear, PackedLinear),
 }
 """Better ones first."""
 

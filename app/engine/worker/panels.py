@@ -1,7 +1,8 @@
-"""Linear layers computed by a program of our own, for processors that compute in float32.
+"""Linear layers computed by a program of our own.
 
 Weights lie in panels (native/products.h), in the smallest type that holds them: a step for few tokens takes as long as
-it takes to read them.  Knows no model; `packing.py` decides which layers are made so.
+it takes to read them.  Layers in float32 compute in it whatever holds their weights; those in bfloat16 multiply in that
+and add up in float32.  Knows no model; `packing.py` decides which layers are made so.
 """
 
 import ctypes
@@ -53,17 +54,17 @@ class PanelLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         """Raises: CompileError: there is no program, or it does not take such a layer."""
         super().__init__()
-        if linear.weight.dtype != torch.float32:
-            raise CompileError(f"the program does not take {linear.weight.dtype}")
+        self.inputs, self.outputs, dtype = linear.in_features, linear.out_features, linear.weight.dtype
+        if dtype not in {torch.float32, torch.bfloat16} or (dtype == torch.bfloat16 and self.inputs % 2):
+            raise CompileError(f"the program does not take {self.inputs} inputs in {dtype}")
         self._program = products()
-        self.inputs, self.outputs = linear.in_features, linear.out_features
         weight, scales = self._smallest(linear.weight.detach())
         self.panels: Tensor = _in_panels(weight)
-        """(panels, inputs, PANEL), an even number of them"""
+        """(panels, inputs, PANEL), an even number of them; in bfloat16 (panels, inputs / 2, PANEL, 2)"""
         self.scales: Tensor | None = scales
         """(outputs,) of whole numbers"""
         bias: Any = linear.bias
-        self.bias: Tensor | None = None if bias is None else bias.detach().contiguous()
+        self.bias: Tensor | None = None if bias is None else bias.detach().float().contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) to (..., outputs)"""
@@ -74,6 +75,8 @@ class PanelLinear(nn.Module):
 
     def _smallest(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return weights in the smallest type that holds them, and their scales if they have any."""
+        if weight.dtype == torch.bfloat16:
+            return weight, None
         # A first output, which nearly always says no, spares large models the rounding of all weights at load.
         if fits_int8(weight[:1]) and fits_int8(weight):
             whole, scales = in_int8(weight)
@@ -88,7 +91,11 @@ class _Products:
         library = compile_program("products")
         self.halves = hasattr(library, "linear_halves")
         pointer, number = ctypes.c_void_p, ctypes.c_int64
-        self._ways = {torch.float32: library.linear_floats, torch.int8: library.linear_bytes}
+        self._ways = {
+            torch.float32: library.linear_floats,
+            torch.bfloat16: library.linear_bfloats,
+            torch.int8: library.linear_bytes,
+        }
         if self.halves:
             self._ways[torch.float16] = library.linear_halves
         for way in self._ways.values():
@@ -131,7 +138,9 @@ def _made() -> _Products | CompileError:
 
 
 def _in_panels(weight: Tensor) -> Tensor:
-    """(outputs, inputs) to (panels, inputs, PANEL)"""
+    """(outputs, inputs) to (panels, inputs, PANEL), in bfloat16 (panels, inputs / 2, PANEL, 2)"""
     outputs, inputs = weight.shape
+    together = 2 if weight.dtype == torch.bfloat16 else 1
     whole = functional.pad(weight, (0, 0, 0, -outputs % (2 * PANEL)))
-    return whole.view(-1, PANEL, inputs).transpose(1, 2).contiguous()
+    panels = whole.view(-1, PANEL, inputs // together, together).transpose(1, 2)
+    return panels.contiguous() if together == 2 else panels.squeeze(-1).contiguous()

@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
-from app.engine.worker.attention import CompiledAttention, Heads
+from app.engine.worker.attention import NUMBERS, CompiledAttention, Heads
 from app.engine.worker.layout import Group, Layout, Piece, Singles, additive
 from app.engine.worker.programs import CompileError
 
@@ -128,7 +128,7 @@ class RowCache(Cache):
         """
         heads = next(iter(self.heads)) if len(self.heads) == 1 else None
         if heads is None:
-            raise CompileError("its attention is not of one kind, or not in float32 on a CPU")
+            raise CompileError("its attention is not of one kind, or in no type that there is a program for")
         return heads
 
     def layer(self, number: int) -> tuple[Tensor, Tensor]:
@@ -213,12 +213,12 @@ def _attend_group(
 
 
 def _heads(query: Tensor, key: Tensor, value: Tensor) -> Heads | None:
-    """Return the shape of attention between float32 numbers of the CPU, keys and values alike; None for any other."""
+    """Return the shape of attention between numbers of the CPU, keys and values alike; None for what is not compiled."""
     alike = key.shape == value.shape and key.shape[-1] == query.shape[-1]
     kinds = {(each.dtype, each.device.type) for each in (query, key, value)}
-    if not alike or kinds != {(torch.float32, "cpu")}:
+    if not alike or len(kinds) > 1 or query.dtype not in NUMBERS or query.device.type != "cpu":
         return None
-    return Heads(key.shape[1], query.shape[1] // key.shape[1], query.shape[-1])
+    return Heads(key.shape[1], query.shape[1] // key.shape[1], query.shape[-1], query.dtype)
 
 
 def _attend(

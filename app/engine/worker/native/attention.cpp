@@ -4,7 +4,7 @@
 
 // q, out: (tokens, KV_HEADS * GROUPS, SIZE) without gaps; keys, values: one layer's (rows, KV_HEADS, length, SIZE).
 // rows, first and end: (tokens,) the row of each token and the keys that it looks at; neither goes back within a row.
-extern "C" void attend(const float* q, const float* keys, const float* values, float* out, const int64_t* rows,
+extern "C" void attend(const NUMBER* q, const NUMBER* keys, const NUMBER* values, NUMBER* out, const int64_t* rows,
                        const int64_t* first, const int64_t* end, int64_t tokens, int64_t length, float scale,
                        int threads) {
     const std::vector<Run> all = runs(rows, end, tokens);
@@ -20,10 +20,10 @@ extern "C" void attend(const float* q, const float* keys, const float* values, f
 }
 
 // from: (KV_HEADS, tokens, SIZE), each head's numbers without gaps; to: one layer's (rows, KV_HEADS, length, SIZE).
-extern "C" void keep(const float* from, int64_t head_stride, int64_t token_stride, float* to, const int64_t* rows,
+extern "C" void keep(const NUMBER* from, int64_t head_stride, int64_t token_stride, NUMBER* to, const int64_t* rows,
                      const int64_t* positions, int64_t tokens, int64_t length) {
     for (int64_t token = 0; token < tokens; token++)
         for (int64_t head = 0; head < KV_HEADS; head++)
             std::memcpy(to + ((rows[token] * KV_HEADS + head) * length + positions[token]) * SIZE,
-                        from + head * head_stride + token * token_stride, SIZE * sizeof(float));
+                        from + head * head_stride + token * token_stride, SIZE * sizeof(NUMBER));
 }

@@ -3,7 +3,7 @@
 // Pre-norm blocks: RMSNorm, grouped attention with rotary positions, RMSNorm, SwiGLU.  The threads stay together from the
 // first layer to the last and wait for each other between two steps of a layer, where torch would start them anew for
 // each operator.  WEIGHT is the type of the layers' weights and HEAD that of the last product's, macros beside those of
-// attention.h.
+// attention.h.  What goes from layer to layer is in float32, whatever the type of weights.
 
 #include <cmath>
 
@@ -21,7 +21,7 @@ struct Layer {
     const float* mlp_norm;
     Weights<WEIGHT> gate_up, down;
     // (rows, KV_HEADS, length, SIZE)
-    float *keys, *values;
+    NUMBER *keys, *values;
     // Keys that a token sees, itself included; 0 is no limit.
     int64_t window;
 };
@@ -59,8 +59,13 @@ constexpr int64_t HEADS = KV_HEADS * GROUPS;
 constexpr int64_t QUERY_SIZE = HEADS * SIZE;
 constexpr int64_t KEY_SIZE = KV_HEADS * SIZE;
 
+// What products take.
+typedef Kind<WEIGHT>::Input Input;
+static_assert(std::is_same_v<Input, Kind<HEAD>::Input>, "both products take the same");
+
 // out = x / sqrt(mean(x^2) + epsilon) * weight
-void normalize(const float* x, const float* weight, float* out, int64_t size, float epsilon) {
+template <class Output>
+void normalize(const float* x, const float* weight, Output* out, int64_t size, float epsilon) {
     Vector squares = {};
     for (int64_t at = 0; at < size; at += LANES) {
         const Vector it = load(x + at);
@@ -90,10 +95,11 @@ class Pass {
   public:
     Pass(const Model& model, const Tokens& tokens) : model_(model), tokens_(tokens) {
         const int64_t count = tokens.count;
-        normed_ = tokens.room;
-        qkv_ = normed_ + count * model.hidden;
+        qkv_ = tokens.room;
         queries_ = qkv_ + count * (QUERY_SIZE + 2 * KEY_SIZE);
-        attended_ = queries_ + count * QUERY_SIZE;
+        // Room for floats, whatever their type.
+        normed_ = (Input*)(queries_ + count * QUERY_SIZE);
+        attended_ = normed_ + count * model.hidden;
         inner_ = attended_ + count * QUERY_SIZE;
         for (int64_t token = 0; token < count; token++) ends_.push_back(tokens.positions[token] + 1);
         first_.resize(count);
@@ -151,8 +157,11 @@ class Pass {
             for (int64_t head = 0; head < KV_HEADS; head++) {
                 const int64_t row = tokens_.rows[token] * KV_HEADS + head;
                 const int64_t to = (row * model_.length + tokens_.positions[token]) * SIZE;
-                std::copy_n(heads + QUERY_SIZE + head * SIZE, SIZE, layer.keys + to);
-                std::copy_n(heads + QUERY_SIZE + KEY_SIZE + head * SIZE, SIZE, layer.values + to);
+                const float *key = heads + QUERY_SIZE + head * SIZE, *value = key + KEY_SIZE;
+                for (int64_t at = 0; at < SIZE; at += LANES) {
+                    store(layer.keys + to + at, load(key + at));
+                    store(layer.values + to + at, load(value + at));
+                }
             }
             first_[token] = layer.window ? std::max<int64_t>(0, ends_[token] - layer.window) : 0;
         }
@@ -187,7 +196,7 @@ class Pass {
     }
 
     // x += a linear layer of `from`
-    void add(const float* from, Weights<WEIGHT> weights, int64_t depth, int64_t count) {
+    void add(const Input* from, Weights<WEIGHT> weights, int64_t depth, int64_t count) {
         linear<true>(from, weights, depth, model_.hidden, count, tokens_.x, model_.threads);
     }
 
@@ -196,8 +205,8 @@ class Pass {
         const int64_t depth = model_.hidden, inner = model_.inner;
         share_out(inner / PANEL, count, model_.threads, [&](int64_t panel, int64_t begin, int64_t end) {
             const int64_t first = panel * PANEL;
-            by_lines(begin, end, [&](int64_t token, int64_t lines) {
-                alignas(64) float sums[LINES * 2 * PANEL];
+            by_lines<Kind<WEIGHT>::lines>(begin, end, [&](int64_t token, int64_t lines) {
+                alignas(64) float sums[Kind<WEIGHT>::lines * 2 * PANEL];
                 multiply(normed_ + token * depth, layer.gate_up.panels + first * depth, inner * depth, depth, lines,
                          sums);
                 for (int64_t line = 0; line < lines; line++)
@@ -215,7 +224,8 @@ class Pass {
     const Tokens& tokens_;
     std::vector<int64_t> first_, ends_;
     std::vector<Run> runs_;
-    float *normed_, *qkv_, *queries_, *attended_, *inner_;
+    float *qkv_, *queries_;
+    Input *normed_, *attended_, *inner_;
 };
 
 }  // namespace

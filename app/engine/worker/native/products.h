@@ -1,15 +1,18 @@
 // Products of tokens with the weights of a linear layer, which lie in panels.
 //
 // A panel is the weights of PANEL outputs, (inputs, PANEL), zeros where a layer has fewer: in the order in which they
-// are read, so that few tokens take as long as reading them once and many as long as multiplying.
+// are read, so that few tokens take as long as reading them once and many as long as multiplying.  In bfloat16 two inputs
+// lie together, (inputs / 2, PANEL, 2), and tokens are in bfloat16 as well.
 
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
+#include "pairs.h"
 #include "vectors.h"
 
 namespace {
@@ -102,10 +105,49 @@ __attribute__((noinline)) void multiply(const float* x, const Weight* panels, in
     }
 }
 
-// Call `use(token, count)` for up to LINES tokens at a time, about equally many, of all from `token` to `end`.
-template <class Use>
+// Both panels at a time where there are registers for their sums.
+template <int COUNT>
+inline void multiply(const Bfloat* x, const Bfloat* panels, int64_t apart, int64_t depth, float* sums) {
+    constexpr int64_t PAIR = 2 * PANEL;
+    if constexpr (2 * COUNT <= SUMS) {
+        product<COUNT, 2, false>(x, depth, 2, panels, PAIR, apart, sums, PAIR, PANEL, depth / 2, AHEAD);
+    } else {
+        product<COUNT, 1, false>(x, depth, 2, panels, PAIR, 0, sums, PAIR, 0, depth / 2, AHEAD);
+        product<COUNT, 1, false>(x, depth, 2, panels + apart, PAIR, 0, sums + PANEL, PAIR, 0, depth / 2, AHEAD);
+    }
+}
+
+// Calls the one for `count` tokens, of up to COUNT.
+template <int COUNT>
+void choose(const Bfloat* x, const Bfloat* panels, int64_t apart, int64_t depth, int64_t count, float* sums) {
+    if constexpr (COUNT > 1) {
+        if (count < COUNT) return choose<COUNT - 1>(x, panels, apart, depth, count, sums);
+    }
+    multiply<COUNT>(x, panels, apart, depth, sums);
+}
+
+// What the tokens that are multiplied with weights of a type are, and how many of them at a time.
+template <class Weight>
+struct Kind {
+    typedef float Input;
+    static constexpr int64_t lines = LINES;
+};
+
+template <>
+struct Kind<Bfloat> {
+    typedef Bfloat Input;
+    static constexpr int64_t lines = SUMS >= 24 ? 12 : LINES;
+};
+
+__attribute__((noinline)) inline void multiply(const Bfloat* x, const Bfloat* panels, int64_t apart, int64_t depth,
+                                        int64_t count, float* sums) {
+    choose<Kind<Bfloat>::lines>(x, panels, apart, depth, count, sums);
+}
+
+// Call `use(token, count)` for up to `lines` tokens at a time, about equally many, of all from `token` to `end`.
+template <int64_t lines, class Use>
 void by_lines(int64_t token, int64_t end, Use use) {
-    for (int64_t left = (end - token + LINES - 1) / LINES; left > 0; left--) {
+    for (int64_t left = (end - token + lines - 1) / lines; left > 0; left--) {
         const int64_t count = (end - token + left - 1) / left;
         use(token, count);
         token += count;
@@ -144,19 +186,24 @@ struct Weights {
 
 // A linear layer, called by all threads of a parallel region: out (tokens, outputs) = x (tokens, depth) times weights,
 // or with ADD += that.
-template <bool ADD, class Weight>
-void linear(const float* x, Weights<Weight> weights, int64_t depth, int64_t outputs, int64_t tokens, float* out,
-            int threads) {
-    constexpr int64_t PAIR = 2 * PANEL;
+template <bool ADD, class Weight, class Output>
+void linear(const typename Kind<Weight>::Input* x, Weights<Weight> weights, int64_t depth, int64_t outputs,
+            int64_t tokens, Output* out, int threads) {
+    constexpr int64_t PAIR = 2 * PANEL, MOST = Kind<Weight>::lines;
     share_out((outputs + PAIR - 1) / PAIR, tokens, threads, [&](int64_t pair, int64_t begin, int64_t end) {
         const int64_t first = pair * PAIR, width = std::min(PAIR, outputs - first);
-        by_lines(begin, end, [&](int64_t token, int64_t count) {
-            alignas(64) float sums[LINES * PAIR];
+        by_lines<MOST>(begin, end, [&](int64_t token, int64_t count) {
+            alignas(64) float sums[MOST * PAIR];
             multiply(x + token * depth, weights.panels + first * depth, PANEL * depth, depth, count, sums);
             for (int64_t line = 0; line < count; line++) {
-                float* to = out + (token + line) * outputs + first;
-                for (int64_t lane = 0; lane < width; lane++)
-                    to[lane] = (ADD ? to[lane] : 0.0f) + weights.finish(sums[line * PAIR + lane], first + lane);
+                Output* to = out + (token + line) * outputs + first;
+                for (int64_t lane = 0; lane < width; lane++) {
+                    const float it = weights.finish(sums[line * PAIR + lane], first + lane);
+                    if constexpr (std::is_same_v<Output, Bfloat>)
+                        to[lane] = rounded(it);
+                    else
+                        to[lane] = (ADD ? to[lane] : 0.0f) + it;
+                }
             }
         });
     });
