@@ -6,6 +6,7 @@ computes something else.  Decides which way is taken; knows nothing of how each 
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -33,7 +34,8 @@ def accelerate(rows: RowModel, setting: Compile) -> None:
         if setting == "layers":
             compile_layers(rows)
         return
-    if setting in {"auto", "layers"}:
+    tiles = setting == "auto" and _multiplied_in_tiles(rows.model)
+    if setting in {"auto", "layers"} and not tiles:
         try:
             _add_layers(rows)
         except CompileError as error:
@@ -44,7 +46,13 @@ def accelerate(rows: RowModel, setting: Compile) -> None:
         if setting != "none":
             tolerance = TOLERANCE.get(rows.model.dtype, 0) + (QUANTIZED if in_integers(rows.model) else 0)
             _add_attention(rows, tolerance)
-        pack_linears(rows.model, OF_TORCH if setting == "none" else None)
+        pack_linears(rows.model, OF_TORCH if setting == "none" or tiles else None)
+
+
+def _multiplied_in_tiles(model: Any) -> bool:
+    """Return whether the processor has instructions for whole matrices of such numbers (AMX), which oneDNN uses and our
+    programs do not."""
+    return model.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
 
 
 def _add_layers(rows: RowModel) -> None:

@@ -213,7 +213,7 @@ def _attend_group(
 
 
 def _heads(query: Tensor, key: Tensor, value: Tensor) -> Heads | None:
-    """Return the shape of attention between numbers of the CPU, keys and values alike; None for what is not compiled."""
+    """Return the shape of attention between numbers of the CPU, keys and values alike; None if it is not compiled."""
     alike = key.shape == value.shape and key.shape[-1] == query.shape[-1]
     kinds = {(each.dtype, each.device.type) for each in (query, key, value)}
     if not alike or len(kinds) > 1 or query.dtype not in NUMBERS or query.device.type != "cpu":

@@ -101,6 +101,23 @@ def test_compiled_layers_score_as_torch_does(kind: str) -> None:
         assert (found - expected).norm() <= 1e-5 * expected.norm()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("threads")
+def test_in_bfloat16_scores_are_nearer_to_exact_ones_than_torchs(kind: str) -> None:
+    """What goes from layer to layer is not rounded, and keys, values and the factors of products are."""
+    rows, exact = accelerated(make(KINDS[kind]).bfloat16()), RowModel(halved(make(KINDS[kind])), rows=4, length=CONTEXT)
+    torchs = RowModel(make(KINDS[kind]).bfloat16(), rows=4, length=CONTEXT)
+    ids = [(3 * place) % VOCABULARY for place in range(CONTEXT)]
+
+    assert "layers" == rows.compiled
+    for pieces in ([Piece(2, 0, ids[:50])], [Piece(0, 0, ids[:1]), Piece(2, 50, ids[50:60])], [Piece(2, 60, [1])]):
+        wanted = [True] * len(pieces)
+        expected = exact.scores(pieces, wanted)
+        ours, theirs = (each.scores(pieces, wanted).float() - expected for each in (rows, torchs))
+        assert ours.norm() <= theirs.norm()
+        assert ours.norm() <= 2e-2 * expected.norm()
+
+
 @pytest.mark.parametrize("window", [None, 200])
 def test_long_pieces_score_as_torch_does(window: int | None) -> None:
     """More tokens than products take at once, beside another's, and blocks of keys that not all of them see."""
@@ -161,7 +178,7 @@ def test_a_number_that_is_none_stays_in_its_row() -> None:
 
 STRANGE: list[tuple[Callable[[], Any], str]] = [
     (FAMILIES["phi"], "phi has layers of another kind"),
-    (lambda: make(FAMILIES["llama"]).to(torch.bfloat16), "there are none in bfloat16 with silu"),
+    (lambda: make(FAMILIES["llama"]).to(torch.float16), "there are none in float16 with silu"),
     (
         lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, hidden_act="gelu")),
         "there are none in float32 with gelu",
@@ -217,3 +234,18 @@ def test_a_program_that_computes_something_else_is_not_used(
 
     assert rows.compiled != "layers"
     assert (rows.probe() - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_where_a_processor_multiplies_whole_matrices_layers_in_bfloat16_are_torchs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """oneDNN knows those instructions (AMX); who asks for compiled layers gets them all the same."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+
+    settings: tuple[Compile, ...] = ("auto", "layers")
+    by_setting = {each: accelerated(make(KINDS["llama"]).bfloat16(), each) for each in settings}
+    by_torch = by_setting["auto"]
+
+    assert {"auto": "attention", "layers": "layers"} == {kind: rows.compiled for kind, rows in by_setting.items()}
+    assert not any(isinstance(each, PanelLinear) for each in by_torch.model.modules())
+    assert "layers" == accelerated(make(KINDS["llama"]), "auto").compiled

@@ -1,10 +1,14 @@
 """Linear layers in panels: the numbers of torch's, for any number of tokens and outputs."""
 
+import platform
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
+from app.engine.worker import panels, programs
 from app.engine.worker.panels import PANEL, PanelLinear, fits_int8, in_int8
 from app.engine.worker.programs import CompileError
 
@@ -35,6 +39,37 @@ def test_a_layer_in_panels_computes_what_torch_computes(outputs: int, kind: torc
         assert expected.shape == layer(x).shape
 
 
+@pytest.fixture(params=["as the processor has it", "-mno-avx512bf16"])
+def pairs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Products in bfloat16 by the processor's own instructions, if it has any, and as floats."""
+    if request.param.startswith("-m"):
+        if platform.machine() != "x86_64":
+            pytest.skip("only on x86 it can be chosen what the processor may do")
+        monkeypatch.setattr(programs, "FLAGS", (*programs.FLAGS, request.param))
+    panels._made.cache_clear()
+    yield
+    panels._made.cache_clear()
+
+
+@pytest.mark.parametrize("outputs", [1, PANEL, 3 * PANEL + 5, 200])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.usefixtures("pairs")
+def test_a_layer_in_bfloat16_is_as_near_to_exact_numbers_as_torchs(outputs: int, bias: bool) -> None:
+    """Rounded once, at the end; for one token, for as many as are computed together, for blocks."""
+    torch.manual_seed(3)
+    linear = nn.Linear(70, outputs, bias=bias, dtype=torch.bfloat16)
+
+    layer = PanelLinear(linear)
+
+    assert torch.bfloat16 == layer.panels.dtype
+    for tokens in (1, 2, 6, 7, 11, 12, 13, 25, 128, 129, 300):
+        x = torch.randn(1, tokens, 70).bfloat16()
+        exact = functional.linear(x.float(), linear.weight.float(), linear.bias.float() if bias else None).detach()
+        found = layer(x)
+        assert (exact.shape, torch.bfloat16) == (found.shape, found.dtype)
+        assert (found - exact).norm() <= 1.01 * (linear(x) - exact).norm() + 1e-6 * exact.norm()
+
+
 @pytest.mark.parametrize("size", [1e-20, 1e-3, 1, 1e10])
 def test_weights_are_rounded_to_the_nearest_of_255_steps_once(size: float) -> None:
     """An output of great weights does not coarsen another's, and rounding again changes nothing."""
@@ -63,15 +98,17 @@ def test_one_output_of_whole_numbers_does_not_make_the_others_lose_theirs() -> N
     assert layer.scales is None
 
 
-def test_a_tokens_numbers_do_not_depend_on_its_company() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("pairs")
+def test_a_tokens_numbers_do_not_depend_on_its_company(dtype: torch.dtype) -> None:
     """Bit for bit: who else is in the batch changes no answer here."""
     torch.manual_seed(3)
-    layer = PanelLinear(nn.Linear(576, 96))
-    x = torch.randn(200, 576)
+    layer = PanelLinear(nn.Linear(576, 96, dtype=dtype))
+    x = torch.randn(200, 576).to(dtype)
 
     alone = torch.cat([layer(each[None]) for each in x])
 
-    for tokens in (2, 3, 4, 5, 6, 7, 32, 200):
+    for tokens in (2, 3, 4, 5, 6, 7, 12, 13, 32, 200):
         assert torch.equal(alone[:tokens], layer(x[:tokens]))
 
 
@@ -82,6 +119,8 @@ def test_input_with_gaps_is_read_rightly() -> None:
     assert torch.allclose(PanelLinear(linear)(x), functional.linear(x, linear.weight, linear.bias), atol=1e-6)
 
 
-def test_numbers_of_16_bits_are_refused() -> None:
-    with pytest.raises(CompileError, match="does not take"):
-        PanelLinear(nn.Linear(8, 8, dtype=torch.bfloat16))
+@pytest.mark.parametrize(("inputs", "dtype"), [(8, torch.float16), (7, torch.bfloat16)])
+def test_what_the_program_has_no_product_for_is_refused(inputs: int, dtype: torch.dtype) -> None:
+    """Numbers in float16, and an input in bfloat16 that has no other beside it."""
+    with pytest.raises(CompileError, match=f"does not take {inputs} inputs"):
+        PanelLinear(nn.Linear(inputs, 8, dtype=dtype))

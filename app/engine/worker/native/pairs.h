@@ -84,29 +84,47 @@ inline Pairs load_pairs(const Bfloat* from) {
     return it;
 }
 
+#if defined(PAIRS_IN_HARDWARE)
+// The first half of a vector of 32 numbers of 16 bits and the second, as pairs of one and the other.
+inline Pairs interleaved(__m512i halves) {
+    const __m512i places = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                            5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return (Pairs)_mm512_permutexvar_epi16(places, halves);
+}
+#endif
+
 // `left` and `right`, (PANEL,) each, as pairs of one and the other.
 inline Pairs paired(const Bfloat* left, const Bfloat* right) {
+#if defined(PAIRS_IN_HARDWARE)
+    const __m512i low = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)left));
+    return interleaved(_mm512_inserti64x4(low, _mm256_loadu_si256((const __m256i*)right), 1));
+#else
     typedef uint16_t Shorts __attribute__((vector_size(PANEL * sizeof(uint16_t))));
     Shorts low, high;
     std::memcpy(&low, left, sizeof low);
     std::memcpy(&high, right, sizeof high);
     return __builtin_convertvector(low, Pairs) | __builtin_convertvector(high, Pairs) << 16;
+#endif
 }
 
 // The same of floats, rounded.
 inline Pairs paired(const float* left, const float* right) {
+#if defined(PAIRS_IN_HARDWARE)
+    return interleaved((__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(right), _mm512_loadu_ps(left)));
+#else
     Bfloat low[PANEL], high[PANEL];
     for (int lane = 0; lane < PANEL; lane += LANES) {
         store(low + lane, load(left + lane));
         store(high + lane, load(right + lane));
     }
     return paired(low, high);
+#endif
 }
 
-// sums + what each of the pairs makes with `factor`
-inline Wide add_products(Wide sums, Pairs pairs, uint32_t factor) {
+// Add what each of the pairs makes with `factor`.
+inline void add_products(Wide& sums, const Pairs& pairs, uint32_t factor) {
 #if defined(PAIRS_IN_HARDWARE)
-    return (Wide)_mm512_dpbf16_ps((__m512)sums, (__m512bh)pairs, (__m512bh)_mm512_set1_epi32(factor));
+    sums = (Wide)_mm512_dpbf16_ps((__m512)sums, (__m512bh)pairs, (__m512bh)_mm512_set1_epi32(factor));
 #else
     const Pairs low = pairs << 16, high = pairs & 0xffff0000u;
     const uint32_t low_factor = factor << 16, high_factor = factor & 0xffff0000u;
@@ -116,7 +134,7 @@ inline Wide add_products(Wide sums, Pairs pairs, uint32_t factor) {
     std::memcpy(&highs, &high, sizeof highs);
     std::memcpy(&left, &low_factor, sizeof left);
     std::memcpy(&right, &high_factor, sizeof right);
-    return sums + lows * left + highs * right;
+    sums += lows * left + highs * right;
 #endif
 }
 
@@ -138,8 +156,7 @@ inline void product(const Bfloat* a, int64_t a_line, int64_t a_step, const Bfloa
         }
         for (int line = 0; line < COUNT; line++) {
             const uint32_t factor = pair(a + line * a_line + place * a_step);
-            for (int panel = 0; panel < PANELS; panel++)
-                sums[line][panel] = add_products(sums[line][panel], pairs[panel], factor);
+            for (int panel = 0; panel < PANELS; panel++) add_products(sums[line][panel], pairs[panel], factor);
         }
     }
     for (int line = 0; line < COUNT; line++)

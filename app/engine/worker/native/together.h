@@ -146,7 +146,7 @@ class Sides<Bfloat> {
         }
     }
 
-    static void save(Pairs it, Bfloat* to) { std::memcpy(to, &it, sizeof it); }
+    static void save(const Pairs& it, Bfloat* to) { std::memcpy(to, &it, sizeof it); }
 
     alignas(64) Bfloat panels_[MOST * SIZE];
     alignas(64) Bfloat weights_[KEYS * MOST], values_[KEYS * SIZE];

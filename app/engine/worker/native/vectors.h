@@ -5,6 +5,9 @@
 #include <cstdint>
 #include <cstring>
 
+// These functions are nobody else's: how they hand over vectors that the processor does not have is their own affair.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
 namespace {
 
 constexpr int LANES = 8;
