@@ -18,6 +18,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
 from app.engine.pieces import piece_reader
+from app.engine.segments import SegmentEncoder
 from app.errors import InvalidRequest
 from app.types import Message, Role
 
@@ -33,11 +34,24 @@ _Chat = tuple[tuple[Message, ...], bool]
 """A conversation, and whether its last message is to be continued."""
 
 
+class _ChatTokenizer(PreTrainedTokenizerFast):
+    """Applies a chat template, and encodes what the template writes by segments."""
+
+    segments: SegmentEncoder
+
+    def encode(self, text: str, *others: Any, **settings: Any) -> list[int]:
+        """Encode as the class above does; without special tokens around it, which is what templates ask for, faster."""
+        if others or settings != {"add_special_tokens": False}:
+            return list(super().encode(text, *others, **settings))
+        return self.segments.encode(text)
+
+
 class HfTokenizer:
     """A Hugging Face fast tokenizer, safe to use from several threads.
 
     transformers keeps the flags of a call in the tokenizer itself, so that two calls at once read each other's: the
-    copy for conversations stands behind a lock, and the copies for prompts and for decoding never change a flag.
+    copy for conversations stands behind a lock, and the copies for prompts and for segments and decoding never change a
+    flag.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -45,7 +59,12 @@ class HfTokenizer:
 
         Raises: OSError, ValueError: the folder holds no usable fast tokenizer.
         """
-        self._chat = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        self._chat: _ChatTokenizer = _ChatTokenizer.from_pretrained(str(folder), local_files_only=True)
+        backend = str(self._chat.backend_tokenizer.to_str())
+        self._plain = FastTokenizer.from_str(backend)
+        self._plain.no_truncation()
+        self._plain.no_padding()
+        self._chat.segments = SegmentEncoder(self._plain, self._chat.added_tokens_decoder.values())
         self._chat_lock = threading.Lock()
         self._known: TTLCache[_Chat | str, tuple[int, ...]] = TTLCache(REMEMBERED, REMEMBERED_SECONDS)
         self._known_lock = threading.Lock()
@@ -57,14 +76,12 @@ class HfTokenizer:
         self._shows_tools = self._template is not None and self._shows(
             Message(Role.USER, "Hello"), Message(Role.ASSISTANT, "Well"), Message(Role.TOOL, _PROBE)
         )
-        backend = str(self._chat.backend_tokenizer.to_str())
         control = _control_ids(self._chat, self._template or "")
         self._text = _plain_text_copy(backend, control)
         self._forbidden = control - {self._chat.unk_token_id}
         self._prefix = _prefix_ids(self._text)
-        self._decoding = FastTokenizer.from_str(backend)
         self._anchor = tuple(self._text.encode("a", add_special_tokens=False).ids)
-        self._piece = piece_reader(self._decoding, list(self._anchor))
+        self._piece = piece_reader(self._plain, list(self._anchor))
 
     def encode_chat(self, messages: Sequence[Message], *, go_on: bool = False) -> tuple[int, ...]:
         """Apply the chat template, ending where the assistant begins to speak, or with `go_on` where the last message
@@ -88,7 +105,7 @@ class HfTokenizer:
 
     def decoder(self) -> "StreamDecoder":
         """Make a decoder for one completion (special tokens are not shown)."""
-        return StreamDecoder(self._decoding, self._anchor)
+        return StreamDecoder(self._plain, self._anchor)
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return what a token says on its own, in mid-text; a control token says its name, an unknown id nothing."""
