@@ -91,6 +91,36 @@ def test_numbers_of_16_bits_need_no_instructions_of_their_own(monkeypatch: pytes
         assert (ours - theirs).float().norm() <= 5e-3 * theirs.float().norm()
 
 
+@pytest.mark.parametrize("window", [LENGTH, 37, 150])
+@pytest.mark.parametrize("heads", [Heads(3, 3, 64, BF16), Heads(1, 7, 80, BF16), Heads(2, 1, 128, BF16)], ids=str)
+@pytest.mark.parametrize("flag", [None, "-mno-avx512bf16"])
+def test_a_tokens_numbers_do_not_depend_on_its_company(
+    flag: str | None, heads: Heads, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit in 16 bits, where another order of sums would show: a prompt in whatever pieces, down to one token,
+    gives a seed's answer again."""
+    if flag is not None:
+        if platform.machine() != "x86_64":
+            pytest.skip("only on x86 it can be chosen what the processor may do")
+        monkeypatch.setattr(programs, "FLAGS", (*programs.FLAGS, flag))
+    generator = torch.Generator().manual_seed(1)
+    compiled = CompiledAttention(heads)
+    keys, values = torch.randn(2, 1, heads.kv, LENGTH, heads.size, generator=generator).to(BF16).unbind()
+    q = (3 * torch.randn(LENGTH, heads.kv * heads.groups, heads.size, generator=generator)).to(BF16)
+    rows, end = torch.zeros(LENGTH, dtype=torch.int64), torch.arange(LENGTH) + 1
+    first = (end - window).clamp(min=0)
+    found = []
+    for size in (1, 7, 50, LENGTH):
+        out = torch.empty_like(q)
+        for at in range(0, LENGTH, size):
+            part = slice(at, min(at + size, LENGTH))
+            compiled.attend(q[part], keys, values, out[part], rows[part], (first[part], end[part]), 0.1)
+        found.append(out)
+
+    for other in found[1:]:
+        assert torch.equal(found[0], other)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("size", [8, 16])
 def test_scores_of_any_height_have_their_softmax(size: int, dtype: torch.dtype) -> None:

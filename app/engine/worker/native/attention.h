@@ -54,8 +54,7 @@ class Attention {
                              count, scale);
             return;
         }
-        const int64_t begin = from + seen.first[token] * SIZE;
-        alone_.attend(q + place, keys + begin, values + begin, out + place, seen.end[token] - seen.first[token], scale);
+        alone_.attend(q + place, keys + from, values + from, out + place, seen.first[token], seen.end[token], scale);
     }
 
   private:

@@ -65,6 +65,13 @@ inline Bfloat rounded(float it) {
     return {static_cast<uint16_t>(bits >> 16)};
 }
 
+inline float number(Bfloat it) {
+    const uint32_t bits = static_cast<uint32_t>(it.bits) << 16;
+    float floating;
+    std::memcpy(&floating, &bits, sizeof floating);
+    return floating;
+}
+
 // Two neighbours as one; the first is the lower half, as it is in memory.
 inline uint32_t pair(const Bfloat* from) {
     uint32_t it;

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 
 #include "pairs.h"
 #include "vectors.h"
@@ -17,7 +18,7 @@ namespace {
 constexpr int TOKENS = SIZE % PANEL == 0 && GROUPS <= 24 ? 48 / GROUPS : 1;
 constexpr int MOST = (TOKENS * GROUPS + 47) / 48 * 48;
 // Keys of a block, whose scores stay in the first-level cache.
-constexpr int64_t KEYS = 120;
+constexpr int64_t KEYS = std::is_same_v<NUMBER, Bfloat> ? 96 : 120;
 
 // c = a b, or with ADD += that, of c (LINES, PANEL), a (LINES, depth) and b (depth, PANEL), whose lines have the given
 // distances; `a_step` is that of the numbers of a line of a.
@@ -160,7 +161,8 @@ class Together {
     template <class Query>
     void attend(const Query* q, const NUMBER* keys, const NUMBER* values, NUMBER* out, const int64_t* first,
                 const int64_t* end, int64_t tokens, float scale) {
-        const int64_t begin = first[0], count = end[tokens - 1] - begin;
+        // Blocks begin where they do for any other tokens of the row.
+        const int64_t begin = first[0] / KEYS * KEYS, count = end[tokens - 1] - begin;
         queries_ = tokens * GROUPS;
         line_ = (queries_ + PANEL - 1) / PANEL * PANEL;
         lay_out(q, first, end, tokens, begin, count, scale);
@@ -204,22 +206,26 @@ class Together {
         for (int64_t query = panel; query < panel + PANEL; query += LANES) hide(query, key, count);
         float* scores = scores_ + panel;
         const int64_t line = line_;
-        Vector before[2], most[2], total[2] = {};
+        // Sums of every eighth key, as those of Alone.
+        Vector before[2], most[2], totals[LANES][2] = {};
         std::memcpy(before, mosts_ + panel, sizeof before);
         std::memcpy(most, before, sizeof most);
         for (int64_t place = 0; place < count; place++)
             for (int half = 0; half < 2; half++) most[half] = greater(load(scores + place * line + half * LANES), most[half]);
-        for (int64_t place = 0; place < count; place++)
-            for (int half = 0; half < 2; half++) {
-                float* at = scores + place * line + half * LANES;
-                const Vector weight = exponential(load(at) - most[half]);
-                store(at, weight);
-                total[half] += weight;
-            }
+        for (int64_t place = 0; place < count; place += LANES)
+            for (int lane = 0; lane < std::min<int64_t>(LANES, count - place); lane++)
+                for (int half = 0; half < 2; half++) {
+                    float* at = scores + (place + lane) * line + half * LANES;
+                    const Vector weight = exponential(load(at) - most[half]);
+                    store(at, weight);
+                    totals[lane][half] += weight;
+                }
         for (int half = 0; half < 2; half++) {
             const int64_t query = panel + half * LANES;
             const Vector kept = exponential(before[half] - most[half]);
-            store(totals_ + query, load(totals_ + query) * kept + total[half]);
+            const auto of = [&](int lane) { return totals[lane][half] + totals[lane + 4][half]; };
+            const Vector total = (of(0) + of(1)) + (of(2) + of(3));
+            store(totals_ + query, load(totals_ + query) * kept + total);
             store(mosts_ + query, most[half]);
             for (int lane = 0; lane < LANES; lane++)
                 if (kept[lane] != 1.0f)
