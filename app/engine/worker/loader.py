@@ -90,7 +90,7 @@ def load(spec: ModelSpec, tokenizer_folder: str, on_stage: Callable[[str], None]
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
-        dtype=_dtype(spec.dtype, device, config),
+        dtype=_dtype(spec, device, config),
         trust_remote_code=False,
         use_safetensors=True,
         local_files_only=True,
@@ -202,14 +202,16 @@ def _device(wanted: str) -> str:
     return wanted
 
 
-def _dtype(wanted: str, device: str, config: Any) -> torch.dtype | str:
-    if wanted != "auto":
-        return getattr(torch, wanted)  # type: ignore[no-any-return]
-    own = getattr(config.get_text_config(decoder=True), "dtype", None)
-    if device != "cpu" or (own == torch.bfloat16 and cpu_computes_bfloat16()):
+def _dtype(spec: ModelSpec, device: str, config: Any) -> torch.dtype | str:
+    if spec.dtype != "auto":
+        return getattr(torch, spec.dtype)  # type: ignore[no-any-return]
+    if device != "cpu":
         return "auto"
+    own = getattr(config.get_text_config(decoder=True), "dtype", None)
+    # Weights of 8 bits have panels in float32 only, and torch's integers are far slower for single tokens.
+    panels = spec.quantization == "int8" and spec.compile != "none" and _no_panels() is None
     # Without instructions for it, arithmetic in 16 bits takes up to 16 times as long as in 32.
-    return torch.float32
+    return "auto" if own == torch.bfloat16 and cpu_computes_bfloat16() and not panels else torch.float32
 
 
 def _quantize(model: Any, tokenizer: Any, device: str, config: Any, spec: ModelSpec) -> float:
@@ -228,12 +230,18 @@ def _takes_panels(model: Any, spec: ModelSpec) -> bool:
     """Return whether a program of our own will compute the model's linear layers."""
     if spec.compile == "none" or model.dtype != torch.float32:
         return False
+    if (reason := _no_panels()) is not None:
+        log.warning("int8 is left to torch: %s", reason)
+    return reason is None
+
+
+def _no_panels() -> CompileError | None:
+    """Return why there is no program for linear layers, None where there is."""
     try:
         products()
     except CompileError as error:
-        log.warning("int8 is left to torch: %s", error)
-        return False
-    return True
+        return error
+    return None
 
 
 def cpu_computes_bfloat16() -> bool:

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 )
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from app.engine.worker import loader
 from app.engine.worker.loader import LoadedModel, LoadError, load, load_reason
 from app.engine.worker.messages import ModelSpec
 from tests.unit.engine.tiny import chatml_tokenizer, save_tiny_llama
@@ -61,6 +62,28 @@ def test_what_the_models_makers_recommend_is_known_and_not_applied(tmp_path: Pat
 def test_the_dtype_can_be_chosen(llama: Path):
     """What the configuration names wins over the device's default."""
     assert "bfloat16" == load_folder(llama, dtype="bfloat16").dtype
+
+
+@pytest.mark.parametrize(
+    ("own", "computed", "changes", "expected"),
+    [
+        ("bfloat16", True, {}, "bfloat16"),
+        ("bfloat16", False, {}, "float32"),
+        ("float32", True, {}, "float32"),
+        pytest.param("bfloat16", True, {"quantization": "int8"}, "float32", marks=pytest.mark.usefixtures("compiler")),
+        ("bfloat16", True, {"quantization": "int8", "compile": "none"}, "bfloat16"),
+    ],
+)
+def test_left_to_itself_the_dtype_is_the_fastest(
+    own: str, computed: bool, changes: dict[str, str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bfloat16 for a model that has it on a processor that computes it, but for weights of 8 bits, whose program
+    computes in float32."""
+    folder = save_tiny_llama(tmp_path)
+    change_config(dtype=own)(folder)
+    monkeypatch.setattr(loader, "cpu_computes_bfloat16", lambda: computed)
+
+    assert expected == load_folder(folder, **changes).dtype
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(None, 64), (16, 16), (1000, 64)])

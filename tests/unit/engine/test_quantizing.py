@@ -204,7 +204,7 @@ def test_without_a_compiler_torch_computes_in_integers(folder: Path, monkeypatch
 
 @pytest.mark.parametrize("how", [{"compile": "none"}, {"dtype": "bfloat16"}])
 def test_torch_computes_in_integers_where_nothing_is_compiled(folder: Path, how: Any) -> None:
-    """By the setting, or because the program computes in float32 only."""
+    """By the setting, or because the program has no weights of 8 bits in bfloat16."""
     assert in_integers(load_int8(folder, **how).pipeline.model)
 
 

@@ -186,7 +186,9 @@ class Alone<Bfloat> {
 
     // Add the values of a block, those of two keys at a time.
     void gather(const Bfloat* values, int64_t count) {
-        constexpr int PARTS = SIZE / PANEL, SOME = PARTS % 4 == 0 && GROUPS <= 6 ? 4 : PARTS % 2 == 0 && GROUPS <= 12 ? 2 : 1;
+        constexpr int PARTS = SIZE / PANEL;
+        // As many as have their sums in registers.
+        constexpr int SOME = PARTS % 4 == 0 && GROUPS <= 6 ? 4 : PARTS % 2 == 0 && GROUPS <= 12 ? 2 : 1;
         static const Bfloat none[SIZE] = {};
         for (int begin = 0; begin < PARTS; begin += SOME) {
             Wide sums[GROUPS][SOME];
