@@ -70,10 +70,11 @@ def test_the_dtype_can_be_chosen(llama: Path):
         ("bfloat16", True, {}, "bfloat16"),
         ("bfloat16", False, {}, "float32"),
         ("float32", True, {}, "float32"),
-        pytest.param("bfloat16", True, {"quantization": "int8"}, "float32", marks=pytest.mark.usefixtures("compiler")),
+        ("bfloat16", True, {"quantization": "int8"}, "float32"),
         ("bfloat16", True, {"quantization": "int8", "compile": "none"}, "bfloat16"),
     ],
 )
+@pytest.mark.usefixtures("compiler")
 def test_left_to_itself_the_dtype_is_the_fastest(
     own: str, computed: bool, changes: dict[str, str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
