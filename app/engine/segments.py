@@ -7,6 +7,7 @@ has the same tokens in any text.  Decides which tokens are safe to cut at; knows
 
 import re
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable
 
 from cachetools import TTLCache
@@ -21,10 +22,13 @@ REMEMBERED_SECONDS = 600.0
 class SegmentEncoder:
     """Gives each text the tokens that the tokenizer gives it whole; for one thread at a time."""
 
-    def __init__(self, tokenizer: FastTokenizer, added: Iterable[AddedToken]) -> None:
-        """Args: added: the tokenizer's own."""
+    def __init__(self, tokenizer: FastTokenizer, added: Iterable[AddedToken], written: str) -> None:
+        """Args:
+        added: the tokenizer's own.
+        written: in what texts are made of; a vocabulary may have thousands of tokens that are never in them.
+        """
         self._tokenizer = tokenizer
-        borders = sorted(map(re.escape, borders_among(added)), key=len, reverse=True)
+        borders = [re.escape(token) for token in borders_among(added) if token in written]
         self._border = re.compile("|".join(borders) or "(?!)")
         self._known: TTLCache[str, array[int]] = TTLCache(REMEMBERED_TOKENS, REMEMBERED_SECONDS, getsizeof=_size)
 
@@ -44,27 +48,27 @@ class SegmentEncoder:
         return [text[start:stop] for start, stop in zip(starts, [*starts[1:], len(text)], strict=True)]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return (
-            [each.ids for each in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)] if texts else []
-        )
+        return [each.ids for each in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def borders_among(added: Iterable[AddedToken]) -> list[str]:
     """Return the added tokens that are found wherever they are written, and take nothing from the text before them."""
     tokens = list(added)
-    others = [token.content for token in tokens]
+    contents = {token.content for token in tokens}
+    ends = {content[start:] for content in contents for start in range(1, len(content))}
+    ordered = sorted(ends | contents)
+
+    def found_in_another(token: str) -> bool:
+        """Whether another one may be found where this one begins, or begins with it and goes on."""
+        longer = bisect_right(ordered, token)
+        begun = any(token[:length] in ends for length in range(1, len(token) + 1))
+        return begun or (longer < len(ordered) and ordered[longer].startswith(token))
+
     return [
         token.content
         for token in tokens
-        if not (token.lstrip or token.single_word or token.normalized)
-        and not any(_begins_in(token.content, other) for other in others if other != token.content)
+        if not (token.lstrip or token.single_word or token.normalized or found_in_another(token.content))
     ]
-
-
-def _begins_in(token: str, other: str) -> bool:
-    """Return whether `other` may be found where a token begins, or begins with more than it."""
-    ends = any(other.endswith(token[:length]) for length in range(1, len(token)))
-    return ends or token in other
 
 
 def _size(ids: "array[int]") -> int:

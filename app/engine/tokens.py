@@ -64,12 +64,13 @@ class HfTokenizer:
         self._plain = FastTokenizer.from_str(backend)
         self._plain.no_truncation()
         self._plain.no_padding()
-        self._chat.segments = SegmentEncoder(self._plain, self._chat.added_tokens_decoder.values())
         self._chat_lock = threading.Lock()
         self._known: TTLCache[_Chat | str, tuple[int, ...]] = TTLCache(REMEMBERED, REMEMBERED_SECONDS)
         self._known_lock = threading.Lock()
         """For look-ups only, so that what is known never waits for what is being encoded."""
         self._template = _template_of(self._chat)
+        written = " ".join([self._template or "", *map(str, self._chat.special_tokens_map.values())])
+        self._chat.segments = SegmentEncoder(self._plain, self._chat.added_tokens_decoder.values(), written)
         self._folds_system = self._template is not None and not self._shows(
             Message(Role.SYSTEM, _PROBE), Message(Role.USER, "Hello")
         )

@@ -75,7 +75,7 @@ def test_segments_have_the_tokens_of_the_whole_text(family: str, greedy: bool, d
         *(each.content for each in added),
     ]
     text = "".join(data.draw(st.lists(st.sampled_from(words), max_size=20)))
-    encoder = SegmentEncoder(tokenizer, added)
+    encoder = SegmentEncoder(tokenizer, added, " ".join(each.content for each in added))
 
     expected = tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -85,7 +85,7 @@ def test_segments_have_the_tokens_of_the_whole_text(family: str, greedy: bool, d
 def test_the_next_turn_encodes_what_is_new() -> None:
     tokenizer, added = made("chatml")
     counting: Any = Counting(tokenizer)
-    encoder = SegmentEncoder(counting, added)
+    encoder = SegmentEncoder(counting, added, "<|im_end|>")
     turn = "<|im_start|>user\nOne<|im_end|>\n<|im_start|>assistant\n"
     encoder.encode(turn)
     counting.seen.clear()
@@ -101,15 +101,25 @@ def test_the_next_turn_encodes_what_is_new() -> None:
 def test_a_text_too_long_to_be_kept_is_encoded_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segments, "REMEMBERED_TOKENS", 8)
     tokenizer, added = made("chatml")
-    encoder = SegmentEncoder(tokenizer, added)
+    encoder = SegmentEncoder(tokenizer, added, "<|im_end|>")
 
     for text in ("word " * 20, "short", "word " * 20):
         assert tokenizer.encode(text, add_special_tokens=False).ids == encoder.encode(text)
 
 
 def test_tokens_that_take_from_their_surroundings_are_no_borders() -> None:
-    """Space before them, words that they must stand beside, a longer token that begins before."""
-    assert ["<<"] == borders_among(GREEDY)
+    """Space before them, words that they must stand beside, a longer token that begins before; itself, one place on."""
+    assert [] == borders_among(GREEDY)
     assert ["|b>", "<plain>"] == borders_among(
         [each for each in GREEDY if each.content in {"|b>", "<plain>", "<word>"}]
     )
+
+
+def test_tokens_that_no_template_writes_are_no_borders() -> None:
+    """Some vocabularies have thousands, and looking for all of them in a text would take longer than encoding it."""
+    tokenizer, added = made("gemma")
+    counting: Any = Counting(tokenizer)
+
+    SegmentEncoder(counting, added, "<start_of_turn>").encode("<start_of_turn>a<end_of_turn><start_of_turn>b")
+
+    assert ["<start_of_turn>a<end_of_turn>", "<start_of_turn>b"] == counting.seen

@@ -245,7 +245,7 @@ class Together {
         for (int64_t place = 0; place < count; place++) {
             float* at = scores_ + place * line + query;
             const Integers number = static_cast<int32_t>(key + place) - Integers{};
-            store(at, (number >= first) & (number < end) ? load(at) : all(-std::numeric_limits<float>::infinity()));
+            store(at, ((number >= first) & (number < end)) ? load(at) : all(-std::numeric_limits<float>::infinity()));
         }
     }
 
