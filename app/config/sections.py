@@ -65,7 +65,7 @@ class ModelConfig(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Weights' type; auto is the model's own on a GPU, and on a CPU bfloat16 if that is the model's own and the CPU
-    computes in it, else float32."""
+    computes in it, else float32; float32 too for weights of 8 bits that a program of ours computes."""
     quantization: Literal["none", "int8"] = "none"
     """int8 rounds the weights of a CPU's linear layers to 8 bits: they take a quarter of their float32 memory and
     single answers come faster, but log-probabilities change; /v1/models tells by how much."""
@@ -73,7 +73,8 @@ class ModelConfig(Section):
     """What is compiled for this machine when the model is loaded.  On a CPU, by a C++ compiler (two seconds at the
     first start): auto is all layers of the families that there is a program for, linear layers and attention of the
     others, and nothing where there is no compiler; attention is what auto is for the others; layers refuses a model
-    whose layers cannot be had.  On a GPU layers are compiled by torch, a slower start, and only if asked for."""
+    whose layers cannot be had.  In bfloat16 on a processor with AMX auto and attention leave linear layers to oneDNN.
+    On a GPU layers are compiled by torch, a slower start, and only if asked for."""
     revision: str | None = None
     """Commit or tag of the model on the hub."""
     engine: Literal["auto", "batching", "serial", "echo"] = "auto"

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 REMEMBERED_TOKENS = 262_144
 REMEMBERED_SECONDS = 600.0
-"""Text of users is not kept for longer."""
+"""A segment that is not used for so long is forgotten when the next is encoded."""
 
 
 class SegmentEncoder:

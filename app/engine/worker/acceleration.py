@@ -34,7 +34,8 @@ def accelerate(rows: RowModel, setting: Compile) -> None:
         if setting == "layers":
             compile_layers(rows)
         return
-    tiles = setting == "auto" and _multiplied_in_tiles(rows.model)
+    # Who asks for our layers gets them all the same.
+    tiles = setting != "layers" and _multiplied_in_tiles(rows.model)
     if setting in {"auto", "layers"} and not tiles:
         try:
             _add_layers(rows)

@@ -60,7 +60,7 @@ class PanelLinear(nn.Module):
         self._program = products()
         weight, scales = self._smallest(linear.weight.detach())
         self.panels: Tensor = _in_panels(weight)
-        """(panels, inputs, PANEL), an even number of them; in bfloat16 (panels, inputs / 2, PANEL, 2)"""
+        """(panels, inputs, PANEL, 1), an even number of them; in bfloat16 (panels, inputs / 2, PANEL, 2)"""
         self.scales: Tensor | None = scales
         """(outputs,) of whole numbers"""
         bias: Any = linear.bias
@@ -138,9 +138,8 @@ def _made() -> _Products | CompileError:
 
 
 def _in_panels(weight: Tensor) -> Tensor:
-    """(outputs, inputs) to (panels, inputs, PANEL), in bfloat16 (panels, inputs / 2, PANEL, 2)"""
+    """(outputs, inputs) to (panels, inputs, PANEL, 1), in bfloat16 (panels, inputs / 2, PANEL, 2)"""
     outputs, inputs = weight.shape
     together = 2 if weight.dtype == torch.bfloat16 else 1
     whole = functional.pad(weight, (0, 0, 0, -outputs % (2 * PANEL)))
-    panels = whole.view(-1, PANEL, inputs // together, together).transpose(1, 2)
-    return panels.contiguous() if together == 2 else panels.squeeze(-1).contiguous()
+    return whole.view(-1, PANEL, inputs // together, together).transpose(1, 2).contiguous()

@@ -259,10 +259,11 @@ def test_where_a_processor_multiplies_whole_matrices_layers_in_bfloat16_are_torc
     """oneDNN knows those instructions (AMX); who asks for compiled layers gets them all the same."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
 
-    settings: tuple[Compile, ...] = ("auto", "layers")
+    settings: tuple[Compile, ...] = ("auto", "attention", "layers")
     by_setting = {each: accelerated(make(KINDS["llama"]).bfloat16(), each) for each in settings}
-    by_torch = by_setting["auto"]
+    found = {each: rows.compiled for each, rows in by_setting.items()}
+    by_torch = [*by_setting["auto"].model.modules(), *by_setting["attention"].model.modules()]
 
-    assert {"auto": "attention", "layers": "layers"} == {kind: rows.compiled for kind, rows in by_setting.items()}
-    assert not any(isinstance(each, PanelLinear) for each in by_torch.model.modules())
+    assert {"auto": "attention", "attention": "attention", "layers": "layers"} == found
+    assert not any(isinstance(each, PanelLinear) for each in by_torch)
     assert "layers" == accelerated(make(KINDS["llama"]), "auto").compiled

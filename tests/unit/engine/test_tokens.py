@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import PreTrainedTokenizerFast
 
+from app.engine.segments import SegmentEncoder
 from app.engine.tokens import HfTokenizer
 from app.errors import InvalidRequest
 from app.types import Message, Role
@@ -170,6 +171,25 @@ def test_text_that_is_not_unicode_is_refused(chatml: Family):
         chatml.loaded.encode_text("\ud800")
     with pytest.raises(InvalidRequest):
         chatml.loaded.encode_chat(user("\ud800"))
+
+
+def test_the_next_turn_of_a_conversation_encodes_only_what_is_new(
+    chatml: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And has the tokens of a conversation that nothing is known of."""
+    encoded: list[str] = []
+    encode = SegmentEncoder._encode
+    monkeypatch.setattr(SegmentEncoder, "_encode", lambda self, texts: [encoded.extend(texts), encode(self, texts)][1])
+    turn = [Message(Role.USER, "The first question"), Message(Role.ASSISTANT, "The first answer")]
+    chatml.loaded.encode_chat(turn)
+    encoded.clear()
+
+    longer = chatml.loaded.encode_chat([*turn, *user("The second question")])
+
+    assert "The second question" in "".join(encoded)
+    assert "The first question" not in "".join(encoded)
+    chatml.loaded._chat.segments._known.clear()
+    assert longer == chatml.loaded._apply_template(((*turn, *user("The second question")), False))
 
 
 def test_a_system_text_goes_to_the_user_where_the_template_has_no_system(gemma: Family):

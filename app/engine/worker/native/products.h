@@ -189,6 +189,7 @@ struct Weights {
 template <bool ADD, class Weight, class Output>
 void linear(const typename Kind<Weight>::Input* x, Weights<Weight> weights, int64_t depth, int64_t outputs,
             int64_t tokens, Output* out, int threads) {
+    static_assert(!ADD || std::is_same_v<Output, float>, "what is added to keeps all its digits");
     constexpr int64_t PAIR = 2 * PANEL, MOST = Kind<Weight>::lines;
     share_out((outputs + PAIR - 1) / PAIR, tokens, threads, [&](int64_t pair, int64_t begin, int64_t end) {
         const int64_t first = pair * PAIR, width = std::min(PAIR, outputs - first);
