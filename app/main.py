@@ -11,27 +11,27 @@ from pathlib import Path
 
 from fastapi import FastAPI
 
-from app.access.first_key import first_key
-from app.access.gate import Access
+from app.access.access import Access
+from app.access.bootstrap_key import first_key
 from app.config import Settings
 from app.engine.base import Engine
 from app.engine.cache import CachedEngine
 from app.engine.echo import EchoEngine
+from app.engine.host import EngineRegistry
 from app.engine.local import LocalEngine
-from app.engine.registry import EngineRegistry
-from app.engine.stored import StoredEngine
+from app.engine.persistent_cache import StoredEngine
 from app.errors import ConfigError
-from app.generation.accounts import Accounts
-from app.generation.chain import Chains
-from app.generation.filters import FilteredEngine, InputFilter
-from app.generation.memory import MemorySessionStore
-from app.generation.pii import PiiKind, Redactor
+from app.generation.metering import Accounts
 from app.generation.prompts import read_prompt
 from app.generation.service import GenerationService
+from app.generation.sessions import MemorySessionStore
+from app.langchain.chains import Chains
+from app.privacy.filters import FilteredEngine, InputFilter
+from app.privacy.redactor import PiiKind, Redactor
 from app.telemetry import Metrics, disable_foreign_tracing
-from app.web.assembly import build_app
-from app.web.deps import Parts
-from app.web.limits import RateLimits
+from app.web.app_factory import build_app
+from app.web.http.dependencies import Parts
+from app.web.http.rate_limits import RateLimits
 
 HANG_SECONDS = 120.0
 """A worker that has work and says nothing for so long is ended and started again."""

@@ -17,7 +17,7 @@ import structlog
 import uvicorn
 from fastapi import FastAPI
 
-from app.access.first_key import KEY_FILE
+from app.access.bootstrap_key import KEY_FILE
 from app.config import Settings
 from app.errors import AppError, ConfigError
 from app.main import create_app

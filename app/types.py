@@ -23,6 +23,18 @@ class Message:
     content: str
 
 
+class EngineState(StrEnum):
+    """Where an engine is in its life."""
+
+    LOADING = "loading"
+    READY = "ready"
+    RESTARTING = "restarting"
+    """The worker died and is being started again."""
+    FAILED = "failed"
+    """The model cannot be loaded; `EngineStatus.error` says why."""
+    CLOSED = "closed"
+
+
 class FinishReason(StrEnum):
     """Why a completion ended."""
 
@@ -69,7 +81,7 @@ class SamplingSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Params(SamplingSettings):
+class SamplingParams(SamplingSettings):
     """How to sample, whole.  Every field is already validated and has its default filled in."""
 
     max_tokens: int

@@ -14,15 +14,15 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from app.access.gate import Access
+from app.access.access import Access
 from app.access.limits import LimitSettings
 from app.config import Settings, load_settings
 from app.engine.echo import EchoEngine
-from app.generation.accounts import Accounts
-from app.generation.asks import CompletionAsk
-from app.generation.meter import Meter
+from app.generation.metering import Accounts
+from app.generation.request_stats import Meter
+from app.generation.requests import CompletionAsk
 from app.telemetry import Metrics
-from app.web.limits import RateLimits
+from app.web.http.rate_limits import RateLimits
 
 LIMITS = LimitSettings(
     monthly_tokens=10**12, requests_per_minute=10**7, burst=10**6, tokens_per_minute=10**9, parallel_requests=1000

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from app.config import DeadlineConfig, ModelConfig
 from app.engine.base import GenerationRequest
 from app.engine.local import LocalEngine
-from app.types import Params
+from app.types import SamplingParams
 from bench.peers import Setup
 from bench.process import ROOT
 from bench.words import token_ids
@@ -84,7 +84,7 @@ class StaticLoop:
 async def engine_seconds(engine: LocalEngine, batch: int, seed: int) -> float:
     """Return how long the engine takes for as many requests at once."""
     draw = random.Random(seed)
-    params = Params(max_tokens=NEW, ignore_eos=True)
+    params = SamplingParams(max_tokens=NEW, ignore_eos=True)
     requests = [
         GenerationRequest(f"{batch}.{seed}.{number}", "bench", token_ids(draw, PROMPT), params, cache=False)
         for number in range(batch)

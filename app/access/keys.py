@@ -13,7 +13,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.access import tables
-from app.access.db import Database
+from app.access.database import Database
 from app.access.key_format import digest_of, id_of, new_key
 from app.access.limits import LIMIT_NAMES, NOTHING_SAID, LimitSettings
 from app.access.roles import Role

@@ -15,7 +15,7 @@ from sqlalchemy.dialects.sqlite import insert as upsert_sqlite
 from sqlalchemy.dialects.sqlite.dml import Insert
 
 from app.access import tables
-from app.access.db import Database
+from app.access.database import Database
 
 _counters, _reservations = tables.usage_counters, tables.reservations
 

@@ -19,7 +19,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
 from app.access import ledger
-from app.access.db import WAIT_SECONDS, Database
+from app.access.database import WAIT_SECONDS, Database
 from app.access.ledger import Month, Reserve, Settle, Standing
 from app.config import QuotaConfig
 from app.errors import QuotaExceeded, StoreUnavailable

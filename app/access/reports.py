@@ -8,7 +8,7 @@ from typing import Literal
 from sqlalchemy import func, select
 
 from app.access import tables
-from app.access.db import Database
+from app.access.database import Database
 from app.access.quotas import next_month
 from app.errors import InvalidRequest
 

@@ -8,7 +8,7 @@ from sqlalchemy import delete, exists, insert, null, select, update
 from sqlalchemy.exc import IntegrityError
 
 from app.access import tables
-from app.access.db import Database
+from app.access.database import Database
 from app.access.limits import LimitSettings
 from app.errors import Conflict, Forbidden, RoleNotFound
 from app.types import Rights

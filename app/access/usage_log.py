@@ -18,7 +18,7 @@ import structlog
 from sqlalchemy import Connection, delete, insert, select
 
 from app.access import ledger, tables
-from app.access.db import Database
+from app.access.database import Database
 from app.access.ledger import Month
 from app.access.quotas import month_of
 from app.config import UsageLogConfig

@@ -2,7 +2,7 @@
 
 import typer
 
-from app.access.db import Database, head_revision
+from app.access.database import Database, head_revision
 from app.cli.terminal import CONFIG, ConfigOption, JsonOption, fail, print_json, with_database
 
 cli = typer.Typer(no_args_is_help=True, help="The database's schema.")

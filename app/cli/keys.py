@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from app.access.db import Database
+from app.access.database import Database
 from app.access.keys import KeyRecord, KeyStore
 from app.access.limits import LimitSettings
 from app.cli.terminal import CONFIG, ConfigOption, JsonOption, print_json, show, with_database

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from app.access.db import Database
+from app.access.database import Database
 from app.access.limits import LIMIT_NAMES, NOTHING_SAID
 from app.access.roles import Role, RoleStore
 from app.cli.terminal import CONFIG, ConfigOption, JsonOption, show, with_database

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from app.access.db import Database, head_revision
+from app.access.database import Database, head_revision
 from app.config import load_settings
 from app.errors import AppError, ConfigError, StoreUnavailable
 

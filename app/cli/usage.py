@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from app.access.db import Database
+from app.access.database import Database
 from app.access.quotas import month_of
 from app.access.reports import Reports
 from app.cli.terminal import CONFIG, ConfigOption, JsonOption, show, with_database

@@ -6,22 +6,9 @@ Knows no HTTP, no LangChain and no torch.  `LocalEngine`, `EchoEngine` and `Cach
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Literal, Protocol
 
-from app.types import FinishReason, Message, Params, TokenLogprob, Usage
-
-
-class EngineState(StrEnum):
-    """Where an engine is in its life."""
-
-    LOADING = "loading"
-    READY = "ready"
-    RESTARTING = "restarting"
-    """The worker died and is being started again."""
-    FAILED = "failed"
-    """The model cannot be loaded; `EngineStatus.error` says why."""
-    CLOSED = "closed"
+from app.types import EngineState, FinishReason, Message, SamplingParams, TokenLogprob, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +26,9 @@ class EngineInfo:
     vocab_size: int
     parameters: int
     unsupported: tuple[str, ...] = ()
-    """Fields of `Params` that this engine cannot honour; a request that sets one is refused, never half served."""
+    """Fields of `SamplingParams` that this engine cannot honour; a request that sets one is refused."""
     recommended: tuple[tuple[str, float], ...] = ()
-    """Sampling settings that the model's own files recommend, by the names of `Params`."""
+    """Sampling settings that the model's own files recommend, by the names of `SamplingParams`."""
     logprob_shift: float | None = None
     """By how much weights in int8 changed the log-probability of the likeliest token at load, on average; None where
     nothing is quantized."""
@@ -70,7 +57,7 @@ class GenerationRequest:
     """Unique among live requests; made by the service, never by the client."""
     tenant: str
     prompt_ids: tuple[int, ...]
-    params: Params
+    params: SamplingParams
     cache: bool = True
     """Whether a stored answer may be given and this one be stored."""
 

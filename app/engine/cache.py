@@ -20,8 +20,8 @@ from uuid import uuid4
 from cachetools import TTLCache
 
 from app.config import CacheConfig
-from app.engine.around import EngineAround
 from app.engine.base import Chunk, Engine, EngineInfo, GenerationRequest
+from app.engine.wrapper import EngineWrapper
 from app.types import FinishReason, Usage
 
 MAX_BYTES = 64 * 1024 * 1024
@@ -146,7 +146,7 @@ class _Reader:
         return Chunk(finish_reason=FinishReason.ABORT, usage=usage)
 
 
-class CachedEngine(EngineAround):
+class CachedEngine(EngineWrapper):
     """Replays stored answers in the pieces they came in, and follows those that are being made."""
 
     def __init__(

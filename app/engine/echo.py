@@ -9,9 +9,9 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from itertools import cycle, islice
 
-from app.engine.base import Chunk, EngineInfo, EngineState, EngineStatus, GenerationRequest
+from app.engine.base import Chunk, EngineInfo, EngineStatus, GenerationRequest
 from app.errors import EngineBusy, EngineNotReady
-from app.types import FinishReason, Message, Params, Role, TokenLogprob, Usage
+from app.types import EngineState, FinishReason, Message, Role, SamplingParams, TokenLogprob, Usage
 
 _CONTROL = 0x110000
 """Token ids from here on are control tokens: no character of a text can be one."""
@@ -132,7 +132,7 @@ class EchoEngine:
         yield Chunk(tokens=closing, finish_reason=reason, usage=usage, stopped_by=stopped_by)
 
 
-def _say(character: str, params: Params) -> Chunk:
+def _say(character: str, params: SamplingParams) -> Chunk:
     if params.logprobs is None:
         return Chunk(text=character, tokens=1)
     certain = (ord(character), 0.0)
@@ -140,7 +140,7 @@ def _say(character: str, params: Params) -> Chunk:
     return Chunk(text=character, tokens=1, logprobs=(token,), token_ends=(1,))
 
 
-def _stopped_by(text: str, at: int, end_at: int, params: Params) -> str | int | None:
+def _stopped_by(text: str, at: int, end_at: int, params: SamplingParams) -> str | int | None:
     """Return which stop token or stop string begins where the answer ended; None where it ended by itself."""
     if at == end_at:
         return ord(text[at]) if at < len(text) and ord(text[at]) in params.stop_token_ids else None
@@ -152,7 +152,7 @@ def _places(text: str, wanted: Sequence[str], begin: int = 0) -> list[int]:
     return [at for at in (text.find(each, begin) for each in wanted) if at >= 0]
 
 
-def _long_enough(text: str, params: Params) -> str:
+def _long_enough(text: str, params: SamplingParams) -> str:
     """Begin the text again until it has the characters asked for, or one more than may be sent if it must not end."""
     wanted = params.max_tokens + 1 if params.ignore_eos else params.min_tokens
     return text if len(text) >= wanted else "".join(islice(cycle(text), wanted))

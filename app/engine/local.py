@@ -15,20 +15,20 @@ from itertools import count
 from pathlib import Path
 
 from app.config import DeadlineConfig, ModelConfig
-from app.engine.base import Chunk, EngineInfo, EngineState, EngineStatus, GenerationRequest, Tokenizer
-from app.engine.channel import WorkerLostError, WorkerProcess
-from app.engine.supervisor import Launch, Supervisor
-from app.engine.ticket import Ticket
-from app.engine.worker.messages import ModelSpec, Ready, Submit, TokenEvent
+from app.engine.base import Chunk, EngineInfo, EngineStatus, GenerationRequest, Tokenizer
+from app.engine.live_request import LiveRequest
 from app.errors import ContextLengthExceeded, EngineBusy, EngineFailed, EngineNotReady, InvalidRequest
-from app.types import FinishReason, Params
+from app.ipc.messages import ModelSpec, Ready, Submit, TokenEvent
+from app.ipc.supervisor import Launch, Supervisor
+from app.ipc.worker_process import WorkerLostError, WorkerProcess
+from app.types import EngineState, FinishReason, SamplingParams
 
 log = logging.getLogger(__name__)
 
 LOADING_RETRY_SECONDS = 5.0
 BUSY_RETRY_SECONDS = (1.0, 30.0)
 """The least and the most that a refused client is told to wait."""
-DEFAULTS = Params(max_tokens=1)
+DEFAULTS = SamplingParams(max_tokens=1)
 """What asks for nothing special."""
 
 
@@ -84,7 +84,7 @@ class LocalEngine:
         self._tokenizer: Tokenizer | None = None
         self._slots = 1
         self._numbers = count(1)
-        self._tickets: dict[int, Ticket] = {}
+        self._tickets: dict[int, LiveRequest] = {}
         self._ends = Ends()
 
     @property
@@ -202,12 +202,12 @@ class LocalEngine:
         for ticket in tuple(self._tickets.values()):
             ticket.end(FinishReason.ABORT)
 
-    def _admit(self, request: GenerationRequest) -> Ticket:
+    def _admit(self, request: GenerationRequest) -> LiveRequest:
         if self._worker.state is not EngineState.READY:
             raise self._not_ready()
         self._refuse_misfit(request)
         self._refuse_too_many(request)
-        ticket = Ticket(next(self._numbers), request, self.tokenizer.decoder(), self._deadlines, self._settled)
+        ticket = LiveRequest(next(self._numbers), request, self.tokenizer.decoder(), self._deadlines, self._settled)
         self._tickets[ticket.number] = ticket
         self._worker.submit(Submit(ticket.number, request.prompt_ids, request.params, request.tenant))
         return ticket
@@ -238,7 +238,7 @@ class LocalEngine:
         if any(ticket.request.id == request.id for ticket in self._tickets.values()):
             raise ValueError("a live request has this id already")
 
-    def _settled(self, ticket: Ticket) -> None:
+    def _settled(self, ticket: LiveRequest) -> None:
         """Forget a request at its outcome, and stop the worker on it if it has not ended there."""
         del self._tickets[ticket.number]
         self._worker.cancel(ticket.number)
@@ -276,7 +276,7 @@ def _spec(config: ModelConfig) -> ModelSpec:
 
 
 def _tokenizer_class() -> Callable[[str], Tokenizer]:
-    from app.engine.tokens import HfTokenizer
+    from app.engine.tokenizer.hf_tokenizer import HfTokenizer
 
     return HfTokenizer
 

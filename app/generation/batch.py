@@ -9,8 +9,8 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from app.errors import EngineBusy
-from app.generation.answers import together
-from app.generation.asks import CompletionAsk, Delta, Event, Finished, Reply, Started, collect
+from app.generation.parallel_sampling import together
+from app.generation.requests import CompletionAsk, Delta, Event, Finished, Reply, Started, collect
 from app.types import Usage
 
 AT_ONCE = 16

@@ -5,14 +5,14 @@ from dataclasses import fields
 
 from app.engine.base import EngineInfo
 from app.errors import InvalidRequest
-from app.generation.asks import Sampling
-from app.types import Params, SamplingSettings
+from app.generation.requests import Sampling
+from app.types import SamplingParams, SamplingSettings
 
 _GREEDY_BELOW = 0.01
 """Cooler than this the most likely token always wins, and dividing the scores would overflow."""
 
 
-def settle(sampling: Sampling, info: EngineInfo, *, max_tokens: int, default_temperature: float) -> Params:
+def settle(sampling: Sampling, info: EngineInfo, *, max_tokens: int, default_temperature: float) -> SamplingParams:
     """Fill in every field.
 
     Args: max_tokens: what really fits behind the prompt.
@@ -26,7 +26,7 @@ def settle(sampling: Sampling, info: EngineInfo, *, max_tokens: int, default_tem
     if sampling.min_tokens > max_tokens:
         raise InvalidRequest.of_field("min_tokens", f"is more than max_tokens, which is {max_tokens} here")
     temperature = default_temperature if sampling.temperature is None else sampling.temperature
-    return Params(
+    return SamplingParams(
         max_tokens=max_tokens,
         temperature=temperature if temperature >= _GREEDY_BELOW else 0.0,
         **{field.name: getattr(sampling, field.name) for field in fields(SamplingSettings)},

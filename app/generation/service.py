@@ -11,22 +11,22 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-from app.engine.base import Engine, EngineState
+from app.engine.base import Engine
 from app.engine.cache import CachedEngine
-from app.engine.registry import EngineRegistry
+from app.engine.host import EngineRegistry
 from app.errors import DeadlineExceeded, InvalidRequest, ShuttingDown
-from app.generation.accounts import Accounts, check_rights
-from app.generation.answers import Answers
-from app.generation.asks import ChatAsk, CompletionAsk, Context, Delta, Event, Sampling, Started
-from app.generation.call import Call
-from app.generation.chain import Chains
-from app.generation.filters import InputFilter
-from app.generation.memory import SessionStore, Turn, as_turns, merge
-from app.generation.meter import Meter
+from app.generation.context_window import Room, Window, fit_chat, fit_text
+from app.generation.metering import Accounts, check_rights
+from app.generation.parallel_sampling import Answers
+from app.generation.request_stats import Meter
+from app.generation.requests import ChatAsk, CompletionAsk, Context, Delta, Event, Sampling, Started
 from app.generation.sampling import check_tokens, settle
-from app.generation.window import Room, Window, fit_chat, fit_text
+from app.generation.sessions import SessionStore, Turn, as_turns, merge
+from app.langchain.call import Call
+from app.langchain.chains import Chains
+from app.privacy.filters import InputFilter
 from app.telemetry import Metrics
-from app.types import FinishReason, Message, Role
+from app.types import EngineState, FinishReason, Message, Role
 
 _COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)
 """Answers that ended by themselves; only these enter a conversation."""

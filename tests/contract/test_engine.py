@@ -9,17 +9,17 @@ import pytest
 import pytest_asyncio
 
 from app.config import CacheConfig, DeadlineConfig, ModelConfig
-from app.engine.base import Chunk, Engine, EngineState, GenerationRequest
+from app.engine.base import Chunk, Engine, GenerationRequest
 from app.engine.cache import CachedEngine
 from app.engine.echo import EchoEngine
 from app.engine.local import LocalEngine
-from app.engine.stored import StoredEngine
+from app.engine.persistent_cache import StoredEngine
 from app.errors import EngineNotReady
-from app.generation.filters import FilteredEngine
-from app.generation.pii import Redactor
-from app.types import FinishReason, Message, Params, Role
+from app.privacy.filters import FilteredEngine
+from app.privacy.redactor import Redactor
+from app.types import EngineState, FinishReason, Message, Role, SamplingParams
 from tests.unit.engine.stores import DictStore
-from tests.unit.engine.tiny import save_tiny_llama
+from tests.unit.tiny_models import save_tiny_llama
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -42,7 +42,7 @@ async def unclosed(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
     """A loaded engine, shared by the tests of this module: a worker takes seconds to start."""
     engine: Engine = request.param(tmp_path_factory.mktemp("model"))
     with pytest.raises(EngineNotReady):
-        await anext(engine.stream(GenerationRequest("early", "t", (1,), Params(max_tokens=1))))
+        await anext(engine.stream(GenerationRequest("early", "t", (1,), SamplingParams(max_tokens=1))))
     await engine.start()
     async with asyncio.timeout(110):
         await engine.wait_ready()
@@ -63,7 +63,7 @@ def ask(
 ) -> GenerationRequest:
     """A request of which no stored answer exists."""
     seed, cache = params.pop("seed", next(SEEDS)), bool(params.pop("cache", True))
-    settings = Params(max_tokens=max_tokens, seed=seed, **params)  # type: ignore[arg-type]
+    settings = SamplingParams(max_tokens=max_tokens, seed=seed, **params)  # type: ignore[arg-type]
     return GenerationRequest(name, "tenant", engine.tokenizer.encode_text(text), settings, cache)
 
 
@@ -258,7 +258,7 @@ async def test_a_conversation_is_encoded_and_answered(engine: Engine):
     assert 0 < len(ids) < engine.info.context_length
     assert max(ids) < engine.info.vocab_size
 
-    chunks = await read(engine, GenerationRequest("chat", "tenant", ids, Params(max_tokens=5)))
+    chunks = await read(engine, GenerationRequest("chat", "tenant", ids, SamplingParams(max_tokens=5)))
 
     assert FinishReason.LENGTH == chunks[-1].finish_reason
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from app.config import ChatHistoryConfig
-from app.generation.memory import MemorySessionStore, SessionStore, Turn
+from app.generation.sessions import MemorySessionStore, SessionStore, Turn
 from app.types import Message, Role
 
 Factory = Callable[[ChatHistoryConfig, "Clock"], SessionStore]

@@ -14,7 +14,7 @@ import pytest
 from langchain_core.messages import AIMessageChunk, HumanMessage, SystemMessage
 from langchain_openai import ChatOpenAI, OpenAI
 
-from app.engine.tokens import HfTokenizer
+from app.engine.tokenizer.hf_tokenizer import HfTokenizer
 from tests.e2e.conftest import KEY, ROOT, Service, wait_for
 
 pytestmark = pytest.mark.e2e

@@ -18,11 +18,11 @@ import pytest
 import pytest_asyncio
 
 from app.config import DeadlineConfig, ModelConfig
-from app.engine.base import Chunk, EngineState, GenerationRequest
+from app.engine.base import Chunk, GenerationRequest
 from app.engine.local import LocalEngine
 from app.errors import DeadlineExceeded, EngineBusy, EngineFailed, InvalidRequest
-from app.types import FinishReason, Message, Params, Role
-from tests.unit.engine.tiny import save_tiny_llama
+from app.types import EngineState, FinishReason, Message, Role, SamplingParams
+from tests.unit.tiny_models import save_tiny_llama
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
 
@@ -52,7 +52,7 @@ async def engine(folder: Path) -> AsyncIterator[LocalEngine]:
 
 
 def ask(name: str = "one", max_tokens: int = 20, prompt: tuple[int, ...] = (5, 6, 7)) -> GenerationRequest:
-    return GenerationRequest(name, "tenant", prompt, Params(max_tokens=max_tokens))
+    return GenerationRequest(name, "tenant", prompt, SamplingParams(max_tokens=max_tokens))
 
 
 async def read(engine: LocalEngine, request: GenerationRequest) -> list[Chunk]:
@@ -89,7 +89,7 @@ async def test_a_model_answers_from_its_own_process(engine: LocalEngine):
     """Facts, tokenizer and answer come over the channel, and the API process has not imported the model."""
     ids = engine.tokenizer.encode_chat([Message(Role.USER, "hello")])
 
-    chunks = await read(engine, GenerationRequest("chat", "tenant", ids, Params(max_tokens=20)))
+    chunks = await read(engine, GenerationRequest("chat", "tenant", ids, SamplingParams(max_tokens=20)))
 
     assert ("batching", "cpu", "float32", 281) == (
         engine.info.engine,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from app.access.db import Database
+from app.access.database import Database
 from tests.services.postgres import Postgres, binaries, running
 
 _numbers = count()

@@ -10,7 +10,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, delete, func, select, text
 
-from app.access.db import Database, head_revision
+from app.access.database import Database, head_revision
 from app.access.keys import KeyStore
 from app.access.tables import metadata, roles
 from app.errors import ConfigError, StoreUnavailable

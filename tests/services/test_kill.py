@@ -16,7 +16,7 @@ import httpx
 import pytest
 from sqlalchemy import func, select
 
-from app.access.db import Database
+from app.access.database import Database
 from app.access.ledger import Month, release_expired, standing
 from app.access.quotas import month_of
 from app.access.tables import api_keys, inference_log, reservations

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from app.access import ledger
-from app.access.db import Database
+from app.access.database import Database
 from app.access.ledger import Month, standing
 from app.access.quotas import Quotas, month_of, next_month
 from app.config import QuotaConfig

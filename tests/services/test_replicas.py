@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import func, select, update
 
-from app.access import key_ring
-from app.access.db import Database
+from app.access import authenticator as key_ring
+from app.access.database import Database
 from app.access.ledger import Month, standing
 from app.access.quotas import Quotas
 from app.access.tables import completion_cache, inference_log

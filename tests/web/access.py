@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 from fastapi import FastAPI
 
-from app.access.gate import Access
+from app.access.access import Access
 from app.config import load_settings
 from app.engine.base import Engine
 from app.main import create_app

@@ -11,19 +11,19 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 
-from app.access.gate import Access
+from app.access.access import Access
 from app.access.limits import configured
 from app.config import Settings, load_settings
 from app.engine.echo import EchoEngine
-from app.engine.registry import EngineRegistry
-from app.generation.answer_tokens import AnswerToken
-from app.generation.asks import ChatAsk, CompletionAsk, Context, Delta, Ending, Event, Finished, Started
-from app.generation.memory import MemorySessionStore, SessionStore
+from app.engine.host import EngineRegistry
+from app.engine.tokenizer.logprob_text import AnswerToken
+from app.generation.requests import ChatAsk, CompletionAsk, Context, Delta, Ending, Event, Finished, Started
+from app.generation.sessions import MemorySessionStore, SessionStore
 from app.telemetry import Metrics
 from app.types import FinishReason, Principal, Rights, Usage
-from app.web.assembly import build_app
-from app.web.deps import Parts
-from app.web.limits import RateLimits
+from app.web.app_factory import build_app
+from app.web.http.dependencies import Parts
+from app.web.http.rate_limits import RateLimits
 
 KEY = "web-tests-key-0123456789"
 AUTH = {"X-API-Key": KEY}

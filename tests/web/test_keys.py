@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from app.access import key_ring
+from app.access import authenticator as key_ring
 from app.access.key_format import new_key
 from tests.web.access import ADMIN_KEY, Running, running
 

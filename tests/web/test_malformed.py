@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from app.generation.asks import Sampling
+from app.generation.requests import Sampling
 from tests.web.harness import AUTH, BATCH, BODIES, OPENAI_BODIES, is_envelope, make_web
 from tests.web.malformed import (
     CANARY,

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from app.engine.base import EngineState, EngineStatus
+from app.engine.base import EngineStatus
+from app.types import EngineState
 from tests.web.harness import AUTH, CHAT, GENERATE, MODEL, ScriptedService, is_envelope, make_web
 
 

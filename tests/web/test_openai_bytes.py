@@ -11,9 +11,9 @@ import pytest
 from app.config import DeadlineConfig, ModelConfig
 from app.engine.local import LocalEngine
 from app.errors import EngineFailed
-from app.generation.asks import Sampling
+from app.generation.requests import Sampling
 from app.types import FinishReason
-from app.web.openai.streams import DONE
+from app.web.openai.stream_encoder import DONE
 from tests.web.harness import CHAT, GENERATE, MODEL, ScriptedService, make_web
 
 GOLDEN = Path(__file__).with_name("golden")

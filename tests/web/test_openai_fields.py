@@ -15,7 +15,7 @@ from openai.types.chat.chat_completion_content_part_text_param import ChatComple
 from openai.types.chat.chat_completion_message_param import ChatCompletionMessageParam
 from openai.types.chat.chat_completion_stream_options_param import ChatCompletionStreamOptionsParam
 
-from app.generation.asks import ChatAsk, CompletionAsk
+from app.generation.requests import ChatAsk, CompletionAsk
 from app.types import Message, Role
 from app.web.openai.chat import ChatCompletionRequest
 from app.web.openai.completions import CompletionRequest

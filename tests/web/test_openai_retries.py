@@ -7,7 +7,7 @@ import openai
 import pytest
 
 from app.errors import AppError, EngineBusy, EngineFailed, RateLimited
-from app.web.sse import EventStream
+from app.web.http.sse import EventStream
 from tests.web.harness import CHAT, KEY, ScriptedService, Web, make_web
 
 

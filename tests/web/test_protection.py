@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from app.web.assembly import public_paths
+from app.web.app_factory import public_paths
 from tests.web.harness import AUTH, BODIES, CHAT, KEY, ScriptedService, frames, is_envelope, make_web
 
 UNLIMITED = {"/", "/health", "/readyz", "/metrics", "/status"}

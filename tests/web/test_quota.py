@@ -12,9 +12,9 @@ import httpx
 import pytest
 
 from app.access import usage_log
-from app.engine.base import EngineState
 from app.engine.echo import EchoEngine
-from app.generation.asks import CompletionAsk, Delta
+from app.generation.requests import CompletionAsk, Delta
+from app.types import EngineState
 from tests.web.access import ADMIN_KEY, Running, running
 from tests.web.harness import frames, until
 

@@ -7,19 +7,19 @@ from pydantic import BeforeValidator, Field, StringConstraints, TypeAdapter, Val
 from starlette.responses import Response
 
 from app.errors import InvalidRequest
-from app.generation.asks import ChatAsk, Completion, Reply
+from app.generation.requests import ChatAsk, Completion, Reply
 from app.types import Message, Role
-from app.web.bodies import LimitedRoute, StrictModel
-from app.web.chat import MAX_MESSAGES
-from app.web.deps import Call, CallDep, PartsDep, note_end_user
-from app.web.errors import document
-from app.web.openai.answering import head, respond
-from app.web.openai.fields import OpenAIFields, Served, is_deterministic
-from app.web.openai.objects import Head, chat_logprobs, ending_fields, usage_object
-from app.web.openai.streams import ChatChoices, ChunkStream
-from app.web.openai.values import Metadata, Only
-from app.web.params import SessionId, TokenCount, check_length
-from app.web.replies import GENERATION_ERRORS
+from app.web.http.dependencies import Call, CallDep, PartsDep, note_end_user
+from app.web.http.errors import document
+from app.web.http.json_body import LimitedRoute, StrictModel
+from app.web.http.sampling_params import SessionId, TokenCount, check_length
+from app.web.native.chat import MAX_MESSAGES
+from app.web.native.schemas import GENERATION_ERRORS
+from app.web.openai.request_model import OpenAIFields, Served, is_deterministic
+from app.web.openai.respond import head, respond
+from app.web.openai.response_objects import Head, chat_logprobs, ending_fields, usage_object
+from app.web.openai.stream_encoder import ChatChoices, ChunkStream
+from app.web.openai.validators import Metadata, Only
 
 router = APIRouter(prefix="/v1", tags=["openai"], route_class=LimitedRoute)
 

@@ -7,19 +7,19 @@ from pydantic import Field
 from starlette.responses import Response
 
 from app.errors import InvalidRequest
-from app.generation.asks import Completion, CompletionAsk, Reply
 from app.generation.batch import answer_as_one
-from app.web.batch import MAX_PROMPTS
-from app.web.bodies import LimitedRoute
-from app.web.deps import Call, CallDep, PartsDep, note_end_user
-from app.web.errors import document
-from app.web.openai.answering import head, respond
-from app.web.openai.fields import OpenAIFields, Served, is_deterministic
-from app.web.openai.objects import Head, TextLogprobs, ending_fields, usage_object
-from app.web.openai.streams import ChunkStream, TextChoices
-from app.web.openai.values import Only, Prompts
-from app.web.params import check_length
-from app.web.replies import GENERATION_ERRORS
+from app.generation.requests import Completion, CompletionAsk, Reply
+from app.web.http.dependencies import Call, CallDep, PartsDep, note_end_user
+from app.web.http.errors import document
+from app.web.http.json_body import LimitedRoute
+from app.web.http.sampling_params import check_length
+from app.web.native.batch import MAX_PROMPTS
+from app.web.native.schemas import GENERATION_ERRORS
+from app.web.openai.request_model import OpenAIFields, Served, is_deterministic
+from app.web.openai.respond import head, respond
+from app.web.openai.response_objects import Head, TextLogprobs, ending_fields, usage_object
+from app.web.openai.stream_encoder import ChunkStream, TextChoices
+from app.web.openai.validators import Only, Prompts
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's own, for this route alone."""

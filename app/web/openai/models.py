@@ -4,11 +4,12 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from app.engine.base import Engine, EngineInfo, EngineState
+from app.engine.base import Engine, EngineInfo
 from app.errors import EngineNotReady, InternalError, ModelNotFound, RateLimited, Unauthorized
-from app.web.bodies import LimitedRoute
-from app.web.deps import Parts, PartsDep
-from app.web.errors import document
+from app.types import EngineState
+from app.web.http.dependencies import Parts, PartsDep
+from app.web.http.errors import document
+from app.web.http.json_body import LimitedRoute
 
 router = APIRouter(prefix="/v1/models", tags=["openai"], route_class=LimitedRoute)
 

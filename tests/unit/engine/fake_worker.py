@@ -8,11 +8,11 @@ from typing import Any
 
 from app.config import DeadlineConfig, ModelConfig
 from app.engine.base import Chunk, GenerationRequest
-from app.engine.channel import WorkerLostError
 from app.engine.local import LocalEngine
-from app.engine.worker.messages import Cancel, FromWorker, Ready, Shutdown, Step, Submit, TokenEvent, ToWorker
-from app.types import Params
-from tests.unit.engine.tiny import chatml_tokenizer
+from app.ipc.messages import Cancel, FromWorker, Ready, Shutdown, Step, Submit, TokenEvent, ToWorker
+from app.ipc.worker_process import WorkerLostError
+from app.types import SamplingParams
+from tests.unit.tiny_models import chatml_tokenizer
 
 TOKENIZER = chatml_tokenizer()
 
@@ -108,7 +108,7 @@ async def engine_on(
 def ask(
     name: str = "one", *, stop: tuple[str, ...] = (), prompt: tuple[int, ...] = (1, 2), max_tokens: int = 50
 ) -> Any:
-    return GenerationRequest(name, "tenant", prompt, Params(max_tokens=max_tokens, stop=stop))
+    return GenerationRequest(name, "tenant", prompt, SamplingParams(max_tokens=max_tokens, stop=stop))
 
 
 def tokens(text: str) -> list[int]:

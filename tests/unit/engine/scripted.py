@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from app.engine.base import Chunk, Engine, GenerationRequest
 from app.engine.echo import EchoEngine
-from app.types import FinishReason, Params, Usage
+from app.types import FinishReason, SamplingParams, Usage
 
 
 class ScriptedEngine(EchoEngine):
@@ -59,7 +59,7 @@ class ScriptedEngine(EchoEngine):
         self.aborted.append(request_id)
 
 
-REQUEST = GenerationRequest(id="1", tenant="ann", prompt_ids=(1, 2, 3), params=Params(max_tokens=64))
+REQUEST = GenerationRequest(id="1", tenant="ann", prompt_ids=(1, 2, 3), params=SamplingParams(max_tokens=64))
 
 
 def ask(request_id: str, **changes: object) -> GenerationRequest:

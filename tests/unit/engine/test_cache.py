@@ -13,7 +13,7 @@ from app.engine import cache
 from app.engine.base import EngineInfo
 from app.engine.cache import CachedEngine, CacheStats, cache_key
 from app.engine.echo import EchoEngine
-from app.types import FinishReason, Params, Usage
+from app.types import FinishReason, SamplingParams, Usage
 from tests.unit.engine.scripted import REQUEST, ScriptedEngine, ask, read
 
 
@@ -65,7 +65,7 @@ async def test_log_probabilities_are_replayed_with_their_pieces_and_count_in_byt
         inner = EchoEngine()
         await inner.start()
         engine = CachedEngine(inner, CacheConfig())
-        params = Params(max_tokens=5, logprobs=logprobs)
+        params = SamplingParams(max_tokens=5, logprobs=logprobs)
         first, second = [await read(engine, ask(name, prompt_ids=(104, 105), params=params)) for name in ("1", "2")]
 
         assert [replace(chunk, cached=True) for chunk in first] == second
@@ -94,7 +94,7 @@ def test_another_policy_is_another_answer():
 
 
 OTHER_PARAMS = st.builds(
-    Params,
+    SamplingParams,
     max_tokens=st.integers(1, 4096),
     temperature=st.floats(0, 2),
     top_p=st.floats(0.01, 1),
@@ -112,7 +112,7 @@ OTHER_PARAMS = st.builds(
     ignore_eos=st.booleans(),
     min_tokens=st.integers(0, 64),
 )
-CHANGED = Params(
+CHANGED = SamplingParams(
     max_tokens=65,
     temperature=0.5,
     top_p=0.5,
@@ -133,10 +133,10 @@ CHANGED = Params(
 """Differs from REQUEST in every field."""
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(Params)])
+@pytest.mark.parametrize("name", [field.name for field in fields(SamplingParams)])
 @settings(max_examples=25, deadline=None)
 @given(mine=OTHER_PARAMS, other=OTHER_PARAMS)
-def test_every_field_of_the_parameters_is_in_the_key(name: str, mine: Params, other: Params):
+def test_every_field_of_the_parameters_is_in_the_key(name: str, mine: SamplingParams, other: SamplingParams):
     """Change one and only one: another key, exactly if it really is another value."""
     changed = replace(mine, **{name: getattr(other, name)})
 
@@ -145,7 +145,7 @@ def test_every_field_of_the_parameters_is_in_the_key(name: str, mine: Params, ot
     assert same == (repr(mine) == repr(changed))
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(Params)])
+@pytest.mark.parametrize("name", [field.name for field in fields(SamplingParams)])
 async def test_requests_that_differ_in_one_field_never_share_an_answer(name: str):
     """Whatever the field: the model is asked again, and for the first request only once."""
     inner = ScriptedEngine("hi").run_freely()

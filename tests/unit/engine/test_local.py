@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from app.config import DeadlineConfig
-from app.engine.base import Chunk, EngineState, GenerationRequest
+from app.engine.base import Chunk, GenerationRequest
 from app.errors import (
     AppError,
     ContextLengthExceeded,
@@ -15,7 +15,7 @@ from app.errors import (
     EngineFailed,
     InvalidRequest,
 )
-from app.types import FinishReason, Usage
+from app.types import EngineState, FinishReason, Usage
 from tests.unit.engine.fake_worker import (
     TOKENIZER,
     FakeWorkers,
@@ -26,7 +26,7 @@ from tests.unit.engine.fake_worker import (
     tokens,
     until,
 )
-from tests.unit.engine.tiny import save
+from tests.unit.tiny_models import save
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +223,7 @@ async def test_a_decoder_that_fails_ends_only_its_request(folder: Path, monkeypa
     workers = FakeWorkers(folder)
     async with engine_on(workers) as engine:
         reading = await begun(engine, workers.newest, ask())
-        monkeypatch.setattr("app.engine.tokens.StreamDecoder.feed", fail)
+        monkeypatch.setattr("app.engine.tokenizer.hf_tokenizer.StreamDecoder.feed", fail)
         workers.newest.event(1, 5)
 
         with pytest.raises(AppError, match="decoded"):

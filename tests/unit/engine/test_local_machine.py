@@ -18,12 +18,12 @@ from hypothesis.stateful import (
 )
 
 from app.config import DeadlineConfig, ModelConfig
-from app.engine.base import Chunk, EngineState, GenerationRequest
+from app.engine.base import Chunk, GenerationRequest
 from app.engine.local import LocalEngine
 from app.errors import AppError, EngineBusy, EngineNotReady
-from app.types import FinishReason, Params
+from app.types import EngineState, FinishReason, SamplingParams
 from tests.unit.engine.fake_worker import FakeWorkers
-from tests.unit.engine.tiny import chatml_tokenizer, save
+from tests.unit.tiny_models import chatml_tokenizer, save
 
 NAMES = st.sampled_from("abcde")
 PICK = st.integers(0, 4)
@@ -105,7 +105,7 @@ class EngineMachine(RuleBasedStateMachine):
             return
         ready, full = self.engine.status().state is EngineState.READY, len(self.live) > WAITING
         reader = Reader()
-        request = GenerationRequest(name, "t", (1, 2), Params(max_tokens=20, stop=stop))
+        request = GenerationRequest(name, "t", (1, 2), SamplingParams(max_tokens=20, stop=stop))
         reader.task = self.loop.create_task(reader.read(self.engine, request))
         self.all.append(reader)
         self.live[name] = reader

@@ -1,6 +1,6 @@
 """Accounts that cost nothing and write nothing down but in a list."""
 
-from app.generation.accounts import Accounts
+from app.generation.metering import Accounts
 from app.types import InferenceRecord, Principal
 
 

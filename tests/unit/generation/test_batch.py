@@ -6,8 +6,8 @@ from collections.abc import AsyncGenerator
 import pytest
 
 from app.errors import AppError, EngineBusy, InvalidRequest
-from app.generation.asks import CompletionAsk, Delta, Ending, Event, Finished, Reply, Sampling, Started, collect
 from app.generation.batch import AT_ONCE, answer_as_one, answer_each
+from app.generation.requests import CompletionAsk, Delta, Ending, Event, Finished, Reply, Sampling, Started, collect
 from app.types import FinishReason, Principal, Usage
 
 

@@ -7,9 +7,9 @@ import pytest
 
 from app.engine.base import EngineInfo
 from app.errors import InvalidRequest
-from app.generation.asks import Sampling
+from app.generation.requests import Sampling
 from app.generation.sampling import settle
-from app.types import Params
+from app.types import SamplingParams
 
 INFO = EngineInfo("model", None, "echo", "cpu", "none", 2048, 1000, 1)
 WISHES: dict[str, Any] = {
@@ -31,20 +31,20 @@ WISHES: dict[str, Any] = {
 }
 
 
-def settled(max_tokens: int = 9, **wishes: Any) -> Params:
+def settled(max_tokens: int = 9, **wishes: Any) -> SamplingParams:
     return settle(Sampling(**wishes), INFO, max_tokens=max_tokens, default_temperature=0.7)
 
 
 def test_every_wish_reaches_the_engine():
     """Each field that a caller may set, under the same name; which of n answers it is, the service says later."""
-    assert {field.name for field in fields(Params)} - {"sample"} == set(WISHES)
+    assert {field.name for field in fields(SamplingParams)} - {"sample"} == set(WISHES)
     assert {field.name for field in fields(Sampling)} - {"n"} == set(WISHES)
-    assert Params(**WISHES) == settled(**WISHES)
+    assert SamplingParams(**WISHES) == settled(**WISHES)
 
 
 def test_who_wishes_nothing_gets_the_service_s_temperature_and_no_more():
     """All other fields are off."""
-    assert Params(max_tokens=9, temperature=0.7) == settled()
+    assert SamplingParams(max_tokens=9, temperature=0.7) == settled()
 
 
 @pytest.mark.parametrize(("asked", "given"), [(0.0, 0.0), (0.009, 0.0), (0.01, 0.01), (2.0, 2.0)])

@@ -10,7 +10,7 @@ import pytest
 from app.config import CacheConfig, ChatHistoryConfig
 from app.engine.cache import CachedEngine
 from app.engine.echo import EchoEngine
-from app.engine.registry import EngineRegistry
+from app.engine.host import EngineRegistry
 from app.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,
@@ -20,12 +20,12 @@ from app.errors import (
     PiiBlocked,
     ShuttingDown,
 )
-from app.generation.asks import ChatAsk, CompletionAsk, Delta, Finished, Sampling, Started, collect
-from app.generation.chain import Chains
-from app.generation.filters import FilteredEngine, InputFilter
-from app.generation.memory import MemorySessionStore
-from app.generation.pii import Redactor
+from app.generation.requests import ChatAsk, CompletionAsk, Delta, Finished, Sampling, Started, collect
 from app.generation.service import GenerationService
+from app.generation.sessions import MemorySessionStore
+from app.langchain.chains import Chains
+from app.privacy.filters import FilteredEngine, InputFilter
+from app.privacy.redactor import Redactor
 from app.telemetry import Metrics
 from app.types import FinishReason, Message, Principal, Role
 from tests.unit.generation.free import free_accounts

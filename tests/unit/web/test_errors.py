@@ -16,7 +16,7 @@ from app.errors import (
     RateLimited,
     Unauthorized,
 )
-from app.web.errors import as_app_error, document, envelope, error_response, trace
+from app.web.http.errors import as_app_error, document, envelope, error_response, trace
 
 SCOPE = {"type": "http", "path": "/v1/chat", "state": {"request_id": "r1"}}
 

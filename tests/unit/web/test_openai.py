@@ -7,11 +7,11 @@ import pytest
 from app.config import load_settings
 from app.engine.base import EngineInfo
 from app.engine.echo import EchoEngine
-from app.engine.registry import EngineRegistry
-from app.generation.answer_tokens import AnswerToken
-from app.generation.asks import Sampling
-from app.web.openai.fields import OpenAIFields, Served, is_deterministic
-from app.web.openai.objects import TextLogprobs, fingerprint
+from app.engine.host import EngineRegistry
+from app.engine.tokenizer.logprob_text import AnswerToken
+from app.generation.requests import Sampling
+from app.web.openai.request_model import OpenAIFields, Served, is_deterministic
+from app.web.openai.response_objects import TextLogprobs, fingerprint
 
 INFO = EngineInfo(
     model="m",

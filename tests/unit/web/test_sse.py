@@ -11,10 +11,10 @@ import structlog
 from starlette.requests import Request
 
 from app.errors import AppError, ClientDisconnected, EngineFailed
-from app.generation.asks import Delta, Ending, Event, Finished, Started
+from app.generation.requests import Delta, Ending, Event, Finished, Started
 from app.types import FinishReason, Usage
-from app.web.errors import envelope
-from app.web.sse import EventStream, answer_unless_gone, begin, frame, whole
+from app.web.http.errors import envelope
+from app.web.http.sse import EventStream, answer_unless_gone, begin, frame, whole
 
 ENDING = Ending(finish_reason=FinishReason.STOP, tokens=1)
 FINISHED = Finished(model="m", endings=(ENDING,), usage=Usage(1, 1), cached=False)

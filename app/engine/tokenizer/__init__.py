@@ -1,0 +1,1 @@
+"""The model's own tokenizer in the API process."""

@@ -1,0 +1,287 @@
+"""The model's own tokenizer in the API process: conversations and prompts to tokens, tokens to text.
+
+Decides what is a control token: only the chat template and the tokenizer itself may write one, text of a request
+never does.  Knows no torch (the fast tokenizer needs none), no worker and no request.
+"""
+
+import json
+import logging
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cachetools import TTLCache
+from jinja2 import TemplateError
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerFast
+
+from app.engine.tokenizer.segment_cache import SegmentEncoder
+from app.engine.tokenizer.token_bytes import piece_reader
+from app.errors import InvalidRequest
+from app.types import Message, Role
+
+log = logging.getLogger(__name__)
+
+REMEMBERED = 64
+REMEMBERED_SECONDS = 60.0
+"""A prompt is counted and then run; templates may write the date, so nothing is remembered for long."""
+
+_PROBE = "Be brief."
+
+_Chat = tuple[tuple[Message, ...], bool]
+"""A conversation, and whether its last message is to be continued."""
+
+
+class _ChatTokenizer(PreTrainedTokenizerFast):
+    """Applies a chat template, and encodes what the template writes by segments."""
+
+    segments: SegmentEncoder
+
+    def encode(self, text: str, *others: Any, **settings: Any) -> list[int]:
+        """Encode as the class above does; without special tokens around it, which is what templates ask for, faster."""
+        if others or settings != {"add_special_tokens": False}:
+            return list(super().encode(text, *others, **settings))
+        return self.segments.encode(text)
+
+
+class HfTokenizer:
+    """A Hugging Face fast tokenizer, safe to use from several threads.
+
+    transformers keeps the flags of a call in the tokenizer itself, so that two calls at once read each other's: the
+    copy for conversations stands behind a lock, and the copies for prompts and for segments and decoding never change a
+    flag.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        """Load `tokenizer.json`, its configuration and the chat template, as `save_pretrained` wrote them.
+
+        Raises: OSError, ValueError: the folder holds no usable fast tokenizer.
+        """
+        self._chat: _ChatTokenizer = _ChatTokenizer.from_pretrained(str(folder), local_files_only=True)
+        backend = str(self._chat.backend_tokenizer.to_str())
+        self._plain = FastTokenizer.from_str(backend)
+        self._plain.no_truncation()
+        self._plain.no_padding()
+        self._chat_lock = threading.Lock()
+        self._known: TTLCache[_Chat | str, tuple[int, ...]] = TTLCache(REMEMBERED, REMEMBERED_SECONDS)
+        self._known_lock = threading.Lock()
+        """For look-ups only, so that what is known never waits for what is being encoded."""
+        self._template = _template_of(self._chat)
+        written = " ".join([self._template or "", *map(str, self._chat.special_tokens_map.values())])
+        self._chat.segments = SegmentEncoder(self._plain, self._chat.added_tokens_decoder.values(), written)
+        self._folds_system = self._template is not None and not self._shows(
+            Message(Role.SYSTEM, _PROBE), Message(Role.USER, "Hello")
+        )
+        self._shows_tools = self._template is not None and self._shows(
+            Message(Role.USER, "Hello"), Message(Role.ASSISTANT, "Well"), Message(Role.TOOL, _PROBE)
+        )
+        control = _control_ids(self._chat, self._template or "")
+        self._text = _plain_text_copy(backend, control)
+        self._forbidden = control - {self._chat.unk_token_id}
+        self._prefix = _prefix_ids(self._text)
+        self._anchor = tuple(self._text.encode("a", add_special_tokens=False).ids)
+        self._piece = piece_reader(self._plain, list(self._anchor))
+
+    def encode_chat(self, messages: Sequence[Message], *, go_on: bool = False) -> tuple[int, ...]:
+        """Apply the chat template, ending where the assistant begins to speak, or with `go_on` where the last message
+        breaks off.
+
+        A template without a system role gets the system text in front of the next user message, and one without a
+        tool role gets what tools said as the user's words.
+
+        Raises: InvalidRequest: the model has no chat template, or the template refuses these messages.
+        """
+        if self._template is None:
+            raise InvalidRequest("This model has no chat template. Send a plain prompt to /v1/generate.")
+        return self._remembered((tuple(messages), go_on), self._apply_template)
+
+    def encode_text(self, text: str) -> tuple[int, ...]:
+        """Encode a raw prompt with the tokens that the tokenizer puts in front of every text.
+
+        Raises: InvalidRequest: the text is not valid Unicode, or this tokenizer makes control tokens of plain text.
+        """
+        return self._remembered(text, self._encode_plain)
+
+    def decoder(self) -> "StreamDecoder":
+        """Make a decoder for one completion (special tokens are not shown)."""
+        return StreamDecoder(self._plain, self._anchor)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return what a token says on its own, in mid-text; a control token says its name, an unknown id nothing."""
+        return self._piece(token_id)
+
+    def token_text(self, token_id: int) -> str:
+        """Return the same as text, where a part of a character is U+FFFD."""
+        return self._piece(token_id).decode(errors="replace")
+
+    def _remembered(self, key: Any, encode: Callable[[Any], tuple[int, ...]]) -> tuple[int, ...]:
+        with self._known_lock:
+            ids = self._known.get(key)
+        if ids is None:
+            ids = encode(key)
+            with self._known_lock:
+                self._known[key] = ids
+        return ids
+
+    def _encode_plain(self, text: str) -> tuple[int, ...]:
+        try:
+            # As a batch of one: a single text would be encoded with the interpreter's lock held.
+            ids = self._text.encode_batch([text], add_special_tokens=False)[0].ids
+        except TypeError:  # what tokenizers raises for a lone surrogate
+            raise InvalidRequest("The prompt is not valid Unicode text.") from None
+        if not self._forbidden.isdisjoint(ids):
+            raise InvalidRequest("The prompt holds a control token of the model that cannot be sent as text.")
+        return (*self._prefix, *ids)
+
+    def _apply_template(self, chat: _Chat) -> tuple[int, ...]:
+        messages, go_on = chat
+        turns: Sequence[Message] = _fold_system(messages) if self._folds_system else messages
+        if not self._shows_tools and any(message.role is Role.TOOL for message in turns):
+            turns = _fold_tools(turns)
+        try:
+            with self._chat_lock:
+                ids = self._chat.apply_chat_template(
+                    _as_dicts(turns),
+                    add_generation_prompt=not go_on,
+                    continue_final_message=go_on,
+                    tokenize=True,
+                    sanitize_control_tokens=True,
+                    return_dict=False,
+                )
+        except (TemplateError, ValueError, TypeError) as error:
+            log.info("the chat template refused a conversation: %s", type(error).__name__)
+            raise InvalidRequest(
+                "The model's chat template does not take these messages. "
+                "Begin with the user and let user and assistant take turns."
+            ) from None
+        return tuple(ids)
+
+    def _shows(self, *messages: Message) -> bool:
+        """Ask the template by a dry run: some refuse a role, some leave it out without a word."""
+        try:
+            shown = self._chat.apply_chat_template(_as_dicts(messages), tokenize=False)
+        except (TemplateError, ValueError, TypeError):
+            return False
+        return _PROBE in str(shown)
+
+
+class StreamDecoder:
+    """Turns the tokens of one completion into text as they come.
+
+    The pieces together are what decoding all tokens at once gives.  One case is better than that: where a tokenizer
+    with byte fallback meets bytes that are not UTF-8, decoding at once gives up the whole run of bytes, and this one
+    has already shown the characters before the damage.
+    """
+
+    def __init__(self, tokenizer: FastTokenizer, anchor: Sequence[int]) -> None:
+        """Decode with `tokenizer`; `anchor` are the tokens of some ordinary letter, for decoding in mid-text."""
+        self._tokenizer = tokenizer
+        self._anchor = list(anchor)
+        self._context: list[int] = []
+        self._pending: list[int] = []
+        self._stream = DecodeStream(skip_special_tokens=True)
+
+    def feed(self, token_ids: Sequence[int]) -> str:
+        """Return the text that these tokens complete; bytes of an unfinished character are kept back."""
+        return "".join(map(self._step, token_ids))
+
+    def finish(self) -> str:
+        """Return what is left, an unfinished character as U+FFFD."""
+        text = self._decode(self._context + self._pending)[len(self._decode(self._context)) :]
+        self._pending.clear()
+        return text
+
+    def _step(self, token_id: int) -> str:
+        self._pending.append(token_id)
+        try:
+            text = self._stream.step(self._tokenizer, token_id)
+        except Exception as error:  # tokenizers has no class of its own for it
+            if "Invalid prefix" not in str(error):
+                raise
+            text = self.finish()
+            # A fresh stream would take the next token for the first of the text and drop its leading space.
+            self._stream = DecodeStream(ids=self._anchor, skip_special_tokens=True)
+        if not text:
+            return ""
+        self._pending.clear()
+        self._context = self._anchor
+        return text
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+
+
+def _template_of(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    if not tokenizer.chat_template:
+        return None
+    return str(tokenizer.get_chat_template())
+
+
+def _control_ids(tokenizer: PreTrainedTokenizerFast, template: str) -> frozenset[int]:
+    """Return the special tokens and those that the template writes, by transformers' own rule."""
+    return frozenset(
+        number
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if token.special or (token.content in template and not token.content.isspace())
+    )
+
+
+def _plain_text_copy(backend: str, control: frozenset[int]) -> FastTokenizer:
+    """Copy a tokenizer so that it reads control tokens as text and knows no padding or truncation.
+
+    `encode_special_tokens` spares only tokens marked special, and many models do not mark the tokens of their
+    template; so the marks are set first.
+    """
+    spec: dict[str, Any] = json.loads(backend)
+    for token in spec["added_tokens"]:
+        token["special"] = token["id"] in control
+    spec["truncation"] = spec["padding"] = None
+    copy = FastTokenizer.from_str(json.dumps(spec))
+    copy.encode_special_tokens = True
+    return copy
+
+
+def _prefix_ids(tokenizer: FastTokenizer) -> tuple[int, ...]:
+    """Return what the tokenizer puts in front of every text, and not what it puts behind: a prompt goes on."""
+    bare = tokenizer.encode("a", add_special_tokens=False).ids
+    whole = tokenizer.encode("a").ids
+    starts = (start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)
+    return tuple(whole[: next(starts, 0)])
+
+
+def _fold_system(messages: Iterable[Message]) -> list[Message]:
+    """Put each system text in front of the user message that follows it."""
+    turns: list[Message] = []
+    waiting: list[str] = []
+    for message in messages:
+        if message.role is Role.SYSTEM:
+            waiting.append(message.content)
+            continue
+        if waiting and message.role is Role.USER:
+            message = Message(Role.USER, "\n\n".join([*waiting, message.content]))
+        elif waiting:
+            turns.append(Message(Role.USER, "\n\n".join(waiting)))
+        waiting = []
+        turns.append(message)
+    if waiting:
+        turns.append(Message(Role.USER, "\n\n".join(waiting)))
+    return turns
+
+
+def _fold_tools(messages: Iterable[Message]) -> list[Message]:
+    """Let the user say what tools said, as one message where two would come together: most templates want turns."""
+    turns: list[Message] = []
+    folding = False
+    for message in messages:
+        folded, folding = folding, message.role is Role.TOOL
+        spoken = Message(Role.USER, message.content) if folding else message
+        if turns and spoken.role is turns[-1].role is Role.USER and (folded or folding):
+            spoken = Message(Role.USER, f"{turns.pop().content}\n\n{spoken.content}")
+        turns.append(spoken)
+    return turns
+
+
+def _as_dicts(messages: Iterable[Message]) -> list[dict[str, str]]:
+    return [{"role": message.role.value, "content": message.content} for message in messages]

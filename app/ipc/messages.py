@@ -1,0 +1,137 @@
+"""What the API process and a model's worker say to each other, as msgpack over one socket.
+
+Knows no torch and no sockets: both sides import it.  Requests have numbers here, given by the API process and never
+used twice, so that a late event cannot be taken for another request's.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import msgspec
+
+from app.types import SamplingParams, TokenLogprob
+
+Compiled = Literal["attention", "layers"]
+Compile = Literal["auto", "none", "attention", "layers"]
+
+
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What to load; the fields mean what they mean in `ModelConfig`."""
+
+    name: str
+    source: Literal["local", "hub"]
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    quantization: Literal["none", "int8"] = "none"
+    compile: Compile = "auto"
+    revision: str | None
+    max_model_len: int | None
+    engine: Literal["auto", "batching", "serial"] = "auto"
+    max_batch_size: int | None = None
+    """Answers made at once; None takes what memory has room for, 32 at most."""
+    prefix_reuse: bool = True
+    """Whether what was computed for one request may serve another of the same tenant."""
+    threads: int
+    """CPU threads; 0 takes one for each usable core."""
+
+
+class Start(msgspec.Struct, frozen=True, kw_only=True):
+    """The first line on the worker's standard input, as JSON.  Holds no secret: those come by environment."""
+
+    endpoint: str
+    """Address of the socket that the API process listens on."""
+    folder: str
+    """Private to the two processes; the worker leaves the tokenizer in it."""
+    model: ModelSpec
+
+
+class Submit(msgspec.Struct, tag=True, frozen=True, array_like=True):
+    """Make a completion of these tokens."""
+
+    id: int
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    tenant: str = ""
+    """Whose turn it is: tenants share the model fairly, and never see what was computed for another."""
+
+
+class Cancel(msgspec.Struct, tag=True, frozen=True, array_like=True):
+    """Stop within a token; unknown ids are ignored."""
+
+    id: int
+
+
+class Shutdown(msgspec.Struct, tag=True, frozen=True, array_like=True):
+    """Stop everything and leave."""
+
+
+class Loading(msgspec.Struct, tag=True, frozen=True, array_like=True):
+    """The load has come to this step."""
+
+    stage: str
+
+
+class Ready(msgspec.Struct, tag=True, frozen=True, array_like=True):
+    """The model is loaded and has made its first token."""
+
+    tokenizer_folder: str
+    runner: str
+    """Which runner serves the model: batching or serial."""
+    slots: int
+    """Requests that run at once."""
+    revision: str | None
+    device: str
+    dtype: str
+    context_length: int
+    vocab_size: int
+    parameters: int
+    unsupported: tuple[str, ...] = ()
+    """Fields of `SamplingParams` that this runner cannot honour; a request that sets one is refused."""
+    recommended: tuple[tuple[str, float], ...] = ()
+    """Sampling settings that the model's own files recommend, by the names of `SamplingParams`."""
+    logprob_shift: float | None = None
+    """By how much quantization changes log-probabilities, on average; None where there is none."""
+    compiled: Compiled | None = None
+    """What was compiled for this machine."""
+
+
+class LoadFailed(msgspec.Struct, tag=True, frozen=True, array_like=True):
+    """The model cannot be loaded; the worker waits to be ended."""
+
+    message: str
+
+
+class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
+    """What happened to one request in one step.
+
+    The first event of a request is empty: the model begins on it.  The last, and only the last, has `finish` or
+    `error`.  `stop` means that the model made an end token, which is counted but not listed.
+    """
+
+    id: int
+    token_ids: tuple[int, ...] = ()
+    finish: Literal["stop", "length", "abort"] | None = None
+    error: str | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each of `token_ids` where the request asked for them; none for an end token."""
+    cached_tokens: int = 0
+    """In the first event: prompt tokens that did not have to be computed again."""
+    end_token: int | None = None
+    """Which end token the model made."""
+
+
+class Step(msgspec.Struct, tag=True, frozen=True, array_like=True):
+    """Everything that one step of the model brought, for all requests in it."""
+
+    events: list[TokenEvent]
+
+
+Exchange = Callable[[list[TokenEvent]], None]
+"""Send the events of a step and take in what arrived; may call the runner's `submit` and `cancel`."""
+
+ToWorker = Submit | Cancel | Shutdown
+FromWorker = Loading | Ready | LoadFailed | Step
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_worker = msgspec.msgpack.Decoder[ToWorker](ToWorker).decode
+decode_from_worker = msgspec.msgpack.Decoder[FromWorker](FromWorker).decode

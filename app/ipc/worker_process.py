@@ -1,0 +1,203 @@
+"""One worker process and the socket to it, seen from the event loop.
+
+Decides the worker's command line, environment and private folder, and how it is ended.  Knows no requests and no
+model: it carries messages.  `WorkerLink` is the seam that a test's fake worker stands behind.
+"""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol, Self
+
+import msgspec
+import zmq
+
+import app
+from app.ipc.messages import FromWorker, ModelSpec, Start, ToWorker, decode_from_worker, encode
+
+PASSED_ON = frozenset(
+    ["PATH", "HOME", "LANG", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT", "VIRTUAL_ENV", "NO_PROXY", "no_proxy", "CXX"]
+)
+PASSED_ON_PREFIXES = (
+    *("LC_", "HF_", "TRANSFORMERS_", "TORCH", "PYTORCH_", "CUDA_", "NVIDIA_", "HIP_", "ROCR_", "OMP_", "GOMP_", "KMP_"),
+    *("MKL_", "OPENBLAS_", "LD_", "DYLD_", "SSL_CERT_", "REQUESTS_CA", "XDG_", "HTTP_PROXY", "HTTPS_PROXY"),
+    *("http_proxy", "https_proxy", "COVERAGE_"),
+)
+"""What a model may need of the service's environment.  The service's own keys are not among it."""
+TOKEN_VARIABLES = frozenset(["HF_TOKEN", "HF_TOKEN_PATH", "HUGGINGFACE_TOKEN", "HUGGING_FACE_HUB_TOKEN"])
+
+
+class WorkerLostError(Exception):
+    """The worker is gone; the message says how, for the operator."""
+
+
+class WorkerLink(Protocol):
+    """A running worker."""
+
+    @property
+    def pid(self) -> int | None:
+        """Process id; None where there is no process."""
+
+    def send(self, message: ToWorker) -> None:
+        """Hand over a message without waiting; one to a dead worker is dropped."""
+
+    async def receive(self) -> list[FromWorker]:
+        """Wait for what the worker says, in order.
+
+        Raises: WorkerLostError: it will say nothing more.
+        """
+
+    def kill(self) -> None:
+        """End it at once; `receive` then raises."""
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Wait for it to leave by itself, end it if it does not, and release everything it held."""
+
+
+class WorkerProcess:
+    """A worker in a process of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        """Listen in `folder`, which is private to this user; `launch` is the way to make one."""
+        self._folder = folder
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.PAIR)
+        # Never block the event loop; admission bounds what can pile up.
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self.endpoint = f"ipc://{folder}/channel"
+        self._socket.bind(self.endpoint)
+        self._loop = asyncio.get_running_loop()
+        self._descriptor = int(self._socket.getsockopt(zmq.FD))
+        self._loop.add_reader(self._descriptor, self._read)
+        self._inbox: list[FromWorker] = []
+        self._news = asyncio.Event()
+        self._process: asyncio.subprocess.Process | None = None
+        self._exit: asyncio.Task[None] | None = None
+        self._death: str | None = None
+
+    @classmethod
+    async def launch(cls, spec: ModelSpec, hub_token: str | None) -> Self:
+        """Start a worker that loads `spec`.
+
+        Raises: OSError: no process could be started.
+        """
+        folder = Path(tempfile.mkdtemp(prefix="llm-worker-"))
+        try:
+            link = cls(folder)
+        except zmq.ZMQError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            # The system's limit on such a path is about 100 bytes; TMPDIR decides most of it.
+            raise OSError(error.errno, f"no socket in {folder}: {error.strerror}") from None
+        try:
+            await link._spawn(spec, hub_token)
+        except BaseException:
+            await link.stop(0)
+            raise
+        return link
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None else None
+
+    def send(self, message: ToWorker) -> None:
+        with contextlib.suppress(zmq.Again):  # the peer is gone, which `receive` tells
+            self._socket.send(encode(message), zmq.NOBLOCK)
+        # zmq's descriptor tells of changes only, and sending may have swallowed one.
+        self._loop.call_soon(self._read)
+
+    async def receive(self) -> list[FromWorker]:
+        while not self._inbox:
+            if self._death is not None:
+                raise WorkerLostError(self._death)
+            self._news.clear()
+            await self._news.wait()
+        taken, self._inbox = self._inbox, []
+        return taken
+
+    def kill(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    async def stop(self, grace_seconds: float) -> None:
+        if self._exit is not None and self._process is not None:
+            try:
+                await asyncio.wait([self._exit], timeout=grace_seconds)
+            finally:
+                self.kill()
+            await self._exit
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+        if not self._socket.closed:
+            self._loop.remove_reader(self._descriptor)
+            self._context.destroy(linger=0)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _spawn(self, spec: ModelSpec, hub_token: str | None) -> None:
+        start = Start(endpoint=self.endpoint, folder=str(self._folder), model=spec)
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-P", "-m", "app.worker"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.DEVNULL,
+            env=worker_environment(os.environ, spec, hub_token),
+            start_new_session=True,  # Ctrl-C in the terminal is for the service, which then ends the worker
+        )
+        self._exit = asyncio.create_task(self._watch(self._process))
+        if self._process.stdin is not None:
+            self._process.stdin.write(msgspec.json.encode(start) + b"\n")
+
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        code = await process.wait()
+        self._read()
+        self._death = _how_it_died(code)
+        self._news.set()
+
+    def _read(self) -> None:
+        with contextlib.suppress(zmq.Again):
+            while not self._socket.closed:
+                self._inbox.append(decode_from_worker(self._socket.recv(zmq.NOBLOCK)))
+        if self._inbox:
+            self._news.set()
+
+
+def worker_environment(own: Mapping[str, str], spec: ModelSpec, hub_token: str | None) -> dict[str, str]:
+    """Return the worker's environment: what a model needs, the hub token for a hub model, and quiet libraries."""
+    passed = {
+        name: value
+        for name, value in own.items()
+        if (name in PASSED_ON or name.startswith(PASSED_ON_PREFIXES)) and name not in TOKEN_VARIABLES
+    }
+    # Threads that spin for long while they wait take the cores from the API process; those that sleep at once are woken
+    # too slowly for the hundreds of small operations of a step, which then takes twice as long.
+    if "OMP_WAIT_POLICY" not in passed:
+        passed = {"GOMP_SPINCOUNT": "8000", "KMP_BLOCKTIME": "0"} | passed
+    passed |= {
+        "PYTHONPATH": str(Path(next(iter(app.__path__))).parent),
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "DISABLE_SAFETENSORS_CONVERSION": "1",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if spec.source == "local":
+        passed |= {"HF_HUB_OFFLINE": "1"}
+    elif hub_token is not None:
+        passed |= {"HF_TOKEN": hub_token}
+    return passed
+
+
+def _how_it_died(code: int) -> str:
+    if code >= 0:
+        return f"The model's worker ended with exit code {code}."
+    name = signal.Signals(-code).name
+    hint = " (the system may have run out of memory)" if -code == signal.SIGKILL else ""
+    return f"The model's worker was ended by {name}{hint}."

@@ -1,0 +1,1 @@
+"""LangChain's face of the engine, and the chains that the service runs."""

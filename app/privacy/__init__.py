@@ -1,0 +1,1 @@
+"""Personal data: patterns, redaction of whole texts and of streams, filters."""

@@ -1,0 +1,1 @@
+"""Keys, roles, usage and the state of the service."""

@@ -1,0 +1,114 @@
+"""GET /v1/usage: what a key has used this month, by day and by model, as JSON or CSV.  Translation only."""
+
+import csv
+import io
+from datetime import UTC, datetime
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query, Response
+from pydantic import BaseModel, Field
+
+from app.access.quotas import month_of, next_month
+from app.access.reports import COLUMNS, Used, as_values, first_of, summed
+from app.errors import (
+    Forbidden,
+    InternalError,
+    InvalidRequest,
+    KeyNotFound,
+    RateLimited,
+    StoreUnavailable,
+    Unauthorized,
+)
+from app.types import Limits
+from app.web.http.dependencies import AccessDep, CallerDep
+from app.web.http.errors import document
+from app.web.http.json_body import LimitedRoute
+
+router = APIRouter(prefix="/v1/usage", tags=["usage"], route_class=LimitedRoute)
+
+_ERRORS = document(InvalidRequest, Unauthorized, Forbidden, KeyNotFound, RateLimited, InternalError, StoreUnavailable)
+
+
+class Tokens(BaseModel):
+    """Answers and their tokens."""
+
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+    charged_tokens: int = Field(description="What counts for the quota.")
+
+
+class DayReply(Tokens):
+    """Of one day, UTC."""
+
+    day: str
+
+
+class ModelReply(Tokens):
+    """Of one model."""
+
+    model: str
+
+
+class UsageReportReply(BaseModel):
+    """What a key has used in a month."""
+
+    key_id: str
+    month: str
+    limit: int | None = Field(description="Tokens that the key may use in a month; null: any number.")
+    used: int
+    reserved: int = Field(description="Set aside for answers in the making.")
+    remaining: int | None
+    resets: datetime
+    by_day: list[DayReply]
+    by_model: list[ModelReply]
+
+
+@router.get(
+    "",
+    response_model=UsageReportReply,
+    responses=_ERRORS | {200: {"content": {"text/csv": {}}, "description": "The report, or with format=csv a table."}},
+)
+async def usage(
+    caller: CallerDep,
+    access: AccessDep,
+    key: Annotated[str | None, Query(pattern=r"^[0-9A-Za-z]{1,64}$", description="Another key's, for admins.")] = None,
+    month: Annotated[
+        str | None, Query(pattern=r"^\d{4}-\d{2}$", description="As 2026-11; this one by default.")
+    ] = None,
+    format: Annotated[Literal["json", "csv"], Query()] = "json",  # noqa: A002  # the parameter's name
+) -> UsageReportReply | Response:
+    """Tell what a key has used: the caller's own, or for those who may manage keys any."""
+    key_id = key or caller.key_id
+    if key_id != caller.key_id and not caller.rights.manage_keys:
+        raise Forbidden("Another key's usage needs an API key whose role may manage keys.")
+    limits = caller.limits if key_id == caller.key_id else await access.ring.limits_of(key_id)
+    month = month or month_of(datetime.now(UTC))
+    rows = await access.reports.by_day_and_model(key_id, month)
+    if format == "csv":
+        return _table(rows, f"usage-{key_id}-{month}.csv")
+    standing = await access.quotas.standing(key_id, month)
+    return UsageReportReply(
+        key_id=key_id,
+        month=month,
+        limit=limits.monthly_tokens or None,
+        used=standing.used,
+        reserved=standing.reserved,
+        remaining=_remaining(limits, standing.used + standing.reserved),
+        resets=next_month(first_of(month)),
+        by_day=[DayReply.model_validate(as_values(row)) for row in summed(rows, "model")],
+        by_model=[ModelReply.model_validate(as_values(row)) for row in summed(rows, "day")],
+    )
+
+
+def _remaining(limits: Limits, taken: int) -> int | None:
+    return max(0, limits.monthly_tokens - taken) if limits.monthly_tokens else None
+
+
+def _table(rows: list[Used], name: str) -> Response:
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(COLUMNS)
+    writer.writerows([getattr(row, column) for column in COLUMNS] for row in rows)
+    headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+    return Response(text.getvalue(), media_type="text/csv", headers=headers)

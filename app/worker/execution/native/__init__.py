@@ -1,0 +1,1 @@
+"""The forward pass in C++ kernels that are compiled for this machine."""

@@ -1,0 +1,172 @@
+"""The runner that serves one request at a time, through the pipeline's own `generate`.
+
+Decides how sampling settings become a generation config.  Knows no sockets; works with every decoder-only model that
+transformers can generate with.
+"""
+
+import logging
+import secrets
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from app.ipc.messages import Exchange, Submit, TokenEvent
+from app.types import SamplingParams
+from app.worker.loading.loader import LoadedModel
+from app.worker.validation import check_request, end_ids, failure_reason
+
+log = logging.getLogger(__name__)
+
+SEED_BITS = 63
+
+
+class SerialRunner:
+    """One request runs, the others wait in the order they came."""
+
+    name = "serial"
+    slots = 1
+    compiled = None
+    unsupported = ("presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "min_tokens")
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._model = loaded
+        self._waiting: deque[Submit] = deque()
+        self._settled: list[TokenEvent] = []
+        self._running: int | None = None
+        self._cancelled = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request waits, or an event is still to be told."""
+        return bool(self._waiting or self._settled)
+
+    def submit(self, request: Submit) -> None:
+        """Take a request; one that the model cannot run gets an error event in the next step."""
+        try:
+            check_request(request, self._model)
+        except ValueError as error:
+            self._settled.append(TokenEvent(request.id, error=str(error)))
+        else:
+            self._waiting.append(request)
+
+    def cancel(self, request_id: int) -> None:
+        """End a request: the running one after its current token, a waiting one at once."""
+        if request_id == self._running:
+            self._cancelled = True
+            return
+        for request in self._waiting:
+            if request.id == request_id:
+                self._waiting.remove(request)
+                self._settled.append(TokenEvent(request_id, finish="abort"))
+                return
+
+    def step(self, exchange: Exchange) -> None:
+        """Run the next request to its end, calling `exchange` after each token.
+
+        Raises: torch.AcceleratorError: the device is in an unknown state, and with it this process.
+        """
+        self._tell_settled(exchange)
+        if not self._waiting:
+            return
+        request = self._waiting.popleft()
+        self._running, self._cancelled = request.id, False
+        try:
+            exchange([TokenEvent(request.id)])
+            exchange([self._generate(request, exchange)])
+        finally:
+            self._running = None
+
+    def _tell_settled(self, exchange: Exchange) -> None:
+        while self._settled:
+            events, self._settled = self._settled, []
+            exchange(events)
+
+    def _generate(self, request: Submit, exchange: Exchange) -> TokenEvent:
+        """Run one request, sending all but its last event, which is returned."""
+        ends = end_ids(request.params, self._model)
+        progress = _Progress(request, ends, exchange, lambda: self._cancelled)
+        try:
+            torch.manual_seed(_seed(request.params))
+            if not self._cancelled:
+                self._forward(request, progress)
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            log.exception("a request failed")
+            return TokenEvent(request.id, error=failure_reason(error))
+        return progress.last_event()
+
+    def _forward(self, request: Submit, progress: "_Progress") -> None:
+        input_ids = torch.tensor([request.prompt_ids], dtype=torch.long)
+        # Also what `TextGenerationPipeline.preprocess` hands on, without the text, which never comes here.
+        inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "prompt_text": ""}
+        self._model.pipeline.forward(  # type: ignore[no-untyped-call]
+            inputs,
+            generation_config=generation_config(request.params, self._model),
+            stopping_criteria=StoppingCriteriaList([progress]),
+        )
+
+
+def _seed(params: SamplingParams) -> int:
+    if params.seed is None:
+        return secrets.randbits(SEED_BITS)
+    return (params.seed + params.sample) % (1 << SEED_BITS)
+
+
+def generation_config(params: SamplingParams, model: LoadedModel) -> GenerationConfig:
+    """Say every setting outright, so that neither the model's nor the pipeline's sampling defaults slip in."""
+    settings: dict[str, Any] = {
+        "max_new_tokens": params.max_tokens,
+        "do_sample": params.temperature > 0,
+        "num_beams": 1,
+        "repetition_penalty": params.repetition_penalty,
+        "eos_token_id": list(end_ids(params, model)) or None,
+        "pad_token_id": model.pad_id,
+        "use_cache": True,
+    }
+    if params.temperature > 0:
+        settings |= {"temperature": params.temperature, "top_k": params.top_k, "top_p": params.top_p}
+        settings |= {"min_p": params.min_p or None}
+    return GenerationConfig(**settings)  # type: ignore[no-untyped-call]
+
+
+class _Progress(StoppingCriteria):
+    """Sees each token as `generate` makes it, and stops `generate` when the request was cancelled meanwhile.
+
+    Not a streamer: `generate` asks its stopping criteria before it calls the streamer, so that a cancel which the
+    streamer reads would cost one more token.
+    """
+
+    def __init__(
+        self, request: Submit, ends: frozenset[int], exchange: Exchange, cancelled: Callable[[], bool]
+    ) -> None:
+        self._request = request
+        self._ends = ends
+        self._exchange = exchange
+        self._cancelled = cancelled
+        self._made = 0
+        self._last: TokenEvent | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Take (1, length) token ids, of which the last is new, and return (1,) booleans."""
+        if self._last is None:
+            self._see(int(input_ids[0, -1]))
+        done = self._last is not None or self._cancelled()
+        return torch.full((input_ids.shape[0],), done, dtype=torch.bool, device=input_ids.device)
+
+    def last_event(self) -> TokenEvent:
+        """Return the event that ends the request; without an end token or the full length it was cancelled."""
+        return self._last or TokenEvent(self._request.id, finish="abort")
+
+    def _see(self, token: int) -> None:
+        self._made += 1
+        number = self._request.id
+        if token in self._ends:
+            self._last = TokenEvent(number, finish="stop", end_token=token)
+        elif self._made == self._request.params.max_tokens:
+            self._last = TokenEvent(number, (token,), finish="length")
+        else:
+            self._exchange([TokenEvent(number, (token,))])

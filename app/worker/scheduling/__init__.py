@@ -1,0 +1,1 @@
+"""Which sequences take part in a step of the model."""

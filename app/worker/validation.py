@@ -1,0 +1,33 @@
+"""What every runner asks of a request before it takes it, and the words for what went wrong afterwards."""
+
+import torch
+
+from app.ipc.messages import Submit
+from app.types import SamplingParams
+from app.worker.loading.loader import LoadedModel
+
+
+def check_request(request: Submit, model: LoadedModel) -> None:
+    """Look once more at what the API process has checked: in a batch a bad token id would end everybody's answer.
+
+    Raises: ValueError: the model cannot run it; the message is for the client.
+    """
+    prompt, params = request.prompt_ids, request.params
+    if not prompt:
+        raise ValueError("The prompt holds no token.")
+    if not all(0 <= token < model.vocab_size for token in (*prompt, *params.stop_token_ids)):
+        raise ValueError("The request holds a token outside the model's vocabulary.")
+    if params.max_tokens < 1 or len(prompt) + params.max_tokens > model.context_length:
+        raise ValueError(f"The prompt and its answer do not fit {model.context_length} tokens.")
+
+
+def end_ids(params: SamplingParams, model: LoadedModel) -> frozenset[int]:
+    """Return the tokens that end this request's answer."""
+    return frozenset(params.stop_token_ids).union(() if params.ignore_eos else model.end_ids)
+
+
+def failure_reason(error: Exception) -> str:
+    """Say what broke a request, without the request's own words."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return "The model ran out of memory on this request. Try a shorter prompt."
+    return f"The model failed on this request ({type(error).__name__})."

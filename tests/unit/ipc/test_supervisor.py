@@ -1,0 +1,212 @@
+"""The life of a worker and of those that follow it: deaths, restarts, failed loads, the end."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from app.config import DeadlineConfig, ModelConfig
+from app.engine.local import LocalEngine
+from app.errors import (
+    EngineFailed,
+    EngineNotReady,
+)
+from app.ipc.messages import LoadFailed, Loading
+from app.types import EngineState, FinishReason
+from tests.unit.engine.fake_worker import (
+    TOKENIZER,
+    FakeLink,
+    FakeWorkers,
+    ask,
+    begun,
+    engine_on,
+    read,
+    until,
+)
+from tests.unit.tiny_models import save
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(TOKENIZER, tmp_path_factory.mktemp("tokenizer"))
+
+
+async def test_a_dead_worker_fails_every_request_and_is_started_again(folder: Path):
+    """The restart is counted, the cause is kept until it serves again, and new requests are answered."""
+    workers = FakeWorkers(folder)
+    async with engine_on(workers) as engine:
+        running, waiting = await begun(engine, workers.newest, ask("a")), asyncio.create_task(read(engine, ask("b")))
+        await until(lambda: engine.status().waiting == 1)
+        workers.ready = False
+        workers.newest.kill()
+        for reading in (running, waiting):
+            with pytest.raises(EngineFailed):
+                await reading
+
+        assert (EngineState.RESTARTING, "The fake worker is gone.") == (engine.status().state, engine.status().error)
+        with pytest.raises(EngineNotReady):
+            await read(engine, ask("c"))
+        await until(lambda: len(workers.links) == 2)
+        workers.newest.say(workers.message)
+        await engine.wait_ready()
+        assert (EngineState.READY, 1, None) == (engine.status().state, engine.status().restarts, engine.status().error)
+        assert workers.links[0].stopped
+
+
+async def test_new_starts_come_ever_later(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each failure in a row doubles the pause, up to half a minute."""
+    pauses: list[float] = []
+    sleep = asyncio.sleep
+
+    async def note(seconds: float) -> None:
+        if seconds >= 1:  # shorter ones are the watchdog's and this test's
+            pauses.append(seconds)
+        await sleep(0)
+
+    workers = FakeWorkers(folder)
+    async with engine_on(workers, backoff_seconds=1.0, hang_seconds=1.0) as engine:
+        monkeypatch.setattr("app.ipc.supervisor.asyncio.sleep", note)
+        for number in range(1, 8):
+            workers.ready = False
+            workers.newest.say(LoadFailed("no memory"))
+            await until(partial(lambda before: len(workers.links) > before, number))
+        monkeypatch.undo()
+
+        assert [1, 2, 4, 8, 16, 30, 30] == pauses
+        assert (EngineState.RESTARTING, "no memory") == (engine.status().state, engine.status().error)
+
+
+async def test_a_worker_that_served_for_a_while_is_replaced_soon(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """A death now and then does not add up: the pause does not grow."""
+    monkeypatch.setattr("app.ipc.supervisor.HEALTHY_SECONDS", 0)
+    workers = FakeWorkers(folder)
+    async with engine_on(workers, backoff_seconds=0.05) as engine:
+        began = time.monotonic()
+        for _ in range(6):
+            workers.newest.kill()
+            await until(lambda: engine.status().state is EngineState.RESTARTING)
+            await engine.wait_ready()
+
+    assert time.monotonic() - began < 0.05 * (2**6 - 1)
+
+
+@pytest.mark.parametrize("fail", [lambda link: link.say(LoadFailed("it is odd")), FakeLink.kill], ids=["told", "died"])
+async def test_a_model_that_never_loaded_is_given_up(folder: Path, fail: Callable[[FakeLink], None]):
+    """Trying again would not help: who waits is told why, and nothing is started again."""
+    workers = FakeWorkers(folder, ready=False)
+    async with engine_on(workers) as engine:
+        waiting = asyncio.create_task(engine.wait_ready())
+        await until(lambda: len(workers.links) == 1)
+        fail(workers.newest)
+
+        with pytest.raises(EngineFailed, match=r"odd|gone"):
+            await waiting
+        assert EngineState.FAILED == engine.status().state
+        with pytest.raises(EngineNotReady, match="could not be loaded"):
+            await read(engine, ask())
+        assert 1 == len(workers.links)
+
+
+async def test_a_process_that_cannot_be_started_is_a_failed_load():
+    """The system's reason reaches the operator."""
+
+    async def launch() -> FakeLink:
+        raise OSError(11, "Resource temporarily unavailable")
+
+    engine = LocalEngine(ModelConfig(), DeadlineConfig(), launch=launch)
+    await engine.start()
+
+    with pytest.raises(EngineFailed, match="temporarily unavailable"):
+        await engine.wait_ready()
+    await engine.close()
+
+
+async def test_before_the_model_is_loaded_the_client_is_told_to_wait(folder: Path):
+    """With the stage of the load, and a time to come back."""
+    workers = FakeWorkers(folder, ready=False)
+    async with engine_on(workers) as engine:
+        await until(lambda: len(workers.links) == 1)
+        workers.newest.say(Loading("weights"))
+        await asyncio.sleep(0.01)
+
+        for use in (lambda: engine.info, lambda: engine.tokenizer):
+            with pytest.raises(EngineNotReady, match="weights"):
+                use()
+        with pytest.raises(EngineNotReady) as refusal:
+            await read(engine, ask())
+        assert (refusal.value.retry_after or 0) > 0
+
+
+async def test_a_tokenizer_that_cannot_be_read_is_a_failed_load(tmp_path: Path):
+    """The engine does not become ready without one."""
+    engine = LocalEngine(ModelConfig(), DeadlineConfig(), launch=FakeWorkers(tmp_path))
+    await engine.start()
+
+    with pytest.raises(EngineFailed, match="tokenizer"):
+        await engine.wait_ready()
+    await engine.close()
+
+
+async def test_a_worker_that_hangs_is_ended(folder: Path):
+    """Silence with work to do is a death; silence without work is rest."""
+    workers = FakeWorkers(folder)
+    async with engine_on(workers, hang_seconds=0.1) as engine:
+        await asyncio.sleep(0.2)
+        assert 1 == len(workers.links)
+
+        with pytest.raises(EngineFailed):
+            await read(engine, ask())
+        assert "no progress for 0.1 s" in str(engine.status().error) or engine.status().state is EngineState.READY
+        await until(lambda: len(workers.links) == 2)
+
+
+async def test_a_request_that_nobody_reads_any_more_still_counts_as_work(folder: Path):
+    """A worker that hangs on a cancelled request is found out too."""
+    workers = FakeWorkers(folder)
+    async with engine_on(workers, hang_seconds=0.1) as engine:
+        stream = engine.stream(ask())
+        await anext(stream)
+        await stream.aclose()
+
+        await until(lambda: len(workers.links) == 2)
+
+
+async def test_closing_ends_live_streams_and_is_final(folder: Path):
+    """They end with ABORT, the worker is told to leave, and whoever comes later is refused."""
+    workers = FakeWorkers(folder)
+    async with engine_on(workers) as engine:
+        reading = await begun(engine, workers.newest, ask())
+        await asyncio.gather(engine.close(), engine.close())
+        await engine.close()
+        await engine.start()
+
+        assert FinishReason.ABORT == (await reading)[-1].finish_reason
+        assert EngineState.CLOSED == engine.status().state
+        assert workers.newest.stopped
+        with pytest.raises(EngineNotReady):
+            await read(engine, ask())
+        with pytest.raises(EngineFailed):
+            await engine.wait_ready()
+        assert 1 == len(asyncio.all_tasks())
+
+
+@pytest.mark.parametrize("start", [True, False], ids=["while it loads", "before it starts"])
+async def test_an_engine_without_a_model_closes_at_once(folder: Path, start: bool):
+    """Nothing is left, and who waited for the model is told."""
+    workers = FakeWorkers(folder, ready=False)
+    engine = LocalEngine(ModelConfig(), DeadlineConfig(), launch=workers)
+    if start:
+        await engine.start()
+        await until(lambda: len(workers.links) == 1)
+    waiting = asyncio.create_task(engine.wait_ready())
+    await asyncio.sleep(0)
+
+    await engine.close()
+
+    with pytest.raises(EngineFailed, match="closed"):
+        await waiting
+    assert [link.stopped for link in workers.links] == [True] * start
+    assert 1 == len(asyncio.all_tasks())

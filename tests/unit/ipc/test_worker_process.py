@@ -1,0 +1,173 @@
+"""What a worker's environment holds, and what the worker's loop does with messages."""
+
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import zmq
+
+from app.ipc.messages import (
+    Cancel,
+    FromWorker,
+    ModelSpec,
+    Shutdown,
+    Step,
+    Submit,
+    TokenEvent,
+    ToWorker,
+    decode_from_worker,
+    encode,
+)
+from app.ipc.worker_process import worker_environment
+from app.types import SamplingParams
+from app.worker.process import Worker
+
+LOCAL = ModelSpec(name="m", source="local", device="cpu", dtype="auto", revision=None, max_model_len=None, threads=0)
+HUB = ModelSpec(name="m", source="hub", device="cpu", dtype="auto", revision=None, max_model_len=None, threads=0)
+
+
+def test_a_worker_gets_none_of_the_services_secrets():
+    """Only what a model needs is passed on; what a new version of the service adds stays out by itself."""
+    own = {
+        "PATH": "/bin",
+        "HF_HOME": "/hub",
+        "SECURITY__API_KEY": "k",
+        "DATABASE_URL": "d",
+        "HF_TOKEN": "t",
+        "NEW": "n",
+    }
+
+    passed = worker_environment(own, LOCAL, "token")
+
+    assert ("/bin", "/hub") == (passed["PATH"], passed["HF_HOME"])
+    assert {"k", "d", "t", "n", "token"}.isdisjoint(passed.values())
+
+
+def test_a_local_model_never_reaches_the_hub():
+    """The hub is off for a folder; for a hub model it is on, with the token that was given."""
+    local, hub = worker_environment({}, LOCAL, "token"), worker_environment({}, HUB, "token")
+
+    assert ("1", None) == (local["HF_HUB_OFFLINE"], local.get("HF_TOKEN"))
+    assert (None, "token") == (hub.get("HF_HUB_OFFLINE"), hub["HF_TOKEN"])
+    assert "1" == hub["HF_HUB_DISABLE_TELEMETRY"]
+
+
+def test_how_threads_wait_is_the_operators_choice():
+    """They do not spin, unless the service was started with another word."""
+    assert "8000" == worker_environment({}, LOCAL, None)["GOMP_SPINCOUNT"]
+    assert "9" == worker_environment({"GOMP_SPINCOUNT": "9"}, LOCAL, None)["GOMP_SPINCOUNT"]
+    chosen = worker_environment({"OMP_WAIT_POLICY": "active"}, LOCAL, None)
+    assert ("active", None) == (chosen["OMP_WAIT_POLICY"], chosen.get("GOMP_SPINCOUNT"))
+
+
+class CountingRunner:
+    """Makes the tokens 0, 1, 2, ... for one request after another."""
+
+    name = "counting"
+    slots = 1
+    compiled = None
+
+    def __init__(self) -> None:
+        self.waiting: list[Submit] = []
+        self.cancelled: set[int] = set()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting)
+
+    def submit(self, request: Submit) -> None:
+        self.waiting.append(request)
+
+    def cancel(self, request_id: int) -> None:
+        self.cancelled.add(request_id)
+
+    def step(self, exchange: Callable[[list[TokenEvent]], None]) -> None:
+        request = self.waiting.pop(0)
+        for _ in request.prompt_ids[1:]:
+            exchange([])
+        for token in range(request.params.max_tokens):
+            if request.id in self.cancelled:
+                exchange([TokenEvent(request.id, finish="abort")])
+                return
+            exchange([TokenEvent(request.id, (token,))])
+        exchange([TokenEvent(request.id, finish="length")])
+
+
+class Loop:
+    """A worker's loop in a thread, and the parent's end of its socket."""
+
+    def __init__(self) -> None:
+        self.context = zmq.Context()
+        self.socket = self.context.socket(zmq.PAIR)
+        self.socket.bind("inproc://channel")
+        self.theirs = self.context.socket(zmq.PAIR)
+        self.theirs.connect("inproc://channel")
+        self.thread = threading.Thread(target=Worker(self.theirs, CountingRunner()).run)
+        self.thread.start()
+
+    def tell(self, message: ToWorker) -> None:
+        self.socket.send(encode(message))
+
+    def hear(self) -> FromWorker:
+        assert self.socket.poll(10_000)
+        return decode_from_worker(self.socket.recv())
+
+    def events_until_end(self) -> list[TokenEvent]:
+        events: list[TokenEvent] = []
+        while not events or not (events[-1].finish or events[-1].error):
+            step = self.hear()
+            assert isinstance(step, Step)
+            events.extend(step.events)
+        return events
+
+
+def test_a_worker_that_makes_nothing_for_long_still_says_that_it_lives(monkeypatch: pytest.MonkeyPatch, loop: Loop):
+    """The steps of a long prompt bring no events; at times one is told all the same, and short silences are kept."""
+    loop.tell(Submit(1, (5,) * 4, SamplingParams(max_tokens=1)))
+    assert [((0,), None), ((), "length")] == [(e.token_ids, e.finish) for e in loop.events_until_end()]
+
+    monkeypatch.setattr("app.worker.process.SILENCE_SECONDS", -1)
+    loop.tell(Submit(2, (5,) * 4, SamplingParams(max_tokens=1)))
+    assert [Step([])] * 3 == [loop.hear() for _ in range(3)]
+    assert [((0,), None), ((), "length")] == [(e.token_ids, e.finish) for e in loop.events_until_end()]
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    made = Loop()
+    yield made
+    made.tell(Shutdown())
+    made.thread.join(10)
+    made.context.destroy(linger=0)
+
+
+def test_a_request_is_answered_event_by_event(loop: Loop):
+    """Each token as it is made, then the end; a second request finds the loop waiting."""
+    for number in (1, 2):
+        loop.tell(Submit(number, (5,), SamplingParams(max_tokens=2)))
+
+        assert [((0,), None), ((1,), None), ((), "length")] == [
+            (event.token_ids, event.finish) for event in loop.events_until_end()
+        ]
+
+
+def test_a_cancel_is_read_between_two_tokens(loop: Loop):
+    """Long before the answer would be complete, and with the next request already there."""
+    loop.tell(Submit(1, (5,), SamplingParams(max_tokens=10_000_000)))
+    loop.hear()
+    loop.tell(Submit(2, (5,), SamplingParams(max_tokens=1)))
+    loop.tell(Cancel(1))
+
+    assert "abort" == loop.events_until_end()[-1].finish
+    assert 2 == loop.events_until_end()[-1].id
+
+
+def test_shutdown_stops_the_loop_in_the_middle_of_an_answer(loop: Loop):
+    """The running request is ended first, so that nothing is cut off in the model."""
+    loop.tell(Submit(1, (5,), SamplingParams(max_tokens=10_000_000)))
+    loop.hear()
+    loop.tell(Shutdown())
+
+    assert "abort" == loop.events_until_end()[-1].finish
+    loop.thread.join(10)
+    assert not loop.thread.is_alive()

@@ -1,0 +1,20 @@
+"""What tests of compiled programs need."""
+
+import os
+import shutil
+
+import pytest
+
+from app.worker.execution.native.native_build import COMPILERS
+
+
+@pytest.fixture(scope="session")
+def compiler() -> str:
+    """One that this machine has.  REQUIRE_SERVICES, which CI sets, turns its absence into a failure."""
+    found = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if found is None:
+        reason = "there is no C++ compiler on this machine (Debian: apt-get install g++)"
+        if os.environ.get("REQUIRE_SERVICES"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return found

@@ -1,0 +1,200 @@
+"""The serial runner makes what `generate` makes, for one request at a time, and stops when told."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from app.ipc.messages import ModelSpec, Submit, TokenEvent
+from app.types import SamplingParams
+from app.worker.execution.serial.serial_runner import SerialRunner
+from app.worker.loading.loader import LoadedModel, load
+from tests.unit.tiny_models import save_tiny_llama
+
+PROMPT = (5, 6, 7, 8)
+SPEC = ModelSpec(name="", source="local", device="cpu", dtype="auto", revision=None, max_model_len=None, threads=0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """A model whose own settings ask for wild sampling, which no request must inherit."""
+    folder = save_tiny_llama(tmp_path_factory.mktemp("llama"))
+    GenerationConfig(do_sample=True, temperature=5.0, top_k=3, repetition_penalty=3.0).save_pretrained(folder)
+    spec = msgspec.structs.replace(SPEC, name=str(folder))
+    return replace(load(spec, str(folder / "saved"), on_stage=lambda stage: None), end_ids=())
+
+
+def run(runner: SerialRunner, on_events: Callable[[list[TokenEvent]], None] = lambda events: None) -> list[TokenEvent]:
+    """Step until nothing is left to do."""
+    seen: list[TokenEvent] = []
+
+    def exchange(events: list[TokenEvent]) -> None:
+        seen.extend(events)
+        on_events(events)
+
+    while runner.busy:
+        runner.step(exchange)
+    return seen
+
+
+def complete(model: LoadedModel, params: SamplingParams) -> tuple[list[int], str | None]:
+    runner = SerialRunner(model)
+    runner.submit(Submit(1, PROMPT, params))
+    events = run(runner)
+    return [token for event in events for token in event.token_ids], events[-1].finish
+
+
+def generate(model: LoadedModel, **settings: Any) -> list[int]:
+    """What transformers' own `generate` answers."""
+    with torch.inference_mode():
+        whole = model.pipeline.model.generate(
+            torch.tensor([PROMPT]),
+            attention_mask=torch.ones(1, len(PROMPT), dtype=torch.long),
+            pad_token_id=0,
+            **settings,
+        )
+    return [int(token) for token in whole[0, len(PROMPT) :]]
+
+
+def test_a_greedy_answer_is_what_generate_answers(model: LoadedModel):
+    """Token for token, and the length ends it; the model's own sampling settings are not used."""
+    assert (generate(model, max_new_tokens=40, do_sample=False), "length") == complete(
+        model, SamplingParams(max_tokens=40)
+    )
+
+
+def test_each_setting_reaches_the_model(model: LoadedModel):
+    """Sampling with a seed gives what `generate` gives with that seed and those settings."""
+    settings = {"temperature": 0.8, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.3}
+    torch.manual_seed(11)
+    expected = generate(model, max_new_tokens=30, do_sample=True, **settings)
+
+    assert (expected, "length") == complete(model, SamplingParams(max_tokens=30, seed=11, **settings))
+
+
+def test_a_seed_repeats_an_answer_and_no_seed_does_not(model: LoadedModel):
+    """The same seed gives the same answer, another or none a different one."""
+    answers = [
+        complete(model, SamplingParams(max_tokens=30, temperature=1.0, seed=seed))[0] for seed in (3, 3, 4, None, None)
+    ]
+
+    assert answers[0] == answers[1]
+    assert 4 == len({tuple(answer) for answer in answers})
+
+
+def test_an_end_token_ends_the_answer_and_is_not_listed(model: LoadedModel):
+    """The tokens before it are listed, and the finish says stop."""
+    answer = generate(model, max_new_tokens=20, do_sample=False)
+    end = next(token for token in answer[3:] if token not in answer[:3])
+    expected = answer[: answer.index(end)]
+
+    assert (expected, "stop") == complete(replace(model, end_ids=(end,)), SamplingParams(max_tokens=20))
+
+
+def test_the_first_event_says_that_the_model_began(model: LoadedModel):
+    """An empty event comes before the first token, one event for each token, the end with the last."""
+    runner = SerialRunner(model)
+    runner.submit(Submit(9, PROMPT, SamplingParams(max_tokens=3)))
+
+    events = run(runner)
+
+    assert [(9, 0, None), (9, 1, None), (9, 1, None), (9, 1, "length")] == [
+        (event.id, len(event.token_ids), event.finish) for event in events
+    ]
+
+
+def test_a_cancel_stops_before_the_next_token(model: LoadedModel):
+    """Cancelled when the third token is told, a request makes no fourth."""
+    runner = SerialRunner(model)
+    runner.submit(Submit(1, PROMPT, SamplingParams(max_tokens=500)))
+    told: list[TokenEvent] = []
+
+    def cancel_at_third(events: list[TokenEvent]) -> None:
+        told.extend(event for event in events if event.token_ids)
+        if len(told) == 3:
+            runner.cancel(1)
+
+    events = run(runner, cancel_at_third)
+
+    assert (3, "abort") == (len(told), events[-1].finish)
+
+
+def test_a_cancelled_request_that_waits_never_runs(model: LoadedModel):
+    """It ends with one event, and the others run as if it had not been there."""
+    runner = SerialRunner(model)
+    for number in (1, 2, 3):
+        runner.submit(Submit(number, PROMPT, SamplingParams(max_tokens=2)))
+    runner.cancel(2)
+    runner.cancel(77)
+
+    events = run(runner)
+
+    assert [TokenEvent(2, finish="abort")] == [event for event in events if event.id == 2]
+    assert [1, 3] == [event.id for event in events if event.finish == "length"]
+
+
+@pytest.mark.parametrize("prompt", [(), (10_000_000,), (-1,)], ids=["empty", "beyond the vocabulary", "negative"])
+def test_a_prompt_that_the_model_cannot_read_ends_only_its_request(model: LoadedModel, prompt: tuple[int, ...]):
+    """It gets an error event; the request after it is answered."""
+    runner = SerialRunner(model)
+    runner.submit(Submit(1, prompt, SamplingParams(max_tokens=2)))
+    runner.submit(Submit(2, PROMPT, SamplingParams(max_tokens=2)))
+
+    events = run(runner)
+
+    assert [(1, True)] == [(event.id, event.error is not None) for event in events if event.id == 1]
+    assert "length" == events[-1].finish
+
+
+class BrokenPipeline:
+    """Raises in place of an answer."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def forward(self, inputs: object, **settings: object) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (IndexError("row 5"), "IndexError"),
+        (MemoryError("row 5"), "memory"),
+        (torch.OutOfMemoryError("row 5"), "memory"),
+    ],
+    ids=["any", "memory", "device memory"],
+)
+def test_a_failure_ends_only_its_request(model: LoadedModel, error: Exception, words: str):
+    """The client is told the kind of error and nothing of its inside."""
+    runner = SerialRunner(replace(model, pipeline=BrokenPipeline(error)))  # type: ignore[arg-type]  # a fake
+    runner.submit(Submit(1, PROMPT, SamplingParams(max_tokens=2)))
+
+    last = run(runner)[-1]
+
+    assert words in str(last.error)
+    assert "row 5" not in str(last.error)
+    assert not runner.busy
+
+
+def test_a_broken_device_is_fatal(model: LoadedModel):
+    """After an error of the accelerator nothing it computes can be trusted: the process has to go."""
+    runner = SerialRunner(replace(model, pipeline=BrokenPipeline(torch.AcceleratorError("lost"))))  # type: ignore[arg-type]
+    runner.submit(Submit(1, PROMPT, SamplingParams(max_tokens=2)))
+
+    with pytest.raises(torch.AcceleratorError):
+        run(runner)
+
+
+def test_the_saved_tokenizer_is_complete(model: LoadedModel):
+    """What the loader leaves for the API process holds vocabulary and chat template."""
+    folder = Path(model.pipeline.tokenizer.name_or_path) / "saved"
+
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= {
+        file.name for file in folder.iterdir()
+    }

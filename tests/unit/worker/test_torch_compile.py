@@ -1,0 +1,168 @@
+"""Compiled layers: the scores of the layers as they were, from few programs; and the setting that asks for them."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from app.ipc.messages import ModelSpec
+from app.worker import process
+from app.worker.execution.compiled.torch_compile import compile_layers
+from app.worker.execution.kv_cache import UnsupportedModelError
+from app.worker.execution.model_runner import RowModel
+from app.worker.execution.native import native_build as programs
+from app.worker.execution.native import packed_linear as panels
+from app.worker.execution.native.native_build import CompileError
+from app.worker.execution.packed_batch import Piece
+from app.worker.loading.loader import LoadError, load
+from app.worker.process import Runner, make_runner
+from app.worker.scheduling.batching_runner import BatchingRunner
+from tests.unit.tiny_models import save_tiny_llama
+from tests.unit.worker.families import CONTEXT, FAMILIES, VOCABULARY, loaded, make
+from tests.unit.worker.test_batching_runner import PROMPTS, answer_of, ask, complete, generate, run
+
+TRACED = "eager"
+"""torch follows the layers and makes programs of them, but no machine code: many seconds less for each test."""
+
+
+@pytest.fixture(autouse=True)
+def forget_programs() -> Any:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.soak
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_layers_answer_as_generate_does() -> None:
+    """By the compiler that is used for real, alone and in company."""
+    model = make(FAMILIES["llama"])
+    expected = [generate(model, prompt) for prompt in PROMPTS]
+    rows = RowModel(model, rows=3, length=CONTEXT)
+
+    compile_layers(rows)
+
+    assert "layers" == rows.compiled
+    runner = BatchingRunner(loaded(model), rows)
+    assert expected[1] == complete(runner, PROMPTS[1])
+    for number, prompt in enumerate(PROMPTS):
+        ask(runner, prompt, number)
+    events = run(runner)
+    assert expected == [answer_of(events, number) for number in range(len(PROMPTS))]
+
+
+@pytest.mark.parametrize(("family", "programs"), [("gpt2", 2), pytest.param("gemma2", 4, marks=pytest.mark.soak)])
+def test_a_model_is_a_few_programs_however_many_layers_it_has(family: str, programs: int) -> None:
+    """One for a single token and one for any number, for each kind of layer; none of them broken in two."""
+    model = make(FAMILIES[family])
+    rows, ids = RowModel(model, rows=2, length=CONTEXT), [3 * place % VOCABULARY for place in range(CONTEXT)]
+    pieces = [[Piece(0, 0, ids[:9])], [Piece(0, 9, ids[9:10])], [Piece(0, 10, ids[10:11]), Piece(1, 0, ids[:20])]]
+    expected = [rows.scores(each, [True] * len(each)) for each in pieces]
+
+    compile_layers(rows, backend=TRACED)
+
+    found = [rows.scores(each, [True] * len(each)) for each in pieces]
+    assert all((one - other).norm() <= 1e-4 * other.norm() for one, other in zip(found, expected, strict=True))
+    assert (programs, {}) == (counters["stats"]["unique_graphs"], dict(counters["graph_break"]))
+
+
+@pytest.mark.soak
+def test_two_models_keep_their_own_rows() -> None:
+    one, other = (RowModel(make(FAMILIES["llama"]), rows=2, length=CONTEXT) for _ in range(2))
+    compile_layers(one, backend=TRACED)
+    expected = one.scores([Piece(0, 0, [1, 2, 3])], [True])
+
+    compile_layers(other, backend=TRACED)
+    other.scores([Piece(0, 0, [9, 8, 7])], [True])
+
+    assert torch.allclose(expected, one.scores([Piece(0, 2, [3])], [True]), rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_cannot_be_compiled_are_left_as_they_were() -> None:
+    """A compiler that fails, one that computes something else, and a model that does not say what its layers are."""
+
+    def fails(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no")
+
+    def lies(graph: Any, inputs: Any) -> Any:
+        return lambda *values: tuple(
+            each * 2 if isinstance(each, torch.Tensor) else each for each in graph.forward(*values)
+        )
+
+    model = make(FAMILIES["llama"])
+    rows = RowModel(model, rows=2, length=CONTEXT)
+    pieces = [Piece(0, 0, [1, 2, 3])]
+    expected = rows.scores(pieces, [True])
+
+    for backend, reason in ((fails, "torch cannot compile"), (lies, "its scores differ")):
+        torch._dynamo.reset()
+        with pytest.raises(CompileError, match=reason):
+            compile_layers(rows, backend=backend)
+        assert torch.equal(expected, rows.scores(pieces, [True]))
+        assert rows.compiled is None
+
+    model._no_split_modules = None
+    with pytest.raises(CompileError, match="nothing says which modules"):
+        compile_layers(rows)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+def runner_of(folder: Path, setting: Any, *, engine: Any = "auto", device: str = "cpu") -> Runner:
+    """Args: device: what the model is said to be on."""
+    spec = ModelSpec(
+        name=str(folder),
+        source="local",
+        device="cpu",
+        dtype="auto",
+        compile=setting,
+        engine=engine,
+        revision=None,
+        max_model_len=None,
+        threads=1,
+    )
+    model = load(spec, str(folder / "saved"), on_stage=lambda stage: None)
+    return make_runner(replace(model, device=device), spec)
+
+
+@pytest.mark.usefixtures("compiler")
+def test_the_setting_decides_what_is_compiled(folder: Path) -> None:
+    """And `/status` says it."""
+    for setting, compiled in (("auto", "layers"), ("layers", "layers"), ("attention", "attention"), ("none", None)):
+        assert compiled == runner_of(folder, setting).compiled
+
+
+def test_layers_are_not_left_uncompiled_in_silence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks for them gets them or is told why not: the serial runner compiles none, chosen or fallen back to."""
+
+    def refuse(*model: Any, **rows: Any) -> RowModel:
+        raise UnsupportedModelError("it is strange")
+
+    monkeypatch.setattr(process, "bytes_for_rows", lambda device: 10**9)
+    monkeypatch.setattr(process, "make_row_model", refuse)
+
+    with pytest.raises(LoadError, match="layers needs batching"):
+        runner_of(folder, "layers", engine="serial", device="cuda")
+    with pytest.raises(LoadError, match="it cannot be batched: it is strange"):
+        runner_of(folder, "layers", device="cuda")
+    assert "serial" == runner_of(folder, "attention", device="cuda").name
+
+
+def test_without_a_compiler_layers_are_refused_and_else_left_to_torch(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(programs, "COMPILERS", ())
+    monkeypatch.delenv("CXX", raising=False)
+    panels._made.cache_clear()
+
+    assert runner_of(folder, "auto").compiled is None
+    with pytest.raises(LoadError, match=r"its layers cannot be compiled: .*no C\+\+ compiler"):
+        runner_of(folder, "layers")
+    panels._made.cache_clear()
