@@ -49,9 +49,13 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingSettings:
-    """How to sample, as far as a caller says it and nothing has to be filled in."""
+class SamplingParams:
+    """How tokens are sampled.  Defaults are neutral: they change nothing of what the model says."""
 
+    max_tokens: int = 1
+    """At most this many new tokens, >= 1."""
+    temperature: float = 0.0
+    """0 is greedy: always the most likely token."""
     top_p: float = 1.0
     """Keep the smallest set of tokens with this probability mass, in (0, 1]."""
     top_k: int = 0
@@ -78,18 +82,8 @@ class SamplingSettings:
     """Go on after the model's own end tokens."""
     min_tokens: int = 0
     """No end token can be drawn before the answer has this many tokens."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams(SamplingSettings):
-    """How to sample, whole.  Every field is already validated and has its default filled in."""
-
-    max_tokens: int
-    """At most this many new tokens, >= 1."""
-    temperature: float = 0.0
-    """0 is greedy: always the most likely token."""
     sample: int = 0
-    """Which of several answers to one request this is, from 0; each draws differently from one seed."""
+    """Which of several samples of one request this is, from 0; each draws differently from one seed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,39 +1,75 @@
-"""The seam behind which tokens are made: what an engine is given, what it gives back, what it promises.
+"""The seam behind which tokens are generated: what an engine takes, what it returns, what it promises.
 
-Knows no HTTP, no LangChain and no torch.  `LocalEngine`, `EchoEngine` and `CachedEngine` implement it, and
-`tests/contract/test_engine.py` holds every one of them to the same promises.
+`LocalEngine`, `EchoEngine` and the wrappers around them implement `Engine`; `tests/contract/test_engine.py` holds each
+of them to the same promises.
 """
 
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Protocol
 
-from app.types import EngineState, FinishReason, Message, SamplingParams, TokenLogprob, Usage
+from app.errors import InvalidRequest
+from app.events import Event
+from app.requests import GenerationRequest
+from app.types import EngineState, Message, SamplingParams
+
+_NEUTRAL = SamplingParams()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What an engine can honour; a request that needs more is refused by name, never half served."""
+
+    unsupported: tuple[str, ...] = ()
+    """Names of sampling parameters that must stay neutral."""
+    token_prompts: bool = True
+    """Prompts may arrive as token ids."""
+    adapters: bool = False
+    priority: bool = False
+    """Whether `GenerationRequest.priority` orders the queue; otherwise it is ignored."""
+
+    def check(self, request: GenerationRequest) -> None:
+        """Raises: InvalidRequest: the request sets a field that this engine cannot honour; the field is named."""
+        for name in self.unsupported:
+            if getattr(request.sampling, name) != getattr(_NEUTRAL, name):
+                raise InvalidRequest.of_field(name, "is not supported for this model")
+        if request.adapter is not None and not self.adapters:
+            raise InvalidRequest.of_field("adapter", "is not supported for this model")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
-    """What is known of a loaded model."""
+    """What is known of a loaded model; None where an engine cannot tell."""
 
     model: str
-    revision: str | None
     engine: str
     """Which implementation serves it: batching, serial, echo."""
-    device: str
-    dtype: str
     context_length: int
     """Tokens of prompt and completion together that fit one request."""
-    vocab_size: int
-    parameters: int
-    unsupported: tuple[str, ...] = ()
-    """Fields of `SamplingParams` that this engine cannot honour; a request that sets one is refused."""
+    revision: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    vocab_size: int | None = None
+    parameters: int | None = None
+    capabilities: Capabilities = Capabilities()
     recommended: tuple[tuple[str, float], ...] = ()
-    """Sampling settings that the model's own files recommend, by the names of `SamplingParams`."""
+    """Sampling parameters that the model's own files recommend, by the names of `SamplingParams`."""
     logprob_shift: float | None = None
-    """By how much weights in int8 changed the log-probability of the likeliest token at load, on average; None where
+    """By how much int8 weights changed the log-probability of the likeliest token at load, on average; None where
     nothing is quantized."""
     compiled: Literal["attention", "layers"] | None = None
-    """What was compiled for this machine at load; None leaves all to torch's own operators."""
+    """What was compiled for this machine at load; None leaves everything to torch's own operators."""
+
+    def check_tokens(self, field: str, token_ids: Sequence[int]) -> None:
+        """Raises: InvalidRequest: one of them is no token of the model; the field is named."""
+        if self.vocab_size is not None and max(token_ids, default=0) >= self.vocab_size:
+            last = self.vocab_size - 1
+            raise InvalidRequest.of_field(field, f"names a token that the model does not have; its last is {last}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all facts as plain values, with the unsupported parameters by their names."""
+        facts = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "capabilities"}
+        return {**facts, "unsupported": self.capabilities.unsupported}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,47 +86,19 @@ class EngineStatus:
 
 
 @dataclass(frozen=True, slots=True)
-class GenerationRequest:
-    """One prompt, already encoded: an engine gets tokens, never text."""
+class PreparedPrompt:
+    """A prompt as the engine will read it."""
 
-    id: str
-    """Unique among live requests; made by the service, never by the client."""
-    tenant: str
-    prompt_ids: tuple[int, ...]
-    params: SamplingParams
-    cache: bool = True
-    """Whether a stored answer may be given and this one be stored."""
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A piece of an answer.
-
-    The first is empty and says that the request was admitted.  The last carries `finish_reason` and `usage`, and
-    only the last.
-    """
-
-    text: str = ""
-    tokens: int = 0
-    """Tokens made since the chunk before; over a whole stream they add up to `usage.completion_tokens`."""
-    finish_reason: FinishReason | None = None
-    usage: Usage | None = None
-    logprobs: tuple[TokenLogprob, ...] = ()
-    """Of the tokens whose text ended since the chunk before, where asked for: only those that are part of the answer's
-    text, in order."""
-    token_ends: tuple[int, ...] = ()
-    """For each of `logprobs` how many characters of `text` its token ends after."""
-    stopped_by: str | int | None = None
-    """In the last chunk: the stop string or the one of `stop_token_ids` that ended the answer."""
-    cached: bool = False
-    """Nothing was generated for this piece: it comes from another request's answer."""
+    prompt_tokens: int
+    prompt_ids: tuple[int, ...] | None
+    """None where the engine tokenizes elsewhere; `prompt_tokens` may then be an estimate."""
 
 
 class TextDecoder(Protocol):
     """Turns the tokens of one completion into text as they come; lives as long as the completion."""
 
     def feed(self, token_ids: Sequence[int]) -> str:
-        """Return the text that these tokens complete; bytes of an unfinished character are kept back."""
+        """Return the text that these tokens complete; bytes of an unfinished character are withheld."""
 
     def finish(self) -> str:
         """Return what is left, an unfinished character as U+FFFD."""
@@ -99,9 +107,8 @@ class TextDecoder(Protocol):
 class Tokenizer(Protocol):
     """The model's own tokenizer; user text can never become a control token."""
 
-    def encode_chat(self, messages: Sequence[Message], *, go_on: bool = False) -> tuple[int, ...]:
-        """Apply the chat template, ending where the assistant begins to speak, or with `go_on` where the last message
-        breaks off.
+    def encode_chat(self, messages: Sequence[Message], *, continue_final_message: bool = False) -> tuple[int, ...]:
+        """Apply the chat template, ending where the assistant begins to speak, or where the last message breaks off.
 
         Raises: InvalidRequest: the model has no chat template, or the template refuses these messages.
         """
@@ -110,31 +117,27 @@ class Tokenizer(Protocol):
         """Encode a raw prompt with the tokens that the tokenizer puts in front of every text."""
 
     def decoder(self) -> TextDecoder:
-        """Make a decoder for one completion (special tokens are not shown)."""
+        """Return a decoder for one completion (special tokens are not shown)."""
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return what a token says on its own, in mid-text; a control token says its name, an unknown id nothing."""
+        """Return the bytes of a token in mid-text; of a control token its name, of an unknown id nothing."""
 
     def token_text(self, token_id: int) -> str:
         """Return the same as text, where a part of a character is U+FFFD."""
 
 
 class Engine(Protocol):
-    """Makes completions.  One per loaded model; lives as long as the application."""
+    """Generates completions of one loaded model."""
 
     @property
     def info(self) -> EngineInfo:
-        """Raises: EngineNotReady: no model has been loaded yet."""
-
-    @property
-    def tokenizer(self) -> Tokenizer:
         """Raises: EngineNotReady: no model has been loaded yet."""
 
     def status(self) -> EngineStatus:
         """Return where the engine stands now; never blocks and never raises."""
 
     async def start(self) -> None:
-        """Begin to load the model and return at once; `wait_ready` tells the outcome."""
+        """Begin to load the model and return at once; `wait_ready` reports the outcome."""
 
     async def wait_ready(self) -> None:
         """Return as soon as requests can be served.
@@ -142,17 +145,26 @@ class Engine(Protocol):
         Raises: EngineFailed: the model cannot be loaded, and trying again would not help.
         """
 
-    def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
-        """Generate; an empty chunk at once when admitted, then the text, then exactly one last chunk.
+    async def prepare(self, request: GenerationRequest) -> PreparedPrompt:
+        """Encode the prompt of a request, or estimate its length where tokens are made elsewhere.
 
-        Closing the generator early cancels the request within one token.
+        Raises: InvalidRequest: the prompt cannot be encoded; EngineNotReady.
+        """
 
-        Raises: EngineNotReady, EngineBusy: before the first chunk.
-            EngineFailed, DeadlineExceeded: in place of the last chunk.
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Return the text of a prompt that arrived as tokens."""
+
+    def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """Generate: Started at once when admitted, deltas, then exactly one Finished.
+
+        Closing the generator early cancels the request within one token and frees all that it holds.
+
+        Raises: EngineNotReady, EngineBusy, InvalidRequest: in place of Started.
+            EngineFailed, DeadlineExceeded: in place of Finished.
         """
 
     async def abort(self, request_id: str) -> None:
-        """End a request now: its stream closes with FinishReason.ABORT.  Unknown ids are ignored."""
+        """End a request now: its stream finishes with FinishReason.ABORT.  Unknown ids are ignored."""
 
     async def close(self) -> None:
-        """Stop for good: live streams end with FinishReason.ABORT, and no process or task is left."""
+        """Stop for good: live streams finish with FinishReason.ABORT, and no process or task is left."""

@@ -1,40 +1,42 @@
-"""The response cache: an Engine around an Engine that gives an identical request of the same tenant the same answer.
+"""The response cache: an engine wrapper that gives identical requests of one tenant the same response.
 
-Decides what makes two requests identical (everything that could change the answer) and what is kept (complete answers
-only), and lets identical requests that meet share one generation.  Knows nothing of how text is made or filtered:
-whatever the inner engine lets out is what is stored.  For one event loop; the composition leaves it out where the cache
-is off.
+Two requests are identical if everything that could change the response is equal.  Complete responses alone are stored,
+as the inner engine sends them, and identical requests that run at the same time share one generation (single-flight).
+Serves one event loop; the composition leaves it out where the cache is off.
 """
 
 import asyncio
 import time
-from array import array
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from hashlib import sha256
 from typing import Protocol
 from uuid import uuid4
 
 from cachetools import TTLCache
+from msgspec import structs
 
 from app.config import CacheConfig
-from app.engine.base import Chunk, Engine, EngineInfo, GenerationRequest
+from app.engine.base import Engine, EngineInfo
 from app.engine.wrapper import EngineWrapper
+from app.events import CacheStatus, Delta, Event, Finished, finish
+from app.requests import GenerationRequest, identity
 from app.types import FinishReason, Usage
 
 MAX_BYTES = 64 * 1024 * 1024
-"""Stored answers together, roughly; the least recently used goes first."""
+"""Of all stored responses, roughly; the least recently used is evicted first."""
 
-_CHUNK_BYTES = 200
-"""What a stored chunk costs besides its text."""
+_EVENT_BYTES = 200
+"""Memory of a stored event besides its text."""
 _LOGPROB_BYTES = 160
 _ALTERNATIVE_BYTES = 120
-"""What the log-probability of a token costs, and that of another in its place."""
-_STORED = (FinishReason.STOP, FinishReason.LENGTH)
-_BREATH = 16
-"""A replay lets the event loop run after this many chunks."""
+"""Memory of the log-probability of a token, and of an alternative in its position."""
+COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)
+"""Finish reasons of responses that may be stored."""
+EVENTS_PER_TURN = 16
+"""A replay lets the event loop run after this many events."""
 
 
 class CacheMetrics(Protocol):
@@ -50,57 +52,61 @@ class CacheStats:
     """A snapshot for /status."""
 
     hits: int
-    """Answers replayed or shared."""
+    """Responses replayed or shared."""
     misses: int
     entries: int
     size: int
-    """Entries that there is room for."""
+    """Capacity in entries."""
     bytes: int
-    """Roughly what the entries take."""
+    """Memory of the entries, roughly."""
 
 
 def cache_key(request: GenerationRequest, info: EngineInfo, scope: str) -> bytes:
-    """Return a digest of everything that could change the answer.
+    """Return a digest of everything that could change the response.
 
-    Each part has its length in front, so that no two lists of parts run together into the same bytes.
+    Covers every field of the request that is not declared harmless, and every field of the engine's description.  The
+    repr of the whole tuple delimits its parts, so that no two lists of parts run together into the same bytes.
     """
-    parts = [request.tenant, scope]
-    # All fields: one that is added later cannot be forgotten here.
-    parts += [repr(getattr(each, field.name)) for each in (info, request.params) for field in fields(each)]
-    digest = sha256()
-    for part in (*(part.encode("utf-8", "surrogatepass") for part in parts), array("q", request.prompt_ids).tobytes()):
-        digest.update(len(part).to_bytes(8, "big"))
-        digest.update(part)
-    return digest.digest()
+    described = repr((scope, _description(info), identity(request)))
+    return sha256(described.encode("utf-8", "surrogatepass")).digest()
 
 
-def _weigh(chunks: tuple[Chunk, ...]) -> int:
-    scored = [token for chunk in chunks for token in chunk.logprobs]
+@lru_cache(maxsize=64)
+def _description(info: EngineInfo) -> str:
+    return repr(info)
+
+
+def _weight(events: tuple[Event, ...]) -> int:
+    """Return roughly how many bytes a stored response takes."""
+    deltas = [event for event in events if isinstance(event, Delta)]
+    logprobs = [token for delta in deltas for token in delta.logprobs]
     return (
-        sum(_CHUNK_BYTES + len(chunk.text.encode("utf-8", "surrogatepass")) for chunk in chunks)
-        + _LOGPROB_BYTES * len(scored)
-        + _ALTERNATIVE_BYTES * sum(len(token.top) for token in scored)
+        sum(_EVENT_BYTES + len(delta.text.encode("utf-8", "surrogatepass")) for delta in deltas)
+        + _LOGPROB_BYTES * len(logprobs)
+        + _ALTERNATIVE_BYTES * sum(len(token.top) for token in logprobs)
     )
 
 
 class _Flight:
-    """One answer as it is made (or was made) and those who read it; max_tokens bounds its chunks."""
+    """One response while it is generated (or replayed), and its readers; max_tokens bounds its events."""
 
-    def __init__(self, key: bytes, chunks: list[Chunk]) -> None:
+    def __init__(self, key: bytes, events: list[Event], *, streams: bool = True) -> None:
+        """Args: streams: whether deltas arrive as they are generated."""
         self.key = key
-        self.chunks = chunks
+        self.events = events
+        self.streams = streams
         self.readers: set[_Reader] = set()
         self.request_id = ""
         self.task: asyncio.Task[None] | None = None
-        """Makes the answer, or holds the error that ended it; None for an answer that is replayed."""
+        """Generates the response, or holds the error that ended it; None for a response that is replayed."""
 
     @property
     def complete(self) -> bool:
-        return bool(self.chunks) and self.chunks[-1].finish_reason is not None
+        return bool(self.events) and isinstance(self.events[-1], Finished)
 
     @property
     def over(self) -> bool:
-        """Whether no more chunks will come."""
+        """Return whether no more events will come."""
         return self.complete or self.task is None or self.task.done()
 
     def wake(self) -> None:
@@ -109,45 +115,47 @@ class _Flight:
 
 
 class _Reader:
-    """One request's own place in a flight."""
+    """The position of one request in a flight."""
 
-    def __init__(self, flight: _Flight, request: GenerationRequest, *, cached: bool) -> None:
+    def __init__(self, flight: _Flight, request: GenerationRequest, status: CacheStatus) -> None:
         self.flight = flight
         self.news = asyncio.Event()
         self.aborted = False
-        self._cached = cached
-        self._prompt_tokens = len(request.prompt_ids)
-        self._at = 0
+        self._status = status
+        self._prompt_tokens = request.prompt_tokens
+        self._position = 0
         self._tokens = 0
 
-    async def next(self) -> Chunk:
-        """Return the next chunk as soon as it is there.
+    async def next(self) -> Event:
+        """Return the next event as soon as it is there.
 
-        Raises: AppError: what ended the generation in place of a last chunk.
+        Raises: AppError: what ended the generation in place of Finished.
         """
         flight = self.flight
-        if self._at % _BREATH == _BREATH - 1:
+        if self._position % EVENTS_PER_TURN == EVENTS_PER_TURN - 1:
             await asyncio.sleep(0)
-        while not self.aborted and self._at == len(flight.chunks) and not flight.over:
+        while not self.aborted and self._position == len(flight.events) and not flight.over:
             self.news.clear()
             await self.news.wait()
-        if self.aborted or self._at == len(flight.chunks):
+        if self.aborted or self._position == len(flight.events):
             return self._cut_short()
-        chunk = flight.chunks[self._at]
-        self._at += 1
-        self._tokens += chunk.tokens
-        return replace(chunk, cached=True) if self._cached else chunk
+        event = flight.events[self._position]
+        self._position += 1
+        if isinstance(event, Delta):
+            self._tokens += event.tokens
+            return event
+        return structs.replace(event, cache=self._status)
 
-    def _cut_short(self) -> Chunk:
+    def _cut_short(self) -> Finished:
         task = self.flight.task
         if not self.aborted and task is not None and not task.cancelled():
             task.result()  # raises what broke the generation
         usage = Usage(prompt_tokens=self._prompt_tokens, completion_tokens=self._tokens)
-        return Chunk(finish_reason=FinishReason.ABORT, usage=usage)
+        return finish(FinishReason.ABORT, usage)
 
 
 class CachedEngine(EngineWrapper):
-    """Replays stored answers in the pieces they came in, and follows those that are being made."""
+    """Replays stored responses delta by delta, and shares those that are being generated."""
 
     def __init__(
         self,
@@ -159,14 +167,14 @@ class CachedEngine(EngineWrapper):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Args:
-        scope: what else decides an answer and only the composition knows, for example the output filter's policy.
-        clock: seconds; tells when a stored answer is too old.
+        scope: what else decides a response and only the composition knows, for example the output filter's policy.
+        clock: seconds; decides when a stored response expires.
         """
         super().__init__(inner)
         self._scope = scope
         self._metrics = metrics
         self._size = config.size
-        self._answers: TTLCache[bytes, tuple[Chunk, ...]] = TTLCache(MAX_BYTES, config.ttl_seconds, clock, _weigh)
+        self._responses: TTLCache[bytes, tuple[Event, ...]] = TTLCache(MAX_BYTES, config.ttl_seconds, clock, _weight)
         self._flights: dict[bytes, _Flight] = {}
         self._readers: dict[str, _Reader] = {}
         self._hits = self._misses = 0
@@ -175,23 +183,23 @@ class CachedEngine(EngineWrapper):
         return CacheStats(
             hits=self._hits,
             misses=self._misses,
-            entries=len(self._answers),
+            entries=len(self._responses),
             size=self._size,
-            bytes=int(self._answers.currsize),
+            bytes=int(self._responses.currsize),
         )
 
-    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         if not request.cache:
-            async with aclosing(self._inner.stream(request)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
+            async with aclosing(self._inner.stream(request)) as events:
+                async for event in events:
+                    yield event
             return
         reader = self._readers[request.id] = self._board(request)
         try:
             while True:
-                chunk = await reader.next()
-                yield chunk
-                if chunk.finish_reason is not None:
+                event = await reader.next()
+                yield event
+                if isinstance(event, Finished):
                     return
         finally:
             del self._readers[request.id]
@@ -200,7 +208,7 @@ class CachedEngine(EngineWrapper):
     async def abort(self, request_id: str) -> None:
         reader = self._readers.get(request_id)
         if reader is None:
-            await self._inner.abort(request_id)  # it may be one that went past the cache
+            await self._inner.abort(request_id)  # it may be one that bypassed the cache
             return
         reader.aborted = True
         reader.news.set()
@@ -210,21 +218,21 @@ class CachedEngine(EngineWrapper):
         for request_id in list(self._readers):
             await self.abort(request_id)
         await self._inner.close()
-        self._answers.clear()
+        self._responses.clear()
 
     def _board(self, request: GenerationRequest) -> _Reader:
-        """Find the answer stored or in the making, or begin to make it; raises what `info` raises."""
+        """Find the response stored or in flight, or begin to generate it; raises what `info` raises."""
         key = cache_key(request, self._inner.info, self._scope)
         flight = self._flights.get(key)
-        if flight is not None and flight.over:
+        if flight is not None and (flight.over or request.stream > flight.streams):
             flight = None
-        if flight is None and (stored := self._answers.get(key)) is not None:
+        if flight is None and (stored := self._responses.get(key)) is not None:
             flight = _Flight(key, list(stored))
         hit = flight is not None
         if flight is None:
             flight = self._flights[key] = self._take_off(key, request)
         self._count(hit)
-        reader = _Reader(flight, request, cached=hit)
+        reader = _Reader(flight, request, CacheStatus.HIT if hit else CacheStatus.MISS)
         flight.readers.add(reader)
         return reader
 
@@ -235,7 +243,7 @@ class CachedEngine(EngineWrapper):
             (self._metrics.cache_hit if hit else self._metrics.cache_miss)()
 
     def _take_off(self, key: bytes, request: GenerationRequest) -> _Flight:
-        flight = _Flight(key, [])
+        flight = _Flight(key, [], streams=request.stream)
         # An id of its own: the request that began it may leave while others still read.
         flight.request_id = uuid4().hex
         flight.task = asyncio.create_task(self._fly(flight, replace(request, id=flight.request_id)))
@@ -243,10 +251,10 @@ class CachedEngine(EngineWrapper):
         return flight
 
     async def _fly(self, flight: _Flight, request: GenerationRequest) -> None:
-        async with aclosing(self._inner.stream(request)) as chunks:
-            async for chunk in chunks:
-                flight.chunks.append(chunk)
-                if chunk.finish_reason in _STORED:
+        async with aclosing(self._inner.stream(request)) as events:
+            async for event in events:
+                flight.events.append(event)
+                if isinstance(event, Finished) and event.finish_reason in COMPLETE:
                     self._store(flight)
                 flight.wake()
 
@@ -254,27 +262,27 @@ class CachedEngine(EngineWrapper):
         self._forget(flight)
         flight.wake()
         if not task.cancelled():
-            task.exception()  # Seen, even if every reader has left: asyncio would complain otherwise.
+            task.exception()  # Retrieved even if every reader has left: asyncio would log it otherwise.
 
     def _forget(self, flight: _Flight) -> None:
         if self._flights.get(flight.key) is flight:
             del self._flights[flight.key]
 
     def _store(self, flight: _Flight) -> None:
-        answer = tuple(flight.chunks)
-        if _weigh(answer) > MAX_BYTES:
+        response = tuple(flight.events)
+        if _weight(response) > MAX_BYTES:
             return
-        self._answers[flight.key] = answer
-        while len(self._answers) > self._size:
-            self._answers.popitem()
+        self._responses[flight.key] = response
+        while len(self._responses) > self._size:
+            self._responses.popitem()
 
     async def _leave(self, reader: _Reader) -> None:
-        """Take a reader off its flight; the last one ends it, and waits until the inner engine has let go of it."""
+        """Remove a reader from its flight; the last one cancels it, and waits until the inner engine has freed it."""
         flight = reader.flight
         flight.readers.discard(reader)
         if flight.readers or flight.task is None or flight.task.done():
             return
-        # A second cancel would break into the inner engine's clearing up.
+        # A second cancel would interrupt the inner engine's clean-up.
         if not flight.complete and not flight.task.cancelling():
             self._forget(flight)
             flight.task.cancel()

@@ -1,21 +1,24 @@
-"""An engine without weights: it gives back what it was asked.  Deterministic, for tests and for trying the service.
+"""An engine without weights: it returns its prompt.  Deterministic, for tests and for trying the service.
 
-A token is one Unicode character, and the engine is certain of each: no sampling setting changes what it says, and
-every log-probability is 0.  Keeps every promise of `Engine`, so what works in front of it works in front of a
-model; `bench/` uses it to measure what the service itself costs.
+A token is one Unicode character, and the engine is certain of each: no sampling parameter changes the text, and every
+log-probability is 0.  It keeps every promise of `Engine`; `bench/` uses it to measure what the service itself costs.
 """
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from itertools import cycle, islice
 
-from app.engine.base import Chunk, EngineInfo, EngineStatus, GenerationRequest
+from app.engine.base import EngineInfo, EngineStatus, PreparedPrompt
 from app.errors import EngineBusy, EngineNotReady
-from app.types import EngineState, FinishReason, Message, Role, SamplingParams, TokenLogprob, Usage
+from app.events import Delta, DetokenizedLogprob, Event, Finished, Started, finish
+from app.requests import GenerationRequest
+from app.types import EngineState, FinishReason, Message, Role, SamplingParams, Usage
 
 _CONTROL = 0x110000
 """Token ids from here on are control tokens: no character of a text can be one."""
 _TURN = {role: _CONTROL + number for number, role in enumerate(Role)}
+_TOKENS_PER_TURN = 16
+"""Without a delay so many tokens are ready at once; then the event loop gets its turn."""
 
 
 class EchoDecoder:
@@ -31,9 +34,9 @@ class EchoDecoder:
 class EchoTokenizer:
     """Characters to token ids, and one control token in front of each message."""
 
-    def encode_chat(self, messages: Sequence[Message], *, go_on: bool = False) -> tuple[int, ...]:
+    def encode_chat(self, messages: Sequence[Message], *, continue_final_message: bool = False) -> tuple[int, ...]:
         ids = [token_id for message in messages for token_id in (_TURN[message.role], *map(ord, message.content))]
-        return tuple(ids) if go_on else (*ids, _TURN[Role.ASSISTANT])
+        return tuple(ids) if continue_final_message else (*ids, _TURN[Role.ASSISTANT])
 
     def encode_text(self, text: str) -> tuple[int, ...]:
         return tuple(map(ord, text))
@@ -63,7 +66,6 @@ class EchoEngine:
         self.tokenizer = EchoTokenizer()
         self._info = EngineInfo(
             model=model,
-            revision=None,
             engine="echo",
             device="cpu",
             dtype="none",
@@ -73,7 +75,8 @@ class EchoEngine:
         )
         self._delay = token_delay_seconds
         self._max_running = max_running
-        self._live: dict[str, asyncio.Event] = {}
+        self._aborts: dict[str, asyncio.Event] = {}
+        """Of each live request, set when it is aborted."""
         self._state = EngineState.LOADING
 
     @property
@@ -81,7 +84,7 @@ class EchoEngine:
         return self._info
 
     def status(self) -> EngineStatus:
-        return EngineStatus(state=self._state, running=len(self._live), waiting=0, restarts=0)
+        return EngineStatus(state=self._state, running=len(self._aborts), waiting=0, restarts=0)
 
     async def start(self) -> None:
         self._state = EngineState.READY
@@ -89,80 +92,99 @@ class EchoEngine:
     async def wait_ready(self) -> None:
         return
 
-    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+    async def prepare(self, request: GenerationRequest) -> PreparedPrompt:
+        ids = request.prompt_ids
+        if ids is None and request.is_chat:
+            chat = request.continue_final_message
+            ids = self.tokenizer.encode_chat(request.messages, continue_final_message=chat)
+        elif ids is None:
+            ids = self.tokenizer.encode_text(request.text or "")
+        return PreparedPrompt(prompt_tokens=len(ids), prompt_ids=ids)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        return _characters(token_ids)
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         if self._state is not EngineState.READY:
             raise EngineNotReady("The model is not ready; try again in a moment.", retry_after=1)
-        if len(self._live) >= self._max_running:
+        if len(self._aborts) >= self._max_running:
             raise EngineBusy("Too many requests are running; try again in a moment.", retry_after=1)
-        aborted = self._live[request.id] = asyncio.Event()
+        self._info.capabilities.check(request)
+        aborted = self._aborts[request.id] = asyncio.Event()
         try:
-            yield Chunk()
-            async for chunk in self._speak(request, aborted):
-                yield chunk
+            yield Started(prompt_tokens=request.prompt_tokens)
+            async for event in self._generate(request, aborted):
+                yield event
         finally:
-            del self._live[request.id]
+            del self._aborts[request.id]
 
     async def abort(self, request_id: str) -> None:
-        if request_id in self._live:
-            self._live[request_id].set()
+        if request_id in self._aborts:
+            self._aborts[request_id].set()
 
     async def close(self) -> None:
         self._state = EngineState.CLOSED
-        for aborted in self._live.values():
+        for aborted in self._aborts.values():
             aborted.set()
 
-    async def _speak(self, request: GenerationRequest, aborted: asyncio.Event) -> AsyncGenerator[Chunk, None]:
-        params = request.params
-        text = _long_enough(_answer(request.prompt_ids), params)
+    async def _generate(
+        self, request: GenerationRequest, aborted: asyncio.Event
+    ) -> AsyncGenerator[Delta | Finished, None]:
+        params, progress = request.sampling, request.progress
+        text = _long_enough(_echoed(request.prompt_ids or ()), params)
         ends = [chr(token_id) for token_id in params.stop_token_ids if token_id < _CONTROL]
         end_at = min(_places(text, ends, params.min_tokens), default=len(text))
         stop_at = min([*_places(text, params.stop), end_at])
         limit = min(stop_at, params.max_tokens)
         sent = 0
         while sent < limit and not aborted.is_set():
-            await asyncio.sleep(self._delay)
-            sent += 1
-            yield _say(text[sent - 1], params)
+            if self._delay or progress.generated % _TOKENS_PER_TURN == 0:
+                await asyncio.sleep(self._delay)
+            progress.generated += 1
+            if request.stream or sent == 0 or progress.generated == limit or aborted.is_set():
+                yield _delta(text[sent : progress.generated], params)
+                sent = progress.generated
         reason = FinishReason.LENGTH if sent < stop_at else FinishReason.STOP
         if aborted.is_set():
             reason = FinishReason.ABORT
-        closing = int(sent == end_at < min(len(text), params.max_tokens))  # an end token counts, and is not shown
-        usage = Usage(prompt_tokens=len(request.prompt_ids), completion_tokens=sent + closing)
-        stopped_by = _stopped_by(text, sent, end_at, params) if reason is FinishReason.STOP else None
-        yield Chunk(tokens=closing, finish_reason=reason, usage=usage, stopped_by=stopped_by)
+        # An end token counts, and has no text.
+        progress.generated += int(sent == end_at < min(len(text), params.max_tokens))
+        usage = Usage(prompt_tokens=request.prompt_tokens, completion_tokens=progress.generated)
+        yield finish(reason, usage, _stop_reason(text, sent, end_at, params) if reason is FinishReason.STOP else None)
 
 
-def _say(character: str, params: SamplingParams) -> Chunk:
+def _delta(text: str, params: SamplingParams) -> Delta:
     if params.logprobs is None:
-        return Chunk(text=character, tokens=1)
-    certain = (ord(character), 0.0)
-    token = TokenLogprob(*certain, top=(certain,) if params.logprobs else ())
-    return Chunk(text=character, tokens=1, logprobs=(token,), token_ends=(1,))
+        return Delta(text=text, tokens=len(text))
+    certain = [DetokenizedLogprob(character, character.encode("utf-8", "replace"), 0.0) for character in text]
+    logprobs = tuple(
+        DetokenizedLogprob(each.text, each.raw, 0.0, (each,) if params.logprobs else ()) for each in certain
+    )
+    return Delta(text=text, tokens=len(text), logprobs=logprobs, token_ends=tuple(range(1, len(text) + 1)))
 
 
-def _stopped_by(text: str, at: int, end_at: int, params: SamplingParams) -> str | int | None:
-    """Return which stop token or stop string begins where the answer ended; None where it ended by itself."""
+def _stop_reason(text: str, at: int, end_at: int, params: SamplingParams) -> str | int | None:
+    """Return which stop token or stop string begins at the end of the completion; None if it ended by itself."""
     if at == end_at:
         return ord(text[at]) if at < len(text) and ord(text[at]) in params.stop_token_ids else None
     return min((stop for stop in params.stop if text.startswith(stop, at)), key=len, default=None)
 
 
 def _places(text: str, wanted: Sequence[str], begin: int = 0) -> list[int]:
-    """Return where each of the wanted texts that there are begins first."""
+    """Return where each of the wanted texts that occur begins first."""
     return [at for at in (text.find(each, begin) for each in wanted) if at >= 0]
 
 
 def _long_enough(text: str, params: SamplingParams) -> str:
-    """Begin the text again until it has the characters asked for, or one more than may be sent if it must not end."""
+    """Repeat the text up to the characters that must come, or one more than may be sent if it must not end."""
     wanted = params.max_tokens + 1 if params.ignore_eos else params.min_tokens
     return text if len(text) >= wanted else "".join(islice(cycle(text), wanted))
 
 
-def _answer(prompt_ids: tuple[int, ...]) -> str:
+def _echoed(prompt_ids: tuple[int, ...]) -> str:
     """Return the text after the last user mark, or the whole prompt where there is none."""
     starts = [index for index, token_id in enumerate(prompt_ids) if token_id == _TURN[Role.USER]]
-    spoken = prompt_ids[starts[-1] + 1 :] if starts else prompt_ids
-    return _characters(spoken)
+    return _characters(prompt_ids[starts[-1] + 1 :] if starts else prompt_ids)
 
 
 def _characters(token_ids: Sequence[int]) -> str:

@@ -1,97 +1,158 @@
-"""Which engines are loaded, who uses them now, and how they are emptied.
-
-Decides whether a request may start (the model is known, the service is not draining) and remembers every live request
-until it ends, so that a shutdown can wait for them and then end those that are left.
-"""
+"""The models that are loaded: loaded once, leased by requests, drained and unloaded."""
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from app.engine.base import Engine
+from app.engine.served_model import ServedModel
 from app.errors import ModelNotFound, ShuttingDown
+from app.requests import GenerationRequest
 
 
-class EngineRegistry:
-    """The engines by their public name; lives as long as the application."""
+class ModelHost:
+    """Holds the served models by their public names; lives as long as the application."""
 
-    def __init__(self, engines: dict[str, Engine]) -> None:
-        """Args: engines: by model name; the first serves requests that name no model."""
-        self._engines = engines
+    def __init__(self, build: Callable[[str], ServedModel], default: str) -> None:
+        """Args:
+        build: makes everything of one model by its name, without starting it; raises ModelNotFound for another name.
+        default: serves requests that name no model.
+        """
+        self._build = build
+        self.default_name = default
         self.since = int(time.time())
-        """When they were put together, in seconds since 1970."""
-        self._live: dict[str, Engine] = {}
-        self._idle = asyncio.Event()
-        self._idle.set()
+        """When the host was made, in seconds since 1970."""
+        self._models: dict[str, ServedModel] = {}
+        self._unloading: set[str] = set()
+        self._leases: dict[str, str] = {}
+        """Request id -> model, of each sample of each live request."""
+        self._leases_per_model: Counter[str] = Counter()
+        self._released = asyncio.Event()
+        """Set, and replaced, each time a model has lost its last lease."""
         self.draining = False
         """New requests are refused; live ones may finish."""
         self.over = False
-        """The grace period has ended: nothing may start any more, not even what was taken in before."""
-
-    @property
-    def default(self) -> Engine:
-        return next(iter(self._engines.values()))
-
-    @property
-    def default_name(self) -> str:
-        return next(iter(self._engines))
+        """The grace period has ended: nothing starts any more, not even what was admitted before."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of all models, the default one first."""
-        return tuple(self._engines)
+        """Return the names of all models, the default one first."""
+        return tuple(sorted(self._models, key=lambda name: name != self.default_name))
 
-    def find(self, model: str | None) -> Engine:
-        """Return the engine of a model, or the default one for None.
+    @property
+    def default(self) -> ServedModel:
+        """Return the default model.
+
+        Raises: ModelNotFound: it is not loaded.
+        """
+        return self.find(None)
+
+    @property
+    def models(self) -> tuple[ServedModel, ...]:
+        """Return all models, the default one first."""
+        return tuple(self._models[name] for name in self.names)
+
+    def find(self, model: str | None) -> ServedModel:
+        """Return a model by its name, or the default one for None.
 
         Raises: ModelNotFound: no such model is loaded.
         """
-        engine = self._engines.get(self.default_name if model is None else model)
-        if engine is None:
+        name = self.default_name if model is None else model
+        if name not in self._models or name in self._unloading:
             raise ModelNotFound("This model is not loaded; leave `model` out to use the one that is.")
-        return engine
+        return self._models[name]
 
-    @asynccontextmanager
-    async def lease(self, model: str | None, request_id: str) -> AsyncIterator[Engine]:
-        """Hold an engine for one request, and free its place when the request ends in whatever way.
+    async def load(self, name: str) -> ServedModel:
+        """Build and start a model, once however many ask; `engine.wait_ready` reports when it can serve.
 
-        Raises:
-            ShuttingDown: the service takes no new work.
-            ModelNotFound: no such model is loaded.
+        Raises: ModelNotFound, ConfigError: it cannot be built; ShuttingDown.
         """
         if self.draining:
             raise ShuttingDown()
-        engine = self.find(model)
-        self._live[request_id] = engine
-        self._idle.clear()
-        try:
-            yield engine
-        finally:
-            # Closing a chain does not close the model's stream at once: free its place ourselves.
+        model = self._models.get(name)
+        if model is None:
+            # Nothing is awaited in between, so that two loads at once cannot both build it.
+            model = self._models[name] = self._build(name)
             try:
-                await engine.abort(request_id)
-            finally:
-                del self._live[request_id]
-                if not self._live:
-                    self._idle.set()
+                await model.engine.start()
+            except BaseException:
+                del self._models[name]
+                raise
+        return model
 
-    async def start(self) -> None:
-        for engine in self._engines.values():
-            await engine.start()
+    async def unload(self, name: str, grace_seconds: float) -> None:
+        """Refuse new requests of a model, let the live ones finish, end the rest after the grace period, and close it.
+
+        Raises: ModelNotFound: no such model is loaded.
+        """
+        model = self.find(name)
+        self._unloading.add(name)
+        try:
+            if not await self._released_within(grace_seconds, name):
+                await self._abort(name)
+            await model.engine.close()
+        finally:
+            self._models.pop(name, None)
+            self._unloading.discard(name)
+
+    @asynccontextmanager
+    async def lease(self, request: GenerationRequest) -> AsyncIterator[ServedModel]:
+        """Hold a model for one request.
+
+        Raises: ShuttingDown: the service takes no new work; ModelNotFound: no such model is loaded.
+        """
+        if self.draining:
+            raise ShuttingDown()
+        model = self.find(request.model)
+        ids = request.sample_ids
+        self._leases.update(dict.fromkeys(ids, model.name))
+        self._leases_per_model[model.name] += 1
+        try:
+            yield model
+        finally:
+            for each in ids:
+                del self._leases[each]
+            self._leases_per_model[model.name] -= 1
+            if not self._leases_per_model[model.name]:
+                del self._leases_per_model[model.name]
+                self._released.set()
+                self._released = asyncio.Event()
 
     async def drain(self, grace_seconds: float) -> None:
         """Refuse new requests, let the live ones finish, and end what is left after the grace period."""
         self.draining = True
-        try:
-            await asyncio.wait_for(self._idle.wait(), grace_seconds)
-        except TimeoutError:
-            self.over = True
-            for request_id, engine in list(self._live.items()):
-                await engine.abort(request_id)
+        if not await self._released_within(grace_seconds):
+            await self.abort_all()
+
+    async def abort_all(self) -> None:
+        """End every live request with FinishReason.ABORT; nothing starts after it."""
+        self.draining = self.over = True
+        self._released.set()
+        for name in tuple(self._models):
+            await self._abort(name)
 
     async def close(self) -> None:
         """Stop every engine; live requests end with FinishReason.ABORT."""
         self.draining = True
-        for engine in self._engines.values():
-            await engine.close()
+        for model in tuple(self._models.values()):
+            await model.engine.close()
+
+    async def _abort(self, name: str) -> None:
+        for request_id, model in tuple(self._leases.items()):
+            if model == name:
+                await self._models[name].engine.abort(request_id)
+
+    async def _released_within(self, seconds: float, name: str | None = None) -> bool:
+        """Wait until a model, or all of them, have no lease left; return False when the time is over first."""
+
+        def leased() -> bool:
+            return bool(self._leases_per_model) if name is None else name in self._leases_per_model
+
+        try:
+            async with asyncio.timeout(seconds):
+                while leased() and not self.over:
+                    await self._released.wait()
+        except TimeoutError:
+            return False
+        return not leased()

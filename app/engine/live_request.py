@@ -1,64 +1,70 @@
-"""One live request in the API process, from admission to its one outcome.
+"""The state of one live request in the API process, from admission to its one outcome.
 
-Decides what text the tokens make, where a stop string cuts it, and when a deadline has passed.  Knows no worker: it is
-told what happened, and says once that it is settled.
+Decides what text the tokens become, where a stop string cuts it, and when a deadline has passed.
 """
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 
 from app.config import DeadlineConfig
-from app.engine.base import Chunk, GenerationRequest, TextDecoder
-from app.engine.logprob_alignment import TokenSpans
+from app.engine.base import Tokenizer
+from app.engine.logprob_alignment import LogprobAlignment
 from app.engine.stop_strings import StopBuffer
+from app.engine.tokenizer.detokenize import detokenize_logprobs
 from app.errors import AppError, DeadlineExceeded, EngineFailed
+from app.events import Delta, Finished, finish
 from app.ipc.messages import TokenEvent
+from app.requests import GenerationRequest
 from app.types import FinishReason, TokenLogprob, Usage
 
 _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": FinishReason.ABORT}
 
 
 class LiveRequest:
-    """Gathers an answer as it comes; text that nobody has read yet waits as one piece, bounded by max_tokens."""
+    """Collects a completion as the worker generates it; unread text is merged, bounded by max_tokens."""
 
     def __init__(
         self,
         number: int,
         request: GenerationRequest,
-        decoder: TextDecoder,
+        tokenizer: Tokenizer,
         deadlines: DeadlineConfig,
-        on_settled: Callable[["LiveRequest"], None],
+        on_outcome: Callable[["LiveRequest"], None],
     ) -> None:
-        """Start the clock.  `on_settled` is called once, at the moment of the outcome."""
+        """Start the clock.  Args: on_outcome: called once, at the moment of the outcome."""
         self.number = number
         self.request = request
         self.started_at: float | None = None
         """Loop time at which the model began on it, in seconds; None while it waits."""
-        self.completion_tokens = 0
-        """Tokens made so far, with the end token."""
+        self._progress = request.progress
         self._loop = asyncio.get_running_loop()
-        self._decoder = decoder
-        self._stops = StopBuffer(request.params.stop)
-        self._spans = TokenSpans()
+        self._tokenizer = tokenizer
+        self._decoder = tokenizer.decoder()
+        self._stops = StopBuffer(request.sampling.stop)
+        self._alignment = LogprobAlignment[TokenLogprob]()
         self._cached_tokens = 0
         self._end_token: int | None = None
         self._deadlines = deadlines
         self._last_moment = self._loop.time() + deadlines.total_seconds
-        self._on_settled = on_settled
+        self._on_outcome = on_outcome
         self._text: list[str] = []
+        self._begun = False
+        """Whether a delta has been yielded."""
+        self._reported = 0
+        """Tokens of the deltas yielded so far."""
         self._outcome: FinishReason | AppError | None = None
         self._news = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._arm(deadlines.waiting_seconds, "The request waited too long for the model.")
 
     @property
-    def settled(self) -> bool:
-        """Whether the outcome is known; nothing changes after it."""
+    def is_over(self) -> bool:
+        """Return whether the outcome is known; nothing changes after it."""
         return self._outcome is not None
 
     def accept(self, event: TokenEvent) -> None:
-        """Take in what the worker did; whatever comes after the outcome is ignored."""
-        if self.settled:
+        """Apply what the worker generated; whatever comes after the outcome is ignored."""
+        if self.is_over:
             return
         if self.started_at is None:
             self.started_at = self._loop.time()
@@ -70,81 +76,88 @@ class LiveRequest:
         if event.error is not None:
             self.fail(EngineFailed(event.error))
         elif event.finish is not None:
-            self.completion_tokens += event.finish == "stop"
+            self._progress.generated += event.finish == "stop"
             self._end_token = event.end_token
             self.end(_FINISH[event.finish])
 
     def end(self, reason: FinishReason) -> None:
         """Finish with what there is; the first outcome stays."""
-        if self.settled:
+        if self.is_over:
             return
         rest = self._decoder.finish()
-        self._spans.finish(rest)
-        self._say(self._stops.feed(rest) + self._stops.finish())
-        self._settle(reason if self._stops.matched is None else FinishReason.STOP)
+        self._alignment.finish(rest)
+        self._append(self._stops.feed(rest) + self._stops.finish())
+        self._finish(reason if self._stops.matched is None else FinishReason.STOP)
 
     def fail(self, error: AppError) -> None:
         """Finish with an error; the first outcome stays."""
-        if not self.settled:
-            self._settle(error)
+        if not self.is_over:
+            self._finish(error)
 
-    async def chunks(self) -> AsyncGenerator[Chunk, None]:
-        """Yield the text as it comes, then the one last chunk.
+    async def events(self) -> AsyncGenerator[Delta | Finished, None]:
+        """Yield deltas as the text grows, then Finished.
 
-        Raises: AppError: the outcome is an error; it comes in place of the last chunk.
+        A request that does not stream gets one delta with the first token and one with all that follows.
+
+        Raises: AppError: the outcome is an error; it comes in place of Finished.
         """
-        told = 0
         while True:
             await self._news.wait()
             self._news.clear()
-            outcome, made, text = self._outcome, self.completion_tokens, "".join(self._text)
-            self._text.clear()
-            logprobs, ends = self._spans.show(len(text))
-            if text:
-                yield Chunk(text=text, tokens=made - told, logprobs=logprobs, token_ends=ends)
-                told, logprobs, ends = made, (), ()
+            outcome = self._outcome
+            delta = self._next_delta()
+            if delta.text or delta.logprobs:
+                self._begun = True
+                self._reported += delta.tokens
+                yield delta
             if isinstance(outcome, AppError):
                 raise outcome
             if outcome is not None:
-                yield Chunk(
-                    tokens=made - told,
-                    finish_reason=outcome,
-                    usage=Usage(len(self.request.prompt_ids), made, self._cached_tokens),
-                    logprobs=logprobs,
-                    token_ends=ends,
-                    stopped_by=self._stopped_by(),
-                )
+                usage = Usage(self.request.prompt_tokens, self._progress.generated, self._cached_tokens)
+                yield finish(outcome, usage, self._stop_reason())
                 return
 
-    def _stopped_by(self) -> str | int | None:
-        """Return which of the request's own stop strings and tokens ended the answer."""
+    def _next_delta(self) -> Delta:
+        text = "".join(self._text)
+        self._text.clear()
+        logprobs, ends = self._alignment.release(len(text))
+        return Delta(
+            text=text,
+            tokens=self._progress.generated - self._reported,
+            logprobs=detokenize_logprobs(logprobs, self._tokenizer) if logprobs else (),
+            token_ends=ends,
+        )
+
+    def _stop_reason(self) -> str | int | None:
+        """Return which of the request's own stop strings and tokens ended the completion."""
         if self._stops.matched is not None:
             return self._stops.matched
-        return self._end_token if self._end_token in self.request.params.stop_token_ids else None
+        return self._end_token if self._end_token in self.request.sampling.stop_token_ids else None
 
     def _take(self, token_id: int, logprob: TokenLogprob | None) -> bool:
-        """Add a token and return whether the answer goes on after it."""
-        self.completion_tokens += 1
-        if self.completion_tokens == 1:
+        """Append a token and return whether generation continues after it."""
+        self._progress.generated += 1
+        if self._progress.generated == 1:
             self._arm(self._deadlines.total_seconds, "The answer took too long.")
         text = self._decoder.feed((token_id,))
-        self._spans.add(text, logprob)
-        self._say(self._stops.feed(text))
+        self._alignment.add(text, logprob)
+        self._append(self._stops.feed(text))
         if self._stops.matched is None:
             return True
-        self._settle(FinishReason.STOP)
+        self._finish(FinishReason.STOP)
         return False
 
-    def _say(self, text: str) -> None:
+    def _append(self, text: str) -> None:
         if text:
             self._text.append(text)
-            self._news.set()
+            if self.request.stream or not self._begun:
+                self._news.set()
 
-    def _settle(self, outcome: FinishReason | AppError) -> None:
+    def _finish(self, outcome: FinishReason | AppError) -> None:
         self._disarm()
         self._outcome = outcome
         self._news.set()
-        self._on_settled(self)
+        self._on_outcome(self)
 
     def _arm(self, seconds: float, message: str) -> None:
         """Set the deadline of the phase that begins now; the total one stands above it."""

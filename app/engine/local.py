@@ -1,7 +1,7 @@
-"""The engine that keeps a model in a worker process.
+"""The engine whose model lives in a worker process of its own.
 
-Decides who is let in and what each live request is told.  Knows no torch, no processes (`supervisor.py`), no sockets
-(`channel.py`) and no text (`ticket.py`).
+Decides which requests are admitted, and routes what the worker generates to them.  `supervisor.py` runs the process,
+`worker_process.py` its socket, `live_request.py` turns tokens into text.
 """
 
 import asyncio
@@ -9,41 +9,43 @@ import contextlib
 import logging
 import os
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
 
 from app.config import DeadlineConfig, ModelConfig
-from app.engine.base import Chunk, EngineInfo, EngineStatus, GenerationRequest, Tokenizer
+from app.engine.base import Capabilities, EngineInfo, EngineStatus, PreparedPrompt, Tokenizer
 from app.engine.live_request import LiveRequest
+from app.engine.tokenizer.detokenize import detokenize
+from app.engine.tokenizer.prepare import encode_prompt
 from app.errors import ContextLengthExceeded, EngineBusy, EngineFailed, EngineNotReady, InvalidRequest
+from app.events import Event, Started
 from app.ipc.messages import ModelSpec, Ready, Submit, TokenEvent
 from app.ipc.supervisor import Launch, Supervisor
 from app.ipc.worker_process import WorkerLostError, WorkerProcess
-from app.types import EngineState, FinishReason, SamplingParams
+from app.requests import GenerationRequest
+from app.types import EngineState, FinishReason
 
 log = logging.getLogger(__name__)
 
 LOADING_RETRY_SECONDS = 5.0
 BUSY_RETRY_SECONDS = (1.0, 30.0)
-"""The least and the most that a refused client is told to wait."""
-DEFAULTS = SamplingParams(max_tokens=1)
-"""What asks for nothing special."""
+"""Bounds of the Retry-After of a refused request."""
 
 
-class Ends:
-    """Measures how fast answers end, to tell a refused client when the line will have moved."""
+class CompletionRate:
+    """Measures how fast requests finish, so that a refused client learns when to try again."""
 
     def __init__(self) -> None:
         self._moments: deque[float] = deque(maxlen=16)
 
     def add(self, moment: float) -> None:
-        """Take note of an end, at a time in seconds."""
+        """Record the end of a request, at a time in seconds."""
         self._moments.append(moment)
 
     def seconds_each(self) -> float:
-        """Return the mean time from one end to the next, of the last few; 0 before there were two."""
+        """Return the mean seconds from one end to the next, over the last few; 0 before there were two."""
         if len(self._moments) < 2:
             return 0.0
         return (self._moments[-1] - self._moments[0]) / (len(self._moments) - 1)
@@ -84,8 +86,8 @@ class LocalEngine:
         self._tokenizer: Tokenizer | None = None
         self._slots = 1
         self._numbers = count(1)
-        self._tickets: dict[int, LiveRequest] = {}
-        self._ends = Ends()
+        self._live: dict[int, LiveRequest] = {}
+        self._completion_rate = CompletionRate()
 
     @property
     def info(self) -> EngineInfo:
@@ -103,11 +105,11 @@ class LocalEngine:
 
     def status(self) -> EngineStatus:
         """Return where the engine stands now; never blocks and never raises."""
-        running = sum(ticket.started_at is not None for ticket in self._tickets.values())
+        running = sum(live.started_at is not None for live in self._live.values())
         return EngineStatus(
             state=self._worker.state,
             running=running,
-            waiting=len(self._tickets) - running,
+            waiting=len(self._live) - running,
             restarts=self._worker.restarts,
             error=self._worker.error,
             worker_pid=self._worker.worker_pid,
@@ -127,35 +129,43 @@ class LocalEngine:
         """
         await self._worker.wait_ready()
 
-    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
-        """Generate; an empty chunk at once when admitted, then the text, then exactly one last chunk.
+    async def prepare(self, request: GenerationRequest) -> PreparedPrompt:
+        """Encode the prompt with the model's own tokenizer."""
+        return await encode_prompt(self.tokenizer, request)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Return the text of a prompt that arrived as tokens."""
+        return await asyncio.to_thread(detokenize, self.tokenizer, token_ids)
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """Generate: Started at once when admitted, deltas, then exactly one Finished.
 
         Closing the generator early cancels the request within one token.
 
-        Raises: EngineNotReady, EngineBusy, InvalidRequest: before the first chunk.
-            EngineFailed, DeadlineExceeded: in place of the last chunk.
+        Raises: EngineNotReady, EngineBusy, InvalidRequest: in place of Started.
+            EngineFailed, DeadlineExceeded: in place of Finished.
         """
-        ticket = self._admit(request)
+        live = self._admit(request)
         try:
-            yield Chunk()
-            async with contextlib.aclosing(ticket.chunks()) as chunks:
-                async for chunk in chunks:
-                    yield chunk
+            yield Started(prompt_tokens=request.prompt_tokens)
+            async with contextlib.aclosing(live.events()) as events:
+                async for event in events:
+                    yield event
         finally:
-            ticket.end(FinishReason.ABORT)
+            live.end(FinishReason.ABORT)
 
     async def abort(self, request_id: str) -> None:
         """End a request now: its stream closes with FinishReason.ABORT.  Unknown ids are ignored."""
-        for ticket in tuple(self._tickets.values()):
-            if ticket.request.id == request_id:
-                ticket.end(FinishReason.ABORT)
+        for live in tuple(self._live.values()):
+            if live.request.id == request_id:
+                live.end(FinishReason.ABORT)
 
     async def close(self) -> None:
         """Stop for good: live streams end with FinishReason.ABORT, and no process or task is left."""
         await self._worker.close()
 
     async def on_ready(self, ready: Ready) -> None:
-        """Take over what the worker loaded.
+        """Take over the model that the worker loaded.
 
         Raises: WorkerLostError: its tokenizer cannot be used here.
         """
@@ -174,76 +184,74 @@ class LocalEngine:
             context_length=ready.context_length,
             vocab_size=ready.vocab_size,
             parameters=ready.parameters,
-            unsupported=ready.unsupported,
+            capabilities=Capabilities(unsupported=ready.unsupported),
             recommended=ready.recommended,
             logprob_shift=ready.logprob_shift,
             compiled=ready.compiled,
         )
 
     def on_event(self, event: TokenEvent) -> None:
-        """Pass an event to its request; one that has ended before is gone, and the event with it."""
-        ticket = self._tickets.get(event.id)
-        if ticket is None:
+        """Route an event to its request; an event of a request that has ended is dropped."""
+        live = self._live.get(event.id)
+        if live is None:
             return
         try:
-            ticket.accept(event)
-        except Exception as error:  # noqa: BLE001  # one bad answer must not end the others
+            live.accept(event)
+        except Exception as error:  # noqa: BLE001  # one bad completion must not end the others
             # Without its message, which could hold the text.
-            log.error("an answer could not be decoded: %s", type(error).__name__)
-            ticket.fail(EngineFailed("The model's answer could not be decoded."))
+            log.error("a completion could not be decoded: %s", type(error).__name__)
+            live.fail(EngineFailed("The model's answer could not be decoded."))
 
     def on_lost(self) -> None:
-        """Fail every live request: the worker that had them is gone."""
-        for ticket in tuple(self._tickets.values()):
-            ticket.fail(EngineFailed("The model's worker failed during this request. Try again."))
+        """Fail every live request: the worker that ran them is gone."""
+        for live in tuple(self._live.values()):
+            live.fail(EngineFailed("The model's worker failed during this request. Try again."))
 
     def on_close(self) -> None:
-        """End every live request with what it has."""
-        for ticket in tuple(self._tickets.values()):
-            ticket.end(FinishReason.ABORT)
+        """Finish every live request with the text that it has."""
+        for live in tuple(self._live.values()):
+            live.end(FinishReason.ABORT)
 
     def _admit(self, request: GenerationRequest) -> LiveRequest:
         if self._worker.state is not EngineState.READY:
             raise self._not_ready()
         self._refuse_misfit(request)
         self._refuse_too_many(request)
-        ticket = LiveRequest(next(self._numbers), request, self.tokenizer.decoder(), self._deadlines, self._settled)
-        self._tickets[ticket.number] = ticket
-        self._worker.submit(Submit(ticket.number, request.prompt_ids, request.params, request.tenant))
-        return ticket
+        live = LiveRequest(next(self._numbers), request, self.tokenizer, self._deadlines, self._forget)
+        self._live[live.number] = live
+        self._worker.submit(Submit(live.number, request.prompt_ids or (), request.sampling, request.tenant))
+        return live
 
     def _refuse_too_many(self, request: GenerationRequest) -> None:
-        waiting = [ticket.request for ticket in self._tickets.values() if ticket.started_at is None]
-        tokens = sum(len(each.prompt_ids) for each in waiting)
-        if len(self._tickets) < self._slots + self._config.max_waiting and (
-            not waiting or tokens + len(request.prompt_ids) <= self._config.max_waiting_tokens
+        waiting = [live.request for live in self._live.values() if live.started_at is None]
+        tokens = sum(each.prompt_tokens for each in waiting)
+        if len(self._live) < self._slots + self._config.max_waiting and (
+            not waiting or tokens + request.prompt_tokens <= self._config.max_waiting_tokens
         ):
             return
         least, most = BUSY_RETRY_SECONDS
         raise EngineBusy(
             "The model has as many requests as it can take. Try again later.",
-            retry_after=min(max(self._ends.seconds_each() * len(waiting), least), most),
+            retry_after=min(max(self._completion_rate.seconds_each() * len(waiting), least), most),
         )
 
     def _refuse_misfit(self, request: GenerationRequest) -> None:
-        prompt_tokens, max_tokens = len(request.prompt_ids), request.params.max_tokens
+        prompt_tokens, max_tokens = request.prompt_tokens, request.sampling.max_tokens
         limit = self.info.context_length
         if prompt_tokens == 0:
             raise InvalidRequest("The prompt is empty.")
-        for name in self.info.unsupported:
-            if getattr(request.params, name) != getattr(DEFAULTS, name):
-                raise InvalidRequest.of_field(name, "is not supported for this model")
+        self.info.capabilities.check(request)
         if prompt_tokens + max_tokens > limit:
             raise ContextLengthExceeded(prompt_tokens=prompt_tokens, max_tokens=max_tokens, limit=limit)
-        if any(ticket.request.id == request.id for ticket in self._tickets.values()):
+        if any(live.request.id == request.id for live in self._live.values()):
             raise ValueError("a live request has this id already")
 
-    def _settled(self, ticket: LiveRequest) -> None:
+    def _forget(self, live: LiveRequest) -> None:
         """Forget a request at its outcome, and stop the worker on it if it has not ended there."""
-        del self._tickets[ticket.number]
-        self._worker.cancel(ticket.number)
-        if ticket.started_at is not None:
-            self._ends.add(asyncio.get_running_loop().time())
+        del self._live[live.number]
+        self._worker.cancel(live.number)
+        if live.started_at is not None:
+            self._completion_rate.add(asyncio.get_running_loop().time())
 
     def _not_ready(self) -> EngineNotReady:
         match self._worker.state:

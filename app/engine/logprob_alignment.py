@@ -1,59 +1,65 @@
-"""Keep log-probabilities back until the text of their tokens is shown.
+"""Aligns log-probabilities with the text that is released.
 
-What stands between a model and its reader shows less text than there is: a stop string cuts it, a filter holds a tail
-back.  Decides by character counts which tokens belong to the text that was let out; knows neither text nor reader.
+Less text may be released than there is: a stop string cuts it, a filter withholds a tail.  Character counts decide
+which tokens belong to the released text.
 """
 
 from collections import deque
+from typing import Generic, TypeVar
 
-from app.engine.base import Chunk
-from app.types import TokenLogprob
+from app.events import Delta, DetokenizedLogprob
+
+T = TypeVar("T")
 
 
-class TokenSpans:
-    """The tokens of one answer, each with the place in the whole text where it ends.
+class LogprobAlignment(Generic[T]):
+    """The tokens of one sample, each with the place in the whole text where it ends.
 
-    A token may be shown once its last character is.  One without text (part of a character, a control token) ends
-    where the next text does, or with the answer.
+    A token may be released with its last character.  One without text (part of a character, a control token) ends
+    where the next text does, or with the sample.
     """
 
     def __init__(self) -> None:
-        self._made = 0
+        self._generated = 0
         """Characters of the whole text up to now."""
-        self._shown = 0
-        self._placed: deque[tuple[int, TokenLogprob]] = deque()
-        self._textless: list[TokenLogprob] = []
+        self._released = 0
+        self._placed: deque[tuple[int, T]] = deque()
+        self._textless: list[T] = []
 
-    def add(self, text: str, token: TokenLogprob | None) -> None:
-        """Take in the next token and the text that it completes; None takes in the text alone."""
+    def add(self, text: str, token: T | None) -> None:
+        """Append the next token and the text that it completes; None appends the text alone."""
         if token is not None:
             self._textless.append(token)
         if text:
             self._place(len(text))
 
     def finish(self, text: str = "") -> None:
-        """Take in the rest of the whole text; no token follows."""
+        """Append the rest of the whole text; no token follows."""
         self._place(len(text))
 
-    def follow(self, chunk: Chunk) -> None:
-        """Take in a piece whose tokens have been placed already."""
-        self._placed.extend(
-            (self._made + end, token) for end, token in zip(chunk.token_ends, chunk.logprobs, strict=True)
-        )
-        self._made += len(chunk.text)
+    def release(self, characters: int) -> tuple[tuple[T, ...], tuple[int, ...]]:
+        """Release the next so many characters.
 
-    def show(self, characters: int) -> tuple[tuple[TokenLogprob, ...], tuple[int, ...]]:
-        """Show the next so many characters.
-
-        Returns: the tokens that may be shown with them, and for each how many of these characters it ends after.
+        Returns: the tokens that end within them, and for each after how many of these characters it ends.
         """
-        before, self._shown = self._shown, self._shown + characters
-        shown = []
-        while self._placed and self._placed[0][0] <= self._shown:
-            shown.append(self._placed.popleft())
-        return tuple(token for _, token in shown), tuple(end - before for end, _ in shown)
+        before, self._released = self._released, self._released + characters
+        released = []
+        while self._placed and self._placed[0][0] <= self._released:
+            released.append(self._placed.popleft())
+        return tuple(token for _, token in released), tuple(end - before for end, _ in released)
 
     def _place(self, characters: int) -> None:
-        self._made += characters
-        self._placed.extend((self._made, token) for token in self._textless)
+        self._generated += characters
+        self._placed.extend((self._generated, token) for token in self._textless)
         self._textless.clear()
+
+
+class DeltaAlignment(LogprobAlignment[DetokenizedLogprob]):
+    """The tokens of a sample whose deltas pass through a filter."""
+
+    def follow(self, delta: Delta) -> None:
+        """Append a delta whose tokens are placed already."""
+        self._placed.extend(
+            (self._generated + end, token) for end, token in zip(delta.token_ends, delta.logprobs, strict=True)
+        )
+        self._generated += len(delta.text)

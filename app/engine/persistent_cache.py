@@ -1,97 +1,99 @@
-"""The second level of the response cache: an Engine around an Engine that keeps answers where they outlive the process.
+"""The second level of the response cache: an engine wrapper whose responses outlive the process.
 
-Stands below `CachedEngine`, so it is asked only for what the memory does not have, and above the output filter, so
-nothing unfiltered is kept.  A store that is slow or away is a miss, never a failed request.
+Stands below `CachedEngine`, so it is consulted only for what memory does not hold, and above the output filter, so that
+nothing unfiltered is stored.  A store that is slow or away is a miss, never a failed request.
 """
 
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Protocol
 
 import msgspec
+from msgspec import structs
 
-from app.engine.base import Chunk, Engine, GenerationRequest
-from app.engine.cache import cache_key
+from app.engine.base import Engine
+from app.engine.cache import COMPLETE, EVENTS_PER_TURN, cache_key
 from app.engine.wrapper import EngineWrapper
+from app.events import CacheStatus, Delta, Event, Finished, finish
+from app.requests import GenerationRequest
 from app.types import FinishReason, Usage
 
-MAX_ANSWER_BYTES = 1024 * 1024
-"""Longer answers are not kept."""
+MAX_RESPONSE_BYTES = 1024 * 1024
+"""Longer responses are not stored."""
 
-_COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)
-_BREATH = 16
-"""A replay lets the event loop run after this many chunks."""
+_DECODER = msgspec.msgpack.Decoder(tuple[Event, ...])
 
 
-class AnswerStore(Protocol):
-    """Keeps answers by the digest of everything that could change them."""
+class ResponseStore(Protocol):
+    """Stores responses by the digest of everything that could change them."""
 
     async def get(self, key: bytes) -> bytes | None:
-        """Return what is kept and not too old; None also where the store does not answer."""
+        """Return the stored response if it has not expired; None also where the store does not answer."""
 
-    def put(self, key: bytes, answer: bytes) -> None:
-        """Keep an answer, without waiting for it."""
+    def put(self, key: bytes, response: bytes) -> None:
+        """Store a response, without waiting for it."""
 
 
-class StoredEngine(EngineWrapper):
-    """Replays answers that this or another process has made before."""
+class PersistentCacheEngine(EngineWrapper):
+    """Replays responses that this or another process has generated before."""
 
-    def __init__(self, inner: Engine, store: AnswerStore, *, scope: str) -> None:
-        """Args: scope: what else decides an answer, as for `CachedEngine`."""
+    def __init__(self, inner: Engine, store: ResponseStore, *, scope: str) -> None:
+        """Args: scope: what else decides a response, as for `CachedEngine`."""
         super().__init__(inner)
         self._store = store
         self._scope = scope
         self._replaying: dict[str, bool] = {}
         """Request id -> whether it has been aborted."""
 
-    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         key = cache_key(request, self._inner.info, self._scope) if request.cache else None
         stored = await self._read(key) if key is not None else None
-        chunks = self._replay(request, stored) if stored else self._make(request, key)
-        async with aclosing(chunks) as each:
-            async for chunk in each:
-                yield chunk
+        stream = self._replay(request, stored) if stored else self._generate(request, key)
+        async with aclosing(stream) as events:
+            async for event in events:
+                yield event
 
-    async def _read(self, key: bytes) -> tuple[Chunk, ...] | None:
-        answer = await self._store.get(key)
-        if answer is None:
+    async def _read(self, key: bytes) -> tuple[Event, ...] | None:
+        response = await self._store.get(key)
+        if response is None:
             return None
         try:
-            return msgspec.msgpack.decode(answer, type=tuple[Chunk, ...])
+            return _DECODER.decode(response)
         except msgspec.DecodeError:
             return None
 
-    async def _replay(self, request: GenerationRequest, chunks: tuple[Chunk, ...]) -> AsyncGenerator[Chunk, None]:
+    async def _replay(self, request: GenerationRequest, stored: tuple[Event, ...]) -> AsyncGenerator[Event, None]:
         self._replaying[request.id] = False
         tokens = 0
         try:
-            for number, chunk in enumerate(chunks):
-                if number % _BREATH == _BREATH - 1:
+            for number, event in enumerate(stored):
+                if number % EVENTS_PER_TURN == EVENTS_PER_TURN - 1:
                     await asyncio.sleep(0)
                 if self._replaying[request.id]:
-                    usage = Usage(prompt_tokens=len(request.prompt_ids), completion_tokens=tokens)
-                    yield Chunk(finish_reason=FinishReason.ABORT, usage=usage)
+                    yield finish(FinishReason.ABORT, Usage(request.prompt_tokens, tokens))
                     return
-                tokens += chunk.tokens
-                yield replace(chunk, cached=True)
+                if isinstance(event, Delta):
+                    tokens += event.tokens
+                    yield event
+                else:
+                    yield structs.replace(event, cache=CacheStatus.HIT)
         finally:
             del self._replaying[request.id]
 
-    async def _make(self, request: GenerationRequest, key: bytes | None) -> AsyncGenerator[Chunk, None]:
-        made: list[Chunk] = []
-        async with aclosing(self._inner.stream(request)) as chunks:
-            async for chunk in chunks:
-                made.append(chunk)
-                if key is not None and chunk.finish_reason in _COMPLETE:
-                    self._keep(key, made)
-                yield chunk
+    async def _generate(self, request: GenerationRequest, key: bytes | None) -> AsyncGenerator[Event, None]:
+        generated: list[Event] = []
+        async with aclosing(self._inner.stream(request)) as events:
+            async for event in events:
+                generated.append(event)
+                if key is not None and isinstance(event, Finished) and event.finish_reason in COMPLETE:
+                    self._put(key, generated)
+                yield event
 
-    def _keep(self, key: bytes, chunks: list[Chunk]) -> None:
-        answer = msgspec.msgpack.encode(chunks)
-        if len(answer) <= MAX_ANSWER_BYTES:
-            self._store.put(key, answer)
+    def _put(self, key: bytes, events: list[Event]) -> None:
+        response = msgspec.msgpack.encode(events)
+        if len(response) <= MAX_RESPONSE_BYTES:
+            self._store.put(key, response)
 
     async def abort(self, request_id: str) -> None:
         if request_id in self._replaying:

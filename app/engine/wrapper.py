@@ -1,12 +1,14 @@
-"""An engine around an engine: what output filter and caches have in common."""
+"""Forwards every call of an engine to an inner one."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 
-from app.engine.base import Chunk, Engine, EngineInfo, EngineStatus, GenerationRequest, Tokenizer
+from app.engine.base import Engine, EngineInfo, EngineStatus, PreparedPrompt
+from app.events import Event
+from app.requests import GenerationRequest
 
 
 class EngineWrapper:
-    """Is in everything the inner engine; a subclass changes what it is there for."""
+    """Forwards every call to the inner engine; subclasses override what they change."""
 
     def __init__(self, inner: Engine) -> None:
         self._inner = inner
@@ -14,10 +16,6 @@ class EngineWrapper:
     @property
     def info(self) -> EngineInfo:
         return self._inner.info
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self._inner.tokenizer
 
     def status(self) -> EngineStatus:
         return self._inner.status()
@@ -28,7 +26,13 @@ class EngineWrapper:
     async def wait_ready(self) -> None:
         await self._inner.wait_ready()
 
-    def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+    async def prepare(self, request: GenerationRequest) -> PreparedPrompt:
+        return await self._inner.prepare(request)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        return await self._inner.detokenize(token_ids)
+
+    def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         return self._inner.stream(request)
 
     async def abort(self, request_id: str) -> None:

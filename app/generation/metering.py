@@ -1,181 +1,161 @@
-"""What an ask costs its caller, and what is written down of it.
-
-Decides how many tokens are set aside before an answer and how many it counts in the end, however it ended.  Knows
-neither database nor bucket: budgets and journal are handed in.
-"""
+"""What a request costs its caller, and its row in the inference log."""
 
 import math
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from typing import Protocol
 
 from app.engine.base import EngineInfo
-from app.errors import AppError, Forbidden
-from app.generation.request_stats import Meter
-from app.generation.requests import ChatAsk, CompletionAsk, Delta, Event, Finished
-from app.types import InferenceRecord, Principal, Role
+from app.errors import AppError
+from app.events import Delta, Event, Finished
+from app.generation.context_window import FittedPrompt
+from app.generation.request_stats import RequestStats
+from app.requests import GenerationRequest
+from app.types import InferenceRecord, Principal
 
-_HUNG_UP = 499
-
-
-class Held(Protocol):
-    """Tokens set aside."""
-
-    async def settle(self, tokens: int) -> None:
-        """Put what was really used in their place.  Takes effect even if the caller does not wait for it."""
+_CLIENT_GONE = 499
 
 
-class Budget(Protocol):
-    """Something that tokens are taken out of."""
+class Reservation(Protocol):
+    """Tokens that are set aside for a request."""
 
-    async def reserve(self, caller: Principal, tokens: int) -> Held | None:
-        """Set tokens aside; None: this caller has no such limit.
+    @property
+    def counted(self) -> bool:
+        """Return whether the quota has counted them."""
 
-        Raises: AppError: so many are not left.
+    def commit(self, tokens: int) -> None:
+        """Note what was really used; the rest is released when the reservation ends."""
+
+
+class Admission(Protocol):
+    """Knows what a caller may do and how much; `access.AdmissionControl` is it."""
+
+    def check_rights(self, principal: Principal, *, model: str, logprobs: bool, system_messages: bool) -> None:
+        """Raises: Forbidden: the caller's role does not allow this model, log-probabilities or system messages."""
+
+    def reserve(self, principal: Principal, tokens: int) -> AbstractAsyncContextManager[Reservation]:
+        """Set tokens aside while the context lasts.
+
+        Raises: RateLimited, QuotaExceeded: so many are not left; then nothing is taken.
         """
 
 
-class Journal(Protocol):
+class InferenceLog(Protocol):
     """Where records go."""
 
     def write(self, record: InferenceRecord) -> None:
-        """Take a record without waiting."""
+        """Queue a record without waiting."""
 
 
-class Accounts:
-    """Opens an account for each ask; lives as long as the application."""
+class UsageRecorder:
+    """Opens a record for each request; lives as long as the application."""
 
     def __init__(
         self,
         *,
-        rate: Budget,
-        quota: Budget,
-        journal: Journal,
+        log: InferenceLog,
         cached_prompt: float,
         cached_completion: float,
-        keep_text: bool,
+        store_text: bool,
     ) -> None:
         """Args:
-        rate: tokens a minute.
-        quota: tokens a month; what it reserves it also counts.
-        cached_prompt, cached_completion: how much of its tokens a replayed answer costs, 0 to 1.
-        keep_text: put prompt and answer in the records.
+        cached_prompt, cached_completion: the share of its tokens that a replayed response costs, 0 to 1.
+        store_text: put prompt and completion into the records.
         """
-        self.rate = rate
-        self.quota = quota
         self.cached_prompt = cached_prompt
         self.cached_completion = cached_completion
-        self.keep_text = keep_text
-        self._journal = journal
+        self.store_text = store_text
+        self._log = log
 
     @asynccontextmanager
-    async def open(self, ask: CompletionAsk | ChatAsk) -> AsyncIterator["Account"]:
-        """Watch over one ask and write its record at the end, whatever that is."""
-        account = Account(self, ask)
+    async def record(self, request: GenerationRequest, principal: Principal) -> AsyncIterator["UsageRecord"]:
+        """Follow one request and write its record at the end, whatever that is."""
+        record = UsageRecord(self, request, principal)
         try:
-            yield account
+            yield record
         except BaseException as error:
-            account.failed(error)
+            record.fail(error)
             raise
         finally:
-            self._journal.write(account.record())
+            self._log.write(record.row())
 
 
-class Account:
-    """One ask's."""
+class UsageRecord:
+    """What is known of one request."""
 
-    def __init__(self, accounts: Accounts, ask: CompletionAsk | ChatAsk) -> None:
-        self._accounts = accounts
-        self._ask = ask
+    def __init__(self, recorder: UsageRecorder, request: GenerationRequest, principal: Principal) -> None:
+        self._recorder = recorder
+        self._request = request
+        self._principal = principal
         self._created = datetime.now(UTC)
         self._began = time.monotonic()
         self._info: EngineInfo | None = None
-        self._meter: Meter | None = None
+        self._stats: RequestStats | None = None
         self._prompt_tokens = 0
-        self._held: list[Held] = []
         self._counted = False
         self._charged = 0
         self._status = 200
         self._finished: Finished | None = None
         self._prompt: str | None = None
-        self._answers: defaultdict[int, list[str]] = defaultdict(list)
+        self._completions: defaultdict[int, list[str]] = defaultdict(list)
 
-    def begin(self, info: EngineInfo, meter: Meter, prompt_tokens: int, *texts: str) -> None:
-        """Note what is to be answered, by which model.  Args: texts: what was asked, filtered."""
-        self._info, self._meter, self._prompt_tokens = info, meter, prompt_tokens
-        if self._accounts.keep_text:
+    def begin(self, info: EngineInfo, fitted: FittedPrompt) -> None:
+        """Note the model and the prompt as it was fitted: filtered, and without the history of its session."""
+        self._info, self._prompt_tokens = info, fitted.prompt_tokens
+        if self._recorder.store_text:
+            texts = [message.content for message in fitted.new] or [fitted.request.text or ""]
             self._prompt = "\n\n".join(texts)
 
-    async def reserve(self, max_tokens: int) -> None:
-        """Set aside what the answers may cost at most.
-
-        Raises: RateLimited, QuotaExceeded: so much is not left; then nothing is taken.
-        """
-        tokens = self._prompt_tokens + max_tokens * self._ask.sampling.n
+    @contextmanager
+    def charge(self, stats: RequestStats, reservation: Reservation) -> Iterator[None]:
+        """Charge what the samples cost to the reservation, however they end."""
+        self._stats, self._counted = stats, reservation.counted
         try:
-            await self._reserve_from(self._accounts.rate, tokens)
-            self._counted = await self._reserve_from(self._accounts.quota, tokens)
-        except BaseException:
-            await self._settle_all(0)
-            raise
+            yield
+        finally:
+            stats.close(self._prompt_tokens)
+            self._charged = self._cost(stats)
+            reservation.commit(self._charged)
 
-    async def _reserve_from(self, budget: Budget, tokens: int) -> bool:
-        held = await budget.reserve(self._ask.caller, tokens)
-        if held is not None:
-            self._held.append(held)
-        return held is not None
+    def _cost(self, stats: RequestStats) -> int:
+        """Return the tokens to charge: the prompt once a token was generated, and every token that was."""
+        recorder, generated, replayed = self._recorder, stats.generated, stats.replayed
+        prompt = 1.0 if generated else recorder.cached_prompt if replayed else 0.0
+        return math.ceil(prompt * self._prompt_tokens + generated + recorder.cached_completion * replayed)
 
-    def see(self, event: Event) -> None:
-        """Take in what the caller gets."""
-        if self._accounts.keep_text and isinstance(event, Delta):
-            self._answers[event.index].append(event.text)
+    def observe(self, event: Event) -> None:
+        """Record an event that the caller receives."""
+        if isinstance(event, Finished):
+            self._finished = event
+        elif self._recorder.store_text and isinstance(event, Delta):
+            self._completions[event.index].append(event.text)
 
-    async def settle(self) -> None:
-        """Count what the model did: the prompt once it made a token, and every token that it made."""
-        if self._meter is None:
-            return
-        made, replayed = self._meter.made, self._meter.replayed
-        prompt = 1.0 if made else self._accounts.cached_prompt if replayed else 0.0
-        self._charged = math.ceil(prompt * self._prompt_tokens + made + self._accounts.cached_completion * replayed)
-        await self._settle_all(self._charged)
-
-    async def _settle_all(self, tokens: int) -> None:
-        held, self._held = self._held, []
-        # The rate first: it does not wait, so being cancelled in between loses nothing.
-        for each in held:
-            await each.settle(tokens)
-
-    def finished(self, finished: Finished) -> Finished:
-        """Note that the answers are complete."""
-        self._finished = finished
-        return finished
-
-    def failed(self, error: BaseException) -> None:
-        """Note what ended the ask; a client that goes once its answers are complete is no failure."""
+    def fail(self, error: BaseException) -> None:
+        """Record what ended the request; a client that leaves once its response is complete is no failure."""
         if self._finished is not None:
             return
         if isinstance(error, AppError):
             self._status = error.status
         else:
-            self._status = 500 if isinstance(error, Exception) else _HUNG_UP
+            self._status = 500 if isinstance(error, Exception) else _CLIENT_GONE
 
-    def record(self) -> InferenceRecord:
-        """Return all that is known now."""
-        ask, info, meter, finished = self._ask, self._info, self._meter, self._finished
-        first = meter.first_token_seconds if meter else None
+    def row(self) -> InferenceRecord:
+        """Return everything that is known now."""
+        request, info, stats, finished = self._request, self._info, self._stats, self._finished
+        first = stats.first_token_seconds if stats else None
         return InferenceRecord(
             created=self._created,
-            request_id=ask.origin.request_id or ask.id,
-            key_id=ask.caller.key_id,
-            route=ask.origin.route,
+            request_id=request.origin.request_id or request.id,
+            key_id=self._principal.key_id,
+            route=request.origin.route,
             model=info.model if info else "",
             revision=info.revision if info else None,
-            adapter=None,
+            adapter=request.adapter,
             prompt_tokens=self._prompt_tokens,
-            completion_tokens=meter.made + meter.replayed if meter else 0,
+            completion_tokens=stats.generated + stats.replayed if stats else 0,
             charged_tokens=self._charged,
             counted=self._counted,
             cached=finished.cached if finished else False,
@@ -184,20 +164,10 @@ class Account:
             first_token_ms=None if first is None else round(1000 * first, 3),
             latency_ms=round(1000 * (time.monotonic() - self._began), 3),
             prompt=self._prompt,
-            answer=_joined(list(self._answers.values())) if self._accounts.keep_text else None,
+            answer=self._completion_text(),
         )
 
-
-def _joined(answers: Sequence[Sequence[str]]) -> str:
-    return "\n\n".join("".join(pieces) for pieces in answers)
-
-
-def check_rights(ask: CompletionAsk | ChatAsk, model: str) -> None:
-    """Raises: Forbidden: the caller's role does not allow this model, system messages or log-probabilities."""
-    rights = ask.caller.rights
-    if rights.models is not None and model not in rights.models:
-        raise Forbidden("The role of this API key does not allow this model.")
-    if ask.sampling.logprobs is not None and not rights.raw_logprobs:
-        raise Forbidden("The role of this API key does not allow log-probabilities.")
-    if isinstance(ask, ChatAsk) and not rights.system_messages and any(m.role is Role.SYSTEM for m in ask.messages):
-        raise Forbidden("The role of this API key does not allow system messages.")
+    def _completion_text(self) -> str | None:
+        if not self._recorder.store_text:
+            return None
+        return "\n\n".join("".join(self._completions[index]) for index in sorted(self._completions))

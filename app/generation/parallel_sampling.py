@@ -1,130 +1,95 @@
-"""The answers to one ask: made at once, read as one stream of events, and ended together.
-
-Decides when an ask counts as begun and what one lost answer means for the others.  Knows no prompt and no chain.
-"""
+"""Merges the streams of parallel samples into one stream of events."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from typing import TypeVar
 
-from app.engine.base import Chunk, Engine
-from app.engine.tokenizer.logprob_text import spell
-from app.generation.request_stats import Meter
-from app.generation.requests import Delta, Event, Started
-from app.types import FinishReason, TokenLogprob
+from msgspec import structs
+
+from app.events import CacheStatus, Delta, Event, Finished, Started
+from app.types import Usage
 
 T = TypeVar("T")
 
 
-class Answers:
-    """Turns the texts of several generations into the events of one ask."""
+def merge_samples(streams: Sequence[AsyncGenerator[Event, None]]) -> AsyncGenerator[Event, None]:
+    """Return the events of several samples of one prompt as those of one request.
 
-    def __init__(self, ids: Sequence[str], engine: Engine, meter: Meter) -> None:
-        """Args: ids: the engine's, one for each answer."""
-        self._ids = ids
-        self._engine = engine
-        self._meter = meter
-        self._logprobs: list[list[TokenLogprob]] = [[] for _ in ids]
-        """Of each answer, those that no event has told yet."""
-        self._made = [0] * len(ids)
-        """Tokens of each answer that no event has told yet."""
-        self._opened: list[AsyncGenerator[Chunk, None]] = []
+    Started comes once all samples are admitted, Finished once all have finished.
 
-    def opened(self, stream: AsyncGenerator[Chunk, None]) -> None:
-        """Take charge of an engine's stream; `events` closes it."""
-        self._opened.append(stream)
-
-    def see(self, index: int, chunk: Chunk) -> None:
-        """Take in what a chain cannot hand on: it comes just before the chunk's text."""
-        self._meter.see(index, chunk)
-        self._logprobs[index].extend(chunk.logprobs)
-        self._made[index] += chunk.tokens
-
-    async def events(self, started: Started, texts: Sequence[AsyncGenerator[str, None]]) -> AsyncGenerator[Event, None]:
-        """Yield what the chains say; the first text of each, an empty one, says that the engine took it.
-
-        Raises: AppError: one of them was refused or failed; the others are closed.
-        """
-        streams = [self._deltas(index, each) for index, each in enumerate(texts)]
-        try:
-            async with aclosing(together(streams)) as deltas, aclosing(self._begin(started, deltas)) as events:
-                async for event in events:
-                    yield event
-        finally:
-            for stream in self._opened:
-                await stream.aclose()
-
-    async def _begin(self, started: Started, deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[Event, None]:
-        """Put Started in front as soon as every answer is admitted; what comes before that waits."""
-        admitted: set[int] = set()
-        early: list[Delta] = []
-        async for delta in deltas:
-            if _tells(delta):
-                early.append(delta)
-            if delta.index not in admitted:
-                admitted.add(delta.index)
-                if len(admitted) == len(self._ids):
-                    yield replace(started, cached=self._meter.cached)
-            if len(admitted) == len(self._ids):
-                for each in early:
-                    yield each
-                early.clear()
-            await self._end_with(delta.index)
-
-    async def _deltas(self, index: int, texts: AsyncGenerator[str, None]) -> AsyncGenerator[Delta, None]:
-        """Put each text together with the tokens that were seen just before it."""
-        async with aclosing(texts):
-            async for text in texts:
-                logprobs, self._logprobs[index] = self._logprobs[index], []
-                tokens = spell(logprobs, self._engine.tokenizer) if logprobs else ()
-                delta = Delta(text=text, index=index, tokens=tokens, made=self._made[index])
-                if _tells(delta):
-                    self._made[index] = 0
-                yield delta
-
-    async def _end_with(self, index: int) -> None:
-        """End all answers if this one was ended from outside: the ask has one fate."""
-        if len(self._ids) > 1 and self._meter.last[index].finish_reason is FinishReason.ABORT:
-            for request_id in self._ids:
-                await self._engine.abort(request_id)
-
-
-def _tells(delta: Delta) -> bool:
-    """Whether it says anything; while an answer is held back, there are some that do not."""
-    return bool(delta.text or delta.tokens)
-
-
-async def together(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
-    """Read several streams at once and yield what they say as it comes.
-
-    Each is read in a task of its own, since a stream must not change its task; what waits here is bounded by
-    max_tokens.  However this ends, all are closed.
+    Raises: AppError: one of them was refused or failed; the others are closed.
     """
-    if len(streams) == 1:
-        async with aclosing(streams[0]) as only:
-            async for item in only:
-                yield item
-        return
-    inbox: asyncio.Queue[T | asyncio.Task[None]] = asyncio.Queue()
+    return streams[0] if len(streams) == 1 else _merge_samples(streams)
+
+
+async def _merge_samples(streams: Sequence[AsyncGenerator[Event, None]]) -> AsyncGenerator[Event, None]:
+    started: dict[int, Started] = {}
+    finished: dict[int, Finished] = {}
+    early: list[Delta] = []
+    async with aclosing(merge_streams([_indexed(index, each) for index, each in enumerate(streams)])) as merged:
+        async for index, event in merged:
+            match event:
+                case Delta() if len(started) < len(streams):
+                    early.append(event)
+                case Delta():
+                    yield event
+                case Started():
+                    started[index] = event
+                    if len(started) == len(streams):
+                        yield structs.replace(event, cache=overall(list(started.values())))
+                        for each in early:
+                            yield each
+                case Finished():
+                    finished[index] = event
+    yield _combined([finished[index] for index in range(len(streams))])
+
+
+async def _indexed(index: int, stream: AsyncGenerator[Event, None]) -> AsyncGenerator[tuple[int, Event], None]:
+    async with aclosing(stream) as events:
+        async for event in events:
+            yield index, structs.replace(event, index=index) if isinstance(event, Delta) else event
+
+
+def _combined(parts: Sequence[Finished]) -> Finished:
+    """Return the end of several samples that share one prompt."""
+    first = parts[0].usage
+    samples = tuple(sample for part in parts for sample in part.samples)
+    completion_tokens = sum(sample.completion_tokens for sample in samples)
+    usage = Usage(first.prompt_tokens, completion_tokens, first.cached_tokens)
+    return structs.replace(parts[0], samples=samples, usage=usage, cache=overall(parts))
+
+
+def overall(parts: Sequence[Started | Finished]) -> CacheStatus:
+    """Return the cache status of a whole: a hit only if nothing at all is generated."""
+    statuses = {part.cache for part in parts}
+    return statuses.pop() if len(statuses) == 1 else CacheStatus.MISS
+
+
+async def merge_streams(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+    """Read several streams at once and yield their items as they come.
+
+    Each is read in a task of its own, since a stream must not change its task; the queue is bounded by max_tokens.
+    However this ends, all are closed.
+    """
+    queue: asyncio.Queue[T | asyncio.Task[None]] = asyncio.Queue()
 
     async def read(stream: AsyncGenerator[T, None]) -> None:
         async with aclosing(stream):
             async for item in stream:
-                inbox.put_nowait(item)
+                queue.put_nowait(item)
 
     readers = [asyncio.create_task(read(stream)) for stream in streams]
     for reader in readers:
-        reader.add_done_callback(inbox.put_nowait)
+        reader.add_done_callback(queue.put_nowait)
     try:
         reading = len(readers)
         while reading:
-            said = await inbox.get()
-            if not isinstance(said, asyncio.Task):
-                yield said
+            item = await queue.get()
+            if not isinstance(item, asyncio.Task):
+                yield item
                 continue
-            said.result()  # raises what ended its stream
+            item.result()  # raises what ended its stream
             reading -= 1
     finally:
         for reader in readers:

@@ -1,17 +1,23 @@
-"""Reads our own words from prompts/ once, at start.  A missing file or an unknown variable ends the start."""
+"""Reads the prompt templates from prompts/ once, at start.  A missing file or an unknown variable ends the start.
 
+`prompts/<model>/<name>.txt`, with `--` for a slash in the model's name, stands before `prompts/<name>.txt`.
+"""
+
+from collections.abc import Collection
 from pathlib import Path
 from string import Formatter
 
 from app.errors import ConfigError
 
 
-def read_prompt(folder: Path, name: str, variables: dict[str, str]) -> str:
-    """Read `<folder>/<name>.txt` and fill in its `{variables}`.
+def read_template(folder: Path, name: str, variables: Collection[str], *, model: str = "") -> str:
+    """Return the text of a template; `{variables}` in it are filled in by the chain.
 
-    Raises: ConfigError: the file is missing, not UTF-8, empty, or names a variable that is not given.
+    Args: variables: those that the chain knows.
+    Raises: ConfigError: the file is missing, not UTF-8, empty, or names a variable that is not known.
     """
-    path = folder / f"{name}.txt"
+    own = folder / model.replace("/", "--") / f"{name}.txt"
+    path = own if model and own.is_file() else folder / f"{name}.txt"
     try:
         template = path.read_text(encoding="utf-8").strip()
         fields = {field for _, field, _, _ in Formatter().parse(template) if field is not None}
@@ -21,7 +27,7 @@ def read_prompt(folder: Path, name: str, variables: dict[str, str]) -> str:
         raise ConfigError(f"prompt {path}: {error}; write {{{{ and }}}} for plain braces") from None
     if not template:
         raise ConfigError(f"prompt {path}: the file is empty")
-    if unknown := sorted(fields - variables.keys()):
+    if unknown := sorted(fields - set(variables)):
         known = ", ".join(sorted(variables))
         raise ConfigError(f"prompt {path}: unknown variable {', '.join(unknown)}; known: {known}")
-    return template.format_map(variables)
+    return template

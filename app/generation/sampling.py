@@ -1,40 +1,54 @@
-"""From what a caller asks to what the engine is told: fills in defaults, and refuses what this model cannot do."""
+"""Fills in the sampling parameters that a request leaves open, and refuses those that the model cannot honour."""
 
-from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import replace
+from typing import Any
 
 from app.engine.base import EngineInfo
+from app.engine.served_model import SamplingDefaults
 from app.errors import InvalidRequest
-from app.generation.requests import Sampling
-from app.types import SamplingParams, SamplingSettings
+from app.requests import GenerationRequest
+from app.types import SamplingParams
 
 _GREEDY_BELOW = 0.01
-"""Cooler than this the most likely token always wins, and dividing the scores would overflow."""
+"""Below this temperature the most likely token always wins, and dividing the logits would overflow."""
 
 
-def settle(sampling: Sampling, info: EngineInfo, *, max_tokens: int, default_temperature: float) -> SamplingParams:
-    """Fill in every field.
+def resolve_params(
+    request: GenerationRequest, info: EngineInfo, defaults: SamplingDefaults, *, max_tokens: int
+) -> GenerationRequest:
+    """Return the request with every sampling parameter filled in.
 
-    Args: max_tokens: what really fits behind the prompt.
-    Raises: InvalidRequest: a token that the model does not have, or more tokens at least than at most.
+    Args: max_tokens: what fits behind the prompt.
+    Raises: InvalidRequest: a token that the model does not have, or min_tokens above max_tokens.
     """
-    for field, ids in (
-        ("logit_bias", [token_id for token_id, _ in sampling.logit_bias]),
-        ("stop_token_ids", sampling.stop_token_ids),
-    ):
-        check_tokens(field, ids, info)
-    if sampling.min_tokens > max_tokens:
+    given = request.sampling
+    info.check_tokens("logit_bias", [token_id for token_id, _ in given.logit_bias])
+    info.check_tokens("stop_token_ids", given.stop_token_ids)
+    if given.min_tokens > max_tokens:
         raise InvalidRequest.of_field("min_tokens", f"is more than max_tokens, which is {max_tokens} here")
-    temperature = default_temperature if sampling.temperature is None else sampling.temperature
-    return SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature if temperature >= _GREEDY_BELOW else 0.0,
-        **{field.name: getattr(sampling, field.name) for field in fields(SamplingSettings)},
-    )
+    filled = _defaults(request, info, defaults) | {"max_tokens": max_tokens}
+    sampling = replace(given, **filled)
+    if 0 < sampling.temperature < _GREEDY_BELOW:
+        sampling = replace(sampling, temperature=0.0)
+    cache = request.cache and (request.cache_random or is_deterministic(sampling))
+    return replace(request, sampling=sampling, unset=frozenset(), cache=cache)
 
 
-def check_tokens(field: str, token_ids: Sequence[int], info: EngineInfo) -> None:
-    """Raises: InvalidRequest: one of them is no token of the model; the field is named."""
-    if max(token_ids, default=0) >= info.vocab_size:
-        last = info.vocab_size - 1
-        raise InvalidRequest.of_field(field, f"names a token that the model does not have; its last is {last}")
+def is_deterministic(sampling: SamplingParams) -> bool:
+    """Return whether the same request has the same response every time."""
+    return sampling.seed is not None or sampling.temperature < _GREEDY_BELOW
+
+
+def _defaults(request: GenerationRequest, info: EngineInfo, defaults: SamplingDefaults) -> dict[str, Any]:
+    """Return a value for each parameter that is unset and not neutral by default."""
+    if request.use_recommended:
+        unsupported = info.capabilities.unsupported
+        known: dict[str, Any] = {"temperature": 1.0}
+        known |= {name: value for name, value in info.recommended if name not in unsupported}
+        if defaults.openai_temperature is not None:
+            known["temperature"] = defaults.openai_temperature
+        if "top_k" in known:
+            known["top_k"] = max(0, int(known["top_k"]))
+    else:
+        known = {"temperature": defaults.temperature}
+    return {name: value for name, value in known.items() if name in request.unset}

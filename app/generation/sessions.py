@@ -205,8 +205,8 @@ class MemorySessionStore:
             del self._tenants[tenant]
 
 
-def merge(history: Sequence[Turn], messages: Sequence[Message]) -> tuple[Message, ...]:
-    """Return which of a request's messages are new to the session, without system messages.
+def new_messages(history: Sequence[Turn], messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Return which of a request's messages the session does not have yet, without system messages.
 
     Some clients send the whole conversation every time, also turns that the session has dropped since.  So where the
     stored conversation stands in the request, word for word and from its first to its last message, only what follows

@@ -8,16 +8,17 @@ ends with FinishReason.CONTENT_FILTER without the text that was being looked at.
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Literal
 
 import structlog
 
-from app.engine.base import Chunk, Engine, GenerationRequest
-from app.engine.logprob_alignment import TokenSpans
+from app.engine.base import Engine
+from app.engine.logprob_alignment import DeltaAlignment
 from app.engine.wrapper import EngineWrapper
 from app.errors import PiiBlocked, ServiceUnavailable
+from app.events import Delta, Event, Finished, finish
 from app.privacy.redactor import PiiKind, Redaction, Redactor, StreamRedactor
+from app.requests import GenerationRequest
 from app.types import FinishReason, Usage
 
 log = structlog.get_logger(__name__)
@@ -32,7 +33,7 @@ class InputFilter:
     """Masks or refuses personal data in what a client sends."""
 
     def __init__(self, redactor: Redactor, mode: Literal["mask", "block"], on_match: OnMatch) -> None:
-        """Args: on_match: told each kind found and how often."""
+        """Args: on_match: called with each kind found and how often."""
         self._redactor = redactor
         self._mode = mode
         self._on_match = on_match
@@ -54,7 +55,7 @@ class InputFilter:
         return [redaction.text for redaction in redactions]
 
     async def mask(self, text: str) -> str:
-        """Return a text as it would look had it come in, whatever the policy: what is kept is compared with that.
+        """Return a text as it would look had it come in, whatever the policy: stored turns are compared with that.
 
         Raises: ServiceUnavailable: the filter itself failed.
         """
@@ -73,30 +74,30 @@ class InputFilter:
             raise ServiceUnavailable("The filter for personal data failed; nothing was processed.") from None
 
 
-class _Unmasked:
-    """Lets out the log-probabilities of an answer's tokens as long as its clean text is the model's own.
+class _UnmaskedLogprobs:
+    """Releases the log-probabilities of a sample's tokens as long as its clean text is the model's own.
 
-    The tokens of a masked entity would tell it, and so would their alternatives; the first mask ends them for the
-    whole answer.
+    The tokens of a masked entity would reveal it, and so would their alternatives; the first mask ends them for the
+    whole sample.
     """
 
     def __init__(self) -> None:
-        self._spans = TokenSpans()
+        self._alignment = DeltaAlignment()
         self._raw = ""
-        """What the model said and the filter has not let out."""
+        """Text of the model that the filter has not released."""
         self._ended = False
 
-    def see(self, chunk: Chunk, clean: str) -> Chunk:
-        """Return the model's chunk with the clean text that comes of it, and what may be known of its tokens."""
+    def release(self, delta: Delta, clean: str) -> Delta:
+        """Return the clean delta that follows from the model's, and what may be known of its tokens."""
         if self._ended:
-            return replace(chunk, text=clean, logprobs=(), token_ends=())
-        self._spans.follow(chunk)
-        self._raw += chunk.text
+            return Delta(text=clean, tokens=delta.tokens)
+        self._alignment.follow(delta)
+        self._raw += delta.text
         same = _shared_beginning(self._raw, clean)
         self._ended = same < len(clean)
         self._raw = self._raw[same:]
-        logprobs, ends = self._spans.show(same)
-        return replace(chunk, text=clean, logprobs=logprobs, token_ends=ends)
+        logprobs, ends = self._alignment.release(same)
+        return Delta(text=clean, tokens=delta.tokens, logprobs=logprobs, token_ends=ends)
 
 
 def _shared_beginning(one: str, other: str) -> int:
@@ -106,36 +107,37 @@ def _shared_beginning(one: str, other: str) -> int:
 
 
 class FilteredEngine(EngineWrapper):
-    """Masks personal data in every answer of the inner engine."""
+    """Masks personal data in every completion of the inner engine."""
 
     def __init__(self, inner: Engine, redactor: Redactor, on_match: OnMatch) -> None:
-        """Args: on_match: told each kind found and how often, once an answer has ended."""
+        """Args: on_match: called with each kind found and how often, once a completion has ended."""
         super().__init__(inner)
         self._redactor = redactor
         self._on_match = on_match
 
-    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         redactor = StreamRedactor(self._redactor)
-        unmasked = None if request.params.logprobs is None else _Unmasked()
-        made = 0
+        logprobs = None if request.sampling.logprobs is None else _UnmaskedLogprobs()
+
+        def clean(delta: Delta, *, last: bool = False) -> Delta:
+            text = redactor.finish() if last else redactor.feed(delta.text)
+            return Delta(text=text, tokens=delta.tokens) if logprobs is None else logprobs.release(delta, text)
+
         try:
-            async with aclosing(self._inner.stream(request)) as chunks:
-                async for chunk in chunks:
-                    made += chunk.tokens
+            async with aclosing(self._inner.stream(request)) as events:
+                async for event in events:
                     try:
-                        clean = redactor.feed(chunk.text)
-                        if chunk.finish_reason is not None:
-                            clean += redactor.finish()
+                        if isinstance(event, Delta):
+                            event = clean(event)
+                        elif isinstance(event, Finished) and (rest := clean(Delta(), last=True)).text:
+                            yield rest
                     except Exception:  # noqa: BLE001  # whatever it is, the text must not pass
                         # The traceback could show the very text, so only the place is logged.
                         log.error("output filter failed", request_id=request.id)
-                        usage = Usage(prompt_tokens=len(request.prompt_ids), completion_tokens=made)
-                        yield Chunk(finish_reason=FinishReason.CONTENT_FILTER, usage=usage)
+                        usage = Usage(request.prompt_tokens, request.progress.generated)
+                        yield finish(FinishReason.CONTENT_FILTER, usage)
                         return
-                    if unmasked is None:
-                        yield replace(chunk, text=clean, logprobs=(), token_ends=())
-                    else:
-                        yield unmasked.see(chunk, clean)
+                    yield event
         finally:
             for kind, count in redactor.counts.items():
                 self._on_match(kind, count)

@@ -1,17 +1,16 @@
 """The model's own tokenizer in the API process: conversations and prompts to tokens, tokens to text.
 
-Decides what is a control token: only the chat template and the tokenizer itself may write one, text of a request
-never does.  Knows no torch (the fast tokenizer needs none), no worker and no request.
+Only the chat template and the tokenizer itself may write a control token; text of a request never becomes one.  Imports
+no torch, since the fast tokenizer needs none.
 """
 
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cachetools import TTLCache
 from jinja2 import TemplateError
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import DecodeStream
@@ -24,14 +23,7 @@ from app.types import Message, Role
 
 log = logging.getLogger(__name__)
 
-REMEMBERED = 64
-REMEMBERED_SECONDS = 60.0
-"""A prompt is counted and then run; templates may write the date, so nothing is remembered for long."""
-
 _PROBE = "Be brief."
-
-_Chat = tuple[tuple[Message, ...], bool]
-"""A conversation, and whether its last message is to be continued."""
 
 
 class _ChatTokenizer(PreTrainedTokenizerFast):
@@ -65,9 +57,6 @@ class HfTokenizer:
         self._plain.no_truncation()
         self._plain.no_padding()
         self._chat_lock = threading.Lock()
-        self._known: TTLCache[_Chat | str, tuple[int, ...]] = TTLCache(REMEMBERED, REMEMBERED_SECONDS)
-        self._known_lock = threading.Lock()
-        """For look-ups only, so that what is known never waits for what is being encoded."""
         self._template = _template_of(self._chat)
         written = " ".join([self._template or "", *map(str, self._chat.special_tokens_map.values())])
         self._chat.segments = SegmentEncoder(self._plain, self._chat.added_tokens_decoder.values(), written)
@@ -84,59 +73,16 @@ class HfTokenizer:
         self._anchor = tuple(self._text.encode("a", add_special_tokens=False).ids)
         self._piece = piece_reader(self._plain, list(self._anchor))
 
-    def encode_chat(self, messages: Sequence[Message], *, go_on: bool = False) -> tuple[int, ...]:
-        """Apply the chat template, ending where the assistant begins to speak, or with `go_on` where the last message
-        breaks off.
+    def encode_chat(self, messages: Sequence[Message], *, continue_final_message: bool = False) -> tuple[int, ...]:
+        """Apply the chat template, ending where the assistant begins to speak, or where the last message breaks off.
 
         A template without a system role gets the system text in front of the next user message, and one without a
-        tool role gets what tools said as the user's words.
+        tool role gets tool results as the user's words.
 
         Raises: InvalidRequest: the model has no chat template, or the template refuses these messages.
         """
         if self._template is None:
             raise InvalidRequest("This model has no chat template. Send a plain prompt to /v1/generate.")
-        return self._remembered((tuple(messages), go_on), self._apply_template)
-
-    def encode_text(self, text: str) -> tuple[int, ...]:
-        """Encode a raw prompt with the tokens that the tokenizer puts in front of every text.
-
-        Raises: InvalidRequest: the text is not valid Unicode, or this tokenizer makes control tokens of plain text.
-        """
-        return self._remembered(text, self._encode_plain)
-
-    def decoder(self) -> "StreamDecoder":
-        """Make a decoder for one completion (special tokens are not shown)."""
-        return StreamDecoder(self._plain, self._anchor)
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """Return what a token says on its own, in mid-text; a control token says its name, an unknown id nothing."""
-        return self._piece(token_id)
-
-    def token_text(self, token_id: int) -> str:
-        """Return the same as text, where a part of a character is U+FFFD."""
-        return self._piece(token_id).decode(errors="replace")
-
-    def _remembered(self, key: Any, encode: Callable[[Any], tuple[int, ...]]) -> tuple[int, ...]:
-        with self._known_lock:
-            ids = self._known.get(key)
-        if ids is None:
-            ids = encode(key)
-            with self._known_lock:
-                self._known[key] = ids
-        return ids
-
-    def _encode_plain(self, text: str) -> tuple[int, ...]:
-        try:
-            # As a batch of one: a single text would be encoded with the interpreter's lock held.
-            ids = self._text.encode_batch([text], add_special_tokens=False)[0].ids
-        except TypeError:  # what tokenizers raises for a lone surrogate
-            raise InvalidRequest("The prompt is not valid Unicode text.") from None
-        if not self._forbidden.isdisjoint(ids):
-            raise InvalidRequest("The prompt holds a control token of the model that cannot be sent as text.")
-        return (*self._prefix, *ids)
-
-    def _apply_template(self, chat: _Chat) -> tuple[int, ...]:
-        messages, go_on = chat
         turns: Sequence[Message] = _fold_system(messages) if self._folds_system else messages
         if not self._shows_tools and any(message.role is Role.TOOL for message in turns):
             turns = _fold_tools(turns)
@@ -144,8 +90,8 @@ class HfTokenizer:
             with self._chat_lock:
                 ids = self._chat.apply_chat_template(
                     _as_dicts(turns),
-                    add_generation_prompt=not go_on,
-                    continue_final_message=go_on,
+                    add_generation_prompt=not continue_final_message,
+                    continue_final_message=continue_final_message,
                     tokenize=True,
                     sanitize_control_tokens=True,
                     return_dict=False,
@@ -157,6 +103,32 @@ class HfTokenizer:
                 "Begin with the user and let user and assistant take turns."
             ) from None
         return tuple(ids)
+
+    def encode_text(self, text: str) -> tuple[int, ...]:
+        """Encode a raw prompt with the tokens that the tokenizer puts in front of every text.
+
+        Raises: InvalidRequest: the text is not valid Unicode, or this tokenizer makes control tokens of plain text.
+        """
+        try:
+            # As a batch of one: a single text would be encoded with the interpreter's lock held.
+            ids = self._text.encode_batch([text], add_special_tokens=False)[0].ids
+        except TypeError:  # what tokenizers raises for a lone surrogate
+            raise InvalidRequest("The prompt is not valid Unicode text.") from None
+        if not self._forbidden.isdisjoint(ids):
+            raise InvalidRequest("The prompt holds a control token of the model that cannot be sent as text.")
+        return (*self._prefix, *ids)
+
+    def decoder(self) -> "StreamDecoder":
+        """Return a decoder for one completion (special tokens are not shown)."""
+        return StreamDecoder(self._plain, self._anchor)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes of a token in mid-text; of a control token its name, of an unknown id nothing."""
+        return self._piece(token_id)
+
+    def token_text(self, token_id: int) -> str:
+        """Return the same as text, where a part of a character is U+FFFD."""
+        return self._piece(token_id).decode(errors="replace")
 
     def _shows(self, *messages: Message) -> bool:
         """Ask the template by a dry run: some refuse a role, some leave it out without a word."""

@@ -1,0 +1,174 @@
+"""The one event type: it comes from an engine, passes the chain, and ends in a dialect's encoder.
+
+A stream is one `Started`, any number of `Delta`, one `Finished`, or an `AppError` in the place of any of them.
+"""
+
+from collections import defaultdict
+from collections.abc import AsyncGenerator
+from enum import StrEnum
+
+import msgspec
+
+from app.types import FinishReason, Usage
+
+
+class DetokenizedLogprob(msgspec.Struct, frozen=True):
+    """A token as text, and how likely the model found it."""
+
+    text: str
+    """The token on its own; a part of a character is U+FFFD."""
+    raw: bytes
+    """The same as UTF-8, exact."""
+    logprob: float
+    """Natural logarithm of the probability; -9999 for an impossible token, as OpenAI writes it."""
+    top: tuple["DetokenizedLogprob", ...] = ()
+    """The most likely tokens at this position, most likely first."""
+
+
+class CacheStatus(StrEnum):
+    """What the response cache had to do with a response."""
+
+    HIT = "hit"
+    """It is replayed, and nothing is generated."""
+    MISS = "miss"
+    BYPASS = "bypass"
+    """The cache was not consulted."""
+
+
+class Started(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The request is valid and admitted; comes once for each prompt."""
+
+    prompt_tokens: int = 0
+    cache: CacheStatus = CacheStatus.BYPASS
+    index: int = 0
+    """The first sample that it starts."""
+    model: str = ""
+    prompt: str | None = None
+    """The prompt as text, after the input filter; None for a chat."""
+
+
+class Delta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """New text of one sample.  Empty while a filter or a stop string withholds the text of its tokens."""
+
+    text: str = ""
+    index: int = 0
+    """Which sample it continues."""
+    tokens: int = 0
+    """Tokens generated for this sample since the delta before."""
+    logprobs: tuple[DetokenizedLogprob, ...] = ()
+    """Of the tokens whose text ends in this delta, if the request asks for them."""
+    token_ends: tuple[int, ...] = ()
+    """For each of `logprobs` how many characters of `text` its token ends after."""
+
+
+class FinishedSample(msgspec.Struct, frozen=True, kw_only=True):
+    """How one sample ended."""
+
+    finish_reason: FinishReason
+    completion_tokens: int
+    stop_reason: str | int | None = None
+    """The stop string or stop token that matched, as vLLM reports it."""
+
+
+class ContextUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """How a conversation was fitted into the context window."""
+
+    limit: int
+    """Tokens that prompt and completion share."""
+    prompt_tokens: int
+    turns_kept: int
+    """Earlier turns of the conversation in the prompt."""
+    turns_dropped: int
+    """Earlier turns left out because they did not fit; the oldest go first."""
+
+
+class Finished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The response is complete; the last event, exactly once."""
+
+    samples: tuple[FinishedSample, ...]
+    usage: Usage
+    """Of all samples together; they share one prompt."""
+    cache: CacheStatus = CacheStatus.BYPASS
+    model: str = ""
+    session_id: str | None = None
+    context: ContextUsage | None = None
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Return how the first sample ended."""
+        return self.samples[0].finish_reason
+
+    @property
+    def cached(self) -> bool:
+        """Return whether nothing at all was generated."""
+        return self.cache is CacheStatus.HIT
+
+
+Event = Started | Delta | Finished
+
+
+def finish(reason: FinishReason, usage: Usage, stop_reason: str | int | None = None) -> Finished:
+    """Return the last event of a single sample."""
+    sample = FinishedSample(finish_reason=reason, completion_tokens=usage.completion_tokens, stop_reason=stop_reason)
+    return Finished(samples=(sample,), usage=usage)
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    """One whole sample."""
+
+    text: str
+    end: FinishedSample
+    logprobs: tuple[DetokenizedLogprob, ...] = ()
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        return self.end.finish_reason
+
+
+class Response(msgspec.Struct, frozen=True, kw_only=True):
+    """All samples of a request, and of each of its prompts."""
+
+    completions: tuple[Completion, ...]
+    prompts: tuple[str | None, ...]
+    """One for each prompt of the request."""
+    finished: Finished
+
+    @property
+    def text(self) -> str:
+        """Return the first sample."""
+        return self.completions[0].text
+
+    @property
+    def prompt(self) -> str | None:
+        """Return the first prompt."""
+        return self.prompts[0]
+
+
+async def collect(events: AsyncGenerator[Event, None]) -> Response:
+    """Read a stream to its end.
+
+    Raises: AppError: whatever ended it in place of Finished.
+    """
+    deltas: defaultdict[int, list[Delta]] = defaultdict(list)
+    prompts: dict[int, str | None] = {}
+    async for event in events:
+        match event:
+            case Delta():
+                deltas[event.index].append(event)
+            case Started():
+                prompts[event.index] = event.prompt
+            case Finished():
+                return Response(
+                    completions=tuple(_join(deltas[index], end) for index, end in enumerate(event.samples)),
+                    prompts=tuple(prompt for _, prompt in sorted(prompts.items())),
+                    finished=event,
+                )
+    raise RuntimeError("a stream ended without its last event")
+
+
+def _join(deltas: list[Delta], end: FinishedSample) -> Completion:
+    return Completion(
+        text="".join(delta.text for delta in deltas),
+        end=end,
+        logprobs=tuple(token for delta in deltas for token in delta.logprobs),
+    )
