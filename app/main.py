@@ -88,7 +88,7 @@ def create_app(settings: Settings, *, engine: Engine | None = None) -> FastAPI:
     app = build_app(parts, lifespan=partial(_lifespan, access=access, engines=engines, metrics=metrics))
     app.state.open_database = access.open
     app.state.wait_ready = served.wait_ready
-    app.state.drain = partial(engines.drain, settings.app.shutdown_grace_seconds)
+    app.state.drain = engines.drain
     return app
 
 
