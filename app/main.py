@@ -96,7 +96,11 @@ def create_app(
         failed_keys=FailedKeyLimiter(settings.security.failed_keys_per_minute, on_refusal=metrics.rate_limited),
         metrics=metrics,
     )
-    return build_app(container, lifespan=_lifespan)
+    app = build_app(container, lifespan=_lifespan)
+    app.state.open_database = access.open
+    app.state.wait_ready = host.default.engine.wait_ready
+    app.state.drain = host.drain
+    return app
 
 
 @asynccontextmanager

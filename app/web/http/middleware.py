@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.engine.host import EngineRegistry
 from app.errors import ClientDisconnected, DeadlineExceeded, PayloadTooLarge, ShuttingDown
-from app.telemetry import Metrics, bind_request_id, clear_request_id
+from app.telemetry import Metrics
 from app.telemetry.metrics import METHODS, OTHER, UNMATCHED
 from app.types import Principal
 from app.web.http.errors import as_app_error, error_response
@@ -66,12 +66,12 @@ class RequestLog:
                 headers.update(state.get(RATE_HEADERS, dict)())
             await send(message)
 
-        bind_request_id(request_id)
+        structlog.contextvars.bind_contextvars(request_id=request_id)
         try:
             await self.app(scope, receive, send_named)
         finally:
             self._tell(scope, status, time.perf_counter() - began)
-            clear_request_id()
+            structlog.contextvars.unbind_contextvars("request_id")
 
     def _tell(self, scope: Scope, status: int, seconds: float) -> None:
         method = scope["method"] if scope["method"] in METHODS else OTHER
