@@ -11,8 +11,9 @@ from pathlib import Path
 
 from fastapi import FastAPI
 
-from app.access.access import Access
-from app.access.bootstrap_key import first_key
+from app.access.access import AccessControl
+from app.access.admission import AdmissionControl
+from app.access.bootstrap_key import bootstrap_key
 from app.config import Settings
 from app.engine.base import Engine
 from app.engine.cache import CachedEngine
@@ -28,10 +29,11 @@ from app.generation.sessions import MemorySessionStore
 from app.langchain.chains import Chains
 from app.privacy.filters import FilteredEngine, InputFilter
 from app.privacy.redactor import PiiKind, Redactor
+from app.stores.memory_admission import MemoryAdmissionStore
 from app.telemetry import Metrics, disable_foreign_tracing
 from app.web.app_factory import build_app
 from app.web.http.dependencies import Parts
-from app.web.http.rate_limits import RateLimits
+from app.web.http.rate_limits import FailedKeyLimiter
 
 HANG_SECONDS = 120.0
 """A worker that has work and says nothing for so long is ended and started again."""
@@ -51,8 +53,9 @@ def create_app(settings: Settings, *, engine: Engine | None = None) -> FastAPI:
     served, cache = _serve_through(engine or _engine(settings, model), settings, redactor, metrics, access)
     engines = EngineRegistry({model: served})
     sessions = MemorySessionStore(settings.chat_history) if settings.chat_history.enabled else None
-    limits = RateLimits(
-        settings.security.failed_keys_per_minute,
+    admission = AdmissionControl(
+        MemoryAdmissionStore(),
+        access.quotas,
         enabled=settings.rate_limit.enabled,
         on_refusal=metrics.rate_limited,
     )
@@ -65,7 +68,7 @@ def create_app(settings: Settings, *, engine: Engine | None = None) -> FastAPI:
         default_max_tokens=settings.model.max_tokens,
         default_temperature=settings.model.temperature,
         metrics=metrics,
-        accounts=_accounts(settings, access, limits),
+        accounts=_accounts(settings, access, admission),
         waiting_seconds=settings.deadlines.waiting_seconds,
         cache=cache,
     )
@@ -80,9 +83,10 @@ def create_app(settings: Settings, *, engine: Engine | None = None) -> FastAPI:
         settings=settings,
         service=service,
         engines=engines,
-        keys=access.ring,
+        keys=access.authenticator,
         access=access,
-        limits=limits,
+        admission=admission,
+        failed_keys=FailedKeyLimiter(settings.security.failed_keys_per_minute, on_refusal=metrics.rate_limited),
         metrics=metrics,
     )
     app = build_app(parts, lifespan=partial(_lifespan, access=access, engines=engines, metrics=metrics))
@@ -93,7 +97,9 @@ def create_app(settings: Settings, *, engine: Engine | None = None) -> FastAPI:
 
 
 @asynccontextmanager
-async def _lifespan(app: FastAPI, *, access: Access, engines: EngineRegistry, metrics: Metrics) -> AsyncIterator[None]:
+async def _lifespan(
+    app: FastAPI, *, access: AccessControl, engines: EngineRegistry, metrics: Metrics
+) -> AsyncIterator[None]:
     watching = asyncio.create_task(metrics.watch_event_loop())
     try:
         await access.start()
@@ -107,23 +113,22 @@ async def _lifespan(app: FastAPI, *, access: Access, engines: EngineRegistry, me
             await watching
 
 
-def _access(settings: Settings, redactor: Redactor | None, metrics: Metrics) -> Access:
+def _access(settings: Settings, redactor: Redactor | None, metrics: Metrics) -> AccessControl:
     configured = settings.security.api_key
     # What is written down is masked even where the filters are off.
     log_filter = InputFilter(redactor or Redactor(), "mask", lambda kind, count: None)
-    return Access(
+    return AccessControl(
         settings,
         configured_key=configured.get_secret_value() if configured else None,
-        first_key=None if configured else first_key(settings.app.data_dir),
+        bootstrap_key=None if configured else bootstrap_key(settings.app.data_dir),
         mask=log_filter.mask,
         on_drop=metrics.log_rows_dropped,
     )
 
 
-def _accounts(settings: Settings, access: Access, limits: RateLimits) -> Accounts:
+def _accounts(settings: Settings, access: AccessControl, admission: AdmissionControl) -> Accounts:
     return Accounts(
-        rate=limits,
-        quota=access.quotas,
+        admission=admission,
         journal=access.log,
         cached_prompt=settings.quota.cached_prompt,
         cached_completion=settings.quota.cached_completion,
@@ -160,7 +165,7 @@ def _redactor(settings: Settings) -> Redactor | None:
 
 
 def _serve_through(
-    engine: Engine, settings: Settings, redactor: Redactor | None, metrics: Metrics, access: Access
+    engine: Engine, settings: Settings, redactor: Redactor | None, metrics: Metrics, access: AccessControl
 ) -> tuple[Engine, CachedEngine | None]:
     """Put the output filter around the model and the cache around both, so that nothing unfiltered is ever kept."""
     scope = "unfiltered"
@@ -170,7 +175,7 @@ def _serve_through(
     if not settings.cache.enabled:
         return engine, None
     if settings.cache.persistent:
-        engine = StoredEngine(engine, access.answers, scope=scope)
+        engine = StoredEngine(engine, access.response_cache, scope=scope)
     cache = CachedEngine(engine, settings.cache, scope=scope, metrics=metrics)
     return cache, cache
 

@@ -8,12 +8,12 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from typing import Protocol
 
 from app.engine.base import EngineInfo
-from app.errors import AppError, Forbidden
+from app.errors import AppError
 from app.generation.request_stats import Meter
 from app.generation.requests import ChatAsk, CompletionAsk, Delta, Event, Finished
 from app.types import InferenceRecord, Principal, Role
@@ -21,21 +21,28 @@ from app.types import InferenceRecord, Principal, Role
 _HUNG_UP = 499
 
 
-class Held(Protocol):
+class Reservation(Protocol):
     """Tokens set aside."""
 
-    async def settle(self, tokens: int) -> None:
-        """Put what was really used in their place.  Takes effect even if the caller does not wait for it."""
+    @property
+    def counted(self) -> bool:
+        """Whether the quota counts what is committed."""
+
+    def commit(self, tokens: int) -> None:
+        """Note what was really used."""
 
 
-class Budget(Protocol):
-    """Something that tokens are taken out of."""
+class Admission(Protocol):
+    """What `access.admission.AdmissionControl` does for a generation."""
 
-    async def reserve(self, caller: Principal, tokens: int) -> Held | None:
-        """Set tokens aside; None: this caller has no such limit.
+    def reserve(self, principal: Principal, tokens: int) -> AbstractAsyncContextManager[Reservation]:
+        """Set tokens aside; the difference to what was committed is put back when the context is left.
 
-        Raises: AppError: so many are not left.
+        Raises: AppError: on entering, if so many are not left.
         """
+
+    def check_rights(self, principal: Principal, *, model: str, logprobs: bool, system_messages: bool) -> None:
+        """Raises: Forbidden: the caller's role does not allow one of them."""
 
 
 class Journal(Protocol):
@@ -51,21 +58,18 @@ class Accounts:
     def __init__(
         self,
         *,
-        rate: Budget,
-        quota: Budget,
+        admission: Admission,
         journal: Journal,
         cached_prompt: float,
         cached_completion: float,
         keep_text: bool,
     ) -> None:
         """Args:
-        rate: tokens a minute.
-        quota: tokens a month; what it reserves it also counts.
+        admission: takes the tokens out of the caller's limits.
         cached_prompt, cached_completion: how much of its tokens a replayed answer costs, 0 to 1.
         keep_text: put prompt and answer in the records.
         """
-        self.rate = rate
-        self.quota = quota
+        self.admission = admission
         self.cached_prompt = cached_prompt
         self.cached_completion = cached_completion
         self.keep_text = keep_text
@@ -81,6 +85,7 @@ class Accounts:
             account.failed(error)
             raise
         finally:
+            await account.release()
             self._journal.write(account.record())
 
 
@@ -95,8 +100,8 @@ class Account:
         self._info: EngineInfo | None = None
         self._meter: Meter | None = None
         self._prompt_tokens = 0
-        self._held: list[Held] = []
-        self._counted = False
+        self._reserved = AsyncExitStack()
+        self._reservation: Reservation | None = None
         self._charged = 0
         self._status = 200
         self._finished: Finished | None = None
@@ -115,18 +120,8 @@ class Account:
         Raises: RateLimited, QuotaExceeded: so much is not left; then nothing is taken.
         """
         tokens = self._prompt_tokens + max_tokens * self._ask.sampling.n
-        try:
-            await self._reserve_from(self._accounts.rate, tokens)
-            self._counted = await self._reserve_from(self._accounts.quota, tokens)
-        except BaseException:
-            await self._settle_all(0)
-            raise
-
-    async def _reserve_from(self, budget: Budget, tokens: int) -> bool:
-        held = await budget.reserve(self._ask.caller, tokens)
-        if held is not None:
-            self._held.append(held)
-        return held is not None
+        reserving = self._accounts.admission.reserve(self._ask.caller, tokens)
+        self._reservation = await self._reserved.enter_async_context(reserving)
 
     def see(self, event: Event) -> None:
         """Take in what the caller gets."""
@@ -140,13 +135,13 @@ class Account:
         made, replayed = self._meter.made, self._meter.replayed
         prompt = 1.0 if made else self._accounts.cached_prompt if replayed else 0.0
         self._charged = math.ceil(prompt * self._prompt_tokens + made + self._accounts.cached_completion * replayed)
-        await self._settle_all(self._charged)
+        if self._reservation is not None:
+            self._reservation.commit(self._charged)
+        await self.release()
 
-    async def _settle_all(self, tokens: int) -> None:
-        held, self._held = self._held, []
-        # The rate first: it does not wait, so being cancelled in between loses nothing.
-        for each in held:
-            await each.settle(tokens)
+    async def release(self) -> None:
+        """Put back what was reserved and not used."""
+        await self._reserved.aclose()
 
     def finished(self, finished: Finished) -> Finished:
         """Note that the answers are complete."""
@@ -177,7 +172,7 @@ class Account:
             prompt_tokens=self._prompt_tokens,
             completion_tokens=meter.made + meter.replayed if meter else 0,
             charged_tokens=self._charged,
-            counted=self._counted,
+            counted=self._reservation is not None and self._reservation.counted,
             cached=finished.cached if finished else False,
             finish_reason=finished.finish_reason if finished else None,
             status=self._status,
@@ -192,12 +187,8 @@ def _joined(answers: Sequence[Sequence[str]]) -> str:
     return "\n\n".join("".join(pieces) for pieces in answers)
 
 
-def check_rights(ask: CompletionAsk | ChatAsk, model: str) -> None:
+def check_rights(admission: Admission, ask: CompletionAsk | ChatAsk, model: str) -> None:
     """Raises: Forbidden: the caller's role does not allow this model, system messages or log-probabilities."""
-    rights = ask.caller.rights
-    if rights.models is not None and model not in rights.models:
-        raise Forbidden("The role of this API key does not allow this model.")
-    if ask.sampling.logprobs is not None and not rights.raw_logprobs:
-        raise Forbidden("The role of this API key does not allow log-probabilities.")
-    if isinstance(ask, ChatAsk) and not rights.system_messages and any(m.role is Role.SYSTEM for m in ask.messages):
-        raise Forbidden("The role of this API key does not allow system messages.")
+    system = isinstance(ask, ChatAsk) and any(message.role is Role.SYSTEM for message in ask.messages)
+    logprobs = ask.sampling.logprobs is not None
+    admission.check_rights(ask.caller, model=model, logprobs=logprobs, system_messages=system)

@@ -92,7 +92,7 @@ class GenerationService:
         """
         async with self._accounts.open(ask) as account, self._lease(ask) as engine:
             model = engine.info.model
-            check_rights(ask, model)
+            check_rights(self._accounts.admission, ask, model)
             meter = Meter(model, self._metrics, ask.sampling.n)
             room = self._room(engine, ask.sampling)
             prompt, prompt_ids = await self._prompt(ask.prompt, engine, room)
@@ -124,7 +124,7 @@ class GenerationService:
             raise InvalidRequest.of_field("messages", "must end with the user's in a session")
         async with self._accounts.open(ask) as account, self._lease(ask) as engine:
             model = engine.info.model
-            check_rights(ask, model)
+            check_rights(self._accounts.admission, ask, model)
             meter = Meter(model, self._metrics, ask.sampling.n)
             texts = await self._clean([message.content for message in ask.messages])
             messages = [Message(message.role, text) for message, text in zip(ask.messages, texts, strict=True)]
