@@ -60,7 +60,11 @@ def _add_middlewares(app: FastAPI, parts: Parts) -> None:
     """Innermost first: each one added goes around those before it.  `middleware.py` says why this order."""
     security = parts.settings.security
     app.add_middleware(
-        Authentication, keys=parts.keys, limits=parts.limits, metrics=parts.metrics, public=public_paths(parts)
+        Authentication,
+        keys=parts.keys,
+        failed_keys=parts.failed_keys,
+        metrics=parts.metrics,
+        public=public_paths(parts),
     )
     app.add_middleware(DrainGate, engines=parts.engines, always=ops.ALWAYS_PATHS)
     app.add_middleware(ErrorBoundary)

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 from fastapi import FastAPI
 
-from app.access.access import Access
+from app.access.access import AccessControl
 from app.config import load_settings
 from app.engine.base import Engine
 from app.main import create_app
@@ -24,8 +24,8 @@ class Running:
     app: FastAPI
 
     @property
-    def access(self) -> Access:
-        access: Access = self.app.state.parts.access
+    def access(self) -> AccessControl:
+        access: AccessControl = self.app.state.parts.access
         return access
 
     def client(self, key: str = ADMIN_KEY) -> httpx.AsyncClient:

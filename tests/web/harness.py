@@ -11,7 +11,8 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 
-from app.access.access import Access
+from app.access.access import AccessControl
+from app.access.admission import AdmissionControl
 from app.access.limits import configured
 from app.config import Settings, load_settings
 from app.engine.echo import EchoEngine
@@ -19,11 +20,12 @@ from app.engine.host import EngineRegistry
 from app.engine.tokenizer.logprob_text import AnswerToken
 from app.generation.requests import ChatAsk, CompletionAsk, Context, Delta, Ending, Event, Finished, Started
 from app.generation.sessions import MemorySessionStore, SessionStore
+from app.stores.memory_admission import MemoryAdmissionStore
 from app.telemetry import Metrics
 from app.types import FinishReason, Principal, Rights, Usage
 from app.web.app_factory import build_app
 from app.web.http.dependencies import Parts
-from app.web.http.rate_limits import RateLimits
+from app.web.http.rate_limits import FailedKeyLimiter
 
 KEY = "web-tests-key-0123456789"
 AUTH = {"X-API-Key": KEY}
@@ -134,7 +136,6 @@ class Web:
     service: ScriptedService
     engines: EngineRegistry
     metrics: Metrics
-    limits: RateLimits
 
     @asynccontextmanager
     async def client(self, **headers: str) -> AsyncIterator[httpx.AsyncClient]:
@@ -173,20 +174,21 @@ async def make_web(service: ScriptedService | None = None, **sections: dict[str,
     engines = EngineRegistry({MODEL: EchoEngine(model=MODEL)})
     await engines.start()
     metrics = Metrics(models=[MODEL])
-    limits = RateLimits(
-        config.security.failed_keys_per_minute, enabled=config.rate_limit.enabled, on_refusal=metrics.rate_limited
+    access = AccessControl(config, configured_key=KEY, bootstrap_key=None, mask=_unmasked, on_drop=lambda count: None)
+    admission = AdmissionControl(
+        MemoryAdmissionStore(), access.quotas, enabled=config.rate_limit.enabled, on_refusal=metrics.rate_limited
     )
-    access = Access(config, configured_key=KEY, first_key=None, mask=_unmasked, on_drop=lambda count: None)
     parts = Parts(
         settings=config,
         service=service,
         engines=engines,
         keys=OneKey(config),
         access=access,
-        limits=limits,
+        admission=admission,
+        failed_keys=FailedKeyLimiter(config.security.failed_keys_per_minute, on_refusal=metrics.rate_limited),
         metrics=metrics,
     )
-    return Web(app=build_app(parts), service=service, engines=engines, metrics=metrics, limits=limits)
+    return Web(app=build_app(parts), service=service, engines=engines, metrics=metrics)
 
 
 def is_envelope(response: httpx.Response) -> bool:

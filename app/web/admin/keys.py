@@ -24,14 +24,14 @@ from app.errors import (
 )
 from app.web.http.dependencies import AccessDep, AdminDep
 from app.web.http.errors import document
-from app.web.http.json_body import LimitedRoute, StrictModel
+from app.web.http.json_body import StrictModel, StrictRoute
 
 MAX_PAGE = 200
 MAX_SECONDS = 100 * 366 * 86_400
 MAX_LIMIT = 10**15
 
-router = APIRouter(prefix="/v1/keys", tags=["keys"], route_class=LimitedRoute)
-seed_router = APIRouter(tags=["keys"], route_class=LimitedRoute)
+router = APIRouter(prefix="/v1/keys", tags=["keys"], route_class=StrictRoute)
+seed_router = APIRouter(tags=["keys"], route_class=StrictRoute)
 
 _ERRORS = document(
     InvalidRequest, Unauthorized, Forbidden, KeyNotFound, RoleNotFound, RateLimited, InternalError, StoreUnavailable
@@ -167,24 +167,19 @@ async def read_key(key_id: KeyPath, caller: AdminDep, access: AccessDep) -> KeyR
 @router.patch("/{key_id}", response_model=KeyReply, responses=_ERRORS)
 async def change_key(key_id: KeyPath, body: ChangeKey, caller: AdminDep, access: AccessDep) -> KeyReply:
     """Change role, owner, limits or expiry."""
-    record = await access.keys.change(key_id, body.values())
-    access.ring.forget(key_id)
-    return KeyReply.of(record)
+    return KeyReply.of(await access.keys.change(key_id, body.values()))
 
 
 @router.delete("/{key_id}", response_model=KeyReply, responses=_ERRORS)
 async def revoke_key(key_id: KeyPath, caller: AdminDep, access: AccessDep) -> KeyReply:
     """End a key for good: at once here, within five seconds on every other replica."""
-    record = await access.keys.revoke(key_id)
-    access.ring.forget(key_id)
-    return KeyReply.of(record)
+    return KeyReply.of(await access.keys.revoke(key_id))
 
 
 @router.post("/{key_id}/rotate", response_model=NewKeyReply, responses=_ERRORS)
 async def rotate_key(key_id: KeyPath, body: RotateKey, caller: AdminDep, access: AccessDep) -> NewKeyReply:
     """Give a key a new secret, shown in this answer only; the old one stays good for a while."""
     record, key = await access.keys.rotate(key_id, timedelta(seconds=body.overlap_seconds))
-    access.ring.forget(key_id)
     return NewKeyReply.of(record, key=key)
 
 

@@ -21,9 +21,9 @@ from app.types import Rights
 from app.web.admin.keys import LimitFields, LimitsReply, RoleName
 from app.web.http.dependencies import AccessDep, AdminDep
 from app.web.http.errors import document
-from app.web.http.json_body import LimitedRoute, StrictModel
+from app.web.http.json_body import StrictModel, StrictRoute
 
-router = APIRouter(prefix="/v1/roles", tags=["roles"], route_class=LimitedRoute)
+router = APIRouter(prefix="/v1/roles", tags=["roles"], route_class=StrictRoute)
 
 _ERRORS = document(
     InvalidRequest, Unauthorized, Forbidden, RoleNotFound, Conflict, RateLimited, InternalError, StoreUnavailable
@@ -100,7 +100,6 @@ async def put_role(name: RolePath, body: RoleFields, caller: AdminDep, access: A
     """Put a role in the place of the one of this name, or make it; it holds for its keys within five seconds."""
     role = body.role(name)
     await access.roles.put(role)
-    access.ring.forget_all()
     return RoleReply.of(role)
 
 

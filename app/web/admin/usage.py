@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, Field
 
 from app.access.quotas import month_of, next_month
-from app.access.reports import COLUMNS, Used, as_values, first_of, summed
+from app.access.reports import COLUMNS, UsageRow, as_values, first_of, summed
 from app.errors import (
     Forbidden,
     InternalError,
@@ -22,9 +22,9 @@ from app.errors import (
 from app.types import Limits
 from app.web.http.dependencies import AccessDep, CallerDep
 from app.web.http.errors import document
-from app.web.http.json_body import LimitedRoute
+from app.web.http.json_body import StrictRoute
 
-router = APIRouter(prefix="/v1/usage", tags=["usage"], route_class=LimitedRoute)
+router = APIRouter(prefix="/v1/usage", tags=["usage"], route_class=StrictRoute)
 
 _ERRORS = document(InvalidRequest, Unauthorized, Forbidden, KeyNotFound, RateLimited, InternalError, StoreUnavailable)
 
@@ -82,19 +82,19 @@ async def usage(
     key_id = key or caller.key_id
     if key_id != caller.key_id and not caller.rights.manage_keys:
         raise Forbidden("Another key's usage needs an API key whose role may manage keys.")
-    limits = caller.limits if key_id == caller.key_id else await access.ring.limits_of(key_id)
+    limits = caller.limits if key_id == caller.key_id else await access.verifier.limits_of(key_id)
     month = month or month_of(datetime.now(UTC))
     rows = await access.reports.by_day_and_model(key_id, month)
     if format == "csv":
         return _table(rows, f"usage-{key_id}-{month}.csv")
-    standing = await access.quotas.standing(key_id, month)
+    balance = await access.quotas.balance(key_id, month)
     return UsageReportReply(
         key_id=key_id,
         month=month,
         limit=limits.monthly_tokens or None,
-        used=standing.used,
-        reserved=standing.reserved,
-        remaining=_remaining(limits, standing.used + standing.reserved),
+        used=balance.used,
+        reserved=balance.reserved,
+        remaining=_remaining(limits, balance.used + balance.reserved),
         resets=next_month(first_of(month)),
         by_day=[DayReply.model_validate(as_values(row)) for row in summed(rows, "model")],
         by_model=[ModelReply.model_validate(as_values(row)) for row in summed(rows, "day")],
@@ -105,7 +105,7 @@ def _remaining(limits: Limits, taken: int) -> int | None:
     return max(0, limits.monthly_tokens - taken) if limits.monthly_tokens else None
 
 
-def _table(rows: list[Used], name: str) -> Response:
+def _table(rows: list[UsageRow], name: str) -> Response:
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(COLUMNS)

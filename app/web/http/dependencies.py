@@ -12,7 +12,8 @@ from uuid import uuid4
 
 from fastapi import Depends, Request
 
-from app.access.access import Access
+from app.access.access import AccessControl
+from app.access.admission import AdmissionControl
 from app.config import Settings
 from app.engine.host import EngineRegistry
 from app.errors import Forbidden, NotFound
@@ -21,7 +22,7 @@ from app.generation.sessions import SessionStore
 from app.telemetry import Metrics
 from app.types import Principal
 from app.web.http.authentication import Keys
-from app.web.http.rate_limits import RateLimits
+from app.web.http.rate_limits import FailedKeyLimiter
 
 
 class Service(Protocol):
@@ -49,8 +50,9 @@ class Parts:
     service: Service
     engines: EngineRegistry
     keys: Keys
-    access: Access
-    limits: RateLimits
+    access: AccessControl
+    admission: AdmissionControl
+    failed_keys: FailedKeyLimiter
     metrics: Metrics
 
 
@@ -81,11 +83,11 @@ AdminDep = Annotated[Principal, Depends(_admin)]
 """A caller who may manage keys, roles and see everybody's usage."""
 
 
-async def _access(parts: PartsDep) -> Access:
+async def _access(parts: PartsDep) -> AccessControl:
     return parts.access
 
 
-AccessDep = Annotated[Access, Depends(_access)]
+AccessDep = Annotated[AccessControl, Depends(_access)]
 
 
 async def _service(parts: PartsDep) -> Service:

@@ -14,9 +14,14 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
+from app.access.admission import Admitted
 from app.errors import ClientDisconnected, InvalidRequest, QuotaExceeded, RateLimited, UnsupportedMediaType
-from app.web.http.rate_limits import RateLimits
+from app.web.http.rate_limits import admitted, show_limits
+
+_ADMITTED = "admitted"
+"""Key in the request's state."""
 
 MAX_DEPTH = 32
 MAX_NUMBER_CHARS = 32
@@ -29,24 +34,44 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
 
 
-class LimitedRoute(APIRoute):
-    """A route that counts against its caller's rate first, then reads the body strictly, then validates.
-
-    FastAPI itself reads a body before any dependency runs.  Counting earlier costs a refused caller no work of ours,
-    and lets even the answer to a malformed body carry the rate headers.
-    """
+class StrictRoute(APIRoute):
+    """A route that reads its body as strict JSON, then validates; its responses say what is left of the rate limits."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
         takes_body = self.body_field is not None
 
         async def handle(request: Request) -> Response:
-            limits: RateLimits = request.app.state.parts.limits
-            limits.take_request(request.scope)
+            show_limits(request.scope, request.app.state.parts.admission)
+            return await handler(await _JsonRequest.read(request) if takes_body else request)
+
+        return handle
+
+
+class LimitedRoute(StrictRoute):
+    """A generating route: its caller is admitted first, then the body is read and validated.
+
+    FastAPI itself reads a body before any dependency runs.  Admitting earlier costs a refused caller no work of ours,
+    and lets even the response to a malformed body carry the rate headers.
+    """
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] not in (self.methods or ()):
+            await super().handle(scope, receive, send)  # 405, which costs nothing
+            return
+        async with admitted(scope, scope["app"].state.parts.admission) as request:
+            scope["state"][_ADMITTED] = request
+            await super().handle(scope, receive, send)
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
             try:
-                return await handler(await _JsonRequest.read(request) if takes_body else request)
+                return await handler(request)
             except (RateLimited, QuotaExceeded):
-                limits.give_back_request(request.scope)
+                admitted_request: Admitted = request.scope["state"][_ADMITTED]
+                await admitted_request.refund()
                 raise
 
         return handle

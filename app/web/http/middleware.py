@@ -29,7 +29,7 @@ from app.telemetry import Metrics
 from app.telemetry.metrics import METHODS, OTHER, UNMATCHED
 from app.types import Principal
 from app.web.http.errors import as_app_error, error_response
-from app.web.http.rate_limits import RATE_HEADERS
+from app.web.http.rate_limits import rate_headers
 
 _CLIENT_GONE = 499
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -63,7 +63,7 @@ class RequestLog:
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = request_id
                 headers["X-Process-Time"] = f"{time.perf_counter() - began:.6f}"
-                headers.update(state.get(RATE_HEADERS, dict)())
+                headers.update(await rate_headers(scope))
             await send(message)
 
         structlog.contextvars.bind_contextvars(request_id=request_id)

@@ -14,10 +14,10 @@ from app.generation.sessions import Session, SessionSummary
 from app.types import Role
 from app.web.http.dependencies import CallerDep, SessionsDep
 from app.web.http.errors import document
-from app.web.http.json_body import LimitedRoute
+from app.web.http.json_body import StrictRoute
 from app.web.http.sampling_params import SessionId
 
-router = APIRouter(prefix="/v1/sessions", tags=["sessions"], route_class=LimitedRoute)
+router = APIRouter(prefix="/v1/sessions", tags=["sessions"], route_class=StrictRoute)
 
 _ERRORS = document(InvalidRequest, Unauthorized, SessionNotFound, RateLimited, InternalError)
 

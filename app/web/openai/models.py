@@ -9,9 +9,9 @@ from app.errors import EngineNotReady, InternalError, ModelNotFound, RateLimited
 from app.types import EngineState
 from app.web.http.dependencies import Parts, PartsDep
 from app.web.http.errors import document
-from app.web.http.json_body import LimitedRoute
+from app.web.http.json_body import StrictRoute
 
-router = APIRouter(prefix="/v1/models", tags=["openai"], route_class=LimitedRoute)
+router = APIRouter(prefix="/v1/models", tags=["openai"], route_class=StrictRoute)
 
 _ERRORS = document(Unauthorized, ModelNotFound, RateLimited, InternalError, speaks_openai=True)
 _STATUS = {

@@ -1,14 +1,22 @@
 """Accounts that cost nothing and write nothing down but in a list."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from app.access.admission import Reservation
+from app.access.rights import check_rights
 from app.generation.metering import Accounts
 from app.types import InferenceRecord, Principal
 
 
 class NoLimit:
-    """A budget that nobody has."""
+    """Admission without any limit."""
 
-    async def reserve(self, caller: Principal, tokens: int) -> None:
-        return None
+    check_rights = staticmethod(check_rights)
+
+    @asynccontextmanager
+    async def reserve(self, principal: Principal, tokens: int) -> AsyncIterator[Reservation]:
+        yield Reservation(counted=False)
 
 
 class ListJournal:
@@ -24,8 +32,7 @@ class ListJournal:
 def free_accounts(journal: ListJournal | None = None) -> Accounts:
     """Return accounts without any limit."""
     return Accounts(
-        rate=NoLimit(),
-        quota=NoLimit(),
+        admission=NoLimit(),
         journal=journal or ListJournal(),
         cached_prompt=0,
         cached_completion=0,
