@@ -30,7 +30,7 @@ from app.privacy.filters import FilteredEngine, InputFilter
 from app.privacy.redactor import PiiKind, Redactor
 from app.telemetry import Metrics, disable_foreign_tracing
 from app.web.app_factory import build_app
-from app.web.http.dependencies import Parts
+from app.web.http.dependencies import Container
 from app.web.http.rate_limits import RateLimits
 
 HANG_SECONDS = 120.0
@@ -76,7 +76,7 @@ def create_app(settings: Settings, *, engine: Engine | None = None) -> FastAPI:
         model_loaded=lambda: served.status().state == "ready",
         engine_restarts=lambda: served.status().restarts,
     )
-    parts = Parts(
+    container = Container(
         settings=settings,
         service=service,
         engines=engines,
@@ -85,7 +85,7 @@ def create_app(settings: Settings, *, engine: Engine | None = None) -> FastAPI:
         limits=limits,
         metrics=metrics,
     )
-    app = build_app(parts, lifespan=partial(_lifespan, access=access, engines=engines, metrics=metrics))
+    app = build_app(container, lifespan=partial(_lifespan, access=access, engines=engines, metrics=metrics))
     app.state.open_database = access.open
     app.state.wait_ready = served.wait_ready
     app.state.drain = partial(engines.drain, settings.app.shutdown_grace_seconds)

@@ -25,7 +25,7 @@ class Running:
 
     @property
     def access(self) -> Access:
-        access: Access = self.app.state.parts.access
+        access: Access = self.app.state.container.access
         return access
 
     def client(self, key: str = ADMIN_KEY) -> httpx.AsyncClient:

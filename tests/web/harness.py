@@ -2,8 +2,8 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from app.generation.sessions import MemorySessionStore, SessionStore
 from app.telemetry import Metrics
 from app.types import FinishReason, Principal, Rights, Usage
 from app.web.app_factory import build_app
-from app.web.http.dependencies import Parts
+from app.web.http.dependencies import Container
 from app.web.http.rate_limits import RateLimits
 
 KEY = "web-tests-key-0123456789"
@@ -126,6 +126,14 @@ async def _unmasked(text: str) -> str:
     return text
 
 
+class SignalFreeServer(uvicorn.Server):
+    """A server that leaves the test process's signal handlers alone."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
 @dataclass
 class Web:
     """One application under test and what stands behind it."""
@@ -149,11 +157,10 @@ class Web:
         config = uvicorn.Config(
             self.app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2
         )
-        server = uvicorn.Server(config)
+        server = SignalFreeServer(config)
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
-            # Not serve(): that would take the test process's signals.
-            serving = asyncio.create_task(server._serve([listener]))
+            serving = asyncio.create_task(server.serve([listener]))
             await until(lambda: server.started)
             yield listener.getsockname()[1]
             server.should_exit = True
@@ -177,7 +184,7 @@ async def make_web(service: ScriptedService | None = None, **sections: dict[str,
         config.security.failed_keys_per_minute, enabled=config.rate_limit.enabled, on_refusal=metrics.rate_limited
     )
     access = Access(config, configured_key=KEY, first_key=None, mask=_unmasked, on_drop=lambda count: None)
-    parts = Parts(
+    container = Container(
         settings=config,
         service=service,
         engines=engines,
@@ -186,11 +193,11 @@ async def make_web(service: ScriptedService | None = None, **sections: dict[str,
         limits=limits,
         metrics=metrics,
     )
-    return Web(app=build_app(parts), service=service, engines=engines, metrics=metrics, limits=limits)
+    return Web(app=build_app(container), service=service, engines=engines, metrics=metrics, limits=limits)
 
 
 def is_envelope(response: httpx.Response) -> bool:
-    """Whether an answer is the error object of its path's dialect, whole and, where it tells one, of the right id."""
+    """Return whether a response is the complete error envelope of its path's dialect, with the right request id."""
     body = response.json()
     if response.request.url.path.startswith(OPENAI_PATHS):
         return set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}

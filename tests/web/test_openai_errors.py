@@ -4,7 +4,8 @@ import pytest
 
 from app import errors
 from app.errors import AppError, ContextLengthExceeded, EngineBusy, InternalError, RateLimited
-from app.web.openai.errors import envelope, headers, speaks
+from app.web.http.errors import DEFAULT_FORMAT, ErrorRenderer
+from app.web.openai.errors import ERROR_FORMAT, PATH_PREFIXES, envelope
 from tests.web.harness import AUTH, CHAT, GENERATE, KEY, ScriptedService, make_web
 
 BODIES = {"/v1/chat/completions": CHAT, "/v1/completions": GENERATE}
@@ -136,7 +137,7 @@ def test_every_error_of_ours_has_a_type_that_clients_know():
         assert told["type"] in known
         assert ("server_error" == told["type"]) == (kind.status >= 500)
         assert isinstance(told["code"], str)
-        assert {} == headers(error) or kind.status == 429
+        assert {} == ERROR_FORMAT.headers(error) or kind.status == 429
 
 
 @pytest.mark.parametrize(
@@ -152,4 +153,6 @@ def test_every_error_of_ours_has_a_type_that_clients_know():
     ],
 )
 def test_the_path_decides_the_dialect(path, openai):
-    assert openai == speaks(path)
+    renderer = ErrorRenderer(dict.fromkeys(PATH_PREFIXES, ERROR_FORMAT))
+
+    assert (ERROR_FORMAT if openai else DEFAULT_FORMAT) is renderer.format_of(path)

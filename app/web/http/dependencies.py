@@ -1,7 +1,7 @@
-"""What a route may ask for: the objects of the application and the caller, as annotated aliases.
+"""FastAPI dependencies of the routes as annotated aliases: the application's objects, caller and request context.
 
-Decides nothing.  `Parts` is filled once by `create_app`; `Service` says what the web layer needs of it.
-Every dependency is a coroutine, because FastAPI runs a plain function in a thread, which costs more than it does.
+`create_app` fills the `Container` once.  Every dependency is a coroutine, because FastAPI runs a plain function in a
+thread, which costs more than the function itself.
 """
 
 from collections.abc import AsyncGenerator, Mapping
@@ -21,29 +21,30 @@ from app.generation.sessions import SessionStore
 from app.telemetry import Metrics
 from app.types import Principal
 from app.web.http.authentication import Keys
+from app.web.http.private_api import route_path
 from app.web.http.rate_limits import RateLimits
 
 
 class Service(Protocol):
-    """The way from a prompt to text; `GenerationService` is it."""
+    """The part of `GenerationService` that the web layer calls."""
 
     @property
     def sessions(self) -> SessionStore | None:
-        """None: session memory is switched off."""
+        """The session store, or None if session memory is switched off."""
 
     def complete(self, ask: CompletionAsk) -> AsyncGenerator[Event, None]:
-        """Go on with a plain text; closing the generator cancels."""
+        """Complete a plain text; closing the generator cancels the generation."""
 
     def chat(self, ask: ChatAsk) -> AsyncGenerator[Event, None]:
-        """Answer the last message of a conversation; closing the generator cancels."""
+        """Reply to the last message of a conversation; closing the generator cancels the generation."""
 
     async def status(self) -> Mapping[str, Any]:
-        """Figures for GET /status."""
+        """Return the metrics of GET /status."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
-    """The objects that the web layer works with, built once for each application."""
+class Container:
+    """The objects that routes and middleware work with, built once per application."""
 
     settings: Settings
     service: Service
@@ -54,12 +55,12 @@ class Parts:
     metrics: Metrics
 
 
-async def _parts(request: Request) -> Parts:
-    parts: Parts = request.app.state.parts
-    return parts
+async def _container(request: Request) -> Container:
+    container: Container = request.app.state.container
+    return container
 
 
-PartsDep = Annotated[Parts, Depends(_parts)]
+ContainerDep = Annotated[Container, Depends(_container)]
 
 
 async def _caller(request: Request) -> Principal:
@@ -68,7 +69,7 @@ async def _caller(request: Request) -> Principal:
 
 
 CallerDep = Annotated[Principal, Depends(_caller)]
-"""The owner of the key; the authentication middleware has let nobody else through."""
+"""The principal that the authentication middleware identified."""
 
 
 async def _admin(caller: CallerDep) -> Principal:
@@ -78,18 +79,18 @@ async def _admin(caller: CallerDep) -> Principal:
 
 
 AdminDep = Annotated[Principal, Depends(_admin)]
-"""A caller who may manage keys, roles and see everybody's usage."""
+"""A caller who may manage keys and roles and see everybody's usage."""
 
 
-async def _access(parts: PartsDep) -> Access:
-    return parts.access
+async def _access(container: ContainerDep) -> Access:
+    return container.access
 
 
 AccessDep = Annotated[Access, Depends(_access)]
 
 
-async def _service(parts: PartsDep) -> Service:
-    return parts.service
+async def _service(container: ContainerDep) -> Service:
+    return container.service
 
 
 ServiceDep = Annotated[Service, Depends(_service)]
@@ -104,38 +105,38 @@ async def _sessions(service: ServiceDep) -> SessionStore:
 SessionsDep = Annotated[SessionStore, Depends(_sessions)]
 
 
-def note_end_user(request: Request, name: str | None) -> None:
-    """Let the log tell the caller's end users apart without naming them."""
+def bind_end_user(request: Request, name: str | None) -> None:
+    """Add a hash of the caller's end user to the request's log line; the name itself is never logged."""
     if name is not None:
         principal: Principal = request.state.principal
         request.state.end_user = sha256(f"{principal.tenant}\0{name}".encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
+class RequestContext:
     """What a generating route needs beside its body."""
 
     caller: Principal
     request_id: str
     """The id that the client sees, and may have chosen itself."""
-    ask_id: str
-    """The engine's id: always fresh, since a client may send one request id twice at once."""
+    generation_id: str
+    """The engine's id: always fresh, since a client may use one request id for concurrent requests."""
     origin: Origin
     may_cache: bool
-    """False: the client's Cache-Control asks for an answer made anew."""
+    """False if the client's Cache-Control forbids a cached response."""
     max_prompt_chars: int
 
 
-async def _call(request: Request, parts: PartsDep, caller: CallerDep) -> Call:
-    asked = {word.strip().lower() for line in request.headers.getlist("cache-control") for word in line.split(",")}
-    return Call(
+async def _request_context(request: Request, container: ContainerDep, caller: CallerDep) -> RequestContext:
+    directives = {item.strip().lower() for line in request.headers.getlist("cache-control") for item in line.split(",")}
+    return RequestContext(
         caller=caller,
         request_id=request.state.request_id,
-        ask_id=f"gen_{uuid4().hex}",
-        origin=Origin(request_id=request.state.request_id, route=request.scope["route"].path),
-        may_cache=not asked & {"no-cache", "no-store"},
-        max_prompt_chars=parts.settings.security.max_prompt_chars,
+        generation_id=f"gen_{uuid4().hex}",
+        origin=Origin(request_id=request.state.request_id, route=route_path(request.scope) or ""),
+        may_cache=not directives & {"no-cache", "no-store"},
+        max_prompt_chars=container.settings.security.max_prompt_chars,
     )
 
 
-CallDep = Annotated[Call, Depends(_call)]
+RequestContextDep = Annotated[RequestContext, Depends(_request_context)]

@@ -1,4 +1,4 @@
-"""POST /v1/generate/batch: go on with many plain texts.  Translation only."""
+"""POST /v1/generate/batch: completes many plain texts."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -9,15 +9,13 @@ from pydantic import AfterValidator, BaseModel, Field, StringConstraints
 from app.errors import ModelNotFound, ServiceUnavailable
 from app.generation.batch import answer_each
 from app.generation.requests import CompletionAsk, Reply
-from app.web.http.dependencies import Call, CallDep, ServiceDep
-from app.web.http.errors import ErrorBody, as_app_error, document, envelope
+from app.web.http.dependencies import RequestContext, RequestContextDep, ServiceDep
+from app.web.http.errors import GENERATION_ERRORS, ErrorBody, as_app_error, envelope, error_responses
 from app.web.http.json_body import LimitedRoute
-from app.web.http.sampling_params import SamplingFields, check_length
-from app.web.http.sse import answer_unless_gone
-from app.web.native.generate import GenerateReply
-from app.web.native.schemas import GENERATION_ERRORS
-
-MAX_PROMPTS = 64
+from app.web.http.sampling_params import MAX_PROMPTS, check_length
+from app.web.http.sse import cancel_on_disconnect
+from app.web.native.generate import GenerateResponse
+from app.web.native.request_model import SamplingFields
 
 router = APIRouter(prefix="/v1", tags=["generate"], route_class=LimitedRoute)
 
@@ -29,67 +27,74 @@ def _refuse_stream(stream: bool) -> bool:
 
 
 class BatchRequest(SamplingFields):
-    """Prompts, and how to go on with each of them."""
+    """Prompts, with the sampling parameters of all."""
 
     prompts: Annotated[
         list[Annotated[str, StringConstraints(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)
     ]
     stream: Annotated[bool, AfterValidator(_refuse_stream)] = False
 
-    def to_asks(self, call: Call) -> list[CompletionAsk]:
-        """Raises: InvalidRequest: the prompts are too long together, or two names of one field differ."""
-        check_length("prompts", sum(map(len, self.prompts)), call.max_prompt_chars)
+    def to_generation_requests(self, context: RequestContext) -> list[CompletionAsk]:
+        """Raises: InvalidRequest: the prompts exceed the limit in total, or two synonyms have different values."""
+        check_length("prompts", sum(map(len, self.prompts)), context.max_prompt_chars)
         sampling = self.sampling()
         return [
             CompletionAsk(
-                id=f"{call.ask_id}-{number}",
-                caller=call.caller,
+                id=f"{context.generation_id}-{number}",
+                caller=context.caller,
                 prompt=prompt,
                 sampling=sampling,
                 model=self.model,
-                cache=self.cache and call.may_cache,
-                origin=call.origin,
+                cache=self.cache and context.may_cache,
+                origin=context.origin,
             )
             for number, prompt in enumerate(self.prompts)
         ]
 
 
-class ErrorReply(BaseModel):
-    """What stands in the place of an answer that could not be made."""
+class FailedGeneration(BaseModel):
+    """The error of one prompt, in place of its response."""
 
     error: ErrorBody
 
 
-class BatchReply(BaseModel):
-    """For each prompt, in their order, its answer or its error."""
+class BatchResponse(BaseModel):
+    """The response or error of each prompt, in the order of the prompts."""
 
-    results: list[GenerateReply | ErrorReply]
+    results: list[GenerateResponse | FailedGeneration]
     request_id: str
 
 
 @router.post(
     "/generate/batch",
-    response_model=BatchReply,
+    response_model=BatchResponse,
     response_model_exclude_unset=True,
-    responses=document(*GENERATION_ERRORS),
+    responses=error_responses(*GENERATION_ERRORS),
 )
-async def generate_batch(body: BatchRequest, request: Request, call: CallDep, service: ServiceDep) -> BatchReply:
-    """Go on with many texts at once; a text that cannot be answered has its error in place of an answer."""
-    asks = body.to_asks(call)
-    outcomes = await answer_unless_gone(request, answer_each(service.complete, asks))
-    _raise_if_none_could_be_taken(outcomes)
-    results = [_result(outcome, ask, call.request_id) for outcome, ask in zip(outcomes, asks, strict=True)]
-    return BatchReply(results=results, request_id=call.request_id)
+async def generate_batch(
+    body: BatchRequest, request: Request, context: RequestContextDep, service: ServiceDep
+) -> BatchResponse:
+    """Complete many texts at once; a text that fails has its error in place of its response."""
+    generation_requests = body.to_generation_requests(context)
+    outcomes = await cancel_on_disconnect(request, answer_each(service.complete, generation_requests))
+    _raise_if_all_were_refused(outcomes)
+    results = [
+        _result(outcome, generation_request, context.request_id)
+        for outcome, generation_request in zip(outcomes, generation_requests, strict=True)
+    ]
+    return BatchResponse(results=results, request_id=context.request_id)
 
 
-def _raise_if_none_could_be_taken(outcomes: Sequence[Reply | Exception]) -> None:
-    """A service that takes no prompt at all says so with its status, so that clients and balancers try again."""
+def _raise_if_all_were_refused(outcomes: Sequence[Reply | Exception]) -> None:
+    """Raise the error that refused every prompt, so that clients and load balancers see its status and retry."""
     first = outcomes[0]
     if isinstance(first, ServiceUnavailable | ModelNotFound) and all(type(first) is type(each) for each in outcomes):
         raise first
 
 
-def _result(outcome: Reply | Exception, ask: CompletionAsk, request_id: str) -> GenerateReply | ErrorReply:
+def _result(
+    outcome: Reply | Exception, generation_request: CompletionAsk, request_id: str
+) -> GenerateResponse | FailedGeneration:
     if isinstance(outcome, Reply):
-        return GenerateReply.of(outcome, ask.sampling, request_id)
-    return ErrorReply(error=ErrorBody(**envelope(as_app_error(outcome), request_id)))
+        return GenerateResponse.of(outcome, generation_request.sampling, request_id)
+    return FailedGeneration(error=ErrorBody(**envelope(as_app_error(outcome), request_id)))

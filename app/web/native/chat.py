@@ -1,4 +1,4 @@
-"""POST /v1/chat: answer the last message of a conversation, with or without a session.  Translation only."""
+"""POST /v1/chat: replies to the last message of a conversation, with or without a session."""
 
 from typing import Annotated, Literal
 
@@ -7,14 +7,13 @@ from pydantic import AfterValidator, BaseModel, Field, StringConstraints
 
 from app.generation.requests import ChatAsk, Context, Reply, Sampling
 from app.types import FinishReason, Message, Role
-from app.web.http.dependencies import Call, CallDep, ServiceDep
-from app.web.http.errors import document
+from app.web.http.dependencies import RequestContext, RequestContextDep, ServiceDep
+from app.web.http.errors import GENERATION_ERRORS, error_responses
 from app.web.http.json_body import LimitedRoute, StrictModel
-from app.web.http.sampling_params import SamplingFields, SessionId, check_length
-from app.web.http.sse import EventStream, begin, whole
-from app.web.native.schemas import GENERATION_ERRORS, CompletionReply, NativeStream, UsageReply, completion_replies
-
-MAX_MESSAGES = 256
+from app.web.http.sampling_params import MAX_MESSAGES, SessionId, check_length
+from app.web.http.sse import EventStream, collect_response, wait_for_start
+from app.web.native.request_model import SamplingFields
+from app.web.native.schemas import CompletionChoice, NativeStreamEncoder, TokenUsage, completion_choices
 
 router = APIRouter(prefix="/v1", tags=["chat"], route_class=LimitedRoute)
 
@@ -40,29 +39,29 @@ class ChatRequest(SamplingFields):
     ]
     session_id: SessionId | None = Field(None, description="Continues the caller's own session of this name.")
 
-    def to_ask(self, call: Call) -> ChatAsk:
-        """Raises: InvalidRequest: the messages are too long together, or two names of one field differ."""
-        check_length("messages", sum(len(message.content) for message in self.messages), call.max_prompt_chars)
+    def to_generation_request(self, context: RequestContext) -> ChatAsk:
+        """Raises: InvalidRequest: the messages exceed the limit in total, or two synonyms have different values."""
+        check_length("messages", sum(len(message.content) for message in self.messages), context.max_prompt_chars)
         return ChatAsk(
-            id=call.ask_id,
-            caller=call.caller,
+            id=context.generation_id,
+            caller=context.caller,
             messages=tuple(Message(Role(message.role), message.content) for message in self.messages),
             session_id=self.session_id,
             sampling=self.sampling(),
             model=self.model,
-            cache=self.cache and call.may_cache,
-            origin=call.origin,
+            cache=self.cache and context.may_cache,
+            origin=context.origin,
         )
 
 
-class MessageReply(BaseModel):
-    """What the assistant says."""
+class AssistantMessage(BaseModel):
+    """The message that the model generated."""
 
     role: Literal["assistant"]
     content: str
 
 
-class ContextReply(BaseModel):
+class ContextUsage(BaseModel):
     """How the conversation was fitted into the context window."""
 
     limit: int
@@ -71,7 +70,7 @@ class ContextReply(BaseModel):
     turns_dropped: int
 
     @classmethod
-    def of(cls, context: Context) -> "ContextReply":
+    def of(cls, context: Context) -> "ContextUsage":
         return cls(
             limit=context.limit,
             prompt_tokens=context.prompt_tokens,
@@ -80,48 +79,57 @@ class ContextReply(BaseModel):
         )
 
 
-class ChatReply(BaseModel):
-    """A whole answer, or several."""
+class ChatResponse(BaseModel):
+    """The completions of one conversation."""
 
-    message: MessageReply
-    """The first answer."""
+    message: AssistantMessage
+    """The first completion."""
     model: str
     tokens_generated: int
     cached: bool
     session_id: str | None
     finish_reason: FinishReason
-    usage: UsageReply
-    context: ContextReply | None
+    usage: TokenUsage
+    context: ContextUsage | None
     request_id: str
-    completions: list[CompletionReply] = []
-    """All answers; left out unless several or log-probabilities were asked for."""
+    completions: list[CompletionChoice] = []
+    """All completions; left out unless the request asked for several or for log-probabilities."""
 
     @classmethod
-    def of(cls, reply: Reply, sampling: Sampling, request_id: str) -> "ChatReply":
+    def of(cls, reply: Reply, sampling: Sampling, request_id: str) -> "ChatResponse":
         finished = reply.finished
         several = sampling.n > 1 or sampling.logprobs is not None
         return cls(
-            message=MessageReply(role="assistant", content=reply.text),
+            message=AssistantMessage(role="assistant", content=reply.text),
             model=finished.model,
             tokens_generated=finished.usage.completion_tokens,
             cached=finished.cached,
             session_id=finished.session_id,
             finish_reason=finished.finish_reason,
-            usage=UsageReply.of(finished.usage),
-            context=ContextReply.of(finished.context) if finished.context else None,
+            usage=TokenUsage.of(finished.usage),
+            context=ContextUsage.of(finished.context) if finished.context else None,
             request_id=request_id,
-            **({"completions": completion_replies(reply, sampling)} if several else {}),
+            **({"completions": completion_choices(reply, sampling)} if several else {}),
         )
 
 
-# What was not set is what was not asked for.
+# Fields that the request did not ask for are unset, and left out.
 @router.post(
-    "/chat", response_model=ChatReply, response_model_exclude_unset=True, responses=document(*GENERATION_ERRORS)
+    "/chat",
+    response_model=ChatResponse,
+    response_model_exclude_unset=True,
+    responses=error_responses(*GENERATION_ERRORS),
 )
-async def chat(body: ChatRequest, request: Request, call: CallDep, service: ServiceDep) -> ChatReply | EventStream:
-    """Answer the last message, whole or, with `stream`, as server-sent events `delta`... and `done` or `error`."""
-    ask = body.to_ask(call)
-    events = service.chat(ask)
+async def chat(
+    body: ChatRequest, request: Request, context: RequestContextDep, service: ServiceDep
+) -> ChatResponse | EventStream:
+    """Reply to the last message: as one response, or with `stream` as events `delta`... and `done` or `error`."""
+    generation_request = body.to_generation_request(context)
+    events = service.chat(generation_request)
     if body.stream:
-        return EventStream(await begin(request, events), events, NativeStream(ask.sampling, call.request_id))
-    return ChatReply.of(await whole(request, events), ask.sampling, call.request_id)
+        return EventStream(
+            await wait_for_start(request, events),
+            events,
+            NativeStreamEncoder(generation_request.sampling, context.request_id),
+        )
+    return ChatResponse.of(await collect_response(request, events), generation_request.sampling, context.request_id)

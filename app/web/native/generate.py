@@ -1,4 +1,4 @@
-"""POST /v1/generate: go on with a plain text.  Translation only."""
+"""POST /v1/generate: completes a plain text."""
 
 from typing import Annotated
 
@@ -7,37 +7,38 @@ from pydantic import BaseModel, StringConstraints
 
 from app.generation.requests import CompletionAsk, Reply, Sampling
 from app.types import FinishReason
-from app.web.http.dependencies import Call, CallDep, ServiceDep
-from app.web.http.errors import document
+from app.web.http.dependencies import RequestContext, RequestContextDep, ServiceDep
+from app.web.http.errors import GENERATION_ERRORS, error_responses
 from app.web.http.json_body import LimitedRoute
-from app.web.http.sampling_params import SamplingFields, check_length
-from app.web.http.sse import EventStream, begin, whole
-from app.web.native.schemas import GENERATION_ERRORS, CompletionReply, NativeStream, UsageReply, completion_replies
+from app.web.http.sampling_params import check_length
+from app.web.http.sse import EventStream, collect_response, wait_for_start
+from app.web.native.request_model import SamplingFields
+from app.web.native.schemas import CompletionChoice, NativeStreamEncoder, TokenUsage, completion_choices
 
 router = APIRouter(prefix="/v1", tags=["generate"], route_class=LimitedRoute)
 
 
 class GenerateRequest(SamplingFields):
-    """A prompt, and how to go on with it."""
+    """A prompt and its sampling parameters."""
 
     prompt: Annotated[str, StringConstraints(min_length=1)]
 
-    def to_ask(self, call: Call) -> CompletionAsk:
-        """Raises: InvalidRequest: the prompt is too long, or two names of one field differ."""
-        check_length("prompt", len(self.prompt), call.max_prompt_chars)
+    def to_generation_request(self, context: RequestContext) -> CompletionAsk:
+        """Raises: InvalidRequest: the prompt is too long, or two synonyms have different values."""
+        check_length("prompt", len(self.prompt), context.max_prompt_chars)
         return CompletionAsk(
-            id=call.ask_id,
-            caller=call.caller,
+            id=context.generation_id,
+            caller=context.caller,
             prompt=self.prompt,
             sampling=self.sampling(),
             model=self.model,
-            cache=self.cache and call.may_cache,
-            origin=call.origin,
+            cache=self.cache and context.may_cache,
+            origin=context.origin,
         )
 
 
-class GenerateReply(BaseModel):
-    """A whole answer, or several."""
+class GenerateResponse(BaseModel):
+    """The completions of one prompt."""
 
     generated_text: str
     """The first of `completions`."""
@@ -46,12 +47,12 @@ class GenerateReply(BaseModel):
     tokens_generated: int
     cached: bool
     finish_reason: FinishReason
-    completions: list[CompletionReply]
-    usage: UsageReply
+    completions: list[CompletionChoice]
+    usage: TokenUsage
     request_id: str
 
     @classmethod
-    def of(cls, reply: Reply, sampling: Sampling, request_id: str) -> "GenerateReply":
+    def of(cls, reply: Reply, sampling: Sampling, request_id: str) -> "GenerateResponse":
         finished = reply.finished
         return cls(
             generated_text=reply.text,
@@ -60,22 +61,29 @@ class GenerateReply(BaseModel):
             tokens_generated=finished.usage.completion_tokens,
             cached=finished.cached,
             finish_reason=finished.finish_reason,
-            completions=completion_replies(reply, sampling),
-            usage=UsageReply.of(finished.usage),
+            completions=completion_choices(reply, sampling),
+            usage=TokenUsage.of(finished.usage),
             request_id=request_id,
         )
 
 
-# What was not set is what was not asked for.
+# Fields that the request did not ask for are unset, and left out.
 @router.post(
-    "/generate", response_model=GenerateReply, response_model_exclude_unset=True, responses=document(*GENERATION_ERRORS)
+    "/generate",
+    response_model=GenerateResponse,
+    response_model_exclude_unset=True,
+    responses=error_responses(*GENERATION_ERRORS),
 )
 async def generate(
-    body: GenerateRequest, request: Request, call: CallDep, service: ServiceDep
-) -> GenerateReply | EventStream:
-    """Go on with a text, whole or, with `stream`, as server-sent events `delta`... and `done` or `error`."""
-    ask = body.to_ask(call)
-    events = service.complete(ask)
+    body: GenerateRequest, request: Request, context: RequestContextDep, service: ServiceDep
+) -> GenerateResponse | EventStream:
+    """Complete a text: as one response, or with `stream` as events `delta`... and `done` or `error`."""
+    generation_request = body.to_generation_request(context)
+    events = service.complete(generation_request)
     if body.stream:
-        return EventStream(await begin(request, events), events, NativeStream(ask.sampling, call.request_id))
-    return GenerateReply.of(await whole(request, events), ask.sampling, call.request_id)
+        return EventStream(
+            await wait_for_start(request, events),
+            events,
+            NativeStreamEncoder(generation_request.sampling, context.request_id),
+        )
+    return GenerateResponse.of(await collect_response(request, events), generation_request.sampling, context.request_id)

@@ -1,43 +1,28 @@
-"""What the answers of the generating routes have in common: usage, errors and frames.  Translation only."""
+"""Response schemas and the stream encoder that the native generating routes share."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel
 
-from app import errors
 from app.engine.tokenizer.logprob_text import AnswerToken
+from app.errors import AppError
 from app.generation.requests import Completion, Delta, Ending, Event, Finished, Reply, Sampling
 from app.types import FinishReason, Usage
 from app.web.http.errors import envelope
+from app.web.http.json_encoding import exact_float
 from app.web.http.sse import frame
-
-GENERATION_ERRORS: tuple[type[errors.AppError], ...] = (
-    errors.InvalidRequest,
-    errors.ContextLengthExceeded,
-    errors.PiiBlocked,
-    errors.Unauthorized,
-    errors.Forbidden,
-    errors.ModelNotFound,
-    errors.PayloadTooLarge,
-    errors.UnsupportedMediaType,
-    errors.RateLimited,
-    errors.QuotaExceeded,
-    errors.InternalError,
-    errors.ServiceUnavailable,
-    errors.DeadlineExceeded,
-)
 
 
 class PromptTokensDetails(BaseModel):
-    """What became of the prompt's tokens."""
+    """How the prompt's tokens were computed."""
 
     cached_tokens: int
-    """Those that did not have to be computed again."""
+    """Tokens taken from the KV cache."""
 
 
-class UsageReply(BaseModel):
-    """Tokens, counted with the model's own tokenizer; all answers to a request share one prompt."""
+class TokenUsage(BaseModel):
+    """Token counts by the model's own tokenizer; all completions of a request share one prompt."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -45,7 +30,7 @@ class UsageReply(BaseModel):
     prompt_tokens_details: PromptTokensDetails
 
     @classmethod
-    def of(cls, usage: Usage) -> "UsageReply":
+    def of(cls, usage: Usage) -> "TokenUsage":
         return cls(
             prompt_tokens=usage.prompt_tokens,
             completion_tokens=usage.completion_tokens,
@@ -54,53 +39,53 @@ class UsageReply(BaseModel):
         )
 
 
-class TopToken(BaseModel):
-    """A token that the model might have said."""
+class CandidateToken(BaseModel):
+    """A candidate token and its log-probability."""
 
     text: str
     logprob: float
 
 
-class TokenReply(TopToken):
-    """A token of an answer, and the most likely ones in its place."""
+class GeneratedToken(CandidateToken):
+    """A generated token, and the most likely candidates at its position."""
 
-    top: list[TopToken]
+    top: list[CandidateToken]
 
     @classmethod
-    def of(cls, token: AnswerToken) -> "TokenReply":
-        top = [TopToken(text=other.text, logprob=other.logprob) for other in token.top]
+    def of(cls, token: AnswerToken) -> "GeneratedToken":
+        top = [CandidateToken(text=other.text, logprob=other.logprob) for other in token.top]
         return cls(text=token.text, logprob=token.logprob, top=top)
 
 
-def token_replies(tokens: Sequence[AnswerToken], sampling: Sampling) -> dict[str, list[TokenReply]]:
-    """Return the field `tokens` if log-probabilities were asked for, and no field otherwise."""
-    return {} if sampling.logprobs is None else {"tokens": [TokenReply.of(token) for token in tokens]}
+def token_fields(tokens: Sequence[AnswerToken], sampling: Sampling) -> dict[str, list[GeneratedToken]]:
+    """Return the field `tokens` if the request asked for log-probabilities, and no field otherwise."""
+    return {} if sampling.logprobs is None else {"tokens": [GeneratedToken.of(token) for token in tokens]}
 
 
-class CompletionReply(BaseModel):
-    """One answer of those asked for."""
+class CompletionChoice(BaseModel):
+    """One of a request's completions."""
 
     text: str
     finish_reason: FinishReason
-    tokens: list[TokenReply] = []
-    """Left out unless log-probabilities were asked for."""
+    tokens: list[GeneratedToken] = []
+    """Left out unless the request asked for log-probabilities."""
 
     @classmethod
-    def of(cls, completion: Completion, sampling: Sampling) -> "CompletionReply":
+    def of(cls, completion: Completion, sampling: Sampling) -> "CompletionChoice":
         return cls(
             text=completion.text,
             finish_reason=completion.finish_reason,
-            **token_replies(completion.tokens, sampling),
+            **token_fields(completion.tokens, sampling),
         )
 
 
-def completion_replies(reply: Reply, sampling: Sampling) -> list[CompletionReply]:
-    """Translate all answers, in their order."""
-    return [CompletionReply.of(completion, sampling) for completion in reply.completions]
+def completion_choices(reply: Reply, sampling: Sampling) -> list[CompletionChoice]:
+    """Return the schemas of all completions, in their order."""
+    return [CompletionChoice.of(completion, sampling) for completion in reply.completions]
 
 
-class EndingReply(BaseModel):
-    """How one answer of a stream ended."""
+class CompletionEnd(BaseModel):
+    """How one completion of a stream ended."""
 
     index: int
     finish_reason: FinishReason
@@ -111,24 +96,24 @@ class DoneFrame(BaseModel):
     """The last frame of a stream."""
 
     finish_reason: FinishReason
-    usage: UsageReply
+    usage: TokenUsage
     tokens_generated: int
     cached: bool
     session_id: str | None
     request_id: str
     model: str
-    completions: list[EndingReply] = []
+    completions: list[CompletionEnd] = []
     """Left out unless there are several."""
 
 
-class NativeStream:
-    """Writes the frames `delta`, `done` and `error`; that an answer has begun has none."""
+class NativeStreamEncoder:
+    """Encodes events as `delta`, `done` and `error` frames; `Started` produces no frame."""
 
     def __init__(self, sampling: Sampling, request_id: str) -> None:
         self._sampling = sampling
         self._request_id = request_id
 
-    def frames(self, event: Event) -> bytes:
+    def encode(self, event: Event) -> bytes:
         match event:
             case Delta():
                 return frame(_delta(event, self._sampling), "delta")
@@ -136,13 +121,13 @@ class NativeStream:
                 return frame(self._done(event), "done")
         return b""
 
-    def failure(self, error: errors.AppError) -> bytes:
+    def encode_error(self, error: AppError) -> bytes:
         return frame(envelope(error, self._request_id), "error")
 
     def _done(self, finished: Finished) -> dict[str, Any]:
         done = DoneFrame(
             finish_reason=finished.finish_reason,
-            usage=UsageReply.of(finished.usage),
+            usage=TokenUsage.of(finished.usage),
             tokens_generated=finished.usage.completion_tokens,
             cached=finished.cached,
             session_id=finished.session_id,
@@ -157,15 +142,20 @@ def _delta(delta: Delta, sampling: Sampling) -> dict[str, Any]:
     data: dict[str, Any] = {"content": delta.text}
     if sampling.n > 1:
         data["index"] = delta.index
-    tokens = token_replies(delta.tokens, sampling)
-    return data | {name: [token.model_dump() for token in value] for name, value in tokens.items()}
+    if sampling.logprobs is not None:
+        data["tokens"] = [{**_token(token), "top": [_token(other) for other in token.top]} for token in delta.tokens]
+    return data
 
 
-def _endings(endings: Sequence[Ending]) -> dict[str, list[EndingReply]]:
+def _token(token: AnswerToken) -> dict[str, Any]:
+    return {"text": token.text, "logprob": exact_float(token.logprob)}
+
+
+def _endings(endings: Sequence[Ending]) -> dict[str, list[CompletionEnd]]:
     if len(endings) == 1:
         return {}
-    told = [
-        EndingReply(index=index, finish_reason=ending.finish_reason, tokens_generated=ending.tokens)
+    completions = [
+        CompletionEnd(index=index, finish_reason=ending.finish_reason, tokens_generated=ending.tokens)
         for index, ending in enumerate(endings)
     ]
-    return {"completions": told}
+    return {"completions": completions}

@@ -1,27 +1,27 @@
-"""How an answer leaves in OpenAI's dialect: whole or as a stream, with what the cache had to do with it."""
+"""Sends a generation in OpenAI's dialect, as one response or a stream; X-Cache says whether it came from the cache."""
 
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 from uuid import uuid4
 
 from fastapi import Request
-from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from app.errors import ShuttingDown
 from app.generation.requests import Event, Reply
-from app.web.http.sse import EventStream, begin, whole
-from app.web.openai.request_model import Served
-from app.web.openai.response_objects import Head, fingerprint
-from app.web.openai.stream_encoder import ChunkStream, is_cut_short
+from app.web.http.json_encoding import EncodedJsonResponse
+from app.web.http.sse import EventStream, collect_response, wait_for_start
+from app.web.openai.request_model import ResolvedModel
+from app.web.openai.response_objects import ObjectMetadata, fingerprint
+from app.web.openai.stream_encoder import ChunkStreamEncoder, is_cut_short
 
 
-def head(prefix: str, served: Served, *, service_tier: str | None = None) -> Head:
-    """Make what all objects of one answer say, with a fresh id."""
-    return Head(
+def new_metadata(prefix: str, resolved: ResolvedModel, *, service_tier: str | None = None) -> ObjectMetadata:
+    """Return the metadata of a new response, with a fresh id."""
+    return ObjectMetadata(
         id=f"{prefix}-{uuid4().hex}",
-        model=served.info.model,
-        system_fingerprint=fingerprint(served.info),
+        model=resolved.info.model,
+        system_fingerprint=fingerprint(resolved.info),
         service_tier=service_tier,
     )
 
@@ -30,25 +30,25 @@ async def respond(
     request: Request,
     events: AsyncGenerator[Event, None],
     *,
-    stream: ChunkStream | None,
-    make: Callable[[Reply], dict[str, Any]],
-    may_be_stored: bool,
+    stream: ChunkStreamEncoder | None,
+    build: Callable[[Reply], dict[str, Any]],
+    cacheable: bool,
 ) -> Response:
-    """Send an answer as it is made, or whole where `stream` is None.
+    """Return a stream, or one response if `stream` is None.
 
     Args:
-        make: puts the whole object together.
-        may_be_stored: whether the cache was asked at all.
-    Raises: AppError: whatever ended it before it was answered.
+        build: returns the response object of a finished generation.
+        cacheable: whether the cache was looked up.
+    Raises: AppError: the generation was refused or failed before the response began.
     """
     if stream is not None:
-        started = await begin(request, events)
-        return EventStream(started, events, stream, headers=_cache_header(may_be_stored, hit=started.cached))
-    reply = await whole(request, events)
+        started = await wait_for_start(request, events)
+        return EventStream(started, events, stream, headers=_cache_header(cacheable, hit=started.cached))
+    reply = await collect_response(request, events)
     if is_cut_short(reply.finished):
         raise ShuttingDown()
-    return JSONResponse(make(reply), headers=_cache_header(may_be_stored, hit=reply.finished.cached))
+    return EncodedJsonResponse(build(reply), headers=_cache_header(cacheable, hit=reply.finished.cached))
 
 
-def _cache_header(asked: bool, *, hit: bool) -> dict[str, str]:
-    return {"X-Cache": ("HIT" if hit else "MISS") if asked else "BYPASS"}
+def _cache_header(cacheable: bool, *, hit: bool) -> dict[str, str]:
+    return {"X-Cache": ("HIT" if hit else "MISS") if cacheable else "BYPASS"}

@@ -1,5 +1,6 @@
 """What the OpenAI dialect decides without a request: defaults, fingerprints, places of tokens."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,8 @@ from app.engine.echo import EchoEngine
 from app.engine.host import EngineRegistry
 from app.engine.tokenizer.logprob_text import AnswerToken
 from app.generation.requests import Sampling
-from app.web.openai.request_model import OpenAIFields, Served, is_deterministic
+from app.web.http.json_encoding import encode_json
+from app.web.openai.request_model import OpenAIFields, ResolvedModel, is_deterministic
 from app.web.openai.response_objects import TextLogprobs, fingerprint
 
 INFO = EngineInfo(
@@ -25,8 +27,8 @@ INFO = EngineInfo(
 )
 
 
-class Parts:
-    """As much of the application's parts as is asked for."""
+class PartialContainer:
+    """The part of a `Container` that `ResolvedModel` reads."""
 
     def __init__(self, info: EngineInfo, temperature: float | None = None) -> None:
         engine = EchoEngine()
@@ -36,8 +38,8 @@ class Parts:
 
 
 def sampling(info: EngineInfo, *, configured: float | None = None, **asked: float) -> Sampling:
-    served = Served.of(Parts(info, configured), "m")
-    return OpenAIFields(**asked).sampling(served, max_tokens=None, logprobs=None)
+    resolved = ResolvedModel.of(PartialContainer(info, configured), "m")
+    return OpenAIFields(**asked).sampling(resolved, max_tokens=None, logprobs=None)
 
 
 RECOMMENDED = replace(INFO, recommended=(("temperature", 0.6), ("top_k", 20.0), ("repetition_penalty", 1.05)))
@@ -86,13 +88,15 @@ def test_offsets_are_places_in_the_text_also_where_a_character_has_several_token
     """A character counts with the token that completes it; pieces go on where the one before ended."""
     parts = [b"a", "\u20ac".encode()[:1], "\u20ac".encode()[1:], b"bc", b"d"]
     tokens = [AnswerToken(part.decode(errors="replace"), part, -1.0) for part in parts]
-    told = TextLogprobs()
+    logprobs = TextLogprobs()
 
-    assert [0, 1, 1] == told.told(tokens[:3])["text_offset"]
-    assert [2, 4] == told.told(tokens[3:])["text_offset"]
+    assert [0, 1, 1] == logprobs.next_object(tokens[:3])["text_offset"]
+    assert [2, 4] == logprobs.next_object(tokens[3:])["text_offset"]
 
 
 def test_the_token_itself_is_always_among_the_likely_ones():
     token = AnswerToken("x", b"x", -3.0, (AnswerToken("y", b"y", -0.1),))
 
-    assert [{"y": -0.1, "x": -3.0}] == TextLogprobs().told([token])["top_logprobs"]
+    encoded = json.loads(encode_json(TextLogprobs().next_object([token])))
+
+    assert [{"y": -0.1, "x": -3.0}] == encoded["top_logprobs"]
