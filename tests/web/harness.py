@@ -102,7 +102,7 @@ class ScriptedService:
 
 
 def _tokens(text: str, logprobs: int | None) -> tuple[AnswerToken, ...]:
-    """One token for each step, with as many alternatives as are asked for."""
+    """One token for each step, with as many alternatives as requested."""
     if logprobs is None:
         return ()
     top = tuple(AnswerToken(f"{text}{rank}", b"", -rank) for rank in range(logprobs))
@@ -127,7 +127,7 @@ async def _unmasked(text: str) -> str:
 
 
 class SignalFreeServer(uvicorn.Server):
-    """A server that leaves the test process's signal handlers alone."""
+    """A server that installs no signal handlers in the test process."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Who gets in and how often: every route, proved from the OpenAPI document and not from a list kept by hand."""
+"""Who gets in and how often: every route, taken from the OpenAPI document instead of a list."""
 
 import re
 

@@ -13,7 +13,7 @@ from app.web.http.json_encoding import EncodedJsonResponse
 from app.web.http.sse import EventStream, collect_response, wait_for_start
 from app.web.openai.request_model import ResolvedModel
 from app.web.openai.response_objects import ObjectMetadata, fingerprint
-from app.web.openai.stream_encoder import ChunkStreamEncoder, is_cut_short
+from app.web.openai.stream_encoder import ChunkStreamEncoder, was_aborted
 
 
 def new_metadata(prefix: str, resolved: ResolvedModel, *, service_tier: str | None = None) -> ObjectMetadata:
@@ -45,7 +45,7 @@ async def respond(
         started = await wait_for_start(request, events)
         return EventStream(started, events, stream, headers=_cache_header(cacheable, hit=started.cached))
     reply = await collect_response(request, events)
-    if is_cut_short(reply.finished):
+    if was_aborted(reply.finished):
         raise ShuttingDown()
     return EncodedJsonResponse(build(reply), headers=_cache_header(cacheable, hit=reply.finished.cached))
 

@@ -32,7 +32,7 @@ class StreamUsage(Enum):
     """As FINAL, and in every chunk the usage of its choice so far."""
 
 
-def is_cut_short(finished: Finished) -> bool:
+def was_aborted(finished: Finished) -> bool:
     """Return whether the service aborted the generation, for which OpenAI has no finish reason."""
     return any(ending.finish_reason is FinishReason.ABORT for ending in finished.endings)
 
@@ -62,7 +62,7 @@ class ChunkStreamEncoder:
         self._metadata = metadata
         self._choices = choices
         self._n = n
-        self._usage_told = stream_usage
+        self._stream_usage = stream_usage
         self._so_far: dict[int, Usage] = {}
         """Usage of each choice so far, prompt included."""
 
@@ -90,20 +90,20 @@ class ChunkStreamEncoder:
         return b"".join(chunks)
 
     def _end(self, finished: Finished) -> bytes:
-        if is_cut_short(finished):
+        if was_aborted(finished):
             return self.encode_error(ShuttingDown())
         chunks = []
         for index, ending in enumerate(finished.endings):
             usage = replace(self._so_far[index], completion_tokens=ending.tokens)
             chunks.append(self._chunk(self._choices.last(index, ending), usage))
-        if self._usage_told is not StreamUsage.NEVER:
+        if self._stream_usage is not StreamUsage.NEVER:
             chunks.append(frame(self._metadata.object(self._choices.kind, [], usage_object(finished.usage))))
         return b"".join((*chunks, DONE))
 
     def _chunk(self, choice: dict[str, Any], so_far: Usage) -> bytes:
-        usage = tokens_object(so_far) if self._usage_told is StreamUsage.CONTINUOUS else None
+        usage = tokens_object(so_far) if self._stream_usage is StreamUsage.CONTINUOUS else None
         chunk = self._metadata.object(self._choices.kind, [choice], usage)
-        if self._usage_told is StreamUsage.NEVER:
+        if self._stream_usage is StreamUsage.NEVER:
             del chunk["usage"]
         return frame(chunk)
 

@@ -43,7 +43,7 @@ def test_any_bytes_are_read_like_the_standard_reader_does_or_refused(body: bytes
 @given(st.text(st.characters(codec=None) | st.sampled_from("\x00\ud83d\ude00\udfff"), max_size=6), st.booleans())
 @settings(deadline=None)
 def test_texts_that_cannot_be_passed_on_are_refused_wherever_they_stand(text: str, as_key: bool):
-    """Halves of surrogate pairs, as escapes; two halves that stand together are one character.  NUL is a character."""
+    """Halves of surrogate pairs, as escapes; two adjacent halves are one character.  NUL is a character."""
     body = json.dumps([{text: 1}] if as_key else [{"key": [text]}]).encode()
     expected = json.loads(body)
     read = "".join(expected[0]) if as_key else expected[0]["key"][0]
@@ -74,18 +74,18 @@ def test_errors_name_a_place_and_not_the_text():
     assert "secret" not in raised.value.message + str(raised.value.details)
 
 
-spellings = st.sampled_from(["a", "\\u0061", "b", ":", "\\u003a", "\\u003A", "\\\\u003a", "\\n:", "é", ""])
+keys = st.sampled_from(["a", "\\u0061", "b", ":", "\\u003a", "\\u003A", "\\\\u003a", "\\n:", "é", ""])
 literals = st.sampled_from(
     ["1", "-0", "1e-7", '"x:y"', '"\\u003a"', '"[{"', "null", "[]", "{}", str(2**64), "-" + "9" * 31]
 )
-objects = st.lists(st.tuples(spellings, literals), max_size=4).map(
+objects = st.lists(st.tuples(keys, literals), max_size=4).map(
     lambda pairs: "{" + ", ".join(f'"{key}" : {value}' for key, value in pairs) + "}"
 )
 
 
 @given(st.lists(objects, max_size=3))
 @settings(deadline=None)
-def test_a_key_twice_is_refused_however_it_is_spelled_and_nothing_else_is(members: list[str]):
+def test_a_key_twice_is_refused_however_it_is_escaped_and_nothing_else_is(members: list[str]):
     """Colons in keys and values, escaped or not, neither hide a second key nor look like one."""
     text = "[" + ",".join(members) + "]"
     pairs: list[list[tuple[str, Any]]] = []
@@ -138,7 +138,7 @@ def test_escapes_are_read_as_the_standard_reader_reads_them_or_refused(units: li
 
 @given(st.floats(allow_nan=False, allow_infinity=False), st.sampled_from(["r", ".3e", ".20f", ".40e"]))
 @settings(deadline=None)
-def test_floats_are_read_as_the_standard_reader_reads_them(number: float, spelling: str):
-    text = repr(number) if spelling == "r" else format(number, spelling)
+def test_floats_are_read_as_the_standard_reader_reads_them(number: float, form: str):
+    text = repr(number) if form == "r" else format(number, form)
     if math.isfinite(float(text)):
         assert repr(json.loads(f"[{text}]")) == repr(parse(f"[{text}]".encode()))

@@ -1,4 +1,4 @@
-"""What the OpenAI dialect decides without a request: defaults, fingerprints, places of tokens."""
+"""What the OpenAI dialect decides without a request: defaults, fingerprints, text offsets of tokens."""
 
 import json
 from dataclasses import replace
@@ -37,9 +37,9 @@ class PartialContainer:
         self.settings = load_settings("absent.yml", None, openai={"temperature": temperature})
 
 
-def sampling(info: EngineInfo, *, configured: float | None = None, **asked: float) -> Sampling:
+def sampling(info: EngineInfo, *, configured: float | None = None, **fields: float) -> Sampling:
     resolved = ResolvedModel.of(PartialContainer(info, configured), "m")
-    return OpenAIFields(**asked).sampling(resolved, max_tokens=None, logprobs=None)
+    return OpenAIFields(**fields).sampling(resolved, max_tokens=None, logprobs=None)
 
 
 RECOMMENDED = replace(INFO, recommended=(("temperature", 0.6), ("top_k", 20.0), ("repetition_penalty", 1.05)))
@@ -54,12 +54,12 @@ def test_what_the_models_files_recommend_goes_before_openais_defaults():
 
 def test_the_configuration_goes_before_both_and_a_request_before_all():
     assert 0.3 == sampling(RECOMMENDED, configured=0.3).temperature
-    asked = sampling(RECOMMENDED, configured=0.3, temperature=1.0, top_k=0, repetition_penalty=1.0)
-    assert (1.0, 0, 1.0) == (asked.temperature, asked.top_k, asked.repetition_penalty)
+    requested = sampling(RECOMMENDED, configured=0.3, temperature=1.0, top_k=0, repetition_penalty=1.0)
+    assert (1.0, 0, 1.0) == (requested.temperature, requested.top_k, requested.repetition_penalty)
 
 
 def test_a_recommendation_that_the_runner_cannot_honour_is_left_out():
-    """It would be refused in a request that never asked for it."""
+    """A request that never named the parameter would be refused."""
     assert 1.0 == sampling(replace(RECOMMENDED, unsupported=("repetition_penalty",))).repetition_penalty
 
 
@@ -85,7 +85,7 @@ def test_another_model_or_another_machine_has_another_fingerprint():
 
 
 def test_offsets_are_places_in_the_text_also_where_a_character_has_several_tokens():
-    """A character counts with the token that completes it; pieces go on where the one before ended."""
+    """A character counts with the token that completes it; each delta continues where the one before ended."""
     parts = [b"a", "\u20ac".encode()[:1], "\u20ac".encode()[1:], b"bc", b"d"]
     tokens = [AnswerToken(part.decode(errors="replace"), part, -1.0) for part in parts]
     logprobs = TextLogprobs()

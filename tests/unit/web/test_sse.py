@@ -21,7 +21,7 @@ FINISHED = Finished(model="m", endings=(ENDING,), usage=Usage(1, 1), cached=Fals
 
 
 class Answer:
-    """Events that tell whether they were closed."""
+    """A generation that records whether it was closed."""
 
     def __init__(self, *steps: Event | float | Exception) -> None:
         self.steps = steps
@@ -111,7 +111,7 @@ async def test_a_hang_up_closes_the_answer():
 
 
 async def test_a_hang_up_before_the_first_frame_closes_the_answer():
-    """The client is gone before anything is asked of the generator, which has begun already."""
+    """The client disconnects before the next event of a generation that has begun."""
     answer = Answer(Started(model="m"), 60, FINISHED)
     await wait_for_start(Client().request, answer.events)
 
