@@ -75,7 +75,7 @@ def create_app(
     )
     if sessions is None and settings.chat_history.enabled:
         sessions = MemorySessionStore(settings.chat_history)
-    service = service or GenerationService(
+    generation: Service = service or GenerationService(
         host=host,
         input_filter=_input_filter(settings, redactor, metrics),
         sessions=sessions,
@@ -87,7 +87,7 @@ def create_app(
     _watch(metrics, host, sessions)
     container = Container(
         settings=settings,
-        service=service,
+        service=generation,
         host=host,
         sessions=sessions,
         keys=keys or access.authenticator,

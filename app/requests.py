@@ -5,6 +5,9 @@ from typing import Any, Final
 
 from app.types import Message, SamplingParams
 
+RESOLVABLE: Final = frozenset(["max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"])
+"""Sampling parameters that have a default which is not neutral, from the configuration or the model's own files."""
+
 HARMLESS: Final = {"harmless": True}
 """Metadata of a field that cannot change the response; the cache key covers every field that is not declared so."""
 

@@ -56,10 +56,15 @@ class ModelHost:
         return tuple(self._models[name] for name in self.names)
 
     @property
+    def state(self) -> EngineState | None:
+        """Return the state of the default model; None if it is not loaded."""
+        model = self._models.get(self.default_name)
+        return None if model is None else model.engine.status().state
+
+    @property
     def can_serve(self) -> bool:
         """Return whether the default model can serve a request now."""
-        model = self._models.get(self.default_name)
-        return model is not None and model.engine.status().state is EngineState.READY
+        return self.state is EngineState.READY
 
     def find(self, model: str | None) -> ServedModel:
         """Return a model by its name, or the default one for None.

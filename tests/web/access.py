@@ -25,7 +25,7 @@ class Running:
 
     @property
     def access(self) -> AccessControl:
-        access: AccessControl = self.app.state.parts.access
+        access: AccessControl = self.app.state.container.access
         return access
 
     def client(self, key: str = ADMIN_KEY) -> httpx.AsyncClient:
@@ -40,13 +40,13 @@ class Running:
     async def key(self, **fields: Any) -> str:
         """Make a key."""
         async with self.client() as http:
-            made = await http.post("/v1/keys", json=fields)
-        assert 201 == made.status_code, made.text
-        key: str = made.json()["key"]
+            created = await http.post("/v1/keys", json=fields)
+        assert 201 == created.status_code, created.text
+        key: str = created.json()["key"]
         return key
 
     async def usage(self, key: str = ADMIN_KEY, **params: str) -> dict[str, Any]:
-        """Return what a key is told of its own usage."""
+        """Return the usage report that a key gets of itself."""
         async with self.client(key) as http:
             reply = await http.get("/v1/usage", params=params)
         assert 200 == reply.status_code, reply.text

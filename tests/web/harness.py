@@ -2,8 +2,8 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,7 +104,7 @@ class ScriptedService:
 
 
 def _tokens(text: str, logprobs: int | None) -> tuple[AnswerToken, ...]:
-    """One token for each step, with as many alternatives as are asked for."""
+    """One token for each step, with as many alternatives as requested."""
     if logprobs is None:
         return ()
     top = tuple(AnswerToken(f"{text}{rank}", b"", -rank) for rank in range(logprobs))
@@ -126,6 +126,14 @@ class OneKey:
 
 async def _unmasked(text: str) -> str:
     return text
+
+
+class SignalFreeServer(uvicorn.Server):
+    """A server that installs no signal handlers in the test process."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
 
 
 @dataclass
@@ -150,11 +158,10 @@ class Web:
         config = uvicorn.Config(
             self.app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2
         )
-        server = uvicorn.Server(config)
+        server = SignalFreeServer(config)
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
-            # Not serve(): that would take the test process's signals.
-            serving = asyncio.create_task(server._serve([listener]))
+            serving = asyncio.create_task(server.serve([listener]))
             await until(lambda: server.started)
             yield listener.getsockname()[1]
             server.should_exit = True
@@ -178,7 +185,7 @@ async def make_web(service: ScriptedService | None = None, **sections: dict[str,
     admission = AdmissionControl(
         MemoryAdmissionStore(), access.quotas, enabled=config.rate_limit.enabled, on_refusal=metrics.rate_limited
     )
-    parts = Parts(
+    container = Parts(
         settings=config,
         service=service,
         engines=engines,
@@ -188,11 +195,11 @@ async def make_web(service: ScriptedService | None = None, **sections: dict[str,
         failed_keys=FailedKeyLimiter(config.security.failed_keys_per_minute, on_refusal=metrics.rate_limited),
         metrics=metrics,
     )
-    return Web(app=build_app(parts), service=service, engines=engines, metrics=metrics)
+    return Web(app=build_app(container), service=service, engines=engines, metrics=metrics)
 
 
 def is_envelope(response: httpx.Response) -> bool:
-    """Whether an answer is the error object of its path's dialect, whole and, where it tells one, of the right id."""
+    """Return whether a response is the complete error envelope of its path's dialect, with the right request id."""
     body = response.json()
     if response.request.url.path.startswith(OPENAI_PATHS):
         return set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}

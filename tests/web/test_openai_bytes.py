@@ -140,7 +140,7 @@ async def test_models_are_listed_with_the_fields_of_both_servers(client):
 
 
 async def test_a_quantized_model_says_what_that_costs(web, client):
-    """Its log-probabilities are not those of the model as it was made, and the card says by how much."""
+    """Its log-probabilities differ from the unquantized model's, and the card says by how much."""
     web.engines.default._info = replace(web.engines.default.info, logprob_shift=0.0583)
 
     card = (await client.get(f"/v1/models/{MODEL}")).json()

@@ -30,7 +30,7 @@ TYPES = {
 
 Ask = ChatAsk | CompletionAsk
 Seen = Callable[[Ask], Any]
-"""What the service was asked, as far as it comes from the field."""
+"""The part of the generation request that comes from the field."""
 
 
 def sampled(name: str) -> Seen:
@@ -58,7 +58,7 @@ EXTRAS: dict[str, tuple[Any, Any, Seen]] = {
     "stop_token_ids": ([9, 2, 9], (2, 9), sampled("stop_token_ids")),
 }
 """vLLM's."""
-ASKED: dict[str, dict[str, tuple[Any, Any, Seen]]] = {
+HONOURED: dict[str, dict[str, tuple[Any, Any, Seen]]] = {
     CHATS: DRAWN
     | {
         "messages": (
@@ -75,7 +75,7 @@ ASKED: dict[str, dict[str, tuple[Any, Any, Seen]]] = {
         "logprobs": (5, 5, sampled("logprobs")),
     },
 }
-"""Fields that change what the service is asked: a value, what becomes of it, and where."""
+"""Fields that change the generation request: a value, what it is translated to, and where."""
 
 ELSEWHERE = {
     CHATS: {"stream", "stream_options", "top_logprobs", "metadata", "user", "safety_identifier", "service_tier"},
@@ -128,7 +128,7 @@ def fields(path: str) -> dict[str, Any]:
 @pytest.mark.parametrize("path", BODIES)
 def test_every_field_of_the_package_is_known_here(path):
     """A field in no table is one that nobody has thought about."""
-    assert set(fields(path)) == ASKED[path].keys() | ELSEWHERE[path] | REFUSED[path].keys()
+    assert set(fields(path)) == HONOURED[path].keys() | ELSEWHERE[path] | REFUSED[path].keys()
 
 
 def test_the_table_for_users_names_every_field():
@@ -140,10 +140,10 @@ def test_the_table_for_users_names_every_field():
 
 
 @pytest.mark.parametrize(
-    ("path", "name"), [(path, name) for path in BODIES for name in {**ASKED[path], **EXTRAS}], ids=lambda each: each
+    ("path", "name"), [(path, name) for path in BODIES for name in {**HONOURED[path], **EXTRAS}], ids=lambda each: each
 )
 async def test_a_field_that_is_honoured_reaches_the_service(web, client, path, name):
-    value, expected, seen = {**ASKED[path], **EXTRAS}[name]
+    value, expected, seen = {**HONOURED[path], **EXTRAS}[name]
 
     reply = await client.post(path, json={**BODIES[path], name: value})
 
@@ -160,7 +160,7 @@ async def test_a_field_that_cannot_be_honoured_is_refused_by_name(web, client, p
 
     for value in [None, *neutral]:
         assert 200 == (await client.post(path, json={**BODIES[path], name: value})).status_code
-    asked = len(web.service.asks)
+    before = len(web.service.asks)
     for value in meant + [value for value in others if isinstance(value, str)]:
         reply = await client.post(path, json={**BODIES[path], name: value})
         assert (400, "invalid_request_error", name) == (
@@ -168,7 +168,7 @@ async def test_a_field_that_cannot_be_honoured_is_refused_by_name(web, client, p
             reply.json()["error"]["type"],
             reply.json()["error"]["param"],
         )
-    assert asked == len(web.service.asks)
+    assert before == len(web.service.asks)
 
 
 @pytest.mark.parametrize("path", BODIES)

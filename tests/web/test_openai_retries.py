@@ -62,20 +62,20 @@ async def test_a_retry_that_succeeds_is_all_that_the_program_sees(monkeypatch):
 
 
 async def test_an_error_inside_a_stream_is_raised_with_its_message():
-    """After the pieces that came before it, and once: a begun answer is never tried again."""
+    """After the deltas that came before it, and once: a stream that has begun is never retried."""
     web = await make_web(ScriptedService(steps=["Hel", EngineFailed('The "engine" died.')]))
-    pieces = []
+    contents = []
 
     async def read(client: openai.AsyncOpenAI) -> None:
         async with await client.chat.completions.create(model="scripted", **CHAT, stream=True) as stream:
             async for chunk in stream:
-                pieces.append(chunk.choices[0].delta.content)
+                contents.append(chunk.choices[0].delta.content)
 
     async with sdk(web) as client:
         with pytest.raises(openai.APIError, match='The "engine" died') as raised:
             await read(client)
 
-    assert ["", "Hel"] == pieces
+    assert ["", "Hel"] == contents
     assert "service_unavailable" == raised.value.code
     assert 1 == len(web.service.asks)
 
@@ -86,9 +86,9 @@ async def test_an_answer_that_is_long_in_coming_is_kept_alive_without_the_progra
     web = await make_web(ScriptedService(steps=["a", 0.3, "b"]))
     async with sdk(web) as client:
         stream = await client.chat.completions.create(model="scripted", **CHAT, stream=True)
-        pieces = [chunk.choices[0].delta.content async for chunk in stream]
+        contents = [chunk.choices[0].delta.content async for chunk in stream]
     async with web.client() as http:
         raw = await http.post("/v1/chat/completions", json={**CHAT, "stream": True})
 
-    assert ["", "a", "b", None] == pieces
+    assert ["", "a", "b", None] == contents
     assert raw.text.count(": keep-alive\n\n") >= 3

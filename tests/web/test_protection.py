@@ -1,4 +1,4 @@
-"""Who gets in and how often: every route, proved from the OpenAPI document and not from a list kept by hand."""
+"""Who gets in and how often: every route, taken from the OpenAPI document instead of a list."""
 
 import re
 
@@ -204,7 +204,7 @@ async def test_the_host_header_opens_nothing(web, host):
 async def test_public_paths_follow_the_settings():
     web = await make_web(security={"docs": True, "metrics_public": False})
 
-    assert {"/", "/health", "/readyz", "/docs", "/openapi.json"} == public_paths(web.app.state.parts)
+    assert {"/", "/health", "/readyz", "/docs", "/openapi.json"} == public_paths(web.app.state.container)
     async with web.client(nothing="") as client:
         assert 401 == (await client.get("/metrics")).status_code
 

@@ -100,7 +100,7 @@ async def test_a_cancelled_answer_costs_what_was_made_until_then(tmp_path: Path)
         caller = await service.access.authenticator.authenticate(key.encode())
         assert caller is not None
         ask = CompletionAsk(id="r", caller=caller, prompt="one word " * 20, cache=False)
-        async with aclosing(service.app.state.parts.service.complete(ask)) as events:
+        async with aclosing(service.app.state.container.service.complete(ask)) as events:
             async for event in events:
                 if isinstance(event, Delta):
                     break
@@ -319,7 +319,7 @@ async def test_a_stalled_database_slows_no_request_down_and_lost_rows_are_counte
             await asyncio.sleep(0.01)
         blocker.execute("ROLLBACK")
         blocker.close()
-        metrics = service.app.state.parts.metrics.render()[0].decode()
+        metrics = service.app.state.container.metrics.render()[0].decode()
 
     assert sorted(took)[20] < 0.1
     dropped = float(metrics.split("\nusage_log_dropped_total ")[1].split("\n")[0])
