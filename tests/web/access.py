@@ -68,6 +68,6 @@ async def running(folder: Path, *, engine: Engine | None = None, **sections: Any
         name: given.get(name, {}) | section if isinstance(section, dict) else section
         for name, section in sections.items()
     }
-    app = create_app(load_settings(folder / "none.yml", None, **given), engine=engine)
+    app = create_app(load_settings(folder / "none.yml", None, **given), engines={"echo": engine} if engine else None)
     async with app.router.lifespan_context(app):
         yield Running(app)

@@ -243,7 +243,7 @@ async def test_a_full_model_is_our_fault_and_says_when_to_come_back(start, route
 @every_stream
 async def test_a_draining_service_takes_nothing_new(start, route, stream):
     async with start() as http:
-        http._transport.app.state.container.engines.draining = True
+        http._transport.app.state.container.host.draining = True
         reply = await http.post(route.path, json=route.body(stream=stream))
 
     assert (503, True) == (reply.status_code, is_envelope(reply))

@@ -42,7 +42,7 @@ async def test_what_may_succeed_later_is_tried_again_and_a_used_up_quota_is_not(
             await client.chat.completions.create(model="scripted", **CHAT)
 
     assert code == raised.value.code
-    assert asked == len(web.service.asks)
+    assert asked == len(web.service.requests)
 
 
 async def test_a_retry_that_succeeds_is_all_that_the_program_sees(monkeypatch):
@@ -50,7 +50,7 @@ async def test_a_retry_that_succeeds_is_all_that_the_program_sees(monkeypatch):
     play = web.service._play
 
     def once(*args):
-        if web.service.asks:
+        if web.service.requests:
             web.service.refusal = None
         return play(*args)
 
@@ -58,7 +58,7 @@ async def test_a_retry_that_succeeds_is_all_that_the_program_sees(monkeypatch):
     async with sdk(web) as client:
         answer = await client.chat.completions.create(model="scripted", **CHAT)
 
-    assert ("Hello", 2) == (answer.choices[0].message.content, len(web.service.asks))
+    assert ("Hello", 2) == (answer.choices[0].message.content, len(web.service.requests))
 
 
 async def test_an_error_inside_a_stream_is_raised_with_its_message():
@@ -77,7 +77,7 @@ async def test_an_error_inside_a_stream_is_raised_with_its_message():
 
     assert ["", "Hel"] == contents
     assert "service_unavailable" == raised.value.code
-    assert 1 == len(web.service.asks)
+    assert 1 == len(web.service.requests)
 
 
 async def test_an_answer_that_is_long_in_coming_is_kept_alive_without_the_program_noticing(monkeypatch):

@@ -78,7 +78,7 @@ async def test_a_refused_request_tells_when_to_come_back_and_costs_nothing():
         assert 1 <= int(reply.headers["retry-after"]) <= 10
         assert "1" == reply.headers["x-ratelimit-limit-requests"]
         assert is_envelope(reply)
-    assert 1 == len(web.service.asks)
+    assert 1 == len(web.service.requests)
     assert b"rate_limited_total 5.0" in web.metrics.render()[0]
 
 
@@ -182,7 +182,7 @@ async def test_anything_but_one_right_key_is_401_and_never_500(subtests):
                 assert (401, "unauthorized") == (reply.status_code, reply.json()["error"])
                 assert is_envelope(reply)
                 assert KEY not in reply.text
-    assert [] == web.service.asks
+    assert [] == web.service.requests
     assert f"auth_failures_total {len(WRONG_KEYS)}.0".encode() in web.metrics.render()[0]
 
 
@@ -232,14 +232,14 @@ async def test_right_keys_do_not_count_as_failures():
 
 
 async def test_while_draining_only_probes_are_answered(web, client):
-    web.engines.draining = True
+    web.host.draining = True
 
     refused = await client.post("/v1/chat", json=CHAT)
 
     assert (503, "service_unavailable") == (refused.status_code, refused.json()["error"])
     assert 1 <= int(refused.headers["retry-after"])
     assert is_envelope(refused)
-    assert [] == web.service.asks
+    assert [] == web.service.requests
     assert 200 == (await client.get("/health")).status_code
     assert 200 == (await client.get("/metrics")).status_code
     ready = await client.get("/readyz")

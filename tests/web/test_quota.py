@@ -205,7 +205,7 @@ async def test_other_routes_take_no_parallel_place_and_no_request(tmp_path: Path
         key = await service.key(role="admin", limits=limits)
         running_one = asyncio.create_task(service.ask(key, prompt="a long prompt " * 5, max_tokens=50))
         async with service.client(key) as http:
-            await until(lambda: service.app.state.parts.engines.default.status().running == 1)
+            await until(lambda: service.app.state.container.engines.default.status().running == 1)
             paths = ("/v1/sessions", "/v1/models", "/v1/models/echo", "/v1/usage", "/v1/keys", "/v1/roles", "/status")
             others = [(await http.get(path)).status_code for path in paths]
             second = await http.post("/v1/generate", json=BODY)
