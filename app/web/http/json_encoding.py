@@ -6,7 +6,15 @@ from typing import Any
 import msgspec
 from starlette.responses import JSONResponse
 
-_encoder = msgspec.json.Encoder()
+
+def _plain(value: Any) -> str:
+    """Return the text of a `str` subclass, such as LangChain's; msgspec encodes exact types only."""
+    if isinstance(value, str):
+        return str.__str__(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+_encoder = msgspec.json.Encoder(enc_hook=_plain)
 
 
 def encode_json(data: Any) -> bytes:

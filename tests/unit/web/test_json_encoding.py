@@ -40,6 +40,23 @@ def test_what_is_no_json_number_is_refused(number: float):
         exact_float(number)
 
 
+def test_a_subclass_of_str_is_encoded_as_its_text():
+    """LangChain's messages carry their text as one."""
+
+    class Text(str):
+        __slots__ = ()
+
+        def __str__(self) -> str:
+            return "another text"
+
+    assert standard({"content": "ä"}) == standard({"content": Text("ä")}) == encode_json({"content": Text("ä")})
+
+
+def test_what_has_no_json_form_is_refused():
+    with pytest.raises(TypeError, match="object has no JSON form"):
+        encode_json({"a": object()})
+
+
 def test_half_of_a_surrogate_pair_is_refused():
     with pytest.raises(UnicodeEncodeError):
         encode_json({"a": "\ud800"})
