@@ -66,7 +66,7 @@ format: $(VENV)/.installed-dev ## Format the code and fix what ruff can fix
 bench: $(VENV)/.installed-bench ## Measure the service beside other servers: an hour, or minutes with ARGS=--quick
 	@$(PY) -m bench.serve $(ARGS)
 
-bench-overhead: $(VENV)/.installed-dev ## Measure what the service costs beside its model
+bench-overhead: $(VENV)/.installed-dev ## Measure what the service costs beside a bare route (ARGS="--profile FOLDER": where its time goes)
 	@$(PY) -m bench.overhead $(ARGS)
 
 soak: $(VENV)/.installed-dev ## Keep the service busy and see that nothing is left behind (MINUTES=30)

@@ -36,6 +36,11 @@ class Server:
         self.port = port
         self.log = log
 
+    @property
+    def pid(self) -> int:
+        """Process id of the process that was started, the parent of all others."""
+        return self._process.pid
+
     def tree(self) -> list[psutil.Process]:
         """Return the process and all its descendants, itself first."""
         root = psutil.Process(self._process.pid)

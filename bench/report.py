@@ -17,6 +17,7 @@ from typing import Any
 from bench.engine import Compared
 from bench.figures import Measured
 from bench.load import LOADS
+from bench.machine import processor
 from bench.peers import PEERS, Setup
 
 Result = dict[str, Any]
@@ -66,7 +67,7 @@ def result(
         "rounds": rounds,
         "dtype": setup.dtype,
         "threads": setup.threads,
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "machine": {"cpu": processor(), "cores": os.cpu_count(), "python": platform.python_version()},
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "parameters": parameters,
         "weights_bytes": parameters * item,
@@ -202,15 +203,6 @@ def _memory(result: Result) -> str:
 def _client(result: Result) -> str:
     shares = [each["median"]["client_share"] for each in result["loads"] if each["median"]]
     return f"The client took at most {100 * max(shares):.1f} % of the processor time of any load.\n" if shares else ""
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":
