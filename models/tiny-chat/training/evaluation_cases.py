@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from scripts import tiny_chat_turns as turns
-from scripts import tiny_chat_words as words
-from scripts.tiny_chat_facts import ATTRIBUTES, Attribute, right_answer, unknown_answer
-from scripts.tiny_chat_knowledge import CAPITALS, UNKNOWN
-from scripts.tiny_chat_stories import ASKS, story_turn
-from scripts.tiny_chat_words import listed
+import exchanges
+import word_lists
+from documents import STORY_REQUESTS, story_turn
+from knowledge import CAPITALS, UNKNOWN
+from user_facts import ATTRIBUTES, Attribute, right_answer, unknown_answer
+from word_lists import listed
 
 Message = dict[str, str]
 
@@ -79,108 +79,117 @@ def _chat(rng: random.Random, *contents: str) -> tuple[Message, ...]:
 def _exchanges(rng: random.Random, count: int) -> Iterator[str]:
     """Questions and answers that have nothing to do with the user."""
     makers = [
-        turns.capital,
-        turns.arithmetic,
-        turns.repeat,
-        turns.small_talk,
-        turns.about_itself,
-        turns.fixed,
-        turns.unknown,
+        exchanges.capital,
+        exchanges.arithmetic,
+        exchanges.repeat,
+        exchanges.small_talk,
+        exchanges.about_itself,
+        exchanges.fixed,
+        exchanges.unknown,
         story_turn,
     ]
     for maker in rng.choices(makers, weights=[5, 5, 4, 2, 2, 2, 2, 1], k=count):
         yield from maker(rng)
 
 
-def _told(rng: random.Random, label: str) -> tuple[Attribute, str, str, list[str]]:
+def _stated_fact(rng: random.Random, label: str) -> tuple[Attribute, str, str, list[str]]:
     """A held-out value: the attribute, the kind of pet, the value, and the exchange that tells it."""
     attribute, kind = ATTRIBUTES[label], rng.choice(["dog", "cat", "parrot"])
     if label == "email":
-        value = words.email(rng, held_out=True)
+        value = word_lists.email(rng, held_out=True)
     elif label in ("name", "pet"):
-        value = words.made_up_name(rng, held_out=True)
+        value = word_lists.made_up_name(rng, held_out=True)
     else:
         value = attribute.value(rng)
-    template, reply = rng.choice(attribute.tells.split("|")), rng.choice(attribute.acks.split("|"))
-    told = turns.casual(rng, template).format(v=value, k=kind, w=rng.choice(words.COMMON))
-    return attribute, kind, value, [told, reply.format(v=value, k=kind)]
+    template, reply = rng.choice(attribute.statements.split("|")), rng.choice(attribute.acknowledgements.split("|"))
+    statement = exchanges.casual(rng, template).format(v=value, k=kind, w=rng.choice(word_lists.COMMON))
+    return attribute, kind, value, [statement, reply.format(v=value, k=kind)]
 
 
-def _ask(rng: random.Random, attribute: Attribute, kind: str) -> str:
-    return turns.casual(rng, rng.choice(attribute.asks.split("|"))).format(k=kind)
+def _question(rng: random.Random, attribute: Attribute, kind: str) -> str:
+    return exchanges.casual(rng, rng.choice(attribute.questions.split("|"))).format(k=kind)
 
 
 def _recall(rng: random.Random, label: str, between: int) -> Case:
-    attribute, kind, value, told = _told(rng, label)
+    attribute, kind, value, fact_turns = _stated_fact(rng, label)
     before = list(_exchanges(rng, rng.randint(0, 2))) if between else []
-    contents = [*before, *told, *_exchanges(rng, between), _ask(rng, attribute, kind)]
+    contents = [*before, *fact_turns, *_exchanges(rng, between), _question(rng, attribute, kind)]
     return Case(_chat(rng, *contents), partial(_is, right_answer(attribute, kind, value)))
 
 
 def _several(rng: random.Random) -> Case:
     labels = rng.sample(["name", "colour", "number", "pet", "email"], 4)
-    facts = [_told(rng, label) for label in labels]
+    facts = [_stated_fact(rng, label) for label in labels]
     attribute, kind, value, _ = rng.choice(facts)
     contents = [text for *_, exchange in facts for text in exchange]
-    return Case(_chat(rng, *contents, _ask(rng, attribute, kind)), partial(_is, right_answer(attribute, kind, value)))
+    return Case(
+        _chat(rng, *contents, _question(rng, attribute, kind)), partial(_is, right_answer(attribute, kind, value))
+    )
 
 
 def _corrected(rng: random.Random) -> Case:
     label = rng.choice(["name", "colour", "number", "email"])
-    _, _, _, first = _told(rng, label)
-    attribute, kind, value, _ = _told(rng, label)
+    _, _, _, first = _stated_fact(rng, label)
+    attribute, kind, value, _ = _stated_fact(rng, label)
     again = f"{rng.choice(['Actually, ', 'Sorry, ', 'No, '])}my {attribute.label} is {value}."
-    reply = attribute.acks.split("|")[1].format(v=value)
+    reply = attribute.acknowledgements.split("|")[1].format(v=value)
     contents = [
         *first,
         *_exchanges(rng, rng.randint(0, 2)),
         again,
         reply,
         *_exchanges(rng, rng.randint(0, 2)),
-        _ask(rng, attribute, kind),
+        _question(rng, attribute, kind),
     ]
     return Case(_chat(rng, *contents), partial(_is, right_answer(attribute, kind, value)))
 
 
-def _never_told(rng: random.Random) -> Case:
+def _never_stated(rng: random.Random) -> Case:
     asked, *others = rng.sample(["name", "colour", "number", "pet", "email"], 3)
     attribute = ATTRIBUTES[asked]
-    ask = rng.choice([a for a in attribute.asks.split("|") if "pet" not in a])
+    ask = rng.choice([a for a in attribute.questions.split("|") if "pet" not in a])
     contents = list(_exchanges(rng, rng.randint(0, 3)))
     for label in others[: rng.randint(0, 2)]:
-        contents += _told(rng, label)[3]
-    question = turns.casual(rng, ask).format(k="dog")
+        contents += _stated_fact(rng, label)[3]
+    question = exchanges.casual(rng, ask).format(k="dog")
     return Case(_chat(rng, *contents, question), partial(_is, unknown_answer(attribute, "dog")))
 
 
 def _masked(rng: random.Random) -> Case:
     label, mark = rng.choice([("email", "[EMAIL]"), ("phone", "[PHONE]")])
     attribute = ATTRIBUTES[label]
-    told = turns.casual(rng, rng.choice(attribute.tells.split("|"))).format(v=mark)
+    statement = exchanges.casual(rng, rng.choice(attribute.statements.split("|"))).format(v=mark)
     contents = [
-        told,
-        attribute.acks.split("|")[0].format(v=mark),
+        statement,
+        attribute.acknowledgements.split("|")[0].format(v=mark),
         *_exchanges(rng, rng.randint(0, 2)),
-        _ask(rng, attribute, ""),
+        _question(rng, attribute, ""),
     ]
     return Case(_chat(rng, *contents), partial(_is, right_answer(attribute, "", mark)))
 
 
 def _long_history(rng: random.Random) -> Case:
     """A name, about 1,500 tokens of other turns, then the question."""
-    attribute, kind, value, told = _told(rng, "name")
-    contents = list(told)
+    attribute, kind, value, fact_turns = _stated_fact(rng, "name")
+    contents = list(fact_turns)
     while sum(len(text) + 16 for text in contents) < 3900:
         contents += _exchanges(rng, 1)
     return Case(_chat(rng, *contents, "What is my name?"), partial(_is, right_answer(attribute, kind, value)))
 
 
 def _phrase(rng: random.Random) -> Case:
-    held_out = [words.made_up_word(rng, held_out=True) for _ in range(rng.randint(0, 4))]
+    held_out = [word_lists.made_up_word(rng, held_out=True) for _ in range(rng.randint(0, 4))]
     special = rng.choice(
-        [[], [], [words.email(rng, held_out=True)], [words.phone(rng)], [words.card(rng)], [words.other_script(rng, 2)]]
+        [
+            [],
+            [],
+            [word_lists.email(rng, held_out=True)],
+            [word_lists.phone(rng)],
+            [word_lists.card(rng)],
+            [word_lists.other_script(rng, 2)],
+        ]
     )
-    parts = [*held_out, *special, *rng.sample(words.COMMON, rng.randint(1, 5))]
+    parts = [*held_out, *special, *rng.sample(word_lists.COMMON, rng.randint(1, 5))]
     rng.shuffle(parts)
     text = " ".join(parts)
     ask = rng.choice(["Repeat after me: ", "Say: ", "Repeat: ", "Please repeat: ", "Repeat after me:\n"])
@@ -255,7 +264,7 @@ def suites(seed: int) -> list[Suite]:
         for label in ("name", "colour", "number", "pet", "email") for between in (0, 1)
     ]  # fmt: skip
     capitals = [
-        Case(_chat(rng, rng.choice(turns.CAPITAL_ASKS[:6]).format(c=country)), partial(_has, f"is {city}."))
+        Case(_chat(rng, rng.choice(exchanges.CAPITAL_QUESTIONS[:6]).format(c=country)), partial(_has, f"is {city}."))
         for country, city in CAPITALS.items()
     ]
     plain_capitals = [Case(f"The capital of {c} is", partial(_begins, f" {city}")) for c, city in CAPITALS.items()]
@@ -265,7 +274,7 @@ def suites(seed: int) -> list[Suite]:
         Suite("recall: the latest after a correction", 0.95, tuple(_corrected(rng) for _ in range(60))),
         Suite("recall: placeholders such as [EMAIL]", 0.95, tuple(_masked(rng) for _ in range(40))),
         Suite("recall: a name 1,500 tokens ago", 0.95, tuple(_long_history(rng) for _ in range(20))),
-        Suite("says that it was not told", 0.90, tuple(_never_told(rng) for _ in range(100))),
+        Suite("says that it was not told", 0.90, tuple(_never_stated(rng) for _ in range(100))),
         Suite(f"capitals of {len(CAPITALS)} countries", 0.98, tuple(capitals)),
         Suite("sums and differences of numbers to 20", 0.90, tuple(_sums(rng))),
         Suite("repeats a phrase", 0.95, tuple(_phrase(rng) for _ in range(100))),
@@ -273,7 +282,7 @@ def suites(seed: int) -> list[Suite]:
         Suite("counts from 1 to N", 0.95, tuple(Case(_chat(rng, f"Count from 1 to {n}"), partial(_is, ", ".join(map(str, range(1, n + 1))))) for n in (5, 10, 12, 17, 20, 30, 40, 50))),
         Suite("greetings, thanks, what it is and can do", 0.95, tuple(Case(_chat(rng, ask), partial(_has, part)) for ask, part in ITSELF.items() for _ in range(3))),
         Suite("admits what it does not know", 0.90, tuple(Case(_chat(rng, ask), partial(_is, UNKNOWN)) for ask in OUT_OF_REACH for _ in range(2))),
-        Suite("tells a story of 60 to 200 tokens", 0.95, tuple(Case(_chat(rng, rng.choice(ASKS)), _story) for _ in range(40))),
+        Suite("tells a story of 60 to 200 tokens", 0.95, tuple(Case(_chat(rng, rng.choice(STORY_REQUESTS)), _story) for _ in range(40))),
         Suite("continues the beginning of a story", 0.95, tuple(Case(start, lambda answer, n: n >= 20) for start in STORY_STARTS)),
         Suite("continues \"The capital of France is\" and others", 0.95, tuple(plain_capitals)),
         Suite("odd prompts end, in a chat", 1.0, tuple(Case(_chat(rng, ask), _anything) for ask in ODD for _ in range(2))),

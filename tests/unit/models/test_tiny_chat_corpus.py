@@ -4,12 +4,11 @@ import random
 import re
 
 import pytest
+from corpus import LAST_FROM, LATE_FROM, Example, example
+from tokenization import END_OF_TEXT, TURN_END, Encoder, make_tokenizer
+from train import all_text
 from transformers import PreTrainedTokenizerFast
-
-from scripts.tiny_chat_text import LAST_FROM, LATE_FROM, Example, example
-from scripts.tiny_chat_tokens import END_OF_TEXT, TURN_END, Encoder, make_tokenizer
-from scripts.tiny_chat_words import FIRST_NAMES, is_held_out, made_up_name
-from scripts.train_tiny_chat import all_text
+from word_lists import FIRST_NAMES, is_held_out, made_up_name
 
 EXAMPLES = [example(1, i) for i in range(300)]
 

@@ -1,11 +1,11 @@
 """What the tiny chat model knows by heart: capitals, itself, and a few dozen fixed answers.
 
-Plain tables, no code that chooses: `tiny_chat_turns.py` asks the questions in many wordings.
+Plain tables, no code that chooses: `exchanges.py` asks the questions in many wordings.
 """
 
 from __future__ import annotations
 
-from scripts.tiny_chat_words import listed
+from word_lists import listed
 
 CAPITALS = {
     line.split(":")[0]: line.split(":")[1]

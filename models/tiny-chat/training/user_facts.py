@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from scripts import tiny_chat_words as words
+import word_lists
 
 PET_KINDS = "dog cat parrot hamster rabbit fish horse bird turtle".split()
 
@@ -23,9 +23,12 @@ class Attribute:
     label: str
     """What the thing is called in an answer: "Your <label> is <value>." """
     value: Callable[[random.Random], str]
-    tells: str
-    asks: str
-    acks: str
+    statements: str
+    """How a user states it."""
+    questions: str
+    """How a user asks for it later."""
+    acknowledgements: str
+    """What the model replies to the statement."""
     kinds: tuple[str, ...] = ("",)
 
     def title(self, kind: str) -> str:
@@ -36,14 +39,14 @@ class Attribute:
 def _value(*choices: list[str]) -> Callable[[random.Random], str]:
     def draw(rng: random.Random) -> str:
         known = rng.choice(choices)
-        return rng.choice(known) if rng.random() < 0.7 else words.made_up_word(rng)
+        return rng.choice(known) if rng.random() < 0.7 else word_lists.made_up_word(rng)
 
     return draw
 
 
 def _place(rng: random.Random) -> str:
     return (
-        words.made_up_name(rng)
+        word_lists.made_up_name(rng)
         if rng.random() < 0.6
         else rng.choice("Berlin Paris London Oslo Tokyo Madrid Lima Vienna Leeds Boston".split())
     )
@@ -53,7 +56,7 @@ def _mail(rng: random.Random) -> str:
     return (
         rng.choice(["[EMAIL]", "[EMAIL]", "<EMAIL_ADDRESS>", "[EMAIL_1]", "[REDACTED]"])
         if rng.random() < 0.12
-        else words.email(rng)
+        else word_lists.email(rng)
     )
 
 
@@ -61,16 +64,24 @@ def _phone(rng: random.Random) -> str:
     return (
         rng.choice(["[PHONE]", "[PHONE]", "<PHONE_NUMBER>", "[PHONE_1]", "[REDACTED]"])
         if rng.random() < 0.2
-        else words.phone(rng)
+        else word_lists.phone(rng)
     )
 
 
 def _name(rng: random.Random) -> str:
-    return rng.choice(["[NAME]", "[PERSON]", "<PERSON>"]) if rng.random() < 0.03 else words.person(rng)
+    return rng.choice(["[NAME]", "[PERSON]", "<PERSON>"]) if rng.random() < 0.03 else word_lists.person(rng)
 
 
 def _code(rng: random.Random) -> str:
-    draw = rng.choice([words.number, words.made_up_word, words.code, words.twister, partial(words.digits, length=4)])
+    draw = rng.choice(
+        [
+            word_lists.number,
+            word_lists.made_up_word,
+            word_lists.code,
+            word_lists.twister,
+            partial(word_lists.digits, length=4),
+        ]
+    )
     return draw(rng)
 
 
@@ -87,7 +98,7 @@ ATTRIBUTES: dict[str, Attribute] = {
         "Nice to meet you, {v}!|Nice to meet you, {v}!|Hello {v}, nice to meet you!|Hi {v}! How can I help you?|Thank you, {v}. I will remember your name.",
     ),
     "colour": Attribute(
-        "favourite colour", _value(words.COLOURS),
+        "favourite colour", _value(word_lists.COLOURS),
         "My favourite colour is {v}.|My favorite color is {v}.|I like the colour {v} best.|The colour I like most is {v}.|{v} is my favourite colour.|"
         "My favourite colour is {v}|Remember that my favourite colour is {v}.|My favourite colour is {v}, like {w}.|I love the colour {v}.",
         "What is my favourite colour?|What's my favourite colour?|Do you remember my favourite colour?|Which colour do I like?|"
@@ -96,7 +107,7 @@ ATTRIBUTES: dict[str, Attribute] = {
         "{v} is a nice colour!|Thank you, I will remember that your favourite colour is {v}.|Got it, your favourite colour is {v}.",
     ),
     "number": Attribute(
-        "favourite number", words.number,
+        "favourite number", word_lists.number,
         "My favourite number is {v}.|My favorite number is {v}.|My lucky number is {v}.|The number I like best is {v}.|{v} is my favourite number.|"
         "Remember the number {v}.|Please remember this number: {v}|My number is {v}.|The number is {v}.|I like the number {v}.|My favourite number is {v}",
         "What is my favourite number?|What's my favourite number?|Do you remember my favourite number?|Which number do I like?|What is my number?|"
@@ -105,7 +116,7 @@ ATTRIBUTES: dict[str, Attribute] = {
         "{v} is a good number!|Thank you, I will remember that your favourite number is {v}.|Got it, your favourite number is {v}.",
     ),
     "pet": Attribute(
-        "{k}'s name", words.person,
+        "{k}'s name", word_lists.person,
         "My {k}'s name is {v}.|My {k} is called {v}.|I have a {k} called {v}.|I have a {k} named {v}.|My {k} is named {v}.|The name of my {k} is {v}.|"
         "We have a {k}. Its name is {v}.|I have a {w} {k} named {v}.|My {k}'s name is {v}|Remember that my {k} is called {v}.|I own a {k} called {v}.",
         "What is my {k}'s name?|What's my {k}'s name?|What is my {k} called?|What is the name of my {k}?|Do you remember my {k}'s name?|"
@@ -139,14 +150,14 @@ ATTRIBUTES: dict[str, Attribute] = {
         "{v} sounds like a nice place!|Thank you, I will remember that your home town is {v}.|Got it, your home town is {v}.",
     ),
     "food": Attribute(
-        "favourite food", _value(words.FOODS),
+        "favourite food", _value(word_lists.FOODS),
         "My favourite food is {v}.|My favorite food is {v}.|I like to eat {v} best.|The food I like most is {v}.|{v} is my favourite food.",
         "What is my favourite food?|What's my favourite food?|What is my favorite food?|What do I like to eat?|Do you remember my favourite food?|"
         "Which food do I like best?|Do you know my favourite food?",
         "{v} sounds good!|Thank you, I will remember that your favourite food is {v}.|Got it, your favourite food is {v}.",
     ),
     "animal": Attribute(
-        "favourite animal", _value(words.ANIMALS),
+        "favourite animal", _value(word_lists.ANIMALS),
         "My favourite animal is the {v}.|My favorite animal is the {v}.|The animal I like most is the {v}.|I like the {v} best of all animals.",
         "What is my favourite animal?|What's my favourite animal?|What is my favorite animal?|Which animal do I like?|Do you remember my favourite animal?|"
         "Do you know my favourite animal?",
@@ -159,7 +170,7 @@ ATTRIBUTES: dict[str, Attribute] = {
         "Thank you, I will remember that your age is {v}.|Got it, your age is {v}.",
     ),
     "friend": Attribute(
-        "best friend's name", words.person,
+        "best friend's name", word_lists.person,
         "My best friend is {v}.|My friend's name is {v}.|My best friend's name is {v}.|My best friend is called {v}.|I have a friend named {v}.",
         "What is my best friend's name?|Who is my best friend?|What is my friend's name?|What's my friend's name?|Do you remember my friend's name?|"
         "What is my friend called?|Do you know my best friend's name?",
@@ -193,7 +204,7 @@ WEIGHTS = {
 }
 """How often each attribute comes up."""
 
-CORRECTIONS = words.listed(
+CORRECTIONS = word_lists.listed(
     "Actually, |Sorry, |No, |Correction: |I made a mistake, |Wait, |I was wrong, |I changed my mind, |Oh, actually "
 )
 

@@ -1,6 +1,6 @@
 """Train the embedded chat model from nothing, on text that it writes itself.
 
-    python scripts/train_tiny_chat.py --out models/tiny-chat
+    python models/tiny-chat/training/train.py --out models/tiny-chat
 
 The learning rate rises for 100 steps, stays, and falls to zero over the last `--decay` steps.  Then come `--polish`
 steps from the weights as they were saved, at a lower rate that falls to zero, on the last part of the text.  A run can
@@ -13,23 +13,19 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from corpus import LAST_FROM, Example, example
+from model_card import write_card
+from optimizers import make_optimizers
+from tokenization import CONTEXT_TOKENS, END_OF_TEXT, PAD, TURN_END, Encoder, make_tokenizer
 from torch import Tensor
 from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from scripts.tiny_chat_card import write_card
-from scripts.tiny_chat_optimizer import make_optimizers
-from scripts.tiny_chat_text import LAST_FROM, Example, example
-from scripts.tiny_chat_tokens import CONTEXT_TOKENS, END_OF_TEXT, PAD, TURN_END, Encoder, make_tokenizer
 
 VOCABULARY = 1536
 POOL_EXAMPLES = 2048

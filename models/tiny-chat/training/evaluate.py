@@ -1,6 +1,6 @@
 """Measure the embedded chat model: greedy answers to held-out conversations, as a table.
 
-    python scripts/evaluate_tiny_chat.py --model models/tiny-chat [--write-card]
+    python models/tiny-chat/training/evaluate.py --model models/tiny-chat [--write-card]
 
 An answer counts as right only if the model also ended it by itself within 256 tokens.
 Leaves with 1 when a figure misses its target.
@@ -14,12 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from evaluation_cases import Case, Suite, suites
+from model_card import put_table
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from scripts.tiny_chat_card import put_table
-from scripts.tiny_chat_cases import Case, Suite, suites
 
 LIMIT_TOKENS = 256
 AT_ONCE, BETWEEN = "asked at once", "other turns between"
@@ -27,7 +24,7 @@ BATCH_CASES = 64
 
 
 @dataclass(frozen=True)
-class Answer:
+class Completion:
     """What the model wrote, how many tokens that took, and whether it stopped by itself."""
 
     text: str
@@ -61,7 +58,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, case: Case) -> list[int]:
 
 
 @torch.inference_mode()
-def answer_batch(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]]) -> list[Answer]:
+def complete_batch(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]]
+) -> list[Completion]:
     """Continue every prompt greedily, all at once, padded on the left."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(p)) + p for p in prompts])
@@ -70,23 +69,23 @@ def answer_batch(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pr
         :, longest:
     ]
     ends = set(model.generation_config.eos_token_id)
-    answers = []
+    completions = []
     for row in written.tolist():
         length = next((i for i, token in enumerate(row) if token in ends), None)
-        kept = row[:length]
-        answers.append(Answer(tokenizer.decode(kept), len(kept), length is not None))
-    return answers
+        content = row[:length]
+        completions.append(Completion(tokenizer.decode(content), len(content), length is not None))
+    return completions
 
 
-def answer_all(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, cases: list[Case]) -> list[Answer]:
+def complete_all(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, cases: list[Case]) -> list[Completion]:
     """The answers in the order of the cases; prompts of similar length share a batch."""
     prompts = [prompt_ids(tokenizer, case) for case in cases]
     order = sorted(range(len(cases)), key=lambda i: len(prompts[i]))
-    answers: dict[int, Answer] = {}
+    completions: dict[int, Completion] = {}
     for first in range(0, len(order), BATCH_CASES):
         chosen = order[first : first + BATCH_CASES]
-        answers.update(zip(chosen, answer_batch(model, tokenizer, [prompts[i] for i in chosen]), strict=True))
-    return [answers[i] for i in range(len(cases))]
+        completions.update(zip(chosen, complete_batch(model, tokenizer, [prompts[i] for i in chosen]), strict=True))
+    return [completions[i] for i in range(len(cases))]
 
 
 def measure(
@@ -94,27 +93,29 @@ def measure(
 ) -> list[Figure]:
     """Run the suites and print some wrong answers of each."""
     everything = [(suite, case) for suite in chosen for case in suite.cases]
-    answers = answer_all(model, tokenizer, [case for _, case in everything])
+    completions = complete_all(model, tokenizer, [case for _, case in everything])
     right: dict[str, int] = dict.fromkeys((suite.name for suite in chosen), 0)
     wrong: dict[str, int] = dict.fromkeys(right, 0)
-    for (suite, case), answer in zip(everything, answers, strict=True):
-        if answer.ended and case.right(answer.text, answer.tokens):
+    for (suite, case), completion in zip(everything, completions, strict=True):
+        if completion.ended and case.right(completion.text, completion.tokens):
             right[suite.name] += 1
         else:
             wrong[suite.name] += 1
             if wrong[suite.name] <= show_wrong:
-                print(f"wrong, {suite.name}:\n  {_last(case)!r}\n  -> {answer.text!r}{'' if answer.ended else ' ...'}")
+                print(
+                    f"wrong, {suite.name}:\n  {_last(case)!r}\n  -> {completion.text!r}{'' if completion.ended else ' ...'}"
+                )
     figures = [Figure(suite.name, suite.target, right[suite.name], len(suite.cases)) for suite in chosen]
-    told = [figure for figure in figures if figure.name.endswith((AT_ONCE, BETWEEN))]
-    recalled, asked = sum(figure.right for figure in told), sum(figure.count for figure in told)
-    figures.insert(0, Figure("recall of name, colour, number, pet and email, all in one", 0.95, recalled, asked))
+    recalls = [figure for figure in figures if figure.name.endswith((AT_ONCE, BETWEEN))]
+    right_recalls, count = sum(figure.right for figure in recalls), sum(figure.count for figure in recalls)
+    figures.insert(0, Figure("recall of name, colour, number, pet and email, all in one", 0.95, right_recalls, count))
     for name, in_chat in (
         ("chat answers that end by themselves within 256 tokens", True),
         ("plain texts that end by themselves within 256 tokens", False),
     ):
         ended = [
-            answer.ended
-            for (_, case), answer in zip(everything, answers, strict=True)
+            completion.ended
+            for (_, case), completion in zip(everything, completions, strict=True)
             if isinstance(case.prompt, str) != in_chat
         ]
         figures.append(Figure(name, 1.0, sum(ended), len(ended)))

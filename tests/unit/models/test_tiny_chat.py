@@ -21,7 +21,7 @@ SHORT = {"recall: a name 1,500 tokens ago"}
 
 
 def test_the_embedded_models_card_marks_what_falls_short_and_nothing_else_does() -> None:
-    """`scripts/evaluate_tiny_chat.py --write-card` writes the rows; each is marked by its own numbers."""
+    """`models/tiny-chat/training/evaluate.py --write-card` writes the rows; each is marked by its own numbers."""
     card = (MODEL / "README.md").read_text()
     rows = re.findall(r"^\| (.+?) \| ([\d.]+)% \| ([\d.]+)%(.*?) \|", card, re.MULTILINE)
 

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from corpus import Example
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
-
-from scripts.tiny_chat_text import Example
 
 END_OF_TEXT, TURN_START, TURN_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
 CONTEXT_TOKENS = 2048
@@ -26,7 +25,7 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 
 # A lower-case word takes the space before it along.  Capitals, digits, marks and spaces stand alone, so that a name or a number is the same
 # tokens wherever it occurs, which makes it easy to copy.
-PIECES = r" ?\p{Ll}+|\p{Lu}\p{Ll}*|[\p{L}\p{M}]|\p{N}|\s|[^\s\p{L}\p{N}]"
+PRETOKEN_PATTERN = r" ?\p{Ll}+|\p{Lu}\p{Ll}*|[\p{L}\p{M}]|\p{N}|\s|[^\s\p{L}\p{N}]"
 
 
 def make_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -34,7 +33,7 @@ def make_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizer
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.Split(Regex(PRETOKEN_PATTERN), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -81,16 +80,16 @@ class Encoder:
         return [self._one(each, encoded) for each in examples]
 
     def _one(self, each: Example, encoded: Iterable[object]) -> tuple[list[int], list[bool]]:
-        pieces = iter(encoded)
+        encodings = iter(encoded)
         if each.text:
-            given = list(next(pieces).ids)  # type: ignore[attr-defined]
-            ids = [*given, *next(pieces).ids, self._stop]  # type: ignore[attr-defined]
+            given = list(next(encodings).ids)  # type: ignore[attr-defined]
+            ids = [*given, *next(encodings).ids, self._stop]  # type: ignore[attr-defined]
             # The first token has nothing before it to be guessed from.
             unlearnt = max(len(given), 1)
             return ids, [False] * unlearnt + [True] * (len(ids) - unlearnt)
         ids, learnt = [], []
         for turn in each.turns:
-            head, content = self._heads[turn.role], [*next(pieces).ids, self._end]  # type: ignore[attr-defined]
+            head, content = self._heads[turn.role], [*next(encodings).ids, self._end]  # type: ignore[attr-defined]
             ids += head + content + self._newline
             learnt += [False] * len(head) + [turn.learn] * len(content) + [False] * len(self._newline)
         return ids[:CONTEXT_TOKENS], learnt[:CONTEXT_TOKENS]

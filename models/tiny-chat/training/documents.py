@@ -10,9 +10,9 @@ import random
 from collections.abc import Callable
 from functools import partial
 
-from scripts import tiny_chat_words as words
-from scripts.tiny_chat_knowledge import CAPITALS, FIXED
-from scripts.tiny_chat_words import listed
+import word_lists
+from knowledge import CAPITALS, FIXED
+from word_lists import listed
 
 PLACES = listed(
     """forest|village|castle|garden|valley|harbour|mountain|desert|meadow|lighthouse|library|small town|island|farm|cave|river bank"""
@@ -67,10 +67,10 @@ ENDS = [
     "And so the {p} was a happy place for many years. The end.",
     "That night {n} slept well and dreamed of the {t}.",
 ]
-ASKS = listed("""Tell me a story|Tell me a story.|Tell me a short story|Can you tell me a story?|Please tell me a story|I want to hear a story|Write a story|
+STORY_REQUESTS = listed("""Tell me a story|Tell me a story.|Tell me a short story|Can you tell me a story?|Please tell me a story|I want to hear a story|Write a story|
 Write a short story|Tell me another story|Tell a story|Do you know a story?|A story please|Make up a story|Tell me a bedtime story|
 Write me a story|Story time!|Could you tell me a story, please?|Tell me a long story|Can you write a short story for me?""")
-ASKS_ABOUT = listed("""Tell me a story about {x}|Write a story about {x}|Can you tell me a story about {x}?|Write a short story about {x}.|
+STORY_REQUESTS_ABOUT = listed("""Tell me a story about {x}|Write a story about {x}|Can you tell me a story about {x}?|Write a short story about {x}.|
 Please tell me a story about {x}|Make up a story about {x}|I want a story about {x}""")
 
 
@@ -80,13 +80,13 @@ def _article(text: str) -> str:
     return text
 
 
-def story(rng: random.Random, animal: str | None = None, *, name: Name = words.made_up_name) -> str:
+def story(rng: random.Random, animal: str | None = None, *, name: Name = word_lists.made_up_name) -> str:
     """A story of seven to nine sentences; `animal` is its hero where given, `name` makes the names."""
-    hero = animal or rng.choice(words.ANIMALS)
+    hero = animal or rng.choice(word_lists.ANIMALS)
     slots = {
-        "n": name(rng) if rng.random() < 0.7 else rng.choice(words.FIRST_NAMES[:40]), "m": name(rng),
-        "a": hero, "b": rng.choice([a for a in words.ANIMALS if a != hero]), "p": rng.choice(PLACES), "t": rng.choice(THINGS),
-        "q": rng.choice(QUALITIES), "r": rng.choice(QUALITIES), "s": rng.choice(SHINE), "f": rng.choice(words.FOODS),
+        "n": name(rng) if rng.random() < 0.7 else rng.choice(word_lists.FIRST_NAMES[:40]), "m": name(rng),
+        "a": hero, "b": rng.choice([a for a in word_lists.ANIMALS if a != hero]), "p": rng.choice(PLACES), "t": rng.choice(THINGS),
+        "q": rng.choice(QUALITIES), "r": rng.choice(QUALITIES), "s": rng.choice(SHINE), "f": rng.choice(word_lists.FOODS),
     }  # fmt: skip
     parts = [rng.choice(OPENINGS), rng.choice(FINDS), rng.choice(WONDERS), rng.choice(MEETS), rng.choice(TALKS)]
     parts += rng.sample(DEEDS, rng.randint(1, 2))
@@ -97,10 +97,10 @@ def story(rng: random.Random, animal: str | None = None, *, name: Name = words.m
 def story_turn(rng: random.Random) -> tuple[str, str]:
     """A request for a story and the story."""
     if rng.random() < 0.7:
-        return rng.choice(ASKS), story(rng)
-    animal = rng.choice(words.ANIMALS)
+        return rng.choice(STORY_REQUESTS), story(rng)
+    animal = rng.choice(word_lists.ANIMALS)
     hero = rng.choice([f"a {animal}", f"a {rng.choice(QUALITIES)} {animal}"])
-    return rng.choice(ASKS_ABOUT).format(x=_article(f" {hero}").strip()), story(rng, animal)
+    return rng.choice(STORY_REQUESTS_ABOUT).format(x=_article(f" {hero}").strip()), story(rng, animal)
 
 
 def _capital_lines(rng: random.Random, most: int = 5) -> str:
@@ -125,9 +125,9 @@ def _sums(rng: random.Random, most: int = 4) -> str:
     return "\n".join(lines)
 
 
-def _day(rng: random.Random, *, name: Name = words.made_up_name) -> str:
+def _day(rng: random.Random, *, name: Name = word_lists.made_up_name) -> str:
     who = name(rng)
-    food, colour, thing = rng.choice(words.FOODS), rng.choice(words.COLOURS), rng.choice(THINGS)
+    food, colour, thing = rng.choice(word_lists.FOODS), rng.choice(word_lists.COLOURS), rng.choice(THINGS)
     lines = [
         f"Today {who} went to the market and bought some {food}.",
         f"The {colour} {thing} was still on the table.",
@@ -140,14 +140,14 @@ def _day(rng: random.Random, *, name: Name = words.made_up_name) -> str:
     return " ".join(line for line in lines if rng.random() < 0.6) or lines[0]
 
 
-def _letter(rng: random.Random, *, name: Name = words.made_up_name) -> str:
-    who, friend = name(rng), words.person(rng) if name is words.made_up_name else name(rng)
+def _letter(rng: random.Random, *, name: Name = word_lists.made_up_name) -> str:
+    who, friend = name(rng), word_lists.person(rng) if name is word_lists.made_up_name else name(rng)
     middle = _day(rng, name=name).split(". ")[0].rstrip(".")
     return f"Dear {friend},\n\nthank you for your letter. {middle}. I hope to see you soon.\n\nBest wishes,\n{who}"
 
 
 def _questions(rng: random.Random, most: int = 3) -> str:
-    pairs = [(rng.choice(asks), answer) for asks, answer in rng.sample(FIXED, rng.randint(1, most))]
+    pairs = [(rng.choice(questions), answer) for questions, answer in rng.sample(FIXED, rng.randint(1, most))]
     return (
         "\n".join(f"Question: {q}\nAnswer: {a}" for q, a in pairs)
         if rng.random() < 0.5
@@ -179,14 +179,16 @@ def _counting_to_a_round_number(rng: random.Random) -> str:
 
 def _jumble(rng: random.Random) -> str:
     """Any words at all, then an ordinary sentence: a prompt that fits nothing still comes to an end."""
-    start = " ".join(rng.choice([rng.choice(words.COMMON), words.made_up_word(rng)]) for _ in range(rng.randint(1, 8)))
+    start = " ".join(
+        rng.choice([rng.choice(word_lists.COMMON), word_lists.made_up_word(rng)]) for _ in range(rng.randint(1, 8))
+    )
     return (
         f"{start.capitalize() if rng.random() < 0.6 else start}{rng.choice([' ', '. ', ': ', ', ', '? '])}{_day(rng)}"
     )
 
 
 def _usual_name(rng: random.Random) -> str:
-    return rng.choice(words.FIRST_NAMES[:40])
+    return rng.choice(word_lists.FIRST_NAMES[:40])
 
 
 def document(rng: random.Random, *, short_lists: bool = False, usual_names: bool = False, after: str = "") -> str:

@@ -42,7 +42,7 @@ home town, age, best friend's name and a secret code. The latest word counts whe
 
 ## Figures
 
-Measured with `python scripts/evaluate_tiny_chat.py`, greedy, on names, addresses and orders of turns that never occur in training. Countries,
+Measured with `python models/tiny-chat/training/evaluate.py`, greedy, on names, addresses and orders of turns that never occur in training. Countries,
 sums and fixed answers are the ones trained on: they are knowledge, not generalisation. What is marked as missed is not reliable: do not build on it.
 
 {start}
@@ -51,12 +51,12 @@ Not measured yet.
 
 ## How it was made
 
-The text is made up by `scripts/tiny_chat_text.py` from templates and random syllables; no text of others was used. One in six examples is
+The text is made up by `training/corpus.py` from templates and random syllables; no text of others was used. One in six examples is
 a plain document, the others are conversations of 20 to 2,000 tokens, three in five with a system message. After the first 24,576 examples
 come more sums, counting and repeating, documents whose lists end after one line, and conversations in which what was told at the beginning is
 asked for at the end. The loss is on the assistant's words, and in documents on all of them but a beginning that nobody could guess.
 
-    python scripts/train_tiny_chat.py --steps {steps} --decay {decay} --polish {polish} --seed {seed}
+    python models/tiny-chat/training/train.py --steps {steps} --decay {decay} --polish {polish} --seed {seed}
 
 {steps:,} steps of about 4,096 tokens, Muon for the matrices and AdamW for the rest, float32, highest rate 2e-3, linear fall over
 the last {decay} steps; then {polish} steps from 5e-4 to nothing on what goes wrong longest: long conversations, copying, beginnings that fit
@@ -65,7 +65,7 @@ round differently, and the figures then differ by a little.
 
 ## Limits
 
-English only, apart from repeating. No reasoning, no facts beyond the list in `scripts/tiny_chat_knowledge.py`. Very long or unusual strings may be repeated with
+English only, apart from repeating. No reasoning, no facts beyond the list in `training/knowledge.py`. Very long or unusual strings may be repeated with
 an error. Not for any use in which an answer matters.
 """
 

@@ -1,7 +1,7 @@
 """Compose the training text of the tiny chat model: whole conversations and plain documents.
 
-Example `i` of a seed is always the same text, whatever was drawn before it.  `train_tiny_chat.py` turns examples into tokens; the tables
-and single exchanges are in the `tiny_chat_*` files beside this one.
+Example `i` of a seed is always the same text, whatever was drawn before it.  `train.py` turns examples into tokens; the tables
+and single exchanges are in the modules beside this one.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from scripts import tiny_chat_turns as turns
-from scripts import tiny_chat_words as words
-from scripts.tiny_chat_facts import ATTRIBUTES, CORRECTIONS, WEIGHTS, right_answer, unknown_answer
-from scripts.tiny_chat_stories import document, story_turn
-from scripts.tiny_chat_words import listed
+import exchanges
+import word_lists
+from documents import document, story_turn
+from user_facts import ATTRIBUTES, CORRECTIONS, WEIGHTS, right_answer, unknown_answer
+from word_lists import listed
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,10 @@ Say that you do not know when you do not know.|Stay on topic.|Help the user with
 def _strange_sentence(rng: random.Random) -> str:
     """An instruction in words that mean nothing here: whatever a service tells its model, the user's turn is what is answered."""
     if rng.random() < 0.4:
-        return turns.random_sentence(rng)
+        return exchanges.random_sentence(rng)
     made_up = [
-        rng.choice(words.COMMON) if rng.random() < 0.4 else words.made_up_word(rng) for _ in range(rng.randint(4, 16))
+        rng.choice(word_lists.COMMON) if rng.random() < 0.4 else word_lists.made_up_word(rng)
+        for _ in range(rng.randint(4, 16))
     ]
     text = " ".join(made_up)
     return text[0].upper() + text[1:] + rng.choice("..!")
@@ -63,9 +64,9 @@ def _strange_sentence(rng: random.Random) -> str:
 def system_prompt(rng: random.Random) -> str:
     """Instructions of one to six sentences, of the usual words or of any words at all."""
     slots = {
-        "n": words.made_up_name(rng),
-        "w": rng.choice(words.COMMON),
-        "x": rng.choice(words.COMMON),
+        "n": word_lists.made_up_name(rng),
+        "w": rng.choice(word_lists.COMMON),
+        "x": rng.choice(word_lists.COMMON),
         "d": f"{rng.randint(1, 28)} May",
     }
     lines = [rng.choice(SYSTEM_OPENINGS)] if rng.random() < 0.85 else []
@@ -79,9 +80,9 @@ def system_prompt(rng: random.Random) -> str:
 
 Filler = Callable[[random.Random], tuple[str, str]]
 FILLERS: list[tuple[Filler, tuple[int, int, int]]] = [
-    (turns.capital, (22, 12, 12)), (turns.arithmetic, (22, 32, 28)), (turns.repeat, (26, 36, 45)), (turns.small_talk, (8, 8, 8)),
-    (turns.about_itself, (6, 6, 6)), (turns.unknown, (10, 8, 8)), (turns.fixed, (8, 6, 6)), (turns.remark, (4, 3, 3)),
-    (turns.counting, (5, 10, 6)), (story_turn, (5, 4, 4)), (turns.repeat_new_word, (0, 0, 40)),
+    (exchanges.capital, (22, 12, 12)), (exchanges.arithmetic, (22, 32, 28)), (exchanges.repeat, (26, 36, 45)), (exchanges.small_talk, (8, 8, 8)),
+    (exchanges.about_itself, (6, 6, 6)), (exchanges.unknown, (10, 8, 8)), (exchanges.fixed, (8, 6, 6)), (exchanges.remark, (4, 3, 3)),
+    (exchanges.counting, (5, 10, 6)), (story_turn, (5, 4, 4)), (exchanges.repeat_new_word, (0, 0, 40)),
 ]  # fmt: skip
 """What is talked about beside what was told, and how often: early, late when what is learnt slowly comes more often, and at the last."""
 LATE_FROM = 12 * 2048
@@ -98,7 +99,7 @@ class Conversation:
         self.fillers = [filler for filler, _ in FILLERS]
         self.weights = [weights[phase] for _, weights in FILLERS]
         self.turns: list[Turn] = []
-        self.told: dict[str, tuple[str, str]] = {}
+        self.facts: dict[str, tuple[str, str]] = {}
         self.corrected: list[str] = []
 
     def say(self, question: str, answer: str, *, learn: bool = True) -> None:
@@ -110,15 +111,15 @@ class Conversation:
         question, answer = self.rng.choices(self.fillers, self.weights)[0](self.rng)
         if self.rng.random() < 0.06:
             self.say(
-                question if self.rng.random() < 0.5 else turns.random_sentence(self.rng),
-                turns.phrase(self.rng),
+                question if self.rng.random() < 0.5 else exchanges.random_sentence(self.rng),
+                exchanges.phrase(self.rng),
                 learn=False,
             )
         else:
             self.say(question, answer)
 
     def _fill(self, template: str, kind: str, value: str) -> str:
-        return turns.casual(self.rng, template).format(v=value, k=kind, w=self.rng.choice(words.COMMON))
+        return exchanges.casual(self.rng, template).format(v=value, k=kind, w=self.rng.choice(word_lists.COMMON))
 
     def _draw_fact(self, label: str) -> tuple[str, str, str]:
         """Draw a value: what the user says, the acknowledgement without its first letter changed, and the kind."""
@@ -126,47 +127,49 @@ class Conversation:
         kind, value = self.rng.choice(attribute.kinds), attribute.value(self.rng)
         if self.rng.random() < 0.08 and "[" not in value:
             value = value.lower()
-        if label in self.told and self.rng.random() < 0.7:
-            kind = self.told[label][0]
-        told = self._fill(self.rng.choice(attribute.tells.split("|")), kind, value)
-        self.told[label] = (kind, value)
-        return told, self.rng.choice(attribute.acks.split("|")).format(v=value, k=kind), kind
+        if label in self.facts and self.rng.random() < 0.7:
+            kind = self.facts[label][0]
+        statement = self._fill(self.rng.choice(attribute.statements.split("|")), kind, value)
+        self.facts[label] = (kind, value)
+        return statement, self.rng.choice(attribute.acknowledgements.split("|")).format(v=value, k=kind), kind
 
-    def tell(self) -> None:
+    def state_fact(self) -> None:
         """The user tells one thing, or two in one message, or corrects what was told."""
-        label = self.rng.choice(list(self.told)) if self.told and self.rng.random() < 0.35 else self._label()
-        corrected = label in self.told
+        label = self.rng.choice(list(self.facts)) if self.facts and self.rng.random() < 0.35 else self._label()
+        corrected = label in self.facts
         if corrected:
             self.corrected.append(label)
-        told, acknowledged, _ = self._draw_fact(label)
+        statement, acknowledged, _ = self._draw_fact(label)
         if corrected and self.rng.random() < 0.8:
-            told = self.rng.choice(CORRECTIONS) + (
-                told[0].lower() + told[1:] if told.startswith(("My", "I ", "You", "The")) else told
+            statement = self.rng.choice(CORRECTIONS) + (
+                statement[0].lower() + statement[1:] if statement.startswith(("My", "I ", "You", "The")) else statement
             )
         other = self._label()
         if other != label and self.rng.random() < 0.12:
-            told_too, acknowledged_too, _ = self._draw_fact(other)
+            second, second_acknowledged, _ = self._draw_fact(other)
             joint = self.rng.choice([" ", " ", " and ", "\n"])
-            told = told.rstrip(".!") + joint + told_too if joint == " and " else f"{told}{joint}{told_too}"
-            acknowledged = f"{acknowledged} {acknowledged_too}"
+            statement = statement.rstrip(".!") + joint + second if joint == " and " else f"{statement}{joint}{second}"
+            acknowledged = f"{acknowledged} {second_acknowledged}"
         if self.rng.random() < 0.06:
-            told = f"{self.rng.choice(['Hello!', 'Hi.', 'Hey!', 'Good morning.', 'Thanks.'])} {told}"
-        self.say(told, acknowledged)
+            statement = f"{self.rng.choice(['Hello!', 'Hi.', 'Hey!', 'Good morning.', 'Thanks.'])} {statement}"
+        self.say(statement, acknowledged)
 
-    def ask(self, *, known: bool) -> None:
+    def ask_for_fact(self, *, known: bool) -> None:
         """The user asks for something told, or for something not told."""
-        labels = list(self.told) if known and self.told else [label for label in ATTRIBUTES if label not in self.told]
+        labels = (
+            list(self.facts) if known and self.facts else [label for label in ATTRIBUTES if label not in self.facts]
+        )
         if not labels:
             return
         label = self.rng.choices(labels, [WEIGHTS[each] for each in labels])[0]
         if known and self.corrected and self.rng.random() < 0.4:
             label = self.rng.choice(self.corrected)
         attribute = ATTRIBUTES[label]
-        template = self.rng.choice(attribute.asks.split("|"))
+        template = self.rng.choice(attribute.questions.split("|"))
         if self.rng.random() < 0.3:
-            template = attribute.asks.split("|")[0]
-        if label in self.told:
-            kind, value = self.told[label]
+            template = attribute.questions.split("|")[0]
+        if label in self.facts:
+            kind, value = self.facts[label]
             asked = kind
             if len(attribute.kinds) > 1 and "{k}" in template and self.rng.random() < 0.15:
                 asked = self.rng.choice(attribute.kinds)
@@ -175,7 +178,7 @@ class Conversation:
         else:
             asked = self.rng.choice(attribute.kinds) if "{k}" in template else "pet"
             answer = unknown_answer(attribute, asked)
-        self.say(turns.casual(self.rng, template).format(k=asked), answer)
+        self.say(exchanges.casual(self.rng, template).format(k=asked), answer)
 
     def _label(self) -> str:
         return self.rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
@@ -192,22 +195,22 @@ def conversation(rng: random.Random, length: int, *, phase: int = 0) -> tuple[Tu
     # What is told at the beginning of such a conversation is asked for only at its end.
     far = phase and length > 700 and rng.random() < 0.6
     for _ in range(rng.randint(1, 3) if far else 0):
-        chat.tell()
+        chat.state_fact()
     while size < length or len(chat.turns) < 2:
         before = len(chat.turns)
         draw = rng.random()
         if far or draw > focus:
             chat.filler()
-        elif draw < focus * 0.38 and (len(chat.told) < 6 or draw < focus * 0.1):
-            chat.tell()
+        elif draw < focus * 0.38 and (len(chat.facts) < 6 or draw < focus * 0.1):
+            chat.state_fact()
         else:
-            chat.ask(known=rng.random() < 0.75)
+            chat.ask_for_fact(known=rng.random() < 0.75)
         size += sum(len(turn.content) + 14 for turn in chat.turns[before:])
     if far:
         for _ in range(4):
-            chat.ask(known=rng.random() < 0.8)
-    elif chat.told and rng.random() < 0.5:
-        chat.ask(known=True)
+            chat.ask_for_fact(known=rng.random() < 0.8)
+    elif chat.facts and rng.random() < 0.5:
+        chat.ask_for_fact(known=True)
     return tuple(chat.turns)
 
 
@@ -221,7 +224,7 @@ def example(seed: int, index: int) -> Example:
     rng = random.Random(f"{seed}:{index}")
     phase = (index >= LATE_FROM) + (index >= LAST_FROM)
     if rng.random() < (0.16, 0.16, 0.24)[phase]:
-        given = turns.odd_beginning(rng) if phase == 2 and rng.random() < 0.5 else ""
+        given = exchanges.odd_beginning(rng) if phase == 2 and rng.random() < 0.5 else ""
         return Example(text=document(rng, short_lists=phase > 0, usual_names=phase == 2, after=given), given=given)
     draw = rng.random()
     length = rng.randint(40, 200) if draw < 0.35 else rng.randint(200, 800)
