@@ -50,8 +50,9 @@ lock-check: $(VENV)/.installed-dev ## Is the lock in step with pyproject.toml an
 format-check: $(VENV)/.installed-dev ## Is the code formatted?
 	@$(PY) -m ruff format --check --output-format concise . || { echo "Not formatted: run make format" >&2; exit 1; }
 
-lint: $(VENV)/.installed-dev ## Look for mistakes with ruff
+lint: $(VENV)/.installed-dev ## Look for mistakes with ruff, and for words that are not the field's
 	@$(PY) -m ruff check .
+	@$(PY) scripts/check_words.py
 
 imports: $(VENV)/.installed-dev ## Do imports follow the layers?
 	@$(VENV)/bin/lint-imports --no-logo
