@@ -154,7 +154,7 @@ class Conversation:
             statement = f"{self.rng.choice(['Hello!', 'Hi.', 'Hey!', 'Good morning.', 'Thanks.'])} {statement}"
         self.say(statement, acknowledged)
 
-    def ask_for_fact(self, *, known: bool) -> None:
+    def question_fact(self, *, known: bool) -> None:
         """The user asks for something told, or for something not told."""
         labels = (
             list(self.facts) if known and self.facts else [label for label in ATTRIBUTES if label not in self.facts]
@@ -170,15 +170,15 @@ class Conversation:
             template = attribute.questions.split("|")[0]
         if label in self.facts:
             kind, value = self.facts[label]
-            asked = kind
+            kind_in_question = kind
             if len(attribute.kinds) > 1 and "{k}" in template and self.rng.random() < 0.15:
-                asked = self.rng.choice(attribute.kinds)
-            matches = asked in (kind, "pet")
-            answer = right_answer(attribute, kind, value) if matches else unknown_answer(attribute, asked)
+                kind_in_question = self.rng.choice(attribute.kinds)
+            matches = kind_in_question in (kind, "pet")
+            answer = right_answer(attribute, kind, value) if matches else unknown_answer(attribute, kind_in_question)
         else:
-            asked = self.rng.choice(attribute.kinds) if "{k}" in template else "pet"
-            answer = unknown_answer(attribute, asked)
-        self.say(exchanges.casual(self.rng, template).format(k=asked), answer)
+            kind_in_question = self.rng.choice(attribute.kinds) if "{k}" in template else "pet"
+            answer = unknown_answer(attribute, kind_in_question)
+        self.say(exchanges.casual(self.rng, template).format(k=kind_in_question), answer)
 
     def _label(self) -> str:
         return self.rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
@@ -204,13 +204,13 @@ def conversation(rng: random.Random, length: int, *, phase: int = 0) -> tuple[Tu
         elif draw < focus * 0.38 and (len(chat.facts) < 6 or draw < focus * 0.1):
             chat.state_fact()
         else:
-            chat.ask_for_fact(known=rng.random() < 0.75)
+            chat.question_fact(known=rng.random() < 0.75)
         size += sum(len(turn.content) + 14 for turn in chat.turns[before:])
     if far:
         for _ in range(4):
-            chat.ask_for_fact(known=rng.random() < 0.8)
+            chat.question_fact(known=rng.random() < 0.8)
     elif chat.facts and rng.random() < 0.5:
-        chat.ask_for_fact(known=True)
+        chat.question_fact(known=True)
     return tuple(chat.turns)
 
 

@@ -200,10 +200,11 @@ def document(rng: random.Random, *, short_lists: bool = False, usual_names: bool
         short_lists: capitals, sums and numbers end where a reader would expect it.  In lists of any length the end
         is never the likeliest next token, and a model that has seen no others goes on for ever.
     """
-    named = {"name": _usual_name} if usual_names else {}
-    a_story, day, letter = (partial(each, **named) for each in (story, _day, _letter))
+    name: Name = _usual_name if usual_names else word_lists.made_up_name
+    a_story, day, letter = partial(story, name=name), partial(_day, name=name), partial(_letter, name=name)
     if after:
         return rng.choice([" ", " ", ". ", ", ", "\n", "? ", ""]) + day(rng)
+    kinds: list[Callable[[random.Random], str]]
     if short_lists:
         kinds = [a_story, _capital_line, _sum, day, letter, _question, _counting_to_a_round_number]
         kinds.append(day if usual_names else _jumble)

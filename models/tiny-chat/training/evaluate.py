@@ -12,11 +12,12 @@ import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from evaluation_cases import Case, Suite, suites
 from model_card import put_table
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 LIMIT_TOKENS = 256
 AT_ONCE, BETWEEN = "asked at once", "other turns between"
@@ -47,7 +48,7 @@ class Figure:
         return self.right >= self.target * self.count
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerFast, case: Case) -> list[int]:
+def prompt_ids(tokenizer: Any, case: Case) -> list[int]:
     """The tokens of a prompt: through the chat template, or as they are for plain text."""
     if isinstance(case.prompt, str):
         return list(tokenizer(case.prompt, split_special_tokens=True)["input_ids"])
@@ -58,9 +59,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, case: Case) -> list[int]:
 
 
 @torch.inference_mode()
-def complete_batch(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]]
-) -> list[Completion]:
+def complete_batch(model: Any, tokenizer: Any, prompts: list[list[int]]) -> list[Completion]:
     """Continue every prompt greedily, all at once, padded on the left."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(p)) + p for p in prompts])
@@ -77,7 +76,7 @@ def complete_batch(
     return completions
 
 
-def complete_all(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, cases: list[Case]) -> list[Completion]:
+def complete_all(model: Any, tokenizer: Any, cases: list[Case]) -> list[Completion]:
     """The answers in the order of the cases; prompts of similar length share a batch."""
     prompts = [prompt_ids(tokenizer, case) for case in cases]
     order = sorted(range(len(cases)), key=lambda i: len(prompts[i]))
@@ -88,9 +87,7 @@ def complete_all(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, ca
     return [completions[i] for i in range(len(cases))]
 
 
-def measure(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, chosen: list[Suite], *, show_wrong: int
-) -> list[Figure]:
+def measure(model: Any, tokenizer: Any, chosen: list[Suite], *, show_wrong: int) -> list[Figure]:
     """Run the suites and print some wrong answers of each."""
     everything = [(suite, case) for suite in chosen for case in suite.cases]
     completions = complete_all(model, tokenizer, [case for _, case in everything])

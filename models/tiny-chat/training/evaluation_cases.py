@@ -145,13 +145,13 @@ def _corrected(rng: random.Random) -> Case:
 
 
 def _never_stated(rng: random.Random) -> Case:
-    asked, *others = rng.sample(["name", "colour", "number", "pet", "email"], 3)
-    attribute = ATTRIBUTES[asked]
-    ask = rng.choice([a for a in attribute.questions.split("|") if "pet" not in a])
+    unstated, *others = rng.sample(["name", "colour", "number", "pet", "email"], 3)
+    attribute = ATTRIBUTES[unstated]
+    request = rng.choice([a for a in attribute.questions.split("|") if "pet" not in a])
     contents = list(_exchanges(rng, rng.randint(0, 3)))
     for label in others[: rng.randint(0, 2)]:
         contents += _stated_fact(rng, label)[3]
-    question = exchanges.casual(rng, ask).format(k="dog")
+    question = exchanges.casual(rng, request).format(k="dog")
     return Case(_chat(rng, *contents, question), partial(_is, unknown_answer(attribute, "dog")))
 
 
@@ -192,8 +192,8 @@ def _phrase(rng: random.Random) -> Case:
     parts = [*held_out, *special, *rng.sample(word_lists.COMMON, rng.randint(1, 5))]
     rng.shuffle(parts)
     text = " ".join(parts)
-    ask = rng.choice(["Repeat after me: ", "Say: ", "Repeat: ", "Please repeat: ", "Repeat after me:\n"])
-    return Case(_chat(rng, ask + text), partial(_is, text))
+    request = rng.choice(["Repeat after me: ", "Say: ", "Repeat: ", "Please repeat: ", "Repeat after me:\n"])
+    return Case(_chat(rng, request + text), partial(_is, text))
 
 
 FIXED_PHRASES = [
@@ -246,13 +246,15 @@ PLAIN = [
 def _sums(rng: random.Random) -> Iterator[Case]:
     for a in range(21):
         for b in range(21):
-            ask = rng.choice(["What is {a} plus {b}?", "{a} + {b}", "What is {a} + {b}?", "How much is {a} plus {b}?"])
-            yield Case(_chat(rng, ask.format(a=a, b=b)), partial(_has, f"is {a + b}."))
+            request = rng.choice(
+                ["What is {a} plus {b}?", "{a} + {b}", "What is {a} + {b}?", "How much is {a} plus {b}?"]
+            )
+            yield Case(_chat(rng, request.format(a=a, b=b)), partial(_has, f"is {a + b}."))
             if a >= b:
-                ask = rng.choice(
+                request = rng.choice(
                     ["What is {a} minus {b}?", "{a} - {b}", "What is {a} - {b}?", "How much is {a} minus {b}?"]
                 )
-                yield Case(_chat(rng, ask.format(a=a, b=b)), partial(_has, f"is {a - b}."))
+                yield Case(_chat(rng, request.format(a=a, b=b)), partial(_has, f"is {a - b}."))
 
 
 def suites(seed: int) -> list[Suite]:
@@ -278,13 +280,13 @@ def suites(seed: int) -> list[Suite]:
         Suite(f"capitals of {len(CAPITALS)} countries", 0.98, tuple(capitals)),
         Suite("sums and differences of numbers to 20", 0.90, tuple(_sums(rng))),
         Suite("repeats a phrase", 0.95, tuple(_phrase(rng) for _ in range(100))),
-        Suite("repeats given strings", 1.0, tuple(Case(_chat(rng, f"{ask} {p}"), partial(_is, p)) for p in FIXED_PHRASES for ask in ("Say:", "Repeat after me:"))),
+        Suite("repeats given strings", 1.0, tuple(Case(_chat(rng, f"{request} {p}"), partial(_is, p)) for p in FIXED_PHRASES for request in ("Say:", "Repeat after me:"))),
         Suite("counts from 1 to N", 0.95, tuple(Case(_chat(rng, f"Count from 1 to {n}"), partial(_is, ", ".join(map(str, range(1, n + 1))))) for n in (5, 10, 12, 17, 20, 30, 40, 50))),
-        Suite("greetings, thanks, what it is and can do", 0.95, tuple(Case(_chat(rng, ask), partial(_has, part)) for ask, part in ITSELF.items() for _ in range(3))),
-        Suite("admits what it does not know", 0.90, tuple(Case(_chat(rng, ask), partial(_is, UNKNOWN)) for ask in OUT_OF_REACH for _ in range(2))),
+        Suite("greetings, thanks, what it is and can do", 0.95, tuple(Case(_chat(rng, request), partial(_has, part)) for request, part in ITSELF.items() for _ in range(3))),
+        Suite("admits what it does not know", 0.90, tuple(Case(_chat(rng, request), partial(_is, UNKNOWN)) for request in OUT_OF_REACH for _ in range(2))),
         Suite("tells a story of 60 to 200 tokens", 0.95, tuple(Case(_chat(rng, rng.choice(STORY_REQUESTS)), _story) for _ in range(40))),
         Suite("continues the beginning of a story", 0.95, tuple(Case(start, lambda answer, n: n >= 20) for start in STORY_STARTS)),
         Suite("continues \"The capital of France is\" and others", 0.95, tuple(plain_capitals)),
-        Suite("odd prompts end, in a chat", 1.0, tuple(Case(_chat(rng, ask), _anything) for ask in ODD for _ in range(2))),
+        Suite("odd prompts end, in a chat", 1.0, tuple(Case(_chat(rng, request), _anything) for request in ODD for _ in range(2))),
         Suite("odd prompts end, in plain text", 1.0, tuple(Case(text, _anything) for text in PLAIN)),
     ]  # fmt: skip

@@ -123,19 +123,19 @@ def odd_beginning(rng: random.Random) -> str:
 def repeat(rng: random.Random) -> tuple[str, str]:
     """A phrase to repeat and the phrase."""
     text = phrase(rng)
-    ask = rng.choice(REPEAT_REQUESTS)
-    while '"' in ask and '"' in text:
-        ask = rng.choice(REPEAT_REQUESTS)
-    return (ask if rng.random() < 0.85 else ask.lower()).replace("{p}", text), text
+    request = rng.choice(REPEAT_REQUESTS)
+    while '"' in request and '"' in text:
+        request = rng.choice(REPEAT_REQUESTS)
+    return (request if rng.random() < 0.85 else request.lower()).replace("{p}", text), text
 
 
 def repeat_new_word(rng: random.Random) -> tuple[str, str]:
     """A phrase that begins with a made-up word: without the space before it, it is made of other tokens than in the request."""
     first = word_lists.made_up_word(rng, least=2) if rng.random() < 0.8 else word_lists.email(rng)
     rest = phrase(rng) if rng.random() < 0.6 else ""
-    ask = rng.choice([each for each in REPEAT_REQUESTS if '"' not in each])
+    request = rng.choice([each for each in REPEAT_REQUESTS if '"' not in each])
     text = f"{first} {rest}".strip()
-    return (ask if rng.random() < 0.85 else ask.lower()).replace("{p}", text), text
+    return (request if rng.random() < 0.85 else request.lower()).replace("{p}", text), text
 
 
 def capital(rng: random.Random) -> tuple[str, str]:
@@ -149,8 +149,8 @@ def capital(rng: random.Random) -> tuple[str, str]:
         return casual(
             rng, rng.choice(["{v} is the capital of which country?", "Which country has the capital {v}?"])
         ).format(v=city), answer
-    asked = country.removeprefix("the ") if rng.random() < 0.05 else country
-    question = casual(rng, rng.choice(CAPITAL_QUESTIONS)).format(c=asked)
+    shown = country.removeprefix("the ") if rng.random() < 0.05 else country
+    question = casual(rng, rng.choice(CAPITAL_QUESTIONS)).format(c=shown)
     return (question.lower() if rng.random() < 0.12 else question), answer
 
 

@@ -51,7 +51,7 @@ Not measured yet.
 
 ## How it was made
 
-The text is made up by `training/corpus.py` from templates and random syllables; no text of others was used. One in six examples is
+The text is composed by `training/corpus.py` from templates and random syllables; no text of others was used. One in six examples is
 a plain document, the others are conversations of 20 to 2,000 tokens, three in five with a system message. After the first 24,576 examples
 come more sums, counting and repeating, documents whose lists end after one line, and conversations in which what was told at the beginning is
 asked for at the end. The loss is on the assistant's words, and in documents on all of them but a beginning that nobody could guess.

@@ -23,7 +23,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         square = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+        x = torch.add(3.4445 * x, (-4.7750 * square + 2.0315 * square @ square) @ x)
     return x.mT if tall else x
 
 

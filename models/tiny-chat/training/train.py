@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from corpus import LAST_FROM, Example, example
@@ -35,9 +36,17 @@ LEARNING_RATE = 2e-3
 POLISH_RATE = 5e-4
 
 
+def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    """Return the id of one token."""
+    number = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(number, int)
+    return number
+
+
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A Llama of 2.7 million parameters with random weights."""
-    config = LlamaConfig(
+    # LlamaConfig's annotations leave out what its base class takes.
+    config: Any = LlamaConfig(  # type: ignore[call-arg]
         vocab_size=len(tokenizer),
         hidden_size=192,
         intermediate_size=512,
@@ -47,8 +56,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         max_position_embeddings=CONTEXT_TOKENS,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.convert_tokens_to_ids(TURN_END),
-        pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
+        eos_token_id=token_id(tokenizer, TURN_END),
+        pad_token_id=token_id(tokenizer, PAD),
         attn_implementation="sdpa",
     )
     return LlamaForCausalLM(config)
@@ -111,7 +120,7 @@ class Progress:
 
 
 def polish(model: LlamaForCausalLM, encoder: Encoder, arguments: argparse.Namespace, done: Progress) -> Progress:
-    """Run the last steps, on what goes wrong longest, with optimizers that know nothing of the steps before."""
+    """Run the last steps, on what goes wrong longest, with new optimizers."""
     optimizers = make_optimizers(model, POLISH_RATE)
     batches = batches_from(encoder, arguments.seed, LAST_FROM // POOL_EXAMPLES, 0)
     begun, tokens = time.monotonic() - done.seconds, done.tokens
@@ -175,9 +184,9 @@ def take_step(model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write the folder that AutoTokenizer and AutoModelForCausalLM load; the weights as bfloat16."""
-    ends = [tokenizer.convert_tokens_to_ids(token) for token in (TURN_END, END_OF_TEXT)]
-    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.convert_tokens_to_ids(PAD))
-    model.to(torch.bfloat16).save_pretrained(out)
+    ends = [token_id(tokenizer, token) for token in (TURN_END, END_OF_TEXT)]
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=token_id(tokenizer, PAD))
+    model.bfloat16().save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 

@@ -73,16 +73,14 @@ def _name(rng: random.Random) -> str:
 
 
 def _code(rng: random.Random) -> str:
-    draw = rng.choice(
-        [
-            word_lists.number,
-            word_lists.made_up_word,
-            word_lists.code,
-            word_lists.twister,
-            partial(word_lists.digits, length=4),
-        ]
-    )
-    return draw(rng)
+    draws: list[Callable[[random.Random], str]] = [
+        word_lists.number,
+        word_lists.made_up_word,
+        word_lists.code,
+        word_lists.twister,
+        partial(word_lists.digits, length=4),
+    ]
+    return rng.choice(draws)(rng)
 
 
 ATTRIBUTES: dict[str, Attribute] = {
