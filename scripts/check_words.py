@@ -104,7 +104,7 @@ PHRASES: Mapping[str, str] = {
     r"\bknow(s|ing)? (no|nothing)\b": "say what the code does, or the rule",
     r"\b(an?|each|every|this|that|one|other|its) asks?\b(?! (for|the|a|to|what)\b)": "request",
     r"\b(goes|go) on with\b": "continues",
-    r"\b(answer|token|text|completion)s? (is|are|was|were) made\b": "generated",
+    r"\b(answer|token|text|completion)s? (is|are|was|were) made\b(?! (of|up)\b)": "generated",
     r"\bcompiled programs?\b": "native kernel library",
     r"\b(alone|together)\.h\b": "attention_decode.h, attention_prefill.h",
     r"\b(pairs|products|vectors)\.h\b": "bf16.h, gemm_packed.h, simd.h",
