@@ -10,6 +10,7 @@ import queue
 import re
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from logging.handlers import QueueHandler, RotatingFileHandler
@@ -25,6 +26,8 @@ from app.errors import ConfigError
 
 QUEUE_LINES = 10_000
 """Lines that may wait for a slow sink; one more is dropped and counted."""
+WRITE_SECONDS = 0.05
+"""How often the writer thread looks for lines."""
 STOP_SECONDS = 2.0
 """How long a stop waits for a sink to take what is left."""
 
@@ -48,6 +51,16 @@ class _Lossy(logging.Handler):
         dropped_lines.inc()
 
 
+class _Lines(deque[logging.LogRecord]):
+    """Lines that wait to be written.  Adding one wakes no thread: that would cost a request more than its line."""
+
+    def put_nowait(self, line: logging.LogRecord) -> None:
+        """Raises: queue.Full: so many lines wait that this one is dropped."""
+        if len(self) >= QUEUE_LINES:
+            raise queue.Full
+        self.append(line)
+
+
 class _QueueSink(_Lossy, QueueHandler):
     """Renders a line in the caller's context and queues it for the writer thread."""
 
@@ -66,10 +79,14 @@ class _FileSink(_Lossy, RotatingFileHandler):
             self.stream.truncate(0)
 
 
-def _write_lines(lines: "queue.Queue[logging.LogRecord | None]", sinks: Iterable[logging.Handler]) -> None:
-    while (line := lines.get()) is not None:
-        for sink in sinks:
-            sink.handle(line)
+def _write_lines(lines: _Lines, stopping: threading.Event, sinks: Iterable[logging.Handler]) -> None:
+    stopped = False
+    while not stopped:
+        stopped = stopping.wait(WRITE_SECONDS)
+        while lines:
+            line = lines.popleft()
+            for sink in sinks:
+                sink.handle(line)
 
 
 def configure_logging(config: LoggingConfig, stream: TextIO | None = None) -> Callable[[], None]:
@@ -84,11 +101,11 @@ def configure_logging(config: LoggingConfig, stream: TextIO | None = None) -> Ca
     """
     file = _open_file(config)
     sinks = [_StreamSink(stream or sys.stderr), *([file] if file else [])]
-    lines: queue.Queue[logging.LogRecord | None] = queue.Queue(QUEUE_LINES)
+    lines, stopping = _Lines(), threading.Event()
     # Not logging's QueueListener, whose stop() waits for a stalled sink for ever.
-    writer = threading.Thread(target=_write_lines, args=(lines, sinks), name="log-writer", daemon=True)
+    writer = threading.Thread(target=_write_lines, args=(lines, stopping, sinks), name="log-writer", daemon=True)
     writer.start()
-    handler = _QueueSink(lines)
+    handler = _QueueSink(lines)  # type: ignore[arg-type]  # of a queue only put_nowait is called
     handler.setFormatter(_formatter(config))
     root = logging.getLogger()
     level_before = root.level
@@ -97,10 +114,7 @@ def configure_logging(config: LoggingConfig, stream: TextIO | None = None) -> Ca
     def stop() -> None:
         root.removeHandler(handler)
         root.setLevel(level_before)
-        try:
-            lines.put(None, timeout=STOP_SECONDS)
-        except queue.Full:
-            return
+        stopping.set()
         writer.join(STOP_SECONDS)
         # Closing a file that is still being written would wait for it.
         if file and not writer.is_alive():
