@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import cache
 
 import phonenumbers
-from stdnum import iban, luhn
+from stdnum import iban, luhn, numdb
 from stdnum.us import itin, ssn
 
 Matcher = Callable[[str, int, str], int]
@@ -71,16 +71,10 @@ def _is_issued(digits: str) -> bool:
     return any(first <= digits[: len(first)] <= last and len(digits) in lengths for first, last, lengths in _ISSUED)
 
 
-# Countries of the registry of ISO 13616, with the length of their numbers.
+# ISO 13616's registry: two letters of the country, and the length of its numbers with their four first characters.
 _IBAN_LENGTHS = {
-    entry[:2]: int(entry[2:])
-    for entry in (
-        "AD24 AE23 AL28 AT20 AZ28 BA20 BE16 BG22 BH22 BI27 BR29 BY28 CH21 CR22 CY28 CZ24 DE22 DJ27 DK18 DO28 EE20 EG29 "
-        "ES24 FI18 FK18 FO18 FR27 GB22 GE22 GI23 GL18 GR27 GT28 HN28 HR21 HU28 IE22 IL23 IQ23 IS26 IT27 JO30 KW30 KZ20 "
-        "LB28 LC32 LI21 LT20 LU20 LV21 LY25 MC27 MD24 ME22 MK19 MN20 MR27 MT31 MU30 NI28 NL18 NO15 OM23 PK24 PL28 PS29 "
-        "PT25 QA29 RO24 RS22 RU33 SA24 SC31 SD18 SE24 SI19 SK24 SM27 SO23 ST25 SV28 TL23 TN24 TR26 UA29 VA22 VG24 XK20 "
-        "YE30"
-    ).split()
+    country: 4 + sum(map(int, re.findall(r"([0-9]+)!", properties["bban"])))
+    for _, country, _, properties, _ in numdb.get("iban").prefixes
 }
 IBAN_REACH = 72
 """Characters that an IBAN written in groups can span."""

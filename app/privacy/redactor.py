@@ -13,6 +13,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import phonenumbers
+import stdnum
 
 from app.privacy.numbers import Matcher
 from app.privacy.patterns import (
@@ -84,7 +85,8 @@ class Redactor:
     def fingerprint(self) -> str:
         """Names everything that decides what is found, for the keys of caches that hold filtered text."""
         kinds = ",".join(sorted(self._kinds))
-        return f"pii/{PATTERN_VERSION};{kinds};{self._phone_region};phonenumbers/{phonenumbers.__version__}"
+        libraries = f"phonenumbers/{phonenumbers.__version__};stdnum/{stdnum.__version__}"
+        return f"pii/{PATTERN_VERSION};{kinds};{self._phone_region};{libraries}"
 
     def find(self, text: str) -> list[PiiMatch]:
         """The entities in `text`, from left to right, none overlapping another."""
