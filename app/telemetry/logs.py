@@ -7,7 +7,6 @@ point of the process calls `configure_logging` once.
 import logging
 import os
 import queue
-import re
 import sys
 import threading
 from collections import deque
@@ -25,20 +24,18 @@ from app.config import LoggingConfig
 from app.errors import ConfigError
 
 QUEUE_LINES = 10_000
-"""Lines that may wait for a slow sink; one more is dropped and counted."""
+"""Lines that may wait for a slow sink; further ones are dropped and counted."""
 WRITE_SECONDS = 0.05
 """How often the writer thread looks for lines."""
 STOP_SECONDS = 2.0
-"""How long a stop waits for a sink to take what is left."""
+"""How long a stop waits for a sink to write the queued lines."""
 
-_UVICORN = ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi")
-_QUIET = [
+UVICORN_LOGGERS = ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi")
+QUIET_LOGGERS = [
     *("alembic", "httpcore", "httpx", "huggingface_hub", "langchain", "langchain_core"),
     *("langsmith", "sse_starlette", "transformers", "urllib3"),
 ]
 """Libraries whose lines below WARNING contain prompts, answers or addresses, or are of no use to an operator."""
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters, line and paragraph separators, bidirectional formatting, and lone surrogates."""
 
 dropped_lines = Counter("log_lines_dropped", "Log lines lost to a full queue or a failing sink", registry=None)
 """One counter for the process, as the standard library's loggers are; every `Metrics` exports it."""
@@ -175,12 +172,12 @@ def _install(root: logging.Logger, handler: _QueueSink, level: str) -> None:
 
 def _tame_libraries(level: int) -> None:
     """Remove handlers that libraries install, and log noisy libraries from WARNING on."""
-    for name in (*_UVICORN, "transformers"):
+    for name in (*UVICORN_LOGGERS, "transformers"):
         logger = logging.getLogger(name)
         logger.handlers.clear()
         # The access log would print query strings; the service writes its own.
         logger.propagate = name != "uvicorn.access"
-    for name in _QUIET:
+    for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(max(level, logging.WARNING))
     # Its warnings print the key that a limit is counted by.
     logging.getLogger("slowapi").setLevel(logging.ERROR)
@@ -208,7 +205,8 @@ def _escape_for_terminal(logger: WrappedLogger, method: str, event: EventDict) -
 
 
 def _escaped(text: str) -> str:
-    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+    # Not printable: control characters, line separators, bidirectional formatting, and lone surrogates.
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def disable_foreign_tracing(allow_langsmith: bool) -> None:
