@@ -24,7 +24,7 @@ KeyArgument = Annotated[str, typer.Argument(help="The key's id: what stands betw
 def create(
     role: Annotated[str, typer.Option(help="What the key may do: see `roles list`.")] = "standard",
     owner: Annotated[
-        str | None, typer.Option(help="Whose sessions and cached answers it uses; its own if left out.")
+        str | None, typer.Option(help="Whose sessions and cached responses it uses; its own if left out.")
     ] = None,
     days: Annotated[float | None, typer.Option(min=0.001, help="It expires after so many days.")] = None,
     config: ConfigOption = CONFIG,

@@ -29,7 +29,7 @@ def list_roles(config: ConfigOption = CONFIG, as_json: JsonOption = False) -> No
 @cli.command("set")
 @with_limit_options(after="name")
 def set_role(
-    name: Annotated[str, typer.Argument(help="The role; made if there is none of this name.")],
+    name: Annotated[str, typer.Argument(help="The role; created if there is none of this name.")],
     models: Annotated[str | None, typer.Option(help="Models that it may use, with commas between, or all.")] = None,
     load_models: Annotated[bool | None, typer.Option(help="May load and unload models.")] = None,
     manage_keys: Annotated[bool | None, typer.Option(help="May manage keys and roles.")] = None,
