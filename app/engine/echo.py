@@ -140,7 +140,8 @@ class EchoEngine:
         while sent < limit and not aborted.is_set():
             if self._delay or progress.generated % _TOKENS_PER_TURN == 0:
                 await asyncio.sleep(self._delay)
-            progress.generated += 1
+            ready = 1 if self._delay or request.stream or sent == 0 else _TOKENS_PER_TURN
+            progress.generated = min(limit, progress.generated + ready)
             if request.stream or sent == 0 or progress.generated == limit or aborted.is_set():
                 yield _delta(text[sent : progress.generated], params)
                 sent = progress.generated
