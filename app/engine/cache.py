@@ -188,6 +188,16 @@ class CachedEngine(EngineWrapper):
             bytes=int(self._responses.currsize),
         )
 
+    @property
+    def readers(self) -> int:
+        """Return how many requests are reading a response through the cache."""
+        return len(self._readers)
+
+    @property
+    def generating(self) -> int:
+        """Return how many responses are being generated that identical requests may share."""
+        return len(self._flights)
+
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         if not request.cache:
             async with aclosing(self._inner.stream(request)) as events:
