@@ -144,7 +144,9 @@ class _Reader:
         if isinstance(event, Delta):
             self._tokens += event.tokens
             return event
-        return structs.replace(event, cache=self._status)
+        # A hit stays one: the level below may have replayed what this one had to fetch.
+        status = event.cache if event.cache is CacheStatus.HIT else self._status
+        return structs.replace(event, cache=status)
 
     def _cut_short(self) -> Finished:
         task = self.flight.task
