@@ -24,7 +24,8 @@ class ModelHost:
         self.since = int(time.time())
         """When the host was made, in seconds since 1970."""
         self._models: dict[str, ServedModel] = {}
-        self._unloading: set[str] = set()
+        self._unloading: dict[str, asyncio.Event] = {}
+        """Model -> set once it is gone and its name is free again."""
         self._leases: dict[str, str] = {}
         """Request id -> model, of each sample of each live request."""
         self._leases_per_model: Counter[str] = Counter()
@@ -66,8 +67,12 @@ class ModelHost:
     async def load(self, name: str) -> ServedModel:
         """Build and start a model, once however many ask; `engine.wait_ready` reports when it can serve.
 
+        Waits for an unload of the same model that has begun.
+
         Raises: ModelNotFound, ConfigError: it cannot be built; ShuttingDown.
         """
+        while (unloading := self._unloading.get(name)) is not None:
+            await unloading.wait()
         if self.draining:
             raise ShuttingDown()
         model = self._models.get(name)
@@ -77,7 +82,9 @@ class ModelHost:
             try:
                 await model.engine.start()
             except BaseException:
-                del self._models[name]
+                if self._models.get(name) is model:
+                    del self._models[name]
+                await model.engine.close()
                 raise
         return model
 
@@ -87,14 +94,15 @@ class ModelHost:
         Raises: ModelNotFound: no such model is loaded.
         """
         model = self.find(name)
-        self._unloading.add(name)
+        gone = self._unloading[name] = asyncio.Event()
         try:
             if not await self._released_within(grace_seconds, name):
                 await self._abort(name)
             await model.engine.close()
         finally:
             self._models.pop(name, None)
-            self._unloading.discard(name)
+            del self._unloading[name]
+            gone.set()
 
     @asynccontextmanager
     async def lease(self, request: GenerationRequest) -> AsyncIterator[ServedModel]:
