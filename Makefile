@@ -50,8 +50,9 @@ lock-check: $(VENV)/.installed-dev ## Is the lock in step with pyproject.toml an
 format-check: $(VENV)/.installed-dev ## Is the code formatted?
 	@$(PY) -m ruff format --check --output-format concise . || { echo "Not formatted: run make format" >&2; exit 1; }
 
-lint: $(VENV)/.installed-dev ## Look for mistakes with ruff
+lint: $(VENV)/.installed-dev ## Look for mistakes with ruff, and for words that are not the field's
 	@$(PY) -m ruff check .
+	@$(PY) scripts/check_words.py
 
 imports: $(VENV)/.installed-dev ## Do imports follow the layers?
 	@$(VENV)/bin/lint-imports --no-logo
@@ -66,7 +67,7 @@ format: $(VENV)/.installed-dev ## Format the code and fix what ruff can fix
 bench: $(VENV)/.installed-bench ## Measure the service beside other servers: an hour, or minutes with ARGS=--quick
 	@$(PY) -m bench.serve $(ARGS)
 
-bench-overhead: $(VENV)/.installed-dev ## Measure what the service costs beside its model
+bench-overhead: $(VENV)/.installed-dev ## Measure what the service costs beside a bare route (ARGS="--profile FOLDER": where its time goes)
 	@$(PY) -m bench.overhead $(ARGS)
 
 soak: $(VENV)/.installed-dev ## Keep the service busy and see that nothing is left behind (MINUTES=30)

@@ -1,139 +1,163 @@
-"""Builds every object of the service once, in the order in which data meets them, and puts the application together.
+"""The composition: builds every object of the service once, in the order in which data meets them.
 
-The only place that knows all packages.  `create_app` reads nothing but its settings and the files they name.
+`create_app` reads nothing but its settings and the files they name.
 """
 
-import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
+import anyio
 from fastapi import FastAPI
 
-from app.access.access import Access
-from app.access.bootstrap_key import first_key
+from app.access.access import AccessControl
+from app.access.admission import AdmissionControl
+from app.access.bootstrap_key import bootstrap_key
 from app.config import Settings
 from app.engine.base import Engine
 from app.engine.cache import CachedEngine
 from app.engine.echo import EchoEngine
-from app.engine.host import EngineRegistry
+from app.engine.host import ModelHost
 from app.engine.local import LocalEngine
-from app.engine.persistent_cache import StoredEngine
-from app.errors import ConfigError
-from app.generation.metering import Accounts
-from app.generation.prompts import read_prompt
+from app.engine.persistent_cache import PersistentCacheEngine
+from app.engine.served_model import SamplingDefaults, ServedModel
+from app.errors import ConfigError, ModelNotFound
+from app.generation.metering import UsageRecorder
+from app.generation.prompts import read_template
 from app.generation.service import GenerationService
-from app.generation.sessions import MemorySessionStore
-from app.langchain.chains import Chains
+from app.generation.sessions import MemorySessionStore, SessionStore
+from app.langchain.chains import COMPLETION_VARIABLES, SYSTEM_VARIABLES, ModelChains
 from app.privacy.filters import FilteredEngine, InputFilter
 from app.privacy.redactor import PiiKind, Redactor
+from app.stores.memory_admission import MemoryAdmissionStore
 from app.telemetry import Metrics, disable_foreign_tracing
 from app.web.app_factory import build_app
-from app.web.http.dependencies import Parts
-from app.web.http.rate_limits import RateLimits
+from app.web.http.authentication import Keys
+from app.web.http.dependencies import Container, Service
+from app.web.http.rate_limits import FailedKeyLimiter
 
 HANG_SECONDS = 120.0
-"""A worker that has work and says nothing for so long is ended and started again."""
+"""A worker that has work and says nothing for so long is killed and started again."""
 
 
-def create_app(settings: Settings, *, engine: Engine | None = None) -> FastAPI:
+def create_app(
+    settings: Settings,
+    *,
+    engines: Mapping[str, Engine] | None = None,
+    service: Service | None = None,
+    keys: Keys | None = None,
+    sessions: SessionStore | None = None,
+) -> FastAPI:
     """Build the application; nothing runs before its lifespan starts.
 
-    Args: engine: serves instead of the configured model, for tests.
+    Args: each takes the place of what is built otherwise:
+        engines: by public model name; the first serves requests that name no model, and all are loaded at start.
+        service: what the routes call.
+        keys: knows whose an API key is.
+        sessions: where conversations are stored.
     Raises: ConfigError: a file that the settings name is missing or cannot be used.
     """
     disable_foreign_tracing(settings.langsmith)
-    model = settings.model.public_name
-    metrics = Metrics([model])
+    names = list(engines or [settings.model.public_name])
+    metrics = Metrics(names)
     redactor = _redactor(settings)
     access = _access(settings, redactor, metrics)
-    served, cache = _serve_through(engine or _engine(settings, model), settings, redactor, metrics, access)
-    engines = EngineRegistry({model: served})
-    sessions = MemorySessionStore(settings.chat_history) if settings.chat_history.enabled else None
-    limits = RateLimits(
-        settings.security.failed_keys_per_minute,
+    build = partial(_build_model, engines=engines, settings=settings, redactor=redactor, metrics=metrics, access=access)
+    host = ModelHost(build, default=names[0])
+    for name in names:
+        host.add(name)
+    admission = AdmissionControl(
+        MemoryAdmissionStore(),
+        access.quotas,
         enabled=settings.rate_limit.enabled,
         on_refusal=metrics.rate_limited,
     )
-    service = GenerationService(
-        engines=engines,
-        chains={model: Chains(served, model)},
+    if sessions is None and settings.chat_history.enabled:
+        sessions = MemorySessionStore(settings.chat_history)
+    generation: Service = service or GenerationService(
+        host=host,
         input_filter=_input_filter(settings, redactor, metrics),
         sessions=sessions,
-        system_prompt=read_prompt(settings.app.prompts_dir, "base_system", {"model_name": model}),
-        default_max_tokens=settings.model.max_tokens,
-        default_temperature=settings.model.temperature,
         metrics=metrics,
-        accounts=_accounts(settings, access, limits),
+        admission=admission,
+        usage=_usage_recorder(settings, access),
         waiting_seconds=settings.deadlines.waiting_seconds,
-        cache=cache,
     )
-    metrics.watch(
-        requests_running=lambda: served.status().running,
-        requests_waiting=lambda: served.status().waiting,
-        sessions=lambda: sessions.count() if sessions else 0,
-        model_loaded=lambda: served.status().state == "ready",
-        engine_restarts=lambda: served.status().restarts,
-    )
-    parts = Parts(
+    _watch(metrics, host, sessions)
+    container = Container(
         settings=settings,
-        service=service,
-        engines=engines,
-        keys=access.ring,
+        service=generation,
+        host=host,
+        sessions=sessions,
+        keys=keys or access.authenticator,
         access=access,
-        limits=limits,
+        admission=admission,
+        failed_keys=FailedKeyLimiter(settings.security.failed_keys_per_minute, on_refusal=metrics.rate_limited),
         metrics=metrics,
     )
-    app = build_app(parts, lifespan=partial(_lifespan, access=access, engines=engines, metrics=metrics))
+    app = build_app(container, lifespan=_lifespan)
     app.state.open_database = access.open
-    app.state.wait_ready = served.wait_ready
-    app.state.drain = partial(engines.drain, settings.app.shutdown_grace_seconds)
+    app.state.wait_ready = host.default.engine.wait_ready
+    app.state.drain = host.drain
     return app
 
 
 @asynccontextmanager
-async def _lifespan(app: FastAPI, *, access: Access, engines: EngineRegistry, metrics: Metrics) -> AsyncIterator[None]:
-    watching = asyncio.create_task(metrics.watch_event_loop())
-    try:
-        await access.start()
-        await engines.start()
-        yield
-    finally:
-        await engines.close()
-        await access.close()
-        watching.cancel()
-        with suppress(asyncio.CancelledError):
-            await watching
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    container: Container = app.state.container
+    async with anyio.create_task_group() as background:
+        background.start_soon(container.metrics.watch_event_loop)
+        try:
+            await container.access.start()
+            await container.host.start()
+            yield
+        finally:
+            with anyio.CancelScope(shield=True):
+                await container.host.close()
+                await container.access.close()
+            background.cancel_scope.cancel()
 
 
-def _access(settings: Settings, redactor: Redactor | None, metrics: Metrics) -> Access:
-    configured = settings.security.api_key
-    # What is written down is masked even where the filters are off.
-    log_filter = InputFilter(redactor or Redactor(), "mask", lambda kind, count: None)
-    return Access(
-        settings,
-        configured_key=configured.get_secret_value() if configured else None,
-        first_key=None if configured else first_key(settings.app.data_dir),
-        mask=log_filter.mask,
-        on_drop=metrics.log_rows_dropped,
+def _build_model(
+    name: str,
+    *,
+    engines: Mapping[str, Engine] | None,
+    settings: Settings,
+    redactor: Redactor | None,
+    metrics: Metrics,
+    access: AccessControl,
+) -> ServedModel:
+    """Build everything that belongs to one model.
+
+    Raises: ModelNotFound: nothing of this name is configured.
+    """
+    if name not in (engines or (settings.model.public_name,)):
+        raise ModelNotFound("There is no such model.")
+    engine = engines[name] if engines else _engine(settings, name)
+    engine, cache = _wrap(engine, settings, redactor, metrics, access)
+    read = partial(read_template, settings.app.prompts_dir, model=name)
+    return ServedModel(
+        name=name,
+        engine=engine,
+        chain=ModelChains(
+            engine,
+            name,
+            system=read("base_system", SYSTEM_VARIABLES),
+            completion=read("completion", COMPLETION_VARIABLES),
+        ),
+        cache=cache,
+        defaults=SamplingDefaults(
+            max_tokens=settings.model.max_tokens,
+            temperature=settings.model.temperature,
+            openai_temperature=settings.openai.temperature,
+        ),
     )
 
 
-def _accounts(settings: Settings, access: Access, limits: RateLimits) -> Accounts:
-    return Accounts(
-        rate=limits,
-        quota=access.quotas,
-        journal=access.log,
-        cached_prompt=settings.quota.cached_prompt,
-        cached_completion=settings.quota.cached_completion,
-        keep_text=settings.logging.store_text,
-    )
-
-
-def _engine(settings: Settings, model: str) -> Engine:
+def _engine(settings: Settings, name: str) -> Engine:
     if settings.model.engine == "echo":
-        return EchoEngine(model=model, context_length=settings.model.max_model_len or 8192)
+        return EchoEngine(model=name, context_length=settings.model.max_model_len or 8192)
     if settings.model.source == "local" and not (Path(settings.model.name) / "config.json").is_file():
         # The worker would find out too, seconds later.
         raise ConfigError(
@@ -144,8 +168,46 @@ def _engine(settings: Settings, model: str) -> Engine:
         settings.model,
         settings.deadlines,
         hub_token=token.get_secret_value() if token else None,
-        # A long prompt is silent work: what a deadline allows must not count as hung.
+        # A long prefill is silent: what a deadline allows must not count as a hang.
         hang_seconds=max(HANG_SECONDS, settings.deadlines.first_token_seconds + 30),
+    )
+
+
+def _wrap(
+    engine: Engine, settings: Settings, redactor: Redactor | None, metrics: Metrics, access: AccessControl
+) -> tuple[Engine, CachedEngine | None]:
+    """Put the output filter around the engine and the caches around both, so that nothing unfiltered is stored."""
+    scope = "unfiltered"
+    if redactor and settings.pii.output == "mask":
+        engine = FilteredEngine(engine, redactor, lambda kind, count: metrics.pii(kind, "output", count))
+        scope = redactor.fingerprint
+    if not settings.cache.enabled:
+        return engine, None
+    if settings.cache.persistent:
+        engine = PersistentCacheEngine(engine, access.response_cache, scope=scope)
+    cache = CachedEngine(engine, settings.cache, scope=scope, metrics=metrics)
+    return cache, cache
+
+
+def _access(settings: Settings, redactor: Redactor | None, metrics: Metrics) -> AccessControl:
+    configured = settings.security.api_key
+    # What is logged is masked even where the filters are off.
+    log_filter = InputFilter(redactor or Redactor(), "mask", lambda kind, count: None)
+    return AccessControl(
+        settings,
+        configured_key=configured.get_secret_value() if configured else None,
+        bootstrap_key=None if configured else bootstrap_key(settings.app.data_dir),
+        mask=log_filter.mask,
+        on_drop=metrics.log_rows_dropped,
+    )
+
+
+def _usage_recorder(settings: Settings, access: AccessControl) -> UsageRecorder:
+    return UsageRecorder(
+        log=access.log,
+        cached_prompt=settings.quota.cached_prompt,
+        cached_completion=settings.quota.cached_completion,
+        store_text=settings.logging.store_text,
     )
 
 
@@ -159,23 +221,20 @@ def _redactor(settings: Settings) -> Redactor | None:
         raise ConfigError(f"configuration: pii.phone_region: there is no region {pii.phone_region}") from None
 
 
-def _serve_through(
-    engine: Engine, settings: Settings, redactor: Redactor | None, metrics: Metrics, access: Access
-) -> tuple[Engine, CachedEngine | None]:
-    """Put the output filter around the model and the cache around both, so that nothing unfiltered is ever kept."""
-    scope = "unfiltered"
-    if redactor and settings.pii.output == "mask":
-        engine = FilteredEngine(engine, redactor, lambda kind, count: metrics.pii(kind, "output", count))
-        scope = redactor.fingerprint
-    if not settings.cache.enabled:
-        return engine, None
-    if settings.cache.persistent:
-        engine = StoredEngine(engine, access.answers, scope=scope)
-    cache = CachedEngine(engine, settings.cache, scope=scope, metrics=metrics)
-    return cache, cache
-
-
 def _input_filter(settings: Settings, redactor: Redactor | None, metrics: Metrics) -> InputFilter | None:
     if redactor is None or settings.pii.input == "off":
         return None
     return InputFilter(redactor, settings.pii.input, lambda kind, count: metrics.pii(kind, "input", count))
+
+
+def _watch(metrics: Metrics, host: ModelHost, sessions: SessionStore | None) -> None:
+    def total(figure: Callable[[ServedModel], int]) -> Callable[[], float]:
+        return lambda: sum(map(figure, host.models))
+
+    metrics.watch(
+        requests_running=total(lambda model: model.engine.status().running),
+        requests_waiting=total(lambda model: model.engine.status().waiting),
+        sessions=lambda: sessions.count() if sessions else 0,
+        model_loaded=lambda: host.can_serve,
+        engine_restarts=total(lambda model: model.engine.status().restarts),
+    )

@@ -1,10 +1,13 @@
 """The one request type: made by a dialect, completed step by step with `replace`, and handed to an engine."""
 
 from dataclasses import dataclass, field, fields, replace
-from functools import cache, cached_property
+from functools import cache
 from typing import Any, Final
 
 from app.types import Message, SamplingParams
+
+RESOLVABLE: Final = frozenset(["max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"])
+"""Sampling parameters that have a default which is not neutral, from the configuration or the model's own files."""
 
 HARMLESS: Final = {"harmless": True}
 """Metadata of a field that cannot change the response; the cache key covers every field that is not declared so."""
@@ -29,7 +32,7 @@ class Progress:
         """Tokens generated so far, with the end token."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
     """What is to be generated, from the first that is known of it to what the engine takes.
 
@@ -82,7 +85,7 @@ class GenerationRequest:
         """Return the caller's own limit; None if it is left open."""
         return None if "max_tokens" in self.unset else self.sampling.max_tokens
 
-    @cached_property
+    @property
     def sample_ids(self) -> tuple[str, ...]:
         """Return the engine's request id of each sample; the first is the request's own."""
         return (self.id, *(f"{self.id}.{index}" for index in range(1, self.n)))

@@ -1,15 +1,17 @@
-"""Runs the application on a socket: binds, tells how to use it, drains on a signal, and returns an exit code.
+"""Serves the application on a socket until a signal: binds, prints how to use it, drains, and returns an exit code.
 
-Knows uvicorn and the terminal; `cli.py` calls it.
+The only module that imports uvicorn; `cli/root.py` calls `run`.
 """
 
 import asyncio
 import errno
 import gc
+import math
 import shlex
 import signal
 import socket
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from types import FrameType
 
@@ -25,45 +27,82 @@ from app.telemetry import configure_logging
 
 log = structlog.get_logger(__name__)
 
-_FLUSH_SECONDS = 5
+_FLUSH_SECONDS = 5.0
 """How long last events may take to reach their clients once draining is over."""
+_FORCED_FLUSH_SECONDS = 1.0
+"""The same for a forced stop."""
+_REPEAT_SECONDS = 1.0
+"""Signals that follow one sooner count as the same one: a terminal and a parent process may both send it."""
 
 
 class DrainingServer(uvicorn.Server):
-    """A uvicorn that finishes its work before it closes its sockets; a second signal stops it at once."""
+    """A uvicorn server that lets running requests finish before it closes its sockets.
 
-    def __init__(self, config: uvicorn.Config, drain: Callable[[], Awaitable[None]]) -> None:
-        """Args: drain: refuses new work and returns when the old is done."""
+    The first signal begins the grace period, the second cuts it short, and the third kills the process.
+    """
+
+    def __init__(self, config: uvicorn.Config, drain: Callable[[float], Awaitable[None]], grace_seconds: float) -> None:
+        """
+        Args:
+            drain: refuses new work and returns when running work has finished, or was aborted after so many seconds.
+            grace_seconds: how long running work may take after the first signal.
+        """
         super().__init__(config)
         self._drain = drain
-        self._draining: asyncio.Task[None] | None = None
+        self._grace_seconds = grace_seconds
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._signals = 0
+        self._last_signal = -math.inf
+        self._stopping: list[asyncio.Task[None]] = []
 
     @property
     def stopping(self) -> bool:
         """Whether a signal has come."""
-        return self.should_exit or self._draining is not None
+        return self.should_exit or self._signals > 0
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._loop is None or self._draining is not None:
-            self.should_exit = self.force_exit = True
-        else:
-            # A signal interrupts the loop anywhere, so the work itself waits for the loop's next turn.
-            self._loop.call_soon_threadsafe(self._begin_drain, signal.Signals(sig).name)
+        now = time.monotonic()
+        if self._loop is None or now - self._last_signal < _REPEAT_SECONDS:
+            return
+        self._last_signal = now
+        self._signals += 1
+        if self._signals > 2:
+            signal.signal(sig, signal.SIG_DFL)
+            signal.raise_signal(sig)
+        # A signal interrupts the loop anywhere, so the work itself waits for the loop's next turn.
+        self._loop.call_soon_threadsafe(self._begin_stop, signal.Signals(sig).name, self._signals == 2)
 
-    def _begin_drain(self, reason: str) -> None:
-        log.info("draining", signal=reason)
-        self._draining = asyncio.get_running_loop().create_task(self._drain_and_exit())
+    def _begin_stop(self, reason: str, forced: bool) -> None:
+        log.info("stopping now" if forced else "draining", signal=reason)
+        grace, flush = (0.0, _FORCED_FLUSH_SECONDS) if forced else (self._grace_seconds, _FLUSH_SECONDS)
+        # uvicorn waits so long for connections to close, and must not wait longer than this stop does.
+        self.config.timeout_graceful_shutdown = math.ceil(flush)
+        self._stopping.append(asyncio.create_task(self._stop(grace, flush)))
 
-    async def _drain_and_exit(self) -> None:
+    async def _stop(self, grace_seconds: float, flush_seconds: float) -> None:
         try:
-            await self._drain()
+            await self._drain(grace_seconds)
+            await self._finish_requests(flush_seconds)
         finally:
             self.should_exit = True
+
+    async def _finish_requests(self, flush_seconds: float) -> None:
+        """Let last events reach their clients, and disconnect the clients that do not read them.
+
+        uvicorn would cancel these requests and log a traceback for each; one whose client has gone ends by itself and
+        leaves its row in the inference log.
+        """
+        if not (tasks := set(self.server_state.tasks)):
+            return
+        _, unfinished = await asyncio.wait(tasks, timeout=flush_seconds)
+        if unfinished:
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
+            await asyncio.wait(unfinished, timeout=flush_seconds)
 
 
 def run(settings: Settings) -> int:
@@ -95,22 +134,25 @@ def _uvicorn(app: FastAPI, settings: Settings) -> uvicorn.Config:
         server_header=False,
         forwarded_allow_ips=list(settings.app.trusted_proxies),
         proxy_headers=bool(settings.app.trusted_proxies),
-        timeout_graceful_shutdown=_FLUSH_SECONDS,
+        timeout_graceful_shutdown=math.ceil(_FLUSH_SECONDS),
     )
 
 
 async def _serve(app: FastAPI, settings: Settings, config: uvicorn.Config, listener: socket.socket) -> int:
     await app.state.open_database()
-    server = DrainingServer(config, app.state.drain)
-    greeted = asyncio.create_task(_greet(app.state.wait_ready, server, settings, listener.getsockname()[1]))
-    await server.serve([listener])
-    return 0 if not greeted.done() or await greeted else 1
+    server = DrainingServer(config, app.state.drain, settings.app.shutdown_grace_seconds)
+    port = listener.getsockname()[1]
+    async with asyncio.TaskGroup() as background:
+        announcing = background.create_task(announce_when_ready(app.state.wait_ready, server, settings, port))
+        await server.serve([listener])
+        announcing.cancel()
+    return 0 if announcing.cancelled() or announcing.result() else 1
 
 
-async def _greet(
+async def announce_when_ready(
     wait_ready: Callable[[], Awaitable[None]], server: DrainingServer, settings: Settings, port: int
 ) -> bool:
-    """Say how to use the service once the model is there; end it and return False if the model cannot be loaded."""
+    """Print how to use the service once the model is loaded; stop the server and return False if it cannot be."""
     try:
         await wait_ready()
     except AppError as error:
@@ -119,7 +161,7 @@ async def _greet(
         print(f"llm-service: {error.message}", file=sys.stderr, flush=True)
         server.should_exit = True
         return False
-    # What is left now stays: looking through it for garbage would hold all streams up for a tenth of a second.
+    # Objects alive now live as long as the process: a full collection that visits them pauses all streams for 0.1 s.
     gc.collect()
     gc.freeze()
     print(how_to_use(settings, port), flush=True)
@@ -127,7 +169,7 @@ async def _greet(
 
 
 def how_to_use(settings: Settings, port: int) -> str:
-    """Return the lines that a person needs for a first answer; the curl works as printed."""
+    """Return the lines printed at the start, with a curl command that works as printed."""
     host = settings.app.host
     shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host  # noqa: S104
     url = f"http://{shown}:{port}"

@@ -1,9 +1,9 @@
-"""Measure what a request pays for being known: key, limits, quota and log, on SQLite or another database.
+"""Measure what authentication, limits, quota and usage log cost a request, on SQLite or another database.
 
     python -m bench.access [--requests 2000] [--url postgresql://...]
 
 Does, in one process and without HTTP or a model, all that these parts do for one request of a key with every kind of
-limit, with the log's rows written behind it as in the service.  The event loop's lag tells whether anything blocks it.
+limit, with the log's rows written behind it as in the service.  The event loop's lag shows whether anything blocks it.
 """
 
 import argparse
@@ -30,7 +30,7 @@ LIMITS = LimitSettings(
 
 
 class Request:
-    """All that one request does for being known."""
+    """Everything that one request does in `app.access`."""
 
     def __init__(self, access: Access, key: bytes) -> None:
         self._access, self._key = access, key
@@ -47,7 +47,7 @@ class Request:
         )
 
     async def run(self, number: int) -> float:
-        """Return its seconds."""
+        """Run it once and return its seconds."""
         began = time.perf_counter()
         caller = await self._access.ring.authenticate(self._key)
         if caller is None:
@@ -64,7 +64,7 @@ class Request:
 
 
 async def lag(found: list[float]) -> None:
-    """Note how late the loop runs a timer, for ever."""
+    """Append how late the loop runs a timer, until it is cancelled."""
     while True:
         due = time.perf_counter() + 0.005
         await asyncio.sleep(0.005)
@@ -87,13 +87,13 @@ async def measure(settings: Settings, requests: int) -> None:
     for clients in (1, 32):
         took: list[float] = []
 
-        async def ask(clients: int = clients, took: list[float] = took) -> None:
+        async def send(clients: int = clients, took: list[float] = took) -> None:
             for number in range(requests // clients):
                 took.append(await request.run(number))
 
         late.clear()
         began = time.perf_counter()
-        await asyncio.gather(*(ask() for _ in range(clients)))
+        await asyncio.gather(*(send() for _ in range(clients)))
         rate = len(took) / (time.perf_counter() - began)
         cuts, lags = statistics.quantiles(took, n=100), statistics.quantiles(late, n=100)
         print(f"| {clients} | {1000 * cuts[49]:.2f} | {1000 * cuts[98]:.2f} | {rate:.0f} | {1000 * lags[98]:.1f} |")

@@ -9,8 +9,8 @@ from pydantic import BaseModel
 app = FastAPI()
 
 
-class Ask(BaseModel):
-    """What both services are asked."""
+class GenerateRequest(BaseModel):
+    """The fields of a request that both services read."""
 
     prompt: str
     stream: bool = False
@@ -24,13 +24,13 @@ async def ready() -> dict[str, str]:
 
 
 @app.post("/v1/generate", response_model=None)
-async def generate(ask: Ask) -> dict[str, str] | StreamingResponse:
+async def generate(request: GenerateRequest) -> dict[str, str] | StreamingResponse:
     """Give the prompt back, whole or one character at a time."""
-    if not ask.stream:
-        return {"generated_text": ask.prompt}
+    if not request.stream:
+        return {"generated_text": request.prompt}
 
     async def frames() -> AsyncIterator[bytes]:
-        for character in ask.prompt:
+        for character in request.prompt:
             yield f'event: delta\ndata: {{"content": "{character}"}}\n\n'.encode()
 
     return StreamingResponse(frames(), media_type="text/event-stream")

@@ -68,10 +68,10 @@ class StaticLoop:
             await process.wait()
 
     async def seconds(self, batch: int, seed: int) -> float:
-        """Return how long it takes for a batch."""
-        asked = {"batch": batch, "prompt": PROMPT, "new": NEW, "seed": seed}
+        """Return how long the loop takes for one batch."""
+        job = {"batch": batch, "prompt": PROMPT, "new": NEW, "seed": seed}
         if self._process.stdin is not None:
-            self._process.stdin.write(json.dumps(asked).encode() + b"\n")
+            self._process.stdin.write(json.dumps(job).encode() + b"\n")
         return float(await self._line())
 
     async def _line(self) -> str:
@@ -100,7 +100,7 @@ async def engine_seconds(engine: LocalEngine, batch: int, seed: int) -> float:
 
 
 async def compare(
-    setup: Setup, rounds: int, tell: Callable[[str], None], batches: Sequence[int] = BATCHES
+    setup: Setup, rounds: int, report_progress: Callable[[str], None], batches: Sequence[int] = BATCHES
 ) -> list[Compared]:
     """Measure both in turns, after one round that does not count."""
     config = ModelConfig(name=str(setup.model), source="local", dtype=setup.dtype, threads=setup.threads)
@@ -109,20 +109,20 @@ async def compare(
     try:
         await engine.wait_ready()
         async with StaticLoop.running(setup) as loop:
-            return [await _compare_batch(engine, loop, batch, rounds, tell) for batch in batches]
+            return [await _compare_batch(engine, loop, batch, rounds, report_progress) for batch in batches]
     finally:
         await engine.close()
 
 
 async def _compare_batch(
-    engine: LocalEngine, loop: StaticLoop, batch: int, rounds: int, tell: Callable[[str], None]
+    engine: LocalEngine, loop: StaticLoop, batch: int, rounds: int, report_progress: Callable[[str], None]
 ) -> Compared:
     ours, theirs = [], []
     for number in range(rounds + 1):
         # Other prompts in each round, so that the engine finds nothing that it computed before.
         mine = await engine_seconds(engine, batch, seed=1000 * batch + number)
         other = await loop.seconds(batch, seed=1000 * batch + number)
-        tell(f"engine alone, batch {batch}, round {number}: {mine:.2f} s, loop {other:.2f} s")
+        report_progress(f"engine alone, batch {batch}, round {number}: {mine:.2f} s, loop {other:.2f} s")
         ours.append(batch * NEW / mine)
         theirs.append(batch * NEW / other)
     return Compared(batch, engine.info.engine, ours[1:], theirs[1:])

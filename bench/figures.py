@@ -1,4 +1,4 @@
-"""From answers to figures: one round of a load on a server, and the median of rounds.  Pure."""
+"""From responses to figures: one round of a load on a server, and the median of rounds.  Pure."""
 
 import math
 import statistics
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from bench.wire import Answer
+from bench.wire import TimedResponse
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -21,23 +21,23 @@ class Figures:
     """What one round showed, or the medians of several."""
 
     tokens_per_second: float
-    """New tokens of all clients, from the first request to the last answer."""
+    """New tokens of all clients, from the first request to the last response."""
     first_token_p50_ms: float
     first_token_p95_ms: float
     between_p50_ms: float
-    """From each piece of text to the next."""
+    """Inter-token latency: from each event with text to the next."""
     between_p95_ms: float
     client_share: float
     """Of the processor time that client and server took together."""
 
     @classmethod
-    def of(cls, answers: Sequence[Answer], client_seconds: float, server_seconds: float) -> "Figures":
-        """Reduce the answers of one round."""
-        seconds = max(answer.ended for answer in answers) - min(answer.began for answer in answers)
-        first = [1000 * answer.first_token for answer in answers]
-        between = [1000 * gap for answer in answers for gap in answer.gaps]
+    def of(cls, responses: Sequence[TimedResponse], client_seconds: float, server_seconds: float) -> "Figures":
+        """Reduce the responses of one round."""
+        seconds = max(response.ended for response in responses) - min(response.began for response in responses)
+        first = [1000 * response.first_token for response in responses]
+        between = [1000 * gap for response in responses for gap in response.gaps]
         return cls(
-            tokens_per_second=sum(answer.completion_tokens for answer in answers) / seconds,
+            tokens_per_second=sum(response.completion_tokens for response in responses) / seconds,
             first_token_p50_ms=percentile(first, 0.5),
             first_token_p95_ms=percentile(first, 0.95),
             between_p50_ms=percentile(between, 0.5),

@@ -1,4 +1,4 @@
-"""What a long run may keep, and what of it is a leak.  Pure."""
+"""Decide which growth of a process over a long run is a leak.  Pure."""
 
 import statistics
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ def growth(samples: Sequence[Sample]) -> list[str]:
     early, late = judged[:third], judged[-third:]
 
     def middle(some: Sequence[Sample], name: str) -> float:
-        return statistics.median(getattr(sample, name) for sample in some)
+        return float(statistics.median(getattr(sample, name) for sample in some))
 
     limits = {
         "rss_bytes": max(RSS_MEGABYTES * MEGABYTE, RSS_SHARE * middle(early, "rss_bytes")),

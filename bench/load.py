@@ -1,4 +1,4 @@
-"""What is asked of every server: how many clients, how long the prompts and answers.
+"""The loads that every server gets: how many clients, how long the prompts and completions.
 
 A load is drawn from a seed, so that each server of a round gets the same requests, and no two requests are alike.
 """
@@ -10,16 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from bench.peers import Message, Peer, Setup
-from bench.wire import Answer, RequestFailed, ask
+from bench.wire import RequestFailed, TimedResponse, send
 from bench.words import text
 
 Size = tuple[int, int]
-"""Tokens of a prompt and of its answer."""
+"""Tokens of a prompt and of its completion."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """So many clients, each sending its next request when the last is answered."""
+    """So many clients, each sending its next request when the last is complete."""
 
     name: str
     title: str
@@ -57,45 +57,45 @@ LOADS = (
 WARM_UP = Load("warm-up", "warm-up", 2, 2, [(105, 8)])
 
 
-async def put(load: Load, peer: Peer, setup: Setup, port: int, seed: str) -> list[Answer]:
-    """Put a load on a server and return the answers, those of conversations in order.
+async def run_load(load: Load, peer: Peer, setup: Setup, port: int, seed: str) -> list[TimedResponse]:
+    """Run a load against a server and return the responses, those of conversations in order.
 
-    Raises: RequestFailed: a request failed, or was not as long as asked.
+    Raises: RequestFailed: a request failed, or its completion was not as long as requested.
     """
     draw = random.Random(seed)
     if load.turns:
         conversations = [await _converse(load, peer, setup, port, f"{seed}.{n}") for n in range(load.per_client)]
-        return [answer for answers in conversations for answer in answers]
-    waiting = deque((text(draw, prompt), prompt, made) for prompt, made in load.sizes_drawn(draw))
-    answers: list[Answer] = []
+        return [response for responses in conversations for response in responses]
+    waiting = deque((text(draw, size), size, max_tokens) for size, max_tokens in load.sizes_drawn(draw))
+    responses: list[TimedResponse] = []
 
     async def client() -> None:
         while waiting:
             prompt, prompt_tokens, max_tokens = waiting.popleft()
-            answer = await ask(port, peer.completion(setup, prompt, max_tokens), peer.read)
-            _check(answer, max_tokens, prompt_tokens)
-            answers.append(answer)
+            response = await send(port, peer.completion(setup, prompt, max_tokens), peer.parse)
+            _check(response, max_tokens, prompt_tokens)
+            responses.append(response)
 
     await asyncio.gather(*(client() for _ in range(load.clients)))
-    return answers
+    return responses
 
 
-async def _converse(load: Load, peer: Peer, setup: Setup, port: int, seed: str) -> list[Answer]:
+async def _converse(load: Load, peer: Peer, setup: Setup, port: int, seed: str) -> list[TimedResponse]:
     draw = random.Random(seed)
     session = f"{seed.replace('/', '.')}.{draw.getrandbits(32)}"
-    (words, max_tokens), turns, answers = load.sizes[0], list[Message](), list[Answer]()
+    (words, max_tokens), turns, responses = load.sizes[0], list[Message](), list[TimedResponse]()
     for _ in range(load.turns):
         turns.append({"role": "user", "content": text(draw, words).strip()})
-        answer = await ask(port, peer.chat(setup, session, turns, max_tokens), peer.read)
-        _check(answer, max_tokens)
-        turns.append({"role": "assistant", "content": answer.text})
-        answers.append(answer)
-    return answers
+        response = await send(port, peer.chat(setup, session, turns, max_tokens), peer.parse)
+        _check(response, max_tokens)
+        turns.append({"role": "assistant", "content": response.text})
+        responses.append(response)
+    return responses
 
 
-def _check(answer: Answer, completion_tokens: int, prompt_tokens: int | None = None) -> None:
-    """A server that does less work than asked would win.  Raises: RequestFailed: it did."""
-    if answer.completion_tokens != completion_tokens:
-        raise RequestFailed(f"{answer.completion_tokens} tokens made where {completion_tokens} were asked for")
-    if prompt_tokens is not None and answer.prompt_tokens != prompt_tokens:
-        raise RequestFailed(f"a prompt of {prompt_tokens} tokens was read as {answer.prompt_tokens}")
+def _check(response: TimedResponse, completion_tokens: int, prompt_tokens: int | None = None) -> None:
+    """Compare the token counts: a server that does less work would win.  Raises: RequestFailed: it did less."""
+    if response.completion_tokens != completion_tokens:
+        raise RequestFailed(f"{response.completion_tokens} tokens generated where {completion_tokens} were requested")
+    if prompt_tokens is not None and response.prompt_tokens != prompt_tokens:
+        raise RequestFailed(f"a prompt of {prompt_tokens} tokens was read as {response.prompt_tokens}")

@@ -1,8 +1,8 @@
-"""Make the model that the benchmark serves: a Llama with random weights and a tokenizer of made-up words, offline.
+"""Generate the model that the benchmark serves: a Llama with random weights and a tokenizer of made-up words, offline.
 
     python -m bench.model FOLDER [--shape 135m|tiny]
 
-Prints the type that this machine computes in fastest, float32 or bfloat16.  A folder that is there is left as it is.
+Prints the type that this machine computes in fastest, float32 or bfloat16.  An existing folder is left as it is.
 Runs as a process of its own, so that the one that measures never loads torch.
 """
 
@@ -24,9 +24,9 @@ CONTEXT_TOKENS = 2048
 SPACE = "Ġ"
 """How a byte-level vocabulary writes it."""
 QUIET = 0.1
-"""Embeddings of all that is no word are so much smaller: the weights are tied, so an answer is made of words only."""
+"""Factor on the embeddings of all tokens that are no words: weights are tied, so completions consist of words only."""
 BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
-"""What a CPU that computes in bfloat16 calls it; without, torch emulates it and is far slower than in float32."""
+"""Capabilities of a CPU that computes in bfloat16; without one torch emulates it, far slower than float32."""
 CHAT_TEMPLATE = """{%- for message in messages -%}
 {{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
 {%- endfor -%}
@@ -74,7 +74,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(shape: Shape) -> Any:
-    """Make the model in bfloat16; the same weights every time."""
+    """Build the model in bfloat16; the weights are the same every time."""
     end, pad = CONTROL.index("<|im_end|>"), CONTROL.index("<|pad|>")
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -109,7 +109,7 @@ def best_dtype() -> str:
 
 
 def main() -> None:
-    """Make the model unless it is there."""
+    """Generate the model unless the folder exists."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="135m")

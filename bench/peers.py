@@ -1,6 +1,6 @@
-"""The servers that are compared: how each is started, asked and understood.
+"""The servers that are compared: how each is started, what a request to it looks like, how its events are parsed.
 
-All get the same model, type, threads and loads.  Knows no statistics and no processes; `bench.serve` runs them.
+All get the same model, type, threads and loads.  Pure descriptions; `bench.serve` runs them.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bench.process import KEY, our_command, our_environment
-from bench.wire import Piece, Post
+from bench.wire import Post, StreamEvent
 
 Message = Mapping[str, str]
 Dtype = Literal["float32", "bfloat16"]
@@ -66,19 +66,19 @@ class Peer(ABC):
 
     @abstractmethod
     def completion(self, setup: Setup, prompt: str, max_tokens: int) -> Post:
-        """Ask to go on with a text, greedily and streamed."""
+        """Return the request that continues a text, greedily and streamed."""
 
     @abstractmethod
     def chat(self, setup: Setup, session: str, turns: Sequence[Message], max_tokens: int) -> Post:
-        """Ask for the answer to the last of `turns`, greedily and streamed."""
+        """Return the request that answers the last of `turns`, greedily and streamed."""
 
     @abstractmethod
-    def read(self, name: str, data: str) -> Piece:
-        """Understand one event of its streams."""
+    def parse(self, name: str, data: str) -> StreamEvent:
+        """Parse one event of its streams."""
 
 
 class Ours(Peer):
-    """This service by its own routes; a conversation is remembered by its session."""
+    """This service by its own routes; a conversation is one session."""
 
     name, title, ready = "ours", "this service", "/readyz"
 
@@ -104,18 +104,18 @@ class Ours(Peer):
     def chat(self, setup: Setup, session: str, turns: Sequence[Message], max_tokens: int) -> Post:
         return self._post("/v1/chat", {"session_id": session, "messages": turns[-1:]}, max_tokens)
 
-    def read(self, name: str, data: str) -> Piece:
-        fields = json.loads(data)
+    def parse(self, name: str, data: str) -> StreamEvent:
+        payload = json.loads(data)
         match name:
             case "delta":
-                return Piece(text=fields["content"])
+                return StreamEvent(text=payload["content"])
             case "done":
-                return Piece(usage=_usage(fields["usage"]))
-        return Piece(error=data)
+                return StreamEvent(usage=_usage(payload["usage"]))
+        return StreamEvent(error=data)
 
-    def _post(self, path: str, asked: Mapping[str, Any], max_tokens: int) -> Post:
-        how = {"max_tokens": max_tokens, "temperature": 0, "stream": True, "cache": False, "ignore_eos": True}
-        return Post(path, {**asked, **how}, {"X-API-Key": KEY})
+    def _post(self, path: str, fields: Mapping[str, Any], max_tokens: int) -> Post:
+        sampling = {"max_tokens": max_tokens, "temperature": 0, "stream": True, "cache": False, "ignore_eos": True}
+        return Post(path, {**fields, **sampling}, {"X-API-Key": KEY})
 
 
 class OpenAiPeer(Peer):
@@ -132,20 +132,20 @@ class OpenAiPeer(Peer):
         messages = [{"role": "system", "content": setup.system}, *turns]
         return self._post("/v1/chat/completions", setup, {"messages": messages}, max_tokens)
 
-    def read(self, name: str, data: str) -> Piece:
+    def parse(self, name: str, data: str) -> StreamEvent:
         if data == "[DONE]":
-            return Piece()
-        fields = json.loads(data)
-        if "error" in fields:
-            return Piece(error=str(fields["error"]))
-        choice: Mapping[str, Any] = next(iter(fields.get("choices") or []), {})
+            return StreamEvent()
+        payload = json.loads(data)
+        if "error" in payload:
+            return StreamEvent(error=str(payload["error"]))
+        choice: Mapping[str, Any] = next(iter(payload.get("choices") or []), {})
         text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
-        usage = fields.get("usage")
-        return Piece(text=text, usage=_usage(usage) if usage else None)
+        usage = payload.get("usage")
+        return StreamEvent(text=text, usage=_usage(usage) if usage else None)
 
-    def _post(self, path: str, setup: Setup, asked: Mapping[str, Any], max_tokens: int) -> Post:
-        how = {"model": str(setup.model), "max_tokens": max_tokens, "temperature": 0, "stream": True}
-        return Post(path, {**asked, **how, **self.extra})
+    def _post(self, path: str, setup: Setup, fields: Mapping[str, Any], max_tokens: int) -> Post:
+        sampling = {"model": str(setup.model), "max_tokens": max_tokens, "temperature": 0, "stream": True}
+        return Post(path, {**fields, **sampling, **self.extra})
 
 
 class TransformersServe(OpenAiPeer):
@@ -169,7 +169,7 @@ class ContinuousServe(TransformersServe):
     """`transformers serve` with continuous batching, sized for these loads.
 
     By itself it takes most of the machine's memory for its cache, and a CPU then spends its time on masks as wide as
-    the cache: 25 tokens/s instead of 650 with a tiny model.  Enough for 32 answers, with room to spare:
+    the cache: 25 tokens/s instead of 650 with a tiny model.  More than enough for 32 sequences:
     """
 
     name, title = "serve-cb", "transformers serve --continuous-batching"

@@ -1,6 +1,6 @@
-"""A server as a process tree: started on a free port, put to sleep while another is measured, stopped at the end.
+"""A server as a process tree: started on a free port, suspended while another is measured, stopped at the end.
 
-Knows no protocol beyond "this path answers 200 when it is ready"; `bench.serve` and `bench.soak` start servers with it.
+A server is ready once a given path returns 200.  `bench.serve`, `bench.overhead` and `bench.soak` use it.
 """
 
 import os
@@ -36,6 +36,11 @@ class Server:
         self.port = port
         self.log = log
 
+    @property
+    def pid(self) -> int:
+        """Process id of the process that was started, the parent of all others."""
+        return self._process.pid
+
     def tree(self) -> list[psutil.Process]:
         """Return the process and all its descendants, itself first."""
         root = psutil.Process(self._process.pid)
@@ -43,7 +48,7 @@ class Server:
 
     def cpu_seconds(self) -> float:
         """Return the processor time that the whole tree has taken."""
-        return sum(times.user + times.system for times in (process.cpu_times() for process in self.tree()))
+        return float(sum(sum(process.cpu_times()[:2]) for process in self.tree()))
 
     def rss_bytes(self) -> list[int]:
         """Return the resident memory of each process of the tree."""

@@ -2,9 +2,9 @@
 
     python -m bench.serve [--quick] [--only ours,serve] [--loads c8,chat] [--vllm PATH] [--write]
 
-The servers get a made model (`bench.model`), the same type and threads, and the same loads (`bench.load`).  All are
-started, but only one is awake at a time, and they take turns within each round: what slows the machine down hits every
-one.  Figures are medians of the rounds; only ratios say something about another machine.
+The servers get a generated model (`bench.model`), the same type and threads, and the same loads (`bench.load`).  All
+are started, but only one is awake at a time, and they take turns within each round: what slows the machine down hits
+every one.  Figures are medians of the rounds; only ratios say something about another machine.
 """
 
 import argparse
@@ -23,10 +23,10 @@ from pathlib import Path
 from bench import report
 from bench.engine import BATCHES, Compared, compare
 from bench.figures import Figures, Measured
-from bench.load import LOADS, WARM_UP, Load, put
-from bench.peers import PEERS, Peer, Setup
+from bench.load import LOADS, WARM_UP, Load, run_load
+from bench.peers import PEERS, Dtype, Peer, Setup
 from bench.process import ROOT, Server, ServerFailed, free_port, serving, stop_on_sigterm
-from bench.wire import Answer, RequestFailed
+from bench.wire import RequestFailed, TimedResponse
 from bench.words import text
 
 ENGINE = "engine"
@@ -49,37 +49,37 @@ class Run:
     """Bytes of each process of a server after the loads, by peer."""
 
 
-def tell(line: str) -> None:
-    """Say how far it is, beside the table that goes to standard output."""
+def report_progress(line: str) -> None:
+    """Print a line of progress to standard error; the tables go to standard output."""
     print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
 
-async def _answers(load: Load, peer: Peer, setup: Setup, port: int, seed: str) -> list[Answer]:
+async def _responses(load: Load, peer: Peer, setup: Setup, port: int, seed: str) -> list[TimedResponse]:
     try:
         async with asyncio.timeout(LOAD_SECONDS):
-            return await put(load, peer, setup, port, seed)
+            return await run_load(load, peer, setup, port, seed)
     except TimeoutError:
         raise RequestFailed(f"not done after {LOAD_SECONDS} s") from None
 
 
 def start(peer: Peer, setup: Setup, stack: ExitStack) -> Server:
-    """Start a server, give it a little to do, and put it to sleep.
+    """Start a server, warm it up, and suspend it.
 
     Raises: ServerFailed, RequestFailed: it does not work.
     """
-    tell(f"starting {peer.title}")
+    report_progress(f"starting {peer.title}")
     port = free_port()
     log = setup.folder / f"{peer.name}.log"
     server = stack.enter_context(
         serving(peer.command(setup, port), port, peer.environment(setup), peer.ready, log),
     )
-    asyncio.run(_answers(WARM_UP, peer, setup, port, "warm-up"))
+    asyncio.run(_responses(WARM_UP, peer, setup, port, "warm-up"))
     server.pause()
     return server
 
 
 def start_all(peers: Sequence[Peer], setup: Setup, run: Run, stack: ExitStack) -> dict[str, Server]:
-    """Start every peer that can be; the others are noted with their reason."""
+    """Start every peer that can be started; record why the others cannot."""
     servers = {}
     for peer in peers:
         reason = peer.missing(setup)
@@ -89,7 +89,7 @@ def start_all(peers: Sequence[Peer], setup: Setup, run: Run, stack: ExitStack) -
             except (ServerFailed, RequestFailed) as error:
                 reason = str(error)
         if reason is not None:
-            tell(f"{peer.title} is left out: {reason}")
+            report_progress(f"{peer.title} is left out: {reason}")
             run.missing[peer.name] = reason
     return servers
 
@@ -104,26 +104,26 @@ class Round:
 
 
 def measure(load: Load, peer: Peer, setup: Setup, server: Server, seed: str) -> Round:
-    """Wake a server, give it a little to do that does not count, put a load on it, and send it to sleep again.
+    """Resume a server, warm it up, run a load against it, and suspend it again.
 
     Raises: RequestFailed: a request failed.
     """
     server.resume()
     try:
-        asyncio.run(_answers(WARM_UP, peer, setup, server.port, f"{seed}/warm-up"))
+        asyncio.run(_responses(WARM_UP, peer, setup, server.port, f"{seed}/warm-up"))
         client, busy = time.process_time(), server.cpu_seconds()
-        answers = asyncio.run(_answers(load, peer, setup, server.port, seed))
+        responses = asyncio.run(_responses(load, peer, setup, server.port, seed))
         client, busy = time.process_time() - client, server.cpu_seconds() - busy
     finally:
         server.pause()
-    figures = Figures.of(answers, client, busy)
-    return Round(figures, [1000 * each.first_token for each in answers], [each.prompt_tokens for each in answers])
+    figures = Figures.of(responses, client, busy)
+    return Round(figures, [1000 * each.first_token for each in responses], [each.prompt_tokens for each in responses])
 
 
 def measure_load(
     load: Load, peers: Sequence[Peer], setup: Setup, servers: dict[str, Server], rounds: int, run: Run
 ) -> None:
-    """Put a load on every server in each round, beginning with another server each time."""
+    """Run a load against every server in each round, each round starting with the next server."""
     done: dict[str, list[Round]] = {peer.name: [] for peer in peers}
     failed: dict[str, str] = {}
     for number in range(rounds):
@@ -135,10 +135,12 @@ def measure_load(
                 one = measure(load, peer, setup, servers[peer.name], f"{load.name}/{number}")
             except RequestFailed as error:
                 failed[peer.name] = str(error)
-                tell(f"{load.title}, {peer.title}: failed: {error}")
+                report_progress(f"{load.title}, {peer.title}: failed: {error}")
                 continue
             done[peer.name].append(one)
-            tell(f"{load.title}, round {number + 1}, {peer.title}: {one.figures.tokens_per_second:.1f} tokens/s")
+            report_progress(
+                f"{load.title}, round {number + 1}, {peer.title}: {one.figures.tokens_per_second:.1f} tokens/s"
+            )
     for peer in peers:
         each = done[peer.name]
         run.measured.append(
@@ -153,20 +155,20 @@ def measure_load(
         )
 
 
-def conversations(answers: Sequence[float], turns: int) -> list[Sequence[float]]:
-    """Part what was measured of the answers of a round by conversation, if they are of any."""
-    return [answers[begin : begin + turns] for begin in range(0, len(answers), turns)] if turns else []
+def conversations(responses: Sequence[float], turns: int) -> list[Sequence[float]]:
+    """Split the measurements of a round by conversation; return none where the load has no conversations."""
+    return [responses[begin : begin + turns] for begin in range(0, len(responses), turns)] if turns else []
 
 
 def prepare_model(folder: Path, shape: str) -> str:
-    """Make the model unless it is there; return the type that this machine computes in fastest."""
+    """Generate the model unless it exists; return the type that this machine computes in fastest."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "bench.model", str(folder), "--shape", shape]
     return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
 def run_all(arguments: argparse.Namespace, setup: Setup) -> Run:
-    """Measure what was asked for."""
+    """Measure the chosen loads on the chosen servers."""
     run = Run()
     loads = [load.shortened() if arguments.quick else load for load in LOADS if load.name in arguments.loads]
     with ExitStack() as stack:
@@ -179,7 +181,7 @@ def run_all(arguments: argparse.Namespace, setup: Setup) -> Run:
             run.memory = {name: server.rss_bytes() for name, server in servers.items()}
     if ENGINE in arguments.loads:
         batches = BATCHES[:2] if arguments.quick else BATCHES
-        run.engine = asyncio.run(compare(setup, arguments.rounds, tell, batches))
+        run.engine = asyncio.run(compare(setup, arguments.rounds, report_progress, batches))
     return run
 
 
@@ -217,20 +219,20 @@ def _listed(known: Sequence[str]) -> Callable[[str], list[str]]:
 
 
 def main() -> None:
-    """Measure, print the tables, and keep them."""
+    """Measure, print the tables, and write the files."""
     stop_on_sigterm()
     arguments = parse()
     model = ROOT / ".cache" / "bench" / f"llama-{arguments.shape}"
     fastest = prepare_model(model, arguments.shape)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         system = text(random.Random(0), SYSTEM_WORDS).strip()
-        dtype = arguments.dtype or fastest
+        dtype: Dtype = "bfloat16" if (arguments.dtype or fastest) == "bfloat16" else "float32"
         setup = Setup(model, dtype, arguments.threads, Path(folder), system, arguments.vllm)
         run = run_all(arguments, setup)
     result = report.result(run.measured, run.engine, run.memory, run.missing, setup, arguments.rounds)
     print(report.tables(result))
     if arguments.out is not None:
-        report.keep(result, arguments.out, page=arguments.write)
+        report.write(result, arguments.out, page=arguments.write)
     if any(each.peer == "ours" and each.failure for each in run.measured) or "ours" in run.missing:
         sys.exit(1)
 

@@ -31,12 +31,12 @@ CANCELLED = 0.25
 HANG_UP_SECONDS = 0.5
 """At most so long after the request was sent, or within so many frames of a stream."""
 HANG_UP_FRAMES = 20
-ROWS = 32
-"""Of KV cache: each is written from end to end before anything is judged."""
+SLOTS = 32
+"""KV cache slots; each is written from end to end before anything is judged."""
 UNWRITTEN_TOKENS = 16
-"""Of a row, at most, for the prompt is counted in words: less than a page of each head."""
+"""Tokens at the end of a slot that may stay unwritten, since prompts are sized in words: less than a page of a head."""
 SESSIONS = 20
-SETTLE_SECONDS = 1.0
+IDLE_SECONDS = 1.0
 SHORTEST = 8
 """Lines of a run that is shorter than as many minutes."""
 LOG_LINES = 20
@@ -62,7 +62,7 @@ class Client:
     outcomes: Counter[str]
 
     async def work(self, until: float) -> None:
-        """Go on until a time of the monotonic clock; the last answer is read to its end."""
+        """Send requests until a time of the monotonic clock; the last response is read to its end."""
         while time.monotonic() < until:
             self.outcomes[await self._one()] += 1
 
@@ -110,18 +110,20 @@ class Client:
         return "/v1/chat", {**body, "messages": [{"role": "user", "content": text}]}
 
 
-async def fill_rows(http: httpx.AsyncClient) -> None:
-    """Write every row of the KV cache once: its memory is taken as it is written, which is no leak.
+async def fill_kv_cache(http: httpx.AsyncClient) -> None:
+    """Write every slot of the KV cache once: its memory becomes resident as it is written, which is no leak.
 
     Raises: httpx.HTTPError: the service refused.
     """
     context = (await http.get("/status")).json()["model"]["context_length"]
     words = 100
-    asked = {"max_tokens": 1, "cache": False}
-    tried = await http.post("/v1/generate", json={**asked, "prompt": "the " * words})
+    fields = {"max_tokens": 1, "cache": False}
+    tried = await http.post("/v1/generate", json={**fields, "prompt": "the " * words})
     words = int((context - UNWRITTEN_TOKENS) / tried.raise_for_status().json()["usage"]["prompt_tokens"] * words)
-    prompts = (f"{chr(97 + number % 26) * (1 + number // 26)} {'the ' * words}" for number in range(ROWS))
-    for reply in await asyncio.gather(*(http.post("/v1/generate", json={**asked, "prompt": each}) for each in prompts)):
+    prompts = (f"{chr(97 + number % 26) * (1 + number // 26)} {'the ' * words}" for number in range(SLOTS))
+    for reply in await asyncio.gather(
+        *(http.post("/v1/generate", json={**fields, "prompt": each}) for each in prompts)
+    ):
         reply.raise_for_status()
 
 
@@ -138,34 +140,34 @@ async def soak(
     Args: connect: makes an HTTP client; each minute has its own, so that no idle connection is left when it is judged.
     """
     outcomes, restarts = Counter[str](), 0
-    held: dict[str, list[Sample]] = {"API": [], "worker": []}
+    samples: dict[str, list[Sample]] = {"API": [], "worker": []}
     draws = [random.Random(number) for number in range(clients)]
     async with connect() as http:
-        await fill_rows(http)
+        await fill_kv_cache(http)
     end, pause = time.monotonic() + 60 * minutes, min(60.0, 60 * minutes / SHORTEST)
-    while time.monotonic() < end or len(held["API"]) < FEWEST:
+    while time.monotonic() < end or len(samples["API"]) < FEWEST:
         async with connect() as http:
-            crowd = [Client(http, draw, number, outcomes) for number, draw in enumerate(draws)]
-            await asyncio.gather(*(client.work(time.monotonic() + pause) for client in crowd))
+            senders = [Client(http, draw, number, outcomes) for number, draw in enumerate(draws)]
+            await asyncio.gather(*(client.work(time.monotonic() + pause) for client in senders))
             engine = (await http.get("/status")).json()["engine"]
-        await asyncio.sleep(SETTLE_SECONDS)
-        held["API"].append(sample(api))
-        held["worker"].append(sample(psutil.Process(engine["worker_pid"])))
-        print_line(end - time.monotonic(), outcomes, held)
+        await asyncio.sleep(IDLE_SECONDS)
+        samples["API"].append(sample(api))
+        samples["worker"].append(sample(psutil.Process(engine["worker_pid"])))
+        print_line(end - time.monotonic(), outcomes, samples)
         restarts = engine["restarts"]
-    return complaints(held, outcomes, restarts)
+    return complaints(samples, outcomes, restarts)
 
 
-def print_line(left_seconds: float, outcomes: Counter[str], held: dict[str, list[Sample]]) -> None:
-    """Tell how it stands."""
+def print_line(left_seconds: float, outcomes: Counter[str], samples: dict[str, list[Sample]]) -> None:
+    """Print one line: time left, outcomes so far, what each process holds."""
     counts = ", ".join(f"{count} {what}" for what, count in sorted(outcomes.items()))
-    holds = "; ".join(f"{name} {samples[-1]}" for name, samples in held.items() if samples)
+    holds = "; ".join(f"{name} {taken[-1]}" for name, taken in samples.items() if taken)
     print(f"{max(0, left_seconds) / 60:5.1f} min left: {counts}; {holds}", flush=True)
 
 
-def complaints(held: dict[str, list[Sample]], outcomes: Counter[str], restarts: int) -> list[str]:
+def complaints(samples: dict[str, list[Sample]], outcomes: Counter[str], restarts: int) -> list[str]:
     """Return what is wrong after a run, in words."""
-    wrong = [f"{name}: {what}" for name, samples in held.items() for what in growth(samples)]
+    wrong = [f"{name}: {what}" for name, taken in samples.items() for what in growth(taken)]
     wrong += [f"{count} requests {what}" for what, count in outcomes.items() if what.startswith("failed")]
     if restarts:
         wrong.append(f"the worker was started again {restarts} times")
@@ -184,7 +186,7 @@ def main() -> None:
         port = free_port()
         settings = {
             "MODEL__NAME": str(arguments.model.resolve()),
-            "MODEL__MAX_BATCH_SIZE": str(ROWS),
+            "MODEL__MAX_BATCH_SIZE": str(SLOTS),
             "DEADLINES__WAITING_SECONDS": "600",
         }
         environment = our_environment(Path(folder), settings)

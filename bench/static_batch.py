@@ -45,20 +45,20 @@ class Preallocated(DynamicLayer):
 
 @torch.inference_mode()
 def generate(model: Any, prompts: Tensor, new_tokens: int) -> Tensor:
-    """Go on with (batch, prompt) tokens; return (batch, new_tokens)."""
+    """Continue (batch, prompt) token ids greedily; return (batch, new_tokens)."""
     length = prompts.shape[1] + new_tokens
     cache = Cache(layers=[Preallocated(length) for _ in range(model.config.num_hidden_layers)])
-    made, ids = [], prompts
+    generated, ids = [], prompts
     for _ in range(new_tokens):
         logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         ids = logits[:, -1].argmax(-1, keepdim=True)
-        made.append(ids)
+        generated.append(ids)
     # Where the tokens are read one by one, as any server must, this waits for a GPU.
-    return torch.cat(made, dim=1).cpu()
+    return torch.cat(generated, dim=1).cpu()
 
 
 def main() -> None:
-    """Load the model, say so, and answer each line."""
+    """Load the model, print "ready", and run one batch for each line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
     parser.add_argument("dtype")
@@ -71,11 +71,11 @@ def main() -> None:
     model.to(device).eval()
     print("ready", flush=True)
     for line in sys.stdin:
-        asked = json.loads(line)
-        draw = random.Random(asked["seed"])
-        prompts = torch.tensor([token_ids(draw, asked["prompt"]) for _ in range(asked["batch"])], device=device)
+        job = json.loads(line)
+        draw = random.Random(job["seed"])
+        prompts = torch.tensor([token_ids(draw, job["prompt"]) for _ in range(job["batch"])], device=device)
         began = time.perf_counter()
-        generate(model, prompts, asked["new"])
+        generate(model, prompts, job["new"])
         print(time.perf_counter() - began, flush=True)
 
 

@@ -1,7 +1,7 @@
-"""One streamed request over a socket of its own, with the time at which each piece of the answer came.
+"""One streamed request over a socket of its own, with the time at which each text delta of the response arrived.
 
-Plain asyncio, because the client shares the processors with the servers that it measures.  Knows HTTP and server-sent
-events, and neither loads nor statistics.
+Plain asyncio, because the client shares the processors with the servers that it measures.  Speaks HTTP and server-sent
+events; loads and statistics are in `bench.load` and `bench.figures`.
 """
 
 import asyncio
@@ -14,19 +14,19 @@ from typing import Any
 
 
 class RequestFailed(Exception):
-    """A server refused a request or broke it off; the message is what it said."""
+    """A server refused a request or ended it early; the message is the server's."""
 
 
 @dataclass(frozen=True)
 class Post:
-    """A request."""
+    """An HTTP POST request with a JSON body."""
 
     path: str
     body: Mapping[str, Any]
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def encode(self) -> bytes:
-        """Return its bytes; the server is asked to close the connection, which ends the answer."""
+        """Return the bytes of the request; `Connection: close` makes the end of the connection that of the response."""
         body = json.dumps(self.body).encode()
         headers = {"Host": "localhost", "Connection": "close", "Content-Type": "application/json", **self.headers}
         lines = [f"POST {self.path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
@@ -34,8 +34,8 @@ class Post:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """What one event of a stream says."""
+class StreamEvent:
+    """One parsed event of a stream."""
 
     text: str = ""
     usage: tuple[int, int] | None = None
@@ -43,18 +43,18 @@ class Piece:
     error: str | None = None
 
 
-ReadEvent = Callable[[str, str], Piece]
-"""Understands the name and the data of one event."""
+ParseEvent = Callable[[str, str], StreamEvent]
+"""Parses one event from its name and its data."""
 
 
 @dataclass
-class Answer:
-    """A finished answer; times in seconds on one clock."""
+class TimedResponse:
+    """A finished response with its times, in seconds on one clock."""
 
     began: float
     ended: float = 0.0
     arrivals: list[float] = field(default_factory=list)
-    """When each piece with text came."""
+    """When each event with text arrived."""
     text: str = ""
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -65,12 +65,12 @@ class Answer:
 
     @property
     def gaps(self) -> list[float]:
-        """Seconds from each piece with text to the next."""
+        """Return the inter-token latencies: seconds from each event with text to the next."""
         return [later - earlier for earlier, later in pairwise(self.arrivals)]
 
 
 class EventReader:
-    """Takes server-sent events out of bytes that come in any portions."""
+    """Parses server-sent events from bytes that arrive in any portions."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -95,37 +95,37 @@ class EventReader:
         return None
 
 
-async def ask(port: int, post: Post, read: ReadEvent) -> Answer:
-    """Send a request and read its answer to the end.
+async def send(port: int, post: Post, parse: ParseEvent) -> TimedResponse:
+    """Send a request and read its response to the end.
 
-    Raises: RequestFailed: the server refused it, broke off, or never said how many tokens it made.
+    Raises: RequestFailed: the server refused it, ended early, or never sent the number of tokens.
     """
-    answer = Answer(began=time.perf_counter())
+    response = TimedResponse(began=time.perf_counter())
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         writer.write(post.encode())
         async for portion in _events(reader):
             now = time.perf_counter()
             for name, data in portion:
-                _add(answer, read(name, data), now)
+                _add(response, parse(name, data), now)
     except (OSError, asyncio.IncompleteReadError) as error:
         raise RequestFailed(f"the connection broke: {error!r}") from None
     finally:
         writer.close()
-    answer.ended = time.perf_counter()
-    if not answer.arrivals or not answer.completion_tokens:
-        raise RequestFailed("the answer ended without text or without a count of its tokens")
-    return answer
+    response.ended = time.perf_counter()
+    if not response.arrivals or not response.completion_tokens:
+        raise RequestFailed("the response ended without text or without a count of its tokens")
+    return response
 
 
-def _add(answer: Answer, piece: Piece, now: float) -> None:
-    if piece.error is not None:
-        raise RequestFailed(piece.error)
-    if piece.text:
-        answer.arrivals.append(now)
-        answer.text += piece.text
-    if piece.usage is not None:
-        answer.prompt_tokens, answer.completion_tokens = piece.usage
+def _add(response: TimedResponse, event: StreamEvent, now: float) -> None:
+    if event.error is not None:
+        raise RequestFailed(event.error)
+    if event.text:
+        response.arrivals.append(now)
+        response.text += event.text
+    if event.usage is not None:
+        response.prompt_tokens, response.completion_tokens = event.usage
 
 
 async def _events(reader: asyncio.StreamReader) -> AsyncIterator[list[tuple[str, str]]]:
@@ -136,7 +136,7 @@ async def _events(reader: asyncio.StreamReader) -> AsyncIterator[list[tuple[str,
         said = (await reader.read()).decode(errors="replace")
         raise RequestFailed(f"HTTP {status}: {said.strip()[:300]}")
     if "transfer-encoding: chunked" not in head.lower():
-        raise RequestFailed("the answer is not a stream")
+        raise RequestFailed("the response is not a stream")
     events = EventReader()
     while size := int(await reader.readuntil(b"\n"), 16):
         portion = await reader.readexactly(size + 2)

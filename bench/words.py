@@ -1,4 +1,4 @@
-"""The language of the made model: words that are one token each, so that a text of n words is a prompt of n tokens.
+"""The language of the generated model: words of one token each, so that a text of n words is a prompt of n tokens.
 
 Every word begins with its space and is made of syllables: two for the first 10,000, then three.  Pure; `bench.model`
 builds the tokenizer from it, the loads draw their prompts from it.

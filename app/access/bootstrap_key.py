@@ -1,4 +1,4 @@
-"""Make the first API key, for a service that has none configured, and keep it where its owner finds it."""
+"""Creates the first API key of a service that has none configured, in a file where its owner finds it."""
 
 import os
 import secrets
@@ -14,8 +14,8 @@ KEY_FILE = "api_key"
 _log = structlog.get_logger("llm_service")
 
 
-def first_key(data_dir: Path) -> str:
-    """Return the key kept in `data_dir`, making it at the first start.
+def bootstrap_key(data_dir: Path) -> str:
+    """Return the key stored in `data_dir`, and create it at the first start.
 
     Two processes that start at once get the same key.  A key file that others may read is closed to them.
 
@@ -58,7 +58,7 @@ def _create(path: Path, key: str) -> None:
 
 
 def _close_to_others(path: Path) -> None:
-    # Windows keeps no such bits: there every file looks readable by all.
+    # Windows has no such bits: there every file looks readable by all.
     if os.name == "posix" and path.stat().st_mode & 0o077:
         path.chmod(0o600)
         _log.warning("Others could read the API key file: closed to them now, but the key may be known", path=str(path))

@@ -1,6 +1,6 @@
 """The connection to the database, SQLite or Postgres, and its schema.
 
-Decides how each is spoken to, how long to wait, and what counts as an outage.  Knows no table but Alembic's own.
+Decides how each is spoken to, how long to wait, and what counts as an outage.
 """
 
 import asyncio
@@ -16,6 +16,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from app.access.circuit_breaker import CircuitBreaker
 from app.errors import ConfigError, StoreUnavailable
 
 WAIT_SECONDS = 2.0
@@ -44,6 +45,7 @@ class Database:
         self.engine = _open_sqlite(self._url) if self.sqlite else _open_postgres(self._url)
         self._reading = self.engine.execution_options(**{_READING: True})
         self._quick = _Quick(self._url) if self.sqlite else None
+        self.breaker = CircuitBreaker(self._probe)
 
     @property
     def name(self) -> str:
@@ -56,7 +58,7 @@ class Database:
 
         Raises: StoreUnavailable: the database does not answer, or not in time.
         """
-        with _outages():
+        with self._outages(seconds):
             async with asyncio.timeout(seconds or self._wait_seconds), self.engine.begin() as connection:
                 yield connection
 
@@ -66,7 +68,7 @@ class Database:
 
         Raises: StoreUnavailable: as for `begin`.
         """
-        with _outages():
+        with self._outages(seconds):
             async with asyncio.timeout(seconds or self._wait_seconds), self._reading.begin() as connection:
                 yield connection
 
@@ -79,11 +81,32 @@ class Database:
 
         Raises: StoreUnavailable: as for `begin`.
         """
-        with _outages():
+        with self._outages(None):
             if self._quick:
                 return await self._quick.run(work)
             async with asyncio.timeout(self._wait_seconds), self.engine.begin() as connection:
                 return await connection.run_sync(work)
+
+    @contextmanager
+    def _outages(self, seconds: float | None) -> Iterator[None]:
+        """Translate what an outage raises, and tell the breaker how the transaction ended."""
+        try:
+            yield
+        except IntegrityError:
+            raise
+        except (SQLAlchemyError, OSError, TimeoutError) as error:
+            if isinstance(error, TimeoutError) and seconds is not None and seconds < self._wait_seconds:
+                self.breaker.slow()
+            else:
+                self.breaker.trip()
+            raise StoreUnavailable() from error
+        else:
+            self.breaker.reset()
+
+    async def _probe(self) -> None:
+        # A transaction that may write: on SQLite one that only reads succeeds under a writer that never ends.
+        async with self.begin() as connection:
+            await connection.execute(text("SELECT 1"))
 
     async def migrate(self) -> None:
         """Bring the schema up to date; of several processes that start at once, one does and the others wait.
@@ -145,16 +168,6 @@ class Database:
 def head_revision() -> str:
     """Return the newest revision that this program knows; files are named for theirs, so Alembic need not be asked."""
     return max(path.name.partition("_")[0] for path in (_MIGRATIONS / "versions").glob("[0-9]*_*.py"))
-
-
-@contextmanager
-def _outages() -> Iterator[None]:
-    try:
-        yield
-    except IntegrityError:
-        raise
-    except (SQLAlchemyError, OSError, TimeoutError) as error:
-        raise StoreUnavailable() from error
 
 
 def _understand(url: str) -> URL:

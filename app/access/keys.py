@@ -1,9 +1,10 @@
-"""The API keys in the database: made, shown without their secret, changed, rotated, revoked.
+"""The API keys in the database: created, shown without their secret, changed, rotated, revoked.
 
-Of a secret only the digest and the last four characters are kept; whoever makes a key sees it once.
+Of a secret only the digest and the last four characters are stored; whoever creates a key sees it once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -51,7 +52,7 @@ class KeyRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class KeyWithRole:
     """A key as authentication needs it."""
 
     record: KeyRecord
@@ -63,8 +64,10 @@ class Found:
 class KeyStore:
     """The keys in the database."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, on_change: Callable[[str], None] = lambda key_id: None) -> None:
+        """Args: on_change: is called with the id of a key that this process has changed."""
         self._db = database
+        self._on_change = on_change
 
     async def create(
         self,
@@ -75,7 +78,7 @@ class KeyStore:
         expires: datetime | None = None,
         key: str | None = None,
     ) -> tuple[KeyRecord, str]:
-        """Make a key and return it with its secret, which nobody will see again.
+        """Create a key and return it with its secret, which nobody will see again.
 
         Args: key: one that exists already, such as the first start's; it stays as it is if the database knows it.
         Raises: RoleNotFound: there is no such role.
@@ -101,7 +104,7 @@ class KeyStore:
     async def list(
         self, *, limit: int, after: str | None = None, owner: str | None = None, role: str | None = None
     ) -> Sequence[KeyRecord]:
-        """Return the keys in the order of their making.
+        """Return the keys in the order of their creation.
 
         Args: after: begin behind the key of this id.
         Raises: KeyNotFound: there is no key of that id.
@@ -126,7 +129,7 @@ class KeyStore:
         unknown = set(values) - {"role", "owner", "expires", *LIMIT_NAMES}
         if unknown:
             raise ValueError(f"cannot be changed: {unknown}")
-        async with self._db.begin() as connection:
+        async with self._changing(key_id) as connection:
             if "role" in values:
                 await _require_role(connection, values["role"])
             if values:
@@ -138,7 +141,7 @@ class KeyStore:
 
         Raises: KeyNotFound: there is no such key.
         """
-        async with self._db.begin() as connection:
+        async with self._changing(key_id) as connection:
             alive = (_keys.c.id == key_id) & _keys.c.revoked.is_(None)
             await connection.execute(update(_keys).where(alive).values(revoked=_now(), previous_digest=None))
             return await _read(connection, key_id)
@@ -151,13 +154,22 @@ class KeyStore:
         key = new_key(key_id)
         values = {"digest": digest_of(key.encode()), "last_four": key[-4:]}
         previous = {"previous_digest": _keys.c.digest, "previous_expires": _now() + overlap}
-        async with self._db.begin() as connection:
+        async with self._changing(key_id) as connection:
             alive = (_keys.c.id == key_id) & _keys.c.revoked.is_(None)
             if (await connection.execute(update(_keys).where(alive).values(**values, **previous))).rowcount == 0:
                 raise KeyNotFound("There is no key of this id, or it is revoked.")
             return await _read(connection, key_id), key
 
-    async def find(self, key_id: str) -> Found | None:
+    @asynccontextmanager
+    async def _changing(self, key_id: str) -> AsyncIterator[AsyncConnection]:
+        try:
+            async with self._db.begin() as connection:
+                yield connection
+        finally:
+            # Also after a failure: nobody knows whether the commit arrived.
+            self._on_change(key_id)
+
+    async def find(self, key_id: str) -> KeyWithRole | None:
         """Return all that authentication needs of a key.
 
         Raises: StoreUnavailable: the database does not answer.
@@ -168,7 +180,7 @@ class KeyStore:
             row = (await connection.execute(query)).mappings().first()
         if row is None:
             return None
-        return Found(
+        return KeyWithRole(
             record=KeyRecord.of(row),
             role=Role.of(row, "role_"),
             digest=row["digest"],

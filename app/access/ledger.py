@@ -1,8 +1,8 @@
 """The counters of tokens, and what is reserved of them: plain transactions, the same on SQLite and Postgres.
 
-A grant is one conditional UPDATE, so however many ask at once, no more is granted than there is.  A settlement has
-the id of its reservation, and doing it again changes nothing: after a lost connection nobody knows whether a commit
-arrived.  Knows no task and no clock.
+A grant is one conditional UPDATE, so however many requests compete, no more is granted than there is.  A commit has
+the id of its reservation, and doing it again changes nothing: after a lost connection nobody knows whether the
+transaction arrived.  Pure functions of a connection; `quotas.py` calls them.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ _counters, _reservations = tables.usage_counters, tables.reservations
 
 
 class Month(NamedTuple):
-    """A key's counter: decided when a request is let in, and kept until it is settled."""
+    """A key's counter: chosen when a request is let in, and the same until its tokens are committed."""
 
     key_id: str
     month: str
@@ -40,7 +40,7 @@ class Reserve:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settle:
+class Commit:
     """Put the tokens that were really used in the place of a reservation."""
 
     id: str
@@ -49,8 +49,8 @@ class Settle:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
-    """How a counter stands; `granted` tells what came of a reservation."""
+class Balance:
+    """A counter's figures; `granted` says what came of a reservation."""
 
     used: int = 0
     reserved: int = 0
@@ -67,42 +67,48 @@ _ADD = (
     update(_counters)
     .where(_this_counter)
     .values(used=_counters.c.used + bindparam("more"), reserved=_counters.c.reserved - bindparam("released"))
+    .returning(_counters.c.used)
 )
-_STANDING = select(_counters.c.used, _counters.c.reserved).where(_this_counter)
+_BALANCE = select(_counters.c.used, _counters.c.reserved).where(_this_counter)
 _RESERVATION = insert(_reservations)
 _RELEASE = delete(_reservations).where(_reservations.c.id == bindparam("which")).returning(_reservations.c.tokens)
 _RENEW = update(_reservations).where(_reservations.c.id == bindparam("which")).values(expires=bindparam("until"))
 
 
-def reserve(connection: Connection, order: Reserve) -> Standing:
-    """Grant what the month has left or nothing; the standing says which."""
+def reserve(connection: Connection, order: Reserve) -> Balance:
+    """Grant the tokens or nothing; the balance says which, and is complete where nothing was granted."""
     of = {"key": order.counter.key_id, "in_month": order.counter.month}
     grant = {**of, "more": order.tokens, "at_most": order.limit}
     if connection.execute(_GRANT, grant).rowcount == 0:
         make_counter(connection, order.counter)
         if connection.execute(_GRANT, grant).rowcount == 0:
-            row = connection.execute(_STANDING, of).one()
-            return Standing(row.used, row.reserved, granted=False)
+            row = connection.execute(_BALANCE, of).one()
+            return Balance(row.used, row.reserved, granted=False)
     row_values = {"id": order.id, "key_id": order.counter.key_id, "month": order.counter.month}
     connection.execute(_RESERVATION, {**row_values, "tokens": order.tokens, "expires": order.expires})
-    return Standing()
+    return Balance()
 
 
-def settle(connection: Connection, order: Settle, *, again: bool = False) -> Standing:
-    """Args: again: it was tried before, and may have been done: then the reservation is gone."""
+def commit(connection: Connection, order: Commit, *, again: bool = False) -> Balance:
+    """Replace a reservation by the tokens that were used; the balance says how many the month has used now.
+
+    Args: again: it was tried before, and may have been done: then the reservation is gone.
+    """
     row: Row[tuple[int]] | None = connection.execute(_RELEASE, {"which": order.id}).first()
     if row is not None or not again:
         # A reservation that its lease has released already gives nothing back, but what was used counts.
-        add(connection, order.counter, order.tokens, released=row.tokens if row else 0)
-    return Standing()
+        return Balance(add(connection, order.counter, order.tokens, released=row.tokens if row else 0))
+    return Balance()
 
 
-def add(connection: Connection, counter: Month, tokens: int, *, released: int = 0) -> None:
-    """Count tokens as used."""
+def add(connection: Connection, counter: Month, tokens: int, *, released: int = 0) -> int:
+    """Count tokens as used; return how many the month has used then."""
     values = {"key": counter.key_id, "in_month": counter.month, "more": tokens, "released": released}
-    if connection.execute(_ADD, values).rowcount == 0:
+    used: int | None = connection.scalar(_ADD, values)
+    if used is None:
         make_counter(connection, counter)
-        connection.execute(_ADD, values)
+        used = connection.execute(_ADD, values).scalar_one()
+    return used
 
 
 def renew(connection: Connection, ids: list[str], until: datetime) -> None:
@@ -128,9 +134,9 @@ def make_counter(connection: Connection, counter: Month) -> None:
     connection.execute(statement.on_conflict_do_nothing())
 
 
-async def standing(database: Database, counter: Month) -> Standing:
-    """Return how a counter stands; one that was never used stands at nothing."""
+async def balance(database: Database, counter: Month) -> Balance:
+    """Return a counter's figures; one that was never used has zeros."""
     async with database.read() as connection:
         of = {"key": counter.key_id, "in_month": counter.month}
-        row = (await connection.execute(_STANDING, of)).first()
-    return Standing(row.used, row.reserved) if row else Standing()
+        row = (await connection.execute(_BALANCE, of)).first()
+    return Balance(row.used, row.reserved) if row else Balance()

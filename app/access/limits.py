@@ -1,16 +1,44 @@
-"""How a key's limits come about: its own, else its role's, else the configured ones."""
+"""The five limits of a key, and where their values come from: the key, else its role, else the configuration."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from app.config import QuotaConfig, RateLimitConfig
 from app.types import Limits
 
 
+@dataclass(frozen=True, slots=True)
+class LimitSpec:
+    """One limit: everything else about it derives from this."""
+
+    name: str
+    """Of the field, of the column in both tables, and of the command line's option."""
+    unit: str
+    section: str
+    """Of the configuration, which has the default."""
+    setting: str
+    """In that section."""
+    help: str
+
+
+LIMIT_SPECS = (
+    LimitSpec("monthly_tokens", "tokens", "quota", "monthly_tokens", "Tokens in a calendar month, UTC"),
+    LimitSpec("requests_per_minute", "requests/minute", "rate_limit", "requests_per_minute", "Requests a minute"),
+    LimitSpec("burst", "requests", "rate_limit", "burst_size", "Requests at once"),
+    LimitSpec("tokens_per_minute", "tokens/minute", "rate_limit", "tokens_per_minute", "Tokens a minute"),
+    LimitSpec(
+        "parallel_requests", "requests", "rate_limit", "parallel_requests", "Requests being answered at the same time"
+    ),
+)
+LIMIT_NAMES = tuple(spec.name for spec in LIMIT_SPECS)
+
+
+# A type checker needs fields by name, so they are written out here, in `types.Limits`, in the configuration's sections
+# and in the bodies of web/admin; tests/unit/access/test_limits.py compares each of them with LIMIT_SPECS.
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LimitSettings:
-    """What a role or a key says about its limits: None leaves one to the next level, 0 is no limit."""
+    """A role's or a key's own limits: None leaves one to the next level, 0 is no limit."""
 
     monthly_tokens: int | None = None
     requests_per_minute: int | None = None
@@ -25,18 +53,12 @@ class LimitSettings:
 
 
 NOTHING_SAID = LimitSettings()
-LIMIT_NAMES = tuple(field.name for field in fields(LimitSettings))
 
 
 def configured(rates: RateLimitConfig, quota: QuotaConfig) -> Limits:
-    """Return the limits of a key for which nobody has said anything."""
-    return Limits(
-        monthly_tokens=quota.monthly_tokens,
-        requests_per_minute=rates.requests_per_minute,
-        burst=rates.burst_size,
-        tokens_per_minute=rates.tokens_per_minute,
-        parallel_requests=rates.parallel_requests,
-    )
+    """Return the limits of a key for which neither it nor its role says anything."""
+    sections = {"rate_limit": rates, "quota": quota}
+    return Limits(**{spec.name: getattr(sections[spec.section], spec.setting) for spec in LIMIT_SPECS})
 
 
 def resolve(defaults: Limits, *levels: LimitSettings) -> Limits:

@@ -1,13 +1,11 @@
-"""Decide whether a key has tokens left this month: reserved before an answer is made, settled after.
+"""The monthly quotas: tokens are reserved before a generation and committed after it.
 
-One task writes for all requests of the process: what arrives while a transaction runs goes into the next one together.
-Requests never wait for a slow database longer than `WAIT_SECONDS`; a settlement that could not be written stays and is
-tried again.
+One task writes for all requests of the process.  Requests never wait for a slow database longer than `WAIT_SECONDS`; a
+commit that could not be written stays queued and is tried again.
 """
 
 import asyncio
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -15,43 +13,41 @@ from functools import partial
 from uuid import uuid4
 
 import structlog
+from cachetools import LRUCache
 from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
 from app.access import ledger
+from app.access.background import BackgroundGroup
 from app.access.database import WAIT_SECONDS, Database
-from app.access.ledger import Month, Reserve, Settle, Standing
+from app.access.ledger import Balance, Commit, Month, Reserve
+from app.access.queued_writer import QueuedWriter
 from app.config import QuotaConfig
 from app.errors import QuotaExceeded, StoreUnavailable
 from app.types import Principal
 
-OUTAGE_SECONDS = 1.0
-"""After a failure the database is left alone for so long; requests do not wait for it meanwhile."""
 MAX_BATCH = 64
 """Operations in one transaction."""
-MAX_UNSETTLED = 100_000
-"""Settlements kept for a database that is away; the oldest goes first, and its lease ends its reservation."""
+MAX_WAITING = 100_000
+"""Commits queued for a database that is away; the oldest goes first, and its lease ends its reservation."""
+MAX_REMEMBERED = 10_000
+"""Counters whose use is remembered."""
 
 _log = structlog.get_logger("llm_service")
 
 
 @dataclass(frozen=True, slots=True)
-class Reservation:
-    """Tokens set aside for one request."""
+class QuotaReservation:
+    """Tokens of a month set aside for one request."""
 
     id: str
     counter: Month
-    quotas: "Quotas"
-
-    async def settle(self, tokens: int) -> None:
-        """Count what was really used; if the database is away this is done as soon as it is back."""
-        await self.quotas.settle(self, tokens)
 
 
 @dataclass(slots=True)
-class _Waiting:
-    order: Reserve | Settle
-    done: asyncio.Future[Standing]
+class _Operation:
+    order: Reserve | Commit
+    done: asyncio.Future[Balance]
     tried: bool = False
 
 
@@ -64,28 +60,40 @@ class Quotas:
         self._db = database
         self._config = config
         self._now = now
-        self._waiting: deque[_Waiting] = deque()
-        self._news = asyncio.Event()
+        self._writer = QueuedWriter(self._write, on_drop=_drop, max_batch=MAX_BATCH, max_waiting=MAX_WAITING)
         self._live: set[str] = set()
         """Reservations that a request of this process still needs."""
-        self._broken_until = 0.0
-        self._tasks: list[asyncio.Task[None]] = []
-        self._closing = False
+        self._used: LRUCache[Month, int] = LRUCache(MAX_REMEMBERED)
+        """Tokens used of each counter as last seen; other replicas may have used more since, never less."""
 
-    async def start(self) -> None:
-        self._tasks = [asyncio.create_task(self._write()), asyncio.create_task(self._keep_leases())]
+    def start(self, background: BackgroundGroup) -> None:
+        self._writer.start(background)
+        background.spawn(self._renew_leases())
 
     async def close(self) -> None:
-        """Write what is left, if the database takes it."""
-        self._closing = True
-        self._news.set()
-        if self._tasks:
-            await asyncio.wait(self._tasks[:1], timeout=2 * WAIT_SECONDS)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        """Write what is queued, if the database takes it."""
+        await self._writer.close()
 
-    async def reserve(self, caller: Principal, tokens: int) -> Reservation | None:
+    async def check(self, caller: Principal) -> None:
+        """Refuse a caller whose month is used up, as far as this process knows; the database is asked only then.
+
+        Raises: QuotaExceeded: no token is left.
+        """
+        limit = caller.limits.monthly_tokens
+        if not limit:
+            return
+        now = self._now()
+        counter = Month(caller.key_id, month_of(now))
+        if self._used.get(counter, 0) < limit:
+            return
+        # In an outage `reserve` decides.
+        with suppress(StoreUnavailable):
+            found = await ledger.balance(self._db, counter)
+            self._used[counter] = found.used
+            if found.used >= limit:
+                raise _exceeded(limit, found, None, now)
+
+    async def reserve(self, caller: Principal, tokens: int) -> QuotaReservation | None:
         """Set tokens aside; return None for a caller without a quota, or in an outage if that is the policy.
 
         Raises:
@@ -96,112 +104,93 @@ class Quotas:
         if not limit:
             return None
         now = self._now()
-        reservation = Reservation(uuid4().hex, Month(caller.key_id, month_of(now)), self)
+        reservation = QuotaReservation(uuid4().hex, Month(caller.key_id, month_of(now)))
         expires = now + timedelta(seconds=self._config.lease_seconds)
         order = Reserve(id=reservation.id, counter=reservation.counter, tokens=tokens, limit=limit, expires=expires)
         self._live.add(reservation.id)
         try:
-            standing = await self._do(order)
+            balance = await self._grant(order)
         except BaseException as error:
-            # It may be granted all the same, and is given back then.
+            # It may be granted all the same, and is released then.
             self._live.discard(reservation.id)
             if isinstance(error, StoreUnavailable) and self._config.on_outage == "open":
                 return None
             raise
-        if not standing.granted:
+        if not balance.granted:
             self._live.discard(reservation.id)
-            raise _exceeded(limit, standing, tokens, now)
+            self._used[reservation.counter] = balance.used
+            raise _exceeded(limit, balance, tokens, now)
         return reservation
 
-    async def settle(self, reservation: Reservation, tokens: int) -> None:
-        order = Settle(id=reservation.id, counter=reservation.counter, tokens=tokens)
-        with suppress(StoreUnavailable):
-            await self._do(order)
+    async def commit(self, reservation: QuotaReservation, tokens: int) -> None:
+        """Replace a reservation by what was really used.
 
-    async def standing(self, key_id: str, month: str) -> Standing:
-        """Return how a key stands in a month.
+        Takes effect even if the caller does not wait for it, and once the database is back if it is away.
+        """
+        operation = _Operation(Commit(id=reservation.id, counter=reservation.counter, tokens=tokens), _future())
+        self._writer.put(operation)
+        if not self._db.breaker.open:
+            await self._wait(operation)
+
+    async def balance(self, key_id: str, month: str) -> Balance:
+        """Return a key's figures of a month.
 
         Raises: StoreUnavailable: the database does not answer.
         """
-        return await ledger.standing(self._db, Month(key_id, month))
+        return await ledger.balance(self._db, Month(key_id, month))
 
-    async def _do(self, order: Reserve | Settle) -> Standing:
-        loop = asyncio.get_running_loop()
-        waiting = _Waiting(order, _future())
-        if loop.time() < self._broken_until:
-            if isinstance(order, Settle):
-                self._keep(waiting)
+    async def _grant(self, order: Reserve) -> Balance:
+        """Return what came of it.
+
+        Raises: StoreUnavailable: the database does not answer in time; then nothing is granted, now or later.
+        """
+        if self._db.breaker.open:
             raise StoreUnavailable()
-        self._waiting.append(waiting)
-        self._news.set()
+        operation = _Operation(order, _future())
+        self._writer.put(operation)
         try:
-            async with asyncio.timeout(WAIT_SECONDS):
-                return await asyncio.shield(waiting.done)
-        except TimeoutError:
-            self._broken_until = loop.time() + OUTAGE_SECONDS
-            self._withdraw(waiting)
-            raise StoreUnavailable() from None
+            await self._wait(operation)
         except asyncio.CancelledError:
-            self._withdraw(waiting)
+            self._withdraw(operation, order)
             raise
+        if not operation.done.done():
+            self._withdraw(operation, order)
+            raise StoreUnavailable()
+        return operation.done.result()
 
-    def _withdraw(self, waiting: _Waiting) -> None:
-        """Nobody wants a reservation any more: do not make it, or give back what it was granted."""
-        if isinstance(waiting.order, Settle):
-            return
-        if not waiting.done.done():
-            waiting.done.cancel()
-        elif not waiting.done.exception() and waiting.done.result().granted:
-            self._give_back(waiting.order)
+    async def _wait(self, operation: _Operation) -> None:
+        await asyncio.wait([operation.done], timeout=WAIT_SECONDS)
+        if not operation.done.done():
+            self._db.breaker.trip()
 
-    def _give_back(self, order: Reserve) -> None:
-        self._keep(_Waiting(Settle(id=order.id, counter=order.counter, tokens=0), _future()))
+    def _withdraw(self, operation: _Operation, order: Reserve) -> None:
+        """Nobody wants a reservation any more: do not make it, or release what it was granted."""
+        if not operation.done.done():
+            operation.done.cancel()
+        elif not operation.done.cancelled() and not operation.done.exception() and operation.done.result().granted:
+            self._release(order)
 
-    def _keep(self, waiting: _Waiting) -> None:
-        self._waiting.append(waiting)
-        self._news.set()
-        if len(self._waiting) > MAX_UNSETTLED:
-            lost = self._waiting.popleft()
-            lost.done.cancel()
-            _log.error("The database is away for too long: a settlement of tokens is lost")
+    def _release(self, order: Reserve) -> None:
+        self._writer.put(_Operation(Commit(id=order.id, counter=order.counter, tokens=0), _future()))
 
-    async def _write(self) -> None:
-        while not (self._closing and not self._waiting):
-            if not self._waiting:
-                self._news.clear()
-                await self._news.wait()
-                continue
-            batch = [self._waiting.popleft() for _ in range(min(MAX_BATCH, len(self._waiting)))]
-            batch = [each for each in batch if not each.done.cancelled()]
-            # In one order everywhere, so that two replicas never wait for each other's rows.
-            batch.sort(key=lambda each: each.order.counter)
-            if not await self._write_batch(batch):
-                if self._closing:
-                    return
-                await asyncio.sleep(OUTAGE_SECONDS)
-
-    async def _write_batch(self, batch: list[_Waiting]) -> bool:
+    async def _write(self, batch: Sequence[_Operation]) -> Sequence[_Operation]:
+        # In one order everywhere, so that two replicas never wait for each other's rows.
+        wanted = sorted((each for each in batch if not each.done.cancelled()), key=lambda each: each.order.counter)
         try:
-            outcomes = await self._db.quickly(partial(_apply, batch))
+            outcomes = await self._db.quickly(partial(_apply, wanted))
         except (StoreUnavailable, IntegrityError):
-            self._broken_until = asyncio.get_running_loop().time() + OUTAGE_SECONDS
-            for each in batch:
-                each.tried = True
-                if isinstance(each.order, Settle):
-                    self._waiting.append(each)
-                elif not each.done.done():
-                    each.done.set_exception(StoreUnavailable())
-            return False
-        for each, outcome in zip(batch, outcomes, strict=True):
-            if isinstance(each.order, Settle):
+            return [each for each in wanted if _try_again(each)]
+        for each, outcome in zip(wanted, outcomes, strict=True):
+            if isinstance(each.order, Commit):
                 self._live.discard(each.order.id)
+                self._used[each.order.counter] = max(outcome.used, self._used.get(each.order.counter, 0))
             elif each.done.cancelled() and outcome.granted:
-                self._give_back(each.order)
+                self._release(each.order)
             if not each.done.done():
                 each.done.set_result(outcome)
-        return True
+        return ()
 
-    async def _keep_leases(self) -> None:
+    async def _renew_leases(self) -> None:
         """Renew the leases of living requests, and release those that nobody renews, this process's or another's."""
         while True:
             await asyncio.sleep(self._config.lease_seconds / 4)
@@ -214,17 +203,36 @@ class Quotas:
                     _log.warning("Released what a dead process had reserved", reservations=released)
 
 
-def _future() -> asyncio.Future[Standing]:
+def _future() -> asyncio.Future[Balance]:
     return asyncio.get_running_loop().create_future()
 
 
-def _apply(batch: list[_Waiting], connection: Connection) -> list[Standing]:
+def _apply(batch: Sequence[_Operation], connection: Connection) -> list[Balance]:
     return [
         ledger.reserve(connection, each.order)
         if isinstance(each.order, Reserve)
-        else ledger.settle(connection, each.order, again=each.tried)
+        else ledger.commit(connection, each.order, again=each.tried)
         for each in batch
     ]
+
+
+def _try_again(operation: _Operation) -> bool:
+    """Keep a commit for the next transaction, and fail a reservation."""
+    operation.tried = True
+    if isinstance(operation.order, Reserve) and not operation.done.done():
+        operation.done.set_exception(StoreUnavailable())
+    return isinstance(operation.order, Commit)
+
+
+def _drop(operations: Sequence[_Operation]) -> None:
+    for each in operations:
+        if isinstance(each.order, Commit):
+            each.done.cancel()
+        elif not each.done.done():
+            each.done.set_exception(StoreUnavailable())
+    commits = sum(isinstance(each.order, Commit) for each in operations)
+    if commits:
+        _log.error("The database is away for too long: commits of used tokens are lost", commits=commits)
 
 
 def month_of(moment: datetime) -> str:
@@ -238,16 +246,18 @@ def next_month(moment: datetime) -> datetime:
     return (first + timedelta(days=32)).replace(day=1)
 
 
-def _exceeded(limit: int, standing: Standing, tokens: int, now: datetime) -> QuotaExceeded:
+def _exceeded(limit: int, balance: Balance, tokens: int | None, now: datetime) -> QuotaExceeded:
+    """Args: tokens: how many the request could take; None before that is known."""
     resets = next_month(now)
+    request = "" if tokens is None else f"; the request could take {tokens}"
+    advice = "Wait for the next month." if tokens is None else "Lower max_tokens, or wait for the next month."
     return QuotaExceeded(
-        f"This key may use {limit} tokens a month and {standing.used} are used; the request could take {tokens}. "
-        "Lower max_tokens, or wait for the next month.",
+        f"This key may use {limit} tokens a month and {balance.used} are used{request}. {advice}",
         details={
             "limit": limit,
-            "used": standing.used,
-            "reserved": standing.reserved,
-            "requested": tokens,
+            "used": balance.used,
+            "reserved": balance.reserved,
+            **({} if tokens is None else {"requested": tokens}),
             "resets": resets.isoformat().replace("+00:00", "Z"),
         },
         retry_after=(resets - now).total_seconds(),

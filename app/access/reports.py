@@ -1,4 +1,4 @@
-"""What was used: by key, day and model, from the counters and the inference log."""
+"""Usage reports by key, day and model, from the counters and the inference log."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -16,8 +16,8 @@ _log, _counters = tables.inference_log, tables.usage_counters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Used:
-    """Answers and their tokens, of one day and one model, or summed over either."""
+class UsageRow:
+    """Generations and their tokens, of one day and one model, or summed over either."""
 
     day: str = ""
     model: str = ""
@@ -28,7 +28,7 @@ class Used:
     """What counts for the quota."""
 
 
-COLUMNS = tuple(field.name for field in fields(Used))
+COLUMNS = tuple(field.name for field in fields(UsageRow))
 _SUMS = ("requests", "prompt_tokens", "completion_tokens", "charged_tokens")
 
 
@@ -44,13 +44,13 @@ class KeyTotal:
 
 
 class Reports:
-    """Reads what requests have left behind."""
+    """Reads counters and log."""
 
     def __init__(self, database: Database) -> None:
         self._db = database
 
-    async def by_day_and_model(self, key_id: str, month: str) -> list[Used]:
-        """Return a key's answers of one month, UTC; days that the log has forgotten are not in it.
+    async def by_day_and_model(self, key_id: str, month: str) -> list[UsageRow]:
+        """Return a key's generations of one month, UTC; days that the log has deleted are not in it.
 
         Raises: InvalidRequest: this is no month.
         """
@@ -66,7 +66,8 @@ class Reports:
         async with self._db.read() as connection:
             rows = (await connection.execute(query)).mappings().all()
         return [
-            Used(day=str(row["day"]), model=row["model"], **{name: int(row[name]) for name in _SUMS}) for row in rows
+            UsageRow(day=str(row["day"]), model=row["model"], **{name: int(row[name]) for name in _SUMS})
+            for row in rows
         ]
 
     async def by_key(self, month: str) -> Sequence[KeyTotal]:
@@ -86,9 +87,9 @@ class Reports:
             return [KeyTotal(**row) for row in (await connection.execute(query)).mappings()]
 
 
-def summed(rows: Iterable[Used], over: Literal["day", "model"]) -> list[Used]:
+def summed(rows: Iterable[UsageRow], over: Literal["day", "model"]) -> list[UsageRow]:
     """Add up what has the same day and model once one of them is left out.  Args: over: the one left out."""
-    totals: dict[tuple[str, str], Used] = {}
+    totals: dict[tuple[str, str], UsageRow] = {}
     for row in rows:
         left = replace(row, day="") if over == "day" else replace(row, model="")
         before = totals.get((left.day, left.model))
@@ -98,7 +99,7 @@ def summed(rows: Iterable[Used], over: Literal["day", "model"]) -> list[Used]:
     return [totals[key] for key in sorted(totals)]
 
 
-def as_values(row: Used) -> dict[str, str | int]:
+def as_values(row: UsageRow) -> dict[str, str | int]:
     """Return a row without the column that it was summed over."""
     return {name: value for name, value in asdict(row).items() if value != ""}
 

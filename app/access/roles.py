@@ -1,6 +1,6 @@
 """Roles: what the keys that have one may do, and how much of it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,8 +40,10 @@ class Role:
 class RoleStore:
     """The roles in the database; an admin always stays one who may manage keys."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, on_change: Callable[[], None] = lambda: None) -> None:
+        """Args: on_change: is called after this process has changed a role."""
         self._db = database
+        self._on_change = on_change
 
     async def list(self) -> list[Role]:
         async with self._db.read() as connection:
@@ -67,6 +69,7 @@ class RoleStore:
             await self._put(role)
         except IntegrityError:
             raise Conflict("Somebody else made this role at the same moment; try again.") from None
+        self._on_change()
 
     async def _put(self, role: Role) -> None:
         async with self._db.begin() as connection:
@@ -84,6 +87,7 @@ class RoleStore:
                 raise Conflict("Keys have this role; give them another one first.")
             if (await connection.execute(delete(tables.roles).where(tables.roles.c.name == name))).rowcount == 0:
                 raise RoleNotFound("There is no role of this name.")
+        self._on_change()
 
 
 def _values(role: Role) -> dict[str, Any]:

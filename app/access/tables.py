@@ -20,9 +20,11 @@ from sqlalchemy import (
     TypeDecorator,
 )
 
+from app.access.limits import LIMIT_NAMES
+
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """A moment, kept in UTC without its zone: SQLite has no type that would keep one."""
+    """A moment, stored in UTC without its zone: SQLite has no type that would store one."""
 
     impl = DateTime
     cache_ok = True
@@ -39,8 +41,7 @@ metadata = MetaData()
 
 def _limits() -> list[Column[int]]:
     """NULL leaves a limit to the next level: key, role, configuration."""
-    names = ("monthly_tokens", "requests_per_minute", "burst", "tokens_per_minute", "parallel_requests")
-    return [Column(name, BigInteger) for name in names]
+    return [Column(name, BigInteger) for name in LIMIT_NAMES]
 
 
 roles = Table(
@@ -106,7 +107,7 @@ inference_log = Table(
     Column("completion_tokens", BigInteger, nullable=False),
     Column("charged_tokens", BigInteger, nullable=False),
     Column("cached", Boolean, nullable=False),
-    Column("finish_reason", String(32)),  # NULL: the answer did not end by itself
+    Column("finish_reason", String(32)),  # NULL: the generation did not end by itself
     Column("status", Integer, nullable=False),
     Column("first_token_ms", Float),
     Column("latency_ms", Float, nullable=False),

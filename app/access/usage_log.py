@@ -1,43 +1,35 @@
-"""The inference log: a row for each ask, written behind the requests' back.
+"""The inference log: a row for each generation, written behind the requests' back.
 
-A request only puts its record in a queue.  One task writes what has come together, at the latest after the flush
-interval; a database that is slow or away costs rows once the queue is full (they are counted), never a request its
-time.  What no quota has counted is counted here, in the same transaction.
+A database that is slow or away costs rows once the queue is full (they are counted), never a request its time.  What no
+quota has counted is counted here, in the same transaction.
 """
 
-import asyncio
-from collections import deque
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
-import structlog
 from sqlalchemy import Connection, delete, insert, select
 
 from app.access import ledger, tables
+from app.access.background import BackgroundGroup
 from app.access.database import Database
 from app.access.ledger import Month
+from app.access.queued_writer import QueuedWriter
 from app.access.quotas import month_of
 from app.config import UsageLogConfig
 from app.errors import AppError, StoreUnavailable
 from app.types import InferenceRecord
 
 MAX_BATCH = 100
-"""Rows of one transaction; preparing them holds up the event loop for a millisecond or two."""
-RETRY_SECONDS = 1.0
-CLOSE_SECONDS = 5.0
-"""How long a shutdown waits for the last rows."""
+"""Rows of one transaction; preparing them blocks the event loop for a millisecond or two."""
 RETENTION_BATCH = 1000
 """Rows deleted in one transaction."""
 
 _COLUMNS = tuple(field.name for field in fields(InferenceRecord) if field.name != "counted")
 _TEXT_CHARS = 20_000
-"""Of a prompt or an answer; the rest is not kept."""
-
-_log = structlog.get_logger("llm_service")
+"""Of a prompt or a completion; the rest is not stored."""
 
 
 class UsageLog:
@@ -53,81 +45,55 @@ class UsageLog:
     ) -> None:
         """Args:
         mask: takes personal data out of a text.
-        on_drop: is told how many records were lost.
+        on_drop: is called with the number of records that were lost.
         """
         self._db = database
         self._config = config
         self._mask = mask
         self._on_drop = on_drop
-        self._waiting: deque[InferenceRecord] = deque()
-        self._news = asyncio.Event()
-        self._closing = asyncio.Event()
-        self._writing: asyncio.Task[None] | None = None
+        self._writer = QueuedWriter(
+            self._write,
+            on_drop=self._drop,
+            max_batch=MAX_BATCH,
+            max_waiting=config.max_waiting,
+            flush_seconds=config.flush_seconds,
+        )
+
+    @property
+    def waiting(self) -> int:
+        """How many records are not written yet."""
+        return self._writer.waiting
 
     def write(self, record: InferenceRecord) -> None:
-        """Take a record without waiting; where there is no more room the oldest goes."""
-        if not self._config.enabled and (record.counted or not record.charged_tokens):
-            return
-        self._waiting.append(record)
-        self._bound()
-        self._news.set()
+        """Queue a record without waiting; the oldest goes where the queue is full."""
+        if self._config.enabled or (record.charged_tokens and not record.counted):
+            self._writer.put(record)
 
-    async def start(self) -> None:
-        self._writing = asyncio.create_task(self._write_for_ever())
+    def start(self, background: BackgroundGroup) -> None:
+        self._writer.start(background)
 
     async def close(self) -> None:
-        """Write what is left; what the database does not take in time is dropped and counted."""
-        self._closing.set()
-        self._news.set()
-        if self._writing is not None:
-            await asyncio.wait([self._writing], timeout=CLOSE_SECONDS)
-            self._writing.cancel()
-            await asyncio.gather(self._writing, return_exceptions=True)
-        if self._waiting:
-            self._on_drop(len(self._waiting))
-            _log.error("Rows of the inference log were lost at the end", rows=len(self._waiting))
+        """Write what is queued; what the database does not take in time is dropped and counted."""
+        await self._writer.close()
 
-    async def _write_for_ever(self) -> None:
-        while not self._closing.is_set() or self._waiting:
-            self._news.clear()
-            if not self._waiting:
-                await self._news.wait()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._closing.wait(), self._config.flush_seconds)
-            while self._waiting:
-                if not await self._write_batch():
-                    await asyncio.sleep(RETRY_SECONDS)
-
-    async def _write_batch(self) -> bool:
-        batch = [self._waiting.popleft() for _ in range(min(MAX_BATCH, len(self._waiting)))]
+    async def _write(self, batch: Sequence[InferenceRecord]) -> Sequence[InferenceRecord]:
+        rows = [await self._masked(record) for record in batch]
         try:
-            rows = [await self._masked(record) for record in batch]
             async with self._db.begin() as connection:
                 await connection.run_sync(partial(_insert, rows=rows, keep=self._config.enabled))
-        except (StoreUnavailable, asyncio.CancelledError) as error:
-            self._waiting.extendleft(reversed(batch))
-            self._bound()
-            if isinstance(error, asyncio.CancelledError):
-                raise
-            return False
-        except Exception as error:  # noqa: BLE001  # rows that cannot be written must not stop those behind them
-            self._on_drop(len(batch))
-            _log.error("Rows of the inference log cannot be written", rows=len(batch), error=type(error).__name__)
-        return True
+        except StoreUnavailable:
+            return batch
+        return ()
 
-    def _bound(self) -> None:
-        over = len(self._waiting) - self._config.max_waiting
-        for _ in range(over):
-            self._waiting.popleft()
-        if over > 0:
-            self._on_drop(over)
+    def _drop(self, records: Sequence[InferenceRecord]) -> None:
+        self._on_drop(len(records))
 
     async def _masked(self, record: InferenceRecord) -> InferenceRecord:
         """Mask again what the filters may have let through by their policy."""
         if record.prompt is None and record.answer is None:
             return record
         try:
-            # Postgres keeps no NUL.
+            # Postgres stores no NUL.
             prompt, answer = [
                 await self._mask((text or "")[:_TEXT_CHARS].replace("\x00", ""))
                 for text in (record.prompt, record.answer)
@@ -154,7 +120,7 @@ class UsageLog:
                 return deleted
 
 
-def _insert(connection: Connection, *, rows: list[InferenceRecord], keep: bool) -> None:
+def _insert(connection: Connection, *, rows: Sequence[InferenceRecord], keep: bool) -> None:
     if keep:
         connection.execute(insert(tables.inference_log), [_values(row) for row in rows])
     uncounted: dict[Month, int] = {}

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from app.engine.served_model import ServedModel
 from app.errors import ModelNotFound, ShuttingDown
 from app.requests import GenerationRequest
+from app.types import EngineState
 
 
 class ModelHost:
@@ -24,6 +25,7 @@ class ModelHost:
         self.since = int(time.time())
         """When the host was made, in seconds since 1970."""
         self._models: dict[str, ServedModel] = {}
+        self._started: set[str] = set()
         self._unloading: dict[str, asyncio.Event] = {}
         """Model -> set once it is gone and its name is free again."""
         self._leases: dict[str, str] = {}
@@ -54,6 +56,17 @@ class ModelHost:
         """Return all models, the default one first."""
         return tuple(self._models[name] for name in self.names)
 
+    @property
+    def state(self) -> EngineState | None:
+        """Return the state of the default model; None if it is not loaded."""
+        model = self._models.get(self.default_name)
+        return None if model is None else model.engine.status().state
+
+    @property
+    def can_serve(self) -> bool:
+        """Return whether the default model can serve a request now."""
+        return self.state is EngineState.READY
+
     def find(self, model: str | None) -> ServedModel:
         """Return a model by its name, or the default one for None.
 
@@ -63,6 +76,20 @@ class ModelHost:
         if name not in self._models or name in self._unloading:
             raise ModelNotFound("This model is not loaded; leave `model` out to use the one that is.")
         return self._models[name]
+
+    def add(self, name: str) -> ServedModel:
+        """Build a model, once however many ask, and start it with the host.
+
+        Raises: ModelNotFound, ConfigError: it cannot be built.
+        """
+        if name not in self._models:
+            self._models[name] = self._build(name)
+        return self._models[name]
+
+    async def start(self) -> None:
+        """Start the models that have been added; `engine.wait_ready` reports when they can serve."""
+        for name in tuple(self._models):
+            await self.load(name)
 
     async def load(self, name: str) -> ServedModel:
         """Build and start a model, once however many ask; `engine.wait_ready` reports when it can serve.
@@ -75,18 +102,23 @@ class ModelHost:
             await unloading.wait()
         if self.draining:
             raise ShuttingDown()
-        model = self._models.get(name)
-        if model is None:
-            # Nothing is awaited in between, so that two loads at once cannot both build it.
-            model = self._models[name] = self._build(name)
+        model = self.add(name)
+        if name not in self._started:
+            self._started.add(name)
             try:
                 await model.engine.start()
             except BaseException:
                 if self._models.get(name) is model:
-                    del self._models[name]
+                    self._remove(name)
                 await model.engine.close()
                 raise
         return model
+
+    def _remove(self, name: str) -> None:
+        self._models.pop(name, None)
+        self._started.discard(name)
+        if (unloading := self._unloading.pop(name, None)) is not None:
+            unloading.set()
 
     async def unload(self, name: str, grace_seconds: float) -> None:
         """Refuse new requests of a model, let the live ones finish, end the rest after the grace period, and close it.
@@ -94,15 +126,13 @@ class ModelHost:
         Raises: ModelNotFound: no such model is loaded.
         """
         model = self.find(name)
-        gone = self._unloading[name] = asyncio.Event()
+        self._unloading[name] = asyncio.Event()
         try:
             if not await self._released_within(grace_seconds, name):
                 await self._abort(name)
             await model.engine.close()
         finally:
-            self._models.pop(name, None)
-            del self._unloading[name]
-            gone.set()
+            self._remove(name)
 
     @asynccontextmanager
     async def lease(self, request: GenerationRequest) -> AsyncIterator[ServedModel]:

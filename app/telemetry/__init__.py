@@ -1,6 +1,6 @@
-"""What the service tells of itself: log lines and metrics, and nothing to anyone else."""
+"""Observability: log lines and Prometheus metrics; third-party tracing stays off."""
 
-from app.telemetry.logs import bind_request_id, clear_request_id, configure_logging, disable_foreign_tracing
+from app.telemetry.logs import configure_logging, disable_foreign_tracing
 from app.telemetry.metrics import Metrics
 
-__all__ = ["Metrics", "bind_request_id", "clear_request_id", "configure_logging", "disable_foreign_tracing"]
+__all__ = ["Metrics", "configure_logging", "disable_foreign_tracing"]

@@ -1,10 +1,9 @@
-"""How a log line looks, where it goes, and that it can never hold up or break a request.
+"""Configures logging: the format of a line, its sinks, and a queue between them so that no request waits for a sink.
 
-Also keeps libraries from telling others what happens here.  Knows no route and no engine; whoever logs calls structlog
-or the standard library, and whoever starts the process calls `configure_logging` once.
+Also switches off the tracing and telemetry of libraries.  Modules log with structlog or the standard library; the entry
+point of the process calls `configure_logging` once.
 """
 
-import json
 import logging
 import os
 import queue
@@ -19,7 +18,7 @@ from typing import TextIO
 import structlog
 from prometheus_client import Counter
 from structlog.stdlib import ProcessorFormatter
-from structlog.typing import EventDict, WrappedLogger
+from structlog.typing import EventDict, Processor, WrappedLogger
 
 from app.config import LoggingConfig
 from app.errors import ConfigError
@@ -34,24 +33,23 @@ _QUIET = [
     *("alembic", "httpcore", "httpx", "huggingface_hub", "langchain", "langchain_core"),
     *("langsmith", "sse_starlette", "transformers", "urllib3"),
 ]
-"""Libraries whose lines below WARNING tell of prompts, answers or addresses, or of nothing that anybody asked."""
+"""Libraries whose lines below WARNING contain prompts, answers or addresses, or are of no use to an operator."""
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Controls, line and paragraph separators, text-direction marks, and half characters that no encoding can write."""
-_BARE = re.compile(r"[^\s\"'=]+")
+"""Control characters, line and paragraph separators, bidirectional formatting, and lone surrogates."""
 
 dropped_lines = Counter("log_lines_dropped", "Log lines lost to a full queue or a failing sink", registry=None)
-"""One for the process, as the standard library's loggers are; every `Metrics` shows it."""
+"""One counter for the process, as the standard library's loggers are; every `Metrics` exports it."""
 
 
 class _Lossy(logging.Handler):
-    """A handler that counts a line it cannot take, where others would print a traceback of their own."""
+    """Counts lines that cannot be rendered, queued or written; the standard handlers print a traceback instead."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the standard library's name
         dropped_lines.inc()
 
 
 class _QueueSink(_Lossy, QueueHandler):
-    """Renders a line at once, while its context is there, and leaves the writing to the pump."""
+    """Renders a line in the caller's context and queues it for the writer thread."""
 
 
 class _StreamSink(_Lossy, logging.StreamHandler[TextIO]):
@@ -59,37 +57,37 @@ class _StreamSink(_Lossy, logging.StreamHandler[TextIO]):
 
 
 class _FileSink(_Lossy, RotatingFileHandler):
-    """A file that starts anew when it is full."""
+    """A file that is rotated when it is full."""
 
     def doRollover(self) -> None:  # noqa: N802 - the standard library's name
         super().doRollover()
         if self.stream and not self.backupCount:
-            # The base class would go on appending to the same file for ever.
+            # Without backups the base class never empties the file.
             self.stream.truncate(0)
 
 
-def _pump(lines: "queue.Queue[logging.LogRecord | None]", sinks: Iterable[logging.Handler]) -> None:
+def _write_lines(lines: "queue.Queue[logging.LogRecord | None]", sinks: Iterable[logging.Handler]) -> None:
     while (line := lines.get()) is not None:
         for sink in sinks:
             sink.handle(line)
 
 
 def configure_logging(config: LoggingConfig, stream: TextIO | None = None) -> Callable[[], None]:
-    """Send every log line of the process, structlog's and the standard library's, through one format to the sinks.
+    """Write every log line of the process, from structlog and the standard library alike, in one format to the sinks.
 
-    A request only renders its line; a thread writes it, so a sink that blocks or a full disk costs lines (they are
-    counted) and never a request.
+    A request renders its line and queues it; a thread writes it.  A sink that blocks or a full disk loses lines (they
+    are counted) and delays no request.
 
-    Args: stream: where lines go besides the file; standard error when None.
-    Returns: a function that writes what is left, waiting at most `STOP_SECONDS`, and takes the sinks away.
+    Args: stream: where lines are written besides the file; standard error when None.
+    Returns: a function that writes the queued lines, waiting at most `STOP_SECONDS`, and removes the sinks.
     Raises: ConfigError: the file cannot be written.
     """
     file = _open_file(config)
     sinks = [_StreamSink(stream or sys.stderr), *([file] if file else [])]
     lines: queue.Queue[logging.LogRecord | None] = queue.Queue(QUEUE_LINES)
-    # A thread of our own: QueueListener.stop() would wait for a stalled sink for ever.
-    pump = threading.Thread(target=_pump, args=(lines, sinks), name="log-pump", daemon=True)
-    pump.start()
+    # Not logging's QueueListener, whose stop() waits for a stalled sink for ever.
+    writer = threading.Thread(target=_write_lines, args=(lines, sinks), name="log-writer", daemon=True)
+    writer.start()
     handler = _QueueSink(lines)
     handler.setFormatter(_formatter(config))
     root = logging.getLogger()
@@ -103,9 +101,9 @@ def configure_logging(config: LoggingConfig, stream: TextIO | None = None) -> Ca
             lines.put(None, timeout=STOP_SECONDS)
         except queue.Full:
             return
-        pump.join(STOP_SECONDS)
+        writer.join(STOP_SECONDS)
         # Closing a file that is still being written would wait for it.
-        if file and not pump.is_alive():
+        if file and not writer.is_alive():
             file.close()
 
     return stop
@@ -122,12 +120,22 @@ def _open_file(config: LoggingConfig) -> _FileSink | None:
 
 
 def _formatter(config: LoggingConfig) -> ProcessorFormatter:
+    # json escapes all but printable ASCII unless told otherwise.
+    as_json: list[Processor] = [structlog.processors.JSONRenderer(default=repr, skipkeys=True)]
+    as_text = [
+        _escape_for_terminal,
+        structlog.dev.ConsoleRenderer(
+            colors=False, sort_keys=False, event_key="message", pad_event_to=0, pad_level=False
+        ),
+    ]
     return ProcessorFormatter(
         foreign_pre_chain=[structlog.contextvars.merge_contextvars],
         processors=[
             structlog.processors.format_exc_info,  # the plain traceback: no local variables, so no prompts
-            _arrange,
-            _json_line if config.format == "json" else _console_line,
+            structlog.processors.EventRenamer("message"),
+            _header_first,
+            ProcessorFormatter.remove_processors_meta,
+            *(as_json if config.format == "json" else as_text),
         ],
     )
 
@@ -152,7 +160,7 @@ def _install(root: logging.Logger, handler: _QueueSink, level: str) -> None:
 
 
 def _tame_libraries(level: int) -> None:
-    """Route the lines of libraries that print by themselves through ours, and keep chatty ones at WARNING."""
+    """Remove handlers that libraries install, and log noisy libraries from WARNING on."""
     for name in (*_UVICORN, "transformers"):
         logger = logging.getLogger(name)
         logger.handlers.clear()
@@ -164,57 +172,33 @@ def _tame_libraries(level: int) -> None:
     logging.getLogger("slowapi").setLevel(logging.ERROR)
 
 
-def bind_request_id(request_id: str) -> None:
-    """Put the id on every later line of this request (task), whoever writes it."""
-    structlog.contextvars.bind_contextvars(request_id=request_id)
-
-
-def clear_request_id() -> None:
-    """Take the id off again, where a task goes on to serve something else."""
-    structlog.contextvars.unbind_contextvars("request_id")
-
-
-def _arrange(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+def _header_first(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
     """Put the fields that every line has in front; a value of the same name cannot replace them."""
-    record: logging.LogRecord = event.pop("_record")
-    del event["_from_structlog"]
+    record: logging.LogRecord = event["_record"]
     moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-    head: EventDict = {
-        "timestamp": moment.replace("+00:00", "Z"),
-        "level": record.levelname,
-        "logger": record.name,
-        "message": event.pop("event"),
+    header = {"timestamp": moment.replace("+00:00", "Z"), "level": record.levelname, "logger": record.name}
+    return {**header, "message": event["message"], **{key: event[key] for key in event if key not in header}}
+
+
+def _escape_for_terminal(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+    """Escape what could begin a line or steer a terminal, which structlog's console renderer writes as it is."""
+    tracebacks = {key: event.pop(key) for key in ("stack", "exception") if key in event}
+    texts = {
+        _escaped(str(key)): _escaped(value if isinstance(value, str) else repr(value)) for key, value in event.items()
     }
-    return {**head, **{key: value for key, value in event.items() if key not in head}}
-
-
-def _json_line(logger: WrappedLogger, method: str, event: EventDict) -> str:
-    # json escapes all but printable ASCII unless told otherwise.
-    return json.dumps(event, default=repr, skipkeys=True)
-
-
-def _console_line(logger: WrappedLogger, method: str, event: EventDict) -> str:
-    trace = event.pop("exception", "")
-    head = [str(event.pop(key)) for key in ("timestamp", "level", "logger", "message")]
-    lines = [" ".join([*head, *(f"{key}={_shown(value)}" for key, value in event.items())])]
     # The bar keeps a line break inside an exception's message from looking like a line of its own.
-    lines += [f"    | {line}" for line in trace.splitlines()]
-    return "\n".join(_UNPRINTABLE.sub(_escaped, line) for line in lines)
+    blocks = {
+        key: "\n".join(f"    | {_escaped(line)}" for line in str(text).splitlines()) for key, text in tracebacks.items()
+    }
+    return texts | blocks
 
 
-def _shown(value: object) -> str:
-    text = str(value)
-    return text if _BARE.fullmatch(text) else json.dumps(text, ensure_ascii=False)
-
-
-def _escaped(match: re.Match[str]) -> str:
-    return match[0].encode("unicode_escape").decode("ascii")
+def _escaped(text: str) -> str:
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def disable_foreign_tracing(allow_langsmith: bool) -> None:
-    """Keep libraries from sending prompts, answers or figures of use to their makers.
-
-    Call it before they are imported.
+    """Keep libraries from sending prompts, answers or usage figures to their vendors; call it before they are imported.
 
     Args: allow_langsmith: leave LangSmith's own variables as they are.
     """
@@ -225,5 +209,5 @@ def disable_foreign_tracing(allow_langsmith: bool) -> None:
         for name in ("TRACING", "TRACING_V2"):
             os.environ[f"{namespace}_{name}"] = "false"
     langsmith = sys.modules.get("langsmith.utils")
-    if langsmith is not None:  # It remembers what it once read of the environment.
+    if langsmith is not None:  # It caches what it read from the environment.
         langsmith.get_env_var.cache_clear()

@@ -1,6 +1,7 @@
-"""Which metrics there are, and that their labels stay few whatever clients send.
+"""Defines the Prometheus metrics, and bounds the cardinality of their labels whatever clients send.
 
-Knows no route, no engine and no store: they call in with what happened, or hand over a function to read at a scrape.
+Callers report what happened through the methods of `Metrics`; gauges of other objects are read by a function at a
+scrape.
 """
 
 import asyncio
@@ -15,15 +16,15 @@ from app.telemetry.logs import dropped_lines
 
 Direction = Literal["input", "output"]
 Read = Callable[[], float]
-"""Tells a figure at each scrape; must not block."""
+"""Returns a figure at each scrape; must not block."""
 
 METHODS = frozenset(["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
 MAX_ENDPOINTS = 128
-"""Route templates that get a series of their own: a caller that gives raw paths by mistake cannot fill the memory."""
+"""Route templates that get a series of their own: raw paths passed by mistake cannot fill the memory."""
 UNMATCHED = "unmatched"
 OTHER = "OTHER"
 
-# vLLM's buckets for tokens and for whole requests; below 0.3 s they are ours, for what needs no model.
+# vLLM's buckets for tokens and for whole requests; those below 0.3 s are for requests that need no model.
 _TOKEN_SECONDS = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10]
 _TOKEN_SECONDS += [20, 40, 80, 160, 640, 2560]
 _REQUEST_SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60]
@@ -31,8 +32,8 @@ _REQUEST_SECONDS += [120, 240, 480, 960, 1920, 7680]
 _LAG_SECONDS = [0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 5]
 
 
-class _CountAtScrape(Collector):
-    """A counter that lives elsewhere."""
+class _CounterFunction(Collector):
+    """A counter whose value is read at each scrape, as `Gauge.set_function` does for gauges."""
 
     def __init__(self, name: str, text: str, read: Read) -> None:
         self._name, self._text, self._read = name, text, read
@@ -61,7 +62,7 @@ class Metrics:
         self._http_seconds = histogram(
             "http_request_duration_seconds", "Time to the last byte", _REQUEST_SECONDS, "method", "endpoint"
         )
-        self._generated = counter("tokens_generated_total", "Tokens made", "model")
+        self._generated = counter("tokens_generated_total", "Tokens generated", "model")
         self._prompts = counter("prompt_tokens_total", "Tokens of prompts read", "model")
         self._first = histogram("time_to_first_token_seconds", "Wait for the first token", _TOKEN_SECONDS, "model")
         self._gap = histogram("inter_token_latency_seconds", "Time between tokens", _TOKEN_SECONDS, "model")
@@ -82,16 +83,16 @@ class Metrics:
         model_loaded: Read,
         engine_restarts: Read,
     ) -> None:
-        """Show figures that others keep; call it once."""
+        """Export figures that other objects count; call it once."""
         for name, text, read in (
             ("requests_running", "Requests in the model now", requests_running),
             ("requests_waiting", "Requests waiting for the model", requests_waiting),
-            ("sessions", "Chat sessions kept", sessions),
+            ("sessions", "Chat sessions stored", sessions),
             ("model_loaded", "1 when the model can answer", model_loaded),
         ):
             Gauge(name, text, registry=self._registry).set_function(read)
         self._registry.register(
-            _CountAtScrape("engine_restarts", "Times a model's worker was replaced", engine_restarts)
+            _CounterFunction("engine_restarts", "Times a model's worker was replaced", engine_restarts)
         )
 
     def http_done(self, method: str, endpoint: str | None, status: int, seconds: float) -> None:
@@ -131,7 +132,7 @@ class Metrics:
         self._rows_lost.inc(count)
 
     async def watch_event_loop(self, interval_seconds: float = 0.25) -> None:
-        """Measure for ever how late the running loop is; run it as a task and cancel it."""
+        """Measure the lag of the running event loop until cancelled; the lifespan runs it in its task group."""
         loop = asyncio.get_running_loop()
         while True:
             due = loop.time() + interval_seconds

@@ -1,1 +1,1 @@
-"""HTTP in, HTTP out.  Alone in knowing FastAPI, slowapi, headers, status codes and SSE."""
+"""The HTTP layer: the only package that uses FastAPI, slowapi, headers, status codes and SSE."""

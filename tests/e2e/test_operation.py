@@ -4,12 +4,13 @@ import json
 import re
 import signal
 import socket
+import sqlite3
 import stat
 import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -170,17 +171,120 @@ def test_sigterm_lets_a_running_stream_finish_and_then_stops(start: Start) -> No
     assert [("done", "stop")] * 2 == last
 
 
-def test_a_second_signal_stops_at_once(start: Start) -> None:
-    """Whoever presses Ctrl-C twice does not want to wait; the worker goes too."""
-    service = start(MODEL__COMPILE="none")  # else the first stream may end before the last begins
+def test_a_signal_that_comes_twice_within_a_second_counts_once(start: Start) -> None:
+    """`make run` passes SIGTERM on to a process that got it too; running answers still finish."""
+    service = start(MODEL__COMPILE="none")  # slow enough that the answers are not over within a tenth of a second
+    threads, last = stream_in_threads(service, [COUNT] * 2)
+
+    service.process.send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+    service.process.send_signal(signal.SIGTERM)
+
+    assert 0 == service.process.wait(20)
+    for thread in threads:
+        thread.join(5)
+    assert [("done", "stop")] * 2 == last
+
+
+def endless(request_id: str) -> dict[str, Any]:
+    """Return a body for either dialect that the echo engine streams for minutes."""
+    messages = [{"role": "user", "content": f"Tell me story {request_id}"}]
+    return {"model": "echo", "messages": messages, "max_tokens": 400_000, "ignore_eos": True, "stream": True}
+
+
+def stream_until_the_end(service: Service, path: str, request_id: str, lines: dict[str, list[str]]) -> None:
+    body, headers = endless(request_id), {"X-Request-ID": request_id}
+    # A connection that is cut leaves no last line, which is what a test then sees.
+    with (
+        suppress(httpx.TransportError),
+        service.client.stream("POST", path, json=body, headers=headers, timeout=20) as response,
+    ):
+        for line in response.iter_lines():
+            if line.startswith("data: "):
+                lines.setdefault(request_id, []).append(line.removeprefix("data: "))
+
+
+def logged_rows(service: Service) -> dict[str, str | None]:
+    """Return the finish reason of every request in the inference log, by request id."""
+    with closing(sqlite3.connect(service.log.parent / "data" / "service.db")) as database:
+        return dict(database.execute("SELECT request_id, finish_reason FROM inference_log").fetchall())
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_every_stream_with_a_last_event_and_loses_no_row(
+    start: Start, sent: signal.Signals
+) -> None:
+    """Whoever presses Ctrl-C again does not want to wait; clients see an end, and the log stays complete."""
+    service = start(MODEL__ENGINE="echo", MODEL__MAX_MODEL_LEN="1000000", USAGE_LOG__FLUSH_SECONDS="60")
+    lines: dict[str, list[str]] = {}
+    paths = {"native": "/v1/chat", "openai": "/v1/chat/completions"}
+    threads = [
+        threading.Thread(target=stream_until_the_end, args=(service, path, f"{name}-{number}", lines))
+        for name, path in paths.items()
+        for number in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: len(lines) == len(threads), 10)
+
+    service.process.send_signal(sent)
+    time.sleep(1.5)
+    assert all(thread.is_alive() for thread in threads)
+    service.process.send_signal(sent)
+    forced = time.monotonic()
+    for thread in threads:
+        thread.join(20)
+    took = time.monotonic() - forced
+
+    assert took < 2
+    assert 0 == service.process.wait(10)
+    for request_id, got in lines.items():
+        if request_id.startswith("openai"):
+            assert "[DONE]" == got.pop()
+            # No finish reason of OpenAI's says that the service ended an answer early.
+            assert "service_unavailable" == json.loads(got[-1])["error"]["code"]
+        else:
+            assert "abort" == json.loads(got[-1])["finish_reason"]
+    assert dict.fromkeys(lines, "abort") == logged_rows(service)
+    assert "Traceback" not in service.log.read_text()
+
+
+def test_a_client_that_does_not_read_cannot_hold_up_a_forced_stop(start: Start) -> None:
+    """It is disconnected, its request is in the log, and the worker is gone within seconds."""
+    service = start(MODEL__ENGINE="echo", MODEL__MAX_MODEL_LEN="1000000")
+    body = json.dumps(endless("deaf")).encode()
+    host, port = service.url.removeprefix("http://").split(":")
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect((host, int(port)))
+        head = f"POST /v1/chat HTTP/1.1\r\nHost: {host}\r\nX-API-Key: {KEY}\r\nX-Request-ID: deaf\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        client.sendall(head.encode() + body)
+        wait_for(lambda: service.engine()["running"] == 1, 5)
+        time.sleep(3)  # until the buffers between the two are full
+
+        service.process.send_signal(signal.SIGTERM)
+        time.sleep(1.1)
+        service.process.send_signal(signal.SIGTERM)
+        assert 0 == service.process.wait(6)
+
+    assert ["deaf"] == list(logged_rows(service))
+    assert "Traceback" not in service.log.read_text()
+
+
+def test_a_third_signal_kills_the_service_where_a_forced_stop_does_not_end(start: Start) -> None:
+    """The last resort, as with a worker that has stopped; nothing of the service stays behind."""
+    service = start(MODEL__COMPILE="none")
     worker = service.worker()
-    stream_in_threads(service, [COUNT] * 24)
+    stream_in_threads(service, [COUNT])
+    worker.suspend()
 
-    service.process.send_signal(signal.SIGINT)
-    time.sleep(0.2)
-    service.process.send_signal(signal.SIGINT)
+    for _ in range(3):
+        service.process.send_signal(signal.SIGTERM)
+        time.sleep(1.1)
 
-    service.process.wait(5)
+    assert -signal.SIGTERM == service.process.wait(1)
+    worker.resume()
     wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, 5)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from app.access.background import BackgroundGroup
 from app.access.database import Database
 from tests.services.postgres import Postgres, binaries, running
 
@@ -50,3 +51,12 @@ async def database(url: str) -> AsyncIterator[Database]:
     await database.migrate()
     yield database
     await database.close()
+
+
+@pytest.fixture
+async def background() -> AsyncIterator[BackgroundGroup]:
+    """The tasks of one replica."""
+    group = BackgroundGroup()
+    await group.start()
+    yield group
+    await group.close()

@@ -17,7 +17,7 @@ import pytest
 from sqlalchemy import func, select
 
 from app.access.database import Database
-from app.access.ledger import Month, release_expired, standing
+from app.access.ledger import Month, balance, release_expired
 from app.access.quotas import month_of
 from app.access.tables import api_keys, inference_log, reservations
 from tests.web.access import ADMIN_KEY
@@ -117,7 +117,7 @@ async def look(url: str, key: str, told: Acknowledged, safe_until: float) -> Non
     async with database.begin() as connection:
         keys = set((await connection.execute(select(api_keys.c.id))).scalars())
         rows = set((await connection.execute(select(inference_log.c.request_id))).scalars())
-    counted = await standing(database, counter(key))
+    counted = await balance(database, counter(key))
     problems = await database.problems()
     await database.close()
 
@@ -138,7 +138,7 @@ async def leases_free_the_rest(url: str, key: str) -> None:
     database = Database(url, wait_seconds=60)
     later = now() + timedelta(minutes=2)
     await database.quickly(lambda connection: release_expired(connection, later))
-    left = await standing(database, counter(key))
+    left = await balance(database, counter(key))
     async with database.begin() as connection:
         assert 0 == await connection.scalar(select(func.count()).select_from(reservations))
     await database.close()

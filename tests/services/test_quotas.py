@@ -8,8 +8,9 @@ from functools import partial
 import pytest
 
 from app.access import ledger
+from app.access.background import BackgroundGroup
 from app.access.database import Database
-from app.access.ledger import Month, standing
+from app.access.ledger import Month, balance
 from app.access.quotas import Quotas, month_of, next_month
 from app.config import QuotaConfig
 from app.errors import QuotaExceeded
@@ -20,14 +21,14 @@ REPLICAS, WORKERS = 4, 64
 
 
 async def stands(database: Database) -> tuple[int, int]:
-    found = await standing(database, Month("key", month_of(datetime.now(UTC))))
+    found = await balance(database, Month("key", month_of(datetime.now(UTC))))
     return found.used, found.reserved
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("attempts", [20, pytest.param(1000, marks=pytest.mark.soak)])
 async def test_many_workers_of_several_replicas_are_granted_exactly_the_limit(
-    url: str, database: Database, attempts: int
+    url: str, database: Database, background: BackgroundGroup, attempts: int
 ):
     """64 workers, 16 in each of four replicas with connections of their own, try so often each for one token."""
     others = [Database(url) for _ in range(REPLICAS)]
@@ -43,11 +44,11 @@ async def test_many_workers_of_several_replicas_are_granted_exactly_the_limit(
             assert reservation is not None
             granted += 1
             if granted % 2:
-                await quotas.settle(reservation, 1)
+                await quotas.commit(reservation, 1)
         return granted
 
     for quotas in replicas:
-        await quotas.start()
+        quotas.start(background)
     granted = await asyncio.gather(*(work(replicas[number % REPLICAS]) for number in range(WORKERS)))
     for quotas, other in zip(replicas, others, strict=True):
         await quotas.close()
@@ -57,52 +58,52 @@ async def test_many_workers_of_several_replicas_are_granted_exactly_the_limit(
     assert 1000 == sum(await stands(database))
 
 
-async def test_a_settlement_that_is_tried_again_counts_once(database: Database):
+async def test_a_commit_that_is_tried_again_counts_once(database: Database):
     """After a lost connection nobody knows whether the commit arrived; one whose lease has ended counts too."""
     counter = Month("key", "2026-11")
     far = datetime(2030, 1, 1, tzinfo=UTC)
     order = ledger.Reserve(id="r", counter=counter, tokens=500, limit=1000, expires=far)
-    settlement = ledger.Settle(id="r", counter=counter, tokens=30)
-    late = ledger.Settle(id="gone", counter=counter, tokens=7)
+    commit = ledger.Commit(id="r", counter=counter, tokens=30)
+    late = ledger.Commit(id="gone", counter=counter, tokens=7)
 
     await database.quickly(partial(ledger.reserve, order=order))
-    reserved = await standing(database, counter)
+    reserved = await balance(database, counter)
     for again in (False, True, True):
-        await database.quickly(partial(ledger.settle, order=settlement, again=again))
-    await database.quickly(partial(ledger.settle, order=late))
+        await database.quickly(partial(ledger.commit, order=commit, again=again))
+    await database.quickly(partial(ledger.commit, order=late))
 
     assert (0, 500) == (reserved.used, reserved.reserved)
-    settled = await standing(database, counter)
-    assert (37, 0) == (settled.used, settled.reserved)
+    committed = await balance(database, counter)
+    assert (37, 0) == (committed.used, committed.reserved)
 
 
-async def test_an_answer_counts_for_the_month_in_which_it_began(database: Database):
-    """Let in a moment before midnight UTC and settled after it; the new month begins with nothing used."""
+async def test_an_answer_counts_for_the_month_in_which_it_began(database: Database, background: BackgroundGroup):
+    """Let in a moment before midnight UTC and committed after it; the new month begins with nothing used."""
     moments = [datetime(2026, 11, 30, 23, 59, 59, 900_000, tzinfo=UTC), datetime(2026, 12, 1, tzinfo=UTC)]
     clock = iter(moments)
     quotas = Quotas(database, QuotaConfig(), now=lambda: next(clock))
-    await quotas.start()
+    quotas.start(background)
     old = await quotas.reserve(CALLER, 1000)
     new = await quotas.reserve(CALLER, 1000)
     assert old is not None
     assert new is not None
-    await old.settle(10)
-    await new.settle(20)
+    await quotas.commit(old, 10)
+    await quotas.commit(new, 20)
     await quotas.close()
 
-    stood = [await standing(database, Month("key", month)) for month in ("2026-11", "2026-12")]
+    stood = [await balance(database, Month("key", month)) for month in ("2026-11", "2026-12")]
     assert [(10, 0), (20, 0)] == [(each.used, each.reserved) for each in stood]
     assert moments[1] == next_month(moments[0])
     assert datetime(2027, 1, 1, tzinfo=UTC) == next_month(moments[1])
 
 
-async def test_a_limit_that_is_lowered_below_what_is_used_refuses(database: Database):
+async def test_a_limit_that_is_lowered_below_what_is_used_refuses(database: Database, background: BackgroundGroup):
     """And a refusal leaves nothing behind."""
     quotas = Quotas(database, QuotaConfig())
-    await quotas.start()
+    quotas.start(background)
     held = await quotas.reserve(CALLER, 900)
     assert held is not None
-    await held.settle(900)
+    await quotas.commit(held, 900)
 
     with pytest.raises(QuotaExceeded) as refused:
         await quotas.reserve(Principal("key", "tenant", limits=Limits(monthly_tokens=500)), 1)
@@ -112,10 +113,10 @@ async def test_a_limit_that_is_lowered_below_what_is_used_refuses(database: Data
     assert (900, 0) == await stands(database)
 
 
-async def test_who_leaves_while_tokens_are_reserved_holds_none(database: Database):
+async def test_who_leaves_while_tokens_are_reserved_holds_none(database: Database, background: BackgroundGroup):
     """Whatever the moment; long before any lease ends."""
     quotas = Quotas(database, QuotaConfig())
-    await quotas.start()
+    quotas.start(background)
     for moment in range(40):
         leaving = asyncio.create_task(quotas.reserve(CALLER, 10))
         await asyncio.sleep(0.0001 * moment)
@@ -123,7 +124,7 @@ async def test_who_leaves_while_tokens_are_reserved_holds_none(database: Databas
         with suppress(asyncio.CancelledError):
             held = await leaving
             assert held is not None
-            await held.settle(0)
+            await quotas.commit(held, 0)
     async with asyncio.timeout(5):
         while await stands(database) != (0, 0):  # noqa: ASYNC110  # the writer's work has no event
             await asyncio.sleep(0.01)

@@ -8,8 +8,9 @@ import pytest
 from sqlalchemy import func, select, update
 
 from app.access import authenticator as key_ring
+from app.access.background import BackgroundGroup
 from app.access.database import Database
-from app.access.ledger import Month, standing
+from app.access.ledger import Month, balance
 from app.access.quotas import Quotas
 from app.access.tables import completion_cache, inference_log
 from app.config import QuotaConfig
@@ -55,10 +56,10 @@ async def test_an_answer_outlives_its_process_and_is_shared(url: str, tmp_path: 
         second = await other.ask(ADMIN_KEY, **body)
         streamed = await other.ask(ADMIN_KEY, **body | {"stream": True})
         foreign = await other.ask(await other.key(), **body)
-        await other.access.answers.close()  # what is being written is there then
+        await other.access.response_cache.close()  # what is being written is there then
         async with other.access.database.begin() as connection:
             await connection.execute(update(completion_cache).values(expires=datetime(2026, 1, 1, tzinfo=UTC)))
-        await other.access.answers.delete_expired()
+        await other.access.response_cache.delete_expired()
         async with other.access.database.begin() as connection:
             left = await connection.scalar(select(func.count()).select_from(completion_cache))
 
@@ -69,32 +70,35 @@ async def test_an_answer_outlives_its_process_and_is_shared(url: str, tmp_path: 
 
 
 async def test_what_a_dead_process_had_reserved_is_released_by_its_lease(url: str, database: Database):
-    """A living one renews its own; a settlement that comes too late still counts."""
+    """A living one renews its own; a commit that comes too late still counts."""
     config = QuotaConfig(lease_seconds=0.4)
-    dead, alive = Quotas(Database(url), config), Quotas(database, config)
-    await dead.start()
-    await alive.start()
+    other = Database(url)
+    dead, alive = Quotas(other, config), Quotas(database, config)
+    groups = BackgroundGroup(), BackgroundGroup()
+    for quotas, group in zip((dead, alive), groups, strict=True):
+        await group.start()
+        quotas.start(group)
     lost = await dead.reserve(CALLER, 300)
     held = await alive.reserve(CALLER, 500)
     assert lost is not None
     assert held is not None
-    for task in dead._tasks:
-        task.cancel()
+    await groups[0].close()
     counter = Month("key", held.counter.month)
 
     async with asyncio.timeout(5):
-        while (await standing(database, counter)).reserved != 500:  # noqa: ASYNC110  # another task's work
+        while (await balance(database, counter)).reserved != 500:  # noqa: ASYNC110  # another task's work
             await asyncio.sleep(0.05)
     await asyncio.sleep(0.6)
-    kept = await standing(database, counter)
-    await held.settle(20)
-    await alive.settle(lost, 30)
-    settled = await standing(database, counter)
+    kept = await balance(database, counter)
+    await alive.commit(held, 20)
+    await alive.commit(lost, 30)
+    committed = await balance(database, counter)
     await alive.close()
-    await dead._db.close()
+    await groups[1].close()
+    await other.close()
 
     assert (0, 500) == (kept.used, kept.reserved)
-    assert (50, 0) == (settled.used, settled.reserved)
+    assert (50, 0) == (committed.used, committed.reserved)
 
 
 @pytest.mark.services

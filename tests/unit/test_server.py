@@ -1,4 +1,4 @@
-"""What the process does around the application, as far as it needs no socket."""
+"""What `app.server` does around the application, as far as it needs no socket."""
 
 import gc
 from types import SimpleNamespace
@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from app.config import Settings
-from app.server import _greet
+from app.server import announce_when_ready
 
 
-async def test_what_is_there_when_the_model_is_ready_is_not_searched_for_garbage(
+async def test_objects_alive_when_the_model_is_ready_are_frozen_for_the_garbage_collector(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A full collection would hold every stream up; what is made from then on is collected as ever."""
+    """A full collection would pause every stream; later objects are collected as usual."""
     server: Any = SimpleNamespace(stopping=False)
 
     async def ready() -> None:
@@ -21,7 +21,7 @@ async def test_what_is_there_when_the_model_is_ready_is_not_searched_for_garbage
 
     gc.unfreeze()
     try:
-        assert await _greet(ready, server, Settings(), 8000)
+        assert await announce_when_ready(ready, server, Settings(), 8000)
         assert gc.get_freeze_count() > 10_000
     finally:
         gc.unfreeze()

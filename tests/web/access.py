@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 from fastapi import FastAPI
 
-from app.access.access import Access
+from app.access.access import AccessControl
 from app.config import load_settings
 from app.engine.base import Engine
 from app.main import create_app
@@ -24,8 +24,8 @@ class Running:
     app: FastAPI
 
     @property
-    def access(self) -> Access:
-        access: Access = self.app.state.parts.access
+    def access(self) -> AccessControl:
+        access: AccessControl = self.app.state.container.access
         return access
 
     def client(self, key: str = ADMIN_KEY) -> httpx.AsyncClient:
@@ -40,13 +40,13 @@ class Running:
     async def key(self, **fields: Any) -> str:
         """Make a key."""
         async with self.client() as http:
-            made = await http.post("/v1/keys", json=fields)
-        assert 201 == made.status_code, made.text
-        key: str = made.json()["key"]
+            created = await http.post("/v1/keys", json=fields)
+        assert 201 == created.status_code, created.text
+        key: str = created.json()["key"]
         return key
 
     async def usage(self, key: str = ADMIN_KEY, **params: str) -> dict[str, Any]:
-        """Return what a key is told of its own usage."""
+        """Return the usage report that a key gets of itself."""
         async with self.client(key) as http:
             reply = await http.get("/v1/usage", params=params)
         assert 200 == reply.status_code, reply.text
@@ -68,6 +68,6 @@ async def running(folder: Path, *, engine: Engine | None = None, **sections: Any
         name: given.get(name, {}) | section if isinstance(section, dict) else section
         for name, section in sections.items()
     }
-    app = create_app(load_settings(folder / "none.yml", None, **given), engine=engine)
+    app = create_app(load_settings(folder / "none.yml", None, **given), engines={"echo": engine} if engine else None)
     async with app.router.lifespan_context(app):
         yield Running(app)

@@ -2,8 +2,8 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,19 +11,16 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 
-from app.access.access import Access
 from app.access.limits import configured
 from app.config import Settings, load_settings
 from app.engine.echo import EchoEngine
-from app.engine.host import EngineRegistry
-from app.engine.tokenizer.logprob_text import AnswerToken
-from app.generation.requests import ChatAsk, CompletionAsk, Context, Delta, Ending, Event, Finished, Started
-from app.generation.sessions import MemorySessionStore, SessionStore
+from app.engine.host import ModelHost
+from app.events import ContextUsage, Delta, DetokenizedLogprob, Event, Finished, FinishedSample, Started
+from app.main import create_app
+from app.requests import GenerationRequest
 from app.telemetry import Metrics
 from app.types import FinishReason, Principal, Rights, Usage
-from app.web.app_factory import build_app
-from app.web.http.dependencies import Parts
-from app.web.http.rate_limits import RateLimits
+from app.web.http.dependencies import Container
 
 KEY = "web-tests-key-0123456789"
 AUTH = {"X-API-Key": KEY}
@@ -42,44 +39,35 @@ Step = str | float | BaseException
 
 @dataclass
 class ScriptedService:
-    """Answers every ask with the same steps and remembers what became of each."""
+    """Responds to every request with the same steps and records what became of each."""
 
     steps: list[Step] = field(default_factory=lambda: ["Hel", "lo"])
     refusal: Exception | None = None
-    """Raised before the answer begins."""
+    """Raised before the response begins."""
     refusal_after_seconds: float = 0
     finish_reason: FinishReason = FinishReason.STOP
     ends: bool = True
     """False breaks the promise of a last event."""
-    sessions: SessionStore | None = None
-    asks: list[CompletionAsk | ChatAsk] = field(default_factory=list)
+    requests: list[GenerationRequest] = field(default_factory=list)
     running: int = 0
     closed_at: float | None = None
-    """The loop's time when the last answer was over."""
+    """The loop's time when the last response was over."""
 
-    async def complete(self, ask: CompletionAsk) -> AsyncGenerator[Event, None]:
-        async for event in self._play(ask, Started(model=MODEL, prompt=str(ask.prompt), prompt_tokens=3), None):
-            yield event
-
-    async def chat(self, ask: ChatAsk) -> AsyncGenerator[Event, None]:
-        async for event in self._play(ask, Started(model=MODEL, prompt_tokens=3), ask.session_id):
-            yield event
-
-    async def _play(
-        self, ask: CompletionAsk | ChatAsk, started: Started, session_id: str | None
-    ) -> AsyncGenerator[Event, None]:
-        self.asks.append(ask)
+    async def generate(self, request: GenerationRequest, principal: Principal) -> AsyncGenerator[Event, None]:
+        self.requests.append(request)
         self.running += 1
         try:
             await asyncio.sleep(self.refusal_after_seconds)
             if self.refusal:
                 raise self.refusal
-            yield started
+            prompt = None if request.is_chat else str(request.text or request.prompt_ids)
+            yield Started(model=MODEL, prompt=prompt, prompt_tokens=3)
             for step in self.steps:
                 match step:
                     case str():
-                        for index in range(ask.sampling.n):
-                            yield Delta(text=step, index=index, tokens=_tokens(step, ask.sampling.logprobs), made=1)
+                        for index in range(request.n):
+                            logprobs = _logprobs(step, request.sampling.logprobs)
+                            yield Delta(text=step, index=index, logprobs=logprobs, tokens=1)
                     case BaseException():
                         raise step
                     case _:
@@ -87,26 +75,27 @@ class ScriptedService:
             if self.ends:
                 yield Finished(
                     model=MODEL,
-                    endings=(Ending(finish_reason=self.finish_reason, tokens=2),) * ask.sampling.n,
-                    usage=Usage(prompt_tokens=3, completion_tokens=2 * ask.sampling.n, cached_tokens=1),
-                    cached=False,
-                    session_id=session_id,
-                    context=Context(limit=100, prompt_tokens=3, turns_kept=1, turns_dropped=0),
+                    samples=(FinishedSample(finish_reason=self.finish_reason, completion_tokens=2),) * request.n,
+                    usage=Usage(prompt_tokens=3, completion_tokens=2 * request.n, cached_tokens=1),
+                    session_id=request.session_id,
+                    context=ContextUsage(limit=100, prompt_tokens=3, turns_kept=1, turns_dropped=0)
+                    if request.is_chat
+                    else None,
                 )
         finally:
             self.running -= 1
             self.closed_at = asyncio.get_running_loop().time()
 
-    async def status(self) -> Mapping[str, Any]:
+    def status(self) -> Mapping[str, Any]:
         return {"engine": {"state": "ready"}}
 
 
-def _tokens(text: str, logprobs: int | None) -> tuple[AnswerToken, ...]:
-    """One token for each step, with as many alternatives as are asked for."""
-    if logprobs is None:
+def _logprobs(text: str, alternatives: int | None) -> tuple[DetokenizedLogprob, ...]:
+    """Return one token for each step, with as many alternatives as are requested."""
+    if alternatives is None:
         return ()
-    top = tuple(AnswerToken(f"{text}{rank}", b"", -rank) for rank in range(logprobs))
-    return (AnswerToken(text, text.encode(), -0.5, top),)
+    top = tuple(DetokenizedLogprob(f"{text}{rank}", b"", -rank) for rank in range(alternatives))
+    return (DetokenizedLogprob(text, text.encode(), -0.5, top),)
 
 
 @dataclass(frozen=True)
@@ -122,19 +111,14 @@ class OneKey:
         return Principal("admin", "admin", limits=limits, rights=Rights(load_models=True, manage_keys=True))
 
 
-async def _unmasked(text: str) -> str:
-    return text
-
-
 @dataclass
 class Web:
     """One application under test and what stands behind it."""
 
     app: FastAPI
     service: ScriptedService
-    engines: EngineRegistry
+    host: ModelHost
     metrics: Metrics
-    limits: RateLimits
 
     @asynccontextmanager
     async def client(self, **headers: str) -> AsyncIterator[httpx.AsyncClient]:
@@ -149,11 +133,10 @@ class Web:
         config = uvicorn.Config(
             self.app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2
         )
-        server = uvicorn.Server(config)
+        server = SignalFreeServer(config)
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
-            # Not serve(): that would take the test process's signals.
-            serving = asyncio.create_task(server._serve([listener]))
+            serving = asyncio.create_task(server.serve([listener]))
             await until(lambda: server.started)
             yield listener.getsockname()[1]
             server.should_exit = True
@@ -164,33 +147,21 @@ HIGH_RATE = {"requests_per_minute": 100_000, "burst_size": 100_000}
 
 
 async def make_web(service: ScriptedService | None = None, **sections: dict[str, Any]) -> Web:
-    """Build the application as `create_app` does, around a scripted service."""
+    """Build the application with a scripted service, one key and no database."""
     nowhere = {"url": "sqlite:////nowhere/service.db"}
-    config = load_settings("absent.yml", None, **{"rate_limit": HIGH_RATE, "database": nowhere, **sections})
+    security = {"api_key": KEY, **sections.pop("security", {})}
+    defaults = {"rate_limit": HIGH_RATE, "database": nowhere, "security": security}
+    config = load_settings("absent.yml", None, **{**defaults, **sections})
     service = service or ScriptedService()
-    if service.sessions is None and config.chat_history.enabled:
-        service.sessions = MemorySessionStore(config.chat_history)
-    engines = EngineRegistry({MODEL: EchoEngine(model=MODEL)})
-    await engines.start()
-    metrics = Metrics(models=[MODEL])
-    limits = RateLimits(
-        config.security.failed_keys_per_minute, enabled=config.rate_limit.enabled, on_refusal=metrics.rate_limited
-    )
-    access = Access(config, configured_key=KEY, first_key=None, mask=_unmasked, on_drop=lambda count: None)
-    parts = Parts(
-        settings=config,
-        service=service,
-        engines=engines,
-        keys=OneKey(config),
-        access=access,
-        limits=limits,
-        metrics=metrics,
-    )
-    return Web(app=build_app(parts), service=service, engines=engines, metrics=metrics, limits=limits)
+    engines = {MODEL: EchoEngine(model=MODEL)}
+    app = create_app(config, engines=engines, service=service, keys=OneKey(config))
+    container: Container = app.state.container
+    await container.host.start()
+    return Web(app=app, service=service, host=container.host, metrics=container.metrics)
 
 
 def is_envelope(response: httpx.Response) -> bool:
-    """Whether an answer is the error object of its path's dialect, whole and, where it tells one, of the right id."""
+    """Return whether a response is the complete error envelope of its path's dialect, with the right request id."""
     body = response.json()
     if response.request.url.path.startswith(OPENAI_PATHS):
         return set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}

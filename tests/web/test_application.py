@@ -57,8 +57,8 @@ async def test_what_the_model_says_is_filtered_whole_and_streamed_and_in_the_cac
     assert "[EMAIL]" == whole["message"]["content"] == replayed["message"]["content"]
     assert replayed["cached"]
     assert "jane" not in streamed
-    pieces = [json.loads(line[6:]).get("content", "") for line in streamed.splitlines() if line.startswith("data: ")]
-    assert "mail [EMAIL] now" == "".join(pieces)
+    contents = [json.loads(line[6:]).get("content", "") for line in streamed.splitlines() if line.startswith("data: ")]
+    assert "mail [EMAIL] now" == "".join(contents)
     assert 'pii_matches_total{direction="output",kind="email"} 2.0' in metrics
 
 
@@ -81,8 +81,8 @@ async def test_log_probabilities_say_no_more_than_the_filtered_text(client: Clie
         assert "mail " == "".join(token["text"] for token in completion["tokens"])
         assert [1] * 5 == [len(token["top"]) for token in completion["tokens"]]
     deltas = [json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: ")][:-1]
-    told = "".join(token["text"] for delta in deltas if delta["index"] == 1 for token in delta["tokens"])
-    assert "mail " == told
+    text = "".join(token["text"] for delta in deltas if delta["index"] == 1 for token in delta["tokens"])
+    assert "mail " == text
 
 
 async def test_several_answers_and_a_batch_go_through_the_one_service(client: Client) -> None:

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from app.generation.batch import AT_ONCE
+from app.generation.batch import MAX_PARALLEL
 from app.types import FinishReason
 from tests.web.harness import BODIES, CHAT, KEY, ScriptedService, make_web, until
 
@@ -84,14 +84,14 @@ async def test_a_client_that_hangs_up_cancels_its_whole_batch(log_lines):
     async with web.listening() as port:
         _, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(post("/v1/generate/batch", {"prompts": ["x"] * 40}))
-        await until(lambda: web.service.running == AT_ONCE)
+        await until(lambda: web.service.running == MAX_PARALLEL)
         hung_up = asyncio.get_running_loop().time()
         writer.close()
         await until(lambda: web.service.running == 0)
         await until(lambda: bool(log_lines))
 
     assert web.service.closed_at - hung_up < CANCEL_SECONDS
-    assert AT_ONCE == len(web.service.asks)
+    assert MAX_PARALLEL == len(web.service.requests)
     assert ("/v1/generate/batch", 499) == (log_lines[0]["route"], log_lines[0]["status_code"])
 
 
@@ -181,7 +181,7 @@ async def test_a_body_that_comes_too_slowly_is_given_up():
     assert (408, "deadline_exceeded") == (status_of(answer), json.loads(answer.split(b"\r\n\r\n")[1])["error"])
     assert 0.25 < time.monotonic() - began < 2.5
     assert b"connection: close" in answer.lower()
-    assert [] == web.service.asks
+    assert [] == web.service.requests
 
 
 async def test_the_deadline_is_for_the_body_and_not_for_the_answer():
@@ -204,7 +204,7 @@ async def test_a_client_that_goes_with_half_its_body_sent_is_forgotten(log_lines
         await until(lambda: bool(log_lines))
 
     assert [("/v1/generate", 499)] == [(line["route"], line["status_code"]) for line in log_lines]
-    assert [] == web.service.asks
+    assert [] == web.service.requests
 
 
 async def test_a_long_body_is_refused_without_being_read():
@@ -244,7 +244,7 @@ async def test_broken_requests_are_refused_and_never_fail(lines, statuses):
         answer = await talk(port, "\r\n".join(head).encode("latin-1") + b"\r\n\r\n")
 
     assert status_of(answer) in statuses
-    assert [] == web.service.asks
+    assert [] == web.service.requests
 
 
 async def test_an_unread_body_does_not_become_the_next_request():

@@ -129,7 +129,7 @@ async def test_personal_data_goes_neither_in_nor_out(start, route, stream, log_l
 
 @every_stream
 async def test_log_probabilities_tell_nothing_of_what_was_masked(start, route, stream):
-    """Neither the tokens nor the likeliest others spell it."""
+    """Neither the tokens nor their alternatives show it."""
     scored = {"logprobs": True, "top_logprobs": 2} if "chat/completions" in route.path else {"logprobs": 2}
     async with start(pii={"input": "off"}) as http:
         reply = await http.post(
@@ -137,8 +137,8 @@ async def test_log_probabilities_tell_nothing_of_what_was_masked(start, route, s
         )
 
     assert "mail [EMAIL] now" == text_of(reply)
-    for spelled in ('"j"', '"@"', r"\b106\b", '"x"'):
-        assert not re.search(spelled, reply.text)
+    for form in ('"j"', '"@"', r"\b106\b", '"x"'):
+        assert not re.search(form, reply.text)
 
 
 @every_stream
@@ -150,8 +150,8 @@ async def test_the_tokens_are_counted_once_wherever_they_are_told(start, route, 
         figures = (await http.get("/metrics")).text
 
     (counted,) = [line for line in figures.splitlines() if line.startswith("tokens_generated_total{")]
-    told = [json.loads(line.removeprefix("data: ")) for line in reply.text.splitlines() if '"usage":{' in line]
-    usage = told[-1]["results"][0]["usage"] if "results" in told[-1] else told[-1]["usage"]
+    frames = [json.loads(line.removeprefix("data: ")) for line in reply.text.splitlines() if '"usage":{' in line]
+    usage = frames[-1]["results"][0]["usage"] if "results" in frames[-1] else frames[-1]["usage"]
     assert usage["completion_tokens"] == float(counted.split()[-1]) >= 4
     assert f'endpoint="{route.path}"' in figures
 
@@ -197,7 +197,7 @@ async def test_a_month_that_has_no_room_is_refused_and_what_was_made_is_counted(
     """On OpenAI's routes as insufficient_quota, which its clients do not send again; nothing is taken for it."""
     async with running(tmp_path, cache={"enabled": False}) as service:
 
-        async def asked(key: str) -> httpx.Response:
+        async def post(key: str) -> httpx.Response:
             async with service.client(key) as http:
                 reply = await http.post(route.path, json=route.body(max_tokens=4, stream=stream))
             async with asyncio.timeout(5):
@@ -206,10 +206,10 @@ async def test_a_month_that_has_no_room_is_refused_and_what_was_made_is_counted(
             return reply
 
         rich = await service.key(limits={"monthly_tokens": 10_000})
-        await asked(rich)
+        await post(rich)
         cost = (await service.usage(rich))["used"]
         key = await service.key(limits={"monthly_tokens": 2 * cost})
-        replies = [await asked(key) for _ in range(3)]
+        replies = [await post(key) for _ in range(3)]
         used = (await service.usage(key))["used"]
 
     code = "insufficient_quota" if "completions" in route.path else "quota_exceeded"
@@ -243,7 +243,7 @@ async def test_a_full_model_is_our_fault_and_says_when_to_come_back(start, route
 @every_stream
 async def test_a_draining_service_takes_nothing_new(start, route, stream):
     async with start() as http:
-        http._transport.app.state.parts.engines.draining = True
+        http._transport.app.state.container.host.draining = True
         reply = await http.post(route.path, json=route.body(stream=stream))
 
     assert (503, True) == (reply.status_code, is_envelope(reply))
@@ -260,7 +260,7 @@ async def test_every_answer_has_its_id_and_its_time(start, route):
 
 @every_stream
 async def test_a_client_that_hangs_up_frees_its_place_at_once(route, stream, log_lines):
-    """The generator is closed, whatever it was doing; the log tells of one request."""
+    """The generator is closed, whatever it was doing; the log has one request."""
     web: Web = await make_web()
     web.service.steps = ["a", 60.0]
     async with web.listening() as port:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from app.access import authenticator as key_ring
+from app.access import key_verifier
 from app.access.key_format import new_key
 from tests.web.access import ADMIN_KEY, Running, running
 
@@ -211,11 +211,13 @@ async def test_every_attempt_compares_digests_whether_the_id_exists_or_not(servi
     """An unknown id and a wrong secret take the same path: the same comparisons of the same lengths."""
     key_id = (await service.key()).split("_")[1]
     seen: list[tuple[int, int]] = []
-    compare = key_ring.hmac.compare_digest
-    monkeypatch.setattr(key_ring.hmac, "compare_digest", lambda a, b: seen.append((len(a), len(b))) or compare(a, b))
+    compare = key_verifier.hmac.compare_digest
+    monkeypatch.setattr(
+        key_verifier.hmac, "compare_digest", lambda a, b: seen.append((len(a), len(b))) or compare(a, b)
+    )
 
     for key in (new_key(), new_key(key_id)):
-        await service.access.ring.authenticate(key.encode())
+        await service.access.authenticator.authenticate(key.encode())
 
     assert [(32, 32)] * 6 == seen
 
@@ -234,7 +236,7 @@ async def test_the_last_use_of_a_key_is_noted_now_and_then(service: Running):
     await service.ask(key)
     async with service.client() as admin:
         before = (await admin.get(f"/v1/keys/{key.split('_')[1]}")).json()["last_used"]
-        await service.access._note_used()
+        await service.access.note_used()
         after = (await admin.get(f"/v1/keys/{key.split('_')[1]}")).json()["last_used"]
 
     assert before is None

@@ -55,7 +55,7 @@ async def test_wrong_bodies_are_refused_without_echo(web, client, log_lines, sub
         with subtests.test(name):
             reply = await client.post(route, content=content, headers={"Content-Type": JSON})
             assert_refused(reply, log_lines)
-    assert [] == web.service.asks
+    assert [] == web.service.requests
 
 
 async def test_wrong_fields_are_refused_by_name_without_echo(web, client, log_lines, subtests):
@@ -68,7 +68,7 @@ async def test_wrong_fields_are_refused_by_name_without_echo(web, client, log_li
                 assert any(one.split(".")[0] in (field, "body") for one in named)
             assert all(len(one) <= 80 for one in named)
             assert "<" not in str(named)
-    assert [] == web.service.asks
+    assert [] == web.service.requests
 
 
 RIGHT_FOR_OPENAI = [("top_k", -1), ("stop", []), ("seed", -1), ("stream", None), ("ignore_eos", None), ("user", CANARY)]
@@ -85,7 +85,7 @@ async def test_wrong_fields_are_refused_in_openais_dialect_too(web, client, log_
                 reply = await client.post(route, content=content, headers={"Content-Type": JSON})
                 assert_refused(reply, log_lines)
                 assert "<" not in str(reply.json()["error"]["param"])
-    assert [] == web.service.asks
+    assert [] == web.service.requests
 
 
 async def test_wrong_types_are_refused_without_echo(web, client, log_lines, subtests):
@@ -94,7 +94,7 @@ async def test_wrong_types_are_refused_without_echo(web, client, log_lines, subt
             with subtests.test(f"{route} {headers}"):
                 request = client.build_request("POST", route, content=body(route), headers=headers)
                 assert_refused(await client.send(request), log_lines, 415)
-    assert [] == web.service.asks
+    assert [] == web.service.requests
 
 
 @pytest.mark.parametrize("content_type", [JSON, "Application/JSON; charset=UTF-8", 'application/json; charset="utf-8"'])
@@ -130,7 +130,7 @@ async def test_two_names_with_one_value_are_fine(web, client, route):
     reply = await client.post(route, json={**RIGHT[route], **fields})
 
     assert 200 == reply.status_code
-    sampling = web.service.asks[0].sampling
+    sampling = web.service.requests[0].sampling
     assert (5, ("a",), 2) == (sampling.max_tokens, sampling.stop, sampling.n)
 
 
@@ -143,7 +143,7 @@ async def test_null_is_what_was_left_out(web, client, route):
     reply = await client.post(route, json={**RIGHT[route], **dict.fromkeys(names)})
 
     assert 200 == reply.status_code
-    assert Sampling() == web.service.asks[0].sampling
+    assert Sampling() == web.service.requests[0].sampling
 
 
 async def test_an_unknown_field_is_named(client):

@@ -185,7 +185,7 @@ async def test_no_body_is_read_before_the_key_is_checked(web):
     ],
 )
 async def test_health_is_always_well_and_readiness_follows_the_engine(web, client, state, status, word):
-    web.engines.default.status = lambda: EngineStatus(state=state, running=0, waiting=0, restarts=0)
+    web.host.default.engine.status = lambda: EngineStatus(state=state, running=0, waiting=0, restarts=0)
 
     health, ready = await client.get("/health"), await client.get("/readyz")
 

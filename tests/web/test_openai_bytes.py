@@ -140,8 +140,8 @@ async def test_models_are_listed_with_the_fields_of_both_servers(client):
 
 
 async def test_a_quantized_model_says_what_that_costs(web, client):
-    """Its log-probabilities are not those of the model as it was made, and the card says by how much."""
-    web.engines.default._info = replace(web.engines.default.info, logprob_shift=0.0583)
+    """Its log-probabilities differ from the unquantized model's, and the card says by how much."""
+    web.host.default._info = replace(web.host.default.info, logprob_shift=0.0583)
 
     card = (await client.get(f"/v1/models/{MODEL}")).json()
 
@@ -149,14 +149,14 @@ async def test_a_quantized_model_says_what_that_costs(web, client):
 
 
 async def test_a_model_of_the_hub_has_a_slash_in_its_name(client, web):
-    web.engines._engines["google/gemma-2-2b-it"] = web.engines.default
+    web.host._engines["google/gemma-2-2b-it"] = web.host.default
 
     assert "google/gemma-2-2b-it" == (await client.get("/v1/models/google/gemma-2-2b-it")).json()["id"]
 
 
 async def test_a_model_that_still_loads_is_listed_and_its_requests_are_told_to_wait(web, client):
     """Nothing is known of it yet but its name."""
-    web.engines._engines["slow"] = LocalEngine(ModelConfig(), DeadlineConfig())
+    web.host._engines["slow"] = LocalEngine(ModelConfig(), DeadlineConfig())
 
     card = (await client.get("/v1/models/slow")).json()
     reply = await client.post(CHATS, json=body(CHATS, {"model": "slow"}))
@@ -182,7 +182,7 @@ async def test_only_what_is_deterministic_may_come_from_the_cache(web, client, p
     reply = await client.post(path, json=body(path, {**fields, "stream": stream}), headers=headers)
 
     assert verdict == reply.headers["x-cache"]
-    assert (verdict != "BYPASS") == web.service.asks[0].cache
+    assert (verdict != "BYPASS") == web.service.requests[0].cache
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -207,7 +207,7 @@ async def test_where_there_is_no_cache_it_is_passed_by(stream):
 async def test_a_session_is_kept_only_where_one_is_named(web, client, fields, headers, session):
     await client.post(CHATS, json={**CHAT, **fields}, headers=headers)
 
-    assert session == web.service.asks[0].session_id
+    assert session == web.service.requests[0].session_id
 
 
 @pytest.mark.parametrize(
@@ -217,18 +217,18 @@ async def test_a_session_that_is_not_clear_is_refused(web, client, headers, para
     reply = await client.post(CHATS, json={**CHAT, "session_id": "s"}, headers=headers)
 
     assert (400, param) == (reply.status_code, reply.json()["error"]["param"])
-    assert [] == web.service.asks
+    assert [] == web.service.requests
 
 
 async def test_the_last_message_is_continued_when_asked(web, client):
     messages = [*CHAT["messages"], {"role": "assistant", "content": "The answer is"}]
     for fields, going_on in (({}, False), ({"continue_final_message": True, "add_generation_prompt": False}, True)):
         assert 200 == (await client.post(CHATS, json={"messages": messages, **fields})).status_code
-        assert going_on == web.service.asks[-1].go_on
+        assert going_on == web.service.requests[-1].go_on
 
 
 async def test_nothing_of_the_sampling_is_lost_in_translation(web, client):
     await client.post(CHATS, json={**CHAT, "logprobs": True, "top_logprobs": 4, "n": 2, "top_k": 5, "seed": 3})
 
     expected = Sampling(temperature=1.0, logprobs=4, n=2, top_k=5, seed=3)
-    assert expected == web.service.asks[0].sampling
+    assert expected == web.service.requests[0].sampling

@@ -4,7 +4,8 @@ import pytest
 
 from app import errors
 from app.errors import AppError, ContextLengthExceeded, EngineBusy, InternalError, RateLimited
-from app.web.openai.errors import envelope, headers, speaks
+from app.web.http.errors import DEFAULT_FORMAT, ErrorRenderer
+from app.web.openai.errors import ERROR_FORMAT, PATH_PREFIXES, envelope
 from tests.web.harness import AUTH, CHAT, GENERATE, KEY, ScriptedService, make_web
 
 BODIES = {"/v1/chat/completions": CHAT, "/v1/completions": GENERATE}
@@ -17,7 +18,7 @@ class QuotaUsedUp(AppError):
     status, code = 429, "quota_exceeded"
 
 
-def told(reply) -> tuple[int, str, str | None, str]:
+def error_fields(reply) -> tuple[int, str, str | None, str]:
     error = reply.json()["error"]
     return reply.status_code, error["type"], error["param"], error["code"]
 
@@ -28,7 +29,7 @@ async def test_a_wrong_key_is_invalid_api_key(path):
     async with web.client(Authorization="Bearer wrong-key-0123456789") as client:
         reply = await client.post(path) if path in BODIES else await client.get(path)
 
-    assert (401, "authentication_error", None, "invalid_api_key") == told(reply)
+    assert (401, "authentication_error", None, "invalid_api_key") == error_fields(reply)
     assert "Bearer" == reply.headers["www-authenticate"]
 
 
@@ -43,7 +44,7 @@ async def test_a_bearer_token_is_the_key(path):
 async def test_an_unknown_model_is_model_not_found(client, path):
     reply = await client.post(path, json={**BODIES[path], "model": "gpt-4o"})
 
-    assert (404, "invalid_request_error", "model", "model_not_found") == told(reply)
+    assert (404, "invalid_request_error", "model", "model_not_found") == error_fields(reply)
 
 
 @pytest.mark.parametrize(("path", "field"), [("/v1/chat/completions", "messages"), ("/v1/completions", "prompt")])
@@ -54,7 +55,7 @@ async def test_too_long_a_prompt_is_context_length_exceeded_in_tokens_and_in_cha
     for web in (in_tokens, in_characters):
         async with web.client(**AUTH) as client:
             reply = await client.post(path, json=BODIES[path])
-        assert (400, "invalid_request_error", field, "context_length_exceeded") == told(reply)
+        assert (400, "invalid_request_error", field, "context_length_exceeded") == error_fields(reply)
 
 
 @pytest.mark.parametrize("path", BODIES)
@@ -74,7 +75,7 @@ async def test_what_the_service_refuses_has_its_type_and_code(path, refusal, exp
     async with web.client() as client:
         for stream in (False, True):
             reply = await client.post(path, json={**BODIES[path], "stream": stream})
-            assert expected == told(reply)
+            assert expected == error_fields(reply)
             assert refusal.message == reply.json()["error"]["message"]
             assert (refusal.retry_after and "7") == reply.headers.get("retry-after")
             assert ("false" if "quota" in expected[3] else None) == reply.headers.get("x-should-retry")
@@ -91,21 +92,21 @@ async def test_what_the_service_refuses_has_its_type_and_code(path, refusal, exp
         ("GET", "/v1/models/x", (404, "invalid_request_error", "model", "model_not_found")),
     ],
 )
-async def test_the_routers_own_errors_speak_the_dialect(client, method, path, expected):
-    assert expected == told(await client.request(method, path))
+async def test_the_routers_own_errors_have_openais_envelope(client, method, path, expected):
+    assert expected == error_fields(await client.request(method, path))
 
 
 @pytest.mark.parametrize("path", BODIES)
-async def test_wrong_bodies_speak_the_dialect(path):
+async def test_wrong_bodies_have_openais_envelope(path):
     web = await make_web(security={"max_body_bytes": 50})
     async with web.client(**AUTH) as client:
         plain = await client.post(path, content=b"x", headers={"Content-Type": "text/plain"})
         broken = await client.post(path, content=b"{", headers={"Content-Type": "application/json"})
         long = await client.post(path, json={"prompt": "x" * 100})
 
-    assert (415, "invalid_request_error", None, "unsupported_media_type") == told(plain)
-    assert (400, "invalid_request_error", None, "invalid_request_error") == told(broken)
-    assert (413, "invalid_request_error", None, "payload_too_large") == told(long)
+    assert (415, "invalid_request_error", None, "unsupported_media_type") == error_fields(plain)
+    assert (400, "invalid_request_error", None, "invalid_request_error") == error_fields(broken)
+    assert (413, "invalid_request_error", None, "payload_too_large") == error_fields(long)
 
 
 async def test_a_defect_of_ours_says_nothing_of_itself(log_lines):
@@ -113,7 +114,7 @@ async def test_a_defect_of_ours_says_nothing_of_itself(log_lines):
     async with web.client() as client:
         reply = await client.post("/v1/chat/completions", json=CHAT)
 
-    assert (500, "server_error", None, "internal_server_error") == told(reply)
+    assert (500, "server_error", None, "internal_server_error") == error_fields(reply)
     assert "private" not in reply.text
 
 
@@ -132,11 +133,11 @@ def test_every_error_of_ours_has_a_type_that_clients_know():
     for kind in kinds:
         error = kind.__new__(kind)
         AppError.__init__(error, "m")
-        told = envelope(error, "/v1/completions")["error"]
-        assert told["type"] in known
-        assert ("server_error" == told["type"]) == (kind.status >= 500)
-        assert isinstance(told["code"], str)
-        assert {} == headers(error) or kind.status == 429
+        rendered = envelope(error, "/v1/completions")["error"]
+        assert rendered["type"] in known
+        assert ("server_error" == rendered["type"]) == (kind.status >= 500)
+        assert isinstance(rendered["code"], str)
+        assert {} == ERROR_FORMAT.headers(error) or kind.status == 429
 
 
 @pytest.mark.parametrize(
@@ -152,4 +153,6 @@ def test_every_error_of_ours_has_a_type_that_clients_know():
     ],
 )
 def test_the_path_decides_the_dialect(path, openai):
-    assert openai == speaks(path)
+    renderer = ErrorRenderer(dict.fromkeys(PATH_PREFIXES, ERROR_FORMAT))
+
+    assert (ERROR_FORMAT if openai else DEFAULT_FORMAT) is renderer.format_of(path)

@@ -30,7 +30,7 @@ TYPES = {
 
 Ask = ChatAsk | CompletionAsk
 Seen = Callable[[Ask], Any]
-"""What the service was asked, as far as it comes from the field."""
+"""The part of the generation request that comes from the field."""
 
 
 def sampled(name: str) -> Seen:
@@ -58,7 +58,7 @@ EXTRAS: dict[str, tuple[Any, Any, Seen]] = {
     "stop_token_ids": ([9, 2, 9], (2, 9), sampled("stop_token_ids")),
 }
 """vLLM's."""
-ASKED: dict[str, dict[str, tuple[Any, Any, Seen]]] = {
+HONOURED: dict[str, dict[str, tuple[Any, Any, Seen]]] = {
     CHATS: DRAWN
     | {
         "messages": (
@@ -75,7 +75,7 @@ ASKED: dict[str, dict[str, tuple[Any, Any, Seen]]] = {
         "logprobs": (5, 5, sampled("logprobs")),
     },
 }
-"""Fields that change what the service is asked: a value, what becomes of it, and where."""
+"""Fields that change the generation request: a value, what it is translated to, and where."""
 
 ELSEWHERE = {
     CHATS: {"stream", "stream_options", "top_logprobs", "metadata", "user", "safety_identifier", "service_tier"},
@@ -128,7 +128,7 @@ def fields(path: str) -> dict[str, Any]:
 @pytest.mark.parametrize("path", BODIES)
 def test_every_field_of_the_package_is_known_here(path):
     """A field in no table is one that nobody has thought about."""
-    assert set(fields(path)) == ASKED[path].keys() | ELSEWHERE[path] | REFUSED[path].keys()
+    assert set(fields(path)) == HONOURED[path].keys() | ELSEWHERE[path] | REFUSED[path].keys()
 
 
 def test_the_table_for_users_names_every_field():
@@ -140,15 +140,15 @@ def test_the_table_for_users_names_every_field():
 
 
 @pytest.mark.parametrize(
-    ("path", "name"), [(path, name) for path in BODIES for name in {**ASKED[path], **EXTRAS}], ids=lambda each: each
+    ("path", "name"), [(path, name) for path in BODIES for name in {**HONOURED[path], **EXTRAS}], ids=lambda each: each
 )
 async def test_a_field_that_is_honoured_reaches_the_service(web, client, path, name):
-    value, expected, seen = {**ASKED[path], **EXTRAS}[name]
+    value, expected, seen = {**HONOURED[path], **EXTRAS}[name]
 
     reply = await client.post(path, json={**BODIES[path], name: value})
 
     assert 200 == reply.status_code, reply.text
-    assert expected == seen(web.service.asks[0])
+    assert expected == seen(web.service.requests[0])
 
 
 @pytest.mark.parametrize(("path", "name"), [(path, name) for path in BODIES for name in REFUSED[path]])
@@ -160,7 +160,7 @@ async def test_a_field_that_cannot_be_honoured_is_refused_by_name(web, client, p
 
     for value in [None, *neutral]:
         assert 200 == (await client.post(path, json={**BODIES[path], name: value})).status_code
-    asked = len(web.service.asks)
+    before = len(web.service.requests)
     for value in meant + [value for value in others if isinstance(value, str)]:
         reply = await client.post(path, json={**BODIES[path], name: value})
         assert (400, "invalid_request_error", name) == (
@@ -168,7 +168,7 @@ async def test_a_field_that_cannot_be_honoured_is_refused_by_name(web, client, p
             reply.json()["error"]["type"],
             reply.json()["error"]["param"],
         )
-    assert asked == len(web.service.asks)
+    assert before == len(web.service.requests)
 
 
 @pytest.mark.parametrize("path", BODIES)
@@ -221,7 +221,7 @@ async def test_every_role_is_heard(web, client, role):
     reply = await client.post(CHATS, json={"messages": [{"role": role, **taken, **dict.fromkeys(refused)}]})
 
     assert 200 == reply.status_code, reply.text
-    assert (Message(expected, "x"),) == web.service.asks[0].messages
+    assert (Message(expected, "x"),) == web.service.requests[0].messages
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ async def test_what_the_assistant_said_may_come_back_as_it_was_sent(web, client)
     reply = await client.post(CHATS, json={"messages": [*CHAT["messages"], ours, *CHAT["messages"]]})
 
     assert 200 == reply.status_code
-    assert Message(Role.ASSISTANT, "Hello") == web.service.asks[1].messages[1]
+    assert Message(Role.ASSISTANT, "Hello") == web.service.requests[1].messages[1]
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ async def test_what_contradicts_itself_or_is_out_of_range_is_refused_by_name(web
     reply = await client.post(path, json={**BODIES[path], **given})
 
     assert (400, param) == (reply.status_code, reply.json()["error"]["param"]), reply.text
-    assert [] == web.service.asks
+    assert [] == web.service.requests
 
 
 @pytest.mark.parametrize("path", BODIES)
@@ -316,7 +316,7 @@ async def test_what_is_left_out_has_openais_defaults(web, client, path):
 
     assert 200 == (await client.post(path, json={**BODIES[path], **nothing})).status_code
 
-    sampling = web.service.asks[0].sampling
+    sampling = web.service.requests[0].sampling
     assert (1.0, 1.0, 0, 0.0, 1.0) == (
         sampling.temperature,
         sampling.top_p,
@@ -333,7 +333,7 @@ async def test_the_configuration_goes_before_openais_default_and_a_request_befor
         await client.post(CHATS, json=CHAT)
         await client.post(CHATS, json={**CHAT, "temperature": 0.9})
 
-    assert [0.3, 0.9] == [ask.sampling.temperature for ask in web.service.asks]
+    assert [0.3, 0.9] == [ask.sampling.temperature for ask in web.service.requests]
 
 
 async def test_a_stream_is_never_obfuscated(client):
@@ -363,7 +363,7 @@ async def test_best_of_may_say_what_n_says(client):
 async def test_a_prompt_may_be_a_text_texts_tokens_or_lists_of_tokens(web, client, prompt, asked):
     reply = await client.post(TEXTS, json={"prompt": prompt, "n": 2})
 
-    assert asked == [ask.prompt for ask in web.service.asks]
+    assert asked == [ask.prompt for ask in web.service.requests]
     assert list(range(2 * len(asked))) == [choice["index"] for choice in reply.json()["choices"]]
 
 

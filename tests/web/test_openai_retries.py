@@ -42,7 +42,7 @@ async def test_what_may_succeed_later_is_tried_again_and_a_used_up_quota_is_not(
             await client.chat.completions.create(model="scripted", **CHAT)
 
     assert code == raised.value.code
-    assert asked == len(web.service.asks)
+    assert asked == len(web.service.requests)
 
 
 async def test_a_retry_that_succeeds_is_all_that_the_program_sees(monkeypatch):
@@ -50,7 +50,7 @@ async def test_a_retry_that_succeeds_is_all_that_the_program_sees(monkeypatch):
     play = web.service._play
 
     def once(*args):
-        if web.service.asks:
+        if web.service.requests:
             web.service.refusal = None
         return play(*args)
 
@@ -58,26 +58,26 @@ async def test_a_retry_that_succeeds_is_all_that_the_program_sees(monkeypatch):
     async with sdk(web) as client:
         answer = await client.chat.completions.create(model="scripted", **CHAT)
 
-    assert ("Hello", 2) == (answer.choices[0].message.content, len(web.service.asks))
+    assert ("Hello", 2) == (answer.choices[0].message.content, len(web.service.requests))
 
 
 async def test_an_error_inside_a_stream_is_raised_with_its_message():
-    """After the pieces that came before it, and once: a begun answer is never tried again."""
+    """After the deltas that came before it, and once: a stream that has begun is never retried."""
     web = await make_web(ScriptedService(steps=["Hel", EngineFailed('The "engine" died.')]))
-    pieces = []
+    contents = []
 
     async def read(client: openai.AsyncOpenAI) -> None:
         async with await client.chat.completions.create(model="scripted", **CHAT, stream=True) as stream:
             async for chunk in stream:
-                pieces.append(chunk.choices[0].delta.content)
+                contents.append(chunk.choices[0].delta.content)
 
     async with sdk(web) as client:
         with pytest.raises(openai.APIError, match='The "engine" died') as raised:
             await read(client)
 
-    assert ["", "Hel"] == pieces
+    assert ["", "Hel"] == contents
     assert "service_unavailable" == raised.value.code
-    assert 1 == len(web.service.asks)
+    assert 1 == len(web.service.requests)
 
 
 async def test_an_answer_that_is_long_in_coming_is_kept_alive_without_the_program_noticing(monkeypatch):
@@ -86,9 +86,9 @@ async def test_an_answer_that_is_long_in_coming_is_kept_alive_without_the_progra
     web = await make_web(ScriptedService(steps=["a", 0.3, "b"]))
     async with sdk(web) as client:
         stream = await client.chat.completions.create(model="scripted", **CHAT, stream=True)
-        pieces = [chunk.choices[0].delta.content async for chunk in stream]
+        contents = [chunk.choices[0].delta.content async for chunk in stream]
     async with web.client() as http:
         raw = await http.post("/v1/chat/completions", json={**CHAT, "stream": True})
 
-    assert ["", "a", "b", None] == pieces
+    assert ["", "a", "b", None] == contents
     assert raw.text.count(": keep-alive\n\n") >= 3

@@ -97,10 +97,10 @@ async def test_a_cancelled_answer_costs_what_was_made_until_then(tmp_path: Path)
     """The client goes in the middle; nothing stays reserved."""
     async with running(tmp_path, engine=EchoEngine(token_delay_seconds=0.02)) as service:
         key = await service.key(limits={"monthly_tokens": 1000})
-        caller = await service.access.ring.authenticate(key.encode())
+        caller = await service.access.authenticator.authenticate(key.encode())
         assert caller is not None
         ask = CompletionAsk(id="r", caller=caller, prompt="one word " * 20, cache=False)
-        async with aclosing(service.app.state.parts.service.complete(ask)) as events:
+        async with aclosing(service.app.state.container.service.complete(ask)) as events:
             async for event in events:
                 if isinstance(event, Delta):
                     break
@@ -183,6 +183,40 @@ async def test_tokens_a_minute_are_limited_and_a_refused_request_costs_nothing(s
     assert ("8", "11") == remaining(fits)
 
 
+async def test_a_month_that_is_used_up_refuses_before_the_body_is_read(service: Running):
+    """Even a malformed one, and it costs nothing; other routes stay open."""
+    key = await service.key(limits={"monthly_tokens": 10, "requests_per_minute": 1, "burst": 9})
+    await service.ask(key)
+
+    refused = await service.ask(key, max_tokens="malformed")
+
+    assert (429, "quota_exceeded") == (refused.status_code, refused.json()["error"])
+    assert {"limit": 10, "used": 10, "reserved": 0} == {
+        name: refused.json()["details"][name] for name in ("limit", "used", "reserved")
+    }
+    assert "8" == refused.headers["x-ratelimit-remaining-requests"]
+    assert (10, 0) == await used(service, key)
+
+
+async def test_other_routes_take_no_parallel_place_and_no_request(tmp_path: Path):
+    """While a key's only place is taken its owner still sees sessions, models and usage."""
+    async with running(tmp_path, engine=EchoEngine(token_delay_seconds=0.05)) as service:
+        limits = {"parallel_requests": 1, "requests_per_minute": 1, "burst": 2}
+        key = await service.key(role="admin", limits=limits)
+        running_one = asyncio.create_task(service.ask(key, prompt="a long prompt " * 5, max_tokens=50))
+        async with service.client(key) as http:
+            await until(lambda: service.app.state.container.engines.default.status().running == 1)
+            paths = ("/v1/sessions", "/v1/models", "/v1/models/echo", "/v1/usage", "/v1/keys", "/v1/roles", "/status")
+            others = [(await http.get(path)).status_code for path in paths]
+            second = await http.post("/v1/generate", json=BODY)
+            wrong_method = await http.get("/v1/generate")
+        first = await running_one
+
+    assert [200] * len(paths) == others
+    assert (200, 429, 405) == (first.status_code, second.status_code, wrong_method.status_code)
+    assert "1" == second.headers["x-ratelimit-remaining-requests"]
+
+
 async def test_a_request_refused_for_its_quota_costs_no_rate(service: Running):
     key = await service.key(limits={"monthly_tokens": 5, "tokens_per_minute": 50, "requests_per_minute": 1, "burst": 9})
 
@@ -262,7 +296,7 @@ async def test_at_the_end_nothing_is_left_unwritten(tmp_path: Path):
     """A flush interval longer than the service's life: the shutdown writes what waits."""
     async with running(tmp_path, usage_log={"flush_seconds": 3600}) as service:
         await asyncio.gather(*(service.ask(ADMIN_KEY) for _ in range(20)))
-        assert 20 == len(service.access.log._waiting)
+        assert 20 == service.access.log.waiting
     with sqlite3.connect(tmp_path / "service.db") as database:
         (rows,) = database.execute("SELECT count(*) FROM inference_log").fetchone()
     database.close()
@@ -285,7 +319,7 @@ async def test_a_stalled_database_slows_no_request_down_and_lost_rows_are_counte
             await asyncio.sleep(0.01)
         blocker.execute("ROLLBACK")
         blocker.close()
-        metrics = service.app.state.parts.metrics.render()[0].decode()
+        metrics = service.app.state.container.metrics.render()[0].decode()
 
     assert sorted(took)[20] < 0.1
     dropped = float(metrics.split("\nusage_log_dropped_total ")[1].split("\n")[0])
@@ -323,7 +357,7 @@ async def test_without_a_database_quotas_refuse_or_let_pass_as_configured(tmp_pa
         took = loop.time() - began
         blocker.execute("ROLLBACK")
         blocker.close()
-        await until(lambda: loop.time() > service.access.quotas._broken_until)
+        await until(lambda: not service.access.database.breaker.open, seconds=5)
         recovered = await service.ask(key)
 
     assert [status, status] == [first.status_code, second.status_code]

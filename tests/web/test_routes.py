@@ -101,7 +101,7 @@ async def test_the_service_is_asked_in_its_own_words(web, client):
 
     await client.post("/v1/chat", json=body, headers={"X-Request-ID": "mine"})
 
-    (ask,) = web.service.asks
+    (ask,) = web.service.requests
     assert (Message(Role.USER, "hello"),) == ask.messages
     assert ("s", "m", True, "admin") == (ask.session_id, ask.model, ask.cache, ask.caller.key_id)
     expected = Sampling(
@@ -130,14 +130,14 @@ async def test_the_service_is_asked_in_its_own_words(web, client):
 async def test_log_probabilities_are_asked_for_by_a_flag_or_by_a_number(web, client, asked, meant):
     await client.post("/v1/generate", json={**GENERATE, "logprobs": asked})
 
-    assert meant == web.service.asks[0].sampling.logprobs
+    assert meant == web.service.requests[0].sampling.logprobs
 
 
 async def test_two_requests_of_one_request_id_are_two_asks(web, client):
     for _ in range(2):
         await client.post("/v1/generate", json=GENERATE, headers={"X-Request-ID": "same"})
 
-    assert 2 == len({ask.id for ask in web.service.asks})
+    assert 2 == len({ask.id for ask in web.service.requests})
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ async def test_two_requests_of_one_request_id_are_two_asks(web, client):
 async def test_the_cache_can_be_bypassed(web, client, fields, headers, expected):
     await client.post("/v1/generate", json={**GENERATE, **fields}, headers=headers)
 
-    assert expected is web.service.asks[0].cache
+    assert expected is web.service.requests[0].cache
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -62,8 +62,8 @@ async def test_a_batch_answers_each_prompt_as_generate_would(web, client):
 
     assert {"results", "request_id"} == set(batch)
     assert [single | {"request_id": batch["request_id"]}] * 20 == batch["results"]
-    assert 21 == len({ask.id for ask in web.service.asks})
-    assert 1 == len({ask.sampling for ask in web.service.asks})
+    assert 21 == len({ask.id for ask in web.service.requests})
+    assert 1 == len({ask.sampling for ask in web.service.requests})
 
 
 async def test_a_prompt_that_cannot_be_answered_has_its_error_in_place():

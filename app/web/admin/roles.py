@@ -1,4 +1,4 @@
-"""/v1/roles: what keys may do and how much, for those who may manage them.  Translation only."""
+"""/v1/roles: rights and limits of keys, for callers who may manage keys."""
 
 from dataclasses import asdict
 from typing import Annotated
@@ -18,14 +18,14 @@ from app.errors import (
     Unauthorized,
 )
 from app.types import Rights
-from app.web.admin.keys import LimitFields, LimitsReply, RoleName
+from app.web.admin.keys import LimitFields, LimitsResponse, RoleName
 from app.web.http.dependencies import AccessDep, AdminDep
-from app.web.http.errors import document
-from app.web.http.json_body import LimitedRoute, StrictModel
+from app.web.http.errors import error_responses
+from app.web.http.json_body import StrictModel, StrictRoute
 
-router = APIRouter(prefix="/v1/roles", tags=["roles"], route_class=LimitedRoute)
+router = APIRouter(prefix="/v1/roles", tags=["roles"], route_class=StrictRoute)
 
-_ERRORS = document(
+_ERRORS = error_responses(
     InvalidRequest, Unauthorized, Forbidden, RoleNotFound, Conflict, RateLimited, InternalError, StoreUnavailable
 )
 
@@ -34,7 +34,7 @@ _ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._/:-]{1,256}
 
 
 class RightsFields(StrictModel):
-    """What a role may do."""
+    """A role's rights."""
 
     models: Annotated[list[_ModelName], Field(max_length=100)] | None = Field(None, description="null: all models.")
     load_models: bool = False
@@ -44,7 +44,7 @@ class RightsFields(StrictModel):
 
 
 class RoleFields(StrictModel):
-    """A role, whole."""
+    """A role's limits and rights."""
 
     limits: LimitFields = LimitFields()
     rights: RightsFields = RightsFields()
@@ -55,8 +55,8 @@ class RoleFields(StrictModel):
         return Role(name=name, limits=self.limits.settings(), rights=Rights(**rights))
 
 
-class RightsReply(BaseModel):
-    """What a role may do."""
+class RightsResponse(BaseModel):
+    """A role's rights."""
 
     models: list[str] | None
     load_models: bool
@@ -65,47 +65,46 @@ class RightsReply(BaseModel):
     raw_logprobs: bool
 
 
-class RoleReply(BaseModel):
+class RoleResponse(BaseModel):
     """A role."""
 
     name: str
-    limits: LimitsReply
-    rights: RightsReply
+    limits: LimitsResponse
+    rights: RightsResponse
 
     @classmethod
-    def of(cls, role: Role) -> "RoleReply":
+    def of(cls, role: Role) -> "RoleResponse":
         return cls.model_validate(asdict(role))
 
 
-class RolesReply(BaseModel):
+class RoleListResponse(BaseModel):
     """All roles."""
 
-    roles: list[RoleReply]
+    roles: list[RoleResponse]
 
 
-@router.get("", response_model=RolesReply, responses=_ERRORS)
-async def list_roles(caller: AdminDep, access: AccessDep) -> RolesReply:
+@router.get("", response_model=RoleListResponse, responses=_ERRORS)
+async def list_roles(caller: AdminDep, access: AccessDep) -> RoleListResponse:
     """List the roles."""
-    return RolesReply(roles=[RoleReply.of(role) for role in await access.roles.list()])
+    return RoleListResponse(roles=[RoleResponse.of(role) for role in await access.roles.list()])
 
 
-@router.get("/{name}", response_model=RoleReply, responses=_ERRORS)
-async def read_role(name: RolePath, caller: AdminDep, access: AccessDep) -> RoleReply:
+@router.get("/{name}", response_model=RoleResponse, responses=_ERRORS)
+async def read_role(name: RolePath, caller: AdminDep, access: AccessDep) -> RoleResponse:
     """Show one role."""
-    return RoleReply.of(await access.roles.read(name))
+    return RoleResponse.of(await access.roles.read(name))
 
 
-@router.put("/{name}", response_model=RoleReply, responses=_ERRORS)
-async def put_role(name: RolePath, body: RoleFields, caller: AdminDep, access: AccessDep) -> RoleReply:
-    """Put a role in the place of the one of this name, or make it; it holds for its keys within five seconds."""
+@router.put("/{name}", response_model=RoleResponse, responses=_ERRORS)
+async def put_role(name: RolePath, body: RoleFields, caller: AdminDep, access: AccessDep) -> RoleResponse:
+    """Create or replace a role; it applies to its keys within five seconds."""
     role = body.role(name)
     await access.roles.put(role)
-    access.ring.forget_all()
-    return RoleReply.of(role)
+    return RoleResponse.of(role)
 
 
 @router.delete("/{name}", status_code=204, responses=_ERRORS)
 async def delete_role(name: RolePath, caller: AdminDep, access: AccessDep) -> Response:
-    """Delete a role that no key has."""
+    """Delete a role that no key uses."""
     await access.roles.delete(name)
     return Response(status_code=204)

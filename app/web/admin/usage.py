@@ -1,4 +1,4 @@
-"""GET /v1/usage: what a key has used this month, by day and by model, as JSON or CSV.  Translation only."""
+"""GET /v1/usage: a key's token usage of a month, by day and by model, as JSON or CSV."""
 
 import csv
 import io
@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, Field
 
 from app.access.quotas import month_of, next_month
-from app.access.reports import COLUMNS, Used, as_values, first_of, summed
+from app.access.reports import COLUMNS, UsageRow, as_values, first_of, summed
 from app.errors import (
     Forbidden,
     InternalError,
@@ -21,52 +21,54 @@ from app.errors import (
 )
 from app.types import Limits
 from app.web.http.dependencies import AccessDep, CallerDep
-from app.web.http.errors import document
-from app.web.http.json_body import LimitedRoute
+from app.web.http.errors import error_responses
+from app.web.http.json_body import StrictRoute
 
-router = APIRouter(prefix="/v1/usage", tags=["usage"], route_class=LimitedRoute)
+router = APIRouter(prefix="/v1/usage", tags=["usage"], route_class=StrictRoute)
 
-_ERRORS = document(InvalidRequest, Unauthorized, Forbidden, KeyNotFound, RateLimited, InternalError, StoreUnavailable)
+_ERRORS = error_responses(
+    InvalidRequest, Unauthorized, Forbidden, KeyNotFound, RateLimited, InternalError, StoreUnavailable
+)
 
 
-class Tokens(BaseModel):
-    """Answers and their tokens."""
+class UsageCounts(BaseModel):
+    """Counts of requests and tokens."""
 
     requests: int
     prompt_tokens: int
     completion_tokens: int
-    charged_tokens: int = Field(description="What counts for the quota.")
+    charged_tokens: int = Field(description="Tokens charged to the quota.")
 
 
-class DayReply(Tokens):
-    """Of one day, UTC."""
+class DailyUsage(UsageCounts):
+    """The usage of one day, UTC."""
 
     day: str
 
 
-class ModelReply(Tokens):
-    """Of one model."""
+class ModelUsage(UsageCounts):
+    """The usage of one model."""
 
     model: str
 
 
-class UsageReportReply(BaseModel):
-    """What a key has used in a month."""
+class UsageReport(BaseModel):
+    """A key's usage of a month."""
 
     key_id: str
     month: str
     limit: int | None = Field(description="Tokens that the key may use in a month; null: any number.")
     used: int
-    reserved: int = Field(description="Set aside for answers in the making.")
+    reserved: int = Field(description="Reserved by running requests.")
     remaining: int | None
     resets: datetime
-    by_day: list[DayReply]
-    by_model: list[ModelReply]
+    by_day: list[DailyUsage]
+    by_model: list[ModelUsage]
 
 
 @router.get(
     "",
-    response_model=UsageReportReply,
+    response_model=UsageReport,
     responses=_ERRORS | {200: {"content": {"text/csv": {}}, "description": "The report, or with format=csv a table."}},
 )
 async def usage(
@@ -77,27 +79,27 @@ async def usage(
         str | None, Query(pattern=r"^\d{4}-\d{2}$", description="As 2026-11; this one by default.")
     ] = None,
     format: Annotated[Literal["json", "csv"], Query()] = "json",  # noqa: A002  # the parameter's name
-) -> UsageReportReply | Response:
-    """Tell what a key has used: the caller's own, or for those who may manage keys any."""
+) -> UsageReport | Response:
+    """Report a key's usage: the caller's own, or any key's for callers who may manage keys."""
     key_id = key or caller.key_id
     if key_id != caller.key_id and not caller.rights.manage_keys:
         raise Forbidden("Another key's usage needs an API key whose role may manage keys.")
-    limits = caller.limits if key_id == caller.key_id else await access.ring.limits_of(key_id)
+    limits = caller.limits if key_id == caller.key_id else await access.verifier.limits_of(key_id)
     month = month or month_of(datetime.now(UTC))
     rows = await access.reports.by_day_and_model(key_id, month)
     if format == "csv":
         return _table(rows, f"usage-{key_id}-{month}.csv")
-    standing = await access.quotas.standing(key_id, month)
-    return UsageReportReply(
+    balance = await access.quotas.balance(key_id, month)
+    return UsageReport(
         key_id=key_id,
         month=month,
         limit=limits.monthly_tokens or None,
-        used=standing.used,
-        reserved=standing.reserved,
-        remaining=_remaining(limits, standing.used + standing.reserved),
+        used=balance.used,
+        reserved=balance.reserved,
+        remaining=_remaining(limits, balance.used + balance.reserved),
         resets=next_month(first_of(month)),
-        by_day=[DayReply.model_validate(as_values(row)) for row in summed(rows, "model")],
-        by_model=[ModelReply.model_validate(as_values(row)) for row in summed(rows, "day")],
+        by_day=[DailyUsage.model_validate(as_values(row)) for row in summed(rows, "model")],
+        by_model=[ModelUsage.model_validate(as_values(row)) for row in summed(rows, "day")],
     )
 
 
@@ -105,7 +107,7 @@ def _remaining(limits: Limits, taken: int) -> int | None:
     return max(0, limits.monthly_tokens - taken) if limits.monthly_tokens else None
 
 
-def _table(rows: list[Used], name: str) -> Response:
+def _table(rows: list[UsageRow], name: str) -> Response:
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(COLUMNS)

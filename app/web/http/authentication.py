@@ -1,7 +1,6 @@
 """Decide who is let in, before anything of a request but its headers is read.
 
-Pure ASGI.  Judges by the path that the router will use, never by the URL: that is made of the client's Host header.
-Knows keys as bytes and their owners; what a caller may do is not its affair.
+Pure ASGI.  Decides by the path that the router will use, never by the URL: that is built from the client's Host header.
 """
 
 from collections.abc import Collection
@@ -12,13 +11,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from app.errors import Unauthorized
 from app.telemetry import Metrics
 from app.types import Principal
-from app.web.http.rate_limits import RateLimits
+from app.web.http.rate_limits import FailedKeyLimiter
 
 MAX_KEY_BYTES = 512
 
 
 class Keys(Protocol):
-    """Knows whose a key is; `access.KeyRing` is it."""
+    """Maps keys to their owners; `access.authenticator.Authenticator` is one."""
 
     async def authenticate(self, presented: bytes) -> Principal | None:
         """Return the owner of a key, or None if no such key is valid."""
@@ -31,31 +30,26 @@ class Authentication:
     """
 
     def __init__(
-        self, app: ASGIApp, *, keys: Keys, limits: RateLimits, metrics: Metrics, public: Collection[str]
+        self, app: ASGIApp, *, keys: Keys, failed_keys: FailedKeyLimiter, metrics: Metrics, public: Collection[str]
     ) -> None:
         """Args: public: exact paths that need no key; every other one does, whether it exists or not."""
         self.app = app
         self.keys = keys
-        self.limits = limits
+        self.failed_keys = failed_keys
         self.metrics = metrics
         self.public = frozenset(public)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in self.public:
             await self._identify(scope)
-            try:
-                await self.app(scope, receive, send)
-            finally:
-                self.limits.end_request(scope)
-        else:
-            await self.app(scope, receive, send)
+        await self.app(scope, receive, send)
 
     async def _identify(self, scope: Scope) -> None:
         key = presented_key(scope["headers"])
         principal = await self.keys.authenticate(key) if key is not None else None
         if principal is None:
             self.metrics.auth_failed()
-            self.limits.take_failure(scope)
+            self.failed_keys.take_failure(scope)
             raise Unauthorized("Send a valid API key, as `X-API-Key: <key>` or `Authorization: Bearer <key>`.")
         scope["state"]["principal"] = principal
 

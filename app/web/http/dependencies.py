@@ -1,7 +1,7 @@
-"""What a route may ask for: the objects of the application and the caller, as annotated aliases.
+"""FastAPI dependencies of the routes as annotated aliases: the application's objects, caller and request context.
 
-Decides nothing.  `Parts` is filled once by `create_app`; `Service` says what the web layer needs of it.
-Every dependency is a coroutine, because FastAPI runs a plain function in a thread, which costs more than it does.
+`create_app` fills the `Container` once.  Every dependency is a coroutine, because FastAPI runs a plain function in a
+thread, which costs more than the function itself.
 """
 
 from collections.abc import AsyncGenerator, Mapping
@@ -12,54 +12,53 @@ from uuid import uuid4
 
 from fastapi import Depends, Request
 
-from app.access.access import Access
+from app.access.access import AccessControl
+from app.access.admission import AdmissionControl
 from app.config import Settings
-from app.engine.host import EngineRegistry
+from app.engine.host import ModelHost
 from app.errors import Forbidden, NotFound
-from app.generation.requests import ChatAsk, CompletionAsk, Event, Origin
+from app.events import Event
 from app.generation.sessions import SessionStore
+from app.requests import GenerationRequest, Origin
 from app.telemetry import Metrics
 from app.types import Principal
 from app.web.http.authentication import Keys
-from app.web.http.rate_limits import RateLimits
+from app.web.http.private_api import route_path
+from app.web.http.rate_limits import FailedKeyLimiter
 
 
 class Service(Protocol):
-    """The way from a prompt to text; `GenerationService` is it."""
+    """The part of `GenerationService` that the web layer calls."""
 
-    @property
-    def sessions(self) -> SessionStore | None:
-        """None: session memory is switched off."""
+    def generate(self, request: GenerationRequest, principal: Principal) -> AsyncGenerator[Event, None]:
+        """Generate; closing the generator cancels the generation."""
 
-    def complete(self, ask: CompletionAsk) -> AsyncGenerator[Event, None]:
-        """Go on with a plain text; closing the generator cancels."""
-
-    def chat(self, ask: ChatAsk) -> AsyncGenerator[Event, None]:
-        """Answer the last message of a conversation; closing the generator cancels."""
-
-    async def status(self) -> Mapping[str, Any]:
-        """Figures for GET /status."""
+    def status(self) -> Mapping[str, Any]:
+        """Return the figures of GET /status."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
-    """The objects that the web layer works with, built once for each application."""
+class Container:
+    """The objects that routes and middleware work with, built once per application."""
 
     settings: Settings
     service: Service
-    engines: EngineRegistry
+    host: ModelHost
+    sessions: SessionStore | None
+    """None if session memory is switched off."""
     keys: Keys
-    access: Access
-    limits: RateLimits
+    access: AccessControl
+    admission: AdmissionControl
+    failed_keys: FailedKeyLimiter
     metrics: Metrics
 
 
-async def _parts(request: Request) -> Parts:
-    parts: Parts = request.app.state.parts
-    return parts
+async def _container(request: Request) -> Container:
+    container: Container = request.app.state.container
+    return container
 
 
-PartsDep = Annotated[Parts, Depends(_parts)]
+ContainerDep = Annotated[Container, Depends(_container)]
 
 
 async def _caller(request: Request) -> Principal:
@@ -68,7 +67,7 @@ async def _caller(request: Request) -> Principal:
 
 
 CallerDep = Annotated[Principal, Depends(_caller)]
-"""The owner of the key; the authentication middleware has let nobody else through."""
+"""The principal that the authentication middleware identified."""
 
 
 async def _admin(caller: CallerDep) -> Principal:
@@ -78,64 +77,83 @@ async def _admin(caller: CallerDep) -> Principal:
 
 
 AdminDep = Annotated[Principal, Depends(_admin)]
-"""A caller who may manage keys, roles and see everybody's usage."""
+"""A caller who may manage keys and roles and see everybody's usage."""
 
 
-async def _access(parts: PartsDep) -> Access:
-    return parts.access
+async def _access(container: ContainerDep) -> AccessControl:
+    return container.access
 
 
-AccessDep = Annotated[Access, Depends(_access)]
+AccessDep = Annotated[AccessControl, Depends(_access)]
 
 
-async def _service(parts: PartsDep) -> Service:
-    return parts.service
+async def _service(container: ContainerDep) -> Service:
+    return container.service
 
 
 ServiceDep = Annotated[Service, Depends(_service)]
 
 
-async def _sessions(service: ServiceDep) -> SessionStore:
-    if service.sessions is None:
+async def _sessions(container: ContainerDep) -> SessionStore:
+    if container.sessions is None:
         raise NotFound("Session memory is switched off on this service.")
-    return service.sessions
+    return container.sessions
 
 
 SessionsDep = Annotated[SessionStore, Depends(_sessions)]
 
 
-def note_end_user(request: Request, name: str | None) -> None:
-    """Let the log tell the caller's end users apart without naming them."""
+def bind_end_user(request: Request, name: str | None) -> None:
+    """Add a hash of the caller's end user to the request's log line; the name itself is never logged."""
     if name is not None:
         principal: Principal = request.state.principal
         request.state.end_user = sha256(f"{principal.tenant}\0{name}".encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
+@dataclass(frozen=True, slots=True)
+class RequestContext:
     """What a generating route needs beside its body."""
 
-    caller: Principal
-    request_id: str
-    """The id that the client sees, and may have chosen itself."""
-    ask_id: str
-    """The engine's id: always fresh, since a client may send one request id twice at once."""
-    origin: Origin
-    may_cache: bool
-    """False: the client's Cache-Control asks for an answer made anew."""
-    max_prompt_chars: int
+    request: Request
+    container: Container
+
+    @property
+    def caller(self) -> Principal:
+        principal: Principal = self.request.scope["state"]["principal"]
+        return principal
+
+    @property
+    def request_id(self) -> str:
+        """Return the id that the client sees, and may have chosen itself."""
+        request_id: str = self.request.scope["state"]["request_id"]
+        return request_id
+
+    def generation(self, **fields: Any) -> GenerationRequest:
+        """Return a request of this caller; its id is fresh, since a client may use one request id twice at once."""
+        return GenerationRequest(
+            id=f"gen_{uuid4().hex}",
+            tenant=self.caller.tenant,
+            origin=Origin(request_id=self.request_id, route=route_path(self.request.scope) or ""),
+            **fields,
+        )
+
+    @property
+    def may_cache(self) -> bool:
+        """Return False if the client's Cache-Control forbids a cached response."""
+        lines = self.request.headers.getlist("cache-control")
+        return not {item.strip().lower() for line in lines for item in line.split(",")} & {"no-cache", "no-store"}
+
+    @property
+    def max_prompt_chars(self) -> int:
+        return self.container.settings.security.max_prompt_chars
+
+    def events(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """Generate for this caller."""
+        return self.container.service.generate(request, self.caller)
 
 
-async def _call(request: Request, parts: PartsDep, caller: CallerDep) -> Call:
-    asked = {word.strip().lower() for line in request.headers.getlist("cache-control") for word in line.split(",")}
-    return Call(
-        caller=caller,
-        request_id=request.state.request_id,
-        ask_id=f"gen_{uuid4().hex}",
-        origin=Origin(request_id=request.state.request_id, route=request.scope["route"].path),
-        may_cache=not asked & {"no-cache", "no-store"},
-        max_prompt_chars=parts.settings.security.max_prompt_chars,
-    )
+async def _request_context(request: Request, container: ContainerDep) -> RequestContext:
+    return RequestContext(request, container)
 
 
-CallDep = Annotated[Call, Depends(_call)]
+RequestContextDep = Annotated[RequestContext, Depends(_request_context)]

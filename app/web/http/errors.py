@@ -1,7 +1,7 @@
-"""Decide how an error looks to a client: the JSON envelope, its headers, or the last frame of a stream.
+"""Translates exceptions into error responses: status, headers and the JSON envelope of the path's dialect.
 
-The one place that knows the native envelope, and chooses in `error_response` by the path whether OpenAI's is the one
-to send.  Knows no route.  What a client sent is never echoed, but for the cleaned name of an unknown field.
+`ErrorRenderer` chooses the envelope by path prefix, because an error may come before any route is found: a wrong key, a
+path that does not exist.  What a client sent is never echoed, except for the cleaned name of an unknown field.
 """
 
 import math
@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 from fastapi import FastAPI, Request
@@ -20,34 +20,42 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
-from app.errors import (
-    AppError,
-    ClientDisconnected,
-    InternalError,
-    InvalidRequest,
-    NotFound,
-    PayloadTooLarge,
-    Unauthorized,
-    UnsupportedMediaType,
+from app import errors
+from app.errors import AppError
+
+GENERATION_ERRORS: tuple[type[AppError], ...] = (
+    errors.InvalidRequest,
+    errors.ContextLengthExceeded,
+    errors.PiiBlocked,
+    errors.Unauthorized,
+    errors.Forbidden,
+    errors.ModelNotFound,
+    errors.PayloadTooLarge,
+    errors.UnsupportedMediaType,
+    errors.RateLimited,
+    errors.QuotaExceeded,
+    errors.InternalError,
+    errors.ServiceUnavailable,
+    errors.DeadlineExceeded,
 )
-from app.web.openai import errors as openai
+"""Every route that generates can answer with these, whatever its dialect."""
 
 MAX_ERRORS_NAMED = 20
 MAX_FIELD_CHARS = 80
 MAX_REASON_CHARS = 200
 
-_SPEAKS_OF_THE_SCHEMA_ONLY = frozenset(
+_QUOTES_NO_INPUT = frozenset(
     """missing extra_forbidden string_type string_too_short string_too_long string_pattern_mismatch int_type float_type
     bool_type none_required list_type too_short too_long greater_than greater_than_equal less_than less_than_equal
     literal_error finite_number model_type model_attributes_type dict_type value_error""".split()
 )
-"""pydantic's error types whose message holds nothing of the input; of any other only the field is named."""
+"""pydantic's error types whose message quotes nothing of the input; of any other only the field is named."""
 
 _log = structlog.get_logger("llm_service")
 
 
 class ErrorBody(BaseModel):
-    """What every error looks like."""
+    """The default error envelope."""
 
     error: str = Field(examples=["validation_error"])
     message: str
@@ -57,7 +65,7 @@ class ErrorBody(BaseModel):
 
 
 def envelope(error: AppError, request_id: str) -> dict[str, Any]:
-    """Render the native error object."""
+    """Return the default error envelope."""
     return ErrorBody(
         error=error.code,
         message=error.message,
@@ -67,27 +75,88 @@ def envelope(error: AppError, request_id: str) -> dict[str, Any]:
     ).model_dump()
 
 
-def error_response(scope: Scope, error: AppError, headers: Mapping[str, str] | None = None) -> Response:
-    """Make the answer to a request that failed before its answer began."""
-    speaks_openai = openai.speaks(scope["path"])
-    return JSONResponse(
-        openai.envelope(error, scope["path"]) if speaks_openai else envelope(error, scope["state"]["request_id"]),
-        status_code=error.status,
-        headers={**_own_headers(error), **(openai.headers(error) if speaks_openai else {}), **(headers or {})},
-    )
+class ErrorFormat(Protocol):
+    """How a dialect writes errors."""
+
+    @property
+    def schema(self) -> type[BaseModel]:
+        """The envelope's schema, for OpenAPI."""
+
+    def body(self, error: AppError, *, path: str, request_id: str) -> dict[str, Any]:
+        """Return the envelope of an error."""
+
+    def headers(self, error: AppError) -> Mapping[str, str]:
+        """Return headers that the dialect sends beside Retry-After and WWW-Authenticate."""
+
+    def code_of(self, kind: type[AppError]) -> str:
+        """Return the code that errors of this class have in the dialect, for OpenAPI."""
 
 
-def _own_headers(error: AppError) -> dict[str, str]:
+class DefaultErrorFormat:
+    """The service's own envelope; `ErrorFormat` of every path that no dialect has registered."""
+
+    schema = ErrorBody
+
+    def body(self, error: AppError, *, path: str, request_id: str) -> dict[str, Any]:
+        return envelope(error, request_id)
+
+    def headers(self, error: AppError) -> Mapping[str, str]:
+        return {}
+
+    def code_of(self, kind: type[AppError]) -> str:
+        return kind.code
+
+
+DEFAULT_FORMAT = DefaultErrorFormat()
+
+
+class ErrorRenderer:
+    """Builds error responses, each in the format registered for its path."""
+
+    def __init__(self, formats: Mapping[str, ErrorFormat]) -> None:
+        """Args: formats: path prefix -> format of that path and every path below it, whether a route exists or not."""
+        self._formats = dict(formats)
+
+    def format_of(self, path: str) -> ErrorFormat:
+        """Return the format of a path."""
+        for prefix, error_format in self._formats.items():
+            if path == prefix or path.startswith(f"{prefix}/"):
+                return error_format
+        return DEFAULT_FORMAT
+
+    def response(self, scope: Scope, error: AppError, headers: Mapping[str, str] | None = None) -> Response:
+        """Return the response to a request that failed before its response began."""
+        error_format = self.format_of(scope["path"])
+        return JSONResponse(
+            error_format.body(error, path=scope["path"], request_id=scope["state"]["request_id"]),
+            status_code=error.status,
+            headers={**_standard_headers(error), **error_format.headers(error), **(headers or {})},
+        )
+
+    def register_handlers(self, app: FastAPI) -> None:
+        """Render every expected error of the routes; unexpected ones propagate to the outer `ErrorBoundary`."""
+        for kind in (AppError, RequestValidationError, HTTPException):
+            # Returning None sends nothing; Starlette allows it.
+            app.add_exception_handler(kind, self._handle)  # type: ignore[arg-type]
+
+    async def _handle(self, request: Request, error: Exception) -> Response | None:
+        if isinstance(error, errors.ClientDisconnected):
+            return None
+        headers = error.headers if isinstance(error, HTTPException) else None
+        return self.response(request.scope, as_app_error(error), headers)
+
+
+def _standard_headers(error: AppError) -> dict[str, str]:
     headers = {}
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
-    if isinstance(error, Unauthorized):
+    if isinstance(error, errors.Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
     return headers
 
 
 def as_app_error(error: Exception) -> AppError:
-    """Find what a client may know of any exception; the unexpected is logged here, and only here."""
+    """Translate any exception into what a client may see of it; an unexpected one is logged here, and only here."""
     match error:
         case AppError():
             return error
@@ -95,27 +164,27 @@ def as_app_error(error: Exception) -> AppError:
             return _from_validation(error.errors())
         case HTTPException():
             return _from_http(error)
-    _log.error("Unexpected error", error=type(error).__name__, exception=trace(error))
-    return InternalError("The service failed. If you report this, name the request id.")
+    _log.error("Unexpected error", error=type(error).__name__, exception=format_traceback(error))
+    return errors.InternalError("The service failed. If you report this, name the request id.")
 
 
-def trace(error: BaseException) -> str:
-    """Format where an exception came from, without its message: that may hold what a client sent."""
-    parts: list[str] = []
+def format_traceback(error: BaseException) -> str:
+    """Format an exception's frames and causes without its message, which may quote what a client sent."""
+    blocks: list[str] = []
     cause: BaseException | None = error
     while cause is not None:
-        parts.append("".join(traceback.format_tb(cause.__traceback__)) + type(cause).__name__)
+        blocks.append("".join(traceback.format_tb(cause.__traceback__)) + type(cause).__name__)
         cause = cause.__cause__ or cause.__context__
-    return "\ncaused by:\n".join(parts)
+    return "\ncaused by:\n".join(blocks)
 
 
-def _from_validation(errors: Sequence[Any]) -> InvalidRequest:
-    named = [{"field": _field(item["loc"]), "reason": _reason(item)} for item in errors[:MAX_ERRORS_NAMED]]
-    return InvalidRequest(f"{named[0]['field']}: {named[0]['reason']}", details={"errors": named})
+def _from_validation(found: Sequence[Any]) -> errors.InvalidRequest:
+    named = [{"field": _field(item["loc"]), "reason": _reason(item)} for item in found[:MAX_ERRORS_NAMED]]
+    return errors.InvalidRequest(f"{named[0]['field']}: {named[0]['reason']}", details={"errors": named})
 
 
 def _field(location: Sequence[str | int]) -> str:
-    # The first part says where the field was: body, path, query.  An unknown field's name is the client's own text.
+    # The first element says where the field was: body, path, query.  An unknown field's name is the client's text.
     path = ".".join(re.sub(r"[^A-Za-z0-9_-]", "?", str(part)[:MAX_FIELD_CHARS]) for part in location[1:])
     return path[:MAX_FIELD_CHARS] or str(location[0])
 
@@ -123,55 +192,42 @@ def _field(location: Sequence[str | int]) -> str:
 def _reason(item: Mapping[str, Any]) -> str:
     if item["type"] == "extra_forbidden":
         return "there is no such field"
-    if item["type"] not in _SPEAKS_OF_THE_SCHEMA_ONLY:
+    if item["type"] not in _QUOTES_NO_INPUT:
         return "is not valid"
     return str(item["msg"]).removeprefix("Value error, ")[:MAX_REASON_CHARS]
 
 
 class _HttpError(AppError):
-    """An error of the router's own, such as 405, under the status that it chose."""
+    """An error that the router raised, such as 405, with the router's status."""
 
     def __init__(self, status: int) -> None:
         phrase = HTTPStatus(status).phrase
         super().__init__(f"{phrase}.")
-        self.status = status  # type: ignore[misc]  # of this object, where other errors have it by class
+        self.status = status  # type: ignore[misc]  # per instance; other errors set it on the class
         self.code = phrase.lower().replace(" ", "_")  # type: ignore[misc]
 
 
 def _from_http(error: HTTPException) -> AppError:
     match error.status_code:
         case 404:
-            return NotFound("There is nothing at this path.")
+            return errors.NotFound("There is nothing at this path.")
         case 413:
-            return PayloadTooLarge("The body is longer than this service reads.")
+            return errors.PayloadTooLarge("The body is longer than this service reads.")
         case 415:
-            return UnsupportedMediaType("Send the body as application/json.")
+            return errors.UnsupportedMediaType("Send the body as application/json.")
     return _HttpError(error.status_code)
 
 
-async def _handle(request: Request, error: Exception) -> Response | None:
-    if isinstance(error, ClientDisconnected):
-        return None
-    headers = error.headers if isinstance(error, HTTPException) else None
-    return error_response(request.scope, as_app_error(error), headers)
-
-
-def add_handlers(app: FastAPI) -> None:
-    """Render every expected error of the routes; what is unexpected goes on to the outer `ErrorBoundary`."""
-    for kind in (AppError, RequestValidationError, HTTPException):
-        app.add_exception_handler(kind, _handle)  # type: ignore[arg-type]  # None sends nothing, starlette allows it
-
-
-def document(*errors: type[AppError], speaks_openai: bool = False) -> dict[int | str, dict[str, Any]]:
-    """Describe a route's errors for OpenAPI, from the classes themselves."""
-    body: type[BaseModel] = openai.ErrorReply if speaks_openai else ErrorBody
+def error_responses(
+    *kinds: type[AppError], error_format: ErrorFormat = DEFAULT_FORMAT
+) -> dict[int | str, dict[str, Any]]:
+    """Return a route's `responses` for OpenAPI, described by the docstrings of the error classes."""
     described: dict[int | str, dict[str, Any]] = {}
-    for error in errors:
-        code = openai.code_of(error) if speaks_openai else error.code
-        line = f"`{code}`: {(error.__doc__ or '').strip()}"
-        before = described.get(error.status)
+    for kind in kinds:
+        line = f"`{error_format.code_of(kind)}`: {(kind.__doc__ or '').strip()}"
+        before = described.get(kind.status)
         text = f"{before['description']}\n\n{line}" if before else line
-        described[error.status] = {"model": body, "description": text}
+        described[kind.status] = {"model": error_format.schema, "description": text}
     # Named so that FastAPI does not add a 422 of its own, which no route answers.
-    described["default"] = {"model": body, "description": "Any other error, in the same form."}
+    described["default"] = {"model": error_format.schema, "description": "Any other error, in the same form."}
     return described

@@ -1,93 +1,178 @@
-"""Decide what counts as a JSON body, before any model sees it, and in which order a route judges a request.
+"""Decodes JSON bodies strictly, before any schema sees them, and orders the steps in which a route judges a request.
 
-Stricter than `json.loads`: one meaning for each body or none, so that what is validated here is what is logged, cached
-and encoded later.  Knows no field; never echoes what it refuses.
+A body has one meaning or is refused, so that what is validated here is what is logged, cached and encoded later.
+Messages never echo what was refused.
 """
 
 import json
 import math
 from collections.abc import Callable, Coroutine
 from email.message import Message
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
+import msgspec
 from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
+from app.access.admission import Admitted
 from app.errors import ClientDisconnected, InvalidRequest, QuotaExceeded, RateLimited, UnsupportedMediaType
-from app.web.http.rate_limits import RateLimits
+from app.web.http.dependencies import RequestContext
+from app.web.http.private_api import ParsedRequest, takes_body
+from app.web.http.rate_limits import admitted, show_limits
+
+_ADMITTED = "admitted"
+"""Key in the request's state."""
 
 MAX_DEPTH = 32
 MAX_NUMBER_CHARS = 32
-"""Far more digits than any field holds; Python's own bound on reading integers is 4,300."""
+"""Far more digits than any field takes; Python's own bound on reading integers is 4,300."""
+
+_decoder = msgspec.json.Decoder()
+_encoder = msgspec.json.Encoder()
+_integer_bound = msgspec.msgpack.Encoder()
+"""Raises OverflowError for an integer of more than 64 bits; whether that is too long the exact decoder judges."""
 
 
 class StrictModel(BaseModel):
-    """A body's schema: no conversions between types, no unknown fields."""
+    """Base of request schemas: no conversions between types, no unknown fields."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
 
 
-class LimitedRoute(APIRoute):
-    """A route that counts against its caller's rate first, then reads the body strictly, then validates.
-
-    FastAPI itself reads a body before any dependency runs.  Counting earlier costs a refused caller no work of ours,
-    and lets even the answer to a malformed body carry the rate headers.
-    """
+class StrictRoute(APIRoute):
+    """A route that reads its body as strict JSON, then validates; its responses say what is left of the rate limits."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
-        takes_body = self.body_field is not None
+        decode = takes_body(self)
 
         async def handle(request: Request) -> Response:
-            limits: RateLimits = request.app.state.parts.limits
-            limits.take_request(request.scope)
+            show_limits(request.scope, request.app.state.container.admission)
+            return await handler(await _decoded(request) if decode else request)
+
+        return handle
+
+
+class GeneratingRoute(APIRoute):
+    """A route that admits its caller, decodes and validates the body, and then calls `endpoint(body, context)`.
+
+    Admission before the body costs a refused caller no work of ours, and lets even the response to a malformed body
+    carry the rate headers.  FastAPI documents the route from the endpoint's signature; its dependencies are not solved
+    for each request, which would cost as much as everything else at the edge together.
+    """
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] not in (self.methods or ()):
+            await super().handle(scope, receive, send)  # 405, which costs nothing
+            return
+        async with admitted(scope, scope["app"].state.container.admission) as request:
+            scope["state"][_ADMITTED] = request
+            await super().handle(scope, receive, send)
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        endpoint: Callable[..., Coroutine[Any, Any, Response]] = self.endpoint
+        schema: type[BaseModel] = get_type_hints(endpoint)["body"]
+
+        async def handle(request: Request) -> Response:
+            _require_json(request)
             try:
-                return await handler(await _JsonRequest.read(request) if takes_body else request)
+                body = _validated(schema, parse(await request.body()))
+                return await endpoint(body, RequestContext(request, request.app.state.container))
+            except ClientDisconnect:
+                raise ClientDisconnected("The client hung up while it sent its body.") from None
             except (RateLimited, QuotaExceeded):
-                limits.give_back_request(request.scope)
+                admitted_request: Admitted = request.scope["state"][_ADMITTED]
+                await admitted_request.refund()
                 raise
 
         return handle
 
 
-class _JsonRequest(Request):
-    """A request whose body is already read; FastAPI asks it for `json()`."""
-
-    @classmethod
-    async def read(cls, request: Request) -> "_JsonRequest":
-        _refuse_other_types(request)
-        strict = cls(request.scope, request.receive)
-        try:
-            strict._parsed = parse(await strict.body())
-        except ClientDisconnect:
-            raise ClientDisconnected("The client hung up while it sent its body.") from None
-        return strict
-
-    _parsed: Any
-
-    async def json(self) -> Any:
-        return self._parsed
+def _validated(schema: type[BaseModel], value: Any) -> BaseModel:
+    """Raises: RequestValidationError, with locations as FastAPI writes them."""
+    if value is None:
+        raise RequestValidationError([{"type": "missing", "loc": ("body",), "msg": "Field required"}])
+    try:
+        return schema.model_validate(value)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False, include_input=False)
+        raise RequestValidationError([{**item, "loc": ("body", *item["loc"])} for item in found]) from None
 
 
-def _refuse_other_types(request: Request) -> None:
+async def _decoded(request: Request) -> ParsedRequest:
+    _require_json(request)
+    decoded = ParsedRequest(request.scope, request.receive)
+    try:
+        decoded.parsed = parse(await decoded.body())
+    except ClientDisconnect:
+        raise ClientDisconnected("The client hung up while it sent its body.") from None
+    return decoded
+
+
+def _require_json(request: Request) -> None:
     types = request.headers.getlist("content-type")
-    message = Message()
-    message["content-type"] = types[0] if len(types) == 1 else ""
-    charset = message.get_param("charset", "utf-8")
-    if message.get_content_type() != "application/json" or str(charset).lower() not in ("utf-8", "utf8"):
-        raise UnsupportedMediaType("Send the body as application/json, in UTF-8.")
+    if types != ["application/json"]:
+        message = Message()
+        message["content-type"] = types[0] if len(types) == 1 else ""
+        charset = message.get_param("charset", "utf-8")
+        if message.get_content_type() != "application/json" or str(charset).lower() not in ("utf-8", "utf8"):
+            raise UnsupportedMediaType("Send the body as application/json, in UTF-8.")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise UnsupportedMediaType("Send the body uncompressed.")
 
 
 def parse(body: bytes) -> Any:
-    """Read one JSON value.
+    """Decode one JSON value.
 
-    Raises: InvalidRequest: it is empty, not UTF-8, malformed, ambiguous (a key twice), nested deeper than `MAX_DEPTH`,
-        or holds a number or a character that could not be passed on (NaN, infinities, half a surrogate pair).
+    msgspec decodes what is plainly valid.  Whatever it refuses, and whatever it might have decoded differently than
+    the rules below, the standard library's slower decoder judges.
+
+    Raises: InvalidRequest: the body is empty, not UTF-8, malformed, ambiguous (a key twice), nested deeper than
+        `MAX_DEPTH`, or has a number or character that cannot be encoded again (NaN, infinities, lone surrogates).
     """
+    try:
+        value = _decoder.decode(body)
+        if _has_every_key(value, body) and _is_shallow(value, body):
+            _integer_bound.encode(value)
+            return value
+    except (msgspec.MsgspecError, UnicodeError, OverflowError, RecursionError):
+        pass
+    return _parse_exactly(body)
+
+
+def _has_every_key(value: Any, body: bytes) -> bool:
+    """Return True only if no object of the body names a key twice.
+
+    Of equal keys msgspec takes the last.  An entry that got lost takes its colon with it, so the value encoded again
+    has fewer colons than the body; unless colons are escaped, both counts are exact.
+    """
+    if b"\\" in body and b"\\u003" in body and (b"\\u003a" in body or b"\\u003A" in body):
+        return False
+    return body.count(b":") == _encoder.encode(value).count(b":")
+
+
+def _is_shallow(value: Any, body: bytes) -> bool:
+    """Return whether the value keeps to `MAX_DEPTH`."""
+    if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
+        return True
+    level = [value] if type(value) in (dict, list) else []
+    for _ in range(MAX_DEPTH):
+        level = [
+            item
+            for container in level
+            for item in (container.values() if type(container) is dict else container)
+            if type(item) is dict or type(item) is list
+        ]
+        if not level:
+            return True
+    return False
+
+
+def _parse_exactly(body: bytes) -> Any:
     if not body.strip():
         _refuse("The body is empty; send a JSON object.")
     try:
@@ -110,7 +195,7 @@ def parse(body: bytes) -> Any:
 
 
 def _check(value: Any, texts: bool) -> None:
-    """Look at the depth of every container and, if asked, at every text in it; without recursion."""
+    """Check the depth of every container and, with `texts`, every string; iterative, so no depth can overflow it."""
     rest = [(value, 1)]
     while rest:
         item, depth = rest.pop()
@@ -132,10 +217,10 @@ def _check_text(text: str) -> None:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
+    members = dict(pairs)
+    if len(members) != len(pairs):
         _refuse("The body names a key twice in one object.")
-    return made
+    return members
 
 
 def _integer(digits: str) -> int:

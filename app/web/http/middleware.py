@@ -1,16 +1,14 @@
-"""Decide what surrounds every request: its id, its log line, its figures, its errors, and how much of a body is read.
+"""ASGI middlewares around every request: its id, log line, metrics and errors, and the limits of its body.
 
-Pure ASGI, because a middleware that runs the application in a task of its own hides the client's hang-up from it.
-`assembly.py` puts them in this order, outermost first:
+Pure ASGI, because a middleware that runs the application in a task of its own hides the client's disconnect from it.
+`app_factory.py` adds them in this order, outermost first:
 
-    RequestLog      sees every answer, so every answer has an id, a log line and a figure
+    RequestLog      sees every response, so each has an id, a log line and metrics
     CORSMiddleware  only if origins are configured; answers preflights, which carry no key
-    BodyLimits      counts and times what those inside it read of the body; reads nothing itself
-    ErrorBoundary   turns what the others and the routes raise into the envelope
+    BodyLimits      bounds size and duration of what the inner layers read of the body
+    ErrorBoundary   turns the exceptions of the inner layers into error responses
     DrainGate       refuses new work before any is done
-    Authentication  before a byte of the body is read
-
-Knows no route but its template.
+    Authentication  runs before the body is read
 """
 
 import asyncio
@@ -23,13 +21,14 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.engine.host import EngineRegistry
+from app.engine.host import ModelHost
 from app.errors import ClientDisconnected, DeadlineExceeded, PayloadTooLarge, ShuttingDown
-from app.telemetry import Metrics, bind_request_id, clear_request_id
+from app.telemetry import Metrics
 from app.telemetry.metrics import METHODS, OTHER, UNMATCHED
 from app.types import Principal
-from app.web.http.errors import as_app_error, error_response
-from app.web.http.rate_limits import RATE_HEADERS
+from app.web.http.errors import ErrorRenderer, as_app_error
+from app.web.http.private_api import route_path
+from app.web.http.rate_limits import rate_headers
 
 _CLIENT_GONE = 499
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -38,10 +37,10 @@ _log = structlog.get_logger("llm_service")
 
 
 class RequestLog:
-    """Names each request, and tells its story in one line once it has ended."""
+    """Gives each request an id, and writes its log line and metrics once it has ended."""
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics, paths: Collection[str]) -> None:
-        """Args: paths: routes without parameters; names the route of a request that was refused before it found one."""
+        """Args: paths: paths without parameters; they name the route of a request refused before routing."""
         self.app = app
         self.metrics = metrics
         self.paths = frozenset(paths)
@@ -63,17 +62,17 @@ class RequestLog:
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = request_id
                 headers["X-Process-Time"] = f"{time.perf_counter() - began:.6f}"
-                headers.update(state.get(RATE_HEADERS, dict)())
+                headers.update(await rate_headers(scope))
             await send(message)
 
-        bind_request_id(request_id)
+        structlog.contextvars.bind_contextvars(request_id=request_id)
         try:
             await self.app(scope, receive, send_named)
         finally:
-            self._tell(scope, status, time.perf_counter() - began)
-            clear_request_id()
+            self._report(scope, status, time.perf_counter() - began)
+            structlog.contextvars.unbind_contextvars("request_id")
 
-    def _tell(self, scope: Scope, status: int, seconds: float) -> None:
+    def _report(self, scope: Scope, status: int, seconds: float) -> None:
         method = scope["method"] if scope["method"] in METHODS else OTHER
         route = self._template(scope)
         principal: Principal | None = scope["state"].get("principal")
@@ -90,8 +89,8 @@ class RequestLog:
         )
 
     def _template(self, scope: Scope) -> str:
-        if route := scope.get("route"):
-            return str(route.path)
+        if path := route_path(scope):
+            return path
         return scope["path"] if scope["path"] in self.paths else UNMATCHED
 
 
@@ -103,13 +102,14 @@ def _request_id(scope: Scope) -> str:
 
 
 class ErrorBoundary:
-    """Answers for whatever failed outside the routes' own error handling, as long as no answer has begun.
+    """Renders the errors that the routes' own handlers do not, unless the response has begun.
 
-    Once one has, nothing can be said any more: the server closes the connection, and the client sees it cut short.
+    After that no error can be sent: the server closes the connection, and the client sees the response truncated.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *, renderer: ErrorRenderer) -> None:
         self.app = app
+        self.renderer = renderer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -127,22 +127,22 @@ class ErrorBoundary:
         except ClientDisconnected:
             return
         except Exception as error:  # noqa: BLE001  # as_app_error logs what is unexpected
-            answer = as_app_error(error)
+            shown = as_app_error(error)
             if not begun:
-                await error_response(scope, answer)(scope, receive, send)
+                await self.renderer.response(scope, shown)(scope, receive, send)
 
 
 class DrainGate:
-    """Refuses new work while the service drains; probes and figures go on."""
+    """Refuses new work while the service drains, except probes and metrics."""
 
-    def __init__(self, app: ASGIApp, *, engines: EngineRegistry, always: Collection[str]) -> None:
-        """Args: always: paths that are answered to the end."""
+    def __init__(self, app: ASGIApp, *, host: ModelHost, always: Collection[str]) -> None:
+        """Args: always: paths that are served while draining, too."""
         self.app = app
-        self.engines = engines
+        self.host = host
         self.always = frozenset(always)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self.engines.draining and scope["path"] not in self.always:
+        if scope["type"] == "http" and self.host.draining and scope["path"] not in self.always:
             raise ShuttingDown()
         await self.app(scope, receive, send)
 
@@ -154,14 +154,14 @@ class BodyTooSlow(DeadlineExceeded):
 
 
 class BodyLimits:
-    """Bounds how long a body may be and how long it may take.
+    """Bounds the size of a body and the time it may take.
 
-    An answer given before the whole body was read closes the connection: the rest is not worth waiting for, and a
-    client that sends it byte by byte must not hold the connection.
+    A response before the whole body was read closes the connection: a client that sends the rest byte by byte must not
+    occupy it.
     """
 
     def __init__(self, app: ASGIApp, *, max_bytes: int, timeout_seconds: float) -> None:
-        """Args: timeout_seconds: from the first byte asked for until the last one has come."""
+        """Args: timeout_seconds: from the first read of the body until its last byte."""
         self.app = app
         self.max_bytes = max_bytes
         self.timeout_seconds = timeout_seconds
@@ -181,7 +181,7 @@ class BodyLimits:
 
 
 class _Body:
-    """What has been read of one request's body."""
+    """Measures one request's body while it is received."""
 
     def __init__(self, receive: Receive, announced: int, limits: BodyLimits) -> None:
         self.complete = announced == 0
@@ -214,10 +214,10 @@ class _Body:
 
 
 def _announced_bytes(scope: Scope) -> int:
-    """Return the body's length as its header says, 0 for none, and -1 if only reading will tell."""
+    """Return the body's length by its headers: 0 for no body, -1 if unknown before it is read."""
     headers = Headers(scope=scope)
     if "transfer-encoding" in headers:
         return -1
     length = headers.get("content-length", "0")
-    # Longer numbers than this are not worth reading exactly.
+    # More digits exceed every limit.
     return int(length[:20]) if length.isdecimal() else -1

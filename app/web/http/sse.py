@@ -1,78 +1,84 @@
-"""Decide how an answer travels: as server-sent events, or whole unless the client has gone.
+"""Sends a generation as server-sent events, or collects it, and cancels it as soon as its client disconnects.
 
-An answer that nobody reads any more is cancelled at once, either way.  Knows connections and frames, but no
-field of an answer.
+What the events contain is the stream encoder's choice.
 """
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from contextlib import aclosing, suppress
 from typing import Any, Protocol, TypeVar
 
 import anyio
 import structlog
-from sse_starlette import EventSourceResponse, ServerSentEvent
-from sse_starlette.sse import SendTimeoutError
+from sse_starlette import ServerSentEvent
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from app.errors import AppError, ClientDisconnected
-from app.generation.requests import Event, Finished, Reply, Started, collect
+from app.events import Event, Finished, Response, Started, collect
 from app.web.http.errors import as_app_error
+from app.web.http.json_encoding import encode_json
+from app.web.http.private_api import SendTimeoutError, SseResponse
 
 PING_SECONDS = 15.0
 """Below the idle timeouts of the common proxies, which start at 30 s."""
 SEND_TIMEOUT_SECONDS = 15.0
-"""How long a client may leave its receive buffer full before it loses its place."""
+"""How long a client may leave its receive buffer full before its stream is closed."""
 CLOSE_SECONDS = 5.0
-"""An answer is cancelled within one token; this bounds the wait if the engine hangs."""
+"""A generation is cancelled within one token; this bounds the wait if the engine hangs."""
 READ_AHEAD = 16
-"""Events made before the client took the earlier ones; then the answer waits for it."""
+"""Events buffered for a slow client before the generation waits for it."""
+
+UNWATCHED_SECONDS = 0.02
+"""How long a response may take before its connection is watched for a disconnect."""
 
 _KEEP_ALIVE = ServerSentEvent(comment="keep-alive", sep="\n")
 
 
-class Dialect(Protocol):
-    """How a stream is written: the bytes of each event, and of what went wrong."""
+class StreamEncoder(Protocol):
+    """Encodes the events of one generation as SSE frames."""
 
-    def frames(self, event: Event) -> bytes:
-        """Return an event's frames; empty for an event that has none."""
+    def encode(self, event: Event) -> bytes:
+        """Return the frames of an event, or no bytes for an event without frames."""
 
-    def failure(self, error: AppError) -> bytes:
-        """Return what ends a stream that failed midway."""
+    def encode_error(self, error: AppError) -> bytes:
+        """Return the frames that end a stream which failed midway."""
 
 
 _T = TypeVar("_T")
 _log = structlog.get_logger("llm_service")
 
 
-class EventStream(EventSourceResponse):
-    """An answer as it is made; closes it however the stream ends.
+class EventStream(SseResponse):
+    """Streams the events of a generation, and closes the generation however the stream ends.
 
-    The answer is read in a task of its own.  The library ends a stream by cancelling a task group, which cuts off every
-    `await` of a cleanup, again and again; a task of its own is cancelled once and can free what the answer holds.
+    A separate task reads the events.  The library ends a stream by cancelling a task group, which interrupts every
+    `await` of a cleanup, again and again; a separate task is cancelled once and can free what the generation holds.
     """
 
     def __init__(
         self,
         started: Started,
         events: AsyncGenerator[Event, None],
-        dialect: Dialect,
+        encoder: StreamEncoder,
         *,
         headers: Mapping[str, str] | None = None,
         ping_seconds: float = PING_SECONDS,
         send_timeout_seconds: float = SEND_TIMEOUT_SECONDS,
     ) -> None:
         """Args:
-        started: the answer's first event.
-        events: those that follow.
+        started: the generation's first event.
+        events: the events after it.
         """
         self._started = started
         self._events = events
-        self._dialect = dialect
+        self._encoder = encoder
         self._reading: asyncio.Task[None]
-        self._inlet, self._outlet = anyio.create_memory_object_stream[Event](READ_AHEAD)
+        self._buffer: list[bytes] = []
+        """Frames that have not been sent."""
+        self._has_frames = asyncio.Event()
+        self._has_room = asyncio.Event()
+        self._finished = False
         super().__init__(
             self._frames(),
             headers={"Cache-Control": "no-cache", **(headers or {})},
@@ -92,85 +98,92 @@ class EventStream(EventSourceResponse):
             await self._close()
 
     async def _read(self) -> None:
-        with self._inlet:
+        try:
             async for event in self._events:
-                await self._inlet.send(event)
+                self._finished = isinstance(event, Finished)
+                if frames := self._encoder.encode(event):
+                    self._buffer.append(frames)
+                    self._has_frames.set()
+                while len(self._buffer) >= READ_AHEAD:
+                    self._has_room.clear()
+                    await self._has_room.wait()
+        finally:
+            self._has_frames.set()
 
     async def _frames(self) -> AsyncIterator[bytes]:
+        """Yield frames; those that are ready at the same moment leave together."""
         # A comment at once tells proxies and clients that the stream lives, however long the first token takes.
-        yield _KEEP_ALIVE.encode()
-        finished = False
+        yield _KEEP_ALIVE.encode() + self._encoder.encode(self._started)
         try:
-            if opening := self._dialect.frames(self._started):
-                yield opening
-            async for event in self._outlet:
-                finished = isinstance(event, Finished)
-                if frames := self._dialect.frames(event):
-                    yield frames
+            while not self._reading.done() or self._buffer:
+                await self._has_frames.wait()
+                self._has_frames.clear()
+                ready = b"".join(self._buffer)
+                self._buffer.clear()
+                self._has_room.set()
+                if ready:
+                    yield ready
+                elif not self._reading.done():
+                    await asyncio.wait({self._reading})
             await self._reading
-            if not finished:
-                raise RuntimeError("an answer ended without its last event")
+            if not self._finished:
+                raise RuntimeError("a generation ended without its last event")
         except Exception as error:  # noqa: BLE001  # as_app_error logs what is unexpected
             shown = as_app_error(error)
-            if not finished:
-                yield self._dialect.failure(shown)
+            if not self._finished:
+                yield self._encoder.encode_error(shown)
 
     async def _close(self) -> None:
         self._reading.cancel()
         with anyio.move_on_after(CLOSE_SECONDS, shield=True):
             await asyncio.wait({self._reading})
-            # Not begun or not ended: the reader went while it waited to be read itself.
+            # Unstarted or unfinished if the reader was cancelled while its buffer was full.
             await self._events.aclose()
-        self._inlet.close()
-        self._outlet.close()
-        # Whoever still read has had the error; unseen, the loop would log it with its message.
+        # A client that still reads has got the error; unretrieved, the loop would log it with its message.
         with suppress(asyncio.CancelledError, asyncio.InvalidStateError):
             self._reading.exception()
-
-    @staticmethod
-    async def _listen_for_exit_signal() -> None:
-        # The library polls for a shutdown twice a second and then cuts every stream.  Draining is the service's: it
-        # lets answers finish, and ends those that do not with a last event.
-        await anyio.sleep_forever()
 
 
 def frame(data: Mapping[str, Any], name: str | None = None) -> bytes:
     """Return one server-sent event."""
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    head = f"event: {name}\n" if name else ""
-    return f"{head}data: {text}\n\n".encode()
+    head = f"event: {name}\ndata: ".encode() if name else b"data: "
+    return b"%b%b\n\n" % (head, encode_json(data))
 
 
-async def answer_unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
-    """Do the work, but cancel it as soon as the client hangs up.
+async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """Await the work, but cancel it as soon as the client disconnects.
 
-    The body must have been read before: what `receive` still brings is the hang-up.
+    The body must have been read before, so that the next message is the disconnect.
 
-    Raises: ClientDisconnected: nobody waits for the answer.
+    Raises: ClientDisconnected: nobody waits for the response.
     """
     working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_hung_up(request))
+    tasks: set[asyncio.Future[Any]] = {working}
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        # Most refusals and cached responses are ready sooner than a disconnect could matter.
+        await asyncio.wait(tasks, timeout=UNWATCHED_SECONDS)
+        if not working.done():
+            tasks.add(asyncio.ensure_future(_disconnected(request)))
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
             raise ClientDisconnected("The client hung up before its answer was ready.")
         return working.result()
     finally:
         # A finished task is left alone: awaiting it again would cut the traceback of its error.
-        for task in (working, leaving):
+        for task in tasks:
             if not task.done():
                 task.cancel()
                 with suppress(asyncio.CancelledError, Exception):
                     await task
 
 
-async def _hung_up(request: Request) -> None:
+async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-async def begin(request: Request, events: AsyncGenerator[Event, None]) -> Started:
-    """Wait until an answer has begun, so that what is wrong with the request is still an ordinary error.
+async def wait_for_start(request: Request, events: AsyncGenerator[Event, None]) -> Started:
+    """Wait for a generation's first event, so that a refusal is still an ordinary error response.
 
     Raises: AppError: the request is wrong or cannot be taken.
     """
@@ -178,20 +191,20 @@ async def begin(request: Request, events: AsyncGenerator[Event, None]) -> Starte
     async def first() -> Started:
         event = await anext(events)
         if not isinstance(event, Started):
-            raise TypeError("an answer begins with Started")
+            raise TypeError("a generation begins with Started")
         return event
 
-    return await answer_unless_gone(request, first())
+    return await cancel_on_disconnect(request, first())
 
 
-async def whole(request: Request, events: AsyncGenerator[Event, None]) -> Reply:
-    """Read an answer to its end, unless the client hangs up before.
+async def collect_response(request: Request, events: AsyncGenerator[Event, None]) -> Response:
+    """Read a generation to its end, unless the client disconnects before.
 
-    Raises: AppError: whatever ended the answer instead.
+    Raises: AppError: what ended the generation instead.
     """
 
-    async def read() -> Reply:
+    async def read() -> Response:
         async with aclosing(events):
             return await collect(events)
 
-    return await answer_unless_gone(request, read())
+    return await cancel_on_disconnect(request, read())

@@ -1,14 +1,11 @@
-"""A token bucket for the `limits` library: a strategy beside its own three, and the memory that it needs.
+"""A token bucket for the `limits` library: a strategy beside its own three, and the storage that it needs.
 
-Importing this module registers both, so that `slowapi.Limiter(strategy="token-bucket")` finds them.  Knows no request.
+Importing this module registers both, so that `slowapi.Limiter(strategy="token-bucket")` finds them.
 """
 
 import math
 import time
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
-from threading import Lock
 from typing import cast
 
 from limits import RateLimitItemPerSecond
@@ -17,90 +14,50 @@ from limits.storage import MemoryStorage, StorageTypes
 from limits.strategies import STRATEGIES, RateLimiter
 from limits.util import WindowStats
 
+from app.access.token_bucket import Bucket, BucketState
+from app.stores.memory_buckets import MAX_BUCKETS, MemoryBuckets
+
 STRATEGY = "token-bucket"
 STORAGE_URI = "token-bucket+memory://"
 
-MAX_BUCKETS = 50_000
-"""Buckets kept; the least recently used goes first.  Who makes that many addresses gains no more by its return."""
-
 
 class BucketLimit(RateLimitItemPerSecond):
-    """A bucket of `amount` tokens that is filled up at a steady rate."""
+    """A token bucket in the library's own notation."""
 
-    __slots__ = ("per_second",)
+    __slots__ = ("bucket",)
 
     def __init__(self, *, burst: int, per_minute: float, namespace: str) -> None:
         """Args:
         burst: tokens of a full bucket, so many requests at once.
         per_minute: tokens that flow back in a minute.
-        namespace: keeps buckets of the same owner for different purposes apart.
+        namespace: distinguishes buckets of the same owner for different purposes.
         """
-        self.per_second = per_minute / 60
-        super().__init__(burst, multiples=math.ceil(burst / self.per_second), namespace=namespace)
-
-
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """What came of an attempt to take tokens."""
-
-    granted: bool
-    remaining: int
-    """Whole tokens left."""
-    full_in: float
-    """Seconds until the bucket is full again."""
-    retry_in: float
-    """Seconds until the attempt would be granted; 0 if it was."""
+        self.bucket = Bucket(burst, per_minute / 60)
+        super().__init__(burst, multiples=math.ceil(burst / self.bucket.per_second), namespace=namespace)
 
 
 class BucketStorage(MemoryStorage):
-    """The library's memory storage with buckets added; taking is one step, whatever the threads."""
+    """The library's memory storage with buckets added."""
 
     STORAGE_SCHEME = ["token-bucket+memory"]  # noqa: RUF012  # the base class declares a plain list
 
-    def __init__(self, uri: str | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """Args:
-        clock: seconds that never go back.
-        """
-        self._clock = clock
-        self._lock = Lock()
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
-        """Name -> (tokens, when they were counted)."""
+    def __init__(
+        self,
+        uri: str | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        max_buckets: int = MAX_BUCKETS,
+    ) -> None:
+        """Args: clock: seconds that never go back."""
+        self.buckets = MemoryBuckets(clock=clock, max_buckets=max_buckets)
         super().__init__(uri)
 
-    def take(self, key: str, capacity: int, per_second: float, cost: int) -> Taken:
-        """Take `cost` tokens if there are so many; else leave the bucket as it is."""
-        with self._lock:
-            tokens, now = self._level(key, capacity, per_second)
-            granted = tokens >= cost
-            if granted:
-                tokens -= cost
-            if cost:
-                self._buckets[key] = (tokens, now)
-                self._buckets.move_to_end(key)
-            if len(self._buckets) > MAX_BUCKETS:
-                self._buckets.popitem(last=False)
-        return Taken(
-            granted=granted,
-            remaining=math.floor(tokens),
-            full_in=(capacity - tokens) / per_second,
-            retry_in=0.0 if granted else (cost - tokens) / per_second,
-        )
-
-    def _level(self, key: str, capacity: int, per_second: float) -> tuple[float, float]:
-        now = self._clock()
-        tokens, counted = self._buckets.get(key, (float(capacity), now))
-        return min(float(capacity), tokens + (now - counted) * per_second), now
-
     def clear(self, key: str) -> None:
-        with self._lock:
-            self._buckets.pop(key, None)
+        self.buckets.clear(key)
         super().clear(key)
 
     def reset(self) -> int | None:
-        with self._lock:
-            forgotten = len(self._buckets)
-            self._buckets.clear()
-        return forgotten + (super().reset() or 0)
+        return self.buckets.reset() + (super().reset() or 0)
 
 
 class TokenBucketRateLimiter(RateLimiter):
@@ -110,11 +67,11 @@ class TokenBucketRateLimiter(RateLimiter):
         if not isinstance(storage, BucketStorage):
             raise TypeError(f"a token bucket needs BucketStorage, not {type(storage).__name__}")
         super().__init__(storage)
-        self._buckets = storage
+        self._buckets = storage.buckets
 
-    def take(self, item: BucketLimit, *identifiers: str, cost: int = 1) -> Taken:
-        """Take tokens and tell what is left, in one step."""
-        return self._buckets.take(item.key_for(*identifiers), item.amount, item.per_second, cost)
+    def take(self, item: BucketLimit, *identifiers: str, cost: int = 1) -> BucketState:
+        """Take tokens and return what is left, in one step."""
+        return self._buckets.take(item.key_for(*identifiers), item.bucket, cost)
 
     def hit(self, item: RateLimitItem, *identifiers: str, cost: int = 1) -> bool:
         return self.take(_bucket(item), *identifiers, cost=cost).granted
@@ -124,8 +81,8 @@ class TokenBucketRateLimiter(RateLimiter):
 
     def get_window_stats(self, item: RateLimitItem, *identifiers: str) -> WindowStats:
         """Return when the bucket is full again, in seconds since the epoch, and the whole tokens in it."""
-        looked = self.take(_bucket(item), *identifiers, cost=0)
-        return WindowStats(time.time() + looked.full_in, looked.remaining)
+        state = self.take(_bucket(item), *identifiers, cost=0)
+        return WindowStats(time.time() + state.full_in, state.remaining)
 
 
 def _bucket(item: RateLimitItem) -> BucketLimit:

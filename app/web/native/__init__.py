@@ -1,1 +1,1 @@
-"""The service's own dialect."""
+"""The native dialect: /v1/generate, /v1/chat and /v1/sessions."""

@@ -1,25 +1,27 @@
-"""POST /v1/generate/batch: go on with many plain texts.  Translation only."""
+"""POST /v1/generate/batch: completes many plain texts."""
 
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
-from pydantic import AfterValidator, BaseModel, Field, StringConstraints
+from fastapi import APIRouter
+from pydantic import AfterValidator, Field, StringConstraints
+from starlette.responses import Response as HttpResponse
+from typing_extensions import TypedDict
 
 from app.errors import ModelNotFound, ServiceUnavailable
-from app.generation.batch import answer_each
-from app.generation.requests import CompletionAsk, Reply
-from app.web.http.dependencies import Call, CallDep, ServiceDep
-from app.web.http.errors import ErrorBody, as_app_error, document, envelope
-from app.web.http.json_body import LimitedRoute
-from app.web.http.sampling_params import SamplingFields, check_length
-from app.web.http.sse import answer_unless_gone
-from app.web.native.generate import GenerateReply
-from app.web.native.schemas import GENERATION_ERRORS
+from app.events import Response
+from app.generation.batch import generate_each
+from app.requests import GenerationRequest
+from app.web.http.dependencies import RequestContextDep
+from app.web.http.errors import GENERATION_ERRORS, ErrorBody, as_app_error, envelope, error_responses
+from app.web.http.json_body import GeneratingRoute
+from app.web.http.json_encoding import EncodedJsonResponse
+from app.web.http.sampling_params import MAX_PROMPTS, check_length
+from app.web.http.sse import cancel_on_disconnect
+from app.web.native.generate import GenerateResponse, generate_response
+from app.web.native.request_model import SamplingFields
 
-MAX_PROMPTS = 64
-
-router = APIRouter(prefix="/v1", tags=["generate"], route_class=LimitedRoute)
+router = APIRouter(prefix="/v1", tags=["generate"], route_class=GeneratingRoute)
 
 
 def _refuse_stream(stream: bool) -> bool:
@@ -29,67 +31,48 @@ def _refuse_stream(stream: bool) -> bool:
 
 
 class BatchRequest(SamplingFields):
-    """Prompts, and how to go on with each of them."""
+    """Prompts, with the sampling parameters of all."""
 
     prompts: Annotated[
         list[Annotated[str, StringConstraints(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)
     ]
     stream: Annotated[bool, AfterValidator(_refuse_stream)] = False
 
-    def to_asks(self, call: Call) -> list[CompletionAsk]:
-        """Raises: InvalidRequest: the prompts are too long together, or two names of one field differ."""
-        check_length("prompts", sum(map(len, self.prompts)), call.max_prompt_chars)
-        sampling = self.sampling()
-        return [
-            CompletionAsk(
-                id=f"{call.ask_id}-{number}",
-                caller=call.caller,
-                prompt=prompt,
-                sampling=sampling,
-                model=self.model,
-                cache=self.cache and call.may_cache,
-                origin=call.origin,
-            )
-            for number, prompt in enumerate(self.prompts)
-        ]
 
-
-class ErrorReply(BaseModel):
-    """What stands in the place of an answer that could not be made."""
+class FailedGeneration(TypedDict):
+    """The error of one prompt, in place of its response."""
 
     error: ErrorBody
 
 
-class BatchReply(BaseModel):
-    """For each prompt, in their order, its answer or its error."""
+class BatchResponse(TypedDict):
+    """The response or error of each prompt, in the order of the prompts."""
 
-    results: list[GenerateReply | ErrorReply]
+    results: list[GenerateResponse | FailedGeneration]
     request_id: str
 
 
-@router.post(
-    "/generate/batch",
-    response_model=BatchReply,
-    response_model_exclude_unset=True,
-    responses=document(*GENERATION_ERRORS),
-)
-async def generate_batch(body: BatchRequest, request: Request, call: CallDep, service: ServiceDep) -> BatchReply:
-    """Go on with many texts at once; a text that cannot be answered has its error in place of an answer."""
-    asks = body.to_asks(call)
-    outcomes = await answer_unless_gone(request, answer_each(service.complete, asks))
-    _raise_if_none_could_be_taken(outcomes)
-    results = [_result(outcome, ask, call.request_id) for outcome, ask in zip(outcomes, asks, strict=True)]
-    return BatchReply(results=results, request_id=call.request_id)
+@router.post("/generate/batch", response_model=BatchResponse, responses=error_responses(*GENERATION_ERRORS))
+async def generate_batch(body: BatchRequest, context: RequestContextDep) -> HttpResponse:
+    """Complete many texts at once; a text that fails has its error in place of its response."""
+    check_length("prompts", sum(map(len, body.prompts)), context.max_prompt_chars)
+    requests = [body.to_request(context, text=prompt) for prompt in body.prompts]
+    outcomes = await cancel_on_disconnect(context.request, generate_each(context.events, requests))
+    _raise_if_all_were_refused(outcomes)
+    results = [
+        _result(outcome, request, context.request_id) for outcome, request in zip(outcomes, requests, strict=True)
+    ]
+    return EncodedJsonResponse({"results": results, "request_id": context.request_id})
 
 
-def _raise_if_none_could_be_taken(outcomes: Sequence[Reply | Exception]) -> None:
-    """A service that takes no prompt at all says so with its status, so that clients and balancers try again."""
+def _raise_if_all_were_refused(outcomes: Sequence[Response | Exception]) -> None:
+    """Raise the error that refused every prompt, so that clients and load balancers see its status and retry."""
     first = outcomes[0]
     if isinstance(first, ServiceUnavailable | ModelNotFound) and all(type(first) is type(each) for each in outcomes):
         raise first
 
 
-def _result(outcome: Reply | Exception, ask: CompletionAsk, request_id: str) -> GenerateReply | ErrorReply:
-    if isinstance(outcome, Reply):
-        return GenerateReply.of(outcome, ask.sampling, request_id)
-    return ErrorReply(error=ErrorBody(**envelope(as_app_error(outcome), request_id)))
+def _result(outcome: Response | Exception, request: GenerationRequest, request_id: str) -> Mapping[str, Any]:
+    if isinstance(outcome, Response):
+        return generate_response(outcome, request, request_id)
+    return {"error": envelope(as_app_error(outcome), request_id)}

@@ -1,22 +1,23 @@
-"""POST /v1/chat: answer the last message of a conversation, with or without a session.  Translation only."""
+"""POST /v1/chat: replies to the last message of a conversation, with or without a session."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NotRequired
 
-from fastapi import APIRouter, Request
-from pydantic import AfterValidator, BaseModel, Field, StringConstraints
+from fastapi import APIRouter
+from pydantic import AfterValidator, Field, StringConstraints
+from starlette.responses import Response as HttpResponse
+from typing_extensions import TypedDict
 
-from app.generation.requests import ChatAsk, Context, Reply, Sampling
+from app.events import ContextUsage, Response
+from app.requests import GenerationRequest
 from app.types import FinishReason, Message, Role
-from app.web.http.dependencies import Call, CallDep, ServiceDep
-from app.web.http.errors import document
-from app.web.http.json_body import LimitedRoute, StrictModel
-from app.web.http.sampling_params import SamplingFields, SessionId, check_length
-from app.web.http.sse import EventStream, begin, whole
-from app.web.native.schemas import GENERATION_ERRORS, CompletionReply, NativeStream, UsageReply, completion_replies
+from app.web.http.dependencies import RequestContextDep
+from app.web.http.errors import GENERATION_ERRORS, error_responses
+from app.web.http.json_body import GeneratingRoute, StrictModel
+from app.web.http.sampling_params import MAX_MESSAGES, SessionId, check_length
+from app.web.native.request_model import SamplingFields
+from app.web.native.schemas import CompletionChoice, TokenUsage, completion_choices, respond, token_usage
 
-MAX_MESSAGES = 256
-
-router = APIRouter(prefix="/v1", tags=["chat"], route_class=LimitedRoute)
+router = APIRouter(prefix="/v1", tags=["chat"], route_class=GeneratingRoute)
 
 
 class MessageFields(StrictModel):
@@ -40,29 +41,15 @@ class ChatRequest(SamplingFields):
     ]
     session_id: SessionId | None = Field(None, description="Continues the caller's own session of this name.")
 
-    def to_ask(self, call: Call) -> ChatAsk:
-        """Raises: InvalidRequest: the messages are too long together, or two names of one field differ."""
-        check_length("messages", sum(len(message.content) for message in self.messages), call.max_prompt_chars)
-        return ChatAsk(
-            id=call.ask_id,
-            caller=call.caller,
-            messages=tuple(Message(Role(message.role), message.content) for message in self.messages),
-            session_id=self.session_id,
-            sampling=self.sampling(),
-            model=self.model,
-            cache=self.cache and call.may_cache,
-            origin=call.origin,
-        )
 
-
-class MessageReply(BaseModel):
-    """What the assistant says."""
+class AssistantMessage(TypedDict):
+    """The message that the model generated."""
 
     role: Literal["assistant"]
     content: str
 
 
-class ContextReply(BaseModel):
+class ContextFields(TypedDict):
     """How the conversation was fitted into the context window."""
 
     limit: int
@@ -70,58 +57,54 @@ class ContextReply(BaseModel):
     turns_kept: int
     turns_dropped: int
 
-    @classmethod
-    def of(cls, context: Context) -> "ContextReply":
-        return cls(
-            limit=context.limit,
-            prompt_tokens=context.prompt_tokens,
-            turns_kept=context.turns_kept,
-            turns_dropped=context.turns_dropped,
-        )
 
+class ChatResponse(TypedDict):
+    """The completions of one conversation."""
 
-class ChatReply(BaseModel):
-    """A whole answer, or several."""
-
-    message: MessageReply
-    """The first answer."""
+    message: AssistantMessage
+    """The first completion."""
     model: str
     tokens_generated: int
     cached: bool
     session_id: str | None
     finish_reason: FinishReason
-    usage: UsageReply
-    context: ContextReply | None
+    usage: TokenUsage
+    context: ContextFields | None
     request_id: str
-    completions: list[CompletionReply] = []
-    """All answers; left out unless several or log-probabilities were asked for."""
-
-    @classmethod
-    def of(cls, reply: Reply, sampling: Sampling, request_id: str) -> "ChatReply":
-        finished = reply.finished
-        several = sampling.n > 1 or sampling.logprobs is not None
-        return cls(
-            message=MessageReply(role="assistant", content=reply.text),
-            model=finished.model,
-            tokens_generated=finished.usage.completion_tokens,
-            cached=finished.cached,
-            session_id=finished.session_id,
-            finish_reason=finished.finish_reason,
-            usage=UsageReply.of(finished.usage),
-            context=ContextReply.of(finished.context) if finished.context else None,
-            request_id=request_id,
-            **({"completions": completion_replies(reply, sampling)} if several else {}),
-        )
+    completions: NotRequired[list[CompletionChoice]]
+    """All completions; left out unless the request asked for several or for log-probabilities."""
 
 
-# What was not set is what was not asked for.
-@router.post(
-    "/chat", response_model=ChatReply, response_model_exclude_unset=True, responses=document(*GENERATION_ERRORS)
-)
-async def chat(body: ChatRequest, request: Request, call: CallDep, service: ServiceDep) -> ChatReply | EventStream:
-    """Answer the last message, whole or, with `stream`, as server-sent events `delta`... and `done` or `error`."""
-    ask = body.to_ask(call)
-    events = service.chat(ask)
-    if body.stream:
-        return EventStream(await begin(request, events), events, NativeStream(ask.sampling, call.request_id))
-    return ChatReply.of(await whole(request, events), ask.sampling, call.request_id)
+def _response(response: Response, request: GenerationRequest, request_id: str) -> ChatResponse:
+    finished = response.finished
+    fields: ChatResponse = {
+        "message": {"role": "assistant", "content": response.text},
+        "model": finished.model,
+        "tokens_generated": finished.usage.completion_tokens,
+        "cached": finished.cached,
+        "session_id": finished.session_id,
+        "finish_reason": finished.finish_reason,
+        "usage": token_usage(finished.usage),
+        "context": _context(finished.context) if finished.context else None,
+        "request_id": request_id,
+    }
+    if request.n > 1 or request.sampling.logprobs is not None:
+        fields["completions"] = completion_choices(response, request)
+    return fields
+
+
+def _context(context: ContextUsage) -> ContextFields:
+    return {
+        "limit": context.limit,
+        "prompt_tokens": context.prompt_tokens,
+        "turns_kept": context.turns_kept,
+        "turns_dropped": context.turns_dropped,
+    }
+
+
+@router.post("/chat", response_model=ChatResponse, responses=error_responses(*GENERATION_ERRORS))
+async def chat(body: ChatRequest, context: RequestContextDep) -> HttpResponse:
+    """Reply to the last message: as one response, or with `stream` as events `delta`... and `done` or `error`."""
+    check_length("messages", sum(len(message.content) for message in body.messages), context.max_prompt_chars)
+    messages = tuple(Message(Role(message.role), message.content) for message in body.messages)
+    return await respond(context, body.to_request(context, messages=messages, session_id=body.session_id), _response)

@@ -1,43 +1,33 @@
-"""POST /v1/generate: go on with a plain text.  Translation only."""
+"""POST /v1/generate: completes a plain text."""
 
 from typing import Annotated
 
-from fastapi import APIRouter, Request
-from pydantic import BaseModel, StringConstraints
+from fastapi import APIRouter
+from pydantic import StringConstraints
+from starlette.responses import Response as HttpResponse
+from typing_extensions import TypedDict
 
-from app.generation.requests import CompletionAsk, Reply, Sampling
+from app.events import Response
+from app.requests import GenerationRequest
 from app.types import FinishReason
-from app.web.http.dependencies import Call, CallDep, ServiceDep
-from app.web.http.errors import document
-from app.web.http.json_body import LimitedRoute
-from app.web.http.sampling_params import SamplingFields, check_length
-from app.web.http.sse import EventStream, begin, whole
-from app.web.native.schemas import GENERATION_ERRORS, CompletionReply, NativeStream, UsageReply, completion_replies
+from app.web.http.dependencies import RequestContextDep
+from app.web.http.errors import GENERATION_ERRORS, error_responses
+from app.web.http.json_body import GeneratingRoute
+from app.web.http.sampling_params import check_length
+from app.web.native.request_model import SamplingFields
+from app.web.native.schemas import CompletionChoice, TokenUsage, completion_choices, respond, token_usage
 
-router = APIRouter(prefix="/v1", tags=["generate"], route_class=LimitedRoute)
+router = APIRouter(prefix="/v1", tags=["generate"], route_class=GeneratingRoute)
 
 
 class GenerateRequest(SamplingFields):
-    """A prompt, and how to go on with it."""
+    """A prompt and its sampling parameters."""
 
     prompt: Annotated[str, StringConstraints(min_length=1)]
 
-    def to_ask(self, call: Call) -> CompletionAsk:
-        """Raises: InvalidRequest: the prompt is too long, or two names of one field differ."""
-        check_length("prompt", len(self.prompt), call.max_prompt_chars)
-        return CompletionAsk(
-            id=call.ask_id,
-            caller=call.caller,
-            prompt=self.prompt,
-            sampling=self.sampling(),
-            model=self.model,
-            cache=self.cache and call.may_cache,
-            origin=call.origin,
-        )
 
-
-class GenerateReply(BaseModel):
-    """A whole answer, or several."""
+class GenerateResponse(TypedDict):
+    """The completions of one prompt."""
 
     generated_text: str
     """The first of `completions`."""
@@ -46,36 +36,28 @@ class GenerateReply(BaseModel):
     tokens_generated: int
     cached: bool
     finish_reason: FinishReason
-    completions: list[CompletionReply]
-    usage: UsageReply
+    completions: list[CompletionChoice]
+    usage: TokenUsage
     request_id: str
 
-    @classmethod
-    def of(cls, reply: Reply, sampling: Sampling, request_id: str) -> "GenerateReply":
-        finished = reply.finished
-        return cls(
-            generated_text=reply.text,
-            prompt=reply.prompt or "",
-            model=finished.model,
-            tokens_generated=finished.usage.completion_tokens,
-            cached=finished.cached,
-            finish_reason=finished.finish_reason,
-            completions=completion_replies(reply, sampling),
-            usage=UsageReply.of(finished.usage),
-            request_id=request_id,
-        )
+
+def generate_response(response: Response, request: GenerationRequest, request_id: str) -> GenerateResponse:
+    finished = response.finished
+    return {
+        "generated_text": response.text,
+        "prompt": response.prompt or "",
+        "model": finished.model,
+        "tokens_generated": finished.usage.completion_tokens,
+        "cached": finished.cached,
+        "finish_reason": finished.finish_reason,
+        "completions": completion_choices(response, request),
+        "usage": token_usage(finished.usage),
+        "request_id": request_id,
+    }
 
 
-# What was not set is what was not asked for.
-@router.post(
-    "/generate", response_model=GenerateReply, response_model_exclude_unset=True, responses=document(*GENERATION_ERRORS)
-)
-async def generate(
-    body: GenerateRequest, request: Request, call: CallDep, service: ServiceDep
-) -> GenerateReply | EventStream:
-    """Go on with a text, whole or, with `stream`, as server-sent events `delta`... and `done` or `error`."""
-    ask = body.to_ask(call)
-    events = service.complete(ask)
-    if body.stream:
-        return EventStream(await begin(request, events), events, NativeStream(ask.sampling, call.request_id))
-    return GenerateReply.of(await whole(request, events), ask.sampling, call.request_id)
+@router.post("/generate", response_model=GenerateResponse, responses=error_responses(*GENERATION_ERRORS))
+async def generate(body: GenerateRequest, context: RequestContextDep) -> HttpResponse:
+    """Complete a text: as one response, or with `stream` as events `delta`... and `done` or `error`."""
+    check_length("prompt", len(body.prompt), context.max_prompt_chars)
+    return await respond(context, body.to_request(context, text=body.prompt), generate_response)

@@ -1,171 +1,176 @@
-"""What the answers of the generating routes have in common: usage, errors and frames.  Translation only."""
+"""Response schemas and the stream encoder that the native generating routes share."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NotRequired
 
-from pydantic import BaseModel
+from starlette.responses import Response as HttpResponse
+from typing_extensions import TypedDict
 
-from app import errors
-from app.engine.tokenizer.logprob_text import AnswerToken
-from app.generation.requests import Completion, Delta, Ending, Event, Finished, Reply, Sampling
+from app.errors import AppError
+from app.events import Completion, Delta, DetokenizedLogprob, Event, Finished, Response
+from app.requests import GenerationRequest
 from app.types import FinishReason, Usage
+from app.web.http.dependencies import RequestContext
 from app.web.http.errors import envelope
-from app.web.http.sse import frame
-
-GENERATION_ERRORS: tuple[type[errors.AppError], ...] = (
-    errors.InvalidRequest,
-    errors.ContextLengthExceeded,
-    errors.PiiBlocked,
-    errors.Unauthorized,
-    errors.Forbidden,
-    errors.ModelNotFound,
-    errors.PayloadTooLarge,
-    errors.UnsupportedMediaType,
-    errors.RateLimited,
-    errors.QuotaExceeded,
-    errors.InternalError,
-    errors.ServiceUnavailable,
-    errors.DeadlineExceeded,
-)
+from app.web.http.json_encoding import EncodedJsonResponse, exact_float
+from app.web.http.sse import EventStream, collect_response, frame, wait_for_start
 
 
-class PromptTokensDetails(BaseModel):
-    """What became of the prompt's tokens."""
+class PromptTokensDetails(TypedDict):
+    """How the prompt's tokens were computed."""
 
     cached_tokens: int
-    """Those that did not have to be computed again."""
+    """Tokens taken from the KV cache."""
 
 
-class UsageReply(BaseModel):
-    """Tokens, counted with the model's own tokenizer; all answers to a request share one prompt."""
+class TokenUsage(TypedDict):
+    """Token counts by the model's own tokenizer; all completions of a request share one prompt."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
 
-    @classmethod
-    def of(cls, usage: Usage) -> "UsageReply":
-        return cls(
-            prompt_tokens=usage.prompt_tokens,
-            completion_tokens=usage.completion_tokens,
-            total_tokens=usage.total_tokens,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=usage.cached_tokens),
-        )
 
-
-class TopToken(BaseModel):
-    """A token that the model might have said."""
+class CandidateToken(TypedDict):
+    """A candidate token and its log-probability."""
 
     text: str
     logprob: float
 
 
-class TokenReply(TopToken):
-    """A token of an answer, and the most likely ones in its place."""
+class GeneratedToken(CandidateToken):
+    """A generated token, and the most likely candidates at its position."""
 
-    top: list[TopToken]
-
-    @classmethod
-    def of(cls, token: AnswerToken) -> "TokenReply":
-        top = [TopToken(text=other.text, logprob=other.logprob) for other in token.top]
-        return cls(text=token.text, logprob=token.logprob, top=top)
+    top: list[CandidateToken]
 
 
-def token_replies(tokens: Sequence[AnswerToken], sampling: Sampling) -> dict[str, list[TokenReply]]:
-    """Return the field `tokens` if log-probabilities were asked for, and no field otherwise."""
-    return {} if sampling.logprobs is None else {"tokens": [TokenReply.of(token) for token in tokens]}
-
-
-class CompletionReply(BaseModel):
-    """One answer of those asked for."""
+class CompletionChoice(TypedDict):
+    """One of a request's completions."""
 
     text: str
     finish_reason: FinishReason
-    tokens: list[TokenReply] = []
-    """Left out unless log-probabilities were asked for."""
-
-    @classmethod
-    def of(cls, completion: Completion, sampling: Sampling) -> "CompletionReply":
-        return cls(
-            text=completion.text,
-            finish_reason=completion.finish_reason,
-            **token_replies(completion.tokens, sampling),
-        )
+    tokens: NotRequired[list[GeneratedToken]]
+    """Left out unless the request asked for log-probabilities."""
 
 
-def completion_replies(reply: Reply, sampling: Sampling) -> list[CompletionReply]:
-    """Translate all answers, in their order."""
-    return [CompletionReply.of(completion, sampling) for completion in reply.completions]
-
-
-class EndingReply(BaseModel):
-    """How one answer of a stream ended."""
+class CompletionEnd(TypedDict):
+    """How one completion of a stream ended."""
 
     index: int
     finish_reason: FinishReason
     tokens_generated: int
 
 
-class DoneFrame(BaseModel):
+class DoneFrame(TypedDict):
     """The last frame of a stream."""
 
     finish_reason: FinishReason
-    usage: UsageReply
+    usage: TokenUsage
     tokens_generated: int
     cached: bool
     session_id: str | None
     request_id: str
     model: str
-    completions: list[EndingReply] = []
+    completions: NotRequired[list[CompletionEnd]]
     """Left out unless there are several."""
 
 
-class NativeStream:
-    """Writes the frames `delta`, `done` and `error`; that an answer has begun has none."""
+def token_usage(usage: Usage) -> TokenUsage:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
 
-    def __init__(self, sampling: Sampling, request_id: str) -> None:
-        self._sampling = sampling
+
+def completion_choices(response: Response, request: GenerationRequest) -> list[CompletionChoice]:
+    """Return all completions, in their order."""
+    return [_choice(each, with_tokens=request.sampling.logprobs is not None) for each in response.completions]
+
+
+def _choice(completion: Completion, *, with_tokens: bool) -> CompletionChoice:
+    choice: CompletionChoice = {"text": completion.text, "finish_reason": completion.finish_reason}
+    if with_tokens:
+        choice["tokens"] = _tokens(completion.logprobs)
+    return choice
+
+
+def _tokens(tokens: Sequence[DetokenizedLogprob]) -> list[GeneratedToken]:
+    return [
+        {"text": each.text, "logprob": _logprob(each), "top": [_candidate(other) for other in each.top]}
+        for each in tokens
+    ]
+
+
+def _candidate(token: DetokenizedLogprob) -> CandidateToken:
+    return {"text": token.text, "logprob": _logprob(token)}
+
+
+def _logprob(token: DetokenizedLogprob) -> Any:
+    """Return a float with the digits that it has everywhere in this API."""
+    return exact_float(token.logprob)
+
+
+async def respond(
+    context: RequestContext,
+    request: GenerationRequest,
+    build: Callable[[Response, GenerationRequest, str], Mapping[str, Any]],
+) -> HttpResponse:
+    """Generate, and return a stream, or one response that `build` returns the body of.
+
+    Raises: AppError: the generation was refused or failed before the response began.
+    """
+    events = context.events(request)
+    if request.stream:
+        started = await wait_for_start(context.request, events)
+        return EventStream(started, events, NativeStreamEncoder(request, context.request_id))
+    response = await collect_response(context.request, events)
+    return EncodedJsonResponse(build(response, request, context.request_id))
+
+
+class NativeStreamEncoder:
+    """Encodes events as `delta`, `done` and `error` frames; `Started` produces no frame."""
+
+    def __init__(self, request: GenerationRequest, request_id: str) -> None:
+        """Args: request_id: the id that the client sees."""
+        self._with_tokens = request.sampling.logprobs is not None
+        self._with_index = request.n > 1
         self._request_id = request_id
 
-    def frames(self, event: Event) -> bytes:
+    def encode(self, event: Event) -> bytes:
         match event:
             case Delta():
-                return frame(_delta(event, self._sampling), "delta")
+                return frame(self._delta(event), "delta")
             case Finished():
                 return frame(self._done(event), "done")
         return b""
 
-    def failure(self, error: errors.AppError) -> bytes:
+    def encode_error(self, error: AppError) -> bytes:
         return frame(envelope(error, self._request_id), "error")
 
-    def _done(self, finished: Finished) -> dict[str, Any]:
-        done = DoneFrame(
-            finish_reason=finished.finish_reason,
-            usage=UsageReply.of(finished.usage),
-            tokens_generated=finished.usage.completion_tokens,
-            cached=finished.cached,
-            session_id=finished.session_id,
-            request_id=self._request_id,
-            model=finished.model,
-            **_endings(finished.endings),
-        )
-        return done.model_dump(exclude_unset=True)
+    def _delta(self, delta: Delta) -> dict[str, Any]:
+        data: dict[str, Any] = {"content": delta.text}
+        if self._with_index:
+            data["index"] = delta.index
+        if self._with_tokens:
+            data["tokens"] = _tokens(delta.logprobs)
+        return data
 
-
-def _delta(delta: Delta, sampling: Sampling) -> dict[str, Any]:
-    data: dict[str, Any] = {"content": delta.text}
-    if sampling.n > 1:
-        data["index"] = delta.index
-    tokens = token_replies(delta.tokens, sampling)
-    return data | {name: [token.model_dump() for token in value] for name, value in tokens.items()}
-
-
-def _endings(endings: Sequence[Ending]) -> dict[str, list[EndingReply]]:
-    if len(endings) == 1:
-        return {}
-    told = [
-        EndingReply(index=index, finish_reason=ending.finish_reason, tokens_generated=ending.tokens)
-        for index, ending in enumerate(endings)
-    ]
-    return {"completions": told}
+    def _done(self, finished: Finished) -> DoneFrame:
+        done: DoneFrame = {
+            "finish_reason": finished.finish_reason,
+            "usage": token_usage(finished.usage),
+            "tokens_generated": finished.usage.completion_tokens,
+            "cached": finished.cached,
+            "session_id": finished.session_id,
+            "request_id": self._request_id,
+            "model": finished.model,
+        }
+        if len(finished.samples) > 1:
+            done["completions"] = [
+                {"index": index, "finish_reason": each.finish_reason, "tokens_generated": each.completion_tokens}
+                for index, each in enumerate(finished.samples)
+            ]
+        return done

@@ -1,6 +1,6 @@
-"""GET and DELETE /v1/sessions: the caller's own sessions.  Translation only.
+"""GET and DELETE /v1/sessions: the caller's own sessions.
 
-Another tenant's session does not exist for this caller: the answer is the same 404, so ids cannot be probed.
+Another tenant's session gives the same 404 as one that does not exist, so ids cannot be probed.
 """
 
 from datetime import datetime
@@ -13,18 +13,18 @@ from app.errors import InternalError, InvalidRequest, RateLimited, SessionNotFou
 from app.generation.sessions import Session, SessionSummary
 from app.types import Role
 from app.web.http.dependencies import CallerDep, SessionsDep
-from app.web.http.errors import document
-from app.web.http.json_body import LimitedRoute
+from app.web.http.errors import error_responses
+from app.web.http.json_body import StrictRoute
 from app.web.http.sampling_params import SessionId
 
-router = APIRouter(prefix="/v1/sessions", tags=["sessions"], route_class=LimitedRoute)
+router = APIRouter(prefix="/v1/sessions", tags=["sessions"], route_class=StrictRoute)
 
-_ERRORS = document(InvalidRequest, Unauthorized, SessionNotFound, RateLimited, InternalError)
+_ERRORS = error_responses(InvalidRequest, Unauthorized, SessionNotFound, RateLimited, InternalError)
 
 SessionPath = Annotated[SessionId, Path()]
 
 
-class SummaryReply(BaseModel):
+class SessionSummaryResponse(BaseModel):
     """One session in the list."""
 
     session_id: str
@@ -33,7 +33,7 @@ class SummaryReply(BaseModel):
     updated: datetime
 
     @classmethod
-    def of(cls, summary: SessionSummary) -> "SummaryReply":
+    def of(cls, summary: SessionSummary) -> "SessionSummaryResponse":
         return cls(
             session_id=summary.session_id,
             turns=summary.turns,
@@ -42,10 +42,10 @@ class SummaryReply(BaseModel):
         )
 
 
-class SessionsReply(BaseModel):
+class SessionListResponse(BaseModel):
     """The caller's sessions."""
 
-    sessions: list[SummaryReply]
+    sessions: list[SessionSummaryResponse]
 
 
 class StoredMessage(BaseModel):
@@ -55,8 +55,8 @@ class StoredMessage(BaseModel):
     content: str
 
 
-class SessionReply(BaseModel):
-    """A session with all that is remembered of it."""
+class SessionResponse(BaseModel):
+    """A session with its stored messages."""
 
     session_id: str
     messages: list[StoredMessage]
@@ -65,7 +65,7 @@ class SessionReply(BaseModel):
     expires_in_seconds: float
 
     @classmethod
-    def of(cls, session: Session) -> "SessionReply":
+    def of(cls, session: Session) -> "SessionResponse":
         return cls(
             session_id=session.session_id,
             messages=[
@@ -79,29 +79,31 @@ class SessionReply(BaseModel):
         )
 
 
-@router.get("", response_model=SessionsReply, responses=_ERRORS)
-async def list_sessions(caller: CallerDep, sessions: SessionsDep) -> SessionsReply:
+@router.get("", response_model=SessionListResponse, responses=_ERRORS)
+async def list_sessions(caller: CallerDep, sessions: SessionsDep) -> SessionListResponse:
     """List the caller's sessions."""
-    return SessionsReply(sessions=[SummaryReply.of(summary) for summary in await sessions.list(caller.tenant)])
+    return SessionListResponse(
+        sessions=[SessionSummaryResponse.of(summary) for summary in await sessions.list(caller.tenant)]
+    )
 
 
-@router.get("/{session_id}", response_model=SessionReply, responses=_ERRORS)
-async def read_session(session_id: SessionPath, caller: CallerDep, sessions: SessionsDep) -> SessionReply:
+@router.get("/{session_id}", response_model=SessionResponse, responses=_ERRORS)
+async def read_session(session_id: SessionPath, caller: CallerDep, sessions: SessionsDep) -> SessionResponse:
     """Show the messages of one session, oldest first."""
     session = await sessions.read(caller.tenant, session_id)
     if session is None:
-        raise _unknown()
-    return SessionReply.of(session)
+        raise _session_not_found()
+    return SessionResponse.of(session)
 
 
 @router.delete("/{session_id}", status_code=204, responses=_ERRORS)
 async def delete_session(session_id: SessionPath, caller: CallerDep, sessions: SessionsDep) -> Response:
-    """Forget a session, once the turn that it is in has ended: that would bring it back."""
+    """Delete a session, after a turn that is running in it: that would store it again."""
     async with sessions.turn(caller.tenant, session_id):
         if not await sessions.delete(caller.tenant, session_id):
-            raise _unknown()
+            raise _session_not_found()
     return Response(status_code=204)
 
 
-def _unknown() -> SessionNotFound:
+def _session_not_found() -> SessionNotFound:
     return SessionNotFound("You have no session of this id; it may have expired.")

@@ -1,1 +1,1 @@
-"""OpenAI's dialect: the same service in the words that OpenAI's clients speak.  Translation only."""
+"""OpenAI's dialect: /v1/chat/completions, /v1/completions and /v1/models."""

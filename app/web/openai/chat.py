@@ -1,38 +1,38 @@
-"""POST /v1/chat/completions.  Translation only."""
+"""POST /v1/chat/completions: replies to a conversation."""
 
 from typing import Annotated, Any, Literal, Self
 
-from fastapi import APIRouter, Header, Request
+from fastapi import APIRouter
 from pydantic import BeforeValidator, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
-from starlette.responses import Response
+from starlette.responses import Response as HttpResponse
 
 from app.errors import InvalidRequest
-from app.generation.requests import ChatAsk, Completion, Reply
+from app.events import Completion, Response
+from app.requests import GenerationRequest
 from app.types import Message, Role
-from app.web.http.dependencies import Call, CallDep, PartsDep, note_end_user
-from app.web.http.errors import document
-from app.web.http.json_body import LimitedRoute, StrictModel
-from app.web.http.sampling_params import SessionId, TokenCount, check_length
-from app.web.native.chat import MAX_MESSAGES
-from app.web.native.schemas import GENERATION_ERRORS
-from app.web.openai.request_model import OpenAIFields, Served, is_deterministic
-from app.web.openai.respond import head, respond
-from app.web.openai.response_objects import Head, chat_logprobs, ending_fields, usage_object
-from app.web.openai.stream_encoder import ChatChoices, ChunkStream
-from app.web.openai.validators import Metadata, Only
+from app.web.http.dependencies import RequestContext, RequestContextDep, bind_end_user
+from app.web.http.errors import GENERATION_ERRORS, error_responses
+from app.web.http.json_body import GeneratingRoute, StrictModel
+from app.web.http.sampling_params import MAX_MESSAGES, SessionId, TokenCount, check_length
+from app.web.openai.errors import ERROR_FORMAT
+from app.web.openai.request_model import OpenAIFields
+from app.web.openai.respond import new_metadata, respond
+from app.web.openai.response_objects import ObjectMetadata, chat_logprobs, finish_fields, usage_object
+from app.web.openai.stream_encoder import ChatChoiceEncoder, ChunkStreamEncoder
+from app.web.openai.validators import Metadata, NeutralOnly
 
-router = APIRouter(prefix="/v1", tags=["openai"], route_class=LimitedRoute)
+router = APIRouter(prefix="/v1", tags=["openai"], route_class=GeneratingRoute)
 
 _ROLES = {"developer": Role.SYSTEM}
-"""Roles that have another name here."""
+"""OpenAI's role -> the template's role, where they differ."""
 
 
 class TextPart(StrictModel):
-    """A piece of a message."""
+    """A text part of a message."""
 
     type: Literal["text"]
     text: str
-    prompt_cache_breakpoint: Annotated[Any, Only()] = None
+    prompt_cache_breakpoint: Annotated[Any, NeutralOnly()] = None
 
 
 def _parts(value: Any) -> Any:
@@ -40,81 +40,77 @@ def _parts(value: Any) -> Any:
 
 
 class ChatMessage(StrictModel):
-    """One message; what the assistant said may come back as this service sent it."""
+    """One message; an assistant's may have the fields of this service's own responses."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[
         list[TextPart], Field(min_length=1), BeforeValidator(_parts, json_schema_input_type=str | list[TextPart])
     ]
     tool_call_id: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
-    name: Annotated[Any, Only()] = None
-    refusal: Annotated[Any, Only()] = None
-    audio: Annotated[Any, Only()] = None
-    function_call: Annotated[Any, Only()] = None
-    tool_calls: Annotated[Any, Only([])] = None
+    name: Annotated[Any, NeutralOnly()] = None
+    refusal: Annotated[Any, NeutralOnly()] = None
+    audio: Annotated[Any, NeutralOnly()] = None
+    function_call: Annotated[Any, NeutralOnly()] = None
+    tool_calls: Annotated[Any, NeutralOnly([])] = None
 
     @model_validator(mode="after")
-    def _names_the_call(self) -> Self:
+    def _has_tool_call_id(self) -> Self:
         if (self.role == "tool") != (self.tool_call_id is not None):
             raise ValueError("tool_call_id belongs to a message of the role tool, and to no other")
         return self
 
-    def translated(self) -> Message:
-        """Join the parts, each on a line of its own."""
+    def to_message(self) -> Message:
+        """Return the message with its text parts joined by newlines."""
         return Message(_ROLES.get(self.role) or Role(self.role), "\n".join(part.text for part in self.content))
 
 
 class ChatCompletionRequest(OpenAIFields):
-    """OpenAI's fields, vLLM's extras, and a session of ours."""
+    """OpenAI's fields, vLLM's extensions, and the native `session_id`."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    metadata: Metadata = Field(None, description="Stands in the answer again, unless that is a stream.")
+    metadata: Metadata = Field(None, description="Returned in the response, unless that is a stream.")
     safety_identifier: Annotated[str, StringConstraints(max_length=512)] | None = Field(
         None, description="The newer name of user, and preferred to it."
     )
-    service_tier: Annotated[str | None, Only("auto", "default")] = None
+    service_tier: Annotated[str | None, NeutralOnly("auto", "default")] = None
     session_id: SessionId | None = Field(None, description="Continues the caller's own session of this name.")
-    continue_final_message: bool | None = Field(None, description="Go on with the last message, the assistant's.")
+    continue_final_message: bool | None = Field(None, description="Continue the last message, the assistant's.")
     add_generation_prompt: bool | None = Field(None, description="The opposite of continue_final_message.")
 
-    audio: Annotated[Any, Only()] = None
-    function_call: Annotated[Any, Only("none", "auto")] = None
-    functions: Annotated[Any, Only([])] = None
-    modalities: Annotated[Any, Only(["text"])] = None
-    moderation: Annotated[Any, Only()] = None
-    parallel_tool_calls: Annotated[Any, Only(True)] = None
-    prediction: Annotated[Any, Only()] = None
-    prompt_cache_key: Annotated[Any, Only()] = None
-    prompt_cache_options: Annotated[Any, Only()] = None
-    prompt_cache_retention: Annotated[Any, Only("in_memory")] = None
-    reasoning_effort: Annotated[Any, Only("none")] = None
-    response_format: Annotated[Any, Only({"type": "text"})] = None
-    store: Annotated[Any, Only(False)] = None
-    tool_choice: Annotated[Any, Only("none", "auto")] = None
-    tools: Annotated[Any, Only([])] = None
-    verbosity: Annotated[Any, Only("medium")] = None
-    web_search_options: Annotated[Any, Only()] = None
+    audio: Annotated[Any, NeutralOnly()] = None
+    function_call: Annotated[Any, NeutralOnly("none", "auto")] = None
+    functions: Annotated[Any, NeutralOnly([])] = None
+    modalities: Annotated[Any, NeutralOnly(["text"])] = None
+    moderation: Annotated[Any, NeutralOnly()] = None
+    parallel_tool_calls: Annotated[Any, NeutralOnly(True)] = None
+    prediction: Annotated[Any, NeutralOnly()] = None
+    prompt_cache_key: Annotated[Any, NeutralOnly()] = None
+    prompt_cache_options: Annotated[Any, NeutralOnly()] = None
+    prompt_cache_retention: Annotated[Any, NeutralOnly("in_memory")] = None
+    reasoning_effort: Annotated[Any, NeutralOnly("none")] = None
+    response_format: Annotated[Any, NeutralOnly({"type": "text"})] = None
+    store: Annotated[Any, NeutralOnly(False)] = None
+    tool_choice: Annotated[Any, NeutralOnly("none", "auto")] = None
+    tools: Annotated[Any, NeutralOnly([])] = None
+    verbosity: Annotated[Any, NeutralOnly("medium")] = None
+    web_search_options: Annotated[Any, NeutralOnly()] = None
 
-    def to_ask(self, call: Call, served: Served, session_header: str | None) -> ChatAsk:
-        """Raises: InvalidRequest: the messages are too long together, or fields contradict each other."""
+    def to_generation(self, context: RequestContext) -> GenerationRequest:
+        """Raises: InvalidRequest: the messages exceed the limit in total, or fields contradict each other."""
         self.check_stream_options()
-        self._check_going_on()
-        messages = tuple(message.translated() for message in self.messages)
-        check_length("messages", sum(len(message.content) for message in messages), call.max_prompt_chars)
-        sampling = self.sampling(served, max_tokens=self._max_tokens(), logprobs=self._logprobs())
-        return ChatAsk(
-            id=call.ask_id,
-            caller=call.caller,
-            origin=call.origin,
+        self._check_continuation()
+        messages = tuple(message.to_message() for message in self.messages)
+        check_length("messages", sum(len(message.content) for message in messages), context.max_prompt_chars)
+        return self.to_request(
+            context,
+            max_tokens=self._max_tokens(),
+            logprobs=self._logprobs(),
             messages=messages,
-            session_id=self._session(session_header),
-            sampling=sampling,
-            model=self.model,
-            cache=call.may_cache and served.caches and is_deterministic(sampling),
-            go_on=bool(self.continue_final_message),
+            session_id=self._session(context.request.headers.get("x-session-id")),
+            continue_final_message=bool(self.continue_final_message),
         )
 
     def _max_tokens(self) -> int | None:
@@ -132,11 +128,11 @@ class ChatCompletionRequest(OpenAIFields):
             raise InvalidRequest.of_field("top_logprobs", "is only possible where logprobs is true")
         return None
 
-    def _check_going_on(self) -> None:
-        going_on = bool(self.continue_final_message)
-        if self.add_generation_prompt is going_on:
+    def _check_continuation(self) -> None:
+        continues = bool(self.continue_final_message)
+        if self.add_generation_prompt is continues:
             raise InvalidRequest.of_field("add_generation_prompt", "must be the opposite of continue_final_message")
-        if going_on and self.messages[-1].role != "assistant":
+        if continues and self.messages[-1].role != "assistant":
             raise InvalidRequest.of_field("continue_final_message", "needs a last message of the assistant")
 
     def _session(self, header: str | None) -> str | None:
@@ -154,40 +150,45 @@ class ChatCompletionRequest(OpenAIFields):
 _SESSION_ID: TypeAdapter[str] = TypeAdapter(SessionId)
 
 
-def _whole(reply: Reply, head: Head, body: ChatCompletionRequest) -> dict[str, Any]:
-    choices = [_choice(index, each, bool(body.logprobs)) for index, each in enumerate(reply.completions)]
-    made = head.object("chat.completion", choices, usage_object(reply.finished.usage))
-    return made if body.metadata is None else {**made, "metadata": body.metadata}
+_SESSION_HEADER = {
+    "name": "x-session-id",
+    "in": "header",
+    "required": False,
+    "schema": {"anyOf": [{"type": "string"}, {"type": "null"}], "title": "X-Session-Id"},
+}
+"""For the OpenAPI document: another place of `session_id`."""
 
 
-def _choice(index: int, completion: Completion, scored: bool) -> dict[str, Any]:
+def _response(response: Response, metadata: ObjectMetadata, body: ChatCompletionRequest) -> dict[str, Any]:
+    choices = [_choice(index, each, bool(body.logprobs)) for index, each in enumerate(response.completions)]
+    fields = metadata.object("chat.completion", choices, usage_object(response.finished.usage))
+    return fields if body.metadata is None else {**fields, "metadata": body.metadata}
+
+
+def _choice(index: int, completion: Completion, with_logprobs: bool) -> dict[str, Any]:
     return {
         "index": index,
         "message": {"role": "assistant", "content": completion.text, "refusal": None},
-        "logprobs": chat_logprobs(completion.tokens) if scored else None,
-        **ending_fields(completion.ending),
+        "logprobs": chat_logprobs(completion.logprobs) if with_logprobs else None,
+        **finish_fields(completion.end),
     }
 
 
-@router.post("/chat/completions", responses=document(*GENERATION_ERRORS, speaks_openai=True))
-async def chat_completions(
-    body: ChatCompletionRequest,
-    request: Request,
-    call: CallDep,
-    parts: PartsDep,
-    x_session_id: Annotated[str | None, Header()] = None,
-) -> Response:
-    """Answer a conversation as OpenAI does, whole or, with `stream`, as chunks."""
-    note_end_user(request, body.safety_identifier or body.user)
-    served = Served.of(parts, body.model)
-    ask = body.to_ask(call, served, x_session_id)
-    about = head("chatcmpl", served, service_tier=body.service_tier and "default")
-    choices = ChatChoices(ask.sampling)
-    chunks = ChunkStream(about, choices, answers=ask.sampling.n, usage_told=body.usage_told)
+@router.post(
+    "/chat/completions",
+    responses=error_responses(*GENERATION_ERRORS, error_format=ERROR_FORMAT),
+    openapi_extra={"parameters": [_SESSION_HEADER]},
+)
+async def chat_completions(body: ChatCompletionRequest, context: RequestContextDep) -> HttpResponse:
+    """Reply to a conversation as OpenAI does: as one response, or with `stream` as chunks."""
+    bind_end_user(context.request, body.safety_identifier or body.user)
+    metadata = new_metadata("chatcmpl", context, body.model, service_tier=body.service_tier and "default")
+    request = body.to_generation(context)
+    choices = ChatChoiceEncoder(with_logprobs=bool(body.logprobs))
+    chunks = ChunkStreamEncoder(metadata, choices, n=request.n, stream_usage=body.stream_usage)
     return await respond(
-        request,
-        parts.service.chat(ask),
+        context,
+        context.events(request),
         stream=chunks if body.stream else None,
-        make=lambda reply: _whole(reply, about, body),
-        may_be_stored=ask.cache,
+        build=lambda response: _response(response, metadata, body),
     )

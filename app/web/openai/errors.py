@@ -1,29 +1,27 @@
-"""How an error looks in OpenAI's dialect, with the types and codes that its clients branch on.
+"""OpenAI's error envelope, with the types and codes that its clients branch on."""
 
-Knows paths, because an error may come before any route is found: a wrong key, a path that is not there.
-"""
-
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, Field
 
 from app.errors import AppError, ContextLengthExceeded, InvalidRequest, ModelNotFound, PromptTooLong
 
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models")
-"""These and whatever is below them speak this dialect."""
+PATH_PREFIXES = ("/v1/chat/completions", "/v1/completions", "/v1/models")
+"""Errors at these paths and below them have this envelope."""
 
 _INVALID = "invalid_request_error"
-_NAMES = {
+_TYPES_AND_CODES = {
     "validation_error": (_INVALID, _INVALID),
     "unauthorized": ("authentication_error", "invalid_api_key"),
     "forbidden": ("permission_error", "permission_denied"),
     "rate_limit_exceeded": ("rate_limit_error", "rate_limit_exceeded"),
     "quota_exceeded": ("insufficient_quota", "insufficient_quota"),
 }
-"""Our code -> type and code here; any other code stays, under the type that its status says."""
+"""The service's code -> OpenAI's type and code; any other code stays, with the type that its status implies."""
 
 
-class ErrorObject(BaseModel):
+class OpenAIErrorObject(BaseModel):
     """What went wrong."""
 
     message: str
@@ -32,42 +30,46 @@ class ErrorObject(BaseModel):
     code: str | None = Field(examples=["context_length_exceeded"])
 
 
-class ErrorReply(BaseModel):
-    """What every error looks like."""
+class OpenAIErrorResponse(BaseModel):
+    """OpenAI's error envelope."""
 
-    error: ErrorObject
+    error: OpenAIErrorObject
 
 
-def speaks(path: str) -> bool:
-    """Whether a path speaks this dialect, whether or not there is something at it."""
-    return any(path == each or path.startswith(f"{each}/") for each in PATHS)
+class OpenAIErrorFormat:
+    """Writes errors as OpenAI does; an `ErrorFormat`."""
+
+    schema = OpenAIErrorResponse
+
+    def body(self, error: AppError, *, path: str, request_id: str) -> dict[str, Any]:
+        return envelope(error, path)
+
+    def headers(self, error: AppError) -> Mapping[str, str]:
+        """Return OpenAI's hint that an exhausted quota is not worth a retry."""
+        return {"x-should-retry": "false"} if error.code == "quota_exceeded" else {}
+
+    def code_of(self, kind: type[AppError]) -> str:
+        return _type_and_code(kind, kind.code, kind.status)[1]
+
+
+ERROR_FORMAT = OpenAIErrorFormat()
 
 
 def envelope(error: AppError, path: str) -> dict[str, Any]:
-    """Render an error."""
-    kind, code = _names(type(error), error.code, error.status)
-    return ErrorReply(
-        error=ErrorObject(message=error.message, type=kind, param=_param(error, path), code=code)
+    """Return the envelope of an error; the path decides which field is to blame for too long a prompt."""
+    kind, code = _type_and_code(type(error), error.code, error.status)
+    return OpenAIErrorResponse(
+        error=OpenAIErrorObject(message=error.message, type=kind, param=_param(error, path), code=code)
     ).model_dump()
 
 
-def headers(error: AppError) -> dict[str, str]:
-    """Return what the clients are told beside the usual headers: a quota that is used up is not worth a retry."""
-    return {"x-should-retry": "false"} if error.code == "quota_exceeded" else {}
-
-
-def code_of(kind: type[AppError]) -> str:
-    """Return the code that errors of this class have here."""
-    return _names(kind, kind.code, kind.status)[1]
-
-
-def _names(kind: type[AppError], code: str, status: int) -> tuple[str, str]:
-    """Return type and code here of an error of ours; a few have code and status of their own beside their class."""
+def _type_and_code(kind: type[AppError], code: str, status: int) -> tuple[str, str]:
+    """Return OpenAI's type and code; code and status are arguments since some errors set them per instance."""
     if issubclass(kind, ContextLengthExceeded | PromptTooLong):
         return _INVALID, "context_length_exceeded"
     if issubclass(kind, ModelNotFound):
         return _INVALID, "model_not_found"
-    return _NAMES.get(code, (_INVALID if status < 500 else "server_error", code))
+    return _TYPES_AND_CODES.get(code, (_INVALID if status < 500 else "server_error", code))
 
 
 def _param(error: AppError, path: str) -> str | None:

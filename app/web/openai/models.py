@@ -1,4 +1,4 @@
-"""GET /v1/models: what can be asked for.  vLLM's and llama.cpp's card fields together."""
+"""GET /v1/models: model cards with the fields of both vLLM and llama.cpp."""
 
 from typing import Any
 
@@ -7,13 +7,14 @@ from fastapi import APIRouter
 from app.engine.base import Engine, EngineInfo
 from app.errors import EngineNotReady, InternalError, ModelNotFound, RateLimited, Unauthorized
 from app.types import EngineState
-from app.web.http.dependencies import Parts, PartsDep
-from app.web.http.errors import document
-from app.web.http.json_body import LimitedRoute
+from app.web.http.dependencies import Container, ContainerDep
+from app.web.http.errors import error_responses
+from app.web.http.json_body import StrictRoute
+from app.web.openai.errors import ERROR_FORMAT
 
-router = APIRouter(prefix="/v1/models", tags=["openai"], route_class=LimitedRoute)
+router = APIRouter(prefix="/v1/models", tags=["openai"], route_class=StrictRoute)
 
-_ERRORS = document(Unauthorized, ModelNotFound, RateLimited, InternalError, speaks_openai=True)
+_ERRORS = error_responses(Unauthorized, ModelNotFound, RateLimited, InternalError, error_format=ERROR_FORMAT)
 _STATUS = {
     EngineState.LOADING: "loading",
     EngineState.READY: "loaded",
@@ -21,30 +22,30 @@ _STATUS = {
     EngineState.FAILED: "unloaded",
     EngineState.CLOSED: "unloaded",
 }
-"""llama.cpp's words."""
+"""Engine state -> llama.cpp's status value."""
 
 
 @router.get("", responses=_ERRORS)
-async def models(parts: PartsDep) -> dict[str, Any]:
+async def models(container: ContainerDep) -> dict[str, Any]:
     """List the models."""
-    return {"object": "list", "data": [_card(name, parts) for name in parts.engines.names]}
+    return {"object": "list", "data": [_card(name, container) for name in container.host.names]}
 
 
 # A model of the hub has a slash in its name.
 @router.get("/{model:path}", responses=_ERRORS)
-async def model(model: str, parts: PartsDep) -> dict[str, Any]:
+async def model(model: str, container: ContainerDep) -> dict[str, Any]:
     """Describe one model."""
-    parts.engines.find(model)
-    return _card(model, parts)
+    container.host.find(model)
+    return _card(model, container)
 
 
-def _card(name: str, parts: Parts) -> dict[str, Any]:
-    engine = parts.engines.find(name)
+def _card(name: str, container: Container) -> dict[str, Any]:
+    engine = container.host.find(name).engine
     state, info = engine.status().state, _info(engine)
     return {
         "id": name,
         "object": "model",
-        "created": parts.engines.since,
+        "created": container.host.since,
         "owned_by": "llm-service",
         "root": name,
         "parent": None,
@@ -57,7 +58,7 @@ def _card(name: str, parts: Parts) -> dict[str, Any]:
 
 
 def _info(engine: Engine) -> EngineInfo | None:
-    """Return None as long as nothing is known of the model."""
+    """Return None until the model is loaded."""
     try:
         return engine.info
     except EngineNotReady:
@@ -65,7 +66,7 @@ def _info(engine: Engine) -> EngineInfo | None:
 
 
 def _quantization(info: EngineInfo | None) -> dict[str, Any] | None:
-    """Tell how far log-probabilities are from the model's own; None where it computes as it was made."""
+    """Return the quantization and its log-probability error; None for an unquantized model."""
     if info is None or info.logprob_shift is None:
         return None
     return {"method": "int8", "logprob_shift": info.logprob_shift}

@@ -1,54 +1,56 @@
-"""How an answer leaves in OpenAI's dialect: whole or as a stream, with what the cache had to do with it."""
+"""Sends a generation in OpenAI's dialect, as one response or a stream; X-Cache says whether it came from the cache."""
 
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 from uuid import uuid4
 
-from fastapi import Request
-from fastapi.responses import JSONResponse
-from starlette.responses import Response
+from starlette.responses import Response as HttpResponse
 
 from app.errors import ShuttingDown
-from app.generation.requests import Event, Reply
-from app.web.http.sse import EventStream, begin, whole
-from app.web.openai.request_model import Served
-from app.web.openai.response_objects import Head, fingerprint
-from app.web.openai.stream_encoder import ChunkStream, is_cut_short
+from app.events import CacheStatus, Event, Response
+from app.web.http.dependencies import RequestContext
+from app.web.http.json_encoding import EncodedJsonResponse
+from app.web.http.sse import EventStream, collect_response, wait_for_start
+from app.web.openai.response_objects import ObjectMetadata, fingerprint
+from app.web.openai.stream_encoder import ChunkStreamEncoder, was_aborted
 
 
-def head(prefix: str, served: Served, *, service_tier: str | None = None) -> Head:
-    """Make what all objects of one answer say, with a fresh id."""
-    return Head(
+def new_metadata(
+    prefix: str, context: RequestContext, model: str | None, *, service_tier: str | None = None
+) -> ObjectMetadata:
+    """Return the metadata of a new response, with a fresh id.
+
+    Raises: ModelNotFound; EngineNotReady: the model is not loaded yet.
+    """
+    info = context.container.host.find(model).engine.info
+    return ObjectMetadata(
         id=f"{prefix}-{uuid4().hex}",
-        model=served.info.model,
-        system_fingerprint=fingerprint(served.info),
+        model=info.model,
+        system_fingerprint=fingerprint(info),
         service_tier=service_tier,
     )
 
 
 async def respond(
-    request: Request,
+    context: RequestContext,
     events: AsyncGenerator[Event, None],
     *,
-    stream: ChunkStream | None,
-    make: Callable[[Reply], dict[str, Any]],
-    may_be_stored: bool,
-) -> Response:
-    """Send an answer as it is made, or whole where `stream` is None.
+    stream: ChunkStreamEncoder | None,
+    build: Callable[[Response], dict[str, Any]],
+) -> HttpResponse:
+    """Return a stream, or one response if `stream` is None.
 
-    Args:
-        make: puts the whole object together.
-        may_be_stored: whether the cache was asked at all.
-    Raises: AppError: whatever ended it before it was answered.
+    Args: build: returns the response object of a finished generation.
+    Raises: AppError: the generation was refused or failed before the response began.
     """
     if stream is not None:
-        started = await begin(request, events)
-        return EventStream(started, events, stream, headers=_cache_header(may_be_stored, hit=started.cached))
-    reply = await whole(request, events)
-    if is_cut_short(reply.finished):
+        started = await wait_for_start(context.request, events)
+        return EventStream(started, events, stream, headers=_cache_header(started.cache))
+    response = await collect_response(context.request, events)
+    if was_aborted(response.finished):
         raise ShuttingDown()
-    return JSONResponse(make(reply), headers=_cache_header(may_be_stored, hit=reply.finished.cached))
+    return EncodedJsonResponse(build(response), headers=_cache_header(response.finished.cache))
 
 
-def _cache_header(asked: bool, *, hit: bool) -> dict[str, str]:
-    return {"X-Cache": ("HIT" if hit else "MISS") if asked else "BYPASS"}
+def _cache_header(status: CacheStatus) -> dict[str, str]:
+    return {"X-Cache": status.value.upper()}

@@ -1,40 +1,40 @@
-"""The objects of OpenAI's answers, field by field, in the order in which OpenAI writes them.  Plain dicts: they go out
-as they are.
-"""
+"""OpenAI's response objects as plain dicts for `encode_json`, with the fields in OpenAI's order."""
 
 import codecs
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from app import __version__
 from app.engine.base import EngineInfo
-from app.engine.tokenizer.logprob_text import AnswerToken
-from app.generation.requests import Ending
+from app.events import DetokenizedLogprob, FinishedSample
 from app.types import Usage
+from app.web.http.json_encoding import exact_float
 
 
+@lru_cache(maxsize=64)
 def fingerprint(info: EngineInfo) -> str:
-    """Name what makes the answers; another name means that the same seed may give another answer."""
-    return "fp_" + hashlib.sha256(repr((__version__, asdict(info))).encode()).hexdigest()[:10]
+    """Return the system fingerprint; if it changes, the same seed may give another completion."""
+    return "fp_" + hashlib.sha256(repr((__version__, info.as_dict())).encode()).hexdigest()[:10]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Head:
-    """What all objects of one answer say of it."""
+class ObjectMetadata:
+    """The fields that all objects of one response share."""
 
     id: str
     model: str
     system_fingerprint: str
     created: int = field(default_factory=lambda: int(time.time()))
     service_tier: str | None = None
-    """Named only where the request named one."""
+    """Left out unless the request named one."""
 
     def object(self, kind: str, choices: Sequence[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
-        """Put an object together."""
-        made = {
+        """Return a response or chunk object."""
+        fields = {
             "id": self.id,
             "object": kind,
             "created": self.created,
@@ -43,11 +43,11 @@ class Head:
             "usage": usage,
             "system_fingerprint": self.system_fingerprint,
         }
-        return made if self.service_tier is None else {**made, "service_tier": self.service_tier}
+        return fields if self.service_tier is None else {**fields, "service_tier": self.service_tier}
 
 
 def tokens_object(usage: Usage) -> dict[str, Any]:
-    """Return the counts of what there is so far."""
+    """Return the token counts so far."""
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -56,7 +56,7 @@ def tokens_object(usage: Usage) -> dict[str, Any]:
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:
-    """Return the counts of a whole request; its answers share one prompt, and the tokens of all count."""
+    """Return the token counts of a finished request: the shared prompt once, the tokens of all choices."""
     return {
         **tokens_object(usage),
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
@@ -64,40 +64,42 @@ def usage_object(usage: Usage) -> dict[str, Any]:
     }
 
 
-def ending_fields(ending: Ending) -> dict[str, Any]:
-    """Return how a choice ended: the reason, and as vLLM names it the stop string or token that matched."""
-    return {"finish_reason": ending.finish_reason.value, "stop_reason": ending.stopped_by}
+def finish_fields(sample: FinishedSample) -> dict[str, Any]:
+    """Return the finish reason and, as in vLLM, the stop string or token that matched."""
+    return {"finish_reason": sample.finish_reason.value, "stop_reason": sample.stop_reason}
 
 
-def chat_logprobs(tokens: Sequence[AnswerToken]) -> dict[str, Any]:
-    """Return the log-probabilities of a piece of a chat answer."""
+def chat_logprobs(tokens: Sequence[DetokenizedLogprob]) -> dict[str, Any]:
+    """Return the log-probabilities of a chat delta."""
     content = [{**_chat_token(token), "top_logprobs": [_chat_token(other) for other in token.top]} for token in tokens]
     return {"content": content, "refusal": None}
 
 
-def _chat_token(token: AnswerToken) -> dict[str, Any]:
-    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.raw)}
+def _chat_token(token: DetokenizedLogprob) -> dict[str, Any]:
+    return {"token": token.text, "logprob": exact_float(token.logprob), "bytes": list(token.raw)}
 
 
 class TextLogprobs:
-    """The log-probabilities of one plain completion, whole or piece by piece."""
+    """Builds the log-probabilities of one plain completion, at once or delta by delta."""
 
     def __init__(self) -> None:
         self._offset = 0
-        """Characters of the text before the next token; bytes of an unfinished one count with the last of them."""
+        """Characters before the next token; a character of several tokens counts with the last of them."""
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def told(self, tokens: Sequence[AnswerToken]) -> dict[str, Any]:
-        """Return those of the next piece."""
+    def next_object(self, tokens: Sequence[DetokenizedLogprob]) -> dict[str, Any]:
+        """Return the log-probabilities of the next tokens."""
         return {
-            "text_offset": [self._place(token) for token in tokens],
-            "token_logprobs": [token.logprob for token in tokens],
+            "text_offset": [self._advance(token) for token in tokens],
+            "token_logprobs": [exact_float(token.logprob) for token in tokens],
             "tokens": [token.text for token in tokens],
-            # The token itself may not be among the likeliest, and is told all the same.
-            "top_logprobs": [{each.text: each.logprob for each in (*token.top, token)} for token in tokens],
+            # The token itself is always listed, even if it is not among the most likely.
+            "top_logprobs": [
+                {each.text: exact_float(each.logprob) for each in (*token.top, token)} for token in tokens
+            ],
         }
 
-    def _place(self, token: AnswerToken) -> int:
+    def _advance(self, token: DetokenizedLogprob) -> int:
         before = self._offset
         self._offset += len(self._decoder.decode(token.raw))
         return before

@@ -1,4 +1,4 @@
-"""OpenAI's streams: chunks without event names, errors as objects, and `[DONE]` at the end of either."""
+"""Encodes OpenAI's streams: chunks without event names, errors as objects, and `[DONE]` at the end."""
 
 from collections import defaultdict
 from dataclasses import replace
@@ -6,15 +6,15 @@ from enum import Enum, auto
 from typing import Any, Protocol
 
 from app.errors import AppError, ShuttingDown
-from app.generation.requests import Delta, Ending, Event, Finished, Sampling, Started
+from app.events import Delta, Event, Finished, FinishedSample, Started
 from app.types import FinishReason, Usage
 from app.web.http.sse import frame
 from app.web.openai import errors
 from app.web.openai.response_objects import (
-    Head,
+    ObjectMetadata,
     TextLogprobs,
     chat_logprobs,
-    ending_fields,
+    finish_fields,
     tokens_object,
     usage_object,
 )
@@ -22,130 +22,134 @@ from app.web.openai.response_objects import (
 DONE = b"data: [DONE]\n\n"
 
 
-class UsageTold(Enum):
-    """When a stream tells how many tokens there are."""
+class StreamUsage(Enum):
+    """When a stream reports token usage."""
 
     NEVER = auto()
-    AT_THE_END = auto()
-    """In one more chunk, without choices."""
-    ALWAYS = auto()
-    """There, and in every chunk those of its choice so far."""
+    FINAL = auto()
+    """In an additional last chunk without choices."""
+    CONTINUOUS = auto()
+    """As FINAL, and in every chunk the usage of its choice so far."""
 
 
-def is_cut_short(finished: Finished) -> bool:
-    """Whether the service itself ended an answer early: no finish reason that clients know says that."""
-    return any(ending.finish_reason is FinishReason.ABORT for ending in finished.endings)
+def was_aborted(finished: Finished) -> bool:
+    """Return whether the service aborted the generation, for which OpenAI has no finish reason."""
+    return any(sample.finish_reason is FinishReason.ABORT for sample in finished.samples)
 
 
-class Choices(Protocol):
-    """What a kind of answer says of each of its choices, piece by piece."""
+class ChoiceEncoder(Protocol):
+    """Builds the choice objects of one kind of stream."""
 
     kind: str
     path: str
-    """Where it is asked for."""
+    """The route's path, for error envelopes."""
 
-    def opening(self, index: int, started: Started) -> dict[str, Any] | None:
-        """Return the first object of a choice, if it begins with one of its own."""
+    def first(self, index: int, started: Started) -> dict[str, Any] | None:
+        """Return the choice before any text, or None if the stream has no such chunk."""
 
-    def piece(self, delta: Delta) -> dict[str, Any]:
-        """Return the object of a piece of text."""
+    def delta(self, delta: Delta) -> dict[str, Any]:
+        """Return the choice of a text delta."""
 
-    def closing(self, index: int, ending: Ending) -> dict[str, Any]:
-        """Return the last object of a choice."""
+    def last(self, index: int, sample: FinishedSample) -> dict[str, Any]:
+        """Return the choice with its finish reason."""
 
 
-class ChunkStream:
-    """Writes a stream of chunks with one choice each; a `Dialect`."""
+class ChunkStreamEncoder:
+    """Encodes a generation as chunks with one choice each; a `StreamEncoder`."""
 
-    def __init__(self, head: Head, choices: Choices, *, answers: int, usage_told: UsageTold) -> None:
-        """Args: answers: choices that each prompt begins."""
-        self._head = head
+    def __init__(self, metadata: ObjectMetadata, choices: ChoiceEncoder, *, n: int, stream_usage: StreamUsage) -> None:
+        """Args: n: choices of each prompt."""
+        self._metadata = metadata
         self._choices = choices
-        self._answers = answers
-        self._usage_told = usage_told
+        self._n = n
+        self._stream_usage = stream_usage
         self._so_far: dict[int, Usage] = {}
-        """Of each choice, with the tokens of its prompt."""
+        """Usage of each choice so far, prompt included."""
 
-    def frames(self, event: Event) -> bytes:
+    def encode(self, event: Event) -> bytes:
         match event:
             case Started():
                 return self._begin(event)
             case Delta():
                 so_far = self._so_far[event.index]
-                usage = replace(so_far, completion_tokens=so_far.completion_tokens + event.made)
+                usage = replace(so_far, completion_tokens=so_far.completion_tokens + event.tokens)
                 self._so_far[event.index] = usage
-                return self._chunk(self._choices.piece(event), usage)
+                return self._chunk(self._choices.delta(event), usage)
             case Finished():
                 return self._end(event)
 
-    def failure(self, error: AppError) -> bytes:
+    def encode_error(self, error: AppError) -> bytes:
         return frame(errors.envelope(error, self._choices.path)) + DONE
 
     def _begin(self, started: Started) -> bytes:
         chunks = []
-        for index in range(started.index, started.index + self._answers):
+        for index in range(started.index, started.index + self._n):
             usage = self._so_far[index] = Usage(started.prompt_tokens, 0)
-            if (opening := self._choices.opening(index, started)) is not None:
-                chunks.append(self._chunk(opening, usage))
+            if (first := self._choices.first(index, started)) is not None:
+                chunks.append(self._chunk(first, usage))
         return b"".join(chunks)
 
     def _end(self, finished: Finished) -> bytes:
-        if is_cut_short(finished):
-            return self.failure(ShuttingDown())
+        if was_aborted(finished):
+            return self.encode_error(ShuttingDown())
         chunks = []
-        for index, ending in enumerate(finished.endings):
-            usage = replace(self._so_far[index], completion_tokens=ending.tokens)
-            chunks.append(self._chunk(self._choices.closing(index, ending), usage))
-        if self._usage_told is not UsageTold.NEVER:
-            chunks.append(frame(self._head.object(self._choices.kind, [], usage_object(finished.usage))))
+        for index, sample in enumerate(finished.samples):
+            usage = replace(self._so_far[index], completion_tokens=sample.completion_tokens)
+            chunks.append(self._chunk(self._choices.last(index, sample), usage))
+        if self._stream_usage is not StreamUsage.NEVER:
+            chunks.append(frame(self._metadata.object(self._choices.kind, [], usage_object(finished.usage))))
         return b"".join((*chunks, DONE))
 
     def _chunk(self, choice: dict[str, Any], so_far: Usage) -> bytes:
-        told = tokens_object(so_far) if self._usage_told is UsageTold.ALWAYS else None
-        made = self._head.object(self._choices.kind, [choice], told)
-        if self._usage_told is UsageTold.NEVER:
-            del made["usage"]
-        return frame(made)
+        usage = tokens_object(so_far) if self._stream_usage is StreamUsage.CONTINUOUS else None
+        chunk = self._metadata.object(self._choices.kind, [choice], usage)
+        if self._stream_usage is StreamUsage.NEVER:
+            del chunk["usage"]
+        return frame(chunk)
 
 
-class ChatChoices:
-    """chat.completion.chunk: the role first, then pieces of content, then how it ended."""
+class ChatChoiceEncoder:
+    """Builds chat.completion.chunk choices: the role, then content deltas, then the finish reason."""
 
     kind, path = "chat.completion.chunk", "/v1/chat/completions"
 
-    def __init__(self, sampling: Sampling) -> None:
-        self._scored = sampling.logprobs is not None
+    def __init__(self, *, with_logprobs: bool) -> None:
+        self._with_logprobs = with_logprobs
 
-    def opening(self, index: int, started: Started) -> dict[str, Any]:
+    def first(self, index: int, started: Started) -> dict[str, Any]:
         return _chat_choice(index, {"role": "assistant", "content": ""})
 
-    def piece(self, delta: Delta) -> dict[str, Any]:
+    def delta(self, delta: Delta) -> dict[str, Any]:
         choice = _chat_choice(delta.index, {"content": delta.text})
-        return {**choice, "logprobs": chat_logprobs(delta.tokens)} if self._scored else choice
+        return {**choice, "logprobs": chat_logprobs(delta.logprobs)} if self._with_logprobs else choice
 
-    def closing(self, index: int, ending: Ending) -> dict[str, Any]:
-        return {**_chat_choice(index, {}), **ending_fields(ending)}
+    def last(self, index: int, sample: FinishedSample) -> dict[str, Any]:
+        return {**_chat_choice(index, {}), **finish_fields(sample)}
 
 
-class TextChoices:
-    """text_completion: pieces of text, behind the prompt if it is to be echoed, then how it ended."""
+class TextChoiceEncoder:
+    """Builds text_completion choices: the echoed prompt if requested, then text deltas, then the finish reason."""
 
     kind, path = "text_completion", "/v1/completions"
 
-    def __init__(self, sampling: Sampling, *, echo: bool) -> None:
-        self._scored = sampling.logprobs is not None
+    def __init__(self, *, with_logprobs: bool, echo: bool) -> None:
+        self._with_logprobs = with_logprobs
         self._echo = echo
         self._logprobs: defaultdict[int, TextLogprobs] = defaultdict(TextLogprobs)
 
-    def opening(self, index: int, started: Started) -> dict[str, Any] | None:
+    def first(self, index: int, started: Started) -> dict[str, Any] | None:
         return _text_choice(index, started.prompt or "") if self._echo else None
 
-    def piece(self, delta: Delta) -> dict[str, Any]:
+    def delta(self, delta: Delta) -> dict[str, Any]:
         choice = _text_choice(delta.index, delta.text)
-        return {**choice, "logprobs": self._logprobs[delta.index].told(delta.tokens)} if self._scored else choice
+        return (
+            {**choice, "logprobs": self._logprobs[delta.index].next_object(delta.logprobs)}
+            if self._with_logprobs
+            else choice
+        )
 
-    def closing(self, index: int, ending: Ending) -> dict[str, Any]:
-        return {**_text_choice(index, ""), **ending_fields(ending)}
+    def last(self, index: int, sample: FinishedSample) -> dict[str, Any]:
+        return {**_text_choice(index, ""), **finish_fields(sample)}
 
 
 def _chat_choice(index: int, delta: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Values of OpenAI's requests that need more than a range: what cannot be honoured, metadata, and token prompts."""
+"""Validators of OpenAI's request fields: unsupported fields, metadata, and prompts of text or token ids."""
 
 import json
 from typing import Annotated, Any
@@ -7,15 +7,13 @@ from pydantic import BeforeValidator, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 
-class Only:
-    """Marks a field that this service cannot honour: it takes the values that change nothing, and refuses all others
-    by the field's name.  Null is always one of them.
-    """
+class NeutralOnly:
+    """Marks an unsupported field, which accepts null and the given neutral values and rejects all others by name."""
 
     def __init__(self, *neutral: Any) -> None:
         self._neutral = neutral
-        listed = " or ".join(map(json.dumps, neutral))
-        self._reason = f"is not supported by this service{f', which takes only {listed}' if listed else ''}"
+        accepted = " or ".join(map(json.dumps, neutral))
+        self._reason = f"is not supported by this service{f', which takes only {accepted}' if accepted else ''}"
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_before_validator_function(self._check, handler(source))
@@ -24,14 +22,14 @@ class Only:
         return {"enum": [None, *self._neutral]}
 
     def _check(self, value: Any) -> Any:
-        # By type too: to Python 1 is true and 1.0 is 1.
+        # The type is compared too: in Python 1 == True and 1.0 == 1.
         if value is None or any(type(value) is type(each) and value == each for each in self._neutral):
             return value
         raise ValueError(self._reason)
 
 
 def _metadata(value: Any) -> Any:
-    """Check what a client attaches to its request; no message shows a key, which is the client's text."""
+    """Check the metadata; no message quotes a key, which is the client's text."""
     if value is None:
         return None
     if not isinstance(value, dict) or not all(isinstance(each, str) for each in value.values()):

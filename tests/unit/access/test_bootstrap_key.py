@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 import structlog
 
-from app.access.bootstrap_key import KEY_FILE, first_key
+from app.access.bootstrap_key import KEY_FILE, bootstrap_key
 from app.errors import ConfigError
 
 
 def test_the_first_key_is_made_once_and_kept_for_its_owner_alone(tmp_path: Path):
     folder = tmp_path / "deep" / "data"
 
-    key = first_key(folder)
+    key = bootstrap_key(folder)
 
-    assert key == first_key(folder) == (folder / KEY_FILE).read_text().strip()
+    assert key == bootstrap_key(folder) == (folder / KEY_FILE).read_text().strip()
     assert 0o600 == stat.S_IMODE((folder / KEY_FILE).stat().st_mode)
     assert 0o700 == stat.S_IMODE(folder.stat().st_mode)
     assert [KEY_FILE] == [path.name for path in folder.iterdir()]
@@ -29,14 +29,15 @@ def test_threads_that_start_at_once_get_one_key(tmp_path: Path):
     for round_ in range(20):
         folder = tmp_path / str(round_)
         with ThreadPoolExecutor(8) as pool:
-            keys = set(pool.map(lambda _, folder=folder: first_key(folder), range(8)))
+            keys = set(pool.map(lambda _, folder=folder: bootstrap_key(folder), range(8)))
         assert 1 == len(keys)
         assert [KEY_FILE] == [path.name for path in folder.iterdir()]
 
 
 def test_processes_that_start_at_once_get_one_key(tmp_path: Path):
     code = (
-        "import sys, pathlib; from app.access import bootstrap_key as b; print(b.first_key(pathlib.Path(sys.argv[1])))"
+        "import sys, pathlib; from app.access.bootstrap_key import bootstrap_key;"
+        "print(bootstrap_key(pathlib.Path(sys.argv[1])))"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "data")]
 
@@ -48,11 +49,11 @@ def test_processes_that_start_at_once_get_one_key(tmp_path: Path):
 
 
 def test_a_key_file_that_others_may_read_is_closed_and_told_of(tmp_path: Path):
-    key = first_key(tmp_path)
+    key = bootstrap_key(tmp_path)
     (tmp_path / KEY_FILE).chmod(0o644)
 
     with structlog.testing.capture_logs() as lines:
-        again = first_key(tmp_path)
+        again = bootstrap_key(tmp_path)
 
     assert key == again
     assert 0o600 == stat.S_IMODE((tmp_path / KEY_FILE).stat().st_mode)
@@ -65,7 +66,7 @@ def test_a_file_that_holds_something_else_stops_the_start(tmp_path: Path, conten
     (tmp_path / KEY_FILE).write_bytes(content)
 
     with pytest.raises(ConfigError, match="delete it"):
-        first_key(tmp_path)
+        bootstrap_key(tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_stops_the_start_with_its_name(tmp_path: Path):
@@ -73,7 +74,7 @@ def test_a_folder_that_cannot_be_written_stops_the_start_with_its_name(tmp_path:
     occupied.touch()
 
     with pytest.raises(ConfigError, match=str(occupied)):
-        first_key(occupied / "data")
+        bootstrap_key(occupied / "data")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -81,4 +82,4 @@ def test_a_read_only_folder_stops_the_start(tmp_path: Path):
     tmp_path.chmod(0o500)
 
     with pytest.raises(ConfigError, match="APP__DATA_DIR"):
-        first_key(tmp_path)
+        bootstrap_key(tmp_path)

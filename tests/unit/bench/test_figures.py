@@ -5,11 +5,11 @@ import math
 import pytest
 
 from bench.figures import Figures, Measured, percentile
-from bench.wire import Answer
+from bench.wire import TimedResponse
 
 
-def answer(began: float, *arrivals: float, tokens: int) -> Answer:
-    return Answer(began=began, ended=arrivals[-1], arrivals=list(arrivals), completion_tokens=tokens)
+def response(began: float, *arrivals: float, tokens: int) -> TimedResponse:
+    return TimedResponse(began=began, ended=arrivals[-1], arrivals=list(arrivals), completion_tokens=tokens)
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.5, 2.0), (0.95, 4.0), (0.25, 1.0), (0.26, 2.0), (0, 1.0)])
@@ -25,7 +25,7 @@ def test_a_percentile_of_nothing_is_no_number():
 
 def test_a_round_counts_all_tokens_over_the_time_of_all_its_answers():
     """From the first request to the last answer, not the sum of the clients' times."""
-    answers = [answer(0.0, 0.5, 0.75, 2.0, tokens=30), answer(1.0, 2.0, 4.0, tokens=10)]
+    answers = [response(0.0, 0.5, 0.75, 2.0, tokens=30), response(1.0, 2.0, 4.0, tokens=10)]
 
     figures = Figures.of(answers, client_seconds=0.1, server_seconds=1.9)
 

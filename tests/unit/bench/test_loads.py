@@ -10,7 +10,7 @@ from bench.load import LOADS, MIXED
 from bench.model import make_tokenizer
 from bench.peers import PEERS, Ours, Setup, TransformersServe, Vllm
 from bench.serve import conversations, parse
-from bench.wire import Piece
+from bench.wire import StreamEvent
 from bench.words import VOCABULARY, text
 
 
@@ -48,25 +48,25 @@ USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
 @pytest.mark.parametrize(
     ("peer", "name", "data", "expected"),
     [
-        (Ours(), "delta", {"content": "a"}, Piece(text="a")),
-        (Ours(), "done", {"usage": USAGE}, Piece(usage=(3, 2))),
-        (Ours(), "error", {"error": "x"}, Piece(error='{"error": "x"}')),
-        (TransformersServe(), "", {"choices": [{"text": "a"}]}, Piece(text="a")),
-        (TransformersServe(), "", {"choices": [{"delta": {"role": "assistant"}}]}, Piece()),
-        (TransformersServe(), "", {"choices": [{"delta": {"content": "a"}}]}, Piece(text="a")),
-        (TransformersServe(), "", {"choices": [{"text": ""}], "usage": USAGE}, Piece(usage=(3, 2))),
-        (TransformersServe(), "", {"error": "x"}, Piece(error="x")),
-        (Vllm(), "", {"choices": [], "usage": USAGE}, Piece(usage=(3, 2))),
+        (Ours(), "delta", {"content": "a"}, StreamEvent(text="a")),
+        (Ours(), "done", {"usage": USAGE}, StreamEvent(usage=(3, 2))),
+        (Ours(), "error", {"error": "x"}, StreamEvent(error='{"error": "x"}')),
+        (TransformersServe(), "", {"choices": [{"text": "a"}]}, StreamEvent(text="a")),
+        (TransformersServe(), "", {"choices": [{"delta": {"role": "assistant"}}]}, StreamEvent()),
+        (TransformersServe(), "", {"choices": [{"delta": {"content": "a"}}]}, StreamEvent(text="a")),
+        (TransformersServe(), "", {"choices": [{"text": ""}], "usage": USAGE}, StreamEvent(usage=(3, 2))),
+        (TransformersServe(), "", {"error": "x"}, StreamEvent(error="x")),
+        (Vllm(), "", {"choices": [], "usage": USAGE}, StreamEvent(usage=(3, 2))),
     ],
 )
 def test_each_servers_events_are_understood(peer, name, data, expected):
     """Text, the count of tokens, or an error; whatever else they say is no piece of the answer."""
-    assert expected == peer.read(name, json.dumps(data))
+    assert expected == peer.parse(name, json.dumps(data))
 
 
 def test_the_end_mark_of_a_stream_is_no_piece():
     """It is the one event that is not JSON."""
-    assert Piece() == Vllm().read("", "[DONE]")
+    assert StreamEvent() == Vllm().parse("", "[DONE]")
 
 
 def test_vllm_gets_as_many_cores_as_the_others_and_none_of_our_libraries(tmp_path, monkeypatch):

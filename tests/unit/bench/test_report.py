@@ -56,7 +56,7 @@ def test_the_engine_is_held_against_the_loop_of_the_same_round(measured):
 def test_the_workers_memory_is_held_against_what_it_may_take(measured):
     """A million weights and 32 rows of 2,048 tokens, in float32, and 600 MB: 4 + 67 + 600 MB is less than 700 MB."""
     assert "holds 700 MB: 4 MB of weights and 696 MB" in tables(measured)
-    assert "ABOVE the 67 MB of 32 full rows and 600 MB allowed" in tables(measured)
+    assert "ABOVE the 67 MB of 32 full slots and 600 MB allowed" in tables(measured)
 
 
 def test_the_page_can_be_made_from_the_stored_data(measured):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from bench.wire import EventReader, Piece, Post, RequestFailed, ask
+from bench.wire import EventReader, Post, RequestFailed, StreamEvent, send
 
 STREAM = (
     b': keep-alive\r\n\r\nevent: delta\r\ndata: {"a":\r\ndata: 1}\r\n\r\ndata: \xc3\xa9\n\ndata:[DONE]\n\nevent: x\n'
@@ -46,8 +46,8 @@ async def answering(*portions: bytes) -> AsyncIterator[int]:
         await done.wait()
 
 
-def read(name: str, data: str) -> Piece:
-    return Piece(usage=(3, 2)) if name == "done" else Piece(text=data)
+def read(name: str, data: str) -> StreamEvent:
+    return StreamEvent(usage=(3, 2)) if name == "done" else StreamEvent(text=data)
 
 
 HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -59,7 +59,7 @@ POST = Post("/", {"prompt": "hello"})
 async def test_an_answer_knows_when_each_piece_came_and_how_many_tokens_it_has():
     """The pieces came 20 ms apart, and the server's own count is taken."""
     async with answering(HEAD + FIRST, SECOND, LAST) as port:
-        answer = await ask(port, POST, read)
+        answer = await send(port, POST, read)
 
     assert ("ab", 3, 2) == (answer.text, answer.prompt_tokens, answer.completion_tokens)
     assert 1 == len(answer.gaps)
@@ -79,4 +79,4 @@ async def test_half_an_answer_is_a_failure(portions, reason):
     """A server that refuses or breaks off is never measured as a fast one."""
     async with answering(*portions) as port:
         with pytest.raises(RequestFailed, match=reason):
-            await ask(port, POST, read)
+            await send(port, POST, read)

@@ -1,4 +1,4 @@
-"""How a log line looks, and that nothing in it can forge another one."""
+"""The format of log lines, and that no content can forge another one."""
 
 import asyncio
 import io
@@ -9,15 +9,16 @@ from collections.abc import Callable
 
 import pytest
 import structlog
+from structlog.contextvars import bind_contextvars, unbind_contextvars
 
 from app.config import LoggingConfig
-from app.telemetry import bind_request_id, clear_request_id, configure_logging
+from app.telemetry import configure_logging
 from tests.unit.telemetry.logged import logged
 
 CANARY = "one\r\ntwo\x1b[31m\x9b2J\u2028three\u202efour\x7f\ud800"
 
 
-def test_a_json_line_has_the_documented_fields_in_front():
+def test_a_json_line_has_the_documented_fields_in_front() -> None:
     """Time in UTC, level, logger, message, and then what the caller adds."""
     log = structlog.get_logger("llm_service")
 
@@ -36,40 +37,40 @@ def test_a_json_line_has_the_documented_fields_in_front():
     assert line.startswith('{"timestamp": ')
 
 
-def test_the_standard_librarys_loggers_speak_the_same_format():
+def test_the_standard_librarys_loggers_write_the_same_format() -> None:
     """uvicorn's own lines too."""
-    lines = logged(
-        lambda: (
-            logging.getLogger("uvicorn.error").info("Started %s", "now"),
-            structlog.get_logger("ours").info("Started %s", "now"),
-        )
-    )
+
+    def act() -> None:
+        logging.getLogger("uvicorn.error").info("Started %s", "now")
+        structlog.get_logger("ours").info("Started %s", "now")
+
+    lines = logged(act)
 
     theirs, ours = map(json.loads, lines)
     assert ("INFO", "uvicorn.error", "Started now") == (theirs["level"], theirs["logger"], theirs["message"])
     assert ("INFO", "ours", "Started now") == (ours["level"], ours["logger"], ours["message"])
 
 
-def test_the_request_id_is_on_every_line_of_a_request():
-    """Whichever logger writes it, until it is taken off."""
+def test_the_request_id_is_on_every_line_of_a_request() -> None:
+    """Whichever logger writes it, until it is unbound."""
 
     def request() -> None:
-        bind_request_id("req-1")
+        bind_contextvars(request_id="req-1")
         structlog.get_logger("a").info("ours")
         logging.getLogger("b").warning("theirs")
-        clear_request_id()
+        unbind_contextvars("request_id")
         structlog.get_logger("a").info("after")
 
     assert ["req-1", "req-1", None] == [json.loads(line).get("request_id") for line in logged(request)]
 
 
-async def test_requests_side_by_side_keep_their_own_ids():
+async def test_concurrent_requests_have_their_own_ids_on_their_lines() -> None:
     """Each task logs its own id."""
     stream = io.StringIO()
     stop = configure_logging(LoggingConfig(), stream)
 
     async def request(name: str) -> None:
-        bind_request_id(name)
+        bind_contextvars(request_id=name)
         await asyncio.sleep(0.001)
         structlog.get_logger("a").info(name)
 
@@ -83,8 +84,8 @@ async def test_requests_side_by_side_keep_their_own_ids():
 
 @pytest.mark.parametrize("style", ["json", "console"])
 @pytest.mark.parametrize("place", ["message", "value", "nested", "key", "stdlib", "id"])
-def test_nothing_logged_can_begin_a_line_or_steer_a_terminal(style: str, place: str):
-    """Line breaks, escapes, direction marks and half characters, wherever they stand."""
+def test_nothing_logged_can_begin_a_line_or_steer_a_terminal(style: str, place: str) -> None:
+    """Line breaks, escapes, bidirectional marks and lone surrogates, wherever they stand."""
     log = structlog.get_logger("a")
     acts: dict[str, Callable[[], object]] = {
         "message": lambda: log.info(CANARY),
@@ -92,7 +93,7 @@ def test_nothing_logged_can_begin_a_line_or_steer_a_terminal(style: str, place: 
         "nested": lambda: log.info("x", value={"a": [CANARY]}),
         "key": lambda: log.info("x", **{CANARY: 1}),
         "stdlib": lambda: logging.getLogger("b").warning("x %s", CANARY),
-        "id": lambda: (bind_request_id(CANARY), log.info("x")),
+        "id": lambda: (bind_contextvars(request_id=CANARY), log.info("x")),
     }
 
     lines = logged(acts[place], format=style)
@@ -102,15 +103,15 @@ def test_nothing_logged_can_begin_a_line_or_steer_a_terminal(style: str, place: 
     assert "three" in lines[0]
 
 
-def test_a_console_line_reads_like_a_sentence():
+def test_a_console_line_reads_like_a_sentence() -> None:
     """Values with blanks are quoted, others are not; letters stay letters."""
     [line] = logged(lambda: structlog.get_logger("a").warning("hello", n=1, who="Zoë", what="a b"), format="console")
 
-    assert line.endswith(' WARNING a hello n=1 who=Zoë what="a b"\n')
+    assert line.endswith(" [WARNING] hello [a] n=1 who=Zoë what='a b'\n")
 
 
 @pytest.mark.parametrize("style", ["json", "console"])
-def test_a_traceback_shows_no_local_variables_and_forges_no_line(style: str):
+def test_a_traceback_shows_no_local_variables_and_forges_no_line(style: str) -> None:
     """The place of an error is logged, what was in memory is not; its message cannot pose as a log line."""
 
     def fail() -> None:
@@ -127,14 +128,14 @@ def test_a_traceback_shows_no_local_variables_and_forges_no_line(style: str):
     assert 1 == sum(line.startswith(("{", "2")) for line in lines)
 
 
-def test_a_value_cannot_replace_a_field_of_the_line():
+def test_a_value_cannot_replace_a_field_of_the_line() -> None:
     """What a caller passes as `level` or `logger` does not hide the real one."""
     [line] = logged(lambda: structlog.get_logger("a").info("x", level="FORGED", logger="FORGED", timestamp="FORGED"))
 
     assert "FORGED" not in line
 
 
-def test_lines_below_the_level_are_not_written():
+def test_lines_below_the_level_are_not_written() -> None:
     """The level holds for both kinds of logger."""
 
     def act() -> None:
@@ -145,8 +146,8 @@ def test_lines_below_the_level_are_not_written():
     assert ["yes"] == [json.loads(line)["message"] for line in logged(act, level="WARNING")]
 
 
-def test_libraries_that_log_what_clients_send_are_kept_quiet():
-    """Even at DEBUG: no pieces of answers, no query strings, no keys of limits."""
+def test_libraries_that_log_what_clients_send_are_silenced() -> None:
+    """Even at DEBUG: no answer text, no query strings, no rate-limit keys."""
 
     def act() -> None:
         logging.getLogger("sse_starlette.sse").debug("chunk: secret")
@@ -154,12 +155,12 @@ def test_libraries_that_log_what_clients_send_are_kept_quiet():
         logging.getLogger("langchain_core.tracers").info("secret")
         logging.getLogger("uvicorn.access").info("GET /?q=secret")
         logging.getLogger("slowapi").warning("ratelimit exceeded for key secret")
-        logging.getLogger("transformers.generation").warning("told")
+        logging.getLogger("transformers.generation").warning("shown")
 
-    assert ["told"] == [json.loads(line)["message"] for line in logged(act, level="DEBUG")]
+    assert ["shown"] == [json.loads(line)["message"] for line in logged(act, level="DEBUG")]
 
 
-def test_what_uvicorn_installs_of_its_own_is_removed():
+def test_what_uvicorn_installs_of_its_own_is_removed() -> None:
     """Each of its lines appears once."""
     handler = logging.StreamHandler(stream := io.StringIO())
     logging.getLogger("uvicorn").addHandler(handler)

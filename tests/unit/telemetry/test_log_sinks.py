@@ -1,4 +1,4 @@
-"""Where log lines go, and that no sink can hold up or break a request."""
+"""Log sinks, and that none of them can delay or break a request."""
 
 import io
 import json
@@ -18,8 +18,8 @@ from tests.unit.telemetry.logged import dropped, logged
 WAIT_SECONDS = 5
 
 
-def test_a_file_is_rotated_and_its_backups_are_limited(tmp_path: Path):
-    """No file grows over its limit, and no more backups than asked for are kept."""
+def test_a_file_is_rotated_and_its_backups_are_limited(tmp_path: Path) -> None:
+    """No file exceeds its limit, and there are no more backups than configured."""
     path = tmp_path / "logs" / "service.log"
 
     lines = logged(_fifty_lines, file=path, max_bytes=1000, backups=2)
@@ -30,7 +30,7 @@ def test_a_file_is_rotated_and_its_backups_are_limited(tmp_path: Path):
     assert path.read_text().splitlines(keepends=True)[-1] == lines[-1]
 
 
-def test_without_backups_the_file_starts_anew(tmp_path: Path):
+def test_without_backups_the_file_starts_anew(tmp_path: Path) -> None:
     """The limit holds then as well."""
     path = tmp_path / "service.log"
 
@@ -46,7 +46,7 @@ def _fifty_lines() -> None:
         structlog.get_logger("a").info(f"line {number}")
 
 
-def test_a_file_that_cannot_be_written_ends_the_start(tmp_path: Path):
+def test_a_file_that_cannot_be_written_ends_the_start(tmp_path: Path) -> None:
     """The message names the key."""
     (tmp_path / "taken").write_text("")
 
@@ -55,7 +55,7 @@ def test_a_file_that_cannot_be_written_ends_the_start(tmp_path: Path):
 
 
 class StalledStream(io.StringIO):
-    """Takes nothing until it is let go."""
+    """Blocks every write until `go` is set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class StalledStream(io.StringIO):
         return super().write(text)
 
 
-def test_a_stalled_sink_costs_lines_and_never_a_request(monkeypatch: pytest.MonkeyPatch):
+def test_a_stalled_sink_costs_lines_and_never_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """Logging returns at once, what does not fit in the queue is counted, and a stop does not wait for ever."""
     monkeypatch.setattr(logs, "QUEUE_LINES", 10)
     stream, log, before = StalledStream(), structlog.get_logger("a"), dropped()
@@ -95,7 +95,7 @@ class FullStream(io.StringIO):
         raise OSError(28, "No space left on device")
 
 
-def test_a_full_disk_is_counted_and_not_raised(capsys: pytest.CaptureFixture[str]):
+def test_a_full_disk_is_counted_and_not_raised(capsys: pytest.CaptureFixture[str]) -> None:
     """Nor does it print tracebacks of its own."""
     before = dropped()
     stop = configure_logging(LoggingConfig(), FullStream())
@@ -112,7 +112,7 @@ class Unprintable:
         raise ValueError("no")
 
 
-def test_a_line_that_cannot_be_rendered_is_counted_and_not_raised():
+def test_a_line_that_cannot_be_rendered_is_counted_and_not_raised() -> None:
     """The next line comes through."""
     before = dropped()
 
@@ -124,7 +124,7 @@ def test_a_line_that_cannot_be_rendered_is_counted_and_not_raised():
     assert 1 == dropped() - before
 
 
-def test_a_second_set_up_replaces_the_first():
+def test_a_second_set_up_replaces_the_first() -> None:
     """No line appears twice."""
     first, second = io.StringIO(), io.StringIO()
     stops = [configure_logging(LoggingConfig(), first), configure_logging(LoggingConfig(), second)]
@@ -137,7 +137,7 @@ def test_a_second_set_up_replaces_the_first():
     assert 1 == second.getvalue().count("\n")
 
 
-def test_standard_error_is_where_lines_go(monkeypatch: pytest.MonkeyPatch):
+def test_standard_error_is_where_lines_go(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the log is on standard output."""
     monkeypatch.setattr(sys, "stderr", error := io.StringIO())
     monkeypatch.setattr(sys, "stdout", output := io.StringIO())

@@ -1,4 +1,4 @@
-"""What a scrape tells, and that it stays short whatever clients send."""
+"""The content of a scrape, and that it stays short whatever clients send."""
 
 import asyncio
 import random
@@ -11,13 +11,13 @@ from app.telemetry import Metrics
 
 
 def figures(metrics: Metrics) -> dict[str, float]:
-    """Return every series by its name and labels, but for those that tell when another was created."""
+    """Return every series by its name and labels, without the `_created` ones."""
     lines = [line.rsplit(" ", 1) for line in metrics.render()[0].decode().splitlines() if not line.startswith("#")]
     return {name: float(value) for name, value in lines if "_created" not in name}
 
 
-def test_what_happened_is_what_a_scrape_tells():
-    """Every method moves its own series, in the words that dashboards know."""
+def test_every_method_changes_its_own_series() -> None:
+    """Under the names that dashboards use."""
     metrics = Metrics(["m"])
 
     metrics.http_done("POST", "/v1/generate", 200, 0.02)
@@ -36,7 +36,7 @@ def test_what_happened_is_what_a_scrape_tells():
         model_loaded=lambda: 1,
         engine_restarts=lambda: 2,
     )
-    told = figures(metrics)
+    scraped = figures(metrics)
 
     assert {
         'http_requests_total{endpoint="/v1/generate",method="POST",status="200"}': 1,
@@ -57,10 +57,10 @@ def test_what_happened_is_what_a_scrape_tells():
         "sessions": 6,
         "model_loaded": 1,
         "engine_restarts_total": 2,
-    }.items() <= told.items()
+    }.items() <= scraped.items()
 
 
-def test_watched_figures_are_read_at_each_scrape():
+def test_watched_figures_are_read_at_each_scrape() -> None:
     """They are never stale."""
     metrics, running = Metrics([]), iter([1, 2])
     metrics.watch(
@@ -74,8 +74,8 @@ def test_watched_figures_are_read_at_each_scrape():
     assert [1, 2] == [figures(metrics)["requests_running"] for _ in range(2)]
 
 
-def test_two_applications_do_not_share_their_figures():
-    """There is no global registry."""
+def test_two_applications_do_not_share_their_metrics() -> None:
+    """Each has a registry of its own."""
     first, second = Metrics([]), Metrics([])
 
     first.cache_hit()
@@ -84,7 +84,7 @@ def test_two_applications_do_not_share_their_figures():
 
 
 @pytest.mark.parametrize("raw_paths", [False, True], ids=["unmatched routes", "raw paths given by mistake"])
-def test_random_requests_do_not_make_series_without_end(raw_paths: bool):
+def test_random_requests_do_not_create_series_without_bound(raw_paths: bool) -> None:
     """10,000 methods, paths and models: a handful of series, or as many templates as there may be."""
     metrics, draw = Metrics(["m"]), random.Random(1)
     metrics.http_done("GET", "/health", 200, 0.001)
@@ -97,21 +97,21 @@ def test_random_requests_do_not_make_series_without_end(raw_paths: bool):
         metrics.generated(word, 1, 1)
         metrics.first_token(word, 0.1)
         metrics.token_gap(word, 0.1)
-    told = figures(metrics)
-    requests = [name for name in told if name.startswith("http_requests_total")]
+    scraped = figures(metrics)
+    requests = [name for name in scraped if name.startswith("http_requests_total")]
 
     assert len(requests) <= (129 if raw_paths else 2)
-    assert raw_paths or len(told) - before < 120
-    assert 10_000 == told['tokens_generated_total{model="OTHER"}']
+    assert raw_paths or len(scraped) - before < 120
+    assert 10_000 == scraped['tokens_generated_total{model="OTHER"}']
 
 
-def test_a_scrape_says_what_it_is():
-    """Prometheus reads the content type."""
+def test_a_scrape_has_the_content_type_of_prometheus() -> None:
+    """Prometheus chooses its parser by it."""
     assert Metrics([]).render()[1].startswith("text/plain; version=")
 
 
-async def test_a_blocked_event_loop_shows():
-    """The time that the loop was held up is in the histogram."""
+async def test_a_blocked_event_loop_shows() -> None:
+    """The time that the loop was blocked is in the histogram."""
     metrics = Metrics([])
     watch = asyncio.create_task(metrics.watch_event_loop(0.01))
     await asyncio.sleep(0.03)
@@ -119,7 +119,7 @@ async def test_a_blocked_event_loop_shows():
     time.sleep(0.12)  # noqa: ASYNC251 - what the metric is there to show
     await asyncio.sleep(0.03)
     watch.cancel()
-    told = figures(metrics)
+    scraped = figures(metrics)
 
-    assert told['event_loop_lag_seconds_bucket{le="+Inf"}'] - told['event_loop_lag_seconds_bucket{le="0.1"}'] >= 1
-    assert told["event_loop_lag_seconds_count"] >= 3
+    assert scraped['event_loop_lag_seconds_bucket{le="+Inf"}'] - scraped['event_loop_lag_seconds_bucket{le="0.1"}'] >= 1
+    assert scraped["event_loop_lag_seconds_count"] >= 3

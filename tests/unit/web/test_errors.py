@@ -1,5 +1,6 @@
 """How errors look to a client."""
 
+import json
 from datetime import UTC, datetime
 
 import pytest
@@ -16,7 +17,7 @@ from app.errors import (
     RateLimited,
     Unauthorized,
 )
-from app.web.http.errors import as_app_error, document, envelope, error_response, trace
+from app.web.http.errors import ErrorRenderer, as_app_error, envelope, error_responses, format_traceback
 
 SCOPE = {"type": "http", "path": "/v1/chat", "state": {"request_id": "r1"}}
 
@@ -32,18 +33,18 @@ def test_the_envelope_has_its_five_fields():
 
 @pytest.mark.parametrize(("seconds", "header"), [(0, "1"), (0.01, "1"), (1, "1"), (1.01, "2"), (29.5, "30")])
 def test_retry_after_is_whole_seconds_rounded_up(seconds, header):
-    assert header == error_response(SCOPE, RateLimited("x", retry_after=seconds)).headers["retry-after"]
+    assert header == ErrorRenderer({}).response(SCOPE, RateLimited("x", retry_after=seconds)).headers["retry-after"]
 
 
 def test_every_503_says_when_to_come_back_and_what_never_helps_does_not():
     """Where the error itself cannot tell, the usual time is sent."""
-    assert "5" == error_response(SCOPE, EngineBusy("x")).headers["retry-after"]
-    assert "retry-after" not in error_response(SCOPE, InvalidRequest("x")).headers
+    assert "5" == ErrorRenderer({}).response(SCOPE, EngineBusy("x")).headers["retry-after"]
+    assert "retry-after" not in ErrorRenderer({}).response(SCOPE, InvalidRequest("x")).headers
 
 
 def test_401_tells_how_to_authenticate_and_no_other_does():
-    assert "Bearer" == error_response(SCOPE, Unauthorized("x")).headers["www-authenticate"]
-    assert "www-authenticate" not in error_response(SCOPE, NotFound("x")).headers
+    assert "Bearer" == ErrorRenderer({}).response(SCOPE, Unauthorized("x")).headers["www-authenticate"]
+    assert "www-authenticate" not in ErrorRenderer({}).response(SCOPE, NotFound("x")).headers
 
 
 def test_only_messages_about_the_schema_are_passed_on():
@@ -116,15 +117,49 @@ def test_a_trace_shows_places_and_causes_but_no_messages():
         except KeyError as cause:
             raise ValueError("canary too") from cause
     except ValueError as error:
-        text = trace(error)
+        text = format_traceback(error)
 
     assert "in inner" in text
     assert text.index("ValueError") < text.index("KeyError")
     assert "canary too" not in text.replace('raise ValueError("canary too")', "")
 
 
+class TeapotFormat:
+    """A dialect that names nothing but the error's code."""
+
+    schema = BaseModel
+
+    def body(self, error, *, path, request_id):
+        return {"teapot": error.code, "path": path, "id": request_id}
+
+    def headers(self, error):
+        return {"x-teapot": "short"}
+
+    def code_of(self, kind):
+        return f"teapot_{kind.code}"
+
+
+@pytest.mark.parametrize(
+    ("path", "registered"),
+    [("/tea", True), ("/tea/", True), ("/tea/pot", True), ("/teapot", False), ("/v1/tea", False), ("/", False)],
+)
+def test_a_registered_format_writes_the_errors_of_its_prefix_and_of_no_other_path(path, registered):
+    response = ErrorRenderer({"/tea": TeapotFormat()}).response({**SCOPE, "path": path}, RateLimited("x"), {"a": "b"})
+
+    assert (429, "b") == (response.status_code, response.headers["a"])
+    assert registered == (json.loads(response.body) == {"teapot": "rate_limit_exceeded", "path": path, "id": "r1"})
+    assert registered == ("x-teapot" in response.headers)
+
+
+def test_a_registered_format_names_its_own_codes_and_schema_in_openapi():
+    described = error_responses(InvalidRequest, error_format=TeapotFormat())
+
+    assert described[400]["description"].startswith("`teapot_validation_error`")
+    assert {BaseModel} == {response["model"] for response in described.values()}
+
+
 def test_documented_errors_are_grouped_by_status():
-    described = document(InvalidRequest, PiiBlocked, RateLimited)
+    described = error_responses(InvalidRequest, PiiBlocked, RateLimited)
 
     assert {400, 429, "default"} == set(described)
     assert "`validation_error`" in described[400]["description"]

@@ -1,5 +1,6 @@
-"""What the OpenAI dialect decides without a request: defaults, fingerprints, places of tokens."""
+"""What the OpenAI dialect decides without a request: defaults, fingerprints, text offsets of tokens."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,8 @@ from app.engine.echo import EchoEngine
 from app.engine.host import EngineRegistry
 from app.engine.tokenizer.logprob_text import AnswerToken
 from app.generation.requests import Sampling
-from app.web.openai.request_model import OpenAIFields, Served, is_deterministic
+from app.web.http.json_encoding import encode_json
+from app.web.openai.request_model import OpenAIFields, ResolvedModel, is_deterministic
 from app.web.openai.response_objects import TextLogprobs, fingerprint
 
 INFO = EngineInfo(
@@ -25,8 +27,8 @@ INFO = EngineInfo(
 )
 
 
-class Parts:
-    """As much of the application's parts as is asked for."""
+class PartialContainer:
+    """The part of a `Container` that `ResolvedModel` reads."""
 
     def __init__(self, info: EngineInfo, temperature: float | None = None) -> None:
         engine = EchoEngine()
@@ -35,9 +37,9 @@ class Parts:
         self.settings = load_settings("absent.yml", None, openai={"temperature": temperature})
 
 
-def sampling(info: EngineInfo, *, configured: float | None = None, **asked: float) -> Sampling:
-    served = Served.of(Parts(info, configured), "m")
-    return OpenAIFields(**asked).sampling(served, max_tokens=None, logprobs=None)
+def sampling(info: EngineInfo, *, configured: float | None = None, **fields: float) -> Sampling:
+    resolved = ResolvedModel.of(PartialContainer(info, configured), "m")
+    return OpenAIFields(**fields).sampling(resolved, max_tokens=None, logprobs=None)
 
 
 RECOMMENDED = replace(INFO, recommended=(("temperature", 0.6), ("top_k", 20.0), ("repetition_penalty", 1.05)))
@@ -52,12 +54,12 @@ def test_what_the_models_files_recommend_goes_before_openais_defaults():
 
 def test_the_configuration_goes_before_both_and_a_request_before_all():
     assert 0.3 == sampling(RECOMMENDED, configured=0.3).temperature
-    asked = sampling(RECOMMENDED, configured=0.3, temperature=1.0, top_k=0, repetition_penalty=1.0)
-    assert (1.0, 0, 1.0) == (asked.temperature, asked.top_k, asked.repetition_penalty)
+    requested = sampling(RECOMMENDED, configured=0.3, temperature=1.0, top_k=0, repetition_penalty=1.0)
+    assert (1.0, 0, 1.0) == (requested.temperature, requested.top_k, requested.repetition_penalty)
 
 
 def test_a_recommendation_that_the_runner_cannot_honour_is_left_out():
-    """It would be refused in a request that never asked for it."""
+    """A request that never named the parameter would be refused."""
     assert 1.0 == sampling(replace(RECOMMENDED, unsupported=("repetition_penalty",))).repetition_penalty
 
 
@@ -83,16 +85,18 @@ def test_another_model_or_another_machine_has_another_fingerprint():
 
 
 def test_offsets_are_places_in_the_text_also_where_a_character_has_several_tokens():
-    """A character counts with the token that completes it; pieces go on where the one before ended."""
+    """A character counts with the token that completes it; each delta continues where the one before ended."""
     parts = [b"a", "\u20ac".encode()[:1], "\u20ac".encode()[1:], b"bc", b"d"]
     tokens = [AnswerToken(part.decode(errors="replace"), part, -1.0) for part in parts]
-    told = TextLogprobs()
+    logprobs = TextLogprobs()
 
-    assert [0, 1, 1] == told.told(tokens[:3])["text_offset"]
-    assert [2, 4] == told.told(tokens[3:])["text_offset"]
+    assert [0, 1, 1] == logprobs.next_object(tokens[:3])["text_offset"]
+    assert [2, 4] == logprobs.next_object(tokens[3:])["text_offset"]
 
 
 def test_the_token_itself_is_always_among_the_likely_ones():
     token = AnswerToken("x", b"x", -3.0, (AnswerToken("y", b"y", -0.1),))
 
-    assert [{"y": -0.1, "x": -3.0}] == TextLogprobs().told([token])["top_logprobs"]
+    encoded = json.loads(encode_json(TextLogprobs().next_object([token])))
+
+    assert [{"y": -0.1, "x": -3.0}] == encoded["top_logprobs"]

@@ -14,14 +14,14 @@ from app.errors import AppError, ClientDisconnected, EngineFailed
 from app.generation.requests import Delta, Ending, Event, Finished, Started
 from app.types import FinishReason, Usage
 from app.web.http.errors import envelope
-from app.web.http.sse import EventStream, answer_unless_gone, begin, frame, whole
+from app.web.http.sse import EventStream, cancel_on_disconnect, collect_response, frame, wait_for_start
 
 ENDING = Ending(finish_reason=FinishReason.STOP, tokens=1)
 FINISHED = Finished(model="m", endings=(ENDING,), usage=Usage(1, 1), cached=False)
 
 
 class Answer:
-    """Events that tell whether they were closed."""
+    """A generation that records whether it was closed."""
 
     def __init__(self, *steps: Event | float | Exception) -> None:
         self.steps = steps
@@ -71,10 +71,10 @@ class Client:
         return b"".join(message.get("body", b"") for message in self.sent).decode()
 
 
-class Plain:
-    """The simplest dialect."""
+class PlainEncoder:
+    """The simplest stream encoder."""
 
-    def frames(self, event: Event) -> bytes:
+    def encode(self, event: Event) -> bytes:
         match event:
             case Delta():
                 return frame({"content": event.text}, "delta")
@@ -82,12 +82,12 @@ class Plain:
                 return frame({}, "done")
         return b""
 
-    def failure(self, error: AppError) -> bytes:
+    def encode_error(self, error: AppError) -> bytes:
         return frame(envelope(error, "r1"), "error")
 
 
 async def serve(answer: Answer, client: Client, **options: float) -> None:
-    stream = EventStream(Started(model="m"), answer.events, Plain(), **options)
+    stream = EventStream(Started(model="m"), answer.events, PlainEncoder(), **options)
     async with asyncio.timeout(5):
         await stream({"type": "http", "method": "POST"}, client.receive, client.send)
 
@@ -111,9 +111,9 @@ async def test_a_hang_up_closes_the_answer():
 
 
 async def test_a_hang_up_before_the_first_frame_closes_the_answer():
-    """The client is gone before anything is asked of the generator, which has begun already."""
+    """The client disconnects before the next event of a generation that has begun."""
     answer = Answer(Started(model="m"), 60, FINISHED)
-    await begin(Client().request, answer.events)
+    await wait_for_start(Client().request, answer.events)
 
     await serve(answer, Client(leaves_after=0))
 
@@ -174,13 +174,13 @@ async def test_no_task_polls_for_a_shutdown():
 async def test_whole_answers_are_read_to_the_end_and_closed():
     answer = Answer(Started(model="m"), Delta(text="a"), Delta(text="b"), FINISHED)
 
-    reply = await whole(Client().request, answer.events)
+    reply = await collect_response(Client().request, answer.events)
 
     assert "ab" == reply.text
     assert answer.closed
 
 
-@pytest.mark.parametrize("read", [whole, begin])
+@pytest.mark.parametrize("read", [collect_response, wait_for_start])
 async def test_nobody_waits_for_an_answer_that_nobody_reads(read: Callable[..., Any]):
     answer = Answer(60, FINISHED)
 
@@ -190,7 +190,7 @@ async def test_nobody_waits_for_an_answer_that_nobody_reads(read: Callable[..., 
     assert answer.closed
 
 
-@pytest.mark.parametrize("read", [whole, begin])
+@pytest.mark.parametrize("read", [collect_response, wait_for_start])
 async def test_errors_before_the_answer_are_raised_as_they_are(read: Callable[..., Any]):
     error = EngineFailed("x")
 
@@ -202,7 +202,7 @@ async def test_errors_before_the_answer_are_raised_as_they_are(read: Callable[..
 
 async def test_cancelling_the_route_cancels_its_work():
     answer = Answer(60)
-    route = asyncio.create_task(whole(Client().request, answer.events))
+    route = asyncio.create_task(collect_response(Client().request, answer.events))
     await asyncio.sleep(0.02)
 
     route.cancel()
@@ -216,7 +216,7 @@ async def test_work_that_is_done_wins_over_a_hang_up_at_the_same_moment():
     async def work() -> str:
         return "done"
 
-    assert "done" == await answer_unless_gone(Client(leaves_after=0).request, work())
+    assert "done" == await cancel_on_disconnect(Client(leaves_after=0).request, work())
 
 
 async def test_an_error_while_closing_reaches_nobody_with_its_message():

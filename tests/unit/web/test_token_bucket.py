@@ -11,8 +11,7 @@ from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage, storage_from_string
 from limits.strategies import STRATEGIES
 
-from app.web.http import token_bucket as buckets
-from app.web.http.rate_limits import RateLimits
+from app.web.http.rate_limits import FailedKeyLimiter
 from app.web.http.token_bucket import STORAGE_URI, STRATEGY, BucketLimit, BucketStorage, TokenBucketRateLimiter
 
 
@@ -126,15 +125,15 @@ def test_clearing_and_resetting_fill_the_bucket():
         empty()
 
 
-def test_memory_is_bounded_and_the_least_used_goes_first(monkeypatch):
-    monkeypatch.setattr(buckets, "MAX_BUCKETS", 10)
-    storage = BucketStorage(clock=Clock())
+def test_memory_is_bounded_and_the_least_used_goes_first():
+    storage = BucketStorage(clock=Clock(), max_buckets=10)
+    strategy, limit = TokenBucketRateLimiter(storage), BucketLimit(burst=5, per_minute=0.06, namespace="n")
     for number in range(100):
-        storage.take("regular", 5, 0.001, 1)
-        storage.take(f"passer-by {number}", 5, 0.001, 1)
+        strategy.hit(limit, "regular")
+        strategy.hit(limit, f"passer-by {number}")
 
-    assert 10 == len(storage._buckets)
-    assert not storage.take("regular", 5, 0.001, 1).granted
+    assert 10 == len(storage.buckets)
+    assert not strategy.hit(limit, "regular")
 
 
 def test_it_stands_beside_the_librarys_own_strategies():
@@ -154,6 +153,6 @@ def test_settings_are_not_read_from_the_working_directory(tmp_path, monkeypatch)
     (tmp_path / ".env").write_text("RATELIMIT_ENABLED=false\nSECURITY__API_KEY=canary-in-the-file\n")
     monkeypatch.chdir(tmp_path)
 
-    limits = RateLimits(20, enabled=True, on_refusal=lambda: None)
+    limits = FailedKeyLimiter(20, on_refusal=lambda: None)
 
     assert {} == limits.limiter.app_config.file_values

@@ -1,0 +1,110 @@
+"""Verifies API keys against the database and the configuration."""
+
+import hmac
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from app.access.key_format import digest_of, id_of
+from app.access.keys import KeyStore, KeyWithRole
+from app.access.limits import LimitSettings, resolve
+from app.access.roles import ADMIN, Role, RoleStore
+from app.errors import KeyNotFound
+from app.types import Limits, Principal, Rights
+
+NEVER = datetime.max.replace(tzinfo=UTC)
+
+_NO_DIGEST = bytes(32)
+_CONFIGURED_ROLE = Role(
+    name=ADMIN, limits=LimitSettings(monthly_tokens=0), rights=Rights(load_models=True, manage_keys=True)
+)
+"""What the configuration vouches for while the database is away."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyClaim:
+    """A presented key that has the form of one, not verified yet."""
+
+    digest: bytes
+    key_id: str
+    configured: bool
+    """Whether it is the configured key."""
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedKey:
+    """The owner of a valid key."""
+
+    principal: Principal
+    expires: datetime = NEVER
+
+
+class KeyVerifier:
+    """Asks the database whose a key is, each time anew; `Authenticator` remembers the result."""
+
+    def __init__(self, keys: KeyStore, roles: RoleStore, defaults: Limits, *, configured_key: str | None) -> None:
+        """Args:
+        defaults: limits where neither key nor role says anything.
+        configured_key: has the role admin, and no row in the database.  One of our own form is known by the id in it,
+            any other as "admin".
+        """
+        self._keys = keys
+        self._roles = roles
+        self._defaults = defaults
+        self._configured = digest_of(configured_key.encode()) if configured_key else None
+        self._configured_id = (id_of(configured_key) or ADMIN) if configured_key else ADMIN
+
+    def claim(self, presented: bytes) -> KeyClaim | None:
+        """Return what a key claims to be, None if it cannot be one."""
+        digest = digest_of(presented)
+        if self._configured is not None and hmac.compare_digest(digest, self._configured):
+            return KeyClaim(digest, self._configured_id, configured=True)
+        key_id = id_of(presented.decode("ascii", "replace"))
+        return None if key_id is None else KeyClaim(digest, key_id, configured=False)
+
+    async def verify(self, claim: KeyClaim) -> VerifiedKey | None:
+        """Raises: StoreUnavailable: the database does not answer."""
+        if claim.configured:
+            return self._admin(await self._roles.read(ADMIN))
+        found = await self._keys.find(claim.key_id)
+        expires = _good_until(found, claim.digest, datetime.now(UTC))
+        if found is None or expires is None:
+            return None
+        key, role = found.record, found.role
+        limits = resolve(self._defaults, key.limits, role.limits)
+        return VerifiedKey(Principal(key.id, key.owner or key.id, role.name, limits, role.rights), expires)
+
+    def vouch(self, claim: KeyClaim) -> VerifiedKey | None:
+        """Verify a key without the database: only the configured one can be."""
+        return self._admin(_CONFIGURED_ROLE) if claim.configured else None
+
+    def _admin(self, role: Role) -> VerifiedKey:
+        limits = resolve(self._defaults, role.limits)
+        return VerifiedKey(Principal(self._configured_id, self._configured_id, ADMIN, limits, role.rights))
+
+    async def limits_of(self, key_id: str) -> Limits:
+        """Return the limits of any key, good or not.
+
+        Raises: KeyNotFound: there is no such key.  StoreUnavailable: the database does not answer.
+        """
+        found = await self._keys.find(key_id)
+        if found is not None:
+            return resolve(self._defaults, found.record.limits, found.role.limits)
+        if self._configured is None or key_id != self._configured_id:
+            raise KeyNotFound("There is no key of this id.")
+        return resolve(self._defaults, (await self._roles.read(ADMIN)).limits)
+
+
+def _good_until(found: KeyWithRole | None, digest: bytes, now: datetime) -> datetime | None:
+    """Return until when a secret is good, None if it is not.
+
+    A key that does not exist is compared too, so that it takes the same time.
+    """
+    current = hmac.compare_digest(digest, found.digest if found else _NO_DIGEST)
+    previous = hmac.compare_digest(digest, (found.previous_digest if found else None) or _NO_DIGEST)
+    if found is None or not found.record.good_at(now):
+        return None
+    expires = found.record.expires or NEVER
+    if current:
+        return expires
+    overlap = found.record.previous_expires
+    return min(overlap, expires) if previous and overlap is not None and now < overlap else None

@@ -1,0 +1,46 @@
+"""The token bucket as values: how large it is, and what came of an attempt to take from it.
+
+The arithmetic is here, so that every store computes alike; where the levels are kept is the store's affair.
+"""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class BucketState:
+    """The outcome of an attempt to take tokens, and the level after it."""
+
+    granted: bool
+    remaining: int
+    """Whole tokens left."""
+    full_in: float
+    """Seconds until the bucket is full again."""
+    retry_in: float
+    """Seconds until the attempt would be granted; 0 if it was."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """A bucket of `capacity` tokens that is refilled at a steady rate."""
+
+    capacity: int
+    per_second: float
+
+    def level(self, tokens: float, seconds: float) -> float:
+        """Return the level after a pause.  Args: tokens: the level before it."""
+        return min(float(self.capacity), tokens + seconds * self.per_second)
+
+    def take(self, level: float, cost: int) -> tuple[float, BucketState]:
+        """Take `cost` tokens if there are so many, else none; a negative cost puts tokens back.
+
+        Returns: the new level and what came of it.
+        """
+        granted = level >= cost
+        left = min(float(self.capacity), level - cost) if granted else level
+        return left, BucketState(
+            granted=granted,
+            remaining=math.floor(left),
+            full_in=(self.capacity - left) / self.per_second,
+            retry_in=0.0 if granted else (cost - left) / self.per_second,
+        )

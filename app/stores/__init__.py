@@ -1,0 +1,1 @@
+"""The in-memory sides of the ports that other packages define."""

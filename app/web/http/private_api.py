@@ -1,0 +1,53 @@
+"""Everything the web layer takes from FastAPI, Starlette and sse-starlette beyond their documented interfaces.
+
+An upgrade of these libraries can break only this module; `tests/unit/web/test_private_api.py` says which part of it.
+"""
+
+from typing import Any
+
+import anyio
+from fastapi import FastAPI
+from fastapi.routing import APIRoute, iter_route_contexts
+from sse_starlette import EventSourceResponse
+from sse_starlette.sse import SendTimeoutError
+from starlette.requests import Request
+from starlette.types import Scope
+
+__all__ = ["ParsedRequest", "SendTimeoutError", "SseResponse", "route_path", "static_paths", "takes_body"]
+
+
+class SseResponse(EventSourceResponse):
+    """An `EventSourceResponse` that a shutdown of the server does not cut off.
+
+    The library polls for a shutdown twice a second and then cancels every stream.  Here the service drains: it lets
+    generations finish, and ends those that do not with a last event.
+    """
+
+    @staticmethod
+    async def _listen_for_exit_signal() -> None:
+        await anyio.sleep_forever()
+
+
+class ParsedRequest(Request):
+    """A request whose body has been decoded; FastAPI's route handler calls `json()` and validates what it returns."""
+
+    parsed: Any
+
+    async def json(self) -> Any:
+        return self.parsed
+
+
+def takes_body(route: APIRoute) -> bool:
+    """Return whether FastAPI reads a body for this route."""
+    return route.body_field is not None
+
+
+def route_path(scope: Scope) -> str | None:
+    """Return the path template of the route that the router chose; None before it has, or if no route matched."""
+    route = scope.get("route")
+    return None if route is None else str(route.path)
+
+
+def static_paths(app: FastAPI) -> frozenset[str]:
+    """Return the paths of all routes without path parameters, those of included routers too."""
+    return frozenset(route.path for route in iter_route_contexts(app.routes) if route.path and "{" not in route.path)
