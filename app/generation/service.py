@@ -136,10 +136,10 @@ class GenerationService:
             raise InvalidRequest.of_field("messages", "must end with the user's in a session")
         texts = await self._clean([message.content for message in request.messages])
         messages = [Message(each.role, text) for each, text in zip(request.messages, texts, strict=True)]
-        system = "\n\n".join(message.content for message in messages if message.role is Role.SYSTEM)
+        system = [message.content for message in messages if message.role is Role.SYSTEM]
         async with self._turn(request) as history:
             new = new_messages(history, messages)
-            request = replace(request, messages=(Message(Role.SYSTEM, system),) if system else ())
+            request = replace(request, messages=(Message(Role.SYSTEM, "\n\n".join(system)),) if system else ())
             yield await fit_chat(request, history, new, _render_and_encode(model), _budget(request, model))
 
     async def _clean(self, texts: list[str]) -> list[str]:
