@@ -191,6 +191,8 @@ class _Run:
         self.most_tokens = fitted.prompt_tokens + fitted.max_tokens * request.n
         """What the request may cost at most."""
         self._text: list[str] = []
+        self._withheld_tokens = [0] * len(self._samples)
+        """Tokens of each sample whose deltas were left out since the last one that was not."""
         self._finished: Finished | None = None
 
     @property
@@ -207,13 +209,22 @@ class _Run:
         match event:
             case Delta():
                 self._text.append(event.text)
-                return event if event.text or event.logprobs else None
+                return self._visible(event)
             case Started():
                 prompt = None if self._request.is_chat else self._request.text
                 return structs.replace(event, model=self._model.name, prompt=prompt)
             case Finished():
                 self._finished = event
         return None
+
+    def _visible(self, delta: Delta) -> Delta | None:
+        """Return a delta with the tokens of those left out before it; None for one without text."""
+        tokens = self._withheld_tokens[delta.index] + delta.tokens
+        visible = bool(delta.text or delta.logprobs)
+        self._withheld_tokens[delta.index] = 0 if visible else tokens
+        if not visible:
+            return None
+        return delta if tokens == delta.tokens else structs.replace(delta, tokens=tokens)
 
     def finished(self) -> Finished:
         """Return the last event, with all that is known of the request.
