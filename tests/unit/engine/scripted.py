@@ -85,13 +85,16 @@ class ScriptedEngine(EchoEngine):
             yield finish(self.end, Usage(request.prompt_tokens, len(self.texts)))
         finally:
             self.cleaning_up.set()
-            # A clean-up that takes a while, as a real one may: nobody may go on before it is over.
-            await asyncio.sleep(0)
-            await self.may_clean_up.wait()
-            if self.cleanup_error is not None:
-                raise self.cleanup_error
-            self.live.remove(request.id)
-            self.closed.append(request.id)
+            try:
+                # A clean-up that takes a while, as a real one may: nobody may go on before it is over.
+                await asyncio.sleep(0)
+                await self.may_clean_up.wait()
+                if self.cleanup_error is not None:
+                    raise self.cleanup_error
+            finally:
+                # Whoever is cancelled while it cleans up lets go all the same.
+                self.live.remove(request.id)
+                self.closed.append(request.id)
 
     async def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
