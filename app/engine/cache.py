@@ -144,7 +144,9 @@ class _Reader:
         if isinstance(event, Delta):
             self._tokens += event.tokens
             return event
-        return structs.replace(event, cache=self._status)
+        # A hit stays one: the level below may have replayed what this one had to fetch.
+        status = event.cache if event.cache is CacheStatus.HIT else self._status
+        return structs.replace(event, cache=status)
 
     def _cut_short(self) -> Finished:
         task = self.flight.task
@@ -187,6 +189,16 @@ class CachedEngine(EngineWrapper):
             size=self._size,
             bytes=int(self._responses.currsize),
         )
+
+    @property
+    def readers(self) -> int:
+        """Return how many requests are reading a response through the cache."""
+        return len(self._readers)
+
+    @property
+    def generating(self) -> int:
+        """Return how many responses are being generated that identical requests may share."""
+        return len(self._flights)
 
     def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         return self._read(request) if request.cache else self._inner.stream(request)

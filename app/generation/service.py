@@ -122,8 +122,8 @@ class GenerationService:
             return await fit_text(await self._clean_text(request, model, budget), prepare, budget)
         texts = await self._clean([message.content for message in request.messages])
         messages = [Message(each.role, text) for each, text in zip(request.messages, texts, strict=True)]
-        system = "\n\n".join(message.content for message in messages if message.role is Role.SYSTEM)
-        request = replace(request, messages=(Message(Role.SYSTEM, system),) if system else ())
+        system = [message.content for message in messages if message.role is Role.SYSTEM]
+        request = replace(request, messages=(Message(Role.SYSTEM, "\n\n".join(system)),) if system else ())
         return await fit_chat(request, history, new_messages(history, messages), prepare, budget)
 
     async def _clean_text(
@@ -195,6 +195,8 @@ class _Run:
         self.most_tokens = fitted.prompt_tokens + fitted.max_tokens * request.n
         """What the request may cost at most."""
         self._text: list[str] = []
+        self._withheld_tokens = [0] * len(self._samples)
+        """Tokens of each sample whose deltas were left out since the last one that was not."""
         self._finished: Finished | None = None
 
     @property
@@ -211,13 +213,22 @@ class _Run:
         match event:
             case Delta():
                 self._text.append(event.text)
-                return event if event.text or event.logprobs else None
+                return self._visible(event)
             case Started():
                 prompt = None if self._request.is_chat else self._request.text
                 return structs.replace(event, model=self._model.name, prompt=prompt)
             case Finished():
                 self._finished = event
         return None
+
+    def _visible(self, delta: Delta) -> Delta | None:
+        """Return a delta with the tokens of those left out before it; None for one without text."""
+        tokens = self._withheld_tokens[delta.index] + delta.tokens
+        visible = bool(delta.text or delta.logprobs)
+        self._withheld_tokens[delta.index] = 0 if visible else tokens
+        if not visible:
+            return None
+        return delta if tokens == delta.tokens else structs.replace(delta, tokens=tokens)
 
     def finished(self) -> Finished:
         """Return the last event, with all that is known of the request.
