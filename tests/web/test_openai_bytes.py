@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from app.generation.requests import Sampling
 
 from app.config import DeadlineConfig, ModelConfig
 from app.engine.local import LocalEngine
 from app.errors import EngineFailed
-from app.generation.requests import Sampling
 from app.types import FinishReason
 from app.web.openai.stream_encoder import DONE
 from tests.web.harness import CHAT, GENERATE, MODEL, ScriptedService, make_web

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
+from app.generation.requests import ChatAsk, CompletionAsk
 from openai.types import completion_create_params as text_params
 from openai.types.chat import completion_create_params as chat_params
 from openai.types.chat.chat_completion_content_part_text_param import ChatCompletionContentPartTextParam
 from openai.types.chat.chat_completion_message_param import ChatCompletionMessageParam
 from openai.types.chat.chat_completion_stream_options_param import ChatCompletionStreamOptionsParam
 
-from app.generation.requests import ChatAsk, CompletionAsk
 from app.types import Message, Role
 from app.web.openai.chat import ChatCompletionRequest
 from app.web.openai.completions import CompletionRequest

@@ -10,10 +10,10 @@ from typing import Any
 
 import httpx
 import pytest
+from app.generation.requests import CompletionAsk, Delta
 
 from app.access import usage_log
 from app.engine.echo import EchoEngine
-from app.generation.requests import CompletionAsk, Delta
 from app.types import EngineState
 from tests.web.access import ADMIN_KEY, Running, running
 from tests.web.harness import frames, until

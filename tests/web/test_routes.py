@@ -3,9 +3,9 @@
 import json
 
 import pytest
+from app.generation.requests import Sampling
 
 from app.errors import ContextLengthExceeded, EngineBusy, InternalError
-from app.generation.requests import Sampling
 from app.generation.sessions import Turn
 from app.types import Message, Role
 from tests.web.harness import BODIES, CHAT, GENERATE, MODEL, ScriptedService, frames, is_envelope, make_web

@@ -4,13 +4,13 @@ import json
 from dataclasses import replace
 
 import pytest
+from app.engine.tokenizer.logprob_text import AnswerToken
+from app.generation.requests import Sampling
 
 from app.config import load_settings
 from app.engine.base import EngineInfo
 from app.engine.echo import EchoEngine
 from app.engine.host import EngineRegistry
-from app.engine.tokenizer.logprob_text import AnswerToken
-from app.generation.requests import Sampling
 from app.web.http.json_encoding import encode_json
 from app.web.openai.request_model import OpenAIFields, ResolvedModel, is_deterministic
 from app.web.openai.response_objects import TextLogprobs, fingerprint

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import structlog
+from app.generation.requests import Delta, Ending, Event, Finished, Started
 from starlette.requests import Request
 
 from app.errors import AppError, ClientDisconnected, EngineFailed
-from app.generation.requests import Delta, Ending, Event, Finished, Started
 from app.types import FinishReason, Usage
 from app.web.http.errors import envelope
 from app.web.http.sse import EventStream, cancel_on_disconnect, collect_response, frame, wait_for_start
