@@ -79,7 +79,9 @@ def start(tmp_path: Path) -> Start:
             "rate_limit": {"enabled": False},
         }
         given |= {name: given.get(name, {}) | section for name, section in sections.items()}
-        app = create_app(load_settings(tmp_path / "none.yml", None, **given), engines={"echo": engine} if engine else None)
+        app = create_app(
+            load_settings(tmp_path / "none.yml", None, **given), engines={"echo": engine} if engine else None
+        )
         transport = httpx.ASGITransport(app)
         async with (
             app.router.lifespan_context(app),
