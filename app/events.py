@@ -5,6 +5,7 @@ A stream is one `Started`, any number of `Delta`, one `Finished`, or an `AppErro
 
 from collections import defaultdict
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from enum import StrEnum
 
 import msgspec
@@ -145,24 +146,25 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def collect(events: AsyncGenerator[Event, None]) -> Response:
-    """Read a stream to its end.
+    """Read a stream to its end, and close it.
 
     Raises: AppError: whatever ended it in place of Finished.
     """
     deltas: defaultdict[int, list[Delta]] = defaultdict(list)
     prompts: dict[int, str | None] = {}
-    async for event in events:
-        match event:
-            case Delta():
-                deltas[event.index].append(event)
-            case Started():
-                prompts[event.index] = event.prompt
-            case Finished():
-                return Response(
-                    completions=tuple(_join(deltas[index], end) for index, end in enumerate(event.samples)),
-                    prompts=tuple(prompt for _, prompt in sorted(prompts.items())),
-                    finished=event,
-                )
+    async with aclosing(events):
+        async for event in events:
+            match event:
+                case Delta():
+                    deltas[event.index].append(event)
+                case Started():
+                    prompts[event.index] = event.prompt
+                case Finished():
+                    return Response(
+                        completions=tuple(_join(deltas[index], end) for index, end in enumerate(event.samples)),
+                        prompts=tuple(prompt for _, prompt in sorted(prompts.items())),
+                        finished=event,
+                    )
     raise RuntimeError("a stream ended without its last event")
 
 

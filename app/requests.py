@@ -1,6 +1,7 @@
 """The one request type: made by a dialect, completed step by step with `replace`, and handed to an engine."""
 
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from typing import Any, Final
 
 from app.types import Message, SamplingParams
@@ -99,10 +100,12 @@ class GenerationRequest:
         )
 
 
-KEYED_FIELDS: Final = tuple(each.name for each in fields(GenerationRequest) if not each.metadata.get("harmless"))
-"""Fields that can change the response: all but those declared harmless."""
+@cache
+def keyed_fields(kind: type[GenerationRequest]) -> tuple[str, ...]:
+    """Return the fields that can change the response: all but those declared harmless."""
+    return tuple(each.name for each in fields(kind) if not each.metadata.get("harmless"))
 
 
 def identity(request: GenerationRequest) -> tuple[Any, ...]:
     """Return the values of everything in a request that can change the response."""
-    return tuple(getattr(request, name) for name in KEYED_FIELDS)
+    return tuple(getattr(request, name) for name in keyed_fields(type(request)))

@@ -144,7 +144,9 @@ class _Reader:
         if isinstance(event, Delta):
             self._tokens += event.tokens
             return event
-        return structs.replace(event, cache=self._status)
+        # A hit stays one: the level below may have replayed what this one had to fetch.
+        status = event.cache if event.cache is CacheStatus.HIT else self._status
+        return structs.replace(event, cache=status)
 
     def _cut_short(self) -> Finished:
         task = self.flight.task
@@ -188,12 +190,20 @@ class CachedEngine(EngineWrapper):
             bytes=int(self._responses.currsize),
         )
 
-    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        if not request.cache:
-            async with aclosing(self._inner.stream(request)) as events:
-                async for event in events:
-                    yield event
-            return
+    @property
+    def readers(self) -> int:
+        """Return how many requests are reading a response through the cache."""
+        return len(self._readers)
+
+    @property
+    def generating(self) -> int:
+        """Return how many responses are being generated that identical requests may share."""
+        return len(self._flights)
+
+    def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        return self._read(request) if request.cache else self._inner.stream(request)
+
+    async def _read(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         reader = self._readers[request.id] = self._board(request)
         try:
             while True:

@@ -3,8 +3,8 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from app.engine.served_model import ServedModel
 from app.errors import ModelNotFound, ShuttingDown
@@ -26,7 +26,8 @@ class ModelHost:
         """When the host was made, in seconds since 1970."""
         self._models: dict[str, ServedModel] = {}
         self._started: set[str] = set()
-        self._unloading: set[str] = set()
+        self._unloading: dict[str, asyncio.Event] = {}
+        """Model -> set once it is gone and its name is free again."""
         self._leases: dict[str, str] = {}
         """Request id -> model, of each sample of each live request."""
         self._leases_per_model: Counter[str] = Counter()
@@ -93,8 +94,12 @@ class ModelHost:
     async def load(self, name: str) -> ServedModel:
         """Build and start a model, once however many ask; `engine.wait_ready` reports when it can serve.
 
+        Waits for an unload of the same model that has begun.
+
         Raises: ModelNotFound, ConfigError: it cannot be built; ShuttingDown.
         """
+        while (unloading := self._unloading.get(name)) is not None:
+            await unloading.wait()
         if self.draining:
             raise ShuttingDown()
         model = self.add(name)
@@ -103,14 +108,17 @@ class ModelHost:
             try:
                 await model.engine.start()
             except BaseException:
-                self._remove(name)
+                if self._models.get(name) is model:
+                    self._remove(name)
+                await model.engine.close()
                 raise
         return model
 
     def _remove(self, name: str) -> None:
         self._models.pop(name, None)
         self._started.discard(name)
-        self._unloading.discard(name)
+        if (unloading := self._unloading.pop(name, None)) is not None:
+            unloading.set()
 
     async def unload(self, name: str, grace_seconds: float) -> None:
         """Refuse new requests of a model, let the live ones finish, end the rest after the grace period, and close it.
@@ -118,7 +126,7 @@ class ModelHost:
         Raises: ModelNotFound: no such model is loaded.
         """
         model = self.find(name)
-        self._unloading.add(name)
+        self._unloading[name] = asyncio.Event()
         try:
             if not await self._released_within(grace_seconds, name):
                 await self._abort(name)
@@ -126,8 +134,8 @@ class ModelHost:
         finally:
             self._remove(name)
 
-    @asynccontextmanager
-    async def lease(self, request: GenerationRequest) -> AsyncIterator[ServedModel]:
+    @contextmanager
+    def lease(self, request: GenerationRequest) -> Iterator[ServedModel]:
         """Hold a model for one request.
 
         Raises: ShuttingDown: the service takes no new work; ModelNotFound: no such model is loaded.

@@ -3,7 +3,7 @@
 `prompts/<model>/<name>.txt`, with `--` for a slash in the model's name, stands before `prompts/<name>.txt`.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from string import Formatter
 
@@ -26,7 +26,7 @@ def read_template(
         return default
     try:
         template = path.read_text(encoding="utf-8").strip()
-        fields = {field for _, field, _, _ in Formatter().parse(template) if field is not None}
+        fields = set(_fields(template))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"prompt {path}: cannot be read as UTF-8 text ({type(error).__name__})") from None
     except ValueError as error:
@@ -37,3 +37,11 @@ def read_template(
         known = ", ".join(sorted(variables))
         raise ConfigError(f"prompt {path}: unknown variable {', '.join(unknown)}; known: {known}")
     return template
+
+
+def _fields(template: str) -> Iterator[str]:
+    """Yield the names of a template's variables, also of those in the format of another."""
+    for _, field, format_spec, _ in Formatter().parse(template):
+        if field is not None:
+            yield field
+            yield from _fields(format_spec or "")

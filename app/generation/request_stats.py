@@ -2,7 +2,7 @@
 
 import time
 
-from app.events import CacheStatus, Delta, Event, Started
+from app.events import Delta, Event
 from app.requests import GenerationRequest
 from app.telemetry import Metrics
 
@@ -15,12 +15,11 @@ class RequestStats:
         self.first_token_seconds: float | None = None
         """How long the first token of all took."""
         self.replayed = 0
-        """Tokens that came from another request's response."""
+        """Tokens of samples that another request had generated."""
         self._model = model
         self._metrics = metrics
         self._samples = samples
         self._began = time.monotonic()
-        self._cached = False
         self._last_token = [self._began] * len(samples)
         self._seen = [0] * len(samples)
 
@@ -31,17 +30,14 @@ class RequestStats:
 
     def observe(self, event: Event) -> None:
         """Record an event: the first token of all is timed once, and each sample has its inter-token latencies."""
-        if isinstance(event, Delta):
-            if event.tokens:
-                self._observe_tokens(event.index, event.tokens)
-        elif isinstance(event, Started):
-            self._cached = event.cache is CacheStatus.HIT
+        if isinstance(event, Delta) and event.tokens:
+            self._observe_tokens(event.index, event.tokens)
 
     def _observe_tokens(self, index: int, tokens: int) -> None:
         now = time.monotonic()
         if self.first_token_seconds is None:
             self.first_token_seconds = now - self._began
-        if self._cached:
+        if not self._samples[index].progress.generated:
             self.replayed += tokens
             return
         if self._seen[index]:

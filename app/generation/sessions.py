@@ -118,6 +118,16 @@ class MemorySessionStore:
         """The tenant with the oldest last turn first."""
         self._locks: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
 
+    @property
+    def tenants(self) -> tuple[str, ...]:
+        """Return the tenants that have sessions in memory, the one with the oldest last turn first."""
+        return tuple(self._tenants)
+
+    @property
+    def locks(self) -> int:
+        """Return how many sessions are being used, or waited for, by a turn."""
+        return len(self._locks)
+
     async def read(self, tenant: str, session_id: str) -> Session | None:
         self._drop_idle_tenants()
         sessions = self._tenants.get(tenant)

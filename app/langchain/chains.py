@@ -18,7 +18,7 @@ from app.events import Event
 from app.langchain.messages import from_langchain, to_langchain
 from app.langchain.models import EngineChat, EnginePipeline, is_observed
 from app.requests import GenerationRequest
-from app.types import Role
+from app.types import Message, Role
 
 SYSTEM_VARIABLES = ("model_name",)
 COMPLETION_VARIABLES = ("model_name", "prompt")
@@ -90,21 +90,29 @@ class ModelChains:
             if self._completion_is_plain:
                 return request
             return replace(request, text=self._completion_prompt.format(prompt=request.text))
-        own = request.messages[0].role is Role.SYSTEM
-        return request if own else replace(request, messages=(self._system, *request.messages))
+        chain, messages = self._choose_chat(request)
+        return replace(request, messages=(self._system, *messages) if chain is self._chat else messages)
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Run the chain of the request's kind and yield the events that its chunks carry."""
         if request.is_chat:
-            own = request.messages[0].role is Role.SYSTEM
-            chain = self._chat_with_own_system if own else self._chat
-            variables: dict[str, Any] = {"conversation": [to_langchain(message) for message in request.messages]}
+            chain, messages = self._choose_chat(request)
+            variables: dict[str, Any] = {"conversation": [to_langchain(message) for message in messages]}
         else:
             chain, variables = self._completion, {"prompt": request.text}
         stream: Any = chain.astream(variables, request=request)
         async with aclosing(stream):
             async for chunk in stream:
                 yield chunk.event
+
+    def _choose_chat(self, request: GenerationRequest) -> tuple[EngineSequence, tuple[Message, ...]]:
+        """Return the chain of a chat and its messages; an empty system message gives way to the template's."""
+        first, *others = request.messages
+        if first.role is not Role.SYSTEM:
+            return self._chat, request.messages
+        if not first.content:
+            return self._chat, tuple(others)
+        return self._chat_with_own_system, request.messages
 
 
 def _pipe(prompt: BasePromptTemplate[Any], model: Any) -> EngineSequence:

@@ -2,23 +2,29 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
 
 from app.config import CacheConfig, DeadlineConfig, ModelConfig
-from app.engine.base import Chunk, Engine, GenerationRequest
+from app.engine.base import Engine, PreparedPrompt
 from app.engine.cache import CachedEngine
 from app.engine.echo import EchoEngine
 from app.engine.local import LocalEngine
-from app.engine.persistent_cache import StoredEngine
-from app.errors import EngineNotReady
+from app.engine.persistent_cache import PersistentCacheEngine
+from app.errors import EngineNotReady, InvalidRequest
+from app.events import Event, Started
 from app.privacy.filters import FilteredEngine
 from app.privacy.redactor import Redactor
+from app.requests import GenerationRequest
 from app.types import EngineState, FinishReason, Message, Role, SamplingParams
 from tests.unit.engine.stores import DictStore
+from tests.unit.event_streams import deltas_of, finished_of, logprobs_of, started_of, text_of
+from tests.unit.event_streams import read as read_stream
 from tests.unit.tiny_models import save_tiny_llama
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -27,7 +33,7 @@ Factory = Callable[[Path], Engine]
 ENGINES: dict[str, Factory] = {
     "echo": lambda folder: EchoEngine(token_delay_seconds=0.001),
     "cached": lambda folder: CachedEngine(EchoEngine(token_delay_seconds=0.001), CacheConfig()),
-    "stored": lambda folder: StoredEngine(EchoEngine(token_delay_seconds=0.001), DictStore(), scope=""),
+    "persistent": lambda folder: PersistentCacheEngine(EchoEngine(token_delay_seconds=0.001), DictStore(), scope=""),
     "filtered": lambda folder: FilteredEngine(
         EchoEngine(token_delay_seconds=0.001), Redactor(), lambda kind, count: None
     ),
@@ -42,7 +48,7 @@ async def unclosed(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
     """A loaded engine, shared by the tests of this module: a worker takes seconds to start."""
     engine: Engine = request.param(tmp_path_factory.mktemp("model"))
     with pytest.raises(EngineNotReady):
-        await anext(engine.stream(GenerationRequest("early", "t", (1,), SamplingParams(max_tokens=1))))
+        await anext(engine.stream(GenerationRequest(id="early", tenant="t", prompt_ids=(1,))))
     await engine.start()
     async with asyncio.timeout(110):
         await engine.wait_ready()
@@ -58,209 +64,279 @@ async def engine(unclosed: Engine) -> AsyncIterator[Engine]:
     assert (EngineState.READY, 0, 0) == (status.state, status.running, status.waiting)
 
 
-def ask(
-    engine: Engine, name: str = "one", *, text: str = LONG_TEXT, max_tokens: int = 30, **params: object
+async def make_request(
+    engine: Engine,
+    name: str = "one",
+    *,
+    text: str = LONG_TEXT,
+    cache: bool = True,
+    stream: bool = True,
+    **sampling: Any,
 ) -> GenerationRequest:
-    """A request of which no stored answer exists."""
-    seed, cache = params.pop("seed", next(SEEDS)), bool(params.pop("cache", True))
-    settings = SamplingParams(max_tokens=max_tokens, seed=seed, **params)  # type: ignore[arg-type]
-    return GenerationRequest(name, "tenant", engine.tokenizer.encode_text(text), settings, cache)
+    """Return a request with its prompt encoded, of which no response is stored."""
+    params = SamplingParams(**{"max_tokens": 30, "seed": next(SEEDS)} | sampling)
+    request = GenerationRequest(id=name, tenant="tenant", text=text, sampling=params, cache=cache, stream=stream)
+    return await prepared(engine, request)
 
 
-async def read(engine: Engine, request: GenerationRequest) -> list[Chunk]:
-    return [chunk async for chunk in engine.stream(request)]
+async def prepared(engine: Engine, request: GenerationRequest) -> GenerationRequest:
+    return replace(request, prompt_ids=(await engine.prepare(request)).prompt_ids)
 
 
-def text_of(chunks: list[Chunk]) -> str:
-    return "".join(chunk.text for chunk in chunks)
+async def read(engine: Engine, request: GenerationRequest) -> list[Event]:
+    return await read_stream(engine.stream(request))
 
 
-def ids_of(chunks: list[Chunk]) -> list[int]:
-    """The tokens that log-probabilities were told of."""
-    return [token.token_id for chunk in chunks for token in chunk.logprobs]
+async def generate(engine: Engine, name: str = "one", **fields: Any) -> list[Event]:
+    return await read(engine, await make_request(engine, name, **fields))
 
 
-def decoded(engine: Engine, token_ids: list[int]) -> str:
-    decoder = engine.tokenizer.decoder()
-    return decoder.feed(token_ids) + decoder.finish()
+async def first_character(engine: Engine, tokens: list[bytes]) -> tuple[int, int]:
+    """Return the place and the id of the first token but one that is a character, which encodes as itself."""
+    for at, raw in enumerate(tokens):
+        text = raw.decode(errors="replace")
+        ids = (await make_request(engine, text=text or "-")).prompt_ids or ()
+        if at and len(text) == len(ids) == 1 and text != "\ufffd":
+            return at, ids[0]
+    raise AssertionError("the completion has no such token; take another prompt")
+
+
+def shown(events: list[Event]) -> str:
+    """Return the text of the tokens that have log-probabilities, with what is no whole character left out."""
+    return b"".join(token.raw for token in logprobs_of(events)).decode(errors="replace")
 
 
 def needs(engine: Engine, *fields: str) -> None:
     """Skip what this engine says that it cannot do; a request that asks for it is refused."""
-    if missing := set(fields) & set(engine.info.unsupported):
+    if missing := set(fields) & set(engine.info.capabilities.unsupported):
         pytest.skip(f"{engine.info.engine} does not support {', '.join(sorted(missing))}")
 
 
-async def test_an_answer_begins_empty_and_ends_once(engine: Engine):
-    """The first chunk is empty; finish reason and usage stand in the last and only there."""
-    request = ask(engine)
+async def test_a_stream_begins_with_started_and_ends_with_finished_once(engine: Engine):
+    """Between them deltas, which count no more tokens than the usage does."""
+    request = await make_request(engine)
 
-    chunks = await read(engine, request)
+    events = await read(engine, request)
 
-    assert "" == chunks[0].text
-    assert [False] * (len(chunks) - 1) == [bool(chunk.finish_reason or chunk.usage) for chunk in chunks[:-1]]
-    assert FinishReason.LENGTH == chunks[-1].finish_reason
-    assert chunks[-1].usage is not None
-    assert (len(request.prompt_ids), 30) == (chunks[-1].usage.prompt_tokens, chunks[-1].usage.completion_tokens)
-    assert 30 == sum(chunk.tokens for chunk in chunks)
+    assert [Started] == [type(event) for event in events if event is events[0] or isinstance(event, Started)]
+    assert deltas_of(events) == events[1:-1]
+    finished = finished_of(events)
+    assert FinishReason.LENGTH == finished.finish_reason
+    assert request.prompt_tokens == finished.usage.prompt_tokens == started_of(events).prompt_tokens > 0
+    assert 30 == finished.usage.completion_tokens == finished.samples[0].completion_tokens
+    assert 30 == sum(delta.tokens for delta in deltas_of(events))
+    assert [event.cache for event in (started_of(events), finished)] == [finished.cache] * 2
 
 
-async def test_a_seed_and_a_request_give_the_same_answer(engine: Engine):
+async def test_a_seed_and_a_request_give_the_same_completion(engine: Engine):
     """Also when the request is sampled."""
-    answers = [text_of(await read(engine, ask(engine, temperature=1.0, seed=5))) for _ in range(2)]
+    texts = [text_of(await generate(engine, temperature=1.0, seed=5)) for _ in range(2)]
 
-    assert answers[0] == answers[1]
-    assert answers[0]
+    assert texts[0] == texts[1]
+    assert texts[0]
 
 
-async def test_each_sample_of_a_seed_is_the_same_answer_every_time(engine: Engine):
-    """Whichever of several answers it is."""
+async def test_each_sample_of_a_seed_is_the_same_completion_every_time(engine: Engine):
+    """Whichever of several samples it is."""
     for sample in (0, 3):
-        request = {"temperature": 1.0, "seed": 5, "sample": sample, "cache": False}
-        answers = [text_of(await read(engine, ask(engine, **request))) for _ in range(2)]
-        assert answers[0] == answers[1]
-        assert answers[0]
+        fields = {"temperature": 1.0, "seed": 5, "sample": sample, "cache": False}
+        texts = [text_of(await generate(engine, **fields)) for _ in range(2)]
+        assert texts[0] == texts[1]
+        assert texts[0]
 
 
-async def test_log_probabilities_are_told_of_each_token_that_is_shown(engine: Engine):
-    """As many as there are tokens, each with its text, and with the alternatives that were asked for."""
+async def test_log_probabilities_come_with_each_token_that_is_shown(engine: Engine):
+    """As many as there are tokens, each with its text, and with the alternatives that the request wants."""
     needs(engine, "logprobs")
 
-    chunks = await read(engine, ask(engine, logprobs=2))
+    events = await generate(engine, logprobs=2)
 
-    tokens = [token for chunk in chunks for token in chunk.logprobs]
+    tokens = logprobs_of(events)
     assert 30 == len(tokens)
-    assert text_of(chunks) == decoded(engine, ids_of(chunks))
-    assert all(len(chunk.logprobs) == len(chunk.token_ends) for chunk in chunks)
-    assert all(0 <= end <= len(chunk.text) for chunk in chunks for end in chunk.token_ends)
+    assert text_of(events) == shown(events)
+    assert all(len(delta.logprobs) == len(delta.token_ends) for delta in deltas_of(events))
+    assert all(0 <= end <= len(delta.text) for delta in deltas_of(events) for end in delta.token_ends)
     assert all(token.logprob <= 0 and 1 <= len(token.top) <= 2 for token in tokens)
-    # Nothing but the most likely token is ever drawn here.
-    assert [(token.token_id, pytest.approx(token.logprob)) for token in tokens] == [token.top[0] for token in tokens]
-    assert all(list(token.top) == sorted(token.top, key=lambda other: -other[1]) for token in tokens)
+    # Nothing but the most likely token is ever sampled here.
+    assert [(token.raw, pytest.approx(token.logprob)) for token in tokens] == [
+        (token.top[0].raw, token.top[0].logprob) for token in tokens
+    ]
+    assert all(list(token.top) == sorted(token.top, key=lambda other: -other.logprob) for token in tokens)
 
 
-async def test_no_log_probabilities_are_told_unasked(engine: Engine):
-    """And with 0, no alternatives."""
+async def test_log_probabilities_come_only_where_the_request_wants_them(engine: Engine):
+    """And with 0, without alternatives."""
     needs(engine, "logprobs")
 
-    unasked, alone = [await read(engine, ask(engine, logprobs=logprobs)) for logprobs in (None, 0)]
+    without, plain = [await generate(engine, logprobs=logprobs) for logprobs in (None, 0)]
 
-    assert [] == [chunk for chunk in unasked if chunk.logprobs or chunk.token_ends]
-    assert [()] * 30 == [token.top for chunk in alone for token in chunk.logprobs]
+    assert [] == [delta for delta in deltas_of(without) if delta.logprobs or delta.token_ends]
+    assert [()] * 30 == [token.top for token in logprobs_of(plain)]
 
 
 async def test_log_probabilities_end_where_a_stop_string_cuts_the_text(engine: Engine):
-    """The tokens told of make up the text shown, but for the end of one that reaches into the stop string."""
+    """Their tokens make up the text shown, but for the end of one that reaches into the stop string."""
     needs(engine, "logprobs")
-    whole = text_of(await read(engine, ask(engine)))
+    whole = text_of(await generate(engine))
     stop = whole[5:9]
 
-    chunks = await read(engine, ask(engine, stop=(stop,), logprobs=0))
+    events = await generate(engine, stop=(stop,), logprobs=0)
 
-    shown = decoded(engine, ids_of(chunks))
-    assert whole[: whole.index(stop)] == text_of(chunks)
-    assert text_of(chunks).startswith(shown)
+    assert whole[: whole.index(stop)] == text_of(events)
+    assert text_of(events).startswith(shown(events))
 
 
-async def test_a_stop_token_ends_the_answer_and_is_counted_but_not_shown(engine: Engine):
-    """At the first place where the model makes it."""
+async def test_a_stop_token_ends_the_completion_and_is_counted_but_not_shown(engine: Engine):
+    """At the first place where the model generates it; deltas may leave it to the usage."""
     needs(engine, "logprobs", "stop_token_ids")
-    ids = ids_of(await read(engine, ask(engine, logprobs=0)))
-    end = ids[4]
+    untouched = await generate(engine, logprobs=0)
+    texts = [token.raw for token in logprobs_of(untouched)]
+    at, end = await first_character(engine, texts)
 
-    chunks = await read(engine, ask(engine, stop_token_ids=(end,), logprobs=0))
+    events = await generate(engine, stop_token_ids=(end,), logprobs=0)
 
-    before = ids[: ids.index(end)]
-    assert decoded(engine, before) == text_of(chunks)
-    assert before == ids_of(chunks)
-    assert (FinishReason.STOP, end) == (chunks[-1].finish_reason, chunks[-1].stopped_by)
-    assert chunks[-1].usage is not None
-    assert len(before) + 1 == chunks[-1].usage.completion_tokens == sum(chunk.tokens for chunk in chunks)
+    before = texts[: texts.index(texts[at])]
+    assert b"".join(before).decode(errors="replace") == text_of(events)
+    assert before == [token.raw for token in logprobs_of(events)]
+    finished = finished_of(events)
+    assert (FinishReason.STOP, end) == (finished.finish_reason, finished.samples[0].stop_reason)
+    assert len(before) + 1 == finished.usage.completion_tokens
+    assert sum(delta.tokens for delta in deltas_of(events)) in (len(before), len(before) + 1)
 
 
-async def test_an_answer_does_not_end_before_its_least_number_of_tokens(engine: Engine):
-    """End tokens are not made before."""
+async def test_a_completion_does_not_end_before_its_least_number_of_tokens(engine: Engine):
+    """End tokens are not generated before."""
     needs(engine, "logprobs", "stop_token_ids", "min_tokens")
-    end = ids_of(await read(engine, ask(engine, logprobs=0)))[1]
+    untouched = await generate(engine, logprobs=0)
+    at, end = await first_character(engine, [token.raw for token in logprobs_of(untouched)])
+    assert at < 9
 
-    chunks = await read(engine, ask(engine, stop_token_ids=(end,), min_tokens=10))
+    events = await generate(engine, stop_token_ids=(end,), min_tokens=10)
 
-    assert chunks[-1].usage is not None
-    assert chunks[-1].usage.completion_tokens >= 10
+    assert finished_of(events).usage.completion_tokens >= 10
 
 
-async def test_an_answer_goes_on_to_its_limit_where_the_models_end_is_ignored(engine: Engine):
+async def test_a_completion_reaches_its_limit_where_the_models_end_is_ignored(engine: Engine):
     """However short it would be."""
     needs(engine, "ignore_eos")
 
-    chunks = await read(engine, ask(engine, text="hi", max_tokens=40, ignore_eos=True))
+    events = await generate(engine, text="hi", max_tokens=40, ignore_eos=True)
 
-    assert FinishReason.LENGTH == chunks[-1].finish_reason
-    assert 40 == sum(chunk.tokens for chunk in chunks)
+    assert FinishReason.LENGTH == finished_of(events).finish_reason
+    assert 40 == finished_of(events).usage.completion_tokens
 
 
-async def test_an_answer_ends_before_its_stop_string(engine: Engine):
-    """The text is cut before the first place where it stands, and the reason is STOP; the last chunk names it."""
-    untouched = await read(engine, ask(engine))
+async def test_a_completion_ends_before_its_stop_string(engine: Engine):
+    """The text is cut before the first place where it stands, and the reason is STOP; Finished names it."""
+    untouched = await generate(engine)
     whole = text_of(untouched)
     stop = whole[3:6]
 
-    chunks = await read(engine, ask(engine, stop=(stop,)))
+    events = await generate(engine, stop=(stop,))
 
-    assert whole[: whole.index(stop)] == text_of(chunks)
-    assert (FinishReason.STOP, stop) == (chunks[-1].finish_reason, chunks[-1].stopped_by)
-    assert [None] * len(untouched) == [chunk.stopped_by for chunk in untouched]
+    assert whole[: whole.index(stop)] == text_of(events)
+    assert (FinishReason.STOP, stop) == (finished_of(events).finish_reason, finished_of(events).samples[0].stop_reason)
+    assert finished_of(untouched).samples[0].stop_reason is None
+
+
+async def test_a_request_that_does_not_stream_gets_the_same_completion_in_two_deltas(engine: Engine):
+    """Whatever stands around the engine may add what it withheld, as the output filter does."""
+    logprobs = None if "logprobs" in engine.info.capabilities.unsupported else 0
+    streamed, whole = [
+        await generate(engine, stream=stream, seed=5, logprobs=logprobs, cache=False) for stream in (True, False)
+    ]
+
+    assert len(deltas_of(streamed)) > 3
+    assert len([delta for delta in deltas_of(whole) if delta.text]) <= 2
+    assert text_of(streamed) == text_of(whole)
+    assert [token.raw for token in logprobs_of(streamed)] == [token.raw for token in logprobs_of(whole)]
+    assert finished_of(streamed).usage.completion_tokens == finished_of(whole).usage.completion_tokens
 
 
 async def test_closing_a_stream_early_frees_its_place(engine: Engine):
-    """At once, and the id may be used again."""
-    stream = engine.stream(ask(engine, "again", max_tokens=200))
+    """At once, and the id may be used again; the progress says what was generated."""
+    request = await make_request(engine, "again", max_tokens=200)
+    stream = engine.stream(request)
     for _ in range(2):
         await anext(stream)
 
     await stream.aclose()
 
     assert (0, 0) == (engine.status().running, engine.status().waiting)
-    assert FinishReason.LENGTH == (await read(engine, ask(engine, "again", max_tokens=2)))[-1].finish_reason
+    assert 0 < request.progress.generated < 200
+    assert FinishReason.LENGTH == finished_of(await generate(engine, "again", max_tokens=2)).finish_reason
 
 
 async def test_an_abort_ends_the_stream(engine: Engine):
-    """The last chunk says ABORT and what was used; ids that are not live are ignored."""
-    request = ask(engine, "mine", max_tokens=200)
+    """Finished says ABORT and what was used; ids that are not live are ignored."""
+    request = await make_request(engine, "mine", max_tokens=200)
     stream = engine.stream(request)
     await anext(stream)
     await engine.abort("nobody's")
     await engine.abort("mine")
 
-    last = [chunk async for chunk in stream][-1]
+    finished = finished_of([event async for event in stream])
 
-    assert FinishReason.ABORT == last.finish_reason
-    assert last.usage is not None
-    assert last.usage.completion_tokens < 200
-    assert len(request.prompt_ids) == last.usage.prompt_tokens
+    assert FinishReason.ABORT == finished.finish_reason
+    assert finished.usage.completion_tokens < 200
+    assert request.prompt_tokens == finished.usage.prompt_tokens
 
 
-async def test_requests_at_once_each_get_their_own_answer(engine: Engine):
-    """What each says is what it says alone."""
+async def test_progress_counts_what_the_usage_counts(engine: Engine):
+    """It is what a request is charged by, however it ends."""
+    request = await make_request(engine, cache=False)
+
+    events = await read(engine, request)
+
+    assert 30 == request.progress.generated == finished_of(events).usage.completion_tokens
+
+
+async def test_requests_at_once_each_get_their_own_completion(engine: Engine):
+    """The same as each gets by itself."""
     texts = ["hello world", "the end of it", "who said hello"]
-    alone = [text_of(await read(engine, ask(engine, text=text, max_tokens=8, seed=1))) for text in texts]
+    single = [text_of(await generate(engine, text=text, max_tokens=8, seed=1)) for text in texts]
 
-    together = await asyncio.gather(
-        *(read(engine, ask(engine, f"r{n}", text=text, max_tokens=8, seed=1)) for n, text in enumerate(texts))
+    at_once = await asyncio.gather(
+        *(generate(engine, f"r{number}", text=text, max_tokens=8, seed=1) for number, text in enumerate(texts))
     )
 
-    assert alone == [text_of(chunks) for chunks in together]
+    assert single == [text_of(events) for events in at_once]
 
 
-async def test_a_conversation_is_encoded_and_answered(engine: Engine):
-    """The engine's own tokenizer and its facts fit each other."""
-    ids = engine.tokenizer.encode_chat([Message(Role.SYSTEM, "Be kind."), Message(Role.USER, LONG_TEXT)])
-    assert 0 < len(ids) < engine.info.context_length
-    assert max(ids) < engine.info.vocab_size
+async def test_a_chat_is_prepared_and_continued(engine: Engine):
+    """The engine's tokenizer and its facts fit each other; a prompt of tokens stays as it is."""
+    messages = (Message(Role.SYSTEM, "Be kind."), Message(Role.USER, LONG_TEXT))
+    chat = GenerationRequest(id="chat", tenant="tenant", messages=messages, sampling=SamplingParams(max_tokens=5))
 
-    chunks = await read(engine, GenerationRequest("chat", "tenant", ids, SamplingParams(max_tokens=5)))
+    encoded = await prepared(engine, chat)
+    open_end = await prepared(engine, replace(chat, continue_final_message=True))
+    events = await read(engine, encoded)
 
-    assert FinishReason.LENGTH == chunks[-1].finish_reason
+    assert encoded.prompt_ids
+    assert len(encoded.prompt_ids) < engine.info.context_length
+    engine.info.check_tokens("prompt", encoded.prompt_ids)
+    assert 0 < open_end.prompt_tokens < encoded.prompt_tokens
+    assert PreparedPrompt(encoded.prompt_tokens, encoded.prompt_ids) == await engine.prepare(encoded)
+    assert FinishReason.LENGTH == finished_of(events).finish_reason
+
+
+async def test_tokens_become_the_text_that_they_were_made_of(engine: Engine):
+    """As a prompt of tokens is shown, and filtered."""
+    request = await make_request(engine)
+
+    assert LONG_TEXT == await engine.detokenize(request.prompt_ids or ())
+
+
+async def test_what_an_engine_cannot_do_is_refused_by_name(engine: Engine):
+    """In place of Started, as every parameter that it does not list is honoured."""
+    request = replace(await make_request(engine), adapter="legal")
+    if engine.info.capabilities.adapters:
+        pytest.skip("it has adapters")
+
+    with pytest.raises(InvalidRequest) as refused:
+        await anext(engine.stream(request))
+
+    assert "adapter" == refused.value.details["errors"][0]["field"]
 
 
 @pytest.mark.parametrize("make", [ENGINES["echo"], ENGINES["cached"]], ids=["echo", "cached"])
@@ -269,13 +345,13 @@ async def test_closing_ends_live_streams(make: Factory, tmp_path: Path):
     engine = make(tmp_path)
     await engine.start()
     await engine.wait_ready()
-    stream = engine.stream(ask(engine, max_tokens=200))
+    stream = engine.stream(await make_request(engine, max_tokens=200))
     await anext(stream)
 
     await engine.close()
     await engine.close()
 
-    assert FinishReason.ABORT == [chunk async for chunk in stream][-1].finish_reason
+    assert FinishReason.ABORT == finished_of([event async for event in stream]).finish_reason
     assert EngineState.CLOSED == engine.status().state
     with pytest.raises(EngineNotReady):
-        await anext(engine.stream(ask(engine)))
+        await anext(engine.stream(await make_request(engine)))

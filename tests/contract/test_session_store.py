@@ -21,7 +21,7 @@ LIMITS = ChatHistoryConfig(ttl_seconds=100, max_turns=3, max_bytes=60, max_sessi
 
 
 class Clock:
-    """Time that moves when told."""
+    """Time that moves when the test says so."""
 
     def __init__(self) -> None:
         self.seconds = 1000.0
@@ -111,19 +111,19 @@ async def test_too_much_text_drops_the_oldest_turns(factory: Factory, clock: Clo
 
 
 async def test_the_newest_turn_is_kept_whatever_its_size(factory: Factory, clock: Clock):
-    """A turn over the limit is not lost; it stands alone until the next one."""
+    """A turn over the limit is not lost; it is the only one until the next."""
     store = factory(LIMITS, clock)
     huge = turn("x" * 500)
 
     await store.append("ann", "s", turn("one"))
     await store.append("ann", "s", huge)
-    alone = await store.read("ann", "s")
+    only = await store.read("ann", "s")
     await store.append("ann", "s", turn("two"))
     after = await store.read("ann", "s")
 
-    assert alone is not None
+    assert only is not None
     assert after is not None
-    assert (huge,) == alone.turns
+    assert (huge,) == only.turns
     assert (turn("two"),) == after.turns
 
 
@@ -175,7 +175,7 @@ async def test_the_least_recently_used_session_goes_first(factory: Factory, cloc
 
 
 async def test_sessions_are_listed_newest_first(factory: Factory, clock: Clock):
-    """A summary tells the number of turns, the bytes of text and the time of the last turn."""
+    """A summary has the number of turns, the bytes of text and the time of the last turn."""
     store = factory(LIMITS, clock)
     await store.append("ann", "a", turn("one"))
     clock.seconds += 1
@@ -190,7 +190,7 @@ async def test_sessions_are_listed_newest_first(factory: Factory, clock: Clock):
 
 
 async def test_a_deleted_session_is_gone(factory: Factory, clock: Clock):
-    """Deleting tells whether there was something to delete."""
+    """Deleting reports whether there was something to delete."""
     store = factory(LIMITS, clock)
     await store.append("ann", "s", turn("one"))
 
@@ -231,7 +231,7 @@ async def test_twenty_parallel_turns_are_twenty_whole_pairs(factory: Factory, cl
 
 
 async def test_sessions_do_not_wait_for_one_another(factory: Factory, clock: Clock):
-    """Neither another session of the tenant nor the same id of another tenant is held up."""
+    """Neither another session of the tenant nor the same id of another tenant has to wait."""
     store = factory(LIMITS, clock)
 
     async with (
@@ -260,11 +260,11 @@ async def test_a_cancelled_waiter_does_not_break_the_lock(factory: Factory, cloc
         await asyncio.sleep(0.01)
         first.cancel()
         await asyncio.wait([first])
-        held = list(entered)
+        inside = list(entered)
     await asyncio.wait_for(second, 1)
 
     assert first.cancelled()
-    assert [] == held
+    assert [] == inside
     assert ["second"] == entered
 
 

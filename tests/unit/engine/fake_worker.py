@@ -1,4 +1,4 @@
-"""A worker without a process: the test says what it does, and reads what it was told.  And engines on such workers."""
+"""A worker without a process: the test scripts what it sends, and reads what it receives.  And engines on it."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -7,25 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from app.config import DeadlineConfig, ModelConfig
-from app.engine.base import Chunk, GenerationRequest
 from app.engine.local import LocalEngine
+from app.events import Event
 from app.ipc.messages import Cancel, FromWorker, Ready, Shutdown, Step, Submit, TokenEvent, ToWorker
 from app.ipc.worker_process import WorkerLostError
-from app.types import SamplingParams
+from app.requests import GenerationRequest
+from app.types import SamplingParams, TokenLogprob
+from tests.unit import event_streams
 from tests.unit.tiny_models import chatml_tokenizer
 
 TOKENIZER = chatml_tokenizer()
 
 
 class FakeLink:
-    """One life of a worker.  Keeps the book that a real one keeps: what it was given and has not ended."""
+    """One life of a worker.  Tracks what a real one tracks: the requests that were submitted and have not ended."""
 
     def __init__(self) -> None:
         self.pid: int | None = None
         self.heard: list[ToWorker] = []
         self.open: list[int] = []
         self.stopped = False
-        self._said: asyncio.Queue[FromWorker | WorkerLostError] = asyncio.Queue()
+        self._sent: asyncio.Queue[FromWorker | WorkerLostError] = asyncio.Queue()
 
     def send(self, message: ToWorker) -> None:
         self.heard.append(message)
@@ -35,25 +37,32 @@ class FakeLink:
             self.kill()
 
     async def receive(self) -> list[FromWorker]:
-        said = await self._said.get()
-        if isinstance(said, WorkerLostError):
-            raise said
-        return [said]
+        sent = await self._sent.get()
+        if isinstance(sent, WorkerLostError):
+            raise sent
+        return [sent]
 
     def kill(self) -> None:
-        self._said.put_nowait(WorkerLostError("The fake worker is gone."))
+        self._sent.put_nowait(WorkerLostError("The fake worker is gone."))
 
     async def stop(self, grace_seconds: float) -> None:
         self.stopped = True
 
     def say(self, message: FromWorker) -> None:
-        self._said.put_nowait(message)
+        self._sent.put_nowait(message)
 
-    def event(self, number: int, *token_ids: int, finish: str | None = None, error: str | None = None) -> None:
-        """Tell what happened to one request."""
+    def event(
+        self,
+        number: int,
+        *token_ids: int,
+        finish: str | None = None,
+        error: str | None = None,
+        logprobs: tuple[TokenLogprob, ...] = (),
+    ) -> None:
+        """Send what happened to one request."""
         if (finish or error) and number in self.open:
             self.open.remove(number)
-        self.say(Step([TokenEvent(number, token_ids, finish, error)]))  # type: ignore[arg-type]  # a word of the test
+        self.say(Step([TokenEvent(number, token_ids, finish, error, logprobs)]))  # type: ignore[arg-type]  # a word of the test
 
     @property
     def cancelled(self) -> list[int]:
@@ -61,7 +70,7 @@ class FakeLink:
 
 
 class FakeWorkers:
-    """Starts fake workers one after another; each is ready at once unless told otherwise."""
+    """Starts fake workers one after another; each is ready at once unless the test wants otherwise."""
 
     def __init__(self, tokenizer_folder: Path, *, slots: int = 1, ready: bool = True) -> None:
         self.links: list[FakeLink] = []
@@ -93,7 +102,7 @@ class FakeWorkers:
 async def engine_on(
     workers: FakeWorkers, *, max_waiting: int = 8, deadlines: DeadlineConfig | None = None, **options: Any
 ) -> AsyncIterator[LocalEngine]:
-    """An engine that is ready, and closed at the end."""
+    """Yield an engine that is ready, and close it at the end."""
     options = {"backoff_seconds": 0.0} | options
     engine = LocalEngine(ModelConfig(max_waiting=max_waiting), deadlines or DeadlineConfig(), launch=workers, **options)
     await engine.start()
@@ -105,10 +114,12 @@ async def engine_on(
         await engine.close()
 
 
-def ask(
-    name: str = "one", *, stop: tuple[str, ...] = (), prompt: tuple[int, ...] = (1, 2), max_tokens: int = 50
-) -> Any:
-    return GenerationRequest(name, "tenant", prompt, SamplingParams(max_tokens=max_tokens, stop=stop))
+def make_request(
+    name: str = "one", *, prompt: tuple[int, ...] = (1, 2), stream: bool = True, **sampling: Any
+) -> GenerationRequest:
+    """Return a request of at most 50 tokens unless `sampling` wants otherwise."""
+    params = SamplingParams(**{"max_tokens": 50} | sampling)
+    return GenerationRequest(id=name, tenant="tenant", prompt_ids=prompt, sampling=params, stream=stream)
 
 
 def tokens(text: str) -> list[int]:
@@ -123,18 +134,12 @@ async def until(condition: Callable[[], bool]) -> None:
     raise AssertionError("it never happened")
 
 
-async def read(engine: LocalEngine, request: GenerationRequest) -> list[Chunk]:
-    return [chunk async for chunk in engine.stream(request)]
+async def read(engine: LocalEngine, request: GenerationRequest) -> list[Event]:
+    return await event_streams.read(engine.stream(request))
 
 
-async def collect(chunks: list[Chunk], stream: AsyncIterator[Chunk]) -> None:
-    """Read an answer, keeping what came before an error."""
-    async for chunk in stream:
-        chunks.append(chunk)
-
-
-async def begun(engine: LocalEngine, link: FakeLink, request: GenerationRequest) -> asyncio.Task[list[Chunk]]:
-    """Start to read an answer, and let the worker begin on it."""
+async def begun(engine: LocalEngine, link: FakeLink, request: GenerationRequest) -> asyncio.Task[list[Event]]:
+    """Start to read a completion, and let the worker begin on it."""
     before = len(link.open)
     task = asyncio.create_task(read(engine, request))
     await until(lambda: len(link.open) > before or task.done())

@@ -1,14 +1,14 @@
-"""A store of answers in a dictionary."""
+"""A store of responses in a dictionary."""
 
 
 class DictStore:
-    """Keeps what it is given."""
+    """Stores responses for as long as the test runs."""
 
     def __init__(self) -> None:
-        self.answers: dict[bytes, bytes] = {}
+        self.responses: dict[bytes, bytes] = {}
 
     async def get(self, key: bytes) -> bytes | None:
-        return self.answers.get(key)
+        return self.responses.get(key)
 
-    def put(self, key: bytes, answer: bytes) -> None:
-        self.answers[key] = answer
+    def put(self, key: bytes, response: bytes) -> None:
+        self.responses[key] = response

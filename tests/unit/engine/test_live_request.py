@@ -1,17 +1,20 @@
-"""What a request is told of its tokens: log-probabilities with their text, and what came for nothing."""
+"""What becomes of the tokens of one request: log-probabilities with their text, deltas, and the count of them all."""
 
 import asyncio
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 
 from app.config import DeadlineConfig
-from app.engine.base import Chunk, GenerationRequest
 from app.engine.live_request import LiveRequest
 from app.engine.tokenizer.hf_tokenizer import HfTokenizer
+from app.errors import EngineFailed
+from app.events import Event
 from app.ipc.messages import TokenEvent
-from app.types import FinishReason, SamplingParams, TokenLogprob, Usage
-from tests.unit.engine.fake_worker import TOKENIZER, tokens
+from app.types import FinishReason, TokenLogprob, Usage
+from tests.unit.engine.fake_worker import TOKENIZER, make_request, tokens
+from tests.unit.event_streams import deltas_of, finished_of, logprobs_of, read, text_of
 from tests.unit.tiny_models import save
 
 
@@ -20,58 +23,66 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> HfTokenizer:
     return HfTokenizer(save(TOKENIZER, tmp_path_factory.mktemp("tokenizer")))
 
 
-def ticket(tokenizer: HfTokenizer, **params: object) -> LiveRequest:
-    request = GenerationRequest("one", "t", (1, 2, 3), SamplingParams(max_tokens=50, logprobs=0, **params))  # type: ignore[arg-type]
-    return LiveRequest(1, request, tokenizer.decoder(), DeadlineConfig(), lambda _: None)
+def live_request(tokenizer: HfTokenizer, *, stream: bool = True, **sampling: object) -> LiveRequest:
+    request = make_request(prompt=(1, 2, 3), stream=stream, **{"logprobs": 0} | sampling)
+    return LiveRequest(1, request, tokenizer, DeadlineConfig(), lambda _: None)
 
 
-def event(*token_ids: int, finish: str | None = None, cached_tokens: int = 0) -> TokenEvent:
-    """Each token as likely as its number says, so that none can be taken for another."""
+def event(*token_ids: int, finish: str | None = None, error: str | None = None, cached_tokens: int = 0) -> TokenEvent:
+    """Each token as likely as its id says, so that none can be taken for another."""
     logprobs = tuple(TokenLogprob(each, -each / 1000) for each in token_ids)
-    return TokenEvent(1, token_ids, finish, None, logprobs, cached_tokens)  # type: ignore[arg-type]  # a word of the test
+    return TokenEvent(1, token_ids, finish, error, logprobs, cached_tokens)  # type: ignore[arg-type]  # a word of the test
 
 
-async def said(ticket: LiveRequest) -> list[Chunk]:
-    return [chunk async for chunk in ticket.chunks()]
+def ids_of(*events: Event) -> list[int]:
+    assert all(len(delta.logprobs) == len(delta.token_ends) for delta in deltas_of(events))
+    return [round(-1000 * token.logprob) for token in logprobs_of(events)]
 
 
-def numbers(*chunks: Chunk) -> list[int]:
-    assert all(len(chunk.logprobs) == len(chunk.token_ends) for chunk in chunks)
-    return [token.token_id for chunk in chunks for token in chunk.logprobs]
-
-
-async def step_by_step(ticket: LiveRequest, events: list[TokenEvent]) -> list[Chunk]:
-    """Read each piece before the next token comes."""
-    reading = asyncio.create_task(said(ticket))
-    for each in events:
-        ticket.accept(each)
+async def step_by_step(live: LiveRequest, worker_events: list[TokenEvent]) -> list[Event]:
+    """Read each delta before the next token comes."""
+    reading = asyncio.create_task(read(live.events()))
+    for each in worker_events:
+        live.accept(each)
         await asyncio.sleep(0)
         await asyncio.sleep(0)
     return await reading
 
 
 async def test_each_token_comes_with_its_text(tokenizer: HfTokenizer):
-    """One piece for each token that is read in time, with the place where it ends; none for the end token."""
+    """One delta for each token that is read in time, with the place where it ends; none for the end token."""
     ids = tokens("hello world")
-    chunks = await step_by_step(ticket(tokenizer), [event(), *map(event, ids), event(finish="stop")])
 
-    assert [[each] for each in ids] == [numbers(chunk) for chunk in chunks[:-1]]
-    assert [(len(chunk.text),) for chunk in chunks[:-1]] == [chunk.token_ends for chunk in chunks[:-1]]
-    assert [] == numbers(chunks[-1])
-    assert [-each / 1000 for each in ids] == [token.logprob for chunk in chunks for token in chunk.logprobs]
-    assert len(ids) + 1 == sum(chunk.tokens for chunk in chunks)
+    events = await step_by_step(live_request(tokenizer), [event(), *map(event, ids), event(finish="stop")])
+
+    *deltas, finished = events
+    assert [[each] for each in ids] == [ids_of(delta) for delta in deltas]
+    assert [(len(delta.text),) for delta in deltas_of(deltas)] == [delta.token_ends for delta in deltas_of(deltas)]
+    assert [1] * len(ids) == [delta.tokens for delta in deltas_of(deltas)]
+    assert len(ids) + 1 == finished_of([finished]).usage.completion_tokens
 
 
-async def test_a_slow_reader_gets_the_tokens_of_a_piece_in_order(tokenizer: HfTokenizer):
-    """And where in the piece each of them ends."""
+async def test_a_token_has_its_own_text_and_bytes(tokenizer: HfTokenizer):
+    """Of each alternative too; the whole makes up the text."""
+    live = live_request(tokenizer)
+    live.accept(event(*tokens("hello world"), finish="length"))
+
+    events = await read(live.events())
+
+    assert "hello world" == "".join(token.text for token in logprobs_of(events)) == text_of(events)
+    assert b"hello world" == b"".join(token.raw for token in logprobs_of(events))
+
+
+async def test_a_slow_reader_gets_the_tokens_of_a_delta_in_order(tokenizer: HfTokenizer):
+    """And where in its text each of them ends."""
     ids = tokens("hello world")
-    one = ticket(tokenizer)
-    one.accept(event(*ids, finish="length"))
+    live = live_request(tokenizer)
+    live.accept(event(*ids, finish="length"))
 
-    first, _ = await said(one)
+    (first,) = deltas_of(await read(live.events()))
 
     assert "hello world" == first.text
-    assert ids == numbers(first)
+    assert ids == ids_of(first)
     ends = [0, *first.token_ends]
     assert ids == [tokens(first.text[begin:end])[0] for begin, end in pairwise(ends)]
 
@@ -79,54 +90,138 @@ async def test_a_slow_reader_gets_the_tokens_of_a_piece_in_order(tokenizer: HfTo
 async def test_tokens_that_a_stop_string_cuts_off_are_not_shown(tokenizer: HfTokenizer):
     """A token that reaches into the stop string is one of them, whatever of it is shown."""
     ids = [*tokens("hello"), *tokens(" world"), *tokens("!")]
-    inside = ticket(tokenizer, stop=("orld",))
-    inside.accept(event(*ids))
+    live = live_request(tokenizer, stop=("orld",))
+    live.accept(event(*ids))
 
-    chunks = await said(inside)
+    events = await read(live.events())
 
     beginnings = [tokenizer.decoder().feed(ids[:count]) for count in range(len(ids) + 1)]
     whole = max(count for count, text in enumerate(beginnings) if "hello w".startswith(text))
-    assert "hello w" == "".join(chunk.text for chunk in chunks)
-    assert FinishReason.STOP == chunks[-1].finish_reason
-    assert ids[:whole] == numbers(*chunks)
+    assert "hello w" == text_of(events)
+    assert FinishReason.STOP == finished_of(events).finish_reason
+    assert ids[:whole] == ids_of(*events)
 
 
 async def test_tokens_of_text_that_may_become_a_stop_string_wait_with_it(tokenizer: HfTokenizer):
-    """They are shown when it is, at the end of the answer at the latest."""
+    """They are shown when it is, at the end of the completion at the latest."""
     hello, bang = tokens("hello"), tokens("!")
-    waiting = ticket(tokenizer, stop=("!?",))
 
-    chunks = await step_by_step(waiting, [event(*hello), event(*bang), event(finish="length")])
+    events = await step_by_step(
+        live_request(tokenizer, stop=("!?",)), [event(*hello), event(*bang), event(finish="length")]
+    )
 
-    assert [hello, bang] == [numbers(chunk) for chunk in chunks if chunk.text]
-    assert ["hello", "!"] == [chunk.text for chunk in chunks if chunk.text]
+    assert [hello, bang] == [ids_of(delta) for delta in deltas_of(events)]
+    assert ["hello", "!"] == [delta.text for delta in deltas_of(events)]
 
 
 async def test_the_tokens_of_one_character_come_together(tokenizer: HfTokenizer):
-    """An unfinished one comes with its end, or with the end of the answer as U+FFFD."""
+    """An unfinished one comes with its end, or with the end of the completion as U+FFFD."""
     first, second = tokens("é")
 
-    chunks = await step_by_step(ticket(tokenizer), [event(first), event(second), event(first), event(finish="length")])
+    events = await step_by_step(
+        live_request(tokenizer), [event(first), event(second), event(first), event(finish="length")]
+    )
 
-    assert [("é", [first, second]), ("\ufffd", [first])] == [(each.text, numbers(each)) for each in chunks if each.text]
+    assert [("é", [first, second], 2), ("\ufffd", [first], 1)] == [
+        (each.text, ids_of(each), each.tokens) for each in deltas_of(events)
+    ]
 
 
-async def test_a_token_without_text_at_the_end_is_told_with_the_last_piece(tokenizer: HfTokenizer):
-    """As a control token is that the model made in mid-answer because it was told to go on."""
+async def test_a_token_without_text_at_the_end_comes_in_a_delta_of_its_own(tokenizer: HfTokenizer):
+    """As a control token does that the model generated in the middle because it was to ignore its end."""
     control = TOKENIZER.convert_tokens_to_ids("<|im_end|>")
     hello = tokens("hello")
 
-    chunks = await step_by_step(ticket(tokenizer), [event(*hello), event(control), event(finish="length")])
+    events = await step_by_step(live_request(tokenizer), [event(*hello), event(control), event(finish="length")])
 
-    assert [("hello", hello), ("", [control])] == [(each.text, numbers(each)) for each in chunks]
-    assert (0,) == chunks[-1].token_ends
-    assert FinishReason.LENGTH == chunks[-1].finish_reason
+    deltas = deltas_of(events)
+    assert [("hello", hello), ("", [control])] == [(each.text, ids_of(each)) for each in deltas]
+    assert (0,) == deltas[-1].token_ends
+    assert FinishReason.LENGTH == finished_of(events).finish_reason
 
 
-async def test_usage_tells_what_the_worker_did_not_compute_again(tokenizer: HfTokenizer):
+async def test_usage_counts_what_the_worker_did_not_compute_again(tokenizer: HfTokenizer):
     """The first event of a request says it."""
-    one = ticket(tokenizer)
-    one.accept(event(cached_tokens=2))
-    one.accept(event(*tokens("a"), finish="length"))
+    live = live_request(tokenizer)
+    live.accept(event(cached_tokens=2))
+    live.accept(event(*tokens("a"), finish="length"))
 
-    assert Usage(3, 1, cached_tokens=2) == (await said(one))[-1].usage
+    assert Usage(3, 1, cached_tokens=2) == finished_of(await read(live.events())).usage
+
+
+STOP, BROKEN = "!", "é"
+TEXTS = ["hello world, hello world", f"hello {BROKEN}", f"hello{STOP} more", BROKEN, "a"]
+
+
+@pytest.mark.parametrize("finish", ["stop", "length", "abort"])
+@pytest.mark.parametrize("text", TEXTS)
+async def test_a_request_that_does_not_stream_gets_two_deltas_of_the_same_completion(
+    tokenizer: HfTokenizer, text: str, finish: str
+):
+    """The first token and the rest at most, however they come; text, log-probabilities and usage are the same."""
+    worker_events = [event(), *map(event, tokens(text)), event(finish=finish)]
+
+    streamed, whole = [
+        await step_by_step(live_request(tokenizer, stream=stream, stop=(STOP,)), worker_events)
+        for stream in (True, False)
+    ]
+
+    assert len(deltas_of(whole)) <= 2
+    assert text_of(streamed) == text_of(whole)
+    assert logprobs_of(streamed) == logprobs_of(whole)
+    assert finished_of(streamed) == finished_of(whole)
+    assert all(deltas_of(events)[0].text for events in (streamed, whole))
+
+
+async def test_the_first_token_of_a_request_that_does_not_stream_comes_at_once(tokenizer: HfTokenizer):
+    """It says how long the model took to begin; what follows waits for the end."""
+    live = live_request(tokenizer, stream=False)
+    first, *rest = tokens("hello world")
+    stream = live.events()
+    live.accept(event(first))
+    begun = deltas_of([await anext(stream)])[0]
+
+    waiting = asyncio.ensure_future(anext(stream))
+    for token_id in rest:
+        live.accept(event(token_id))
+        await asyncio.sleep(0)
+    early = waiting.done()
+    live.accept(event(finish="length"))
+    ended = deltas_of([await waiting])[0]
+
+    assert ([first], 1) == (ids_of(begun), begun.tokens)
+    assert not early
+    assert (rest, len(rest)) == (ids_of(ended), ended.tokens)
+    await stream.aclose()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_progress_counts_what_was_generated_whether_it_was_read_or_not(tokenizer: HfTokenizer, stream: bool):
+    """At any moment, with the end token; what comes after the outcome counts nothing."""
+    live = live_request(tokenizer, stream=stream)
+    counts = []
+    for each in [event(), event(*tokens("hello")), event(5, 6), event(finish="stop"), event(7)]:
+        live.accept(each)
+        counts.append(live.request.progress.generated)
+
+    hello = len(tokens("hello"))
+    assert [0, hello, hello + 2, hello + 3, hello + 3] == counts
+    assert counts[-1] == finished_of(await read(live.events())).usage.completion_tokens
+
+
+@pytest.mark.parametrize(
+    "end",
+    [lambda live: live.end(FinishReason.ABORT), lambda live: live.fail(EngineFailed("It failed."))],
+    ids=["aborted", "failed"],
+)
+async def test_progress_stays_exact_when_a_request_is_ended_from_outside(
+    tokenizer: HfTokenizer, end: Callable[[LiveRequest], None]
+):
+    """As at a hang-up in the middle of a completion of which nothing but its first token has been delivered."""
+    live = live_request(tokenizer, stream=False)
+    for token_id in tokens("hello world"):
+        live.accept(event(token_id))
+    end(live)
+    live.accept(event(5))
+
+    assert len(tokens("hello world")) == live.request.progress.generated

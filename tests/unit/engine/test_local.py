@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from app.config import DeadlineConfig
-from app.engine.base import Chunk, GenerationRequest
 from app.errors import (
     AppError,
     ContextLengthExceeded,
@@ -15,17 +14,19 @@ from app.errors import (
     EngineFailed,
     InvalidRequest,
 )
-from app.types import EngineState, FinishReason, Usage
+from app.events import Delta, Event, Finished, Started, finish
+from app.requests import GenerationRequest
+from app.types import EngineState, FinishReason, Message, Role, TokenLogprob, Usage
 from tests.unit.engine.fake_worker import (
     TOKENIZER,
     FakeWorkers,
-    ask,
     begun,
-    collect,
     engine_on,
+    make_request,
     tokens,
     until,
 )
+from tests.unit.event_streams import deltas_of, finished_of, logprobs_of, read_into, text_of
 from tests.unit.tiny_models import save
 
 
@@ -34,66 +35,136 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(TOKENIZER, tmp_path_factory.mktemp("tokenizer"))
 
 
-async def test_an_answer_is_an_empty_chunk_its_text_and_one_end(folder: Path):
-    """Tokens are counted with the end token, over the chunks as in the usage."""
+async def test_a_completion_is_started_its_text_and_finished(folder: Path):
+    """The usage counts the end token, which has no text of its own: a delta counts it only if it comes late enough."""
     workers = FakeWorkers(folder)
     async with engine_on(workers) as engine:
-        reading = await begun(engine, workers.newest, ask())
+        reading = await begun(engine, workers.newest, make_request())
         workers.newest.event(1, *tokens("hello world"))
         workers.newest.event(1, finish="stop")
-        chunks = await reading
+        events = await reading
 
-    count = len(tokens("hello world")) + 1
-    assert Chunk() == chunks[0]
-    assert "hello world" == "".join(chunk.text for chunk in chunks)
-    assert (FinishReason.STOP, Usage(2, count)) == (chunks[-1].finish_reason, chunks[-1].usage)
-    assert [None] * (len(chunks) - 1) == [chunk.usage or chunk.finish_reason for chunk in chunks[:-1]]
-    assert count == sum(chunk.tokens for chunk in chunks)
+    count = len(tokens("hello world"))
+    assert Started(prompt_tokens=2) == events[0]
+    assert "hello world" == text_of(events)
+    assert finish(FinishReason.STOP, Usage(2, count + 1)) == events[-1]
+    assert [Delta] * (len(events) - 2) == [type(event) for event in events[1:-1]]
+    assert sum(delta.tokens for delta in deltas_of(events)) in (count, count + 1)
 
 
-async def test_a_stop_string_ends_the_answer_and_frees_the_worker(folder: Path):
-    """The worker is told to stop at once; tokens after the match are neither shown nor counted."""
+async def test_a_stop_string_ends_the_completion_and_frees_the_worker(folder: Path):
+    """The worker is stopped at once; tokens after the match are neither shown nor counted."""
     workers = FakeWorkers(folder)
     async with engine_on(workers) as engine:
-        reading = await begun(engine, workers.newest, ask(stop=(" world",)))
+        reading = await begun(engine, workers.newest, make_request(stop=(" world",)))
         workers.newest.event(1, *tokens("hello world"), *tokens("and more"))
-        chunks = await reading
+        events = await reading
 
         assert [1] == workers.newest.cancelled
         assert 0 == engine.status().running
-    assert "hello" == "".join(chunk.text for chunk in chunks)
-    assert (FinishReason.STOP, Usage(2, len(tokens("hello world")))) == (chunks[-1].finish_reason, chunks[-1].usage)
+    assert "hello" == text_of(events)
+    assert finish(FinishReason.STOP, Usage(2, len(tokens("hello world"))), " world") == events[-1]
 
 
-async def test_what_may_be_a_stop_string_is_shown_when_the_answer_ends(folder: Path):
-    """Held back text is part of the answer once no more can come."""
+async def test_what_may_be_a_stop_string_is_shown_when_the_completion_ends(folder: Path):
+    """Withheld text is part of the completion once no more can come."""
     workers = FakeWorkers(folder)
     async with engine_on(workers) as engine:
-        reading = await begun(engine, workers.newest, ask(stop=("world!",)))
+        reading = await begun(engine, workers.newest, make_request(stop=("world!",)))
         workers.newest.event(1, *tokens("hello world"), finish="length")
 
-        assert "hello world" == "".join(chunk.text for chunk in await reading)
+        assert "hello world" == text_of(await reading)
 
 
-async def test_a_slow_reader_gets_what_waits_as_one_piece(folder: Path):
-    """However many tokens came meanwhile, one chunk holds their text."""
+async def test_a_slow_reader_gets_what_waits_in_one_delta(folder: Path):
+    """However many tokens came meanwhile."""
     workers = FakeWorkers(folder)
     async with engine_on(workers) as engine:
-        stream = engine.stream(ask())
+        stream = engine.stream(make_request())
         await anext(stream)
         for number in tokens("hello world, hello"):
             workers.newest.event(1, number)
         workers.newest.event(1, finish="stop")
         await until(lambda: engine.status().running + engine.status().waiting == 0)
 
-        assert ["hello world, hello", ""] == [chunk.text async for chunk in stream]
+        delta, finished = [event async for event in stream]
+        assert Delta(text="hello world, hello", tokens=len(tokens("hello world, hello")) + 1) == delta
+        assert isinstance(finished, Finished)
+
+
+async def completion(folder: Path, *, stream: bool) -> list[Event]:
+    """Read a completion token by token as the worker generates it."""
+    workers = FakeWorkers(folder)
+    async with engine_on(workers) as engine:
+        request = make_request(logprobs=1, stream=stream)
+        reading = await begun(engine, workers.newest, request)
+        for number, token_id in enumerate(tokens("hello world, hello"), 1):
+            likely = TokenLogprob(token_id, -0.5, ((token_id, -0.5),))
+            workers.newest.event(1, token_id, logprobs=(likely,))
+            await until(lambda count=number: request.progress.generated == count)
+        workers.newest.event(1, finish="stop")
+        return await reading
+
+
+async def test_a_request_that_does_not_stream_wakes_its_reader_twice(folder: Path):
+    """One delta with the first token and one with the rest: the same completion in every other respect."""
+    streamed, whole = [await completion(folder, stream=stream) for stream in (True, False)]
+
+    count = len(tokens("hello world, hello"))
+    assert count == len(deltas_of(streamed)) == len(logprobs_of(streamed))
+    assert 2 == len(deltas_of(whole))
+    assert "hello world, hello" == text_of(streamed) == text_of(whole)
+    assert logprobs_of(streamed) == logprobs_of(whole)
+    assert finished_of(streamed) == finished_of(whole)
+    assert Usage(2, count + 1) == finished_of(whole).usage
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_progress_is_exact_after_a_hang_up(folder: Path, stream: bool):
+    """What the worker generated until then, of which a request that does not stream has seen one token."""
+    workers = FakeWorkers(folder)
+    async with engine_on(workers) as engine:
+        request = make_request(stream=stream)
+        events = engine.stream(request)
+        await anext(events)
+        for token_id in tokens("hello world"):
+            workers.newest.event(1, token_id)
+        await until(lambda: request.progress.generated == len(tokens("hello world")))
+        await anext(events)
+
+        await events.aclose()
+        workers.newest.event(1, 5, 6)
+        workers.newest.event(1, finish="abort")
+        await asyncio.sleep(0.01)
+
+    assert len(tokens("hello world")) == request.progress.generated
+
+
+async def test_a_prompt_is_encoded_with_the_models_own_tokenizer(folder: Path):
+    """A text, a chat, a chat to be continued, or tokens as they are; and tokens become their text again."""
+    workers = FakeWorkers(folder)
+    async with engine_on(workers) as engine:
+        text = GenerationRequest(id="1", tenant="t", text="hello world")
+        chat = GenerationRequest(id="2", tenant="t", messages=(Message(Role.USER, "hello"),))
+        continued = GenerationRequest(
+            id="3", tenant="t", messages=(Message(Role.ASSISTANT, "hello"),), continue_final_message=True
+        )
+        prepared = [await engine.prepare(each) for each in (text, chat, continued, make_request())]
+
+        assert tuple(tokens("hello world")) == prepared[0].prompt_ids
+        decoded = [TOKENIZER.decode(list(each.prompt_ids or ())) for each in prepared]
+        assert decoded[1].endswith("assistant\n")
+        assert decoded[2].endswith("hello")
+        assert (1, 2) == prepared[3].prompt_ids
+        assert all(each.prompt_tokens == len(each.prompt_ids or ()) > 0 for each in prepared)
+        assert "hello world" == await engine.detokenize(tokens("hello world"))
 
 
 async def test_closing_a_stream_cancels_its_request(folder: Path):
-    """The worker is told at once, the place is free at once, and late events find nobody."""
+    """In the worker at once, its slot is free at once, and late events reach nobody."""
     workers = FakeWorkers(folder)
     async with engine_on(workers) as engine:
-        stream = engine.stream(ask())
+        stream = engine.stream(make_request())
         await anext(stream)
         await stream.aclose()
         workers.newest.event(1, 5, 6)
@@ -102,41 +173,41 @@ async def test_closing_a_stream_cancels_its_request(folder: Path):
 
         assert [1] == workers.newest.cancelled
         assert 0 == engine.status().waiting
-        reading = await begun(engine, workers.newest, ask())
+        reading = await begun(engine, workers.newest, make_request())
         workers.newest.event(2, *tokens("next"), finish="length")
-        assert "next" == "".join(chunk.text for chunk in await reading)
+        assert "next" == text_of(await reading)
 
 
 async def test_an_abort_ends_the_stream_with_what_it_has(folder: Path):
     """The text so far, then ABORT with its usage; an id that is not live is ignored."""
     workers = FakeWorkers(folder)
     async with engine_on(workers) as engine:
-        reading = await begun(engine, workers.newest, ask("mine"))
+        reading = await begun(engine, workers.newest, make_request("mine"))
         workers.newest.event(1, *tokens("so"))
         await asyncio.sleep(0.01)
         await engine.abort("another")
         await engine.abort("mine")
         await engine.abort("mine")
-        chunks = await reading
+        events = await reading
 
-    assert "so" == "".join(chunk.text for chunk in chunks)
-    assert (FinishReason.ABORT, Usage(2, len(tokens("so")))) == (chunks[-1].finish_reason, chunks[-1].usage)
+    assert "so" == text_of(events)
+    assert finish(FinishReason.ABORT, Usage(2, len(tokens("so")))) == events[-1]
 
 
 async def test_one_request_more_than_fits_is_refused(folder: Path):
-    """One runs and one waits; the third is told when to come back, and a free place takes it."""
+    """One runs and one waits; the third learns when to come back, and a free place takes it."""
     workers = FakeWorkers(folder)
     async with engine_on(workers, max_waiting=1) as engine:
-        first, second = engine.stream(ask("a")), engine.stream(ask("b"))
+        first, second = engine.stream(make_request("a")), engine.stream(make_request("b"))
         await anext(first)
         await anext(second)
         with pytest.raises(EngineBusy) as refusal:
-            await anext(engine.stream(ask("c")))
+            await anext(engine.stream(make_request("c")))
         assert (refusal.value.retry_after or 0) >= 1
 
         await first.aclose()
-        third = engine.stream(ask("c"))
-        assert Chunk() == await anext(third)
+        third = engine.stream(make_request("c"))
+        assert Started(prompt_tokens=2) == await anext(third)
         for stream in (second, third):
             await stream.aclose()
 
@@ -144,19 +215,19 @@ async def test_one_request_more_than_fits_is_refused(folder: Path):
 @pytest.mark.parametrize(
     ("request_", "error"),
     [
-        (ask(prompt=()), InvalidRequest),
-        (ask(prompt=(1,) * 15, max_tokens=50), ContextLengthExceeded),
-        (ask("taken"), ValueError),
+        (make_request(prompt=()), InvalidRequest),
+        (make_request(prompt=(1,) * 15, max_tokens=50), ContextLengthExceeded),
+        (make_request("taken"), ValueError),
     ],
     ids=["empty", "too long", "a live id"],
 )
 async def test_a_request_that_does_not_fit_is_refused(
     folder: Path, request_: GenerationRequest, error: type[Exception]
 ):
-    """It never reaches the worker, and takes no place."""
+    """It never reaches the worker, and takes no slot."""
     workers = FakeWorkers(folder)
     async with engine_on(workers) as engine:
-        other = engine.stream(ask("taken", prompt=(1,) * 14, max_tokens=50))
+        other = engine.stream(make_request("taken", prompt=(1,) * 14, max_tokens=50))
         await anext(other)
         with pytest.raises(error):
             await anext(engine.stream(request_))
@@ -165,7 +236,7 @@ async def test_a_request_that_does_not_fit_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("deadlines", "events"),
+    ("deadlines", "worker_events"),
     [
         (DeadlineConfig(waiting_seconds=0.05), 0),
         (DeadlineConfig(first_token_seconds=0.05), 1),
@@ -173,19 +244,21 @@ async def test_a_request_that_does_not_fit_is_refused(
     ],
     ids=["waiting", "first token", "total"],
 )
-async def test_a_deadline_ends_the_request_in_the_worker_too(folder: Path, deadlines: DeadlineConfig, events: int):
-    """Each phase has its own; what was said before is still delivered."""
+async def test_a_deadline_ends_the_request_in_the_worker_too(
+    folder: Path, deadlines: DeadlineConfig, worker_events: int
+):
+    """Each phase has its own; what was generated before is still delivered."""
     workers = FakeWorkers(folder)
     async with engine_on(workers, deadlines=deadlines) as engine:
-        chunks: list[Chunk] = []
-        reading = asyncio.create_task(collect(chunks, engine.stream(ask())))
+        events: list[Event] = []
+        reading = asyncio.create_task(read_into(events, engine.stream(make_request())))
         await until(lambda: engine.status().waiting == 1)
-        for event in [(), tokens("so")][:events]:
-            workers.newest.event(1, *event)
+        for token_ids in [(), tokens("so")][:worker_events]:
+            workers.newest.event(1, *token_ids)
         with pytest.raises(DeadlineExceeded):
             await reading
 
-        assert ("so" if events == 2 else "") == "".join(chunk.text for chunk in chunks)
+        assert ("so" if worker_events == 2 else "") == text_of(events)
         assert [1] == workers.newest.cancelled
 
 
@@ -193,36 +266,36 @@ async def test_a_deadline_holds_for_one_phase_only(folder: Path):
     """A request that began in time is not ended by the deadline for waiting."""
     workers = FakeWorkers(folder)
     async with engine_on(workers, deadlines=DeadlineConfig(waiting_seconds=0.05, first_token_seconds=60)) as engine:
-        reading = await begun(engine, workers.newest, ask())
+        reading = await begun(engine, workers.newest, make_request())
         await asyncio.sleep(0.1)
         workers.newest.event(1, *tokens("late"), finish="length")
 
-        assert "late" == "".join(chunk.text for chunk in await reading)
+        assert "late" == text_of(await reading)
 
 
 async def test_an_error_of_the_worker_is_the_end_of_that_request(folder: Path):
-    """The others go on."""
+    """The others continue."""
     workers = FakeWorkers(folder, slots=2)
     async with engine_on(workers) as engine:
-        first = await begun(engine, workers.newest, ask("a"))
-        second = await begun(engine, workers.newest, ask("b"))
+        first = await begun(engine, workers.newest, make_request("a"))
+        second = await begun(engine, workers.newest, make_request("b"))
         workers.newest.event(1, error="The model failed on this request.")
         workers.newest.event(2, *tokens("fine"), finish="length")
 
         with pytest.raises(EngineFailed, match="failed on this request"):
             await first
-        assert "fine" == "".join(chunk.text for chunk in await second)
+        assert "fine" == text_of(await second)
 
 
 async def test_a_decoder_that_fails_ends_only_its_request(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """A defect in reading the answer is an error of that request, and the worker goes on."""
+    """A defect in decoding the completion is an error of that request, and the worker stays."""
 
     def fail(decoder: object, token_ids: object) -> str:
         raise RuntimeError("defect")
 
     workers = FakeWorkers(folder)
     async with engine_on(workers) as engine:
-        reading = await begun(engine, workers.newest, ask())
+        reading = await begun(engine, workers.newest, make_request())
         monkeypatch.setattr("app.engine.tokenizer.hf_tokenizer.StreamDecoder.feed", fail)
         workers.newest.event(1, 5)
 

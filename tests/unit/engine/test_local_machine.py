@@ -18,11 +18,13 @@ from hypothesis.stateful import (
 )
 
 from app.config import DeadlineConfig, ModelConfig
-from app.engine.base import Chunk, GenerationRequest
 from app.engine.local import LocalEngine
 from app.errors import AppError, EngineBusy, EngineNotReady
-from app.types import EngineState, FinishReason, SamplingParams
-from tests.unit.engine.fake_worker import FakeWorkers
+from app.events import Delta, Event, Finished
+from app.requests import GenerationRequest
+from app.types import EngineState
+from tests.unit.engine.fake_worker import FakeWorkers, make_request
+from tests.unit.event_streams import deltas_of, read_into
 from tests.unit.tiny_models import chatml_tokenizer, save
 
 NAMES = st.sampled_from("abcde")
@@ -39,18 +41,20 @@ def tokenizer_folder() -> Path:
 class Reader:
     """One client, and what it got."""
 
-    chunks: list[Chunk] = field(default_factory=list)
+    request: GenerationRequest
+    events: list[Event] = field(default_factory=list)
     outcomes: list[object] = field(default_factory=list)
+    generated: int = 0
+    """Tokens that the worker sent while the request lived."""
     task: "asyncio.Task[None] | None" = None
 
     @property
     def admitted(self) -> bool:
-        return bool(self.chunks)
+        return bool(self.events)
 
-    async def read(self, engine: LocalEngine, request: GenerationRequest) -> None:
+    async def read(self, engine: LocalEngine) -> None:
         try:
-            async for chunk in engine.stream(request):
-                self.chunks.append(chunk)
+            await read_into(self.events, engine.stream(self.request))
         except (AppError, asyncio.CancelledError) as error:
             self.outcomes.append(error)
         else:
@@ -66,6 +70,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.workers = FakeWorkers(tokenizer_folder(), slots=1)
         self.live: dict[str, Reader] = {}
         self.all: list[Reader] = []
+        self.admitted: list[Reader] = []
+        """In the order in which the engine numbers them, from 1."""
 
     @initialize()
     def load(self) -> None:
@@ -98,20 +104,21 @@ class EngineMachine(RuleBasedStateMachine):
         self.loop.run_until_complete(self.loop.shutdown_default_executor())
         self.loop.close()
 
-    @rule(name=NAMES, stop=st.sampled_from([(), ("h",)]))
-    def submit(self, name: str, stop: tuple[str, ...]) -> None:
-        """A client asks; with no place, or no model, it is refused before its first chunk."""
+    @rule(name=NAMES, stop=st.sampled_from([(), ("h",)]), stream=st.booleans())
+    def submit(self, name: str, stop: tuple[str, ...], stream: bool) -> None:
+        """A client sends a request; with no slot free, or no model, it is refused before its first event."""
         if name in self.live:
             return
         ready, full = self.engine.status().state is EngineState.READY, len(self.live) > WAITING
-        reader = Reader()
-        request = GenerationRequest(name, "t", (1, 2), SamplingParams(max_tokens=20, stop=stop))
-        reader.task = self.loop.create_task(reader.read(self.engine, request))
+        reader = Reader(make_request(name, max_tokens=20, stop=stop, stream=stream))
+        reader.task = self.loop.create_task(reader.read(self.engine))
         self.all.append(reader)
         self.live[name] = reader
         self.tick()
         assert reader.admitted == (ready and not full)
-        if not reader.admitted:
+        if reader.admitted:
+            self.admitted.append(reader)
+        else:
             assert isinstance(reader.outcomes[0], EngineBusy if ready else EngineNotReady)
 
     @rule(which=PICK, token=st.integers(0, 280))
@@ -133,12 +140,16 @@ class EngineMachine(RuleBasedStateMachine):
     def _event(self, which: int, *token_ids: int, finish: str | None = None, error: str | None = None) -> None:
         link = self.workers.newest
         if link.open:
-            link.event(link.open[which % len(link.open)], *token_ids, finish=finish, error=error)
+            number = link.open[which % len(link.open)]
+            reader = self.admitted[number - 1]
+            if not reader.outcomes:
+                reader.generated += len(token_ids) + (finish == "stop")
+            link.event(number, *token_ids, finish=finish, error=error)
             self.tick()
 
     @rule(number=st.integers(1, 30))
     def late_event(self, number: int) -> None:
-        """A word about a request that has ended reaches nobody."""
+        """An event of a request that has ended reaches nobody."""
         if number not in self.workers.newest.open:
             self.workers.newest.event(number, 5, finish="length")
             self.tick()
@@ -177,24 +188,30 @@ class EngineMachine(RuleBasedStateMachine):
         self.loop.run_until_complete(self.engine.wait_ready())
 
     @invariant()
-    def the_book_agrees_with_the_clients(self) -> None:
+    def the_status_agrees_with_the_clients(self) -> None:
         """As many live requests as clients that wait, never more than fit."""
         status = self.engine.status()
         assert len(self.live) == status.running + status.waiting <= WAITING + 1
 
     @invariant()
-    def each_answer_is_well_formed(self) -> None:
-        """Only the last chunk tells the end, and the tokens add up to the usage."""
+    def each_stream_is_well_formed(self) -> None:
+        """Finished comes last and only once, the deltas count no more tokens than it does, and few wake the reader."""
         for reader in self.all:
-            ended = [chunk for chunk in reader.chunks if chunk.finish_reason or chunk.usage]
-            assert ended == reader.chunks[-1:] * (reader.outcomes == ["end"])
-            for chunk in ended:
-                assert isinstance(chunk.finish_reason, FinishReason)
-                assert chunk.usage
-                assert chunk.usage.completion_tokens == sum(piece.tokens for piece in reader.chunks)
+            ended = [event for event in reader.events if isinstance(event, Finished)]
+            assert ended == reader.events[-1:] * (reader.outcomes == ["end"])
+            deltas = deltas_of(reader.events)
+            assert all(isinstance(event, Delta) for event in reader.events[1 : len(reader.events) - len(ended)])
+            assert reader.request.stream or len(deltas) <= 2
+            for event in ended:
+                assert sum(delta.tokens for delta in deltas) <= event.usage.completion_tokens == reader.generated
 
     @invariant()
-    def the_worker_is_told_of_every_end(self) -> None:
+    def progress_is_exact(self) -> None:
+        """Whatever became of a request, it counts what the worker generated for it while it lived."""
+        assert [reader.generated for reader in self.all] == [reader.request.progress.generated for reader in self.all]
+
+    @invariant()
+    def the_worker_learns_of_every_end(self) -> None:
         """Nothing runs on for nobody: what the worker still has is live, or cancelled."""
         link = self.workers.newest
         assert len([number for number in link.open if number not in link.cancelled]) <= len(self.live)

@@ -1,89 +1,93 @@
-"""Which tokens belong to the text that was shown, however it was cut and held back."""
+"""Which tokens belong to the text that is released, however it is cut and withheld."""
 
 from collections.abc import Sequence
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.engine.base import Chunk
-from app.engine.logprob_alignment import TokenSpans
-from app.types import TokenLogprob
+from app.engine.logprob_alignment import DeltaAlignment, LogprobAlignment
+from app.events import Delta, DetokenizedLogprob
 
 TEXTS = st.lists(st.text("abc", max_size=3), max_size=12)
 STEPS = st.lists(st.integers(0, 7), max_size=30)
 
 
-def token(number: int) -> TokenLogprob:
-    return TokenLogprob(number, -1.0)
+def token(number: int) -> DetokenizedLogprob:
+    """A token that differs by its number, whatever its text."""
+    return DetokenizedLogprob(text="", raw=b"", logprob=-float(number))
 
 
-def fed(texts: Sequence[str]) -> TokenSpans:
-    """Tokens 0, 1, ... with these texts."""
-    spans = TokenSpans()
+def fill(alignment: LogprobAlignment[DetokenizedLogprob], texts: Sequence[str]) -> None:
+    """Add tokens 0, 1, ... with these texts."""
     for number, text in enumerate(texts):
-        spans.add(text, token(number))
-    return spans
+        alignment.add(text, token(number))
 
 
-def shown_numbers(spans: TokenSpans, characters: int) -> list[int]:
-    return [each.token_id for each in spans.show(characters)[0]]
+def aligned(texts: Sequence[str]) -> LogprobAlignment[DetokenizedLogprob]:
+    alignment = LogprobAlignment[DetokenizedLogprob]()
+    fill(alignment, texts)
+    return alignment
 
 
-def test_a_token_is_shown_with_its_last_character():
-    """Not while a part of it is held back."""
-    spans = fed(["ab", "cd"])
-
-    assert [[], [0], [], [1]] == [shown_numbers(spans, 1) for _ in range(4)]
+def released(alignment: LogprobAlignment[DetokenizedLogprob], characters: int) -> list[int]:
+    return [-int(each.logprob) for each in alignment.release(characters)[0]]
 
 
-def test_a_token_that_is_cut_off_is_never_shown():
+def test_a_token_is_released_with_its_last_character():
+    """Not while a part of it is withheld."""
+    alignment = aligned(["ab", "cd"])
+
+    assert [[], [0], [], [1]] == [released(alignment, 1) for _ in range(4)]
+
+
+def test_a_token_that_is_cut_off_is_never_released():
     """Nor are those behind it."""
-    spans = fed(["ab", "cd", "ef"])
+    alignment = aligned(["ab", "cd", "ef"])
 
-    assert [0] == shown_numbers(spans, 3)
-    spans.finish()
-    assert [] == shown_numbers(spans, 0)
-
-
-def test_a_token_without_text_goes_with_the_text_behind_it():
-    """Two bytes of one character are shown with the character, and both of them."""
-    spans = fed(["a", "", "é"])
-
-    assert [[0], [1, 2]] == [shown_numbers(spans, 1) for _ in range(2)]
+    assert [0] == released(alignment, 3)
+    alignment.finish()
+    assert [] == released(alignment, 0)
 
 
-def test_a_last_token_without_text_goes_with_the_end_of_the_answer():
+def test_a_token_without_text_is_released_with_the_text_behind_it():
+    """Two bytes of one character come with the character, and both of them."""
+    alignment = aligned(["a", "", "é"])
+
+    assert [[0], [1, 2]] == [released(alignment, 1) for _ in range(2)]
+
+
+def test_a_last_token_without_text_is_released_with_the_end_of_the_sample():
     """With what the decoder still had of it, or with nothing."""
-    spans, silent = fed(["a", ""]), fed(["a", ""])
-    assert [0] == shown_numbers(spans, 1) == shown_numbers(silent, 1)
+    broken, silent = aligned(["a", ""]), aligned(["a", ""])
+    assert [0] == released(broken, 1) == released(silent, 1)
 
-    spans.finish("\ufffd")
+    broken.finish("\ufffd")
     silent.finish()
 
-    assert [[], [1]] == [shown_numbers(spans, count) for count in (0, 1)]
-    assert [1] == shown_numbers(silent, 0)
+    assert [[], [1]] == [released(broken, count) for count in (0, 1)]
+    assert [1] == released(silent, 0)
 
 
 def test_text_without_a_log_probability_takes_its_place():
-    """None stands for a token that the caller did not ask about."""
-    spans = TokenSpans()
-    spans.add("abc", None)
-    spans.add("d", token(1))
+    """None stands for a token whose log-probability the caller does not want."""
+    alignment = LogprobAlignment[DetokenizedLogprob]()
+    alignment.add("abc", None)
+    alignment.add("d", token(1))
 
-    assert [[], [1]] == [shown_numbers(spans, count) for count in (3, 1)]
+    assert [[], [1]] == [released(alignment, count) for count in (3, 1)]
 
 
 @given(TEXTS, STEPS)
-def test_each_token_is_shown_once_in_order_where_it_ends(texts: list[str], steps: list[int]):
-    """Whatever the steps: the places told are those where the tokens' texts end, and all come in the end."""
-    spans, whole = fed(texts), "".join(texts)
-    spans.finish()
-    seen: list[TokenLogprob] = []
+def test_each_token_is_released_once_in_order_where_it_ends(texts: list[str], steps: list[int]):
+    """Whatever the steps: the places are those where the tokens' texts end, and all come in the end."""
+    alignment, whole = aligned(texts), "".join(texts)
+    alignment.finish()
+    seen: list[DetokenizedLogprob] = []
     ends: list[int] = []
     at = 0
     for step in [*steps, len(whole)]:
         step = min(step, len(whole) - at)
-        tokens, places = spans.show(step)
+        tokens, places = alignment.release(step)
         assert all(0 <= place <= step for place in places)
         seen += tokens
         ends += [at + place for place in places]
@@ -95,16 +99,16 @@ def test_each_token_is_shown_once_in_order_where_it_ends(texts: list[str], steps
 
 
 @given(TEXTS, STEPS, STEPS)
-def test_following_the_pieces_of_another_shows_the_same_tokens(texts: list[str], cuts: list[int], steps: list[int]):
-    """A filter behind the engine counts on, whatever pieces it was given and whatever it holds back itself."""
-    first, second, direct, whole = fed(texts), TokenSpans(), fed(texts), "".join(texts)
+def test_following_the_deltas_of_another_releases_the_same_tokens(texts: list[str], cuts: list[int], steps: list[int]):
+    """A filter behind the engine counts on, whatever deltas it was given and whatever it withholds itself."""
+    first, second, direct, whole = aligned(texts), DeltaAlignment(), aligned(texts), "".join(texts)
     first.finish(), direct.finish()
     at = 0
     for cut in [*cuts, len(whole), 0]:
-        piece = whole[at : at + cut]
-        at += len(piece)
-        tokens, ends = first.show(len(piece))
-        second.follow(Chunk(text=piece, logprobs=tokens, token_ends=ends))
+        text = whole[at : at + cut]
+        at += len(text)
+        tokens, ends = first.release(len(text))
+        second.follow(Delta(text=text, logprobs=tokens, token_ends=ends))
 
     for step in [*steps, len(whole)]:
-        assert direct.show(step) == second.show(step)
+        assert direct.release(step) == second.release(step)

@@ -1,88 +1,126 @@
 """The level of the response cache that outlives the process."""
 
-from dataclasses import replace
+from typing import Any
 
 import pytest
+from msgspec import structs
 
-from app.engine.base import Chunk, GenerationRequest
+from app.config import CacheConfig
+from app.engine.cache import CachedEngine
 from app.engine.echo import EchoEngine
-from app.engine.persistent_cache import StoredEngine
+from app.engine.persistent_cache import PersistentCacheEngine
+from app.events import CacheStatus, Delta, Event
+from app.requests import GenerationRequest
 from app.types import FinishReason, SamplingParams
 from tests.unit.engine.stores import DictStore
+from tests.unit.event_streams import deltas_of, finished_of, read, started_of
 
-REQUEST = GenerationRequest("one", "tenant", tuple(map(ord, "hello")), SamplingParams(max_tokens=9, logprobs=1))
+HELLO = tuple(map(ord, "hello"))
+SAMPLING = SamplingParams(max_tokens=9, logprobs=1)
 
 
-async def read(engine: StoredEngine, request: GenerationRequest = REQUEST) -> list[Chunk]:
-    return [chunk async for chunk in engine.stream(request)]
+def hello(**changes: Any) -> GenerationRequest:
+    """Return a new request, since each has a progress of its own, for the same response."""
+    fields = {"tenant": "tenant", "prompt_ids": HELLO, "sampling": SAMPLING} | changes
+    return GenerationRequest(id="one", **fields)
 
 
 @pytest.fixture
-async def store() -> DictStore:
+def store() -> DictStore:
     return DictStore()
 
 
-async def make(store: DictStore, scope: str = "") -> StoredEngine:
-    engine = StoredEngine(EchoEngine(), store, scope=scope)
+async def start(store: DictStore, scope: str = "") -> PersistentCacheEngine:
+    engine = PersistentCacheEngine(EchoEngine(), store, scope=scope)
     await engine.start()
     return engine
 
 
-async def test_another_process_replays_the_same_pieces(store: DictStore):
-    """With their log-probabilities, and marked as cached."""
-    made = await read(await make(store))
-    replayed = await read(await make(store))
-
-    assert [replace(chunk, cached=True) for chunk in made] == replayed
+def statuses(events: list[Event]) -> list[CacheStatus]:
+    return [started_of(events).cache, finished_of(events).cache]
 
 
-async def test_what_could_change_the_answer_makes_it_anew(store: DictStore):
-    """Another tenant, setting or filter policy; and who wants no cache neither reads nor fills it."""
-    engine = await make(store)
-    await read(engine)
+async def test_another_process_replays_the_same_deltas(store: DictStore):
+    """With their log-probabilities, and marked as replayed."""
+    generated = await read((await start(store)).stream(hello()))
+    replayed = await read((await start(store)).stream(hello()))
 
-    for other in (replace(REQUEST, tenant="b"), replace(REQUEST, params=SamplingParams(max_tokens=8))):
-        assert not (await read(engine, other))[0].cached
-    assert not (await read(await make(store, scope="other")))[0].cached
-    before = dict(store.answers)
-    assert not (await read(engine, replace(REQUEST, cache=False)))[0].cached
-    assert before == store.answers
+    assert [CacheStatus.MISS] * 2 == statuses(generated)
+    assert [
+        event if isinstance(event, Delta) else structs.replace(event, cache=CacheStatus.HIT) for event in generated
+    ] == replayed
 
 
-async def test_an_unfinished_answer_is_not_kept(store: DictStore):
+async def test_a_replay_below_the_memory_cache_is_a_hit(store: DictStore):
+    """The level above has nothing stored, and yet nothing is generated: the caller learns so, the first time too."""
+    await read((await start(store)).stream(hello()))
+    engine = CachedEngine(await start(store), CacheConfig())
+    request = hello()
+
+    first, second = [await read(engine.stream(request)) for _ in range(2)]
+
+    assert [CacheStatus.HIT] * 2 == statuses(first) == statuses(second)
+    assert 0 == request.progress.generated
+
+
+@pytest.mark.parametrize("first_streams", [True, False])
+async def test_a_stored_response_serves_requests_that_stream_and_that_do_not(store: DictStore, first_streams: bool):
+    """The request's kind of delivery does not decide its response."""
+    engine = await start(store)
+
+    first, second = [await read(engine.stream(hello(stream=stream))) for stream in (first_streams, not first_streams)]
+
+    assert [CacheStatus.HIT] * 2 == statuses(second)
+    assert deltas_of(first) == deltas_of(second)
+
+
+async def test_what_could_change_the_response_generates_it_anew(store: DictStore):
+    """Another tenant, parameter or filter policy; and who wants no cache neither reads nor fills it."""
+    engine = await start(store)
+    await read(engine.stream(hello()))
+
+    for other in (hello(tenant="b"), hello(sampling=SamplingParams(max_tokens=8))):
+        assert [CacheStatus.MISS] * 2 == statuses(await read(engine.stream(other)))
+    assert [CacheStatus.MISS] * 2 == statuses(await read((await start(store, scope="other")).stream(hello())))
+    before = dict(store.responses)
+    assert [CacheStatus.BYPASS] * 2 == statuses(await read(engine.stream(hello(cache=False))))
+    assert before == store.responses
+
+
+async def test_an_unfinished_response_is_not_stored(store: DictStore):
     """Neither one that its reader leaves nor one that is aborted."""
-    engine = await make(store)
-    stream = engine.stream(REQUEST)
+    engine = await start(store)
+    stream = engine.stream(hello())
     await anext(stream)
     await stream.aclose()
-    aborted = engine.stream(REQUEST)
+    aborted = engine.stream(hello())
     await anext(aborted)
     await engine.abort("one")
-    assert FinishReason.ABORT is [chunk async for chunk in aborted][-1].finish_reason
+    assert FinishReason.ABORT is finished_of([event async for event in aborted]).finish_reason
 
-    assert {} == store.answers
+    assert {} == store.responses
 
 
 async def test_a_replay_can_be_aborted(store: DictStore):
-    engine = await make(store)
-    await read(engine)
-    stream = engine.stream(REQUEST)
+    """Its end counts what was replayed."""
+    engine = await start(store)
+    await read(engine.stream(hello()))
+    stream = engine.stream(hello())
     await anext(stream)
     await anext(stream)
     await engine.abort("one")
 
-    (last,) = [chunk async for chunk in stream]
-    assert FinishReason.ABORT is last.finish_reason
-    assert last.usage is not None
-    assert 1 == last.usage.completion_tokens
+    (last,) = [event async for event in stream]
+    assert FinishReason.ABORT is finished_of([last]).finish_reason
+    assert 1 == finished_of([last]).usage.completion_tokens
 
 
 @pytest.mark.parametrize("garbage", [b"", b"\x80\x04garbage", b"\x93\x01\x02\x03"])
 async def test_what_cannot_be_read_is_a_miss(store: DictStore, garbage: bytes):
     """Nothing in a database is ever unpickled or trusted."""
-    engine = await make(store)
-    await read(engine)
-    for key in store.answers:
-        store.answers[key] = garbage
+    engine = await start(store)
+    await read(engine.stream(hello()))
+    for key in store.responses:
+        store.responses[key] = garbage
 
-    assert not (await read(engine))[0].cached
+    assert not finished_of(await read(engine.stream(hello()))).cached

@@ -44,21 +44,21 @@ class Counting:
         return self._tokenizer.encode_batch_fast(texts, **settings)
 
 
-def made(family: str, *, greedy: bool = False) -> tuple[FastTokenizer, list[AddedToken]]:
+def vocabulary(family: str, *, greedy: bool = False) -> tuple[FastTokenizer, list[AddedToken]]:
     tokenizer = FAMILIES[family]()
     if greedy:
         tokenizer.add_tokens(list(GREEDY))
     return tokenizer.backend_tokenizer, list(tokenizer.added_tokens_decoder.values())
 
 
-MADE = {(family, greedy): made(family, greedy=greedy) for family in FAMILIES for greedy in (False, True)}
+VOCABULARIES = {(family, greedy): vocabulary(family, greedy=greedy) for family in FAMILIES for greedy in (False, True)}
 
 
-@pytest.mark.parametrize(("family", "greedy"), MADE)
+@pytest.mark.parametrize(("family", "greedy"), VOCABULARIES)
 @given(data=st.data())
 def test_segments_have_the_tokens_of_the_whole_text(family: str, greedy: bool, data: st.DataObject) -> None:
     """Whatever stands around its control tokens, whatever they take from it, and when they are known already."""
-    tokenizer, added = MADE[family, greedy]
+    tokenizer, added = VOCABULARIES[family, greedy]
     words = [
         "a",
         "Hello",
@@ -83,7 +83,7 @@ def test_segments_have_the_tokens_of_the_whole_text(family: str, greedy: bool, d
 
 
 def test_the_next_turn_encodes_what_is_new() -> None:
-    tokenizer, added = made("chatml")
+    tokenizer, added = vocabulary("chatml")
     counting: Any = Counting(tokenizer)
     encoder = SegmentEncoder(counting, added, "<|im_end|>")
     turn = "<|im_start|>user\nOne<|im_end|>\n<|im_start|>assistant\n"
@@ -100,7 +100,7 @@ def test_the_next_turn_encodes_what_is_new() -> None:
 
 def test_a_text_too_long_to_be_kept_is_encoded_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segments, "REMEMBERED_TOKENS", 8)
-    tokenizer, added = made("chatml")
+    tokenizer, added = vocabulary("chatml")
     encoder = SegmentEncoder(tokenizer, added, "<|im_end|>")
 
     for text in ("word " * 20, "short", "word " * 20):
@@ -117,7 +117,7 @@ def test_tokens_that_take_from_their_surroundings_are_no_borders() -> None:
 
 def test_tokens_that_no_template_writes_are_no_borders() -> None:
     """Some vocabularies have thousands, and looking for all of them in a text would take longer than encoding it."""
-    tokenizer, added = made("gemma")
+    tokenizer, added = vocabulary("gemma")
     counting: Any = Counting(tokenizer)
 
     SegmentEncoder(counting, added, "<start_of_turn>").encode("<start_of_turn>a<end_of_turn><start_of_turn>b")

@@ -16,7 +16,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.mark.parametrize("text", ["hello world, who said hello", "née Ωmega 漢字 🙂", "tabs\tand\nlines  two spaces"])
-def test_the_pieces_of_a_text_are_its_bytes(tokenizer: HfTokenizer, text: str):
+def test_the_tokens_of_a_text_are_its_bytes(tokenizer: HfTokenizer, text: str):
     """Joined, nothing is missing and nothing added, but the space that some vocabularies put in front."""
     in_front = len(tokenizer.encode_text(""))
     ids = tokenizer.encode_text(text)[in_front:]
@@ -35,14 +35,14 @@ def test_a_part_of_a_character_is_its_byte_and_is_marked_in_text(tokenizer: HfTo
 
 
 def test_a_token_keeps_its_leading_space(tokenizer: HfTokenizer):
-    """As it stands in mid-text, where a decoder of the whole text would have kept it."""
+    """As it stands in mid-text, where a decoder of the whole text would have left it."""
     texts = [tokenizer.token_text(each) for each in tokenizer.encode_text("a hello")]
 
     assert "".join(texts).endswith("a hello")
 
 
 def test_a_control_token_says_its_name(tmp_path: Path):
-    """Marked special or not; it is no text of an answer, but a reader of alternatives has to know it."""
+    """Marked special or not; it is no text of a completion, but a reader of alternatives has to know it."""
     original = chatml_tokenizer()
     tokenizer = HfTokenizer(save(original, tmp_path))
     names = ["<|im_end|>", "<|im_start|>", "<think>"]

@@ -1,4 +1,4 @@
-"""Many asks of one request: bounded, each with its own fate, cancelled together."""
+"""Many prompts of one HTTP request: bounded, each with its own outcome, cancelled together."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -6,101 +6,103 @@ from collections.abc import AsyncGenerator
 import pytest
 
 from app.errors import AppError, EngineBusy, InvalidRequest
-from app.generation.batch import AT_ONCE, answer_as_one, answer_each
-from app.generation.requests import CompletionAsk, Delta, Ending, Event, Finished, Reply, Sampling, Started, collect
-from app.types import FinishReason, Principal, Usage
+from app.events import CacheStatus, Delta, Event, Finished, FinishedSample, Response, Started, collect
+from app.generation.batch import MAX_PARALLEL, generate_as_one, generate_each
+from app.requests import GenerationRequest
+from app.types import FinishReason, Usage
+from tests.unit.event_streams import read
+from tests.unit.generation.services import complete
 
 
-class Places:
-    """A service with so many places; an ask takes as many as it wants answers, and gives its prompt back."""
+class LimitedService:
+    """A service with room for so many samples at once, which generates its prompts."""
 
     def __init__(self, places: int = 1000) -> None:
         self.places = places
         self.taken = self.most = self.begun = 0
+        self.cached: set[str | None] = set()
+        """Prompts whose responses are replayed."""
         self.go = asyncio.Event()
         self.go.set()
 
-    async def complete(self, ask: CompletionAsk) -> AsyncGenerator[Event, None]:
-        answers = ask.sampling.n
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        samples = request.n
         await asyncio.sleep(0)
-        if self.taken + answers > self.places:
+        if self.taken + samples > self.places:
             raise EngineBusy("Full.")
         self.begun += 1
-        self.taken += answers
+        self.taken += samples
         self.most = max(self.most, self.taken)
+        status = CacheStatus.HIT if request.text in self.cached else CacheStatus.MISS
         try:
-            yield Started(model="m", prompt=ask.prompt)
+            yield Started(model="m", prompt=request.text, cache=status)
             await self.go.wait()
             for _ in range(3):
                 await asyncio.sleep(0)
-            if ask.prompt == "wrong":
+            if request.text == "wrong":
                 raise InvalidRequest("This prompt is wrong.")
-            if ask.prompt == "defect":
+            if request.text == "defect":
                 raise RuntimeError("defect")
-            yield Delta(text=ask.prompt)
-            endings = (Ending(finish_reason=FinishReason.STOP, tokens=1),) * answers
-            yield Finished(model="m", endings=endings, usage=Usage(1, 1), cached=False)
+            yield Delta(text=request.text or "")
+            end = FinishedSample(finish_reason=FinishReason.STOP, completion_tokens=1)
+            yield Finished(model="m", samples=(end,) * samples, usage=Usage(1, 1), cache=status)
         finally:
-            self.taken -= answers
+            self.taken -= samples
 
 
-def asks(*prompts: str, n: int = 1) -> list[CompletionAsk]:
-    caller = Principal("a", "anna")
-    return [
-        CompletionAsk(id=f"r-{number}", caller=caller, prompt=prompt, sampling=Sampling(n=n))
-        for number, prompt in enumerate(prompts)
-    ]
+def requests(*prompts: str, n: int = 1) -> list[GenerationRequest]:
+    return [complete(prompt, n=n) for prompt in prompts]
 
 
-def told(outcomes: list[Reply | Exception]) -> list[str]:
-    return [outcome.text if isinstance(outcome, Reply) else type(outcome).__name__ for outcome in outcomes]
+def texts_of(outcomes: list[Response | Exception]) -> list[str]:
+    return [outcome.text if isinstance(outcome, Response) else type(outcome).__name__ for outcome in outcomes]
 
 
-@pytest.mark.parametrize(("n", "most"), [(1, AT_ONCE), (3, AT_ONCE // 3 * 3), (8, AT_ONCE)])
-async def test_answers_come_in_the_order_of_the_asks_and_only_so_many_are_in_the_making(n: int, most: int):
-    """However many answers each asks for, one request takes a bounded part of the engine."""
-    service = Places()
+@pytest.mark.parametrize(("n", "most"), [(1, MAX_PARALLEL), (3, MAX_PARALLEL // 3 * 3), (8, MAX_PARALLEL)])
+async def test_responses_come_in_the_order_of_the_requests_and_only_so_many_run_at_once(n: int, most: int):
+    """However many samples each wants, one request takes a bounded part of the engine."""
+    service = LimitedService()
     prompts = [f"p{number}" for number in range(40)]
 
-    outcomes = await answer_each(service.complete, asks(*prompts, n=n))
+    outcomes = await generate_each(service.generate, requests(*prompts, n=n))
 
-    assert prompts == told(outcomes)
+    assert prompts == texts_of(outcomes)
     assert most == service.most
     assert 0 == service.taken
 
 
 async def test_what_goes_wrong_with_one_stands_in_its_place():
-    """A refusal, or a defect of ours, and all others have their answers."""
-    outcomes = await answer_each(Places().complete, asks("a", "wrong", "b", "defect", "c"))
+    """A refusal, or a defect of ours, and all others have their responses."""
+    outcomes = await generate_each(LimitedService().generate, requests("a", "wrong", "b", "defect", "c"))
 
-    assert ["a", "InvalidRequest", "b", "RuntimeError", "c"] == told(outcomes)
+    assert ["a", "InvalidRequest", "b", "RuntimeError", "c"] == texts_of(outcomes)
 
 
 @pytest.mark.parametrize("places", [1, 2, 5])
-async def test_a_full_engine_is_asked_again_when_one_of_the_batch_has_ended(places: int):
-    """Every prompt is answered, as long as the engine takes one at all."""
-    service = Places(places)
+async def test_a_full_engine_gets_a_request_again_when_one_of_the_batch_has_ended(places: int):
+    """Every prompt has its response, as long as the engine takes one at all."""
+    service = LimitedService(places)
     prompts = [f"p{number}" for number in range(20)]
 
-    assert prompts == told(await answer_each(service.complete, asks(*prompts)))
+    assert prompts == texts_of(await generate_each(service.generate, requests(*prompts)))
     assert places == service.most
 
 
 async def test_an_engine_that_others_fill_refuses_each():
     """Nothing of this request runs that could make room, so it does not wait for ever."""
-    outcomes = await asyncio.wait_for(answer_each(Places(0).complete, asks(*"abcdefgh" * 4)), 5)
+    outcomes = await asyncio.wait_for(generate_each(LimitedService(0).generate, requests(*"abcdefgh" * 4)), 5)
 
-    assert ["EngineBusy"] * 32 == told(outcomes)
+    assert ["EngineBusy"] * 32 == texts_of(outcomes)
     assert all(isinstance(outcome, AppError) for outcome in outcomes)
 
 
 async def test_being_cancelled_cancels_all():
-    """Those in the making are closed, and those that wait do not begin."""
-    service = Places()
+    """Those that run are closed, and those that wait do not begin."""
+    service = LimitedService()
     service.go.clear()
-    batch = asyncio.create_task(answer_each(service.complete, asks(*"abcdefgh" * 4)))
+    batch = asyncio.create_task(generate_each(service.generate, requests(*"abcdefgh" * 4)))
     async with asyncio.timeout(5):
-        while service.taken < AT_ONCE:  # noqa: ASYNC110  # what is waited for has no event
+        while service.taken < MAX_PARALLEL:  # noqa: ASYNC110  # what is waited for has no event
             await asyncio.sleep(0.001)
 
     batch.cancel()
@@ -109,57 +111,80 @@ async def test_being_cancelled_cancels_all():
     service.go.set()
     await asyncio.sleep(0.01)
 
-    assert (0, AT_ONCE) == (service.taken, service.begun)
+    assert (0, MAX_PARALLEL) == (service.taken, service.begun)
 
 
 @pytest.mark.parametrize("n", [1, 3])
-async def test_several_prompts_are_answered_as_one_ask(n: int):
-    """The answers to each prompt follow those to the one before, and the last event tells of all."""
+async def test_several_prompts_have_one_response(n: int):
+    """The samples of each prompt follow those of the one before, and the last event counts all."""
     prompts = [f"p{number}" for number in range(20)]
 
-    reply = await collect(answer_as_one(Places().complete, asks(*prompts, n=n)))
+    response = await collect(generate_as_one(LimitedService().generate, requests(*prompts, n=n)))
 
-    assert tuple(prompts) == reply.prompts
-    assert 20 * n == len(reply.completions)
-    assert prompts == [completion.text for completion in reply.completions[::n]]
-    assert Usage(20, 20) == reply.finished.usage
+    assert tuple(prompts) == response.prompts
+    assert 20 * n == len(response.completions)
+    assert prompts == [completion.text for completion in response.completions[::n]]
+    assert Usage(20, 20) == response.finished.usage
 
 
-@pytest.mark.parametrize(("places", "most"), [(1, 1), (5, 5), (1000, AT_ONCE)])
-async def test_as_one_ask_they_take_a_bounded_part_of_the_engine(places: int, most: int):
-    """However full it is, all are answered in the end."""
-    service = Places(places)
+@pytest.mark.parametrize(("places", "most"), [(1, 1), (5, 5), (1000, MAX_PARALLEL)])
+async def test_as_one_response_they_take_a_bounded_part_of_the_engine(places: int, most: int):
+    """However full it is, all are generated in the end."""
+    service = LimitedService(places)
     prompts = [f"p{number}" for number in range(40)]
 
-    reply = await collect(answer_as_one(service.complete, asks(*prompts)))
+    response = await collect(generate_as_one(service.generate, requests(*prompts)))
 
-    assert prompts == [completion.text for completion in reply.completions]
+    assert prompts == [completion.text for completion in response.completions]
     assert (most, 0) == (service.most, service.taken)
 
 
 @pytest.mark.parametrize(("prompt", "kind"), [("wrong", InvalidRequest), ("defect", RuntimeError)])
-async def test_as_one_ask_they_have_one_fate(prompt: str, kind: type[Exception]):
+async def test_as_one_response_they_have_one_outcome(prompt: str, kind: type[Exception]):
     """What goes wrong with one ends them all, and nothing is left running."""
-    service = Places()
+    service = LimitedService()
 
     with pytest.raises(kind):
-        await collect(answer_as_one(service.complete, asks("a", "b", prompt, *"cdefgh" * 5)))
+        await collect(generate_as_one(service.generate, requests("a", "b", prompt, *"cdefgh" * 5)))
 
     assert 0 == service.taken
 
 
-async def test_as_one_ask_an_engine_that_others_fill_refuses_them():
+async def test_as_one_response_an_engine_that_others_fill_refuses_them():
+    """It does not wait for what will not come."""
     with pytest.raises(EngineBusy):
-        await asyncio.wait_for(collect(answer_as_one(Places(0).complete, asks(*"abcdefgh" * 4))), 5)
+        await asyncio.wait_for(collect(generate_as_one(LimitedService(0).generate, requests(*"abcdefgh" * 4))), 5)
 
 
 async def test_leaving_one_stream_of_several_prompts_closes_all():
-    """After the first event, with the others in the making or waiting."""
-    service = Places()
+    """After the first event, while the others run or wait."""
+    service = LimitedService()
     service.go.clear()
-    events = answer_as_one(service.complete, asks(*"abcdefgh" * 4))
+    events = generate_as_one(service.generate, requests(*"abcdefgh" * 4))
 
     assert isinstance(await anext(events), Started)
     await events.aclose()
 
     assert 0 == service.taken
+
+
+@pytest.mark.parametrize(
+    ("cached", "started", "finished"),
+    [
+        (set(), CacheStatus.MISS, CacheStatus.MISS),
+        ({"a"}, CacheStatus.MISS, CacheStatus.MISS),
+        ({"a", "b"}, CacheStatus.MISS, CacheStatus.HIT),
+    ],
+    ids=["none", "one of two", "both"],
+)
+async def test_one_response_is_a_hit_only_if_all_its_prompts_are(
+    cached: set[str | None], started: CacheStatus, finished: CacheStatus
+):
+    """Which is not known before its end."""
+    service = LimitedService()
+    service.cached = cached
+
+    events = await read(generate_as_one(service.generate, requests("a", "b")))
+
+    assert {started} == {event.cache for event in events if isinstance(event, Started)}
+    assert [finished] == [event.cache for event in events if isinstance(event, Finished)]

@@ -1,60 +1,97 @@
-"""Fitting a conversation into the context window."""
+"""Fitting a prompt into the context window."""
 
-from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.engine.echo import EchoTokenizer
-from app.errors import ContextLengthExceeded
-from app.generation.context_window import Room, fit_chat, fit_text
+from app.engine.base import PreparedPrompt
+from app.engine.echo import EchoEngine
+from app.errors import ContextLengthExceeded, InvalidRequest
+from app.generation.context_window import TokenBudget, fit_chat, fit_text
 from app.generation.sessions import Turn
+from app.requests import GenerationRequest
 from app.types import Message, Role
+
+TEXT = GenerationRequest(id="1", tenant="t", text="")
+CHAT = GenerationRequest(id="1", tenant="t", messages=(Message(Role.SYSTEM, "sys"),))
+ENGINE = EchoEngine()
 
 
 def turn(user: str, assistant: str) -> Turn:
     return Turn((Message(Role.USER, user), Message(Role.ASSISTANT, assistant)))
 
 
-def ask(text: str) -> list[Message]:
+def says(text: str) -> list[Message]:
     return [Message(Role.USER, text)]
 
 
-# A token of the echo tokenizer is one character, and each message has one more.
+# A token of the echo engine is one character, and each message has one more.
 
 
 @given(
     history=st.lists(st.builds(turn, st.text("a", max_size=30), st.text("b", max_size=30)), max_size=8),
     new=st.text("c", min_size=1, max_size=30),
     limit=st.integers(60, 400),
-    asked=st.one_of(st.none(), st.integers(1, 20)),
+    requested=st.one_of(st.none(), st.integers(1, 20)),
 )
-async def test_the_most_recent_turns_that_fit_are_kept_and_the_answer_has_its_room(
-    history: list[Turn], new: str, limit: int, asked: int | None
+async def test_the_most_recent_turns_that_fit_are_in_the_prompt_and_the_completion_has_its_tokens(
+    history: list[Turn], new: str, limit: int, requested: int | None
 ) -> None:
-    """Prompt and answer never pass the limit, and one more kept turn would."""
-    room = Room(limit=limit, asked=asked, default=64)
+    """Prompt and completion never pass the limit, and one more turn would."""
+    budget = TokenBudget(limit=limit, requested=requested, default=64)
 
-    window = await fit_chat(EchoTokenizer(), "sys", history, ask(new), room)
+    fitted = await fit_chat(CHAT, history, says(new), ENGINE.prepare, budget)
 
-    def tokens(kept: int) -> int:
-        messages = [message for one in history[len(history) - kept :] for message in one.messages] + ask(new)
+    def tokens(turns: int) -> int:
+        messages = [message for one in history[len(history) - turns :] for message in one.messages] + says(new)
         return len("sys") + 2 + sum(len(message.content) + 1 for message in messages)
 
-    assert window.prompt_tokens == tokens(window.turns_kept)
-    assert window.prompt_tokens + window.max_tokens <= limit
-    assert window.turns_kept + window.turns_dropped == len(history)
-    assert window.turns_dropped == 0 or tokens(window.turns_kept + 1) + room.reserve > limit
-    assert asked is None or window.max_tokens == asked
+    context = fitted.context
+    assert context is not None
+    assert fitted.prompt_tokens == context.prompt_tokens == tokens(context.turns_kept)
+    assert fitted.prompt_tokens + fitted.max_tokens <= limit == context.limit
+    assert context.turns_kept + context.turns_dropped == len(history)
+    assert context.turns_dropped == 0 or tokens(context.turns_kept + 1) + budget.reserved > limit
+    assert requested is None or fitted.max_tokens == requested
+
+
+async def test_the_fitted_request_has_the_ids_of_its_messages() -> None:
+    """They are what was counted; the messages stand beside them, with those that are new."""
+    history = [turn("1", "2"), turn("3", "4")]
+    budget = TokenBudget(limit=100, requested=10, default=64)
+
+    fitted = await fit_chat(CHAT, history, says("new"), ENGINE.prepare, budget)
+
+    messages = (*CHAT.messages, *history[0].messages, *history[1].messages, *says("new"))
+    assert messages == fitted.request.messages
+    assert ENGINE.tokenizer.encode_chat(messages) == fitted.request.prompt_ids
+    assert tuple(says("new")) == fitted.new
+
+
+async def test_a_prompt_that_is_encoded_elsewhere_is_fitted_by_its_estimate() -> None:
+    """Its text or messages go on to the engine, without ids."""
+
+    async def estimate(request: GenerationRequest) -> PreparedPrompt:
+        return PreparedPrompt(prompt_tokens=90, prompt_ids=None)
+
+    budget = TokenBudget(limit=100, requested=None, default=64)
+
+    text = await fit_text(replace(TEXT, text="hello"), estimate, budget)
+    talk = await fit_chat(CHAT, [], says("hello"), estimate, budget)
+
+    assert [(90, 10, None)] * 2 == [
+        (fitted.prompt_tokens, fitted.max_tokens, fitted.request.prompt_ids) for fitted in (text, talk)
+    ]
 
 
 async def test_new_messages_that_cannot_fit_are_refused_with_both_numbers() -> None:
     """No history is left to drop, so the request itself is too long."""
-    room = Room(limit=40, asked=10, default=64)
+    budget = TokenBudget(limit=40, requested=10, default=64)
 
     with pytest.raises(ContextLengthExceeded) as refused:
-        await fit_chat(EchoTokenizer(), "sys", [turn("a", "b")], ask("c" * 40), room)
+        await fit_chat(CHAT, [turn("a", "b")], says("c" * 40), ENGINE.prepare, budget)
 
     assert {"prompt_tokens": 46, "max_tokens": 10, "limit": 40} == refused.value.details
 
@@ -62,35 +99,68 @@ async def test_new_messages_that_cannot_fit_are_refused_with_both_numbers() -> N
 @pytest.mark.parametrize(("length", "fits"), [(89, True), (90, True), (91, False)])
 async def test_the_boundary_of_the_context_window_is_exact(length: int, fits: bool) -> None:
     """Prompt and max_tokens may fill the window to the last token, and no further."""
-    room = Room(limit=100, asked=10, default=64)
+    budget = TokenBudget(limit=100, requested=10, default=64)
+    request = replace(TEXT, text="x" * length)
 
     if fits:
-        assert (length, 10) == await fit_text(EchoTokenizer(), "x" * length, room)
+        fitted = await fit_text(request, ENGINE.prepare, budget)
+        assert (length, 10) == (fitted.prompt_tokens, fitted.max_tokens)
+        assert (ord("x"),) * length == fitted.request.prompt_ids
     else:
         with pytest.raises(ContextLengthExceeded):
-            await fit_text(EchoTokenizer(), "x" * length, room)
+            await fit_text(request, ENGINE.prepare, budget)
 
 
-async def test_an_answer_of_no_named_length_gives_way_to_the_prompt() -> None:
+async def test_a_completion_without_a_limit_of_its_own_gives_way_to_the_prompt() -> None:
     """Without max_tokens the default is cut to what is left of the window."""
-    assert (95, 5) == await fit_text(EchoTokenizer(), "x" * 95, Room(limit=100, asked=None, default=64))
+    budget = TokenBudget(limit=100, requested=None, default=64)
+
+    fitted = await fit_text(replace(TEXT, text="x" * 95), ENGINE.prepare, budget)
+
+    assert (95, 5) == (fitted.prompt_tokens, fitted.max_tokens)
+
+
+async def test_a_prompt_without_a_token_is_refused_by_name() -> None:
+    """There is nothing that a model could continue."""
+    with pytest.raises(InvalidRequest) as refused:
+        await fit_text(TEXT, ENGINE.prepare, TokenBudget(limit=100, requested=None, default=64))
+
+    assert "prompt" == refused.value.details["errors"][0]["field"]
+
+
+class CountingEngine(EchoEngine):
+    """Counts what it encodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoded: list[int] = []
+
+    async def prepare(self, request: GenerationRequest) -> PreparedPrompt:
+        prepared = await super().prepare(request)
+        self.encoded.append(prepared.prompt_tokens)
+        return prepared
 
 
 async def test_a_history_many_times_as_long_as_the_window_is_never_encoded_whole() -> None:
-    """The work is bounded by the window, not by what a session keeps."""
-
-    class Counting(EchoTokenizer):
-        longest = 0
-
-        def encode_chat(self, messages: Sequence[Message], *, go_on: bool = False) -> tuple[int, ...]:
-            ids = super().encode_chat(messages, go_on=go_on)
-            self.longest = max(self.longest, len(ids))
-            return ids
-
-    tokenizer = Counting()
+    """The work is bounded by the window, not by what a session stores; no length is encoded twice."""
+    engine = CountingEngine()
     history = [turn("u" * 50, "a" * 50)] * 1000
+    budget = TokenBudget(limit=1000, requested=100, default=64)
 
-    window = await fit_chat(tokenizer, "sys", history, ask("new"), Room(limit=1000, asked=100, default=64))
+    fitted = await fit_chat(CHAT, history, says("new"), engine.prepare, budget)
 
-    assert 8 == window.turns_kept
-    assert tokenizer.longest < 3000
+    assert fitted.context is not None
+    assert 8 == fitted.context.turns_kept
+    assert max(engine.encoded) < 3000
+    assert len(set(engine.encoded)) == len(engine.encoded)
+
+
+@pytest.mark.parametrize("turns", [0, 1, 20])
+async def test_a_history_that_fits_is_encoded_once(turns: int) -> None:
+    """A guess by its bytes says that all of it is likely to fit."""
+    engine = CountingEngine()
+    budget = TokenBudget(limit=1000, requested=100, default=64)
+
+    fitted = await fit_chat(CHAT, [turn("hello", "well")] * turns, says("new"), engine.prepare, budget)
+
+    assert [fitted.prompt_tokens] == engine.encoded

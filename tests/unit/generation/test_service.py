@@ -1,359 +1,526 @@
 """GenerationService: the steps in order, over the shipped fake engine."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
-from app.config import CacheConfig, ChatHistoryConfig
+from app.config import CacheConfig
+from app.engine.base import PreparedPrompt
 from app.engine.cache import CachedEngine
 from app.engine.echo import EchoEngine
-from app.engine.host import EngineRegistry
+from app.engine.served_model import SamplingDefaults
 from app.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,
     EngineBusy,
+    EngineFailed,
+    Forbidden,
     InvalidRequest,
     ModelNotFound,
     PiiBlocked,
+    QuotaExceeded,
     ShuttingDown,
 )
-from app.generation.requests import ChatAsk, CompletionAsk, Delta, Finished, Sampling, Started, collect
-from app.generation.service import GenerationService
-from app.generation.sessions import MemorySessionStore
-from app.langchain.chains import Chains
+from app.events import CacheStatus, Event, Started, collect
 from app.privacy.filters import FilteredEngine, InputFilter
 from app.privacy.redactor import Redactor
-from app.telemetry import Metrics
-from app.types import FinishReason, Message, Principal, Role
-from tests.unit.generation.free import free_accounts
+from app.requests import GenerationRequest, Origin
+from app.types import FinishReason, Message, Role
+from tests.unit.engine.scripted import ScriptedEngine
+from tests.unit.event_streams import deltas_of, finished_of, read_into, started_of, text_of
+from tests.unit.generation.services import ANNA, Service, chat, complete, serving
 
-Make = Callable[..., GenerationService]
-
-
-@pytest.fixture
-async def make() -> AsyncIterator[Make]:
-    """Build a service as `create_app` does, with an echo engine of the given shape."""
-    made: list[EngineRegistry] = []
-    started: list[asyncio.Task[None]] = []
-
-    def make(*, input_mode: str = "mask", waiting_seconds: float = 30, **engine: Any) -> GenerationService:
-        redactor = Redactor()
-        filtered = FilteredEngine(EchoEngine(**engine), redactor, lambda kind, count: None)
-        cache = CachedEngine(filtered, CacheConfig(), scope=redactor.fingerprint)
-        registry = EngineRegistry({"echo": cache})
-        made.append(registry)
-        started.append(asyncio.get_running_loop().create_task(registry.start()))
-        return GenerationService(
-            engines=registry,
-            chains={"echo": Chains(cache, "echo")},
-            input_filter=InputFilter(redactor, input_mode, lambda kind, count: None),  # type: ignore[arg-type]
-            sessions=MemorySessionStore(ChatHistoryConfig()),
-            system_prompt="sys",
-            default_max_tokens=100,
-            default_temperature=0,
-            metrics=Metrics(["echo"]),
-            accounts=free_accounts(),
-            waiting_seconds=waiting_seconds,
-            cache=cache,
-        )
-
-    yield make
-    await asyncio.gather(*started)
-    for registry in made:
-        await registry.close()
+EMAIL = "jane.doe@example.com"
 
 
-ANNA, BERT = Principal("a", "anna"), Principal("b", "bert")
-_ids = iter(range(10**9))
+@asynccontextmanager
+async def filtering(
+    engine: EchoEngine, *, input_mode: Literal["mask", "block"] = "mask", **options: Any
+) -> AsyncIterator[Service]:
+    """Yield a service whose engine stands behind output filter and cache, as the application builds them."""
+    redactor = Redactor()
+    filtered = FilteredEngine(engine, redactor, lambda kind, count: None)
+    cache = CachedEngine(filtered, CacheConfig(), scope=redactor.fingerprint)
+    input_filter = InputFilter(redactor, input_mode, lambda kind, count: None)
+    async with serving(cache, cache=cache, input_filter=input_filter, **options) as service:
+        yield service
 
 
-def complete(prompt: str | tuple[int, ...], **fields: Any) -> CompletionAsk:
-    return CompletionAsk(id=f"r{next(_ids)}", caller=ANNA, prompt=prompt, **fields)
+def echoing(**options: Any) -> AbstractAsyncContextManager[Service]:
+    """Return a filtering service over an echo engine of the given shape."""
+    service = {name: options.pop(name) for name in ("input_mode", "waiting_seconds", "sessions") if name in options}
+    return filtering(EchoEngine(**options), **service)
 
 
-def chat(*texts: str, caller: Principal = ANNA, **fields: Any) -> ChatAsk:
-    """Messages of user and assistant in turn, the last the user's."""
-    roles = (Role.USER, Role.ASSISTANT)
-    messages = tuple(Message(roles[index % 2], text) for index, text in enumerate(texts))
-    return ChatAsk(id=f"r{next(_ids)}", caller=caller, messages=messages, **fields)
+@pytest.mark.parametrize("request_", [complete("hello"), chat("hello")], ids=["completion", "chat"])
+async def test_a_response_begins_with_started_and_ends_with_finished(request_: GenerationRequest) -> None:
+    """One Started, deltas that are never empty, one Finished with the true usage and the model's name."""
+    async with echoing() as service:
+        events = await service.read(request_)
+
+    assert deltas_of(events) == events[1:-1]
+    assert all(delta.text for delta in deltas_of(events))
+    assert "hello" == text_of(events)
+    assert ("echo", "echo") == (started_of(events).model, finished_of(events).model)
+    assert started_of(events).prompt_tokens == finished_of(events).usage.prompt_tokens
+    assert 5 == finished_of(events).usage.completion_tokens
 
 
-async def turns(service: GenerationService, caller: Principal, session_id: str) -> list[list[str]]:
-    assert service.sessions is not None
-    session = await service.sessions.read(caller.tenant, session_id)
-    return [[message.content for message in turn.messages] for turn in session.turns] if session else []
-
-
-async def test_an_answer_begins_with_started_and_ends_with_finished(make: Make) -> None:
-    """One Started, deltas that are never empty, one Finished with the true usage."""
-    events = [event async for event in make().complete(complete("hello"))]
-
-    assert isinstance(events[0], Started)
-    assert all(isinstance(event, Delta) and event.text for event in events[1:-1])
-    assert isinstance(events[-1], Finished)
-    assert (5, 5) == (events[-1].usage.prompt_tokens, events[-1].usage.completion_tokens)
-
-
-async def test_a_session_goes_on_where_it_was_and_belongs_to_its_tenant(make: Make) -> None:
+async def test_a_session_continues_where_it_was_and_belongs_to_its_tenant() -> None:
     """The second turn sees the first; another tenant's session of the same name is empty."""
-    service = make()
-    await collect(service.chat(chat("one", session_id="s")))
+    async with echoing() as service:
+        await service.read(chat("one", session_id="s"))
 
-    second = await collect(service.chat(chat("two", session_id="s")))
-    foreign = await collect(service.chat(chat("two", caller=BERT, session_id="s")))
+        second = finished_of(await service.read(chat("two", session_id="s")))
+        foreign = finished_of(await service.read(chat("two", tenant="bert", session_id="s")))
 
-    assert second.finished.context is not None
-    assert foreign.finished.context is not None
-    assert (1, 0) == (second.finished.context.turns_kept, foreign.finished.context.turns_kept)
-    assert [["one", "one"], ["two", "two"]] == await turns(service, ANNA, "s")
-    assert [["two", "two"]] == await turns(service, BERT, "s")
-
-
-async def test_a_client_that_resends_the_whole_conversation_appends_nothing_twice(make: Make) -> None:
-    """What the session holds already is recognised at the front of the request."""
-    service = make()
-    await collect(service.chat(chat("one", session_id="s")))
-
-    await collect(service.chat(chat("one", "one", "two", session_id="s")))
-
-    assert [["one", "one"], ["two", "two"]] == await turns(service, ANNA, "s")
+        assert second.context is not None
+        assert foreign.context is not None
+        assert (1, 0) == (second.context.turns_kept, foreign.context.turns_kept)
+        assert ("s", "s") == (second.session_id, foreign.session_id)
+        assert [["one", "one"], ["two", "two"]] == await service.turns("anna", "s")
+        assert [["two", "two"]] == await service.turns("bert", "s")
 
 
-async def test_only_complete_answers_enter_a_session(make: Make) -> None:
-    """A client that leaves, an aborted answer and a refused one leave the session as it was."""
-    service = make(token_delay_seconds=0.001)
-    left = service.chat(chat("leaving", session_id="s"))
-    await anext(left), await anext(left)
-    await left.aclose()
-    aborted = chat("aborted by us", session_id="s")
-    stream = service.chat(aborted)
-    await anext(stream)
-    await service.engines.default.abort(aborted.id)
-    ended = [event async for event in stream][-1]
-    with pytest.raises(ContextLengthExceeded):
-        await collect(service.chat(chat("x", session_id="s", sampling=Sampling(max_tokens=99_999))))
+async def test_a_client_that_resends_the_whole_conversation_appends_nothing_twice() -> None:
+    """What the session has already is recognised at the front of the request."""
+    async with echoing() as service:
+        await service.read(chat("one", session_id="s"))
 
-    assert isinstance(ended, Finished)
-    assert FinishReason.ABORT == ended.finish_reason
-    assert [] == await turns(service, ANNA, "s")
+        await service.read(chat("one", "one", "two", session_id="s"))
+
+        assert [["one", "one"], ["two", "two"]] == await service.turns("anna", "s")
 
 
-async def test_parallel_turns_of_one_session_do_not_mix(make: Make) -> None:
+async def test_only_complete_responses_enter_a_session() -> None:
+    """A client that leaves, an aborted response and a refused request leave the session as it was."""
+    async with echoing(token_delay_seconds=0.001) as service:
+        left = service.generate(chat("leaving", session_id="s"))
+        await anext(left), await anext(left)
+        await left.aclose()
+        aborted = chat("aborted by us", session_id="s")
+        stream = service.generate(aborted)
+        await anext(stream)
+        await service.engine.abort(aborted.id)
+        ended = [event async for event in stream]
+        with pytest.raises(ContextLengthExceeded):
+            await service.read(chat("x", session_id="s", max_tokens=99_999))
+
+        assert FinishReason.ABORT == finished_of(ended).finish_reason
+        assert [] == await service.turns("anna", "s")
+
+
+async def test_parallel_turns_of_one_session_do_not_mix() -> None:
     """Ten at once leave ten whole pairs, and each saw a whole number of turns."""
-    service = make()
-    replies = await asyncio.gather(*(collect(service.chat(chat(f"t{n}", session_id="s"))) for n in range(10)))
+    async with echoing() as service:
+        responses = await asyncio.gather(*(service.read(chat(f"t{n}", session_id="s")) for n in range(10)))
 
-    assert {(f"t{n}",) * 2 for n in range(10)} == {tuple(turn) for turn in await turns(service, ANNA, "s")}
-    assert list(range(10)) == sorted(r.finished.context.turns_kept for r in replies if r.finished.context)
-
-
-async def test_old_turns_give_way_to_the_context_window_whole_and_are_reported(make: Make) -> None:
-    """The model's window holds two of three turns; the session itself keeps all."""
-    service = make(context_length=79)
-    for text in ("a" * 10, "b" * 10, "c" * 10):
-        last = await collect(service.chat(chat(text, session_id="s", sampling=Sampling(max_tokens=20))))
-    context = last.finished.context
-
-    assert context is not None
-    assert (1, 1) == (context.turns_kept, context.turns_dropped)
-    assert context.prompt_tokens + 20 <= context.limit == 79
-    assert 3 == len(await turns(service, ANNA, "s"))
+        assert {(f"t{n}",) * 2 for n in range(10)} == {tuple(turn) for turn in await service.turns("anna", "s")}
+    contexts = [finished_of(each).context for each in responses]
+    assert list(range(10)) == sorted(context.turns_kept for context in contexts if context)
 
 
-async def test_the_callers_system_text_takes_the_place_of_ours(make: Make) -> None:
+async def test_old_turns_give_way_to_the_context_window_whole_and_are_reported() -> None:
+    """The model's window has room for two of three turns; the session itself has all."""
+    async with echoing(context_length=79) as service:
+        for text in ("a" * 10, "b" * 10, "c" * 10):
+            last = await service.read(chat(text, session_id="s", max_tokens=20))
+        context = finished_of(last).context
+
+        assert context is not None
+        assert (1, 1) == (context.turns_kept, context.turns_dropped)
+        assert context.prompt_tokens + 20 <= context.limit == 79
+        assert 3 == len(await service.turns("anna", "s"))
+
+
+async def test_the_callers_system_text_takes_the_place_of_the_models() -> None:
     """It counts into the prompt, in front of the conversation, and is never stored."""
-    service = make()
-    messages = (Message(Role.SYSTEM, "be a pirate"), Message(Role.USER, "hi"))
-    ask = ChatAsk(id="x", caller=ANNA, messages=messages, session_id="s")
+    async with echoing() as service:
+        events = await service.read(chat("hi", system="be a pirate", session_id="s"))
 
-    reply = await collect(service.chat(ask))
-
-    assert len("be a pirate") + len("hi") + 3 == reply.finished.usage.prompt_tokens
-    assert [["hi", "hi"]] == await turns(service, ANNA, "s")
+        assert len("be a pirate") + len("hi") + 3 == finished_of(events).usage.prompt_tokens
+        assert [["hi", "hi"]] == await service.turns("anna", "s")
 
 
-async def test_personal_data_reaches_neither_model_session_nor_cache(make: Make) -> None:
-    """The prompt shown back is the masked one, and so is everything kept."""
-    service = make()
-    generated = await collect(service.complete(complete("mail jane.doe@example.com")))
-    chatted = await collect(service.chat(chat("mail jane.doe@example.com", session_id="s")))
+async def test_personal_data_reaches_neither_model_session_nor_cache_nor_log() -> None:
+    """The prompt that is reported is the masked one, and so is everything that is stored."""
+    async with echoing() as service:
+        completed = await collect(service.generate(complete(f"mail {EMAIL}")))
+        chatted = await collect(service.generate(chat(f"mail {EMAIL}", session_id="s")))
 
-    assert "mail [EMAIL]" == generated.prompt == generated.text == chatted.text
-    assert [["mail [EMAIL]"] * 2] == await turns(service, ANNA, "s")
-
-
-async def test_a_prompt_of_tokens_goes_to_the_model_as_it_is(make: Make) -> None:
-    """Also tokens that no text makes; the prompt shown is what they say."""
-    service = make()
-    control = service.engines.default.tokenizer.encode_chat([Message(Role.ASSISTANT, "")])[0]
-    tokens = (control, *map(ord, "hello"))
-
-    reply = await collect(service.complete(complete(tokens)))
-
-    assert ("hello", len(tokens)) == (reply.prompt, reply.finished.usage.prompt_tokens)
+        assert "mail [EMAIL]" == completed.prompt == completed.text == chatted.text
+        assert [["mail [EMAIL]"] * 2] == await service.turns("anna", "s")
+        assert [("mail [EMAIL]",) * 2] * 2 == [(record.prompt, record.answer) for record in service.log.records]
 
 
-async def test_personal_data_in_a_prompt_of_tokens_is_filtered_too(make: Make) -> None:
+async def test_a_prompt_of_tokens_reaches_the_model_as_it_is() -> None:
+    """Also tokens that no text encodes to; the prompt that is reported is their text."""
+    async with echoing() as service:
+        tokens = (await control_token(service), *map(ord, "hello"))
+
+        response = await collect(service.generate(complete(tokens)))
+
+        assert ("hello", len(tokens)) == (response.prompt, response.finished.usage.prompt_tokens)
+
+
+async def control_token(service: Service) -> int:
+    """Return a token that is no text."""
+    silence = GenerationRequest(id="x", tenant="t", messages=(Message(Role.ASSISTANT, ""),))
+    prepared: PreparedPrompt = await service.engine.prepare(silence)
+    return (prepared.prompt_ids or ())[0]
+
+
+async def test_personal_data_in_a_prompt_of_tokens_is_filtered_too() -> None:
     """Control tokens in the midst of it hide nothing; the model gets the clean text."""
-    service = make()
-    control = service.engines.default.tokenizer.encode_chat([Message(Role.ASSISTANT, "")])[0]
-    tokens = (*map(ord, "mail jane"), control, *map(ord, ".doe@example.com"))
+    async with echoing() as service:
+        tokens = (*map(ord, "mail jane"), await control_token(service), *map(ord, ".doe@example.com"))
 
-    reply = await collect(service.complete(complete(tokens)))
+        response = await collect(service.generate(complete(tokens)))
 
-    assert "mail [EMAIL]" == reply.prompt == reply.text
-    assert len("mail [EMAIL]") == reply.finished.usage.prompt_tokens
-    with pytest.raises(PiiBlocked):
-        await anext(make(input_mode="block").complete(complete(tokens)))
+        assert "mail [EMAIL]" == response.prompt == response.text
+        assert len("mail [EMAIL]") == response.finished.usage.prompt_tokens
+    async with echoing(input_mode="block") as service:
+        with pytest.raises(PiiBlocked):
+            await anext(service.generate(complete(tokens)))
 
 
 @pytest.mark.parametrize(
     ("tokens", "refusal"), [((5, 2**30), InvalidRequest), ((97,) * 100, ContextLengthExceeded), ((), InvalidRequest)]
 )
-async def test_tokens_that_the_model_cannot_take_are_refused(make: Make, tokens: tuple[int, ...], refusal: Any) -> None:
-    """One that it does not have, more than it has room for, or none; the field is named."""
-    with pytest.raises(refusal) as refused:
-        await anext(make(context_length=50).complete(complete(tokens)))
+async def test_tokens_that_the_model_cannot_take_are_refused(tokens: tuple[int, ...], refusal: Any) -> None:
+    """One that it does not have, more than fit, or none; the field is named."""
+    async with echoing(context_length=50) as service:
+        with pytest.raises(refusal) as refused:
+            await anext(service.generate(complete(tokens)))
 
     if refusal is InvalidRequest:
         assert "prompt" == refused.value.details["errors"][0]["field"]
 
 
-async def test_a_message_that_goes_on_has_no_new_turn_in_front(make: Make) -> None:
+async def test_a_message_that_is_continued_has_no_new_turn_in_front() -> None:
     """The model sees one mark less than where it begins to speak anew."""
-    service = make()
-    begun = chat("hi", "well")
+    async with echoing() as service:
+        anew, continued = [
+            finished_of(await service.read(chat("hi", "well", continue_final_message=flag))) for flag in (False, True)
+        ]
 
-    anew = await collect(service.chat(begun))
-    going_on = await collect(service.chat(replace(begun, id="on", go_on=True)))
-
-    assert anew.finished.usage.prompt_tokens - 1 == going_on.finished.usage.prompt_tokens
-
-
-async def test_a_session_goes_on_with_the_users_words_only(make: Make) -> None:
-    with pytest.raises(InvalidRequest, match="messages"):
-        await anext(make().chat(chat("hi", "well", session_id="s")))
+    assert anew.usage.prompt_tokens - 1 == continued.usage.prompt_tokens
 
 
-async def test_what_began_and_what_ended_an_answer_is_told(make: Make) -> None:
-    """Whether it comes from the cache is known from its first event, and the stop string from its last."""
-    service = make()
-    for cached in (False, True):
-        ask = complete("one two three", sampling=Sampling(stop=("three", "two")))
-        events = [event async for event in service.complete(ask)]
-        assert Started(model="echo", prompt="one two three", prompt_tokens=13, cached=cached) == events[0]
-        assert isinstance(events[-1], Finished)
-        assert ("two", cached) == (events[-1].endings[0].stopped_by, events[-1].cached)
+async def test_a_session_continues_with_the_users_words_only() -> None:
+    """A message of the assistant's is the model's to write."""
+    async with echoing() as service:
+        with pytest.raises(InvalidRequest, match="messages"):
+            await anext(service.generate(chat("hi", "well", session_id="s")))
 
 
-async def test_each_piece_tells_how_many_tokens_it_took(make: Make) -> None:
-    """Also those that the filter held back for a while: together they are what the last event counts."""
-    ask = complete("mail jane.doe@example.com or call", sampling=Sampling(n=2))
-
-    events = [event async for event in make(input_mode="mask").complete(ask)]
-
-    finished = events[-1]
-    assert isinstance(finished, Finished)
-    for index, ending in enumerate(finished.endings):
-        pieces = [event for event in events if isinstance(event, Delta) and event.index == index]
-        assert ending.tokens == sum(piece.made for piece in pieces)
-        assert all(piece.text for piece in pieces)
+async def test_the_first_event_says_where_a_response_comes_from_and_the_last_how_it_ended() -> None:
+    """Whether it comes from the cache is known from Started, and the stop string from Finished."""
+    async with echoing() as service:
+        for status in (CacheStatus.MISS, CacheStatus.HIT):
+            events = await service.read(complete("one two three", stop=("three", "two")))
+            assert Started(model="echo", prompt="one two three", prompt_tokens=13, cache=status) == events[0]
+            assert ("two", status) == (finished_of(events).samples[0].stop_reason, finished_of(events).cache)
 
 
-async def test_blocked_personal_data_leaves_no_trace(make: Make) -> None:
-    """The request is refused before the model, and the session is not made."""
-    service = make(input_mode="block")
+@pytest.mark.parametrize("n", [1, 2])
+async def test_each_delta_says_how_many_tokens_it_took(n: int) -> None:
+    """Also those that the filter withheld for a while: together they are what the last event counts."""
+    async with echoing() as service:
+        events = await service.read(complete(f"mail {EMAIL} or call", n=n))
 
-    with pytest.raises(PiiBlocked):
-        await collect(service.chat(chat("mail jane.doe@example.com", session_id="s")))
-
-    assert [] == await turns(service, ANNA, "s")
-
-
-async def test_identical_requests_of_one_tenant_are_answered_once(make: Make) -> None:
-    """The second is cached; another tenant's is not; cache=False asks the model."""
-    service = make()
-    first = await collect(service.chat(chat("hi")))
-    again = await collect(service.chat(chat("hi")))
-    foreign = await collect(service.chat(chat("hi", caller=BERT)))
-    fresh = await collect(service.chat(chat("hi", cache=False)))
-
-    cached = [reply.finished.cached for reply in (first, again, foreign, fresh)]
-    assert [False, True, False, False] == cached
-    assert {"hi"} == {reply.text for reply in (first, again, foreign, fresh)}
+    for index, sample in enumerate(finished_of(events).samples):
+        deltas = [delta for delta in deltas_of(events) if delta.index == index]
+        assert sample.completion_tokens == sum(delta.tokens for delta in deltas)
+        assert all(delta.text for delta in deltas)
 
 
-async def test_a_turn_waits_only_so_long_for_the_one_before_it(make: Make) -> None:
-    """After that it is refused, and the one before it goes on undisturbed."""
-    service = make(token_delay_seconds=0.02, waiting_seconds=0.05)
-    first = asyncio.create_task(collect(service.chat(chat("a longer text", session_id="s"))))
-    await asyncio.sleep(0.03)
+async def test_blocked_personal_data_leaves_no_trace() -> None:
+    """The request is refused before the model, and the session is not created."""
+    async with echoing(input_mode="block") as service:
+        with pytest.raises(PiiBlocked):
+            await service.read(chat(f"mail {EMAIL}", session_id="s"))
 
-    with pytest.raises(DeadlineExceeded):
-        await collect(service.chat(chat("impatient", session_id="s")))
-
-    assert "a longer text" == (await first).text
-    assert [["a longer text"] * 2] == await turns(service, ANNA, "s")
+        assert [] == await service.turns("anna", "s")
+        assert [(400, None)] == [(record.status, record.prompt) for record in service.log.records]
 
 
-async def test_a_turn_that_waited_while_the_service_began_to_drain_is_refused(make: Make) -> None:
+async def test_identical_requests_of_one_tenant_are_generated_once() -> None:
+    """The second is a hit; another tenant's is not; cache=False generates anew."""
+    async with echoing() as service:
+        responses = [
+            await service.read(chat("hi", **fields)) for fields in ({}, {}, {"tenant": "bert"}, {"cache": False})
+        ]
+
+    assert [False, True, False, False] == [finished_of(each).cached for each in responses]
+    assert {"hi"} == {text_of(each) for each in responses}
+
+
+async def test_a_turn_waits_only_so_long_for_the_one_before_it() -> None:
+    """After that it is refused, and the one before it continues undisturbed."""
+    async with echoing(token_delay_seconds=0.02, waiting_seconds=0.05) as service:
+        first = asyncio.create_task(service.read(chat("a longer text", session_id="s")))
+        await asyncio.sleep(0.03)
+
+        with pytest.raises(DeadlineExceeded):
+            await service.read(chat("impatient", session_id="s"))
+
+        assert "a longer text" == text_of(await first)
+        assert [["a longer text"] * 2] == await service.turns("anna", "s")
+
+
+async def test_a_turn_that_waited_while_the_service_began_to_drain_is_refused() -> None:
     """The running one is ended after the grace period; the waiting one does not start after it."""
-    service = make(token_delay_seconds=0.02)
-    first = asyncio.create_task(collect(service.chat(chat("a longer text", session_id="s"))))
-    await asyncio.sleep(0.03)
-    second = asyncio.create_task(collect(service.chat(chat("later", session_id="s"))))
-    await asyncio.sleep(0)
-
-    await service.engines.drain(0.01)
-
-    assert FinishReason.ABORT == (await first).finished.finish_reason
-    with pytest.raises(ShuttingDown):
-        await second
-
-
-async def test_leaving_a_stream_frees_the_model_at_once(make: Make) -> None:
-    """Closing the events closes the whole chain below."""
-    service = make(token_delay_seconds=0.001)
-    stream = service.complete(complete("a long text", cache=False))
-    await anext(stream)
-    assert 1 == service.engines.default.status().running
-
-    await stream.aclose()
-
-    for _ in range(20):
+    async with echoing(token_delay_seconds=0.02) as service:
+        first = asyncio.create_task(service.read(chat("a longer text", session_id="s")))
+        await asyncio.sleep(0.03)
+        second = asyncio.create_task(service.read(chat("later", session_id="s")))
         await asyncio.sleep(0)
-    assert 0 == service.engines.default.status().running
+
+        await service.host.drain(0.01)
+
+        assert FinishReason.ABORT == finished_of(await first).finish_reason
+        with pytest.raises(ShuttingDown):
+            await second
 
 
-async def test_what_cannot_be_taken_is_refused_before_anything_starts(make: Make) -> None:
+async def test_what_cannot_be_taken_is_refused_before_anything_starts() -> None:
     """A full engine, an unknown model, a draining service, a session where there is no memory."""
-    service = make(max_running=1, token_delay_seconds=0.01)
-    running = service.complete(complete("x" * 10, cache=False))
-    await anext(running)
+    async with echoing(max_running=1, token_delay_seconds=0.01, sessions=False) as service:
+        running = service.generate(complete("x" * 10, cache=False))
+        await anext(running)
 
-    with pytest.raises(EngineBusy):
-        await anext(service.complete(complete("y", cache=False)))
-    with pytest.raises(ModelNotFound):
-        await anext(service.complete(complete("y", model="other")))
-    await running.aclose()
-    service.sessions = None
-    with pytest.raises(InvalidRequest, match="switched off"):
-        await anext(service.chat(chat("y", session_id="s")))
-    await service.engines.drain(0)
-    with pytest.raises(ShuttingDown):
-        await anext(service.complete(complete("y")))
+        with pytest.raises(EngineBusy):
+            await anext(service.generate(complete("y", cache=False)))
+        with pytest.raises(ModelNotFound):
+            await anext(service.generate(complete("y", model="other")))
+        await running.aclose()
+        with pytest.raises(InvalidRequest, match="switched off"):
+            await anext(service.generate(chat("y", session_id="s")))
+        await service.host.drain(0)
+        with pytest.raises(ShuttingDown):
+            await anext(service.generate(complete("y")))
 
 
-async def test_the_status_shows_figures_and_no_texts(make: Make) -> None:
+async def test_the_status_has_figures_and_no_texts() -> None:
     """Model, queue, cache and sessions; nothing that anybody wrote."""
-    service = make()
-    await collect(service.chat(chat("canary", session_id="canary-session")))
+    async with echoing() as service:
+        await service.read(chat("canary", session_id="canary-session"))
 
-    status = await service.status()
+        status = service.service.status()
 
     assert ("ready", 1, 0) == (status["status"], status["sessions"], status["engine"]["running"])
     assert 1 == status["cache"]["misses"]
     assert "canary" not in str(status)
+
+
+async def test_rights_are_checked_before_a_prompt_is_looked_at() -> None:
+    """For the model that serves it, and for what the request itself uses of them; what is forbidden takes nothing."""
+    async with echoing(input_mode="block") as service:
+        for request in (complete("x", logprobs=0), chat("x", system="be brief"), chat("x")):
+            await service.read(request)
+        checks = list(service.admission.checks)
+        service.admission.forbidden = Forbidden("Not for you.")
+        with pytest.raises(Forbidden):
+            await service.read(complete(f"mail {EMAIL}"))
+
+        assert [(True, False), (False, True), (False, False)] == [
+            (check["logprobs"], check["system_messages"]) for check in checks
+        ]
+        assert {("echo", ANNA)} == {(check["model"], check["principal"]) for check in checks}
+        assert 3 == len(service.admission.reservations)
+        assert 403 == service.log.records[-1].status
+
+
+async def test_a_request_reserves_what_it_may_cost_and_commits_what_it_did() -> None:
+    """The prompt and every token that may follow it, before the engine starts."""
+    engine = ScriptedEngine("a", "b").run_freely()
+    async with serving(engine) as service:
+        await service.read(complete("hello", max_tokens=7))
+        (reservation,) = service.admission.reservations
+        service.admission.exhausted = QuotaExceeded("Nothing is left.", retry_after=1)
+        with pytest.raises(QuotaExceeded):
+            await service.read(complete("hello", max_tokens=7))
+
+        assert (5 + 7, 5 + 2, True) == (reservation.tokens, reservation.committed, reservation.released)
+        assert 1 == len(engine.requests)
+        assert [(7, 200), (0, 429)] == [(record.charged_tokens, record.status) for record in service.log.records]
+
+
+@pytest.mark.parametrize(("cached_prompt", "cached_completion", "charged"), [(0, 0, 0), (1, 1, 10), (0.1, 0.5, 3)])
+async def test_a_replayed_response_is_charged_at_its_own_rate(
+    cached_prompt: float, cached_completion: float, charged: int
+) -> None:
+    """Rounded up; the record has the tokens that the caller got."""
+    engine = CachedEngine(EchoEngine(), CacheConfig())
+    async with serving(engine, cached_prompt=cached_prompt, cached_completion=cached_completion) as service:
+        for _ in range(2):
+            await service.read(complete("hello"))
+
+        assert [10, charged] == [record.charged_tokens for record in service.log.records]
+        assert [(5, False), (5, True)] == [(r.completion_tokens, r.cached) for r in service.log.records]
+
+
+async def test_a_hang_up_in_a_response_that_is_not_streamed_is_charged_for_all_that_was_generated() -> None:
+    """Of which the client has seen the first token only."""
+    async with serving(EchoEngine(token_delay_seconds=0.001)) as service:
+        request = complete("a long text that takes a while " * 3, stream=False)
+        seen: list[Event] = []
+        reading = asyncio.create_task(read_into(seen, service.generate(request)))
+        async with asyncio.timeout(5):
+            while request.progress.generated < 10:  # noqa: ASYNC110  # what is waited for has no event
+                await asyncio.sleep(0.001)
+
+        reading.cancel()
+        await asyncio.wait([reading])
+
+        generated = request.progress.generated
+        await asyncio.sleep(0.01)
+        (reservation,) = service.admission.reservations
+        (record,) = service.log.records
+    assert 1 == sum(delta.tokens for delta in deltas_of(seen))
+    assert 10 <= generated == request.progress.generated < 93
+    assert 93 + generated == reservation.committed == record.charged_tokens
+    assert (generated, 499, None) == (record.completion_tokens, record.status, record.finish_reason)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_request_that_does_not_stream_has_the_same_response(stream: bool) -> None:
+    """In two deltas instead of one for each token; the filter may add a third."""
+    text = f"{'word ' * 10}{EMAIL} and on"
+    async with echoing() as service:
+        events = await service.read(complete(text, stream=stream))
+
+    assert f"{'word ' * 10}[EMAIL] and on" == text_of(events)
+    assert (len(deltas_of(events)) > 3) == stream
+    assert finished_of(events).usage.completion_tokens == sum(delta.tokens for delta in deltas_of(events))
+
+
+async def test_every_request_has_one_record_of_how_it_ended() -> None:
+    """Complete, refused, failed, left, and left after its last event, which is no failure."""
+    engine = ScriptedEngine("a").run_freely()
+    async with serving(engine, store_text=False) as service:
+        origin = Origin(request_id="seen by the client", route="/v1/generate")
+        await service.read(complete("hello", origin=origin, adapter=None))
+        engine.error, engine.texts = EngineBusy("Full."), ()
+        with pytest.raises(EngineBusy):
+            await service.read(complete("hello"))
+        engine.error = RuntimeError("a defect")
+        with pytest.raises(RuntimeError):
+            await service.read(complete("hello"))
+        engine.error, engine.texts = EngineFailed("It died."), ("a",)
+        with pytest.raises(EngineFailed):
+            await service.read(complete("hello"))
+        engine.error = None
+        for events in (1, 3):
+            stream = service.generate(complete("hello"))
+            for _ in range(events):
+                await anext(stream)
+            await stream.aclose()
+        records = service.log.records
+
+    assert [200, 503, 500, 503, 499, 200] == [record.status for record in records]
+    assert ["stop", None, None, None, None, "stop"] == [record.finish_reason for record in records]
+    assert ("seen by the client", "/v1/generate", "a") == (records[0].request_id, records[0].route, records[0].key_id)
+    assert {None} == {record.prompt for record in records} == {record.answer for record in records}
+    assert 6 == len(records)
+
+
+async def test_what_is_unset_is_filled_in_before_the_engine_sees_it() -> None:
+    """By the model's defaults; max_tokens gives way to the prompt."""
+    engine = ScriptedEngine("a", model="echo").run_freely()
+    async with serving(engine, defaults=SamplingDefaults(max_tokens=10_000, temperature=0.7)) as service:
+        await service.read(complete("hello"))
+        await service.read(complete("hello", temperature=0.2, max_tokens=3))
+
+    limit = engine.info.context_length - len("hello")
+    assert [(limit, 0.7), (3, 0.2)] == [(r.sampling.max_tokens, r.sampling.temperature) for r in engine.requests]
+    assert [frozenset()] * 2 == [request.unset for request in engine.requests]
+
+
+class CountingEngine(EchoEngine):
+    """Counts what it encodes, and records the prompts that it generates from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoded: list[tuple[int, ...] | None] = []
+        self.prompts: list[tuple[int, ...] | None] = []
+        encode_chat = self.tokenizer.encode_chat
+
+        def counting(*messages: Any, **options: Any) -> tuple[int, ...]:
+            ids = encode_chat(*messages, **options)
+            self.encoded.append(ids)
+            return ids
+
+        self.tokenizer.encode_chat = counting  # type: ignore[method-assign]
+
+    def stream(self, request: GenerationRequest) -> Any:
+        self.prompts.append(request.prompt_ids)
+        return super().stream(request)
+
+
+@pytest.mark.parametrize("turns", [0, 1, 3], ids=lambda turns: f"{turns} turns of history")
+@pytest.mark.parametrize("n", [1, 3])
+async def test_a_chat_is_encoded_once(turns: int, n: int) -> None:
+    """Counted and generated from by the same ids, whatever stands between, and for all samples."""
+    engine = CountingEngine()
+    async with filtering(engine) as service:
+        for number in range(turns):
+            await service.read(chat(f"turn {number}", session_id="s"))
+        engine.encoded.clear()
+        engine.prompts.clear()
+
+        request = chat("hi", session_id="s") if turns else chat("hi", n=n)
+        context = finished_of(await service.read(request)).context
+
+    assert context is not None
+    assert turns == context.turns_kept
+    assert 1 == len(engine.encoded)
+    assert engine.encoded * (1 if turns else n) == engine.prompts
+
+
+@pytest.mark.parametrize("request_", [complete("hello"), chat("hello", session_id="s"), complete("hello", n=3)])
+@pytest.mark.parametrize("events", range(6))
+async def test_leaving_a_stream_frees_everything_at_once(request_: GenerationRequest, events: int) -> None:
+    """The engine's generator, the lease, the reservation, the session's lock: when the call returns, all are gone."""
+    engine = ScriptedEngine("a", "b", "c").run_freely()
+    async with serving(engine) as service:
+        request = replace(request_, id=f"{request_.id}.{events}")
+        stream = service.generate(request)
+        for _ in range(events):
+            await anext(stream)
+        await stream.aclose()
+
+        assert [] == engine.live
+        assert len(engine.requests) == len(engine.closed)
+        assert 0 == service.admission.open
+        assert service.sessions is not None
+        assert 0 == service.sessions.locks
+        assert (1 if events else 0) == len(service.log.records)
+        # Nobody holds a lease: an unload with all the time in the world has nothing to wait for.
+        await asyncio.wait_for(service.host.unload("echo", grace_seconds=600), 5)
+
+
+@pytest.mark.parametrize("request_", [complete("hello"), chat("hello", session_id="s"), complete("hello", n=3)])
+async def test_being_cancelled_frees_everything_at_once(request_: GenerationRequest) -> None:
+    """In the middle of waiting for a token, as when a client hangs up."""
+    engine = ScriptedEngine("never")
+    async with serving(engine) as service:
+        reading = asyncio.create_task(service.read(replace(request_, id=f"{request_.id}.cancelled")))
+        async with asyncio.timeout(5):
+            while len(engine.live) < request_.n:  # noqa: ASYNC110  # what is waited for has no event
+                await asyncio.sleep(0)
+
+        reading.cancel()
+        await asyncio.wait([reading])
+
+        assert [] == engine.live
+        assert 0 == service.admission.open
+        assert service.sessions is not None
+        assert 0 == service.sessions.locks
+        assert [499] == [record.status for record in service.log.records]
+        await asyncio.wait_for(service.host.unload("echo", grace_seconds=600), 5)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.config import ChatHistoryConfig
-from app.generation.sessions import MemorySessionStore, Turn, as_turns, merge
+from app.generation.sessions import MemorySessionStore, Turn, as_turns, new_messages
 from app.types import Message, Role
 
 
@@ -22,7 +22,7 @@ def test_a_message_of_its_own_is_new():
     """The usual client sends only what it says now."""
     history = as_turns(talk("u:hi", "a:hello"))
 
-    assert tuple(talk("u:how are you?")) == merge(history, talk("u:how are you?"))
+    assert tuple(talk("u:how are you?")) == new_messages(history, talk("u:how are you?"))
 
 
 def test_a_conversation_sent_again_is_not_new():
@@ -30,7 +30,7 @@ def test_a_conversation_sent_again_is_not_new():
     history = as_turns(talk("u:hi", "a:hello", "u:well?", "a:well."))
     request = talk("s:Be brief.", "u:hi", "a:hello", "u:well?", "a:well.", "u:bye")
 
-    assert tuple(talk("u:bye")) == merge(history, request)
+    assert tuple(talk("u:bye")) == new_messages(history, request)
 
 
 def test_turns_that_the_session_dropped_are_not_new_either():
@@ -38,7 +38,7 @@ def test_turns_that_the_session_dropped_are_not_new_either():
     everything = talk("u:1", "a:1", "u:2", "a:2", "u:3", "a:3", "u:4")
     history = as_turns(everything)[1:3]
 
-    assert tuple(talk("u:4")) == merge(history, everything)
+    assert tuple(talk("u:4")) == new_messages(history, everything)
 
 
 def test_a_changed_conversation_is_new_as_a_whole():
@@ -46,12 +46,12 @@ def test_a_changed_conversation_is_new_as_a_whole():
     history = as_turns(talk("u:hi", "a:hello"))
     request = talk("u:hi", "a:HELLO", "u:bye")
 
-    assert tuple(request) == merge(history, request)
+    assert tuple(request) == new_messages(history, request)
 
 
 def test_without_a_history_all_but_the_system_message_is_new():
     """A system message belongs to the request and not to the session."""
-    assert tuple(talk("u:hi")) == merge([], talk("s:Be brief.", "u:hi"))
+    assert tuple(talk("u:hi")) == new_messages([], talk("s:Be brief.", "u:hi"))
 
 
 def test_a_turn_begins_with_a_user_message():
@@ -83,7 +83,7 @@ def test_what_follows_a_resent_history_is_all_that_is_new(gone: Sequence[Message
 
     expected = (question,) if past else (*gone, question)
 
-    assert expected == merge(as_turns(past), [*gone, *past, question])
+    assert expected == new_messages(as_turns(past), [*gone, *past, question])
 
 
 async def test_idle_locks_and_tenants_leave_nothing_behind():
@@ -98,16 +98,16 @@ async def test_idle_locks_and_tenants_leave_nothing_behind():
 
     await asyncio.gather(*(one_turn(f"tenant {number % 50}") for number in range(200)))
     gc.collect()
-    kept = store.count()
+    sessions = store.count()
     seconds = 11.0
     await store.append("late", "s", as_turns(talk("u:hi", "a:hello"))[0])
 
-    assert 50 == kept
-    assert 0 == len(store._locks)
-    assert ["late"] == list(store._tenants)
+    assert 50 == sessions
+    assert 0 == store.locks
+    assert ("late",) == store.tenants
 
 
-async def test_a_busy_tenant_does_not_keep_idle_ones_in_memory():
+async def test_a_busy_tenant_leaves_no_idle_ones_in_memory():
     """Tenants go by the age of their last turn, not of their first; one without sessions goes at once."""
     seconds = 0.0
     store = MemorySessionStore(ChatHistoryConfig(ttl_seconds=10), clock=lambda: seconds)
@@ -119,8 +119,8 @@ async def test_a_busy_tenant_does_not_keep_idle_ones_in_memory():
 
     seconds = 12.0
     await store.read("busy", "s")
-    after_expiry = list(store._tenants)
+    after_expiry = store.tenants
     await store.delete("busy", "s")
 
-    assert ["busy"] == after_expiry
-    assert [] == list(store._tenants)
+    assert ("busy",) == after_expiry
+    assert () == store.tenants

@@ -20,9 +20,9 @@ from tests.unit.engine.fake_worker import (
     TOKENIZER,
     FakeLink,
     FakeWorkers,
-    ask,
     begun,
     engine_on,
+    make_request,
     read,
     until,
 )
@@ -38,7 +38,10 @@ async def test_a_dead_worker_fails_every_request_and_is_started_again(folder: Pa
     """The restart is counted, the cause is kept until it serves again, and new requests are answered."""
     workers = FakeWorkers(folder)
     async with engine_on(workers) as engine:
-        running, waiting = await begun(engine, workers.newest, ask("a")), asyncio.create_task(read(engine, ask("b")))
+        running, waiting = (
+            await begun(engine, workers.newest, make_request("a")),
+            asyncio.create_task(read(engine, make_request("b"))),
+        )
         await until(lambda: engine.status().waiting == 1)
         workers.ready = False
         workers.newest.kill()
@@ -48,7 +51,7 @@ async def test_a_dead_worker_fails_every_request_and_is_started_again(folder: Pa
 
         assert (EngineState.RESTARTING, "The fake worker is gone.") == (engine.status().state, engine.status().error)
         with pytest.raises(EngineNotReady):
-            await read(engine, ask("c"))
+            await read(engine, make_request("c"))
         await until(lambda: len(workers.links) == 2)
         workers.newest.say(workers.message)
         await engine.wait_ready()
@@ -106,7 +109,7 @@ async def test_a_model_that_never_loaded_is_given_up(folder: Path, fail: Callabl
             await waiting
         assert EngineState.FAILED == engine.status().state
         with pytest.raises(EngineNotReady, match="could not be loaded"):
-            await read(engine, ask())
+            await read(engine, make_request())
         assert 1 == len(workers.links)
 
 
@@ -136,7 +139,7 @@ async def test_before_the_model_is_loaded_the_client_is_told_to_wait(folder: Pat
             with pytest.raises(EngineNotReady, match="weights"):
                 use()
         with pytest.raises(EngineNotReady) as refusal:
-            await read(engine, ask())
+            await read(engine, make_request())
         assert (refusal.value.retry_after or 0) > 0
 
 
@@ -158,7 +161,7 @@ async def test_a_worker_that_hangs_is_ended(folder: Path):
         assert 1 == len(workers.links)
 
         with pytest.raises(EngineFailed):
-            await read(engine, ask())
+            await read(engine, make_request())
         assert "no progress for 0.1 s" in str(engine.status().error) or engine.status().state is EngineState.READY
         await until(lambda: len(workers.links) == 2)
 
@@ -167,7 +170,7 @@ async def test_a_request_that_nobody_reads_any_more_still_counts_as_work(folder:
     """A worker that hangs on a cancelled request is found out too."""
     workers = FakeWorkers(folder)
     async with engine_on(workers, hang_seconds=0.1) as engine:
-        stream = engine.stream(ask())
+        stream = engine.stream(make_request())
         await anext(stream)
         await stream.aclose()
 
@@ -178,7 +181,7 @@ async def test_closing_ends_live_streams_and_is_final(folder: Path):
     """They end with ABORT, the worker is told to leave, and whoever comes later is refused."""
     workers = FakeWorkers(folder)
     async with engine_on(workers) as engine:
-        reading = await begun(engine, workers.newest, ask())
+        reading = await begun(engine, workers.newest, make_request())
         await asyncio.gather(engine.close(), engine.close())
         await engine.close()
         await engine.start()
@@ -187,7 +190,7 @@ async def test_closing_ends_live_streams_and_is_final(folder: Path):
         assert EngineState.CLOSED == engine.status().state
         assert workers.newest.stopped
         with pytest.raises(EngineNotReady):
-            await read(engine, ask())
+            await read(engine, make_request())
         with pytest.raises(EngineFailed):
             await engine.wait_ready()
         assert 1 == len(asyncio.all_tasks())
