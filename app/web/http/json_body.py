@@ -93,11 +93,9 @@ class GeneratingRoute(APIRoute):
 
 
 def _validated(schema: type[BaseModel], value: Any) -> BaseModel:
-    """Raises: RequestValidationError, with locations as FastAPI writes them."""
-    if value is None:
-        raise RequestValidationError([{"type": "missing", "loc": ("body",), "msg": "Field required"}])
+    """Raises: RequestValidationError, with the locations and messages of FastAPI's own validation."""
     try:
-        return schema.model_validate(value)
+        return schema.model_validate(value, from_attributes=True)
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False, include_input=False)
         raise RequestValidationError([{**item, "loc": ("body", *item["loc"])} for item in found]) from None
