@@ -120,7 +120,7 @@ async def _decoded(request: Request) -> ParsedRequest:
     _require_json(request)
     decoded = ParsedRequest(request.scope, request.receive)
     try:
-        decoded.parsed = parse(await _read(decoded))
+        decoded.parsed = parse(await decoded.body())
     except ClientDisconnect:
         raise ClientDisconnected("The client hung up while it sent its body.") from None
     return decoded
