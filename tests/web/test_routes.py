@@ -1,13 +1,28 @@
 """What each route answers when all is well, field by field."""
 
 import json
+import re
 
+import httpx
 import pytest
 
 from app.errors import ContextLengthExceeded, EngineBusy, InternalError
 from app.generation.sessions import Turn
 from app.types import Message, Role, SamplingParams
-from tests.web.harness import BODIES, CHAT, GENERATE, MODEL, ScriptedService, frames, is_envelope, make_web
+from tests.web.harness import (
+    AUTH,
+    BODIES,
+    CHAT,
+    GENERATE,
+    MODEL,
+    OPENAI_BODIES,
+    ScriptedService,
+    frames,
+    is_envelope,
+    make_web,
+)
+
+STREAMING = {**BODIES, **OPENAI_BODIES}
 
 USAGE = {
     "prompt_tokens": 3,
@@ -73,6 +88,44 @@ async def test_a_stream_has_its_deltas_and_one_done_frame(client, path):
         "request_id": reply.headers["x-request-id"],
         "model": MODEL,
     } == json.loads(done)
+
+
+def steady(text: str) -> str:
+    """Replace what differs between two responses to one request."""
+    return re.sub(r'"(id|request_id|created)":("[^"]*"|[0-9]+)', r'"\1":0', text)
+
+
+async def messages_of(web, path, **fields):
+    """Send a request, and return the body of each ASGI message of its response that has one."""
+    bodies = []
+
+    async def counting(scope, receive, send):
+        async def note(message):
+            if message["type"] == "http.response.body" and message["body"]:
+                bodies.append(message["body"])
+            await send(message)
+
+        await web.app(scope, receive, note)
+
+    transport = httpx.ASGITransport(counting)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=AUTH) as client:
+        await client.post(path, json={**STREAMING[path], **fields, "stream": True})
+    return bodies
+
+
+@pytest.mark.parametrize("path", STREAMING)
+async def test_frames_that_are_ready_at_once_leave_in_one_message(path):
+    """Each costs a call of the server and a packet; the bytes are those of frames that leave one by one."""
+    texts = [f"{number} " for number in range(5)]
+    paced = [step for text in texts for step in (text, 0.02)]
+    at_once, one_by_one = [
+        await messages_of(await make_web(ScriptedService(steps=steps)), path) for steps in (texts, paced)
+    ]
+
+    joined = [steady(b"".join(bodies).decode()) for bodies in (at_once, one_by_one)]
+    assert joined[0] == joined[1]
+    assert len(at_once) <= 2
+    assert len(texts) + 1 <= len(one_by_one)
 
 
 async def test_every_field_reaches_the_service_under_its_canonical_name(web, client):
