@@ -144,7 +144,7 @@ def _build_model(
             engine,
             name,
             system=read("base_system", SYSTEM_VARIABLES),
-            completion=read("completion", COMPLETION_VARIABLES),
+            completion=read("completion", COMPLETION_VARIABLES, default="{prompt}"),
         ),
         cache=cache,
         defaults=SamplingDefaults(

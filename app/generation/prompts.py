@@ -1,4 +1,4 @@
-"""Reads the prompt templates from prompts/ once, at start.  A missing file or an unknown variable ends the start.
+"""Reads the prompt templates from prompts/ once, at start.  A file that cannot be used ends the start.
 
 `prompts/<model>/<name>.txt`, with `--` for a slash in the model's name, stands before `prompts/<name>.txt`.
 """
@@ -10,14 +10,20 @@ from string import Formatter
 from app.errors import ConfigError
 
 
-def read_template(folder: Path, name: str, variables: Collection[str], *, model: str = "") -> str:
+def read_template(
+    folder: Path, name: str, variables: Collection[str], *, model: str = "", default: str | None = None
+) -> str:
     """Return the text of a template; `{variables}` in it are filled in by the chain.
 
-    Args: variables: those that the chain knows.
+    Args:
+        variables: those that the chain knows.
+        default: takes the place of a file that does not exist; without it the file has to.
     Raises: ConfigError: the file is missing, not UTF-8, empty, or names a variable that is not known.
     """
     own = folder / model.replace("/", "--") / f"{name}.txt"
     path = own if model and own.is_file() else folder / f"{name}.txt"
+    if default is not None and not path.exists():
+        return default
     try:
         template = path.read_text(encoding="utf-8").strip()
         fields = set(_fields(template))

@@ -136,12 +136,29 @@ async def test_the_system_prompt_of_the_prompts_folder_stands_in_front_of_every_
     assert len("I am echo.") + len("hi") + 3 == usage["prompt_tokens"]
 
 
+async def test_plain_prompts_stand_in_the_template_of_the_prompts_folder(client: Client, tmp_path: Path) -> None:
+    """A folder without such a template, as folders were before there was one, leaves prompts as they are."""
+    replies = []
+    for template in (None, "Say {prompt} to {model_name}."):
+        (tmp_path / "base_system.txt").write_text("I am {model_name}.")
+        if template:
+            (tmp_path / "completion.txt").write_text(template)
+        async with client(app={"data_dir": tmp_path, "prompts_dir": tmp_path}) as http:
+            replies.append((await http.post("/v1/generate", json={"prompt": "{prompt}"})).json())
+
+    assert ["{prompt}", "Say {prompt} to echo."] == [reply["generated_text"] for reply in replies]
+    assert ["{prompt}"] * 2 == [reply["prompt"] for reply in replies]
+
+
 async def test_status_and_metrics_report_what_was_done(client: Client) -> None:
-    """Tokens, times, cache, sessions and the engine, after one answer and its replay."""
+    """Tokens, times, cache, sessions and the engine, after one answer and its replay.
+
+    Latencies are of deltas: one for each token of a stream, and two of a whole response, which is read at its end.
+    """
     async with client() as http:
         for _ in range(2):
             await http.post("/v1/chat", json=said("hello") | {"session_id": "s"})
-            await http.post("/v1/generate", json={"prompt": "hello"})
+            await http.post("/v1/generate", json={"prompt": "hello", "stream": True})
         status = (await http.get("/status")).json()
         metrics = (await http.get("/metrics")).text
 
@@ -152,7 +169,7 @@ async def test_status_and_metrics_report_what_was_done(client: Client) -> None:
     for line in (
         'tokens_generated_total{model="echo"} 15.0',
         'time_to_first_token_seconds_count{model="echo"} 3.0',
-        'inter_token_latency_seconds_count{model="echo"} 12.0',
+        'inter_token_latency_seconds_count{model="echo"} 6.0',
         "cache_hits_total 1.0",
         "requests_waiting 0.0",
         "sessions 1.0",

@@ -154,6 +154,60 @@ async def test_an_unknown_field_is_named(client):
     assert [{"field": "temprature", "reason": "there is no such field"}] == reply.json()["details"]["errors"]
 
 
+NO_OBJECT = "Input should be a valid dictionary or object to extract fields from"
+REASONS: list[tuple[str, bytes, list[tuple[str, str]]]] = [
+    *[(route, content, [("body", NO_OBJECT)]) for route in EVERY_ROUTE for content in (b"null", b"7", b"[]", b'"{}"')],
+    *[(route, b"{}", [(next(iter(RIGHT[route])), "Field required")]) for route in EVERY_ROUTE],
+    *[
+        (route, body(route, max_tokens="5"), [("max_tokens", "Input should be a valid integer")])
+        for route in EVERY_ROUTE
+    ],
+    *[(route, body(route, stream=1), [("stream", "Input should be a valid boolean")]) for route in EVERY_ROUTE],
+    *[(route, body(route, temprature=1), [("temprature", "there is no such field")]) for route in EVERY_ROUTE],
+    *[
+        (
+            route,
+            body(route, n=9, temprature=1, temperature="hot"),
+            [
+                ("temperature", "Input should be a valid number"),
+                ("n", "Input should be less than or equal to 8"),
+                ("temprature", "there is no such field"),
+            ],
+        )
+        for route in EVERY_ROUTE
+    ],
+    ("/v1/chat", body("/v1/chat", messages=[[]]), [("messages.0", NO_OBJECT)]),
+    (
+        "/v1/chat",
+        body("/v1/chat", messages=[{}]),
+        [("messages.0.role", "Field required"), ("messages.0.content", "Field required")],
+    ),
+    ("/v1/chat/completions", body("/v1/chat/completions", messages=["x"]), [("messages.0", NO_OBJECT)]),
+]
+"""A body, and what is wrong with it: the fields and reasons as FastAPI's own validation words them."""
+
+
+async def test_a_refusal_has_the_reasons_that_it_always_had(client, subtests):
+    """Byte for byte, in the order of the fields."""
+    for route, content, errors in REASONS:
+        with subtests.test(f"{route} {content!r:.60}"):
+            reply = await client.post(route, content=content, headers={"Content-Type": JSON})
+            message = f"{errors[0][0]}: {errors[0][1]}"
+            if route in OPENAI_BODIES:
+                param = None if errors[0][0] == "body" else errors[0][0]
+                kind = "invalid_request_error"
+                expected = {"error": {"message": message, "type": kind, "param": param, "code": kind}}
+            else:
+                expected = {
+                    "error": "validation_error",
+                    "message": message,
+                    "details": {"errors": [{"field": field, "reason": reason} for field, reason in errors]},
+                    "timestamp": reply.json()["timestamp"],
+                    "request_id": reply.headers["x-request-id"],
+                }
+            assert json.dumps(expected, separators=(",", ":")) == reply.text
+
+
 async def test_a_field_deep_inside_is_named_by_its_path(client):
     messages = [{"role": "user", "content": "a"}, {"role": "pirate", "content": "b"}]
 

@@ -2,19 +2,16 @@
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from app.generation.requests import Sampling
 
-from app.config import DeadlineConfig, ModelConfig
-from app.engine.local import LocalEngine
+from app.engine.echo import EchoEngine
 from app.errors import EngineFailed
-from app.types import FinishReason
+from app.types import FinishReason, SamplingParams
 from app.web.openai.stream_encoder import DONE
-from tests.web.harness import CHAT, GENERATE, MODEL, ScriptedService, make_web
+from tests.web.harness import CHAT, GENERATE, MODEL, LoadingEngine, RecordingEngine, ScriptedService, make_web
 
 GOLDEN = Path(__file__).with_name("golden")
 CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
@@ -139,27 +136,28 @@ async def test_models_are_listed_with_the_fields_of_both_servers(client):
     )
 
 
-async def test_a_quantized_model_says_what_that_costs(web, client):
+async def test_a_quantized_model_says_what_that_costs():
     """Its log-probabilities differ from the unquantized model's, and the card says by how much."""
-    web.host.default._info = replace(web.host.default.info, logprob_shift=0.0583)
-
-    card = (await client.get(f"/v1/models/{MODEL}")).json()
+    web = await make_web(engines={MODEL: RecordingEngine(logprob_shift=0.0583)})
+    async with web.client() as client:
+        card = (await client.get(f"/v1/models/{MODEL}")).json()
 
     assert {"method": "int8", "logprob_shift": 0.0583} == card["quantization"]
 
 
-async def test_a_model_of_the_hub_has_a_slash_in_its_name(client, web):
-    web.host._engines["google/gemma-2-2b-it"] = web.host.default
+async def test_a_model_of_the_hub_has_a_slash_in_its_name():
+    name = "google/gemma-2-2b-it"
+    web = await make_web(engines={name: EchoEngine(model=name)})
+    async with web.client() as client:
+        assert name == (await client.get(f"/v1/models/{name}")).json()["id"]
 
-    assert "google/gemma-2-2b-it" == (await client.get("/v1/models/google/gemma-2-2b-it")).json()["id"]
 
-
-async def test_a_model_that_still_loads_is_listed_and_its_requests_are_told_to_wait(web, client):
-    """Nothing is known of it yet but its name."""
-    web.host._engines["slow"] = LocalEngine(ModelConfig(), DeadlineConfig())
-
-    card = (await client.get("/v1/models/slow")).json()
-    reply = await client.post(CHATS, json=body(CHATS, {"model": "slow"}))
+async def test_a_model_that_still_loads_is_listed_and_its_requests_have_to_wait():
+    """Only its name is known yet."""
+    web = await make_web(engines={MODEL: EchoEngine(model=MODEL), "slow": LoadingEngine(model="slow")})
+    async with web.client() as client:
+        card = (await client.get("/v1/models/slow")).json()
+        reply = await client.post(CHATS, json=body(CHATS, {"model": "slow"}))
 
     assert ({"value": "loading", "failed": False}, None) == (card["status"], card["max_model_len"])
     assert (503, "service_unavailable") == (reply.status_code, reply.json()["error"]["code"])
@@ -178,16 +176,24 @@ async def test_a_model_that_still_loads_is_listed_and_its_requests_are_told_to_w
 )
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("path", [CHATS, TEXTS])
-async def test_only_what_is_deterministic_may_come_from_the_cache(web, client, path, fields, headers, verdict, stream):
-    reply = await client.post(path, json=body(path, {**fields, "stream": stream}), headers=headers)
+async def test_only_what_is_deterministic_may_come_from_the_cache(path, fields, headers, verdict, stream):
+    """The first request stores its response only where the second may take it."""
+    engine = RecordingEngine()
+    web = await make_web(engines={MODEL: engine})
+    async with web.client() as client:
+        replies = [
+            await client.post(path, json=body(path, {**fields, "stream": stream}), headers=headers) for _ in range(2)
+        ]
 
-    assert verdict == reply.headers["x-cache"]
-    assert (verdict != "BYPASS") == web.service.requests[0].cache
+    second = "BYPASS" if verdict == "BYPASS" else "HIT"
+    assert [verdict, second] == [reply.headers["x-cache"] for reply in replies]
+    assert (1 if second == "HIT" else 2) == len(engine.requests)
+    assert steady(replies[0].text) == steady(replies[1].text)
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_where_there_is_no_cache_it_is_passed_by(stream):
-    web = await make_web(cache={"enabled": False})
+async def test_without_a_cache_every_response_is_a_bypass(stream):
+    web = await make_web(engines={MODEL: EchoEngine(model=MODEL)}, cache={"enabled": False})
     async with web.client() as client:
         reply = await client.post(CHATS, json={**CHAT, "temperature": 0, "stream": stream})
 
@@ -204,7 +210,7 @@ async def test_where_there_is_no_cache_it_is_passed_by(stream):
         ({"user": "u", "metadata": {"session_id": "m"}}, {"X-OpenWebUI-Chat-Id": "c"}, None),
     ],
 )
-async def test_a_session_is_kept_only_where_one_is_named(web, client, fields, headers, session):
+async def test_a_session_is_continued_only_where_one_is_named(web, client, fields, headers, session):
     await client.post(CHATS, json={**CHAT, **fields}, headers=headers)
 
     assert session == web.service.requests[0].session_id
@@ -220,15 +226,16 @@ async def test_a_session_that_is_not_clear_is_refused(web, client, headers, para
     assert [] == web.service.requests
 
 
-async def test_the_last_message_is_continued_when_asked(web, client):
+async def test_the_last_message_is_continued_on_request(web, client):
     messages = [*CHAT["messages"], {"role": "assistant", "content": "The answer is"}]
-    for fields, going_on in (({}, False), ({"continue_final_message": True, "add_generation_prompt": False}, True)):
+    for fields, continued in (({}, False), ({"continue_final_message": True, "add_generation_prompt": False}, True)):
         assert 200 == (await client.post(CHATS, json={"messages": messages, **fields})).status_code
-        assert going_on == web.service.requests[-1].go_on
+        assert continued == web.service.requests[-1].continue_final_message
 
 
 async def test_nothing_of_the_sampling_is_lost_in_translation(web, client):
     await client.post(CHATS, json={**CHAT, "logprobs": True, "top_logprobs": 4, "n": 2, "top_k": 5, "seed": 3})
 
-    expected = Sampling(temperature=1.0, logprobs=4, n=2, top_k=5, seed=3)
-    assert expected == web.service.requests[0].sampling
+    (request,) = web.service.requests
+    assert (SamplingParams(logprobs=4, top_k=5, seed=3), 2) == (request.sampling, request.n)
+    assert {"max_tokens", "temperature", "top_p", "min_p", "repetition_penalty"} == request.unset

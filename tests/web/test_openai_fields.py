@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
-from app.generation.requests import ChatAsk, CompletionAsk
 from openai.types import completion_create_params as text_params
 from openai.types.chat import completion_create_params as chat_params
 from openai.types.chat.chat_completion_content_part_text_param import ChatCompletionContentPartTextParam
 from openai.types.chat.chat_completion_message_param import ChatCompletionMessageParam
 from openai.types.chat.chat_completion_stream_options_param import ChatCompletionStreamOptionsParam
 
+from app.requests import GenerationRequest
 from app.types import Message, Role
 from app.web.openai.chat import ChatCompletionRequest
 from app.web.openai.completions import CompletionRequest
-from tests.web.harness import CHAT, GENERATE, MODEL, ScriptedService, make_web
+from tests.web.harness import CHAT, GENERATE, MODEL
 
 CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
 BODIES = {CHATS: CHAT, TEXTS: GENERATE}
@@ -28,21 +28,21 @@ TYPES = {
     TEXTS: (text_params.CompletionCreateParamsNonStreaming, text_params.CompletionCreateParamsStreaming),
 }
 
-Ask = ChatAsk | CompletionAsk
-Seen = Callable[[Ask], Any]
+Seen = Callable[[GenerationRequest], Any]
 """The part of the generation request that comes from the field."""
 
 
 def sampled(name: str) -> Seen:
-    return lambda ask: getattr(ask.sampling, name)
+    """Return a parameter's value; None if the request leaves it to the service."""
+    return lambda request: None if name in request.unset else getattr(request.sampling, name)
 
 
 DRAWN: dict[str, tuple[Any, Any, Seen]] = {
-    "model": (MODEL, MODEL, lambda ask: ask.model),
+    "model": (MODEL, MODEL, lambda request: request.model),
     "max_tokens": (7, 7, sampled("max_tokens")),
     "temperature": (0.25, 0.25, sampled("temperature")),
     "top_p": (0.5, 0.5, sampled("top_p")),
-    "n": (3, 3, sampled("n")),
+    "n": (3, 3, lambda request: request.n),
     "stop": (["A", "B"], ("A", "B"), sampled("stop")),
     "seed": (-1, 2**63 - 1, sampled("seed")),
     "presence_penalty": (1.5, 1.5, sampled("presence_penalty")),
@@ -64,14 +64,14 @@ HONOURED: dict[str, dict[str, tuple[Any, Any, Seen]]] = {
         "messages": (
             [{"role": "developer", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}],
             (Message(Role.SYSTEM, "a\nb"),),
-            lambda ask: ask.messages,
+            lambda request: request.messages,
         ),
         "max_completion_tokens": (9, 9, sampled("max_tokens")),
         "logprobs": (True, 0, sampled("logprobs")),
     },
     TEXTS: DRAWN
     | {
-        "prompt": ([1, 2, 3], (1, 2, 3), lambda ask: ask.prompt),
+        "prompt": ([1, 2, 3], (1, 2, 3), lambda request: request.prompt_ids),
         "logprobs": (5, 5, sampled("logprobs")),
     },
 }
@@ -309,37 +309,10 @@ async def test_what_contradicts_itself_or_is_out_of_range_is_refused_by_name(web
     assert [] == web.service.requests
 
 
-@pytest.mark.parametrize("path", BODIES)
-async def test_what_is_left_out_has_openais_defaults(web, client, path):
-    """Temperature 1 and no filter, whatever holds on the native routes; a plain completion has 16 tokens."""
-    nothing = dict.fromkeys(fields(path).keys() - BODIES[path].keys())
-
-    assert 200 == (await client.post(path, json={**BODIES[path], **nothing})).status_code
-
-    sampling = web.service.requests[0].sampling
-    assert (1.0, 1.0, 0, 0.0, 1.0) == (
-        sampling.temperature,
-        sampling.top_p,
-        sampling.top_k,
-        sampling.min_p,
-        sampling.repetition_penalty,
-    )
-    assert {CHATS: None, TEXTS: 16}[path] == sampling.max_tokens
-
-
-async def test_the_configuration_goes_before_openais_default_and_a_request_before_both():
-    web = await make_web(ScriptedService(), openai={"temperature": 0.3})
-    async with web.client() as client:
-        await client.post(CHATS, json=CHAT)
-        await client.post(CHATS, json={**CHAT, "temperature": 0.9})
-
-    assert [0.3, 0.9] == [ask.sampling.temperature for ask in web.service.requests]
-
-
 async def test_a_stream_is_never_obfuscated(client):
-    """Random padding is refused by name; to ask for none is fine."""
-    for asked, status in ((False, 200), (True, 400)):
-        options = {"stream": True, "stream_options": {"include_obfuscation": asked}}
+    """Random padding is refused by name; to want none is fine."""
+    for padded, status in ((False, 200), (True, 400)):
+        options = {"stream": True, "stream_options": {"include_obfuscation": padded}}
         reply = await client.post(CHATS, json={**CHAT, **options})
         assert status == reply.status_code
     assert "stream_options.include_obfuscation" == reply.json()["error"]["param"]
@@ -352,22 +325,22 @@ async def test_best_of_may_say_what_n_says(client):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "asked"),
+    ("prompt", "expected"),
     [
-        ("a", ["a"]),
-        (["a", "b"], ["a", "b"]),
-        ([1, 2], [(1, 2)]),
-        ([[1], [2, 3]], [(1,), (2, 3)]),
+        ("a", [("a", None)]),
+        (["a", "b"], [("a", None), ("b", None)]),
+        ([1, 2], [(None, (1, 2))]),
+        ([[1], [2, 3]], [(None, (1,)), (None, (2, 3))]),
     ],
 )
-async def test_a_prompt_may_be_a_text_texts_tokens_or_lists_of_tokens(web, client, prompt, asked):
+async def test_a_prompt_may_be_a_text_texts_tokens_or_lists_of_tokens(web, client, prompt, expected):
     reply = await client.post(TEXTS, json={"prompt": prompt, "n": 2})
 
-    assert asked == [ask.prompt for ask in web.service.requests]
-    assert list(range(2 * len(asked))) == [choice["index"] for choice in reply.json()["choices"]]
+    assert expected == [(request.text, request.prompt_ids) for request in web.service.requests]
+    assert list(range(2 * len(expected))) == [choice["index"] for choice in reply.json()["choices"]]
 
 
-async def test_the_end_user_is_told_apart_in_the_log_and_named_nowhere(client, log_lines):
+async def test_the_log_distinguishes_end_users_and_names_none(client, log_lines):
     """The same name gives the same mark, and the name itself is not written."""
     for given in ({"user": "jane"}, {"safety_identifier": "jane", "user": "other"}, {"user": "joe"}, {}):
         await client.post(CHATS, json={**CHAT, **given})

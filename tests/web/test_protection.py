@@ -4,11 +4,24 @@ import re
 
 import pytest
 
+from app.errors import QuotaExceeded, RateLimited
 from app.web.app_factory import public_paths
-from tests.web.harness import AUTH, BODIES, CHAT, KEY, ScriptedService, frames, is_envelope, make_web
+from tests.web.harness import (
+    AUTH,
+    BATCH,
+    BODIES,
+    CHAT,
+    KEY,
+    OPENAI_BODIES,
+    ScriptedService,
+    frames,
+    is_envelope,
+    make_web,
+)
 
 GENERATING = {"/v1/generate", "/v1/generate/batch", "/v1/chat", "/v1/chat/completions", "/v1/completions"}
 """Only what occupies the model counts against a rate; lists, keys and figures are cheap, and polled by machines."""
+RIGHT = {**BODIES, "/v1/generate/batch": BATCH, **OPENAI_BODIES}
 SILENT = {"/", "/health", "/readyz", "/metrics", "/status"}
 """Probes and figures: their responses do not speak of limits."""
 
@@ -86,15 +99,50 @@ async def test_a_refused_request_says_when_to_come_back_and_costs_nothing():
     ("content", "headers", "status"),
     [
         (b"{", {"Content-Type": "application/json"}, 400),
+        (b"null", {"Content-Type": "application/json"}, 400),
         (b"{}", {"Content-Type": "application/json"}, 400),
+        (b'{"max_tokens": "5"}', {"Content-Type": "application/json"}, 400),
+        (b'{"temprature": 1}', {"Content-Type": "application/json"}, 400),
         (b"hello", {"Content-Type": "text/plain"}, 415),
     ],
 )
-async def test_malformed_requests_count_and_carry_the_rate_headers(web, client, content, headers, status):
-    reply = await client.post("/v1/chat", content=content, headers=headers)
+@pytest.mark.parametrize("path", sorted(GENERATING))
+async def test_malformed_requests_count_and_carry_the_rate_headers(path, content, headers, status):
+    web = await make_web(rate_limit={"requests_per_minute": 1, "burst_size": 5, "tokens_per_minute": 70})
+    async with web.client() as client:
+        replies = [await client.post(path, content=content, headers=headers) for _ in range(2)]
 
-    assert status == reply.status_code
-    assert "99999" == reply.headers["x-ratelimit-remaining-requests"]
+    assert [status] * 2 == [reply.status_code for reply in replies]
+    assert ["4", "3"] == [reply.headers["x-ratelimit-remaining-requests"] for reply in replies]
+    assert ["1m0s", "2m0s"] == [reply.headers["x-ratelimit-reset-requests"] for reply in replies]
+    assert ("5", "70") == tuple(replies[0].headers[f"x-ratelimit-limit-{kind}"] for kind in ("requests", "tokens"))
+    assert ("70", "0s") == tuple(replies[0].headers[f"x-ratelimit-{what}-tokens"] for what in ("remaining", "reset"))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", sorted(GENERATING - {"/v1/generate/batch"}))
+@pytest.mark.parametrize(
+    "refusal", [RateLimited("Slow down.", retry_after=7), QuotaExceeded("Used up.", retry_after=7)]
+)
+async def test_a_request_that_the_service_refuses_for_its_tokens_costs_no_request(path, stream, refusal):
+    web = await make_web(ScriptedService(refusal=refusal), rate_limit={"requests_per_minute": 1, "burst_size": 5})
+    async with web.client() as client:
+        replies = [await client.post(path, json={**RIGHT[path], "stream": stream}) for _ in range(2)]
+
+    assert [429, 429] == [reply.status_code for reply in replies]
+    assert ["5"] * 2 == [reply.headers["x-ratelimit-remaining-requests"] for reply in replies]
+
+
+@pytest.mark.parametrize("path", sorted(GENERATING))
+async def test_a_wrong_method_is_405_and_costs_no_request(path):
+    web = await make_web(rate_limit={"requests_per_minute": 1, "burst_size": 1})
+    async with web.client() as client:
+        wrong = [await client.request(method, path) for method in ("GET", "PUT", "DELETE", "HEAD")]
+        right = await client.post(path, json=RIGHT[path])
+
+    assert {405} == {reply.status_code for reply in wrong}
+    assert {"POST"} == {reply.headers["allow"] for reply in wrong}
+    assert 200 == right.status_code
 
 
 async def test_streams_carry_the_rate_headers_and_are_refused_before_they_begin():

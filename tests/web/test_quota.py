@@ -10,10 +10,11 @@ from typing import Any
 
 import httpx
 import pytest
-from app.generation.requests import CompletionAsk, Delta
 
 from app.access import usage_log
 from app.engine.echo import EchoEngine
+from app.events import Delta
+from app.requests import GenerationRequest
 from app.types import EngineState
 from tests.web.access import ADMIN_KEY, Running, running
 from tests.web.harness import frames, until
@@ -40,7 +41,7 @@ async def counted(service: Running, key: str, tokens: int) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_a_request_that_the_month_has_no_room_for_is_refused_with_the_figures(service: Running):
+async def test_a_request_beyond_the_months_quota_is_refused_with_the_figures(service: Running):
     """429 quota_exceeded, told apart from a rate limit, with the time until the new month."""
     key = await service.key(limits={"monthly_tokens": 19})
 
@@ -93,14 +94,16 @@ async def test_an_answer_from_the_cache_costs_what_is_configured(tmp_path: Path)
         assert (10 + 8, 0) == await used(service, key)
 
 
-async def test_a_cancelled_answer_costs_what_was_made_until_then(tmp_path: Path):
+async def test_a_cancelled_answer_costs_what_was_generated_until_then(tmp_path: Path):
     """The client goes in the middle; nothing stays reserved."""
     async with running(tmp_path, engine=EchoEngine(token_delay_seconds=0.02)) as service:
         key = await service.key(limits={"monthly_tokens": 1000})
         caller = await service.access.authenticator.authenticate(key.encode())
         assert caller is not None
-        ask = CompletionAsk(id="r", caller=caller, prompt="one word " * 20, cache=False)
-        async with aclosing(service.app.state.container.service.complete(ask)) as events:
+        request = GenerationRequest(
+            id="r", tenant=caller.tenant, text="one word " * 20, unset=frozenset(["max_tokens"]), cache=False
+        )
+        async with aclosing(service.container.service.generate(request, caller)) as events:
             async for event in events:
                 if isinstance(event, Delta):
                     break
@@ -137,7 +140,7 @@ async def test_keys_without_a_quota_are_counted_too(service: Running):
     await counted(service, ADMIN_KEY, 10)
 
 
-async def test_the_report_tells_days_and_models_and_the_table_the_same(service: Running):
+async def test_the_report_lists_days_and_models_and_the_table_the_same(service: Running):
     key = await service.key(owner="anna")
     for _ in range(2):
         await service.generate(key)
@@ -205,7 +208,7 @@ async def test_other_routes_take_no_parallel_place_and_no_request(tmp_path: Path
         key = await service.key(role="admin", limits=limits)
         running_one = asyncio.create_task(service.generate(key, prompt="a long prompt " * 5, max_tokens=50))
         async with service.client(key) as http:
-            await until(lambda: service.app.state.container.engines.default.status().running == 1)
+            await until(lambda: service.container.host.default.engine.status().running == 1)
             paths = ("/v1/sessions", "/v1/models", "/v1/models/echo", "/v1/usage", "/v1/keys", "/v1/roles", "/status")
             others = [(await http.get(path)).status_code for path in paths]
             second = await http.post("/v1/generate", json=BODY)
@@ -319,7 +322,7 @@ async def test_a_stalled_database_slows_no_request_down_and_lost_rows_are_counte
             await asyncio.sleep(0.01)
         blocker.execute("ROLLBACK")
         blocker.close()
-        metrics = service.app.state.container.metrics.render()[0].decode()
+        metrics = service.container.metrics.render()[0].decode()
 
     assert sorted(took)[20] < 0.1
     dropped = float(metrics.split("\nusage_log_dropped_total ")[1].split("\n")[0])
@@ -335,10 +338,10 @@ async def test_old_rows_are_deleted_in_bounded_batches(service: Running, monkeyp
     await counted(service, key, 50)
     now = datetime.now(UTC)
 
-    kept = await service.access.log.delete_old(now + timedelta(days=89))
-    deleted = await service.access.log.delete_old(now + timedelta(days=91))
+    early = await service.access.log.delete_old(now + timedelta(days=89))
+    late = await service.access.log.delete_old(now + timedelta(days=91))
 
-    assert (0, 5) == (kept, deleted)
+    assert (0, 5) == (early, late)
     assert [] == (await service.usage(key))["by_day"]
 
 

@@ -1,14 +1,28 @@
 """What each route answers when all is well, field by field."""
 
 import json
+import re
 
+import httpx
 import pytest
-from app.generation.requests import Sampling
 
 from app.errors import ContextLengthExceeded, EngineBusy, InternalError
 from app.generation.sessions import Turn
-from app.types import Message, Role
-from tests.web.harness import BODIES, CHAT, GENERATE, MODEL, ScriptedService, frames, is_envelope, make_web
+from app.types import Message, Role, SamplingParams
+from tests.web.harness import (
+    AUTH,
+    BODIES,
+    CHAT,
+    GENERATE,
+    MODEL,
+    OPENAI_BODIES,
+    ScriptedService,
+    frames,
+    is_envelope,
+    make_web,
+)
+
+STREAMING = {**BODIES, **OPENAI_BODIES}
 
 USAGE = {
     "prompt_tokens": 3,
@@ -76,7 +90,45 @@ async def test_a_stream_has_its_deltas_and_one_done_frame(client, path):
     } == json.loads(done)
 
 
-async def test_the_service_is_asked_in_its_own_words(web, client):
+def steady(text: str) -> str:
+    """Replace what differs between two responses to one request."""
+    return re.sub(r'"(id|request_id|created)":("[^"]*"|[0-9]+)', r'"\1":0', text)
+
+
+async def messages_of(web, path, **fields):
+    """Send a request, and return the body of each ASGI message of its response that has one."""
+    bodies = []
+
+    async def counting(scope, receive, send):
+        async def note(message):
+            if message["type"] == "http.response.body" and message["body"]:
+                bodies.append(message["body"])
+            await send(message)
+
+        await web.app(scope, receive, note)
+
+    transport = httpx.ASGITransport(counting)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=AUTH) as client:
+        await client.post(path, json={**STREAMING[path], **fields, "stream": True})
+    return bodies
+
+
+@pytest.mark.parametrize("path", STREAMING)
+async def test_frames_that_are_ready_at_once_leave_in_one_message(path):
+    """Each costs a call of the server and a packet; the bytes are those of frames that leave one by one."""
+    texts = [f"{number} " for number in range(5)]
+    paced = [step for text in texts for step in (text, 0.02)]
+    at_once, one_by_one = [
+        await messages_of(await make_web(ScriptedService(steps=steps)), path) for steps in (texts, paced)
+    ]
+
+    joined = [steady(b"".join(bodies).decode()) for bodies in (at_once, one_by_one)]
+    assert joined[0] == joined[1]
+    assert len(at_once) <= 2
+    assert len(texts) + 1 <= len(one_by_one)
+
+
+async def test_every_field_reaches_the_service_under_its_canonical_name(web, client):
     body = {
         **CHAT,
         "max_new_tokens": 7,
@@ -101,10 +153,12 @@ async def test_the_service_is_asked_in_its_own_words(web, client):
 
     await client.post("/v1/chat", json=body, headers={"X-Request-ID": "mine"})
 
-    (ask,) = web.service.requests
-    assert (Message(Role.USER, "hello"),) == ask.messages
-    assert ("s", "m", True, "admin") == (ask.session_id, ask.model, ask.cache, ask.caller.key_id)
-    expected = Sampling(
+    (request,) = web.service.requests
+    assert (Message(Role.USER, "hello"),) == request.messages
+    assert ("s", "m", 2, True) == (request.session_id, request.model, request.n, request.cache)
+    assert ("admin", "admin") == (request.tenant, web.service.principals[0].key_id)
+    assert ("mine", "/v1/chat") == (request.origin.request_id, request.origin.route)
+    expected = SamplingParams(
         max_tokens=7,
         temperature=1.0,
         top_p=0.5,
@@ -112,7 +166,6 @@ async def test_the_service_is_asked_in_its_own_words(web, client):
         repetition_penalty=1.5,
         stop=("END",),
         seed=11,
-        n=2,
         min_p=0.25,
         presence_penalty=-1.0,
         frequency_penalty=1.5,
@@ -122,22 +175,35 @@ async def test_the_service_is_asked_in_its_own_words(web, client):
         ignore_eos=True,
         min_tokens=3,
     )
-    assert expected == ask.sampling
-    assert "mine" != ask.id
+    assert (expected, frozenset()) == (request.sampling, request.unset)
+    assert "mine" != request.id
+    assert (False, True, False) == (request.stream, request.cache_random, request.use_recommended)
 
 
-@pytest.mark.parametrize(("asked", "meant"), [(True, 0), (False, None), (None, None), (0, 0), (20, 20)])
-async def test_log_probabilities_are_asked_for_by_a_flag_or_by_a_number(web, client, asked, meant):
-    await client.post("/v1/generate", json={**GENERATE, "logprobs": asked})
+async def test_what_is_left_out_is_unset_and_nothing_else(web, client):
+    """Values that are the same as the neutral ones count as given."""
+    await client.post("/v1/generate", json={**GENERATE, "temperature": 0, "top_k": 0, "stream": True})
 
-    assert meant == web.service.requests[0].sampling.logprobs
+    (request,) = web.service.requests
+    assert (SamplingParams(), {"max_tokens", "top_p", "min_p", "repetition_penalty"}) == (
+        request.sampling,
+        request.unset,
+    )
+    assert ("hello", (), None, True) == (request.text, request.messages, request.prompt_ids, request.stream)
 
 
-async def test_two_requests_of_one_request_id_are_two_asks(web, client):
+@pytest.mark.parametrize(("given", "expected"), [(True, 0), (False, None), (None, None), (0, 0), (20, 20)])
+async def test_log_probabilities_are_requested_by_a_flag_or_by_a_number(web, client, given, expected):
+    await client.post("/v1/generate", json={**GENERATE, "logprobs": given})
+
+    assert expected == web.service.requests[0].sampling.logprobs
+
+
+async def test_two_requests_of_one_request_id_are_two_generations(web, client):
     for _ in range(2):
         await client.post("/v1/generate", json=GENERATE, headers={"X-Request-ID": "same"})
 
-    assert 2 == len({ask.id for ask in web.service.requests})
+    assert 2 == len({request.id for request in web.service.requests})
 
 
 @pytest.mark.parametrize(
@@ -201,8 +267,8 @@ async def test_an_answer_without_a_last_event_ends_in_an_error_frame():
 
 async def test_sessions_are_listed_read_and_forgotten(web, client):
     turn = Turn((Message(Role.USER, "hi"), Message(Role.ASSISTANT, "ho")))
-    await web.service.sessions.append("admin", "mine", turn)
-    await web.service.sessions.append("other", "theirs", turn)
+    await web.sessions.append("admin", "mine", turn)
+    await web.sessions.append("other", "theirs", turn)
 
     listed = (await client.get("/v1/sessions")).json()["sessions"]
     read = (await client.get("/v1/sessions/mine")).json()
@@ -219,13 +285,13 @@ async def test_sessions_are_listed_read_and_forgotten(web, client):
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
 async def test_another_tenants_session_is_as_unknown_as_one_that_never_was(web, client, method):
     turn = Turn((Message(Role.USER, "hi"), Message(Role.ASSISTANT, "ho")))
-    await web.service.sessions.append("other", "theirs", turn)
+    await web.sessions.append("other", "theirs", turn)
 
     replies = [(await client.request(method, f"/v1/sessions/{name}")) for name in ("theirs", "never")]
 
     assert [404, 404] == [reply.status_code for reply in replies]
     assert replies[0].json()["message"] == replies[1].json()["message"]
-    assert await web.service.sessions.read("other", "theirs")
+    assert await web.sessions.read("other", "theirs")
 
 
 async def test_without_session_memory_there_are_no_sessions():

@@ -93,11 +93,9 @@ class GeneratingRoute(APIRoute):
 
 
 def _validated(schema: type[BaseModel], value: Any) -> BaseModel:
-    """Raises: RequestValidationError, with locations as FastAPI writes them."""
-    if value is None:
-        raise RequestValidationError([{"type": "missing", "loc": ("body",), "msg": "Field required"}])
+    """Raises: RequestValidationError, with the locations and messages of FastAPI's own validation."""
     try:
-        return schema.model_validate(value)
+        return schema.model_validate(value, from_attributes=True)
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False, include_input=False)
         raise RequestValidationError([{**item, "loc": ("body", *item["loc"])} for item in found]) from None
@@ -122,7 +120,7 @@ async def _decoded(request: Request) -> ParsedRequest:
     _require_json(request)
     decoded = ParsedRequest(request.scope, request.receive)
     try:
-        decoded.parsed = parse(await _read(decoded))
+        decoded.parsed = parse(await decoded.body())
     except ClientDisconnect:
         raise ClientDisconnected("The client hung up while it sent its body.") from None
     return decoded

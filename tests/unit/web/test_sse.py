@@ -8,19 +8,27 @@ from typing import Any
 
 import pytest
 import structlog
-from app.generation.requests import Delta, Ending, Event, Finished, Started
 from starlette.requests import Request
 
 from app.errors import AppError, ClientDisconnected, EngineFailed
+from app.events import Delta, Event, Finished, FinishedSample, Started
 from app.types import FinishReason, Usage
 from app.web.http.errors import envelope
-from app.web.http.sse import EventStream, cancel_on_disconnect, collect_response, frame, wait_for_start
+from app.web.http.sse import (
+    READ_AHEAD,
+    EventStream,
+    StreamEncoder,
+    cancel_on_disconnect,
+    collect_response,
+    frame,
+    wait_for_start,
+)
 
-ENDING = Ending(finish_reason=FinishReason.STOP, tokens=1)
-FINISHED = Finished(model="m", endings=(ENDING,), usage=Usage(1, 1), cached=False)
+SAMPLE = FinishedSample(finish_reason=FinishReason.STOP, completion_tokens=1)
+FINISHED = Finished(model="m", samples=(SAMPLE,), usage=Usage(1, 1))
 
 
-class Answer:
+class Generation:
     """A generation that records whether it was closed."""
 
     def __init__(self, *steps: Event | float | Exception) -> None:
@@ -67,6 +75,13 @@ class Client:
         return Request({"type": "http", "headers": []}, self.receive)
 
     @property
+    def bodies(self) -> list[bytes]:
+        """The content of each message but the last one, which is empty."""
+        *bodies, last = [message["body"] for message in self.sent if message["type"] == "http.response.body"]
+        assert not last
+        return bodies
+
+    @property
     def text(self) -> str:
         return b"".join(message.get("body", b"") for message in self.sent).decode()
 
@@ -86,55 +101,112 @@ class PlainEncoder:
         return frame(envelope(error, "r1"), "error")
 
 
-async def serve(answer: Answer, client: Client, **options: float) -> None:
-    stream = EventStream(Started(model="m"), answer.events, PlainEncoder(), **options)
+class OrderedEncoder(PlainEncoder):
+    """Fails for an event that comes before Started, as an encoder with a state for each choice does."""
+
+    def __init__(self) -> None:
+        self.started = False
+
+    def encode(self, event: Event) -> bytes:
+        self.started = self.started or isinstance(event, Started)
+        if not self.started:
+            raise KeyError("an event of a stream that has not begun")
+        return frame({}, "started") if isinstance(event, Started) else super().encode(event)
+
+
+async def serve(
+    generation: Generation, client: Client, *, encoder: StreamEncoder | None = None, **options: float
+) -> None:
+    stream = EventStream(Started(model="m"), generation.events, encoder or PlainEncoder(), **options)
     async with asyncio.timeout(5):
         await stream({"type": "http", "method": "POST"}, client.receive, client.send)
 
 
 async def test_a_whole_stream_is_sent_and_closed():
-    answer, client = Answer(Started(model="m"), Delta(text="ä\n"), FINISHED), Client()
+    generation, client = Generation(Started(model="m"), Delta(text="ä\n"), FINISHED), Client()
 
-    await serve(answer, client)
+    await serve(generation, client)
 
     assert ': keep-alive\n\nevent: delta\ndata: {"content":"ä\\n"}\n\nevent: done\ndata: {}\n\n' == client.text
-    assert answer.closed
+    assert generation.closed
     assert not client.sent[-1]["more_body"]
 
 
+async def test_frames_that_are_ready_at_once_leave_in_one_message():
+    """Others leave as soon as they are ready; the bytes are the same."""
+    deltas = [Delta(text=str(number)) for number in range(4)]
+    at_once, one_by_one = Client(), Client()
+
+    await serve(Generation(*deltas, FINISHED), at_once)
+    await serve(Generation(*[step for delta in deltas for step in (delta, 0.02)], FINISHED), one_by_one)
+
+    assert at_once.text == one_by_one.text
+    assert len(at_once.bodies) <= 2
+    assert len(deltas) <= len(one_by_one.bodies)
+
+
+async def test_a_client_that_reads_slowly_gets_every_frame_in_its_order():
+    """More than fit into the buffer, so that the generation has to wait for the client."""
+
+    class Slow(Client):
+        async def send(self, message: dict[str, Any]) -> None:
+            await asyncio.sleep(0.002)
+            await super().send(message)
+
+    numbers = [str(number) for number in range(5 * READ_AHEAD)]
+    generation, client = Generation(*[Delta(text=number) for number in numbers], FINISHED), Slow()
+
+    await serve(generation, client)
+
+    contents = [json.loads(line[6:])["content"] for line in client.text.split("\n") if line.startswith('data: {"c')]
+    assert numbers == contents
+    assert len(client.bodies) >= len(numbers) / (READ_AHEAD + 1)
+    assert generation.closed
+
+
+async def test_the_opening_is_encoded_before_every_other_event():
+    """Also where the generation has all of them ready."""
+    client = Client()
+
+    await serve(Generation(Delta(text="a"), FINISHED), client, encoder=OrderedEncoder())
+
+    names = [line.removeprefix("event: ") for line in client.text.split("\n") if line.startswith("event: ")]
+    assert ["started", "delta", "done"] == names
+
+
 async def test_a_hang_up_closes_the_answer():
-    answer = Answer(Delta(text="a"), 60)
+    generation = Generation(Delta(text="a"), 60)
 
-    await serve(answer, Client(leaves_after=0.05))
+    await serve(generation, Client(leaves_after=0.05))
 
-    assert answer.closed
+    assert generation.closed
 
 
 async def test_a_hang_up_before_the_first_frame_closes_the_answer():
     """The client disconnects before the next event of a generation that has begun."""
-    answer = Answer(Started(model="m"), 60, FINISHED)
-    await wait_for_start(Client().request, answer.events)
+    generation = Generation(Started(model="m"), 60, FINISHED)
+    await wait_for_start(Client().request, generation.events)
 
-    await serve(answer, Client(leaves_after=0))
+    await serve(generation, Client(leaves_after=0))
 
-    assert answer.closed
+    assert generation.closed
 
 
 async def test_a_client_that_does_not_read_is_cut_off_without_a_traceback():
-    answer, client = Answer(*[Delta(text="a")] * 100, FINISHED), Client(reads=False)
+    generation, client = Generation(*[Delta(text="a")] * 100, FINISHED), Client(reads=False)
 
     with structlog.testing.capture_logs() as lines:
-        await serve(answer, client, send_timeout_seconds=0.05)
+        await serve(generation, client, send_timeout_seconds=0.05)
 
-    assert answer.closed
+    assert generation.closed
     assert ["warning"] == [line["log_level"] for line in lines]
     assert "exc_info" not in lines[0]
 
 
 async def test_a_quiet_stream_is_kept_alive():
-    answer, client = Answer(0.3, FINISHED), Client()
+    generation, client = Generation(0.3, FINISHED), Client()
 
-    await serve(answer, client, ping_seconds=0.05)
+    await serve(generation, client, ping_seconds=0.05)
 
     assert client.text.count(": keep-alive\n\n") >= 3
 
@@ -144,25 +216,25 @@ async def test_a_quiet_stream_is_kept_alive():
     [(EngineFailed("The engine died."), "service_unavailable"), (ValueError("private"), "internal_server_error")],
 )
 async def test_a_failure_is_the_last_frame(failure: Exception, code: str):
-    answer, client = Answer(Delta(text="a"), failure), Client()
+    generation, client = Generation(Delta(text="a"), failure), Client()
 
     with structlog.testing.capture_logs() as lines:
-        await serve(answer, client)
+        await serve(generation, client)
 
     name, data = client.text.strip().split("\n\n")[-1].split("\n")
     assert "event: error" == name
     envelope = json.loads(data.removeprefix("data: "))
     assert (code, "r1") == (envelope["error"], envelope["request_id"])
     assert "private" not in client.text + str(lines)
-    assert answer.closed
+    assert generation.closed
 
 
 async def test_no_task_polls_for_a_shutdown():
     """The library's watcher wakes up twice a second and outlives the stream; ours must not start it."""
     before = asyncio.all_tasks()
 
-    answer, client = Answer(0.1, FINISHED), Client()
-    serving = asyncio.create_task(serve(answer, client))
+    generation, client = Generation(0.1, FINISHED), Client()
+    serving = asyncio.create_task(serve(generation, client))
     await asyncio.sleep(0.05)
     during = {getattr(task.get_coro(), "__name__", "") for task in asyncio.all_tasks()}
     await serving
@@ -172,22 +244,22 @@ async def test_no_task_polls_for_a_shutdown():
 
 
 async def test_whole_answers_are_read_to_the_end_and_closed():
-    answer = Answer(Started(model="m"), Delta(text="a"), Delta(text="b"), FINISHED)
+    generation = Generation(Started(model="m"), Delta(text="a"), Delta(text="b"), FINISHED)
 
-    reply = await collect_response(Client().request, answer.events)
+    reply = await collect_response(Client().request, generation.events)
 
     assert "ab" == reply.text
-    assert answer.closed
+    assert generation.closed
 
 
 @pytest.mark.parametrize("read", [collect_response, wait_for_start])
 async def test_nobody_waits_for_an_answer_that_nobody_reads(read: Callable[..., Any]):
-    answer = Answer(60, FINISHED)
+    generation = Generation(60, FINISHED)
 
     with pytest.raises(ClientDisconnected):
-        await read(Client(leaves_after=0.05).request, answer.events)
+        await read(Client(leaves_after=0.05).request, generation.events)
 
-    assert answer.closed
+    assert generation.closed
 
 
 @pytest.mark.parametrize("read", [collect_response, wait_for_start])
@@ -195,21 +267,21 @@ async def test_errors_before_the_answer_are_raised_as_they_are(read: Callable[..
     error = EngineFailed("x")
 
     with pytest.raises(EngineFailed) as raised:
-        await read(Client().request, Answer(error).events)
+        await read(Client().request, Generation(error).events)
 
     assert error is raised.value
 
 
 async def test_cancelling_the_route_cancels_its_work():
-    answer = Answer(60)
-    route = asyncio.create_task(collect_response(Client().request, answer.events))
+    generation = Generation(60)
+    route = asyncio.create_task(collect_response(Client().request, generation.events))
     await asyncio.sleep(0.02)
 
     route.cancel()
 
     with pytest.raises(asyncio.CancelledError):
         await route
-    assert answer.closed
+    assert generation.closed
 
 
 async def test_work_that_is_done_wins_over_a_hang_up_at_the_same_moment():
@@ -220,7 +292,7 @@ async def test_work_that_is_done_wins_over_a_hang_up_at_the_same_moment():
 
 
 async def test_an_error_while_closing_reaches_nobody_with_its_message():
-    class Stubborn(Answer):
+    class Stubborn(Generation):
         async def _play(self) -> AsyncGenerator[Event, None]:
             try:
                 yield Delta(text="a")
