@@ -36,7 +36,7 @@ from app.worker.execution.executor_selection import accelerate
 from app.worker.execution.kv_cache import UnsupportedModelError
 from app.worker.execution.model_runner import make_row_model
 from app.worker.execution.native.native_build import CompileError
-from app.worker.execution.native.packed_linear import PanelLinear
+from app.worker.execution.native.packed_linear import NativeLinear
 from app.worker.execution.serial.serial_runner import SerialRunner
 from app.worker.execution.torch.quantization import in_integers
 from app.worker.execution.torch.weight_packing import pack_linears
@@ -189,7 +189,7 @@ def _one_at_a_time(loaded: LoadedModel) -> SerialRunner:
     model = loaded.pipeline.model
     if loaded.logprob_shift is not None and not in_integers(model):
         # Its weights are rounded and still lie there as floats.
-        pack_linears(model, [PanelLinear])
+        pack_linears(model, [NativeLinear])
     return SerialRunner(loaded)
 
 

@@ -14,8 +14,8 @@ from app.ipc.messages import Compile
 from app.worker.execution.compiled.torch_compile import compile_layers
 from app.worker.execution.model_runner import QUANTIZED, RowModel
 from app.worker.execution.native.native_build import CompileError
-from app.worker.execution.native.native_decoder import CompiledLayers, may_be_compiled
-from app.worker.execution.native.packed_linear import PanelLinear, products
+from app.worker.execution.native.native_decoder import NativeDecoder, check_supported
+from app.worker.execution.native.packed_linear import NativeLinear, gemm_kernels
 from app.worker.execution.torch.quantization import in_integers
 from app.worker.execution.torch.weight_packing import OF_TORCH, pack_linears
 
@@ -58,12 +58,12 @@ def _multiplied_in_tiles(model: Any) -> bool:
 
 def _add_layers(rows: RowModel) -> None:
     """Raises: CompileError: they cannot be compiled, or compute something else."""
-    may_be_compiled(rows.model)
-    products()
+    check_supported(rows.model)
+    gemm_kernels()
 
     def add() -> None:
-        pack_linears(rows.model, [PanelLinear], least=0)
-        rows.layers = CompiledLayers(rows.model, rows.cache)
+        pack_linears(rows.model, [NativeLinear], least=0)
+        rows.layers = NativeDecoder(rows.model, rows.cache)
 
     def remove() -> None:
         rows.layers = None

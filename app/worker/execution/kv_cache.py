@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
-from app.worker.execution.native.attention import NUMBERS, CompiledAttention, Heads
+from app.worker.execution.native.attention import KV_CACHE_TYPES, AttentionShape, NativeAttention
 from app.worker.execution.native.native_build import CompileError
 from app.worker.execution.packed_batch import Group, Layout, Piece, Singles, additive
 
@@ -46,9 +46,9 @@ class RowCache(Cache):
         self.length = length
         self.windows: dict[int, int | None] = {}
         """By layer, the sliding window in tokens that it told the attention, or None; known after the first pass."""
-        self.heads: set[Heads | None] = set()
+        self.heads: set[AttentionShape | None] = set()
         """The shapes of attention in the layers that have computed something; None is one that cannot be compiled."""
-        self.compiled: CompiledAttention | None = None
+        self.compiled: NativeAttention | None = None
         """Computes attention instead of torch, if there is one."""
         self.outside = False
         """Whether attention itself calls `write`, and `update` only hands on what it gets."""
@@ -107,8 +107,8 @@ class RowCache(Cache):
         self._layer = layer_idx
         rows, positions = self._layout.rows, self._layout.positions[0]
         if self.compiled is not None:
-            self.compiled.keep(key_states, keys, rows, positions)
-            self.compiled.keep(value_states, values, rows, positions)
+            self.compiled.write_kv(key_states, keys, rows, positions)
+            self.compiled.write_kv(value_states, values, rows, positions)
         else:
             keys[rows, :, positions] = key_states[0].transpose(0, 1)
             values[rows, :, positions] = value_states[0].transpose(0, 1)
@@ -119,9 +119,9 @@ class RowCache(Cache):
 
         Raises: CompileError: there is none for it; everything goes on as before.
         """
-        self.compiled = CompiledAttention(self.same_heads())
+        self.compiled = NativeAttention(self.same_heads())
 
-    def same_heads(self) -> Heads:
+    def same_heads(self) -> AttentionShape:
         """Return the shape of attention in all layers that have computed something.
 
         Raises: CompileError: they have none in common that can be compiled.
@@ -212,13 +212,13 @@ def _attend_group(
     return part.permute(2, 1, 0, 3).flatten(1, 2)
 
 
-def _heads(query: Tensor, key: Tensor, value: Tensor) -> Heads | None:
+def _heads(query: Tensor, key: Tensor, value: Tensor) -> AttentionShape | None:
     """Return the shape of attention between numbers of the CPU, keys and values alike; None if it is not compiled."""
     alike = key.shape == value.shape and key.shape[-1] == query.shape[-1]
     kinds = {(each.dtype, each.device.type) for each in (query, key, value)}
-    if not alike or len(kinds) > 1 or query.dtype not in NUMBERS or query.device.type != "cpu":
+    if not alike or len(kinds) > 1 or query.dtype not in KV_CACHE_TYPES or query.device.type != "cpu":
         return None
-    return Heads(key.shape[1], query.shape[1] // key.shape[1], query.shape[-1], query.dtype)
+    return AttentionShape(key.shape[1], query.shape[1] // key.shape[1], query.shape[-1], query.dtype)
 
 
 def _attend(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from app.ipc.messages import Compiled
 from app.worker.execution.kv_cache import ATTENTION, RowCache, UnsupportedModelError
-from app.worker.execution.native.native_decoder import CompiledLayers
+from app.worker.execution.native.native_decoder import NativeDecoder
 from app.worker.execution.packed_batch import Piece
 from app.worker.execution.torch.quantization import in_integers
 
@@ -35,7 +35,7 @@ class RowModel:
         self.vocabulary = model.get_output_embeddings().weight.shape[0]
         """Tokens that it gives scores for."""
         self.cache = RowCache(rows, length, str(model.device))
-        self.layers: CompiledLayers | None = None
+        self.layers: NativeDecoder | None = None
         """Computes all layers instead of torch, if there is one."""
         self.restore()
 
@@ -61,7 +61,7 @@ class RowModel:
         ends = torch.tensor([len(piece.tokens) for piece in pieces]).cumsum(0) - 1
         keep = ends[torch.tensor(wanted)].to(layout.ids.device)
         if self.layers is not None:
-            return self.layers.scores(layout, keep)
+            return self.layers.forward(layout, keep)
         scores: Tensor = self.model(
             input_ids=layout.ids,
             position_ids=layout.positions,

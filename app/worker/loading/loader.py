@@ -33,7 +33,7 @@ from transformers import (
 
 from app.ipc.messages import ModelSpec
 from app.worker.execution.native.native_build import CompileError
-from app.worker.execution.native.packed_linear import products
+from app.worker.execution.native.packed_linear import gemm_kernels
 from app.worker.execution.torch.quantization import PROBE_TOKENS, TEXT, QuantizationError, quantize_linears
 
 log = logging.getLogger(__name__)
@@ -238,7 +238,7 @@ def _takes_panels(model: Any, spec: ModelSpec) -> bool:
 def _no_panels() -> CompileError | None:
     """Return why there is no program for linear layers, None where there is."""
     try:
-        products()
+        gemm_kernels()
     except CompileError as error:
         return error
     return None

@@ -16,10 +16,9 @@ from app.ipc.messages import Compile
 from app.worker.execution import executor_selection as acceleration
 from app.worker.execution.executor_selection import accelerate
 from app.worker.execution.model_runner import RowModel, make_row_model
-from app.worker.execution.native import native_build as programs
-from app.worker.execution.native import packed_linear as panels
+from app.worker.execution.native import native_build
 from app.worker.execution.native.native_build import CompileError
-from app.worker.execution.native.packed_linear import PanelLinear
+from app.worker.execution.native.packed_linear import NativeLinear
 from app.worker.execution.packed_batch import Piece
 from app.worker.execution.torch.quantization import quantize_linears
 from tests.unit.worker.families import CONTEXT, FAMILIES, VOCABULARY, make
@@ -61,13 +60,11 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture
-def programs_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def source_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of sources to be changed, which programs are made of instead."""
-    monkeypatch.setattr(programs, "SOURCES", shutil.copytree(programs.SOURCES, tmp_path / "native"))
-    monkeypatch.setattr(programs, "FLAGS", (*programs.FLAGS, "-O0"))  # compiled in half of the time
-    panels._made.cache_clear()
-    yield tmp_path / "native"
-    panels._made.cache_clear()
+    monkeypatch.setattr(native_build, "SOURCE_DIR", shutil.copytree(native_build.SOURCE_DIR, tmp_path / "native"))
+    monkeypatch.setattr(native_build, "FLAGS", (*native_build.FLAGS, "-O0"))  # compiled in half of the time
+    return tmp_path / "native"
 
 
 def accelerated(model: Any, setting: Compile = "layers", rows: int = 4) -> RowModel:
@@ -162,7 +159,7 @@ def test_weights_of_32_bits_keep_them_all() -> None:
     expected = plain.scores(pieces, [True])
 
     assert (rows.scores(pieces, [True]) - expected).norm() <= 1e-5 * expected.norm()
-    kinds = {each.panels.dtype for each in rows.model.modules() if isinstance(each, PanelLinear)}
+    kinds = {each.packed_weight.dtype for each in rows.model.modules() if isinstance(each, NativeLinear)}
     assert {torch.float32} == kinds
 
 
@@ -178,7 +175,7 @@ def test_weights_of_8_bits_score_as_the_same_numbers_do_in_torch(kind: str) -> N
     expected = plain.scores(pieces, [True, True])
 
     assert (rows.scores(pieces, [True, True]) - expected).norm() <= 1e-5 * expected.norm()
-    kinds = [each.panels.dtype for each in rows.model.modules() if isinstance(each, PanelLinear)]
+    kinds = [each.packed_weight.dtype for each in rows.model.modules() if isinstance(each, NativeLinear)]
     assert {torch.int8: len(kinds) - 1, torch.float32: 1} == Counter(kinds)
 
 
@@ -239,11 +236,11 @@ def test_other_layers_are_left_to_torch(
     ],
 )
 def test_a_program_that_computes_something_else_is_not_used(
-    source: str, right: str, wrong: str, dtype: torch.dtype, programs_of: Path
+    source: str, right: str, wrong: str, dtype: torch.dtype, source_dir: Path
 ) -> None:
     """A compiler may be wrong about the machine; what it makes is compared before it answers anyone, and the model is
     served as before, whatever the program left in the rows."""
-    path = programs_of / source
+    path = source_dir / source
     text = path.read_text()
     assert text.count(right) == 1
     path.write_text(text.replace(right, wrong))
@@ -267,5 +264,5 @@ def test_where_a_processor_multiplies_whole_matrices_layers_in_bfloat16_are_torc
     by_torch = [*by_setting["auto"].model.modules(), *by_setting["attention"].model.modules()]
 
     assert {"auto": "attention", "attention": "attention", "layers": "layers"} == found
-    assert not any(isinstance(each, PanelLinear) for each in by_torch)
+    assert not any(isinstance(each, NativeLinear) for each in by_torch)
     assert "layers" == accelerated(make(KINDS["llama"]), "auto").compiled

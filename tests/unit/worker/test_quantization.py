@@ -17,7 +17,7 @@ from app.worker.execution.executor_selection import accelerate
 from app.worker.execution.linear_modules import linears
 from app.worker.execution.model_runner import make_row_model
 from app.worker.execution.native.native_build import CompileError
-from app.worker.execution.native.packed_linear import PanelLinear, fits_int8
+from app.worker.execution.native.packed_linear import NativeLinear, fits_int8
 from app.worker.execution.torch.quantization import Int8Linear, in_integers, quantize_linears
 from app.worker.loading import loader
 from app.worker.loading.loader import LoadError, load
@@ -184,14 +184,14 @@ def wrong_numbers(self: Int8Linear, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("engine", ["batching", "serial"])
 def test_weights_of_8_bits_take_8(folder: Path, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """In compiled layers, and for a model that is served one request at a time."""
-    monkeypatch.setattr(PanelLinear, "LEAST", 0)
+    monkeypatch.setattr(NativeLinear, "MIN_WEIGHTS", 0)
     loaded = load_int8(folder)
     runner = make_runner(loaded, msgspec.structs.replace(SPEC, name=str(folder), engine=engine))
 
     model = loaded.pipeline.model
-    panels = [each for each in model.modules() if isinstance(each, PanelLinear)]
+    panels = [each for each in model.modules() if isinstance(each, NativeLinear)]
     assert ("layers" if engine == "batching" else None) == runner.compiled
-    assert {torch.int8} == {each.panels.dtype for each in panels if each is not model.get_output_embeddings()}
+    assert {torch.int8} == {each.packed_weight.dtype for each in panels if each is not model.get_output_embeddings()}
     assert [] == [each for each in model.modules() if type(each) is nn.Linear]
 
 
@@ -199,7 +199,7 @@ def test_without_a_compiler_torch_computes_in_integers(folder: Path, monkeypatch
     def none() -> None:
         raise CompileError("there is no C++ compiler")
 
-    monkeypatch.setattr(loader, "products", none)
+    monkeypatch.setattr(loader, "gemm_kernels", none)
 
     assert in_integers(load_int8(folder).pipeline.model)
 

@@ -13,8 +13,7 @@ from app.worker import process
 from app.worker.execution.compiled.torch_compile import compile_layers
 from app.worker.execution.kv_cache import UnsupportedModelError
 from app.worker.execution.model_runner import RowModel
-from app.worker.execution.native import native_build as programs
-from app.worker.execution.native import packed_linear as panels
+from app.worker.execution.native import native_build
 from app.worker.execution.native.native_build import CompileError
 from app.worker.execution.packed_batch import Piece
 from app.worker.loading.loader import LoadError, load
@@ -158,11 +157,9 @@ def test_layers_are_not_left_uncompiled_in_silence(folder: Path, monkeypatch: py
 def test_without_a_compiler_layers_are_refused_and_else_left_to_torch(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(programs, "COMPILERS", ())
+    monkeypatch.setattr(native_build, "COMPILERS", ())
     monkeypatch.delenv("CXX", raising=False)
-    panels._made.cache_clear()
 
     assert runner_of(folder, "auto").compiled is None
     with pytest.raises(LoadError, match=r"its layers cannot be compiled: .*no C\+\+ compiler"):
         runner_of(folder, "layers")
-    panels._made.cache_clear()

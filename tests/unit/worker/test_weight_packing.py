@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from app.worker.execution.native.packed_linear import PanelLinear
+from app.worker.execution.native.packed_linear import NativeLinear
 from app.worker.execution.torch import weight_packing as packing
 from app.worker.execution.torch.weight_packing import OF_TORCH, HalfLinear, PackedLinear, Way, pack_linears
 from tests.unit.worker.families import FAMILIES, VOCABULARY, make
@@ -65,7 +65,7 @@ def test_weights_beyond_float16_stay_in_float32() -> None:
         HalfLinear(layer)
 
 
-@pytest.mark.parametrize("way", [PanelLinear, HalfLinear, PackedLinear])
+@pytest.mark.parametrize("way", [NativeLinear, HalfLinear, PackedLinear])
 def test_where_packing_fails_the_layers_stay_as_they_are(monkeypatch: pytest.MonkeyPatch, way: type[nn.Module]) -> None:
     """An operator that computes something else is found out before its layer is replaced."""
     monkeypatch.setattr(way, "forward", lambda self, x: torch.zeros(3, 1))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from app.worker.execution.linear_modules import linears
-from app.worker.execution.native.packed_linear import in_int8
+from app.worker.execution.native.packed_linear import quantize_int8
 
 TOLERANCE = 0.01
 """How far a layer's numbers may be from those of the same rounded weights and activations in floats, as a share of
@@ -109,7 +109,7 @@ def _log_probabilities(model: Any, ids: Tensor) -> Tensor:
 
 
 def _rounded(linear: nn.Linear) -> nn.Linear:
-    whole, scales = in_int8(linear.weight.detach())
+    whole, scales = quantize_int8(linear.weight.detach())
     linear.weight = nn.Parameter(whole * scales, requires_grad=False)
     return linear
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from app.worker.execution.linear_modules import linears
-from app.worker.execution.native.packed_linear import PanelLinear, fits_float16
+from app.worker.execution.native.packed_linear import NativeLinear, fits_float16
 from app.worker.execution.qkv_fusion import fuse_linears
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class HalfLinear(nn.Module):
     Weights of a checkpoint in bfloat16 or float16 fit without loss; those that need more bits are refused.
     """
 
-    LEAST = 250_000
+    MIN_WEIGHTS = 250_000
     """Smaller layers lose more by waking the other threads than they gain."""
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -54,7 +54,7 @@ class HalfLinear(nn.Module):
 class PackedLinear(nn.Module):
     """Keeps its weights in oneDNN's own order."""
 
-    LEAST = 500_000
+    MIN_WEIGHTS = 500_000
     """With 330,000 weights an ordinary layer is as fast or faster."""
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -68,12 +68,12 @@ class PackedLinear(nn.Module):
         return done
 
 
-Way = type[PanelLinear] | type[HalfLinear] | type[PackedLinear]
+Way = type[NativeLinear] | type[HalfLinear] | type[PackedLinear]
 OF_TORCH: tuple[Way, ...] = (HalfLinear, PackedLinear)
 """Those that need no compiler."""
 WAYS: dict[torch.dtype, tuple[Way, ...]] = {
-    torch.float32: (PanelLinear, *OF_TORCH),
-    torch.bfloat16: (PanelLinear, PackedLinear),
+    torch.float32: (NativeLinear, *OF_TORCH),
+    torch.bfloat16: (NativeLinear, PackedLinear),
 }
 """Better ones first."""
 
@@ -106,7 +106,7 @@ def _pack(linear: nn.Linear, ways: Sequence[Way], least: int | None, refused: se
     """Return the layer packed, or None; what failed once for a shape is not tried for it again."""
     for way in ways:
         shape = way, linear.weight.shape
-        if shape in refused or linear.weight.numel() < (way.LEAST if least is None else least):
+        if shape in refused or linear.weight.numel() < (way.MIN_WEIGHTS if least is None else least):
             continue
         try:
             with warnings.catch_warnings(action="ignore"):
