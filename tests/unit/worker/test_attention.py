@@ -255,9 +255,13 @@ def test_a_head_that_fills_no_vectors_is_left_to_torch() -> None:
 @pytest.mark.parametrize(
     ("source", "right", "wrong"),
     [
-        ("attention_decode.h", "scale * sum(sums[group])", "sum(sums[group])"),
-        ("attention_prefill.h", "scale * load(from + part)", "load(from + part)"),
-        ("attention_prefill.h", "end[token] - begin :", "count :"),
+        ("attention_decode.h", "scale * reduce_sum(sums[query])", "reduce_sum(sums[query])"),
+        (
+            "attention_prefill.h",
+            "scale * load(q + query_offset(query) + element)",
+            "load(q + query_offset(query) + element)",
+        ),
+        ("attention_prefill.h", ": end_key[token] - begin", ": count"),
     ],
 )
 def test_a_program_that_computes_something_else_is_not_used(

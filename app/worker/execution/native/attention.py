@@ -16,7 +16,7 @@ from app.worker.execution.native.native_build import CompileError, build_kernel_
 
 LANES = 8
 """Elements of a SIMD vector; the head size is a multiple of it."""
-KV_CACHE_TYPES = {torch.float32: "float", torch.bfloat16: "Bfloat"}
+KV_CACHE_TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 """Types of keys and values, and what the C++ sources call them."""
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest relative error against torch that the self-test accepts."""
@@ -42,10 +42,10 @@ class AttentionShape:
         if self.head_size % LANES:
             raise CompileError(f"heads of {self.head_size} numbers do not fill vectors")
         return {
-            "KV_HEADS": self.num_kv_heads,
-            "GROUPS": self.queries_per_kv,
-            "SIZE": self.head_size,
-            "NUMBER": KV_CACHE_TYPES[self.dtype],
+            "LLMK_NUM_KV_HEADS": self.num_kv_heads,
+            "LLMK_QUERIES_PER_KV": self.queries_per_kv,
+            "LLMK_HEAD_SIZE": self.head_size,
+            "LLMK_KV_TYPE": KV_CACHE_TYPES[self.dtype],
         }
 
 
@@ -60,7 +60,7 @@ class NativeAttention:
         self._shape = shape
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         library = build_kernel_library("attention", shape.macros)
-        self._attend, self._write_kv = library.attend, library.keep
+        self._attend, self._write_kv = library.llmk_attend, library.llmk_write_kv
         self._attend.argtypes = [*[pointer] * 7, number, number, ctypes.c_float, ctypes.c_int]
         self._write_kv.argtypes = [pointer, number, number, pointer, pointer, pointer, number, number]
         self._attend.restype = self._write_kv.restype = None

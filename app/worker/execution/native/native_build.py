@@ -25,8 +25,14 @@ log = logging.getLogger(__name__)
 
 SOURCE_DIR = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-shared", "-fPIC")
+FLAGS = ("-O3", "-std=c++17", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
+"""`-ffp-contract=fast` makes a multiplication and the addition that takes its result one fused multiply-add, which most
+of the speed of float32 rests on.  It is GCC's default and not Clang's; stated here, both compute the same way.  The
+kernels keep every sum in one order for any batch size, so the bits of a token's result do not depend on its batch; the
+tests check that bit for bit, with this flag."""
 COMPILE_SECONDS = 60
+ABI_VERSION = 1
+"""What the bindings call; LLMK_ABI_VERSION of abi.h."""
 
 
 class CompileError(Exception):
@@ -49,10 +55,16 @@ def toolchain() -> Toolchain:
     return Toolchain(compiler, FLAGS, SOURCE_DIR)
 
 
-def build_kernel_library(name: str, macros: Mapping[str, str | int] | None = None) -> ctypes.CDLL:
+def build_kernel_library(
+    name: str,
+    macros: Mapping[str, str | int] | None = None,
+    structures: Mapping[str, type[ctypes.Structure]] | None = None,
+) -> ctypes.CDLL:
     """Compile `<name>.cpp` with the given macros and load it: a second or two, or nothing where it is cached.
 
-    Raises: CompileError: there is no compiler, or it fails.
+    Args: structures: those that the library and its bindings share, by the name of the library's layout function.
+
+    Raises: CompileError: there is no compiler, it fails, or the library's ABI is not that of the bindings.
     """
     tools = toolchain()
     if tools.compiler is None:
@@ -60,11 +72,32 @@ def build_kernel_library(name: str, macros: Mapping[str, str | int] | None = Non
     definitions = [f"-D{macro}={value}" for macro, value in (macros or {}).items()]
     command = [tools.compiler, *tools.flags, *definitions, str(tools.source_dir / f"{name}.cpp"), "-o"]
     try:
-        return _load_or_compile(command, f"{name}-{_digest(command)}.so")
+        library = _load_or_compile(command, f"{name}-{_digest(command)}.so")
     except subprocess.CalledProcessError as error:
         raise CompileError(f"{tools.compiler} fails: {_last_line(error.stderr)}") from None
     except (OSError, subprocess.SubprocessError) as error:
         raise CompileError(f"{tools.compiler} is of no use: {error}") from None
+    _check_abi(library, name, structures or {})
+    return library
+
+
+def _check_abi(library: ctypes.CDLL, name: str, structures: Mapping[str, type[ctypes.Structure]]) -> None:
+    """Compare what the library exports about its ABI with the bindings: version, sizes and offsets of structures.
+
+    Raises: CompileError: they differ; a call would read or write the wrong memory.
+    """
+    version = library.llmk_abi_version() if hasattr(library, "llmk_abi_version") else None
+    if version != ABI_VERSION:
+        raise CompileError(f"{name}.cpp has ABI version {version}, its bindings {ABI_VERSION}")
+    for structure_name, structure in structures.items():
+        fields = [getattr(structure, field[0]) for field in structure._fields_]
+        places = [number for field in fields for number in (field.offset, field.size)]
+        expected = [len(fields), ctypes.sizeof(structure), *places]
+        function = getattr(library, f"llmk_layout_{structure_name}", None)
+        if function is not None:
+            function.restype = ctypes.POINTER(ctypes.c_int64)
+        if function is None or (table := function())[0] != len(fields) or table[: len(expected)] != expected:
+            raise CompileError(f"{name}.cpp lays out {structure_name} in another way than its bindings")
 
 
 def _load_or_compile(command: Sequence[str], file_name: str) -> ctypes.CDLL:

@@ -21,58 +21,76 @@ FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Supported `model_type`s: the same layers, with or without biases, norms of heads and sliding windows."""
 ACTIVATIONS = frozenset({"silu", "swish"})
 """Two names of the same function."""
-WEIGHT_TYPES = {torch.int8: "Byte", torch.float16: "Half", torch.bfloat16: "Bfloat", torch.float32: "float"}
+WEIGHT_TYPES = {torch.int8: "int8_t", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float"}
 """Types of packed weights, and what the C++ sources call them."""
 
 
-class _Weights(ctypes.Structure):
-    """Mirrors `Weights`."""
+class _PackedWeights(ctypes.Structure):
+    """Mirrors `PackedWeights` (gemm_packed.h)."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in ("panels", "scales", "bias")]
 
 
-class _Layer(ctypes.Structure):
-    """Mirrors `Layer`."""
+class _DecoderLayer(ctypes.Structure):
+    """Mirrors `DecoderLayer`."""
 
     _fields_ = [
         ("attention_norm", ctypes.c_void_p),
-        ("qkv", _Weights),
+        ("qkv", _PackedWeights),
         ("q_norm", ctypes.c_void_p),
         ("k_norm", ctypes.c_void_p),
-        ("o", _Weights),
+        ("o", _PackedWeights),
         ("mlp_norm", ctypes.c_void_p),
-        ("gate_up", _Weights),
-        ("down", _Weights),
+        ("gate_up", _PackedWeights),
+        ("down", _PackedWeights),
         ("keys", ctypes.c_void_p),
         ("values", ctypes.c_void_p),
-        ("window", ctypes.c_int64),
+        ("sliding_window", ctypes.c_int64),
     ]
 
 
-class _Model(ctypes.Structure):
-    """Mirrors `Model`."""
+class _DecoderModel(ctypes.Structure):
+    """Mirrors `DecoderModel`."""
 
     _fields_ = [
-        ("layers", ctypes.POINTER(_Layer)),
-        *((name, ctypes.c_int64) for name in ("count", "hidden", "inner", "vocabulary", "length")),
-        ("last_norm", ctypes.c_void_p),
-        ("head", _Weights),
-        ("epsilon", ctypes.c_float),
-        ("scale", ctypes.c_float),
-        ("threads", ctypes.c_int),
+        ("layers", ctypes.POINTER(_DecoderLayer)),
+        ("num_layers", ctypes.c_int64),
+        ("hidden_size", ctypes.c_int64),
+        ("intermediate_size", ctypes.c_int64),
+        ("vocab_size", ctypes.c_int64),
+        ("length", ctypes.c_int64),
+        ("final_norm", ctypes.c_void_p),
+        ("lm_head", _PackedWeights),
+        ("rms_norm_eps", ctypes.c_float),
+        ("softmax_scale", ctypes.c_float),
+        ("num_threads", ctypes.c_int32),
     ]
 
 
-class _Tokens(ctypes.Structure):
-    """Mirrors `Tokens`."""
+class _ForwardBatch(ctypes.Structure):
+    """Mirrors `ForwardBatch`."""
 
     _fields_ = [
-        ("count", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("x", "cosines", "sines", "rows", "positions", "wanted")),
-        ("wanted_count", ctypes.c_int64),
-        ("scores", ctypes.c_void_p),
-        ("room", ctypes.c_void_p),
+        ("num_tokens", ctypes.c_int64),
+        ("hidden_states", ctypes.c_void_p),
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
+        ("logits_indices", ctypes.c_void_p),
+        ("num_logits", ctypes.c_int64),
+        ("logits", ctypes.c_void_p),
+        ("workspace", ctypes.c_void_p),
     ]
+
+
+STRUCTURES: dict[str, type[ctypes.Structure]] = {
+    "packed_weights": _PackedWeights,
+    "decoder_layer": _DecoderLayer,
+    "decoder_model": _DecoderModel,
+    "forward_batch": _ForwardBatch,
+}
+"""By the name under which the library exports the layout of its own."""
 
 
 def check_supported(model: Any) -> None:
@@ -113,24 +131,28 @@ class NativeDecoder:
         kinds = {each.packed_weight.dtype for each in linears}
         if len(kinds) > 1:
             raise CompileError("its weights are not all of one type")
-        types = {"WEIGHT": WEIGHT_TYPES[kinds.pop()], "HEAD": WEIGHT_TYPES[head.packed_weight.dtype]}
-        self._library = build_kernel_library("llama_forward", {**shape.macros, **types})
-        self._library.width.restype = ctypes.c_int64
-        self._library.forward.restype = None
-        self._model = _Model(
-            layers=(_Layer * len(table))(*table),
-            count=len(table),
-            hidden=head.in_features,
-            inner=_native(mlp.down_proj).in_features,
-            vocabulary=head.out_features,
+        types = {
+            "LLMK_WEIGHT_TYPE": WEIGHT_TYPES[kinds.pop()],
+            "LLMK_LM_HEAD_TYPE": WEIGHT_TYPES[head.packed_weight.dtype],
+        }
+        self._library = build_kernel_library("llama_forward", {**shape.macros, **types}, STRUCTURES)
+        self._library.llmk_workspace_size.restype = ctypes.c_int64
+        self._library.llmk_forward.restype = None
+        self._model = _DecoderModel(
+            layers=(_DecoderLayer * len(table))(*table),
+            num_layers=len(table),
+            hidden_size=head.in_features,
+            intermediate_size=_native(mlp.down_proj).in_features,
+            vocab_size=head.out_features,
             length=cache.length,
-            last_norm=self._floats(norm.weight),
-            head=self._weights(head),
-            epsilon=norm.variance_epsilon,
-            scale=attention.scaling,
-            threads=torch.get_num_threads(),
+            final_norm=self._floats(norm.weight),
+            lm_head=self._weights(head),
+            rms_norm_eps=norm.variance_epsilon,
+            softmax_scale=attention.scaling,
+            num_threads=torch.get_num_threads(),
         )
-        self._width: int = self._library.width(ctypes.byref(self._model))
+        self._workspace_size: int = self._library.llmk_workspace_size(ctypes.byref(self._model))
+        """Floats for each token."""
         self._workspace = torch.empty(0)
 
     def forward(self, batch: Layout, logits_indices: Tensor) -> Tensor:
@@ -139,32 +161,32 @@ class NativeDecoder:
         Args: logits_indices: (indices,) int64, the tokens of the batch whose logits are needed, ascending.
         """
         count = batch.ids.shape[1]
-        x = self._body.embed_tokens(batch.ids).float()
-        cosines, sines = self._body.rotary_emb(x, batch.positions)
-        if len(self._workspace) < count * self._width:
-            self._workspace = torch.empty(count * self._width)
-        logits = torch.empty(len(logits_indices), self._model.vocabulary)
-        tokens = _Tokens(
-            count=count,
-            x=x.data_ptr(),
-            cosines=cosines.data_ptr(),
-            sines=sines.data_ptr(),
-            rows=batch.rows.data_ptr(),
+        hidden_states = self._body.embed_tokens(batch.ids).float()
+        cos, sin = self._body.rotary_emb(hidden_states, batch.positions)
+        if len(self._workspace) < count * self._workspace_size:
+            self._workspace = torch.empty(count * self._workspace_size)
+        logits = torch.empty(len(logits_indices), self._model.vocab_size)
+        arguments = _ForwardBatch(
+            num_tokens=count,
+            hidden_states=hidden_states.data_ptr(),
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            slots=batch.rows.data_ptr(),
             positions=batch.positions.data_ptr(),
-            wanted=logits_indices.data_ptr(),
-            wanted_count=len(logits_indices),
-            scores=logits.data_ptr(),
-            room=self._workspace.data_ptr(),
+            logits_indices=logits_indices.data_ptr(),
+            num_logits=len(logits_indices),
+            logits=logits.data_ptr(),
+            workspace=self._workspace.data_ptr(),
         )
-        self._library.forward(ctypes.byref(self._model), ctypes.byref(tokens))
+        self._library.llmk_forward(ctypes.byref(self._model), ctypes.byref(arguments))
         return logits
 
-    def _layer(self, number: int, layer: Any, cache: RowCache) -> _Layer:
+    def _layer(self, number: int, layer: Any, cache: RowCache) -> _DecoderLayer:
         attention, mlp = layer.self_attn, layer.mlp
         qkv = _fused(attention.q_proj, attention.k_proj, attention.v_proj)
         gate_up = _fused(mlp.gate_proj, mlp.up_proj)
         keys, values = cache.layer(number)
-        return _Layer(
+        return _DecoderLayer(
             attention_norm=self._floats(layer.input_layernorm.weight),
             qkv=self._weights(qkv),
             q_norm=self._floats(getattr(getattr(attention, "q_norm", None), "weight", None)),
@@ -175,12 +197,12 @@ class NativeDecoder:
             down=self._weights(_native(mlp.down_proj)),
             keys=self._pointer(keys),
             values=self._pointer(values),
-            window=cache.windows[number] or 0,
+            sliding_window=cache.windows[number] or 0,
         )
 
-    def _weights(self, linear: NativeLinear) -> _Weights:
+    def _weights(self, linear: NativeLinear) -> _PackedWeights:
         self._referenced.append(linear)
-        return _Weights(*map(self._pointer, (linear.packed_weight, linear.scales, linear.bias)))
+        return _PackedWeights(*map(self._pointer, (linear.packed_weight, linear.scales, linear.bias)))
 
     def _floats(self, weight: Tensor | None) -> int | None:
         return self._pointer(None if weight is None else weight.detach().float())

@@ -97,16 +97,16 @@ class GemmKernels:
         Raises: CompileError: there is no compiler, or it fails.
         """
         library = build_kernel_library("gemm_packed")
-        self.has_float16 = hasattr(library, "linear_halves")
+        self.has_float16 = hasattr(library, "llmk_linear_f16")
         """Whether the processor converts float16, so that weights may be stored in it."""
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self._by_weight_type = {
-            torch.float32: library.linear_floats,
-            torch.bfloat16: library.linear_bfloats,
-            torch.int8: library.linear_bytes,
+            torch.float32: library.llmk_linear_f32,
+            torch.bfloat16: library.llmk_linear_bf16,
+            torch.int8: library.llmk_linear_i8,
         }
         if self.has_float16:
-            self._by_weight_type[torch.float16] = library.linear_halves
+            self._by_weight_type[torch.float16] = library.llmk_linear_f16
         for function in self._by_weight_type.values():
             function.argtypes = [*[pointer] * 5, *[number] * 3, ctypes.c_int]
             function.restype = None
