@@ -69,11 +69,11 @@ class ModelConfig(Section):
     quantization: Literal["none", "int8"] = "none"
     """int8 rounds the weights of a CPU's linear layers to 8 bits: they take a quarter of their float32 memory and
     single answers come faster, but log-probabilities change; /v1/models tells by how much."""
-    compile: Literal["auto", "none", "attention", "layers"] = "auto"
+    compile: Literal["auto", "none", "layers"] = "auto"
     """What is compiled for this machine when the model is loaded.  On a CPU, by a C++ compiler (two seconds at the
-    first start): auto is all layers of the families that there is a program for, linear layers and attention of the
-    others, and nothing where there is no compiler; attention is what auto is for the others; layers refuses a model
-    whose layers cannot be had.  In bfloat16 on a processor with AMX auto and attention leave linear layers to oneDNN.
+    first start): auto is all layers of the families that have a native decoder, linear layers and attention of the
+    others, and nothing where there is no compiler; layers refuses a model without a native decoder.  In bfloat16 on a
+    processor with AMX auto leaves linear layers to oneDNN.
     On a GPU layers are compiled by torch, a slower start, and only if asked for."""
     revision: str | None = None
     """Commit or tag of the model on the hub."""

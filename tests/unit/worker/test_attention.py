@@ -12,14 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.worker.execution import executor_selection as acceleration
-from app.worker.execution.executor_selection import accelerate
-from app.worker.execution.model_runner import RowModel, make_row_model
+from app.worker.execution import executor_selection
+from app.worker.execution.executor_selection import install_verified, select_executor
+from app.worker.execution.model_runner import ModelRunner
 from app.worker.execution.native import native_build
 from app.worker.execution.native.attention import AttentionShape as Shape
 from app.worker.execution.native.attention import NativeAttention
 from app.worker.execution.native.native_build import CompileError
-from app.worker.execution.packed_batch import Piece
+from app.worker.execution.native.native_executors import NativeAttentionExecutor
+from app.worker.execution.packed_batch import Segment
+from app.worker.execution.torch.torch_executor import create_torch_runner, torch_runner
 from tests.unit.worker.families import CONTEXT, FAMILIES, VOCABULARY, make
 
 LENGTH = 200
@@ -27,11 +29,18 @@ BF16 = torch.bfloat16
 pytestmark = pytest.mark.usefixtures("compiler")
 
 
-def in_rows(model: Any, rows: int = 2) -> RowModel:
-    """A model whose attention is compiled, if that can be done."""
-    made = make_row_model(model, length=CONTEXT, rows=rows, free_bytes=10**9)
-    accelerate(made, "attention")
-    return made
+def selected(model: Any) -> ModelRunner:
+    """A runner with the executor that is selected by default."""
+    runner = create_torch_runner(model, length=CONTEXT, slots=2, free_bytes=10**9)
+    select_executor(runner, "auto")
+    return runner
+
+
+def with_native_attention(model: Any, slots: int = 2) -> ModelRunner:
+    """A runner whose model is torch's but for attention."""
+    runner = create_torch_runner(model, length=CONTEXT, slots=slots, free_bytes=10**9)
+    install_verified(runner, NativeAttentionExecutor(runner.executor, runner.cache), tolerance=1e-4)
+    return runner
 
 
 def random_cache(shape: Shape, slots: int, generator: torch.Generator) -> Tensor:
@@ -68,10 +77,10 @@ def test_attention_is_that_of_torch(shape: Shape) -> None:
     neighbouring tokens: from one to more than are attended to together, each with a sight of its own."""
     generator = torch.Generator().manual_seed(1)
     keys, values = (random_cache(shape, 4, generator) for _ in range(2))
-    pieces = [(3, 1, 2), (0, 7, 8), (2, 8, 9), (3, 40, 41), (1, LENGTH - 1, LENGTH + 1), (2, 20, 25), (0, 90, 160)]
+    segments = [(3, 1, 2), (0, 7, 8), (2, 8, 9), (3, 40, 41), (1, LENGTH - 1, LENGTH + 1), (2, 20, 25), (0, 90, 160)]
     compiled = NativeAttention(shape)
     for window in (LENGTH, 37):
-        places = [(row, max(0, end - window), end) for row, begin, stop in pieces for end in range(begin, stop)]
+        places = [(row, max(0, end - window), end) for row, begin, stop in segments for end in range(begin, stop)]
         q = random_queries(shape, len(places), generator)
         rows, first, end = torch.tensor(places).T.contiguous()
         out = torch.full_like(q, float("nan"))
@@ -110,7 +119,7 @@ def test_numbers_of_16_bits_need_no_instructions_of_their_own(monkeypatch: pytes
 def test_a_tokens_numbers_do_not_depend_on_its_company(
     flag: str | None, shape: Shape, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit in 16 bits, where another order of sums would show: a prompt in whatever pieces, down to one token,
+    """Bit for bit in 16 bits, where another order of sums would show: a prompt in whatever segments, down to one token,
     gives a seed's answer again."""
     if flag is not None:
         if platform.machine() != "x86_64":
@@ -183,30 +192,31 @@ def two_threads() -> Iterator[None]:
 @pytest.mark.usefixtures("two_threads")
 def test_a_model_scores_alike_with_compiled_attention(family: str) -> None:
     """Pieces of prompts beside single tokens, windows narrower than what is there, rows with gaps between them."""
-    rows, plain = in_rows(make(FAMILIES[family]), 4), RowModel(make(FAMILIES[family]), rows=4, length=CONTEXT)
+    runner = with_native_attention(make(FAMILIES[family]), slots=4)
+    plain = torch_runner(make(FAMILIES[family]), slots=4, length=CONTEXT)
     ids = [[(7 * row + 3 * place) % VOCABULARY for place in range(CONTEXT)] for row in range(4)]
     passes = [
-        [Piece(0, 0, ids[0][:9]), Piece(2, 0, ids[2][:30])],
-        [Piece(0, 9, ids[0][9:10]), Piece(2, 30, ids[2][30:31]), Piece(3, 0, ids[3][:5])],
-        [Piece(0, 10, ids[0][10:11]), Piece(3, 5, ids[3][5:6]), Piece(2, 31, ids[2][31:40])],
+        [Segment(0, 0, ids[0][:9]), Segment(2, 0, ids[2][:30])],
+        [Segment(0, 9, ids[0][9:10]), Segment(2, 30, ids[2][30:31]), Segment(3, 0, ids[3][:5])],
+        [Segment(0, 10, ids[0][10:11]), Segment(3, 5, ids[3][5:6]), Segment(2, 31, ids[2][31:40])],
     ]
 
-    assert "attention" == rows.compiled
-    for pieces in passes:
-        wanted = [True] * len(pieces)
-        expected = plain.scores(pieces, wanted)
-        assert (rows.scores(pieces, wanted) - expected).norm() <= 1e-4 * expected.norm()
+    assert "attention" == runner.compiled
+    for segments in passes:
+        wanted = [True] * len(segments)
+        expected = plain.forward(segments, wanted)
+        assert (runner.forward(segments, wanted) - expected).norm() <= 1e-4 * expected.norm()
 
 
 @pytest.mark.parametrize(
-    "piece", [Piece(2, 0, [1]), Piece(-1, 0, [1]), Piece(0, -1, [1]), Piece(1, CONTEXT - 1, [1, 2])]
+    "segment", [Segment(2, 0, [1]), Segment(-1, 0, [1]), Segment(0, -1, [1]), Segment(1, CONTEXT - 1, [1, 2])]
 )
-def test_nothing_is_written_outside_of_the_rows(piece: Piece) -> None:
+def test_nothing_is_written_outside_of_the_rows(segment: Segment) -> None:
     """A program in C++ would write over whatever is there."""
-    rows = in_rows(make(FAMILIES["llama"]))
+    runner = with_native_attention(make(FAMILIES["llama"]))
 
-    with pytest.raises(IndexError, match="outside of the rows"):
-        rows.scores([piece], [True])
+    with pytest.raises(IndexError, match="outside of the KV cache slots"):
+        runner.forward([segment], [True])
 
 
 @pytest.mark.parametrize("family", ["gemma2", "llama"])
@@ -215,10 +225,10 @@ def test_what_cannot_be_compiled_is_left_to_torch(family: str, caplog: pytest.Lo
     model = make(FAMILIES[family])
     model = model if family == "gemma2" else model.to(torch.float16)
 
-    with caplog.at_level(logging.WARNING, acceleration.__name__):
-        rows = in_rows(model)
+    with caplog.at_level(logging.WARNING, executor_selection.__name__):
+        runner = selected(model)
 
-    assert rows.compiled is None
+    assert runner.compiled is None
     assert "attention is left to torch: its attention is not of one kind" in caplog.text
 
 
@@ -243,8 +253,7 @@ def test_without_a_compiler_that_works_the_model_is_served_by_torch(
 
     with pytest.raises(CompileError, match=reason):
         NativeAttention(Shape(1, 1, 8))
-    made = in_rows(make(FAMILIES["llama"]))
-    assert made.compiled is None
+    assert selected(make(FAMILIES["llama"])).compiled is None
 
 
 def test_a_head_that_fills_no_vectors_is_left_to_torch() -> None:

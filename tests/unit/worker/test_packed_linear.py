@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from app.worker.execution.native import native_build
 from app.worker.execution.native.native_build import CompileError
-from app.worker.execution.native.packed_linear import NR, NativeLinear, fits_int8, quantize_int8
+from app.worker.execution.native.packed_linear import NR, NativeLinear
+from app.worker.execution.quantization import fits_int8, quantize_int8
 
 pytestmark = pytest.mark.usefixtures("compiler")
 TOLERANCE = 2e-6

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from app.worker.execution.base import AttentionSpec
+from app.worker.execution.kv_cache import KVCache
 from app.worker.execution.native.native_build import CompileError, build_kernel_library
+from app.worker.execution.packed_batch import PackedBatch
 
 LANES = 8
 """Elements of a SIMD vector; the head size is a multiple of it."""
@@ -47,6 +50,52 @@ class AttentionShape:
             "LLMK_HEAD_SIZE": self.head_size,
             "LLMK_KV_TYPE": KV_CACHE_TYPES[self.dtype],
         }
+
+
+def common_shape(cache: KVCache) -> AttentionShape:
+    """Return the shape of attention in all layers of the model that has written to a KV cache.
+
+    Raises: CompileError: the layers differ, or the kernels do not support them.
+    """
+    shapes = {_shape(spec) for spec in cache.specs.values()}
+    shape = shapes.pop() if len(shapes) == 1 else None
+    if shape is None:
+        raise CompileError("its attention is not of one kind, or in no type that there is a kernel for")
+    return shape
+
+
+def _shape(spec: AttentionSpec) -> AttentionShape | None:
+    dtype = next(iter(spec.dtypes))
+    supported = (
+        spec.key_size == spec.value_size
+        and len(spec.dtypes) == 1
+        and dtype in KV_CACHE_TYPES
+        and spec.device == "cpu"
+        and spec.softcap is None
+    )
+    if not supported:
+        return None
+    return AttentionShape(spec.kv_heads, spec.query_heads // spec.kv_heads, spec.key_size, dtype)
+
+
+class NativeAttentionBackend:
+    """The attention backend of the KV cache that calls the kernels."""
+
+    def __init__(self, shape: AttentionShape) -> None:
+        """Raises: CompileError: there is no compiler, or the kernels compute something else than torch."""
+        self._kernels = NativeAttention(shape)
+
+    def write(self, states: Tensor, storage: Tensor, batch: PackedBatch) -> None:
+        """Write the new keys or values, (1, KV heads, tokens, size), to `storage`, (slots, KV heads, length, size)."""
+        self._kernels.write_kv(states, storage, batch.slots, batch.positions[0])
+
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, batch: PackedBatch, spec: AttentionSpec, scale: float
+    ) -> Tensor:
+        """Attend each token of `query`, (tokens, heads, size), to its own slot of one layer's keys and values."""
+        out = query.new_empty(query.shape)
+        self._kernels.attend(query, keys, values, out, batch.slots, batch.key_range(spec.sliding_window), scale)
+        return out
 
 
 class NativeAttention:

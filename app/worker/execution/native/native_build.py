@@ -21,6 +21,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from app.worker.execution.base import ExecutorUnavailableError
+
 log = logging.getLogger(__name__)
 
 SOURCE_DIR = Path(__file__).parent
@@ -35,7 +37,7 @@ ABI_VERSION = 1
 """What the bindings call; LLMK_ABI_VERSION of abi.h."""
 
 
-class CompileError(Exception):
+class CompileError(ExecutorUnavailableError):
     """No kernel library can be built for this model or machine; the message says why."""
 
 

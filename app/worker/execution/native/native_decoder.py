@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from app.worker.execution.kv_cache import RowCache
-from app.worker.execution.native.attention import KV_CACHE_TYPES, LANES
+from app.worker.execution.kv_cache import KVCache
+from app.worker.execution.native.attention import KV_CACHE_TYPES, LANES, common_shape
+from app.worker.execution.native.decoder_weights import DecoderWeights, LayerWeights
 from app.worker.execution.native.native_build import CompileError, build_kernel_library
 from app.worker.execution.native.packed_linear import NR, NativeLinear
-from app.worker.execution.packed_batch import Layout
-from app.worker.execution.qkv_fusion import Part
+from app.worker.execution.packed_batch import PackedBatch
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Supported `model_type`s: the same layers, with or without biases, norms of heads and sliding windows."""
@@ -112,23 +112,23 @@ def check_supported(model: Any) -> None:
 class NativeDecoder:
     """Computes all decoder layers of one model over one KV cache."""
 
-    def __init__(self, model: Any, cache: RowCache) -> None:
+    def __init__(self, model: Any, cache: KVCache, weights: DecoderWeights) -> None:
         """Build the library and collect the addresses of all weights.
 
         Args:
-            model: has passed `check_supported`; its linear layers are packed.
+            model: has passed `check_supported`; computes embeddings and rotary positions.
             cache: has been written by a forward pass of the model.
+            weights: of the model's linear layers.
 
         Raises: CompileError: its weights are of two types, or the library cannot be built.
         """
-        self._body, head = model.model, _native(model.get_output_embeddings())
-        shape = cache.same_heads()
-        attention, mlp, norm = self._body.layers[0].self_attn, self._body.layers[0].mlp, self._body.norm
+        self._body, head = model.model, weights.lm_head
+        shape = common_shape(cache)
+        attention, norm = self._body.layers[0].self_attn, self._body.norm
         self._referenced: list[Any] = [model, head]
         """Objects whose memory the library holds pointers to."""
-        table = [self._layer(number, layer, cache) for number, layer in enumerate(self._body.layers)]
-        linears = [each for each in self._referenced if isinstance(each, NativeLinear) and each is not head]
-        kinds = {each.packed_weight.dtype for each in linears}
+        table = [self._layer(index, weights.layers[index], cache) for index in range(len(self._body.layers))]
+        kinds = {linear.packed_weight.dtype for layer in weights.layers for linear in layer}
         if len(kinds) > 1:
             raise CompileError("its weights are not all of one type")
         types = {
@@ -142,7 +142,7 @@ class NativeDecoder:
             layers=(_DecoderLayer * len(table))(*table),
             num_layers=len(table),
             hidden_size=head.in_features,
-            intermediate_size=_native(mlp.down_proj).in_features,
+            intermediate_size=weights.layers[0].down.in_features,
             vocab_size=head.out_features,
             length=cache.length,
             final_norm=self._floats(norm.weight),
@@ -155,13 +155,10 @@ class NativeDecoder:
         """Floats for each token."""
         self._workspace = torch.empty(0)
 
-    def forward(self, batch: Layout, logits_indices: Tensor) -> Tensor:
-        """Compute a forward pass and return the logits of some tokens, (indices, vocabulary) float32.
-
-        Args: logits_indices: (indices,) int64, the tokens of the batch whose logits are needed, ascending.
-        """
-        count = batch.ids.shape[1]
-        hidden_states = self._body.embed_tokens(batch.ids).float()
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Compute a forward pass and return the logits of the wanted tokens, (wanted, vocabulary) float32."""
+        count, logits_indices = batch.size, batch.logit_indices
+        hidden_states = self._body.embed_tokens(batch.token_ids).float()
         cos, sin = self._body.rotary_emb(hidden_states, batch.positions)
         if len(self._workspace) < count * self._workspace_size:
             self._workspace = torch.empty(count * self._workspace_size)
@@ -171,7 +168,7 @@ class NativeDecoder:
             hidden_states=hidden_states.data_ptr(),
             cos=cos.data_ptr(),
             sin=sin.data_ptr(),
-            slots=batch.rows.data_ptr(),
+            slots=batch.slots.data_ptr(),
             positions=batch.positions.data_ptr(),
             logits_indices=logits_indices.data_ptr(),
             num_logits=len(logits_indices),
@@ -181,23 +178,22 @@ class NativeDecoder:
         self._library.llmk_forward(ctypes.byref(self._model), ctypes.byref(arguments))
         return logits
 
-    def _layer(self, number: int, layer: Any, cache: RowCache) -> _DecoderLayer:
-        attention, mlp = layer.self_attn, layer.mlp
-        qkv = _fused(attention.q_proj, attention.k_proj, attention.v_proj)
-        gate_up = _fused(mlp.gate_proj, mlp.up_proj)
-        keys, values = cache.layer(number)
+    def _layer(self, index: int, weights: LayerWeights, cache: KVCache) -> _DecoderLayer:
+        layer = self._body.layers[index]
+        attention = layer.self_attn
+        keys, values = cache.layer(index)
         return _DecoderLayer(
             attention_norm=self._floats(layer.input_layernorm.weight),
-            qkv=self._weights(qkv),
+            qkv=self._weights(weights.qkv),
             q_norm=self._floats(getattr(getattr(attention, "q_norm", None), "weight", None)),
             k_norm=self._floats(getattr(getattr(attention, "k_norm", None), "weight", None)),
-            o=self._weights(_native(attention.o_proj)),
+            o=self._weights(weights.o),
             mlp_norm=self._floats(layer.post_attention_layernorm.weight),
-            gate_up=self._weights(gate_up),
-            down=self._weights(_native(mlp.down_proj)),
+            gate_up=self._weights(weights.gate_up),
+            down=self._weights(weights.down),
             keys=self._pointer(keys),
             values=self._pointer(values),
-            sliding_window=cache.windows[number] or 0,
+            sliding_window=cache.specs[index].sliding_window or 0,
         )
 
     def _weights(self, linear: NativeLinear) -> _PackedWeights:
@@ -218,16 +214,3 @@ def _linears(layer: Any) -> list[nn.Module]:
     attention, mlp = layer.self_attn, layer.mlp
     first = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     return [*first, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-
-
-def _native(layer: Any) -> NativeLinear:
-    if not isinstance(layer, NativeLinear):
-        raise CompileError("not all of its linear layers are in panels")
-    return layer
-
-
-def _fused(*layers: Any) -> NativeLinear:
-    """Return the fused product that several layers are slices of."""
-    if not all(isinstance(layer, Part) for layer in layers):
-        raise CompileError("not all of its linear layers are in panels")
-    return _native(layers[0].fused.product)

@@ -2,7 +2,7 @@
 
 Weights are stored in panels (gemm_packed.h), in the smallest type that holds them without loss: a step for few tokens
 takes as long as reading them once.  Layers in float32 compute in float32 whatever type their weights are stored in;
-layers in bfloat16 multiply in bfloat16 and accumulate in float32.  `weight_packing.py` decides which layers are
+layers in bfloat16 multiply in bfloat16 and accumulate in float32.  `executor_selection.py` decides which layers are
 replaced.
 """
 
@@ -15,35 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from app.worker.execution.native.native_build import CompileError, Toolchain, build_kernel_library, toolchain
+from app.worker.execution.quantization import fits_float16, fits_int8, quantize_int8
 
 NR = 16
 """Outputs of one panel (gemm_packed.h); panels come in pairs."""
-MIN_ABS_MAX = 1e-30
-"""Lower bound of a channel's absolute maximum, so an all-zero channel has a non-zero scale."""
-LOSSLESS = 1e-7
-"""Largest relative change of the weights by storing them in another type: about one rounding in float32."""
-
-
-def fits_float16(weight: Tensor) -> bool:
-    """Return whether float16 holds the weights: true of a bfloat16 checkpoint except for its very smallest numbers."""
-    error = (weight.half().float() - weight).norm()
-    return bool(error <= LOSSLESS * weight.norm())
-
-
-def fits_int8(weight: Tensor) -> bool:
-    """Return whether int8 with a scale for each output holds the weights exactly, as it does once they are rounded."""
-    return torch.equal(torch.mul(*quantize_int8(weight)), weight)
-
-
-def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize weights (outputs, inputs) symmetrically to int8 with one scale for each output, (outputs, 1).
-
-    Scales have 16 significant bits, so the product of a scale and an int8 is exact and rounding twice changes nothing.
-    """
-    scale = weight.abs().amax(1, keepdim=True).clamp(min=MIN_ABS_MAX) / 127
-    mantissa, exponent = torch.frexp(scale)
-    scales = torch.ldexp((mantissa * 2**16).ceil() / 2**16, exponent)
-    return (weight / scales).round().to(torch.int8), scales
 
 
 class NativeLinear(nn.Module):
@@ -76,6 +51,13 @@ class NativeLinear(nn.Module):
         out = x.new_empty(*x.shape[:-1], self.out_features)
         self._kernels.linear(x, self, out)
         return out
+
+    def unpacked_weight(self) -> Tensor:
+        """Return the weights as an ordinary layer stores them, (outputs, inputs) in the layer's compute type."""
+        weight = self.packed_weight.transpose(1, 2).reshape(-1, self.in_features)[: self.out_features]
+        if self.scales is not None:
+            return weight * self.scales[:, None]
+        return weight if weight.dtype == torch.bfloat16 else weight.float()
 
     def _smallest(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return weights in the smallest type that holds them, and the scales of int8 ones."""
