@@ -13,7 +13,6 @@ import torch
 from app.ipc.messages import Compile
 from app.worker.execution import private_api
 from app.worker.execution.base import ExecutorUnavailableError, OptionalExecutor
-from app.worker.execution.compiled.torch_compile import TorchCompileExecutor
 from app.worker.execution.model_runner import ModelRunner
 from app.worker.execution.native.native_executors import (
     NativeAttentionExecutor,
@@ -44,8 +43,15 @@ def select_executor(runner: ModelRunner, setting: Compile) -> None:
     if runner.model.device.type == "cpu":
         _select_on_cpu(runner, setting)
     elif setting == "layers":
-        executor = TorchCompileExecutor(runner.executor, runner.model, runner.cache)
-        _required(lambda: install_verified(runner, executor, COMPILED_TOLERANCE.get(runner.model.dtype, 0)))
+        _required(lambda: _install_compiled_layers(runner))
+
+
+def _install_compiled_layers(runner: ModelRunner) -> None:
+    # Registers an operator with torch when it is imported; nobody else should depend on that.
+    from app.worker.execution.compiled.torch_compile import TorchCompileExecutor
+
+    executor = TorchCompileExecutor(runner.executor, runner.model, runner.cache)
+    install_verified(runner, executor, COMPILED_TOLERANCE.get(runner.model.dtype, 0))
 
 
 def _select_on_cpu(runner: ModelRunner, setting: Compile) -> None:
@@ -125,7 +131,9 @@ def _required(install: Callable[[], object]) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, ExecutorUnavailableError) else f"{type(error).__name__}: {error}"
+    """Return one line for the log or the operator."""
+    message = next(iter(str(error).strip().splitlines()), "")
+    return message if isinstance(error, ExecutorUnavailableError) else f"{type(error).__name__}: {message}"
 
 
 def native_linears_unavailable() -> str | None:

@@ -9,7 +9,7 @@ import torch
 
 from app.ipc.messages import Compile
 from app.worker.execution import executor_selection, private_api
-from app.worker.execution.base import ExecutorUnavailableError
+from app.worker.execution.base import ExecutorUnavailableError, UnsupportedModelError
 from app.worker.execution.compiled.torch_compile import TorchCompileExecutor
 from app.worker.execution.executor_selection import install_verified, native_linears_unavailable, select_executor
 from app.worker.execution.model_runner import ModelRunner
@@ -107,6 +107,22 @@ def test_without_memory_the_load_ends(setting: Compile, monkeypatch: pytest.Monk
 
     with pytest.raises(torch.OutOfMemoryError):
         select_executor(runner_of(), setting)
+
+
+@pytest.mark.parametrize("name", ["attention_implementation", "can_set_attention"])
+def test_a_model_that_no_longer_says_how_it_attends_cannot_be_batched(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is served one request at a time; its forward pass is what it was."""
+    model, ids = make(FAMILIES["llama"]), torch.tensor([[5, 6, 7]])
+    with torch.inference_mode():
+        before = model(input_ids=ids).logits
+        monkeypatch.setattr(private_api, name, renamed)
+
+        with pytest.raises(UnsupportedModelError, match="AttributeError"):
+            create_torch_runner(model, length=CONTEXT, slots=2, free_bytes=10**9)
+
+        assert torch.equal(before, model(input_ids=ids).logits)
 
 
 @pytest.fixture

@@ -38,15 +38,17 @@ def create_torch_runner(model: Any, *, length: int, slots: int | None, free_byte
 
     Raises: UnsupportedModelError: the model has to be served another way; it is left as it was.
     """
-    original = private_api.attention_implementation(model)
+    original: str | None = None
     try:
+        original = private_api.attention_implementation(model)
         if not private_api.can_set_attention(model):
             raise UnsupportedModelError("it computes attention of its own")
         _check_config(model.config.get_text_config(decoder=True))
         tolerance = TOLERANCE.get(model.dtype, 0) + (INT8_TOLERANCE if has_integer_linears(model) else 0)
         bytes_per_token = _verify_packed_batches(model, min(length, REFERENCE_TOKENS), tolerance)
     except Exception as error:
-        model.set_attn_implementation(original)
+        if original is not None:
+            model.set_attn_implementation(original)
         if isinstance(error, UnsupportedModelError):
             raise
         raise UnsupportedModelError(f"its forward pass fails over KV cache slots ({type(error).__name__})") from error
