@@ -14,8 +14,8 @@ from app.worker.execution import private_api
 from app.worker.execution.linear_modules import replace_linears
 from app.worker.execution.quantization import fits_float16
 
-MIN_FLOAT16_WEIGHTS = 250_000
-"""Smaller layers lose more by waking the other threads than they gain."""
+MIN_FLOAT16_WEIGHTS = 100_000
+"""Smaller layers lose more by waking the other threads than they gain; key and value projections are often larger."""
 MIN_ONEDNN_WEIGHTS = 500_000
 """With 330,000 weights an ordinary layer is as fast or faster."""
 
