@@ -78,8 +78,9 @@ def heads(kv_heads: int, queries: int, size: int, kv: str) -> tuple[str, ...]:
     return (*shape, f"-DLLMK_KV_TYPE={kv}")
 
 
-def run(build: Build, source: str, macros: tuple[str, ...], folder: Path) -> tuple[str, str]:
+def run(case: tuple[Build, str, tuple[str, ...]], folder: Path) -> tuple[str, str]:
     """Build and run one test; return its name and what went wrong, empty if nothing did."""
+    build, source, macros = case
     values = [macro.partition("=")[2] for macro in macros]
     name = f"{build.name:9} {source} {' '.join(values)}".rstrip()
     program = folder / "-".join([build.name, source, *values])
@@ -107,7 +108,7 @@ def main() -> int:
     usable = [build for build in chosen if build.compiler not in missing]
     cases = [(build, source, macros) for build in usable for source, macros in tests(build)]
     with tempfile.TemporaryDirectory(prefix="llm-native-") as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = list(pool.map(lambda case: run(*case, Path(folder)), cases))
+        results = list(pool.map(lambda case: run(case, Path(folder)), cases))
     failures = [(name, problem) for name, problem in results if problem]
     for name, problem in failures:
         sys.stderr.write(f"FAILED {name}\n{problem}\n")
