@@ -8,7 +8,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, nullcontext
 from dataclasses import fields, replace
 from functools import reduce
 from operator import add
@@ -67,8 +67,8 @@ class EnginePipeline(HuggingFacePipeline):
 
     async def open(
         self, stop: list[str] | None, kwargs: Mapping[str, Any], **prompt: Any
-    ) -> AsyncGenerator[Event, None]:
-        """Return the engine's stream; the one place where LangChain's side meets the engine's.
+    ) -> AbstractAsyncContextManager[AsyncGenerator[Event, None]]:
+        """Return the engine's stream, to be entered; the one place where LangChain's side meets the engine's.
 
         Args:
             stop, kwargs: of a call: `request`, which the service binds, or sampling parameters by their names.
@@ -81,10 +81,11 @@ class EnginePipeline(HuggingFacePipeline):
         else:
             request = self._request(stop, kwargs, prompt)
             request = replace(request, prompt_ids=(await engine.prepare(request)).prompt_ids)
-        stream = engine.stream(request)
+        stream = aclosing(engine.stream(request))
         if isinstance(streams := kwargs.get("streams"), AsyncExitStack):
-            # LangChain leaves an abandoned generator to the garbage collector; `astream` closes this one itself.
-            streams.push_async_callback(stream.aclose)
+            # LangChain leaves an abandoned generator to the garbage collector, which closes it in a task of its own at
+            # some later time.  So `astream` alone closes what is below: two that did would get in each other's way.
+            return nullcontext(await streams.enter_async_context(stream))
         return stream
 
     def _request(self, stop: list[str] | None, kwargs: Mapping[str, Any], prompt: dict[str, Any]) -> GenerationRequest:
@@ -118,7 +119,7 @@ class EnginePipeline(HuggingFacePipeline):
                         yield text
                 return
             text = self._convert_input(input).to_string()
-            async with aclosing(await self.open(stop, kwargs, text=text)) as events:
+            async with await self.open(stop, kwargs, text=text) as events:
                 async for event in events:
                     yield EventText.of(event)
 
@@ -129,7 +130,7 @@ class EnginePipeline(HuggingFacePipeline):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        async with aclosing(await self.open(stop, kwargs, text=prompt)) as events:
+        async with await self.open(stop, kwargs, text=prompt) as events:
             async for event in events:
                 chunk = EventGenerationChunk.of(event, self.model_id)
                 if run_manager is not None:
@@ -203,13 +204,13 @@ class EngineChat(ChatHuggingFace):
                         yield message
                 return
             messages = self._convert_input(input).to_messages()
-            async with aclosing(await self._open(messages, stop, kwargs)) as events:
+            async with await self._open(messages, stop, kwargs) as events:
                 async for event in events:
                     yield EventMessageChunk.of(event)
 
     async def _open(
         self, messages: list[BaseMessage], stop: list[str] | None, kwargs: Mapping[str, Any]
-    ) -> AsyncGenerator[Event, None]:
+    ) -> AbstractAsyncContextManager[AsyncGenerator[Event, None]]:
         pipeline: EnginePipeline = self.llm
         bound = kwargs.get("request")
         encoded = isinstance(bound, GenerationRequest) and bound.prompt_ids is not None
@@ -222,7 +223,7 @@ class EngineChat(ChatHuggingFace):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        async with aclosing(await self._open(messages, stop, kwargs)) as events:
+        async with await self._open(messages, stop, kwargs) as events:
             async for event in events:
                 yield chat_generation_chunk(event, self.model_id)
 
