@@ -101,8 +101,8 @@ class GenerationRequest:
 
 
 @cache
-def keyed_fields(kind: type[GenerationRequest]) -> tuple[str, ...]:
-    """Return the fields that can change the response: all but those declared harmless."""
+def keyed_fields(kind: type[Any]) -> tuple[str, ...]:
+    """Return the fields of a class of requests that can change the response: all but those declared harmless."""
     return tuple(each.name for each in fields(kind) if not each.metadata.get("harmless"))
 
 
