@@ -108,4 +108,5 @@ def keyed_fields(kind: type[Any]) -> tuple[str, ...]:
 
 def identity(request: GenerationRequest) -> tuple[Any, ...]:
     """Return the values of everything in a request that can change the response."""
-    return tuple(getattr(request, name) for name in keyed_fields(type(request)))
+    kind: type[Any] = type(request)
+    return tuple(getattr(request, name) for name in keyed_fields(kind))
