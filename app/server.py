@@ -29,8 +29,8 @@ log = structlog.get_logger(__name__)
 
 _FLUSH_SECONDS = 5.0
 """How long last events may take to reach their clients once draining is over."""
-_FORCED_FLUSH_SECONDS = 1.0
-"""The same for a forced stop."""
+_FORCED_FLUSH_SECONDS = 2.0
+"""The same for a forced stop; a model step that is running when it begins must end within it."""
 _REPEAT_SECONDS = 1.0
 """Signals that follow one sooner count as the same one: a terminal and a parent process may both send it."""
 

@@ -14,15 +14,16 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from app.access.access import Access
+from app.access.access import AccessControl
+from app.access.admission import AdmissionControl
 from app.access.limits import LimitSettings
 from app.config import Settings, load_settings
 from app.engine.echo import EchoEngine
 from app.generation.metering import Accounts
 from app.generation.request_stats import Meter
 from app.generation.requests import CompletionAsk
+from app.stores.memory_admission import MemoryAdmissionStore
 from app.telemetry import Metrics
-from app.web.http.rate_limits import RateLimits
 
 LIMITS = LimitSettings(
     monthly_tokens=10**12, requests_per_minute=10**7, burst=10**6, tokens_per_minute=10**9, parallel_requests=1000
@@ -32,14 +33,13 @@ LIMITS = LimitSettings(
 class Request:
     """Everything that one request does in `app.access`."""
 
-    def __init__(self, access: Access, key: bytes) -> None:
+    def __init__(self, access: AccessControl, key: bytes) -> None:
         self._access, self._key = access, key
         self._metrics = Metrics(["echo"])
         self._info = EchoEngine().info
-        self._limits = RateLimits(20, enabled=True, on_refusal=lambda: None)
+        self._admission = AdmissionControl(MemoryAdmissionStore(), access.quotas, enabled=True, on_refusal=lambda: None)
         self._accounts = Accounts(
-            rate=self._limits,
-            quota=access.quotas,
+            admission=self._admission,
             journal=access.log,
             cached_prompt=0,
             cached_completion=0,
@@ -49,17 +49,15 @@ class Request:
     async def run(self, number: int) -> float:
         """Run it once and return its seconds."""
         began = time.perf_counter()
-        caller = await self._access.ring.authenticate(self._key)
+        caller = await self._access.authenticator.authenticate(self._key)
         if caller is None:
             raise RuntimeError("the key is not known")
-        scope = {"state": {"principal": caller}}
-        self._limits.take_request(scope)
         ask = CompletionAsk(id=f"r{number}", caller=caller, prompt="")
-        async with self._accounts.open(ask) as account:
+        async with self._admission.admit(caller) as admitted, self._accounts.open(ask) as account:
             account.begin(self._info, Meter("echo", self._metrics), 100)
             await account.reserve(100)
+            await admitted.limits()
             await account.settle()
-        self._limits.end_request(scope)
         return time.perf_counter() - began
 
 
@@ -77,7 +75,7 @@ async def _same(text: str) -> str:
 
 async def measure(settings: Settings, requests: int) -> None:
     """Print a row for one request at a time and one for many."""
-    access = Access(settings, configured_key=None, first_key=None, mask=_same, on_drop=lambda count: None)
+    access = AccessControl(settings, configured_key=None, bootstrap_key=None, mask=_same, on_drop=lambda count: None)
     await access.start()
     _, key = await access.keys.create(role="standard", limits=LIMITS)
     request, late = Request(access, key.encode()), list[float]()

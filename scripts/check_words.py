@@ -2,8 +2,9 @@
 
 Identifiers are split into their words (`ask_id`, `ChatAsk` and `ASK` all hold "ask"), so the English of comments and
 docs is not touched: an identifier of one word is read in code only, one of several words everywhere, in comments,
-strings and docs too.  Phrases are read everywhere.  Prints `file:line: what was found: the standard term` and exits
-with 1 if there is a finding.  Needs nothing but Python.
+strings and docs too.  The name of a test is a sentence, and read as one.  Phrases are read everywhere.
+
+Prints `file:line: what was found: the standard term` and exits with 1 if there is a finding.  Needs nothing but Python.
 """
 
 from __future__ import annotations
@@ -205,6 +206,9 @@ def _hint(name: str, native: bool) -> str | None:
     """Return the standard term for an identifier that is private, or None."""
     if name in _ALLOWED_NAMES:
         return None
+    if name.startswith("test_"):
+        sentence = name.replace("_", " ")
+        return next((hint for pattern, hint in _PHRASE_HINTS if pattern.search(sentence)), None)
     whole = (_NATIVE_HINTS if native else _NAME_HINTS).get(name)
     return whole or next((_WORD_HINTS[word] for word in _words(name) if word in _WORD_HINTS), None)
 

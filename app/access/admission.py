@@ -18,7 +18,7 @@ from app.errors import QuotaExceeded, RateLimited
 from app.types import Limits, Principal
 
 PARALLEL_RETRY_SECONDS = 1.0
-"""Nobody can tell when one of the running requests ends."""
+"""A guess: when one of the running requests ends is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,7 @@ class Decision:
     """The outcome of `AdmissionStore.admit`."""
 
     levels: Levels
+    """As far as they were looked at: a refusal by one limit says nothing of the next."""
     refused: Refusal | None = None
     place: str | None = None
     """What to pass to `leave`; None: the request takes no parallel place."""
@@ -100,7 +101,7 @@ class AdmissionStore(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LimitState:
-    """One rate limit as a client is told of it."""
+    """One rate limit as a client sees it."""
 
     kind: str
     """requests or tokens."""
@@ -130,7 +131,7 @@ class Admitted:
         """Return the requests left after this one, and the tokens left now."""
         if self._rates is NO_RATES:
             return ()
-        levels = await self._store.peek(self._key_id, self._rates)
+        levels = await self._store.peek(self._key_id, Rates(tokens=self._rates.tokens))
         return _limit_states(self._rates, Levels(self._requests, levels.tokens))
 
 

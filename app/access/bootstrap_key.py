@@ -29,13 +29,13 @@ def bootstrap_key(data_dir: Path) -> str:
         key = path.read_text(encoding="ascii").strip()
     except OSError as error:
         raise ConfigError(
-            f"the API key cannot be kept in {path}: {error.strerror}; "
+            f"the API key cannot be stored in {path}: {error.strerror}; "
             "make that folder writable, name another as APP__DATA_DIR, or set SECURITY__API_KEY"
         ) from None
     except UnicodeDecodeError:
         key = ""
     if id_of(key) is None:
-        raise ConfigError(f"{path} does not hold a key made by this service; delete it to get a new one")
+        raise ConfigError(f"{path} holds no key of this service; delete it to get a new one")
     return key
 
 

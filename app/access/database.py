@@ -89,7 +89,7 @@ class Database:
 
     @contextmanager
     def _outages(self, seconds: float | None) -> Iterator[None]:
-        """Translate what an outage raises, and tell the breaker how the transaction ended."""
+        """Translate what an outage raises, and report to the breaker how the transaction ended."""
         try:
             yield
         except IntegrityError:
@@ -136,7 +136,7 @@ class Database:
             return await connection.run_sync(_revision)
 
     def exists(self) -> bool:
-        """Whether SQLite's file is there; Postgres tells when it is asked."""
+        """Whether SQLite's file is there; True for Postgres, which has none."""
         return not self.sqlite or Path(self._url.database or "").exists()
 
     async def problems(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""What an API key looks like: made, recognised and turned into a digest.  Knows no key that there is."""
+"""What an API key looks like: generated, recognised and turned into a digest."""
 
 import hashlib
 import re
@@ -18,9 +18,9 @@ _KEY = re.compile(
 
 
 def new_key(key_id: str | None = None) -> str:
-    """Make a key `llm_<id>_<secret><checksum>`: the prefix is easy to search for, the checksum sorts out look-alikes.
+    """Generate a key `llm_<id>_<secret><checksum>`: a prefix to search for, a checksum against look-alikes.
 
-    Args: key_id: of the key that gets a new secret; None makes an id too.
+    Args: key_id: of the key that gets a new secret; None generates an id too.
     Source: GitHub's token format, "Behind GitHub's new authentication token formats", 2021-04-05.
     """
     body = f"llm_{key_id or _random(_ID_CHARS)}_{_random(_SECRET_CHARS)}"
@@ -36,7 +36,7 @@ def id_of(key: str) -> str | None:
 
 
 def digest_of(key: bytes) -> bytes:
-    """Return what is kept of a key.  190 random bits need no slow hash: nobody can try them all."""
+    """Return the SHA-256 digest, which is stored.  190 random bits need no slow hash: nobody can try them all."""
     return hashlib.sha256(key).digest()
 
 

@@ -15,7 +15,7 @@ from app.types import Rights
 
 ADMIN = "admin"
 BUILT_IN = (ADMIN, "standard", "free")
-"""Made by the first migration; they can be changed but not deleted."""
+"""Created by the first migration; they can be changed but not deleted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +61,7 @@ class RoleStore:
     async def put(self, role: Role) -> None:
         """Put a role in the place of the one of its name, or make it.
 
-        Raises: Forbidden: nobody could undo what is asked.  Conflict: somebody else made it at the same moment.
+        Raises: Forbidden: nobody could undo that change.  Conflict: somebody else created it at the same moment.
         """
         if role.name == ADMIN and not role.rights.manage_keys:
             raise Forbidden("The role admin must be able to manage keys, or nobody could.")

@@ -1,4 +1,4 @@
-"""The tables, as SQLAlchemy sees them.  How they came to be is in `migrations/`, and a test holds the two together."""
+"""The tables, as SQLAlchemy sees them.  `migrations/` creates them, and a test compares the two."""
 
 from datetime import UTC, datetime
 

@@ -1,6 +1,6 @@
 """The token bucket as values: how large it is, and what came of an attempt to take from it.
 
-The arithmetic is here, so that every store computes alike; where the levels are kept is the store's affair.
+The arithmetic is here, so that every store computes alike; the levels live in the store.
 """
 
 import math

@@ -80,7 +80,7 @@ class UsageLog:
         rows = [await self._masked(record) for record in batch]
         try:
             async with self._db.begin() as connection:
-                await connection.run_sync(partial(_insert, rows=rows, keep=self._config.enabled))
+                await connection.run_sync(partial(_insert, rows=rows, log_rows=self._config.enabled))
         except StoreUnavailable:
             return batch
         return ()
@@ -120,8 +120,8 @@ class UsageLog:
                 return deleted
 
 
-def _insert(connection: Connection, *, rows: Sequence[InferenceRecord], keep: bool) -> None:
-    if keep:
+def _insert(connection: Connection, *, rows: Sequence[InferenceRecord], log_rows: bool) -> None:
+    if log_rows:
         connection.execute(insert(tables.inference_log), [_values(row) for row in rows])
     uncounted: dict[Month, int] = {}
     for row in rows:

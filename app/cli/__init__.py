@@ -1,4 +1,4 @@
-"""The command line: `python -m app serve`, and what there is to say to the database.  Knows no routes."""
+"""The command line: `python -m app serve`, and commands that manage the database."""
 
 from app.cli.root import cli, main
 

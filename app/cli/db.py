@@ -14,7 +14,7 @@ def upgrade(config: ConfigOption = CONFIG, as_json: JsonOption = False) -> None:
 
     async def work(database: Database) -> None:
         await database.migrate()
-        _tell(database, await database.revision(), as_json=as_json)
+        _print_revision(database, await database.revision(), as_json=as_json)
 
     with_database(config, work, ready=False)
 
@@ -24,7 +24,7 @@ def current(config: ConfigOption = CONFIG, as_json: JsonOption = False) -> None:
     """Say which revision the database is at and which this program needs."""
 
     async def work(database: Database) -> None:
-        _tell(database, await database.revision() if database.exists() else None, as_json=as_json)
+        _print_revision(database, await database.revision() if database.exists() else None, as_json=as_json)
 
     with_database(config, work, ready=False)
 
@@ -37,12 +37,12 @@ def check(config: ConfigOption = CONFIG, as_json: JsonOption = False) -> None:
         problems = await database.problems()
         if problems:
             fail(f"the database {database.name} is damaged: {'; '.join(problems)}", 1)
-        _tell(database, await database.revision(), as_json=as_json)
+        _print_revision(database, await database.revision(), as_json=as_json)
 
     with_database(config, work)
 
 
-def _tell(database: Database, revision: str | None, *, as_json: bool) -> None:
+def _print_revision(database: Database, revision: str | None, *, as_json: bool) -> None:
     if as_json:
         print_json({"database": database.name, "revision": revision, "newest": head_revision()})
     else:

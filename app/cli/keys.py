@@ -1,4 +1,4 @@
-"""`python -m app keys`: API keys, made, listed, revoked and rotated on the service's own database."""
+"""`python -m app keys`: API keys, created, listed, revoked and rotated on the service's own database."""
 
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
@@ -9,6 +9,7 @@ import typer
 from app.access.database import Database
 from app.access.keys import KeyRecord, KeyStore
 from app.access.limits import LimitSettings
+from app.cli.limits import limit_values, with_limit_options
 from app.cli.terminal import CONFIG, ConfigOption, JsonOption, print_json, show, with_database
 
 cli = typer.Typer(no_args_is_help=True, help="API keys.")
@@ -19,23 +20,24 @@ KeyArgument = Annotated[str, typer.Argument(help="The key's id: what stands betw
 
 
 @cli.command()
+@with_limit_options(after="days")
 def create(
     role: Annotated[str, typer.Option(help="What the key may do: see `roles list`.")] = "standard",
     owner: Annotated[
-        str | None, typer.Option(help="Whose sessions and cached answers it uses; its own if left out.")
+        str | None, typer.Option(help="Whose sessions and cached responses it uses; its own if left out.")
     ] = None,
     days: Annotated[float | None, typer.Option(min=0.001, help="It expires after so many days.")] = None,
-    monthly_tokens: Annotated[int | None, typer.Option(min=0, help="Its own monthly quota; 0 is none.")] = None,
     config: ConfigOption = CONFIG,
     as_json: JsonOption = False,
+    **limits: str | None,
 ) -> None:
-    """Make a key and print it, this one time."""
+    """Create a key and print it, this one time; limits that are not named are its role's."""
+    own = LimitSettings(**limit_values(limits))
 
     async def work(database: Database) -> None:
         expires = None if days is None else datetime.now(UTC) + timedelta(days=days)
-        limits = LimitSettings(monthly_tokens=monthly_tokens)
-        record, key = await KeyStore(database).create(role=role, owner=owner, limits=limits, expires=expires)
-        _tell(record, key, as_json=as_json)
+        record, key = await KeyStore(database).create(role=role, owner=owner, limits=own, expires=expires)
+        _print_secret(record, key, as_json=as_json)
 
     with_database(config, work)
 
@@ -47,7 +49,7 @@ def list_keys(
     config: ConfigOption = CONFIG,
     as_json: JsonOption = False,
 ) -> None:
-    """List the keys in the order of their making."""
+    """List the keys in the order of their creation."""
 
     async def work(database: Database) -> None:
         store, after, rows = KeyStore(database), None, []
@@ -84,7 +86,7 @@ def rotate(
 
     async def work(database: Database) -> None:
         record, key = await KeyStore(database).rotate(key_id, timedelta(hours=overlap_hours))
-        _tell(record, key, as_json=as_json)
+        _print_secret(record, key, as_json=as_json)
 
     with_database(config, work)
 
@@ -105,7 +107,7 @@ def _row(record: KeyRecord) -> dict[str, Any]:
     }
 
 
-def _tell(record: KeyRecord, key: str, *, as_json: bool) -> None:
+def _print_secret(record: KeyRecord, key: str, *, as_json: bool) -> None:
     if as_json:
         print_json({"key": key, **_row(record)})
     else:

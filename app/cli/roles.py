@@ -6,30 +6,14 @@ from typing import Annotated, Any
 import typer
 
 from app.access.database import Database
-from app.access.limits import LIMIT_NAMES, NOTHING_SAID
+from app.access.limits import NOTHING_SAID
 from app.access.roles import Role, RoleStore
+from app.cli.limits import limit_values, with_limit_options
 from app.cli.terminal import CONFIG, ConfigOption, JsonOption, show, with_database
 from app.errors import RoleNotFound
 from app.types import Rights
 
 cli = typer.Typer(no_args_is_help=True, help="Roles: what keys may do and how much.")
-
-DEFAULT = "default"
-"""Takes a limit back: what the configuration says holds again."""
-
-
-def _limit(value: str) -> str:
-    if value != DEFAULT and not (value.isdecimal() and len(value) <= 15):
-        raise typer.BadParameter(f"must be a whole number (0 is no limit) or {DEFAULT}")
-    return value
-
-
-def _option(text: str) -> Any:
-    return typer.Option(help=f"{text}; 0 is no limit, {DEFAULT} what the configuration says.", callback=_given)
-
-
-def _given(value: str | None) -> str | None:
-    return None if value is None else _limit(value)
 
 
 @cli.command("list")
@@ -43,13 +27,9 @@ def list_roles(config: ConfigOption = CONFIG, as_json: JsonOption = False) -> No
 
 
 @cli.command("set")
+@with_limit_options(after="name")
 def set_role(
-    name: Annotated[str, typer.Argument(help="The role; made if there is none of this name.")],
-    monthly_tokens: Annotated[str | None, _option("Tokens in a calendar month, UTC")] = None,
-    requests_per_minute: Annotated[str | None, _option("Requests a minute")] = None,
-    burst: Annotated[str | None, _option("Requests at once")] = None,
-    tokens_per_minute: Annotated[str | None, _option("Tokens a minute")] = None,
-    parallel_requests: Annotated[str | None, _option("Requests being answered at the same time")] = None,
+    name: Annotated[str, typer.Argument(help="The role; created if there is none of this name.")],
     models: Annotated[str | None, typer.Option(help="Models that it may use, with commas between, or all.")] = None,
     load_models: Annotated[bool | None, typer.Option(help="May load and unload models.")] = None,
     manage_keys: Annotated[bool | None, typer.Option(help="May manage keys and roles.")] = None,
@@ -57,11 +37,10 @@ def set_role(
     raw_logprobs: Annotated[bool | None, typer.Option(help="May ask for log-probabilities.")] = None,
     config: ConfigOption = CONFIG,
     as_json: JsonOption = False,
+    **limits: str | None,
 ) -> None:
     """Change what is named of a role, and leave the rest; it holds for running services within five seconds."""
-    values = (monthly_tokens, requests_per_minute, burst, tokens_per_minute, parallel_requests)
-    given = dict(zip(LIMIT_NAMES, values, strict=True))
-    limits = {name: None if value == DEFAULT else int(value) for name, value in given.items() if value is not None}
+    values = limit_values(limits)
     flags = {
         "load_models": load_models,
         "manage_keys": manage_keys,
@@ -80,7 +59,7 @@ def set_role(
             before = await store.read(name)
         except RoleNotFound:
             before = Role(name=name, limits=NOTHING_SAID, rights=Rights())
-        role = replace(before, limits=replace(before.limits, **limits), rights=replace(before.rights, **rights))
+        role = replace(before, limits=replace(before.limits, **values), rights=replace(before.rights, **rights))
         await store.put(role)
         show([_row(role)], title="Role", as_json=as_json)
 

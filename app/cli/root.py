@@ -1,4 +1,4 @@
-"""`python -m app serve`, and the groups of the other commands."""
+"""Defines `python -m app serve` and registers the other command groups."""
 
 from typing import Annotated, Any
 
@@ -31,11 +31,11 @@ def version() -> None:
 @cli.command()
 def serve(
     config: ConfigOption = CONFIG,
-    host: Annotated[str | None, typer.Option(help="Address to listen on; wins over the configuration.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on; wins over the configuration.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; overrides the configuration.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; overrides the configuration.")] = None,
 ) -> None:
     """Serve the configured model over HTTP until Ctrl-C."""
-    # Late, because the command line must answer --help without importing the whole service.
+    # Imported late: --help must not import the whole service.
     from app import server
 
     listen: dict[str, Any] = {key: value for key, value in (("host", host), ("port", port)) if value is not None}

@@ -18,10 +18,10 @@ def usage(
     as_json: JsonOption = False,
 ) -> None:
     """Show the tokens that each key has used in a month, most first."""
-    asked = month or month_of(datetime.now(UTC))
+    shown = month or month_of(datetime.now(UTC))
 
     async def work(database: Database) -> None:
-        rows = [asdict(total) for total in await Reports(database).by_key(asked)]
-        show(rows, title=f"Tokens used in {asked}", as_json=as_json)
+        rows = [asdict(total) for total in await Reports(database).by_key(shown)]
+        show(rows, title=f"Tokens used in {shown}", as_json=as_json)
 
     with_database(config, work)

@@ -1,4 +1,4 @@
-"""The configuration.  Knows no other package; nothing is read at import."""
+"""The configuration: typed settings and their loader.  Nothing is read at import."""
 
 from app.config.access import DatabaseConfig, QuotaConfig, RateLimitConfig, UsageLogConfig
 from app.config.loading import load_settings

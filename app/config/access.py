@@ -1,4 +1,4 @@
-"""What can be set about who may ask and how much.  Reads nothing."""
+"""Defines the settings of rate limits, quotas, the inference log and the database."""
 
 from typing import Annotated, Literal
 
@@ -10,50 +10,50 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class RateLimitConfig(Section):
-    """What a key may ask in a short time, where its role and the key itself say nothing else; 0 is no limit."""
+    """Default rate limits of a key, which its role and the key itself may override; 0 is unlimited."""
 
     enabled: bool = True
-    """False switches off every rate limit, those of roles and keys too."""
+    """False disables every rate limit, those of roles and keys too."""
     requests_per_minute: NonNegativeInt = 10
-    """Requests that flow back into a token bucket in a minute."""
+    """Refill rate of the token bucket, in requests."""
     burst_size: NonNegativeInt = 10
-    """Requests of a full bucket, so many at once; 0 takes as many as flow back in a minute."""
+    """Capacity of the token bucket in requests; 0 is the refill of one minute."""
     tokens_per_minute: NonNegativeInt = 100_000
-    """Tokens of prompts and answers in a minute, and at once."""
+    """Prompt and completion tokens: both the refill of a minute and the capacity of the bucket."""
     parallel_requests: NonNegativeInt = 0
-    """Requests being answered at the same time."""
+    """Concurrent requests."""
 
 
 class QuotaConfig(Section):
-    """Tokens in a calendar month, UTC."""
+    """Token quotas per calendar month, UTC."""
 
     monthly_tokens: NonNegativeInt = 0
-    """For each key, where its role and the key itself say nothing else; 0 is no limit."""
+    """Default quota of a key, which its role and the key itself may override; 0 is unlimited."""
     cached_prompt: Share = 0
-    """How much an answer from the cache costs, as a share of its prompt's tokens."""
+    """Share of the prompt tokens that a cached response is charged."""
     cached_completion: Share = 0
-    """And of its own."""
+    """Share of the completion tokens that a cached response is charged."""
     on_outage: Literal["closed", "open"] = "closed"
-    """While the database is down: closed refuses keys that have a quota with 503, open answers them uncounted."""
+    """While the database is down: closed refuses keys with a quota (503), open serves them without counting."""
     lease_seconds: PositiveFloat = 60
-    """What a dead process had reserved is free again after so long."""
+    """Time after which the reservations of a dead process expire."""
 
 
 class UsageLogConfig(Section):
-    """The inference log: a row in the database for each answer."""
+    """The inference log: one database row per request."""
 
     enabled: bool = True
-    """False writes no rows; tokens of the month are counted all the same."""
+    """False writes no rows; monthly tokens are counted all the same."""
     flush_seconds: PositiveFloat = 1
-    """Rows wait so long for each other; a crash loses no more."""
+    """Interval at which rows are written; a crash loses at most these."""
     max_waiting: PositiveInt = 10_000
-    """Rows that may wait for a slow database; one more is dropped and counted."""
+    """Rows that may wait for a slow database; beyond that the oldest is dropped and counted."""
     retention_days: NonNegativeInt = 90
-    """Older rows are deleted; 0 keeps them."""
+    """Older rows are deleted; 0 never deletes."""
 
 
 class DatabaseConfig(Section):
-    """Where keys, quotas and the log are kept."""
+    """The database of keys, quotas and logs."""
 
     url: SecretStr | None = None
     """postgresql://user:password@host/name, or sqlite:///file; a file in the data folder when unset."""

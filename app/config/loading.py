@@ -1,4 +1,4 @@
-"""Reads the settings: config.yml < .env < environment.  Called once, by the command line or a test."""
+"""Loads the settings: config.yml < .env < environment."""
 
 import os
 from collections.abc import Mapping
@@ -17,13 +17,13 @@ from app.errors import ConfigError
 def load_settings(
     config_file: Path | str = "config.yml", env_file: Path | str | None = ".env", **overrides: Any
 ) -> Settings:
-    """Read the configuration once.
+    """Load and validate the configuration.
 
     Args:
         config_file: YAML; a missing file leaves the defaults.
-        env_file: KEY=value lines; None reads none.
-        overrides: keys of a section that win over every source, for tests and command line options.
-    Raises: ConfigError: a key is unknown or a value is wrong; the message names each with its reason.
+        env_file: KEY=value lines; None reads no file.
+        overrides: sections whose keys take precedence over every source, for tests and command line options.
+    Raises: ConfigError: a key is unknown or a value is invalid; the message names each one with its reason.
     """
 
     class Located(Settings):
@@ -59,7 +59,7 @@ def _refuse_unreadable(*files: Path | str | None) -> None:
 
 
 def _refuse_near_misses(environment: Mapping[str, str]) -> None:
-    """The environment is full of other programs' variables, so only what nearly is a section of ours is refused."""
+    """Refuse variables whose prefix is nearly a section's name; all others belong to other software."""
     for name in environment:
         section, nested, _ = name.lower().partition("__")
         if nested and section not in Settings.model_fields:

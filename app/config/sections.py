@@ -1,4 +1,4 @@
-"""What can be set: one small frozen model for each part, each field with its unit and consequence.  Reads nothing."""
+"""Defines the settings: one frozen model per section, each field with its unit and effect.  `loading.py` reads them."""
 
 import re
 from pathlib import Path
@@ -26,13 +26,13 @@ from app.config.section import Section
 KNOWN_DEFAULT_KEYS = frozenset(
     ["change-me", "changeme", "change-me-in-env", "your-api-key-here", "your-secure-api-key-here", "your_key", "secret"]
 )
-"""Keys that stand in published examples: whoever starts with one has no key at all."""
+"""Keys from published examples, which protect nothing and are refused."""
 
 MIN_KEY_CHARS, MAX_KEY_CHARS = 8, 512
 
 
 class AppConfig(Section):
-    """Where the service listens and keeps its files."""
+    """The address of the service, and the folders of its files."""
 
     name: str = "LLM service"
     host: str = "127.0.0.1"
@@ -40,13 +40,13 @@ class AppConfig(Section):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """TCP port; 0 takes a free one."""
     data_dir: Path = Path("data")
-    """Folder for the embedded database and the first API key; made when missing."""
+    """Folder of the embedded database and the first API key; created when missing."""
     prompts_dir: Path = Path("prompts")
-    """Folder with our own words: base_system.txt is the system prompt of every chat that brings none."""
+    """Folder of prompt templates: base_system.txt is the system prompt of every chat without one."""
     shutdown_grace_seconds: NonNegativeInt = 25
-    """How long running answers may finish after SIGTERM before they are ended."""
+    """How long running requests may take after SIGTERM before they are aborted; a second signal cuts it short."""
     trusted_proxies: tuple[str, ...] = ()
-    """Addresses of reverse proxies whose X-Forwarded-For is believed."""
+    """Addresses of reverse proxies whose X-Forwarded-For header is trusted."""
 
     @field_validator("trusted_proxies")
     @classmethod
@@ -57,80 +57,80 @@ class AppConfig(Section):
 
 
 class ModelConfig(Section):
-    """Which model is served, and how."""
+    """The served model, its engine and its limits."""
 
     name: str = "models/tiny-chat"
     """A folder (source local) or a Hugging Face model id (source hub)."""
     source: Literal["local", "hub"] = "local"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Weights' type; auto is the model's own on a GPU, and on a CPU bfloat16 if that is the model's own and the CPU
-    computes in it, else float32; float32 too for weights of 8 bits that a program of ours computes."""
+    """Compute type.  auto: the checkpoint's type on a GPU; on a CPU bfloat16 if both the checkpoint and the CPU use it,
+    otherwise float32 (always float32 with int8)."""
     quantization: Literal["none", "int8"] = "none"
-    """int8 rounds the weights of a CPU's linear layers to 8 bits: they take a quarter of their float32 memory and
-    single answers come faster, but log-probabilities change; /v1/models tells by how much."""
+    """int8 quantizes the weights of linear layers on a CPU: a quarter of their float32 memory and faster decoding of
+    single requests, but log-probabilities change; /v1/models reports by how much."""
     compile: Literal["auto", "none", "attention", "layers"] = "auto"
-    """What is compiled for this machine when the model is loaded.  On a CPU, by a C++ compiler (two seconds at the
-    first start): auto is all layers of the families that there is a program for, linear layers and attention of the
-    others, and nothing where there is no compiler; attention is what auto is for the others; layers refuses a model
-    whose layers cannot be had.  In bfloat16 on a processor with AMX auto and attention leave linear layers to oneDNN.
-    On a GPU layers are compiled by torch, a slower start, and only if asked for."""
+    """What is compiled for this machine when the model is loaded.  On a CPU, with a C++ compiler (two seconds at the
+    first start): auto compiles all layers of model families with a native decoder, linear layers and attention of
+    others, and nothing without a compiler; attention compiles linear layers and attention of every family; layers
+    refuses a model without a native decoder.  In bfloat16 on a processor with AMX, auto and attention leave linear
+    layers to oneDNN.  On a GPU, layers compiles with torch.compile (a slower start); auto compiles nothing."""
     revision: str | None = None
     """Commit or tag of the model on the hub."""
     engine: Literal["auto", "batching", "serial", "echo"] = "auto"
-    """batching runs many requests at once, serial one; echo needs no model and repeats the prompt; auto is batching, or
-    serial for a model that cannot be batched."""
+    """batching uses continuous batching, serial runs one request at a time, echo needs no model and repeats the prompt;
+    auto is batching, or serial for a model that cannot be batched."""
     max_tokens: PositiveInt = 512
-    """New tokens when a request names no max_tokens (less where the context window is nearly full)."""
+    """Default of max_tokens, the new tokens of a request (fewer when the context window is nearly full)."""
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
-    """Temperature when a request names none; 0 is greedy."""
+    """Default temperature; 0 is greedy."""
     max_model_len: PositiveInt | None = None
-    """Context window in tokens; the model's own when unset, never more."""
+    """Context window in tokens; unset is the model's own, which is also the maximum."""
     max_batch_size: PositiveInt | None = None
-    """Answers made at once; unset takes what memory has room for, 32 at most."""
+    """Sequences decoded in one batch; unset takes what fits in memory, 32 at most."""
     prefix_reuse: bool = True
-    """Start a prompt from what was computed before for the same tenant, as in the next turn of a conversation."""
+    """Prefix caching: reuse KV cache of the same tenant, as for the next turn of a conversation."""
     max_waiting: NonNegativeInt = 64
-    """Requests that may wait for the model; one more is refused with 503."""
+    """Requests that may wait for the model; further ones are refused with 503."""
     max_waiting_tokens: PositiveInt = 65_536
-    """Tokens of their prompts together; one request may always wait."""
+    """Total prompt tokens of waiting requests; a single request may always wait."""
     threads: NonNegativeInt = 0
-    """CPU threads of the model; 0 takes one for each core."""
+    """CPU threads of the model; 0 is one per core."""
 
     @property
     def public_name(self) -> str:
-        """The name clients see: the model id, or the folder's own name and never its path on this machine."""
+        """The name that clients see: the model id, or the name of the folder without its path."""
         if self.engine == "echo":
             return "echo"
         return Path(self.name).resolve().name if self.source == "local" else self.name
 
 
 class DeadlineConfig(Section):
-    """How long a request may take, in seconds; over it the request ends with 504."""
+    """Time limits of a request in seconds; exceeding one ends it with 504."""
 
     waiting_seconds: PositiveFloat = 30
-    """Until the session is free, and from there until the model starts on it."""
+    """Until the session is free, and from then until the model starts the request."""
     first_token_seconds: PositiveFloat = 60
     """From the model's start until the first token."""
     total_seconds: PositiveFloat = 300
-    """From when the model takes the request, running or waiting, until the last token."""
+    """From when the engine accepts the request, running or waiting, until the last token."""
 
 
 class SecurityConfig(Section):
-    """Who is let in, and what is read from them."""
+    """Authentication, and limits of what is read from a client."""
 
     api_key: SecretStr | None = None
-    """The API key; when unset one is made at the first start and kept in the data folder."""
+    """The API key; when unset, one is generated at the first start and stored in the data folder."""
     max_prompt_chars: PositiveInt = 4000
-    """Characters of one prompt or of all messages of one request."""
+    """Characters of a prompt, or of all messages of a request."""
     max_body_bytes: PositiveInt = 1_048_576
-    """Bytes of a request body; more is refused with 413 before it is read."""
+    """Bytes of a request body; a longer one is refused with 413 before it is read."""
     body_timeout_seconds: PositiveFloat = 10
-    """How long a client may take to send its body."""
+    """Time for a client to send its body."""
     failed_keys_per_minute: PositiveInt = 20
-    """Wrong or missing keys per minute and address before even the answer 401 becomes 429."""
+    """Wrong or missing keys per minute and address before the response 401 becomes 429."""
     cors_origins: tuple[str, ...] = ()
-    """Web origins that may call from a browser; none by default."""
+    """Origins that may call from a browser (CORS)."""
     docs: bool = False
     """Serve /docs and /openapi.json without a key."""
     metrics_public: bool = True
@@ -156,54 +156,54 @@ class SecurityConfig(Section):
 
 
 class CacheConfig(Section):
-    """The response cache: an identical request of the same tenant gets the stored answer."""
+    """The response cache: an identical request of the same tenant gets the stored completion."""
 
     enabled: bool = True
     size: PositiveInt = 100
-    """Answers kept; the least recently used goes first."""
+    """Stored completions; the least recently used is evicted first."""
     ttl_seconds: PositiveFloat = 3600
     persistent: bool = False
-    """Also keep answers in the database: they outlive a restart and are shared by replicas."""
+    """Also store completions in the database: they survive a restart and are shared by replicas."""
 
 
 class ChatHistoryConfig(Section):
-    """Session memory: what is kept for a `session_id`."""
+    """Session memory: the history stored for a `session_id`."""
 
     enabled: bool = True
     ttl_seconds: PositiveFloat = 7200
-    """A session is forgotten this long after its last turn."""
+    """Lifetime of a session after its last turn."""
     max_turns: PositiveInt = 50
-    """Turns kept in one session; the oldest goes first."""
+    """Turns stored in one session; the oldest is dropped first."""
     max_bytes: PositiveInt = 262_144
-    """Text kept in one session, UTF-8; the oldest turn goes first."""
+    """UTF-8 bytes of text stored in one session; the oldest turn is dropped first."""
     max_sessions: PositiveInt = 1000
-    """Sessions of one tenant; the least recently used goes first."""
+    """Sessions of one tenant; the least recently used is dropped first."""
 
 
 PiiName = Literal["email", "phone", "card", "iban", "ssn", "ip", "api_key"]
 
 
 class PiiConfig(Section):
-    """What is done with personal data in prompts and answers."""
+    """Filters for personal data in prompts and completions."""
 
     enabled: bool = True
     input: Literal["mask", "block", "off"] = "mask"
-    """mask replaces it by [EMAIL] and the like, block refuses the request with 400."""
+    """mask replaces it by placeholders such as [EMAIL], block refuses the request with 400."""
     output: Literal["mask", "off"] = "mask"
     entities: tuple[PiiName, ...] = ("email", "phone", "card", "iban", "ssn", "ip", "api_key")
     phone_region: Annotated[str, Field(pattern=r"^[A-Z]{2}$")] = "US"
-    """Country whose national phone numbers are recognised; international ones always are."""
+    """Region whose national phone numbers are detected; international ones always are."""
 
 
 class OpenAIConfig(Section):
-    """What holds on OpenAI's routes only."""
+    """Defaults of the OpenAI-compatible routes."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    """Temperature when a request names none; unset takes what the model's files recommend, else OpenAI's 1."""
+    """Default temperature; unset is what the model's generation_config.json recommends, else OpenAI's 1."""
 
 
 class LoggingConfig(Section):
-    """One line for each event on standard error, and to a file if named."""
+    """One line per event on standard error, and in a file if configured."""
 
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     format: Literal["json", "console"] = "json"
@@ -211,9 +211,9 @@ class LoggingConfig(Section):
     max_bytes: PositiveInt = 10_485_760
     """Size at which the log file is rotated."""
     backups: NonNegativeInt = 3
-    """Rotated log files kept."""
+    """Number of rotated log files."""
     store_text: bool = False
-    """Keep prompts and answers, with personal data masked, in the database's inference log."""
+    """Store prompts and completions, with personal data masked, in the inference log."""
 
 
 def _blank_is_unset(value: SecretStr | None) -> SecretStr | None:
@@ -250,9 +250,9 @@ class Settings(BaseSettings):
     """For gated models; also read from HF_TOKEN."""
     hf_token: Annotated[SecretStr | None, AfterValidator(_blank_is_unset)] = None
     database_url: Annotated[SecretStr | None, AfterValidator(_blank_is_unset)] = None
-    """Another name of `database.url`, and stronger."""
+    """Alias of `database.url`, with precedence over it."""
     langsmith: bool = False
-    """Let LangSmith tracing send prompts and answers to its service when its own variables ask for it."""
+    """Allow LangSmith tracing, which sends prompts and completions to its service if its own variables enable it."""
 
     @property
     def where_database(self) -> str:
@@ -273,6 +273,6 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Put the YAML file below .env, and .env below the environment."""
+        """Order the sources: arguments, environment, .env, YAML file."""
         yaml_settings = YamlConfigSettingsSource(settings_cls)
         return init_settings, env_settings, dotenv_settings, yaml_settings

@@ -200,12 +200,10 @@ class CachedEngine(EngineWrapper):
         """Return how many responses are being generated that identical requests may share."""
         return len(self._flights)
 
-    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        if not request.cache:
-            async with aclosing(self._inner.stream(request)) as events:
-                async for event in events:
-                    yield event
-            return
+    def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        return self._read(request) if request.cache else self._inner.stream(request)
+
+    async def _read(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         reader = self._readers[request.id] = self._board(request)
         try:
             while True:

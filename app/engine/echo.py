@@ -113,8 +113,14 @@ class EchoEngine:
         aborted = self._aborts[request.id] = asyncio.Event()
         try:
             yield Started(prompt_tokens=request.prompt_tokens)
-            async for event in self._generate(request, aborted):
-                yield event
+            plan = _Plan(request)
+            while plan.sent < plan.limit and not aborted.is_set():
+                if self._delay or request.progress.generated % _TOKENS_PER_TURN == 0:
+                    await asyncio.sleep(self._delay)
+                ready = 1 if self._delay or request.stream or not plan.sent else _TOKENS_PER_TURN
+                if (delta := plan.advance(ready, aborted.is_set())) is not None:
+                    yield delta
+            yield plan.finish(aborted.is_set())
         finally:
             del self._aborts[request.id]
 
@@ -127,30 +133,40 @@ class EchoEngine:
         for aborted in self._aborts.values():
             aborted.set()
 
-    async def _generate(
-        self, request: GenerationRequest, aborted: asyncio.Event
-    ) -> AsyncGenerator[Delta | Finished, None]:
-        params, progress = request.sampling, request.progress
-        text = _long_enough(_echoed(request.prompt_ids or ()), params)
+
+class _Plan:
+    """What is echoed to one request, and how much of it has been sent."""
+
+    def __init__(self, request: GenerationRequest) -> None:
+        params = request.sampling
+        self._request = request
+        self._text = text = _long_enough(_echoed(request.prompt_ids or ()), params)
         ends = [chr(token_id) for token_id in params.stop_token_ids if token_id < _CONTROL]
-        end_at = min(_places(text, ends, params.min_tokens), default=len(text))
-        stop_at = min([*_places(text, params.stop), end_at])
-        limit = min(stop_at, params.max_tokens)
-        sent = 0
-        while sent < limit and not aborted.is_set():
-            if self._delay or progress.generated % _TOKENS_PER_TURN == 0:
-                await asyncio.sleep(self._delay)
-            progress.generated += 1
-            if request.stream or sent == 0 or progress.generated == limit or aborted.is_set():
-                yield _delta(text[sent : progress.generated], params)
-                sent = progress.generated
-        reason = FinishReason.LENGTH if sent < stop_at else FinishReason.STOP
-        if aborted.is_set():
+        self._end_at = min(_places(text, ends, params.min_tokens), default=len(text))
+        self._stop_at = min([*_places(text, params.stop), self._end_at])
+        self.limit = min(self._stop_at, params.max_tokens)
+        self.sent = 0
+
+    def advance(self, tokens: int, last: bool) -> Delta | None:
+        """Generate so many tokens, and return those that are sent now, if any."""
+        request, progress = self._request, self._request.progress
+        progress.generated = min(self.limit, progress.generated + tokens)
+        if not (request.stream or self.sent == 0 or progress.generated == self.limit or last):
+            return None
+        text = self._text[self.sent : progress.generated]
+        self.sent = progress.generated
+        return _delta(text, request.sampling)
+
+    def finish(self, aborted: bool) -> Finished:
+        request, params = self._request, self._request.sampling
+        reason = FinishReason.LENGTH if self.sent < self._stop_at else FinishReason.STOP
+        if aborted:
             reason = FinishReason.ABORT
         # An end token counts, and has no text.
-        progress.generated += int(sent == end_at < min(len(text), params.max_tokens))
-        usage = Usage(prompt_tokens=request.prompt_tokens, completion_tokens=progress.generated)
-        yield finish(reason, usage, _stop_reason(text, sent, end_at, params) if reason is FinishReason.STOP else None)
+        request.progress.generated += int(self.sent == self._end_at < min(len(self._text), params.max_tokens))
+        usage = Usage(prompt_tokens=request.prompt_tokens, completion_tokens=request.progress.generated)
+        stopped = reason is FinishReason.STOP
+        return finish(reason, usage, _stop_reason(self._text, self.sent, self._end_at, params) if stopped else None)
 
 
 def _delta(text: str, params: SamplingParams) -> Delta:

@@ -3,8 +3,8 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from app.engine.served_model import ServedModel
 from app.errors import ModelNotFound, ShuttingDown
@@ -134,8 +134,8 @@ class ModelHost:
         finally:
             self._remove(name)
 
-    @asynccontextmanager
-    async def lease(self, request: GenerationRequest) -> AsyncIterator[ServedModel]:
+    @contextmanager
+    def lease(self, request: GenerationRequest) -> Iterator[ServedModel]:
         """Hold a model for one request.
 
         Raises: ShuttingDown: the service takes no new work; ModelNotFound: no such model is loaded.

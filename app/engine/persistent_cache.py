@@ -46,9 +46,12 @@ class PersistentCacheEngine(EngineWrapper):
         self._replaying: dict[str, bool] = {}
         """Request id -> whether it has been aborted."""
 
-    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        key = cache_key(request, self._inner.info, self._scope) if request.cache else None
-        stored = await self._read(key) if key is not None else None
+    def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        return self._look_up(request) if request.cache else self._inner.stream(request)
+
+    async def _look_up(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        key = cache_key(request, self._inner.info, self._scope)
+        stored = await self._read(key)
         stream = self._replay(request, stored) if stored else self._generate(request, key)
         async with aclosing(stream) as events:
             async for event in events:
@@ -81,14 +84,14 @@ class PersistentCacheEngine(EngineWrapper):
         finally:
             del self._replaying[request.id]
 
-    async def _generate(self, request: GenerationRequest, key: bytes | None) -> AsyncGenerator[Event, None]:
+    async def _generate(self, request: GenerationRequest, key: bytes) -> AsyncGenerator[Event, None]:
         generated: list[Event] = []
         async with aclosing(self._inner.stream(request)) as events:
             async for event in events:
-                if key is not None and not isinstance(event, Delta):
+                if not isinstance(event, Delta):
                     event = structs.replace(event, cache=CacheStatus.MISS)
                 generated.append(event)
-                if key is not None and isinstance(event, Finished) and event.finish_reason in COMPLETE:
+                if isinstance(event, Finished) and event.finish_reason in COMPLETE:
                     self._put(key, generated)
                 yield event
 

@@ -3,8 +3,8 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
 from datetime import UTC, datetime
 from typing import Protocol
 
@@ -70,8 +70,8 @@ class UsageRecorder:
         self.store_text = store_text
         self._log = log
 
-    @asynccontextmanager
-    async def record(self, request: GenerationRequest, principal: Principal) -> AsyncIterator["UsageRecord"]:
+    @contextmanager
+    def record(self, request: GenerationRequest, principal: Principal) -> Iterator["UsageRecord"]:
         """Follow one request and write its record at the end, whatever that is."""
         record = UsageRecord(self, request, principal)
         try:

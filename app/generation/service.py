@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -80,10 +80,10 @@ class GenerationService:
 
         Raises: AppError: in place of Started if the request is wrong or cannot be taken, later if it breaks.
         """
-        async with self._usage.record(request, principal) as record, self.host.lease(request) as model:
+        with self._usage.record(request, principal) as record, self.host.lease(request) as model:
             self._check_rights(request, principal, model)
-            prepare = self._prepare_chat if request.is_chat else self._prepare_text
-            async with prepare(request, model) as fitted:
+            async with self._turn(request) as history:
+                fitted = await self._fit(request, model, history)
                 run = _Run(fitted, model, self._metrics)
                 record.begin(model.engine.info, fitted)
                 async with self._admission.reserve(principal, run.most_tokens) as reservation:
@@ -109,59 +109,63 @@ class GenerationService:
             system_messages=any(message.role is Role.SYSTEM for message in request.messages),
         )
 
-    @asynccontextmanager
-    async def _prepare_text(self, request: GenerationRequest, model: ServedModel) -> AsyncIterator[FittedPrompt]:
-        """Clean and encode a plain prompt; one that arrives as tokens stays as it is where nothing is filtered out.
+    async def _fit(self, request: GenerationRequest, model: ServedModel, history: Sequence[Turn]) -> FittedPrompt:
+        """Clean a prompt and encode as much of it as fits."""
+        budget = TokenBudget(
+            limit=model.engine.info.context_length, requested=request.max_tokens, default=model.defaults.max_tokens
+        )
 
-        Raises: InvalidRequest: it names a token that the model does not have.
-        """
-        budget = _budget(request, model)
-        if request.prompt_ids is not None:
-            model.engine.info.check_tokens("prompt", request.prompt_ids)
-            budget.max_tokens(len(request.prompt_ids))  # raises before any work is done for a prompt far too long
-            text = await model.engine.detokenize(request.prompt_ids)
-            (clean,) = await self._clean([text])
-            request = replace(request, text=clean, prompt_ids=request.prompt_ids if clean == text else None)
-        else:
-            (clean,) = await self._clean([request.text or ""])
-            request = replace(request, text=clean)
-        yield await fit_text(request, _render_and_encode(model), budget)
+        async def prepare(request: GenerationRequest) -> PreparedPrompt:
+            return await model.engine.prepare(model.chain.render(request))
 
-    @asynccontextmanager
-    async def _prepare_chat(self, request: GenerationRequest, model: ServedModel) -> AsyncIterator[FittedPrompt]:
-        """Clean a conversation, put its session's history in front, and encode what fits; holds the session."""
-        if request.session_id is not None and request.n > 1:
-            raise InvalidRequest.of_field("n", "must be 1 in a session, which goes on with one answer")
-        if request.session_id is not None and request.messages[-1].role is not Role.USER:
-            raise InvalidRequest.of_field("messages", "must end with the user's in a session")
+        if not request.is_chat:
+            return await fit_text(await self._clean_text(request, model, budget), prepare, budget)
         texts = await self._clean([message.content for message in request.messages])
         messages = [Message(each.role, text) for each, text in zip(request.messages, texts, strict=True)]
         system = [message.content for message in messages if message.role is Role.SYSTEM]
-        async with self._turn(request) as history:
-            new = new_messages(history, messages)
-            request = replace(request, messages=(Message(Role.SYSTEM, "\n\n".join(system)),) if system else ())
-            yield await fit_chat(request, history, new, _render_and_encode(model), _budget(request, model))
+        request = replace(request, messages=(Message(Role.SYSTEM, "\n\n".join(system)),) if system else ())
+        return await fit_chat(request, history, new_messages(history, messages), prepare, budget)
+
+    async def _clean_text(
+        self, request: GenerationRequest, model: ServedModel, budget: TokenBudget
+    ) -> GenerationRequest:
+        """Clean a plain prompt; one that arrives as tokens stays as it is where nothing is filtered out.
+
+        Raises: InvalidRequest: it names a token that the model does not have.
+        """
+        if (ids := request.prompt_ids) is None:
+            (text,) = await self._clean([request.text or ""])
+            return replace(request, text=text)
+        model.engine.info.check_tokens("prompt", ids)
+        budget.max_tokens(len(ids))  # raises before any work is done for a prompt that is far too long
+        given = await model.engine.detokenize(ids)
+        (text,) = await self._clean([given])
+        return replace(request, text=text, prompt_ids=ids if text == given else None)
 
     async def _clean(self, texts: list[str]) -> list[str]:
         return texts if self._input_filter is None else await self._input_filter.clean(texts)
 
-    @asynccontextmanager
-    async def _turn(self, request: GenerationRequest) -> AsyncIterator[tuple[Turn, ...]]:
+    def _turn(self, request: GenerationRequest) -> AbstractAsyncContextManager[Sequence[Turn]]:
         """Hold the session, one turn at a time, and return its history; without a session there is none."""
-        if request.session_id is None:
-            yield ()
-            return
+        return nullcontext(()) if request.session_id is None else self._session_turn(request, request.session_id)
+
+    @asynccontextmanager
+    async def _session_turn(self, request: GenerationRequest, session_id: str) -> AsyncIterator[Sequence[Turn]]:
         if self.sessions is None:
             raise InvalidRequest("Session memory is switched off on this service; leave session_id out.")
+        if request.n > 1:
+            raise InvalidRequest.of_field("n", "must be 1 in a session, which goes on with one answer")
+        if request.messages[-1].role is not Role.USER:
+            raise InvalidRequest.of_field("messages", "must end with the user's in a session")
         async with AsyncExitStack() as stack:
             try:
                 async with asyncio.timeout(self._waiting_seconds):
-                    await stack.enter_async_context(self.sessions.turn(request.tenant, request.session_id))
+                    await stack.enter_async_context(self.sessions.turn(request.tenant, session_id))
             except TimeoutError:
                 raise DeadlineExceeded("The turn before this one in the session takes too long.") from None
             if self.host.draining:
                 raise ShuttingDown()
-            session = await self.sessions.read(request.tenant, request.session_id)
+            session = await self.sessions.read(request.tenant, session_id)
             yield session.turns if session else ()
 
     async def _store_turn(self, request: GenerationRequest, new: Sequence[Message], completion: str) -> None:
@@ -239,16 +243,3 @@ class _Run:
             session_id=self._request.session_id,
             context=self._fitted.context,
         )
-
-
-def _budget(request: GenerationRequest, model: ServedModel) -> TokenBudget:
-    return TokenBudget(
-        limit=model.engine.info.context_length, requested=request.max_tokens, default=model.defaults.max_tokens
-    )
-
-
-def _render_and_encode(model: ServedModel) -> Callable[[GenerationRequest], Awaitable[PreparedPrompt]]:
-    async def prepare(request: GenerationRequest) -> PreparedPrompt:
-        return await model.engine.prepare(model.chain.render(request))
-
-    return prepare

@@ -41,7 +41,8 @@ class EngineSequence(RunnableSequence[Any, Any]):
         config = ensure_config(config)
         if not is_observed(config):
             prompt: Any = self.first
-            async with aclosing(self._model(prompt.format_prompt(**input), config, kwargs)) as chunks:
+            model: Any = self.last
+            async with aclosing(model.astream_unobserved(prompt.format_prompt(**input), **kwargs)) as chunks:
                 async for chunk in chunks:
                     yield chunk
             return
@@ -75,6 +76,7 @@ class ModelChains:
         known = {"model_name": model}
         prompt = ChatPromptTemplate.from_messages([("system", system), conversation]).partial(**known)
         self._completion_prompt = PromptTemplate.from_template(completion).partial(**known)
+        self._completion_is_plain = completion == "{prompt}"
         self._completion = _pipe(self._completion_prompt, pipeline)
         self._chat = _pipe(prompt, chat)
         self._chat_with_own_system = _pipe(ChatPromptTemplate.from_messages([conversation]), chat)
@@ -85,6 +87,8 @@ class ModelChains:
         if request.prompt_ids is not None:
             return request
         if not request.is_chat:
+            if self._completion_is_plain:
+                return request
             return replace(request, text=self._completion_prompt.format(prompt=request.text))
         chain, messages = self._choose_chat(request)
         return replace(request, messages=(self._system, *messages) if chain is self._chat else messages)

@@ -20,6 +20,7 @@ from langchain_core.language_models import LanguageModelInput
 from langchain_core.language_models.chat_models import agenerate_from_stream
 from langchain_core.messages import AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult, Generation, GenerationChunk, LLMResult
+from langchain_core.prompt_values import PromptValue
 from langchain_core.runnables import RunnableConfig, ensure_config
 from langchain_huggingface import ChatHuggingFace, HuggingFacePipeline
 from langsmith.utils import tracing_is_enabled
@@ -111,17 +112,24 @@ class EnginePipeline(HuggingFacePipeline):
     ) -> AsyncIterator[str]:
         """Yield text that carries its events; closing this closes the engine's stream."""
         config = ensure_config(config)
-        async with AsyncExitStack() as streams:
-            if is_observed(config) or self.callbacks or self.verbose:
+        if is_observed(config) or self.callbacks or self.verbose:
+            async with AsyncExitStack() as streams:
                 base: Any = super().astream(input, config, stop=stop, streams=streams, **kwargs)
                 async with aclosing(base):
                     async for text in base:
                         yield text
                 return
-            text = self._convert_input(input).to_string()
-            async with await self.open(stop, kwargs, text=text) as events:
-                async for event in events:
-                    yield EventText.of(event)
+        async with aclosing(self.astream_unobserved(self._convert_input(input), stop=stop, **kwargs)) as texts:
+            async for text in texts:
+                yield text
+
+    async def astream_unobserved(
+        self, prompt: PromptValue, *, stop: list[str] | None = None, **kwargs: Any
+    ) -> AsyncGenerator[EventText, None]:
+        """Yield the same without reporting a run to callbacks."""
+        async with await self.open(stop, kwargs, text=prompt.to_string()) as events:
+            async for event in events:
+                yield EventText.of(event)
 
     async def _astream(
         self,
@@ -196,17 +204,24 @@ class EngineChat(ChatHuggingFace):
     ) -> AsyncIterator[AIMessageChunk]:
         """Yield message chunks that carry their events; closing this closes the engine's stream."""
         config = ensure_config(config)
-        async with AsyncExitStack() as streams:
-            if "request" not in kwargs or is_observed(config) or self.callbacks or self.verbose:
+        if "request" not in kwargs or is_observed(config) or self.callbacks or self.verbose:
+            async with AsyncExitStack() as streams:
                 base: Any = super().astream(input, config, stop=stop, streams=streams, **kwargs)
                 async with aclosing(base):
                     async for message in base:
                         yield message
                 return
-            messages = self._convert_input(input).to_messages()
-            async with await self._open(messages, stop, kwargs) as events:
-                async for event in events:
-                    yield EventMessageChunk.of(event)
+        async with aclosing(self.astream_unobserved(self._convert_input(input), stop=stop, **kwargs)) as messages:
+            async for message in messages:
+                yield message
+
+    async def astream_unobserved(
+        self, prompt: PromptValue, *, stop: list[str] | None = None, **kwargs: Any
+    ) -> AsyncGenerator[EventMessageChunk, None]:
+        """Yield the same without reporting a run to callbacks."""
+        async with await self._open(prompt.to_messages(), stop, kwargs) as events:
+            async for event in events:
+                yield EventMessageChunk.of(event)
 
     async def _open(
         self, messages: list[BaseMessage], stop: list[str] | None, kwargs: Mapping[str, Any]

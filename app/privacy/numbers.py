@@ -1,8 +1,8 @@
-"""Decide where a card, account, social security or phone number that begins at a given place of a shadow text ends.
+"""Matches card, bank account, social security and phone numbers at a given position of a shadow text.
 
-A written shape proposes; a checksum, a register's structure or a numbering plan accepts.  The two rules of
-`pii_patterns.py`, which alone calls this, hold here: an end is refused only because of a letter, a digit or "-5" behind
-it, and every possible end is tried.  It does not know where in a text numbers may begin.
+A regular expression finds candidates; a checksum, the structure in a registry or a numbering plan validates them.  The
+two rules of `patterns.py`, the only caller, hold here: an end is rejected only because of a letter, a digit or "-5"
+after it, and every possible end is tried.  Where a number may begin is decided by the caller.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Callable
 from functools import cache
 
 import phonenumbers
-from stdnum import iban, luhn
+from stdnum import iban, luhn, numdb
 from stdnum.us import itin, ssn
 
 Matcher = Callable[[str, int, str], int]
-"""(shadow, start, left) -> the end of the entity that begins at `start`, or -1; `left` is the context before it."""
+"""(shadow, start, left) -> end of the entity that begins at `start`, or -1; `left` is the context before it."""
 
 _NOT_DIGITS = re.compile("[^0-9]")
 _DECIMALS = re.compile(r"[0-9][.,\-]\Z")
@@ -31,7 +31,7 @@ _CARD_SHAPES = tuple(
         r"[0-9]{4} [0-9]{3} [0-9]{3} [0-9]{3}",
     )
 )
-# First and last prefix of each range of issued numbers, with the lengths issued there: Visa; Mastercard; American
+# First and last prefix of each range of issued numbers, with their lengths: Visa; Mastercard; American
 # Express; Diners Club; JCB; Maestro, Discover, UnionPay and the domestic schemes of 50 and 56-69; Mir.
 # Source: ISO/IEC 7812-1 and the ranges that the schemes publish.
 _ISSUED = (
@@ -60,7 +60,7 @@ def card(shadow: str, start: int, left: str) -> int:
         if candidate is None:
             continue
         digits = _NOT_DIGITS.sub("", candidate[0])
-        # Four groups of four are hardly written for anything else; other numbers must be of a range that is issued.
+        # Four groups of four digits are rarely anything else; other numbers must be in an issued range.
         grouped = len(digits) == 16 < len(candidate[0]) and not _YEARS.fullmatch(digits)
         if (grouped or _is_issued(digits)) and digits.strip("0") and luhn.is_valid(digits):
             ends.append(candidate.end())
@@ -71,19 +71,13 @@ def _is_issued(digits: str) -> bool:
     return any(first <= digits[: len(first)] <= last and len(digits) in lengths for first, last, lengths in _ISSUED)
 
 
-# Countries of the registry of ISO 13616, with the length of their numbers.
+# ISO 13616's registry: two letters of the country, and the length of its numbers with their four first characters.
 _IBAN_LENGTHS = {
-    entry[:2]: int(entry[2:])
-    for entry in (
-        "AD24 AE23 AL28 AT20 AZ28 BA20 BE16 BG22 BH22 BI27 BR29 BY28 CH21 CR22 CY28 CZ24 DE22 DJ27 DK18 DO28 EE20 EG29 "
-        "ES24 FI18 FK18 FO18 FR27 GB22 GE22 GI23 GL18 GR27 GT28 HN28 HR21 HU28 IE22 IL23 IQ23 IS26 IT27 JO30 KW30 KZ20 "
-        "LB28 LC32 LI21 LT20 LU20 LV21 LY25 MC27 MD24 ME22 MK19 MN20 MR27 MT31 MU30 NI28 NL18 NO15 OM23 PK24 PL28 PS29 "
-        "PT25 QA29 RO24 RS22 RU33 SA24 SC31 SD18 SE24 SI19 SK24 SM27 SO23 ST25 SV28 TL23 TN24 TR26 UA29 VA22 VG24 XK20 "
-        "YE30"
-    ).split()
+    country: 4 + sum(map(int, re.findall(r"([0-9]+)!", properties["bban"])))
+    for _, country, _, properties, _ in numdb.get("iban").prefixes
 }
 IBAN_REACH = 72
-"""Characters that an IBAN written in groups can span."""
+"""Longest IBAN written in groups, in characters."""
 _IBAN_HEAD = re.compile(r"[A-Za-z]{2}[0-9]{2}")
 _IBAN_REST = re.compile(r"(?:[ \t\-]?[A-Za-z0-9]){0,30}+")
 _IBAN_REST_OPEN = re.compile(r"(?:[ \t\-]?[A-Za-z0-9]){0,30}+[ \t\-]?\Z")
@@ -100,14 +94,15 @@ def iban_account(shadow: str, start: int, left: str) -> int:
         return -1
     end = places[length - 1] + 1
     number = "".join(shadow[place] for place in places[:length])
-    # Countries add checks of their own; mod 97 and the country's structure are enough to take it for an account.
+    # Mod 97 and the country's structure suffice; the checks that some countries add are not applied.
     return end if iban.is_valid(number, check_country=False) else -1
 
 
 def iban_open(shadow: str, begin: int) -> int:
-    """The first place from `begin` on, at most `IBAN_REACH` before the end, where an IBAN may still come about.
+    """Return the first position from `begin` on where later text could complete an IBAN; the length if there is none.
 
-    Fewer characters than the head of one are not looked at: they are part of an unfinished word.
+    `begin` is at most `IBAN_REACH` before the end.  Fewer characters than country and check digits belong to an
+    unfinished word, which `patterns.first_open` covers.
     """
     for head in _IBAN_HEAD.finditer(shadow, begin):
         if head[0][:2].upper() in _IBAN_LENGTHS and _IBAN_REST_OPEN.match(shadow, head.end()):
@@ -116,7 +111,7 @@ def iban_open(shadow: str, begin: int) -> int:
 
 
 _SSN = re.compile(r"[0-9]{3}([ \t.\-])[0-9]{2}\1[0-9]{4}(?![A-Za-z0-9])(?!-[0-9])")
-# Numbers printed as samples, which the library rightly calls unissued; who writes one means a number of this kind.
+# Sample numbers in print: never issued, so stdnum rejects them, but a text that contains one means an SSN.
 _SAMPLE_SSN = re.compile(r"078051120|219099999|457555462|98765432[0-9]")
 
 
@@ -135,18 +130,18 @@ _NORTH_AMERICAN = re.compile(
 )
 _NATIONAL = re.compile(r"\(?[0-9]{1,6}\)?(?:[ \t./\-]{1,2}[0-9]{2,8}){1,5}|0[0-9]{7,12}")
 _DATE = re.compile(r"[0-9]{4}[./ \-][0-9]{1,2}[./ \-][0-9]{1,2}|[0-9]{1,2}[./ \-][0-9]{1,2}[./ \-](?:[0-9]{2}){1,2}")
-# The tail of a longer number or of a price, behind which no national number is meant.
+# The end of a longer number or of a price: what follows is not a national phone number.
 _LONGER_NUMBER = re.compile(r"(?:[0-9][.,\-/]|[$\u20ac\u00a3\u00a5])\Z")
-# 555 is kept for fiction, as area or as exchange: who writes such a number means a phone number all the same.
+# 555, as area or exchange code, is reserved for fiction: invalid, but meant as a phone number.
 _FICTION = re.compile(r"555[0-9]{7}|[2-9][0-9]{2}555[0-9]{4}")
-# Largest signed 32-bit number and its neighbour: valid Dallas numbers that programs print all day.
+# The largest signed 32-bit number and its neighbour, valid numbers in Dallas that software often prints.
 _NOT_DIALLED = frozenset(("2147483647", "2147483648"))
 
 
 def phone_matcher(region: str) -> Matcher:
-    """Find phone numbers: international ones, and national ones as written in `region` (two capital letters, CLDR).
+    """Return a matcher of international numbers, and of national ones of `region` (two capital letters, CLDR).
 
-    Raises: ValueError: the region is not one that `phonenumbers` knows.
+    Raises: ValueError: `phonenumbers` has no such region.
     """
     if region not in phonenumbers.SUPPORTED_REGIONS:
         raise ValueError(f"unknown phone region {region!r}")
@@ -167,19 +162,19 @@ def phone_matcher(region: str) -> Matcher:
 
 
 def _group_ends(shadow: str, start: int, end: int) -> list[int]:
-    """The places in (start + 6, end] where a digit is the last of its group, from the last to the first."""
+    """Return the positions in (start + 6, end] right after the last digit of a group, the last one first."""
     return [i for i in range(end, start + 6, -1) if shadow[i - 1].isdigit() and not shadow[i : i + 1].isdigit()]
 
 
 def _has_a_length_in_use(written: str) -> bool:
-    """Whether the plan of the country has numbers as long as `written`: spares most of the slower look-ups."""
+    """Return whether the country's numbering plan has numbers of this length; cheaper than the full validation."""
     digits = _NOT_DIGITS.sub("", written)
     if len(digits) < 7:
         return False
     for size in (1, 2, 3):
         if lengths := _national_lengths(int(digits[:size])):
             national = digits[size:]
-            # A trunk prefix, one or two digits long, is written here by mistake or in parentheses.
+            # A trunk prefix of one or two digits may follow the country code, by mistake or in parentheses.
             trunk = (0, 1, 2) if "(" in written or national.startswith("0") else (0,)
             return any(len(national) - extra in lengths for extra in trunk)
     return False
@@ -187,7 +182,7 @@ def _has_a_length_in_use(written: str) -> bool:
 
 @cache
 def _national_lengths(country_code: int) -> frozenset[int]:
-    """The lengths of national numbers behind `country_code`; empty if no country has it."""
+    """Return the lengths of national numbers of `country_code`; empty if no country has it."""
     regions = phonenumbers.COUNTRY_CODE_TO_REGION_CODE.get(country_code, ())
     each = (phonenumbers.PhoneMetadata.metadata_for_region_or_calling_code(country_code, region) for region in regions)
     return frozenset(
@@ -210,10 +205,10 @@ def _north_american(shadow: str, start: int, left: str) -> int:
         return -1
     written, end = candidate[0], candidate.end()
     if written.isdigit():
-        # Ten bare digits are often an identifier: be stricter about their end, and take no fictional area.
+        # Ten digits without separators are often an identifier: apply stricter rules, and no fictional area codes.
         identifier = written in _NOT_DIALLED or written.removeprefix("1").startswith("555")
-        behind = shadow[end : end + 1]
-        if identifier or (behind.isascii() and behind.isalpha()):
+        following = shadow[end : end + 1]
+        if identifier or (following.isascii() and following.isalpha()):
             return -1
     return end if _is_valid(written, "US") else -1
 

@@ -1,13 +1,13 @@
-"""Decide whether an entity begins at a given place of a shadow text, and where it ends.
+"""Matches each kind of entity at a given position of a shadow text.
 
-Pure, and every answer reads a bounded piece of text: at most `LEFT_REACH` characters before the place, and the lengths
-written in the patterns after it.  A pattern only proposes; a checksum, a numbering plan or an address parser accepts.
-It does not know what happens between two entities, nor that text may arrive in pieces: `pii.py` knows.
+Pure, and every match reads a bounded part of the text: at most `LEFT_REACH` characters before the position, and the
+lengths in the patterns after it.  A pattern finds candidates; a checksum, a numbering plan or an address parser
+validates them.  `redactor.py` scans texts and streams with these matchers.
 
-Two rules hold for every kind, and `pii.py` rests on them.
-* An end never depends on what another match could hide: the text after an end is only asked whether it goes on with a
-  letter, a digit, ".5" or "-5", and where that is refused nothing else can begin (`_glued`).
-* Where a shorter text would be accepted, a longer one does not take that away: all possible ends are tried.
+Two rules hold for every kind, and `redactor.py` relies on them.
+* An end never depends on text that another match could replace: an end is rejected only if a letter, a digit, ".5" or
+  "-5" follows, and where it is rejected nothing else can begin (`_inside_word`).
+* Where a shorter candidate is valid, a longer one does not change that: all possible ends are tried.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from app.privacy.numbers import (
 )
 
 PATTERN_VERSION = 2
-"""Raised with every change of what is found: caches of filtered text are keyed with it."""
+"""Incremented with every change of what is found: caches of filtered text have it in their key."""
 
 
 class PiiKind(StrEnum):
-    """What is looked for."""
+    """Kinds of personal data that can be detected."""
 
     EMAIL = "email"
     PHONE = "phone"
@@ -42,7 +42,7 @@ class PiiKind(StrEnum):
     API_KEY = "api_key"
 
 
-STRENGTH = (
+PRECEDENCE = (
     PiiKind.API_KEY,
     PiiKind.CARD,
     PiiKind.IBAN,
@@ -51,25 +51,25 @@ STRENGTH = (
     PiiKind.IP,
     PiiKind.PHONE,
 )
-"""Of two kinds that claim the very same characters, the first of these wins."""
+"""Precedence of kinds that match the same span, the first one wins."""
 
 LEFT_REACH = 8
-"""Characters before a place that the rules about its left side may read."""
+"""Characters before a position that the rules for the left context may read."""
 NUMBER_REACH = 64
-"""Characters that a phone, card, SSN or address can span, with the two that may be asked after its end."""
+"""Longest phone number, card number, SSN or IP address, with the two characters of lookahead after its end."""
 LOCAL_PART = 64
 """Longest local part of an e-mail address, RFC 5321, section 4.5.3.1.1."""
 EMAIL_REACH = LOCAL_PART + 1 + 8 * 64 + 64
 JWT_HEADER = 512
 JWT_REACH = JWT_HEADER + 16
 
-# Letters of addresses beside ASCII: Latin, Greek and Cyrillic.  Scripts written without spaces are left out, because
-# there the words around an address would become part of it.
+# Letters of e-mail addresses beside ASCII: Latin, Greek and Cyrillic.  Scripts written without spaces are excluded,
+# because the words around an address would become part of it.
 _LETTER = "A-Za-z\u00c0-\u024f\u0370-\u052f"
 LOCAL_CHARACTER = rf"[{_LETTER}0-9._%+'\-]"
 _SEPARATOR = r"[ \t()./_\-]"
 
-# Places where anything but an e-mail address could begin: cheap, so that ordinary prose is passed over at once.
+# Positions where an entity other than an e-mail address could begin; a cheap test that skips ordinary prose.
 TRIGGER = re.compile(
     rf"(?<![A-Za-z0-9])(?:(?=[0-9](?:{_SEPARATOR}{{0,3}}[0-9]){{6}})|(?=[0-9]{{1,3}}(?:\.[0-9]{{1,3}}){{3}})"
     r"|(?=[0-9A-Fa-f]{1,4}:[0-9A-Fa-f:])|(?=::[0-9A-Fa-f])|(?=[A-Za-z]{2}[0-9]{2}[ -]?[A-Za-z0-9])"
@@ -77,24 +77,24 @@ TRIGGER = re.compile(
     r"|(?=\+ ?[0-9])|(?=\([0-9])"
 )
 
-# What a refused end of a number looks like from the place behind it; see `_glued`.
-_REFUSED_END = re.compile(r"(?:\.[0-9]{1,3}\.|[ \t.\-][0-9]{4}-)\Z")
+# The left context of a position right after a rejected end of a number; see `_inside_word`.
+_REJECTED_END = re.compile(r"(?:\.[0-9]{1,3}\.|[ \t.\-][0-9]{4}-)\Z")
 
 
 def _alphanumeric(character: str) -> bool:
-    """Whether `character`, one or none, is an ASCII letter or digit."""
+    """Return whether `character`, which may be empty, is an ASCII letter or digit."""
     return character.isascii() and character.isalnum()
 
 
-def _glued(shadow: str, start: int, left: str) -> bool:
-    """Whether `start` lies inside a longer word or number, where no entity may begin.
+def _inside_word(shadow: str, start: int, left: str) -> bool:
+    """Return whether `start` lies inside a longer word or number, where no entity may begin.
 
-    This mirrors the ends that the matchers refuse.  Were it laxer, a number refused because of the text behind it
-    would be accepted as soon as that text is itself replaced: the filter would find more in its own output.
+    Mirrors the ends that the matchers reject.  If it were laxer, a number rejected because of the text after it would
+    be accepted once that text is replaced: redacting the redacted text would find more.
     """
     if _alphanumeric(left[-1:]):
         return True
-    return shadow[start] in "0123456789" and _REFUSED_END.search(left) is not None
+    return shadow[start] in "0123456789" and _REJECTED_END.search(left) is not None
 
 
 _DOMAIN = re.compile(
@@ -105,12 +105,12 @@ _LOCAL_REVERSED = re.compile(rf"{LOCAL_CHARACTER}{{0,{LOCAL_PART}}}+")
 
 
 def email_around(shadow: str, at: int, floor: int, first: int) -> tuple[int, int] | None:
-    """The e-mail address whose "@" is at `at`, as (start, end); it begins at `first` or later.
+    """Return the (start, end) of the e-mail address whose "@" is at `at`; it begins at `first` or later.
 
-    Nothing before `floor` is read, and what lies between `floor` and `first` only as the left side of what follows.
+    Nothing before `floor` is read; the text between `floor` and `first` is only left context.
 
-    A local part over 64 characters is nobody's address, but its last 64 may be: it is taken from the first of them
-    where a word, or the letters of a longer word, allow a start.
+    A local part of more than 64 characters is not an address, but its last 64 may be: the address begins at the first
+    of them where a word, or the letters of a longer word, may begin.
     """
     lowest = max(floor, at - LOCAL_PART)
     run = _LOCAL_REVERSED.match(shadow[lowest:at][::-1])
@@ -123,8 +123,8 @@ def email_around(shadow: str, at: int, floor: int, first: int) -> tuple[int, int
         left = shadow[max(floor, start - LEFT_REACH) : start]
         if not _LOCAL_START.match(shadow, start):
             continue
-        # Inside a word only behind a letter that cannot be the end of a refused number or IPv6 address.
-        if not _glued(shadow, start, left) or (left[-1:].isalpha() and ":" not in left[-5:]):
+        # Inside a word only after a letter that cannot be the end of a rejected number or IPv6 address.
+        if not _inside_word(shadow, start, left) or (left[-1:].isalpha() and ":" not in left[-5:]):
             return start, domain.end()
     return None
 
@@ -136,22 +136,22 @@ _API_KEY = re.compile(
     r"|AIza[A-Za-z0-9_\-]{24})"
 )
 _JWT = re.compile(rf"eyJ[A-Za-z0-9_\-]{{14,{JWT_HEADER}}}+\.[A-Za-z0-9_\-]{{8}}")
-KEY_REST = re.compile(r"[A-Za-z0-9_\-]*+")
-"""How a key goes on, once it is known to be one; it has no longest length."""
-JWT_REST = re.compile(r"(?:[A-Za-z0-9_\-]|\.(?=[A-Za-z0-9_\-]))*+")
+_KEY_TAIL = re.compile(r"[A-Za-z0-9_\-]*+")
+"""The rest of a key after its recognised prefix; of any length."""
+_JWT_TAIL = re.compile(r"(?:[A-Za-z0-9_\-]|\.(?=[A-Za-z0-9_\-]))*+")
 
 
-def key_rest(shadow: str, start: int) -> re.Pattern[str]:
-    """How the key at `start` goes on after its first characters."""
-    return JWT_REST if shadow.startswith("eyJ", start) else KEY_REST
+def key_tail(shadow: str, start: int) -> re.Pattern[str]:
+    """Return the pattern of the rest of the key at `start`, after its recognised prefix."""
+    return _JWT_TAIL if shadow.startswith("eyJ", start) else _KEY_TAIL
 
 
 def _api_key(shadow: str, start: int, left: str) -> int:
-    opening = _API_KEY.match(shadow, start) or _JWT.match(shadow, start)
-    if opening is None:
+    prefix = _API_KEY.match(shadow, start) or _JWT.match(shadow, start)
+    if prefix is None:
         return -1
-    rest = key_rest(shadow, start).match(shadow, opening.end())
-    return rest.end() if rest else opening.end()
+    tail = key_tail(shadow, start).match(shadow, prefix.end())
+    return tail.end() if tail else prefix.end()
 
 
 _IPV4 = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?![A-Za-z0-9])(?!\.[0-9])")
@@ -179,7 +179,7 @@ def _ip(shadow: str, start: int, left: str) -> int:
 
 
 def _is_ipv6(address: str, left: str) -> bool:
-    """Whether `address` is an IPv6 address, and not a slice `[::2]`, a path `f64::add` or a fingerprint `43:51:...`."""
+    """Return whether `address` is IPv6, and not a slice `[::2]`, a path `f64::add` or a fingerprint `43:51:...`."""
     try:
         ipaddress.IPv6Address(address)
     except ValueError:
@@ -191,7 +191,7 @@ def _is_ipv6(address: str, left: str) -> bool:
         return False
     if "::" not in address or len(groups) > 2:
         return True
-    # Two words around "::" are an address only if they begin like one that is in use: 2000::/3, fc00::/6, or embedded.
+    # Two groups around "::" are an address only with a prefix that is in use (2000::/3, fc00::/6) or embedded IPv4.
     if address.startswith("::"):
         return len(groups) == 2
     return len(groups) == 2 and len(groups[0]) == 4 and groups[0][0] in "23Ff" and any(c.isdigit() for c in address)
@@ -204,11 +204,11 @@ _JWT_OPEN = re.compile(rf"eyJ[A-Za-z0-9_\-]{{0,{JWT_HEADER}}}+(?:\.[A-Za-z0-9_\-
 
 
 def first_open(shadow: str, begin: int) -> int:
-    """The first place from `begin` on where text still to come could make, change or prolong an entity.
+    """Return the first position from `begin` on where later text could create, change or extend an entity.
 
-    Whatever follows, everything before that place is decided.  For a matcher reads on only while it sees characters
-    that its kind is made of: a place is open if nothing but such characters lies between it and the end, and if the
-    kind can be that long.  Keys may be longer: what opens them is bounded, and the caller follows the rest.
+    Everything before it is decided, whatever follows: a matcher continues only while it reads characters of its kind,
+    so a position is open if only such characters lie between it and the end, and the kind can be that long.  Keys may
+    be longer: their prefix is bounded, and the caller consumes the rest (`key_tail`).
     """
     size = len(shadow)
     recent = shadow[max(begin, size - EMAIL_REACH) :]
@@ -222,23 +222,23 @@ def first_open(shadow: str, begin: int) -> int:
 
 
 def _open_word(recent: str, size: int) -> int:
-    """Where an open e-mail address, IPv6 address or beginning of a key may begin, if `recent` ends at `size`."""
+    """Return where an open e-mail address, IPv6 address or key prefix may begin, if `recent` ends at `size`."""
     if "@" not in recent:
         recent = recent[-LOCAL_PART:]
     run = _WORD_REVERSED.match(recent[::-1])
     length = run.end() if run else 0
-    # Only the last "@" can be open: the domain behind any other has ended at the next one.
+    # Only the last "@" can be open: the domain after any other one ends at the next.
     at = recent.rfind("@", len(recent) - length)
     local = _LOCAL_REVERSED.match(recent[max(0, at - LOCAL_PART) : at][::-1]) if at >= 0 else None
     return size - max(min(length, LOCAL_PART), len(recent) - at + local.end() if local else 0)
 
 
 def matchers(kinds: frozenset[PiiKind], phone_region: str) -> dict[PiiKind, Matcher]:
-    """The matchers of `kinds`, strongest first; e-mail is not among them (`email_around`).
+    """Return the matchers of `kinds` in order of precedence; e-mail is not among them (`email_around`).
 
     Raises: ValueError: unknown `phone_region`.
     """
-    every = {
+    available = {
         PiiKind.API_KEY: _api_key,
         PiiKind.CARD: card,
         PiiKind.IBAN: iban_account,
@@ -246,15 +246,15 @@ def matchers(kinds: frozenset[PiiKind], phone_region: str) -> dict[PiiKind, Matc
         PiiKind.IP: _ip,
         PiiKind.PHONE: phone_matcher(phone_region),
     }
-    return {kind: _unglued(every[kind]) for kind in STRENGTH if kind in kinds and kind in every}
+    return {kind: _at_word_start(available[kind]) for kind in PRECEDENCE if kind in kinds and kind in available}
 
 
-def _unglued(matcher: Matcher) -> Matcher:
-    """`matcher`, asked only where an entity may begin."""
+def _at_word_start(matcher: Matcher) -> Matcher:
+    """Return `matcher`, restricted to positions where an entity may begin."""
 
     def match(shadow: str, start: int, left: str) -> int:
-        # A "+" or "(" begins a phone number even behind a letter: no end is refused because of one.
-        if shadow[start] not in "+(" and _glued(shadow, start, left):
+        # A "+" or "(" begins a phone number even after a letter: no end is rejected because of one.
+        if shadow[start] not in "+(" and _inside_word(shadow, start, left):
             return -1
         return matcher(shadow, start, left)
 

@@ -22,19 +22,18 @@ class MemoryAdmissionStore:
         self._parallel: Counter[str] = Counter()
 
     async def admit(self, key_id: str, rates: Rates) -> Decision:
-        levels = await self.peek(key_id, rates)
-        if rates.parallel_requests and self._parallel[key_id] >= rates.parallel_requests:
-            return Decision(levels, refused=Refusal.PARALLEL)
-        if levels.tokens and not levels.tokens.remaining:
-            return Decision(levels, refused=Refusal.TOKENS)
-        if rates.requests:
-            levels = Levels(self._requests.take(key_id, rates.requests), levels.tokens)
-            if levels.requests and not levels.requests.granted:
-                return Decision(levels, refused=Refusal.REQUESTS)
-        if not rates.parallel_requests:
-            return Decision(levels)
-        self._parallel[key_id] += 1
-        return Decision(levels, place=key_id)
+        parallel = rates.parallel_requests
+        tokens = self._tokens.take(key_id, rates.tokens, 0) if rates.tokens else None
+        if parallel and self._parallel[key_id] >= parallel:
+            return Decision(Levels(None, tokens), refused=Refusal.PARALLEL)
+        if tokens and not tokens.remaining:
+            return Decision(Levels(None, tokens), refused=Refusal.TOKENS)
+        requests = self._requests.take(key_id, rates.requests) if rates.requests else None
+        if requests and not requests.granted:
+            return Decision(Levels(requests, tokens), refused=Refusal.REQUESTS)
+        if parallel:
+            self._parallel[key_id] += 1
+        return Decision(Levels(requests, tokens), place=key_id if parallel else None)
 
     async def leave(self, place: str) -> None:
         self._parallel[place] -= 1

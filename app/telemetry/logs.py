@@ -7,9 +7,9 @@ point of the process calls `configure_logging` once.
 import logging
 import os
 import queue
-import re
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from logging.handlers import QueueHandler, RotatingFileHandler
@@ -24,18 +24,18 @@ from app.config import LoggingConfig
 from app.errors import ConfigError
 
 QUEUE_LINES = 10_000
-"""Lines that may wait for a slow sink; one more is dropped and counted."""
+"""Lines that may wait for a slow sink; further ones are dropped and counted."""
+WRITE_SECONDS = 0.05
+"""How often the writer thread looks for lines."""
 STOP_SECONDS = 2.0
-"""How long a stop waits for a sink to take what is left."""
+"""How long a stop waits for a sink to write the queued lines."""
 
-_UVICORN = ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi")
-_QUIET = [
+UVICORN_LOGGERS = ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi")
+QUIET_LOGGERS = [
     *("alembic", "httpcore", "httpx", "huggingface_hub", "langchain", "langchain_core"),
     *("langsmith", "sse_starlette", "transformers", "urllib3"),
 ]
 """Libraries whose lines below WARNING contain prompts, answers or addresses, or are of no use to an operator."""
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters, line and paragraph separators, bidirectional formatting, and lone surrogates."""
 
 dropped_lines = Counter("log_lines_dropped", "Log lines lost to a full queue or a failing sink", registry=None)
 """One counter for the process, as the standard library's loggers are; every `Metrics` exports it."""
@@ -46,6 +46,16 @@ class _Lossy(logging.Handler):
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the standard library's name
         dropped_lines.inc()
+
+
+class _Lines(deque[logging.LogRecord]):
+    """Lines that wait to be written.  Adding one wakes no thread: that would cost a request more than its line."""
+
+    def put_nowait(self, line: logging.LogRecord) -> None:
+        """Raises: queue.Full: so many lines wait that this one is dropped."""
+        if len(self) >= QUEUE_LINES:
+            raise queue.Full
+        self.append(line)
 
 
 class _QueueSink(_Lossy, QueueHandler):
@@ -66,10 +76,14 @@ class _FileSink(_Lossy, RotatingFileHandler):
             self.stream.truncate(0)
 
 
-def _write_lines(lines: "queue.Queue[logging.LogRecord | None]", sinks: Iterable[logging.Handler]) -> None:
-    while (line := lines.get()) is not None:
-        for sink in sinks:
-            sink.handle(line)
+def _write_lines(lines: _Lines, stopping: threading.Event, sinks: Iterable[logging.Handler]) -> None:
+    stopped = False
+    while not stopped:
+        stopped = stopping.wait(WRITE_SECONDS)
+        while lines:
+            line = lines.popleft()
+            for sink in sinks:
+                sink.handle(line)
 
 
 def configure_logging(config: LoggingConfig, stream: TextIO | None = None) -> Callable[[], None]:
@@ -84,11 +98,11 @@ def configure_logging(config: LoggingConfig, stream: TextIO | None = None) -> Ca
     """
     file = _open_file(config)
     sinks = [_StreamSink(stream or sys.stderr), *([file] if file else [])]
-    lines: queue.Queue[logging.LogRecord | None] = queue.Queue(QUEUE_LINES)
+    lines, stopping = _Lines(), threading.Event()
     # Not logging's QueueListener, whose stop() waits for a stalled sink for ever.
-    writer = threading.Thread(target=_write_lines, args=(lines, sinks), name="log-writer", daemon=True)
+    writer = threading.Thread(target=_write_lines, args=(lines, stopping, sinks), name="log-writer", daemon=True)
     writer.start()
-    handler = _QueueSink(lines)
+    handler = _QueueSink(lines)  # type: ignore[arg-type]  # of a queue only put_nowait is called
     handler.setFormatter(_formatter(config))
     root = logging.getLogger()
     level_before = root.level
@@ -97,10 +111,7 @@ def configure_logging(config: LoggingConfig, stream: TextIO | None = None) -> Ca
     def stop() -> None:
         root.removeHandler(handler)
         root.setLevel(level_before)
-        try:
-            lines.put(None, timeout=STOP_SECONDS)
-        except queue.Full:
-            return
+        stopping.set()
         writer.join(STOP_SECONDS)
         # Closing a file that is still being written would wait for it.
         if file and not writer.is_alive():
@@ -161,12 +172,12 @@ def _install(root: logging.Logger, handler: _QueueSink, level: str) -> None:
 
 def _tame_libraries(level: int) -> None:
     """Remove handlers that libraries install, and log noisy libraries from WARNING on."""
-    for name in (*_UVICORN, "transformers"):
+    for name in (*UVICORN_LOGGERS, "transformers"):
         logger = logging.getLogger(name)
         logger.handlers.clear()
         # The access log would print query strings; the service writes its own.
         logger.propagate = name != "uvicorn.access"
-    for name in _QUIET:
+    for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(max(level, logging.WARNING))
     # Its warnings print the key that a limit is counted by.
     logging.getLogger("slowapi").setLevel(logging.ERROR)
@@ -194,7 +205,8 @@ def _escape_for_terminal(logger: WrappedLogger, method: str, event: EventDict) -
 
 
 def _escaped(text: str) -> str:
-    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+    # Not printable: control characters, line separators, bidirectional formatting, and lone surrogates.
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def disable_foreign_tracing(allow_langsmith: bool) -> None:

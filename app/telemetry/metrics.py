@@ -6,6 +6,7 @@ scrape.
 
 import asyncio
 from collections.abc import Callable, Collection, Iterator
+from functools import cache
 from typing import Literal
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -52,11 +53,15 @@ class Metrics:
         self._registry = registry = CollectorRegistry()
         registry.register(dropped_lines)
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(name, text, labels, registry=registry)
+        # Looking up the child of a label set costs more than counting on it, and there are few sets.
+        def counter(name: str, text: str, *labels: str) -> Callable[..., Counter]:
+            return cache(Counter(name, text, labels, registry=registry).labels)
 
-        def histogram(name: str, text: str, buckets: list[float], *labels: str) -> Histogram:
-            return Histogram(name, text, labels, registry=registry, buckets=buckets)
+        def histogram(name: str, text: str, buckets: list[float], *labels: str) -> Callable[..., Histogram]:
+            return cache(Histogram(name, text, labels, registry=registry, buckets=buckets).labels)
+
+        def total(name: str, text: str) -> Counter:
+            return Counter(name, text, registry=registry)
 
         self._http = counter("http_requests_total", "Requests answered", "method", "endpoint", "status")
         self._http_seconds = histogram(
@@ -66,13 +71,18 @@ class Metrics:
         self._prompts = counter("prompt_tokens_total", "Tokens of prompts read", "model")
         self._first = histogram("time_to_first_token_seconds", "Wait for the first token", _TOKEN_SECONDS, "model")
         self._gap = histogram("inter_token_latency_seconds", "Time between tokens", _TOKEN_SECONDS, "model")
-        self._hits = counter("cache_hits_total", "Answers from the response cache")
-        self._misses = counter("cache_misses_total", "Answers that the cache did not have")
+        self._hits = total("cache_hits_total", "Answers from the response cache")
+        self._misses = total("cache_misses_total", "Answers that the cache did not have")
         self._pii = counter("pii_matches_total", "Personal data found", "kind", "direction")
-        self._rate_limited = counter("rate_limited_total", "Requests refused with 429")
-        self._auth_failures = counter("auth_failures_total", "Requests with a wrong or no API key")
-        self._rows_lost = counter("usage_log_dropped_total", "Rows of the inference log lost to a slow database")
-        self._lag = histogram("event_loop_lag_seconds", "How late the event loop runs its timers", _LAG_SECONDS)
+        self._rate_limited = total("rate_limited_total", "Requests refused with 429")
+        self._auth_failures = total("auth_failures_total", "Requests with a wrong or no API key")
+        self._rows_lost = total("usage_log_dropped_total", "Rows of the inference log lost to a slow database")
+        self._lag = Histogram(
+            "event_loop_lag_seconds",
+            "How late the event loop runs its timers",
+            registry=registry,
+            buckets=_LAG_SECONDS,
+        )
 
     def watch(
         self,
@@ -99,22 +109,22 @@ class Metrics:
         """Args: endpoint: the route's template, None where no route matched."""
         method = method if method in METHODS else OTHER
         endpoint = self._known_endpoint(endpoint)
-        self._http.labels(method, endpoint, str(status)).inc()
-        self._http_seconds.labels(method, endpoint).observe(seconds)
+        self._http(method, endpoint, str(status)).inc()
+        self._http_seconds(method, endpoint).observe(seconds)
 
     def first_token(self, model: str, seconds: float) -> None:
-        self._first.labels(self._known_model(model)).observe(seconds)
+        self._first(self._known_model(model)).observe(seconds)
 
     def token_gap(self, model: str, seconds: float) -> None:
-        self._gap.labels(self._known_model(model)).observe(seconds)
+        self._gap(self._known_model(model)).observe(seconds)
 
     def generated(self, model: str, prompt_tokens: int, completion_tokens: int) -> None:
-        self._prompts.labels(self._known_model(model)).inc(prompt_tokens)
-        self._generated.labels(self._known_model(model)).inc(completion_tokens)
+        self._prompts(self._known_model(model)).inc(prompt_tokens)
+        self._generated(self._known_model(model)).inc(completion_tokens)
 
     def pii(self, kind: str, direction: Direction, count: int = 1) -> None:
         """Args: kind: one of the filter's own names, never what was found."""
-        self._pii.labels(kind, direction).inc(count)
+        self._pii(kind, direction).inc(count)
 
     def cache_hit(self) -> None:
         self._hits.inc()

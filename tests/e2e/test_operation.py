@@ -266,7 +266,7 @@ def test_a_client_that_does_not_read_cannot_hold_up_a_forced_stop(start: Start) 
         service.process.send_signal(signal.SIGTERM)
         time.sleep(1.1)
         service.process.send_signal(signal.SIGTERM)
-        assert 0 == service.process.wait(6)
+        assert 0 == service.process.wait(8)
 
     assert ["deaf"] == list(logged_rows(service))
     assert "Traceback" not in service.log.read_text()

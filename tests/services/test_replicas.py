@@ -27,17 +27,17 @@ async def test_two_replicas_share_keys_and_quotas(url: str, tmp_path: Path):
     given = {"database": {"url": url}}
     async with running(tmp_path / "a", **given) as one, running(tmp_path / "b", **given) as other:
         key = await one.key(limits={"monthly_tokens": 200})
-        replies = await asyncio.gather(*(replica.ask(key) for replica in (one, other) for _ in range(20)))
+        replies = await asyncio.gather(*(replica.generate(key) for replica in (one, other) for _ in range(20)))
         report = await other.usage(key)
         async with one.client() as admin:
             await admin.delete(f"/v1/keys/{key.split('_')[1]}")
         loop = asyncio.get_running_loop()
         revoked = loop.time()
         async with asyncio.timeout(6):
-            while (await other.ask(key)).status_code != 401:  # noqa: ASYNC110  # what is waited for has no event
+            while (await other.generate(key)).status_code != 401:  # noqa: ASYNC110  # what is waited for has no event
                 await asyncio.sleep(0.1)
         took = loop.time() - revoked
-        here = await one.ask(key)
+        here = await one.generate(key)
 
     assert 20 == sum(reply.status_code == 200 for reply in replies)
     assert {200, 429} == {reply.status_code for reply in replies}
@@ -51,11 +51,11 @@ async def test_an_answer_outlives_its_process_and_is_shared(url: str, tmp_path: 
     given = {"database": {"url": url}, "cache": {"persistent": True, "ttl_seconds": 60}}
     body = {"prompt": "hello world", "max_tokens": 50, "cache": True}
     async with running(tmp_path / "a", **given) as one:
-        first = await one.ask(ADMIN_KEY, **body)
+        first = await one.generate(ADMIN_KEY, **body)
     async with running(tmp_path / "b", **given) as other:
-        second = await other.ask(ADMIN_KEY, **body)
-        streamed = await other.ask(ADMIN_KEY, **body | {"stream": True})
-        foreign = await other.ask(await other.key(), **body)
+        second = await other.generate(ADMIN_KEY, **body)
+        streamed = await other.generate(ADMIN_KEY, **body | {"stream": True})
+        foreign = await other.generate(await other.key(), **body)
         await other.access.response_cache.close()  # what is being written is there then
         async with other.access.database.begin() as connection:
             await connection.execute(update(completion_cache).values(expires=datetime(2026, 1, 1, tzinfo=UTC)))
@@ -106,19 +106,19 @@ async def test_quotas_survive_a_restart_of_postgres(postgres: Postgres, postgres
     """While it is down: 503 for a key with a quota, an answer for one without.  Then all is counted exactly once."""
     async with running(tmp_path, database={"url": postgres_url}) as service:
         key = await service.key(limits={"monthly_tokens": 100_000})
-        statuses = [(await service.ask(key)).status_code for _ in range(5)]
-        open_ask = asyncio.create_task(service.ask(key, prompt="word " * 100, max_tokens=500))
+        statuses = [(await service.generate(key)).status_code for _ in range(5)]
+        open_request = asyncio.create_task(service.generate(key, prompt="word " * 100, max_tokens=500))
         await asyncio.sleep(0.01)
         await asyncio.to_thread(postgres.stop)
-        down = await service.ask(key)
-        unlimited = await service.ask(ADMIN_KEY)
+        down = await service.generate(key)
+        unlimited = await service.generate(ADMIN_KEY)
         began = asyncio.get_running_loop().time()
         await asyncio.to_thread(postgres.start)
         async with asyncio.timeout(10):
-            while (await service.ask(key)).status_code != 200:  # noqa: ASYNC110  # Postgres' start has no event
+            while (await service.generate(key)).status_code != 200:  # noqa: ASYNC110  # Postgres' start has no event
                 await asyncio.sleep(0.1)
         took = asyncio.get_running_loop().time() - began
-        first = await open_ask
+        first = await open_request
         async with asyncio.timeout(10):
             while (report := await service.usage(key))["reserved"]:  # noqa: ASYNC110  # another task's work
                 await asyncio.sleep(0.05)
@@ -165,7 +165,7 @@ async def test_a_stalled_postgres_slows_no_request_down(
 
         async def ask(key: str) -> None:
             began = loop.time()
-            assert 200 == (await service.ask(key)).status_code
+            assert 200 == (await service.generate(key)).status_code
             took.append(loop.time() - began)
 
         for key in keys:

@@ -13,6 +13,8 @@ from app.access.access import AccessControl
 from app.config import load_settings
 from app.engine.base import Engine
 from app.main import create_app
+from app.web.http.dependencies import Container
+from tests.web.harness import started
 
 ADMIN_KEY = "access-tests-key-0123456789"
 
@@ -24,21 +26,25 @@ class Running:
     app: FastAPI
 
     @property
+    def container(self) -> Container:
+        container: Container = self.app.state.container
+        return container
+
+    @property
     def access(self) -> AccessControl:
-        access: AccessControl = self.app.state.container.access
-        return access
+        return self.container.access
 
     def client(self, key: str = ADMIN_KEY) -> httpx.AsyncClient:
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         return httpx.AsyncClient(transport=transport, base_url="http://test", headers={"X-API-Key": key})
 
-    async def ask(self, key: str, **fields: Any) -> httpx.Response:
+    async def generate(self, key: str, **fields: Any) -> httpx.Response:
         """Send one prompt."""
         async with self.client(key) as http:
             return await http.post("/v1/generate", json={"prompt": "hello", "max_tokens": 5, "cache": False} | fields)
 
     async def key(self, **fields: Any) -> str:
-        """Make a key."""
+        """Create a key."""
         async with self.client() as http:
             created = await http.post("/v1/keys", json=fields)
         assert 201 == created.status_code, created.text
@@ -69,5 +75,5 @@ async def running(folder: Path, *, engine: Engine | None = None, **sections: Any
         for name, section in sections.items()
     }
     app = create_app(load_settings(folder / "none.yml", None, **given), engines={"echo": engine} if engine else None)
-    async with app.router.lifespan_context(app):
+    async with started(app):
         yield Running(app)

@@ -1,10 +1,10 @@
-"""The web application as `create_app` builds it, around a service whose answers a test writes beforehand."""
+"""The web application as `create_app` builds it, around a scripted service or around engines, with one key."""
 
 import asyncio
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
@@ -13,9 +13,12 @@ from fastapi import FastAPI
 
 from app.access.limits import configured
 from app.config import Settings, load_settings
+from app.engine.base import Engine, EngineInfo
 from app.engine.echo import EchoEngine
 from app.engine.host import ModelHost
+from app.errors import EngineNotReady
 from app.events import ContextUsage, Delta, DetokenizedLogprob, Event, Finished, FinishedSample, Started
+from app.generation.sessions import SessionStore
 from app.main import create_app
 from app.requests import GenerationRequest
 from app.telemetry import Metrics
@@ -49,12 +52,15 @@ class ScriptedService:
     ends: bool = True
     """False breaks the promise of a last event."""
     requests: list[GenerationRequest] = field(default_factory=list)
+    principals: list[Principal] = field(default_factory=list)
+    """Who sent each of the requests."""
     running: int = 0
     closed_at: float | None = None
     """The loop's time when the last response was over."""
 
     async def generate(self, request: GenerationRequest, principal: Principal) -> AsyncGenerator[Event, None]:
         self.requests.append(request)
+        self.principals.append(principal)
         self.running += 1
         try:
             await asyncio.sleep(self.refusal_after_seconds)
@@ -98,6 +104,36 @@ def _logprobs(text: str, alternatives: int | None) -> tuple[DetokenizedLogprob, 
     return (DetokenizedLogprob(text, text.encode(), -0.5, top),)
 
 
+class RecordingEngine(EchoEngine):
+    """Records the requests that reach it; some facts of its description can be replaced."""
+
+    def __init__(self, model: str = MODEL, **facts: Any) -> None:
+        super().__init__(model=model)
+        self.requests: list[GenerationRequest] = []
+        self.facts = facts
+
+    @property
+    def info(self) -> EngineInfo:
+        return replace(super().info, **self.facts)
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        self.requests.append(request)
+        async with aclosing(super().stream(request)) as events:
+            async for event in events:
+                yield event
+
+
+class LoadingEngine(EchoEngine):
+    """Never becomes ready, and has no description before that."""
+
+    @property
+    def info(self) -> EngineInfo:
+        raise EngineNotReady("The model is still loading; try again in a moment.", retry_after=5)
+
+    async def start(self) -> None:
+        return
+
+
 @dataclass(frozen=True)
 class OneKey:
     """Knows one key, an admin's, and no database."""
@@ -117,8 +153,25 @@ class Web:
 
     app: FastAPI
     service: ScriptedService
-    host: ModelHost
-    metrics: Metrics
+    """Receives nothing where the real service runs."""
+
+    @property
+    def container(self) -> Container:
+        container: Container = self.app.state.container
+        return container
+
+    @property
+    def host(self) -> ModelHost:
+        return self.container.host
+
+    @property
+    def metrics(self) -> Metrics:
+        return self.container.metrics
+
+    @property
+    def sessions(self) -> SessionStore:
+        assert self.container.sessions is not None
+        return self.container.sessions
 
     @asynccontextmanager
     async def client(self, **headers: str) -> AsyncIterator[httpx.AsyncClient]:
@@ -143,21 +196,69 @@ class Web:
             await serving
 
 
+class SignalFreeServer(uvicorn.Server):
+    """A server that leaves the signals of the test process alone."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
 HIGH_RATE = {"requests_per_minute": 100_000, "burst_size": 100_000}
 
 
-async def make_web(service: ScriptedService | None = None, **sections: dict[str, Any]) -> Web:
-    """Build the application with a scripted service, one key and no database."""
+async def make_web(
+    service: ScriptedService | None = None,
+    *,
+    engines: Mapping[str, Engine] | None = None,
+    **sections: dict[str, Any],
+) -> Web:
+    """Build the application with one key and no database.
+
+    Args:
+        service: what the routes call.  With `engines` and without it, the real service runs.
+        engines: by public model name, the default one first.
+    """
     nowhere = {"url": "sqlite:////nowhere/service.db"}
     security = {"api_key": KEY, **sections.pop("security", {})}
     defaults = {"rate_limit": HIGH_RATE, "database": nowhere, "security": security}
     config = load_settings("absent.yml", None, **{**defaults, **sections})
-    service = service or ScriptedService()
-    engines = {MODEL: EchoEngine(model=MODEL)}
-    app = create_app(config, engines=engines, service=service, keys=OneKey(config))
-    container: Container = app.state.container
-    await container.host.start()
-    return Web(app=app, service=service, host=container.host, metrics=container.metrics)
+    scripted = service or ScriptedService()
+    app = create_app(
+        config,
+        engines=engines or {MODEL: EchoEngine(model=MODEL)},
+        service=scripted if service or not engines else None,
+        keys=OneKey(config),
+    )
+    web = Web(app=app, service=scripted)
+    await web.host.start()
+    return web
+
+
+@asynccontextmanager
+async def started(app: FastAPI) -> AsyncIterator[None]:
+    """Run an application's lifespan in a task of its own, as a server does.
+
+    A fixture may end in another task than the one in which it began, and a lifespan must not.
+    """
+    begun, ended = asyncio.Event(), asyncio.Event()
+
+    async def run() -> None:
+        try:
+            async with app.router.lifespan_context(app):
+                begun.set()
+                await ended.wait()
+        finally:
+            begun.set()
+
+    running = asyncio.create_task(run())
+    await begun.wait()
+    try:
+        if not running.done():
+            yield
+    finally:
+        ended.set()
+        await running
 
 
 def is_envelope(response: httpx.Response) -> bool:

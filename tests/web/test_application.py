@@ -136,7 +136,7 @@ async def test_the_system_prompt_of_the_prompts_folder_stands_in_front_of_every_
     assert len("I am echo.") + len("hi") + 3 == usage["prompt_tokens"]
 
 
-async def test_status_and_metrics_tell_what_was_done(client: Client) -> None:
+async def test_status_and_metrics_report_what_was_done(client: Client) -> None:
     """Tokens, times, cache, sessions and the engine, after one answer and its replay."""
     async with client() as http:
         for _ in range(2):

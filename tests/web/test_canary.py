@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from app.config import LoggingConfig
-from app.engine.base import GenerationRequest
 from app.engine.echo import EchoEngine
+from app.requests import GenerationRequest
 from app.telemetry import configure_logging
 from tests.web.access import Running, running
 

@@ -113,7 +113,7 @@ async def test_many_hang_ups_leave_nothing_behind():
         await until(lambda: len(asyncio.all_tasks()) <= before)
 
 
-async def test_a_stream_begins_before_the_first_token_and_each_piece_comes_as_it_is_made():
+async def test_a_stream_begins_before_the_first_token_and_sends_each_delta_at_once():
     web = await make_web(ScriptedService(steps=[0.3, "a", 0.3, "b"]))
     async with web.listening() as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)

@@ -21,13 +21,13 @@ async def service(tmp_path: Path) -> AsyncIterator[Running]:
 async def test_a_key_is_shown_once_and_lets_its_owner_in(service: Running):
     """Afterwards only its last four characters can be seen."""
     async with service.client() as admin:
-        made = await admin.post("/v1/keys", json={"role": "standard", "owner": "anna"})
-        shown = await admin.get(f"/v1/keys/{made.json()['id']}")
+        created = await admin.post("/v1/keys", json={"role": "standard", "owner": "anna"})
+        shown = await admin.get(f"/v1/keys/{created.json()['id']}")
 
-    assert (201, "active", "anna") == (made.status_code, made.json()["state"], made.json()["owner"])
-    assert made.json()["key"][-4:] == shown.json()["last_four"]
+    assert (201, "active", "anna") == (created.status_code, created.json()["state"], created.json()["owner"])
+    assert created.json()["key"][-4:] == shown.json()["last_four"]
     assert "key" not in shown.json()
-    assert 200 == (await service.ask(made.json()["key"])).status_code
+    assert 200 == (await service.generate(created.json()["key"])).status_code
 
 
 async def test_only_a_key_that_may_manage_keys_may(service: Running):
@@ -53,14 +53,14 @@ async def test_only_a_key_that_may_manage_keys_may(service: Running):
 
 async def test_a_revoked_key_is_refused_at_once_where_it_was_revoked(service: Running):
     key = await service.key()
-    assert 200 == (await service.ask(key)).status_code
+    assert 200 == (await service.generate(key)).status_code
 
     async with service.client() as admin:
         revoked = await admin.delete(f"/v1/keys/{key.split('_')[1]}")
         rotated = await admin.post(f"/v1/keys/{key.split('_')[1]}/rotate", json={})
 
     assert "revoked" == revoked.json()["state"]
-    assert 401 == (await service.ask(key)).status_code
+    assert 401 == (await service.generate(key)).status_code
     assert 404 == rotated.status_code
 
 
@@ -70,9 +70,9 @@ async def test_a_rotated_key_is_good_until_the_overlap_ends(service: Running):
     key_id = first.split("_")[1]
     async with service.client() as admin:
         second = (await admin.post(f"/v1/keys/{key_id}/rotate", json={"overlap_seconds": 60})).json()
-        both = [(await service.ask(key)).status_code for key in (first, second["key"])]
+        both = [(await service.generate(key)).status_code for key in (first, second["key"])]
         third = (await admin.post(f"/v1/keys/{key_id}/rotate", json={"overlap_seconds": 0})).json()
-    afterwards = [(await service.ask(key)).status_code for key in (first, second["key"], third["key"])]
+    afterwards = [(await service.generate(key)).status_code for key in (first, second["key"], third["key"])]
 
     assert [200, 200] == both
     assert [401, 401, 200] == afterwards
@@ -82,17 +82,17 @@ async def test_a_rotated_key_is_good_until_the_overlap_ends(service: Running):
 async def test_an_expired_key_is_refused(service: Running):
     """Also by a service that has let it in a moment ago."""
     key = await service.key(expires_in_seconds=1)
-    before = await service.ask(key)
+    before = await service.generate(key)
     await asyncio.sleep(1.1)
     async with service.client() as admin:
         state = (await admin.get(f"/v1/keys/{key.split('_')[1]}")).json()["state"]
 
-    assert (200, 401, "expired") == (before.status_code, (await service.ask(key)).status_code, state)
+    assert (200, 401, "expired") == (before.status_code, (await service.generate(key)).status_code, state)
 
 
 async def test_keys_are_listed_in_pages(service: Running):
-    """In the order of their making, each exactly once, by owner or role if asked."""
-    made = [(await service.key(owner=f"o{number % 2}")).split("_")[1] for number in range(5)]
+    """In the order of their creation, each exactly once, by owner or role if asked."""
+    created = [(await service.key(owner=f"o{number % 2}")).split("_")[1] for number in range(5)]
     seen: list[str] = []
     after: dict[str, str] = {}
     async with service.client() as admin:
@@ -104,22 +104,22 @@ async def test_keys_are_listed_in_pages(service: Running):
             after = {"after": page["next"]}
         mine = (await admin.get("/v1/keys", params={"owner": "o1"})).json()["keys"]
 
-    assert made == seen
-    assert made[1::2] == [key["id"] for key in mine]
+    assert created == seen
+    assert created[1::2] == [key["id"] for key in mine]
 
 
 async def test_changes_hold_from_the_next_request_on(service: Running):
     """What is not named stays; null takes a word back."""
     key = await service.key(role="standard", owner="anna", limits={"monthly_tokens": 5, "burst": 9})
     url = f"/v1/keys/{key.split('_')[1]}"
-    refused = await service.ask(key)
+    refused = await service.generate(key)
     async with service.client() as admin:
         changed = (await admin.patch(url, json={"limits": {"monthly_tokens": None}})).json()
         bad = await admin.patch(url, json={"role": "nobody"})
 
     assert (429, "quota_exceeded") == (refused.status_code, refused.json()["error"])
     assert (None, 9, "anna") == (changed["limits"]["monthly_tokens"], changed["limits"]["burst"], changed["owner"])
-    assert 200 == (await service.ask(key)).status_code
+    assert 200 == (await service.generate(key)).status_code
     assert 404 == bad.status_code
 
 
@@ -130,17 +130,17 @@ async def test_a_role_says_what_its_keys_may(service: Running):
     async with service.client(key) as user, service.client() as admin:
         before = [
             (await user.post("/v1/chat", json=system)).status_code,
-            (await service.ask(key, logprobs=1)).status_code,
-            (await service.ask(key)).status_code,
+            (await service.generate(key, logprobs=1)).status_code,
+            (await service.generate(key)).status_code,
         ]
         rights = {"system_messages": True, "raw_logprobs": True}
         put = await admin.put("/v1/roles/free", json={"rights": rights})
         after = [
             (await user.post("/v1/chat", json=system)).status_code,
-            (await service.ask(key, logprobs=1)).status_code,
+            (await service.generate(key, logprobs=1)).status_code,
         ]
         await admin.put("/v1/roles/free", json={"rights": {"models": ["another"]}})
-        other = await service.ask(key)
+        other = await service.generate(key)
 
     assert [403, 403, 200] == before
     assert 200 == put.status_code
@@ -148,11 +148,11 @@ async def test_a_role_says_what_its_keys_may(service: Running):
     assert (403, "forbidden") == (other.status_code, other.json()["error"])
 
 
-async def test_roles_are_made_and_deleted_but_not_from_under_their_keys(service: Running):
+async def test_roles_are_created_and_deleted_but_not_from_under_their_keys(service: Running):
     """The built-in ones stay, and so does the right of admins to manage keys."""
     async with service.client() as admin:
         names = [role["name"] for role in (await admin.get("/v1/roles")).json()["roles"]]
-        made = await admin.put("/v1/roles/team", json={"limits": {"requests_per_minute": 3}})
+        created = await admin.put("/v1/roles/team", json={"limits": {"requests_per_minute": 3}})
         key = await service.key(role="team")
         in_use = await admin.delete("/v1/roles/team")
         await admin.patch(f"/v1/keys/{key.split('_')[1]}", json={"role": "free"})
@@ -162,18 +162,18 @@ async def test_roles_are_made_and_deleted_but_not_from_under_their_keys(service:
         locked_out = await admin.put("/v1/roles/admin", json={"rights": {"manage_keys": False}})
 
     assert ["admin", "free", "standard"] == names
-    assert 3 == made.json()["limits"]["requests_per_minute"]
+    assert 3 == created.json()["limits"]["requests_per_minute"]
     assert [409, 204, 404] == [in_use.status_code, gone.status_code, again.status_code]
     assert [409, 403] == [built_in.status_code, locked_out.status_code]
 
 
-async def test_an_older_services_way_to_make_a_key_goes_on_working(service: Running):
+async def test_an_older_services_way_to_create_a_key_still_works(service: Running):
     """`POST /generate_apikey {"username"}` answers `{"api_key"}`."""
     async with service.client() as admin:
         reply = await admin.post("/generate_apikey", json={"username": "myuser"})
 
     assert ["api_key"] == list(reply.json())
-    assert 200 == (await service.ask(reply.json()["api_key"])).status_code
+    assert 200 == (await service.generate(reply.json()["api_key"])).status_code
 
 
 @pytest.mark.parametrize(
@@ -199,12 +199,12 @@ async def test_a_wrong_body_is_refused_with_the_fields_name(service: Running, bo
 
 
 async def test_no_key_that_is_not_there_is_let_in_whatever_it_looks_like(service: Running, subtests):
-    """A well-formed one is looked up and compared like any other; a malformed one asks no database."""
+    """A well-formed one is looked up and compared like any other; a malformed one causes no query."""
     good = await service.key()
     key_id = good.split("_")[1]
     for key in (new_key(), new_key(key_id), good[:-1], good + "x", good.swapcase(), "llm__", "llm_" + "x" * 46):
         with subtests.test(key):
-            assert 401 == (await service.ask(key)).status_code
+            assert 401 == (await service.generate(key)).status_code
 
 
 async def test_every_attempt_compares_digests_whether_the_id_exists_or_not(service: Running, monkeypatch):
@@ -225,15 +225,15 @@ async def test_every_attempt_compares_digests_whether_the_id_exists_or_not(servi
 async def test_two_keys_of_one_id_never_share_an_identity(service: Running):
     """What is remembered of a key is remembered by the digest of all of it."""
     good = await service.key()
-    assert 200 == (await service.ask(good)).status_code
+    assert 200 == (await service.generate(good)).status_code
 
-    assert 401 == (await service.ask(new_key(good.split("_")[1]))).status_code
+    assert 401 == (await service.generate(new_key(good.split("_")[1]))).status_code
 
 
 async def test_the_last_use_of_a_key_is_noted_now_and_then(service: Running):
     """Not by the request itself: that would write a row for each."""
     key = await service.key()
-    await service.ask(key)
+    await service.generate(key)
     async with service.client() as admin:
         before = (await admin.get(f"/v1/keys/{key.split('_')[1]}")).json()["last_used"]
         await service.access.note_used()

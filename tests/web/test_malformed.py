@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from app.generation.requests import Sampling
+from app.requests import RESOLVABLE
+from app.types import SamplingParams
 from tests.web.harness import AUTH, BATCH, BODIES, OPENAI_BODIES, is_envelope, make_web
 from tests.web.malformed import (
     CANARY,
@@ -130,8 +131,8 @@ async def test_two_names_with_one_value_are_fine(web, client, route):
     reply = await client.post(route, json={**RIGHT[route], **fields})
 
     assert 200 == reply.status_code
-    sampling = web.service.requests[0].sampling
-    assert (5, ("a",), 2) == (sampling.max_tokens, sampling.stop, sampling.n)
+    (request,) = web.service.requests
+    assert (5, ("a",), 2) == (request.max_tokens, request.sampling.stop, request.n)
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -143,7 +144,8 @@ async def test_null_is_what_was_left_out(web, client, route):
     reply = await client.post(route, json={**RIGHT[route], **dict.fromkeys(names)})
 
     assert 200 == reply.status_code
-    assert Sampling() == web.service.requests[0].sampling
+    (request,) = web.service.requests
+    assert (SamplingParams(), RESOLVABLE, 1) == (request.sampling, request.unset, request.n)
 
 
 async def test_an_unknown_field_is_named(client):
@@ -181,7 +183,7 @@ async def test_many_errors_are_cut_to_a_few(client):
         ("/v1/generate/batch", {"prompts": ["é" * 10, "b"]}, "prompts"),
     ],
 )
-async def test_too_long_a_text_is_told_the_limit_and_its_length(route, fields, field):
+async def test_the_refusal_of_too_long_a_text_names_the_limit_and_its_length(route, fields, field):
     web = await make_web(security={"max_prompt_chars": 10})
     async with web.client(**AUTH) as client:
         reply = await client.post(route, json=fields)

@@ -27,14 +27,14 @@ async def sdk(web: Web) -> AsyncIterator[openai.AsyncOpenAI]:
 
 
 @pytest.mark.parametrize(
-    ("refusal", "kind", "code", "asked"),
+    ("refusal", "kind", "code", "attempts"),
     [
         (RateLimited("Slow down.", retry_after=0.5), openai.RateLimitError, "rate_limit_exceeded", 3),
         (EngineBusy("Full.", retry_after=0.5), openai.InternalServerError, "service_unavailable", 3),
         (QuotaUsedUp("Used up.", retry_after=3600), openai.RateLimitError, "insufficient_quota", 1),
     ],
 )
-async def test_what_may_succeed_later_is_tried_again_and_a_used_up_quota_is_not(refusal, kind, code, asked):
+async def test_what_may_succeed_later_is_tried_again_and_a_used_up_quota_is_not(refusal, kind, code, attempts):
     """The package reads Retry-After, and x-should-retry."""
     web = await make_web(ScriptedService(refusal=refusal))
     async with sdk(web) as client:
@@ -42,19 +42,18 @@ async def test_what_may_succeed_later_is_tried_again_and_a_used_up_quota_is_not(
             await client.chat.completions.create(model="scripted", **CHAT)
 
     assert code == raised.value.code
-    assert asked == len(web.service.requests)
+    assert attempts == len(web.service.requests)
 
 
-async def test_a_retry_that_succeeds_is_all_that_the_program_sees(monkeypatch):
-    web = await make_web(ScriptedService(refusal=EngineBusy("Full.", retry_after=0.5)))
-    play = web.service._play
+async def test_a_retry_that_succeeds_is_all_that_the_program_sees():
+    class BusyOnce(ScriptedService):
+        async def generate(self, request, principal):
+            if self.requests:
+                self.refusal = None
+            async for event in super().generate(request, principal):
+                yield event
 
-    def once(*args):
-        if web.service.requests:
-            web.service.refusal = None
-        return play(*args)
-
-    monkeypatch.setattr(web.service, "_play", once)
+    web = await make_web(BusyOnce(refusal=EngineBusy("Full.", retry_after=0.5)))
     async with sdk(web) as client:
         answer = await client.chat.completions.create(model="scripted", **CHAT)
 
@@ -80,7 +79,7 @@ async def test_an_error_inside_a_stream_is_raised_with_its_message():
     assert 1 == len(web.service.requests)
 
 
-async def test_an_answer_that_is_long_in_coming_is_kept_alive_without_the_program_noticing(monkeypatch):
+async def test_comments_keep_a_slow_stream_alive_without_the_program_noticing(monkeypatch):
     """Comments between the frames keep the connection, and are no chunks."""
     monkeypatch.setitem(EventStream.__init__.__kwdefaults__, "ping_seconds", 0.05)
     web = await make_web(ScriptedService(steps=["a", 0.3, "b"]))

@@ -65,7 +65,7 @@ async def test_every_route_documents_its_errors(web):
                 assert {"APIKeyHeader", "HTTPBearer"} == {name for entry in operation["security"] for name in entry}
 
 
-async def test_a_refused_request_tells_when_to_come_back_and_costs_nothing():
+async def test_a_refused_request_says_when_to_come_back_and_costs_nothing():
     web = await make_web(rate_limit={"requests_per_minute": 6, "burst_size": 1})
     async with web.client() as client:
         granted = await client.post("/v1/chat", json=CHAT)

@@ -44,8 +44,8 @@ async def test_a_request_that_the_month_has_no_room_for_is_refused_with_the_figu
     """429 quota_exceeded, told apart from a rate limit, with the time until the new month."""
     key = await service.key(limits={"monthly_tokens": 19})
 
-    first, second = await service.ask(key), await service.ask(key)
-    fits = await service.ask(key, max_tokens=4)
+    first, second = await service.generate(key), await service.generate(key)
+    fits = await service.generate(key, max_tokens=4)
 
     assert [200, 429, 200] == [first.status_code, second.status_code, fits.status_code]
     error = second.json()
@@ -61,7 +61,7 @@ async def test_a_request_that_the_month_has_no_room_for_is_refused_with_the_figu
 async def test_what_was_reserved_and_not_used_is_given_back(service: Running):
     """An answer that ends early costs its own tokens only, with several answers for each."""
     key = await service.key(limits={"monthly_tokens": 1000})
-    await service.ask(key, max_tokens=100, n=3)
+    await service.generate(key, max_tokens=100, n=3)
 
     assert (5 + 3 * 5, 0) == await used(service, key)
 
@@ -77,7 +77,7 @@ async def test_a_stream_costs_what_it_sent(service: Running):
 
 async def test_an_answer_from_the_cache_costs_nothing_by_default(service: Running):
     key = await service.key(limits={"monthly_tokens": 1000})
-    replies = [await service.ask(key, cache=True) for _ in range(3)]
+    replies = [await service.generate(key, cache=True) for _ in range(3)]
 
     assert [False, True, True] == [reply.json()["cached"] for reply in replies]
     assert (10, 0) == await used(service, key)
@@ -88,7 +88,7 @@ async def test_an_answer_from_the_cache_costs_what_is_configured(tmp_path: Path)
     async with running(tmp_path, quota={"cached_prompt": 1, "cached_completion": 0.5}) as service:
         key = await service.key(limits={"monthly_tokens": 1000})
         for _ in range(2):
-            await service.ask(key, cache=True)
+            await service.generate(key, cache=True)
 
         assert (10 + 8, 0) == await used(service, key)
 
@@ -117,14 +117,14 @@ async def test_a_failed_answer_frees_its_reservation(tmp_path: Path):
         assert EngineState.READY is engine.status().state
         key = await service.key(limits={"monthly_tokens": 1000})
 
-        assert 503 == (await service.ask(key)).status_code
+        assert 503 == (await service.generate(key)).status_code
         assert (0, 0) == await used(service, key)
 
 
 async def test_many_at_once_never_overdraw_and_all_reservations_end(service: Running):
     """Fifty at once on a budget for ten."""
     key = await service.key(limits={"monthly_tokens": 100})
-    replies = await asyncio.gather(*(service.ask(key) for _ in range(50)))
+    replies = await asyncio.gather(*(service.generate(key) for _ in range(50)))
 
     assert {200, 429} == {reply.status_code for reply in replies}
     assert (100, 0) == await used(service, key)
@@ -133,14 +133,14 @@ async def test_many_at_once_never_overdraw_and_all_reservations_end(service: Run
 
 async def test_keys_without_a_quota_are_counted_too(service: Running):
     """Behind the request's back, at the latest with the next flush of the log."""
-    await service.ask(ADMIN_KEY)
+    await service.generate(ADMIN_KEY)
     await counted(service, ADMIN_KEY, 10)
 
 
 async def test_the_report_tells_days_and_models_and_the_table_the_same(service: Running):
     key = await service.key(owner="anna")
     for _ in range(2):
-        await service.ask(key)
+        await service.generate(key)
     await counted(service, key, 20)
 
     report = await service.usage(key)
@@ -169,10 +169,10 @@ async def test_tokens_a_minute_are_limited_and_a_refused_request_costs_nothing(s
     """Neither of the tokens nor of the requests; what an answer did not use comes back."""
     limits = {"tokens_per_minute": 25, "requests_per_minute": 1, "burst": 10}
     key = await service.key(limits=limits)
-    first = await service.ask(key, prompt="hi", max_tokens=20)
-    refused = await service.ask(key, max_tokens=20)
-    too_large = await service.ask(key, max_tokens=30)
-    fits = await service.ask(key, max_tokens=5)
+    first = await service.generate(key, prompt="hi", max_tokens=20)
+    refused = await service.generate(key, max_tokens=20)
+    too_large = await service.generate(key, max_tokens=30)
+    fits = await service.generate(key, max_tokens=5)
 
     assert [200, 429, 429, 200] == [reply.status_code for reply in (first, refused, too_large, fits)]
     assert ("9", "21") == remaining(first)
@@ -186,9 +186,9 @@ async def test_tokens_a_minute_are_limited_and_a_refused_request_costs_nothing(s
 async def test_a_month_that_is_used_up_refuses_before_the_body_is_read(service: Running):
     """Even a malformed one, and it costs nothing; other routes stay open."""
     key = await service.key(limits={"monthly_tokens": 10, "requests_per_minute": 1, "burst": 9})
-    await service.ask(key)
+    await service.generate(key)
 
-    refused = await service.ask(key, max_tokens="malformed")
+    refused = await service.generate(key, max_tokens="malformed")
 
     assert (429, "quota_exceeded") == (refused.status_code, refused.json()["error"])
     assert {"limit": 10, "used": 10, "reserved": 0} == {
@@ -203,7 +203,7 @@ async def test_other_routes_take_no_parallel_place_and_no_request(tmp_path: Path
     async with running(tmp_path, engine=EchoEngine(token_delay_seconds=0.05)) as service:
         limits = {"parallel_requests": 1, "requests_per_minute": 1, "burst": 2}
         key = await service.key(role="admin", limits=limits)
-        running_one = asyncio.create_task(service.ask(key, prompt="a long prompt " * 5, max_tokens=50))
+        running_one = asyncio.create_task(service.generate(key, prompt="a long prompt " * 5, max_tokens=50))
         async with service.client(key) as http:
             await until(lambda: service.app.state.container.engines.default.status().running == 1)
             paths = ("/v1/sessions", "/v1/models", "/v1/models/echo", "/v1/usage", "/v1/keys", "/v1/roles", "/status")
@@ -220,7 +220,7 @@ async def test_other_routes_take_no_parallel_place_and_no_request(tmp_path: Path
 async def test_a_request_refused_for_its_quota_costs_no_rate(service: Running):
     key = await service.key(limits={"monthly_tokens": 5, "tokens_per_minute": 50, "requests_per_minute": 1, "burst": 9})
 
-    refused = await service.ask(key)
+    refused = await service.generate(key)
 
     assert (429, ("9", "50")) == (refused.status_code, remaining(refused))
 
@@ -230,9 +230,9 @@ async def test_parallel_requests_are_limited_and_free_their_places(tmp_path: Pat
     async with running(tmp_path, engine=EchoEngine(token_delay_seconds=0.02)) as service:
         key = await service.key(limits={"parallel_requests": 2})
         other = await service.key(limits={"parallel_requests": 2})
-        replies = await asyncio.gather(*(service.ask(key) for _ in range(4)), service.ask(other))
-        again = await service.ask(key, stream=True)
-        third = await service.ask(key)
+        replies = await asyncio.gather(*(service.generate(key) for _ in range(4)), service.generate(other))
+        again = await service.generate(key, stream=True)
+        third = await service.generate(key)
 
     assert [200, 200, 429, 429, 200] == sorted_first_four([reply.status_code for reply in replies])
     assert [200, 200] == [again.status_code, third.status_code]
@@ -269,8 +269,8 @@ async def test_what_is_logged_has_no_text_unless_asked_for_and_then_only_masked(
         folder = tmp_path / str(keep)
         pii = {"input": "off", "output": "off"}
         async with running(folder, logging={"store_text": keep}, pii=pii) as service:
-            await service.ask(ADMIN_KEY, prompt=f"mail {address}", max_tokens=50)
-            await service.ask(ADMIN_KEY, prompt="x", max_tokens=9000)
+            await service.generate(ADMIN_KEY, prompt=f"mail {address}", max_tokens=50)
+            await service.generate(ADMIN_KEY, prompt="x", max_tokens=9000)
         with sqlite3.connect(folder / "service.db") as database:
             database.row_factory = sqlite3.Row
             rows[keep] = [dict(row) for row in database.execute("SELECT * FROM inference_log ORDER BY id")]
@@ -295,7 +295,7 @@ async def test_what_is_logged_has_no_text_unless_asked_for_and_then_only_masked(
 async def test_at_the_end_nothing_is_left_unwritten(tmp_path: Path):
     """A flush interval longer than the service's life: the shutdown writes what waits."""
     async with running(tmp_path, usage_log={"flush_seconds": 3600}) as service:
-        await asyncio.gather(*(service.ask(ADMIN_KEY) for _ in range(20)))
+        await asyncio.gather(*(service.generate(ADMIN_KEY) for _ in range(20)))
         assert 20 == service.access.log.waiting
     with sqlite3.connect(tmp_path / "service.db") as database:
         (rows,) = database.execute("SELECT count(*) FROM inference_log").fetchone()
@@ -307,14 +307,14 @@ async def test_at_the_end_nothing_is_left_unwritten(tmp_path: Path):
 async def test_a_stalled_database_slows_no_request_down_and_lost_rows_are_counted(tmp_path: Path):
     """Another process holds SQLite's lock; keys without a quota never notice, and the event loop goes on."""
     async with running(tmp_path, usage_log={"flush_seconds": 0.01, "max_waiting": 10}) as service:
-        await service.ask(ADMIN_KEY)
+        await service.generate(ADMIN_KEY)
         blocker = sqlite3.connect(tmp_path / "service.db", isolation_level=None)
         blocker.execute("BEGIN EXCLUSIVE")
         loop = asyncio.get_running_loop()
         took = []
         for _ in range(40):
             began = loop.time()
-            assert 200 == (await service.ask(ADMIN_KEY)).status_code
+            assert 200 == (await service.generate(ADMIN_KEY)).status_code
             took.append(loop.time() - began)
             await asyncio.sleep(0.01)
         blocker.execute("ROLLBACK")
@@ -331,7 +331,7 @@ async def test_old_rows_are_deleted_in_bounded_batches(service: Running, monkeyp
     monkeypatch.setattr(usage_log, "RETENTION_BATCH", 2)
     key = await service.key()
     for _ in range(5):
-        await service.ask(key)
+        await service.generate(key)
     await counted(service, key, 50)
     now = datetime.now(UTC)
 
@@ -347,18 +347,18 @@ async def test_without_a_database_quotas_refuse_or_let_pass_as_configured(tmp_pa
     """Keys seen lately are still known; closed is 503 with a time to come back, open answers."""
     async with running(tmp_path, quota={"on_outage": policy}) as service:
         key = await service.key(limits={"monthly_tokens": 1000})
-        assert 200 == (await service.ask(key)).status_code
+        assert 200 == (await service.generate(key)).status_code
         blocker = sqlite3.connect(tmp_path / "service.db", isolation_level=None)
         blocker.execute("BEGIN EXCLUSIVE")
         loop = asyncio.get_running_loop()
-        first = await service.ask(key)
+        first = await service.generate(key)
         began = loop.time()
-        second = await service.ask(key)
+        second = await service.generate(key)
         took = loop.time() - began
         blocker.execute("ROLLBACK")
         blocker.close()
         await until(lambda: not service.access.database.breaker.open, seconds=5)
-        recovered = await service.ask(key)
+        recovered = await service.generate(key)
 
     assert [status, status] == [first.status_code, second.status_code]
     if status == 503:
@@ -373,7 +373,7 @@ async def test_a_limit_of_zero_is_no_limit(tmp_path: Path):
     async with running(
         tmp_path, rate_limit={"requests_per_minute": 0, "burst_size": 0, "tokens_per_minute": 0}
     ) as all_in:
-        replies = [await all_in.ask(ADMIN_KEY) for _ in range(30)]
+        replies = [await all_in.generate(ADMIN_KEY) for _ in range(30)]
 
     assert {200} == {reply.status_code for reply in replies}
     assert not [name for name in replies[-1].headers if name.startswith("x-ratelimit")]

@@ -10,7 +10,7 @@ from tests.web.harness import BODIES, CHAT, GENERATE, ScriptedService, frames, i
 TOP = [{"text": "Hel0", "logprob": 0.0}, {"text": "Hel1", "logprob": -1.0}]
 
 
-async def test_generate_answers_with_as_many_completions_as_asked_for(client):
+async def test_generate_answers_with_as_many_completions_as_requested(client):
     body = {**GENERATE, "n": 3, "logprobs": 2}
 
     reply = (await client.post("/v1/generate", json=body)).json()
@@ -32,7 +32,7 @@ async def test_generate_answers_with_as_many_completions_as_asked_for(client):
         ({"logprobs": False}, 0, set()),
     ],
 )
-async def test_chat_lists_its_answers_where_there_is_more_to_tell_than_the_message(client, fields, count, keys):
+async def test_chat_lists_its_completions_where_they_say_more_than_the_message(client, fields, count, keys):
     reply = (await client.post("/v1/chat", json={**CHAT, **fields})).json()
 
     assert {"role": "assistant", "content": "Hello"} == reply["message"]
@@ -42,7 +42,7 @@ async def test_chat_lists_its_answers_where_there_is_more_to_tell_than_the_messa
 
 
 @pytest.mark.parametrize("path", BODIES)
-async def test_a_stream_of_several_answers_says_which_each_piece_belongs_to(client, path):
+async def test_a_stream_of_several_completions_says_which_each_delta_belongs_to(client, path):
     reply = await client.post(path, json={**BODIES[path], "stream": True, "n": 2, "logprobs": 2})
 
     *deltas, (_, done) = [(name, json.loads(data)) for name, data in frames(reply.text)]
@@ -62,18 +62,18 @@ async def test_a_batch_answers_each_prompt_as_generate_would(web, client):
 
     assert {"results", "request_id"} == set(batch)
     assert [single | {"request_id": batch["request_id"]}] * 20 == batch["results"]
-    assert 21 == len({ask.id for ask in web.service.requests})
-    assert 1 == len({ask.sampling for ask in web.service.requests})
+    assert 21 == len({request.id for request in web.service.requests})
+    assert 1 == len({(request.sampling, request.unset, request.n) for request in web.service.requests})
 
 
 async def test_a_prompt_that_cannot_be_answered_has_its_error_in_place():
     class Picky(ScriptedService):
-        async def complete(self, ask):
-            if ask.prompt == "long":
+        async def generate(self, request, principal):
+            if request.text == "long":
                 raise ContextLengthExceeded(prompt_tokens=9, max_tokens=9, limit=10)
-            if ask.prompt == "defect":
+            if request.text == "defect":
                 raise RuntimeError("secret words")
-            async for event in super().complete(ask):
+            async for event in super().generate(request, principal):
                 yield event
 
     web = await make_web(Picky())

@@ -80,7 +80,7 @@ class GeneratingRoute(APIRoute):
         async def handle(request: Request) -> Response:
             _require_json(request)
             try:
-                body = _validated(schema, parse(await request.body()))
+                body = _validated(schema, parse(await _read(request)))
                 return await endpoint(body, RequestContext(request, request.app.state.container))
             except ClientDisconnect:
                 raise ClientDisconnected("The client hung up while it sent its body.") from None
@@ -103,11 +103,26 @@ def _validated(schema: type[BaseModel], value: Any) -> BaseModel:
         raise RequestValidationError([{**item, "loc": ("body", *item["loc"])} for item in found]) from None
 
 
+async def _read(request: Request) -> bytes:
+    """Read the body.
+
+    Raises: ClientDisconnect: the client hung up while it sent it.
+    """
+    parts: list[bytes] = []
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
 async def _decoded(request: Request) -> ParsedRequest:
     _require_json(request)
     decoded = ParsedRequest(request.scope, request.receive)
     try:
-        decoded.parsed = parse(await decoded.body())
+        decoded.parsed = parse(await _read(decoded))
     except ClientDisconnect:
         raise ClientDisconnected("The client hung up while it sent its body.") from None
     return decoded

@@ -65,7 +65,7 @@ def split_params(given: Mapping[str, Any]) -> tuple[SamplingParams, frozenset[st
     Args: given: by the names of `SamplingParams`; None is not given.
     """
     named = {name: value for name, value in given.items() if value is not None}
-    return SamplingParams(**named), RESOLVABLE - named.keys()
+    return SamplingParams(**named), RESOLVABLE.difference(named)
 
 
 def check_length(field: str, length: int, limit: int) -> None:

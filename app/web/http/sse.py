@@ -70,13 +70,15 @@ class EventStream(SseResponse):
         started: the generation's first event.
         events: the events after it.
         """
-        self._started = started
         self._events = events
         self._encoder = encoder
         self._reading: asyncio.Task[None]
-        self._buffer: list[bytes] = []
+        # A comment at once tells proxies and clients that the stream lives, however long the first token takes.
+        # The opening is encoded before any later event is read, because encoders are told of events in their order.
+        self._buffer = [_KEEP_ALIVE.encode() + encoder.encode(started)]
         """Frames that have not been sent."""
         self._has_frames = asyncio.Event()
+        self._has_frames.set()
         self._has_room = asyncio.Event()
         self._finished = False
         super().__init__(
@@ -112,8 +114,6 @@ class EventStream(SseResponse):
 
     async def _frames(self) -> AsyncIterator[bytes]:
         """Yield frames; those that are ready at the same moment leave together."""
-        # A comment at once tells proxies and clients that the stream lives, however long the first token takes.
-        yield _KEEP_ALIVE.encode() + self._encoder.encode(self._started)
         try:
             while not self._reading.done() or self._buffer:
                 await self._has_frames.wait()

@@ -64,7 +64,7 @@ def test_each_servers_events_are_understood(peer, name, data, expected):
     assert expected == peer.parse(name, json.dumps(data))
 
 
-def test_the_end_mark_of_a_stream_is_no_piece():
+def test_the_end_mark_of_a_stream_carries_no_text():
     """It is the one event that is not JSON."""
     assert StreamEvent() == Vllm().parse("", "[DONE]")
 

@@ -56,8 +56,8 @@ LAST = b"15\r\nevent: done\ndata: 1\n\n\r\n0\r\n\r\n"
 POST = Post("/", {"prompt": "hello"})
 
 
-async def test_an_answer_knows_when_each_piece_came_and_how_many_tokens_it_has():
-    """The pieces came 20 ms apart, and the server's own count is taken."""
+async def test_a_response_records_when_each_event_arrived_and_how_many_tokens_it_has():
+    """The events arrived 20 ms apart, and the server's own count is taken."""
     async with answering(HEAD + FIRST, SECOND, LAST) as port:
         answer = await send(port, POST, read)
 

@@ -33,9 +33,9 @@ def test_the_same_seed_gives_the_same_text():
 def test_held_out_names_are_never_told_in_training():
     """No name that a user tells for training belongs to the part kept for measuring."""
     examples = [example(1, start + i) for start in (0, LATE_FROM, LAST_FROM) for i in range(400)]
-    told = [name for one in examples for name in re.findall(r"(?i:my name is) ([A-Z][a-z]+)[.!]", all_text(one))]
+    stated = [name for one in examples for name in re.findall(r"(?i:my name is) ([A-Z][a-z]+)[.!]", all_text(one))]
 
-    made_up = [name for name in told if name not in FIRST_NAMES]
+    made_up = [name for name in stated if name not in FIRST_NAMES]
 
     assert len(made_up) > 10
     assert not [name for name in made_up if is_held_out(name)]

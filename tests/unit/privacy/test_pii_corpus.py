@@ -1,9 +1,14 @@
-"""What is personal data, in ordinary writing and in look-alikes, and what only resembles it."""
+"""Personal data in ordinary notation and in look-alike characters, and texts that only resemble it."""
+
+import re
 
 import pytest
+from stdnum import iban, numdb
 
 from app.privacy.redactor import PiiKind, Redactor
 
+IBAN_STRUCTURES = {country: properties["bban"] for _, country, _, properties, _ in numdb.get("iban").prefixes}
+"""By country, as in 8!n10!c: the number of digits, letters or either in each part of a BBAN."""
 FULL_WIDTH = {code: code + 0xFEE0 for code in range(0x21, 0x7F)}
 ARABIC = {ord("0") + digit: 0x0660 + digit for digit in range(10)}
 MATHEMATICAL = {ord("0") + digit: 0x1D7CE + digit for digit in range(10)}
@@ -157,8 +162,8 @@ DE89 is not | DE89370400440532013001 | GB is at 12 | in 2024 and 2025 | x² + y�
 
 
 @pytest.mark.parametrize(("kind", "written"), [(kind, written) for kind, each in FOUND.items() for written in each])
-def test_personal_data_is_replaced(kind, written):
-    """Whole and alone, and in the middle of a sentence, the entity is replaced and its surroundings are not."""
+def test_personal_data_is_replaced(kind: PiiKind, written: str) -> None:
+    """On its own and inside a sentence, the entity is replaced and the text around it is not."""
     redactor = Redactor()
 
     alone, inside = redactor.redact(written), redactor.redact(f"It is ({written}), I think.")
@@ -168,11 +173,24 @@ def test_personal_data_is_replaced(kind, written):
     assert f"It is ({placeholder}), I think." == inside.text
 
 
+@pytest.mark.parametrize("country", IBAN_STRUCTURES)
+def test_account_numbers_of_every_country_in_the_registry_are_replaced(country: str) -> None:
+    """With and without spaces, up to the last character of the country's structure and no further."""
+    characters = {"n": "1", "a": "B", "c": "C"}
+    bban = "".join(
+        characters[kind] * int(size) for size, kind in re.findall(r"([0-9]+)!([nac])", IBAN_STRUCTURES[country])
+    )
+    written = f"{country}{iban.calc_check_digits(f'{country}00{bban}')}{bban}"
+
+    assert "[IBAN]" == Redactor().redact(written).text
+    assert "to [IBAN] please" == Redactor().redact(f"to {iban.format(written)} please").text
+
+
 @pytest.mark.parametrize(
     "written", [case.strip() for line in NOT_FOUND.strip().split("\n") for case in line.split(" | ")]
 )
-def test_what_only_resembles_personal_data_is_left_alone(written):
-    """Dates, versions, prices, identifiers, code and failed checksums stay as they are."""
+def test_text_that_only_resembles_personal_data_is_unchanged(written: str) -> None:
+    """Dates, versions, prices, identifiers, code and failed checksums are unchanged."""
     assert written == Redactor().redact(written).text
     assert f"so {written}, ok" == Redactor().redact(f"so {written}, ok").text
 
@@ -200,25 +218,25 @@ def test_what_only_resembles_personal_data_is_left_alone(written):
         ("\ud800jane@example.com\udfff", "\ud800[EMAIL]\udfff"),
     ],
 )
-def test_an_entity_ends_where_it_should(text, expected):
+def test_an_entity_ends_before_the_text_around_it(text: str, expected: str) -> None:
     """Extensions, full stops, networks and other scripts around an entity are not part of it."""
     assert expected == Redactor().redact(text).text
 
 
-def test_a_text_of_every_character_is_no_trouble():
-    """More kinds of characters than are remembered, lone surrogates among them, change nothing in what is found."""
+def test_entities_are_found_after_more_characters_than_are_cached() -> None:
+    """Lone surrogates among them."""
     every = "".join(map(chr, range(0x4E00, 0xE000)))
 
     assert every + " [EMAIL]" == Redactor().redact(every + " jane＠example.com").text
 
 
-def test_a_country_that_does_not_exist_has_no_numbers():
-    """What looks like an international number and cannot be parsed is left alone."""
+def test_a_country_code_that_does_not_exist_has_no_numbers() -> None:
+    """A candidate that cannot be parsed is unchanged."""
     assert "00 999 12345" == Redactor(phone_region="DE").redact("00 999 12345").text
 
 
-def test_national_numbers_are_those_of_the_configured_region():
-    """A German number without its country is one only where Germany is the region."""
+def test_national_numbers_are_those_of_the_configured_region() -> None:
+    """A German number without its country code is found only if Germany is the region."""
     text = "Ruf 030 901820 oder (0170) 1234567 an, am 01.02.2024 oder 2024-01-01."
 
     assert text == Redactor(phone_region="US").redact(text).text

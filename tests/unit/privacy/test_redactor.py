@@ -1,6 +1,7 @@
-"""The promises of the PII filter, for every text and every way to cut it."""
+"""Properties of the redactor, for arbitrary texts and every chunking."""
 
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -42,13 +43,11 @@ ODDMENTS += ["x" * 60, "a" * 70, "." * 66, "1" * 40, "eyJhbGciOiJIUzI1NiJ9"]
 
 
 @st.composite
-def broken(draw):
-    """An entity with one of its ends cut off, or with something put into it."""
+def broken(draw: st.DrawFn) -> str:
+    """An entity that is truncated at either end, or has something inserted."""
     whole = draw(st.sampled_from(ENTITIES))
-    place = draw(st.integers(0, len(whole)))
-    return draw(
-        st.sampled_from([whole[:place], whole[place:], whole[:place] + draw(st.sampled_from(ODDMENTS)) + whole[place:]])
-    )
+    at = draw(st.integers(0, len(whole)))
+    return draw(st.sampled_from([whole[:at], whole[at:], whole[:at] + draw(st.sampled_from(ODDMENTS)) + whole[at:]]))
 
 
 FRAGMENTS = st.one_of(
@@ -66,8 +65,8 @@ UNBROKEN = st.tuples(
 FIVE_HUNDRED = settings(max_examples=500, deadline=None)
 
 
-def pieces_of(text, sizes):
-    """`text` cut into pieces of `sizes` characters, over and over again."""
+def chunks_of(text: str, sizes: Sequence[int]) -> Iterator[str]:
+    """Split `text` into chunks of `sizes` characters, repeated in turn."""
     start = turn = 0
     while start < len(text):
         yield text[start : start + sizes[turn % len(sizes)]]
@@ -75,30 +74,30 @@ def pieces_of(text, sizes):
         turn += 1
 
 
-def streamed(redactor, pieces):
-    """What a stream gives out piece by piece, its end included, and what it counted."""
+def streamed(redactor: Redactor, chunks: Iterable[str]) -> tuple[list[str], dict[PiiKind, int]]:
+    """Return the output for each chunk and at the end, and the counts."""
     stream = StreamRedactor(redactor)
-    given_out = [stream.feed(piece) for piece in pieces]
-    return [*given_out, stream.finish()], stream.counts
+    output = [stream.feed(chunk) for chunk in chunks]
+    return [*output, stream.finish()], stream.counts
 
 
 @FIVE_HUNDRED
 @given(TEXTS, st.lists(st.integers(0, 12), min_size=1, max_size=6).filter(any), st.sampled_from([REDACTOR, GERMAN]))
-def test_a_stream_yields_what_the_whole_text_would(text, sizes, redactor):
-    """However a text is cut, empty pieces included, the joined stream is the redacted whole, and the counts agree."""
+def test_a_stream_equals_the_redacted_text_for_every_chunking(text: str, sizes: list[int], redactor: Redactor) -> None:
+    """The joined output and the counts are those of the whole text, with empty chunks too."""
     expected = redactor.redact(text)
 
-    given_out, counts = streamed(redactor, pieces_of(text, sizes))
+    output, counts = streamed(redactor, chunks_of(text, sizes))
 
-    assert (expected.text, expected.counts) == ("".join(given_out), counts)
+    assert (expected.text, expected.counts) == ("".join(output), counts)
 
 
 @FIVE_HUNDRED
 @given(TEXTS)
-# An address whose 64 characters before the "@" reach into what was given out already.
+# An address whose 64 characters before the "@" reach into text that was sent already.
 @example("1" * 42 + "5-555-2671415-555-2671jane.doe@example.comjane.doe@example.com")
-def test_no_prefix_shows_a_character_of_an_entity(text):
-    """Fed character by character, all that was given out at any moment is a prefix of the redacted whole."""
+def test_the_output_so_far_never_contains_a_part_of_an_entity(text: str) -> None:
+    """Fed by single characters, it is a prefix of the redacted text at any moment."""
     expected = REDACTOR.redact(text).text
     stream, sent = StreamRedactor(REDACTOR), ""
 
@@ -111,19 +110,19 @@ def test_no_prefix_shows_a_character_of_an_entity(text):
 
 @FIVE_HUNDRED
 @given(TEXTS, st.integers(0, 200))
-def test_what_was_given_out_holds_for_every_ending(text, place):
-    """A prefix given out does not depend on what comes later: it begins the redacted text for two different endings."""
+def test_text_that_was_sent_does_not_depend_on_later_text(text: str, size: int) -> None:
+    """It is a prefix of the redacted text for two different endings."""
     stream = StreamRedactor(REDACTOR)
-    sent = stream.feed(text[:place])
+    sent = stream.feed(text[:size])
 
     assert REDACTOR.redact(text).text.startswith(sent)
-    assert REDACTOR.redact(text[:place] + "@example.com 4111 1111 1111 1111").text.startswith(sent)
+    assert REDACTOR.redact(text[:size] + "@example.com 4111 1111 1111 1111").text.startswith(sent)
 
 
 @FIVE_HUNDRED
 @given(TEXTS, st.sampled_from([REDACTOR, GERMAN]))
-def test_redacting_twice_is_redacting_once(text, redactor):
-    """Placeholders are no entities, and what stands beside them does not become one."""
+def test_redaction_is_idempotent(text: str, redactor: Redactor) -> None:
+    """Placeholders are not entities, and the text beside them does not become one."""
     once = redactor.redact(text).text
 
     assert once == redactor.redact(once).text
@@ -132,8 +131,8 @@ def test_redacting_twice_is_redacting_once(text, redactor):
 
 @FIVE_HUNDRED
 @given(TEXTS)
-def test_matches_are_sorted_and_apart_and_explain_the_redacted_text(text):
-    """Replacing the spans of `find` by hand, from the last to the first, gives the text of `redact`."""
+def test_matches_are_sorted_and_disjoint_and_explain_the_redacted_text(text: str) -> None:
+    """Replacing the spans of `find`, from the last to the first, gives the text of `redact`."""
     matches, by_hand = REDACTOR.find(text), text
 
     for match in reversed(matches):
@@ -146,31 +145,34 @@ def test_matches_are_sorted_and_apart_and_explain_the_redacted_text(text):
 
 @settings(max_examples=40, deadline=None)
 @given(UNBROKEN, st.integers(90, 900))
-def test_texts_without_any_delimiter_stream_like_others(text, size):
-    """5,000 characters without a place to cut at: the same result, and never more than a bounded tail held back."""
-    given_out, _ = streamed(REDACTOR, pieces_of(text, [size]))
+def test_the_buffer_is_bounded_in_texts_without_a_delimiter(text: str, size: int) -> None:
+    """5,000 characters without one: the same result, and at most the longest entity is withheld."""
+    output, _ = streamed(REDACTOR, chunks_of(text, [size]))
 
-    assert REDACTOR.redact(text).text == "".join(given_out)
-    # The longest thing awaited is an e-mail address of 641 characters, each with 16 invisible ones behind it.
-    assert len(given_out[-1]) <= 641 * 17
+    assert REDACTOR.redact(text).text == "".join(output)
+    # The longest open entity is an e-mail address of 641 characters, each followed by 16 invisible ones.
+    assert len(output[-1]) <= 641 * 17
 
 
-def test_ordinary_prose_is_held_back_by_a_word():
-    """A reader sees each word as soon as the next space or comma has come, numbers one character later."""
+def test_ordinary_prose_is_delayed_by_one_word() -> None:
+    """A word is sent with the next space or comma, a number one character later."""
     text = "Hello, this is a plain sentence: 7 plus 5 is 12 (in words, twelve) since 1999 or so, he said."
     stream, sent = StreamRedactor(REDACTOR), ""
 
     for end, character in enumerate(text, start=1):
         sent += stream.feed(character)
-        held = text[len(sent) : end]
-        assert len(held) <= 10
-        assert held.strip(" ().,").count(" ") <= 2 if any(map(str.isdigit, held)) else " " not in held.strip()
+        buffered = text[len(sent) : end]
+        assert len(buffered) <= 10
+        if any(map(str.isdigit, buffered)):
+            assert buffered.strip(" ().,").count(" ") <= 2
+        else:
+            assert " " not in buffered.strip()
 
     assert text == sent + stream.finish()
 
 
-def test_a_text_that_may_become_an_entity_waits():
-    """An unfinished address, number or key is not given out until something ends it."""
+def test_text_that_may_become_an_entity_is_withheld() -> None:
+    """An unfinished address, number or key is not sent until something ends it."""
     for beginning in [
         "a@b",
         "jane",
@@ -187,22 +189,22 @@ def test_a_text_that_may_become_an_entity_waits():
         assert "" == StreamRedactor(REDACTOR).feed(beginning), beginning
 
 
-def test_a_key_of_any_length_is_replaced_as_soon_as_it_is_one():
-    """The rest of a long key is dropped as it comes, however much, and what follows it is sent."""
+def test_a_key_of_any_length_is_replaced_as_soon_as_it_is_recognised() -> None:
+    """The rest of a long key is dropped as it arrives, and the text after it is sent."""
     stream = StreamRedactor(REDACTOR)
 
-    pieces = [
-        stream.feed(piece)
-        for piece in ["eyJhbGciOiJIUzI1NiJ9.", "a" * 5000, "." + "b" * 900, ".", "c\u200b", "\u200b9", ". so"]
+    output = [
+        stream.feed(chunk)
+        for chunk in ["eyJhbGciOiJIUzI1NiJ9.", "a" * 5000, "." + "b" * 900, ".", "c\u200b", "\u200b9", ". so"]
     ]
 
-    assert "[API_KEY]. so" == "".join(pieces) + stream.finish()
-    assert "[API_KEY]" == "".join(pieces[:2])
+    assert "[API_KEY]. so" == "".join(output) + stream.finish()
+    assert "[API_KEY]" == "".join(output[:2])
     assert {PiiKind.API_KEY: 1} == stream.counts
 
 
-def test_a_finished_stream_takes_no_more():
-    """Its end is given out once; a piece after it is a mistake of the caller."""
+def test_a_finished_stream_rejects_more_text() -> None:
+    """Its rest is returned once; text after it is an error of the caller."""
     stream = StreamRedactor(REDACTOR)
     stream.feed("jane@example.com")
 
@@ -211,8 +213,8 @@ def test_a_finished_stream_takes_no_more():
         stream.feed("x")
 
 
-def test_only_the_configured_kinds_are_looked_for():
-    """A kind that is switched off is left alone, even where all of them are."""
+def test_only_the_configured_kinds_are_replaced() -> None:
+    """Other kinds are unchanged, even if none is configured."""
     text = "jane@example.com 415-555-2671 10.0.0.1"
 
     assert "[EMAIL] 415-555-2671 10.0.0.1" == Redactor([PiiKind.EMAIL]).redact(text).text
@@ -221,31 +223,31 @@ def test_only_the_configured_kinds_are_looked_for():
     assert text == "".join(streamed(Redactor([]), text)[0])
 
 
-def test_matches_are_offsets_of_the_original():
-    """Look-alikes and invisible characters move nothing: the span is that of the text as it came."""
+def test_matches_are_offsets_of_the_original() -> None:
+    """Look-alikes and invisible characters do not shift the span."""
     text = "é ja\u200bne＠example.com\u200b!"
 
     assert [PiiMatch(PiiKind.EMAIL, 2, 19)] == REDACTOR.find(text)
     assert "ja\u200bne＠example.com" == text[2:19]
 
 
-def test_the_fingerprint_names_the_policy():
-    """Equal policies share cached answers, different ones never do; the order of the kinds is no difference."""
+def test_the_fingerprint_identifies_the_policy() -> None:
+    """Equal policies share cached answers and different ones do not; the order of the kinds does not matter."""
     assert Redactor([PiiKind.IP, PiiKind.EMAIL]).fingerprint == Redactor([PiiKind.EMAIL, PiiKind.IP]).fingerprint
     different = [Redactor(), Redactor([PiiKind.EMAIL]), Redactor([]), Redactor(phone_region="DE")]
     assert len(different) == len({redactor.fingerprint for redactor in different})
 
 
-def test_an_unknown_policy_is_refused_at_once():
-    """A misspelt region or kind would silently let numbers pass."""
+def test_an_unknown_region_or_kind_is_rejected() -> None:
+    """A misspelt one would silently let personal data pass."""
     with pytest.raises(ValueError, match="unknown phone region 'us'"):
         Redactor(phone_region="us")
     with pytest.raises(ValueError, match="mail"):
-        Redactor(["mail"])
+        Redactor(["mail"])  # type: ignore[list-item]
 
 
-def test_threads_may_share_a_redactor():
-    """Eight threads at once find what one finds."""
+def test_threads_may_share_a_redactor() -> None:
+    """Eight threads at once get the same result as one."""
     text = " ".join(ENTITIES)
 
     with ThreadPoolExecutor(8) as pool:
@@ -286,20 +288,20 @@ ATTACKS += [
 ATTACKS += ["a@" + "x" * 63 + ".", "." * 64 + "@", "a@b.c.d.e.f.g.h.i.j.", "212-", "llm_", "DE89370400440532013001 "]
 
 
-def seconds_of(work):
-    """Seconds of CPU: what else the machine does hardly counts."""
+def seconds_of(work: Callable[[], object]) -> float:
+    """Return the CPU seconds of this thread, which the load of the machine hardly changes."""
     before = time.thread_time()
     work()
     return time.thread_time() - before
 
 
-def happens(measured, times=6):
-    """Tell whether it is so in any of several tries: a machine may be slow now and then, a square is one every time."""
-    return any(measured() for _ in range(times))
+def happens(measure: Callable[[], bool], times: int = 6) -> bool:
+    """Return whether any of several measurements holds: noise passes, quadratic time shows in each of them."""
+    return any(measure() for _ in range(times))
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=ascii)
-def test_time_grows_with_the_length_and_not_with_its_square(attack):
+def test_time_is_linear_in_the_length(attack: str) -> None:
     """Four times the text takes about four times as long (a square would be sixteen); a few milliseconds are noise."""
     short, long = (attack * 8000)[:8000], (attack * 32000)[:32000]
 
@@ -310,14 +312,14 @@ def test_time_grows_with_the_length_and_not_with_its_square(attack):
 
 
 @pytest.mark.parametrize("attack", ATTACKS[:18], ids=ascii)
-def test_a_stream_looks_at_a_bounded_tail(attack):
-    """Fed in single characters, the next 700 cost about what the first did."""
+def test_the_time_of_a_delta_does_not_grow_with_the_stream(attack: str) -> None:
+    """Fed by single characters, the next 700 take about as long as the first."""
     text = (attack * 700)[:700]
 
-    def later_costs_no_more():
+    def later_is_as_fast() -> bool:
         stream = StreamRedactor(REDACTOR)
         first = seconds_of(lambda: [stream.feed(character) for character in text])
         later = seconds_of(lambda: [stream.feed(character) for character in text])
         return later < 3 * first + 0.02
 
-    assert happens(later_costs_no_more)
+    assert happens(later_is_as_fast)

@@ -1,0 +1,176 @@
+"""What every AdmissionStore promises.  A store joins by adding a factory to `STORES`."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from app.access.admission import AdmissionStore, Rates, Refusal
+from app.access.token_bucket import Bucket
+from app.stores.memory_admission import MemoryAdmissionStore
+
+Factory = Callable[["Clock"], AdmissionStore]
+STORES: dict[str, Factory] = {
+    "memory": lambda clock: MemoryAdmissionStore(clock=clock),
+}
+REQUESTS, TOKENS = Bucket(capacity=3, per_second=0.1), Bucket(capacity=100, per_second=1)
+RATES = Rates(requests=REQUESTS, tokens=TOKENS, parallel_requests=2)
+
+
+class Clock:
+    """Time that moves when it is set."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture(params=STORES.values(), ids=STORES)
+def store(request: pytest.FixtureRequest, clock: Clock) -> AdmissionStore:
+    factory: Factory = request.param
+    return factory(clock)
+
+
+async def left(store: AdmissionStore, key_id: str = "k") -> tuple[int, int]:
+    levels = await store.peek(key_id, RATES)
+    assert levels.requests is not None
+    assert levels.tokens is not None
+    return levels.requests.remaining, levels.tokens.remaining
+
+
+async def test_a_burst_is_admitted_and_then_the_rate(store: AdmissionStore, clock: Clock):
+    """A refusal says when to come back and changes nothing."""
+    rates = Rates(requests=REQUESTS)
+    decisions = [await store.admit("k", rates) for _ in range(5)]
+
+    assert [None, None, None, Refusal.REQUESTS, Refusal.REQUESTS] == [each.refused for each in decisions]
+    states = [each.levels.requests for each in decisions]
+    assert [2, 1, 0, 0, 0] == [state.remaining for state in states if state]
+    assert 10.0 == pytest.approx(max(state.retry_in for state in states if state))
+    clock.now += 10.001
+    assert (await store.admit("k", rates)).refused is None
+    assert (await store.admit("k", rates)).refused is Refusal.REQUESTS
+
+
+async def test_parallel_places_are_counted_and_freed(store: AdmissionStore):
+    """Whoever finds none has not spent a request either."""
+    first, second, third = [await store.admit("k", RATES) for _ in range(3)]
+
+    assert (None, None, Refusal.PARALLEL) == (first.refused, second.refused, third.refused)
+    assert third.place is None
+    assert (1, 100) == await left(store)
+    assert first.place is not None
+    await store.leave(first.place)
+    assert (await store.admit("k", RATES)).refused is None
+
+
+async def test_without_a_single_token_nobody_is_admitted(store: AdmissionStore, clock: Clock):
+    await store.take_tokens("k", TOKENS, 100)
+
+    assert (await store.admit("k", RATES)).refused is Refusal.TOKENS
+    assert (3, 0) == await left(store)
+    clock.now += 1
+    assert (await store.admit("k", RATES)).refused is None
+
+
+async def test_a_full_house_is_named_before_an_empty_bucket(store: AdmissionStore):
+    """The order in which a client is told of its limits: places, tokens, requests."""
+    rates = Rates(requests=Bucket(capacity=1, per_second=0.1), tokens=TOKENS, parallel_requests=1)
+    admitted = await store.admit("k", rates)
+    await store.take_tokens("k", TOKENS, 100)
+
+    assert (await store.admit("k", rates)).refused is Refusal.PARALLEL
+    assert admitted.place is not None
+    await store.leave(admitted.place)
+    assert (await store.admit("k", rates)).refused is Refusal.TOKENS
+    await store.return_tokens("k", TOKENS, 100)
+    assert (await store.admit("k", rates)).refused is Refusal.REQUESTS
+
+
+async def test_a_refund_puts_a_request_back_and_never_overfills(store: AdmissionStore):
+    await store.admit("k", RATES)
+
+    assert 3 == (await store.refund("k", REQUESTS)).remaining
+    assert 3 == (await store.refund("k", REQUESTS)).remaining
+
+
+async def test_tokens_are_taken_whole_or_not_at_all(store: AdmissionStore):
+    taken = await store.take_tokens("k", TOKENS, 70)
+    refused = await store.take_tokens("k", TOKENS, 50)
+
+    assert (True, 30) == (taken.granted, taken.remaining)
+    assert (False, 30, 20.0) == (refused.granted, refused.remaining, pytest.approx(refused.retry_in))
+    await store.return_tokens("k", TOKENS, 20)
+    assert (3, 50) == await left(store)
+    await store.return_tokens("k", TOKENS, 500)
+    assert (3, 100) == await left(store)
+
+
+async def test_keys_do_not_share(store: AdmissionStore):
+    for _ in range(2):
+        await store.admit("one", RATES)
+    await store.take_tokens("one", TOKENS, 100)
+
+    assert (3, 100) == await left(store, "other")
+    assert (await store.admit("other", RATES)).refused is None
+
+
+async def test_without_limits_everyone_is_admitted(store: AdmissionStore):
+    decisions = [await store.admit("k", Rates()) for _ in range(100)]
+
+    assert {None} == {each.refused for each in decisions}
+    assert {(None, None)} == {(each.levels.requests, each.levels.tokens) for each in decisions}
+
+
+async def test_many_at_once_get_exactly_what_there_is(store: AdmissionStore):
+    rates = Rates(requests=Bucket(capacity=20, per_second=0.001), parallel_requests=50)
+    decisions = await asyncio.gather(*(store.admit("k", rates) for _ in range(60)))
+    taken = await asyncio.gather(*(store.take_tokens("k", TOKENS, 7) for _ in range(60)))
+
+    assert 20 == sum(each.refused is None for each in decisions)
+    assert 14 == sum(each.granted for each in taken)
+
+
+@pytest.mark.parametrize("what", ["leave", "refund", "return_tokens"])
+async def test_giving_back_survives_a_cancellation(store: AdmissionStore, what: str):
+    """A client that hangs up in that moment costs its key nothing."""
+    place = (await store.admit("k", RATES)).place
+    await store.admit("k", RATES)
+    await store.take_tokens("k", TOKENS, 40)
+    assert place is not None
+    calls: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {
+        "leave": lambda: store.leave(place),
+        "refund": lambda: store.refund("k", REQUESTS),
+        "return_tokens": lambda: store.return_tokens("k", TOKENS, 40),
+    }
+
+    async def finish() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await calls[what]()
+
+    finishing = asyncio.create_task(finish())
+    await asyncio.sleep(0)
+    for _ in range(2):
+        finishing.cancel()
+    with suppress(asyncio.CancelledError):
+        await finishing
+    async with asyncio.timeout(5):
+        while not await _came_back(store, what):  # noqa: ASYNC110  # a store's own task has no event
+            await asyncio.sleep(0.01)
+
+
+async def _came_back(store: AdmissionStore, what: str) -> bool:
+    if what == "leave":
+        return (await store.admit("k", RATES)).refused is None
+    return await left(store) == ((2, 60) if what == "refund" else (1, 100))
