@@ -236,9 +236,8 @@ async def test_a_lease_ends_however_its_request_does() -> None:
     """By an error or a hang-up too: unloading has nothing left to wait for."""
     builder = Builder(token_delay_seconds=60)
     host = await host_of(builder, "echo")
-    with pytest.raises(EngineFailed):
-        with host.lease(hello("a", n=2)):
-            raise EngineFailed("It failed.")
+    with pytest.raises(EngineFailed), host.lease(hello("a", n=2)):
+        raise EngineFailed("It failed.")
     live = await begin(host, hello("b"))
     live.cancel()
     await asyncio.wait([live])
