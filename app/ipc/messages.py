@@ -53,6 +53,9 @@ class Submit(msgspec.Struct, tag=True, frozen=True, array_like=True):
     params: SamplingParams
     tenant: str = ""
     """Tenants share the model fairly, and never reuse the KV cache of another."""
+    adapter: str | None = None
+    priority: int = 0
+    """Lower is served first."""
 
 
 class Cancel(msgspec.Struct, tag=True, frozen=True, array_like=True):

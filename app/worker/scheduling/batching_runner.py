@@ -88,7 +88,14 @@ class BatchingRunner:
         except ValueError as error:
             self._pending_events.append(TokenEvent(request.id, error=str(error)))
             return
-        sequence = schedule.Sequence(request.id, request.tenant, list(request.prompt_ids), len(request.prompt_ids))
+        sequence = schedule.Sequence(
+            request.id,
+            request.tenant,
+            list(request.prompt_ids),
+            len(request.prompt_ids),
+            adapter=request.adapter,
+            priority=request.priority,
+        )
         self._live[request.id] = _LiveRequest(sequence, request, sampler, ends)
         self._scheduler.add(sequence)
 

@@ -22,6 +22,14 @@ class Sequence:
     """Whether it ever had a slot."""
     last_step: int = 0
     """The step that last computed one of its tokens."""
+    adapter: str | None = None
+    priority: int = 0
+    """Lower is served first."""
+
+    @property
+    def cache_owner(self) -> tuple[str, str | None]:
+        """Whose KV cache it may reuse: only that of the same tenant, computed with the same adapter."""
+        return self.tenant, self.adapter
 
     @property
     def uncomputed_tokens(self) -> int:

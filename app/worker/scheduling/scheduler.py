@@ -28,7 +28,8 @@ class _Slot:
 
     index: int
     sequence: Sequence | None = None
-    tenant: str = ""
+    owner: tuple[str, str | None] | None = None
+    """Tenant and adapter of the tokens that are cached here."""
     cached_ids: list[int] = field(default_factory=list)
     """Tokens whose keys and values are still there after the sequence has left."""
     freed_at: int = 0
@@ -47,7 +48,7 @@ class Scheduler:
     def __init__(self, slots: int, *, prefix_reuse: bool = True) -> None:
         """Args:
         slots: sequences that can be in the KV cache at once, >= 1.
-        prefix_reuse: whether a sequence may start from the prefix that another of its tenant left or is computing.
+        prefix_reuse: whether a sequence may start from the prefix that another of its tenant and adapter left or is computing.
         """
         self._slots = [_Slot(index) for index in range(slots)]
         self._prefix_reuse = prefix_reuse
@@ -81,11 +82,12 @@ class Scheduler:
         return [slot.sequence for slot in self._slots if slot.sequence is not None]
 
     def add(self, sequence: Sequence) -> None:
-        """Append a sequence to its tenant's waiting queue."""
+        """Append a sequence to its tenant's waiting queue, behind those of the same priority."""
         self._sequences[sequence.request_id] = sequence
         if sequence.tenant not in self._virtual_time:
             self._virtual_time[sequence.tenant] = min(self._virtual_time.values(), default=0.0)
-        self._waiting.setdefault(sequence.tenant, deque()).append(sequence)
+        queue = self._waiting.setdefault(sequence.tenant, deque())
+        queue.insert(sum(other.priority <= sequence.priority for other in queue), sequence)
 
     def remove(self, request_id: int, *, discard: bool = False) -> Sequence | None:
         """Remove a sequence, waiting or running, and free its slot.  Returns None if there is no such sequence.
@@ -186,12 +188,17 @@ class Scheduler:
         return copies, started
 
     def _next_tenant(self, skipped: set[str]) -> str | None:
-        """Return the tenant that gets the next slot: the one with fewest slots, of these the lowest virtual time."""
+        """Return the tenant that gets the next slot: by the priority of its first sequence, then fewest slots, then time."""
         slots = self._slots_by_tenant()
         waiting = [tenant for tenant in self._waiting if tenant not in skipped]
         return min(
             waiting,
-            key=lambda t: (slots.get(t, 0), self._virtual_time[t], self._waiting[t][0].request_id),
+            key=lambda t: (
+                self._waiting[t][0].priority,
+                slots.get(t, 0),
+                self._virtual_time[t],
+                self._waiting[t][0].request_id,
+            ),
             default=None,
         )
 
@@ -207,7 +214,7 @@ class Scheduler:
             return False
         reusable = len(sequence.token_ids) - 1
         for other in self.running:
-            if other.tenant != sequence.tenant or other.uncomputed_tokens <= 1:
+            if other.cache_owner != sequence.cache_owner or other.uncomputed_tokens <= 1:
                 continue
             shared = min(common_prefix_length(other.token_ids, sequence.token_ids), reusable)
             gain = shared - cached
@@ -250,15 +257,15 @@ class Scheduler:
                 target = source
             elif target is not source:
                 copies.append(PrefixCopy(source.index, target.index, shared))
-        target.sequence, target.tenant, target.cached_ids = sequence, sequence.tenant, []
+        target.sequence, target.owner, target.cached_ids = sequence, sequence.cache_owner, []
         sequence.slot, sequence.computed_tokens = target.index, shared
         return copies
 
     def _longest_cached_prefix(self, sequence: Sequence) -> tuple[_Slot | None, int]:
-        """Return the slot of the same tenant that shares the longest computed prefix, and its length in tokens."""
+        """Return the slot of the same tenant and adapter that shares the longest computed prefix, and its length in tokens."""
         best, length = None, 0
         for slot in self._slots if self._prefix_reuse else ():
-            if slot.tenant == sequence.tenant:
+            if slot.owner == sequence.cache_owner:
                 token_ids, computed = slot.computed_prefix()
                 # The last token is always computed: the next one is sampled from its logits.
                 shared = min(common_prefix_length(token_ids, sequence.token_ids), computed, len(sequence.token_ids) - 1)

@@ -21,15 +21,15 @@ class Machine:
     def __init__(self, slots: int, *, prefix_reuse: bool = True) -> None:
         self.scheduler = Scheduler(slots, prefix_reuse=prefix_reuse)
         self.slots: list[list[int]] = [[] for _ in range(slots)]
-        self.owners = [""] * slots
+        self.owners: list[object] = [None] * slots
         self.live: dict[int, Sequence] = {}
         self.computed = 0
         """Tokens put through the model so far."""
         self._last_id = 0
 
-    def add(self, tokens: Tokens[int], tenant: str = "a") -> Sequence:
+    def add(self, tokens: Tokens[int], tenant: str = "a", *, adapter: str | None = None, priority: int = 0) -> Sequence:
         self._last_id += 1
-        sequence = Sequence(self._last_id, tenant, list(tokens), len(tokens))
+        sequence = Sequence(self._last_id, tenant, list(tokens), len(tokens), adapter=adapter, priority=priority)
         self.live[sequence.request_id] = sequence
         self.scheduler.add(sequence)
         return sequence
@@ -50,11 +50,11 @@ class Machine:
             slot = sequence.slot
             assert slot is not None
             if sequence.computed_tokens:
-                assert sequence.tenant == self.owners[slot]
+                assert sequence.cache_owner == self.owners[slot]
             computed = sequence.computed_tokens
             assert sequence.token_ids[:computed] == self.slots[slot][:computed]
             end = computed + scheduled.count
-            self.slots[slot], self.owners[slot] = sequence.token_ids[:end], sequence.tenant
+            self.slots[slot], self.owners[slot] = sequence.token_ids[:end], sequence.cache_owner
             self.computed += scheduled.count
         completed = [each.sequence for each in schedule.tokens if each.completes]
         self.scheduler.mark_computed(schedule.tokens)
@@ -114,6 +114,39 @@ def test_nothing_is_reused_for_another_tenant_or_when_it_is_off(reuse: bool, ten
     again = machine.add(range(50), tenant=tenant)
     machine.finish(again)
     assert (0, 100) == (again.cached_tokens, machine.computed)
+
+
+@pytest.mark.parametrize(("first", "second"), [(None, "poet"), ("poet", None), ("poet", "lawyer")])
+def test_a_prefix_that_another_adapter_computed_is_not_reused(first: str | None, second: str | None):
+    """Neither of a sequence that runs nor of one that has left its slot."""
+    machine = Machine(2)
+    machine.finish(machine.add(range(10), adapter=first))
+    machine.add(range(10), adapter=first)
+    machine.step(prefill_tokens=4)
+
+    other = machine.add(range(10), adapter=second)
+    machine.finish(other)
+
+    assert 0 == other.cached_tokens
+
+
+def test_the_lowest_priority_number_gets_the_next_slot():
+    """Among the requests of one tenant and of all; within a priority, first come, first served."""
+    machine = Machine(1)
+    running = machine.add(range(4))
+    machine.step()
+    waiting = [machine.add(range(4), tenant, priority=priority) for tenant, priority in zip("aabba", (5, 0, 5, 0, 0))]
+    started = []
+
+    machine.remove(running.request_id)
+    while any(each.slot is None for each in waiting if each.request_id in machine.live):
+        started += [each.request_id for each in machine.step(prefill_tokens=100).started]
+        machine.remove(started[-1])
+
+    low, high = {waiting[0].request_id, waiting[2].request_id}, {waiting[i].request_id for i in (1, 3, 4)}
+    assert high == set(started[:3])
+    assert low >= set(started[3:])
+    assert started.index(waiting[1].request_id) < started.index(waiting[4].request_id)
 
 
 def test_one_tenants_hundred_requests_do_not_keep_another_waiting():
