@@ -14,6 +14,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from app.generation.requests import CompletionAsk
+
 from app.access.access import AccessControl
 from app.access.admission import AdmissionControl
 from app.access.limits import LimitSettings
@@ -21,7 +23,6 @@ from app.config import Settings, load_settings
 from app.engine.echo import EchoEngine
 from app.generation.metering import Accounts
 from app.generation.request_stats import Meter
-from app.generation.requests import CompletionAsk
 from app.stores.memory_admission import MemoryAdmissionStore
 from app.telemetry import Metrics
 
