@@ -102,10 +102,12 @@ class GenerationRequest:
 
 @cache
 def keyed_fields(kind: type[GenerationRequest]) -> tuple[str, ...]:
-    """Return the fields that can change the response: all but those declared harmless."""
+    """Return the fields of a class of requests that can change the response: all but those declared harmless."""
     return tuple(each.name for each in fields(kind) if not each.metadata.get("harmless"))
 
 
 def identity(request: GenerationRequest) -> tuple[Any, ...]:
     """Return the values of everything in a request that can change the response."""
-    return tuple(getattr(request, name) for name in keyed_fields(type(request)))
+    # mypy takes the class of a frozen dataclass with slots for one of its instances.
+    names = keyed_fields(type(request))  # type: ignore[arg-type]
+    return tuple(getattr(request, name) for name in names)

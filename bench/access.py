@@ -14,15 +14,15 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from app.generation.requests import CompletionAsk
-
 from app.access.access import AccessControl
 from app.access.admission import AdmissionControl
 from app.access.limits import LimitSettings
 from app.config import Settings, load_settings
 from app.engine.echo import EchoEngine
-from app.generation.metering import Accounts
-from app.generation.request_stats import Meter
+from app.generation.context_window import FittedPrompt
+from app.generation.metering import UsageRecorder
+from app.generation.request_stats import RequestStats
+from app.requests import GenerationRequest
 from app.stores.memory_admission import MemoryAdmissionStore
 from app.telemetry import Metrics
 
@@ -39,13 +39,7 @@ class Request:
         self._metrics = Metrics(["echo"])
         self._info = EchoEngine().info
         self._admission = AdmissionControl(MemoryAdmissionStore(), access.quotas, enabled=True, on_refusal=lambda: None)
-        self._accounts = Accounts(
-            admission=self._admission,
-            journal=access.log,
-            cached_prompt=0,
-            cached_completion=0,
-            keep_text=False,
-        )
+        self._usage = UsageRecorder(log=access.log, cached_prompt=0, cached_completion=0, store_text=False)
 
     async def run(self, number: int) -> float:
         """Run it once and return its seconds."""
@@ -53,12 +47,13 @@ class Request:
         caller = await self._access.authenticator.authenticate(self._key)
         if caller is None:
             raise RuntimeError("the key is not known")
-        ask = CompletionAsk(id=f"r{number}", caller=caller, prompt="")
-        async with self._admission.admit(caller) as admitted, self._accounts.open(ask) as account:
-            account.begin(self._info, Meter("echo", self._metrics), 100)
-            await account.reserve(100)
-            await admitted.limits()
-            await account.settle()
+        request = GenerationRequest(id=f"r{number}", tenant=caller.tenant, text="")
+        async with self._admission.admit(caller) as admitted:
+            with self._usage.record(request, caller) as record:
+                record.begin(self._info, FittedPrompt(request=request, prompt_tokens=100, max_tokens=100))
+                async with self._admission.reserve(caller, 200) as reservation:
+                    with record.charge(RequestStats("echo", self._metrics, (request,)), reservation):
+                        await admitted.limits()
         return time.perf_counter() - began
 
 

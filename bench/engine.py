@@ -14,8 +14,8 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 
 from app.config import DeadlineConfig, ModelConfig
-from app.engine.base import GenerationRequest
 from app.engine.local import LocalEngine
+from app.requests import GenerationRequest
 from app.types import SamplingParams
 from bench.peers import Setup
 from bench.process import ROOT
@@ -86,7 +86,13 @@ async def engine_seconds(engine: LocalEngine, batch: int, seed: int) -> float:
     draw = random.Random(seed)
     params = SamplingParams(max_tokens=NEW, ignore_eos=True)
     requests = [
-        GenerationRequest(f"{batch}.{seed}.{number}", "bench", token_ids(draw, PROMPT), params, cache=False)
+        GenerationRequest(
+            id=f"{batch}.{seed}.{number}",
+            tenant="bench",
+            prompt_ids=token_ids(draw, PROMPT),
+            sampling=params,
+            cache=False,
+        )
         for number in range(batch)
     ]
 

@@ -184,7 +184,7 @@ class LocalEngine:
             context_length=ready.context_length,
             vocab_size=ready.vocab_size,
             parameters=ready.parameters,
-            capabilities=Capabilities(unsupported=ready.unsupported),
+            capabilities=Capabilities(unsupported=ready.unsupported, priority=ready.runner == "batching"),
             recommended=ready.recommended,
             logprob_shift=ready.logprob_shift,
             compiled=ready.compiled,
@@ -219,7 +219,16 @@ class LocalEngine:
         self._refuse_too_many(request)
         live = LiveRequest(next(self._numbers), request, self.tokenizer, self._deadlines, self._forget)
         self._live[live.number] = live
-        self._worker.submit(Submit(live.number, request.prompt_ids or (), request.sampling, request.tenant))
+        self._worker.submit(
+            Submit(
+                id=live.number,
+                prompt_ids=request.prompt_ids or (),
+                params=request.sampling,
+                tenant=request.tenant,
+                adapter=request.adapter,
+                priority=request.priority,
+            )
+        )
         return live
 
     def _refuse_too_many(self, request: GenerationRequest) -> None:

@@ -88,7 +88,7 @@ class PersistentCacheEngine(EngineWrapper):
         generated: list[Event] = []
         async with aclosing(self._inner.stream(request)) as events:
             async for event in events:
-                if key is not None and not isinstance(event, Delta):
+                if not isinstance(event, Delta):
                     event = structs.replace(event, cache=CacheStatus.MISS)
                 generated.append(event)
                 if isinstance(event, Finished) and event.finish_reason in COMPLETE:

@@ -1,1 +1,1 @@
-"""What the API process and a model worker say to each other, and how the process is started and watched."""
+"""The border between the API process and a model's worker process: messages, process start, supervision."""

@@ -1,7 +1,7 @@
-"""What the API process and a model's worker say to each other, as msgpack over one socket.
+"""The messages between the API process and a model's worker process, as msgpack over one socket.
 
-Knows no torch and no sockets: both sides import it.  Requests have numbers here, given by the API process and never
-used twice, so that a late event cannot be taken for another request's.
+Both sides import it; it imports neither torch nor zmq.  The API process numbers the requests and never uses a number
+twice, so that a late event cannot be taken for another request's.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import msgspec
 from app.types import SamplingParams, TokenLogprob
 
 Compiled = Literal["attention", "layers"]
-Compile = Literal["auto", "none", "attention", "layers"]
+Compile = Literal["auto", "none", "layers"]
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,51 +28,54 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int | None
     engine: Literal["auto", "batching", "serial"] = "auto"
     max_batch_size: int | None = None
-    """Answers made at once; None takes what memory has room for, 32 at most."""
+    """Sequences in the KV cache at once; None takes as many as fit into memory, 32 at most."""
     prefix_reuse: bool = True
-    """Whether what was computed for one request may serve another of the same tenant."""
+    """Whether the KV cache of one request may serve another of the same tenant."""
     threads: int
-    """CPU threads; 0 takes one for each usable core."""
+    """CPU threads; 0 uses one for each usable core."""
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True):
-    """The first line on the worker's standard input, as JSON.  Holds no secret: those come by environment."""
+    """The first line on the worker's standard input, as JSON.  Secrets are passed in the environment instead."""
 
     endpoint: str
     """Address of the socket that the API process listens on."""
     folder: str
-    """Private to the two processes; the worker leaves the tokenizer in it."""
+    """Private to the two processes; the worker saves the tokenizer in it."""
     model: ModelSpec
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True, array_like=True):
-    """Make a completion of these tokens."""
+    """Generate a completion of a prompt."""
 
     id: int
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     tenant: str = ""
-    """Whose turn it is: tenants share the model fairly, and never see what was computed for another."""
+    """Tenants share the model fairly, and never reuse the KV cache of another."""
+    adapter: str | None = None
+    priority: int = 0
+    """Lower is served first."""
 
 
 class Cancel(msgspec.Struct, tag=True, frozen=True, array_like=True):
-    """Stop within a token; unknown ids are ignored."""
+    """Stop generating within a token; unknown ids are ignored."""
 
     id: int
 
 
 class Shutdown(msgspec.Struct, tag=True, frozen=True, array_like=True):
-    """Stop everything and leave."""
+    """Cancel all requests and exit."""
 
 
 class Loading(msgspec.Struct, tag=True, frozen=True, array_like=True):
-    """The load has come to this step."""
+    """The load has reached this stage."""
 
     stage: str
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True, array_like=True):
-    """The model is loaded and has made its first token."""
+    """The model is loaded and has generated its first token."""
 
     tokenizer_folder: str
     runner: str
@@ -96,16 +99,16 @@ class Ready(msgspec.Struct, tag=True, frozen=True, array_like=True):
 
 
 class LoadFailed(msgspec.Struct, tag=True, frozen=True, array_like=True):
-    """The model cannot be loaded; the worker waits to be ended."""
+    """The model cannot be loaded; the worker waits to be killed."""
 
     message: str
 
 
 class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
-    """What happened to one request in one step.
+    """The progress of one request in one step.
 
-    The first event of a request is empty: the model begins on it.  The last, and only the last, has `finish` or
-    `error`.  `stop` means that the model made an end token, which is counted but not listed.
+    The first event of a request is empty: its prefill starts.  The last, and only the last, has `finish` or `error`.
+    `stop` means that the model sampled an end token, which is counted but not listed.
     """
 
     id: int
@@ -113,21 +116,21 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
     finish: Literal["stop", "length", "abort"] | None = None
     error: str | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
-    """One for each of `token_ids` where the request asked for them; none for an end token."""
+    """One for each of `token_ids` where the request wants them; none for an end token."""
     cached_tokens: int = 0
-    """In the first event: prompt tokens that did not have to be computed again."""
+    """In the first event: prompt tokens that were in the KV cache already."""
     end_token: int | None = None
-    """Which end token the model made."""
+    """The end token that the model sampled."""
 
 
 class Step(msgspec.Struct, tag=True, frozen=True, array_like=True):
-    """Everything that one step of the model brought, for all requests in it."""
+    """The events of one step of the model, for all requests in it; empty as a heartbeat."""
 
     events: list[TokenEvent]
 
 
 Exchange = Callable[[list[TokenEvent]], None]
-"""Send the events of a step and take in what arrived; may call the runner's `submit` and `cancel`."""
+"""Sends the events of a step and handles the messages that arrived; may call the runner's `submit` and `cancel`."""
 
 ToWorker = Submit | Cancel | Shutdown
 FromWorker = Loading | Ready | LoadFailed | Step

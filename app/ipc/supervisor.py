@@ -1,7 +1,7 @@
-"""Keep one worker running: start it, watch it, start it again when it dies.
+"""Supervise one worker process: start it, watch it, restart it when it dies.
 
-Decides the engine's state, the back-off, and when a silent worker counts as hung.  Knows no text and no sockets: it
-is told the numbers of the requests that the worker owes an end, and passes on what the worker says.
+Decides the engine's state, the back-off, and when a silent worker counts as hung.  It tracks the ids of the requests in
+flight and forwards the worker's messages to a listener.
 """
 
 import asyncio
@@ -28,95 +28,95 @@ log = logging.getLogger(__name__)
 
 MAX_BACKOFF_SECONDS = 30.0
 HEALTHY_SECONDS = 60.0
-"""A worker that served this long starts the back-off anew."""
+"""A worker that served this long resets the back-off."""
 SHUTDOWN_SECONDS = 5.0
-"""How long a worker may take to leave before it is killed."""
+"""How long a worker may take to exit before it is killed."""
 
 Launch = Callable[[], Awaitable[WorkerLink]]
 
 
 class Listener(Protocol):
-    """Who is told what the worker does."""
+    """Receives the worker's messages and the changes of its state."""
 
     async def on_ready(self, ready: Ready) -> None:
-        """The model is loaded.  Raises: WorkerLostError: it cannot be used; the worker is ended."""
+        """The model is loaded.  Raises: WorkerLostError: it cannot be used; the worker is killed."""
 
     def on_event(self, event: TokenEvent) -> None:
-        """Something happened to a request."""
+        """A request has made progress or ended."""
 
     def on_lost(self) -> None:
-        """The worker is gone, and every request on it."""
+        """The worker has exited, and every request on it is lost."""
 
     def on_close(self) -> None:
         """The engine is closing; every request ends now."""
 
 
 class Supervisor:
-    """The life of a worker, and of those that follow it."""
+    """Runs a worker process, and the ones that replace it."""
 
     def __init__(self, launch: Launch, listener: Listener, *, hang_seconds: float, backoff_seconds: float) -> None:
         self.state = EngineState.LOADING
         self.error: str | None = None
         """Why the last worker ended; None while one serves."""
         self.stage = "process"
-        """How far the load has come."""
+        """The stage of the load."""
         self.restarts = 0
         self._launch = launch
         self._listener = listener
         self._hang_seconds = hang_seconds
         self._backoff_seconds = backoff_seconds
-        self._decided = asyncio.Event()
-        self._running: asyncio.Task[None] | None = None
-        self._closing: asyncio.Task[None] | None = None
-        self._link: WorkerLink | None = None
-        self._owed: set[int] = set()
+        self._state_changed = asyncio.Event()
+        self._run_task: asyncio.Task[None] | None = None
+        self._close_task: asyncio.Task[None] | None = None
+        self._worker: WorkerLink | None = None
+        self._in_flight: set[int] = set()
         self._progress_at = 0.0
         self._ready_at: float | None = None
 
     @property
     def worker_pid(self) -> int | None:
         """Process id of the worker, also while it loads."""
-        return self._link.pid if self._link is not None else None
+        return self._worker.pid if self._worker is not None else None
 
     def start(self) -> None:
-        """Begin; nothing happens when it has begun before."""
-        if self._running is None and self._closing is None:
-            self._running = asyncio.create_task(self._keep_running(), name="model worker")
+        """Start the worker; further calls do nothing."""
+        if self._run_task is None and self._close_task is None:
+            self._run_task = asyncio.create_task(self._restart_loop(), name="model worker")
 
     async def wait_ready(self) -> None:
-        """Return when the model is loaded.
+        """Wait until the model is loaded.
 
         Raises: EngineFailed: it cannot be, or the engine is closed.
         """
         while self.state is not EngineState.READY:
             if self.state in (EngineState.FAILED, EngineState.CLOSED):
                 raise EngineFailed(self.error or "The engine is closed.")
-            self._decided.clear()
-            await self._decided.wait()
+            self._state_changed.clear()
+            await self._state_changed.wait()
 
     def submit(self, request: Submit) -> None:
-        """Give the worker a request; it owes an event with an end for it.  Only while READY."""
-        if not self._owed:
+        """Send the worker a request; it is in flight until an event ends it.  Only while READY."""
+        if not self._in_flight:
             self._progress_at = _now()
-        self._owed.add(request.id)
+        self._in_flight.add(request.id)
         self._send(request)
 
-    def cancel(self, number: int) -> None:
-        """Stop the worker on a request, if it has not ended it itself."""
-        if number in self._owed:
-            self._send(Cancel(number))
+    def cancel(self, request_id: int) -> None:
+        """Cancel a request that is in flight; others are ignored."""
+        if request_id in self._in_flight:
+            self._send(Cancel(request_id))
 
     async def close(self) -> None:
-        """End the worker for good; every further call waits for the same end."""
-        if self._closing is None:
-            self._closing = asyncio.create_task(self._shut_down(), name="model shutdown")
-        await asyncio.shield(self._closing)
+        """Stop the worker for good; further calls wait for the same shutdown."""
+        if self._close_task is None:
+            self._close_task = asyncio.create_task(self._shut_down(), name="model shutdown")
+        await asyncio.shield(self._close_task)
 
     def _send(self, message: Submit | Cancel | Shutdown) -> None:
-        if self._link is not None:
-            self._link.send(message)
+        if self._worker is not None:
+            self._worker.send(message)
 
-    async def _keep_running(self) -> None:
+    async def _restart_loop(self) -> None:
         delay_seconds = self._backoff_seconds
         loaded_once = False
         while True:
@@ -126,7 +126,7 @@ class Supervisor:
             loaded_once = loaded_once or self._ready_at is not None
             if not loaded_once:
                 log.error("%s", reason)
-                self._decide(EngineState.FAILED)
+                self._set_state(EngineState.FAILED)
                 return
             if self._ready_at is not None and _now() - self._ready_at > HEALTHY_SECONDS:
                 delay_seconds = self._backoff_seconds
@@ -137,45 +137,45 @@ class Supervisor:
             self.restarts += 1
 
     async def _run_once(self) -> str:
-        """Run one worker to its end and return why it ended; its requests have been told by then."""
+        """Run one worker until it exits and return why it did; its requests have ended by then."""
         try:
-            link = self._link = await self._launch()
+            worker = self._worker = await self._launch()
         except OSError as error:
-            return self._lose(f"The model's worker could not be started ({error.strerror}).")
-        watchdog = asyncio.create_task(self._watch(link), name="model watchdog")
+            return self._on_lost(f"The model's worker could not be started ({error.strerror}).")
+        watchdog = asyncio.create_task(self._watch(worker), name="model watchdog")
         try:
-            await self._listen(link)
+            await self._forward_messages(worker)
         except WorkerLostError as loss:
-            return self._lose(watchdog.result() if watchdog.done() else str(loss))
+            return self._on_lost(watchdog.result() if watchdog.done() else str(loss))
         except Exception:
             log.exception("the model's worker could not be served")
-            return self._lose("The model's worker could not be served; the log says why.")
+            return self._on_lost("The model's worker could not be served; the log says why.")
         finally:
-            self._link = None
+            self._worker = None
             watchdog.cancel()
-            await link.stop(0)
+            await worker.stop(0)
 
-    async def _watch(self, link: WorkerLink) -> str:
+    async def _watch(self, worker: WorkerLink) -> str:
         """Kill the worker when it has work and makes no progress, and return that reason."""
         while True:
             await asyncio.sleep(min(1.0, self._hang_seconds / 4))
-            if self._owed and _now() - self._progress_at > self._hang_seconds:
-                link.kill()
+            if self._in_flight and _now() - self._progress_at > self._hang_seconds:
+                worker.kill()
                 return f"The model's worker made no progress for {self._hang_seconds:g} s and was ended."
 
-    async def _listen(self, link: WorkerLink) -> NoReturn:
-        """Pass on what the worker says until it is lost, which is raised."""
+    async def _forward_messages(self, worker: WorkerLink) -> NoReturn:
+        """Handle the worker's messages.  Raises: WorkerLostError: there will be no more."""
         while True:
-            for message in await link.receive():
-                await self._take_in(message)
+            for message in await worker.receive():
+                await self._handle(message)
 
-    async def _take_in(self, message: FromWorker) -> None:
+    async def _handle(self, message: FromWorker) -> None:
         self._progress_at = _now()
         match message:
             case Step(events=events):
                 for event in events:
                     if event.finish is not None or event.error is not None:
-                        self._owed.discard(event.id)
+                        self._in_flight.discard(event.id)
                     self._listener.on_event(event)
             case Loading(stage=stage):
                 self.stage = stage
@@ -185,33 +185,33 @@ class Supervisor:
                 await self._listener.on_ready(message)
                 self._ready_at = _now()
                 self.error = None
-                self._decide(EngineState.READY)
+                self._set_state(EngineState.READY)
 
-    def _lose(self, reason: str) -> str:
-        self._link = None
-        self._owed.clear()
+    def _on_lost(self, reason: str) -> str:
+        self._worker = None
+        self._in_flight.clear()
         self.error = reason
         if self.state is EngineState.READY:
-            self._decide(EngineState.RESTARTING)
+            self._set_state(EngineState.RESTARTING)
         self._listener.on_lost()
         return reason
 
-    def _decide(self, state: EngineState) -> None:
+    def _set_state(self, state: EngineState) -> None:
         if self.state is not EngineState.CLOSED:
             self.state = state
-            self._decided.set()
+            self._state_changed.set()
 
     async def _shut_down(self) -> None:
         grace_seconds = SHUTDOWN_SECONDS if self.state is EngineState.READY else 0.0
-        self._decide(EngineState.CLOSED)
+        self._set_state(EngineState.CLOSED)
         self._listener.on_close()
-        if self._running is None:
+        if self._run_task is None:
             return
         if grace_seconds:
             self._send(Shutdown())
-            await asyncio.wait([self._running], timeout=grace_seconds)
-        self._running.cancel()
-        await asyncio.wait([self._running])
+            await asyncio.wait([self._run_task], timeout=grace_seconds)
+        self._run_task.cancel()
+        await asyncio.wait([self._run_task])
 
 
 def _now() -> float:

@@ -1,7 +1,7 @@
-"""One worker process and the socket to it, seen from the event loop.
+"""One worker process and the socket to it, for use on the event loop.
 
-Decides the worker's command line, environment and private folder, and how it is ended.  Knows no requests and no
-model: it carries messages.  `WorkerLink` is the seam that a test's fake worker stands behind.
+Decides the worker's command line, environment and private folder, and how it is stopped; carries messages without
+looking into them.  `WorkerLink` is the seam at which tests replace the process.
 """
 
 import asyncio
@@ -21,20 +21,20 @@ import zmq
 import app
 from app.ipc.messages import FromWorker, ModelSpec, Start, ToWorker, decode_from_worker, encode
 
-PASSED_ON = frozenset(
+INHERITED_VARIABLES = frozenset(
     ["PATH", "HOME", "LANG", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT", "VIRTUAL_ENV", "NO_PROXY", "no_proxy", "CXX"]
 )
-PASSED_ON_PREFIXES = (
+INHERITED_PREFIXES = (
     *("LC_", "HF_", "TRANSFORMERS_", "TORCH", "PYTORCH_", "CUDA_", "NVIDIA_", "HIP_", "ROCR_", "OMP_", "GOMP_", "KMP_"),
     *("MKL_", "OPENBLAS_", "LD_", "DYLD_", "SSL_CERT_", "REQUESTS_CA", "XDG_", "HTTP_PROXY", "HTTPS_PROXY"),
     *("http_proxy", "https_proxy", "COVERAGE_"),
 )
-"""What a model may need of the service's environment.  The service's own keys are not among it."""
+"""Environment variables that a model may need.  The service's own settings and secrets are not among them."""
 TOKEN_VARIABLES = frozenset(["HF_TOKEN", "HF_TOKEN_PATH", "HUGGINGFACE_TOKEN", "HUGGING_FACE_HUB_TOKEN"])
 
 
 class WorkerLostError(Exception):
-    """The worker is gone; the message says how, for the operator."""
+    """The worker has exited or is of no use; the message is for the operator."""
 
 
 class WorkerLink(Protocol):
@@ -45,26 +45,26 @@ class WorkerLink(Protocol):
         """Process id; None where there is no process."""
 
     def send(self, message: ToWorker) -> None:
-        """Hand over a message without waiting; one to a dead worker is dropped."""
+        """Send a message without waiting; one to a dead worker is dropped."""
 
     async def receive(self) -> list[FromWorker]:
-        """Wait for what the worker says, in order.
+        """Wait for messages and return them in order.
 
-        Raises: WorkerLostError: it will say nothing more.
+        Raises: WorkerLostError: there will be no more.
         """
 
     def kill(self) -> None:
-        """End it at once; `receive` then raises."""
+        """Kill the process; `receive` then raises."""
 
     async def stop(self, grace_seconds: float) -> None:
-        """Wait for it to leave by itself, end it if it does not, and release everything it held."""
+        """Wait for the process to exit, kill it if it does not, and release its socket and folder."""
 
 
 class WorkerProcess:
-    """A worker in a process of its own."""
+    """A worker in a child process."""
 
     def __init__(self, folder: Path) -> None:
-        """Listen in `folder`, which is private to this user; `launch` is the way to make one."""
+        """Bind a socket in `folder`, which is private to this user; use `launch` instead."""
         self._folder = folder
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.PAIR)
@@ -76,10 +76,10 @@ class WorkerProcess:
         self._descriptor = int(self._socket.getsockopt(zmq.FD))
         self._loop.add_reader(self._descriptor, self._read)
         self._inbox: list[FromWorker] = []
-        self._news = asyncio.Event()
+        self._received = asyncio.Event()
         self._process: asyncio.subprocess.Process | None = None
-        self._exit: asyncio.Task[None] | None = None
-        self._death: str | None = None
+        self._exit_task: asyncio.Task[None] | None = None
+        self._exit_reason: str | None = None
 
     @classmethod
     async def launch(cls, spec: ModelSpec, hub_token: str | None) -> Self:
@@ -106,19 +106,19 @@ class WorkerProcess:
         return self._process.pid if self._process is not None else None
 
     def send(self, message: ToWorker) -> None:
-        with contextlib.suppress(zmq.Again):  # the peer is gone, which `receive` tells
+        with contextlib.suppress(zmq.Again):  # the peer has exited, which `receive` raises
             self._socket.send(encode(message), zmq.NOBLOCK)
-        # zmq's descriptor tells of changes only, and sending may have swallowed one.
+        # zmq's descriptor is edge-triggered, and sending may have consumed an edge.
         self._loop.call_soon(self._read)
 
     async def receive(self) -> list[FromWorker]:
         while not self._inbox:
-            if self._death is not None:
-                raise WorkerLostError(self._death)
-            self._news.clear()
-            await self._news.wait()
-        taken, self._inbox = self._inbox, []
-        return taken
+            if self._exit_reason is not None:
+                raise WorkerLostError(self._exit_reason)
+            self._received.clear()
+            await self._received.wait()
+        messages, self._inbox = self._inbox, []
+        return messages
 
     def kill(self) -> None:
         if self._process is not None and self._process.returncode is None:
@@ -126,12 +126,12 @@ class WorkerProcess:
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     async def stop(self, grace_seconds: float) -> None:
-        if self._exit is not None and self._process is not None:
+        if self._exit_task is not None and self._process is not None:
             try:
-                await asyncio.wait([self._exit], timeout=grace_seconds)
+                await asyncio.wait([self._exit_task], timeout=grace_seconds)
             finally:
                 self.kill()
-            await self._exit
+            await self._exit_task
             if self._process.stdin is not None:
                 self._process.stdin.close()
         if not self._socket.closed:
@@ -147,38 +147,38 @@ class WorkerProcess:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.DEVNULL,
             env=worker_environment(os.environ, spec, hub_token),
-            start_new_session=True,  # Ctrl-C in the terminal is for the service, which then ends the worker
+            start_new_session=True,  # Ctrl-C in the terminal is for the service, which then stops the worker
         )
-        self._exit = asyncio.create_task(self._watch(self._process))
+        self._exit_task = asyncio.create_task(self._watch(self._process))
         if self._process.stdin is not None:
             self._process.stdin.write(msgspec.json.encode(start) + b"\n")
 
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
         code = await process.wait()
         self._read()
-        self._death = _how_it_died(code)
-        self._news.set()
+        self._exit_reason = _exit_message(code)
+        self._received.set()
 
     def _read(self) -> None:
         with contextlib.suppress(zmq.Again):
             while not self._socket.closed:
                 self._inbox.append(decode_from_worker(self._socket.recv(zmq.NOBLOCK)))
         if self._inbox:
-            self._news.set()
+            self._received.set()
 
 
-def worker_environment(own: Mapping[str, str], spec: ModelSpec, hub_token: str | None) -> dict[str, str]:
-    """Return the worker's environment: what a model needs, the hub token for a hub model, and quiet libraries."""
-    passed = {
+def worker_environment(parent: Mapping[str, str], spec: ModelSpec, hub_token: str | None) -> dict[str, str]:
+    """Return the worker's environment: what a model needs, the hub token for a hub model, and less library output."""
+    environment = {
         name: value
-        for name, value in own.items()
-        if (name in PASSED_ON or name.startswith(PASSED_ON_PREFIXES)) and name not in TOKEN_VARIABLES
+        for name, value in parent.items()
+        if (name in INHERITED_VARIABLES or name.startswith(INHERITED_PREFIXES)) and name not in TOKEN_VARIABLES
     }
     # Threads that spin for long while they wait take the cores from the API process; those that sleep at once are woken
     # too slowly for the hundreds of small operations of a step, which then takes twice as long.
-    if "OMP_WAIT_POLICY" not in passed:
-        passed = {"GOMP_SPINCOUNT": "8000", "KMP_BLOCKTIME": "0"} | passed
-    passed |= {
+    if "OMP_WAIT_POLICY" not in environment:
+        environment = {"GOMP_SPINCOUNT": "8000", "KMP_BLOCKTIME": "0"} | environment
+    environment |= {
         "PYTHONPATH": str(Path(next(iter(app.__path__))).parent),
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -189,13 +189,13 @@ def worker_environment(own: Mapping[str, str], spec: ModelSpec, hub_token: str |
         "TOKENIZERS_PARALLELISM": "false",
     }
     if spec.source == "local":
-        passed |= {"HF_HUB_OFFLINE": "1"}
+        environment |= {"HF_HUB_OFFLINE": "1"}
     elif hub_token is not None:
-        passed |= {"HF_TOKEN": hub_token}
-    return passed
+        environment |= {"HF_TOKEN": hub_token}
+    return environment
 
 
-def _how_it_died(code: int) -> str:
+def _exit_message(code: int) -> str:
     if code >= 0:
         return f"The model's worker ended with exit code {code}."
     name = signal.Signals(-code).name

@@ -8,7 +8,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, nullcontext
 from dataclasses import fields, replace
 from functools import reduce
 from operator import add
@@ -68,8 +68,8 @@ class EnginePipeline(HuggingFacePipeline):
 
     async def open(
         self, stop: list[str] | None, kwargs: Mapping[str, Any], **prompt: Any
-    ) -> AsyncGenerator[Event, None]:
-        """Return the engine's stream; the one place where LangChain's side meets the engine's.
+    ) -> AbstractAsyncContextManager[AsyncGenerator[Event, None]]:
+        """Return the engine's stream, to be entered; the one place where LangChain's side meets the engine's.
 
         Args:
             stop, kwargs: of a call: `request`, which the service binds, or sampling parameters by their names.
@@ -82,10 +82,11 @@ class EnginePipeline(HuggingFacePipeline):
         else:
             request = self._request(stop, kwargs, prompt)
             request = replace(request, prompt_ids=(await engine.prepare(request)).prompt_ids)
-        stream = engine.stream(request)
+        stream = aclosing(engine.stream(request))
         if isinstance(streams := kwargs.get("streams"), AsyncExitStack):
-            # LangChain leaves an abandoned generator to the garbage collector; `astream` closes this one itself.
-            streams.push_async_callback(stream.aclose)
+            # LangChain leaves an abandoned generator to the garbage collector, which closes it in a task of its own at
+            # some later time.  So `astream` alone closes what is below: two that did would get in each other's way.
+            return nullcontext(await streams.enter_async_context(stream))
         return stream
 
     def _request(self, stop: list[str] | None, kwargs: Mapping[str, Any], prompt: dict[str, Any]) -> GenerationRequest:
@@ -126,7 +127,7 @@ class EnginePipeline(HuggingFacePipeline):
         self, prompt: PromptValue, *, stop: list[str] | None = None, **kwargs: Any
     ) -> AsyncGenerator[EventText, None]:
         """Yield the same without reporting a run to callbacks."""
-        async with aclosing(await self.open(stop, kwargs, text=prompt.to_string())) as events:
+        async with await self.open(stop, kwargs, text=prompt.to_string()) as events:
             async for event in events:
                 yield EventText.of(event)
 
@@ -137,7 +138,7 @@ class EnginePipeline(HuggingFacePipeline):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        async with aclosing(await self.open(stop, kwargs, text=prompt)) as events:
+        async with await self.open(stop, kwargs, text=prompt) as events:
             async for event in events:
                 chunk = EventGenerationChunk.of(event, self.model_id)
                 if run_manager is not None:
@@ -218,13 +219,13 @@ class EngineChat(ChatHuggingFace):
         self, prompt: PromptValue, *, stop: list[str] | None = None, **kwargs: Any
     ) -> AsyncGenerator[EventMessageChunk, None]:
         """Yield the same without reporting a run to callbacks."""
-        async with aclosing(await self._open(prompt.to_messages(), stop, kwargs)) as events:
+        async with await self._open(prompt.to_messages(), stop, kwargs) as events:
             async for event in events:
                 yield EventMessageChunk.of(event)
 
     async def _open(
         self, messages: list[BaseMessage], stop: list[str] | None, kwargs: Mapping[str, Any]
-    ) -> AsyncGenerator[Event, None]:
+    ) -> AbstractAsyncContextManager[AsyncGenerator[Event, None]]:
         pipeline: EnginePipeline = self.llm
         bound = kwargs.get("request")
         encoded = isinstance(bound, GenerationRequest) and bound.prompt_ids is not None
@@ -237,7 +238,7 @@ class EngineChat(ChatHuggingFace):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        async with aclosing(await self._open(messages, stop, kwargs)) as events:
+        async with await self._open(messages, stop, kwargs) as events:
             async for event in events:
                 yield chat_generation_chunk(event, self.model_id)
 

@@ -1,1 +1,1 @@
-"""The child process that holds a model.  Only `messages` may be imported by the API process: the rest needs torch."""
+"""The worker: the child process that loads one model and generates tokens.  The API process imports nothing of it."""

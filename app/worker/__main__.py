@@ -1,6 +1,6 @@
-"""Entry of the worker process: read what to do, make sure to die with the parent, then serve.
+"""Entry point of the worker process: read the Start message, make sure to exit with the parent, then serve.
 
-Knows no torch itself: importing it takes seconds, and the parent may die in them.
+Imports torch only after that: it takes seconds, in which the parent may die.
 """
 
 import os
@@ -14,7 +14,7 @@ import msgspec
 from app.ipc.messages import Start
 
 
-def _leave_with_parent(folder: str) -> None:
+def _exit_with_parent(folder: str) -> None:
     """End this process when the parent's end of standard input closes, even in the middle of a load or a step.
 
     A parent that was killed could not remove the private folder, so it is removed here.
@@ -26,12 +26,12 @@ def _leave_with_parent(folder: str) -> None:
 
 
 def main() -> None:
-    """Serve one model until told to stop."""
+    """Serve one model until Shutdown."""
     # Some supervisors signal every process of a service: the worker still has to serve while its parent drains.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=Start)
-    threading.Thread(target=_leave_with_parent, args=[start.folder], name="leave-with-parent", daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=[start.folder], name="exit-with-parent", daemon=True).start()
     from app.worker.process import serve
 
     serve(start)

@@ -1,7 +1,7 @@
 """The worker's one thread: it owns the model and the socket, and never does two things at once.
 
-Decides when messages are read: between two tokens while there is work, and in a blocking poll while there is none.
-Knows no way of making tokens; that is a `Runner`.
+Decides when messages are read: between two steps while there is work, and in a blocking poll while there is none.  A
+`Runner` generates the tokens.
 """
 
 import gc
@@ -32,30 +32,28 @@ from app.ipc.messages import (
     encode,
 )
 from app.types import SamplingParams
-from app.worker.execution.executor_selection import accelerate
-from app.worker.execution.kv_cache import UnsupportedModelError
-from app.worker.execution.model_runner import make_row_model
-from app.worker.execution.native.native_build import CompileError
-from app.worker.execution.native.packed_linear import PanelLinear
+from app.worker.execution.base import ExecutorUnavailableError, UnsupportedModelError
+from app.worker.execution.executor_selection import pack_quantized_linears, select_executor
 from app.worker.execution.serial.serial_runner import SerialRunner
-from app.worker.execution.torch.quantization import in_integers
-from app.worker.execution.torch.weight_packing import pack_linears
-from app.worker.loading.kv_memory import bytes_for_rows
-from app.worker.loading.loader import LoadedModel, LoadError, load, load_reason
+from app.worker.execution.torch.int8_linear import has_integer_linears
+from app.worker.execution.torch.torch_executor import create_torch_runner
+from app.worker.loaded_model import LoadedModel
+from app.worker.loading.kv_memory import kv_cache_bytes
+from app.worker.loading.loader import LoadError, load, load_reason
 from app.worker.scheduling.batching_runner import BatchingRunner
 
 log = logging.getLogger(__name__)
 
-SILENCE_SECONDS = 1.0
-"""A worker that works says so at least this often."""
+HEARTBEAT_SECONDS = 1.0
+"""A busy worker sends a message at least this often."""
 
 
 class Runner(Protocol):
-    """A way of making tokens for several requests on one model."""
+    """Generates tokens for several requests on one model."""
 
     @property
     def name(self) -> str:
-        """The word for it in `EngineInfo.engine`."""
+        """Its name in `EngineInfo.engine`."""
 
     @property
     def slots(self) -> int:
@@ -80,7 +78,7 @@ class Runner(Protocol):
         """End a request within a token, with an event; unknown ids are ignored."""
 
     def step(self, exchange: Exchange) -> None:
-        """Work for a while, calling `exchange` after each token; an ordinary failure ends only its own request."""
+        """Generate for a while, calling `exchange` after each step; an ordinary failure ends only its own request."""
 
 
 class Worker:
@@ -89,43 +87,43 @@ class Worker:
     def __init__(self, socket: "zmq.Socket[bytes]", runner: Runner) -> None:
         self._socket = socket
         self._runner = runner
-        self._leaving = False
-        self._told_at = time.monotonic()
-        self._known: set[int] = set()
+        self._stopping = False
+        self._last_sent = time.monotonic()
+        self._live: set[int] = set()
 
     def run(self) -> None:
         """Serve until Shutdown; a fatal error of the runner is raised."""
-        while not self._leaving:
+        while not self._stopping:
             if not self._runner.busy:
                 self._socket.poll()
-            self._take_in()
+            self._receive()
             if self._runner.busy:
                 self._runner.step(self._exchange)
 
     def _exchange(self, events: list[TokenEvent]) -> None:
-        # A long prompt brings no event for many steps; silence would be taken for a hang.
-        if events or time.monotonic() - self._told_at > SILENCE_SECONDS:
+        # A long prompt produces no event for many steps; silence would be taken for a hang.
+        if events or time.monotonic() - self._last_sent > HEARTBEAT_SECONDS:
             self._socket.send(encode(Step(events)))
-            self._told_at = time.monotonic()
-            self._known.difference_update(event.id for event in events if event.finish or event.error)
-        self._take_in()
+            self._last_sent = time.monotonic()
+            self._live.difference_update(event.id for event in events if event.finish or event.error)
+        self._receive()
 
-    def _take_in(self) -> None:
+    def _receive(self) -> None:
         while self._socket.poll(0):
             match decode_to_worker(self._socket.recv()):
                 case Submit() as request:
-                    self._known.add(request.id)
+                    self._live.add(request.id)
                     self._runner.submit(request)
-                case Cancel(id=number):
-                    self._runner.cancel(number)
+                case Cancel(id=request_id):
+                    self._runner.cancel(request_id)
                 case Shutdown():
-                    self._leaving = True
-                    for number in tuple(self._known):
-                        self._runner.cancel(number)
+                    self._stopping = True
+                    for request_id in tuple(self._live):
+                        self._runner.cancel(request_id)
 
 
 def serve(start: Start) -> None:
-    """Load the model, tell the parent, and work until Shutdown.
+    """Load the model, report that to the parent, and generate until Shutdown.
 
     A model that cannot be loaded is reported, and the process then waits for its parent to end it.
     """
@@ -134,25 +132,25 @@ def serve(start: Start) -> None:
     socket = context.socket(zmq.PAIR)
     socket.connect(start.endpoint)
 
-    def tell(message: FromWorker) -> None:
+    def send(message: FromWorker) -> None:
         socket.send(encode(message))
 
     tokenizer_folder = f"{start.folder}/tokenizer"
     torch.set_num_threads(start.model.threads or usable_cores())
     try:
-        loaded = load(start.model, tokenizer_folder, on_stage=lambda stage: tell(Loading(stage)))
+        loaded = load(start.model, tokenizer_folder, on_stage=lambda stage: send(Loading(stage)))
         runner = make_runner(loaded, start.model)
-        tell(Loading("first token"))
-        _try_out(runner)
+        send(Loading("first token"))
+        _verify_first_token(runner)
     except Exception as error:
         if not isinstance(error, LoadError):
             log.exception("the model could not be loaded")
-        tell(LoadFailed(load_reason(error)))
-        _wait_for_the_end()
-    # What is left now stays: looking through it for garbage would hold a step up for a fifth of a second.
+        send(LoadFailed(load_reason(error)))
+        _wait_to_be_killed()
+    # What is alive now stays alive: a full garbage collection over it would delay a step by a fifth of a second.
     gc.collect()
     gc.freeze()
-    tell(_ready(tokenizer_folder, loaded, runner))
+    send(_ready(tokenizer_folder, loaded, runner))
     Worker(socket, runner).run()
     context.destroy(linger=1000)
 
@@ -160,55 +158,55 @@ def serve(start: Start) -> None:
 def make_runner(loaded: LoadedModel, spec: ModelSpec) -> Runner:
     """Choose how the model is served.
 
-    Raises: LoadError: something was asked for that this model or device cannot have.
+    Raises: LoadError: the settings require what this model or device does not support.
     """
     if spec.compile == "layers" and spec.engine == "serial":
         raise LoadError("model.compile: layers needs batching, and model.engine asks for the serial runner")
     if spec.engine == "serial":
-        return _one_at_a_time(loaded)
+        return _serial_runner(loaded)
     try:
-        rows = make_row_model(
+        model_runner = create_torch_runner(
             loaded.pipeline.model,
             length=loaded.context_length,
-            rows=spec.max_batch_size,
-            free_bytes=bytes_for_rows(loaded.device),
+            slots=spec.max_batch_size,
+            free_bytes=kv_cache_bytes(loaded.device),
         )
     except UnsupportedModelError as error:
         if spec.engine == "batching" or spec.compile == "layers":
             raise LoadError(f"it cannot be batched: {error}") from None
         log.warning("the model is served one request at a time: %s", error)
-        return _one_at_a_time(loaded)
+        return _serial_runner(loaded)
     try:
-        accelerate(rows, spec.compile)
-    except CompileError as error:
+        select_executor(model_runner, spec.compile)
+    except ExecutorUnavailableError as error:
         raise LoadError(f"its layers cannot be compiled: {error}") from error
-    return BatchingRunner(loaded, rows, reuse=spec.prefix_reuse)
+    return BatchingRunner(loaded, model_runner, prefix_reuse=spec.prefix_reuse)
 
 
-def _one_at_a_time(loaded: LoadedModel) -> SerialRunner:
+def _serial_runner(loaded: LoadedModel) -> SerialRunner:
     model = loaded.pipeline.model
-    if loaded.logprob_shift is not None and not in_integers(model):
-        # Its weights are rounded and still lie there as floats.
-        pack_linears(model, [PanelLinear])
+    if loaded.logprob_shift is not None and not has_integer_linears(model):
+        # Its weights are rounded to int8 and still stored as floats.
+        pack_quantized_linears(model)
     return SerialRunner(loaded)
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use, or where the system does not tell, how many there are."""
+    """Return how many cores this process may use, or all of the machine's where the system has no affinities."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
-def _wait_for_the_end() -> NoReturn:
+def _wait_to_be_killed() -> NoReturn:
     # Leaving now could overtake the message that says why.
     while True:
         signal.pause()
 
 
-def _try_out(runner: Runner) -> None:
-    """Make one token, so that a model that loads but cannot run is never called ready.
+def _verify_first_token(runner: Runner) -> None:
+    """Generate one token, so that a model that loads but cannot run is never reported ready.
 
-    Raises: LoadError: it cannot.
+    Raises: LoadError: it cannot run.
     """
     events: list[TokenEvent] = []
     runner.submit(Submit(id=0, prompt_ids=(0,), params=SamplingParams(max_tokens=1)))

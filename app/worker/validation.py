@@ -1,14 +1,14 @@
-"""What every runner asks of a request before it takes it, and the words for what went wrong afterwards."""
+"""Request checks that every runner makes, and the client's message when a request fails later."""
 
 import torch
 
 from app.ipc.messages import Submit
 from app.types import SamplingParams
-from app.worker.loading.loader import LoadedModel
+from app.worker.loaded_model import LoadedModel
 
 
 def check_request(request: Submit, model: LoadedModel) -> None:
-    """Look once more at what the API process has checked: in a batch a bad token id would end everybody's answer.
+    """Repeat the checks of the API process: a bad token id would end every request in its batch.
 
     Raises: ValueError: the model cannot run it; the message is for the client.
     """
@@ -22,12 +22,12 @@ def check_request(request: Submit, model: LoadedModel) -> None:
 
 
 def end_ids(params: SamplingParams, model: LoadedModel) -> frozenset[int]:
-    """Return the tokens that end this request's answer."""
+    """Return the tokens that end this request's completion."""
     return frozenset(params.stop_token_ids).union(() if params.ignore_eos else model.end_ids)
 
 
 def failure_reason(error: Exception) -> str:
-    """Say what broke a request, without the request's own words."""
+    """Return the client's message for an error; it never contains the request's own words."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return "The model ran out of memory on this request. Try a shorter prompt."
     return f"The model failed on this request ({type(error).__name__})."

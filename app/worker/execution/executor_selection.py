@@ -1,7 +1,7 @@
-"""What makes a model's passes faster on the device at hand, as `model.compile` says.
+"""Choose how a model is executed on the device at hand, as `model.compile` says.
 
-Whatever takes the place of torch's own operators is compared with them first, on this model, and left out where it
-computes something else.  Decides which way is taken; knows nothing of how each works.
+The torch way is always there.  Every other way is optional: it is installed, its logits are compared with torch's on
+this very model, and on any error or difference the model is restored and torch computes instead.
 """
 
 import logging
@@ -11,84 +11,140 @@ from typing import Any
 import torch
 
 from app.ipc.messages import Compile
-from app.worker.execution.compiled.torch_compile import compile_layers
-from app.worker.execution.model_runner import QUANTIZED, RowModel
-from app.worker.execution.native.native_build import CompileError
-from app.worker.execution.native.native_decoder import CompiledLayers, may_be_compiled
-from app.worker.execution.native.packed_linear import PanelLinear, products
-from app.worker.execution.torch.quantization import in_integers
-from app.worker.execution.torch.weight_packing import OF_TORCH, pack_linears
+from app.worker.execution import private_api
+from app.worker.execution.base import ExecutorUnavailableError, OptionalExecutor
+from app.worker.execution.model_runner import ModelRunner
+from app.worker.execution.native.native_executors import (
+    NativeAttentionExecutor,
+    NativeDecoderExecutor,
+    pack_native_linears,
+)
+from app.worker.execution.native.packed_linear import gemm_kernels
+from app.worker.execution.torch.int8_linear import has_integer_linears
+from app.worker.execution.torch.prepacked_linear import prepack_linears
 
 log = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-"""How far scores may be from those computed by torch, as a share of their norm; in bfloat16 its own are as far off."""
+"""How far native logits may be from torch's, as a share of their norm; in bfloat16 torch's own are as far off."""
+COMPILED_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+"""The same for logits of layers that torch has compiled."""
+INT8_TOLERANCE = 5e-2
+"""Extra tolerance with integer arithmetic, where a rounding difference can reach 1 %."""
 
 
-def accelerate(rows: RowModel, setting: Compile) -> None:
-    """Make a model that serves in rows faster; its rows must be empty, and are used.
+def select_executor(runner: ModelRunner, setting: Compile) -> None:
+    """Replace a runner's executor by the fastest that computes the same; its KV cache must be empty, and is used.
 
-    Raises: CompileError: compiled layers were asked for and cannot be had.
+    Raises:
+        ExecutorUnavailableError: `layers` is required and not available.
+        torch.OutOfMemoryError, MemoryError: there is no memory left for the model.
     """
-    if rows.model.device.type != "cpu":
-        if setting == "layers":
-            compile_layers(rows)
+    if runner.model.device.type == "cpu":
+        _select_on_cpu(runner, setting)
+    elif setting == "layers":
+        _required(lambda: _install_compiled_layers(runner))
+
+
+def _install_compiled_layers(runner: ModelRunner) -> None:
+    # Registers an operator with torch when it is imported; nobody else should depend on that.
+    from app.worker.execution.compiled.torch_compile import TorchCompileExecutor
+
+    executor = TorchCompileExecutor(runner.executor, runner.model, runner.cache)
+    install_verified(runner, executor, COMPILED_TOLERANCE.get(runner.model.dtype, 0))
+
+
+def _select_on_cpu(runner: ModelRunner, setting: Compile) -> None:
+    if setting == "layers":
+        _required(lambda: _install_decoder(runner))
         return
-    # Who asks for our layers gets them all the same.
-    tiles = setting != "layers" and _multiplied_in_tiles(rows.model)
-    if setting in {"auto", "layers"} and not tiles:
-        try:
-            _add_layers(rows)
-        except CompileError as error:
-            if setting == "layers":
-                raise
-            log.warning("layers are left to torch: %s", error)
-    if rows.layers is None:
-        if setting != "none":
-            tolerance = TOLERANCE.get(rows.model.dtype, 0) + (QUANTIZED if in_integers(rows.model) else 0)
-            _add_attention(rows, tolerance)
-        pack_linears(rows.model, OF_TORCH if setting == "none" or tiles else None)
+    # oneDNN multiplies bfloat16 in AMX tiles, which the native kernels do not use.
+    native = setting == "auto" and not (runner.model.dtype == torch.bfloat16 and _has_amx())
+    if native and _optional("layers are", lambda: _install_decoder(runner)):
+        return
+    if setting == "auto":
+        _optional("attention is", lambda: _install_attention(runner))
+    if native:
+        _optional("linear layers are", lambda: pack_native_linears(runner.model))
+    _optional("weights are not packed, linear layers are", lambda: prepack_linears(runner.model))
 
 
-def _multiplied_in_tiles(model: Any) -> bool:
-    """Return whether the processor has instructions for whole matrices of such numbers (AMX), which oneDNN uses and our
-    programs do not."""
-    return model.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+def _install_decoder(runner: ModelRunner) -> None:
+    executor = NativeDecoderExecutor(runner.model, runner.cache)
+    install_verified(runner, executor, TOLERANCE.get(runner.model.dtype, 0))
 
 
-def _add_layers(rows: RowModel) -> None:
-    """Raises: CompileError: they cannot be compiled, or compute something else."""
-    may_be_compiled(rows.model)
-    products()
-
-    def add() -> None:
-        pack_linears(rows.model, [PanelLinear], least=0)
-        rows.layers = CompiledLayers(rows.model, rows.cache)
-
-    def remove() -> None:
-        rows.layers = None
-
-    _compare(rows, add, remove, TOLERANCE[rows.model.dtype])
+def _install_attention(runner: ModelRunner) -> None:
+    tolerance = TOLERANCE.get(runner.model.dtype, 0) + (INT8_TOLERANCE if has_integer_linears(runner.model) else 0)
+    install_verified(runner, NativeAttentionExecutor(runner.executor, runner.cache), tolerance)
 
 
-def _add_attention(rows: RowModel, tolerance: float) -> None:
-    def remove() -> None:
-        rows.cache.compiled = None
+def install_verified(runner: ModelRunner, executor: OptionalExecutor, tolerance: float) -> None:
+    """Give a runner an optional executor, or leave it and its model as they were.
 
+    Raises: ExecutorUnavailableError: the executor's logits differ from those of before.  Whatever `install` and
+        `forward` raise.
+    """
+    reference, previous = runner.reference_logits(), runner.executor
     try:
-        _compare(rows, rows.cache.compile, remove, tolerance)
-    except CompileError as error:
-        log.warning("attention is left to torch: %s", error)
+        executor.install()
+        runner.executor = executor
+        runner.verify_equivalence(reference, tolerance)
+    except BaseException:
+        runner.executor = previous
+        executor.uninstall()
+        runner.clear_reference_slots()
+        raise
 
 
-def _compare(rows: RowModel, add: Callable[[], None], remove: Callable[[], None], tolerance: float) -> None:
-    """Raises: CompileError: it cannot be added, or changes the scores."""
-    before = rows.probe()
-    add()
-    difference = rows.apart(before)
-    if not difference <= tolerance:
-        remove()
-        # Numbers that are none would spoil what torch computes from now on.
-        for row in range(min(2, rows.cache.rows)):
-            rows.cache.clear(row)
-        raise CompileError(f"its scores differ by {difference:.2%} when it is compiled")
+def _has_amx() -> bool:
+    try:
+        return private_api.cpu_has_amx()
+    except Exception as error:  # noqa: BLE001  # see `_optional`
+        log.warning("whether this processor has AMX is not known: %s", _reason(error))
+        return False
+
+
+def _optional(what: str, install: Callable[[], object]) -> bool:
+    """Run an installation that the model can do without; log and return whether it succeeded."""
+    try:
+        install()
+    except (torch.OutOfMemoryError, MemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:  # noqa: BLE001  # compilers, private operators and renamed attributes fail in any way
+        log.warning("%s left to torch: %s", what, _reason(error))
+        return False
+    return True
+
+
+def _required(install: Callable[[], object]) -> None:
+    """Run an installation that the configuration requires.
+
+    Raises: ExecutorUnavailableError: it failed.
+    """
+    try:
+        install()
+    except (torch.OutOfMemoryError, MemoryError, torch.AcceleratorError, ExecutorUnavailableError):
+        raise
+    except Exception as error:
+        raise ExecutorUnavailableError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return one line for the log or the operator."""
+    message = next(iter(str(error).strip().splitlines()), "")
+    return message if isinstance(error, ExecutorUnavailableError) else f"{type(error).__name__}: {message}"
+
+
+def native_linears_unavailable() -> str | None:
+    """Return why there are no native linear layers on this machine; None where there are."""
+    try:
+        gemm_kernels()
+    except Exception as error:  # noqa: BLE001  # see `_optional`
+        return _reason(error)
+    return None
+
+
+def pack_quantized_linears(model: Any) -> None:
+    """Store the int8 weights of a model that the serial runner executes in 8 bits, if the native kernels can."""
+    _optional("int8 linear layers are", lambda: pack_native_linears(model))

@@ -1,16 +1,26 @@
-"""Find the linear layers of a model, of whichever kind, so that others can take their places."""
+"""Find the linear layers of a model, and replace them by modules that compute the same."""
 
-from collections.abc import Iterator
+import logging
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+log = logging.getLogger(__name__)
 
-def linears(model: Any) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """Find the linear layers on the CPU: whose they are, their name there, and they themselves.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+"""How far a replacement's output may be from the ordinary layer's, as a share of its norm."""
 
-    Each may be replaced before the next is asked for, and is held no longer: at no time are there two whole models.
+
+def linear_modules(model: Any) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """Find the linear layers on the CPU: their parent, their name there, and they themselves.
+
+    Each may be replaced before the next is requested, and is referenced no longer: at no time are there two whole
+    models in memory.
     """
     places = [
         (parent, name)
@@ -21,6 +31,44 @@ def linears(model: Any) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
     for parent, name in places:
         child: Any = getattr(parent, name)
         yield parent, name, child if isinstance(child, nn.Linear) else _as_linear(child)
+
+
+@torch.inference_mode()
+def replace_linears(model: Any, build: Callable[[nn.Linear], nn.Module], *, min_weights: int) -> int:
+    """Replace a model's linear layers where `build` succeeds and its module computes the same; for inference only.
+
+    Args:
+        build: returns the replacement of a layer, or raises anything.
+        min_weights: layers with fewer weights stay as they are.
+    Returns: how many were replaced.
+    """
+    rejected: set[torch.Size] = set()
+    count = 0
+    for parent, name, linear in linear_modules(model):
+        shape = linear.weight.shape
+        if linear.weight.dtype not in TOLERANCE or linear.weight.numel() < min_weights or shape in rejected:
+            continue
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                setattr(parent, name, _verified(build(linear), linear))
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # noqa: BLE001  # optional operators may fail in any way; the plain layer stays
+            rejected.add(shape)
+            log.info("layers of shape %s are not replaced: %s: %s", tuple(shape), type(error).__name__, error)
+        else:
+            count += 1
+    return count
+
+
+def _verified(module: nn.Module, linear: nn.Linear) -> nn.Module:
+    """Raises: ArithmeticError: the module computes something else than the layer."""
+    x = torch.randn(3, linear.in_features, dtype=linear.weight.dtype)
+    expected = functional.linear(x, linear.weight, linear.bias)
+    error = (module(x) - expected).float().norm()
+    if not error <= TOLERANCE[linear.weight.dtype] * expected.float().norm():
+        raise ArithmeticError("the replacement computes something else")
+    return module
 
 
 def _as_linear(layer: Conv1D) -> nn.Linear:

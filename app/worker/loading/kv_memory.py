@@ -1,22 +1,22 @@
-"""How much memory a model may still take for its KV cache."""
+"""How much memory the KV cache may take."""
 
 from pathlib import Path
 
 import torch
 
 SHARE = {"cuda": 0.8, "cpu": 0.4, "mps": 0.4}
-"""Of what is free: on a GPU the rest is for a step's own numbers; elsewhere other programs need some as well."""
+"""Share of the free memory: on a GPU the rest is for activations; elsewhere other programs need some as well."""
 UNKNOWN_BYTES = 4 * 1024**3
-"""Taken as free where the system does not say."""
+"""Assumed to be free where the system does not say."""
 
 
-def bytes_for_rows(device: str) -> int:
-    """Return how many bytes rows may take on a device, beside what is in use now."""
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else min(_system_bytes(), _group_bytes())
+def kv_cache_bytes(device: str) -> int:
+    """Return how many bytes the KV cache may take on a device, beside what is in use now."""
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else min(_available_bytes(), cgroup_bytes())
     return int(free * SHARE[device])
 
 
-def _system_bytes() -> int:
+def _available_bytes() -> int:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -25,8 +25,8 @@ def _system_bytes() -> int:
     return int(available[0].split()[1]) * 1024 if available else UNKNOWN_BYTES
 
 
-def _group_bytes(folder: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return what a container's limit leaves; containers see the whole machine's memory otherwise."""
+def cgroup_bytes(folder: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return what the container's memory limit leaves; `/proc/meminfo` shows the whole machine's memory."""
     try:
         limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
     except OSError:

@@ -1,13 +1,12 @@
-"""Bring a model from a folder or the hub into memory, as a transformers text-generation pipeline.
+"""Load a model from a folder or the hub into memory, as a transformers text-generation pipeline.
 
 Decides device, dtype, context window, end tokens, and which models are refused: no remote code, no pickled weights,
-no adapters, nothing but decoder-only language models.  Knows no sockets and no requests.
+no adapters, nothing but decoder-only language models.
 """
 
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +26,31 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    TextGenerationPipeline,
     pipeline,
 )
 
 from app.ipc.messages import ModelSpec
-from app.worker.execution.native.native_build import CompileError
-from app.worker.execution.native.packed_linear import products
-from app.worker.execution.torch.quantization import PROBE_TOKENS, TEXT, QuantizationError, quantize_linears
+from app.worker.execution.executor_selection import native_linears_unavailable
+from app.worker.execution.private_api import cpu_has_bfloat16
+from app.worker.execution.quantization import (
+    MAX_SAMPLE_TOKENS,
+    SAMPLE_TEXT,
+    QuantizationError,
+    quantize_linears,
+    round_to_int8,
+)
+from app.worker.execution.torch.int8_linear import int8_linear
+from app.worker.loaded_model import LoadedModel
 
 log = logging.getLogger(__name__)
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-HUB_FILES_LEFT = ["*/*", "consolidated*"]
+HUB_IGNORED_FILES = ["*/*", "consolidated*"]
 """Other formats of the same weights."""
 RECOMMENDED_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
-CONTEXT_WHEN_UNSAID = 2048
+DEFAULT_CONTEXT_LENGTH = 2048
 """For models without a fixed window (ALiBi, recurrent) whose configuration names none."""
 
 
@@ -52,33 +58,11 @@ class LoadError(Exception):
     """The model cannot be served; the message is one line for the operator."""
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """A model in memory, with what a runner has to know of it."""
-
-    pipeline: TextGenerationPipeline
-    revision: str | None
-    """Commit on the hub."""
-    device: str
-    dtype: str
-    context_length: int
-    vocab_size: int
-    """Rows of the embedding: a token id at or above it would end the process on a GPU."""
-    parameters: int
-    end_ids: tuple[int, ...]
-    """Any of these ends an answer."""
-    pad_id: int
-    recommended: tuple[tuple[str, float], ...] = ()
-    """Sampling settings of its generation_config.json, as far as a request can set them too."""
-    logprob_shift: float | None = None
-    """By how much quantization changed log-probabilities; None where there is none."""
-
-
 def load(spec: ModelSpec, tokenizer_folder: str, on_stage: Callable[[str], None]) -> LoadedModel:
-    """Load the model and leave its tokenizer in `tokenizer_folder`.
+    """Load the model and save its tokenizer in `tokenizer_folder`.
 
-    Raises: LoadError: this service cannot run it.  Others (out of memory, a damaged file) as they come;
-        `load_reason` puts them in one line.
+    Raises: LoadError: this service cannot run it.  Other errors (out of memory, a damaged file) as they come;
+        `load_reason` formats them in one line.
     """
     on_stage("files")
     folder, revision = _folder(spec)
@@ -99,7 +83,7 @@ def load(spec: ModelSpec, tokenizer_folder: str, on_stage: Callable[[str], None]
     parameters = sum(weight.numel() for weight in model.parameters())
     logprob_shift = _quantize(model, tokenizer, device, config, spec) if spec.quantization == "int8" else None
     end_ids = _end_ids(model, tokenizer)
-    recommended = _recommended(model.generation_config)
+    recommended = _recommended_params(model.generation_config)
     # The model's own sampling defaults would fill in whatever a request leaves open.
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     return LoadedModel(
@@ -118,7 +102,7 @@ def load(spec: ModelSpec, tokenizer_folder: str, on_stage: Callable[[str], None]
 
 
 def load_reason(error: Exception) -> str:
-    """Put what went wrong in one line that an operator can act on."""
+    """Format an error as one line that an operator can act on."""
     match error:
         case LoadError():
             reason = str(error)
@@ -144,7 +128,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _folder(spec: ModelSpec) -> tuple[str, str | None]:
-    """Return where the files are and their commit, after a download where needed."""
+    """Return the folder of the files and their commit, after a download where needed."""
     if spec.source == "local":
         folder = Path(spec.name).expanduser().resolve()
         if not folder.is_dir():
@@ -155,7 +139,7 @@ def _folder(spec: ModelSpec) -> tuple[str, str | None]:
             raise LoadError("its name is not a hub id like owner/model")
         folder = Path(
             snapshot_download(
-                spec.name, revision=spec.revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_FILES_LEFT
+                spec.name, revision=spec.revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED_FILES
             )
         )
         revision = folder.name
@@ -185,21 +169,21 @@ def _config(spec: ModelSpec, folder: str) -> Any:
     return config
 
 
-def _tokenizer(folder: str, leave_in: str) -> Any:
+def _tokenizer(folder: str, save_in: str) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if not getattr(tokenizer, "is_fast", False):
         raise LoadError("its tokenizer has no fast form (tokenizer.json)")
-    tokenizer.save_pretrained(leave_in)
+    tokenizer.save_pretrained(save_in)
     return tokenizer
 
 
-def _device(wanted: str) -> str:
-    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if wanted == "auto":
-        return next(name for name, there in usable.items() if there)
-    if not usable[wanted]:
-        raise LoadError(f"this machine has no usable device {wanted}")
-    return wanted
+def _device(requested: str) -> str:
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if requested == "auto":
+        return next(name for name, usable in available.items() if usable)
+    if not available[requested]:
+        raise LoadError(f"this machine has no usable device {requested}")
+    return requested
 
 
 def _dtype(spec: ModelSpec, device: str, config: Any) -> torch.dtype | str:
@@ -207,58 +191,45 @@ def _dtype(spec: ModelSpec, device: str, config: Any) -> torch.dtype | str:
         return getattr(torch, spec.dtype)  # type: ignore[no-any-return]
     if device != "cpu":
         return "auto"
-    own = getattr(config.get_text_config(decoder=True), "dtype", None)
-    # Weights of 8 bits have panels in float32 only, and torch's integers are far slower for single tokens.
-    panels = spec.quantization == "int8" and spec.compile != "none" and _no_panels() is None
+    checkpoint_dtype = getattr(config.get_text_config(decoder=True), "dtype", None)
+    # Native int8 kernels compute in float32 only, and torch's integers are far slower for single tokens.
+    native_int8 = spec.quantization == "int8" and spec.compile != "none" and native_linears_unavailable() is None
     # Without instructions for it, arithmetic in 16 bits takes up to 16 times as long as in 32.
-    return "auto" if own == torch.bfloat16 and cpu_computes_bfloat16() and not panels else torch.float32
+    return "auto" if checkpoint_dtype == torch.bfloat16 and cpu_has_bfloat16() and not native_int8 else torch.float32
 
 
 def _quantize(model: Any, tokenizer: Any, device: str, config: Any, spec: ModelSpec) -> float:
-    """Return by how much it changes log-probabilities."""
+    """Quantize to int8 and return by how much that changes log-probabilities."""
     if device != "cpu":
         raise LoadError(f"int8 is for processors and not for {device}; choose dtype bfloat16 or float16 there")
-    ids = tokenizer(TEXT, add_special_tokens=True).input_ids[: _context_length(config, PROBE_TOKENS)]
+    length = _context_length(config, MAX_SAMPLE_TOKENS)
+    ids = tokenizer(SAMPLE_TEXT, add_special_tokens=True).input_ids[:length]
+    quantize = round_to_int8 if _has_native_int8(model, spec) else int8_linear
     try:
-        integers = not _takes_panels(model, spec)
-        return round(quantize_linears(model, torch.tensor([ids or [0]]), integers=integers), 4)
+        return round(quantize_linears(model, torch.tensor([ids or [0]]), quantize), 4)
     except QuantizationError as error:
-        raise LoadError(f"int8 is not to be had here: {error}") from None
+        raise LoadError(f"int8 is not available here: {error}") from None
 
 
-def _takes_panels(model: Any, spec: ModelSpec) -> bool:
-    """Return whether a program of our own will compute the model's linear layers."""
+def _has_native_int8(model: Any, spec: ModelSpec) -> bool:
+    """Return whether the native kernels will compute the model's linear layers."""
     if spec.compile == "none" or model.dtype != torch.float32:
         return False
-    if (reason := _no_panels()) is not None:
+    if (reason := native_linears_unavailable()) is not None:
         log.warning("int8 is left to torch: %s", reason)
     return reason is None
 
 
-def _no_panels() -> CompileError | None:
-    """Return why there is no program for linear layers, None where there is."""
-    try:
-        products()
-    except CompileError as error:
-        return error
-    return None
-
-
-def cpu_computes_bfloat16() -> bool:
-    """Return whether this processor has instructions for bfloat16 matrices."""
-    if torch.backends.cpu.get_cpu_capability().startswith("SVE"):
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
 def _context_length(config: Any, limit: int | None) -> int:
     text = config.get_text_config(decoder=True)
-    own = next((int(value) for name in CONTEXT_FIELDS if (value := getattr(text, name, None))), CONTEXT_WHEN_UNSAID)
-    return min(own, limit) if limit is not None else own
+    length = next(
+        (int(value) for name in CONTEXT_FIELDS if (value := getattr(text, name, None))), DEFAULT_CONTEXT_LENGTH
+    )
+    return min(length, limit) if limit is not None else length
 
 
 def _end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Gather the end tokens from wherever a model names them; chat models often name theirs in one place only."""
+    """Collect the end tokens from every place a model may name them; chat models often use one place only."""
     text = model.config.get_text_config(decoder=True)
     found: set[int] = set()
     for value in (
@@ -270,6 +241,6 @@ def _end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def _recommended(config: GenerationConfig) -> tuple[tuple[str, float], ...]:
-    said: dict[str, Any] = {name: getattr(config, name, None) for name in RECOMMENDED_FIELDS}
-    return tuple((name, value) for name, value in said.items() if value is not None)
+def _recommended_params(config: GenerationConfig) -> tuple[tuple[str, float], ...]:
+    values: dict[str, Any] = {name: getattr(config, name, None) for name in RECOMMENDED_FIELDS}
+    return tuple((name, value) for name, value in values.items() if value is not None)

@@ -1,1 +1,1 @@
-"""From logits to tokens."""
+"""Sampling parameters applied to logits: penalties, temperature, top-k, top-p, min-p, log-probabilities."""

@@ -1,7 +1,7 @@
-"""Change the scores of single tokens: a set of tokens for each row, whatever the size of the vocabulary.
+"""Logit bias and penalties: change the logits of single tokens, a set of tokens for each row.
 
-Pure arithmetic, in place, on (rows, vocab) float32 scores; a row with an empty set costs nothing.  Called by
-`sampler.py`, which decides whose scores change, and in which order.
+Pure arithmetic, in place, on (rows, vocab) float32 logits; a row with an empty set costs nothing, whatever the size of
+the vocabulary.  Called by `sampler.py`, which decides whose logits change, and in which order.
 """
 
 from array import array
@@ -10,86 +10,84 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from app.worker.sampling.sampling_ops import send
+from app.worker.sampling.sampling_ops import to_device
 
 NO_TOKENS = torch.empty(0, dtype=torch.long)
 
 
 class TokenCounts:
-    """How often each token was made, in arrays that torch copies at once, not number by number."""
+    """How often each token was sampled, in arrays that torch copies at once, not number by number."""
 
     def __init__(self) -> None:
-        self._places: dict[int, int] = {}
+        self._index: dict[int, int] = {}
         self._tokens = array("q")
         self._counts = array("q")
 
     def add(self, token: int) -> None:
         """Count one more of `token`."""
-        place = self._places.setdefault(token, len(self._tokens))
-        if place == len(self._tokens):
+        index = self._index.setdefault(token, len(self._tokens))
+        if index == len(self._tokens):
             self._tokens.append(token)
             self._counts.append(0)
-        self._counts[place] += 1
+        self._counts[index] += 1
 
     def tokens(self) -> Tensor:
         """Return (distinct,) int64, each token once."""
-        return _copy(self._tokens)
+        return _to_tensor(self._tokens)
 
     def counts(self) -> Tensor:
         """Return (distinct,) int64, in the order of `tokens`."""
-        return _copy(self._counts)
+        return _to_tensor(self._counts)
 
 
-def _copy(numbers: "array[int]") -> Tensor:
-    # An array cannot grow while a tensor looks into it, hence the clone.
+def _to_tensor(numbers: "array[int]") -> Tensor:
+    # An array cannot grow while a tensor shares its memory, hence the clone.
     return torch.frombuffer(numbers, dtype=torch.long).clone() if numbers else NO_TOKENS
 
 
-def add_bias(scores: Tensor, ids: Sequence[Tensor], bias: Sequence[Tensor]) -> None:
-    """Add each row's float32 `bias` to the scores of its tokens, which are distinct."""
-    at, tokens = _spread(ids, scores.device)
-    if len(at):
-        scores[at, tokens] += torch.cat(list(bias)).to(scores.device, non_blocking=True)
+def apply_logit_bias(logits: Tensor, ids: Sequence[Tensor], bias: Sequence[Tensor]) -> None:
+    """Add each row's float32 `bias` to the logits of its tokens, which are distinct."""
+    rows, tokens = _coordinates(ids, logits.device)
+    if len(rows):
+        logits[rows, tokens] += torch.cat(list(bias)).to(logits.device, non_blocking=True)
 
 
-def penalise_repeats(scores: Tensor, sets: Sequence[Sequence[Tensor]], penalties: Sequence[float]) -> None:
-    """Divide the scores of seen tokens by the row's penalty, and multiply those below 0.
+def apply_repetition_penalty(logits: Tensor, seen_sets: Sequence[Sequence[Tensor]], penalties: Sequence[float]) -> None:
+    """Divide positive logits of seen tokens by the row's penalty, and multiply negative ones.
 
     Args:
-        sets: seen tokens, one tensor for each row in each; a token that is in several is penalised once.
+        seen_sets: seen tokens, one tensor for each row in each set; a token in several sets is penalised once.
         penalties: one for each row.
-    Source: Keskar et al. 2019, arXiv:1909.05858, section 4.1; below 0 as transformers does it.
+    Source: Keskar et al. 2019, arXiv:1909.05858, section 4.1; negative logits as transformers does it.
     """
-    spread = [_spread(ids, scores.device) for ids in sets]
-    at, tokens = (torch.cat(parts) for parts in zip(*spread, strict=True))
-    if len(at):
-        penalty = send(penalties, torch.float32, scores.device)[at]
-        # All scores are read before one is written: that is why a token may be there twice.
-        seen = scores[at, tokens]
-        scores[at, tokens] = torch.where(seen > 0, seen / penalty, seen * penalty)
+    coordinates = [_coordinates(ids, logits.device) for ids in seen_sets]
+    rows, tokens = (torch.cat(each) for each in zip(*coordinates, strict=True))
+    if len(rows):
+        penalty = to_device(penalties, torch.float32, logits.device)[rows]
+        # All logits are read before one is written: that is why a token may be there twice.
+        seen = logits[rows, tokens]
+        logits[rows, tokens] = torch.where(seen > 0, seen / penalty, seen * penalty)
 
 
-def penalise_counts(
-    scores: Tensor, made: Sequence[TokenCounts | None], penalties: Sequence[tuple[float, float]]
+def apply_presence_and_frequency(
+    logits: Tensor, sampled: Sequence[TokenCounts | None], penalties: Sequence[tuple[float, float]]
 ) -> None:
-    """Take presence + count * frequency off the score of each token made; `penalties` has that pair for each row."""
-    at, tokens = _spread([NO_TOKENS if counts is None else counts.tokens() for counts in made], scores.device)
-    if len(at):
-        counts = torch.cat([counts.counts() for counts in made if counts is not None]).to(
-            scores.device, non_blocking=True
-        )
-        presence, frequency = send(penalties, torch.float32, scores.device)[at].unbind(dim=1)
-        scores[at, tokens] -= presence + counts * frequency
+    """Subtract presence + count * frequency from each sampled token's logit; `penalties` has that pair for each row."""
+    rows, tokens = _coordinates([NO_TOKENS if each is None else each.tokens() for each in sampled], logits.device)
+    if len(rows):
+        counts = torch.cat([each.counts() for each in sampled if each is not None]).to(logits.device, non_blocking=True)
+        presence, frequency = to_device(penalties, torch.float32, logits.device)[rows].unbind(dim=1)
+        logits[rows, tokens] -= presence + counts * frequency
 
 
-def rule_out(scores: Tensor, ids: Sequence[Tensor]) -> None:
-    """Let none of each row's tokens be drawn."""
-    at, tokens = _spread(ids, scores.device)
-    if len(at):
-        scores[at, tokens] = -torch.inf
+def mask_tokens(logits: Tensor, ids: Sequence[Tensor]) -> None:
+    """Set the logits of each row's tokens to -inf."""
+    rows, tokens = _coordinates(ids, logits.device)
+    if len(rows):
+        logits[rows, tokens] = -torch.inf
 
 
-def _spread(ids: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return row numbers and token ids, one of each for each token of each row."""
-    at = torch.repeat_interleave(torch.tensor([len(tokens) for tokens in ids]))
-    return at.to(device, non_blocking=True), torch.cat(list(ids)).to(device, non_blocking=True)
+def _coordinates(ids: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return row indices and token ids, one of each for each token of each row."""
+    rows = torch.repeat_interleave(torch.tensor([len(tokens) for tokens in ids]))
+    return rows.to(device, non_blocking=True), torch.cat(list(ids)).to(device, non_blocking=True)

@@ -1,8 +1,8 @@
-"""Turn the scores of one model step into next tokens, each row of the batch with its own settings.
+"""Sampling: turn the logits of one model step into next tokens, each row of the batch with its own parameters.
 
-Decides which scores the settings change, and what is told of log-probabilities.  Knows no models, no requests and no
-ends of answers: the runner keeps one `RowSampler` for each answer, calls `sample` after each forward pass, and `accept`
-for each token it takes.
+Decides how sampling parameters change logits, and what is reported of log-probabilities.  The runner owns one
+`SequenceSampler` for each request, calls `sample` after each forward pass, and `accept` for each token it appends; when
+a completion ends is the runner's decision.
 """
 
 import hashlib
@@ -14,13 +14,28 @@ import torch
 from torch import Tensor
 
 from app.types import SamplingParams, TokenLogprob
-from app.worker.sampling.penalties import NO_TOKENS, TokenCounts, add_bias, penalise_counts, penalise_repeats, rule_out
-from app.worker.sampling.sampling_ops import UNUSABLE, WIDE, Draw, draw_any, draw_ranked, most_likely, pick
+from app.worker.sampling.penalties import (
+    NO_TOKENS,
+    TokenCounts,
+    apply_logit_bias,
+    apply_presence_and_frequency,
+    apply_repetition_penalty,
+    mask_tokens,
+)
+from app.worker.sampling.sampling_ops import (
+    NEEDS_WIDER_TOPK,
+    NO_VALID_TOKEN,
+    SamplingDraw,
+    argmax_tokens,
+    gather_rows,
+    sample_sorted,
+    sample_unsorted,
+)
 
-WIDTHS = (256, 4096)
-"""How many of a row's most likely tokens are put in order: the first width that holds all it may take, else all."""
-REPORTED = 32
-"""Most likely tokens fetched for a report: the 20 that can be asked for, and room for equals of the last one."""
+TOPK_WIDTHS = (256, 4096)
+"""How many of a row's most likely tokens are sorted: the first width that holds all it may take, else all."""
+REPORTED_TOKENS = 32
+"""Most likely tokens fetched for a report: the 20 that can be asked for, and spare ones for equals of the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +48,19 @@ class Sampled:
 
 
 @dataclass(frozen=True, slots=True)
-class Unusable:
-    """No token can be drawn from this row's scores: its answer cannot go on."""
+class SamplingFailure:
+    """No token can be sampled from this row's logits, so its request fails."""
 
     reason: str
 
 
-NO_TOKEN = Unusable("No token can be chosen: the scores are not finite, or the request's settings rule out all tokens.")
+NO_TOKEN = SamplingFailure(
+    "No token can be chosen: the scores are not finite, or the request's settings rule out all tokens."
+)
 
 
-class RowSampler:
-    """What one answer's sampling needs to remember from token to token."""
+class SequenceSampler:
+    """The sampling state of one request, from token to token."""
 
     def __init__(
         self,
@@ -53,63 +70,68 @@ class RowSampler:
         vocab_size: int,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Begin an answer.
-
-        Args:
-            end_ids: the end tokens that `min_tokens` holds back, beside `stop_token_ids`.
-            vocab_size: width of the model's scores.
-            device: where the scores will be; elsewhere it works too, but slower.
+        """Args:
+            end_ids: the end tokens that `min_tokens` masks, beside `stop_token_ids`.
+            vocab_size: width of the model's logits.
+            device: where the logits will be; elsewhere it works too, but slower.
         Raises: ValueError: a token id lies outside the vocabulary.
         """
         bias: dict[int, float] = {}
         for token, value in params.logit_bias:
             bias[token] = bias.get(token, 0.0) + value
         seen = set(prompt_ids) if params.repetition_penalty != 1 else set()
-        _refuse_unknown("logit_bias", bias, vocab_size)
-        _refuse_unknown("stop_token_ids", params.stop_token_ids, vocab_size)
-        _refuse_unknown("The prompt", seen, vocab_size)
-        # A model may name an end token that it has no score for.
+        _check_vocabulary("logit_bias", bias, vocab_size)
+        _check_vocabulary("stop_token_ids", params.stop_token_ids, vocab_size)
+        _check_vocabulary("The prompt", seen, vocab_size)
+        # A model may name an end token that it has no logit for.
         ends = {*params.stop_token_ids, *(token for token in end_ids if 0 <= token < vocab_size)}
-        home = _home(torch.device(device))
+        sampling_device = _sampling_device(torch.device(device))
 
         self.params = params
         self.vocab_size = vocab_size
         self.top_k = params.top_k if params.top_k < vocab_size else 0
-        self.counted = params.presence_penalty != 0 or params.frequency_penalty != 0
-        self.repeats = params.repetition_penalty != 1
+        self.has_count_penalty = params.presence_penalty != 0 or params.frequency_penalty != 0
+        self.has_repetition_penalty = params.repetition_penalty != 1
         self.counts = TokenCounts()
-        self.bias_ids, self.bias = _ids(bias, home), torch.tensor(list(bias.values()), dtype=torch.float32, device=home)
-        self.prompt_ids = _ids(seen, home)
-        self.end_ids = _ids(ends if params.min_tokens else (), home)
-        self._made = 0
-        self._stream = _stream(params)
+        self.bias_ids = _ids(bias, sampling_device)
+        self.bias = torch.tensor(list(bias.values()), dtype=torch.float32, device=sampling_device)
+        self.prompt_ids = _ids(seen, sampling_device)
+        self.end_ids = _ids(ends if params.min_tokens else (), sampling_device)
+        self._sampled_tokens = 0
+        self._random_key = _random_key(params)
 
     @property
-    def held_back(self) -> Tensor:
-        """The tokens that would end the answer too early."""
-        return self.end_ids if self._made < self.params.min_tokens else self.end_ids[:0]
+    def masked_ids(self) -> Tensor:
+        """The tokens that would end the completion before `min_tokens`."""
+        return self.end_ids if self._sampled_tokens < self.params.min_tokens else self.end_ids[:0]
 
     @property
-    def changes_scores(self) -> bool:
-        """Whether the next token is not chosen from the model's own scores."""
-        return self.counted or self.repeats or self.bias_ids.numel() > 0 or self.held_back.numel() > 0
+    def changes_logits(self) -> bool:
+        """Whether the next token is not chosen from the model's own logits."""
+        return (
+            self.has_count_penalty
+            or self.has_repetition_penalty
+            or self.bias_ids.numel() > 0
+            or self.masked_ids.numel() > 0
+        )
 
     def accept(self, token: int) -> None:
-        """Take note that the answer got this token."""
-        self._made += 1
-        if self.counted or self.repeats:
+        """Record that this token was appended."""
+        self._sampled_tokens += 1
+        if self.has_count_penalty or self.has_repetition_penalty:
             self.counts.add(token)
 
-    def draw(self) -> Draw:
-        """Return how the next token is drawn; the same until `accept`."""
+    def draw(self) -> SamplingDraw:
+        """Return the parameters and the random number of the next token; the same until `accept`."""
         params = self.params
-        # A counter hashed with the seed, not a generator's state: asking again does not use up a number.
-        digest = hashlib.blake2b(self._made.to_bytes(8, "little"), key=self._stream, digest_size=8).digest()
+        # A counter hashed with the seed, not a generator's state: calling it again does not use up a number.
+        counter = self._sampled_tokens.to_bytes(8, "little")
+        digest = hashlib.blake2b(counter, key=self._random_key, digest_size=8).digest()
         uniform = (int.from_bytes(digest, "little") >> 11) * 2.0**-53
-        return Draw(params.temperature, self.top_k, params.top_p, params.min_p, uniform)
+        return SamplingDraw(params.temperature, self.top_k, params.top_p, params.min_p, uniform)
 
 
-def _refuse_unknown(name: str, tokens: Iterable[int], vocab_size: int) -> None:
+def _check_vocabulary(name: str, tokens: Iterable[int], vocab_size: int) -> None:
     unknown = [token for token in tokens if not 0 <= token < vocab_size]
     if unknown:
         raise ValueError(f"{name} names token {unknown[0]}, but the vocabulary has ids 0 to {vocab_size - 1}.")
@@ -119,131 +141,138 @@ def _ids(tokens: Collection[int], device: torch.device) -> Tensor:
     return torch.tensor(list(tokens), dtype=torch.long, device=device)
 
 
-def _home(device: torch.device) -> torch.device:
-    """Where scores from `device` are sampled: Apple's GPUs have no float64."""
+def _sampling_device(device: torch.device) -> torch.device:
+    """Return where logits from `device` are sampled: Apple's GPUs have no float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def _stream(params: SamplingParams) -> bytes:
-    """Return the key of an answer's random numbers."""
+def _random_key(params: SamplingParams) -> bytes:
+    """Return the key of a request's random numbers."""
     if params.seed is None:
         return secrets.token_bytes(32)
     return hashlib.blake2b(f"{params.seed}/{params.sample}".encode(), digest_size=32).digest()
 
 
 @torch.inference_mode()
-def sample(logits: Tensor, rows: Sequence[RowSampler]) -> list[Sampled | Unusable]:
-    """Draw the next token of each row; a row without usable scores does not disturb the others.
+def sample(logits: Tensor, samplers: Sequence[SequenceSampler]) -> list[Sampled | SamplingFailure]:
+    """Sample the next token of each row; a row without usable logits does not disturb the others.
 
     In this order: logit_bias, repetition, presence and frequency penalty, min_tokens, temperature, top_k, top_p,
     min_p.  Of equally likely tokens the lowest id comes first.  `accept` is left to the caller.
 
     Args:
-        logits: (rows, vocab), any float type and device; stays as it is.
-        rows: one for each row of `logits`.
-    Raises: ValueError: `logits` does not have a row for each of `rows`, or not the width that they were told.
+        logits: (rows, vocab), any float type and device; not modified.
+        samplers: one for each row of `logits`.
+    Raises: ValueError: the shape of `logits` does not match the samplers and their vocabulary.
     """
-    if logits.dim() != 2 or len(rows) != logits.shape[0] or any(row.vocab_size != logits.shape[1] for row in rows):
-        raise ValueError(f"Scores of shape {tuple(logits.shape)} do not fit {len(rows)} rows and their vocabulary.")
-    logits = logits.to(_home(logits.device))
-    answers: dict[int, Sampled | Unusable] = {}
-    for width in (*WIDTHS, logits.shape[1]):
-        waiting = [place for place in range(len(rows)) if place not in answers]
-        if not waiting:
+    if logits.dim() != 2 or len(samplers) != logits.shape[0] or any(s.vocab_size != logits.shape[1] for s in samplers):
+        raise ValueError(f"Logits of shape {tuple(logits.shape)} do not fit {len(samplers)} rows and their vocabulary.")
+    logits = logits.to(_sampling_device(logits.device))
+    results: dict[int, Sampled | SamplingFailure] = {}
+    for width in (*TOPK_WIDTHS, logits.shape[1]):
+        left = [row for row in range(len(samplers)) if row not in results]
+        if not left:
             break
-        found = _sample_within(pick(logits, waiting), [rows[place] for place in waiting], min(width, logits.shape[1]))
-        answers |= {place: answer for place, answer in zip(waiting, found, strict=True) if answer is not None}
-    return [answers[place] for place in range(len(rows))]
+        found = _sample_within(gather_rows(logits, left), [samplers[row] for row in left], min(width, logits.shape[1]))
+        results |= {row: result for row, result in zip(left, found, strict=True) if result is not None}
+    return [results[row] for row in range(len(samplers))]
 
 
-def _sample_within(logits: Tensor, rows: Sequence[RowSampler], width: int) -> list[Sampled | Unusable | None]:
-    """Draw with one transfer to the host; None for a row that may take more than its `width` most likely tokens."""
-    tokens = _choose(logits, rows, width)
-    wanted = {place: row.params.logprobs for place, row in enumerate(rows) if row.params.logprobs is not None}
-    if not wanted:
-        return [_answer(token) for token in tokens.tolist()]
-    report = _report(pick(logits, list(wanted)), pick(tokens, list(wanted)), any(wanted.values()))
+def _sample_within(
+    logits: Tensor, samplers: Sequence[SequenceSampler], width: int
+) -> list[Sampled | SamplingFailure | None]:
+    """Sample with one transfer to the host; None for a row that may take more than its `width` most likely tokens."""
+    tokens = _choose(logits, samplers, width)
+    requested = {row: s.params.logprobs for row, s in enumerate(samplers) if s.params.logprobs is not None}
+    if not requested:
+        return [_result(token) for token in tokens.tolist()]
+    rows = list(requested)
+    report = _logprob_report(gather_rows(logits, rows), gather_rows(tokens, rows), any(requested.values()))
     # One list brings all: float64 holds every token id and every float32.
     host = torch.cat([tokens.double(), report.flatten()]).tolist()
-    answers = [_answer(int(token)) for token in host[: len(rows)]]
-    for at, (place, count) in enumerate(wanted.items()):
-        answer, start = answers[place], len(rows) + at * report.shape[1]
-        if isinstance(answer, Sampled):
-            logprob = _logprob(answer.token, host[start : start + report.shape[1]], count)
-            answers[place] = Sampled(answer.token, logprob)
-    return answers
+    results = [_result(int(token)) for token in host[: len(samplers)]]
+    for index, (row, count) in enumerate(requested.items()):
+        result, start = results[row], len(samplers) + index * report.shape[1]
+        if isinstance(result, Sampled):
+            logprob = _token_logprob(result.token, host[start : start + report.shape[1]], count)
+            results[row] = Sampled(result.token, logprob)
+    return results
 
 
-def _answer(token: int) -> Sampled | Unusable | None:
-    if token == WIDE:
+def _result(token: int) -> Sampled | SamplingFailure | None:
+    if token == NEEDS_WIDER_TOPK:
         return None
-    return NO_TOKEN if token == UNUSABLE else Sampled(token)
+    return NO_TOKEN if token == NO_VALID_TOKEN else Sampled(token)
 
 
-def _report(logits: Tensor, tokens: Tensor, with_top: bool) -> Tensor:
-    """(rows, 1 + 2 * n) float64: log-probability of the token, the n highest ones, and their tokens."""
+def _logprob_report(logits: Tensor, tokens: Tensor, with_top: bool) -> Tensor:
+    """Return (rows, 1 + 2 * n) float64: the token's log-probability, the n highest ones, and their tokens."""
     logprobs = logits.float().log_softmax(dim=-1)
     own = logprobs.gather(1, tokens.clamp_min(0)[:, None])
     # As many whatever was asked for: of equals at the edge, the number decides which ones are found.
-    top = logprobs.topk(min(REPORTED, logprobs.shape[1]) if with_top else 0)
+    top = logprobs.topk(min(REPORTED_TOKENS, logprobs.shape[1]) if with_top else 0)
     return torch.cat([own.double(), top.values.double(), top.indices.double()], dim=1)
 
 
-def _logprob(token: int, report: Sequence[float], wanted: int) -> TokenLogprob:
-    found = len(report) // 2
-    pairs = zip(map(int, report[1 + found :]), report[1 : 1 + found], strict=True)
+def _token_logprob(token: int, report: Sequence[float], count: int) -> TokenLogprob:
+    top_count = len(report) // 2
+    pairs = zip(map(int, report[1 + top_count :]), report[1 : 1 + top_count], strict=True)
     top = sorted((pair for pair in pairs if pair[1] > -torch.inf), key=lambda pair: (-pair[1], pair[0]))
-    return TokenLogprob(token, report[0], tuple(top[:wanted]))
+    return TokenLogprob(token, report[0], tuple(top[:count]))
 
 
-def _choose(logits: Tensor, rows: Sequence[RowSampler], width: int) -> Tensor:
-    """(rows,) int64: each row's token, UNUSABLE or WIDE.  A row's own settings alone decide how it is computed."""
+def _choose(logits: Tensor, samplers: Sequence[SequenceSampler], width: int) -> Tensor:
+    """Return (rows,) int64: each row's token, NO_VALID_TOKEN or NEEDS_WIDER_TOPK.
+
+    Rows are grouped by method, which follows from a row's own parameters alone.
+    """
     groups: dict[str, list[int]] = {}
-    for place, row in enumerate(rows):
-        groups.setdefault(_way(row, width), []).append(place)
-    parts = [
-        _choose_by(way, pick(logits, places), [rows[place] for place in places], width)
-        for way, places in groups.items()
+    for row, sampler in enumerate(samplers):
+        groups.setdefault(_method(sampler, width), []).append(row)
+    chosen = [
+        _choose_by(method, gather_rows(logits, rows), [samplers[row] for row in rows], width)
+        for method, rows in groups.items()
     ]
-    order = [place for places in groups.values() for place in places]
-    return pick(torch.cat(parts), sorted(range(len(rows)), key=order.__getitem__))
+    order = [row for rows in groups.values() for row in rows]
+    return gather_rows(torch.cat(chosen), sorted(range(len(samplers)), key=order.__getitem__))
 
 
-def _way(row: RowSampler, width: int) -> str:
-    if row.params.temperature == 0:
-        return "changed greedy" if row.changes_scores else "greedy"
-    if row.params.top_p == 1 and not row.top_k:
-        return "any"
-    return "ranked" if row.top_k < width or width == row.vocab_size else "wide"
+def _method(sampler: SequenceSampler, width: int) -> str:
+    if sampler.params.temperature == 0:
+        return "changed greedy" if sampler.changes_logits else "greedy"
+    if sampler.params.top_p == 1 and not sampler.top_k:
+        return "unsorted"
+    return "sorted" if sampler.top_k < width or width == sampler.vocab_size else "wider"
 
 
-def _choose_by(way: str, logits: Tensor, rows: Sequence[RowSampler], width: int) -> Tensor:
-    if way == "greedy":
-        return most_likely(logits)
-    if way == "wide":
-        return torch.full((len(rows),), WIDE, device=logits.device)
-    scores = _changed(logits, rows)
-    if way == "changed greedy":
-        found = most_likely(scores)
+def _choose_by(method: str, logits: Tensor, samplers: Sequence[SequenceSampler], width: int) -> Tensor:
+    if method == "greedy":
+        return argmax_tokens(logits)
+    if method == "wider":
+        return torch.full((len(samplers),), NEEDS_WIDER_TOPK, device=logits.device)
+    changed = _changed_logits(logits, samplers)
+    if method == "changed greedy":
+        tokens = argmax_tokens(changed)
     else:
-        draws = [row.draw() for row in rows]
-        found = draw_any(scores, draws) if way == "any" else draw_ranked(scores, draws, width)
+        draws = [sampler.draw() for sampler in samplers]
+        tokens = sample_unsorted(changed, draws) if method == "unsorted" else sample_sorted(changed, draws, width)
     # NaN or +inf may have been where no token is allowed, but would be in the log-probabilities.
-    return found.where(logits.amax(dim=-1).isfinite(), UNUSABLE)
+    return tokens.where(logits.amax(dim=-1).isfinite(), NO_VALID_TOKEN)
 
 
-def _changed(logits: Tensor, rows: Sequence[RowSampler]) -> Tensor:
-    """(rows, vocab) float32: the scores after bias, penalties and min_tokens; `logits` itself where nothing changes."""
-    if not any(row.changes_scores for row in rows):
+def _changed_logits(logits: Tensor, samplers: Sequence[SequenceSampler]) -> Tensor:
+    """Return (rows, vocab) float32 logits after bias, penalties and min_tokens; `logits` itself if nothing changes."""
+    if not any(sampler.changes_logits for sampler in samplers):
         return logits.float()
-    scores, params = logits.to(torch.float32, copy=True), [row.params for row in rows]
-    made = [row.counts.tokens() if row.repeats else NO_TOKENS for row in rows]
-    add_bias(scores, [row.bias_ids for row in rows], [row.bias for row in rows])
-    penalise_repeats(scores, [[row.prompt_ids for row in rows], made], [each.repetition_penalty for each in params])
-    penalise_counts(
-        scores,
-        [row.counts if row.counted else None for row in rows],
+    changed, params = logits.to(torch.float32, copy=True), [sampler.params for sampler in samplers]
+    sampled = [sampler.counts.tokens() if sampler.has_repetition_penalty else NO_TOKENS for sampler in samplers]
+    prompts = [sampler.prompt_ids for sampler in samplers]
+    apply_logit_bias(changed, [sampler.bias_ids for sampler in samplers], [sampler.bias for sampler in samplers])
+    apply_repetition_penalty(changed, [prompts, sampled], [each.repetition_penalty for each in params])
+    apply_presence_and_frequency(
+        changed,
+        [sampler.counts if sampler.has_count_penalty else None for sampler in samplers],
         [(each.presence_penalty, each.frequency_penalty) for each in params],
     )
-    rule_out(scores, [row.held_back for row in rows])
-    return scores
+    mask_tokens(changed, [sampler.masked_ids for sampler in samplers])
+    return changed

@@ -1,50 +1,58 @@
-"""The words of a step: which sequences take part, with how many tokens, and what is copied first."""
+"""The data of one model step: how many tokens of which sequences, and which prefixes are copied first."""
 
 from dataclasses import dataclass
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One answer in the making: its prompt and what the model has added to it."""
+    """A request's token ids and how far its KV cache has come."""
 
-    number: int
+    request_id: int
     tenant: str
-    tokens: list[int]
-    """Prompt and answer so far."""
+    token_ids: list[int]
+    """The prompt, then the tokens sampled so far."""
     prompt_tokens: int
-    row: int | None = None
-    """Where its keys and values are; None while it waits."""
-    computed: int = 0
-    """How many of `tokens`, from the first, have keys and values in the row."""
-    reused: int = 0
-    """Of these, how many were there when it first got a row."""
-    begun: bool = False
-    """Whether it ever had a row."""
-    served: int = 0
-    """The step that last computed something of it."""
+    slot: int | None = None
+    """The KV cache slot that holds its keys and values; None while it waits."""
+    computed_tokens: int = 0
+    """Tokens, from the first, whose keys and values are in the slot."""
+    cached_tokens: int = 0
+    """Tokens that were in the KV cache already when the sequence first got a slot."""
+    started: bool = False
+    """Whether it ever had a slot."""
+    last_step: int = 0
+    """The step that last computed one of its tokens."""
+    adapter: str | None = None
+    priority: int = 0
+    """Lower is served first."""
 
     @property
-    def left(self) -> int:
-        """Tokens to compute before the next one can be drawn."""
-        return len(self.tokens) - self.computed
+    def cache_owner(self) -> tuple[str, str | None]:
+        """Whose KV cache it may reuse: only that of the same tenant, computed with the same adapter."""
+        return self.tenant, self.adapter
+
+    @property
+    def uncomputed_tokens(self) -> int:
+        """Tokens to compute before the next one can be sampled; 1 while decoding."""
+        return len(self.token_ids) - self.computed_tokens
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """Compute the next `count` tokens of a sequence."""
+class ScheduledTokens:
+    """The next `count` tokens of a sequence, to be computed in this step."""
 
     sequence: Sequence
     count: int
 
     @property
     def completes(self) -> bool:
-        """Whether the next token can be drawn afterwards."""
-        return self.count == self.sequence.left
+        """Whether the next token can be sampled afterwards."""
+        return self.count == self.sequence.uncomputed_tokens
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
-    """Before anything else, copy the keys and values of the first `count` tokens from one row to another."""
+class PrefixCopy:
+    """A copy of the first `count` tokens' keys and values from one slot to another, made before the step."""
 
     source: int
     target: int
@@ -52,11 +60,11 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """One step."""
+class Schedule:
+    """What one step computes."""
 
-    work: list[Work]
-    """Single tokens first, by row; then pieces of prompts.  Empty if there is nothing to do."""
-    copies: list[Copy]
-    begun: list[Sequence]
-    """Sequences that got a row for the first time."""
+    tokens: list[ScheduledTokens]
+    """Decode tokens first, by slot; then prefill chunks.  Empty if there is nothing to do."""
+    copies: list[PrefixCopy]
+    started: list[Sequence]
+    """Sequences that got a slot for the first time."""

@@ -1,279 +1,299 @@
-"""Who takes part in the next step of the model, and in which row of the KV cache.
+"""Continuous batching: decide which sequences take part in the next step, and in which KV cache slot.
 
-Pure: decides from counts alone.  Knows no torch, no threads, no clocks, no sampling.  The runner asks for a `Plan`,
-runs it, and says `computed`; sequences come with `add` and go with `remove` between steps.
+Pure: decides from token ids and counts alone, without torch, threads, clocks or sampling.  The runner calls `schedule`,
+computes the result, and reports it with `mark_computed`; sequences come with `add` and go with `remove` between steps.
 
 Tenants share the model by start-time fair queueing (Goyal, Vin and Cheng 1996): each has a virtual time that grows with
-the tokens computed for it, the least goes first, and a tenant that comes back starts at the least of those present.
+the tokens computed for it, the lowest goes first, and a tenant that comes back starts at the lowest of those present.
 """
 
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from collections.abc import Sequence as Tokens
+from collections.abc import Sequence as TokenIds
 from dataclasses import dataclass, field
 
-from app.worker.scheduling.schedule import Copy, Plan, Sequence, Work
+from app.worker.scheduling.schedule import PrefixCopy, Schedule, ScheduledTokens, Sequence
 
-SHARED_LEAST = 32
-"""Waiting for another sequence to compute a shared beginning pays from this many tokens on."""
-CHUNK_LEAST = 16
-"""A smaller piece of a long prompt is not worth a place in a step."""
-PROMPT_EVERY = 3
-"""In every so many steps a tenant has its next prompts computed while another one makes fewer tokens in a step."""
+MIN_SHARED_PREFIX = 32
+"""Waiting for another sequence to compute a shared prefix pays from this many tokens on."""
+MIN_PREFILL_CHUNK = 16
+"""A smaller chunk of a long prompt is not worth a place in a step."""
+PREFILL_INTERVAL = 3
+"""A tenant that decodes more sequences than another has its prompts computed only in every so many steps."""
 
 
 @dataclass(slots=True)
-class _Row:
-    """A place in the KV cache; keeps what its last sequence left there until it is needed."""
+class _Slot:
+    """A KV cache slot; what its last sequence left there stays usable as a prefix until the slot is needed."""
 
     index: int
-    holder: Sequence | None = None
-    tenant: str = ""
-    kept: list[int] = field(default_factory=list)
-    """Tokens whose keys and values are still there, once the holder has gone."""
-    freed: int = 0
-    """When the holder went; the row that was freed first is given away first."""
+    sequence: Sequence | None = None
+    owner: tuple[str, str | None] | None = None
+    """Tenant and adapter of the tokens that are cached here."""
+    cached_ids: list[int] = field(default_factory=list)
+    """Tokens whose keys and values are still there after the sequence has left."""
+    freed_at: int = 0
+    """The step in which the sequence left; the slot that was freed first is reused first."""
 
-    def known(self) -> tuple[list[int], int]:
-        """Return tokens, and how many of them are computed here."""
-        return (self.kept, len(self.kept)) if self.holder is None else (self.holder.tokens, self.holder.computed)
+    def computed_prefix(self) -> tuple[list[int], int]:
+        """Return token ids, and how many of them are computed here."""
+        if self.sequence is None:
+            return self.cached_ids, len(self.cached_ids)
+        return self.sequence.token_ids, self.sequence.computed_tokens
 
 
 class Scheduler:
-    """Keeps the waiting line, the rows and the shares."""
+    """Holds the waiting queues, the KV cache slots and the tenants' shares."""
 
-    def __init__(self, rows: int, *, reuse: bool = True) -> None:
+    def __init__(self, slots: int, *, prefix_reuse: bool = True) -> None:
         """Args:
-        rows: sequences that can be in the KV cache at once, >= 1.
-        reuse: whether a sequence may start from keys and values that another of its tenant has left or is computing.
+        slots: sequences that can be in the KV cache at once, >= 1.
+        prefix_reuse: whether a sequence may start from the prefix that another of its tenant and adapter left or is computing.
         """
-        self._rows = [_Row(index) for index in range(rows)]
-        self._reuse = reuse
+        self._slots = [_Slot(index) for index in range(slots)]
+        self._prefix_reuse = prefix_reuse
         self._sequences: dict[int, Sequence] = {}
         self._waiting: dict[str, deque[Sequence]] = {}
-        self._virtual: dict[str, float] = {}
+        self._virtual_time: dict[str, float] = {}
         """Of the tenants that have sequences now."""
         self._step = 0
 
     def __len__(self) -> int:
         return len(self._sequences)
 
-    def __contains__(self, number: int) -> bool:
-        return number in self._sequences
+    def __contains__(self, request_id: int) -> bool:
+        return request_id in self._sequences
 
     @property
     def tenants(self) -> int:
         """How many tenants have sequences."""
-        return len(self._virtual)
+        return len(self._virtual_time)
 
     @property
-    def starting(self) -> int:
-        """How many sequences have a row, or could get a free one, and not all of their prompt computed."""
-        unfinished = sum(s.left > 1 for s in self.running)
-        free = sum(row.holder is None for row in self._rows)
+    def pending_prefills(self) -> int:
+        """How many sequences have a slot, or could get a free one, and not all of their prompt computed."""
+        unfinished = sum(s.uncomputed_tokens > 1 for s in self.running)
+        free = sum(slot.sequence is None for slot in self._slots)
         return unfinished + min(free, sum(map(len, self._waiting.values())))
 
     @property
     def running(self) -> list[Sequence]:
-        """The sequences that have rows, by row."""
-        return [row.holder for row in self._rows if row.holder is not None]
+        """The sequences that have slots, by slot."""
+        return [slot.sequence for slot in self._slots if slot.sequence is not None]
 
     def add(self, sequence: Sequence) -> None:
-        """Put a sequence at the end of its tenant's line."""
-        self._sequences[sequence.number] = sequence
-        if sequence.tenant not in self._virtual:
-            self._virtual[sequence.tenant] = min(self._virtual.values(), default=0.0)
-        self._waiting.setdefault(sequence.tenant, deque()).append(sequence)
+        """Append a sequence to its tenant's waiting queue, behind those of the same priority."""
+        self._sequences[sequence.request_id] = sequence
+        if sequence.tenant not in self._virtual_time:
+            self._virtual_time[sequence.tenant] = min(self._virtual_time.values(), default=0.0)
+        queue = self._waiting.setdefault(sequence.tenant, deque())
+        queue.insert(sum(other.priority <= sequence.priority for other in queue), sequence)
 
-    def remove(self, number: int, *, forget: bool = False) -> Sequence | None:
-        """Take a sequence out, wherever it is; its row is free at once.  Returns None if there is no such sequence.
+    def remove(self, request_id: int, *, discard: bool = False) -> Sequence | None:
+        """Remove a sequence, waiting or running, and free its slot.  Returns None if there is no such sequence.
 
-        Args: forget: what it computed must not be used again.
+        Args: discard: whether what it computed must not be reused.
         """
-        sequence = self._sequences.pop(number, None)
+        sequence = self._sequences.pop(request_id, None)
         if sequence is None:
             return None
-        if sequence.row is None:
+        if sequence.slot is None:
             self._waiting[sequence.tenant].remove(sequence)
-            self._drop_empty_line(sequence.tenant)
+            self._drop_empty_queue(sequence.tenant)
         else:
-            self._free(sequence, forget=forget)
+            self._free(sequence, discard=discard)
         if all(other.tenant != sequence.tenant for other in self._sequences.values()):
-            del self._virtual[sequence.tenant]
+            del self._virtual_time[sequence.tenant]
         return sequence
 
-    def plan(self, *, prompt_tokens: int, width: int | None = None) -> Plan:
-        """Give out free rows and choose what the next step computes.
+    def schedule(self, *, prefill_tokens: int, decode_width: int | None = None) -> Schedule:
+        """Assign free slots and choose what the next step computes.
 
         Args:
-            prompt_tokens: how many tokens of unfinished prompts the step may hold beside the single ones, >= 1.
-            width: at most so many single tokens where one tenant has many and another few; None is no limit.
+            prefill_tokens: how many prompt tokens the step may hold beside the decode tokens, >= 1.
+            decode_width: bound on decode tokens where one tenant has many and another few; None is no limit.
         """
         self._step += 1
-        copies, begun = self._admit()
-        lines = self._ready()
-        least = min((len(lines.get(tenant, ())) for tenant in self._held()), default=0)
-        ahead = {tenant for tenant, line in lines.items() if len(line) > least}
+        copies, started = self._admit()
+        queues = self._decode_queues()
+        fewest = min((len(queues.get(tenant, ())) for tenant in self._slots_by_tenant()), default=0)
+        ahead = {tenant for tenant, queue in queues.items() if len(queue) > fewest}
         # Where all have more than an equal share, a shorter step would only make all of them wait for their turns.
-        shorter = width is not None and ahead and least * len(lines) <= width
-        work = [Work(sequence, 1) for sequence in sorted(self._pick(lines, width if shorter else None), key=_by_row)]
-        work += self._pieces(prompt_tokens, ahead if self._step % PROMPT_EVERY else ())
-        return Plan(work, copies, begun)
+        limited = decode_width is not None and ahead and fewest * len(queues) <= decode_width
+        decodes = self._select_decodes(queues, decode_width if limited else None)
+        tokens = [ScheduledTokens(sequence, 1) for sequence in sorted(decodes, key=_slot_of)]
+        tokens += self._prefill_chunks(prefill_tokens, ahead if self._step % PREFILL_INTERVAL else ())
+        return Schedule(tokens, copies, started)
 
-    def computed(self, work: Iterable[Work]) -> None:
-        """Take note that these pieces of a plan have been computed."""
-        for piece in work:
-            sequence = piece.sequence
-            sequence.computed += piece.count
-            sequence.served = self._step
-            if sequence.tenant in self._virtual:
-                self._virtual[sequence.tenant] += piece.count
+    def mark_computed(self, computed: Iterable[ScheduledTokens]) -> None:
+        """Record that these tokens of a schedule have been computed."""
+        for scheduled in computed:
+            sequence = scheduled.sequence
+            sequence.computed_tokens += scheduled.count
+            sequence.last_step = self._step
+            if sequence.tenant in self._virtual_time:
+                self._virtual_time[sequence.tenant] += scheduled.count
 
-    def _ready(self) -> dict[str, deque[Sequence]]:
-        """The sequences that can make a token, by tenant; who has waited longest first."""
-        lines: dict[str, deque[Sequence]] = {}
-        for sequence in sorted((s for s in self.running if s.left == 1), key=lambda s: s.served):
-            lines.setdefault(sequence.tenant, deque()).append(sequence)
-        return lines
+    def _decode_queues(self) -> dict[str, deque[Sequence]]:
+        """Return the sequences that can decode a token, by tenant, least recently computed first."""
+        queues: dict[str, deque[Sequence]] = {}
+        decoding = (s for s in self.running if s.uncomputed_tokens == 1)
+        for sequence in sorted(decoding, key=lambda s: s.last_step):
+            queues.setdefault(sequence.tenant, deque()).append(sequence)
+        return queues
 
-    def _pick(self, lines: Mapping[str, deque[Sequence]], width: int | None) -> list[Sequence]:
-        """Choose who makes a token: of each tenant in turn, as many as fit; all where there is no limit."""
-        ready = sum(map(len, lines.values()))
-        places = ready if width is None else min(width, ready)
-        chosen: list[Sequence] = []
-        while len(chosen) < places:
-            for line in lines.values():
-                if line and len(chosen) < places:
-                    chosen.append(line.popleft())
-        return chosen
+    def _select_decodes(self, queues: Mapping[str, deque[Sequence]], width: int | None) -> list[Sequence]:
+        """Choose up to `width` sequences round-robin over the tenants; all where there is no limit."""
+        available = sum(map(len, queues.values()))
+        limit = available if width is None else min(width, available)
+        selected: list[Sequence] = []
+        while len(selected) < limit:
+            for queue in queues.values():
+                if queue and len(selected) < limit:
+                    selected.append(queue.popleft())
+        return selected
 
-    def _pieces(self, budget: int, held_back: Collection[str]) -> Iterator[Work]:
-        """Deal the budget for prompts to those who are behind, a whole rest at a time where it fits."""
-        unfinished = [s for s in self.running if s.left > 1 and s.tenant not in held_back]
-        for sequence in sorted(unfinished, key=lambda s: (self._virtual[s.tenant], s.number)):
-            yield Work(sequence, min(sequence.left, budget))
-            budget -= sequence.left
-            if budget < CHUNK_LEAST:
+    def _prefill_chunks(self, budget: int, paused_tenants: Collection[str]) -> Iterator[ScheduledTokens]:
+        """Spend the budget on the tenants with the lowest virtual time first, a whole prompt at a time if it fits."""
+        unfinished = [s for s in self.running if s.uncomputed_tokens > 1 and s.tenant not in paused_tenants]
+        for sequence in sorted(unfinished, key=lambda s: (self._virtual_time[s.tenant], s.request_id)):
+            yield ScheduledTokens(sequence, min(sequence.uncomputed_tokens, budget))
+            budget -= sequence.uncomputed_tokens
+            if budget < MIN_PREFILL_CHUNK:
                 return
 
-    def _admit(self) -> tuple[list[Copy], list[Sequence]]:
-        copies: list[Copy] = []
-        begun: list[Sequence] = []
-        passed: set[str] = set()
-        while (tenant := self._next_tenant(passed)) is not None:
-            sequence, giver = self._waiting[tenant][0], self._who_gives_way(tenant)
-            if giver is None and not self._has_free_row():
-                passed.add(tenant)
+    def _admit(self) -> tuple[list[PrefixCopy], list[Sequence]]:
+        """Move waiting sequences into slots, preempting where a tenant has too many."""
+        copies: list[PrefixCopy] = []
+        started: list[Sequence] = []
+        skipped: set[str] = set()
+        while (tenant := self._next_tenant(skipped)) is not None:
+            sequence, victim = self._waiting[tenant][0], self._preemption_victim(tenant)
+            if victim is None and not self._has_free_slot():
+                skipped.add(tenant)
                 continue
-            source, shared = self._best(sequence)
+            source, shared = self._longest_cached_prefix(sequence)
             if self._should_wait(sequence, shared):
-                passed.add(tenant)
+                skipped.add(tenant)
                 continue
-            if giver is not None:
-                self._put_back(giver)
+            if victim is not None:
+                self._preempt(victim)
             self._waiting[tenant].popleft()
-            self._drop_empty_line(tenant)
-            copies += self._place(sequence, source, shared)
-            if not sequence.begun:
-                sequence.begun = True
-                sequence.reused = sequence.computed
-                begun.append(sequence)
-        return copies, begun
+            self._drop_empty_queue(tenant)
+            copies += self._assign_slot(sequence, source, shared)
+            if not sequence.started:
+                sequence.started = True
+                sequence.cached_tokens = sequence.computed_tokens
+                started.append(sequence)
+        return copies, started
 
-    def _next_tenant(self, passed: set[str]) -> str | None:
-        """Whose turn it is to get a row: who has fewest, and of these who got least."""
-        held = self._held()
-        lines = [tenant for tenant in self._waiting if tenant not in passed]
-        return min(lines, key=lambda t: (held.get(t, 0), self._virtual[t], self._waiting[t][0].number), default=None)
+    def _next_tenant(self, skipped: set[str]) -> str | None:
+        """Return the tenant that gets the next slot: by the priority of its first sequence, then fewest slots, then time."""
+        slots = self._slots_by_tenant()
+        waiting = [tenant for tenant in self._waiting if tenant not in skipped]
+        return min(
+            waiting,
+            key=lambda t: (
+                self._waiting[t][0].priority,
+                slots.get(t, 0),
+                self._virtual_time[t],
+                self._waiting[t][0].request_id,
+            ),
+            default=None,
+        )
 
-    def _held(self) -> dict[str, int]:
-        held: dict[str, int] = {}
+    def _slots_by_tenant(self) -> dict[str, int]:
+        slots: dict[str, int] = {}
         for sequence in self.running:
-            held[sequence.tenant] = held.get(sequence.tenant, 0) + 1
-        return held
+            slots[sequence.tenant] = slots.get(sequence.tenant, 0) + 1
+        return slots
 
-    def _should_wait(self, sequence: Sequence, there: int) -> bool:
-        """Whether a running sequence is computing more of a shared beginning than is there, to be copied soon."""
-        if not self._reuse:
+    def _should_wait(self, sequence: Sequence, cached: int) -> bool:
+        """Return whether a running sequence is computing more of a shared prefix than is cached, to be copied soon."""
+        if not self._prefix_reuse:
             return False
-        most = len(sequence.tokens) - 1
+        reusable = len(sequence.token_ids) - 1
         for other in self.running:
-            if other.tenant != sequence.tenant or other.left <= 1:
+            if other.cache_owner != sequence.cache_owner or other.uncomputed_tokens <= 1:
                 continue
-            shared = min(common_length(other.tokens, sequence.tokens), most)
-            gain = shared - there
-            if gain >= SHARED_LEAST or (gain > 0 and shared == most):
+            shared = min(common_prefix_length(other.token_ids, sequence.token_ids), reusable)
+            gain = shared - cached
+            if gain >= MIN_SHARED_PREFIX or (gain > 0 and shared == reusable):
                 return True
         return False
 
-    def _has_free_row(self) -> bool:
-        return any(row.holder is None for row in self._rows)
+    def _has_free_slot(self) -> bool:
+        return any(slot.sequence is None for slot in self._slots)
 
-    def _who_gives_way(self, tenant: str) -> Sequence | None:
-        """Return whose row a tenant gets where none is free: one of who has most, if that is more by two."""
-        if self._has_free_row():
+    def _preemption_victim(self, tenant: str) -> Sequence | None:
+        """Return whose slot a tenant gets where none is free: one of the tenant with most, if it has two more."""
+        if self._has_free_slot():
             return None
-        held = self._held()
-        richest = max(held, key=lambda each: (held[each], self._virtual[each]))
-        if held[richest] < held.get(tenant, 0) + 2:
+        slots = self._slots_by_tenant()
+        richest = max(slots, key=lambda each: (slots[each], self._virtual_time[each]))
+        if slots[richest] < slots.get(tenant, 0) + 2:
             return None
         # The youngest: it has the least to compute again when its turn comes back.
-        return max((s for s in self.running if s.tenant == richest), key=lambda s: s.number)
+        return max((s for s in self.running if s.tenant == richest), key=lambda s: s.request_id)
 
-    def _put_back(self, sequence: Sequence) -> None:
-        """Take a running sequence's row away; it is the first of its tenant to get one again."""
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence's slot away; it is the first of its tenant to get one again."""
         self._free(sequence)
-        sequence.computed = 0
+        sequence.computed_tokens = 0
         self._waiting.setdefault(sequence.tenant, deque()).appendleft(sequence)
 
-    def _place(self, sequence: Sequence, source: _Row | None, shared: int) -> list[Copy]:
-        """Give a sequence a free row, with the beginning that it shares with another."""
-        free = sorted((row for row in self._rows if row.holder is None), key=lambda row: (len(row.kept) > 0, row.freed))
+    def _assign_slot(self, sequence: Sequence, source: _Slot | None, shared: int) -> list[PrefixCopy]:
+        """Give a sequence a free slot, with the prefix that it shares with `source`."""
+        free = sorted(
+            (slot for slot in self._slots if slot.sequence is None),
+            key=lambda slot: (len(slot.cached_ids) > 0, slot.freed_at),
+        )
         target = free[0]
-        copies: list[Copy] = []
+        copies: list[PrefixCopy] = []
         if source is not None:
-            # A row that would lose much more than it gives is copied from, as long as another can be had.
-            whole = source.holder is None and (len(source.kept) <= 2 * shared or len(free) == 1)
-            if whole:
+            # A slot that would lose much more than it gives is copied from, as long as another can be had.
+            in_place = source.sequence is None and (len(source.cached_ids) <= 2 * shared or len(free) == 1)
+            if in_place:
                 target = source
             elif target is not source:
-                copies.append(Copy(source.index, target.index, shared))
-        target.holder, target.tenant, target.kept = sequence, sequence.tenant, []
-        sequence.row, sequence.computed = target.index, shared
+                copies.append(PrefixCopy(source.index, target.index, shared))
+        target.sequence, target.owner, target.cached_ids = sequence, sequence.cache_owner, []
+        sequence.slot, sequence.computed_tokens = target.index, shared
         return copies
 
-    def _best(self, sequence: Sequence) -> tuple[_Row | None, int]:
-        """Return the row of the same tenant that shares the longest computed beginning, and its length in tokens."""
+    def _longest_cached_prefix(self, sequence: Sequence) -> tuple[_Slot | None, int]:
+        """Return the slot of the same tenant and adapter that shares the longest computed prefix, and its length in tokens."""
         best, length = None, 0
-        for row in self._rows if self._reuse else ():
-            if row.tenant == sequence.tenant:
-                tokens, computed = row.known()
-                # The last token is always computed: the scores of the next one come from it.
-                shared = min(common_length(tokens, sequence.tokens), computed, len(sequence.tokens) - 1)
+        for slot in self._slots if self._prefix_reuse else ():
+            if slot.owner == sequence.cache_owner:
+                token_ids, computed = slot.computed_prefix()
+                # The last token is always computed: the next one is sampled from its logits.
+                shared = min(common_prefix_length(token_ids, sequence.token_ids), computed, len(sequence.token_ids) - 1)
                 if shared > length:
-                    best, length = row, shared
+                    best, length = slot, shared
         return best, length
 
-    def _free(self, sequence: Sequence, *, forget: bool = False) -> None:
-        row = next(row for row in self._rows if row.holder is sequence)
-        row.kept = [] if forget or not self._reuse else sequence.tokens[: sequence.computed]
-        row.holder, row.freed, sequence.row = None, self._step, None
+    def _free(self, sequence: Sequence, *, discard: bool = False) -> None:
+        slot = next(slot for slot in self._slots if slot.sequence is sequence)
+        reusable = self._prefix_reuse and not discard
+        slot.cached_ids = sequence.token_ids[: sequence.computed_tokens] if reusable else []
+        slot.sequence, slot.freed_at, sequence.slot = None, self._step, None
 
-    def _drop_empty_line(self, tenant: str) -> None:
+    def _drop_empty_queue(self, tenant: str) -> None:
         if not self._waiting[tenant]:
             del self._waiting[tenant]
 
 
-def _by_row(sequence: Sequence) -> int:
-    return -1 if sequence.row is None else sequence.row
+def _slot_of(sequence: Sequence) -> int:
+    return -1 if sequence.slot is None else sequence.slot
 
 
-def common_length(one: Tokens[int], other: Tokens[int]) -> int:
+def common_prefix_length(one: TokenIds[int], other: TokenIds[int]) -> int:
     """Return how many tokens two sequences share from the first on."""
     low, high = 0, min(len(one), len(other))
     if one[:high] == other[:high]:
         return high
-    # Slices are compared in C; a loop over tokens would take milliseconds for a full line of long prompts.
+    # Slices are compared in C; a loop over tokens would take milliseconds for a full queue of long prompts.
     while high - low > 1:
         middle = (low + high) // 2
         if one[low:middle] == other[low:middle]:

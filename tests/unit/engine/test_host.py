@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from contextlib import AsyncExitStack
+from contextlib import ExitStack
 
 import pytest
 
@@ -78,7 +78,7 @@ def hello(request_id: str = "a", model: str | None = None, n: int = 1) -> Genera
 
 async def generate(host: ModelHost, request: GenerationRequest) -> list[list[Event]]:
     """Lease the model of a request and read all its samples."""
-    async with host.lease(request) as model:
+    with host.lease(request) as model:
         return await asyncio.gather(*(read(model.engine.stream(sample)) for sample in request.samples()))
 
 
@@ -138,7 +138,7 @@ async def test_a_request_gets_the_model_that_it_names() -> None:
 
     served = []
     for name in ("second", None, "first", "echo"):
-        async with host.lease(hello(model=name)) as model:
+        with host.lease(hello(model=name)) as model:
             served.append(model.name)
 
     assert ["second", "echo", "first", "echo"] == served
@@ -197,14 +197,14 @@ async def test_an_unloaded_name_can_be_loaded_again() -> None:
     """As a new model, though a request of the old one has not let go of its lease yet."""
     builder = Builder()
     host = await host_of(builder, "echo")
-    async with AsyncExitStack() as leases:
-        old = await leases.enter_async_context(host.lease(hello("a")))
+    with ExitStack() as leases:
+        old = leases.enter_context(host.lease(hello("a")))
         await host.unload("echo", grace_seconds=0)
         new = await host.load("echo")
 
         assert old is not new
         assert "hello" == text_of((await generate(host, hello("b")))[0])
-        await leases.enter_async_context(host.lease(hello("c")))
+        leases.enter_context(host.lease(hello("c")))
     await asyncio.wait_for(host.unload("echo", grace_seconds=60), SOON)
 
     assert Counter(echo=2) == builder.built
@@ -236,9 +236,8 @@ async def test_a_lease_ends_however_its_request_does() -> None:
     """By an error or a hang-up too: unloading has nothing left to wait for."""
     builder = Builder(token_delay_seconds=60)
     host = await host_of(builder, "echo")
-    with pytest.raises(EngineFailed):
-        async with host.lease(hello("a", n=2)):
-            raise EngineFailed("It failed.")
+    with pytest.raises(EngineFailed), host.lease(hello("a", n=2)):
+        raise EngineFailed("It failed.")
     live = await begin(host, hello("b"))
     live.cancel()
     await asyncio.wait([live])

@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 async def test_a_dead_worker_fails_every_request_and_is_started_again(folder: Path):
-    """The restart is counted, the cause is kept until it serves again, and new requests are answered."""
+    """The restart is counted, the cause stays visible until it serves again, and new requests complete."""
     workers = FakeWorkers(folder)
     async with engine_on(workers) as engine:
         running, waiting = (
@@ -96,9 +96,11 @@ async def test_a_worker_that_served_for_a_while_is_replaced_soon(folder: Path, m
     assert time.monotonic() - began < 0.05 * (2**6 - 1)
 
 
-@pytest.mark.parametrize("fail", [lambda link: link.say(LoadFailed("it is odd")), FakeLink.kill], ids=["told", "died"])
+@pytest.mark.parametrize(
+    "fail", [lambda link: link.say(LoadFailed("it is odd")), FakeLink.kill], ids=["reported", "died"]
+)
 async def test_a_model_that_never_loaded_is_given_up(folder: Path, fail: Callable[[FakeLink], None]):
-    """Trying again would not help: who waits is told why, and nothing is started again."""
+    """Trying again would not help: who waits gets the reason, and nothing is started again."""
     workers = FakeWorkers(folder, ready=False)
     async with engine_on(workers) as engine:
         waiting = asyncio.create_task(engine.wait_ready())
@@ -178,7 +180,7 @@ async def test_a_request_that_nobody_reads_any_more_still_counts_as_work(folder:
 
 
 async def test_closing_ends_live_streams_and_is_final(folder: Path):
-    """They end with ABORT, the worker is told to leave, and whoever comes later is refused."""
+    """They end with ABORT, the worker gets a Shutdown, and later requests are refused."""
     workers = FakeWorkers(folder)
     async with engine_on(workers) as engine:
         reading = await begun(engine, workers.newest, make_request())
@@ -198,7 +200,7 @@ async def test_closing_ends_live_streams_and_is_final(folder: Path):
 
 @pytest.mark.parametrize("start", [True, False], ids=["while it loads", "before it starts"])
 async def test_an_engine_without_a_model_closes_at_once(folder: Path, start: bool):
-    """Nothing is left, and who waited for the model is told."""
+    """Nothing is left, and who waited for the model gets an error."""
     workers = FakeWorkers(folder, ready=False)
     engine = LocalEngine(ModelConfig(), DeadlineConfig(), launch=workers)
     if start:

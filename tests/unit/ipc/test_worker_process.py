@@ -61,7 +61,7 @@ def test_how_threads_wait_is_the_operators_choice():
 
 
 class CountingRunner:
-    """Makes the tokens 0, 1, 2, ... for one request after another."""
+    """Generates the tokens 0, 1, 2, ... for one request after another."""
 
     name = "counting"
     slots = 1
@@ -105,46 +105,46 @@ class Loop:
         self.thread = threading.Thread(target=Worker(self.theirs, CountingRunner()).run)
         self.thread.start()
 
-    def tell(self, message: ToWorker) -> None:
+    def send(self, message: ToWorker) -> None:
         self.socket.send(encode(message))
 
-    def hear(self) -> FromWorker:
+    def receive(self) -> FromWorker:
         assert self.socket.poll(10_000)
         return decode_from_worker(self.socket.recv())
 
     def events_until_end(self) -> list[TokenEvent]:
         events: list[TokenEvent] = []
         while not events or not (events[-1].finish or events[-1].error):
-            step = self.hear()
+            step = self.receive()
             assert isinstance(step, Step)
             events.extend(step.events)
         return events
 
 
-def test_a_worker_that_makes_nothing_for_long_still_says_that_it_lives(monkeypatch: pytest.MonkeyPatch, loop: Loop):
-    """The steps of a long prompt bring no events; at times one is told all the same, and short silences are kept."""
-    loop.tell(Submit(1, (5,) * 4, SamplingParams(max_tokens=1)))
+def test_a_worker_without_events_for_long_still_sends_a_heartbeat(monkeypatch: pytest.MonkeyPatch, loop: Loop):
+    """The steps of a long prompt have no events; an empty one is sent at times, and not after each step."""
+    loop.send(Submit(1, (5,) * 4, SamplingParams(max_tokens=1)))
     assert [((0,), None), ((), "length")] == [(e.token_ids, e.finish) for e in loop.events_until_end()]
 
-    monkeypatch.setattr("app.worker.process.SILENCE_SECONDS", -1)
-    loop.tell(Submit(2, (5,) * 4, SamplingParams(max_tokens=1)))
-    assert [Step([])] * 3 == [loop.hear() for _ in range(3)]
+    monkeypatch.setattr("app.worker.process.HEARTBEAT_SECONDS", -1)
+    loop.send(Submit(2, (5,) * 4, SamplingParams(max_tokens=1)))
+    assert [Step([])] * 3 == [loop.receive() for _ in range(3)]
     assert [((0,), None), ((), "length")] == [(e.token_ids, e.finish) for e in loop.events_until_end()]
 
 
 @pytest.fixture
 def loop() -> Iterator[Loop]:
-    made = Loop()
-    yield made
-    made.tell(Shutdown())
-    made.thread.join(10)
-    made.context.destroy(linger=0)
+    loop = Loop()
+    yield loop
+    loop.send(Shutdown())
+    loop.thread.join(10)
+    loop.context.destroy(linger=0)
 
 
-def test_a_request_is_answered_event_by_event(loop: Loop):
-    """Each token as it is made, then the end; a second request finds the loop waiting."""
+def test_a_request_completes_event_by_event(loop: Loop):
+    """Each token as it is sampled, then the end; a second request finds the loop waiting."""
     for number in (1, 2):
-        loop.tell(Submit(number, (5,), SamplingParams(max_tokens=2)))
+        loop.send(Submit(number, (5,), SamplingParams(max_tokens=2)))
 
         assert [((0,), None), ((1,), None), ((), "length")] == [
             (event.token_ids, event.finish) for event in loop.events_until_end()
@@ -152,21 +152,21 @@ def test_a_request_is_answered_event_by_event(loop: Loop):
 
 
 def test_a_cancel_is_read_between_two_tokens(loop: Loop):
-    """Long before the answer would be complete, and with the next request already there."""
-    loop.tell(Submit(1, (5,), SamplingParams(max_tokens=10_000_000)))
-    loop.hear()
-    loop.tell(Submit(2, (5,), SamplingParams(max_tokens=1)))
-    loop.tell(Cancel(1))
+    """Long before the completion would end, and with the next request already there."""
+    loop.send(Submit(1, (5,), SamplingParams(max_tokens=10_000_000)))
+    loop.receive()
+    loop.send(Submit(2, (5,), SamplingParams(max_tokens=1)))
+    loop.send(Cancel(1))
 
     assert "abort" == loop.events_until_end()[-1].finish
     assert 2 == loop.events_until_end()[-1].id
 
 
-def test_shutdown_stops_the_loop_in_the_middle_of_an_answer(loop: Loop):
+def test_shutdown_stops_the_loop_in_the_middle_of_a_completion(loop: Loop):
     """The running request is ended first, so that nothing is cut off in the model."""
-    loop.tell(Submit(1, (5,), SamplingParams(max_tokens=10_000_000)))
-    loop.hear()
-    loop.tell(Shutdown())
+    loop.send(Submit(1, (5,), SamplingParams(max_tokens=10_000_000)))
+    loop.receive()
+    loop.send(Shutdown())
 
     assert "abort" == loop.events_until_end()[-1].finish
     loop.thread.join(10)

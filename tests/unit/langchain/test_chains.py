@@ -1,7 +1,8 @@
-"""LangChain's face of the engine."""
+"""LangChain's face of an engine, and the chains that the service runs."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import replace
 
 import pytest
 from langchain_core.messages import AIMessage, FunctionMessage, HumanMessage, SystemMessage
@@ -9,10 +10,13 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import PromptTemplate
 from langchain_huggingface import ChatHuggingFace, HuggingFacePipeline
 
-from app.engine.base import Chunk, GenerationRequest
 from app.engine.echo import EchoEngine
-from app.langchain.chains import Call, Chains, EngineChat, EnginePipeline
+from app.events import Event, Started, finish
+from app.langchain.chains import ModelChains
+from app.langchain.models import EngineChat, EnginePipeline
+from app.requests import GenerationRequest
 from app.types import FinishReason, Message, Role, SamplingParams, Usage
+from tests.unit.event_streams import finished_of, read, text_of
 
 
 @pytest.fixture
@@ -34,7 +38,7 @@ async def test_both_classes_are_the_ones_their_users_know(pipeline: EnginePipeli
     assert isinstance(EngineChat(llm=pipeline), ChatHuggingFace)
 
 
-async def test_an_answer_carries_usage_and_finish_reason_in_langchains_places(pipeline: EnginePipeline) -> None:
+async def test_a_response_carries_usage_and_finish_reason_in_langchains_places(pipeline: EnginePipeline) -> None:
     """usage_metadata and response_metadata on a message, generation_info on a generation."""
     message = await EngineChat(llm=pipeline).ainvoke([SystemMessage("s"), HumanMessage("hello")], max_tokens=3)
     result = await pipeline.agenerate(["abc"])
@@ -48,33 +52,33 @@ async def test_an_answer_carries_usage_and_finish_reason_in_langchains_places(pi
 
 
 async def test_log_probabilities_are_where_langchains_users_look_for_them(pipeline: EnginePipeline) -> None:
-    """In response_metadata and generation_info, in OpenAI's shape, each token once; nowhere if not asked for."""
+    """In response_metadata and generation_info, in OpenAI's shape, each token once; nowhere if they are not wanted."""
     chat = EngineChat(llm=pipeline)
     letters = [(token, list(token.encode()), 0.0) for token in "né"]
 
     message = await chat.ainvoke("né", logprobs=1)
-    pieces = [piece async for piece in chat.astream("né", logprobs=1)]
+    chunks = [chunk async for chunk in chat.astream("né", logprobs=1)]
     result = (await pipeline.agenerate(["né"], logprobs=0)).generations[0][0]
-    unasked = await chat.ainvoke("né")
+    unwanted = await chat.ainvoke("né")
 
-    told = [message.response_metadata["logprobs"], sum(pieces[1:], pieces[0]).response_metadata["logprobs"]]
-    for logprobs in told:
+    infos = [message.response_metadata["logprobs"], sum(chunks[1:], chunks[0]).response_metadata["logprobs"]]
+    for logprobs in infos:
         assert letters == [(token["token"], token["bytes"], token["logprob"]) for token in logprobs["content"]]
         assert letters == [tuple(token["top_logprobs"][0].values()) for token in logprobs["content"]]
     assert result.generation_info is not None
     assert [[], []] == [token["top_logprobs"] for token in result.generation_info["logprobs"]["content"]]
-    assert "logprobs" not in unasked.response_metadata
+    assert "logprobs" not in unwanted.response_metadata
 
 
-async def test_cached_prompt_tokens_are_told_as_langchain_counts_them() -> None:
+async def test_cached_prompt_tokens_are_counted_as_langchain_counts_them() -> None:
     """input_token_details.cache_read of usage_metadata."""
 
-    class Remembering(EchoEngine):
-        async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
-            yield Chunk()
-            yield Chunk(finish_reason=FinishReason.STOP, usage=Usage(9, 0, cached_tokens=7))
+    class PrefixCachingEngine(EchoEngine):
+        async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+            yield Started(prompt_tokens=9)
+            yield finish(FinishReason.STOP, Usage(9, 0, cached_tokens=7))
 
-    message = await EngineChat(llm=EnginePipeline(engine=Remembering(), model_id="echo")).ainvoke("hi")
+    message = await EngineChat(llm=EnginePipeline(engine=PrefixCachingEngine(), model_id="echo")).ainvoke("hi")
 
     assert {"cache_read": 7} == (message.usage_metadata or {}).get("input_token_details")
 
@@ -95,7 +99,7 @@ async def test_an_argument_that_nothing_would_honour_is_refused(pipeline: Engine
 
 
 async def test_the_sync_methods_work_from_any_other_thread(pipeline: EnginePipeline) -> None:
-    """invoke, stream, batch and a chain of runnables, while the engine's loop goes on."""
+    """invoke, stream, batch and a chain of runnables, while the engine's loop runs."""
     chat = EngineChat(llm=pipeline)
     chain = PromptTemplate.from_template("<{text}>") | pipeline | StrOutputParser()
 
@@ -135,12 +139,15 @@ async def test_a_message_of_an_unknown_kind_is_refused(pipeline: EnginePipeline)
 )
 async def test_user_text_is_never_read_as_a_template(engine: EchoEngine, text: str) -> None:
     """Braces and the like reach the engine as they are, in prompts, messages and system text."""
-    chains = Chains(engine, "echo")
-    seen: list[Chunk] = []
-    call = Call(request_id="r", tenant="t", params=SamplingParams(max_tokens=100), see=seen.append)
+    chains = ModelChains(engine, "echo", system="You are {model_name}.", completion="{prompt}")
+    sampling = SamplingParams(max_tokens=100)
+    messages = (Message(Role.SYSTEM, text), Message(Role.USER, text))
 
-    completed = "".join([part async for part in chains.complete(text, call)])
-    chatted = "".join([part async for part in chains.chat(text, [Message(Role.USER, text)], call)])
-
-    assert (text, text) == (completed, chatted)
-    assert [FinishReason.STOP] * 2 == [chunk.finish_reason for chunk in seen if chunk.finish_reason]
+    for request in (
+        GenerationRequest(id="1", tenant="t", text=text, sampling=sampling),
+        GenerationRequest(id="2", tenant="t", messages=messages, sampling=sampling),
+    ):
+        prepared = await engine.prepare(chains.render(request))
+        events = await read(chains.stream(replace(request, prompt_ids=prepared.prompt_ids)))
+        assert text == text_of(events)
+        assert FinishReason.STOP is finished_of(events).finish_reason

@@ -8,12 +8,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from app.engine.base import Chunk, GenerationRequest
 from app.engine.echo import EchoEngine
 from app.errors import PiiBlocked, ServiceUnavailable
+from app.events import Delta, DetokenizedLogprob, Event, Started, finish
 from app.privacy.filters import THREAD_CHARS, FilteredEngine, InputFilter
 from app.privacy.redactor import PiiKind, Redactor, StreamRedactor
-from app.types import FinishReason, SamplingParams, TokenLogprob, Usage
+from app.requests import GenerationRequest
+from app.types import FinishReason, SamplingParams, Usage
+from tests.unit.event_streams import deltas_of, finished_of, logprobs_of, read, text_of
 
 CANARY = "jane.doe@example.com"
 
@@ -26,8 +28,9 @@ async def engine() -> AsyncIterator[EchoEngine]:
     await engine.close()
 
 
-def ask(text: str, max_tokens: int = 1000) -> GenerationRequest:
-    return GenerationRequest("r", "t", tuple(map(ord, text)), SamplingParams(max_tokens=max_tokens))
+def make_request(text: str, *, stream: bool = True) -> GenerationRequest:
+    sampling = SamplingParams(max_tokens=1000)
+    return GenerationRequest(id="r", tenant="t", prompt_ids=tuple(map(ord, text)), sampling=sampling, stream=stream)
 
 
 def counting() -> tuple[Counter[PiiKind], InputFilter, InputFilter]:
@@ -62,8 +65,8 @@ async def test_blocked_input_names_the_kinds_and_never_the_text() -> None:
     assert CANARY not in str(refused.value)
 
 
-async def test_what_is_kept_is_masked_even_where_input_is_blocked_and_counts_as_no_match() -> None:
-    """The reply that enters a session looks as it would if the client sent it back."""
+async def test_what_is_stored_is_masked_even_where_input_is_blocked_and_counts_as_no_match() -> None:
+    """The completion that enters a session looks as it would if the client sent it back."""
     found, _, block = counting()
 
     assert "mail [EMAIL]" == await block.mask(f"mail {CANARY}")
@@ -83,104 +86,130 @@ async def test_a_broken_input_filter_refuses_and_does_not_let_through(monkeypatc
 
 
 async def test_output_is_masked_though_it_comes_in_single_characters(engine: EchoEngine) -> None:
-    """No chunk shows a part of it; usage and finish reason stay those of the model."""
+    """No delta shows a part of it; usage and finish reason stay those of the model."""
     found: Counter[PiiKind] = Counter()
     filtered = FilteredEngine(engine, Redactor(), lambda kind, times: found.update({kind: times}))
     text = f"Write to {CANARY} or not."
 
-    chunks = [chunk async for chunk in filtered.stream(ask(text))]
+    events = await read(filtered.stream(make_request(text)))
 
-    assert "Write to [EMAIL] or not." == "".join(chunk.text for chunk in chunks)
-    assert not any("@" in chunk.text or "jane" in chunk.text for chunk in chunks)
+    assert "Write to [EMAIL] or not." == text_of(events)
+    assert not any("@" in delta.text or "jane" in delta.text for delta in deltas_of(events))
     assert {PiiKind.EMAIL: 1} == found
-    usage = chunks[-1].usage
-    assert usage is not None
-    assert len(text) == usage.completion_tokens == sum(chunk.tokens for chunk in chunks)
-    assert Chunk() == chunks[0]
+    assert finish(FinishReason.STOP, Usage(len(text), len(text))) == events[-1]
+    assert len(text) == sum(delta.tokens for delta in deltas_of(events))
+    assert Started(prompt_tokens=len(text)) == events[0]
 
 
-async def test_a_broken_output_filter_ends_the_answer_with_content_filter(
+@pytest.mark.parametrize("text", [f"Write to {CANARY} or not.", CANARY, "a", f"{CANARY} {CANARY}"])
+async def test_output_that_is_not_streamed_is_masked_just_as_well(engine: EchoEngine, text: str) -> None:
+    """Whichever part of it the first token is."""
+    filtered = FilteredEngine(engine, Redactor(), lambda kind, times: None)
+
+    streamed, whole = [await read(filtered.stream(make_request(text, stream=stream))) for stream in (True, False)]
+
+    assert Redactor().redact(text).text == text_of(streamed) == text_of(whole)
+    assert len(deltas_of(whole)) <= 3
+    assert finished_of(streamed) == finished_of(whole)
+
+
+async def test_leaving_filtered_output_closes_the_model_s(engine: EchoEngine) -> None:
+    """And counts what was found until then."""
+    found: Counter[PiiKind] = Counter()
+    filtered = FilteredEngine(engine, Redactor(), lambda kind, times: found.update({kind: times}))
+    stream = filtered.stream(make_request(f"{CANARY} and then some more"))
+    while "[EMAIL]" not in text_of([await anext(stream)]):
+        pass
+
+    await stream.aclose()
+
+    assert 0 == engine.status().running
+    assert {PiiKind.EMAIL: 1} == found
+
+
+async def test_a_broken_output_filter_ends_the_completion_with_content_filter(
     engine: EchoEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing unfiltered is sent, the model is freed, and what it made is still counted."""
-    fed = StreamRedactor.feed
+    """Nothing unfiltered is sent, the model is freed, and what it generated is still counted."""
+    feed = StreamRedactor.feed
 
     def breaks_at_the_third(self: StreamRedactor, delta: str) -> str:
         if delta == "c":
             raise ValueError(delta)
-        return fed(self, delta)
+        return feed(self, delta)
 
     monkeypatch.setattr(StreamRedactor, "feed", breaks_at_the_third)
     filtered = FilteredEngine(engine, Redactor(), lambda kind, times: None)
 
-    chunks = [chunk async for chunk in filtered.stream(ask("a b c d"))]
+    events = await read(filtered.stream(make_request("a b c d")))
 
-    assert FinishReason.CONTENT_FILTER == chunks[-1].finish_reason
-    assert "c" not in "".join(chunk.text for chunk in chunks)
-    assert chunks[-1].usage is not None
-    assert 5 == chunks[-1].usage.completion_tokens
+    assert "c" not in text_of(events)
+    assert finish(FinishReason.CONTENT_FILTER, Usage(7, 5)) == events[-1]
     assert 0 == engine.status().running
 
 
-class SpeakingEngine(EchoEngine):
-    """Says the given tokens, so many at once as told, each with its number for a log-probability."""
+class TokensEngine(EchoEngine):
+    """Generates given tokens, so many in a delta as given, each with its number for a log-probability."""
 
     def __init__(self, tokens: Sequence[str], sizes: Sequence[int]) -> None:
         super().__init__()
-        self._tokens, self._sizes = tokens, sizes
+        self.tokens, self.sizes = tokens, sizes
 
-    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
-        yield Chunk()
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        yield Started()
         begin = 0
-        for size in [*self._sizes, len(self._tokens)]:
-            texts = self._tokens[begin : begin + size]
+        for size in [*self.sizes, len(self.tokens)]:
+            texts = self.tokens[begin : begin + size]
             if not texts:
                 break
-            logprobs = tuple(TokenLogprob(begin + number, 0.0) for number in range(len(texts)))
+            logprobs = tuple(
+                DetokenizedLogprob(text, text.encode(), -float(begin + number)) for number, text in enumerate(texts)
+            )
             ends = tuple(accumulate(map(len, texts)))
-            yield Chunk(text="".join(texts), tokens=len(texts), logprobs=logprobs, token_ends=ends)
+            yield Delta(text="".join(texts), tokens=len(texts), logprobs=logprobs, token_ends=ends)
             begin += len(texts)
-        yield Chunk(finish_reason=FinishReason.STOP, usage=Usage(1, len(self._tokens)))
+        yield finish(FinishReason.STOP, Usage(1, len(self.tokens)))
 
 
-async def shown(tokens: Sequence[str], sizes: Sequence[int] = ()) -> list[Chunk]:
-    filtered = FilteredEngine(SpeakingEngine(tokens, sizes), Redactor(), lambda kind, times: None)
-    request = GenerationRequest("r", "t", (1,), SamplingParams(max_tokens=1000, logprobs=0))
-    return [chunk async for chunk in filtered.stream(request)]
+async def filtered(tokens: Sequence[str], sizes: Sequence[int] = ()) -> list[Event]:
+    """Return the events that the filter makes of these tokens."""
+    engine = FilteredEngine(TokensEngine(tokens, sizes), Redactor(), lambda kind, times: None)
+    sampling = SamplingParams(max_tokens=1000, logprobs=0)
+    return await read(engine.stream(GenerationRequest(id="r", tenant="t", prompt_ids=(1,), sampling=sampling)))
 
 
-def numbers(chunks: Sequence[Chunk]) -> list[int]:
-    return [token.token_id for chunk in chunks for token in chunk.logprobs]
+def numbers(events: Sequence[Event]) -> list[int]:
+    return [-int(token.logprob) for token in logprobs_of(events)]
 
 
-@pytest.mark.parametrize("sizes", [(), (1,) * 20, (2, 3, 1)], ids=["whole", "one by one", "in pieces"])
+@pytest.mark.parametrize("sizes", [(), (1,) * 20, (2, 3, 1)], ids=["whole", "one by one", "a few at a time"])
 async def test_log_probabilities_end_where_the_first_mask_begins(sizes: tuple[int, ...]) -> None:
-    """The token that reaches into the address is not told, nor is anything behind it; the text goes on."""
+    """The token that reaches into the address has none, nor has anything behind it; the text continues."""
     tokens = ["Write", " to", " jane", ".doe", "@", "example", ".com", " or", " call", "."]
 
-    chunks = await shown(tokens, sizes)
+    events = await filtered(tokens, sizes)
 
-    assert "Write to [EMAIL] or call." == "".join(chunk.text for chunk in chunks)
-    assert [0, 1] == numbers(chunks)
+    assert "Write to [EMAIL] or call." == text_of(events)
+    assert [0, 1] == numbers(events)
 
 
 async def test_no_later_word_that_resembles_a_masked_one_brings_them_back() -> None:
-    """The text goes on with the very letters that were masked before."""
+    """The text continues with the very letters that were masked before."""
     tokens = ["to ", "jane", ".doe", "@example.com", " or ", "jane", " or ", "jane", " x"]
 
-    assert [0] == numbers(await shown(tokens, (1,) * 20))
+    assert [0] == numbers(await filtered(tokens, (1,) * 20))
 
 
-async def test_log_probabilities_wait_for_text_that_is_held_back() -> None:
-    """A chunk tells of no token whose text it does not hold yet, and all are told of a clean answer."""
+async def test_log_probabilities_wait_for_text_that_is_withheld() -> None:
+    """A delta has none of a token whose text it does not have yet, and a clean completion has all."""
     tokens = ["Ja", "ne", ".d", "oe", " is", " a", " na", "me"]
 
-    chunks = await shown(tokens, (1,) * 20)
+    deltas = deltas_of(await filtered(tokens, (1,) * 20))
 
-    told = list(accumulate(len(chunk.logprobs) for chunk in chunks))
-    said = list(accumulate(len(chunk.text) for chunk in chunks))
-    assert all(len("".join(tokens[:count])) <= length for count, length in zip(told, said, strict=True))
-    assert list(range(len(tokens))) == numbers(chunks)
+    counts = list(accumulate(len(delta.logprobs) for delta in deltas))
+    lengths = list(accumulate(len(delta.text) for delta in deltas))
+    assert all(len("".join(tokens[:count])) <= length for count, length in zip(counts, lengths, strict=True))
+    assert list(range(len(tokens))) == numbers(deltas)
 
 
 WORDS = st.sampled_from(
@@ -190,10 +219,10 @@ WORDS = st.sampled_from(
 
 @given(st.lists(WORDS, max_size=6), st.lists(st.integers(0, 6), max_size=60), st.lists(st.integers(1, 5), max_size=40))
 @example(["hello ", CANARY], [3] * 20, [1] * 20)
-async def test_what_is_told_of_tokens_is_the_clean_beginning_however_they_come(
+async def test_log_probabilities_are_those_of_the_clean_beginning_however_tokens_come(
     words: list[str], cuts: list[int], sizes: list[int]
 ) -> None:
-    """Exactly the tokens that end before the first difference between the model's text and the one let out."""
+    """Exactly the tokens that end before the first difference between the model's text and the one that is released."""
     raw = "".join(words)
     places = [0, *(min(at, len(raw)) for at in accumulate(cuts)), len(raw)]
     tokens = [raw[begin:end] for begin, end in pairwise(places)]
@@ -202,8 +231,10 @@ async def test_what_is_told_of_tokens_is_the_clean_beginning_however_they_come(
     clean = next((at for at, (mine, theirs) in enumerate(pairs) if mine != theirs), len(raw))
     expected = sum(end <= clean for end in places[1:])
 
-    chunks = await shown(tokens, sizes)
+    events = await filtered(tokens, sizes)
 
-    assert redaction.text == "".join(chunk.text for chunk in chunks)
-    assert list(range(expected)) == numbers(chunks)
-    assert [len(chunk.logprobs) for chunk in chunks] == [len(chunk.token_ends) for chunk in chunks]
+    assert redaction.text == text_of(events)
+    assert list(range(expected)) == numbers(events)
+    assert [len(delta.logprobs) for delta in deltas_of(events)] == [
+        len(delta.token_ends) for delta in deltas_of(events)
+    ]

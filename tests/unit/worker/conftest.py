@@ -1,4 +1,4 @@
-"""What tests of compiled programs need."""
+"""The compiler that tests of native kernels need."""
 
 import os
 import shutil

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import transformers as hf
 
-from app.worker.loading.loader import LoadedModel
+from app.worker.loaded_model import LoadedModel
 
 VOCABULARY = 97
 CONTEXT = 64
@@ -47,7 +47,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "gpt neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**_SIZES)),
 }  # fmt: skip
 
-NOT_IN_ROWS: dict[str, tuple[Callable[[], Any], str]] = {
+NOT_BATCHABLE: dict[str, tuple[Callable[[], Any], str]] = {
     "mamba": (
         lambda: hf.MambaForCausalLM(hf.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2)),
         "layers of the kind linear_attention",
@@ -74,7 +74,7 @@ def make(build: Callable[[], Any]) -> Any:
     """Build a model; one name gives the same weights each time."""
     torch.manual_seed(5)
     model = build().eval()
-    # Random weights of the usual size give nearly equal scores; larger ones make every step's choice a clear one.
+    # Random weights of the usual size give nearly equal logits; larger ones make every step's choice a clear one.
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1:

@@ -12,13 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.worker.execution import executor_selection as acceleration
-from app.worker.execution.executor_selection import accelerate
-from app.worker.execution.model_runner import RowModel, make_row_model
-from app.worker.execution.native import native_build as programs
-from app.worker.execution.native.attention import CompiledAttention, Heads
+from app.worker.execution import executor_selection
+from app.worker.execution.executor_selection import install_verified, select_executor
+from app.worker.execution.model_runner import ModelRunner
+from app.worker.execution.native import native_build
+from app.worker.execution.native.attention import AttentionShape as Shape
+from app.worker.execution.native.attention import NativeAttention
 from app.worker.execution.native.native_build import CompileError
-from app.worker.execution.packed_batch import Piece
+from app.worker.execution.native.native_executors import NativeAttentionExecutor
+from app.worker.execution.packed_batch import Segment
+from app.worker.execution.torch.torch_executor import create_torch_runner, torch_runner
 from tests.unit.worker.families import CONTEXT, FAMILIES, VOCABULARY, make
 
 LENGTH = 200
@@ -26,88 +29,106 @@ BF16 = torch.bfloat16
 pytestmark = pytest.mark.usefixtures("compiler")
 
 
-def in_rows(model: Any, rows: int = 2) -> RowModel:
-    """A model whose attention is compiled, if that can be done."""
-    made = make_row_model(model, length=CONTEXT, rows=rows, free_bytes=10**9)
-    accelerate(made, "attention")
-    return made
+def selected(model: Any) -> ModelRunner:
+    """A runner with the executor that is selected by default."""
+    runner = create_torch_runner(model, length=CONTEXT, slots=2, free_bytes=10**9)
+    select_executor(runner, "auto")
+    return runner
 
 
-def attended(heads: Heads, q: Tensor, keys: Tensor, values: Tensor, places: list[tuple[int, int, int]]) -> Tensor:
+def with_native_attention(model: Any, slots: int = 2) -> ModelRunner:
+    """A runner whose model is torch's but for attention."""
+    runner = create_torch_runner(model, length=CONTEXT, slots=slots, free_bytes=10**9)
+    install_verified(runner, NativeAttentionExecutor(runner.executor, runner.cache), tolerance=1e-4)
+    return runner
+
+
+def random_cache(shape: Shape, slots: int, generator: torch.Generator) -> Tensor:
+    """Keys or values of one layer, (slots, KV heads, LENGTH, head size)."""
+    return torch.randn(slots, shape.num_kv_heads, LENGTH, shape.head_size, generator=generator).to(shape.dtype)
+
+
+def random_queries(shape: Shape, tokens: int, generator: torch.Generator) -> Tensor:
+    """(tokens, heads, head size)"""
+    heads = shape.num_kv_heads * shape.queries_per_kv
+    return torch.randn(tokens, heads, shape.head_size, generator=generator).to(shape.dtype)
+
+
+def attended(shape: Shape, q: Tensor, keys: Tensor, values: Tensor, places: list[tuple[int, int, int]]) -> Tensor:
     """What torch computes for each token, by (row, first key, end)."""
     found = []
     for token, (row, first, end) in enumerate(places):
-        k, v = (each[row, :, first:end].repeat_interleave(heads.groups, 0) for each in (keys, values))
-        weights = torch.softmax(k @ q[token, :, :, None] / math.sqrt(heads.size), dim=1)
+        k, v = (each[row, :, first:end].repeat_interleave(shape.queries_per_kv, 0) for each in (keys, values))
+        weights = torch.softmax(k @ q[token, :, :, None] / math.sqrt(shape.head_size), dim=1)
         found.append((weights.mT @ v)[:, 0])
     return torch.stack(found)
 
 
 @pytest.mark.parametrize(
-    "heads",
+    "shape",
     [
-        *(Heads(1, 1, 8), Heads(2, 1, 48), Heads(3, 3, 64), Heads(1, 7, 80), Heads(2, 4, 128), Heads(1, 16, 256)),
-        *(Heads(1, 2, 24, BF16), Heads(3, 3, 64, BF16), Heads(1, 7, 80, BF16), Heads(2, 13, 128, BF16)),
+        *(Shape(1, 1, 8), Shape(2, 1, 48), Shape(3, 3, 64), Shape(1, 7, 80), Shape(2, 4, 128), Shape(1, 16, 256)),
+        *(Shape(1, 2, 24, BF16), Shape(3, 3, 64, BF16), Shape(1, 7, 80, BF16), Shape(2, 13, 128, BF16)),
     ],
     ids=str,
 )
-def test_attention_is_that_of_torch(heads: Heads) -> None:
+def test_attention_is_that_of_torch(shape: Shape) -> None:
     """For few and many heads of all sizes, any number of keys, fewer than a vector holds and more, and any number of
     neighbouring tokens: from one to more than are attended to together, each with a sight of its own."""
     generator = torch.Generator().manual_seed(1)
-    keys, values = torch.randn(2, 4, heads.kv, LENGTH, heads.size, generator=generator).to(heads.dtype).unbind()
-    pieces = [(3, 1, 2), (0, 7, 8), (2, 8, 9), (3, 40, 41), (1, LENGTH - 1, LENGTH + 1), (2, 20, 25), (0, 90, 160)]
-    compiled = CompiledAttention(heads)
+    keys, values = (random_cache(shape, 4, generator) for _ in range(2))
+    segments = [(3, 1, 2), (0, 7, 8), (2, 8, 9), (3, 40, 41), (1, LENGTH - 1, LENGTH + 1), (2, 20, 25), (0, 90, 160)]
+    compiled = NativeAttention(shape)
     for window in (LENGTH, 37):
-        places = [(row, max(0, end - window), end) for row, begin, stop in pieces for end in range(begin, stop)]
-        q = torch.randn(len(places), heads.kv * heads.groups, heads.size, generator=generator).to(heads.dtype)
+        places = [(row, max(0, end - window), end) for row, begin, stop in segments for end in range(begin, stop)]
+        q = random_queries(shape, len(places), generator)
         rows, first, end = torch.tensor(places).T.contiguous()
         out = torch.full_like(q, float("nan"))
 
-        compiled.attend(q, keys, values, out, rows, (first, end), 1 / math.sqrt(heads.size))
+        compiled.attend(q, keys, values, out, rows, (first, end), 1 / math.sqrt(shape.head_size))
 
-        expected = attended(heads, q.float(), keys.float(), values.float(), places)
-        assert (out - expected).norm() <= (1e-5 if heads.dtype == torch.float32 else 5e-3) * expected.norm()
+        expected = attended(shape, q.float(), keys.float(), values.float(), places)
+        assert (out - expected).norm() <= (1e-5 if shape.dtype == torch.float32 else 5e-3) * expected.norm()
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="only there it can be chosen what the processor may do")
 def test_numbers_of_16_bits_need_no_instructions_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are computed as floats then, and what is rounded is the same but for the order of sums."""
     generator = torch.Generator().manual_seed(1)
-    heads = Heads(3, 3, 64, BF16)
-    keys, values = torch.randn(2, 1, heads.kv, LENGTH, heads.size, generator=generator).to(BF16).unbind()
-    q = torch.randn(51, 9, 64, generator=generator).to(BF16)
+    shape = Shape(3, 3, 64, BF16)
+    keys, values = (random_cache(shape, 1, generator) for _ in range(2))
+    q = random_queries(shape, 51, generator)
     rows, first, end = torch.zeros(3, 51, dtype=torch.int64)
     end += torch.arange(150, 201)
     found = []
-    for flags in (programs.FLAGS, (*programs.FLAGS, "-mno-avx512bf16")):
-        monkeypatch.setattr(programs, "FLAGS", flags)
-        compiled = CompiledAttention(heads)
+    for flags in (native_build.FLAGS, (*native_build.FLAGS, "-mno-avx512bf16")):
+        monkeypatch.setattr(native_build, "FLAGS", flags)
+        compiled = NativeAttention(shape)
         for part in (slice(0, 1), slice(1, 51)):
             found.append(torch.empty_like(q[part]))
             places = rows[part], (first[part], end[part])
-            compiled.attend(q[part], keys, values, found[-1], *places, 1 / math.sqrt(heads.size))
+            compiled.attend(q[part], keys, values, found[-1], *places, 1 / math.sqrt(shape.head_size))
 
     for ours, theirs in ((found[0], found[2]), (found[1], found[3])):
         assert (ours - theirs).float().norm() <= 5e-3 * theirs.float().norm()
 
 
 @pytest.mark.parametrize("window", [LENGTH, 37, 150])
-@pytest.mark.parametrize("heads", [Heads(3, 3, 64, BF16), Heads(1, 7, 80, BF16), Heads(2, 1, 128, BF16)], ids=str)
+@pytest.mark.parametrize("shape", [Shape(3, 3, 64, BF16), Shape(1, 7, 80, BF16), Shape(2, 1, 128, BF16)], ids=str)
 @pytest.mark.parametrize("flag", [None, "-mno-avx512bf16"])
 def test_a_tokens_numbers_do_not_depend_on_its_company(
-    flag: str | None, heads: Heads, window: int, monkeypatch: pytest.MonkeyPatch
+    flag: str | None, shape: Shape, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit in 16 bits, where another order of sums would show: a prompt in whatever pieces, down to one token,
+    """Bit for bit in 16 bits, where another order of sums would show: a prompt in whatever segments, down to one token,
     gives a seed's answer again."""
     if flag is not None:
         if platform.machine() != "x86_64":
             pytest.skip("only on x86 it can be chosen what the processor may do")
-        monkeypatch.setattr(programs, "FLAGS", (*programs.FLAGS, flag))
+        monkeypatch.setattr(native_build, "FLAGS", (*native_build.FLAGS, flag))
     generator = torch.Generator().manual_seed(1)
-    compiled = CompiledAttention(heads)
-    keys, values = torch.randn(2, 1, heads.kv, LENGTH, heads.size, generator=generator).to(BF16).unbind()
-    q = (3 * torch.randn(LENGTH, heads.kv * heads.groups, heads.size, generator=generator)).to(BF16)
+    compiled = NativeAttention(shape)
+    keys, values = (random_cache(shape, 1, generator) for _ in range(2))
+    q = 3 * random_queries(shape, LENGTH, generator)
     rows, end = torch.zeros(LENGTH, dtype=torch.int64), torch.arange(LENGTH) + 1
     first = (end - window).clamp(min=0)
     found = []
@@ -127,7 +148,7 @@ def test_a_tokens_numbers_do_not_depend_on_its_company(
 def test_scores_of_any_height_have_their_softmax(size: int, dtype: torch.dtype) -> None:
     """Equal ones share alike, one far above the others takes all, and none overflows; for tokens attended to one by
     one (heads of 8) and together (of 16)."""
-    heads = Heads(1, 1, size, dtype)
+    shape = Shape(1, 1, size, dtype)
     keys, values = torch.zeros(1, 1, 16, size), torch.arange(16.0).view(1, 1, 16, 1).repeat(1, 1, 1, size)
     keys[0, 0, 5] = 1
     keys, values = keys.to(dtype), values.to(dtype)
@@ -135,7 +156,7 @@ def test_scores_of_any_height_have_their_softmax(size: int, dtype: torch.dtype) 
     q = torch.tensor([0.0, 1e4, -1e4, 1e30]).view(4, 1, 1).repeat(1, 1, size).to(dtype)
     out = torch.empty_like(q)
 
-    CompiledAttention(heads).attend(q, keys, values, out, rows, (first, end), 1.0)
+    NativeAttention(shape).attend(q, keys, values, out, rows, (first, end), 1.0)
 
     others = (sum(range(16)) - 5) / 15
     expected = torch.tensor([7.5, 5.0, others, 5.0])
@@ -146,14 +167,14 @@ def test_scores_of_any_height_have_their_softmax(size: int, dtype: torch.dtype) 
 @pytest.mark.parametrize("size", [16, 32])
 def test_a_number_that_is_none_stays_in_its_row(size: int, dtype: torch.dtype) -> None:
     """The runner finds it in that row's scores, and ends that row only; none looks behind a row's end."""
-    heads = Heads(2, 2, size, dtype)
+    shape = Shape(2, 2, size, dtype)
     keys, values = torch.randn(2, 3, 2, 20, size).to(dtype).unbind()
     keys[1, 0, 3, 2] = keys[2, 0, 17, 0] = values[2, 1, 17, 0] = float("nan")
     rows, first, end = torch.tensor([[0, 1, 2, 2], [0, 0, 0, 0], [16, 16, 16, 17]])
     q = torch.randn(4, 4, size).to(dtype)
     out = torch.empty_like(q)
 
-    CompiledAttention(heads).attend(q, keys, values, out, rows, (first, end), 0.3)
+    NativeAttention(shape).attend(q, keys, values, out, rows, (first, end), 0.3)
 
     assert [True, False, True, True] == [bool(each.isfinite().all()) for each in out]
 
@@ -171,30 +192,31 @@ def two_threads() -> Iterator[None]:
 @pytest.mark.usefixtures("two_threads")
 def test_a_model_scores_alike_with_compiled_attention(family: str) -> None:
     """Pieces of prompts beside single tokens, windows narrower than what is there, rows with gaps between them."""
-    rows, plain = in_rows(make(FAMILIES[family]), 4), RowModel(make(FAMILIES[family]), rows=4, length=CONTEXT)
+    runner = with_native_attention(make(FAMILIES[family]), slots=4)
+    plain = torch_runner(make(FAMILIES[family]), slots=4, length=CONTEXT)
     ids = [[(7 * row + 3 * place) % VOCABULARY for place in range(CONTEXT)] for row in range(4)]
     passes = [
-        [Piece(0, 0, ids[0][:9]), Piece(2, 0, ids[2][:30])],
-        [Piece(0, 9, ids[0][9:10]), Piece(2, 30, ids[2][30:31]), Piece(3, 0, ids[3][:5])],
-        [Piece(0, 10, ids[0][10:11]), Piece(3, 5, ids[3][5:6]), Piece(2, 31, ids[2][31:40])],
+        [Segment(0, 0, ids[0][:9]), Segment(2, 0, ids[2][:30])],
+        [Segment(0, 9, ids[0][9:10]), Segment(2, 30, ids[2][30:31]), Segment(3, 0, ids[3][:5])],
+        [Segment(0, 10, ids[0][10:11]), Segment(3, 5, ids[3][5:6]), Segment(2, 31, ids[2][31:40])],
     ]
 
-    assert "attention" == rows.compiled
-    for pieces in passes:
-        wanted = [True] * len(pieces)
-        expected = plain.scores(pieces, wanted)
-        assert (rows.scores(pieces, wanted) - expected).norm() <= 1e-4 * expected.norm()
+    assert "attention" == runner.compiled
+    for segments in passes:
+        wanted = [True] * len(segments)
+        expected = plain.forward(segments, wanted)
+        assert (runner.forward(segments, wanted) - expected).norm() <= 1e-4 * expected.norm()
 
 
 @pytest.mark.parametrize(
-    "piece", [Piece(2, 0, [1]), Piece(-1, 0, [1]), Piece(0, -1, [1]), Piece(1, CONTEXT - 1, [1, 2])]
+    "segment", [Segment(2, 0, [1]), Segment(-1, 0, [1]), Segment(0, -1, [1]), Segment(1, CONTEXT - 1, [1, 2])]
 )
-def test_nothing_is_written_outside_of_the_rows(piece: Piece) -> None:
+def test_nothing_is_written_outside_of_the_rows(segment: Segment) -> None:
     """A program in C++ would write over whatever is there."""
-    rows = in_rows(make(FAMILIES["llama"]))
+    runner = with_native_attention(make(FAMILIES["llama"]))
 
-    with pytest.raises(IndexError, match="outside of the rows"):
-        rows.scores([piece], [True])
+    with pytest.raises(IndexError, match="outside of the KV cache slots"):
+        runner.forward([segment], [True])
 
 
 @pytest.mark.parametrize("family", ["gemma2", "llama"])
@@ -203,10 +225,10 @@ def test_what_cannot_be_compiled_is_left_to_torch(family: str, caplog: pytest.Lo
     model = make(FAMILIES[family])
     model = model if family == "gemma2" else model.to(torch.float16)
 
-    with caplog.at_level(logging.WARNING, acceleration.__name__):
-        rows = in_rows(model)
+    with caplog.at_level(logging.WARNING, executor_selection.__name__):
+        runner = selected(model)
 
-    assert rows.compiled is None
+    assert runner.compiled is None
     assert "attention is left to torch: its attention is not of one kind" in caplog.text
 
 
@@ -230,22 +252,25 @@ def test_without_a_compiler_that_works_the_model_is_served_by_torch(
         program.chmod(0o755)
 
     with pytest.raises(CompileError, match=reason):
-        CompiledAttention(Heads(1, 1, 8))
-    made = in_rows(make(FAMILIES["llama"]))
-    assert made.compiled is None
+        NativeAttention(Shape(1, 1, 8))
+    assert selected(make(FAMILIES["llama"])).compiled is None
 
 
 def test_a_head_that_fills_no_vectors_is_left_to_torch() -> None:
     with pytest.raises(CompileError, match="heads of 20 numbers"):
-        CompiledAttention(Heads(1, 1, 20))
+        NativeAttention(Shape(1, 1, 20))
 
 
 @pytest.mark.parametrize(
     ("source", "right", "wrong"),
     [
-        ("attention_decode.h", "scale * sum(sums[group])", "sum(sums[group])"),
-        ("attention_prefill.h", "scale * load(from + part)", "load(from + part)"),
-        ("attention_prefill.h", "end[token] - begin :", "count :"),
+        ("attention_decode.h", "scale * reduce_sum(sums[query])", "reduce_sum(sums[query])"),
+        (
+            "attention_prefill.h",
+            "scale * load(q + query_offset(query) + element)",
+            "load(q + query_offset(query) + element)",
+        ),
+        ("attention_prefill.h", ": end_key[token] - begin", ": count"),
     ],
 )
 def test_a_program_that_computes_something_else_is_not_used(
@@ -253,12 +278,12 @@ def test_a_program_that_computes_something_else_is_not_used(
 ) -> None:
     """A compiler may be wrong about the machine; its work is tried out before it answers anyone: single tokens,
     neighbours together, and what each of those looks at."""
-    shutil.copytree(programs.SOURCES, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(native_build.SOURCE_DIR, tmp_path, dirs_exist_ok=True)
     header = tmp_path / source
     text = header.read_text()
     assert text.count(right) == 1
     header.write_text(text.replace(right, wrong))
-    monkeypatch.setattr(programs, "SOURCES", tmp_path)
+    monkeypatch.setattr(native_build, "SOURCE_DIR", tmp_path)
 
     with pytest.raises(CompileError, match="computes something else"):
-        CompiledAttention(Heads(2, 2, 16))
+        NativeAttention(Shape(2, 2, 16))

@@ -6,10 +6,10 @@ import psutil
 import pytest
 import torch
 
-from app.worker.execution.kv_cache import RowCache
-from app.worker.execution.packed_batch import Piece
-from app.worker.loading import kv_memory as memory
-from app.worker.loading.kv_memory import bytes_for_rows
+from app.worker.execution.kv_cache import KVCache
+from app.worker.execution.packed_batch import Segment
+from app.worker.execution.torch.attention import TorchAttention
+from app.worker.loading.kv_memory import cgroup_bytes, kv_cache_bytes
 
 MB = 2**20
 
@@ -19,30 +19,30 @@ MB = 2**20
     [("max", "5000", 2**63), ("8000", "5000", 3000), ("8000", "9000", 0), (None, None, 2**63)],
     ids=["no limit", "a limit", "over it", "no such files"],
 )
-def test_a_containers_limit_bounds_the_rows(tmp_path: Path, limit: str | None, used: str, left: int) -> None:
+def test_a_containers_limit_bounds_the_kv_cache(tmp_path: Path, limit: str | None, used: str, left: int) -> None:
     """What the container may still take counts, however much the machine has."""
     if limit is not None:
         (tmp_path / "memory.max").write_text(limit + "\n")
         (tmp_path / "memory.current").write_text(used + "\n")
 
-    assert left == memory._group_bytes(tmp_path)
+    assert left == cgroup_bytes(tmp_path)
 
 
-def test_rows_may_take_a_share_of_what_is_free() -> None:
+def test_the_kv_cache_may_take_a_share_of_what_is_free() -> None:
     """Not all of it, and something."""
-    assert 0 < bytes_for_rows("cpu") < psutil.virtual_memory().total
+    assert 0 < kv_cache_bytes("cpu") < psutil.virtual_memory().total
 
 
-def test_rows_take_memory_only_as_they_are_written() -> None:
-    """Room for 512 MB of keys and values costs a few until tokens lie there, and each row starts with zeros."""
-    rows, length, size = 64, 16384, 64
-    cache = RowCache(rows, length, "cpu")
+def test_slots_take_memory_only_as_they_are_written() -> None:
+    """512 MB of keys and values cost a few until tokens are written, and each slot starts with zeros."""
+    slots, length, size = 64, 16384, 64
+    cache = KVCache(slots, length, "cpu", TorchAttention())
     before = psutil.Process().memory_info().rss
 
-    cache.prepare([Piece(3, 5, [1])])
+    cache.pack([Segment(3, 5, [1])], [True])
     keys, values = cache.update(torch.ones(1, 1, 1, size), torch.ones(1, 1, 1, size), 0)
 
-    assert (rows, 1, length, size) == keys.shape == values.shape
+    assert (slots, 1, length, size) == keys.shape == values.shape
     assert 512 * MB == 2 * keys.nbytes
     assert psutil.Process().memory_info().rss - before < 32 * MB
     assert [0.0, 1.0, 0.0] == keys[3, 0, 4:7, 0].tolist()

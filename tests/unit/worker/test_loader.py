@@ -19,8 +19,9 @@ from huggingface_hub.errors import (
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from app.ipc.messages import ModelSpec
+from app.worker.loaded_model import LoadedModel
 from app.worker.loading import loader
-from app.worker.loading.loader import LoadedModel, LoadError, load, load_reason
+from app.worker.loading.loader import LoadError, load, load_reason
 from tests.unit.tiny_models import chatml_tokenizer, save_tiny_llama
 
 SPEC = ModelSpec(name="", source="local", device="cpu", dtype="auto", revision=None, max_model_len=None, threads=0)
@@ -48,7 +49,7 @@ def test_a_model_is_loaded_as_it_is(llama: Path):
 
 
 def test_what_the_models_makers_recommend_is_known_and_not_applied(tmp_path: Path):
-    """Sampling settings of generation_config.json; the model itself keeps none that would fill gaps in a request."""
+    """Sampling settings of generation_config.json; the model itself has none left that would fill gaps in a request."""
     folder = save_tiny_llama(tmp_path)
     config = {"do_sample": True, "temperature": 0.6, "top_k": 20, "repetition_penalty": 1.05, "max_length": 99}
     (folder / "generation_config.json").write_text(json.dumps(config))
@@ -78,11 +79,11 @@ def test_the_dtype_can_be_chosen(llama: Path):
 def test_left_to_itself_the_dtype_is_the_fastest(
     own: str, computed: bool, changes: dict[str, str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bfloat16 for a model that has it on a processor that computes it, but for weights of 8 bits, whose program
-    computes in float32."""
+    """Bfloat16 for a model that has it on a processor that computes it, except for int8, whose native kernels compute
+    in float32."""
     folder = save_tiny_llama(tmp_path)
     change_config(dtype=own)(folder)
-    monkeypatch.setattr(loader, "cpu_computes_bfloat16", lambda: computed)
+    monkeypatch.setattr(loader, "cpu_has_bfloat16", lambda: computed)
 
     assert expected == load_folder(folder, **changes).dtype
 

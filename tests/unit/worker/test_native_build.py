@@ -1,6 +1,9 @@
-"""The sources that are compiled at load, and where what is made of them is kept."""
+"""The kernel libraries: how their sources are compiled, cached and checked against their bindings."""
 
+import ctypes
+import itertools
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -8,70 +11,154 @@ from pathlib import Path
 
 import pytest
 
-from app.worker.execution.native import native_build as programs
-from app.worker.execution.native.native_build import FLAGS, SOURCES, compile_program
+from app.worker.execution.native import native_build
+from app.worker.execution.native.native_build import (
+    ABI_VERSION,
+    FLAGS,
+    SOURCE_DIR,
+    CompileError,
+    build_kernel_library,
+)
+from app.worker.execution.native.native_decoder import STRUCTURES
 
-HEADS = ("-DKV_HEADS=2", "-DGROUPS=2", "-DSIZE=64")
-TYPES = {"float": ("-DWEIGHT=Byte", "-DHEAD=float"), "Bfloat": ("-DWEIGHT=Bfloat", "-DHEAD=Bfloat")}
-# What GCC 12 says of its own header.
-WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized")
+SHAPE = {"LLMK_NUM_KV_HEADS": 2, "LLMK_QUERIES_PER_KV": 2, "LLMK_HEAD_SIZE": 64}
+KV_TYPES = ("float", "bfloat16")
+# Weights in float32, float16 and int8 go with float32 activations, a mixture of them included.
+FLOAT32_WEIGHTS = ("float", "float16", "int8_t")
+WEIGHT_TYPES = [*itertools.product(("float",), FLOAT32_WEIGHTS, FLOAT32_WEIGHTS), ("bfloat16", "bfloat16", "bfloat16")]
+# GCC 12 warns about its own header.
+WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-warning-option", "-Wno-maybe-uninitialized")
 
 
-@pytest.mark.parametrize("name", sorted(each.name for each in SOURCES.glob("*.cpp")))
-@pytest.mark.parametrize("number", TYPES)
-def test_the_source_compiles_without_a_warning(name: str, number: str, compiler: str) -> None:
-    macros = (*HEADS, *TYPES[number], f"-DNUMBER={number}")
-    command = [compiler, *FLAGS, *WARNINGS, *macros, str(SOURCES / name), "-o", "/dev/null"]
+def macros_of(name: str) -> list[dict[str, str | int]]:
+    """Every combination of macros that a source is compiled with."""
+    if name == "attention":
+        return [{**SHAPE, "LLMK_KV_TYPE": kv} for kv in KV_TYPES]
+    if name == "llama_forward":
+        types = ("LLMK_KV_TYPE", "LLMK_WEIGHT_TYPE", "LLMK_LM_HEAD_TYPE")
+        return [{**SHAPE, **dict(zip(types, combination, strict=True))} for combination in WEIGHT_TYPES]
+    return [{}]
+
+
+CASES = [(path.stem, macros) for path in sorted(SOURCE_DIR.glob("*.cpp")) for macros in macros_of(path.stem)]
+
+
+@pytest.mark.parametrize(("name", "macros"), CASES, ids=lambda each: each if isinstance(each, str) else "")
+def test_every_source_compiles_without_a_warning(name: str, macros: dict[str, str | int], compiler: str) -> None:
+    """With each combination of types of keys and values, weights and the output projection."""
+    definitions = [f"-D{macro}={value}" for macro, value in macros.items()]
+    command = [compiler, *FLAGS, *WARNINGS, *definitions, str(SOURCE_DIR / f"{name}.cpp"), "-o", "/dev/null"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (0, "") == (done.returncode, done.stderr)
 
 
+def test_every_macro_has_the_prefix() -> None:
+    """So that none can collide with a header's."""
+    text = "\n".join(path.read_text() for path in [*SOURCE_DIR.glob("*.h"), *SOURCE_DIR.glob("*.cpp")])
+    defined = re.findall(r"^\s*#\s*define\s+(\w+)", text, re.MULTILINE)
+
+    assert defined
+    assert [] == [macro for macro in (*defined, *CASES[0][1]) if not macro.startswith("LLMK_")]
+
+
 @pytest.fixture
-def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where libraries are kept."""
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where libraries are cached."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path / f"llm-service-{os.geteuid()}"
 
 
+@pytest.fixture
+def source_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the sources to be changed, compiled without optimisation in half of the time."""
+    copy = shutil.copytree(SOURCE_DIR, tmp_path / "sources")
+    monkeypatch.setattr(native_build, "SOURCE_DIR", copy)
+    monkeypatch.setattr(native_build, "FLAGS", (*FLAGS, "-O0"))
+    return copy
+
+
 @pytest.mark.usefixtures("compiler")
-def test_a_program_is_compiled_once(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_is_compiled_once(cache_folder: Path, source_dir: Path) -> None:
     """Until its source or what it is compiled with changes."""
-    sources = shutil.copytree(SOURCES, tmp_path / "sources")
-    monkeypatch.setattr(programs, "SOURCES", sources)
-    compile_program("gemm_packed")
-    compile_program("gemm_packed")
-    assert 1 == len(list(kept.iterdir()))
+    build_kernel_library("gemm_packed")
+    build_kernel_library("gemm_packed")
+    assert 1 == len(list(cache_folder.iterdir()))
 
-    compile_program("gemm_packed", {"OTHER": 1})
-    with (sources / "simd.h").open("a") as header:
+    build_kernel_library("gemm_packed", {"LLMK_OTHER": 1})
+    with (source_dir / "simd.h").open("a") as header:
         header.write("\n")
-    compile_program("gemm_packed")
+    build_kernel_library("gemm_packed")
 
-    assert 3 == len(list(kept.iterdir()))
+    assert 3 == len(list(cache_folder.iterdir()))
 
 
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("kind", ["for a group", "a link"])
-def test_programs_are_kept_where_nobody_else_writes(kind: str, kept: Path, tmp_path: Path) -> None:
-    """What lies there is run: a folder that others may write to, or that leads elsewhere, is done without."""
+def test_libraries_are_cached_where_nobody_else_writes(kind: str, cache_folder: Path, tmp_path: Path) -> None:
+    """The service runs what is there: a folder that others may write to, or that leads elsewhere, is not used."""
     if kind == "a link":
-        kept.symlink_to(tmp_path)
+        cache_folder.symlink_to(tmp_path)
     else:
-        kept.mkdir()
-        kept.chmod(0o770)
+        cache_folder.mkdir()
+        cache_folder.chmod(0o770)
     before = sorted(tmp_path.rglob("*"))
 
-    assert compile_program("gemm_packed").linear_floats
+    assert build_kernel_library("gemm_packed").llmk_linear_f32
 
     assert before == sorted(tmp_path.rglob("*"))
 
 
 @pytest.mark.usefixtures("compiler")
-def test_a_damaged_program_is_made_again(kept: Path) -> None:
+def test_a_damaged_library_is_compiled_again(cache_folder: Path) -> None:
     """As after a crash of the machine."""
-    compile_program("gemm_packed")
-    (library,) = kept.iterdir()
+    build_kernel_library("gemm_packed")
+    (library,) = cache_folder.iterdir()
     library.write_bytes(b"")
 
-    assert compile_program("gemm_packed").linear_floats
+    assert build_kernel_library("gemm_packed").llmk_linear_f32
     assert library.stat().st_size > 0
+
+
+@pytest.mark.usefixtures("compiler", "cache_folder")
+def test_a_library_of_another_abi_version_is_refused(source_dir: Path) -> None:
+    """A parameter may have changed its meaning, which no table of offsets shows."""
+    header = source_dir / "abi.h"
+    header.write_text(
+        header.read_text().replace(f"LLMK_ABI_VERSION {ABI_VERSION}", f"LLMK_ABI_VERSION {ABI_VERSION + 1}")
+    )
+
+    with pytest.raises(CompileError, match=f"gemm_packed.cpp has ABI version {ABI_VERSION + 1}"):
+        build_kernel_library("gemm_packed")
+
+
+@pytest.mark.usefixtures("compiler", "cache_folder")
+@pytest.mark.parametrize(
+    ("structure", "file", "right", "wrong"),
+    [
+        ("packed_weights", "gemm_packed.h", "const float *scales, *bias;", "const float *scales, *bias, *zeros;"),
+        ("decoder_layer", "llama_forward.cpp", "int64_t sliding_window;", "int64_t sliding_window, sinks;"),
+        ("decoder_model", "llama_forward.cpp", "int32_t num_threads;", "int64_t num_threads;"),
+        ("decoder_model", "llama_forward.cpp", "vocab_size, length;", "length, vocab_size;"),
+        ("forward_batch", "llama_forward.cpp", "float* workspace;", "float* workspace, *scratch;"),
+    ],
+)
+def test_a_library_that_lays_out_a_structure_differently_is_refused(
+    structure: str, file: str, right: str, wrong: str, source_dir: Path
+) -> None:
+    """One more field, a wider one, two that changed places: the call would read the wrong memory."""
+    source = source_dir / file
+    text = source.read_text()
+    assert text.count(right) == 1
+    source.write_text(text.replace(right, wrong))
+
+    with pytest.raises(CompileError, match=f"lays out {structure} in another way"):
+        build_kernel_library("llama_forward", CASES[-1][1], {structure: STRUCTURES[structure]})
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_structure_that_the_library_does_not_export_is_refused() -> None:
+    class Unknown(ctypes.Structure):
+        _fields_ = [("number", ctypes.c_int64)]
+
+    with pytest.raises(CompileError, match="lays out unknown in another way"):
+        build_kernel_library("gemm_packed", structures={"unknown": Unknown})

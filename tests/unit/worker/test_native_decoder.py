@@ -3,7 +3,6 @@
 import copy
 import logging
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,16 @@ import torch
 import transformers as hf
 
 from app.ipc.messages import Compile
-from app.worker.execution import executor_selection as acceleration
-from app.worker.execution.executor_selection import accelerate
-from app.worker.execution.model_runner import RowModel, make_row_model
-from app.worker.execution.native import native_build as programs
-from app.worker.execution.native import packed_linear as panels
+from app.worker.execution import executor_selection
+from app.worker.execution.executor_selection import select_executor
+from app.worker.execution.model_runner import ModelRunner
+from app.worker.execution.native import native_build
 from app.worker.execution.native.native_build import CompileError
-from app.worker.execution.native.packed_linear import PanelLinear
-from app.worker.execution.packed_batch import Piece
-from app.worker.execution.torch.quantization import quantize_linears
+from app.worker.execution.native.native_executors import NativeDecoderExecutor
+from app.worker.execution.native.packed_linear import NativeLinear
+from app.worker.execution.packed_batch import Segment
+from app.worker.execution.quantization import quantize_linears, round_to_int8
+from app.worker.execution.torch.torch_executor import create_torch_runner, torch_runner
 from tests.unit.worker.families import CONTEXT, FAMILIES, VOCABULARY, make
 
 pytestmark = pytest.mark.usefixtures("compiler")
@@ -61,19 +61,22 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture
-def programs_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def source_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of sources to be changed, which programs are made of instead."""
-    monkeypatch.setattr(programs, "SOURCES", shutil.copytree(programs.SOURCES, tmp_path / "native"))
-    monkeypatch.setattr(programs, "FLAGS", (*programs.FLAGS, "-O0"))  # compiled in half of the time
-    panels._made.cache_clear()
-    yield tmp_path / "native"
-    panels._made.cache_clear()
+    monkeypatch.setattr(native_build, "SOURCE_DIR", shutil.copytree(native_build.SOURCE_DIR, tmp_path / "native"))
+    monkeypatch.setattr(native_build, "FLAGS", (*native_build.FLAGS, "-O0"))  # compiled in half of the time
+    return tmp_path / "native"
 
 
-def accelerated(model: Any, setting: Compile = "layers", rows: int = 4) -> RowModel:
-    made = make_row_model(model, length=CONTEXT, rows=rows, free_bytes=10**9)
-    accelerate(made, setting)
-    return made
+def accelerated(model: Any, setting: Compile = "layers", slots: int = 4) -> ModelRunner:
+    runner = create_torch_runner(model, length=CONTEXT, slots=slots, free_bytes=10**9)
+    select_executor(runner, setting)
+    return runner
+
+
+def weight_types(runner: ModelRunner) -> list[torch.dtype]:
+    assert isinstance(runner.executor, NativeDecoderExecutor)
+    return runner.executor.weight_types
 
 
 def halved(model: Any) -> Any:
@@ -85,20 +88,23 @@ def halved(model: Any) -> Any:
 @pytest.mark.usefixtures("threads")
 def test_compiled_layers_score_as_torch_does(kind: str) -> None:
     """Pieces of prompts beside single tokens, some of which no scores are wanted of, rows with gaps between them."""
-    rows, plain = accelerated(halved(make(KINDS[kind]))), RowModel(halved(make(KINDS[kind])), rows=4, length=CONTEXT)
+    runner, plain = (
+        accelerated(halved(make(KINDS[kind]))),
+        torch_runner(halved(make(KINDS[kind])), slots=4, length=CONTEXT),
+    )
     ids = [[(7 * row + 3 * place) % VOCABULARY for place in range(CONTEXT)] for row in range(4)]
     passes = [
-        ([Piece(0, 0, ids[0][:9]), Piece(2, 0, ids[2][:30])], [False, True]),
-        ([Piece(0, 9, ids[0][9:10]), Piece(2, 30, ids[2][30:31]), Piece(3, 0, ids[3][:5])], [True, True, False]),
-        ([Piece(1, 0, ids[1][:40])], [False]),
-        ([Piece(0, 10, ids[0][10:11]), Piece(3, 5, ids[3][5:6]), Piece(2, 31, ids[2][31:60])], [True] * 3),
-        ([Piece(1, 40, ids[1][40:41])], [True]),
+        ([Segment(0, 0, ids[0][:9]), Segment(2, 0, ids[2][:30])], [False, True]),
+        ([Segment(0, 9, ids[0][9:10]), Segment(2, 30, ids[2][30:31]), Segment(3, 0, ids[3][:5])], [True, True, False]),
+        ([Segment(1, 0, ids[1][:40])], [False]),
+        ([Segment(0, 10, ids[0][10:11]), Segment(3, 5, ids[3][5:6]), Segment(2, 31, ids[2][31:60])], [True] * 3),
+        ([Segment(1, 40, ids[1][40:41])], [True]),
     ]
 
-    assert "layers" == rows.compiled
-    for pieces, wanted in passes:
-        expected = plain.scores(pieces, wanted)
-        found = rows.scores(pieces, wanted)
+    assert "layers" == runner.compiled
+    for segments, wanted in passes:
+        expected = plain.forward(segments, wanted)
+        found = runner.forward(segments, wanted)
         assert expected.shape == found.shape
         assert (found - expected).norm() <= 1e-5 * expected.norm()
 
@@ -107,15 +113,22 @@ def test_compiled_layers_score_as_torch_does(kind: str) -> None:
 @pytest.mark.usefixtures("threads")
 def test_in_bfloat16_scores_are_nearer_to_exact_ones_than_torchs(kind: str) -> None:
     """What goes from layer to layer is not rounded, and keys, values and the factors of products are."""
-    rows, exact = accelerated(make(KINDS[kind]).bfloat16()), RowModel(halved(make(KINDS[kind])), rows=4, length=CONTEXT)
-    torchs = RowModel(make(KINDS[kind]).bfloat16(), rows=4, length=CONTEXT)
+    runner, exact = (
+        accelerated(make(KINDS[kind]).bfloat16()),
+        torch_runner(halved(make(KINDS[kind])), slots=4, length=CONTEXT),
+    )
+    torchs = torch_runner(make(KINDS[kind]).bfloat16(), slots=4, length=CONTEXT)
     ids = [(3 * place) % VOCABULARY for place in range(CONTEXT)]
 
-    assert "layers" == rows.compiled
-    for pieces in ([Piece(2, 0, ids[:50])], [Piece(0, 0, ids[:1]), Piece(2, 50, ids[50:60])], [Piece(2, 60, [1])]):
-        wanted = [True] * len(pieces)
-        expected = exact.scores(pieces, wanted)
-        ours, theirs = (each.scores(pieces, wanted).float() - expected for each in (rows, torchs))
+    assert "layers" == runner.compiled
+    for segments in (
+        [Segment(2, 0, ids[:50])],
+        [Segment(0, 0, ids[:1]), Segment(2, 50, ids[50:60])],
+        [Segment(2, 60, [1])],
+    ):
+        wanted = [True] * len(segments)
+        expected = exact.forward(segments, wanted)
+        ours, theirs = (each.forward(segments, wanted).float() - expected for each in (runner, torchs))
         assert ours.norm() <= theirs.norm()
         assert ours.norm() <= 2e-2 * expected.norm()
 
@@ -124,13 +137,13 @@ def test_in_bfloat16_scores_are_nearer_to_exact_ones_than_torchs(kind: str) -> N
 @pytest.mark.usefixtures("threads")
 def test_in_bfloat16_scores_do_not_depend_on_company(kind: str) -> None:
     """Bit for bit: rounding to 16 bits makes a difference of order one that is seen, and a seed's answer another."""
-    rows = accelerated(make(KINDS[kind]).bfloat16())
+    runner = accelerated(make(KINDS[kind]).bfloat16())
     ids = [(7 * place) % VOCABULARY for place in range(50)]
-    alone = rows.scores([Piece(0, 0, ids)], [True])
+    alone = runner.forward([Segment(0, 0, ids)], [True])
 
-    rows.scores([Piece(1, 0, ids[:20]), Piece(2, 0, ids[::-1])], [False, True])
-    rows.scores([Piece(1, 20, ids[20:49])], [False])
-    again = rows.scores([Piece(1, 49, ids[49:]), Piece(2, 50, [5]), Piece(3, 0, ids[:13])], [True] * 3)
+    runner.forward([Segment(1, 0, ids[:20]), Segment(2, 0, ids[::-1])], [False, True])
+    runner.forward([Segment(1, 20, ids[20:49])], [False])
+    again = runner.forward([Segment(1, 49, ids[49:]), Segment(2, 50, [5]), Segment(3, 0, ids[:13])], [True] * 3)
 
     assert torch.equal(alone[0], again[0])
 
@@ -143,52 +156,51 @@ def test_long_pieces_score_as_torch_does(window: int | None) -> None:
     def build() -> Any:
         return hf.MistralForCausalLM(hf.MistralConfig(**long, sliding_window=window))
 
-    rows = make_row_model(make(build), length=512, rows=2, free_bytes=10**9)
-    accelerate(rows, "layers")
-    plain = RowModel(make(build), rows=2, length=512)
+    runner = create_torch_runner(make(build), length=512, slots=2, free_bytes=10**9)
+    select_executor(runner, "layers")
+    plain = torch_runner(make(build), slots=2, length=512)
     ids = [(7 * place) % VOCABULARY for place in range(512)]
 
-    for pieces in ([Piece(0, 0, ids[:300])], [Piece(1, 0, ids[:1]), Piece(0, 300, ids[300:490])]):
-        wanted = [True] * len(pieces)
-        expected = plain.scores(pieces, wanted)
-        assert (rows.scores(pieces, wanted) - expected).norm() <= 1e-5 * expected.norm()
+    for segments in ([Segment(0, 0, ids[:300])], [Segment(1, 0, ids[:1]), Segment(0, 300, ids[300:490])]):
+        wanted = [True] * len(segments)
+        expected = plain.forward(segments, wanted)
+        assert (runner.forward(segments, wanted) - expected).norm() <= 1e-5 * expected.norm()
 
 
 def test_weights_of_32_bits_keep_them_all() -> None:
     """Those of a model that was trained in float32 do not fit 16."""
-    rows, plain = accelerated(make(KINDS["llama"])), RowModel(make(KINDS["llama"]), rows=4, length=CONTEXT)
-    pieces = [Piece(0, 0, [5, 6, 7, 8])]
+    runner, plain = accelerated(make(KINDS["llama"])), torch_runner(make(KINDS["llama"]), slots=4, length=CONTEXT)
+    segments = [Segment(0, 0, [5, 6, 7, 8])]
 
-    expected = plain.scores(pieces, [True])
+    expected = plain.forward(segments, [True])
 
-    assert (rows.scores(pieces, [True]) - expected).norm() <= 1e-5 * expected.norm()
-    kinds = {each.panels.dtype for each in rows.model.modules() if isinstance(each, PanelLinear)}
-    assert {torch.float32} == kinds
+    assert (runner.forward(segments, [True]) - expected).norm() <= 1e-5 * expected.norm()
+    assert {torch.float32} == set(weight_types(runner))
 
 
 @pytest.mark.parametrize("kind", ["llama", "biases"])
 def test_weights_of_8_bits_score_as_the_same_numbers_do_in_torch(kind: str) -> None:
     """Beside a last product of another type, with and without biases."""
     model = make(KINDS[kind])
-    quantize_linears(model, torch.tensor([[5, 6, 7, 8]]), integers=False)
-    plain = RowModel(copy.deepcopy(model), rows=4, length=CONTEXT)
-    rows = accelerated(model)
-    pieces = [Piece(0, 0, [5]), Piece(1, 0, [(7 * place) % VOCABULARY for place in range(40)])]
+    quantize_linears(model, torch.tensor([[5, 6, 7, 8]]), round_to_int8)
+    plain = torch_runner(copy.deepcopy(model), slots=4, length=CONTEXT)
+    runner = accelerated(model)
+    segments = [Segment(0, 0, [5]), Segment(1, 0, [(7 * place) % VOCABULARY for place in range(40)])]
 
-    expected = plain.scores(pieces, [True, True])
+    expected = plain.forward(segments, [True, True])
 
-    assert (rows.scores(pieces, [True, True]) - expected).norm() <= 1e-5 * expected.norm()
-    kinds = [each.panels.dtype for each in rows.model.modules() if isinstance(each, PanelLinear)]
-    assert {torch.int8: len(kinds) - 1, torch.float32: 1} == Counter(kinds)
+    assert (runner.forward(segments, [True, True]) - expected).norm() <= 1e-5 * expected.norm()
+    types = weight_types(runner)
+    assert ({torch.int8}, torch.float32) == (set(types[:-1]), types[-1])
 
 
 def test_a_number_that_is_none_stays_in_its_row() -> None:
-    rows = accelerated(make(KINDS["llama"]))
-    rows.scores([Piece(0, 0, [1, 2, 3]), Piece(1, 0, [1, 2, 3])], [True, True])
+    runner = accelerated(make(KINDS["llama"]))
+    runner.forward([Segment(0, 0, [1, 2, 3]), Segment(1, 0, [1, 2, 3])], [True, True])
     with torch.inference_mode():
-        rows.cache.layer(1)[0][0, 0, 1, 0] = float("nan")
+        runner.cache.layer(1)[0][0, 0, 1, 0] = float("nan")
 
-    found = rows.scores([Piece(0, 3, [4]), Piece(1, 3, [4])], [True, True])
+    found = runner.forward([Segment(0, 3, [4]), Segment(1, 3, [4])], [True, True])
 
     assert [False, True] == [bool(each.isfinite().all()) for each in found]
 
@@ -216,12 +228,12 @@ def test_other_layers_are_left_to_torch(
     model: Callable[[], Any], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With the reason in the log; who asked for compiled layers is told it instead."""
-    with caplog.at_level(logging.WARNING, acceleration.__name__):
-        rows = accelerated(model().eval(), "auto")
+    with caplog.at_level(logging.WARNING, executor_selection.__name__):
+        runner = accelerated(model().eval(), "auto")
 
-    assert rows.compiled != "layers"
+    assert runner.compiled != "layers"
     assert f"layers are left to torch: {reason}" in caplog.text
-    assert rows.probe().isfinite().all()
+    assert runner.reference_logits().isfinite().all()
     with pytest.raises(CompileError, match=reason):
         accelerated(model().eval(), "layers")
 
@@ -230,29 +242,29 @@ def test_other_layers_are_left_to_torch(
     ("source", "right", "wrong", "dtype"),
     [
         ("llama_forward.cpp", "* factor *", "*", torch.float32),
-        ("llama_forward.cpp", "first * cosines[left] -", "0.0f / 0.0f -", torch.float32),
-        ("llama_forward.cpp", "linear<true>(from", "linear<false>(from", torch.float32),
-        ("llama_forward.cpp", "silu(left) * right", "left * right", torch.float32),
+        ("llama_forward.cpp", "first * cos[left] -", "0.0f / 0.0f -", torch.float32),
+        ("llama_forward.cpp", "linear<true>(x", "linear<false>(x", torch.float32),
+        ("llama_forward.cpp", "silu(gate) * up)", "gate * up)", torch.float32),
         ("gemm_packed.h", "right * factor;", "right;", torch.float32),
         ("attention_decode.h", "scale * load(q + at)", "load(q + at)", torch.bfloat16),
         ("bf16.h", "pairs[panel], factor);", "pairs[panel], factor << 16);", torch.bfloat16),
     ],
 )
 def test_a_program_that_computes_something_else_is_not_used(
-    source: str, right: str, wrong: str, dtype: torch.dtype, programs_of: Path
+    source: str, right: str, wrong: str, dtype: torch.dtype, source_dir: Path
 ) -> None:
     """A compiler may be wrong about the machine; what it makes is compared before it answers anyone, and the model is
     served as before, whatever the program left in the rows."""
-    path = programs_of / source
+    path = source_dir / source
     text = path.read_text()
     assert text.count(right) == 1
     path.write_text(text.replace(right, wrong))
-    expected = RowModel(make(KINDS["llama"]).to(dtype), rows=4, length=CONTEXT).probe()
+    expected = torch_runner(make(KINDS["llama"]).to(dtype), slots=4, length=CONTEXT).reference_logits()
 
-    rows = accelerated(make(KINDS["llama"]).to(dtype), "auto")
+    runner = accelerated(make(KINDS["llama"]).to(dtype), "auto")
 
-    assert rows.compiled != "layers"
-    assert (rows.probe() - expected).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * expected.norm()
+    assert runner.compiled != "layers"
+    assert (runner.reference_logits() - expected).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * expected.norm()
 
 
 def test_where_a_processor_multiplies_whole_matrices_layers_in_bfloat16_are_torchs(
@@ -261,11 +273,9 @@ def test_where_a_processor_multiplies_whole_matrices_layers_in_bfloat16_are_torc
     """oneDNN knows those instructions (AMX); who asks for compiled layers gets them all the same."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
 
-    settings: tuple[Compile, ...] = ("auto", "attention", "layers")
-    by_setting = {each: accelerated(make(KINDS["llama"]).bfloat16(), each) for each in settings}
-    found = {each: rows.compiled for each, rows in by_setting.items()}
-    by_torch = [*by_setting["auto"].model.modules(), *by_setting["attention"].model.modules()]
+    automatic = accelerated(make(KINDS["llama"]).bfloat16(), "auto")
 
-    assert {"auto": "attention", "attention": "attention", "layers": "layers"} == found
-    assert not any(isinstance(each, PanelLinear) for each in by_torch)
+    assert "attention" == automatic.compiled
+    assert not any(isinstance(each, NativeLinear) for each in automatic.model.modules())
+    assert "layers" == accelerated(make(KINDS["llama"]).bfloat16(), "layers").compiled
     assert "layers" == accelerated(make(KINDS["llama"]), "auto").compiled

@@ -1,23 +1,22 @@
 """Linear layers in panels: the numbers of torch's, for any number of tokens and outputs."""
 
 import platform
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
-from app.worker.execution.native import native_build as programs
-from app.worker.execution.native import packed_linear as panels
+from app.worker.execution.native import native_build
 from app.worker.execution.native.native_build import CompileError
-from app.worker.execution.native.packed_linear import PANEL, PanelLinear, fits_int8, in_int8
+from app.worker.execution.native.packed_linear import NR, NativeLinear
+from app.worker.execution.quantization import fits_int8, quantize_int8
 
 pytestmark = pytest.mark.usefixtures("compiler")
 TOLERANCE = 2e-6
 
 
-@pytest.mark.parametrize("outputs", [1, PANEL, 3 * PANEL + 5, 200])
+@pytest.mark.parametrize("outputs", [1, NR, 3 * NR + 5, 200])
 @pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.int8])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_layer_in_panels_computes_what_torch_computes(outputs: int, kind: torch.dtype, bias: bool) -> None:
@@ -27,12 +26,12 @@ def test_a_layer_in_panels_computes_what_torch_computes(outputs: int, kind: torc
     if kind == torch.float16:
         linear.weight.data = linear.weight.data.bfloat16().float()
     if kind == torch.int8:
-        whole, scales = in_int8(linear.weight.data)
+        whole, scales = quantize_int8(linear.weight.data)
         linear.weight.data = whole * scales
 
-    layer = PanelLinear(linear)
+    layer = NativeLinear(linear)
 
-    assert kind == layer.panels.dtype
+    assert kind == layer.packed_weight.dtype
     for tokens in (1, 2, 3, 4, 5, 6, 7, 13, 128, 129, 300):
         x = torch.randn(1, tokens, 51)
         expected = linear(x).detach()
@@ -41,18 +40,15 @@ def test_a_layer_in_panels_computes_what_torch_computes(outputs: int, kind: torc
 
 
 @pytest.fixture(params=["as the processor has it", "-mno-avx512bf16"])
-def pairs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def pairs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products in bfloat16 by the processor's own instructions, if it has any, and as floats."""
     if request.param.startswith("-m"):
         if platform.machine() != "x86_64":
             pytest.skip("only on x86 it can be chosen what the processor may do")
-        monkeypatch.setattr(programs, "FLAGS", (*programs.FLAGS, request.param))
-    panels._made.cache_clear()
-    yield
-    panels._made.cache_clear()
+        monkeypatch.setattr(native_build, "FLAGS", (*native_build.FLAGS, request.param))
 
 
-@pytest.mark.parametrize("outputs", [1, PANEL, 3 * PANEL + 5, 200])
+@pytest.mark.parametrize("outputs", [1, NR, 3 * NR + 5, 200])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.usefixtures("pairs")
 def test_a_layer_in_bfloat16_is_as_near_to_exact_numbers_as_torchs(outputs: int, bias: bool) -> None:
@@ -60,9 +56,9 @@ def test_a_layer_in_bfloat16_is_as_near_to_exact_numbers_as_torchs(outputs: int,
     torch.manual_seed(3)
     linear = nn.Linear(70, outputs, bias=bias, dtype=torch.bfloat16)
 
-    layer = PanelLinear(linear)
+    layer = NativeLinear(linear)
 
-    assert torch.bfloat16 == layer.panels.dtype
+    assert torch.bfloat16 == layer.packed_weight.dtype
     for tokens in (1, 2, 6, 7, 11, 12, 13, 25, 128, 129, 300):
         x = torch.randn(1, tokens, 70).bfloat16()
         exact = functional.linear(x.float(), linear.weight.float(), linear.bias.float() if bias else None).detach()
@@ -79,7 +75,7 @@ def test_weights_are_rounded_to_the_nearest_of_255_steps_once(size: float) -> No
     weight[7] *= 1000
     weight[9] = 0
 
-    whole, scales = in_int8(weight)
+    whole, scales = quantize_int8(weight)
 
     rounded = whole * scales
     step = weight.abs().amax(1, keepdim=True) / 127
@@ -93,9 +89,9 @@ def test_one_output_of_whole_numbers_does_not_make_the_others_lose_theirs() -> N
     linear = nn.Linear(51, 32)
     linear.weight.data[0] = 1.0
 
-    layer = PanelLinear(linear)
+    layer = NativeLinear(linear)
 
-    assert torch.float32 == layer.panels.dtype
+    assert torch.float32 == layer.packed_weight.dtype
     assert layer.scales is None
 
 
@@ -104,7 +100,7 @@ def test_one_output_of_whole_numbers_does_not_make_the_others_lose_theirs() -> N
 def test_a_tokens_numbers_do_not_depend_on_its_company(dtype: torch.dtype) -> None:
     """Bit for bit: who else is in the batch changes no answer here."""
     torch.manual_seed(3)
-    layer = PanelLinear(nn.Linear(576, 96, dtype=dtype))
+    layer = NativeLinear(nn.Linear(576, 96, dtype=dtype))
     x = torch.randn(200, 576).to(dtype)
 
     alone = torch.cat([layer(each[None]) for each in x])
@@ -117,11 +113,11 @@ def test_input_with_gaps_is_read_rightly() -> None:
     linear = nn.Linear(8, 16)
     x = torch.randn(8, 5).T
 
-    assert torch.allclose(PanelLinear(linear)(x), functional.linear(x, linear.weight, linear.bias), atol=1e-6)
+    assert torch.allclose(NativeLinear(linear)(x), functional.linear(x, linear.weight, linear.bias), atol=1e-6)
 
 
 @pytest.mark.parametrize(("inputs", "dtype"), [(8, torch.float16), (7, torch.bfloat16)])
 def test_what_the_program_has_no_product_for_is_refused(inputs: int, dtype: torch.dtype) -> None:
     """Numbers in float16, and an input in bfloat16 that has no other beside it."""
-    with pytest.raises(CompileError, match=f"does not take {inputs} inputs"):
-        PanelLinear(nn.Linear(inputs, 8, dtype=dtype))
+    with pytest.raises(CompileError, match=f"there is no kernel for {inputs} inputs"):
+        NativeLinear(nn.Linear(inputs, 8, dtype=dtype))

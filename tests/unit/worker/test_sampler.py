@@ -1,4 +1,4 @@
-"""The sampler draws from what each row's settings leave, repeatably, and no row notices another."""
+"""The sampler draws from what each row's parameters allow, repeatably, and no row notices another."""
 
 import math
 import random
@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from app.types import SamplingParams
-from app.worker.sampling.penalties import penalise_repeats
-from app.worker.sampling.sampler import NO_TOKEN, RowSampler, Sampled, Unusable, sample
-from app.worker.sampling.sampling_ops import Draw
+from app.worker.sampling.penalties import apply_repetition_penalty
+from app.worker.sampling.sampler import NO_TOKEN, Sampled, SamplingFailure, SequenceSampler, sample
+from app.worker.sampling.sampling_ops import SamplingDraw
 
 GRID = 200
 LAST = 1 - 2**-53
@@ -31,14 +31,14 @@ LAST = 1 - 2**-53
 INF, NAN = math.inf, math.nan
 
 
-class Given(RowSampler):
+class Given(SequenceSampler):
     """A row that draws a given number instead of its seed's."""
 
     def __init__(self, *args: Any, uniform: float) -> None:
         super().__init__(*args)
         self.uniform = uniform
 
-    def draw(self) -> Draw:
+    def draw(self) -> SamplingDraw:
         return super().draw()._replace(uniform=self.uniform)
 
 
@@ -47,10 +47,10 @@ def params(**changes: Any) -> SamplingParams:
 
 
 def row(
-    vocab: int, *, prompt: Sequence[int] = (), made: Sequence[int] = (), ends: Any = (), **changes: Any
-) -> RowSampler:
-    sampler = RowSampler(params(**changes), prompt, ends, vocab)
-    for token in made:
+    vocab: int, *, prompt: Sequence[int] = (), sampled: Sequence[int] = (), ends: Any = (), **changes: Any
+) -> SequenceSampler:
+    sampler = SequenceSampler(params(**changes), prompt, ends, vocab)
+    for token in sampled:
         sampler.accept(token)
     return sampler
 
@@ -59,44 +59,46 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def token(scores: torch.Tensor, sampler: RowSampler) -> int | None:
+def token(scores: torch.Tensor, sampler: SequenceSampler) -> int | None:
     """Sample one row alone."""
-    (answer,) = sample(scores[None], [sampler])
-    return answer.token if isinstance(answer, Sampled) else None
+    (result,) = sample(scores[None], [sampler])
+    return result.token if isinstance(result, Sampled) else None
 
 
 def tokens_over_grid(
-    scores: torch.Tensor, changes: dict[str, Any], prompt: Any = (), made: Any = (), ends: Any = (), grid: int = GRID
+    scores: torch.Tensor, changes: dict[str, Any], prompt: Any = (), sampled: Any = (), ends: Any = (), grid: int = GRID
 ) -> Counter[int]:
     """Count the tokens drawn by evenly spaced numbers: within one of `grid` times their probability."""
     places = [(place + 0.5) / grid for place in range(grid)]
     rows = [Given(params(**changes), prompt, ends, len(scores), uniform=place) for place in places]
     for sampler in rows:
-        for each in made:
+        for each in sampled:
             sampler.accept(each)
-    return Counter(answer.token for answer in sample(scores.repeat(grid, 1), rows) if isinstance(answer, Sampled))
+    return Counter(result.token for result in sample(scores.repeat(grid, 1), rows) if isinstance(result, Sampled))
 
 
-def naive(scores: list[float], asked: SamplingParams, prompt: Sequence[int], made: Sequence[int], ends: Sequence[int]):
+def naive(
+    scores: list[float], request: SamplingParams, prompt: Sequence[int], sampled: Sequence[int], ends: Sequence[int]
+):
     """Each token's probability, in plain Python and the order that the settings are defined in."""
-    scores, counts = list(scores), Counter(made)
-    for each, bias in asked.logit_bias:
+    scores, counts = list(scores), Counter(sampled)
+    for each, bias in request.logit_bias:
         scores[each] += bias
-    for each in {*prompt, *made}:
-        scores[each] *= 1 / asked.repetition_penalty if scores[each] > 0 else asked.repetition_penalty
+    for each in {*prompt, *sampled}:
+        scores[each] *= 1 / request.repetition_penalty if scores[each] > 0 else request.repetition_penalty
     for each, count in counts.items():
-        scores[each] -= asked.presence_penalty + count * asked.frequency_penalty
-    if len(made) < asked.min_tokens:
-        for each in {*ends, *asked.stop_token_ids}:
+        scores[each] -= request.presence_penalty + count * request.frequency_penalty
+    if len(sampled) < request.min_tokens:
+        for each in {*ends, *request.stop_token_ids}:
             scores[each] = -INF
     order = sorted(range(len(scores)), key=lambda each: (-scores[each], each))
-    if asked.temperature == 0:
+    if request.temperature == 0:
         return {order[0]: 1.0}
-    weights = [math.exp((score - scores[order[0]]) / asked.temperature) for score in scores]
-    order = order[: asked.top_k or None]
+    weights = [math.exp((score - scores[order[0]]) / request.temperature) for score in scores]
+    order = order[: request.top_k or None]
     total, mass, nucleus = sum(weights[each] for each in order), 0.0, []
     for each in order:
-        if mass < asked.top_p * total and weights[each] >= asked.min_p and weights[each] > 0:
+        if mass < request.top_p * total and weights[each] >= request.min_p and weights[each] > 0:
             nucleus.append(each)
         mass += weights[each]
     total = sum(weights[each] for each in nucleus)
@@ -128,14 +130,14 @@ def test_tokens_are_drawn_as_a_plain_calculation_says(
     """Every allowed token as often as its probability, and no other token, whatever settings come together."""
     source = random.Random(seed)
     scores = torch.tensor([source.gauss(0, spread) for _ in range(vocab)])
-    prompt, made = ([source.randrange(vocab) for _ in range(length)] for length in (9, 3))
+    prompt, sampled = ([source.randrange(vocab) for _ in range(length)] for length in (9, 3))
     ends = [int(scores.argmax())] if vocab > 1 else []
     if biased:
         changes = changes | {"logit_bias": ((vocab // 2, 2.5), (0, -100.0))}
 
-    drawn = tokens_over_grid(scores, changes, prompt, made, ends)
+    drawn = tokens_over_grid(scores, changes, prompt, sampled, ends)
 
-    expected = naive(scores.tolist(), params(**changes), prompt, made, ends)
+    expected = naive(scores.tolist(), params(**changes), prompt, sampled, ends)
     assert set() == set(drawn) - set(expected)
     assert GRID == drawn.total()
     assert all(abs(drawn[each] - share * GRID) < 1.01 for each, share in expected.items())
@@ -158,42 +160,44 @@ WARPED = [
 @pytest.mark.parametrize("changes", WARPED)
 def test_the_allowed_tokens_are_those_of_transformers(changes: dict[str, Any]):
     """In a vocabulary of 50,000 all numbers draw from that set, and the highest reaches its least likely token."""
-    scores, asked = noise(50_000), params(**changes)
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(asked.temperature)])
-    warpers += [TopKLogitsWarper(asked.top_k)] if asked.top_k else []
-    warpers += [TopPLogitsWarper(asked.top_p)] if asked.top_p < 1 else []
-    warpers += [MinPLogitsWarper(asked.min_p)] if asked.min_p else []
+    scores, request = noise(50_000), params(**changes)
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(request.temperature)])
+    warpers += [TopKLogitsWarper(request.top_k)] if request.top_k else []
+    warpers += [TopPLogitsWarper(request.top_p)] if request.top_p < 1 else []
+    warpers += [MinPLogitsWarper(request.min_p)] if request.min_p else []
     allowed = warpers(torch.empty(1, 0, dtype=torch.long), scores[None])[0].isfinite().nonzero()[:, 0].tolist()
 
     drawn = set(tokens_over_grid(scores, changes, grid=30))
-    last = token(scores, Given(asked, (), (), len(scores), uniform=LAST))
+    last = token(scores, Given(request, (), (), len(scores), uniform=LAST))
 
     assert drawn <= set(allowed)
     assert (max(allowed) if set(changes) == {"min_p"} else min(allowed, key=lambda each: float(scores[each]))) == last
 
 
 def test_the_repetition_penalty_is_that_of_transformers():
-    """Bit for bit the same scores, with tokens that are repeated, in both prompt and answer, and below 0."""
-    scores, prompt, made = noise(2, 300), [1, 2, 2, 3], [[3, 9, 9], [200, 1, 3]]
+    """Bit for bit the same scores, with tokens that are repeated, in both prompt and completion, and below 0."""
+    scores, prompt, sampled = noise(2, 300), [1, 2, 2, 3], [[3, 9, 9], [200, 1, 3]]
     penalise = [RepetitionPenaltyLogitsProcessor(penalty) for penalty in (1.3, 0.8)]
     expected = [
-        each(torch.tensor([prompt + answer]), line[None].clone())[0]
-        for each, answer, line in zip(penalise, made, scores, strict=True)
+        each(torch.tensor([prompt + tokens]), line[None].clone())[0]
+        for each, tokens, line in zip(penalise, sampled, scores, strict=True)
     ]
 
-    penalise_repeats(scores, [[torch.tensor([1, 2, 3])] * 2, [torch.tensor([3, 9]), torch.tensor(made[1])]], [1.3, 0.8])
+    apply_repetition_penalty(
+        scores, [[torch.tensor([1, 2, 3])] * 2, [torch.tensor([3, 9]), torch.tensor(sampled[1])]], [1.3, 0.8]
+    )
 
     assert torch.equal(torch.stack(expected), scores)
 
 
-def test_only_the_answer_counts_for_presence_and_frequency():
-    """A token of the prompt keeps its score; one made three times loses presence once and frequency three times."""
+def test_only_the_completion_counts_for_presence_and_frequency():
+    """A token of the prompt keeps its score; one sampled three times loses presence once and frequency three times."""
     scores = torch.tensor([5.0, 3.0, 2.0])
     penalties = {"temperature": 0.0, "presence_penalty": 1.0, "frequency_penalty": 0.5}
 
     assert 0 == token(scores, row(3, prompt=[0, 0, 0, 0], **penalties))
-    assert 0 == token(scores, row(3, made=[0], **penalties))
-    assert 1 == token(scores, row(3, made=[0, 0, 0], **penalties))
+    assert 0 == token(scores, row(3, sampled=[0], **penalties))
+    assert 1 == token(scores, row(3, sampled=[0, 0, 0], **penalties))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -206,8 +210,8 @@ def test_temperature_0_takes_the_most_likely_token(dtype: torch.dtype):
     biased = [row(50_000, temperature=0.0, logit_bias=((0, -1.0),)) for _ in expected]
 
     assert 7 == expected[2]
-    assert expected == [answer.token for answer in sample(scores, greedy) if isinstance(answer, Sampled)]
-    assert expected == [answer.token for answer in sample(scores, biased) if isinstance(answer, Sampled)]
+    assert expected == [result.token for result in sample(scores, greedy) if isinstance(result, Sampled)]
+    assert expected == [result.token for result in sample(scores, biased) if isinstance(result, Sampled)]
 
 
 @pytest.mark.parametrize("equal", [3, 300, 5000])
@@ -254,16 +258,16 @@ def test_the_highest_number_draws_no_impossible_token():
             assert scores[drawn] > -INF
 
 
-def test_a_token_may_not_end_a_short_answer():
+def test_a_token_may_not_end_a_short_completion():
     """End and stop tokens come first at `min_tokens`; an end token that has no score is no matter."""
     scores, sampler = torch.tensor([9.0, 8.0, 7.0, 6.0]), row(4, ends=(0, 70), stop_token_ids=(1,), min_tokens=2)
     scores *= 20
-    made = []
+    sampled = []
     for _ in range(3):
-        made.append(token(scores, sampler))
-        sampler.accept(made[-1])
+        sampled.append(token(scores, sampler))
+        sampler.accept(sampled[-1])
 
-    assert [2, 2, 0] == made
+    assert [2, 2, 0] == sampled
     assert 0 == token(scores, row(4, ends=(0,), ignore_eos=True))
 
 
@@ -282,41 +286,43 @@ ROWS: list[dict[str, Any]] = [
 ]
 
 
-def answers(which: Sequence[int], broken: Sequence[int] = (), steps: int = 10) -> dict[int, list[Sampled | Unusable]]:
-    """Run rows together, each on scores of its own that depend on the token before; `broken` rows have NaN in them."""
+def results_of(
+    which: Sequence[int], broken: Sequence[int] = (), steps: int = 10
+) -> dict[int, list[Sampled | SamplingFailure]]:
+    """Sample rows together, each from its own scores, which depend on the token before; `broken` rows have NaN."""
     scores = noise(len(ROWS), 40, 1000, seed=3)
     scores[list(broken), :, 17] = NAN
     rows = [row(1000, prompt=(1, 2, 3), ends=(9,), **ROWS[place]) for place in which]
-    made: dict[int, list[Sampled | Unusable]] = {place: [] for place in which}
+    sampled: dict[int, list[Sampled | SamplingFailure]] = {place: [] for place in which}
     last = dict.fromkeys(which, 0)
     for _ in range(steps):
         step = torch.stack([scores[place, last[place] % 40] for place in which])
-        for place, sampler, answer in zip(which, rows, sample(step, rows), strict=True):
-            made[place].append(answer)
-            if isinstance(answer, Sampled):
-                last[place] = answer.token
-                sampler.accept(answer.token)
-    return made
+        for place, sampler, result in zip(which, rows, sample(step, rows), strict=True):
+            sampled[place].append(result)
+            if isinstance(result, Sampled):
+                last[place] = result.token
+                sampler.accept(result.token)
+    return sampled
 
 
 @settings(max_examples=25)
 @given(order=st.permutations(range(len(ROWS))), size=st.integers(1, len(ROWS)))
-def test_a_row_is_answered_as_if_it_were_alone(order: list[int], size: int):
+def test_a_row_is_sampled_as_if_it_were_alone(order: list[int], size: int):
     """The same tokens and log-probabilities in any company and at any place of the batch."""
-    alone = {place: answers([place])[place] for place in order[:size]}
+    alone = {place: results_of([place])[place] for place in order[:size]}
 
-    assert alone == answers(order[:size])
+    assert alone == results_of(order[:size])
 
 
 @pytest.mark.parametrize("broken", [(0,), (2, 7), (1, 5, 6, 8, 9)])
 def test_a_row_without_scores_ends_alone(broken: tuple[int, ...]):
-    """It gets the reason at every step, and its neighbours the answers that they get without it."""
+    """It gets the reason at every step, and its neighbours the completions that they get without it."""
     everyone, others = range(len(ROWS)), [place for place in range(len(ROWS)) if place not in broken]
 
-    found = answers(everyone, broken)
+    found = results_of(everyone, broken)
 
     assert [[NO_TOKEN] * 10] * len(broken) == [found[place] for place in broken]
-    assert answers(others) == {place: found[place] for place in others}
+    assert results_of(others) == {place: found[place] for place in others}
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
@@ -331,7 +337,7 @@ def test_scores_that_are_not_finite_give_no_token(bad: float, changes: dict[str,
 
 
 def test_settings_that_rule_out_every_token_end_the_row():
-    """The only tokens that the model allows are end tokens, and the answer is too short for them."""
+    """The only tokens that the model allows are end tokens, and the completion is too short for them."""
     scores = torch.tensor([[1.0, -INF, 2.0], [1.0, -INF, 2.0]])
 
     found = sample(scores, [row(3, ends=(0, 2), min_tokens=1), row(3, ends=(0, 2), temperature=0.0)])
@@ -339,33 +345,33 @@ def test_settings_that_rule_out_every_token_end_the_row():
     assert [NO_TOKEN, Sampled(2)] == found
 
 
-def test_a_seed_and_a_sample_repeat_an_answer():
-    """Other seeds and samples differ, and so do two answers without a seed."""
+def test_a_seed_and_a_sample_repeat_a_completion():
+    """Other seeds and samples differ, and so do two completions without a seed."""
     scores = torch.zeros(500)
 
-    def answer(**changes: Any) -> tuple[int | None, ...]:
-        sampler, made = row(500, **changes), []
+    def completion(**changes: Any) -> tuple[int | None, ...]:
+        sampler, sampled = row(500, **changes), []
         for _ in range(8):
-            made.append(token(scores, sampler))
-            sampler.accept(made[-1])
-        return tuple(made)
+            sampled.append(token(scores, sampler))
+            sampler.accept(sampled[-1])
+        return tuple(sampled)
 
-    assert answer(seed=1, sample=2) == answer(seed=1, sample=2)
+    assert completion(seed=1, sample=2) == completion(seed=1, sample=2)
     kinds = [{"seed": seed, "sample": place} for seed in (-1, 0, 1, 2) for place in range(3)] + [{"seed": None}] * 2
-    assert len(kinds) == len({answer(**changes) for changes in kinds})
+    assert len(kinds) == len({completion(**changes) for changes in kinds})
 
 
 def test_seeded_numbers_are_even():
     """Over 4,000 tokens each of eight equal ones comes about as often, and as often after each other one."""
     rows = [row(8, sample=place) for place in range(40)]
-    made: list[list[int]] = [[] for _ in rows]
+    sampled: list[list[int]] = [[] for _ in rows]
     for _ in range(100):
-        for sampler, answer, line in zip(rows, sample(torch.zeros(40, 8), rows), made, strict=True):
-            assert isinstance(answer, Sampled)
-            line.append(answer.token)
-            sampler.accept(answer.token)
-    single = Counter(each for line in made for each in line)
-    pairs = Counter(pair for line in made for pair in pairwise(line))
+        for sampler, result, line in zip(rows, sample(torch.zeros(40, 8), rows), sampled, strict=True):
+            assert isinstance(result, Sampled)
+            line.append(result.token)
+            sampler.accept(result.token)
+    single = Counter(each for line in sampled for each in line)
+    pairs = Counter(pair for line in sampled for pair in pairwise(line))
 
     assert all(420 < single[each] < 580 for each in range(8))
     assert all(30 < pairs[each, after] < 100 for each in range(8) for after in range(8))
@@ -387,7 +393,7 @@ def test_log_probabilities_are_the_models_own(changes: dict[str, Any]):
     expected = scores.log_softmax(dim=-1)
     best = expected.argsort(descending=True, stable=True)[:7].tolist()
 
-    (found,) = sample(scores[None], [row(6000, prompt=best, made=best, ends=best[:2], logprobs=7, **changes)])
+    (found,) = sample(scores[None], [row(6000, prompt=best, sampled=best, ends=best[:2], logprobs=7, **changes)])
 
     assert isinstance(found, Sampled)
     assert found.logprob is not None
@@ -395,14 +401,14 @@ def test_log_probabilities_are_the_models_own(changes: dict[str, Any]):
     assert tuple((each, float(expected[each])) for each in best) == found.logprob.top
 
 
-def test_each_row_gets_the_log_probabilities_it_asked_for():
-    """None asks for no report and 0 for the chosen token alone; impossible tokens are left out."""
+def test_each_row_gets_the_log_probabilities_it_requested():
+    """None requests no report and 0 the chosen token alone; impossible tokens are left out."""
     scores = torch.tensor([1.0, 3.0, -INF, 3.0, 2.0]).repeat(4, 1)
     counts = (None, 0, 2, 20)
 
     found = sample(scores, [row(5, temperature=0.0, logprobs=count) for count in counts])
 
-    reports = [answer.logprob for answer in found if isinstance(answer, Sampled)]
+    reports = [result.logprob for result in found if isinstance(result, Sampled)]
     assert [None, (), (1, 3), (1, 3, 4, 0)] == [
         None if report is None else tuple(each for each, _ in report.top) for report in reports
     ]
@@ -414,9 +420,9 @@ def test_the_callers_scores_stay_as_they_are(dtype: torch.dtype):
     scores = noise(len(ROWS), 1000).to(dtype)
     before = scores.clone()
 
-    sample(scores, [row(1000, prompt=(1, 2), made=(3, 3), ends=(4,), **changes) for changes in ROWS])
+    sample(scores, [row(1000, prompt=(1, 2), sampled=(3, 3), ends=(4,), **changes) for changes in ROWS])
     for place, changes in enumerate(ROWS):
-        sample(scores[place : place + 1], [row(1000, prompt=(1, 2), made=(3, 3), ends=(4,), **changes)])
+        sample(scores[place : place + 1], [row(1000, prompt=(1, 2), sampled=(3, 3), ends=(4,), **changes)])
 
     assert torch.equal(before, scores)
 
@@ -430,7 +436,7 @@ def test_the_callers_scores_stay_as_they_are(dtype: torch.dtype):
     ],
 )
 def test_a_token_outside_the_vocabulary_is_refused(changes: dict[str, Any], prompt: Sequence[int], name: str):
-    """When the answer begins, with the setting, the token and the range."""
+    """When the completion begins, with the setting, the token and the range."""
     with pytest.raises(ValueError, match=f"{name}, but the vocabulary has ids 0 to 4."):
         row(5, prompt=prompt, **changes)
 

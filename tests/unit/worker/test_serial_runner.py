@@ -1,4 +1,4 @@
-"""The serial runner makes what `generate` makes, for one request at a time, and stops when told."""
+"""The serial runner generates what `generate` does, for one request at a time, and stops when cancelled."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +13,8 @@ from transformers import GenerationConfig
 from app.ipc.messages import ModelSpec, Submit, TokenEvent
 from app.types import SamplingParams
 from app.worker.execution.serial.serial_runner import SerialRunner
-from app.worker.loading.loader import LoadedModel, load
+from app.worker.loaded_model import LoadedModel
+from app.worker.loading.loader import load
 from tests.unit.tiny_models import save_tiny_llama
 
 PROMPT = (5, 6, 7, 8)
@@ -22,7 +23,7 @@ SPEC = ModelSpec(name="", source="local", device="cpu", dtype="auto", revision=N
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    """A model whose own settings ask for wild sampling, which no request must inherit."""
+    """A model whose own parameters are wild, which no request must inherit."""
     folder = save_tiny_llama(tmp_path_factory.mktemp("llama"))
     GenerationConfig(do_sample=True, temperature=5.0, top_k=3, repetition_penalty=3.0).save_pretrained(folder)
     spec = msgspec.structs.replace(SPEC, name=str(folder))
@@ -50,7 +51,7 @@ def complete(model: LoadedModel, params: SamplingParams) -> tuple[list[int], str
 
 
 def generate(model: LoadedModel, **settings: Any) -> list[int]:
-    """What transformers' own `generate` answers."""
+    """Return what transformers' own `generate` returns."""
     with torch.inference_mode():
         whole = model.pipeline.model.generate(
             torch.tensor([PROMPT]),
@@ -61,7 +62,7 @@ def generate(model: LoadedModel, **settings: Any) -> list[int]:
     return [int(token) for token in whole[0, len(PROMPT) :]]
 
 
-def test_a_greedy_answer_is_what_generate_answers(model: LoadedModel):
+def test_a_greedy_completion_is_what_generate_returns(model: LoadedModel):
     """Token for token, and the length ends it; the model's own sampling settings are not used."""
     assert (generate(model, max_new_tokens=40, do_sample=False), "length") == complete(
         model, SamplingParams(max_tokens=40)
@@ -77,21 +78,21 @@ def test_each_setting_reaches_the_model(model: LoadedModel):
     assert (expected, "length") == complete(model, SamplingParams(max_tokens=30, seed=11, **settings))
 
 
-def test_a_seed_repeats_an_answer_and_no_seed_does_not(model: LoadedModel):
-    """The same seed gives the same answer, another or none a different one."""
-    answers = [
+def test_a_seed_repeats_a_completion_and_no_seed_does_not(model: LoadedModel):
+    """The same seed gives the same completion, another or none a different one."""
+    completions = [
         complete(model, SamplingParams(max_tokens=30, temperature=1.0, seed=seed))[0] for seed in (3, 3, 4, None, None)
     ]
 
-    assert answers[0] == answers[1]
-    assert 4 == len({tuple(answer) for answer in answers})
+    assert completions[0] == completions[1]
+    assert 4 == len({tuple(completion) for completion in completions})
 
 
-def test_an_end_token_ends_the_answer_and_is_not_listed(model: LoadedModel):
+def test_an_end_token_ends_the_completion_and_is_not_listed(model: LoadedModel):
     """The tokens before it are listed, and the finish says stop."""
-    answer = generate(model, max_new_tokens=20, do_sample=False)
-    end = next(token for token in answer[3:] if token not in answer[:3])
-    expected = answer[: answer.index(end)]
+    completion = generate(model, max_new_tokens=20, do_sample=False)
+    end = next(token for token in completion[3:] if token not in completion[:3])
+    expected = completion[: completion.index(end)]
 
     assert (expected, "stop") == complete(replace(model, end_ids=(end,)), SamplingParams(max_tokens=20))
 
@@ -109,19 +110,19 @@ def test_the_first_event_says_that_the_model_began(model: LoadedModel):
 
 
 def test_a_cancel_stops_before_the_next_token(model: LoadedModel):
-    """Cancelled when the third token is told, a request makes no fourth."""
+    """Cancelled with its third token, a request has no fourth."""
     runner = SerialRunner(model)
     runner.submit(Submit(1, PROMPT, SamplingParams(max_tokens=500)))
-    told: list[TokenEvent] = []
+    with_tokens: list[TokenEvent] = []
 
     def cancel_at_third(events: list[TokenEvent]) -> None:
-        told.extend(event for event in events if event.token_ids)
-        if len(told) == 3:
+        with_tokens.extend(event for event in events if event.token_ids)
+        if len(with_tokens) == 3:
             runner.cancel(1)
 
     events = run(runner, cancel_at_third)
 
-    assert (3, "abort") == (len(told), events[-1].finish)
+    assert (3, "abort") == (len(with_tokens), events[-1].finish)
 
 
 def test_a_cancelled_request_that_waits_never_runs(model: LoadedModel):
@@ -140,7 +141,7 @@ def test_a_cancelled_request_that_waits_never_runs(model: LoadedModel):
 
 @pytest.mark.parametrize("prompt", [(), (10_000_000,), (-1,)], ids=["empty", "beyond the vocabulary", "negative"])
 def test_a_prompt_that_the_model_cannot_read_ends_only_its_request(model: LoadedModel, prompt: tuple[int, ...]):
-    """It gets an error event; the request after it is answered."""
+    """It gets an error event; the request after it completes."""
     runner = SerialRunner(model)
     runner.submit(Submit(1, prompt, SamplingParams(max_tokens=2)))
     runner.submit(Submit(2, PROMPT, SamplingParams(max_tokens=2)))
@@ -152,7 +153,7 @@ def test_a_prompt_that_the_model_cannot_read_ends_only_its_request(model: Loaded
 
 
 class BrokenPipeline:
-    """Raises in place of an answer."""
+    """Raises in place of an completion."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -171,7 +172,7 @@ class BrokenPipeline:
     ids=["any", "memory", "device memory"],
 )
 def test_a_failure_ends_only_its_request(model: LoadedModel, error: Exception, words: str):
-    """The client is told the kind of error and nothing of its inside."""
+    """The client sees the kind of error and nothing of its message."""
     runner = SerialRunner(replace(model, pipeline=BrokenPipeline(error)))  # type: ignore[arg-type]  # a fake
     runner.submit(Submit(1, PROMPT, SamplingParams(max_tokens=2)))
 

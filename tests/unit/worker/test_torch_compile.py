@@ -1,4 +1,4 @@
-"""Compiled layers: the scores of the layers as they were, from few programs; and the setting that asks for them."""
+"""Layers compiled by torch: the logits of the layers as they were, from few graphs; and the setting for that."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,80 +6,87 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 from app.ipc.messages import ModelSpec
 from app.worker import process
-from app.worker.execution.compiled.torch_compile import compile_layers
-from app.worker.execution.kv_cache import UnsupportedModelError
-from app.worker.execution.model_runner import RowModel
-from app.worker.execution.native import native_build as programs
-from app.worker.execution.native import packed_linear as panels
-from app.worker.execution.native.native_build import CompileError
-from app.worker.execution.packed_batch import Piece
+from app.worker.execution.base import ExecutorUnavailableError, UnsupportedModelError
+from app.worker.execution.compiled.torch_compile import TorchCompileExecutor
+from app.worker.execution.executor_selection import install_verified
+from app.worker.execution.model_runner import ModelRunner
+from app.worker.execution.native import native_build
+from app.worker.execution.packed_batch import Segment
+from app.worker.execution.torch.torch_executor import torch_runner
 from app.worker.loading.loader import LoadError, load
 from app.worker.process import Runner, make_runner
 from app.worker.scheduling.batching_runner import BatchingRunner
 from tests.unit.tiny_models import save_tiny_llama
 from tests.unit.worker.families import CONTEXT, FAMILIES, VOCABULARY, loaded, make
-from tests.unit.worker.test_batching_runner import PROMPTS, answer_of, ask, complete, generate, run
+from tests.unit.worker.test_batching_runner import PROMPTS, complete, completion_of, generate, run, submit
 
 TRACED = "eager"
-"""torch follows the layers and makes programs of them, but no machine code: many seconds less for each test."""
+"""torch traces the layers into graphs, but generates no machine code: many seconds less for each test."""
 
 
 @pytest.fixture(autouse=True)
-def forget_programs() -> Any:
+def forget_graphs() -> Any:
     torch._dynamo.reset()
     counters.clear()
     yield
     torch._dynamo.reset()
 
 
+def compile_layers(runner: ModelRunner, backend: Any = "inductor") -> ModelRunner:
+    """Install compiled layers in a runner, verified as they are at load."""
+    executor = TorchCompileExecutor(runner.executor, runner.model, runner.cache, backend=backend)
+    install_verified(runner, executor, tolerance=1e-3)
+    return runner
+
+
 @pytest.mark.soak
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compiled_layers_answer_as_generate_does() -> None:
+def test_compiled_layers_complete_as_generate_does() -> None:
     """By the compiler that is used for real, alone and in company."""
     model = make(FAMILIES["llama"])
     expected = [generate(model, prompt) for prompt in PROMPTS]
-    rows = RowModel(model, rows=3, length=CONTEXT)
+    compiled = compile_layers(torch_runner(model, slots=3, length=CONTEXT))
 
-    compile_layers(rows)
-
-    assert "layers" == rows.compiled
-    runner = BatchingRunner(loaded(model), rows)
+    assert "layers" == compiled.compiled
+    runner = BatchingRunner(loaded(model), compiled)
     assert expected[1] == complete(runner, PROMPTS[1])
     for number, prompt in enumerate(PROMPTS):
-        ask(runner, prompt, number)
+        submit(runner, prompt, number)
     events = run(runner)
-    assert expected == [answer_of(events, number) for number in range(len(PROMPTS))]
+    assert expected == [completion_of(events, number) for number in range(len(PROMPTS))]
 
 
-@pytest.mark.parametrize(("family", "programs"), [("gpt2", 2), pytest.param("gemma2", 4, marks=pytest.mark.soak)])
-def test_a_model_is_a_few_programs_however_many_layers_it_has(family: str, programs: int) -> None:
+@pytest.mark.parametrize(("family", "graphs"), [("gpt2", 2), pytest.param("gemma2", 4, marks=pytest.mark.soak)])
+def test_a_model_is_a_few_graphs_however_many_layers_it_has(family: str, graphs: int) -> None:
     """One for a single token and one for any number, for each kind of layer; none of them broken in two."""
     model = make(FAMILIES[family])
-    rows, ids = RowModel(model, rows=2, length=CONTEXT), [3 * place % VOCABULARY for place in range(CONTEXT)]
-    pieces = [[Piece(0, 0, ids[:9])], [Piece(0, 9, ids[9:10])], [Piece(0, 10, ids[10:11]), Piece(1, 0, ids[:20])]]
-    expected = [rows.scores(each, [True] * len(each)) for each in pieces]
+    runner, ids = torch_runner(model, slots=2, length=CONTEXT), [3 * place % VOCABULARY for place in range(CONTEXT)]
+    mixed = [Segment(0, 10, ids[10:11]), Segment(1, 0, ids[:20])]
+    passes = [[Segment(0, 0, ids[:9])], [Segment(0, 9, ids[9:10])], mixed]
+    expected = [runner.forward(segments, [True] * len(segments)) for segments in passes]
 
-    compile_layers(rows, backend=TRACED)
+    compile_layers(runner, backend=TRACED)
 
-    found = [rows.scores(each, [True] * len(each)) for each in pieces]
+    found = [runner.forward(segments, [True] * len(segments)) for segments in passes]
     assert all((one - other).norm() <= 1e-4 * other.norm() for one, other in zip(found, expected, strict=True))
-    assert (programs, {}) == (counters["stats"]["unique_graphs"], dict(counters["graph_break"]))
+    assert (graphs, {}) == (counters["stats"]["unique_graphs"], dict(counters["graph_break"]))
 
 
 @pytest.mark.soak
-def test_two_models_keep_their_own_rows() -> None:
-    one, other = (RowModel(make(FAMILIES["llama"]), rows=2, length=CONTEXT) for _ in range(2))
+def test_two_models_use_their_own_kv_caches() -> None:
+    one, other = (torch_runner(make(FAMILIES["llama"]), slots=2, length=CONTEXT) for _ in range(2))
     compile_layers(one, backend=TRACED)
-    expected = one.scores([Piece(0, 0, [1, 2, 3])], [True])
+    expected = one.forward([Segment(0, 0, [1, 2, 3])], [True])
 
     compile_layers(other, backend=TRACED)
-    other.scores([Piece(0, 0, [9, 8, 7])], [True])
+    other.forward([Segment(0, 0, [9, 8, 7])], [True])
 
-    assert torch.allclose(expected, one.scores([Piece(0, 2, [3])], [True]), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(expected, one.forward([Segment(0, 2, [3])], [True]), rtol=1e-4, atol=1e-5)
 
 
 def test_layers_that_cannot_be_compiled_are_left_as_they_were() -> None:
@@ -94,20 +101,20 @@ def test_layers_that_cannot_be_compiled_are_left_as_they_were() -> None:
         )
 
     model = make(FAMILIES["llama"])
-    rows = RowModel(model, rows=2, length=CONTEXT)
-    pieces = [Piece(0, 0, [1, 2, 3])]
-    expected = rows.scores(pieces, [True])
+    runner = torch_runner(model, slots=2, length=CONTEXT)
+    segments = [Segment(0, 0, [1, 2, 3])]
+    expected = runner.forward(segments, [True])
 
-    for backend, reason in ((fails, "torch cannot compile"), (lies, "its scores differ")):
+    for backend, error in ((fails, BackendCompilerFailed), (lies, ExecutorUnavailableError)):
         torch._dynamo.reset()
-        with pytest.raises(CompileError, match=reason):
-            compile_layers(rows, backend=backend)
-        assert torch.equal(expected, rows.scores(pieces, [True]))
-        assert rows.compiled is None
+        with pytest.raises(error):
+            compile_layers(runner, backend=backend)
+        assert torch.equal(expected, runner.forward(segments, [True]))
+        assert runner.compiled is None
 
     model._no_split_modules = None
-    with pytest.raises(CompileError, match="nothing says which modules"):
-        compile_layers(rows)
+    with pytest.raises(ExecutorUnavailableError, match="nothing says which modules"):
+        compile_layers(runner)
 
 
 @pytest.fixture(scope="module")
@@ -135,34 +142,32 @@ def runner_of(folder: Path, setting: Any, *, engine: Any = "auto", device: str =
 @pytest.mark.usefixtures("compiler")
 def test_the_setting_decides_what_is_compiled(folder: Path) -> None:
     """And `/status` says it."""
-    for setting, compiled in (("auto", "layers"), ("layers", "layers"), ("attention", "attention"), ("none", None)):
+    for setting, compiled in (("auto", "layers"), ("layers", "layers"), ("none", None)):
         assert compiled == runner_of(folder, setting).compiled
 
 
 def test_layers_are_not_left_uncompiled_in_silence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who asks for them gets them or is told why not: the serial runner compiles none, chosen or fallen back to."""
+    """They are installed or the load fails: the serial runner compiles none, chosen or fallen back to."""
 
-    def refuse(*model: Any, **rows: Any) -> RowModel:
+    def refuse(*model: Any, **sizes: Any) -> ModelRunner:
         raise UnsupportedModelError("it is strange")
 
-    monkeypatch.setattr(process, "bytes_for_rows", lambda device: 10**9)
-    monkeypatch.setattr(process, "make_row_model", refuse)
+    monkeypatch.setattr(process, "kv_cache_bytes", lambda device: 10**9)
+    monkeypatch.setattr(process, "create_torch_runner", refuse)
 
     with pytest.raises(LoadError, match="layers needs batching"):
         runner_of(folder, "layers", engine="serial", device="cuda")
     with pytest.raises(LoadError, match="it cannot be batched: it is strange"):
         runner_of(folder, "layers", device="cuda")
-    assert "serial" == runner_of(folder, "attention", device="cuda").name
+    assert "serial" == runner_of(folder, "auto", device="cuda").name
 
 
 def test_without_a_compiler_layers_are_refused_and_else_left_to_torch(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(programs, "COMPILERS", ())
+    monkeypatch.setattr(native_build, "COMPILERS", ())
     monkeypatch.delenv("CXX", raising=False)
-    panels._made.cache_clear()
 
     assert runner_of(folder, "auto").compiled is None
     with pytest.raises(LoadError, match=r"its layers cannot be compiled: .*no C\+\+ compiler"):
         runner_of(folder, "layers")
-    panels._made.cache_clear()

@@ -1,9 +1,10 @@
-"""A model's layers compiled by torch, with attention over rows as one operator in their midst.
+"""The compiled way: a model's decoder layers through torch.compile, with attention as an opaque operator.
 
 On a GPU a step of few tokens is many tiny kernels; compiled, those between two matrix products are one.  The layers of
 a model share their code, so that one of each kind is compiled, once for a single token and once for any number.
-Attention looks at another set of rows in every step and stays outside, behind an operator that the compiler takes as
-given.  Knows no packed layers: those are a CPU's, where compiling gained nothing (docs/benchmarks/log.md).
+Attention reads another set of slots in every step and stays outside, behind an operator that the compiler does not look
+into.  Packed linear layers are not compiled: those are a CPU's, where compiling gained nothing
+(docs/benchmarks/log.md).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,55 +16,73 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from app.worker.execution.kv_cache import RowCache
-from app.worker.execution.model_runner import TOLERANCE, RowModel
-from app.worker.execution.native.native_build import CompileError
+from app.ipc.messages import Compiled
+from app.worker.execution import private_api
+from app.worker.execution.base import Executor, ExecutorUnavailableError
+from app.worker.execution.kv_cache import KVCache
+from app.worker.execution.packed_batch import PackedBatch
 
-ATTENTION = "compiled rows"
-"""The name under which transformers knows attention that goes through the operator."""
+ATTENTION = "compiled kv cache slots"
+"""The name under which transformers knows the attention function that calls the operator."""
 
-_numbers = count()
-_caches: WeakValueDictionary[int, RowCache] = WeakValueDictionary()
+_cache_ids = count()
+_caches: WeakValueDictionary[int, KVCache] = WeakValueDictionary()
 """By the number that a model's layers hand to the operator."""
 
 
-def compile_layers(rows: RowModel, *, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Compile the layers of a model that serves in rows; its rows must be empty, and are used.
+class TorchCompileExecutor:
+    """Runs another executor, whose model has compiled decoder layers."""
 
-    Args: backend: what torch compiles with.
-    Raises: CompileError: they cannot be compiled, or compute something else then; the model is left as it was.
-    """
-    before = rows.probe()
-    layers = list(_layers(rows.model))
-    if not layers:
-        raise CompileError("nothing says which modules are its layers")
-    number = next(_numbers)
-    _caches[number] = rows.cache
-    for module in rows.model.modules():
-        if hasattr(module, "layer_idx"):
-            module.rows_number = number
-    # Layers differ in their numbers only; as constants, those would be compiled in one by one.
-    torch._dynamo.config.allow_unspec_int_on_nn_module = True
-    rows.cache.outside = True
-    rows.model.set_attn_implementation(ATTENTION)
-    try:
+    compiled: Compiled | None = "layers"
+
+    def __init__(
+        self, inner: Executor, model: Any, cache: KVCache, *, backend: str | Callable[..., Any] = "inductor"
+    ) -> None:
+        """Args: backend: what torch compiles with."""
+        self._inner = inner
+        self._model = model
+        self._cache = cache
+        self._backend = backend
+        self._attention = private_api.attention_implementation(model)
+        self._layers: list[nn.Module] = []
+
+    def install(self) -> None:
+        """Have torch compile the layers when they are first called.
+
+        Raises: ExecutorUnavailableError: the model does not say which modules are its layers.
+        """
+        layers = list(_decoder_layers(self._model))
+        if not layers:
+            raise ExecutorUnavailableError("nothing says which modules are its layers")
+        cache_id = next(_cache_ids)
+        _caches[cache_id] = self._cache
+        for module in self._model.modules():
+            if hasattr(module, "layer_idx"):
+                module.kv_cache_id = cache_id
+        # Layers differ in their numbers only; as constants, those would be compiled in one by one.
+        private_api.treat_module_integers_as_inputs()
+        self._cache.write_in_attention = True
+        self._model.set_attn_implementation(ATTENTION)
+        self._layers = layers
         for layer in layers:
-            layer.compile(dynamic=True, backend=backend)
-        difference = rows.apart(before)
-        if not difference <= TOLERANCE[rows.model.dtype]:
-            raise CompileError(f"its scores differ by {difference:.1%} when its layers are compiled")
-    except Exception as error:
-        rows.restore()
-        for layer in layers:
-            layer._compiled_call_impl = None
-        if isinstance(error, CompileError):
-            raise
-        raise CompileError(f"torch cannot compile its layers ({type(error).__name__})") from error
+            layer.compile(dynamic=True, backend=self._backend)
+
+    def uninstall(self) -> None:
+        """Run the layers as they were."""
+        self._cache.write_in_attention = False
+        self._model.set_attn_implementation(self._attention)
+        for layer in self._layers:
+            private_api.undo_module_compile(layer)
+        self._layers = []
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Compute a batch and return the logits of the wanted tokens, (wanted, vocab)."""
+        return self._inner.forward(batch)
 
 
-def _layers(model: Any) -> Iterator[nn.Module]:
-    """Find the blocks that a model is a stack of, by what transformers keeps whole when it spreads them over GPUs."""
-    names = set(model._no_split_modules or ())
+def _decoder_layers(model: Any) -> Iterator[nn.Module]:
+    """Find the blocks that a model is a stack of."""
+    names = private_api.decoder_layer_names(model)
     for module in model.modules():
         if type(module).__name__ in names and any(hasattr(each, "layer_idx") for each in module.modules()):
             yield module
@@ -80,40 +99,40 @@ def _attend(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every layer; that the model asks for nothing else was proved before."""
+    """Compute one layer's attention; called by transformers.  That the model needs nothing else was verified before."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    places = module.rows_number, module.layer_idx
-    done: Tensor = torch.ops.llm_rows.attend(query, key, value, *places, scale, sliding_window, softcap)
-    return done, None
+    layer = module.kv_cache_id, module.layer_idx
+    out: Tensor = torch.ops.llm_service.attend(query, key, value, *layer, scale, sliding_window, softcap)
+    return out, None
 
 
 AttentionInterface.register(ATTENTION, _attend)
 
 
-def _run(
+def _write_and_attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    number: int,
+    cache_id: int,
     layer: int,
     scale: float,
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    cache = _caches[number]
+    cache = _caches[cache_id]
     return cache.attend(query, *cache.write(key, value, layer), scale, window, softcap)
 
 
-def _shape(query: Tensor, key: Tensor, value: Tensor, *others: Sequence[Any]) -> Tensor:
+def _output_shape(query: Tensor, key: Tensor, value: Tensor, *others: Sequence[Any]) -> Tensor:
     _, heads, tokens, _ = query.shape
     return query.new_empty(1, tokens, heads, value.shape[-1])
 
 
-_OPERATOR = "llm_rows::attend"
+_OPERATOR = "llm_service::attend"
 torch.library.define(
     _OPERATOR,
-    "(Tensor query, Tensor key, Tensor value, SymInt number, SymInt layer, float scale, SymInt? window, float? softcap)"
-    " -> Tensor",
+    "(Tensor query, Tensor key, Tensor value, SymInt cache_id, SymInt layer, float scale, SymInt? window,"
+    " float? softcap) -> Tensor",
 )
-torch.library.impl(_OPERATOR, "CompositeExplicitAutograd", _run)
-torch.library.register_fake(_OPERATOR, _shape)
+torch.library.impl(_OPERATOR, "CompositeExplicitAutograd", _write_and_attend)
+torch.library.register_fake(_OPERATOR, _output_shape)

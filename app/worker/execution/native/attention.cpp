@@ -1,29 +1,31 @@
-// Attention as torch's operator: what RowCache calls in every layer of a model that torch computes.
+// Attention and KV cache writes for models whose other operators torch computes.
 
+#include "abi.h"
 #include "attention.h"
 
-// q, out: (tokens, KV_HEADS * GROUPS, SIZE) without gaps; keys, values: one layer's (rows, KV_HEADS, length, SIZE).
-// rows, first and end: (tokens,) the row of each token and the keys that it looks at; neither goes back within a row.
-extern "C" void attend(const NUMBER* q, const NUMBER* keys, const NUMBER* values, NUMBER* out, const int64_t* rows,
-                       const int64_t* first, const int64_t* end, int64_t tokens, int64_t length, float scale,
-                       int threads) {
-    const std::vector<Run> all = runs(rows, end, tokens);
-    const int64_t tasks = all.size() * KV_HEADS;
+// q, out: (tokens, NUM_KV_HEADS * QUERIES_PER_KV, HEAD_SIZE), contiguous; keys, values: one layer's
+// (slots, NUM_KV_HEADS, length, HEAD_SIZE); slots, first_key, end_key: (tokens,), as in AttentionMetadata.
+extern "C" void llmk_attend(const kv_t* q, const kv_t* keys, const kv_t* values, kv_t* out, const int64_t* slots,
+                            const int64_t* first_key, const int64_t* end_key, int64_t tokens, int64_t length,
+                            float scale, int threads) {
+    const std::vector<TokenSegment> segments = split_segments(slots, end_key, tokens);
+    const int64_t count = segments.size(), tasks = count * NUM_KV_HEADS;
 #pragma omp parallel num_threads(threads)
     {
         Attention attention;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < tasks; task++)
-            attention.attend(q, keys, values, out, {rows, first, end}, all[task % all.size()], task / all.size(), length,
-                             scale);
+            attention.attend(q, keys, values, out, {slots, first_key, end_key}, segments[task % count], task / count,
+                             length, scale);
     }
 }
 
-// from: (KV_HEADS, tokens, SIZE), each head's numbers without gaps; to: one layer's (rows, KV_HEADS, length, SIZE).
-extern "C" void keep(const NUMBER* from, int64_t head_stride, int64_t token_stride, NUMBER* to, const int64_t* rows,
-                     const int64_t* positions, int64_t tokens, int64_t length) {
+// states: (NUM_KV_HEADS, tokens, HEAD_SIZE) with strides in elements, the last one 1; cache: one layer's keys or
+// values, (slots, NUM_KV_HEADS, length, HEAD_SIZE); slots, positions: (tokens,).
+extern "C" void llmk_write_kv(const kv_t* states, int64_t head_stride, int64_t token_stride, kv_t* cache,
+                              const int64_t* slots, const int64_t* positions, int64_t tokens, int64_t length) {
     for (int64_t token = 0; token < tokens; token++)
-        for (int64_t head = 0; head < KV_HEADS; head++)
-            std::memcpy(to + ((rows[token] * KV_HEADS + head) * length + positions[token]) * SIZE,
-                        from + head * head_stride + token * token_stride, SIZE * sizeof(NUMBER));
+        for (int64_t head = 0; head < NUM_KV_HEADS; head++)
+            std::memcpy(cache + ((slots[token] * NUM_KV_HEADS + head) * length + positions[token]) * HEAD_SIZE,
+                        states + head * head_stride + token * token_stride, HEAD_SIZE * sizeof(kv_t));
 }

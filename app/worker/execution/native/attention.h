@@ -1,7 +1,7 @@
-// Attention of tokens, each over its own row of KV cache.
+// Attention of the tokens of a packed batch, each over its own slot of the KV cache.
 //
-// A token by itself is bound by the reading of its keys (attention_decode.h); neighbouring tokens of one row share that reading
-// (attention_prefill.h).
+// A single token is bound by the reading of its keys (attention_decode.h); neighbouring tokens of one slot share that
+// reading (attention_prefill.h).
 
 #pragma once
 
@@ -13,53 +13,56 @@
 
 namespace {
 
-// What each token of a pass looks at, (tokens,) each: its row, its first key and the one after its last.  Neither key
-// goes back from one token of a row to its next.
-struct Seen {
-    const int64_t *rows, *first, *end;
+// The slot of each token and the keys from `first_key` to `end_key` that it attends to, (tokens,) each.  Neither bound
+// decreases from one token of a slot to its next.
+struct AttentionMetadata {
+    const int64_t *slots, *first_key, *end_key;
 };
 
-// Neighbouring tokens of one row, from `begin` to `end`.
-struct Run {
+// Neighbouring tokens of one slot, from `begin` to `end`.
+struct TokenSegment {
     int64_t begin, end;
 };
 
-// All tokens of a pass in runs that are not too long, those with the most to compute first, so that no thread begins with
-// one when the others are done.  ends: what Seen has.
-std::vector<Run> runs(const int64_t* rows, const int64_t* ends, int64_t tokens) {
-    std::vector<Run> all;
+// Split the tokens of a batch into segments of one slot and at most MAX_TOKENS, the most expensive first, so that no
+// thread starts one of those when the others have finished.
+std::vector<TokenSegment> split_segments(const int64_t* slots, const int64_t* end_key, int64_t tokens) {
+    std::vector<TokenSegment> segments;
     for (int64_t token = 0; token < tokens; token++) {
-        const bool apart = token == 0 || rows[token] != rows[token - 1] || token - all.back().begin == TOKENS;
-        if (apart) all.push_back({token, token});
-        all.back().end = token + 1;
+        const bool same_slot = token > 0 && slots[token] == slots[token - 1];
+        if (!same_slot || token - segments.back().begin == MAX_TOKENS) segments.push_back({token, token});
+        segments.back().end = token + 1;
     }
-    const auto work = [&](const Run& run) { return (run.end - run.begin) * ends[run.end - 1]; };
-    std::stable_sort(all.begin(), all.end(), [&](const Run& one, const Run& other) { return work(one) > work(other); });
-    return all;
+    const auto cost = [&](const TokenSegment& each) { return (each.end - each.begin) * end_key[each.end - 1]; };
+    std::stable_sort(segments.begin(), segments.end(),
+                     [&](const TokenSegment& left, const TokenSegment& right) { return cost(left) > cost(right); });
+    return segments;
 }
 
-// What one thread attends with.
+// The workspace of one thread.
 class Attention {
   public:
-    // Attend a run for one KV head.
-    // q, out: (tokens, KV_HEADS * GROUPS, SIZE) without gaps; keys, values: (rows, KV_HEADS, length, SIZE).
+    // Compute one segment for one KV head.
+    // q, out: (tokens, NUM_KV_HEADS * QUERIES_PER_KV, HEAD_SIZE), contiguous; keys, values: one layer's
+    // (slots, NUM_KV_HEADS, length, HEAD_SIZE).
     template <class Query>
-    void attend(const Query* q, const NUMBER* keys, const NUMBER* values, NUMBER* out, Seen seen, Run run, int64_t head,
-                int64_t length, float scale) {
-        const int64_t token = run.begin, count = run.end - run.begin;
-        const int64_t from = (seen.rows[token] * KV_HEADS + head) * length * SIZE;
-        const int64_t place = (token * KV_HEADS + head) * GROUPS * SIZE;
+    void attend(const Query* q, const kv_t* keys, const kv_t* values, kv_t* out, AttentionMetadata metadata,
+                TokenSegment segment, int64_t kv_head, int64_t length, float scale) {
+        const int64_t token = segment.begin, count = segment.end - segment.begin;
+        const int64_t cache_offset = (metadata.slots[token] * NUM_KV_HEADS + kv_head) * length * HEAD_SIZE;
+        const int64_t query_offset = (token * NUM_KV_HEADS + kv_head) * QUERIES_PER_KV * HEAD_SIZE;
         if (count > 1) {
-            together_.attend(q + place, keys + from, values + from, out + place, seen.first + token, seen.end + token,
-                             count, scale);
+            prefill_.attend(q + query_offset, keys + cache_offset, values + cache_offset, out + query_offset,
+                            metadata.first_key + token, metadata.end_key + token, count, scale);
             return;
         }
-        alone_.attend(q + place, keys + from, values + from, out + place, seen.first[token], seen.end[token], scale);
+        decode_.attend(q + query_offset, keys + cache_offset, values + cache_offset, out + query_offset,
+                       metadata.first_key[token], metadata.end_key[token], scale);
     }
 
   private:
-    Alone<NUMBER> alone_;
-    Together together_;
+    DecodeAttention<kv_t> decode_;
+    PrefillAttention prefill_;
 };
 
 }  // namespace

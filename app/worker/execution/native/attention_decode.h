@@ -1,8 +1,8 @@
-// Attention of one token by itself for one KV head, over keys that are read once and for nobody else.
+// Single-query attention of one token for one KV head, bound by the reading of its keys and values.
 //
-// In float32 scores are kept whole: one pass for them, one for their softmax, one for the values.  In bfloat16, where
-// rounding is coarse, all is done in the order of attention_prefill.h, so that a token's numbers are the same bit for bit whether
-// it comes alone or with others; the macros are those of that file.
+// In float32 the scores of all keys are stored: one pass computes them, one their softmax, one the weighted values.  In
+// bfloat16, where rounding is coarse, everything is computed in the order of attention_prefill.h, so that the bits of a
+// token's result are the same whether it is computed by itself or with its neighbours.
 
 #pragma once
 
@@ -10,115 +10,121 @@
 #include <limits>
 #include <vector>
 
-#include "bf16.h"
 #include "attention_prefill.h"
+#include "bf16.h"
 #include "simd.h"
 
 namespace {
 
-constexpr int VECTORS = SIZE / LANES;
-// Sums of values that stay in registers at a time; 16 vector registers are what AVX2 has.
-constexpr int BLOCK = GROUPS * 4 <= 12 && VECTORS % 4 == 0 ? 4 : GROUPS * 2 <= 12 && VECTORS % 2 == 0 ? 2 : 1;
-static_assert(SIZE % LANES == 0, "a head fills whole vectors");
+constexpr int HEAD_VECTORS = HEAD_SIZE / LANES;
+static_assert(HEAD_SIZE % LANES == 0, "a head fills whole vectors");
+// Vectors of a value whose accumulators for all queries fit AVX2's 16 registers.
+constexpr int VALUE_VECTORS = QUERIES_PER_KV * 4 <= 12 && HEAD_VECTORS % 4 == 0   ? 4
+                              : QUERIES_PER_KV * 2 <= 12 && HEAD_VECTORS % 2 == 0 ? 2
+                                                                                  : 1;
 
-// Scores of the queries of one KV head with all keys; `padded` is the room of one query's scores.
+// Scores of the queries of one KV head, (QUERIES_PER_KV, stride), with all keys.
 template <class Query>
-void score(const Query* q, const float* keys, float* scores, int64_t count, int64_t padded, float scale) {
+void compute_scores(const Query* q, const float* keys, float* scores, int64_t count, int64_t stride, float scale) {
     for (int64_t key = 0; key < count; key++) {
-        Vector sums[GROUPS] = {};
-        for (int part = 0; part < VECTORS; part++) {
-            const Vector k = load(keys + key * SIZE + part * LANES);
-            for (int group = 0; group < GROUPS; group++) sums[group] += k * load(q + group * SIZE + part * LANES);
+        f32x8 sums[QUERIES_PER_KV] = {};
+        for (int vector = 0; vector < HEAD_VECTORS; vector++) {
+            const f32x8 k = load(keys + key * HEAD_SIZE + vector * LANES);
+            for (int query = 0; query < QUERIES_PER_KV; query++)
+                sums[query] += k * load(q + query * HEAD_SIZE + vector * LANES);
         }
-        for (int group = 0; group < GROUPS; group++) scores[group * padded + key] = scale * sum(sums[group]);
+        for (int query = 0; query < QUERIES_PER_KV; query++)
+            scores[query * stride + key] = scale * reduce_sum(sums[query]);
     }
 }
 
-// Softmax of some scores in place; what is there of `padded` beyond them becomes 0.
-inline void soften(float* scores, int64_t count, int64_t padded) {
-    std::fill(scores + count, scores + padded, -std::numeric_limits<float>::infinity());
-    Vector mosts = load(scores);
-    for (int64_t key = LANES; key < padded; key += LANES) {
-        const Vector score = load(scores + key);
-        mosts = score > mosts ? score : mosts;
+// Softmax of `count` scores in place; the padding up to `stride`, a multiple of LANES, becomes 0.
+inline void softmax(float* scores, int64_t count, int64_t stride) {
+    std::fill(scores + count, scores + stride, -std::numeric_limits<float>::infinity());
+    f32x8 maxima = load(scores);
+    for (int64_t key = LANES; key < stride; key += LANES) maxima = maximum(load(scores + key), maxima);
+    float row_max = maxima[0];
+    for (int lane = 1; lane < LANES; lane++) row_max = std::max(row_max, maxima[lane]);
+    f32x8 row_sum = {};
+    for (int64_t key = 0; key < stride; key += LANES) {
+        const f32x8 exponential = exp_nonpositive(load(scores + key) - row_max);
+        store(scores + key, exponential);
+        row_sum += exponential;
     }
-    float most = mosts[0];
-    for (int lane = 1; lane < LANES; lane++) most = std::max(most, mosts[lane]);
-    Vector total = {};
-    for (int64_t key = 0; key < padded; key += LANES) {
-        const Vector weight = exponential(load(scores + key) - most);
-        store(scores + key, weight);
-        total += weight;
-    }
-    const float share = 1.0f / sum(total);
-    for (int64_t key = 0; key < padded; key += LANES) store(scores + key, load(scores + key) * share);
+    const float reciprocal = 1.0f / reduce_sum(row_sum);
+    for (int64_t key = 0; key < stride; key += LANES) store(scores + key, load(scores + key) * reciprocal);
 }
 
-// The sum of all values, as much of each as its weight.
-inline void gather(const float* weights, const float* values, float* out, int64_t count, int64_t padded) {
-    for (int begin = 0; begin < VECTORS; begin += BLOCK) {
-        Vector sums[GROUPS][BLOCK] = {};
+// out (QUERIES_PER_KV, HEAD_SIZE) = the values weighted by probabilities (QUERIES_PER_KV, stride).
+inline void accumulate_values(const float* probabilities, const float* values, float* out, int64_t count,
+                              int64_t stride) {
+    for (int begin = 0; begin < HEAD_VECTORS; begin += VALUE_VECTORS) {
+        f32x8 sums[QUERIES_PER_KV][VALUE_VECTORS] = {};
         for (int64_t key = 0; key < count; key++) {
-            Vector v[BLOCK];
-            for (int part = 0; part < BLOCK; part++) v[part] = load(values + key * SIZE + (begin + part) * LANES);
-            for (int group = 0; group < GROUPS; group++)
-                for (int part = 0; part < BLOCK; part++) sums[group][part] += v[part] * weights[group * padded + key];
+            f32x8 v[VALUE_VECTORS];
+            for (int vector = 0; vector < VALUE_VECTORS; vector++)
+                v[vector] = load(values + key * HEAD_SIZE + (begin + vector) * LANES);
+            for (int query = 0; query < QUERIES_PER_KV; query++)
+                for (int vector = 0; vector < VALUE_VECTORS; vector++)
+                    sums[query][vector] += v[vector] * probabilities[query * stride + key];
         }
-        for (int group = 0; group < GROUPS; group++)
-            for (int part = 0; part < BLOCK; part++)
-                store(out + group * SIZE + (begin + part) * LANES, sums[group][part]);
+        for (int query = 0; query < QUERIES_PER_KV; query++)
+            for (int vector = 0; vector < VALUE_VECTORS; vector++)
+                store(out + query * HEAD_SIZE + (begin + vector) * LANES, sums[query][vector]);
     }
 }
 
-// Sixteen keys' pairs, from the first, as columns: that of each key in its own lane; those of no key are 0.
-inline void columns(const Bfloat* keys, int64_t count, int64_t pairs, Pairs (&out)[PANEL]) {
-#if defined(PAIRS_IN_HARDWARE)
-    __m512 lines[PANEL], halves[PANEL];
-    const __mmask16 there = pairs < PANEL ? (1u << pairs) - 1 : 0xffff;
-    for (int key = 0; key < PANEL; key++)
-        lines[key] = (__m512)_mm512_maskz_loadu_epi32(key < count ? there : 0, keys + key * SIZE);
-    for (int at = 0; at < PANEL; at += 2) {
-        halves[at] = _mm512_unpacklo_ps(lines[at], lines[at + 1]);
-        halves[at + 1] = _mm512_unpackhi_ps(lines[at], lines[at + 1]);
+// Transpose up to NR keys: out[pair] has the pair of each key in its lane and 0 in the lanes of missing keys.
+inline void transpose_keys(const bfloat16* keys, int64_t count, int64_t pairs, bf16_pairs (&out)[NR]) {
+#if defined(LLMK_HAVE_AVX512_BF16)
+    __m512 rows[NR], halves[NR];
+    const __mmask16 mask = pairs < NR ? (1u << pairs) - 1 : 0xffff;
+    for (int key = 0; key < NR; key++)
+        rows[key] = (__m512)_mm512_maskz_loadu_epi32(key < count ? mask : 0, keys + key * HEAD_SIZE);
+    for (int at = 0; at < NR; at += 2) {
+        halves[at] = _mm512_unpacklo_ps(rows[at], rows[at + 1]);
+        halves[at + 1] = _mm512_unpackhi_ps(rows[at], rows[at + 1]);
     }
-    for (int at = 0; at < PANEL; at += 4)
+    for (int at = 0; at < NR; at += 4)
         for (int half = 0; half < 2; half++) {
             const __m512d left = (__m512d)halves[at + half], right = (__m512d)halves[at + 2 + half];
-            lines[at + 2 * half] = (__m512)_mm512_unpacklo_pd(left, right);
-            lines[at + 2 * half + 1] = (__m512)_mm512_unpackhi_pd(left, right);
+            rows[at + 2 * half] = (__m512)_mm512_unpacklo_pd(left, right);
+            rows[at + 2 * half + 1] = (__m512)_mm512_unpackhi_pd(left, right);
         }
-    // Four keys a vector and four pairs apart by now: quarters come to their places in two steps.
+    // By now a 128-bit lane holds four keys of one pair; two shuffles of whole lanes finish the transposition.
     for (int pair = 0; pair < 4; pair++) {
-        const __m512 low = _mm512_shuffle_f32x4(lines[pair], lines[4 + pair], 0x88);
-        const __m512 high = _mm512_shuffle_f32x4(lines[8 + pair], lines[12 + pair], 0x88);
-        const __m512 odd_low = _mm512_shuffle_f32x4(lines[pair], lines[4 + pair], 0xdd);
-        const __m512 odd_high = _mm512_shuffle_f32x4(lines[8 + pair], lines[12 + pair], 0xdd);
-        out[pair] = (Pairs)_mm512_shuffle_f32x4(low, high, 0x88);
-        out[8 + pair] = (Pairs)_mm512_shuffle_f32x4(low, high, 0xdd);
-        out[4 + pair] = (Pairs)_mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
-        out[12 + pair] = (Pairs)_mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
+        const __m512 low = _mm512_shuffle_f32x4(rows[pair], rows[4 + pair], 0x88);
+        const __m512 high = _mm512_shuffle_f32x4(rows[8 + pair], rows[12 + pair], 0x88);
+        const __m512 odd_low = _mm512_shuffle_f32x4(rows[pair], rows[4 + pair], 0xdd);
+        const __m512 odd_high = _mm512_shuffle_f32x4(rows[8 + pair], rows[12 + pair], 0xdd);
+        out[pair] = (bf16_pairs)_mm512_shuffle_f32x4(low, high, 0x88);
+        out[8 + pair] = (bf16_pairs)_mm512_shuffle_f32x4(low, high, 0xdd);
+        out[4 + pair] = (bf16_pairs)_mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+        out[12 + pair] = (bf16_pairs)_mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
     }
 #else
     for (int64_t at = 0; at < pairs; at++)
-        for (int64_t key = 0; key < PANEL; key++) out[at][key] = key < count ? pair(keys + key * SIZE + 2 * at) : 0;
+        for (int64_t key = 0; key < NR; key++)
+            out[at][key] = key < count ? load_pair(keys + key * HEAD_SIZE + 2 * at) : 0;
 #endif
 }
 
 template <class Number>
-class Alone;
+class DecodeAttention;
 
 template <>
-class Alone<float> {
+class DecodeAttention<float> {
   public:
-    // q, out: (GROUPS, SIZE); keys, values: of the row, from its start; first, end: what the token looks at.
+    // q, out: (QUERIES_PER_KV, HEAD_SIZE); keys, values: the slot's, from its start; first_key, end_key: of the token's
+    // key range.
     template <class Query>
-    void attend(const Query* q, const float* keys, const float* values, float* out, int64_t first, int64_t end,
+    void attend(const Query* q, const float* keys, const float* values, float* out, int64_t first_key, int64_t end_key,
                 float scale) {
-        const int64_t count = end - first, padded = (count + LANES - 1) / LANES * LANES;
-        scores_.resize(GROUPS * padded);
-        score(q, keys + first * SIZE, scores_.data(), count, padded, scale);
-        for (int group = 0; group < GROUPS; group++) soften(scores_.data() + group * padded, count, padded);
-        gather(scores_.data(), values + first * SIZE, out, count, padded);
+        const int64_t count = end_key - first_key, stride = (count + LANES - 1) / LANES * LANES;
+        scores_.resize(QUERIES_PER_KV * stride);
+        compute_scores(q, keys + first_key * HEAD_SIZE, scores_.data(), count, stride, scale);
+        for (int query = 0; query < QUERIES_PER_KV; query++) softmax(scores_.data() + query * stride, count, stride);
+        accumulate_values(scores_.data(), values + first_key * HEAD_SIZE, out, count, stride);
     }
 
   private:
@@ -126,100 +132,114 @@ class Alone<float> {
 };
 
 template <>
-class Alone<Bfloat> {
+class DecodeAttention<bfloat16> {
   public:
     template <class Query>
-    void attend(const Query* q, const Bfloat* keys, const Bfloat* values, Bfloat* out, int64_t first, int64_t end,
-                float scale) {
-        for (int at = 0; at < GROUPS * SIZE; at += LANES) store(queries_ + at, scale * load(q + at));
-        std::fill(sums_, sums_ + GROUPS * SIZE, 0.0f);
-        std::fill(totals_, totals_ + GROUPS, 0.0f);
-        std::fill(mosts_, mosts_ + GROUPS, std::numeric_limits<float>::lowest());
-        for (int64_t key = first / KEYS * KEYS; key < end; key += KEYS) {
-            const int64_t count = std::min(KEYS, end - key);
-            score(keys + key * SIZE, count);
-            for (int group = 0; group < GROUPS; group++) soften(group, std::max<int64_t>(0, first - key), count);
-            gather(values + key * SIZE, count);
+    void attend(const Query* q, const bfloat16* keys, const bfloat16* values, bfloat16* out, int64_t first_key,
+                int64_t end_key, float scale) {
+        for (int at = 0; at < QUERIES_PER_KV * HEAD_SIZE; at += LANES) store(queries_ + at, scale * load(q + at));
+        std::fill(sums_, sums_ + QUERIES_PER_KV * HEAD_SIZE, 0.0f);
+        std::fill(row_sum_, row_sum_ + QUERIES_PER_KV, 0.0f);
+        std::fill(row_max_, row_max_ + QUERIES_PER_KV, std::numeric_limits<float>::lowest());
+        for (int64_t key = first_key / KEY_BLOCK * KEY_BLOCK; key < end_key; key += KEY_BLOCK) {
+            const int64_t count = std::min(KEY_BLOCK, end_key - key);
+            compute_scores(keys + key * HEAD_SIZE, count);
+            for (int query = 0; query < QUERIES_PER_KV; query++)
+                softmax(query, std::max<int64_t>(0, first_key - key), count);
+            accumulate_values(values + key * HEAD_SIZE, count);
         }
-        for (int at = 0; at < GROUPS * SIZE; at += LANES)
-            store(out + at, (1.0f / totals_[at / SIZE]) * load(sums_ + at));
+        for (int at = 0; at < QUERIES_PER_KV * HEAD_SIZE; at += LANES)
+            store(out + at, (1.0f / row_sum_[at / HEAD_SIZE]) * load(sums_ + at));
     }
 
   private:
-    void score(const Bfloat* keys, int64_t count) {
-        for (int64_t key = 0; key < count; key += PANEL) {
-            Wide sums[GROUPS] = {};
-            for (int64_t part = 0; part < SIZE / 2; part += PANEL) {
-                const int64_t pairs = std::min<int64_t>(PANEL, SIZE / 2 - part);
-                Pairs its[PANEL];
-                columns(keys + key * SIZE + 2 * part, count - key, pairs, its);
-                for (int64_t at = 0; at < pairs; at++)
-                    for (int group = 0; group < GROUPS; group++)
-                        add_products(sums[group], its[at], pair(queries_ + group * SIZE + 2 * (part + at)));
+    void compute_scores(const bfloat16* keys, int64_t count) {
+        for (int64_t key = 0; key < count; key += NR) {
+            f32x16 sums[QUERIES_PER_KV] = {};
+            for (int64_t begin = 0; begin < HEAD_SIZE / 2; begin += NR) {
+                const int64_t pairs = std::min<int64_t>(NR, HEAD_SIZE / 2 - begin);
+                bf16_pairs columns[NR];
+                transpose_keys(keys + key * HEAD_SIZE + 2 * begin, count - key, pairs, columns);
+                for (int64_t pair = 0; pair < pairs; pair++)
+                    for (int query = 0; query < QUERIES_PER_KV; query++)
+                        accumulate_dot(sums[query], columns[pair],
+                                       load_pair(queries_ + query * HEAD_SIZE + 2 * (begin + pair)));
             }
-            for (int group = 0; group < GROUPS; group++)
-                std::memcpy(scores_ + group * KEYS + key, &sums[group], sizeof(Wide));
+            for (int query = 0; query < QUERIES_PER_KV; query++)
+                std::memcpy(scores_ + query * KEY_BLOCK + key, &sums[query], sizeof(f32x16));
         }
     }
 
-    // Weights of a group's scores, of keys from `first` to `count`, as Together makes them.
-    void soften(int group, int64_t first, int64_t count) {
-        float *scores = scores_ + group * KEYS, before = mosts_[group];
+    // One block of the online softmax for one query, over keys `first` to `count` of the block; the same operations in
+    // the same order as in PrefillAttention.
+    void softmax(int query, int64_t first, int64_t count) {
+        float *scores = scores_ + query * KEY_BLOCK, old_max = row_max_[query];
         const int64_t padded = (count + LANES - 1) / LANES * LANES;
         std::fill(scores, scores + first, -std::numeric_limits<float>::infinity());
         std::fill(scores + count, scores + padded, -std::numeric_limits<float>::infinity());
-        Vector most = all(before), total = {};
-        for (int64_t key = 0; key < padded; key += LANES) most = greater(load(scores + key), most);
-        float peak = before;
-        for (int lane = 0; lane < LANES; lane++) peak = std::max(peak, most[lane]);
+        f32x8 maxima = broadcast(old_max), block_sum = {};
+        for (int64_t key = 0; key < padded; key += LANES) maxima = maximum(load(scores + key), maxima);
+        float row_max = old_max;
+        for (int lane = 0; lane < LANES; lane++) row_max = std::max(row_max, maxima[lane]);
         for (int64_t key = 0; key < padded; key += LANES) {
-            const Vector weight = exponential(load(scores + key) - peak);
-            store(weights_ + group * KEYS + key, weight);
-            total += weight;
+            const f32x8 probability = exp_nonpositive(load(scores + key) - row_max);
+            store(probabilities_ + query * KEY_BLOCK + key, probability);
+            block_sum += probability;
         }
-        const float kept = exponential(all(before) - peak)[0];
-        totals_[group] = totals_[group] * kept + sum(total);
-        mosts_[group] = peak;
-        if (kept != 1.0f)
-            for (int at = group * SIZE; at < (group + 1) * SIZE; at += LANES) store(sums_ + at, load(sums_ + at) * kept);
+        const float factor = exp_nonpositive(broadcast(old_max) - row_max)[0];
+        row_sum_[query] = row_sum_[query] * factor + reduce_sum(block_sum);
+        row_max_[query] = row_max;
+        if (factor != 1.0f)
+            for (int at = query * HEAD_SIZE; at < (query + 1) * HEAD_SIZE; at += LANES)
+                store(sums_ + at, load(sums_ + at) * factor);
     }
 
-    // Add the values of a block, those of two keys at a time.
-    void gather(const Bfloat* values, int64_t count) {
-        constexpr int PARTS = SIZE / PANEL;
-        // As many as have their sums in registers.
-        constexpr int SOME = PARTS % 4 == 0 && GROUPS <= 6 ? 4 : PARTS % 2 == 0 && GROUPS <= 12 ? 2 : 1;
-        static const Bfloat none[SIZE] = {};
-        for (int begin = 0; begin < PARTS; begin += SOME) {
-            Wide sums[GROUPS][SOME];
-            float* to = sums_ + begin * PANEL;
-            for (int group = 0; group < GROUPS; group++) std::memcpy(sums[group], to + group * SIZE, sizeof sums[group]);
+    // Add the weighted values of a block, those of two keys at a time.
+    void accumulate_values(const bfloat16* values, int64_t count) {
+        constexpr int VECTORS = HEAD_SIZE / NR;
+        // As many as keep their accumulators in registers.
+        constexpr int GROUP = VECTORS % 4 == 0 && QUERIES_PER_KV <= 6    ? 4
+                              : VECTORS % 2 == 0 && QUERIES_PER_KV <= 12 ? 2
+                                                                         : 1;
+        static const bfloat16 zero_value[HEAD_SIZE] = {};
+        for (int begin = 0; begin < VECTORS; begin += GROUP) {
+            f32x16 sums[QUERIES_PER_KV][GROUP];
+            float* to = sums_ + begin * NR;
+            for (int query = 0; query < QUERIES_PER_KV; query++)
+                std::memcpy(sums[query], to + query * HEAD_SIZE, sizeof sums[query]);
             for (int64_t key = 0; key < count; key += 2) {
-                const Bfloat *left = values + key * SIZE, *right = key + 1 < count ? left + SIZE : none;
-                Pairs its[SOME];
-                for (int part = 0; part < SOME; part++)
-                    its[part] = paired(left + (begin + part) * PANEL, right + (begin + part) * PANEL);
-                for (int group = 0; group < GROUPS; group++) {
-                    const uint32_t both = pair(weights_ + group * KEYS + key);
-                    for (int part = 0; part < SOME; part++) add_products(sums[group][part], its[part], both);
+                const bfloat16* left = values + key * HEAD_SIZE;
+                const bfloat16* right = key + 1 < count ? left + HEAD_SIZE : zero_value;
+                bf16_pairs pairs[GROUP];
+                for (int vector = 0; vector < GROUP; vector++)
+                    pairs[vector] = interleave(left + (begin + vector) * NR, right + (begin + vector) * NR);
+                for (int query = 0; query < QUERIES_PER_KV; query++) {
+                    const uint32_t factor = load_pair(probabilities_ + query * KEY_BLOCK + key);
+                    for (int vector = 0; vector < GROUP; vector++)
+                        accumulate_dot(sums[query][vector], pairs[vector], factor);
                 }
             }
-            for (int group = 0; group < GROUPS; group++) std::memcpy(to + group * SIZE, sums[group], sizeof sums[group]);
+            for (int query = 0; query < QUERIES_PER_KV; query++)
+                std::memcpy(to + query * HEAD_SIZE, sums[query], sizeof sums[query]);
         }
-        if constexpr (SIZE % PANEL != 0) {
-            // Heads that are never attended to together, so in any order.
-            for (int group = 0; group < GROUPS; group++) {
-                float* to = sums_ + (group + 1) * SIZE - LANES;
-                Vector sum = load(to);
-                for (int64_t key = 0; key < count; key++)
-                    sum += load(values + (key + 1) * SIZE - LANES) * number(weights_[group * KEYS + key]);
-                store(to, sum);
-            }
+        if constexpr (HEAD_SIZE % NR != 0) accumulate_last_vector(values, count);
+    }
+
+    // The half vector at the end of heads of 24, 40, ... elements.  PrefillAttention never computes such heads, so the
+    // order of the sum is free.
+    void accumulate_last_vector(const bfloat16* values, int64_t count) {
+        for (int query = 0; query < QUERIES_PER_KV; query++) {
+            float* to = sums_ + (query + 1) * HEAD_SIZE - LANES;
+            f32x8 sum = load(to);
+            for (int64_t key = 0; key < count; key++)
+                sum += load(values + (key + 1) * HEAD_SIZE - LANES) * to_float(probabilities_[query * KEY_BLOCK + key]);
+            store(to, sum);
         }
     }
 
-    Bfloat queries_[GROUPS * SIZE], weights_[GROUPS * KEYS];
-    float scores_[GROUPS * KEYS], sums_[GROUPS * SIZE], totals_[GROUPS], mosts_[GROUPS];
+    bfloat16 queries_[QUERIES_PER_KV * HEAD_SIZE], probabilities_[QUERIES_PER_KV * KEY_BLOCK];
+    float scores_[QUERIES_PER_KV * KEY_BLOCK], sums_[QUERIES_PER_KV * HEAD_SIZE];
+    float row_sum_[QUERIES_PER_KV], row_max_[QUERIES_PER_KV];
 };
 
 }  // namespace

@@ -1,7 +1,7 @@
-// Attention of neighbouring tokens of one row for one KV head: two products of matrices and a softmax between them.
+// Multi-query attention of neighbouring tokens of one slot for one KV head: two matrix products with a softmax between.
 //
-// SIZE (of a head), GROUPS (query heads of one KV head), KV_HEADS and NUMBER (the type of keys and values) are macros, so
-// that every inner loop has a fixed length.
+// Python sets the macros LLMK_NUM_KV_HEADS, LLMK_QUERIES_PER_KV, LLMK_HEAD_SIZE and LLMK_KV_TYPE, the type of keys and
+// values (attention.py), so that every inner loop has a constant trip count.
 
 #pragma once
 
@@ -14,247 +14,276 @@
 
 namespace {
 
-// Tokens that are attended to together: enough queries to share the reading of keys, few enough to share out.
-constexpr int TOKENS = SIZE % PANEL == 0 && GROUPS <= 24 ? 48 / GROUPS : 1;
-constexpr int MOST = (TOKENS * GROUPS + 47) / 48 * 48;
-// Keys of a block, whose scores stay in the first-level cache.
-constexpr int64_t KEYS = std::is_same_v<NUMBER, Bfloat> ? 96 : 120;
+constexpr int NUM_KV_HEADS = LLMK_NUM_KV_HEADS;
+// Query heads that share one KV head.
+constexpr int QUERIES_PER_KV = LLMK_QUERIES_PER_KV;
+constexpr int HEAD_SIZE = LLMK_HEAD_SIZE;
+typedef LLMK_KV_TYPE kv_t;
 
-// c = a b, or with ADD += that, of c (LINES, PANEL), a (LINES, depth) and b (depth, PANEL), whose lines have the given
-// distances; `a_step` is that of the numbers of a line of a.
-template <bool ADD>
-void product(const float* a, int64_t a_line, int64_t a_step, const float* b, int64_t b_line, float* c, int64_t c_line,
-             int64_t depth) {
-    Vector sums[LINES][2] = {};
-    for (int line = 0; ADD && line < LINES; line++)
-        for (int half = 0; half < 2; half++) sums[line][half] = load(c + line * c_line + half * LANES);
-    for (int64_t place = 0; place < depth; place++) {
-        const Vector left = load(b + place * b_line), right = load(b + place * b_line + LANES);
-        for (int line = 0; line < LINES; line++) {
-            const float factor = a[line * a_line + place * a_step];
-            sums[line][0] += left * factor;
-            sums[line][1] += right * factor;
+// Tokens of one call: enough queries to share the reading of keys, few enough to balance the threads.
+constexpr int MAX_TOKENS = HEAD_SIZE % NR == 0 && QUERIES_PER_KV <= 24 ? 48 / QUERIES_PER_KV : 1;
+constexpr int MAX_QUERIES = (MAX_TOKENS * QUERIES_PER_KV + 47) / 48 * 48;
+// Keys of a block, whose scores stay in the first-level cache.
+constexpr int64_t KEY_BLOCK = std::is_same_v<kv_t, bfloat16> ? 96 : 120;
+
+// Microkernel: c = a b, or c += a b with ACCUMULATE, of c (MR, NR), a (MR, depth) and b (depth, NR).  Strides are in
+// elements; that of the last dimension of b and c is 1.
+template <bool ACCUMULATE>
+void gemm_microkernel(const float* a, int64_t a_row_stride, int64_t a_depth_stride, const float* b, int64_t b_stride,
+                      float* c, int64_t c_stride, int64_t depth) {
+    f32x8 accumulators[MR][2] = {};
+    for (int row = 0; ACCUMULATE && row < MR; row++)
+        for (int half = 0; half < 2; half++) accumulators[row][half] = load(c + row * c_stride + half * LANES);
+    for (int64_t k = 0; k < depth; k++) {
+        const f32x8 left = load(b + k * b_stride), right = load(b + k * b_stride + LANES);
+        for (int row = 0; row < MR; row++) {
+            const float factor = a[row * a_row_stride + k * a_depth_stride];
+            accumulators[row][0] += left * factor;
+            accumulators[row][1] += right * factor;
         }
     }
-    for (int line = 0; line < LINES; line++)
-        for (int half = 0; half < 2; half++) store(c + line * c_line + half * LANES, sums[line][half]);
+    for (int row = 0; row < MR; row++)
+        for (int half = 0; half < 2; half++) store(c + row * c_stride + half * LANES, accumulators[row][half]);
 }
 
-// The products of keys and values with up to MOST queries.  Scores lie by key, so that keys and values are both read as
-// they are: all queries of a key side by side.
+// The two products Q K^T and P V of up to MAX_QUERIES queries.  Scores and probabilities are stored key by key,
+// (keys, stride) with the queries of a key side by side, so that keys and values are read without a transposition.
 template <class Number>
-class Sides;
+class QkPv;
 
 template <>
-class Sides<float> {
+class QkPv<float> {
   public:
-    // One of a query's numbers: queries are the columns of panels, (panels, SIZE, PANEL).
-    void set(int64_t query, int part, float it) {
-        panels_[query / PANEL * PANEL * SIZE + part * PANEL + query % PANEL] = it;
+    // Pack one element of a query: queries are the columns of panels, (panels, HEAD_SIZE, NR).
+    void set_query(int64_t query, int element, float value) {
+        panels_[query / NR * NR * HEAD_SIZE + element * NR + query % NR] = value;
     }
 
-    // Scores of a block of keys, (keys, line).
-    void score(const float* keys, int64_t count, float* scores, int64_t line) {
-        for (int64_t key = 0; key < count; key += LINES) {
-            const float* from = keys + key * SIZE;
-            alignas(64) float last[LINES * SIZE];
-            if (count - key < LINES) {
-                std::fill(std::copy_n(from, (count - key) * SIZE, last), last + LINES * SIZE, 0.0f);
-                from = last;
+    // Scores of a block of keys, (keys, stride).
+    void compute_scores(const float* keys, int64_t count, float* scores, int64_t stride) {
+        for (int64_t key = 0; key < count; key += MR) {
+            const float* from = keys + key * HEAD_SIZE;
+            alignas(64) float tail[MR * HEAD_SIZE];
+            if (count - key < MR) {
+                std::fill(std::copy_n(from, (count - key) * HEAD_SIZE, tail), tail + MR * HEAD_SIZE, 0.0f);
+                from = tail;
             }
-            for (int64_t panel = 0; panel < line; panel += PANEL)
-                product<false>(from, SIZE, 1, panels_ + panel * SIZE, PANEL, scores + key * line + panel, line, SIZE);
+            for (int64_t panel = 0; panel < stride; panel += NR)
+                gemm_microkernel<false>(from, HEAD_SIZE, 1, panels_ + panel * HEAD_SIZE, NR,
+                                        scores + key * stride + panel, stride, HEAD_SIZE);
         }
     }
 
-    // Add the values of a block to the sums (queries, SIZE), as much of each as its weight (keys, line).
-    void gather(const float* values, int64_t count, const float* weights, int64_t line, float* sums, int64_t queries) {
-        for (int part = 0; part < SIZE; part += PANEL)
-            for (int64_t query = 0; query < queries; query += LINES)
-                product<true>(weights + query, 1, line, values + part, SIZE, sums + query * SIZE + part, SIZE, count);
+    // out (queries, HEAD_SIZE) += the values of a block, weighted by probabilities (keys, stride).
+    void accumulate_values(const float* values, int64_t count, const float* probabilities, int64_t stride, float* out,
+                           int64_t queries) {
+        for (int element = 0; element < HEAD_SIZE; element += NR)
+            for (int64_t query = 0; query < queries; query += MR)
+                gemm_microkernel<true>(probabilities + query, 1, stride, values + element, HEAD_SIZE,
+                                       out + query * HEAD_SIZE + element, HEAD_SIZE, count);
     }
 
   private:
-    alignas(64) float panels_[MOST * SIZE];
+    alignas(64) float panels_[MAX_QUERIES * HEAD_SIZE];
 };
 
-// The same in pairs: of a key's numbers, and of the values of two keys.
+// The same in pairs: of neighbouring elements of a key, and of the values of neighbouring keys.
 template <>
-class Sides<Bfloat> {
+class QkPv<bfloat16> {
   public:
-    // (panels, SIZE / 2, PANEL, 2)
-    void set(int64_t query, int part, float it) {
-        panels_[query / PANEL * PANEL * SIZE + (part / 2 * PANEL + query % PANEL) * 2 + part % 2] = rounded(it);
+    // (panels, HEAD_SIZE / 2, NR, 2)
+    void set_query(int64_t query, int element, float value) {
+        panels_[query / NR * NR * HEAD_SIZE + (element / 2 * NR + query % NR) * 2 + element % 2] = to_bfloat16(value);
     }
 
-    void score(const Bfloat* keys, int64_t count, float* scores, int64_t line) {
-        for (int64_t panel = 0; panel < line;) {
-            const int64_t left = (line - panel) / PANEL;
-            if (left >= 3 && SUMS >= 24) {
-                score<3>(keys, count, scores + panel, line, panel);
-                panel += 3 * PANEL;
-            } else if (left >= 2 && SUMS >= 24) {
-                score<2>(keys, count, scores + panel, line, panel);
-                panel += 2 * PANEL;
+    void compute_scores(const bfloat16* keys, int64_t count, float* scores, int64_t stride) {
+        for (int64_t panel = 0; panel < stride;) {
+            const int64_t left = (stride - panel) / NR;
+            if (left >= 3 && MAX_ACCUMULATORS >= 24) {
+                compute_panels<3>(keys, count, scores + panel, stride, panel);
+                panel += 3 * NR;
+            } else if (left >= 2 && MAX_ACCUMULATORS >= 24) {
+                compute_panels<2>(keys, count, scores + panel, stride, panel);
+                panel += 2 * NR;
             } else {
-                score<1>(keys, count, scores + panel, line, panel);
-                panel += PANEL;
+                compute_panels<1>(keys, count, scores + panel, stride, panel);
+                panel += NR;
             }
         }
     }
 
-    void gather(const Bfloat* values, int64_t count, const float* weights, int64_t line, float* sums, int64_t queries) {
-        constexpr int PARTS = SIZE / PANEL, AT_ONCE = SUMS < 24          ? 1
-                                                      : PARTS % 4 == 0 ? 4
-                                                      : PARTS % 3 == 0 ? 3
-                                                      : PARTS % 2 == 0 ? 2
-                                                                       : 1;
-        constexpr int COUNT = std::min(SUMS / AT_ONCE, 12);
-        lay_out(values, count, weights, line);
-        for (int part = 0; part < SIZE; part += AT_ONCE * PANEL)
-            for (int64_t query = 0; query < queries; query += COUNT)
-                product<COUNT, AT_ONCE, true>(weights_ + 2 * query, 2, 2 * MOST, values_ + 2 * part, 2 * SIZE, 2 * PANEL,
-                                              sums + query * SIZE + part, SIZE, PANEL, (count + 1) / 2);
+    void accumulate_values(const bfloat16* values, int64_t count, const float* probabilities, int64_t stride,
+                           float* out, int64_t queries) {
+        constexpr int VECTORS = HEAD_SIZE / NR;
+        constexpr int PANELS = MAX_ACCUMULATORS < 24 ? 1
+                               : VECTORS % 4 == 0    ? 4
+                               : VECTORS % 3 == 0    ? 3
+                               : VECTORS % 2 == 0    ? 2
+                                                     : 1;
+        constexpr int ROWS = std::min(MAX_ACCUMULATORS / PANELS, 12);
+        pack_probabilities_and_values(values, count, probabilities, stride);
+        for (int element = 0; element < HEAD_SIZE; element += PANELS * NR)
+            for (int64_t query = 0; query < queries; query += ROWS)
+                gemm_microkernel<ROWS, PANELS, true>(probabilities_ + 2 * query, 2, 2 * MAX_QUERIES,
+                                                     values_ + 2 * element, 2 * HEAD_SIZE, 2 * NR,
+                                                     out + query * HEAD_SIZE + element, HEAD_SIZE, NR, (count + 1) / 2);
     }
 
   private:
     template <int PANELS>
-    void score(const Bfloat* keys, int64_t count, float* scores, int64_t line, int64_t panel) {
-        constexpr int COUNT = std::min(SUMS / PANELS, 12);
-        for (int64_t key = 0; key < count; key += COUNT) {
-            const Bfloat* from = keys + key * SIZE;
-            Bfloat last[COUNT * SIZE];
-            if (count - key < COUNT) {
-                std::fill(std::copy_n(from, (count - key) * SIZE, last), last + COUNT * SIZE, Bfloat{});
-                from = last;
+    void compute_panels(const bfloat16* keys, int64_t count, float* scores, int64_t stride, int64_t panel) {
+        constexpr int ROWS = std::min(MAX_ACCUMULATORS / PANELS, 12);
+        for (int64_t key = 0; key < count; key += ROWS) {
+            const bfloat16* from = keys + key * HEAD_SIZE;
+            bfloat16 tail[ROWS * HEAD_SIZE];
+            if (count - key < ROWS) {
+                std::fill(std::copy_n(from, (count - key) * HEAD_SIZE, tail), tail + ROWS * HEAD_SIZE, bfloat16{});
+                from = tail;
             }
-            product<COUNT, PANELS, false>(from, SIZE, 2, panels_ + panel * SIZE, 2 * PANEL, PANEL * SIZE,
-                                          scores + key * line, line, PANEL, SIZE / 2);
+            gemm_microkernel<ROWS, PANELS, false>(from, HEAD_SIZE, 2, panels_ + panel * HEAD_SIZE, 2 * NR,
+                                                  NR * HEAD_SIZE, scores + key * stride, stride, NR, HEAD_SIZE / 2);
         }
     }
 
-    // Weights (keys / 2, MOST, 2) and values (keys / 2, SIZE, 2); the last may have none beside it.
-    void lay_out(const Bfloat* values, int64_t count, const float* weights, int64_t line) {
-        static const float nothing[MOST] = {};
-        static const Bfloat none[SIZE] = {};
+    // Probabilities (keys / 2, MAX_QUERIES, 2) and values (keys / 2, HEAD_SIZE, 2); an odd last key is paired with 0.
+    void pack_probabilities_and_values(const bfloat16* values, int64_t count, const float* probabilities,
+                                       int64_t stride) {
+        static const float zero_probabilities[MAX_QUERIES] = {};
+        static const bfloat16 zero_value[HEAD_SIZE] = {};
         for (int64_t key = 0; key < count; key += 2) {
-            const float *left = weights + key * line, *right = key + 1 < count ? left + line : nothing;
-            for (int64_t query = 0; query < line; query += PANEL)
-                save(paired(left + query, right + query), weights_ + (key / 2 * MOST + query) * 2);
-            const Bfloat *first = values + key * SIZE, *second = key + 1 < count ? first + SIZE : none;
-            for (int part = 0; part < SIZE; part += PANEL)
-                save(paired(first + part, second + part), values_ + (key / 2 * SIZE + part) * 2);
+            const bool paired = key + 1 < count;
+            const float *left = probabilities + key * stride, *right = paired ? left + stride : zero_probabilities;
+            for (int64_t query = 0; query < stride; query += NR)
+                interleave_to(probabilities_ + (key / 2 * MAX_QUERIES + query) * 2, left + query, right + query);
+            const bfloat16 *first = values + key * HEAD_SIZE, *second = paired ? first + HEAD_SIZE : zero_value;
+            for (int element = 0; element < HEAD_SIZE; element += NR)
+                interleave_to(values_ + (key / 2 * HEAD_SIZE + element) * 2, first + element, second + element);
         }
     }
 
-    static void save(const Pairs& it, Bfloat* to) { std::memcpy(to, &it, sizeof it); }
+    template <class Number>
+    static void interleave_to(bfloat16* to, const Number* left, const Number* right) {
+        const bf16_pairs pairs = interleave(left, right);
+        std::memcpy(to, &pairs, sizeof pairs);
+    }
 
-    alignas(64) Bfloat panels_[MOST * SIZE];
-    alignas(64) Bfloat weights_[KEYS * MOST], values_[KEYS * SIZE];
+    alignas(64) bfloat16 panels_[MAX_QUERIES * HEAD_SIZE];
+    alignas(64) bfloat16 probabilities_[KEY_BLOCK * MAX_QUERIES], values_[KEY_BLOCK * HEAD_SIZE];
 };
 
-// Attention of up to TOKENS neighbouring tokens of one row, for one KV head.  Goes over the keys in blocks, whose scores
-// never leave the first-level cache, and keeps what of the softmax is known so far (Dao and others 2022).
-class Together {
+// Attention of up to MAX_TOKENS neighbouring tokens of one slot for one KV head.  Goes over the keys in blocks, whose
+// scores never leave the first-level cache, with an online softmax (FlashAttention, Dao and others 2022).
+class PrefillAttention {
   public:
-    // q and out: of the first token; first and end: what each looks at; keys and values: of the row, from its start.
+    // q and out: of the first token; first_key and end_key: (tokens,); keys and values: the slot's, from its start.
     template <class Query>
-    void attend(const Query* q, const NUMBER* keys, const NUMBER* values, NUMBER* out, const int64_t* first,
-                const int64_t* end, int64_t tokens, float scale) {
-        // Blocks begin where they do for any other tokens of the row.
-        const int64_t begin = first[0] / KEYS * KEYS, count = end[tokens - 1] - begin;
-        queries_ = tokens * GROUPS;
-        line_ = (queries_ + PANEL - 1) / PANEL * PANEL;
-        lay_out(q, first, end, tokens, begin, count, scale);
-        std::fill(sums_, sums_ + MOST * SIZE, 0.0f);
-        std::fill(totals_, totals_ + MOST, 0.0f);
-        std::fill(mosts_, mosts_ + MOST, std::numeric_limits<float>::lowest());
-        for (int64_t key = 0; key < count; key += KEYS) {
-            const int64_t here = std::min(KEYS, count - key);
-            sides_.score(keys + (begin + key) * SIZE, here, scores_, line_);
-            for (int64_t panel = 0; panel < line_; panel += PANEL) soften(panel, key, here);
-            sides_.gather(values + (begin + key) * SIZE, here, scores_, line_, sums_, queries_);
+    void attend(const Query* q, const kv_t* keys, const kv_t* values, kv_t* out, const int64_t* first_key,
+                const int64_t* end_key, int64_t tokens, float scale) {
+        // Block borders are multiples of KEY_BLOCK, the same for any tokens of the slot.
+        const int64_t begin = first_key[0] / KEY_BLOCK * KEY_BLOCK, count = end_key[tokens - 1] - begin;
+        queries_ = tokens * QUERIES_PER_KV;
+        stride_ = (queries_ + NR - 1) / NR * NR;
+        pack_queries(q, first_key, end_key, tokens, begin, count, scale);
+        std::fill(sums_, sums_ + MAX_QUERIES * HEAD_SIZE, 0.0f);
+        std::fill(row_sum_, row_sum_ + MAX_QUERIES, 0.0f);
+        std::fill(row_max_, row_max_ + MAX_QUERIES, std::numeric_limits<float>::lowest());
+        for (int64_t key = 0; key < count; key += KEY_BLOCK) {
+            const int64_t block = std::min(KEY_BLOCK, count - key);
+            qk_pv_.compute_scores(keys + (begin + key) * HEAD_SIZE, block, scores_, stride_);
+            for (int64_t panel = 0; panel < stride_; panel += NR) softmax(panel, key, block);
+            qk_pv_.accumulate_values(values + (begin + key) * HEAD_SIZE, block, scores_, stride_, sums_, queries_);
         }
         for (int64_t query = 0; query < queries_; query++) {
-            NUMBER* to = out + query / GROUPS * KV_HEADS * GROUPS * SIZE + query % GROUPS * SIZE;
-            const float share = 1.0f / totals_[query];
-            for (int part = 0; part < SIZE; part += LANES) store(to + part, share * load(sums_ + query * SIZE + part));
+            kv_t* to = out + query_offset(query);
+            const float reciprocal = 1.0f / row_sum_[query];
+            for (int element = 0; element < HEAD_SIZE; element += LANES)
+                store(to + element, reciprocal * load(sums_ + query * HEAD_SIZE + element));
         }
     }
 
   private:
-    // The queries, and what each of them looks at.
+    // Of a query from the first one, in q and out: (tokens, NUM_KV_HEADS, QUERIES_PER_KV, HEAD_SIZE).
+    static int64_t query_offset(int64_t query) {
+        return (query / QUERIES_PER_KV * NUM_KV_HEADS * QUERIES_PER_KV + query % QUERIES_PER_KV) * HEAD_SIZE;
+    }
+
+    // Pack the scaled queries, padded with zeros to whole panels, and the key range of each.
     template <class Query>
-    void lay_out(const Query* q, const int64_t* first, const int64_t* end, int64_t tokens, int64_t begin, int64_t count,
-                 float scale) {
-        for (int64_t query = 0; query < line_; query++) {
-            const int64_t token = query / GROUPS;
-            const bool there = token < tokens;
-            first_[query] = there ? first[token] - begin : 0;
-            end_[query] = there ? end[token] - begin : count;
-            const Query* from = q + token * KV_HEADS * GROUPS * SIZE + query % GROUPS * SIZE;
-            for (int part = 0; part < SIZE; part += LANES) {
-                const Vector its = there ? scale * load(from + part) : Vector{};
-                for (int lane = 0; lane < LANES; lane++) sides_.set(query, part + lane, its[lane]);
+    void pack_queries(const Query* q, const int64_t* first_key, const int64_t* end_key, int64_t tokens, int64_t begin,
+                      int64_t count, float scale) {
+        for (int64_t query = 0; query < stride_; query++) {
+            const int64_t token = query / QUERIES_PER_KV;
+            const bool padding = token >= tokens;
+            first_key_[query] = padding ? 0 : first_key[token] - begin;
+            end_key_[query] = padding ? count : end_key[token] - begin;
+            for (int element = 0; element < HEAD_SIZE; element += LANES) {
+                const f32x8 scaled = padding ? f32x8{} : scale * load(q + query_offset(query) + element);
+                for (int lane = 0; lane < LANES; lane++) qk_pv_.set_query(query, element + lane, scaled[lane]);
             }
         }
     }
 
-    // Make the scores of a panel of queries, for `count` keys from `key` on, to exponentials of what each is less than its
-    // most so far, 0 for keys not looked at; add these to the totals.
-    void soften(int64_t panel, int64_t key, int64_t count) {
-        for (int64_t query = panel; query < panel + PANEL; query += LANES) hide(query, key, count);
+    // One block of the online softmax for a panel of queries and `count` keys from `key` on: replace scores by
+    // exp(score - row_max), 0 for masked keys, and rescale row_sum and the sums of values to the new row_max.
+    void softmax(int64_t panel, int64_t key, int64_t count) {
+        for (int64_t query = panel; query < panel + NR; query += LANES) apply_mask(query, key, count);
         float* scores = scores_ + panel;
-        const int64_t line = line_;
-        // Sums of every eighth key, as those of Alone.
-        Vector before[2], most[2], totals[LANES][2] = {};
-        std::memcpy(before, mosts_ + panel, sizeof before);
-        std::memcpy(most, before, sizeof most);
-        for (int64_t place = 0; place < count; place++)
-            for (int half = 0; half < 2; half++) most[half] = greater(load(scores + place * line + half * LANES), most[half]);
-        for (int64_t place = 0; place < count; place += LANES)
-            for (int lane = 0; lane < std::min<int64_t>(LANES, count - place); lane++)
+        const int64_t stride = stride_;
+        // Partial sums of every eighth key, which add up in the order of DecodeAttention.
+        f32x8 old_max[2], row_max[2], row_sum[LANES][2] = {};
+        std::memcpy(old_max, row_max_ + panel, sizeof old_max);
+        std::memcpy(row_max, old_max, sizeof row_max);
+        for (int64_t row = 0; row < count; row++)
+            for (int half = 0; half < 2; half++)
+                row_max[half] = maximum(load(scores + row * stride + half * LANES), row_max[half]);
+        for (int64_t row = 0; row < count; row += LANES)
+            for (int lane = 0; lane < std::min<int64_t>(LANES, count - row); lane++)
                 for (int half = 0; half < 2; half++) {
-                    float* at = scores + (place + lane) * line + half * LANES;
-                    const Vector weight = exponential(load(at) - most[half]);
-                    store(at, weight);
-                    totals[lane][half] += weight;
+                    float* at = scores + (row + lane) * stride + half * LANES;
+                    const f32x8 probability = exp_nonpositive(load(at) - row_max[half]);
+                    store(at, probability);
+                    row_sum[lane][half] += probability;
                 }
         for (int half = 0; half < 2; half++) {
-            const int64_t query = panel + half * LANES;
-            const Vector kept = exponential(before[half] - most[half]);
-            const auto of = [&](int lane) { return totals[lane][half] + totals[lane + 4][half]; };
-            const Vector total = (of(0) + of(1)) + (of(2) + of(3));
-            store(totals_ + query, load(totals_ + query) * kept + total);
-            store(mosts_ + query, most[half]);
-            for (int lane = 0; lane < LANES; lane++)
-                if (kept[lane] != 1.0f)
-                    for (int part = 0; part < SIZE; part++) sums_[(query + lane) * SIZE + part] *= kept[lane];
+            const auto pair = [&](int lane) { return row_sum[lane][half] + row_sum[lane + 4][half]; };
+            const f32x8 block_sum = (pair(0) + pair(1)) + (pair(2) + pair(3));
+            rescale(panel + half * LANES, old_max[half], row_max[half], block_sum);
         }
     }
 
-    // Take out of the scores of LANES queries those of keys that they do not look at.
-    void hide(int64_t query, int64_t key, int64_t count) {
-        const int32_t *const firsts = first_ + query, *const ends = end_ + query;
-        const int64_t line = line_;
+    void rescale(int64_t query, f32x8 old_max, f32x8 row_max, f32x8 block_sum) {
+        const f32x8 factor = exp_nonpositive(old_max - row_max);
+        store(row_sum_ + query, load(row_sum_ + query) * factor + block_sum);
+        store(row_max_ + query, row_max);
+        for (int lane = 0; lane < LANES; lane++)
+            if (factor[lane] != 1.0f)
+                for (int element = 0; element < HEAD_SIZE; element++)
+                    sums_[(query + lane) * HEAD_SIZE + element] *= factor[lane];
+    }
+
+    // Set the scores of LANES queries to -inf for keys outside of their range; blocks that all of them see are skipped.
+    void apply_mask(int64_t query, int64_t key, int64_t count) {
+        const int32_t *const firsts = first_key_ + query, *const ends = end_key_ + query;
+        const int64_t stride = stride_;
         if (*std::max_element(firsts, firsts + LANES) <= key && *std::min_element(ends, ends + LANES) >= key + count)
             return;
-        Integers first, end;
+        i32x8 first, end;
         std::memcpy(&first, firsts, sizeof first);
         std::memcpy(&end, ends, sizeof end);
-        for (int64_t place = 0; place < count; place++) {
-            float* at = scores_ + place * line + query;
-            const Integers number = static_cast<int32_t>(key + place) - Integers{};
-            store(at, ((number >= first) & (number < end)) ? load(at) : all(-std::numeric_limits<float>::infinity()));
+        const f32x8 masked = broadcast(-std::numeric_limits<float>::infinity());
+        for (int64_t row = 0; row < count; row++) {
+            float* at = scores_ + row * stride + query;
+            const i32x8 index = static_cast<int32_t>(key + row) - i32x8{};
+            store(at, ((index >= first) & (index < end)) ? load(at) : masked);
         }
     }
 
-    int64_t queries_, line_;
-    int32_t first_[MOST], end_[MOST];
-    Sides<NUMBER> sides_;
-    // The last products read and write beyond what is there.
-    alignas(64) float scores_[(KEYS + 12) * MOST];
-    alignas(64) float sums_[MOST * SIZE], totals_[MOST], mosts_[MOST];
+    int64_t queries_, stride_;
+    int32_t first_key_[MAX_QUERIES], end_key_[MAX_QUERIES];
+    QkPv<kv_t> qk_pv_;
+    // The last microkernels write whole tiles, up to 12 keys or queries beyond the end.
+    alignas(64) float scores_[(KEY_BLOCK + 12) * MAX_QUERIES];
+    alignas(64) float sums_[MAX_QUERIES * HEAD_SIZE], row_sum_[MAX_QUERIES], row_max_[MAX_QUERIES];
 };
 
 }  // namespace

@@ -1,14 +1,35 @@
-// Products of tokens with the weights of a linear layer, which lie in panels.
+// GEMM of activations with the packed weights of a linear layer: out (tokens, outputs) = x (tokens, depth) W^T.
 //
-// A panel is the weights of PANEL outputs, (inputs, PANEL), zeros where a layer has fewer: in the order in which they
-// are read, so that few tokens take as long as reading them once and many as long as multiplying.  In bfloat16 two inputs
-// lie together, (inputs / 2, PANEL, 2), and tokens are in bfloat16 as well.
+// Packed layout.  The weights of NR = 16 consecutive outputs form a panel, in which they lie in the order in which they
+// are read: all outputs of the first input, then all of the second.  Outputs are padded with zeros to an even number of
+// panels.  So few tokens take as long as reading the weights once, and many as long as the arithmetic.
+//
+//   float, float16, int8_t: (panels, depth, NR)
+//
+//                  panel 0: outputs 0..15                        panel 1: outputs 16..31
+//                 +------+------+------+-----+------+           +------+------+-----+------+
+//       input 0   | W0,0 | W1,0 | W2,0 | ... | W15,0|           |W16,0 |W17,0 | ... |W31,0 |
+//       input 1   | W0,1 | W1,1 | W2,1 | ... | W15,1|           |W16,1 |W17,1 | ... |W31,1 |
+//       ...       |                                 |           |                          |
+//       depth-1   | W0,d | W1,d | W2,d | ... | W15,d|           |W16,d |W17,d | ... |W31,d |
+//                 +------+------+------+-----+------+           +------+------+-----+------+
+//                 one line is one read of 16 weights; panel 1 begins depth * NR elements after panel 0
+//
+//   bfloat16: (panels, depth / 2, NR, 2), two inputs of an output side by side, as VDPBF16PS multiplies them
+//
+//                 +-------------+-------------+-----+---------------+
+//       inputs 0,1| W0,0   W0,1 | W1,0   W1,1 | ... | W15,0   W15,1 |
+//       inputs 2,3| W0,2   W0,3 | W1,2   W1,3 | ... | W15,2   W15,3 |
+//                 +-------------+-------------+-----+---------------+
+//
+//   int8_t has a float32 scale for each output beside its panels, scales (outputs,): W = int8 * scale, applied once to
+//   the finished sum.  Activations are float32, with bfloat16 weights bfloat16.
 
 #pragma once
 
 #include <algorithm>
 #include <type_traits>
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -17,193 +38,195 @@
 
 namespace {
 
-// Tokens whose inputs stay in the second-level cache while a panel goes over them.
-constexpr int64_t AT_ONCE = 128;
-// How far ahead weights are asked for, in numbers: they are read once in a pass, from farther than any cache.
-constexpr int64_t AHEAD = 64 * PANEL;
-// Parts that each thread's share of panels is cut into for few tokens: a thread that is held up by another process leaves
-// the rest to others.
-constexpr int64_t PARTS = 6;
+// Tokens whose activations stay in the second-level cache while a panel is multiplied with them.
+constexpr int64_t TOKEN_BLOCK = 128;
+// In weights: each is read once in a forward pass, from beyond any cache.
+constexpr int64_t PREFETCH_DISTANCE = 64 * NR;
+// Chunks that each thread's share of the panels is divided into for few tokens, so that a thread which another process
+// delays leaves the rest to others.
+constexpr int64_t CHUNKS_PER_THREAD = 6;
 
-// A whole number, as a weight; the numbers of an output share a scale.
-typedef int8_t Byte;
-
-inline Vector load(const Byte* from) {
+inline f32x8 load(const int8_t* from) {
 #if defined(__AVX2__)
-    // GCC 12 takes the other way one number after the other.
-    return (Vector)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+    // GCC 12 compiles the portable way to one conversion for each element.
+    return (f32x8)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
 #else
-    typedef int8_t Bytes __attribute__((vector_size(LANES)));
-    Bytes it;
-    std::memcpy(&it, from, sizeof it);
-    return __builtin_convertvector(__builtin_convertvector(it, Integers), Vector);
+    typedef int8_t i8x8 __attribute__((vector_size(LANES)));
+    i8x8 bytes;
+    std::memcpy(&bytes, from, sizeof bytes);
+    return __builtin_convertvector(__builtin_convertvector(bytes, i32x8), f32x8);
 #endif
 }
 
 #if defined(__F16C__) || defined(__aarch64__)
-#define HALVES 1
-// A float16 number, as a weight; computed with in float32.
-struct Half {
+#define LLMK_HAVE_FLOAT16 1
+// A storage type of weights; the arithmetic is float32.
+struct float16 {
     uint16_t bits;
 };
 
-inline Vector load(const Half* from) {
+inline f32x8 load(const float16* from) {
 #if defined(__F16C__)
-    typedef short Shorts __attribute__((vector_size(LANES * sizeof(short))));
-    Shorts it;
-    std::memcpy(&it, from, sizeof it);
-    return (Vector)__builtin_ia32_vcvtph2ps256(it);
+    return (f32x8)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
 #else
-    typedef __fp16 Halves __attribute__((vector_size(LANES * sizeof(__fp16))));
-    Halves it;
-    std::memcpy(&it, from, sizeof it);
-    return __builtin_convertvector(it, Vector);
+    typedef __fp16 f16x8 __attribute__((vector_size(LANES * sizeof(__fp16))));
+    f16x8 halves;
+    std::memcpy(&halves, from, sizeof halves);
+    return __builtin_convertvector(halves, f32x8);
 #endif
 }
 #endif
 
-// sums (COUNT, PANELS * PANEL) = x (COUNT, depth) times some panels, each `apart` numbers after the other.
+// Microkernel: sums (TOKENS, PANELS * NR) = x (TOKENS, depth) times some panels, `panel_stride` elements apart.
 //
-// Every sum is made in the order of the inputs, so that a token's numbers do not depend on its company.  Few tokens take
-// two panels at a time: one has too few sums to keep the processor's arithmetic filled.
-template <int COUNT, int PANELS, class Weight>
-inline void multiply(const float* x, const Weight* panels, int64_t apart, int64_t depth, float* sums) {
-    Vector its[COUNT][PANELS][2] = {};
-    for (int64_t place = 0; place < depth; place++)
+// Every sum is accumulated in the order of the inputs, so that the bits of a token's result do not depend on the batch.
+// Few tokens take two panels at a time: one has too few accumulators to hide the latency of multiply-add.
+template <int TOKENS, int PANELS, class Weight>
+inline void gemm_microkernel(const float* x, const Weight* panels, int64_t panel_stride, int64_t depth, float* sums) {
+    f32x8 accumulators[TOKENS][PANELS][2] = {};
+    for (int64_t k = 0; k < depth; k++)
         for (int panel = 0; panel < PANELS; panel++) {
-            const Weight* weights = panels + panel * apart + place * PANEL;
-            __builtin_prefetch(weights + AHEAD);
-            const Vector left = load(weights), right = load(weights + LANES);
-            for (int token = 0; token < COUNT; token++) {
-                const float factor = x[token * depth + place];
-                its[token][panel][0] += left * factor;
-                its[token][panel][1] += right * factor;
+            const Weight* weights = panels + panel * panel_stride + k * NR;
+            __builtin_prefetch(weights + PREFETCH_DISTANCE);
+            const f32x8 left = load(weights), right = load(weights + LANES);
+            for (int token = 0; token < TOKENS; token++) {
+                const float factor = x[token * depth + k];
+                accumulators[token][panel][0] += left * factor;
+                accumulators[token][panel][1] += right * factor;
             }
         }
-    std::memcpy(sums, its, sizeof its);
+    std::memcpy(sums, accumulators, sizeof accumulators);
 }
 
-// The same for any number of tokens up to LINES and two panels.  Not inlined: once is enough code to compile.
+// sums (tokens, 2 * NR) of two panels for up to MR tokens.  Not inlined: one copy of each microkernel is enough.
 template <class Weight>
-__attribute__((noinline)) void multiply(const float* x, const Weight* panels, int64_t apart, int64_t depth,
-                                        int64_t count, float* sums) {
-    switch (count) {
-        case 1: return multiply<1, 2>(x, panels, apart, depth, sums);
-        case 2: return multiply<2, 2>(x, panels, apart, depth, sums);
-        case 3: return multiply<3, 2>(x, panels, apart, depth, sums);
+__attribute__((noinline)) void multiply_panels(const float* x, const Weight* panels, int64_t panel_stride,
+                                               int64_t depth, int64_t tokens, float* sums) {
+    switch (tokens) {
+        case 1: return gemm_microkernel<1, 2>(x, panels, panel_stride, depth, sums);
+        case 2: return gemm_microkernel<2, 2>(x, panels, panel_stride, depth, sums);
+        case 3: return gemm_microkernel<3, 2>(x, panels, panel_stride, depth, sums);
     }
     for (int panel = 0; panel < 2; panel++) {
-        alignas(64) float half[LINES * PANEL];
-        const Weight* from = panels + panel * apart;
-        switch (count) {
-            case 4: multiply<4, 1>(x, from, apart, depth, half); break;
-            case 5: multiply<5, 1>(x, from, apart, depth, half); break;
-            default: multiply<LINES, 1>(x, from, apart, depth, half);
+        alignas(64) float half[MR * NR];
+        const Weight* from = panels + panel * panel_stride;
+        switch (tokens) {
+            case 4: gemm_microkernel<4, 1>(x, from, panel_stride, depth, half); break;
+            case 5: gemm_microkernel<5, 1>(x, from, panel_stride, depth, half); break;
+            default: gemm_microkernel<MR, 1>(x, from, panel_stride, depth, half);
         }
-        for (int64_t token = 0; token < count; token++)
-            std::memcpy(sums + (2 * token + panel) * PANEL, half + token * PANEL, sizeof half / LINES);
+        for (int64_t token = 0; token < tokens; token++)
+            std::memcpy(sums + (2 * token + panel) * NR, half + token * NR, sizeof half / MR);
     }
 }
 
-// Both panels at a time where there are registers for their sums.
-template <int COUNT>
-inline void multiply(const Bfloat* x, const Bfloat* panels, int64_t apart, int64_t depth, float* sums) {
-    constexpr int64_t PAIR = 2 * PANEL;
-    if constexpr (2 * COUNT <= SUMS) {
-        product<COUNT, 2, false>(x, depth, 2, panels, PAIR, apart, sums, PAIR, PANEL, depth / 2, AHEAD);
+// Both panels at a time where the accumulators fit the registers.
+template <int TOKENS>
+inline void multiply_panels_of(const bfloat16* x, const bfloat16* panels, int64_t panel_stride, int64_t depth,
+                               float* sums) {
+    constexpr int64_t PAIR = 2 * NR;
+    if constexpr (2 * TOKENS <= MAX_ACCUMULATORS) {
+        gemm_microkernel<TOKENS, 2, false>(x, depth, 2, panels, PAIR, panel_stride, sums, PAIR, NR, depth / 2,
+                                           PREFETCH_DISTANCE);
     } else {
-        product<COUNT, 1, false>(x, depth, 2, panels, PAIR, 0, sums, PAIR, 0, depth / 2, AHEAD);
-        product<COUNT, 1, false>(x, depth, 2, panels + apart, PAIR, 0, sums + PANEL, PAIR, 0, depth / 2, AHEAD);
+        gemm_microkernel<TOKENS, 1, false>(x, depth, 2, panels, PAIR, 0, sums, PAIR, 0, depth / 2, PREFETCH_DISTANCE);
+        gemm_microkernel<TOKENS, 1, false>(x, depth, 2, panels + panel_stride, PAIR, 0, sums + NR, PAIR, 0, depth / 2,
+                                           PREFETCH_DISTANCE);
     }
 }
 
-// Calls the one for `count` tokens, of up to COUNT.
-template <int COUNT>
-void choose(const Bfloat* x, const Bfloat* panels, int64_t apart, int64_t depth, int64_t count, float* sums) {
-    if constexpr (COUNT > 1) {
-        if (count < COUNT) return choose<COUNT - 1>(x, panels, apart, depth, count, sums);
+// Turn the run-time number of tokens, up to MAX_TOKENS, into a template argument.
+template <int MAX_TOKENS>
+void dispatch_tokens(const bfloat16* x, const bfloat16* panels, int64_t panel_stride, int64_t depth, int64_t tokens,
+                     float* sums) {
+    if constexpr (MAX_TOKENS > 1) {
+        if (tokens < MAX_TOKENS)
+            return dispatch_tokens<MAX_TOKENS - 1>(x, panels, panel_stride, depth, tokens, sums);
     }
-    multiply<COUNT>(x, panels, apart, depth, sums);
+    multiply_panels_of<MAX_TOKENS>(x, panels, panel_stride, depth, sums);
 }
 
-// What the tokens that are multiplied with weights of a type are, and how many of them at a time.
+// The activation type that goes with a type of weights, and the tokens of one call of the microkernel.
 template <class Weight>
-struct Kind {
-    typedef float Input;
-    static constexpr int64_t lines = LINES;
+struct WeightTraits {
+    typedef float activation;
+    static constexpr int64_t max_tokens = MR;
 };
 
 template <>
-struct Kind<Bfloat> {
-    typedef Bfloat Input;
-    static constexpr int64_t lines = SUMS >= 24 ? 12 : LINES;
+struct WeightTraits<bfloat16> {
+    typedef bfloat16 activation;
+    static constexpr int64_t max_tokens = MAX_ACCUMULATORS >= 24 ? 12 : MR;
 };
 
-__attribute__((noinline)) inline void multiply(const Bfloat* x, const Bfloat* panels, int64_t apart, int64_t depth,
-                                        int64_t count, float* sums) {
-    choose<Kind<Bfloat>::lines>(x, panels, apart, depth, count, sums);
+__attribute__((noinline)) inline void multiply_panels(const bfloat16* x, const bfloat16* panels, int64_t panel_stride,
+                                                      int64_t depth, int64_t tokens, float* sums) {
+    dispatch_tokens<WeightTraits<bfloat16>::max_tokens>(x, panels, panel_stride, depth, tokens, sums);
 }
 
-// Call `use(token, count)` for up to `lines` tokens at a time, about equally many, of all from `token` to `end`.
-template <int64_t lines, class Use>
-void by_lines(int64_t token, int64_t end, Use use) {
-    for (int64_t left = (end - token + lines - 1) / lines; left > 0; left--) {
-        const int64_t count = (end - token + left - 1) / left;
-        use(token, count);
-        token += count;
+// Call `body(token, count)` for groups of nearly equal size, up to MAX_TOKENS, of the tokens from `begin` to `end`.
+template <int64_t MAX_TOKENS, class Body>
+void for_token_groups(int64_t begin, int64_t end, Body body) {
+    for (int64_t groups = (end - begin + MAX_TOKENS - 1) / MAX_TOKENS; groups > 0; groups--) {
+        const int64_t count = (end - begin + groups - 1) / groups;
+        body(begin, count);
+        begin += count;
     }
 }
 
-// Share pairs of panels out among the threads of the parallel region that all are in, for some tokens after the other;
-// call `use(pair, token, end)`.  All threads have done all of it when it returns.  Few tokens are read for: long stretches
-// for each thread.  Many are computed for: small parts, so that no thread waits long for another.
-template <class Use>
-void share_out(int64_t pairs, int64_t tokens, int threads, Use use) {
-    const int64_t part = tokens > 2 * LINES ? 1 : std::max<int64_t>(1, pairs / (PARTS * threads));
-    const int64_t blocks = (tokens + AT_ONCE - 1) / AT_ONCE;
-#pragma omp for schedule(dynamic, part)
-    for (int64_t task = 0; task < blocks * pairs; task++) {
-        const int64_t block = task / pairs;
-        use(task % pairs, block * tokens / blocks, (block + 1) * tokens / blocks);
+// Parallel loop over (token block, panel pair) tiles, which calls `body(pair, first token, end token)`; must be called
+// by every thread of the parallel region and ends with a barrier.  Few tokens are bound by memory: each thread gets
+// long stretches of weights.  Many are bound by arithmetic: tiles are handed out one by one, so that no thread waits
+// long.
+template <class Body>
+void parallel_for_tiles(int64_t pairs, int64_t tokens, int threads, Body body) {
+    const int64_t chunk = tokens > 2 * MR ? 1 : std::max<int64_t>(1, pairs / (CHUNKS_PER_THREAD * threads));
+    const int64_t blocks = (tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK;
+#pragma omp for schedule(dynamic, chunk)
+    for (int64_t tile = 0; tile < blocks * pairs; tile++) {
+        const int64_t block = tile / pairs;
+        body(tile % pairs, block * tokens / blocks, (block + 1) * tokens / blocks);
     }
 }
 
-// Panels for an even number of outputs, what their sums are to be multiplied with, (outputs,) or none, and bias, the same.
+// Packed weights of a linear layer; Python mirrors this structure.
 template <class Weight>
-struct Weights {
+struct PackedWeights {
+    // An even number of panels.
     const Weight* panels;
+    // (outputs,) each, or null.
     const float *scales, *bias;
 
-    float finish(float sum, int64_t output) const {
+    float apply_scale_and_bias(float sum, int64_t output) const {
         return (scales ? scales[output] * sum : sum) + (bias ? bias[output] : 0.0f);
     }
 
-    Vector finish(Vector sums, int64_t output) const {
+    f32x8 apply_scale_and_bias(f32x8 sums, int64_t output) const {
         if (scales) sums *= load(scales + output);
         return bias ? sums + load(bias + output) : sums;
     }
 };
 
-// A linear layer, called by all threads of a parallel region: out (tokens, outputs) = x (tokens, depth) times weights,
-// or with ADD += that.
-template <bool ADD, class Weight, class Output>
-void linear(const typename Kind<Weight>::Input* x, Weights<Weight> weights, int64_t depth, int64_t outputs,
-            int64_t tokens, Output* out, int threads) {
-    static_assert(!ADD || std::is_same_v<Output, float>, "what is added to keeps all its digits");
-    constexpr int64_t PAIR = 2 * PANEL, MOST = Kind<Weight>::lines;
-    share_out((outputs + PAIR - 1) / PAIR, tokens, threads, [&](int64_t pair, int64_t begin, int64_t end) {
+// A linear layer: out (tokens, outputs) = x (tokens, depth) W^T + bias, or out += that with ACCUMULATE.  Must be called
+// by every thread of a parallel region and ends with a barrier.
+template <bool ACCUMULATE, class Weight, class Output>
+void linear(const typename WeightTraits<Weight>::activation* x, PackedWeights<Weight> weights, int64_t depth,
+            int64_t outputs, int64_t tokens, Output* out, int threads) {
+    static_assert(!ACCUMULATE || std::is_same_v<Output, float>, "residual sums stay in float32");
+    constexpr int64_t PAIR = 2 * NR, MAX_TOKENS = WeightTraits<Weight>::max_tokens;
+    parallel_for_tiles((outputs + PAIR - 1) / PAIR, tokens, threads, [&](int64_t pair, int64_t begin, int64_t end) {
         const int64_t first = pair * PAIR, width = std::min(PAIR, outputs - first);
-        by_lines<MOST>(begin, end, [&](int64_t token, int64_t count) {
-            alignas(64) float sums[MOST * PAIR];
-            multiply(x + token * depth, weights.panels + first * depth, PANEL * depth, depth, count, sums);
-            for (int64_t line = 0; line < count; line++) {
-                Output* to = out + (token + line) * outputs + first;
+        for_token_groups<MAX_TOKENS>(begin, end, [&](int64_t token, int64_t count) {
+            alignas(64) float sums[MAX_TOKENS * PAIR];
+            multiply_panels(x + token * depth, weights.panels + first * depth, NR * depth, depth, count, sums);
+            for (int64_t row = 0; row < count; row++) {
+                Output* to = out + (token + row) * outputs + first;
                 for (int64_t lane = 0; lane < width; lane++) {
-                    const float it = weights.finish(sums[line * PAIR + lane], first + lane);
-                    if constexpr (std::is_same_v<Output, Bfloat>)
-                        to[lane] = rounded(it);
+                    const float result = weights.apply_scale_and_bias(sums[row * PAIR + lane], first + lane);
+                    if constexpr (std::is_same_v<Output, bfloat16>)
+                        to[lane] = to_bfloat16(result);
                     else
-                        to[lane] = (ADD ? to[lane] : 0.0f) + it;
+                        to[lane] = (ACCUMULATE ? to[lane] : 0.0f) + result;
                 }
             }
         });

@@ -1,240 +1,296 @@
-// All layers of a model in one call: the forward pass of Llama and its relatives over rows of KV cache.
+// The forward pass of Llama and its relatives over the KV cache: all decoder layers in one call.
 //
-// Pre-norm blocks: RMSNorm, grouped attention with rotary positions, RMSNorm, SwiGLU.  The threads stay together from the
-// first layer to the last and wait for each other between two steps of a layer, where torch would start them anew for
-// each operator.  WEIGHT is the type of the layers' weights and HEAD that of the last product's, macros beside those of
-// attention.h.  What goes from layer to layer is in float32, whatever the type of weights.
+// Pre-norm blocks: RMSNorm, grouped-query attention with rotary embeddings, RMSNorm, SwiGLU.  One parallel region spans
+// all layers, with a barrier between two steps of a layer, where torch would start its threads for each operator.
+// Beside the macros of attention_prefill.h, LLMK_WEIGHT_TYPE is the type of the layers' packed weights and
+// LLMK_LM_HEAD_TYPE that of the output projection.  Hidden states are float32 whatever the type of weights.
 
 #include <cmath>
 
+#include "abi.h"
 #include "attention.h"
 #include "gemm_packed.h"
 
 extern "C" {
 
-// A layer's weights; null where it has no norm of its heads.
-struct Layer {
+// Python mirrors the following structures (native_decoder.py).
+
+struct DecoderLayer {
     const float* attention_norm;
-    Weights<WEIGHT> qkv;
+    PackedWeights<LLMK_WEIGHT_TYPE> qkv;
+    // (HEAD_SIZE,) each, or null where heads are not normed.
     const float *q_norm, *k_norm;
-    Weights<WEIGHT> o;
+    PackedWeights<LLMK_WEIGHT_TYPE> o;
     const float* mlp_norm;
-    Weights<WEIGHT> gate_up, down;
-    // (rows, KV_HEADS, length, SIZE)
-    NUMBER *keys, *values;
-    // Keys that a token sees, itself included; 0 is no limit.
-    int64_t window;
+    PackedWeights<LLMK_WEIGHT_TYPE> gate_up, down;
+    // (slots, NUM_KV_HEADS, length, HEAD_SIZE)
+    kv_t *keys, *values;
+    // Keys that a token attends to, itself included; 0 for no limit.
+    int64_t sliding_window;
 };
 
-struct Model {
-    const Layer* layers;
-    int64_t count, hidden, inner, vocabulary, length;
-    const float* last_norm;
-    Weights<HEAD> head;
-    float epsilon, scale;
-    int threads;
+struct DecoderModel {
+    const DecoderLayer* layers;
+    // `length` is that of a slot, in tokens.
+    int64_t num_layers, hidden_size, intermediate_size, vocab_size, length;
+    const float* final_norm;
+    PackedWeights<LLMK_LM_HEAD_TYPE> lm_head;
+    float rms_norm_eps, softmax_scale;
+    int32_t num_threads;
 };
 
-struct Tokens {
-    int64_t count;
-    // (tokens, hidden): embeddings, and then what the layers add to them.
-    float* x;
-    // (tokens, SIZE)
-    const float *cosines, *sines;
-    const int64_t *rows, *positions;
-    // Those of whom scores are wanted, ascending.
-    const int64_t* wanted;
-    int64_t wanted_count;
-    // (wanted, vocabulary)
-    float* scores;
-    // (tokens, width()) of room.
-    float* room;
+struct ForwardBatch {
+    int64_t num_tokens;
+    // (tokens, hidden_size): embeddings on entry; the residual stream.
+    float* hidden_states;
+    // (tokens, HEAD_SIZE)
+    const float *cos, *sin;
+    // (tokens,)
+    const int64_t *slots, *positions;
+    // (num_logits,) ascending: the tokens whose logits are computed.
+    const int64_t* logits_indices;
+    int64_t num_logits;
+    // (num_logits, vocab_size)
+    float* logits;
+    // num_tokens * llmk_workspace_size() floats.
+    float* workspace;
 };
 }
 
 namespace {
 
-constexpr int64_t HEADS = KV_HEADS * GROUPS;
-// Numbers of all query heads of a token, and of all its key heads.
-constexpr int64_t QUERY_SIZE = HEADS * SIZE;
-constexpr int64_t KEY_SIZE = KV_HEADS * SIZE;
+constexpr int64_t NUM_HEADS = NUM_KV_HEADS * QUERIES_PER_KV;
+// Elements of all query heads of a token, and of all its key heads.
+constexpr int64_t QUERY_SIZE = NUM_HEADS * HEAD_SIZE;
+constexpr int64_t KEY_SIZE = NUM_KV_HEADS * HEAD_SIZE;
+constexpr int64_t QKV_SIZE = QUERY_SIZE + 2 * KEY_SIZE;
 
-// What products take.
-typedef Kind<WEIGHT>::Input Input;
-static_assert(std::is_same_v<Input, Kind<HEAD>::Input>, "both products take the same");
+typedef LLMK_WEIGHT_TYPE weight_t;
+typedef WeightTraits<weight_t>::activation activation_t;
+static_assert(std::is_same_v<activation_t, WeightTraits<LLMK_LM_HEAD_TYPE>::activation>,
+              "the layers and the output projection take the same activations");
 
-// out = x / sqrt(mean(x^2) + epsilon) * weight
+// RMSNorm: out = x / sqrt(mean(x^2) + eps) * weight.
 template <class Output>
-void normalize(const float* x, const float* weight, Output* out, int64_t size, float epsilon) {
-    Vector squares = {};
+void rms_norm(const float* x, const float* weight, Output* out, int64_t size, float eps) {
+    f32x8 squares = {};
     for (int64_t at = 0; at < size; at += LANES) {
-        const Vector it = load(x + at);
-        squares += it * it;
+        const f32x8 vector = load(x + at);
+        squares += vector * vector;
     }
-    const float factor = 1.0f / std::sqrt(sum(squares) / size + epsilon);
+    const float factor = 1.0f / std::sqrt(reduce_sum(squares) / size + eps);
     for (int64_t at = 0; at < size; at += LANES) store(out + at, load(x + at) * factor * load(weight + at));
 }
 
-// Turn a head by its position, in place: rotary embedding with halves as pairs (Su and others 2021).
-void rotate(float* head, const float* cosines, const float* sines) {
-    for (int left = 0, right = SIZE / 2; left < SIZE / 2; left++, right++) {
+// Rotary embedding of one head in place, element i paired with i + HEAD_SIZE / 2 (Su and others 2021).
+void apply_rotary_embedding(float* head, const float* cos, const float* sin) {
+    for (int left = 0, right = HEAD_SIZE / 2; left < HEAD_SIZE / 2; left++, right++) {
         const float first = head[left], second = head[right];
-        head[left] = first * cosines[left] - second * sines[left];
-        head[right] = second * cosines[right] + first * sines[right];
+        head[left] = first * cos[left] - second * sin[left];
+        head[right] = second * cos[right] + first * sin[right];
     }
 }
 
-// x / (1 + e^-x), by the exponential of a number that is not positive.
-inline Vector silu(Vector x) {
-    const Integers positive = x > Vector{};
-    const Vector small = exponential(positive ? -x : x);
-    return x * (positive ? all(1.0f) : small) / (small + 1.0f);
+// x / (1 + e^-x), with e^-|x| so that the exponent is never positive.
+inline f32x8 silu(f32x8 x) {
+    const i32x8 positive = x > f32x8{};
+    const f32x8 exponential = exp_nonpositive(positive ? -x : x);
+    return x * (positive ? broadcast(1.0f) : exponential) / (exponential + 1.0f);
 }
 
-class Pass {
+class ForwardPass {
   public:
-    Pass(const Model& model, const Tokens& tokens) : model_(model), tokens_(tokens) {
-        const int64_t count = tokens.count;
-        qkv_ = tokens.room;
-        queries_ = qkv_ + count * (QUERY_SIZE + 2 * KEY_SIZE);
-        // Room for floats, whatever their type.
-        normed_ = (Input*)(queries_ + count * QUERY_SIZE);
-        attended_ = normed_ + count * model.hidden;
-        inner_ = attended_ + count * QUERY_SIZE;
-        for (int64_t token = 0; token < count; token++) ends_.push_back(tokens.positions[token] + 1);
-        first_.resize(count);
-        runs_ = runs(tokens.rows, ends_.data(), count);
+    ForwardPass(const DecoderModel& model, const ForwardBatch& batch) : model_(model), batch_(batch) {
+        const int64_t count = batch.num_tokens;
+        qkv_ = batch.workspace;
+        queries_ = qkv_ + count * QKV_SIZE;
+        // The workspace has room for float activations, of whichever type these are.
+        normed_ = (activation_t*)(queries_ + count * QUERY_SIZE);
+        attended_ = normed_ + count * model.hidden_size;
+        gated_ = attended_ + count * QUERY_SIZE;
+        for (int64_t token = 0; token < count; token++) end_key_.push_back(batch.positions[token] + 1);
+        first_key_.resize(count);
+        segments_ = split_segments(batch.slots, end_key_.data(), count);
     }
 
-    static int64_t width(const Model& model) { return model.hidden + 3 * QUERY_SIZE + 2 * KEY_SIZE + model.inner; }
+    static int64_t workspace_size(const DecoderModel& model) {
+        return QKV_SIZE + QUERY_SIZE + model.hidden_size + QUERY_SIZE + model.intermediate_size;
+    }
 
-    // To be called by every thread of a parallel region.
+    // Must be called by every thread of the parallel region.
     void run() {
         Attention attention;
-        int64_t count = tokens_.count;
-        for (int64_t number = 0; number < model_.count; number++) {
-            const Layer& layer = model_.layers[number];
-            normalize_all(layer.attention_norm, count);
-            linear<false>(normed_, layer.qkv, model_.hidden, QUERY_SIZE + 2 * KEY_SIZE, count, qkv_, model_.threads);
-            place(layer);
-            const bool last = number + 1 == model_.count;
-            if (last && tokens_.wanted_count == 0) return;
+        int64_t count = batch_.num_tokens;
+        for (int64_t index = 0; index < model_.num_layers; index++) {
+            const DecoderLayer& layer = model_.layers[index];
+            norm_tokens(layer.attention_norm, count);
+            linear<false>(normed_, layer.qkv, model_.hidden_size, QKV_SIZE, count, qkv_, model_.num_threads);
+            rotate_and_write_kv(layer);
+            const bool last = index + 1 == model_.num_layers;
+            if (last && batch_.num_logits == 0) return;
             attend(layer, attention, last);
             if (last) {
-                // From here on nobody looks at the other tokens.
-                select();
-                count = tokens_.wanted_count;
+                // Only the tokens whose logits are needed go on.
+                compact_tokens();
+                count = batch_.num_logits;
             }
-            add(attended_, layer.o, QUERY_SIZE, count);
-            normalize_all(layer.mlp_norm, count);
-            gate(layer, count);
-            add(inner_, layer.down, model_.inner, count);
+            add_linear(attended_, layer.o, QUERY_SIZE, count);
+            norm_tokens(layer.mlp_norm, count);
+            swiglu(layer, count);
+            add_linear(gated_, layer.down, model_.intermediate_size, count);
         }
-        normalize_all(model_.last_norm, count);
-        linear<false>(normed_, model_.head, model_.hidden, model_.vocabulary, count, tokens_.scores, model_.threads);
+        norm_tokens(model_.final_norm, count);
+        linear<false>(normed_, model_.lm_head, model_.hidden_size, model_.vocab_size, count, batch_.logits,
+                      model_.num_threads);
     }
 
   private:
-    void normalize_all(const float* weight, int64_t count) {
+    void norm_tokens(const float* weight, int64_t count) {
 #pragma omp for
         for (int64_t token = 0; token < count; token++)
-            normalize(tokens_.x + token * model_.hidden, weight, normed_ + token * model_.hidden, model_.hidden,
-                      model_.epsilon);
+            rms_norm(batch_.hidden_states + token * model_.hidden_size, weight, normed_ + token * model_.hidden_size,
+                     model_.hidden_size, model_.rms_norm_eps);
     }
 
-    // Norm and turn the heads of queries and keys, and write keys and values to their rows.
-    void place(const Layer& layer) {
+    // Norm and rotate the heads of queries and keys, write keys and values to their slots, and set the key ranges.
+    void rotate_and_write_kv(const DecoderLayer& layer) {
 #pragma omp for
-        for (int64_t token = 0; token < tokens_.count; token++) {
-            float* heads = qkv_ + token * (QUERY_SIZE + 2 * KEY_SIZE);
-            for (int64_t head = 0; head < HEADS + KV_HEADS; head++) {
-                const float* norm = head < HEADS ? layer.q_norm : layer.k_norm;
-                float* it = heads + head * SIZE;
-                if (norm) normalize(it, norm, it, SIZE, model_.epsilon);
-                rotate(it, tokens_.cosines + token * SIZE, tokens_.sines + token * SIZE);
+        for (int64_t token = 0; token < batch_.num_tokens; token++) {
+            float* heads = qkv_ + token * QKV_SIZE;
+            for (int64_t head = 0; head < NUM_HEADS + NUM_KV_HEADS; head++) {
+                const float* norm = head < NUM_HEADS ? layer.q_norm : layer.k_norm;
+                float* states = heads + head * HEAD_SIZE;
+                if (norm) rms_norm(states, norm, states, HEAD_SIZE, model_.rms_norm_eps);
+                apply_rotary_embedding(states, batch_.cos + token * HEAD_SIZE, batch_.sin + token * HEAD_SIZE);
             }
             std::copy_n(heads, QUERY_SIZE, queries_ + token * QUERY_SIZE);
-            for (int64_t head = 0; head < KV_HEADS; head++) {
-                const int64_t row = tokens_.rows[token] * KV_HEADS + head;
-                const int64_t to = (row * model_.length + tokens_.positions[token]) * SIZE;
-                const float *key = heads + QUERY_SIZE + head * SIZE, *value = key + KEY_SIZE;
-                for (int64_t at = 0; at < SIZE; at += LANES) {
-                    store(layer.keys + to + at, load(key + at));
-                    store(layer.values + to + at, load(value + at));
-                }
-            }
-            first_[token] = layer.window ? std::max<int64_t>(0, ends_[token] - layer.window) : 0;
+            write_kv(layer, token, heads + QUERY_SIZE);
+            first_key_[token] =
+                layer.sliding_window ? std::max<int64_t>(0, end_key_[token] - layer.sliding_window) : 0;
         }
     }
 
-    void attend(const Layer& layer, Attention& attention, bool last) {
-        const int64_t tasks = runs_.size() * KV_HEADS;
+    // states: the keys and then the values of all KV heads of a token.
+    void write_kv(const DecoderLayer& layer, int64_t token, const float* states) {
+        for (int64_t head = 0; head < NUM_KV_HEADS; head++) {
+            const int64_t row = batch_.slots[token] * NUM_KV_HEADS + head;
+            const int64_t to = (row * model_.length + batch_.positions[token]) * HEAD_SIZE;
+            const float *key = states + head * HEAD_SIZE, *value = key + KEY_SIZE;
+            for (int64_t at = 0; at < HEAD_SIZE; at += LANES) {
+                store(layer.keys + to + at, load(key + at));
+                store(layer.values + to + at, load(value + at));
+            }
+        }
+    }
+
+    void attend(const DecoderLayer& layer, Attention& attention, bool last) {
+        const int64_t count = segments_.size(), tasks = count * NUM_KV_HEADS;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < tasks; task++) {
-            const Run run = runs_[task % runs_.size()];
-            if (last && !any_wanted(run)) continue;
+            const TokenSegment segment = segments_[task % count];
+            if (last && !needs_logits(segment)) continue;
             attention.attend(queries_, layer.keys, layer.values, attended_,
-                             {tokens_.rows, first_.data(), ends_.data()}, run, task / runs_.size(), model_.length,
-                             model_.scale);
+                             {batch_.slots, first_key_.data(), end_key_.data()}, segment, task / count, model_.length,
+                             model_.softmax_scale);
         }
     }
 
-    bool any_wanted(Run run) const {
-        const int64_t* stop = tokens_.wanted + tokens_.wanted_count;
-        const int64_t* found = std::lower_bound(tokens_.wanted, stop, run.begin);
-        return found != stop && *found < run.end;
+    bool needs_logits(TokenSegment segment) const {
+        const int64_t* end = batch_.logits_indices + batch_.num_logits;
+        const int64_t* found = std::lower_bound(batch_.logits_indices, end, segment.begin);
+        return found != end && *found < segment.end;
     }
 
-    void select() {
+    // Move the tokens whose logits are needed to the front.
+    void compact_tokens() {
 #pragma omp single
-        for (int64_t place = 0; place < tokens_.wanted_count; place++) {
-            const int64_t token = tokens_.wanted[place];
-            if (token == place) continue;
-            std::copy_n(attended_ + token * QUERY_SIZE, QUERY_SIZE, attended_ + place * QUERY_SIZE);
-            std::copy_n(tokens_.x + token * model_.hidden, model_.hidden, tokens_.x + place * model_.hidden);
+        for (int64_t index = 0; index < batch_.num_logits; index++) {
+            const int64_t token = batch_.logits_indices[index];
+            if (token == index) continue;
+            std::copy_n(attended_ + token * QUERY_SIZE, QUERY_SIZE, attended_ + index * QUERY_SIZE);
+            std::copy_n(batch_.hidden_states + token * model_.hidden_size, model_.hidden_size,
+                        batch_.hidden_states + index * model_.hidden_size);
         }
     }
 
-    // x += a linear layer of `from`
-    void add(const Input* from, Weights<WEIGHT> weights, int64_t depth, int64_t count) {
-        linear<true>(from, weights, depth, model_.hidden, count, tokens_.x, model_.threads);
+    // hidden_states += a linear layer of x
+    void add_linear(const activation_t* x, PackedWeights<weight_t> weights, int64_t depth, int64_t count) {
+        linear<true>(x, weights, depth, model_.hidden_size, count, batch_.hidden_states, model_.num_threads);
     }
 
-    // inner = silu(gate) * up, whose panels lie one after the other; `inner` is a multiple of PANEL.
-    void gate(const Layer& layer, int64_t count) {
-        const int64_t depth = model_.hidden, inner = model_.inner;
-        share_out(inner / PANEL, count, model_.threads, [&](int64_t panel, int64_t begin, int64_t end) {
-            const int64_t first = panel * PANEL;
-            by_lines<Kind<WEIGHT>::lines>(begin, end, [&](int64_t token, int64_t lines) {
-                alignas(64) float sums[Kind<WEIGHT>::lines * 2 * PANEL];
-                multiply(normed_ + token * depth, layer.gate_up.panels + first * depth, inner * depth, depth, lines,
-                         sums);
-                for (int64_t line = 0; line < lines; line++)
-                    for (int64_t lane = 0; lane < PANEL; lane += LANES) {
-                        const float* from = sums + 2 * line * PANEL + lane;
-                        const Vector left = layer.gate_up.finish(load(from), first + lane);
-                        const Vector right = layer.gate_up.finish(load(from + PANEL), inner + first + lane);
-                        store(inner_ + (token + line) * inner + first + lane, silu(left) * right);
+    // gated = silu(gate) * up.  The panels of up follow those of gate; intermediate_size is a multiple of NR, so that a
+    // panel of each makes a pair.
+    void swiglu(const DecoderLayer& layer, int64_t count) {
+        const int64_t depth = model_.hidden_size, inner = model_.intermediate_size;
+        constexpr int64_t MAX_GROUP = WeightTraits<weight_t>::max_tokens;
+        parallel_for_tiles(inner / NR, count, model_.num_threads, [&](int64_t panel, int64_t begin, int64_t end) {
+            const int64_t first = panel * NR;
+            for_token_groups<MAX_GROUP>(begin, end, [&](int64_t token, int64_t tokens) {
+                alignas(64) float sums[MAX_GROUP * 2 * NR];
+                multiply_panels(normed_ + token * depth, layer.gate_up.panels + first * depth, inner * depth, depth,
+                                tokens, sums);
+                for (int64_t row = 0; row < tokens; row++)
+                    for (int64_t lane = 0; lane < NR; lane += LANES) {
+                        const float* from = sums + 2 * row * NR + lane;
+                        const f32x8 gate = layer.gate_up.apply_scale_and_bias(load(from), first + lane);
+                        const f32x8 up = layer.gate_up.apply_scale_and_bias(load(from + NR), inner + first + lane);
+                        store(gated_ + (token + row) * inner + first + lane, silu(gate) * up);
                     }
             });
         });
     }
 
-    const Model& model_;
-    const Tokens& tokens_;
-    std::vector<int64_t> first_, ends_;
-    std::vector<Run> runs_;
+    const DecoderModel& model_;
+    const ForwardBatch& batch_;
+    std::vector<int64_t> first_key_, end_key_;
+    std::vector<TokenSegment> segments_;
     float *qkv_, *queries_;
-    Input *normed_, *attended_, *inner_;
+    activation_t *normed_, *attended_, *gated_;
 };
 
 }  // namespace
 
-// Numbers of room that each token needs.
-extern "C" int64_t width(const Model* model) { return Pass::width(*model); }
+// Floats of workspace for each token.
+extern "C" int64_t llmk_workspace_size(const DecoderModel* model) { return ForwardPass::workspace_size(*model); }
 
-extern "C" void forward(const Model* model, const Tokens* tokens) {
-    Pass pass(*model, *tokens);
-#pragma omp parallel num_threads(model->threads)
+extern "C" void llmk_forward(const DecoderModel* model, const ForwardBatch* batch) {
+    ForwardPass pass(*model, *batch);
+#pragma omp parallel num_threads(model->num_threads)
     pass.run();
+}
+
+// The layout tables, see abi.h.
+
+extern "C" const int64_t* llmk_layout_packed_weights() {
+    typedef PackedWeights<LLMK_WEIGHT_TYPE> T;
+    static const int64_t layout[] = {3, sizeof(T), LLMK_FIELD(T, panels), LLMK_FIELD(T, scales), LLMK_FIELD(T, bias)};
+    return layout;
+}
+
+extern "C" const int64_t* llmk_layout_decoder_layer() {
+    typedef DecoderLayer T;
+    static const int64_t layout[] = {11, sizeof(T), LLMK_FIELD(T, attention_norm), LLMK_FIELD(T, qkv),
+                                     LLMK_FIELD(T, q_norm), LLMK_FIELD(T, k_norm), LLMK_FIELD(T, o),
+                                     LLMK_FIELD(T, mlp_norm), LLMK_FIELD(T, gate_up), LLMK_FIELD(T, down),
+                                     LLMK_FIELD(T, keys), LLMK_FIELD(T, values), LLMK_FIELD(T, sliding_window)};
+    return layout;
+}
+
+extern "C" const int64_t* llmk_layout_decoder_model() {
+    typedef DecoderModel T;
+    static const int64_t layout[] = {11, sizeof(T), LLMK_FIELD(T, layers), LLMK_FIELD(T, num_layers),
+                                     LLMK_FIELD(T, hidden_size), LLMK_FIELD(T, intermediate_size),
+                                     LLMK_FIELD(T, vocab_size), LLMK_FIELD(T, length), LLMK_FIELD(T, final_norm),
+                                     LLMK_FIELD(T, lm_head), LLMK_FIELD(T, rms_norm_eps), LLMK_FIELD(T, softmax_scale),
+                                     LLMK_FIELD(T, num_threads)};
+    return layout;
+}
+
+extern "C" const int64_t* llmk_layout_forward_batch() {
+    typedef ForwardBatch T;
+    static const int64_t layout[] = {10, sizeof(T), LLMK_FIELD(T, num_tokens), LLMK_FIELD(T, hidden_states),
+                                     LLMK_FIELD(T, cos), LLMK_FIELD(T, sin), LLMK_FIELD(T, slots),
+                                     LLMK_FIELD(T, positions), LLMK_FIELD(T, logits_indices),
+                                     LLMK_FIELD(T, num_logits), LLMK_FIELD(T, logits), LLMK_FIELD(T, workspace)};
+    return layout;
 }

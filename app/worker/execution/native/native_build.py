@@ -1,8 +1,9 @@
-"""Programs in C++, compiled when a model is loaded, for that model and this processor.
+"""Build the C++ kernel libraries when a model is loaded, for that model's shapes and this processor.
 
-What torch's operators lose on a CPU is mostly not arithmetic: weights brought into another order in each call, threads
-started and stopped for each operator, thousands of tiny products.  The sources are in `native/`, with standard headers
-only.  Decides how they are compiled and where what was made is kept; knows nothing of what they compute.
+Most of what torch's operators lose on a CPU is overhead: they reorder weights in every call, start and stop threads for
+every operator, and multiply thousands of tiny matrices.  The sources stand beside this file and need standard headers
+only.  This module chooses the compiler and its flags, caches the libraries on disk and checks that a library and its
+Python bindings agree about every structure.
 """
 
 import ctypes
@@ -17,83 +18,136 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+
+from app.worker.execution.base import ExecutorUnavailableError
 
 log = logging.getLogger(__name__)
 
-SOURCES = Path(__file__).parent
+SOURCE_DIR = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-shared", "-fPIC")
+FLAGS = ("-O3", "-std=c++17", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
+"""`-ffp-contract=fast` makes a multiplication and the addition that takes its result one fused multiply-add, which most
+of the speed of float32 rests on.  It is GCC's default and not Clang's; stated here, both compute the same way.  The
+kernels keep every sum in one order for any batch size, so the bits of a token's result do not depend on its batch; the
+tests check that bit for bit, with this flag."""
 COMPILE_SECONDS = 60
+ABI_VERSION = 1
+"""What the bindings call; LLMK_ABI_VERSION of abi.h."""
 
 
-class CompileError(Exception):
-    """There is no such program for this model or machine; the message says why."""
+class CompileError(ExecutorUnavailableError):
+    """No kernel library can be built for this model or machine; the message says why."""
 
 
-def compile_program(name: str, macros: Mapping[str, str | int] | None = None) -> ctypes.CDLL:
-    """Compile a source of `native/` and load it; takes a second or two, and nothing when it was made before.
+@dataclass(frozen=True, slots=True)
+class Toolchain:
+    """The compiler, its flags and the sources: all that decides whether a kernel library can be built."""
 
-    Raises: CompileError: there is no compiler, or it fails.
-    """
+    compiler: str | None
+    """Path; None where no compiler is installed."""
+    flags: tuple[str, ...]
+    source_dir: Path
+
+
+def toolchain() -> Toolchain:
+    """Return the compiler that `CXX` names, else the first of `COMPILERS` on the PATH."""
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))), None)
-    if compiler is None:
+    return Toolchain(compiler, FLAGS, SOURCE_DIR)
+
+
+def build_kernel_library(
+    name: str,
+    macros: Mapping[str, str | int] | None = None,
+    structures: Mapping[str, type[ctypes.Structure]] | None = None,
+) -> ctypes.CDLL:
+    """Compile `<name>.cpp` with the given macros and load it: a second or two, or nothing where it is cached.
+
+    Args: structures: those that the library and its bindings share, by the name of the library's layout function.
+
+    Raises: CompileError: there is no compiler, it fails, or the library's ABI is not that of the bindings.
+    """
+    tools = toolchain()
+    if tools.compiler is None:
         raise CompileError("there is no C++ compiler")
-    defined = [f"-D{macro}={value}" for macro, value in (macros or {}).items()]
-    command = [compiler, *FLAGS, *defined, str(SOURCES / f"{name}.cpp"), "-o"]
+    definitions = [f"-D{macro}={value}" for macro, value in (macros or {}).items()]
+    command = [tools.compiler, *tools.flags, *definitions, str(tools.source_dir / f"{name}.cpp"), "-o"]
     try:
-        return _kept(command, f"{name}-{_digest(command)}.so")
+        library = _load_or_compile(command, f"{name}-{_digest(command)}.so")
     except subprocess.CalledProcessError as error:
-        raise CompileError(f"{compiler} fails: {_last_line(error.stderr)}") from None
+        raise CompileError(f"{tools.compiler} fails: {_last_line(error.stderr)}") from None
     except (OSError, subprocess.SubprocessError) as error:
-        raise CompileError(f"{compiler} is of no use: {error}") from None
+        raise CompileError(f"{tools.compiler} is of no use: {error}") from None
+    _check_abi(library, name, structures or {})
+    return library
 
 
-def _kept(command: Sequence[str], name: str) -> ctypes.CDLL:
-    """Load a library from where they are kept; make it if it is not there, or damaged."""
-    folder = _folder()
+def _check_abi(library: ctypes.CDLL, name: str, structures: Mapping[str, type[ctypes.Structure]]) -> None:
+    """Compare what the library exports about its ABI with the bindings: version, sizes and offsets of structures.
+
+    Raises: CompileError: they differ; a call would read or write the wrong memory.
+    """
+    version = library.llmk_abi_version() if hasattr(library, "llmk_abi_version") else None
+    if version != ABI_VERSION:
+        raise CompileError(f"{name}.cpp has ABI version {version}, its bindings {ABI_VERSION}")
+    for structure_name, structure in structures.items():
+        fields = [getattr(structure, field[0]) for field in structure._fields_]
+        places = [number for field in fields for number in (field.offset, field.size)]
+        expected = [len(fields), ctypes.sizeof(structure), *places]
+        function = getattr(library, f"llmk_layout_{structure_name}", None)
+        if function is not None:
+            function.restype = ctypes.POINTER(ctypes.c_int64)
+        if function is None or (table := function())[0] != len(fields) or table[: len(expected)] != expected:
+            raise CompileError(f"{name}.cpp lays out {structure_name} in another way than its bindings")
+
+
+def _load_or_compile(command: Sequence[str], file_name: str) -> ctypes.CDLL:
+    """Load a library from the cache; compile it where it is missing or damaged."""
+    folder = _cache_folder()
     if folder is not None:
         with suppress(OSError):
-            return ctypes.CDLL(str(folder / name))
-    with tempfile.TemporaryDirectory(prefix="llm-program-", dir=folder) as private:
-        made = Path(private) / name
-        subprocess.run([*command, str(made)], check=True, capture_output=True, timeout=COMPILE_SECONDS)
-        # A loaded library needs its file no longer.
-        library = ctypes.CDLL(str(made))
+            return ctypes.CDLL(str(folder / file_name))
+    with tempfile.TemporaryDirectory(prefix="llm-kernels-", dir=folder) as private:
+        output = Path(private) / file_name
+        subprocess.run([*command, str(output)], check=True, capture_output=True, timeout=COMPILE_SECONDS)
+        # A loaded library no longer needs its file.
+        library = ctypes.CDLL(str(output))
         if folder is not None:
-            # At once: nobody finds half of it.
-            made.replace(folder / name)
+            # Atomic: no other process can load half a file.
+            output.replace(folder / file_name)
         return library
 
 
-def _folder() -> Path | None:
-    """Return where libraries are kept, with the temporary files; None if that is not this user's alone."""
+def _cache_folder() -> Path | None:
+    """Return the folder of cached libraries below the temporary directory; None if other users can write to it."""
     folder = Path(tempfile.gettempdir()) / f"llm-service-{os.geteuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-        log.warning("%s is not this user's alone: programs are compiled anew each time", folder)
+        log.warning("%s is not private to this user: kernel libraries are compiled at every load", folder)
         return None
     return folder
 
 
 def _digest(command: Sequence[str]) -> str:
-    """Tell apart what may compile to something else: sources, command, compiler and processor."""
+    """Hash everything that changes the machine code: sources, command, compiler and processor."""
     digest = hashlib.sha256(repr((command, Path(command[0]).stat().st_mtime_ns, _processor())).encode())
-    for source in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]):
+    folder = Path(command[-2]).parent
+    for source in sorted([*folder.glob("*.h"), *folder.glob("*.cpp")]):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:32]
 
 
 def _processor() -> str:
-    """Return what `-march=native` looks at, as far as the system tells."""
+    """Return the processor's name and instruction sets, which `-march=native` depends on."""
     try:
-        told = Path("/proc/cpuinfo").read_text()
+        cpuinfo = Path("/proc/cpuinfo").read_text()
     except OSError:
         return platform.processor()
-    return "\n".join(sorted(set(re.findall(r"^(?:model name|flags|Features)\s*:.*", told, re.MULTILINE))))
+    return "\n".join(sorted(set(re.findall(r"^(?:model name|flags|Features)\s*:.*", cpuinfo, re.MULTILINE))))
 
 
 def _last_line(text: bytes) -> str:
     lines: Sequence[str] = text.decode(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "without a word"
+    return lines[-1] if lines else "no message"

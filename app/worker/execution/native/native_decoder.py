@@ -1,7 +1,7 @@
-"""The layers of Llama and its relatives in one call of a program of our own (native/llama_forward.cpp).
+"""All decoder layers of Llama and its relatives in one call of a native kernel library (llama_forward.cpp).
 
-For few tokens a step of torch's is mostly the calling of operators, a thousand of them; here it is one call, and takes
-as long as reading the weights.  Decides which models it computes; that it computes the same is for others to see.
+With few tokens a step of torch's is mostly the overhead of a thousand operators; here it is one call, and takes as long
+as reading the weights.  Decides which model families are supported; `executor_selection.py` verifies the results.
 """
 
 import ctypes
@@ -10,176 +10,195 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from app.worker.execution.kv_cache import RowCache
-from app.worker.execution.native.attention import LANES, NUMBERS
-from app.worker.execution.native.native_build import CompileError, compile_program
-from app.worker.execution.native.packed_linear import PANEL, PanelLinear
-from app.worker.execution.packed_batch import Layout
-from app.worker.execution.qkv_fusion import Part
+from app.worker.execution.kv_cache import KVCache
+from app.worker.execution.native.attention import KV_CACHE_TYPES, LANES, common_shape
+from app.worker.execution.native.decoder_weights import DecoderWeights, LayerWeights
+from app.worker.execution.native.native_build import CompileError, build_kernel_library
+from app.worker.execution.native.packed_linear import NR, NativeLinear
+from app.worker.execution.packed_batch import PackedBatch
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-"""By the `model_type` of their configuration: the same layers, with or without biases, norms of heads and windows."""
+"""Supported `model_type`s: the same layers, with or without biases, norms of heads and sliding windows."""
 ACTIVATIONS = frozenset({"silu", "swish"})
-"""Two names of one."""
-TYPES = {torch.int8: "Byte", torch.float16: "Half", torch.bfloat16: "Bfloat", torch.float32: "float"}
-"""Of weights, in the program."""
+"""Two names of the same function."""
+WEIGHT_TYPES = {torch.int8: "int8_t", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float"}
+"""Types of packed weights, and what the C++ sources call them."""
 
 
-class _Weights(ctypes.Structure):
-    """`Weights` of the program."""
+class _PackedWeights(ctypes.Structure):
+    """Mirrors `PackedWeights` (gemm_packed.h)."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in ("panels", "scales", "bias")]
 
 
-class _Layer(ctypes.Structure):
-    """`Layer` of the program."""
+class _DecoderLayer(ctypes.Structure):
+    """Mirrors `DecoderLayer`."""
 
     _fields_ = [
         ("attention_norm", ctypes.c_void_p),
-        ("qkv", _Weights),
+        ("qkv", _PackedWeights),
         ("q_norm", ctypes.c_void_p),
         ("k_norm", ctypes.c_void_p),
-        ("o", _Weights),
+        ("o", _PackedWeights),
         ("mlp_norm", ctypes.c_void_p),
-        ("gate_up", _Weights),
-        ("down", _Weights),
+        ("gate_up", _PackedWeights),
+        ("down", _PackedWeights),
         ("keys", ctypes.c_void_p),
         ("values", ctypes.c_void_p),
-        ("window", ctypes.c_int64),
+        ("sliding_window", ctypes.c_int64),
     ]
 
 
-class _Model(ctypes.Structure):
-    """`Model` of the program."""
+class _DecoderModel(ctypes.Structure):
+    """Mirrors `DecoderModel`."""
 
     _fields_ = [
-        ("layers", ctypes.POINTER(_Layer)),
-        *((name, ctypes.c_int64) for name in ("count", "hidden", "inner", "vocabulary", "length")),
-        ("last_norm", ctypes.c_void_p),
-        ("head", _Weights),
-        ("epsilon", ctypes.c_float),
-        ("scale", ctypes.c_float),
-        ("threads", ctypes.c_int),
+        ("layers", ctypes.POINTER(_DecoderLayer)),
+        ("num_layers", ctypes.c_int64),
+        ("hidden_size", ctypes.c_int64),
+        ("intermediate_size", ctypes.c_int64),
+        ("vocab_size", ctypes.c_int64),
+        ("length", ctypes.c_int64),
+        ("final_norm", ctypes.c_void_p),
+        ("lm_head", _PackedWeights),
+        ("rms_norm_eps", ctypes.c_float),
+        ("softmax_scale", ctypes.c_float),
+        ("num_threads", ctypes.c_int32),
     ]
 
 
-class _Tokens(ctypes.Structure):
-    """`Tokens` of the program."""
+class _ForwardBatch(ctypes.Structure):
+    """Mirrors `ForwardBatch`."""
 
     _fields_ = [
-        ("count", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("x", "cosines", "sines", "rows", "positions", "wanted")),
-        ("wanted_count", ctypes.c_int64),
-        ("scores", ctypes.c_void_p),
-        ("room", ctypes.c_void_p),
+        ("num_tokens", ctypes.c_int64),
+        ("hidden_states", ctypes.c_void_p),
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
+        ("logits_indices", ctypes.c_void_p),
+        ("num_logits", ctypes.c_int64),
+        ("logits", ctypes.c_void_p),
+        ("workspace", ctypes.c_void_p),
     ]
 
 
-def may_be_compiled(model: Any) -> None:
-    """Look at a model that has not been packed yet.
+STRUCTURES: dict[str, type[ctypes.Structure]] = {
+    "packed_weights": _PackedWeights,
+    "decoder_layer": _DecoderLayer,
+    "decoder_model": _DecoderModel,
+    "forward_batch": _ForwardBatch,
+}
+"""By the name under which the library exports the layout of its own."""
 
-    Raises: CompileError: its layers are of another kind.
+
+def check_supported(model: Any) -> None:
+    """Check a model whose weights are not packed yet.
+
+    Raises: CompileError: the kernels do not support its layers.
     """
     config = model.config
     if config.model_type not in FAMILIES:
         raise CompileError(f"{config.model_type} has layers of another kind")
-    if model.dtype not in NUMBERS or config.hidden_act not in ACTIVATIONS:
+    if model.dtype not in KV_CACHE_TYPES or config.hidden_act not in ACTIVATIONS:
         raise CompileError(f"there are none in {str(model.dtype).removeprefix('torch.')} with {config.hidden_act}")
-    if config.hidden_size % LANES or config.intermediate_size % PANEL:
+    if config.hidden_size % LANES or config.intermediate_size % NR:
         raise CompileError(f"sizes of {config.hidden_size} and {config.intermediate_size} do not fill vectors")
     if any(type(each) is not nn.Linear for layer in model.model.layers for each in _linears(layer)):
         raise CompileError("its linear layers are quantized")
 
 
-class CompiledLayers:
-    """All layers of one model over one cache."""
+class NativeDecoder:
+    """Computes all decoder layers of one model over one KV cache."""
 
-    def __init__(self, model: Any, cache: RowCache) -> None:
-        """Make the program.
+    def __init__(self, model: Any, cache: KVCache, weights: DecoderWeights) -> None:
+        """Build the library and collect the addresses of all weights.
 
         Args:
-            model: one that `may_be_compiled`, with its linear layers in panels.
-            cache: has computed something with it.
+            model: has passed `check_supported`; computes embeddings and rotary positions.
+            cache: has been written by a forward pass of the model.
+            weights: of the model's linear layers.
 
-        Raises: CompileError: its weights are of two types, or there is no compiler.
+        Raises: CompileError: its weights are of two types, or the library cannot be built.
         """
-        self._body, head = model.model, _panels(model.get_output_embeddings())
-        heads = cache.same_heads()
-        attention, mlp, norm = self._body.layers[0].self_attn, self._body.layers[0].mlp, self._body.norm
-        self._kept: list[Any] = [model, head]
-        """What the program has pointers to."""
-        table = [self._layer(number, layer, cache) for number, layer in enumerate(self._body.layers)]
-        kinds = {each.panels.dtype for each in self._kept if isinstance(each, PanelLinear) and each is not head}
+        self._body, head = model.model, weights.lm_head
+        shape = common_shape(cache)
+        attention, norm = self._body.layers[0].self_attn, self._body.norm
+        self._referenced: list[Any] = [model, head]
+        """Objects whose memory the library holds pointers to."""
+        table = [self._layer(index, weights.layers[index], cache) for index in range(len(self._body.layers))]
+        kinds = {linear.packed_weight.dtype for layer in weights.layers for linear in layer}
         if len(kinds) > 1:
             raise CompileError("its weights are not all of one type")
-        types = {"WEIGHT": TYPES[kinds.pop()], "HEAD": TYPES[head.panels.dtype]}
-        self._program = compile_program("llama_forward", {**heads.macros, **types})
-        self._program.width.restype = ctypes.c_int64
-        self._program.forward.restype = None
-        self._model = _Model(
-            layers=(_Layer * len(table))(*table),
-            count=len(table),
-            hidden=head.inputs,
-            inner=_panels(mlp.down_proj).inputs,
-            vocabulary=head.outputs,
+        types = {
+            "LLMK_WEIGHT_TYPE": WEIGHT_TYPES[kinds.pop()],
+            "LLMK_LM_HEAD_TYPE": WEIGHT_TYPES[head.packed_weight.dtype],
+        }
+        self._library = build_kernel_library("llama_forward", {**shape.macros, **types}, STRUCTURES)
+        self._library.llmk_workspace_size.restype = ctypes.c_int64
+        self._library.llmk_forward.restype = None
+        self._model = _DecoderModel(
+            layers=(_DecoderLayer * len(table))(*table),
+            num_layers=len(table),
+            hidden_size=head.in_features,
+            intermediate_size=weights.layers[0].down.in_features,
+            vocab_size=head.out_features,
             length=cache.length,
-            last_norm=self._floats(norm.weight),
-            head=self._weights(head),
-            epsilon=norm.variance_epsilon,
-            scale=attention.scaling,
-            threads=torch.get_num_threads(),
+            final_norm=self._floats(norm.weight),
+            lm_head=self._weights(head),
+            rms_norm_eps=norm.variance_epsilon,
+            softmax_scale=attention.scaling,
+            num_threads=torch.get_num_threads(),
         )
-        self._width: int = self._program.width(ctypes.byref(self._model))
-        self._room = torch.empty(0)
+        self._workspace_size: int = self._library.llmk_workspace_size(ctypes.byref(self._model))
+        """Floats for each token."""
+        self._workspace = torch.empty(0)
 
-    def scores(self, layout: Layout, wanted: Tensor) -> Tensor:
-        """Compute a pass and return the scores after the wanted tokens, (wanted, vocabulary).
-
-        Args: wanted: places of tokens in the pass, ascending.
-        """
-        count = layout.ids.shape[1]
-        x = self._body.embed_tokens(layout.ids).float()
-        cosines, sines = self._body.rotary_emb(x, layout.positions)
-        if len(self._room) < count * self._width:
-            self._room = torch.empty(count * self._width)
-        scores = torch.empty(len(wanted), self._model.vocabulary)
-        tokens = _Tokens(
-            count=count,
-            x=x.data_ptr(),
-            cosines=cosines.data_ptr(),
-            sines=sines.data_ptr(),
-            rows=layout.rows.data_ptr(),
-            positions=layout.positions.data_ptr(),
-            wanted=wanted.data_ptr(),
-            wanted_count=len(wanted),
-            scores=scores.data_ptr(),
-            room=self._room.data_ptr(),
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Compute a forward pass and return the logits of the wanted tokens, (wanted, vocabulary) float32."""
+        count, logits_indices = batch.size, batch.logit_indices
+        hidden_states = self._body.embed_tokens(batch.token_ids).float()
+        cos, sin = self._body.rotary_emb(hidden_states, batch.positions)
+        if len(self._workspace) < count * self._workspace_size:
+            self._workspace = torch.empty(count * self._workspace_size)
+        logits = torch.empty(len(logits_indices), self._model.vocab_size)
+        arguments = _ForwardBatch(
+            num_tokens=count,
+            hidden_states=hidden_states.data_ptr(),
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            slots=batch.slots.data_ptr(),
+            positions=batch.positions.data_ptr(),
+            logits_indices=logits_indices.data_ptr(),
+            num_logits=len(logits_indices),
+            logits=logits.data_ptr(),
+            workspace=self._workspace.data_ptr(),
         )
-        self._program.forward(ctypes.byref(self._model), ctypes.byref(tokens))
-        return scores
+        self._library.llmk_forward(ctypes.byref(self._model), ctypes.byref(arguments))
+        return logits
 
-    def _layer(self, number: int, layer: Any, cache: RowCache) -> _Layer:
-        attention, mlp = layer.self_attn, layer.mlp
-        qkv = _together(attention.q_proj, attention.k_proj, attention.v_proj)
-        gate_up = _together(mlp.gate_proj, mlp.up_proj)
-        keys, values = cache.layer(number)
-        return _Layer(
+    def _layer(self, index: int, weights: LayerWeights, cache: KVCache) -> _DecoderLayer:
+        layer = self._body.layers[index]
+        attention = layer.self_attn
+        keys, values = cache.layer(index)
+        return _DecoderLayer(
             attention_norm=self._floats(layer.input_layernorm.weight),
-            qkv=self._weights(qkv),
+            qkv=self._weights(weights.qkv),
             q_norm=self._floats(getattr(getattr(attention, "q_norm", None), "weight", None)),
             k_norm=self._floats(getattr(getattr(attention, "k_norm", None), "weight", None)),
-            o=self._weights(_panels(attention.o_proj)),
+            o=self._weights(weights.o),
             mlp_norm=self._floats(layer.post_attention_layernorm.weight),
-            gate_up=self._weights(gate_up),
-            down=self._weights(_panels(mlp.down_proj)),
+            gate_up=self._weights(weights.gate_up),
+            down=self._weights(weights.down),
             keys=self._pointer(keys),
             values=self._pointer(values),
-            window=cache.windows[number] or 0,
+            sliding_window=cache.specs[index].sliding_window or 0,
         )
 
-    def _weights(self, linear: PanelLinear) -> _Weights:
-        self._kept.append(linear)
-        return _Weights(*map(self._pointer, (linear.panels, linear.scales, linear.bias)))
+    def _weights(self, linear: NativeLinear) -> _PackedWeights:
+        self._referenced.append(linear)
+        return _PackedWeights(*map(self._pointer, (linear.packed_weight, linear.scales, linear.bias)))
 
     def _floats(self, weight: Tensor | None) -> int | None:
         return self._pointer(None if weight is None else weight.detach().float())
@@ -187,7 +206,7 @@ class CompiledLayers:
     def _pointer(self, tensor: Tensor | None) -> int | None:
         if tensor is None:
             return None
-        self._kept.append(tensor)
+        self._referenced.append(tensor)
         return tensor.data_ptr()
 
 
@@ -195,16 +214,3 @@ def _linears(layer: Any) -> list[nn.Module]:
     attention, mlp = layer.self_attn, layer.mlp
     first = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     return [*first, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-
-
-def _panels(layer: Any) -> PanelLinear:
-    if not isinstance(layer, PanelLinear):
-        raise CompileError("not all of its linear layers are in panels")
-    return layer
-
-
-def _together(*layers: Any) -> PanelLinear:
-    """Return the product that several layers are parts of."""
-    if not all(isinstance(layer, Part) for layer in layers):
-        raise CompileError("not all of its linear layers are in panels")
-    return _panels(layers[0].fused.product)

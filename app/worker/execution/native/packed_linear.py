@@ -1,8 +1,9 @@
-"""Linear layers computed by a program of our own.
+"""Linear layers computed by native GEMM kernels over packed weights.
 
-Weights lie in panels (gemm_packed.h), in the smallest type that holds them: a step for few tokens takes as long as it
-takes to read them.  Layers in float32 compute in it whatever holds their weights; those in bfloat16 multiply in that
-and add up in float32.  Knows no model; `packing.py` decides which layers are made so.
+Weights are stored in panels (gemm_packed.h), in the smallest type that holds them without loss: a step for few tokens
+takes as long as reading them once.  Layers in float32 compute in float32 whatever type their weights are stored in;
+layers in bfloat16 multiply in bfloat16 and accumulate in float32.  `executor_selection.py` decides which layers are
+replaced.
 """
 
 import ctypes
@@ -13,133 +14,123 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from app.worker.execution.native.native_build import CompileError, compile_program
+from app.worker.execution.native.native_build import CompileError, Toolchain, build_kernel_library, toolchain
+from app.worker.execution.quantization import fits_float16, fits_int8, quantize_int8
 
-PANEL = 16
-"""Outputs whose weights lie together; panels come in pairs."""
-SMALLEST = 1e-30
-"""The greatest weight of an output that has none: its scale must not be nothing."""
-LOSSLESS = 1e-7
-"""What keeping weights in another type may change, as a share of their norm: as much as one rounding in float32."""
+NR = 16
+"""Outputs of one panel (gemm_packed.h); panels come in pairs."""
 
 
-def fits_float16(weight: Tensor) -> bool:
-    """Whether float16 holds the same numbers, as it does those of a bfloat16 checkpoint but for the very smallest."""
-    lost = (weight.half().float() - weight).norm()
-    return bool(lost <= LOSSLESS * weight.norm())
+class NativeLinear(nn.Module):
+    """A linear layer whose packed weights are multiplied by the native GEMM kernel; for inference on a CPU."""
 
-
-def fits_int8(weight: Tensor) -> bool:
-    """Whether whole numbers and a scale for each output hold the same numbers, as they do once rounded."""
-    return torch.equal(torch.mul(*in_int8(weight)), weight)
-
-
-def in_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return weights, (outputs, inputs), as the nearest whole numbers up to 127, and their scales, (outputs, 1).
-
-    Scales have 16 bits, so that one times a whole number is exact and what was rounded once is found to be so.
-    """
-    peaks = weight.abs().amax(1, keepdim=True).clamp(min=SMALLEST) / 127
-    mantissa, exponent = torch.frexp(peaks)
-    scales = torch.ldexp((mantissa * 2**16).ceil() / 2**16, exponent)
-    return (weight / scales).round().to(torch.int8), scales
-
-
-class PanelLinear(nn.Module):
-    """A linear layer with its weights in panels."""
-
-    LEAST = 60_000
+    MIN_WEIGHTS = 60_000
     """A call costs a few microseconds more than torch's own, which smaller layers do not gain back."""
 
     def __init__(self, linear: nn.Linear) -> None:
-        """Raises: CompileError: there is no program, or it does not take such a layer."""
+        """Pack the weights of a layer.
+
+        Raises: CompileError: the kernels cannot be built, or do not support this layer.
+        """
         super().__init__()
-        self.inputs, self.outputs, dtype = linear.in_features, linear.out_features, linear.weight.dtype
-        if dtype not in {torch.float32, torch.bfloat16} or (dtype == torch.bfloat16 and self.inputs % 2):
-            raise CompileError(f"the program does not take {self.inputs} inputs in {dtype}")
-        self._program = products()
+        self.in_features, self.out_features, dtype = linear.in_features, linear.out_features, linear.weight.dtype
+        if dtype not in {torch.float32, torch.bfloat16} or (dtype == torch.bfloat16 and self.in_features % 2):
+            raise CompileError(f"there is no kernel for {self.in_features} inputs in {dtype}")
+        self._kernels = gemm_kernels()
         weight, scales = self._smallest(linear.weight.detach())
-        self.panels: Tensor = _in_panels(weight)
-        """(panels, inputs, PANEL, 1), an even number of them; in bfloat16 (panels, inputs / 2, PANEL, 2)"""
+        self.packed_weight: Tensor = _pack(weight)
+        """(panels, inputs, NR, 1) with an even number of panels; in bfloat16 (panels, inputs / 2, NR, 2)."""
         self.scales: Tensor | None = scales
-        """(outputs,) of whole numbers"""
+        """(outputs,) of int8 weights."""
         bias: Any = linear.bias
         self.bias: Tensor | None = None if bias is None else bias.detach().float().contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., inputs) to (..., outputs)"""
+        """Compute (..., inputs) to (..., outputs)."""
         x = x.contiguous()
-        out = x.new_empty(*x.shape[:-1], self.outputs)
-        self._program.compute(x, self, out)
+        out = x.new_empty(*x.shape[:-1], self.out_features)
+        self._kernels.linear(x, self, out)
         return out
 
+    def unpacked_weight(self) -> Tensor:
+        """Return the weights as an ordinary layer stores them, (outputs, inputs) in the layer's compute type."""
+        weight = self.packed_weight.transpose(1, 2).reshape(-1, self.in_features)[: self.out_features]
+        if self.scales is not None:
+            return weight * self.scales[:, None]
+        return weight if weight.dtype == torch.bfloat16 else weight.float()
+
     def _smallest(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return weights in the smallest type that holds them, and their scales if they have any."""
+        """Return weights in the smallest type that holds them, and the scales of int8 ones."""
         if weight.dtype == torch.bfloat16:
             return weight, None
-        # A first output, which nearly always says no, spares large models the rounding of all weights at load.
+        # The first output nearly always decides against int8, which saves large models the rounding of all weights.
         if fits_int8(weight[:1]) and fits_int8(weight):
-            whole, scales = in_int8(weight)
-            return whole, scales.flatten()
-        return weight.half() if self._program.halves and fits_float16(weight) else weight, None
+            quantized, scales = quantize_int8(weight)
+            return quantized, scales.flatten()
+        return weight.half() if self._kernels.has_float16 and fits_float16(weight) else weight, None
 
 
-class _Products:
-    """The compiled program."""
+class GemmKernels:
+    """Calls the GEMM kernel library, which is the same for all models."""
 
     def __init__(self) -> None:
-        library = compile_program("gemm_packed")
-        self.halves = hasattr(library, "linear_halves")
-        pointer, number = ctypes.c_void_p, ctypes.c_int64
-        self._ways = {
-            torch.float32: library.linear_floats,
-            torch.bfloat16: library.linear_bfloats,
-            torch.int8: library.linear_bytes,
-        }
-        if self.halves:
-            self._ways[torch.float16] = library.linear_halves
-        for way in self._ways.values():
-            way.argtypes = [*[pointer] * 5, *[number] * 3, ctypes.c_int]
-            way.restype = None
+        """Build the library.
 
-    def compute(self, x: Tensor, layer: PanelLinear, out: Tensor) -> None:
-        """Compute (..., inputs) to (..., outputs), both without gaps."""
-        self._ways[layer.panels.dtype](
+        Raises: CompileError: there is no compiler, or it fails.
+        """
+        library = build_kernel_library("gemm_packed")
+        self.has_float16 = hasattr(library, "llmk_linear_f16")
+        """Whether the processor converts float16, so that weights may be stored in it."""
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        self._by_weight_type = {
+            torch.float32: library.llmk_linear_f32,
+            torch.bfloat16: library.llmk_linear_bf16,
+            torch.int8: library.llmk_linear_i8,
+        }
+        if self.has_float16:
+            self._by_weight_type[torch.float16] = library.llmk_linear_f16
+        for function in self._by_weight_type.values():
+            function.argtypes = [*[pointer] * 5, *[number] * 3, ctypes.c_int]
+            function.restype = None
+
+    def linear(self, x: Tensor, layer: NativeLinear, out: Tensor) -> None:
+        """Compute a layer of x (..., inputs) into out (..., outputs), both contiguous."""
+        self._by_weight_type[layer.packed_weight.dtype](
             x.data_ptr(),
-            layer.panels.data_ptr(),
+            layer.packed_weight.data_ptr(),
             None if layer.scales is None else layer.scales.data_ptr(),
             None if layer.bias is None else layer.bias.data_ptr(),
             out.data_ptr(),
-            x.numel() // layer.inputs,
-            layer.inputs,
-            layer.outputs,
+            x.numel() // layer.in_features,
+            layer.in_features,
+            layer.out_features,
             torch.get_num_threads(),
         )
 
 
-def products() -> _Products:
-    """Return the program, compiled once.
+def gemm_kernels() -> GemmKernels:
+    """Return the GEMM kernels, built once for each toolchain.
 
-    Raises: CompileError: there is none.
+    Raises: CompileError: they cannot be built.
     """
-    made = _made()
-    if isinstance(made, CompileError):
-        raise made
-    return made
+    built = _build(toolchain())
+    if isinstance(built, CompileError):
+        raise built
+    return built
 
 
 @cache
-def _made() -> _Products | CompileError:
-    # The error is kept as well: a compiler that hangs is not waited for by each layer.
+def _build(_toolchain: Toolchain) -> GemmKernels | CompileError:
+    # The error is cached as well, so that the layers of a model do not each wait for a compiler that hangs.
     try:
-        return _Products()
+        return GemmKernels()
     except CompileError as error:
         return error
 
 
-def _in_panels(weight: Tensor) -> Tensor:
-    """(outputs, inputs) to (panels, inputs, PANEL, 1), in bfloat16 (panels, inputs / 2, PANEL, 2)"""
+def _pack(weight: Tensor) -> Tensor:
+    """Reorder (outputs, inputs) to (panels, inputs, NR, 1), in bfloat16 to (panels, inputs / 2, NR, 2)."""
     outputs, inputs = weight.shape
-    together = 2 if weight.dtype == torch.bfloat16 else 1
-    whole = functional.pad(weight, (0, 0, 0, -outputs % (2 * PANEL)))
-    return whole.view(-1, PANEL, inputs // together, together).transpose(1, 2).contiguous()
+    pair = 2 if weight.dtype == torch.bfloat16 else 1
+    padded = functional.pad(weight, (0, 0, 0, -outputs % (2 * NR)))
+    return padded.view(-1, NR, inputs // pair, pair).transpose(1, 2).contiguous()

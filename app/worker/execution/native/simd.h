@@ -1,61 +1,64 @@
-// Vectors of eight floats, by the extensions of GCC and Clang; a processor with narrower ones takes several.
+// SIMD vectors of eight floats, by the vector extensions of GCC and Clang; narrower processors use several registers.
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-// These functions are nobody else's: how they hand over vectors that the processor does not have is their own affair.
+// Internal linkage only, so the vector-ABI warning (-Wpsabi) does not apply.
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 namespace {
 
 constexpr int LANES = 8;
 
-// A product keeps LINES x PANEL sums in 12 of 16 registers; two vectors of one factor and a number of the other fit.
-constexpr int PANEL = 2 * LANES;
-constexpr int LINES = 6;
+// Register tile of the GEMM microkernels, named as in BLIS: MR tokens x NR outputs.  Its accumulators fill 12 of
+// AVX2's 16 vector registers, which leaves room for two vectors of one operand and a broadcast of the other.
+constexpr int NR = 2 * LANES;
+constexpr int MR = 6;
 
-typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
-typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(int32_t))));
-typedef uint32_t Bits __attribute__((vector_size(LANES * sizeof(uint32_t))));
+typedef float f32x8 __attribute__((vector_size(LANES * sizeof(float))));
+typedef int32_t i32x8 __attribute__((vector_size(LANES * sizeof(int32_t))));
+typedef uint32_t u32x8 __attribute__((vector_size(LANES * sizeof(uint32_t))));
 
-inline Vector load(const float* from) {
-    Vector it;
-    std::memcpy(&it, from, sizeof it);
-    return it;
+inline f32x8 load(const float* from) {
+    f32x8 vector;
+    std::memcpy(&vector, from, sizeof vector);
+    return vector;
 }
 
-inline void store(float* to, Vector it) { std::memcpy(to, &it, sizeof it); }
+inline void store(float* to, f32x8 vector) { std::memcpy(to, &vector, sizeof vector); }
 
-inline Vector all(float it) { return it - Vector{}; }
+inline f32x8 broadcast(float value) { return value - f32x8{}; }
 
-// Of each pair of numbers the greater; the right one where the left is NaN.
-inline Vector greater(Vector left, Vector right) { return left > right ? left : right; }
+// Elementwise maximum; the right operand where the left one is NaN.
+inline f32x8 maximum(f32x8 left, f32x8 right) { return left > right ? left : right; }
 
-inline float sum(Vector it) {
-    return ((it[0] + it[4]) + (it[1] + it[5])) + ((it[2] + it[6]) + (it[3] + it[7]));
+// Horizontal sum, always added in this order.
+inline float reduce_sum(f32x8 vector) {
+    return ((vector[0] + vector[4]) + (vector[1] + vector[5])) + ((vector[2] + vector[6]) + (vector[3] + vector[7]));
 }
 
-// e to the power of x <= 0, to about 1e-7; 0 below -86, NaN for NaN.  2^n, n being added to the bits of the exponent, times
-// a polynomial of degree 6 of what is left (by Chebyshev's points), in the order that makes its steps wait least.
-inline Vector exponential(Vector x) {
-    // Beyond 2^23 floats have no fractions: this rounds, and leaves n in the last bits.
+// e^x for x <= 0 with a relative error of about 1e-7; 0 below -86, NaN for NaN.  Cody-Waite reduction to 2^n e^r, n
+// being added to the exponent bits, and a polynomial of degree 6 for e^r (interpolated at Chebyshev nodes) in Estrin's
+// order, which has the shortest chain of dependent operations.
+inline f32x8 exp_nonpositive(f32x8 x) {
+    // Beyond 2^23 floats have no fraction bits: adding this rounds to an integer and leaves n in the lowest bits.
     const float rounder = 12582912.0f;
-    const Vector rounded = x * 1.44269504088896341f + rounder;
-    const Vector n = rounded - rounder;
-    const Vector r = x - n * 0.693359375f + n * 2.12194440e-4f, square = r * r;
-    const Vector high = 1.3934541e-3f * square + (8.3698696e-3f * r + 4.1666456e-2f);
-    const Vector low = high * square + (1.6666499e-1f * r + 0.5f);
-    const Vector p = low * square + (r + 1.0f);
-    // Unsigned, for these may overflow where x is below what there is.
-    Bits bits, power;
-    std::memcpy(&bits, &p, sizeof bits);
-    std::memcpy(&power, &rounded, sizeof power);
-    bits += power << 23;
-    Vector it;
-    std::memcpy(&it, &bits, sizeof it);
-    return x < all(-86.0f) ? Vector{} : it;
+    const f32x8 rounded = x * 1.44269504088896341f + rounder;
+    const f32x8 n = rounded - rounder;
+    const f32x8 r = x - n * 0.693359375f + n * 2.12194440e-4f, square = r * r;
+    const f32x8 high = 1.3934541e-3f * square + (8.3698696e-3f * r + 4.1666456e-2f);
+    const f32x8 low = high * square + (1.6666499e-1f * r + 0.5f);
+    const f32x8 polynomial = low * square + (r + 1.0f);
+    // Unsigned, because the addition may wrap where x is below the range of results.
+    u32x8 bits, exponent;
+    std::memcpy(&bits, &polynomial, sizeof bits);
+    std::memcpy(&exponent, &rounded, sizeof exponent);
+    bits += exponent << 23;
+    f32x8 result;
+    std::memcpy(&result, &bits, sizeof result);
+    return x < broadcast(-86.0f) ? f32x8{} : result;
 }
 
 }  // namespace

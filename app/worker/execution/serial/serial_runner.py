@@ -1,7 +1,7 @@
-"""The runner that serves one request at a time, through the pipeline's own `generate`.
+"""The serial runner: one request at a time through the pipeline's own `generate`.
 
-Decides how sampling settings become a generation config.  Knows no sockets; works with every decoder-only model that
-transformers can generate with.
+Decides how sampling parameters become a generation config.  Works with every decoder-only model that transformers can
+generate with.
 """
 
 import logging
@@ -15,7 +15,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from app.ipc.messages import Exchange, Submit, TokenEvent
 from app.types import SamplingParams
-from app.worker.loading.loader import LoadedModel
+from app.worker.loaded_model import LoadedModel
 from app.worker.validation import check_request, end_ids, failure_reason
 
 log = logging.getLogger(__name__)
@@ -34,21 +34,21 @@ class SerialRunner:
     def __init__(self, loaded: LoadedModel) -> None:
         self._model = loaded
         self._waiting: deque[Submit] = deque()
-        self._settled: list[TokenEvent] = []
+        self._pending_events: list[TokenEvent] = []
         self._running: int | None = None
         self._cancelled = False
 
     @property
     def busy(self) -> bool:
-        """Whether a request waits, or an event is still to be told."""
-        return bool(self._waiting or self._settled)
+        """Whether a request waits, or an event has not been sent."""
+        return bool(self._waiting or self._pending_events)
 
     def submit(self, request: Submit) -> None:
         """Take a request; one that the model cannot run gets an error event in the next step."""
         try:
             check_request(request, self._model)
         except ValueError as error:
-            self._settled.append(TokenEvent(request.id, error=str(error)))
+            self._pending_events.append(TokenEvent(request.id, error=str(error)))
         else:
             self._waiting.append(request)
 
@@ -60,7 +60,7 @@ class SerialRunner:
         for request in self._waiting:
             if request.id == request_id:
                 self._waiting.remove(request)
-                self._settled.append(TokenEvent(request_id, finish="abort"))
+                self._pending_events.append(TokenEvent(request_id, finish="abort"))
                 return
 
     def step(self, exchange: Exchange) -> None:
@@ -68,7 +68,7 @@ class SerialRunner:
 
         Raises: torch.AcceleratorError: the device is in an unknown state, and with it this process.
         """
-        self._tell_settled(exchange)
+        self._send_pending(exchange)
         if not self._waiting:
             return
         request = self._waiting.popleft()
@@ -79,34 +79,33 @@ class SerialRunner:
         finally:
             self._running = None
 
-    def _tell_settled(self, exchange: Exchange) -> None:
-        while self._settled:
-            events, self._settled = self._settled, []
+    def _send_pending(self, exchange: Exchange) -> None:
+        while self._pending_events:
+            events, self._pending_events = self._pending_events, []
             exchange(events)
 
     def _generate(self, request: Submit, exchange: Exchange) -> TokenEvent:
         """Run one request, sending all but its last event, which is returned."""
-        ends = end_ids(request.params, self._model)
-        progress = _Progress(request, ends, exchange, lambda: self._cancelled)
+        reporter = _TokenReporter(request, end_ids(request.params, self._model), exchange, lambda: self._cancelled)
         try:
             torch.manual_seed(_seed(request.params))
             if not self._cancelled:
-                self._forward(request, progress)
+                self._forward(request, reporter)
         except torch.AcceleratorError:
             raise
         except Exception as error:
             log.exception("a request failed")
             return TokenEvent(request.id, error=failure_reason(error))
-        return progress.last_event()
+        return reporter.last_event()
 
-    def _forward(self, request: Submit, progress: "_Progress") -> None:
+    def _forward(self, request: Submit, reporter: "_TokenReporter") -> None:
         input_ids = torch.tensor([request.prompt_ids], dtype=torch.long)
         # Also what `TextGenerationPipeline.preprocess` hands on, without the text, which never comes here.
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "prompt_text": ""}
         self._model.pipeline.forward(  # type: ignore[no-untyped-call]
             inputs,
             generation_config=generation_config(request.params, self._model),
-            stopping_criteria=StoppingCriteriaList([progress]),
+            stopping_criteria=StoppingCriteriaList([reporter]),
         )
 
 
@@ -117,7 +116,7 @@ def _seed(params: SamplingParams) -> int:
 
 
 def generation_config(params: SamplingParams, model: LoadedModel) -> GenerationConfig:
-    """Say every setting outright, so that neither the model's nor the pipeline's sampling defaults slip in."""
+    """Set every sampling parameter, so that neither the model's nor the pipeline's defaults apply."""
     settings: dict[str, Any] = {
         "max_new_tokens": params.max_tokens,
         "do_sample": params.temperature > 0,
@@ -133,40 +132,40 @@ def generation_config(params: SamplingParams, model: LoadedModel) -> GenerationC
     return GenerationConfig(**settings)  # type: ignore[no-untyped-call]
 
 
-class _Progress(StoppingCriteria):
-    """Sees each token as `generate` makes it, and stops `generate` when the request was cancelled meanwhile.
+class _TokenReporter(StoppingCriteria):
+    """Sends an event for each token that `generate` samples, and stops it once the request is cancelled.
 
-    Not a streamer: `generate` asks its stopping criteria before it calls the streamer, so that a cancel which the
+    Not a streamer: `generate` evaluates its stopping criteria before it calls the streamer, so that a cancel which the
     streamer reads would cost one more token.
     """
 
     def __init__(
-        self, request: Submit, ends: frozenset[int], exchange: Exchange, cancelled: Callable[[], bool]
+        self, request: Submit, end_ids: frozenset[int], exchange: Exchange, cancelled: Callable[[], bool]
     ) -> None:
         self._request = request
-        self._ends = ends
+        self._end_ids = end_ids
         self._exchange = exchange
         self._cancelled = cancelled
-        self._made = 0
+        self._completion_tokens = 0
         self._last: TokenEvent | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Take (1, length) token ids, of which the last is new, and return (1,) booleans."""
+        """Take (1, length) token ids, of which the last is new, and return (1,) whether to stop."""
         if self._last is None:
-            self._see(int(input_ids[0, -1]))
-        done = self._last is not None or self._cancelled()
-        return torch.full((input_ids.shape[0],), done, dtype=torch.bool, device=input_ids.device)
+            self._report(int(input_ids[0, -1]))
+        stop = self._last is not None or self._cancelled()
+        return torch.full((input_ids.shape[0],), stop, dtype=torch.bool, device=input_ids.device)
 
     def last_event(self) -> TokenEvent:
         """Return the event that ends the request; without an end token or the full length it was cancelled."""
         return self._last or TokenEvent(self._request.id, finish="abort")
 
-    def _see(self, token: int) -> None:
-        self._made += 1
-        number = self._request.id
-        if token in self._ends:
-            self._last = TokenEvent(number, finish="stop", end_token=token)
-        elif self._made == self._request.params.max_tokens:
-            self._last = TokenEvent(number, (token,), finish="length")
+    def _report(self, token: int) -> None:
+        self._completion_tokens += 1
+        request_id = self._request.id
+        if token in self._end_ids:
+            self._last = TokenEvent(request_id, finish="stop", end_token=token)
+        elif self._completion_tokens == self._request.params.max_tokens:
+            self._last = TokenEvent(request_id, (token,), finish="length")
         else:
-            self._exchange([TokenEvent(number, (token,))])
+            self._exchange([TokenEvent(request_id, (token,))])

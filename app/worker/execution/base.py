@@ -1,0 +1,75 @@
+"""The seams of execution: what turns a packed batch into logits, and what computes attention over the KV cache."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from app.ipc.messages import Compiled
+from app.worker.execution.packed_batch import PackedBatch
+
+
+class UnsupportedModelError(Exception):
+    """The model cannot be computed as a packed batch over KV cache slots; the message says why."""
+
+
+class ExecutorUnavailableError(Exception):
+    """An optional way of execution cannot be used for this model or machine; the message says why."""
+
+
+class Executor(Protocol):
+    """A way to compute a model's forward pass."""
+
+    @property
+    def compiled(self) -> Compiled | None:
+        """What of the pass was compiled for this machine."""
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Write the batch's keys and values to their slots and return the logits, (wanted, vocab)."""
+
+
+class OptionalExecutor(Executor, Protocol):
+    """An executor that changes the model or its KV cache to be faster, and can be taken back.
+
+    The constructor is cheap and changes nothing.
+    """
+
+    def install(self) -> None:
+        """Change the model; may raise anything, and `uninstall` is called then."""
+
+    def uninstall(self) -> None:
+        """Restore what `install` changed, also when that failed halfway."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """What one layer of a model requires of attention, recorded in its first pass."""
+
+    query_heads: int
+    kv_heads: int
+    key_size: int
+    """Numbers of one head of queries and keys."""
+    value_size: int
+    dtypes: frozenset[torch.dtype]
+    """Of queries, keys and values."""
+    device: str
+    sliding_window: int | None
+    """Keys that a token sees, its own included; None is no limit."""
+    softcap: float | None
+    """Bounds the scores by `softcap * tanh(score / softcap)`."""
+
+
+class AttentionBackend(Protocol):
+    """Writes keys and values to KV cache slots and attends to them."""
+
+    def write(self, states: Tensor, storage: Tensor, batch: PackedBatch) -> None:
+        """Write the new keys or values, (1, KV heads, tokens, size), to `storage`, (slots, KV heads, length, size)."""
+
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, batch: PackedBatch, spec: AttentionSpec, scale: float
+    ) -> Tensor:
+        """Attend each token of `query`, (tokens, heads, size), to its own slot of one layer's keys and values.
+
+        Returns: (tokens, heads, value size).
+        """

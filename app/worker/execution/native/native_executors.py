@@ -1,0 +1,88 @@
+"""The native ways of execution: all decoder layers in one call, or native operators in the model's own forward pass."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from app.ipc.messages import Compiled
+from app.worker.execution.base import AttentionBackend, Executor
+from app.worker.execution.kv_cache import KVCache
+from app.worker.execution.linear_modules import replace_linears
+from app.worker.execution.native.attention import NativeAttentionBackend, common_shape
+from app.worker.execution.native.decoder_weights import DecoderWeights
+from app.worker.execution.native.native_decoder import NativeDecoder, check_supported
+from app.worker.execution.native.packed_linear import NativeLinear, gemm_kernels
+from app.worker.execution.packed_batch import PackedBatch
+
+
+class NativeDecoderExecutor:
+    """Computes Llama and its relatives in one call of a kernel library."""
+
+    compiled: Compiled | None = "layers"
+
+    def __init__(self, model: Any, cache: KVCache) -> None:
+        """Args: cache: has been written by a forward pass of the model."""
+        self._model = model
+        self._cache = cache
+        self._weights = DecoderWeights(model)
+        self._decoder: NativeDecoder | None = None
+
+    @property
+    def weight_types(self) -> list[torch.dtype]:
+        """The types that the packed weights are stored in, the product that computes the logits last."""
+        layers = [linear.packed_weight.dtype for layer in self._weights.layers for linear in layer]
+        return [*layers, self._weights.lm_head.packed_weight.dtype] if layers else []
+
+    def install(self) -> None:
+        """Pack the model's weights and build the library.
+
+        Raises: CompileError: its layers are of another kind, or the library cannot be built.
+        """
+        check_supported(self._model)
+        gemm_kernels()
+        self._weights.pack()
+        self._decoder = NativeDecoder(self._model, self._cache, self._weights)
+
+    def uninstall(self) -> None:
+        """Give the model its weights back."""
+        self._decoder = None
+        self._weights.restore()
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Compute a batch and return the logits of the wanted tokens, (wanted, vocab)."""
+        if self._decoder is None:
+            raise RuntimeError("the native decoder is not installed")
+        return self._decoder.forward(batch)
+
+
+class NativeAttentionExecutor:
+    """Runs another executor with native attention over the KV cache."""
+
+    compiled: Compiled | None = "attention"
+
+    def __init__(self, inner: Executor, cache: KVCache) -> None:
+        """Args: cache: has been written by a forward pass of the model."""
+        self._inner = inner
+        self._cache = cache
+        self._replaced: AttentionBackend = cache.attention
+
+    def install(self) -> None:
+        """Build the kernels for the model's heads.
+
+        Raises: CompileError: there are none for such heads, or they cannot be built.
+        """
+        self._cache.attention = NativeAttentionBackend(common_shape(self._cache))
+
+    def uninstall(self) -> None:
+        """Attend by the backend of before."""
+        self._cache.attention = self._replaced
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Compute a batch and return the logits of the wanted tokens, (wanted, vocab)."""
+        return self._inner.forward(batch)
+
+
+def pack_native_linears(model: Any) -> int:
+    """Replace a model's larger linear layers by native ones, each verified; returns how many."""
+    return replace_linears(model, NativeLinear, min_weights=NativeLinear.MIN_WEIGHTS)

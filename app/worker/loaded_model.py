@@ -1,0 +1,27 @@
+"""A model in memory, as the loader hands it to a runner."""
+
+from dataclasses import dataclass
+
+from transformers import TextGenerationPipeline
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """The pipeline and the facts that runners need."""
+
+    pipeline: TextGenerationPipeline
+    revision: str | None
+    """Commit on the hub."""
+    device: str
+    dtype: str
+    context_length: int
+    vocab_size: int
+    """Entries of the embedding table: a token id at or above it would end the process on a GPU."""
+    parameters: int
+    end_ids: tuple[int, ...]
+    """Any of these ends a completion."""
+    pad_id: int
+    recommended: tuple[tuple[str, float], ...] = ()
+    """Sampling parameters of its generation_config.json, as far as a request can set them too."""
+    logprob_shift: float | None = None
+    """By how much quantization changed log-probabilities, on average; None where there is none."""
