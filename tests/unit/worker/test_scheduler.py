@@ -135,7 +135,10 @@ def test_the_lowest_priority_number_gets_the_next_slot():
     machine = Machine(1)
     running = machine.add(range(4))
     machine.step()
-    waiting = [machine.add(range(4), tenant, priority=priority) for tenant, priority in zip("aabba", (5, 0, 5, 0, 0))]
+    waiting = [
+        machine.add(range(4), tenant, priority=priority)
+        for tenant, priority in zip("aabba", (5, 0, 5, 0, 0), strict=True)
+    ]
     started = []
 
     machine.remove(running.request_id)
