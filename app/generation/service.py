@@ -61,15 +61,16 @@ class GenerationService:
 
     def status(self) -> dict[str, Any]:
         """Return figures for people: the default model, its queue, the cache, the sessions, in plain values."""
-        model = self.host.default
-        now = model.engine.status()
-        loaded = now.state is EngineState.READY
+        state = self.host.state
+        model = None if state is None else self.host.default
         return {
-            "status": "draining" if self.host.draining else now.state.value,
+            "status": "draining" if self.host.draining else state.value if state else "unloaded",
             "uptime_seconds": round(time.monotonic() - self._started, 1),
-            "model": model.engine.info.as_dict() if loaded else {"model": model.name},
-            "engine": asdict(now),
-            "cache": asdict(model.cache.stats()) if model.cache else None,
+            "model": model.engine.info.as_dict()
+            if model and state is EngineState.READY
+            else {"model": self.host.default_name},
+            "engine": asdict(model.engine.status()) if model else None,
+            "cache": asdict(model.cache.stats()) if model and model.cache else None,
             "sessions": self.sessions.count() if self.sessions else None,
         }
 
@@ -151,12 +152,12 @@ class GenerationService:
 
     @asynccontextmanager
     async def _session_turn(self, request: GenerationRequest, session_id: str) -> AsyncIterator[Sequence[Turn]]:
-        if self.sessions is None:
-            raise InvalidRequest("Session memory is switched off on this service; leave session_id out.")
         if request.n > 1:
             raise InvalidRequest.of_field("n", "must be 1 in a session, which goes on with one answer")
         if request.messages[-1].role is not Role.USER:
             raise InvalidRequest.of_field("messages", "must end with the user's in a session")
+        if self.sessions is None:
+            raise InvalidRequest("Session memory is switched off on this service; leave session_id out.")
         async with AsyncExitStack() as stack:
             try:
                 async with asyncio.timeout(self._waiting_seconds):

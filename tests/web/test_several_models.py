@@ -98,7 +98,9 @@ async def test_a_default_model_that_is_unloaded_makes_the_service_unready_and_no
         default = await client.post("/v1/chat/completions", json=RIGHT["/v1/chat/completions"])
         other = await client.post("/v1/generate", json={**GENERATE, "model": NAMES[1]})
         listed = (await client.get("/v1/models")).json()["data"]
+        status = (await client.get("/status")).json()
 
+    assert ("unloaded", NAMES[0]) == (status["status"], status["model"]["model"])
     assert (503, {"status": "unloaded"}) == (ready.status_code, ready.json())
     assert int(ready.headers["retry-after"]) >= 1
     assert (200, False, NAMES[0]) == (health.status_code, health.json()["model_loaded"], health.json()["model_name"])

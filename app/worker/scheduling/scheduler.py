@@ -48,7 +48,7 @@ class Scheduler:
     def __init__(self, slots: int, *, prefix_reuse: bool = True) -> None:
         """Args:
         slots: sequences that can be in the KV cache at once, >= 1.
-        prefix_reuse: whether a sequence may start from the prefix that another of its tenant and adapter left or is computing.
+        prefix_reuse: whether a sequence may start from what another of its tenant and adapter left or is computing.
         """
         self._slots = [_Slot(index) for index in range(slots)]
         self._prefix_reuse = prefix_reuse
@@ -188,7 +188,7 @@ class Scheduler:
         return copies, started
 
     def _next_tenant(self, skipped: set[str]) -> str | None:
-        """Return the tenant that gets the next slot: by the priority of its first sequence, then fewest slots, then time."""
+        """Return the tenant that gets the next slot: by its first priority, then fewest slots, then virtual time."""
         slots = self._slots_by_tenant()
         waiting = [tenant for tenant in self._waiting if tenant not in skipped]
         return min(
@@ -262,7 +262,7 @@ class Scheduler:
         return copies
 
     def _longest_cached_prefix(self, sequence: Sequence) -> tuple[_Slot | None, int]:
-        """Return the slot of the same tenant and adapter that shares the longest computed prefix, and its length in tokens."""
+        """Return the slot of the same owner that shares the longest computed prefix, and its length in tokens."""
         best, length = None, 0
         for slot in self._slots if self._prefix_reuse else ():
             if slot.owner == sequence.cache_owner:
