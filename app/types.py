@@ -156,7 +156,7 @@ class Principal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferenceRecord:
-    """What is written down of one ask."""
+    """One row of the inference log: a request and how it ended."""
 
     created: datetime
     request_id: str

@@ -146,7 +146,7 @@ class Engine(Protocol):
         """
 
     async def prepare(self, request: GenerationRequest) -> PreparedPrompt:
-        """Encode the prompt of a request, or estimate its length where tokens are made elsewhere.
+        """Encode the prompt of a request, or estimate its length where another service has the tokenizer.
 
         Raises: InvalidRequest: the prompt cannot be encoded; EngineNotReady.
         """

@@ -1,8 +1,8 @@
-"""Encodes what a chat template writes a segment at a time, and remembers the segments: the next turn of a conversation
-brings little that is new.
+"""Encodes the text of a chat template a segment at a time, and caches the segments: the next turn of a conversation has
+few new ones.
 
-A tokenizer cuts its text at added tokens before it does anything else, so that what stands from one of them to the next
-has the same tokens in any text.  Decides which tokens are safe to cut at; knows no template and no message.
+A tokenizer cuts its text at added tokens before it does anything else, so that the text between two of them has the
+same tokens wherever it stands.  Decides which tokens are safe to cut at, in text that a template has rendered.
 """
 
 import re

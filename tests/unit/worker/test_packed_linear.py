@@ -103,10 +103,10 @@ def test_a_tokens_numbers_do_not_depend_on_its_company(dtype: torch.dtype) -> No
     layer = NativeLinear(nn.Linear(576, 96, dtype=dtype))
     x = torch.randn(200, 576).to(dtype)
 
-    alone = torch.cat([layer(each[None]) for each in x])
+    single = torch.cat([layer(each[None]) for each in x])
 
     for tokens in (2, 3, 4, 5, 6, 7, 12, 13, 32, 200):
-        assert torch.equal(alone[:tokens], layer(x[:tokens]))
+        assert torch.equal(single[:tokens], layer(x[:tokens]))
 
 
 def test_input_with_gaps_is_read_rightly() -> None:
