@@ -35,7 +35,7 @@ class StopBuffer:
         return held[:wait_from]
 
     def finish(self) -> str:
-        """Return what was held back, now that no more text comes."""
+        """Return the buffered text, now that no more comes."""
         if self.matched is not None:
             return ""
         held, self._held = self._held, ""
@@ -49,7 +49,7 @@ class StopBuffer:
 
     def _first(self, text: str) -> tuple[int, str] | None:
         found = [(text.find(stop), stop) for stop in self._stops if stop in text]
-        # `min` keeps the first of equals, and the stop strings are sorted by length.
+        # `min` returns the first of equals, and the stop strings are sorted by length.
         return min(found, key=lambda item: item[0], default=None)
 
     def _partial(self, text: str) -> int:

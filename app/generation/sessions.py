@@ -1,4 +1,4 @@
-"""What is remembered of conversations, for how long and how much of it.
+"""Session memory: the turns of conversations, with their limits of time, number and bytes.
 
 A session belongs to (tenant, session id), so no tenant can name another's.  Turns are stored and dropped whole.  The
 service reads a session, generates and appends the turn; texts arrive here after the input filter and as they were sent
@@ -23,7 +23,7 @@ from app.types import Message, Role
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What the caller said and what the assistant answered; never a system message."""
+    """The caller's messages and the assistant's response to them; never a system message."""
 
     messages: tuple[Message, ...]
 
@@ -225,7 +225,7 @@ def new_messages(history: Sequence[Turn], messages: Sequence[Message]) -> tuple[
     spoken = tuple(_without_system(messages))
     stored = tuple(_without_system(message for turn in history for message in turn.messages))
     if stored:
-        # The last place that leaves something new: what is kept is the end of the conversation.
+        # The last match that leaves something new: a session stores the end of its conversation.
         for start in reversed(range(len(spoken) - len(stored))):
             end = start + len(stored)
             if spoken[start:end] == stored:

@@ -41,7 +41,7 @@ class _ChatTokenizer(PreTrainedTokenizerFast):
 class HfTokenizer:
     """A Hugging Face fast tokenizer, safe to use from several threads.
 
-    transformers keeps the flags of a call in the tokenizer itself, so that two calls at once read each other's: the
+    transformers stores the flags of a call in the tokenizer itself, so that two calls at once read each other's: the
     copy for conversations stands behind a lock, and the copies for prompts and for segments and decoding never change a
     flag.
     """
@@ -142,7 +142,7 @@ class HfTokenizer:
 class StreamDecoder:
     """Turns the tokens of one completion into text as they come.
 
-    The pieces together are what decoding all tokens at once gives.  One case is better than that: where a tokenizer
+    The texts joined are what decoding all tokens at once gives.  One case is better than that: where a tokenizer
     with byte fallback meets bytes that are not UTF-8, decoding at once gives up the whole run of bytes, and this one
     has already shown the characters before the damage.
     """
@@ -156,7 +156,7 @@ class StreamDecoder:
         self._stream = DecodeStream(skip_special_tokens=True)
 
     def feed(self, token_ids: Sequence[int]) -> str:
-        """Return the text that these tokens complete; bytes of an unfinished character are kept back."""
+        """Return the text that these tokens complete; bytes of an unfinished character are buffered."""
         return "".join(map(self._step, token_ids))
 
     def finish(self) -> str:
@@ -216,7 +216,7 @@ def _plain_text_copy(backend: str, control: frozenset[int]) -> FastTokenizer:
 
 
 def _prefix_ids(tokenizer: FastTokenizer) -> tuple[int, ...]:
-    """Return what the tokenizer puts in front of every text, and not what it puts behind: a prompt goes on."""
+    """Return the special tokens that the tokenizer adds before a text; those after it would end the prompt."""
     bare = tokenizer.encode("a", add_special_tokens=False).ids
     whole = tokenizer.encode("a").ids
     starts = (start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)

@@ -59,7 +59,7 @@ def borders_among(added: Iterable[AddedToken]) -> list[str]:
     ordered = sorted(ends | contents)
 
     def found_in_another(token: str) -> bool:
-        """Whether another one may be found where this one begins, or begins with it and goes on."""
+        """Return whether another token may match where this one begins, or is longer and begins with this one."""
         longer = bisect_right(ordered, token)
         begun = any(token[:length] in ends for length in range(1, len(token) + 1))
         return begun or (longer < len(ordered) and ordered[longer].startswith(token))

@@ -73,8 +73,8 @@ class EventStream(SseResponse):
         self._events = events
         self._encoder = encoder
         self._reading: asyncio.Task[None]
-        # A comment at once tells proxies and clients that the stream lives, however long the first token takes.
-        # The opening is encoded before any later event is read, because encoders are told of events in their order.
+        # A comment at once shows proxies and clients that the stream lives, however long the first token takes.
+        # The opening is encoded before any later event is read, because encoders must see events in their order.
         self._buffer = [_KEEP_ALIVE.encode() + encoder.encode(started)]
         """Frames that have not been sent."""
         self._has_frames = asyncio.Event()
