@@ -1,4 +1,4 @@
-"""Layers in one call: the scores of torch's own, for every kind that is taken, and torch where they differ."""
+"""The native decoder: the logits of torch's layers for every supported model, and torch where they differ."""
 
 import copy
 import logging
@@ -61,27 +61,27 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def source_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of sources to be changed, which programs are made of instead."""
+    """A copy of the sources to be changed, which the kernel libraries are built from instead."""
     monkeypatch.setattr(native_build, "SOURCE_DIR", shutil.copytree(native_build.SOURCE_DIR, tmp_path / "native"))
     monkeypatch.setattr(native_build, "FLAGS", (*native_build.FLAGS, "-O0"))  # compiled in half of the time
     return tmp_path / "native"
 
 
 def accelerated(model: Any, setting: Compile = "layers", rows: int = 4) -> RowModel:
-    made = make_row_model(model, length=CONTEXT, rows=rows, free_bytes=10**9)
-    accelerate(made, setting)
-    return made
+    rows_model = make_row_model(model, length=CONTEXT, rows=rows, free_bytes=10**9)
+    accelerate(rows_model, setting)
+    return rows_model
 
 
 def halved(model: Any) -> Any:
-    """Its weights as those of a checkpoint in bfloat16, which are kept in 16 bits."""
+    """Its weights rounded to bfloat16, as in most checkpoints, so that they are packed in 16 bits."""
     return model.to(torch.bfloat16).float()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("threads")
-def test_compiled_layers_score_as_torch_does(kind: str) -> None:
-    """Pieces of prompts beside single tokens, some of which no scores are wanted of, rows with gaps between them."""
+def test_native_layers_compute_the_logits_of_torch(kind: str) -> None:
+    """Prompt chunks beside single tokens, some of which need no logits, slots with gaps between them."""
     rows, plain = accelerated(halved(make(KINDS[kind]))), RowModel(halved(make(KINDS[kind])), rows=4, length=CONTEXT)
     ids = [[(7 * row + 3 * place) % VOCABULARY for place in range(CONTEXT)] for row in range(4)]
     passes = [
@@ -102,8 +102,8 @@ def test_compiled_layers_score_as_torch_does(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("threads")
-def test_in_bfloat16_scores_are_nearer_to_exact_ones_than_torchs(kind: str) -> None:
-    """What goes from layer to layer is not rounded, and keys, values and the factors of products are."""
+def test_in_bfloat16_logits_are_nearer_to_exact_ones_than_torchs(kind: str) -> None:
+    """Hidden states are not rounded; keys, values and the operands of products are."""
     rows, exact = accelerated(make(KINDS[kind]).bfloat16()), RowModel(halved(make(KINDS[kind])), rows=4, length=CONTEXT)
     torchs = RowModel(make(KINDS[kind]).bfloat16(), rows=4, length=CONTEXT)
     ids = [(3 * place) % VOCABULARY for place in range(CONTEXT)]
@@ -119,22 +119,22 @@ def test_in_bfloat16_scores_are_nearer_to_exact_ones_than_torchs(kind: str) -> N
 
 @pytest.mark.parametrize("kind", ["llama", "windows", "norms of heads"])
 @pytest.mark.usefixtures("threads")
-def test_in_bfloat16_scores_do_not_depend_on_company(kind: str) -> None:
-    """Bit for bit: rounding to 16 bits makes a difference of order one that is seen, and a seed's answer another."""
+def test_in_bfloat16_the_bits_of_logits_do_not_depend_on_the_batch(kind: str) -> None:
+    """Rounding to 16 bits would turn another order of sums into another completion of the same seed."""
     rows = accelerated(make(KINDS[kind]).bfloat16())
     ids = [(7 * place) % VOCABULARY for place in range(50)]
-    alone = rows.scores([Piece(0, 0, ids)], [True])
+    expected = rows.scores([Piece(0, 0, ids)], [True])
 
     rows.scores([Piece(1, 0, ids[:20]), Piece(2, 0, ids[::-1])], [False, True])
     rows.scores([Piece(1, 20, ids[20:49])], [False])
     again = rows.scores([Piece(1, 49, ids[49:]), Piece(2, 50, [5]), Piece(3, 0, ids[:13])], [True] * 3)
 
-    assert torch.equal(alone[0], again[0])
+    assert torch.equal(expected[0], again[0])
 
 
 @pytest.mark.parametrize("window", [None, 200])
-def test_long_pieces_score_as_torch_does(window: int | None) -> None:
-    """More tokens than products take at once, beside another's, and blocks of keys that not all of them see."""
+def test_long_chunks_compute_the_logits_of_torch(window: int | None) -> None:
+    """More tokens than one block of the GEMM, beside another slot's, and key blocks that not all of them attend to."""
     long = {**SIZES, "max_position_embeddings": 512}
 
     def build() -> Any:
@@ -151,8 +151,8 @@ def test_long_pieces_score_as_torch_does(window: int | None) -> None:
         assert (rows.scores(pieces, wanted) - expected).norm() <= 1e-5 * expected.norm()
 
 
-def test_weights_of_32_bits_keep_them_all() -> None:
-    """Those of a model that was trained in float32 do not fit 16."""
+def test_float32_weights_stay_float32() -> None:
+    """A model that was trained in float32 has weights that float16 does not hold."""
     rows, plain = accelerated(make(KINDS["llama"])), RowModel(make(KINDS["llama"]), rows=4, length=CONTEXT)
     pieces = [Piece(0, 0, [5, 6, 7, 8])]
 
@@ -164,8 +164,8 @@ def test_weights_of_32_bits_keep_them_all() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "biases"])
-def test_weights_of_8_bits_score_as_the_same_numbers_do_in_torch(kind: str) -> None:
-    """Beside a last product of another type, with and without biases."""
+def test_int8_weights_compute_the_logits_of_the_same_weights_in_torch(kind: str) -> None:
+    """With an output projection of another type, with and without biases."""
     model = make(KINDS[kind])
     quantize_linears(model, torch.tensor([[5, 6, 7, 8]]), integers=False)
     plain = RowModel(copy.deepcopy(model), rows=4, length=CONTEXT)
@@ -179,7 +179,7 @@ def test_weights_of_8_bits_score_as_the_same_numbers_do_in_torch(kind: str) -> N
     assert {torch.int8: len(kinds) - 1, torch.float32: 1} == Counter(kinds)
 
 
-def test_a_number_that_is_none_stays_in_its_row() -> None:
+def test_nan_stays_in_its_slot() -> None:
     rows = accelerated(make(KINDS["llama"]))
     rows.scores([Piece(0, 0, [1, 2, 3]), Piece(1, 0, [1, 2, 3])], [True, True])
     with torch.inference_mode():
@@ -212,7 +212,7 @@ STRANGE: list[tuple[Callable[[], Any], str]] = [
 def test_other_layers_are_left_to_torch(
     model: Callable[[], Any], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With the reason in the log; who asked for compiled layers is told it instead."""
+    """With the reason in the log; where the setting asks for compiled layers, it is raised instead."""
     with caplog.at_level(logging.WARNING, acceleration.__name__):
         rows = accelerated(model().eval(), "auto")
 
@@ -235,11 +235,9 @@ def test_other_layers_are_left_to_torch(
         ("bf16.h", "pairs[panel], factor);", "pairs[panel], factor << 16);", torch.bfloat16),
     ],
 )
-def test_a_program_that_computes_something_else_is_not_used(
-    source: str, right: str, wrong: str, dtype: torch.dtype, source_dir: Path
-) -> None:
-    """A compiler may be wrong about the machine; what it makes is compared before it answers anyone, and the model is
-    served as before, whatever the program left in the rows."""
+def test_a_wrong_kernel_is_not_used(source: str, right: str, wrong: str, dtype: torch.dtype, source_dir: Path) -> None:
+    """A compiler may be wrong about the machine; the logits are compared at load, and a model whose logits differ is
+    served by torch, whatever the kernel wrote to the KV cache."""
     path = source_dir / source
     text = path.read_text()
     assert text.count(right) == 1
@@ -252,10 +250,10 @@ def test_a_program_that_computes_something_else_is_not_used(
     assert (rows.probe() - expected).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * expected.norm()
 
 
-def test_where_a_processor_multiplies_whole_matrices_layers_in_bfloat16_are_torchs(
+def test_on_a_processor_with_amx_bfloat16_layers_are_torchs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """oneDNN knows those instructions (AMX); who asks for compiled layers gets them all the same."""
+    """oneDNN uses those instructions (AMX); the setting `layers` overrules that."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
 
     settings: tuple[Compile, ...] = ("auto", "attention", "layers")
