@@ -34,7 +34,7 @@ def clock() -> Clock:
     return Clock()
 
 
-@pytest.fixture(params=STORES.values(), ids=STORES)
+@pytest.fixture(params=list(STORES.values()), ids=list(STORES))
 def store(request: pytest.FixtureRequest, clock: Clock) -> AdmissionStore:
     factory: Factory = request.param
     return factory(clock)
@@ -108,7 +108,8 @@ async def test_tokens_are_taken_whole_or_not_at_all(store: AdmissionStore):
     refused = await store.take_tokens("k", TOKENS, 50)
 
     assert (True, 30) == (taken.granted, taken.remaining)
-    assert (False, 30, 20.0) == (refused.granted, refused.remaining, pytest.approx(refused.retry_in))
+    assert (False, 30) == (refused.granted, refused.remaining)
+    assert pytest.approx(20.0) == refused.retry_in
     await store.return_tokens("k", TOKENS, 20)
     assert (3, 50) == await left(store)
     await store.return_tokens("k", TOKENS, 500)

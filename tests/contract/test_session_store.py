@@ -33,9 +33,10 @@ class Clock:
         return datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=self.seconds)
 
 
-@pytest.fixture(params=STORES.values(), ids=STORES)
+@pytest.fixture(params=list(STORES.values()), ids=list(STORES))
 def factory(request: pytest.FixtureRequest) -> Factory:
-    return request.param
+    factory: Factory = request.param
+    return factory
 
 
 @pytest.fixture

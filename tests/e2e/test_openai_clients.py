@@ -13,6 +13,7 @@ import openai
 import pytest
 from langchain_core.messages import AIMessageChunk, HumanMessage, SystemMessage
 from langchain_openai import ChatOpenAI, OpenAI
+from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
 
 from app.engine.tokenizer.hf_tokenizer import HfTokenizer
 from tests.e2e.conftest import KEY, ROOT, Service, wait_for
@@ -20,8 +21,15 @@ from tests.e2e.conftest import KEY, ROOT, Service, wait_for
 pytestmark = pytest.mark.e2e
 
 MODEL = "tiny-chat"
-FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
-STORY = [{"role": "user", "content": "Tell me a story"}]
+FRANCE: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is the capital of France?"}]
+STORY: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Tell me a story"}]
+
+
+def content_of(answer: ChatCompletion) -> str:
+    """Return the text of the first choice, which has to have one."""
+    content = answer.choices[0].message.content
+    assert content is not None
+    return content
 
 
 @pytest.fixture
@@ -48,32 +56,42 @@ def test_the_quick_start_prints_an_answer(base_url: str, monkeypatch: pytest.Mon
     with openai.OpenAI() as client:
         answer = client.chat.completions.create(model=MODEL, messages=FRANCE, temperature=0)
 
-    assert "Paris" in answer.choices[0].message.content
+    assert "Paris" in content_of(answer)
     assert ("assistant", "stop", MODEL) == (
         answer.choices[0].message.role,
         answer.choices[0].finish_reason,
         answer.model,
     )
+    assert answer.usage is not None
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
-    assert answer.system_fingerprint.startswith("fp_")
+    assert str(answer.system_fingerprint).startswith("fp_")
 
 
 def test_a_stream_prints_tokens_as_they_come(client: openai.OpenAI) -> None:
-    """Role first, then text in many pieces, the end, and the usage of the very same answer."""
-    asked = {"model": MODEL, "messages": STORY, "temperature": 0, "extra_headers": {"Cache-Control": "no-cache"}}
-    whole = client.chat.completions.create(**asked)
+    """Role first, then text in many chunks, the end, and the usage of the very same answer."""
+    uncached = {"Cache-Control": "no-cache"}
+    whole = client.chat.completions.create(model=MODEL, messages=STORY, temperature=0, extra_headers=uncached)
 
-    with client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}) as stream:
+    with client.chat.completions.create(
+        model=MODEL,
+        messages=STORY,
+        temperature=0,
+        extra_headers=uncached,
+        stream=True,
+        stream_options={"include_usage": True},
+    ) as stream:
         chunks = list(stream)
 
     assert "assistant" == chunks[0].choices[0].delta.role
-    # What the reader had no time to fetch comes as one piece, so a busy machine sends fewer.
+    # Deltas that the reader had no time to fetch come as one, so a busy machine sends fewer.
     assert sum(bool(chunk.choices and chunk.choices[0].delta.content) for chunk in chunks) > 2
-    assert whole.choices[0].message.content == "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert content_of(whole) == "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert [whole.choices[0].finish_reason] == [
         chunk.choices[0].finish_reason for chunk in chunks if chunk.choices and chunk.choices[0].finish_reason
     ]
     assert [] == chunks[-1].choices
+    assert whole.usage is not None
+    assert chunks[-1].usage is not None
     assert whole.usage.completion_tokens == chunks[-1].usage.completion_tokens
     assert 1 == len({chunk.id for chunk in chunks})
 
@@ -83,10 +101,10 @@ def test_the_stream_helper_puts_the_same_answer_together(client: openai.OpenAI) 
     with client.chat.completions.stream(model=MODEL, messages=FRANCE, temperature=0) as stream:
         final = stream.get_final_completion()
 
-    assert "Paris" in final.choices[0].message.content
+    assert "Paris" in content_of(final)
 
 
-def test_completions_go_on_with_texts_and_with_tokens(client: openai.OpenAI) -> None:
+def test_completions_continue_texts_and_tokens(client: openai.OpenAI) -> None:
     """Several prompts at once; a prompt as tokens gives what the same prompt as text gives."""
     tokenizer = HfTokenizer(ROOT / "models" / "tiny-chat")
     texts = ["The capital of France is", "The capital of Italy is"]
@@ -99,27 +117,32 @@ def test_completions_go_on_with_texts_and_with_tokens(client: openai.OpenAI) -> 
     assert ["Paris" in by_text.choices[0].text, "Rome" in by_text.choices[1].text] == [True, True]
     assert [choice.text for choice in by_text.choices] == [choice.text for choice in by_token.choices]
     assert texts[0] + by_text.choices[0].text == echoed.choices[0].text
+    assert by_text.usage is not None
+    assert by_token.usage is not None
     assert sum(map(len, tokens)) == by_token.usage.prompt_tokens == by_text.usage.prompt_tokens
 
 
 def test_log_probabilities_come_in_both_shapes(client: openai.OpenAI) -> None:
-    """The chat's with bytes, the completion's with offsets; both spell the text."""
+    """The chat's with bytes, the completion's with offsets; both make up the text."""
     chat = client.chat.completions.create(
         model=MODEL, messages=FRANCE, temperature=0, logprobs=True, top_logprobs=2, max_completion_tokens=8
     )
     text = client.completions.create(model=MODEL, prompt="The capital", temperature=0, logprobs=2, max_tokens=8)
 
-    content = chat.choices[0].logprobs.content
-    assert chat.choices[0].message.content == b"".join(bytes(token.bytes) for token in content).decode()
+    of_chat, of_text = chat.choices[0].logprobs, text.choices[0].logprobs
+    assert of_chat is not None
+    assert of_text is not None
+    content = of_chat.content or []
+    assert content_of(chat) == b"".join(bytes(token.bytes or ()) for token in content).decode()
     assert all(2 == len(token.top_logprobs) for token in content)
     assert all(token.logprob == token.top_logprobs[0].logprob <= 0 for token in content)
-    told = text.choices[0].logprobs
-    assert text.choices[0].text == "".join(told.tokens)
-    for offset, token in zip(told.text_offset, told.tokens, strict=True):
+    tokens, offsets = of_text.tokens or [], of_text.text_offset or []
+    assert text.choices[0].text == "".join(tokens)
+    for offset, token in zip(offsets, tokens, strict=True):
         assert text.choices[0].text[offset:].startswith(token)
 
 
-def test_what_ended_an_answer_is_told(client: openai.OpenAI) -> None:
+def test_what_ended_an_answer_is_reported(client: openai.OpenAI) -> None:
     """`stop_reason` is the stop string, or the stop token of one's own, as vLLM names it."""
     tokenizer = HfTokenizer(ROOT / "models" / "tiny-chat")
     paris = next(
@@ -127,19 +150,20 @@ def test_what_ended_an_answer_is_told(client: openai.OpenAI) -> None:
         for token in tokenizer.encode_text("The capital of France is Paris")[-3:]
         if "P" in tokenizer.token_text(token)
     )
-    asked = {"model": MODEL, "messages": FRANCE, "temperature": 0}
+    fields: dict[str, Any] = {"model": MODEL, "messages": FRANCE, "temperature": 0}
 
-    by_text = client.chat.completions.create(**asked, stop=["France"])
-    by_token = client.chat.completions.create(**asked, extra_body={"stop_token_ids": [paris]})
-    by_itself = client.chat.completions.create(**asked)
+    by_text: ChatCompletion = client.chat.completions.create(**fields, stop=["France"])
+    by_token: ChatCompletion = client.chat.completions.create(**fields, extra_body={"stop_token_ids": [paris]})
+    by_itself: ChatCompletion = client.chat.completions.create(**fields)
 
-    assert ["France", paris, None] == [each.choices[0].stop_reason for each in (by_text, by_token, by_itself)]
+    reasons = [each.choices[0].model_dump()["stop_reason"] for each in (by_text, by_token, by_itself)]
+    assert ["France", paris, None] == reasons
     assert ["stop"] * 3 == [each.choices[0].finish_reason for each in (by_text, by_token, by_itself)]
 
 
-def test_the_last_message_goes_on(client: openai.OpenAI) -> None:
+def test_the_last_message_is_continued(client: openai.OpenAI) -> None:
     """The answer is what follows the words that were put in the assistant's mouth."""
-    messages = [*FRANCE, {"role": "assistant", "content": "The capital of"}]
+    messages: list[ChatCompletionMessageParam] = [*FRANCE, {"role": "assistant", "content": "The capital of"}]
 
     answer = client.chat.completions.create(
         model=MODEL,
@@ -148,17 +172,23 @@ def test_the_last_message_goes_on(client: openai.OpenAI) -> None:
         extra_body={"continue_final_message": True, "add_generation_prompt": False},
     )
 
-    assert answer.choices[0].message.content.startswith(" France is Paris")
+    assert content_of(answer).startswith(" France is Paris")
 
 
 def test_a_session_remembers_for_a_client_that_does_not(client: openai.OpenAI) -> None:
-    """The name is told once; the second request holds only the question."""
-    for extra in ({"extra_body": {"session_id": "sdk-1"}}, {"extra_headers": {"X-Session-ID": "sdk-2"}}):
-        for text in ("My name is Tovin.", "What is my name?"):
-            answer = client.chat.completions.create(
-                model=MODEL, messages=[{"role": "user", "content": text}], temperature=0, **extra
+    """The name comes once; the second request holds only the question."""
+    sessions: list[dict[str, Any]] = [
+        {"extra_body": {"session_id": "sdk-1"}},
+        {"extra_headers": {"X-Session-ID": "sdk-2"}},
+    ]
+    for session in sessions:
+        _, answer = [
+            client.chat.completions.create(
+                model=MODEL, messages=[{"role": "user", "content": text}], temperature=0, **session
             )
-        assert "Tovin" in answer.choices[0].message.content
+            for text in ("My name is Tovin.", "What is my name?")
+        ]
+        assert "Tovin" in content_of(answer)
 
 
 def test_errors_are_the_packages_own_classes(client: openai.OpenAI, base_url: str) -> None:
@@ -175,9 +205,9 @@ def test_errors_are_the_packages_own_classes(client: openai.OpenAI, base_url: st
         client.completions.create(model=MODEL, prompt="x", max_tokens=5000)
     assert ("context_length_exceeded", "prompt") == (refused.value.code, refused.value.param)
 
-    with pytest.raises(openai.NotFoundError) as refused:
+    with pytest.raises(openai.NotFoundError) as unknown:
         client.chat.completions.create(model="gpt-4o", messages=FRANCE)
-    assert ("model_not_found", "model") == (refused.value.code, refused.value.param)
+    assert ("model_not_found", "model") == (unknown.value.code, unknown.value.param)
 
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(
@@ -188,26 +218,30 @@ def test_errors_are_the_packages_own_classes(client: openai.OpenAI, base_url: st
 
 def test_raw_responses_show_the_headers(client: openai.OpenAI) -> None:
     """Request id and the cache's verdict; the second of two equal requests is not generated again."""
-    asked = {"model": MODEL, "messages": FRANCE, "temperature": 0, "seed": 77}
-    replies = [client.chat.completions.with_raw_response.create(**asked) for _ in range(2)]
+    replies = [
+        client.chat.completions.with_raw_response.create(model=MODEL, messages=FRANCE, temperature=0, seed=77)
+        for _ in range(2)
+    ]
 
     assert ["MISS", "HIT"] == [reply.headers["x-cache"] for reply in replies]
-    assert replies[0].parse().choices[0].message.content == replies[1].parse().choices[0].message.content
+    assert content_of(replies[0].parse()) == content_of(replies[1].parse())
     assert replies[0].parse()._request_id == replies[0].headers["x-request-id"]
 
 
 def test_models_are_listed_and_retrieved(client: openai.OpenAI) -> None:
     (model,) = client.models.list()
 
-    assert (MODEL, 2048, "loaded") == (model.id, model.max_model_len, model.status["value"])
+    shown = model.model_dump()
+    assert (MODEL, 2048, "loaded") == (model.id, shown["max_model_len"], shown["status"]["value"])
     assert model == client.models.retrieve(MODEL)
 
 
 def test_a_client_that_waits_no_longer_frees_its_place(client: openai.OpenAI, service: Service) -> None:
     """A timeout is raised as the package's own, and the model stops."""
-    asked = {"model": MODEL, "messages": STORY, "max_tokens": 1500, "extra_body": {"ignore_eos": True}}
     with pytest.raises(openai.APITimeoutError):
-        client.with_options(timeout=0.3, max_retries=0).chat.completions.create(**asked)
+        client.with_options(timeout=0.3, max_retries=0).chat.completions.create(
+            model=MODEL, messages=STORY, max_tokens=1500, extra_body={"ignore_eos": True}
+        )
 
     wait_for(lambda: 0 == service.engine()["running"] + service.engine()["waiting"])
 
@@ -230,34 +264,43 @@ async def test_the_async_client_streams_and_hangs_up(aclient: openai.AsyncOpenAI
     wait_for(lambda: 0 == service.engine()["running"])
 
 
+def arguments(base_url: str) -> dict[str, Any]:
+    """Return LangChain's arguments by the names that its users write; mypy has only those of the fields behind them."""
+    return {"base_url": base_url, "api_key": KEY, "model": MODEL, "temperature": 0}
+
+
 def test_langchains_chat_model_speaks_to_us(base_url: str) -> None:
     """invoke, stream, batch and the usage of all three."""
-    llm = ChatOpenAI(base_url=base_url, api_key=KEY, model=MODEL, temperature=0, stream_usage=True)
+    llm = ChatOpenAI(**arguments(base_url), stream_usage=True)
 
     whole = llm.invoke([SystemMessage("Be brief."), HumanMessage("What is the capital of France?")])
-    pieces = list(llm.stream("What is the capital of France?"))
+    chunks = list(llm.stream("What is the capital of France?"))
     several = llm.batch(["What is the capital of France?", "What is the capital of Italy?"])
 
-    assert "Paris" in whole.content
+    assert "Paris" in whole.text
+    assert whole.usage_metadata is not None
     assert whole.usage_metadata["output_tokens"] > 3
     assert whole.response_metadata["finish_reason"] == "stop"
-    joined = pieces[0]
-    for piece in pieces[1:]:
-        joined += piece
+    joined = chunks[0]
+    for chunk in chunks[1:]:
+        joined += chunk
     assert isinstance(joined, AIMessageChunk)
-    assert "Paris" in joined.content
+    assert "Paris" in joined.text
+    assert joined.usage_metadata is not None
+    assert several[0].usage_metadata is not None
     assert joined.usage_metadata["output_tokens"] == several[0].usage_metadata["output_tokens"]
-    assert "Rome" in several[1].content
+    assert "Rome" in several[1].text
 
 
 def test_langchains_completion_model_speaks_to_us(base_url: str) -> None:
     """Its batch is one request with several prompts."""
-    llm = OpenAI(base_url=base_url, api_key=KEY, model=MODEL, temperature=0, max_tokens=4)
+    llm = OpenAI(**arguments(base_url), max_tokens=4)
 
     assert "Paris" in llm.invoke("The capital of France is")
     assert "Paris" in "".join(llm.stream("The capital of France is"))
     result = llm.generate(["The capital of France is", "The capital of Italy is"])
     assert ["Paris" in result.generations[0][0].text, "Rome" in result.generations[1][0].text] == [True, True]
+    assert result.llm_output is not None
     assert 8 == result.llm_output["token_usage"]["completion_tokens"]
 
 
@@ -279,9 +322,9 @@ def test_curl_streams_to_the_end(base_url: str) -> None:
 
 
 async def load(url: str, path: str, body: dict[str, Any], places: asyncio.Semaphore) -> tuple[int, dict[str, int]]:
-    """Send one request as public load generators do, and read it their way: pieces of text, and the usage told."""
+    """Send one request as public load generators do; return the chunks that have text, and the usage."""
     headers = {"Authorization": f"Bearer {KEY}"}
-    pieces, usage, done = 0, {}, False
+    chunks, usage, done = 0, {}, False
     async with (
         places,
         httpx.AsyncClient(timeout=120) as client,
@@ -294,11 +337,11 @@ async def load(url: str, path: str, body: dict[str, Any], places: asyncio.Semaph
             elif line.startswith("data: "):
                 data = json.loads(line.removeprefix("data: "))
                 if choices := data.get("choices"):
-                    pieces += bool(choices[0].get("text") or choices[0].get("delta", {}).get("content"))
+                    chunks += bool(choices[0].get("text") or choices[0].get("delta", {}).get("content"))
                 elif data.get("usage"):
                     usage = data["usage"]
     assert done
-    return pieces, usage
+    return chunks, usage
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
@@ -328,7 +371,7 @@ async def test_a_load_generator_has_no_failed_request_and_its_counts_match(servi
     answers = await asyncio.gather(*(load(service.url, path, body(prompt), places) for prompt in prompts))
 
     assert [16] * 24 == [usage["completion_tokens"] for _, usage in answers]
-    assert all(pieces > 0 for pieces, _ in answers)
+    assert all(chunks > 0 for chunks, _ in answers)
     if path == "/v1/completions":
         expected = [len(tokenizer.encode_text(prompt)) for prompt in prompts]
         assert expected == [usage["prompt_tokens"] for _, usage in answers]

@@ -34,7 +34,7 @@ LONG: dict[str, Any] = {
 
 def idle(service: Service) -> bool:
     engine = service.engine()
-    return 0 == engine["running"] == engine["waiting"]
+    return (0, 0) == (engine["running"], engine["waiting"])
 
 
 def test_importing_the_application_does_not_import_torch() -> None:

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from pathlib import Path
 
@@ -18,10 +18,13 @@ import pytest
 import pytest_asyncio
 
 from app.config import DeadlineConfig, ModelConfig
-from app.engine.base import Chunk, GenerationRequest
 from app.engine.local import LocalEngine
 from app.errors import DeadlineExceeded, EngineBusy, EngineFailed, InvalidRequest
+from app.events import Event
+from app.requests import GenerationRequest
 from app.types import EngineState, FinishReason, Message, Role, SamplingParams
+from tests.unit.event_streams import deltas_of, finished_of, text_of
+from tests.unit.event_streams import read as read_stream
 from tests.unit.tiny_models import save_tiny_llama
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
@@ -51,15 +54,37 @@ async def engine(folder: Path) -> AsyncIterator[LocalEngine]:
     await engine.close()
 
 
-def ask(name: str = "one", max_tokens: int = 20, prompt: tuple[int, ...] = (5, 6, 7)) -> GenerationRequest:
-    return GenerationRequest(name, "tenant", prompt, SamplingParams(max_tokens=max_tokens))
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def impatient(folder: Path) -> AsyncIterator[LocalEngine]:
+    """One worker for the tests of limits of time; the last of them closes it."""
+    engine = LocalEngine(
+        ModelConfig(name=str(folder)), DeadlineConfig(total_seconds=3), backoff_seconds=0.1, hang_seconds=1
+    )
+    await engine.start()
+    async with asyncio.timeout(START_SECONDS):
+        await engine.wait_ready()
+    yield engine
+    await engine.close()
 
 
-async def read(engine: LocalEngine, request: GenerationRequest) -> list[Chunk]:
-    return [chunk async for chunk in engine.stream(request)]
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder for sockets, whose addresses hold no more than 107 characters: `tmp_path` may be too long."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
-async def drain(stream: AsyncIterator[Chunk]) -> None:
+def make_request(name: str = "one", max_tokens: int = 20, prompt: tuple[int, ...] = (5, 6, 7)) -> GenerationRequest:
+    return GenerationRequest(
+        id=name, tenant="tenant", prompt_ids=prompt, sampling=SamplingParams(max_tokens=max_tokens)
+    )
+
+
+async def read(engine: LocalEngine, request: GenerationRequest) -> list[Event]:
+    return await read_stream(engine.stream(request))
+
+
+async def drain(stream: AsyncIterator[Event]) -> None:
     """Read to the end, which may be an error."""
     async for _ in stream:
         pass
@@ -89,7 +114,7 @@ async def test_a_model_answers_from_its_own_process(engine: LocalEngine):
     """Facts, tokenizer and answer come over the channel, and the API process has not imported the model."""
     ids = engine.tokenizer.encode_chat([Message(Role.USER, "hello")])
 
-    chunks = await read(engine, GenerationRequest("chat", "tenant", ids, SamplingParams(max_tokens=20)))
+    events = await read(engine, make_request("chat", prompt=ids))
 
     assert ("batching", "cpu", "float32", 281) == (
         engine.info.engine,
@@ -97,8 +122,7 @@ async def test_a_model_answers_from_its_own_process(engine: LocalEngine):
         engine.info.dtype,
         engine.info.vocab_size,
     )
-    assert chunks[-1].usage is not None
-    assert len(ids) == chunks[-1].usage.prompt_tokens
+    assert len(ids) == finished_of(events).usage.prompt_tokens
     status = engine.status()
     assert os.getpid() != status.worker_pid
     assert (status.worker_rss_bytes or 0) > 50_000_000
@@ -106,63 +130,61 @@ async def test_a_model_answers_from_its_own_process(engine: LocalEngine):
 
 async def test_the_answer_does_not_depend_on_the_channel(engine: LocalEngine):
     """Twice the same request gives twice the same text, whole and token by token."""
-    first, second = await read(engine, ask()), await read(engine, ask())
+    first, second = await read(engine, make_request()), await read(engine, make_request())
 
-    assert "".join(chunk.text for chunk in first) == "".join(chunk.text for chunk in second)
-    assert 20 == sum(chunk.tokens for chunk in first)
+    assert text_of(first) == text_of(second)
+    assert 20 == sum(delta.tokens for delta in deltas_of(first))
 
 
 async def test_hanging_up_stops_the_worker(engine: LocalEngine):
-    """The worker, which had thousands of tokens to make, is free for the next request at once."""
-    async with aclosing(engine.stream(ask(max_tokens=50_000))) as stream:
+    """The worker, which had thousands of tokens to generate, is free for the next request at once."""
+    async with aclosing(engine.stream(make_request(max_tokens=50_000))) as stream:
         for _ in range(3):
             await anext(stream)
         assert 1 == engine.status().running
     assert 0 == engine.status().running
 
     async with asyncio.timeout(10):
-        assert FinishReason.LENGTH == (await read(engine, ask(max_tokens=2)))[-1].finish_reason
+        assert FinishReason.LENGTH == finished_of(await read(engine, make_request(max_tokens=2))).finish_reason
 
 
 async def test_one_more_than_fits_is_refused(engine: LocalEngine):
-    """One runs, one waits, the third is told to come back; the waiting one is served when its turn comes."""
-    first, second = engine.stream(ask("a", 50_000)), engine.stream(ask("b", 2))
+    """One runs, one waits, the third is to come back later; the waiting one is served when its turn comes."""
+    first, second = engine.stream(make_request("a", 50_000)), engine.stream(make_request("b", 2))
     await anext(first)
     await anext(first)
     await anext(second)
     with pytest.raises(EngineBusy):
-        await anext(engine.stream(ask("c")))
+        await anext(engine.stream(make_request("c")))
     assert (1, 1) == (engine.status().running, engine.status().waiting)
 
     await first.aclose()
     async with asyncio.timeout(10):
-        assert FinishReason.LENGTH == [chunk async for chunk in second][-1].finish_reason
+        assert FinishReason.LENGTH == finished_of([event async for event in second]).finish_reason
 
 
 async def test_a_token_that_the_model_does_not_have_ends_only_its_request(engine: LocalEngine):
     """The client gets an error, the worker lives."""
     with pytest.raises(EngineFailed, match="vocabulary"):
-        await read(engine, ask(prompt=(10_000_000,)))
+        await read(engine, make_request(prompt=(10_000_000,)))
     with pytest.raises(InvalidRequest):
-        await read(engine, ask(prompt=()))
+        await read(engine, make_request(prompt=()))
 
     assert (EngineState.READY, 0) == (engine.status().state, engine.status().restarts)
 
 
-async def test_a_deadline_frees_the_worker(folder: Path, engine: LocalEngine, monkeypatch: pytest.MonkeyPatch):
+async def test_a_deadline_frees_the_worker(impatient: LocalEngine):
     """A request over its time ends with DeadlineExceeded, and the next one does not wait for it."""
-    monkeypatch.setattr(engine, "_deadlines", DeadlineConfig(total_seconds=0.3))
     with pytest.raises(DeadlineExceeded):
-        await read(engine, ask(max_tokens=50_000))
-    monkeypatch.undo()
+        await read(impatient, make_request(max_tokens=50_000))
 
     async with asyncio.timeout(10):
-        await read(engine, ask(max_tokens=2))
+        await read(impatient, make_request(max_tokens=2))
 
 
 async def test_a_killed_worker_fails_its_requests_at_once_and_comes_back(engine: LocalEngine):
     """Running and waiting requests fail within half a second of the death; a new process serves again."""
-    streams = [engine.stream(ask(name, 50_000)) for name in "ab"]
+    streams = [engine.stream(make_request(name, 50_000)) for name in "ab"]
     for stream in streams:
         await anext(stream)
     await anext(streams[0])
@@ -181,13 +203,12 @@ async def test_a_killed_worker_fails_its_requests_at_once_and_comes_back(engine:
         await engine.wait_ready()
     assert (1, None) == (engine.status().restarts, engine.status().error)
     assert before != engine.status().worker_pid
-    assert FinishReason.LENGTH == (await read(engine, ask(max_tokens=2)))[-1].finish_reason
+    assert FinishReason.LENGTH == finished_of(await read(engine, make_request(max_tokens=2))).finish_reason
 
 
-async def test_a_worker_that_hangs_is_ended(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch):
-    """A stopped process says nothing: after the limit it is killed, and its request fails."""
-    monkeypatch.setattr(engine._worker, "_hang_seconds", 0.5)
-    stream, pid = engine.stream(ask(max_tokens=50_000)), engine.status().worker_pid
+async def test_a_worker_that_hangs_is_ended(impatient: LocalEngine):
+    """A stopped process says nothing: after the limit it is killed, and its request fails; its engine can be closed."""
+    stream, pid = impatient.stream(make_request(max_tokens=50_000)), impatient.status().worker_pid
     assert pid is not None
     await anext(stream)
     await anext(stream)
@@ -196,19 +217,25 @@ async def test_a_worker_that_hangs_is_ended(engine: LocalEngine, monkeypatch: py
     with pytest.raises(EngineFailed):
         await asyncio.wait_for(drain(stream), 20)
 
-    assert "no progress" in str(engine.status().error)
+    assert "no progress" in str(impatient.status().error)
     assert await gone(pid)
+    await impatient.close()
+    assert (EngineState.CLOSED, None) == (impatient.status().state, impatient.status().worker_pid)
 
 
-async def test_closing_while_it_loads_leaves_nothing(engine: LocalEngine, folder: Path):
-    """No process, no thread, no open file and no folder; the last test on the shared engine ends it in its restart."""
+async def test_closing_while_it_loads_leaves_nothing(
+    engine: LocalEngine, folder: Path, short_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """No process, no thread, no open file and no folder; this is the last test on the shared engine."""
     await engine.close()
+    monkeypatch.setattr(tempfile, "tempdir", str(short_folder))
     gc.collect()
     files, threads = psutil.Process().num_fds(), threading.active_count()
     lone = LocalEngine(ModelConfig(name=str(folder)), DeadlineConfig())
     await lone.start()
     pid = await worker_of(lone)
-    private = Path(lone._worker._link.endpoint.removeprefix("ipc://")).parent  # type: ignore[union-attr]
+    (name,) = workers_in(short_folder)
+    private = short_folder / name
     assert 0o700 == private.stat().st_mode & 0o777
 
     await lone.close()
@@ -252,31 +279,27 @@ asyncio.run(main())
 """
 
 
-def names_in(folder: str) -> list[str]:
-    return [entry.name for entry in Path(folder).glob("llm-worker-*")]
+def workers_in(folder: Path) -> list[str]:
+    return [entry.name for entry in folder.glob("llm-worker-*")]
 
 
 @pytest.mark.parametrize("loaded", [False, True], ids=["while it loads", "when it serves"])
-async def test_no_worker_outlives_its_service(folder: Path, loaded: bool):
+async def test_no_worker_outlives_its_service(folder: Path, short_folder: Path, loaded: bool):
     """A service that is killed takes its worker with it, and the private folder too."""
-    with (
-        # Not `tmp_path`: the address of a socket holds no more than 107 characters.
-        tempfile.TemporaryDirectory() as private,
-        subprocess.Popen(  # noqa: ASYNC220 - only its output is read, in a thread
-            [sys.executable, "-c", ORPHAN, str(folder)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"TMPDIR": private},
-        ) as service,
-    ):
+    with subprocess.Popen(  # noqa: ASYNC220 - only its output is read, in a thread
+        [sys.executable, "-c", ORPHAN, str(folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(short_folder)},
+    ) as service:
         assert service.stdout is not None
         pid = int(await asyncio.to_thread(service.stdout.readline))
         if loaded:
             assert "ready\n" == await asyncio.to_thread(service.stdout.readline)
         assert psutil.pid_exists(pid)
-        assert 1 == len(names_in(private))
+        assert 1 == len(workers_in(short_folder))
 
         service.kill()
 
         assert await gone(pid)
-        assert [] == names_in(private)
+        assert [] == workers_in(short_folder)

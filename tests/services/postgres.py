@@ -38,8 +38,10 @@ class Postgres:
             self.port = int(probe.getsockname()[1])
 
     def make(self) -> None:
-        command = [self._programs / "initdb", "-D", self._folder / "db", "-U", "tests", "-A", "trust", "--no-sync"]
-        subprocess.run([*command, "-E", "UTF8"], check=True, capture_output=True, timeout=60, **self._other_user())
+        command = [str(self._programs / "initdb"), "-D", str(self._folder / "db"), "-U", "tests", "-A", "trust"]
+        subprocess.run(
+            [*command, "--no-sync", "-E", "UTF8"], check=True, capture_output=True, timeout=60, **self._other_user()
+        )
 
     def start(self) -> None:
         options = {"listen_addresses": "127.0.0.1", "unix_socket_directories": str(self._folder)}

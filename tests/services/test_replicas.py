@@ -3,11 +3,12 @@
 import asyncio
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import func, select, update
 
-from app.access import authenticator as key_ring
+from app.access import authenticator
 from app.access.background import BackgroundGroup
 from app.access.database import Database
 from app.access.ledger import Month, balance
@@ -24,7 +25,7 @@ CALLER = Principal("key", "tenant", limits=Limits(monthly_tokens=1000))
 
 async def test_two_replicas_share_keys_and_quotas(url: str, tmp_path: Path):
     """A key that one revokes the other refuses within five seconds; no token of a quota is granted by both."""
-    given = {"database": {"url": url}}
+    given: dict[str, Any] = {"database": {"url": url}}
     async with running(tmp_path / "a", **given) as one, running(tmp_path / "b", **given) as other:
         key = await one.key(limits={"monthly_tokens": 200})
         replies = await asyncio.gather(*(replica.generate(key) for replica in (one, other) for _ in range(20)))
@@ -48,7 +49,7 @@ async def test_two_replicas_share_keys_and_quotas(url: str, tmp_path: Path):
 
 async def test_an_answer_outlives_its_process_and_is_shared(url: str, tmp_path: Path):
     """The second service has it from the database; for another tenant, or once it is too old, it is made anew."""
-    given = {"database": {"url": url}, "cache": {"persistent": True, "ttl_seconds": 60}}
+    given: dict[str, Any] = {"database": {"url": url}, "cache": {"persistent": True, "ttl_seconds": 60}}
     body = {"prompt": "hello world", "max_tokens": 50, "cache": True}
     async with running(tmp_path / "a", **given) as one:
         first = await one.generate(ADMIN_KEY, **body)
@@ -132,7 +133,7 @@ async def test_quotas_survive_a_restart_of_postgres(postgres: Postgres, postgres
 @pytest.mark.parametrize("path", ["/v1/generate", "/v1/completions"])
 async def test_a_nul_in_a_text_is_a_character_like_any_other(path: str, url: str, tmp_path: Path):
     """Load generators draw prompts from all tokens; Postgres keeps no NUL, so its log leaves it out."""
-    given = {"database": {"url": url}, "logging": {"store_text": True}, "cache": {"persistent": True}}
+    given: dict[str, Any] = {"database": {"url": url}, "logging": {"store_text": True}, "cache": {"persistent": True}}
     body = {"prompt": "a\x00b", "max_tokens": 20, "temperature": 0}
     async with running(tmp_path, **given) as service:
         async with service.client() as http:
@@ -157,24 +158,24 @@ async def test_a_stalled_postgres_slows_no_request_down(
 ):
     """Neither its key nor its line of the log waits for it, and afterwards every line is there."""
     # Longer than the database's own limit of two seconds: one that waits at all waits as long as that.
-    monkeypatch.setattr(key_ring, "KNOWN_WAIT_SECONDS", 10)
+    monkeypatch.setattr(authenticator, "KNOWN_WAIT_SECONDS", 10)
     loop = asyncio.get_running_loop()
     async with running(tmp_path, database={"url": postgres_url}) as service:
         keys = [ADMIN_KEY, await service.key()]
         took = []
 
-        async def ask(key: str) -> None:
+        async def send(key: str) -> None:
             began = loop.time()
             assert 200 == (await service.generate(key)).status_code
             took.append(loop.time() - began)
 
         for key in keys:
-            await ask(key)
+            await send(key)
         with postgres.stalled():
             end = loop.time() + seconds
             while loop.time() < end:
                 for key in keys:
-                    await ask(key)
+                    await send(key)
                 await asyncio.sleep(0.02)
         async with asyncio.timeout(20):
             while await logged(service) != len(took):  # noqa: ASYNC110  # another task's work

@@ -38,10 +38,10 @@ def chatml_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
 
 def llama_tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
     """BPE in SentencePiece's manner: a space before the first word, bytes for unknown characters, BOS in front."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *LETTERS]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *LETTERS]
     merges = [("▁", letter) for letter in LETTERS] + [("h", "e"), ("l", "o")]
-    pieces += [left + right for left, right in merges]
-    vocab = {piece: number for number, piece in enumerate(pieces)}
+    tokens += [left + right for left, right in merges]
+    vocab = {token: number for number, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence(
@@ -89,6 +89,13 @@ def save_tiny_llama(folder: Path, **changes: Any) -> Path:
     LlamaForCausalLM(LlamaConfig(**(settings | changes))).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def token_id(tokenizer: PreTrainedTokenizerFast, name: str) -> int:
+    """Return the id of one token of the vocabulary."""
+    found = tokenizer.convert_tokens_to_ids(name)
+    assert isinstance(found, int)
+    return found
 
 
 def save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:

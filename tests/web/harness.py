@@ -1,6 +1,7 @@
 """The web application as `create_app` builds it, around a scripted service or around engines, with one key."""
 
 import asyncio
+import math
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager
@@ -27,9 +28,9 @@ from app.web.http.dependencies import Container
 
 KEY = "web-tests-key-0123456789"
 AUTH = {"X-API-Key": KEY}
-CHAT = {"messages": [{"role": "user", "content": "hello"}]}
-GENERATE = {"prompt": "hello"}
-BATCH = {"prompts": ["hello"]}
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}]}
+GENERATE: dict[str, Any] = {"prompt": "hello"}
+BATCH: dict[str, Any] = {"prompts": ["hello"]}
 BODIES: Mapping[str, dict[str, Any]] = {"/v1/generate": GENERATE, "/v1/chat": CHAT}
 """The native routes that stream."""
 OPENAI_BODIES: Mapping[str, dict[str, Any]] = {"/v1/chat/completions": CHAT, "/v1/completions": GENERATE}
@@ -55,7 +56,7 @@ class ScriptedService:
     principals: list[Principal] = field(default_factory=list)
     """Who sent each of the requests."""
     running: int = 0
-    closed_at: float | None = None
+    closed_at: float = math.inf
     """The loop's time when the last response was over."""
 
     async def generate(self, request: GenerationRequest, principal: Principal) -> AsyncGenerator[Event, None]:

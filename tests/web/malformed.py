@@ -10,37 +10,43 @@ CANARY = "canary7391"
 JSON = "application/json"
 DEEP = 40
 
+
+def each(name: str, *values: Any) -> list[tuple[str, Any]]:
+    """Return a field with each of several values."""
+    return [(name, value) for value in values]
+
+
 WRONG_FIELDS: list[tuple[str, Any]] = [
     # A type in place of another: nothing is converted.
-    *[("max_tokens", wrong) for wrong in ("5", 1.0, True, [5], {"a": CANARY}, CANARY, 0, -1, 10**7, 10**40)],
-    *[("max_new_tokens", wrong) for wrong in ("5", False, 0)],
-    *[("max_length", wrong) for wrong in (CANARY, 0, 2.5)],
-    *[("temperature", wrong) for wrong in ("0.5", True, -0.1, 2.1, 1e300, [], CANARY)],
-    *[("top_p", wrong) for wrong in (0, -1, 1.01, "1", True, CANARY)],
-    *[("top_k", wrong) for wrong in (-1, 1.5, "3", True, 10**9, CANARY)],
-    *[("repetition_penalty", wrong) for wrong in (0, -1, 11, "1", True, 1e-300, CANARY)],
-    *[("stop", wrong) for wrong in ("", [], [""], ["a"] * 17, "a" * 257, [CANARY * 40], [1], {"a": 1}, 5, True)],
-    *[("stop_sequences", wrong) for wrong in ([], [None], CANARY * 40)],
-    *[("stop_tokens", wrong) for wrong in ([], [[CANARY]], 7)],
-    *[("seed", wrong) for wrong in (-1, 2**63, 1.5, "1", True, CANARY)],
-    *[("stream", wrong) for wrong in (None, 1, "true", CANARY, [])],
-    *[("cache", wrong) for wrong in (None, 0, "no", CANARY)],
-    *[("model", wrong) for wrong in ("", "a" * 257, 5, [CANARY], True)],
+    *each("max_tokens", "5", 1.0, True, [5], {"a": CANARY}, CANARY, 0, -1, 10**7, 10**40),
+    *each("max_new_tokens", "5", False, 0),
+    *each("max_length", CANARY, 0, 2.5),
+    *each("temperature", "0.5", True, -0.1, 2.1, 1e300, [], CANARY),
+    *each("top_p", 0, -1, 1.01, "1", True, CANARY),
+    *each("top_k", -1, 1.5, "3", True, 10**9, CANARY),
+    *each("repetition_penalty", 0, -1, 11, "1", True, 1e-300, CANARY),
+    *each("stop", "", [], [""], ["a"] * 17, "a" * 257, [CANARY * 40], [1], {"a": 1}, 5, True),
+    *each("stop_sequences", [], [None], CANARY * 40),
+    *each("stop_tokens", [], [[CANARY]], 7),
+    *each("seed", -1, 2**63, 1.5, "1", True, CANARY),
+    *each("stream", None, 1, "true", CANARY, []),
+    *each("cache", None, 0, "no", CANARY),
+    *each("model", "", "a" * 257, 5, [CANARY], True),
     *[(name, wrong) for name in ("n", "num_return_sequences") for wrong in (9, 0, -1, 1.0, True, "1", [1], CANARY)],
-    *[("min_p", wrong) for wrong in (-0.1, 1.1, "0.1", True, CANARY)],
+    *each("min_p", -0.1, 1.1, "0.1", True, CANARY),
     *[
         (name, wrong)
         for name in ("presence_penalty", "frequency_penalty")
         for wrong in (-2.1, 2.1, "1", False, [0.1], CANARY)
     ],
-    *[("logprobs", wrong) for wrong in (-1, 21, 1.0, "true", [], {}, CANARY)],
-    *[("logit_bias", wrong) for wrong in (5, True, [], [[5, 1]], "5", CANARY)],
+    *each("logprobs", -1, 21, 1.0, "true", [], {}, CANARY),
+    *each("logit_bias", 5, True, [], [[5, 1]], "5", CANARY),
     *[("logit_bias", {key: 1}) for key in ("", "-1", "+1", "1.0", " 1", "01", "1e3", "٣", "9" * 11, CANARY)],
     *[("logit_bias", {"5": wrong}) for wrong in (100.1, -101, "1", True, None, [1], 1e300, CANARY)],
     ("logit_bias", {str(number): 1 for number in range(301)}),
-    *[("stop_token_ids", wrong) for wrong in (5, "5", [-1], [1.0], ["5"], [True], [None], [2**31], [1] * 65, CANARY)],
-    *[("ignore_eos", wrong) for wrong in (None, 1, "true", [], CANARY)],
-    *[("min_tokens", wrong) for wrong in (-1, 1.0, "5", True, 10**7, [5], CANARY)],
+    *each("stop_token_ids", 5, "5", [-1], [1.0], ["5"], [True], [None], [2**31], [1] * 65, CANARY),
+    *each("ignore_eos", None, 1, "true", [], CANARY),
+    *each("min_tokens", -1, 1.0, "5", True, 10**7, [5], CANARY),
     # Fields that must not exist: they would choose where requests go or how text becomes a prompt.
     *[(name, CANARY) for name in ("api_base", "chat_template", "chat_template_kwargs", "best_of", "__class__", "user")],
     ("x" * 500, CANARY),
@@ -58,7 +64,7 @@ WRONG_TEXTS: list[tuple[str, Any]] = [
 ]
 
 WRONG_BATCHES: list[tuple[str, Any]] = [
-    *[("prompts", wrong) for wrong in (None, [], CANARY, 5, {"a": CANARY}, [""], [None], [5], [[CANARY]], ["a"] * 65)],
+    *each("prompts", None, [], CANARY, 5, {"a": CANARY}, [""], [None], [5], [[CANARY]], ["a"] * 65),
     ("prompts", ["a", ""]),
     ("prompts", [CANARY * 100] * 5),
     ("prompt", CANARY),
@@ -90,7 +96,7 @@ WRONG_CHATS: list[tuple[str, Any]] = [
     ("messages", [{"role": "user", "content": "a"}, {"role": "system", "content": CANARY}]),
     ("messages", [{"role": "user", "content": "a"}] * 257),
     ("messages", [{"role": "user", "content": CANARY * 500}]),
-    *[("session_id", wrong) for wrong in ("", "a b", "../" + CANARY, "a" * 129, "é", "a\n", 5, True, [CANARY])],
+    *each("session_id", "", "a b", "../" + CANARY, "a" * 129, "é", "a\n", 5, True, [CANARY]),
 ]
 
 WRONG_BODIES: list[tuple[str, bytes]] = [

@@ -23,7 +23,7 @@ class FailingEngine(EchoEngine):
     """Breaks, with what it was asked in the error's message, when it is asked to."""
 
     async def stream(self, request: GenerationRequest):
-        text = "".join(chr(each) for each in request.prompt_ids if each < 0x110000)
+        text = "".join(chr(each) for each in request.prompt_ids or () if each < 0x110000)
         if "break now" in text:
             raise RuntimeError(f"broke at {text}")
         async for chunk in super().stream(request):
@@ -53,7 +53,7 @@ async def drive(service: Running, key: str) -> list[str]:
     texts, app = [], service.app
     schema = app.openapi()
     said = f"mail {ADDRESS}, key {key}"
-    right = [{"prompt": said}, {"prompt": f"{said} break now"}, {"prompts": [said]}]
+    right: list[dict[str, Any]] = [{"prompt": said}, {"prompt": f"{said} break now"}, {"prompts": [said]}]
     right += [{"messages": [{"role": "user", "content": said}], "session_id": "s"}, {"username": ADDRESS}]
     right += [{"role": ADDRESS, "owner": ADDRESS}, {"rights": {"models": [ADDRESS]}}]
     async with service.client(key) as http:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ CANCEL_SECONDS = 0.2
 """A hang-up must reach the generator in this time."""
 
 
-def post(path: str, fields: dict, *headers: str) -> bytes:
+def post(path: str, fields: dict[str, Any], *headers: str) -> bytes:
     content = json.dumps(fields).encode()
     lines = [
         f"POST {path} HTTP/1.1",

@@ -196,7 +196,7 @@ async def test_a_refusal_has_the_reasons_that_it_always_had(client, subtests):
             if route in OPENAI_BODIES:
                 param = None if errors[0][0] == "body" else errors[0][0]
                 kind = "invalid_request_error"
-                expected = {"error": {"message": message, "type": kind, "param": param, "code": kind}}
+                expected: dict[str, Any] = {"error": {"message": message, "type": kind, "param": param, "code": kind}}
             else:
                 expected = {
                     "error": "validation_error",

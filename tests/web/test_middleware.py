@@ -1,6 +1,7 @@
 """What surrounds every request: ids, timing, the log line, figures, bounds on bodies, and probes."""
 
 import re
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from app.engine.base import EngineStatus
 from app.engine.echo import EchoEngine
 from app.types import EngineState
-from tests.web.harness import AUTH, CHAT, GENERATE, MODEL, ScriptedService, is_envelope, make_web
+from tests.web.harness import AUTH, CHAT, GENERATE, MODEL, ScriptedService, Web, is_envelope, make_web
 
 
 @pytest.mark.parametrize("given", ["abc", "A.b_c-9", "x" * 128])
@@ -150,28 +151,25 @@ async def test_a_body_may_be_so_long_and_no_longer(chunked):
     assert is_envelope(replies[1])
 
 
+async def unread() -> AsyncIterator[bytes]:
+    """A body that must not be read."""
+    yield pytest.fail("the body was read")
+
+
 @pytest.mark.parametrize("length", ["99999999999999999999999999", "1001", "9" * 5000])
 async def test_a_body_announced_as_too_long_is_not_read(length):
     web = await make_web(security={"max_body_bytes": 1000})
 
-    async def never():
-        raise AssertionError("the body was read")
-        yield b""
-
     async with web.client() as client:
         headers = {"Content-Type": "application/json", "Content-Length": length}
-        reply = await client.post("/v1/generate", content=never(), headers=headers)
+        reply = await client.post("/v1/generate", content=unread(), headers=headers)
 
     assert 413 == reply.status_code
 
 
 async def test_no_body_is_read_before_the_key_is_checked(web):
-    async def never():
-        raise AssertionError("the body was read")
-        yield b""
-
     async with web.client(nothing="") as client:
-        reply = await client.post("/v1/generate", content=never())
+        reply = await client.post("/v1/generate", content=unread())
 
     assert 401 == reply.status_code
 
@@ -222,5 +220,5 @@ async def test_figures_are_prometheus_text(web, client):
     assert AUTH["X-API-Key"] not in reply.text
 
 
-def figures(web) -> str:
+def figures(web: Web) -> str:
     return web.metrics.render()[0].decode()

@@ -19,14 +19,14 @@ USAGE = {"stream_options": {"include_usage": True}}
 ALWAYS = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
 SCORED = {CHATS: {"logprobs": True, "top_logprobs": 1}, TEXTS: {"logprobs": 1}}
 
-WHOLE = {
+WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
     "chat": (CHATS, {}),
     "chat_scored": (CHATS, {"n": 2, **SCORED[CHATS]}),
     "text": (TEXTS, {}),
     "text_scored": (TEXTS, {"n": 2, **SCORED[TEXTS]}),
     "text_echo": (TEXTS, {"prompt": ["one", "two"], "echo": True}),
 }
-STREAMS = {
+STREAMS: dict[str, tuple[str, dict[str, Any]]] = {
     "chat_stream": (CHATS, {}),
     "chat_stream_usage": (CHATS, {"n": 2, **USAGE}),
     "chat_stream_usage_always": (CHATS, ALWAYS),

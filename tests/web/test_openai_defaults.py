@@ -17,7 +17,7 @@ RECOMMENDED = (("temperature", 0.6), ("top_k", 20.0), ("repetition_penalty", 1.0
 
 
 async def sampled(
-    engine: RecordingEngine, *bodies: dict[str, Any], path: str = CHATS, **sections: dict[str, Any]
+    engine: RecordingEngine, *bodies: dict[str, Any], path: str = CHATS, **sections: Any
 ) -> list[SamplingParams]:
     """Send requests one after the other, and return the sampling parameters with which they reach the engine."""
     web = await make_web(engines={MODEL: engine}, **sections)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 
 from app.engine.echo import EchoEngine
 from app.web.native.batch import BatchResponse
@@ -109,10 +109,11 @@ async def test_a_field_that_is_missing_or_new_would_be_noticed(client, path, fie
     ("path", "fields"), [(path, fields) for path, several in OPENAI_FIELDS.items() for fields in several], ids=str
 )
 async def test_openais_package_reads_every_response_of_its_dialect(path, fields):
-    kind, chunk = {
+    types: dict[str, tuple[type[BaseModel], type[BaseModel]]] = {
         "/v1/chat/completions": (ChatCompletion, ChatCompletionChunk),
         "/v1/completions": (Completion, Completion),
-    }[path]
+    }
+    kind, chunk = types[path]
     web = await echoing()
     async with web.client() as client:
         whole = await client.post(path, json={**OPENAI_BODIES[path], **fields})

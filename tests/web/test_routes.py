@@ -17,6 +17,7 @@ from tests.web.harness import (
     MODEL,
     OPENAI_BODIES,
     ScriptedService,
+    Step,
     frames,
     is_envelope,
     make_web,
@@ -116,8 +117,8 @@ async def messages_of(web, path, **fields):
 @pytest.mark.parametrize("path", STREAMING)
 async def test_frames_that_are_ready_at_once_leave_in_one_message(path):
     """Each costs a call of the server and a packet; the bytes are those of frames that leave one by one."""
-    texts = [f"{number} " for number in range(5)]
-    paced = [step for text in texts for step in (text, 0.02)]
+    texts: list[Step] = [f"{number} " for number in range(5)]
+    paced: list[Step] = [step for text in texts for step in (text, 0.02)]
     at_once, one_by_one = [
         await messages_of(await make_web(ScriptedService(steps=steps)), path) for steps in (texts, paced)
     ]

@@ -11,7 +11,7 @@ from app.access.limits import LIMIT_NAMES, LIMIT_SPECS, LimitSettings, configure
 from app.cli import keys, roles
 from app.config import QuotaConfig, RateLimitConfig, Settings
 from app.types import Limits
-from app.web.admin.keys import LimitFields, LimitsReply
+from app.web.admin.keys import LimitFields, LimitsResponse
 
 DEFAULTS = Limits(monthly_tokens=1, requests_per_minute=10, burst=20, tokens_per_minute=3, parallel_requests=4)
 
@@ -47,7 +47,7 @@ def test_every_mention_of_the_limits_agrees_with_their_description(subtests):
         "the roles table": [column.name for column in tables.roles.c if column.name in LIMIT_NAMES],
         "the keys table": [column.name for column in tables.api_keys.c if column.name in LIMIT_NAMES],
         "bodies": LimitFields.model_fields,
-        "replies": LimitsReply.model_fields,
+        "replies": LimitsResponse.model_fields,
         "roles set": options(roles.cli, "set"),
         "keys create": options(keys.cli, "create"),
     }

@@ -265,7 +265,8 @@ def test_every_fact_of_the_model_is_in_the_key(name: str):
 def test_every_capability_of_the_engine_is_in_the_key(name: str):
     """What an engine can honour decides what it generates."""
     value = getattr(INFO.capabilities, name)
-    other = replace(INFO.capabilities, **{name: ("seed",) if isinstance(value, tuple) else not value})
+    changes: dict[str, Any] = {name: ("seed",) if isinstance(value, tuple) else not value}
+    other = replace(INFO.capabilities, **changes)
 
     assert key(REQUEST) != key(REQUEST, replace(INFO, capabilities=other))
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from app.engine.tokenizer.hf_tokenizer import HfTokenizer
 from app.errors import InvalidRequest
 from app.types import Message, Role
-from tests.unit.tiny_models import CHATML, chatml_tokenizer, gemma_tokenizer, llama_tokenizer, save
+from tests.unit.tiny_models import CHATML, chatml_tokenizer, gemma_tokenizer, llama_tokenizer, save, token_id
 
 LLAMA_TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}[ai]"
 FAMILIES: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
@@ -33,7 +33,7 @@ class Family:
         self.backend: FastTokenizer = original.backend_tokenizer
         self.loaded = HfTokenizer(save(original, folder))
         self.added = [token.content for token in original.added_tokens_decoder.values() if token.content != "<think>"]
-        self.control = set(original.convert_tokens_to_ids(self.added))
+        self.control = {token_id(original, name) for name in self.added}
 
     def control_ids(self, ids: tuple[int, ...]) -> list[int]:
         return [number for number in ids if number in self.control]

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from app.ipc.messages import TokenEvent
 from app.types import FinishReason, TokenLogprob, Usage
 from tests.unit.engine.fake_worker import TOKENIZER, make_request, tokens
 from tests.unit.event_streams import deltas_of, finished_of, logprobs_of, read, text_of
-from tests.unit.tiny_models import save
+from tests.unit.tiny_models import save, token_id
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> HfTokenizer:
     return HfTokenizer(save(TOKENIZER, tmp_path_factory.mktemp("tokenizer")))
 
 
-def live_request(tokenizer: HfTokenizer, *, stream: bool = True, **sampling: object) -> LiveRequest:
+def live_request(tokenizer: HfTokenizer, *, stream: bool = True, **sampling: Any) -> LiveRequest:
     request = make_request(prompt=(1, 2, 3), stream=stream, **{"logprobs": 0} | sampling)
     return LiveRequest(1, request, tokenizer, DeadlineConfig(), lambda _: None)
 
@@ -129,7 +130,7 @@ async def test_the_tokens_of_one_character_come_together(tokenizer: HfTokenizer)
 
 async def test_a_token_without_text_at_the_end_comes_in_a_delta_of_its_own(tokenizer: HfTokenizer):
     """As a control token does that the model generated in the middle because it was to ignore its end."""
-    control = TOKENIZER.convert_tokens_to_ids("<|im_end|>")
+    control = token_id(TOKENIZER, "<|im_end|>")
     hello = tokens("hello")
 
     events = await step_by_step(live_request(tokenizer), [event(*hello), event(control), event(finish="length")])
@@ -182,8 +183,8 @@ async def test_the_first_token_of_a_request_that_does_not_stream_comes_at_once(t
     begun = deltas_of([await anext(stream)])[0]
 
     waiting = asyncio.ensure_future(anext(stream))
-    for token_id in rest:
-        live.accept(event(token_id))
+    for token in rest:
+        live.accept(event(token))
         await asyncio.sleep(0)
     early = waiting.done()
     live.accept(event(finish="length"))
@@ -219,8 +220,8 @@ async def test_progress_stays_exact_when_a_request_is_ended_from_outside(
 ):
     """As at a hang-up in the middle of a completion of which nothing but its first token has been delivered."""
     live = live_request(tokenizer, stream=False)
-    for token_id in tokens("hello world"):
-        live.accept(event(token_id))
+    for token in tokens("hello world"):
+        live.accept(event(token))
     end(live)
     live.accept(event(5))
 

@@ -1,6 +1,7 @@
 """What becomes of each request, with a worker that does what the test says."""
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,10 @@ async def test_a_slow_reader_gets_what_waits_in_one_delta(folder: Path):
         assert isinstance(finished, Finished)
 
 
+def has_generated(request: GenerationRequest, count: int) -> Callable[[], bool]:
+    return lambda: request.progress.generated == count
+
+
 async def completion(folder: Path, *, stream: bool) -> list[Event]:
     """Read a completion token by token as the worker generates it."""
     workers = FakeWorkers(folder)
@@ -101,7 +106,7 @@ async def completion(folder: Path, *, stream: bool) -> list[Event]:
         for number, token_id in enumerate(tokens("hello world, hello"), 1):
             likely = TokenLogprob(token_id, -0.5, ((token_id, -0.5),))
             workers.newest.event(1, token_id, logprobs=(likely,))
-            await until(lambda count=number: request.progress.generated == count)
+            await until(has_generated(request, number))
         workers.newest.event(1, finish="stop")
         return await reading
 
@@ -152,7 +157,7 @@ async def test_a_prompt_is_encoded_with_the_models_own_tokenizer(folder: Path):
         prepared = [await engine.prepare(each) for each in (text, chat, continued, make_request())]
 
         assert tuple(tokens("hello world")) == prepared[0].prompt_ids
-        decoded = [TOKENIZER.decode(list(each.prompt_ids or ())) for each in prepared]
+        decoded = [str(TOKENIZER.decode(list(each.prompt_ids or ()))) for each in prepared]
         assert decoded[1].endswith("assistant\n")
         assert decoded[2].endswith("hello")
         assert (1, 2) == prepared[3].prompt_ids

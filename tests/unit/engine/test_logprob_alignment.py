@@ -102,7 +102,8 @@ def test_each_token_is_released_once_in_order_where_it_ends(texts: list[str], st
 def test_following_the_deltas_of_another_releases_the_same_tokens(texts: list[str], cuts: list[int], steps: list[int]):
     """A filter behind the engine counts on, whatever deltas it was given and whatever it withholds itself."""
     first, second, direct, whole = aligned(texts), DeltaAlignment(), aligned(texts), "".join(texts)
-    first.finish(), direct.finish()
+    first.finish()
+    direct.finish()
     at = 0
     for cut in [*cuts, len(whole), 0]:
         text = whole[at : at + cut]

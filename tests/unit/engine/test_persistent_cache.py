@@ -21,7 +21,7 @@ SAMPLING = SamplingParams(max_tokens=9, logprobs=1)
 
 def hello(**changes: Any) -> GenerationRequest:
     """Return a new request, since each has a progress of its own, for the same response."""
-    fields = {"tenant": "tenant", "prompt_ids": HELLO, "sampling": SAMPLING} | changes
+    fields: dict[str, Any] = {"tenant": "tenant", "prompt_ids": HELLO, "sampling": SAMPLING} | changes
     return GenerationRequest(id="one", **fields)
 
 

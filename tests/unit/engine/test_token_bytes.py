@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from app.engine.tokenizer.hf_tokenizer import HfTokenizer
-from tests.unit.tiny_models import chatml_tokenizer, gemma_tokenizer, llama_tokenizer, save
+from tests.unit.tiny_models import chatml_tokenizer, gemma_tokenizer, llama_tokenizer, save, token_id
 
 FAMILIES = {"chatml": chatml_tokenizer, "llama": llama_tokenizer, "gemma": gemma_tokenizer}
 
@@ -47,7 +47,7 @@ def test_a_control_token_says_its_name(tmp_path: Path):
     tokenizer = HfTokenizer(save(original, tmp_path))
     names = ["<|im_end|>", "<|im_start|>", "<think>"]
 
-    assert names == [tokenizer.token_text(original.convert_tokens_to_ids(name)) for name in names]
+    assert names == [tokenizer.token_text(token_id(original, name)) for name in names]
 
 
 def test_a_number_that_is_no_token_says_nothing(tokenizer: HfTokenizer):

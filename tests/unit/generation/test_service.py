@@ -127,9 +127,9 @@ async def test_parallel_turns_of_one_session_do_not_mix() -> None:
 async def test_old_turns_give_way_to_the_context_window_whole_and_are_reported() -> None:
     """The model's window has room for two of three turns; the session itself has all."""
     async with echoing(context_length=79) as service:
-        for text in ("a" * 10, "b" * 10, "c" * 10):
-            last = await service.read(chat(text, session_id="s", max_tokens=20))
-        context = finished_of(last).context
+        texts = ("a" * 10, "b" * 10, "c" * 10)
+        responses = [await service.read(chat(text, session_id="s", max_tokens=20)) for text in texts]
+        context = finished_of(responses[-1]).context
 
         assert context is not None
         assert (1, 1) == (context.turns_kept, context.turns_dropped)

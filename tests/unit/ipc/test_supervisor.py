@@ -26,6 +26,7 @@ from tests.unit.engine.fake_worker import (
     read,
     until,
 )
+from tests.unit.event_streams import finished_of
 from tests.unit.tiny_models import save
 
 
@@ -188,7 +189,7 @@ async def test_closing_ends_live_streams_and_is_final(folder: Path):
         await engine.close()
         await engine.start()
 
-        assert FinishReason.ABORT == (await reading)[-1].finish_reason
+        assert FinishReason.ABORT == finished_of(await reading).finish_reason
         assert EngineState.CLOSED == engine.status().state
         assert workers.newest.stopped
         with pytest.raises(EngineNotReady):

@@ -65,6 +65,7 @@ class CountingRunner:
 
     name = "counting"
     slots = 1
+    unsupported: tuple[str, ...] = ()
     compiled = None
 
     def __init__(self) -> None:
@@ -110,7 +111,8 @@ class Loop:
 
     def receive(self) -> FromWorker:
         assert self.socket.poll(10_000)
-        return decode_from_worker(self.socket.recv())
+        message: FromWorker = decode_from_worker(self.socket.recv())
+        return message
 
     def events_until_end(self) -> list[TokenEvent]:
         events: list[TokenEvent] = []

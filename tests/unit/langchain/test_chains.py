@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from langchain_core.messages import AIMessage, FunctionMessage, HumanMessage, SystemMessage
@@ -80,7 +81,8 @@ async def test_cached_prompt_tokens_are_counted_as_langchain_counts_them() -> No
 
     message = await EngineChat(llm=EnginePipeline(engine=PrefixCachingEngine(), model_id="echo")).ainvoke("hi")
 
-    assert {"cache_read": 7} == (message.usage_metadata or {}).get("input_token_details")
+    assert message.usage_metadata is not None
+    assert {"cache_read": 7} == message.usage_metadata["input_token_details"]
 
 
 async def test_stop_strings_and_sampling_arguments_reach_the_engine(pipeline: EnginePipeline) -> None:
@@ -118,7 +120,7 @@ async def test_leaving_a_sync_stream_early_frees_the_engine(engine: EchoEngine, 
     """Closing the iterator closes the engine's stream."""
 
     def read_one() -> int:
-        stream = pipeline.stream("a long text")
+        stream: Any = pipeline.stream("a long text")
         next(stream), next(stream)
         running = engine.status().running
         stream.close()
@@ -131,7 +133,7 @@ async def test_leaving_a_sync_stream_early_frees_the_engine(engine: EchoEngine, 
 async def test_a_message_of_an_unknown_kind_is_refused(pipeline: EnginePipeline) -> None:
     """What no template of ours knows is not rendered as somebody's words."""
     with pytest.raises(ValueError, match="function"):
-        await EngineChat(llm=pipeline).ainvoke([AIMessage("x"), FunctionMessage("y", name="f")])
+        await EngineChat(llm=pipeline).ainvoke([AIMessage("x"), FunctionMessage(content="y", name="f")])
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import gc
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from typing import Any
-from uuid import UUID
 
 import pytest
 from langchain_core.callbacks import AsyncCallbackHandler
@@ -58,7 +57,7 @@ class Observer(AsyncCallbackHandler):
     async def on_llm_start(self, serialized: Any, prompts: Any, **details: Any) -> None:
         self.started.append("model")
 
-    async def on_llm_new_token(self, token: str, *, run_id: UUID, **details: Any) -> None:
+    async def on_llm_new_token(self, token: Any, **details: Any) -> None:
         self.tokens.append(token)
 
     async def on_llm_end(self, response: LLMResult, **details: Any) -> None:

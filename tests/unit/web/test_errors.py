@@ -111,6 +111,7 @@ def test_a_trace_shows_places_and_causes_but_no_messages():
     def inner() -> None:
         raise KeyError("canary")
 
+    text = ""
     try:
         try:
             inner()
@@ -147,7 +148,9 @@ def test_a_registered_format_writes_the_errors_of_its_prefix_and_of_no_other_pat
     response = ErrorRenderer({"/tea": TeapotFormat()}).response({**SCOPE, "path": path}, RateLimited("x"), {"a": "b"})
 
     assert (429, "b") == (response.status_code, response.headers["a"])
-    assert registered == (json.loads(response.body) == {"teapot": "rate_limit_exceeded", "path": path, "id": "r1"})
+    assert registered == (
+        json.loads(bytes(response.body)) == {"teapot": "rate_limit_exceeded", "path": path, "id": "r1"}
+    )
     assert registered == ("x-teapot" in response.headers)
 
 

@@ -89,7 +89,12 @@ def test_a_key_twice_is_refused_however_it_is_escaped_and_nothing_else_is(member
     """Colons in keys and values, escaped or not, neither hide a second key nor look like one."""
     text = "[" + ",".join(members) + "]"
     pairs: list[list[tuple[str, Any]]] = []
-    json.loads(text, object_pairs_hook=lambda found: pairs.append(found) or found)
+
+    def record(found: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+        pairs.append(found)
+        return found
+
+    json.loads(text, object_pairs_hook=record)
     ambiguous = any(len({key for key, _ in found}) < len(found) for found in pairs)
 
     if ambiguous:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import structlog
 from starlette.requests import Request
+from starlette.types import Message
 
 from app.errors import AppError, ClientDisconnected, EngineFailed
 from app.events import Delta, Event, Finished, FinishedSample, Started
@@ -59,13 +60,13 @@ class Client:
     def __init__(self, leaves_after: float = 60, reads: bool = True) -> None:
         self.leaves_after = leaves_after
         self.reads = reads
-        self.sent: list[dict[str, Any]] = []
+        self.sent: list[Message] = []
 
     async def receive(self) -> dict[str, Any]:
         await asyncio.sleep(self.leaves_after)
         return {"type": "http.disconnect"}
 
-    async def send(self, message: dict[str, Any]) -> None:
+    async def send(self, message: Message) -> None:
         self.sent.append(message)
         if not self.reads and len(self.sent) > 2:
             await asyncio.sleep(60)
@@ -115,7 +116,7 @@ class OrderedEncoder(PlainEncoder):
 
 
 async def serve(
-    generation: Generation, client: Client, *, encoder: StreamEncoder | None = None, **options: float
+    generation: Generation, client: Client, *, encoder: StreamEncoder | None = None, **options: Any
 ) -> None:
     stream = EventStream(Started(model="m"), generation.events, encoder or PlainEncoder(), **options)
     async with asyncio.timeout(5):
@@ -149,7 +150,7 @@ async def test_a_client_that_reads_slowly_gets_every_frame_in_its_order():
     """More than fit into the buffer, so that the generation has to wait for the client."""
 
     class Slow(Client):
-        async def send(self, message: dict[str, Any]) -> None:
+        async def send(self, message: Message) -> None:
             await asyncio.sleep(0.002)
             await super().send(message)
 

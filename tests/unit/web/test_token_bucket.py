@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -137,7 +138,8 @@ def test_memory_is_bounded_and_the_least_used_goes_first():
 
 
 def test_it_stands_beside_the_librarys_own_strategies():
-    assert TokenBucketRateLimiter is STRATEGIES[STRATEGY]
+    strategies: Mapping[str, object] = STRATEGIES
+    assert TokenBucketRateLimiter is strategies[STRATEGY]
     assert isinstance(storage_from_string(STORAGE_URI), BucketStorage)
 
 

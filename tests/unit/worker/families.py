@@ -23,7 +23,14 @@ _SIZES: dict[str, Any] = {
 }
 _GROUPED = {**_SIZES, "num_key_value_heads": 2}
 _WINDOW = {**_GROUPED, "head_dim": 8, "sliding_window": 8}
-_GPT = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "bos_token_id": None, "eos_token_id": None}
+_GPT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 
 FAMILIES: dict[str, Callable[[], Any]] = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_GROUPED)),

@@ -148,7 +148,7 @@ def test_nothing_is_reused_for_another_tenant(llama: Any):
 
 def test_one_seed_gives_one_completion_whoever_else_is_in_the_batch(llama: Any):
     """Alone, among others, and again; another sample of the same seed differs."""
-    mine = {"temperature": 1.0, "top_p": 0.95, "seed": 7}
+    mine: dict[str, Any] = {"temperature": 1.0, "top_p": 0.95, "seed": 7}
     expected = complete(runner_for(llama), PROMPTS[2], **mine)
     runner = runner_for(llama)
     for number in (2, 3):

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from app.worker.execution import private_api
 from app.worker.execution.linear_modules import TOLERANCE, replace_linears
 from app.worker.execution.native.packed_linear import NativeLinear
-from app.worker.execution.torch import prepacked_linear
 from app.worker.execution.torch.prepacked_linear import float16_linear, onednn_linear, prepack_linears
 from tests.unit.worker.families import FAMILIES, VOCABULARY, make
 
@@ -85,7 +85,7 @@ def test_where_packing_fails_the_layers_stay_as_they_are(
     kernel: str, broken: Callable[[torch.Tensor], torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An operator that computes something else or is renamed is found out before its layer is replaced."""
-    monkeypatch.setattr(prepacked_linear.private_api, kernel, lambda weight, bias: broken)
+    monkeypatch.setattr(private_api, kernel, lambda weight, bias: broken)
     model = make(FAMILIES["llama"]).to(torch.bfloat16).float()
     before = logits_of(model)
 

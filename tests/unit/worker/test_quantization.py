@@ -152,17 +152,17 @@ def test_a_quantized_model_completes_alike_alone_and_in_a_batch(folder: Path, en
         Submit(id=n, prompt_ids=tuple(range(5 + n, 25 + 2 * n)), params=SamplingParams(max_tokens=12)) for n in range(4)
     ]
 
-    alone = {}
+    single: dict[int, list[int]] = {}
     for request in requests:
         runner.submit(request)
-        alone |= run(runner)
+        single |= run(runner)
     for request in requests:
         runner.submit(msgspec.structs.replace(request, id=request.id + 10, tenant="other"))
     batched = run(runner)
 
     assert engine == runner.name
-    assert [12] * 4 == [len(tokens) for tokens in alone.values()]
-    assert alone == {number - 10: tokens for number, tokens in batched.items()}
+    assert [12] * 4 == [len(tokens) for tokens in single.values()]
+    assert single == {number - 10: tokens for number, tokens in batched.items()}
 
 
 def test_the_effect_is_measured_when_a_model_is_loaded(folder: Path) -> None:

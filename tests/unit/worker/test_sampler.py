@@ -60,9 +60,17 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def token(scores: torch.Tensor, sampler: SequenceSampler) -> int | None:
-    """Sample one row alone."""
+    """Sample a single row."""
     (result,) = sample(scores[None], [sampler])
     return result.token if isinstance(result, Sampled) else None
+
+
+def advance(scores: torch.Tensor, sampler: SequenceSampler) -> int:
+    """Sample the next token of a row, and add it to the row."""
+    drawn = token(scores, sampler)
+    assert drawn is not None
+    sampler.accept(drawn)
+    return drawn
 
 
 def tokens_over_grid(
@@ -165,7 +173,8 @@ def test_the_allowed_tokens_are_those_of_transformers(changes: dict[str, Any]):
     warpers += [TopKLogitsWarper(request.top_k)] if request.top_k else []
     warpers += [TopPLogitsWarper(request.top_p)] if request.top_p < 1 else []
     warpers += [MinPLogitsWarper(request.min_p)] if request.min_p else []
-    allowed = warpers(torch.empty(1, 0, dtype=torch.long), scores[None])[0].isfinite().nonzero()[:, 0].tolist()
+    no_ids: Any = torch.empty(1, 0, dtype=torch.long)
+    allowed = warpers(no_ids, scores[None])[0].isfinite().nonzero()[:, 0].tolist()
 
     drawn = set(tokens_over_grid(scores, changes, grid=30))
     last = token(scores, Given(request, (), (), len(scores), uniform=LAST))
@@ -193,7 +202,7 @@ def test_the_repetition_penalty_is_that_of_transformers():
 def test_only_the_completion_counts_for_presence_and_frequency():
     """A token of the prompt keeps its score; one sampled three times loses presence once and frequency three times."""
     scores = torch.tensor([5.0, 3.0, 2.0])
-    penalties = {"temperature": 0.0, "presence_penalty": 1.0, "frequency_penalty": 0.5}
+    penalties: dict[str, Any] = {"temperature": 0.0, "presence_penalty": 1.0, "frequency_penalty": 0.5}
 
     assert 0 == token(scores, row(3, prompt=[0, 0, 0, 0], **penalties))
     assert 0 == token(scores, row(3, sampled=[0], **penalties))
@@ -262,10 +271,7 @@ def test_a_token_may_not_end_a_short_completion():
     """End and stop tokens come first at `min_tokens`; an end token that has no score is no matter."""
     scores, sampler = torch.tensor([9.0, 8.0, 7.0, 6.0]), row(4, ends=(0, 70), stop_token_ids=(1,), min_tokens=2)
     scores *= 20
-    sampled = []
-    for _ in range(3):
-        sampled.append(token(scores, sampler))
-        sampler.accept(sampled[-1])
+    sampled = [advance(scores, sampler) for _ in range(3)]
 
     assert [2, 2, 0] == sampled
     assert 0 == token(scores, row(4, ends=(0,), ignore_eos=True))
@@ -349,12 +355,9 @@ def test_a_seed_and_a_sample_repeat_a_completion():
     """Other seeds and samples differ, and so do two completions without a seed."""
     scores = torch.zeros(500)
 
-    def completion(**changes: Any) -> tuple[int | None, ...]:
-        sampler, sampled = row(500, **changes), []
-        for _ in range(8):
-            sampled.append(token(scores, sampler))
-            sampler.accept(sampled[-1])
-        return tuple(sampled)
+    def completion(**changes: Any) -> tuple[int, ...]:
+        sampler = row(500, **changes)
+        return tuple(advance(scores, sampler) for _ in range(8))
 
     assert completion(seed=1, sample=2) == completion(seed=1, sample=2)
     kinds = [{"seed": seed, "sample": place} for seed in (-1, 0, 1, 2) for place in range(3)] + [{"seed": None}] * 2

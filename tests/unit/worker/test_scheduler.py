@@ -315,7 +315,8 @@ class AnyOrder(RuleBasedStateMachine):
 
     @invariant()
     def slots_have_one_sequence_each(self) -> None:
-        slots = [sequence.slot for sequence in self.machine.scheduler.running]
+        slots = [-1 if sequence.slot is None else sequence.slot for sequence in self.machine.scheduler.running]
+        assert -1 not in slots
         assert sorted(set(slots)) == slots
         assert set(self.machine.live) == {n for n in range(200) if n in self.machine.scheduler}
 

@@ -52,8 +52,9 @@ def complete(model: LoadedModel, params: SamplingParams) -> tuple[list[int], str
 
 def generate(model: LoadedModel, **settings: Any) -> list[int]:
     """Return what transformers' own `generate` returns."""
+    pretrained: Any = model.pipeline.model
     with torch.inference_mode():
-        whole = model.pipeline.model.generate(
+        whole = pretrained.generate(
             torch.tensor([PROMPT]),
             attention_mask=torch.ones(1, len(PROMPT), dtype=torch.long),
             pad_token_id=0,
@@ -71,7 +72,7 @@ def test_a_greedy_completion_is_what_generate_returns(model: LoadedModel):
 
 def test_each_setting_reaches_the_model(model: LoadedModel):
     """Sampling with a seed gives what `generate` gives with that seed and those settings."""
-    settings = {"temperature": 0.8, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.3}
+    settings: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.3}
     torch.manual_seed(11)
     expected = generate(model, max_new_tokens=30, do_sample=True, **settings)
 
@@ -194,7 +195,9 @@ def test_a_broken_device_is_fatal(model: LoadedModel):
 
 def test_the_saved_tokenizer_is_complete(model: LoadedModel):
     """What the loader leaves for the API process holds vocabulary and chat template."""
-    folder = Path(model.pipeline.tokenizer.name_or_path) / "saved"
+    tokenizer = model.pipeline.tokenizer
+    assert tokenizer is not None
+    folder = Path(tokenizer.name_or_path) / "saved"
 
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= {
         file.name for file in folder.iterdir()
