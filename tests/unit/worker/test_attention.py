@@ -78,7 +78,7 @@ def test_native_attention_equals_torchs(shape: Shape) -> None:
     generator = torch.Generator().manual_seed(1)
     keys, values = (random_cache(shape, 4, generator) for _ in range(2))
     segments = [(3, 1, 2), (0, 7, 8), (2, 8, 9), (3, 40, 41), (1, LENGTH - 1, LENGTH + 1), (2, 20, 25), (0, 90, 160)]
-    compiled = NativeAttention(shape)
+    native = NativeAttention(shape)
     for window in (LENGTH, 37):
         places = [(row, max(0, end - window), end) for row, begin, stop in segments for end in range(begin, stop)]
         q = random_queries(shape, len(places), generator)

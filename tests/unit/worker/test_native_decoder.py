@@ -139,7 +139,7 @@ def test_in_bfloat16_scores_do_not_depend_on_company(kind: str) -> None:
     """Bit for bit: rounding to 16 bits makes a difference of order one that is seen, and a seed's answer another."""
     runner = accelerated(make(KINDS[kind]).bfloat16())
     ids = [(7 * place) % VOCABULARY for place in range(50)]
-    alone = runner.forward([Segment(0, 0, ids)], [True])
+    expected = runner.forward([Segment(0, 0, ids)], [True])
 
     runner.forward([Segment(1, 0, ids[:20]), Segment(2, 0, ids[::-1])], [False, True])
     runner.forward([Segment(1, 20, ids[20:49])], [False])
