@@ -10,7 +10,7 @@ from app.worker.execution.native.native_build import COMPILERS
 
 @pytest.fixture(scope="session")
 def compiler() -> str:
-    """One that this machine has.  REQUIRE_SERVICES, which CI sets, turns its absence into a failure."""
+    """The path of a C++ compiler.  REQUIRE_SERVICES, which CI sets, turns its absence into a failure."""
     found = next(filter(None, map(shutil.which, COMPILERS)), None)
     if found is None:
         reason = "there is no C++ compiler on this machine (Debian: apt-get install g++)"

@@ -1,4 +1,4 @@
-"""Compiled attention: the numbers that torch computes, and torch where it cannot be had."""
+"""Native attention: it computes what torch computes, and torch computes where it cannot be built."""
 
 import logging
 import math
@@ -55,7 +55,7 @@ def random_queries(shape: Shape, tokens: int, generator: torch.Generator) -> Ten
 
 
 def attended(shape: Shape, q: Tensor, keys: Tensor, values: Tensor, places: list[tuple[int, int, int]]) -> Tensor:
-    """What torch computes for each token, by (row, first key, end)."""
+    """The attention that torch computes for each token, by (row, first key, end)."""
     found = []
     for token, (row, first, end) in enumerate(places):
         k, v = (each[row, :, first:end].repeat_interleave(shape.queries_per_kv, 0) for each in (keys, values))
@@ -72,28 +72,28 @@ def attended(shape: Shape, q: Tensor, keys: Tensor, values: Tensor, places: list
     ],
     ids=str,
 )
-def test_attention_is_that_of_torch(shape: Shape) -> None:
+def test_native_attention_equals_torchs(shape: Shape) -> None:
     """For few and many heads of all sizes, any number of keys, fewer than a vector holds and more, and any number of
-    neighbouring tokens: from one to more than are attended to together, each with a sight of its own."""
+    neighbouring tokens: from one to more than one segment holds, each with its own key range."""
     generator = torch.Generator().manual_seed(1)
     keys, values = (random_cache(shape, 4, generator) for _ in range(2))
     segments = [(3, 1, 2), (0, 7, 8), (2, 8, 9), (3, 40, 41), (1, LENGTH - 1, LENGTH + 1), (2, 20, 25), (0, 90, 160)]
-    compiled = NativeAttention(shape)
+    native = NativeAttention(shape)
     for window in (LENGTH, 37):
         places = [(row, max(0, end - window), end) for row, begin, stop in segments for end in range(begin, stop)]
         q = random_queries(shape, len(places), generator)
         rows, first, end = torch.tensor(places).T.contiguous()
         out = torch.full_like(q, float("nan"))
 
-        compiled.attend(q, keys, values, out, rows, (first, end), 1 / math.sqrt(shape.head_size))
+        native.attend(q, keys, values, out, rows, (first, end), 1 / math.sqrt(shape.head_size))
 
         expected = attended(shape, q.float(), keys.float(), values.float(), places)
         assert (out - expected).norm() <= (1e-5 if shape.dtype == torch.float32 else 5e-3) * expected.norm()
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="only there it can be chosen what the processor may do")
-def test_numbers_of_16_bits_need_no_instructions_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are computed as floats then, and what is rounded is the same but for the order of sums."""
+def test_bfloat16_needs_no_avx512_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Emulated in float32, it rounds the same values; only the order of sums differs."""
     generator = torch.Generator().manual_seed(1)
     shape = Shape(3, 3, 64, BF16)
     keys, values = (random_cache(shape, 1, generator) for _ in range(2))
@@ -103,11 +103,11 @@ def test_numbers_of_16_bits_need_no_instructions_of_their_own(monkeypatch: pytes
     found = []
     for flags in (native_build.FLAGS, (*native_build.FLAGS, "-mno-avx512bf16")):
         monkeypatch.setattr(native_build, "FLAGS", flags)
-        compiled = NativeAttention(shape)
+        native = NativeAttention(shape)
         for part in (slice(0, 1), slice(1, 51)):
             found.append(torch.empty_like(q[part]))
             places = rows[part], (first[part], end[part])
-            compiled.attend(q[part], keys, values, found[-1], *places, 1 / math.sqrt(shape.head_size))
+            native.attend(q[part], keys, values, found[-1], *places, 1 / math.sqrt(shape.head_size))
 
     for ours, theirs in ((found[0], found[2]), (found[1], found[3])):
         assert (ours - theirs).float().norm() <= 5e-3 * theirs.float().norm()
@@ -116,7 +116,7 @@ def test_numbers_of_16_bits_need_no_instructions_of_their_own(monkeypatch: pytes
 @pytest.mark.parametrize("window", [LENGTH, 37, 150])
 @pytest.mark.parametrize("shape", [Shape(3, 3, 64, BF16), Shape(1, 7, 80, BF16), Shape(2, 1, 128, BF16)], ids=str)
 @pytest.mark.parametrize("flag", [None, "-mno-avx512bf16"])
-def test_a_tokens_numbers_do_not_depend_on_its_company(
+def test_the_bits_of_a_token_do_not_depend_on_its_batch(
     flag: str | None, shape: Shape, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit in 16 bits, where another order of sums would show: a prompt in whatever segments, down to one token,
@@ -126,7 +126,7 @@ def test_a_tokens_numbers_do_not_depend_on_its_company(
             pytest.skip("only on x86 it can be chosen what the processor may do")
         monkeypatch.setattr(native_build, "FLAGS", (*native_build.FLAGS, flag))
     generator = torch.Generator().manual_seed(1)
-    compiled = NativeAttention(shape)
+    native = NativeAttention(shape)
     keys, values = (random_cache(shape, 1, generator) for _ in range(2))
     q = 3 * random_queries(shape, LENGTH, generator)
     rows, end = torch.zeros(LENGTH, dtype=torch.int64), torch.arange(LENGTH) + 1
@@ -136,7 +136,7 @@ def test_a_tokens_numbers_do_not_depend_on_its_company(
         out = torch.empty_like(q)
         for at in range(0, LENGTH, size):
             part = slice(at, min(at + size, LENGTH))
-            compiled.attend(q[part], keys, values, out[part], rows[part], (first[part], end[part]), 0.1)
+            native.attend(q[part], keys, values, out[part], rows[part], (first[part], end[part]), 0.1)
         found.append(out)
 
     for other in found[1:]:
@@ -145,9 +145,9 @@ def test_a_tokens_numbers_do_not_depend_on_its_company(
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("size", [8, 16])
-def test_scores_of_any_height_have_their_softmax(size: int, dtype: torch.dtype) -> None:
-    """Equal ones share alike, one far above the others takes all, and none overflows; for tokens attended to one by
-    one (heads of 8) and together (of 16)."""
+def test_softmax_is_right_for_extreme_scores(size: int, dtype: torch.dtype) -> None:
+    """Equal scores have equal weights, one far above the others takes all, and none overflows; in decode attention
+    (head size 8) and prefill attention (16)."""
     shape = Shape(1, 1, size, dtype)
     keys, values = torch.zeros(1, 1, 16, size), torch.arange(16.0).view(1, 1, 16, 1).repeat(1, 1, 1, size)
     keys[0, 0, 5] = 1
@@ -165,8 +165,8 @@ def test_scores_of_any_height_have_their_softmax(size: int, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("size", [16, 32])
-def test_a_number_that_is_none_stays_in_its_row(size: int, dtype: torch.dtype) -> None:
-    """The runner finds it in that row's scores, and ends that row only; none looks behind a row's end."""
+def test_nan_stays_in_its_slot(size: int, dtype: torch.dtype) -> None:
+    """The runner finds it in that slot's logits and ends that sequence only; keys past the end are not read."""
     shape = Shape(2, 2, size, dtype)
     keys, values = torch.randn(2, 3, 2, 20, size).to(dtype).unbind()
     keys[1, 0, 3, 2] = keys[2, 0, 17, 0] = values[2, 1, 17, 0] = float("nan")
@@ -187,7 +187,7 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-# The others' answers are compared with those of `generate` by the runner's tests.
+# The runner's tests compare the completions of the other families with those of `generate`.
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral with a window"])
 @pytest.mark.usefixtures("two_threads")
 def test_a_model_scores_alike_with_compiled_attention(family: str) -> None:
@@ -220,8 +220,8 @@ def test_nothing_is_written_outside_of_the_rows(segment: Segment) -> None:
 
 
 @pytest.mark.parametrize("family", ["gemma2", "llama"])
-def test_what_cannot_be_compiled_is_left_to_torch(family: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Scores that are bounded, and numbers in float16; the reason is logged."""
+def test_unsupported_attention_is_left_to_torch(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Soft-capped scores and float16; the reason is logged."""
     model = make(FAMILIES[family])
     model = model if family == "gemma2" else model.to(torch.float16)
 
@@ -243,13 +243,13 @@ def test_what_cannot_be_compiled_is_left_to_torch(family: str, caplog: pytest.Lo
 def test_without_a_compiler_that_works_the_model_is_served_by_torch(
     compiler: str | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """None there, one that refuses, one that makes nothing."""
+    """No compiler, one that fails, one that writes no library."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     if compiler is not None:
-        program = tmp_path / "c++"
-        program.write_text(f"#!/bin/sh\n{compiler}\n")
-        program.chmod(0o755)
+        script = tmp_path / "c++"
+        script.write_text(f"#!/bin/sh\n{compiler}\n")
+        script.chmod(0o755)
 
     with pytest.raises(CompileError, match=reason):
         NativeAttention(Shape(1, 1, 8))
@@ -273,11 +273,10 @@ def test_a_head_that_fills_no_vectors_is_left_to_torch() -> None:
         ("attention_prefill.h", ": end_key[token] - begin", ": count"),
     ],
 )
-def test_a_program_that_computes_something_else_is_not_used(
+def test_a_wrong_kernel_is_not_used(
     source: str, right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A compiler may be wrong about the machine; its work is tried out before it answers anyone: single tokens,
-    neighbours together, and what each of those looks at."""
+    """A compiler may be wrong about the machine; the self-test covers decode and prefill attention and the mask."""
     shutil.copytree(native_build.SOURCE_DIR, tmp_path, dirs_exist_ok=True)
     header = tmp_path / source
     text = header.read_text()

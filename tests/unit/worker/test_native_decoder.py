@@ -1,4 +1,4 @@
-"""Layers in one call: the scores of torch's own, for every kind that is taken, and torch where they differ."""
+"""The native decoder: the logits of torch's layers for every supported model, and torch where they differ."""
 
 import copy
 import logging
@@ -62,7 +62,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def source_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of sources to be changed, which programs are made of instead."""
+    """A copy of the sources to be changed, which the kernel libraries are built from instead."""
     monkeypatch.setattr(native_build, "SOURCE_DIR", shutil.copytree(native_build.SOURCE_DIR, tmp_path / "native"))
     monkeypatch.setattr(native_build, "FLAGS", (*native_build.FLAGS, "-O0"))  # compiled in half of the time
     return tmp_path / "native"
@@ -80,7 +80,7 @@ def weight_types(runner: ModelRunner) -> list[torch.dtype]:
 
 
 def halved(model: Any) -> Any:
-    """Its weights as those of a checkpoint in bfloat16, which are kept in 16 bits."""
+    """Its weights rounded to bfloat16, as in most checkpoints, so that they are packed in 16 bits."""
     return model.to(torch.bfloat16).float()
 
 
@@ -139,18 +139,18 @@ def test_in_bfloat16_scores_do_not_depend_on_company(kind: str) -> None:
     """Bit for bit: rounding to 16 bits makes a difference of order one that is seen, and a seed's answer another."""
     runner = accelerated(make(KINDS[kind]).bfloat16())
     ids = [(7 * place) % VOCABULARY for place in range(50)]
-    single = runner.forward([Segment(0, 0, ids)], [True])
+    expected = runner.forward([Segment(0, 0, ids)], [True])
 
     runner.forward([Segment(1, 0, ids[:20]), Segment(2, 0, ids[::-1])], [False, True])
     runner.forward([Segment(1, 20, ids[20:49])], [False])
     again = runner.forward([Segment(1, 49, ids[49:]), Segment(2, 50, [5]), Segment(3, 0, ids[:13])], [True] * 3)
 
-    assert torch.equal(single[0], again[0])
+    assert torch.equal(expected[0], again[0])
 
 
 @pytest.mark.parametrize("window", [None, 200])
-def test_long_pieces_score_as_torch_does(window: int | None) -> None:
-    """More tokens than products take at once, beside another's, and blocks of keys that not all of them see."""
+def test_long_chunks_compute_the_logits_of_torch(window: int | None) -> None:
+    """More tokens than one block of the GEMM, beside another slot's, and key blocks that not all of them attend to."""
     long = {**SIZES, "max_position_embeddings": 512}
 
     def build() -> Any:
@@ -179,8 +179,8 @@ def test_weights_of_32_bits_keep_them_all() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "biases"])
-def test_weights_of_8_bits_score_as_the_same_numbers_do_in_torch(kind: str) -> None:
-    """Beside a last product of another type, with and without biases."""
+def test_int8_weights_compute_the_logits_of_the_same_weights_in_torch(kind: str) -> None:
+    """With an output projection of another type, with and without biases."""
     model = make(KINDS[kind])
     quantize_linears(model, torch.tensor([[5, 6, 7, 8]]), round_to_int8)
     plain = torch_runner(copy.deepcopy(model), slots=4, length=CONTEXT)
@@ -250,11 +250,9 @@ def test_other_layers_are_left_to_torch(
         ("bf16.h", "pairs[panel], factor);", "pairs[panel], factor << 16);", torch.bfloat16),
     ],
 )
-def test_a_program_that_computes_something_else_is_not_used(
-    source: str, right: str, wrong: str, dtype: torch.dtype, source_dir: Path
-) -> None:
-    """A compiler may be wrong about the machine; what it makes is compared before it answers anyone, and the model is
-    served as before, whatever the program left in the rows."""
+def test_a_wrong_kernel_is_not_used(source: str, right: str, wrong: str, dtype: torch.dtype, source_dir: Path) -> None:
+    """A compiler may be wrong about the machine; the logits are compared at load, and a model whose logits differ is
+    served by torch, whatever the kernel wrote to the KV cache."""
     path = source_dir / source
     text = path.read_text()
     assert text.count(right) == 1
@@ -267,10 +265,10 @@ def test_a_program_that_computes_something_else_is_not_used(
     assert (runner.reference_logits() - expected).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * expected.norm()
 
 
-def test_where_a_processor_multiplies_whole_matrices_layers_in_bfloat16_are_torchs(
+def test_on_a_processor_with_amx_bfloat16_layers_are_torchs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """oneDNN knows those instructions (AMX); who asks for compiled layers gets them all the same."""
+    """oneDNN uses those instructions (AMX); the setting `layers` overrules that."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
 
     automatic = accelerated(make(KINDS["llama"]).bfloat16(), "auto")

@@ -1,4 +1,4 @@
-"""Linear layers in panels: the numbers of torch's, for any number of tokens and outputs."""
+"""Packed linear layers: the results of torch's, for any number of tokens and outputs."""
 
 import platform
 
@@ -19,8 +19,8 @@ TOLERANCE = 2e-6
 @pytest.mark.parametrize("outputs", [1, NR, 3 * NR + 5, 200])
 @pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.int8])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_layer_in_panels_computes_what_torch_computes(outputs: int, kind: torch.dtype, bias: bool) -> None:
-    """In the smallest type that holds its weights; for one token, for as many as are computed together, for blocks."""
+def test_a_packed_layer_computes_what_torch_computes(outputs: int, kind: torch.dtype, bias: bool) -> None:
+    """In the smallest type that holds its weights; for one token, one call of the microkernel and several blocks."""
     torch.manual_seed(3)
     linear = nn.Linear(51, outputs, bias=bias)
     if kind == torch.float16:
@@ -52,7 +52,7 @@ def pairs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.usefixtures("pairs")
 def test_a_layer_in_bfloat16_is_as_near_to_exact_numbers_as_torchs(outputs: int, bias: bool) -> None:
-    """Rounded once, at the end; for one token, for as many as are computed together, for blocks."""
+    """Rounded once, at the end; for one token, one call of the microkernel and several blocks."""
     torch.manual_seed(3)
     linear = nn.Linear(70, outputs, bias=bias, dtype=torch.bfloat16)
 
@@ -84,8 +84,8 @@ def test_weights_are_rounded_to_the_nearest_of_255_steps_once(size: float) -> No
     assert not fits_int8(weight)
 
 
-def test_one_output_of_whole_numbers_does_not_make_the_others_lose_theirs() -> None:
-    """Though it is the first, which is looked at before all are."""
+def test_weights_are_only_int8_if_all_outputs_fit() -> None:
+    """Though the first output, which is checked before the others, does."""
     linear = nn.Linear(51, 32)
     linear.weight.data[0] = 1.0
 
@@ -97,16 +97,16 @@ def test_one_output_of_whole_numbers_does_not_make_the_others_lose_theirs() -> N
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.usefixtures("pairs")
-def test_a_tokens_numbers_do_not_depend_on_its_company(dtype: torch.dtype) -> None:
-    """Bit for bit: who else is in the batch changes no answer here."""
+def test_the_bits_of_a_token_do_not_depend_on_its_batch(dtype: torch.dtype) -> None:
+    """Other requests in the batch change no completion."""
     torch.manual_seed(3)
     layer = NativeLinear(nn.Linear(576, 96, dtype=dtype))
     x = torch.randn(200, 576).to(dtype)
 
-    single = torch.cat([layer(each[None]) for each in x])
+    expected = torch.cat([layer(each[None]) for each in x])
 
     for tokens in (2, 3, 4, 5, 6, 7, 12, 13, 32, 200):
-        assert torch.equal(single[:tokens], layer(x[:tokens]))
+        assert torch.equal(expected[:tokens], layer(x[:tokens]))
 
 
 def test_input_with_gaps_is_read_rightly() -> None:
@@ -117,7 +117,7 @@ def test_input_with_gaps_is_read_rightly() -> None:
 
 
 @pytest.mark.parametrize(("inputs", "dtype"), [(8, torch.float16), (7, torch.bfloat16)])
-def test_what_the_program_has_no_product_for_is_refused(inputs: int, dtype: torch.dtype) -> None:
-    """Numbers in float16, and an input in bfloat16 that has no other beside it."""
+def test_an_unsupported_layer_is_refused(inputs: int, dtype: torch.dtype) -> None:
+    """Float16, and an odd number of inputs in bfloat16."""
     with pytest.raises(CompileError, match=f"there is no kernel for {inputs} inputs"):
         NativeLinear(nn.Linear(inputs, 8, dtype=dtype))

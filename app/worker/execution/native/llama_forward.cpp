@@ -104,7 +104,7 @@ class ForwardPass {
         const int64_t count = batch.num_tokens;
         qkv_ = batch.workspace;
         queries_ = qkv_ + count * QKV_SIZE;
-        // The workspace has room for float activations, of whichever type these are.
+        // Activations may be narrower than the float32 that the workspace is sized for.
         normed_ = (activation_t*)(queries_ + count * QUERY_SIZE);
         attended_ = normed_ + count * model.hidden_size;
         gated_ = attended_ + count * QUERY_SIZE;
