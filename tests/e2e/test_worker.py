@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
 import psutil
@@ -41,30 +41,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(folder: Path) -> AsyncIterator[LocalEngine]:
     """One worker for all tests that leave it alive; they run in the order of the file, and the last ones end it."""
-    engine = LocalEngine(
-        ModelConfig(name=str(folder), max_waiting=1, max_batch_size=1),
-        DeadlineConfig(),
-        backoff_seconds=0.1,
-        hang_seconds=20,
-    )
-    await engine.start()
-    async with asyncio.timeout(START_SECONDS):
-        await engine.wait_ready()
-    yield engine
-    await engine.close()
+    config = ModelConfig(name=str(folder), max_waiting=1, max_batch_size=1)
+    async with serving(LocalEngine(config, DeadlineConfig(), backoff_seconds=0.1, hang_seconds=20)) as engine:
+        yield engine
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def impatient(folder: Path) -> AsyncIterator[LocalEngine]:
-    """One worker for the tests of limits of time; the last of them closes it."""
-    engine = LocalEngine(
-        ModelConfig(name=str(folder)), DeadlineConfig(total_seconds=3), backoff_seconds=0.1, hang_seconds=1
-    )
+@asynccontextmanager
+async def serving(engine: LocalEngine) -> AsyncIterator[LocalEngine]:
+    """Load the engine's model, and close the engine at the end."""
     await engine.start()
-    async with asyncio.timeout(START_SECONDS):
-        await engine.wait_ready()
-    yield engine
-    await engine.close()
+    try:
+        async with asyncio.timeout(START_SECONDS):
+            await engine.wait_ready()
+        yield engine
+    finally:
+        await engine.close()
 
 
 @pytest.fixture
@@ -173,13 +164,15 @@ async def test_a_token_that_the_model_does_not_have_ends_only_its_request(engine
     assert (EngineState.READY, 0) == (engine.status().state, engine.status().restarts)
 
 
-async def test_a_deadline_frees_the_worker(impatient: LocalEngine):
+async def test_a_deadline_frees_the_worker(folder: Path):
     """A request over its time ends with DeadlineExceeded, and the next one does not wait for it."""
-    with pytest.raises(DeadlineExceeded):
-        await read(impatient, make_request(max_tokens=50_000))
+    config = ModelConfig(name=str(folder), max_batch_size=1)
+    async with serving(LocalEngine(config, DeadlineConfig(total_seconds=1))) as engine:
+        with pytest.raises(DeadlineExceeded):
+            await read(engine, make_request(max_tokens=90_000))
 
-    async with asyncio.timeout(10):
-        await read(impatient, make_request(max_tokens=2))
+        async with asyncio.timeout(10):
+            await read(engine, make_request(max_tokens=2))
 
 
 async def test_a_killed_worker_fails_its_requests_at_once_and_comes_back(engine: LocalEngine):
@@ -206,21 +199,21 @@ async def test_a_killed_worker_fails_its_requests_at_once_and_comes_back(engine:
     assert FinishReason.LENGTH == finished_of(await read(engine, make_request(max_tokens=2))).finish_reason
 
 
-async def test_a_worker_that_hangs_is_ended(impatient: LocalEngine):
+async def test_a_worker_that_hangs_is_ended(folder: Path):
     """A stopped process says nothing: after the limit it is killed, and its request fails; its engine can be closed."""
-    stream, pid = impatient.stream(make_request(max_tokens=50_000)), impatient.status().worker_pid
-    assert pid is not None
-    await anext(stream)
-    await anext(stream)
+    async with serving(LocalEngine(ModelConfig(name=str(folder)), DeadlineConfig(), hang_seconds=1)) as engine:
+        stream, pid = engine.stream(make_request(max_tokens=50_000)), engine.status().worker_pid
+        assert pid is not None
+        await anext(stream)
+        await anext(stream)
 
-    os.kill(pid, signal.SIGSTOP)
-    with pytest.raises(EngineFailed):
-        await asyncio.wait_for(drain(stream), 20)
+        os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(EngineFailed):
+            await asyncio.wait_for(drain(stream), 20)
 
-    assert "no progress" in str(impatient.status().error)
-    assert await gone(pid)
-    await impatient.close()
-    assert (EngineState.CLOSED, None) == (impatient.status().state, impatient.status().worker_pid)
+        assert "no progress" in str(engine.status().error)
+        assert await gone(pid)
+    assert (EngineState.CLOSED, None) == (engine.status().state, engine.status().worker_pid)
 
 
 async def test_closing_while_it_loads_leaves_nothing(
