@@ -57,7 +57,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     tokens: int = 0
     """Tokens generated for this sample since the delta before."""
     logprobs: tuple[DetokenizedLogprob, ...] = ()
-    """Of the tokens whose text ends in this delta, if the request asks for them."""
+    """Log-probabilities of the tokens whose text ends in this delta, if the request asks for them."""
     token_ends: tuple[int, ...] = ()
     """For each of `logprobs` how many characters of `text` its token ends after."""
 
@@ -88,7 +88,7 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     samples: tuple[FinishedSample, ...]
     usage: Usage
-    """Of all samples together; they share one prompt."""
+    """The sum over all samples, which share one prompt."""
     cache: CacheStatus = CacheStatus.BYPASS
     model: str = ""
     session_id: str | None = None

@@ -24,7 +24,7 @@ class Message:
 
 
 class EngineState(StrEnum):
-    """Where an engine is in its life."""
+    """The state of an engine."""
 
     LOADING = "loading"
     READY = "ready"
@@ -39,7 +39,7 @@ class FinishReason(StrEnum):
     """Why a completion ended."""
 
     STOP = "stop"
-    """The model ended its answer, or a stop string matched."""
+    """The model ended the completion, or a stop string matched."""
     LENGTH = "length"
     """max_tokens or the context window was reached."""
     CONTENT_FILTER = "content_filter"
@@ -50,7 +50,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How tokens are sampled.  Defaults are neutral: they change nothing of what the model says."""
+    """Sampling parameters.  Defaults are neutral: they leave the model's distribution as it is."""
 
     max_tokens: int = 1
     """At most this many new tokens, >= 1."""
@@ -63,32 +63,32 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     """Divides the score of tokens already seen; 1 is off."""
     stop: tuple[str, ...] = ()
-    """The answer ends before the first of these texts."""
+    """The completion ends before the first of these texts."""
     seed: int | None = None
-    """The same seed and request give the same answer."""
+    """The same seed and request give the same completion."""
     min_p: float = 0.0
     """Keep the tokens that are at least this share of the most likely one's probability, in [0, 1]; 0 is off."""
     presence_penalty: float = 0.0
-    """Taken off the score of each token that the answer holds already, in [-2, 2]."""
+    """Subtracted from the score of each token that the completion already has, in [-2, 2]."""
     frequency_penalty: float = 0.0
-    """Taken off the score of a token once for each time that the answer holds it already, in [-2, 2]."""
+    """Subtracted from the score of a token for each time that the completion already has it, in [-2, 2]."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """Added to the scores of these token ids; each bias in [-100, 100]."""
     logprobs: int | None = None
     """Report each token's log-probability, and those of this many most likely tokens, 0 to 20; None is off."""
     stop_token_ids: tuple[int, ...] = ()
-    """The answer ends at any of these tokens, beside the model's own end tokens."""
+    """The completion ends at any of these tokens, beside the model's own end tokens."""
     ignore_eos: bool = False
     """Go on after the model's own end tokens."""
     min_tokens: int = 0
-    """No end token can be drawn before the answer has this many tokens."""
+    """No end token is sampled before the completion has this many tokens."""
     sample: int = 0
     """Which of several samples of one request this is, from 0; each draws differently from one seed."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """One token of an answer and how likely the model found it, before any sampling setting changed the scores."""
+    """One token of a completion and how likely the model found it, before any sampling setting changed the scores."""
 
     token_id: int
     logprob: float
@@ -116,14 +116,14 @@ class Limits:
     """The limits of one key; 0 is no limit."""
 
     monthly_tokens: int = 0
-    """Tokens of prompts and answers in a calendar month, UTC."""
+    """Tokens of prompts and completions in a calendar month, UTC."""
     requests_per_minute: int = 0
     """Requests that flow back into the key's bucket in a minute."""
     burst: int = 0
     """Requests of a full bucket; 0 takes one minute's."""
     tokens_per_minute: int = 0
     parallel_requests: int = 0
-    """Requests being answered at the same time."""
+    """Requests that run at the same time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +134,7 @@ class Rights:
     """Names of the models that it may use; None allows all."""
     load_models: bool = False
     manage_keys: bool = False
-    """Also roles, and everybody's usage."""
+    """Manage keys and roles, and read everybody's usage."""
     system_messages: bool = True
     """Send messages of the role system."""
     raw_logprobs: bool = True
@@ -148,7 +148,7 @@ class Principal:
     key_id: str
     """Public name of the key, safe to log."""
     tenant: str
-    """Owns sessions and cached answers; keys of one owner share them."""
+    """Owns sessions and cached responses; keys of one owner share them."""
     role: str = "standard"
     limits: Limits = Limits()
     rights: Rights = Rights()
@@ -173,7 +173,7 @@ class InferenceRecord:
     """Whether the quota has counted that already."""
     cached: bool
     finish_reason: FinishReason | None
-    """None: the answer did not end by itself."""
+    """None: the completion did not end by itself."""
     status: int
     """The HTTP status that fits; 499 for a client that hung up."""
     first_token_ms: float | None

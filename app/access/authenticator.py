@@ -20,13 +20,13 @@ from app.errors import StoreUnavailable
 from app.types import Principal
 
 RENEW_SECONDS = 1.5
-"""From this age on what is remembered is verified again, behind the request; an outage is then noticed in time."""
+"""From this age on a cached result is verified again in the background; an outage is then noticed in time."""
 FRESH_SECONDS = 4.0
 """From this age on a request waits for the database: a second less than a revocation may take."""
 STALE_SECONDS = 60.0
 """How long the last verification is good while the database is down."""
 KNOWN_WAIT_SECONDS = 0.5
-"""How long a key that is remembered waits for the database."""
+"""How long a key with a cached result waits for the database."""
 MAX_REMEMBERED = 10_000
 
 log = logging.getLogger(__name__)

@@ -39,7 +39,7 @@ class VerifiedKey:
 
 
 class KeyVerifier:
-    """Asks the database whose a key is, each time anew; `Authenticator` remembers the result."""
+    """Finds the owner of a key in the database, each time anew; `Authenticator` caches the result."""
 
     def __init__(self, keys: KeyStore, roles: RoleStore, defaults: Limits, *, configured_key: str | None) -> None:
         """Args:

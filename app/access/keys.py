@@ -37,7 +37,7 @@ class KeyRecord:
     expires: datetime | None
     revoked: datetime | None
     last_used: datetime | None
-    """To half a minute."""
+    """Exact to half a minute."""
     previous_expires: datetime | None
     """Until when the secret before the last rotation is good too."""
 

@@ -13,12 +13,12 @@ class LimitSpec:
     """One limit: everything else about it derives from this."""
 
     name: str
-    """Of the field, of the column in both tables, and of the command line's option."""
+    """The name of the field, of the column in both tables, and of the command line's option."""
     unit: str
     section: str
-    """Of the configuration, which has the default."""
+    """The section of the configuration that has the default."""
     setting: str
-    """In that section."""
+    """The setting in that section."""
     help: str
 
 
@@ -62,7 +62,7 @@ def configured(rates: RateLimitConfig, quota: QuotaConfig) -> Limits:
 
 
 def resolve(defaults: Limits, *levels: LimitSettings) -> Limits:
-    """Return what holds; the first level that says something wins.
+    """Return the limits in force; the first level that says something wins.
 
     A level that sets only `requests_per_minute` means its bursts too: the default's could be far larger.
     """

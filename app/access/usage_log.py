@@ -29,7 +29,7 @@ RETENTION_BATCH = 1000
 
 _COLUMNS = tuple(field.name for field in fields(InferenceRecord) if field.name != "counted")
 _TEXT_CHARS = 20_000
-"""Of a prompt or a completion; the rest is not stored."""
+"""Length limit of a stored prompt or completion; the rest is cut off."""
 
 
 class UsageLog:

@@ -24,7 +24,7 @@ ConfigOption = Annotated[Path, typer.Option(help="The configuration file.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs, not a table for people.")]
 
 _PLAIN_WIDTH = 200
-"""Of a table that goes to a file or a pipe: no terminal says how wide it is."""
+"""Width of a table that goes to a file or a pipe, where there is no terminal to fit."""
 
 
 def existing(config: Path) -> Path:

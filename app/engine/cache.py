@@ -26,7 +26,7 @@ from app.requests import GenerationRequest, identity
 from app.types import FinishReason, Usage
 
 MAX_BYTES = 64 * 1024 * 1024
-"""Of all stored responses, roughly; the least recently used is evicted first."""
+"""Approximate size of all stored responses; the least recently used is evicted first."""
 
 _EVENT_BYTES = 200
 """Memory of a stored event besides its text."""
@@ -40,7 +40,7 @@ EVENTS_PER_TURN = 16
 
 
 class CacheMetrics(Protocol):
-    """Where hits and misses are counted."""
+    """Counts hits and misses."""
 
     def cache_hit(self) -> None: ...
 

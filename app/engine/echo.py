@@ -52,7 +52,7 @@ class EchoTokenizer:
 
 
 class EchoEngine:
-    """Answers with the last user message of a chat, or with a plain prompt as it is."""
+    """Echoes the last user message of a chat, or a plain prompt as it is."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class EchoEngine:
         self._delay = token_delay_seconds
         self._max_running = max_running
         self._aborts: dict[str, asyncio.Event] = {}
-        """Of each live request, set when it is aborted."""
+        """An event for each live request, set when it is aborted."""
         self._state = EngineState.LOADING
 
     @property

@@ -27,7 +27,7 @@ class LogprobAlignment(Generic[T]):
         self._textless: list[T] = []
 
     def add(self, text: str, token: T | None) -> None:
-        """Append the next token and the text that it completes; None appends the text alone."""
+        """Append the next token and the text that it completes; None appends only the text."""
         if token is not None:
             self._textless.append(token)
         if text:

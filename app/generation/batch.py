@@ -1,4 +1,4 @@
-"""Many prompts of one HTTP request: generated together, a few at a time, each with its own outcome."""
+"""Many prompts of one HTTP request: generated concurrently, a few at a time, each with its own outcome."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence

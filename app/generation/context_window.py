@@ -52,11 +52,11 @@ class FittedPrompt:
     """A request whose prompt fits."""
 
     request: GenerationRequest
-    """With the prompt encoded, where the engine takes tokens."""
+    """The request, with its prompt encoded where the engine takes tokens."""
     prompt_tokens: int
     max_tokens: int
     new: tuple[Message, ...] = ()
-    """Of a chat: the messages that its session does not have yet."""
+    """The messages of a chat that its session has not stored yet."""
     context: ContextUsage | None = None
 
 

@@ -44,7 +44,7 @@ class Admission(Protocol):
 
 
 class InferenceLog(Protocol):
-    """Where records go."""
+    """A queue of rows for the inference log."""
 
     def write(self, record: InferenceRecord) -> None:
         """Queue a record without waiting."""

@@ -118,7 +118,7 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
     logprobs: tuple[TokenLogprob, ...] = ()
     """One for each of `token_ids` where the request wants them; none for an end token."""
     cached_tokens: int = 0
-    """In the first event: prompt tokens that were in the KV cache already."""
+    """Prompt tokens that were in the KV cache already; in the first event only."""
     end_token: int | None = None
     """The end token that the model sampled."""
 

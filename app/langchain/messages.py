@@ -68,7 +68,7 @@ def chat_generation_chunk(event: Event, model: str | None) -> ChatGenerationChun
 
 
 def generation_info(event: Event, model: str | None) -> dict[str, Any]:
-    """Return what an event says beside its text, under the names that LangChain's users know.
+    """Return the metadata of an event beside its text, under the names that LangChain's users know.
 
     LangChain adds up the infos of all chunks: texts and lists are joined, so each one holds only what is new.
     """

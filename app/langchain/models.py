@@ -59,7 +59,7 @@ class EnginePipeline(HuggingFacePipeline):
     engine: Any
     """The `Engine`; typed loosely because pydantic cannot check a Protocol without running its properties."""
     loop: asyncio.AbstractEventLoop | None = None
-    """Where the engine lives; the sync methods hand their work to it and raise where it is None."""
+    """The event loop of the engine; the sync methods hand their work to it and raise where it is None."""
     defaults: SamplingParams = SamplingParams(max_tokens=256)
 
     @property

@@ -35,7 +35,7 @@ QUIET_LOGGERS = [
     *("alembic", "httpcore", "httpx", "huggingface_hub", "langchain", "langchain_core"),
     *("langsmith", "sse_starlette", "transformers", "urllib3"),
 ]
-"""Libraries whose lines below WARNING contain prompts, answers or addresses, or are of no use to an operator."""
+"""Libraries whose lines below WARNING contain prompts, completions or addresses, or are of no use to an operator."""
 
 dropped_lines = Counter("log_lines_dropped", "Log lines lost to a full queue or a failing sink", registry=None)
 """One counter for the process, as the standard library's loggers are; every `Metrics` exports it."""
@@ -210,7 +210,7 @@ def _escaped(text: str) -> str:
 
 
 def disable_foreign_tracing(allow_langsmith: bool) -> None:
-    """Keep libraries from sending prompts, answers or usage figures to their vendors; call it before they are imported.
+    """Stop libraries from sending texts or usage figures to their vendors; call it before they are imported.
 
     Args: allow_langsmith: leave LangSmith's own variables as they are.
     """

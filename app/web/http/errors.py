@@ -38,7 +38,7 @@ GENERATION_ERRORS: tuple[type[AppError], ...] = (
     errors.ServiceUnavailable,
     errors.DeadlineExceeded,
 )
-"""Every route that generates can answer with these, whatever its dialect."""
+"""Errors of every route that generates, whatever its dialect."""
 
 MAX_ERRORS_NAMED = 20
 MAX_FIELD_CHARS = 80

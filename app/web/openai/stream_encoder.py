@@ -27,9 +27,9 @@ class StreamUsage(Enum):
 
     NEVER = auto()
     FINAL = auto()
-    """In an additional last chunk without choices."""
+    """One additional last chunk, without choices, has the usage."""
     CONTINUOUS = auto()
-    """As FINAL, and in every chunk the usage of its choice so far."""
+    """Like FINAL, and every chunk has the usage of its choice so far."""
 
 
 def was_aborted(finished: Finished) -> bool:

@@ -1,1 +1,1 @@
-"""From a batch of tokens to logits."""
+"""Execution: computes the logits of a batch of tokens."""

@@ -52,7 +52,7 @@ class AttentionSpec:
     """Numbers of one head of queries and keys."""
     value_size: int
     dtypes: frozenset[torch.dtype]
-    """Of queries, keys and values."""
+    """The type of queries, keys and values."""
     device: str
     sliding_window: int | None
     """Keys that a token sees, its own included; None is no limit."""

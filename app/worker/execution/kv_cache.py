@@ -34,7 +34,7 @@ class KVCache(Cache):
         self.length = length
         self.attention = attention
         self.specs: dict[int, AttentionSpec] = {}
-        """By layer, what it requires of attention; complete after the first pass."""
+        """Attention parameters by layer; complete after the first pass."""
         self.write_in_attention = False
         """Whether the attention function itself calls `write`, and `update` returns its arguments."""
         self._device = torch.device(device)

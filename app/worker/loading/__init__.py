@@ -1,1 +1,1 @@
-"""From files to a model in memory."""
+"""Loading: from the files of a model to a model in memory."""

@@ -209,7 +209,7 @@ def _logprob_report(logits: Tensor, tokens: Tensor, with_top: bool) -> Tensor:
     """Return (rows, 1 + 2 * n) float64: the token's log-probability, the n highest ones, and their tokens."""
     logprobs = logits.float().log_softmax(dim=-1)
     own = logprobs.gather(1, tokens.clamp_min(0)[:, None])
-    # As many whatever was asked for: of equals at the edge, the number decides which ones are found.
+    # A fixed number for any request: among equals at the edge, the number decides which ones are found.
     top = logprobs.topk(min(REPORTED_TOKENS, logprobs.shape[1]) if with_top else 0)
     return torch.cat([own.double(), top.values.double(), top.indices.double()], dim=1)
 

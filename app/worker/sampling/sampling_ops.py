@@ -28,7 +28,7 @@ class SamplingDraw(NamedTuple):
     top_p: float
     min_p: float
     uniform: float
-    """In [0, 1): decides which of the allowed tokens it is."""
+    """Uniform in [0, 1); selects one of the allowed tokens by its cumulative probability."""
 
 
 def gather_rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:

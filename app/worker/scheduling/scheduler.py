@@ -55,7 +55,7 @@ class Scheduler:
         self._sequences: dict[int, Sequence] = {}
         self._waiting: dict[str, deque[Sequence]] = {}
         self._virtual_time: dict[str, float] = {}
-        """Of the tenants that have sequences now."""
+        """The entries of tenants that have sequences now."""
         self._step = 0
 
     def __len__(self) -> int:

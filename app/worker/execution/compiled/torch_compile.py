@@ -27,7 +27,7 @@ ATTENTION = "compiled kv cache slots"
 
 _cache_ids = count()
 _caches: WeakValueDictionary[int, KVCache] = WeakValueDictionary()
-"""By the number that a model's layers hand to the operator."""
+"""The caches of compiled models, by the number that their layers pass to the operator."""
 
 
 class TorchCompileExecutor:

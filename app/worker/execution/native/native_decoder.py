@@ -90,7 +90,7 @@ STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "decoder_model": _DecoderModel,
     "forward_batch": _ForwardBatch,
 }
-"""By the name under which the library exports the layout of its own."""
+"""The structures of the bindings, by the name under which the library exports the layout of its own."""
 
 
 def check_supported(model: Any) -> None:

@@ -202,7 +202,7 @@ def _attend_group(
     query_groups = heads // k.shape[1]
     folded = q.view(tokens, heads // query_groups, query_groups, size)
     if isinstance(group, DecodeGroup):
-        # All query heads of one KV head together, as if they were so many queries.
+        # The query heads of one KV head are computed as one block, as if they were so many queries.
         return _scaled_dot_product(folded, k, v, mask, scale, softcap, causal=False).flatten(1, 2)
     # The query heads of one KV head as so many batches over the same keys.
     shared_k, shared_v = k.expand(query_groups, -1, -1, -1), v.expand(query_groups, -1, -1, -1)
