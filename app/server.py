@@ -51,6 +51,8 @@ class DrainingServer(uvicorn.Server):
         self._drain = drain
         self._grace_seconds = grace_seconds
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.listening = asyncio.Event()
+        """Set once connections are accepted."""
         self._signals = 0
         self._last_signal = -math.inf
         self._stopping: list[asyncio.Task[None]] = []
@@ -63,6 +65,10 @@ class DrainingServer(uvicorn.Server):
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listening.set()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -152,9 +158,10 @@ async def _serve(app: FastAPI, settings: Settings, config: uvicorn.Config, liste
 async def announce_when_ready(
     wait_ready: Callable[[], Awaitable[None]], server: DrainingServer, settings: Settings, port: int
 ) -> bool:
-    """Print how to use the service once the model is loaded; stop the server and return False if it cannot be."""
+    """Print how to use the service once it answers; stop the server and return False if the model cannot be loaded."""
     try:
         await wait_ready()
+        await server.listening.wait()
     except AppError as error:
         if server.stopping:
             return True
