@@ -30,7 +30,7 @@ class AppError(Exception):
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal_server_error"
     usual_retry_after: ClassVar[float | None] = None
-    """Taken where the error itself cannot tell."""
+    """The default of `retry_after`, for errors raised without one."""
 
     def __init__(
         self, message: str, *, details: Mapping[str, Any] | None = None, retry_after: float | None = None
@@ -49,7 +49,7 @@ class InvalidRequest(AppError):
 
     @staticmethod
     def of_field(field: str, reason: str) -> "InvalidRequest":
-        """Say of one field why it is wrong; `reason` goes on after the field's name."""
+        """Return the error of one field; the message is the field's name followed by `reason`."""
         return InvalidRequest(f"{field} {reason}", details={"errors": [{"field": field, "reason": reason}]})
 
 

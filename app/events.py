@@ -27,7 +27,7 @@ class DetokenizedLogprob(msgspec.Struct, frozen=True):
 
 
 class CacheStatus(StrEnum):
-    """What the response cache had to do with a response."""
+    """The part of the response cache in a response."""
 
     HIT = "hit"
     """It is replayed, and nothing is generated."""

@@ -191,7 +191,7 @@ def _wrap(
 
 def _access(settings: Settings, redactor: Redactor | None, metrics: Metrics) -> AccessControl:
     configured = settings.security.api_key
-    # What is logged is masked even where the filters are off.
+    # Logged text is masked even where the filters are off.
     log_filter = InputFilter(redactor or Redactor(), "mask", lambda kind, count: None)
     return AccessControl(
         settings,

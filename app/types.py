@@ -12,7 +12,7 @@ class Role(StrEnum):
     USER = "user"
     ASSISTANT = "assistant"
     TOOL = "tool"
-    """What a tool said that the assistant asked."""
+    """The result of a tool that the assistant called."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """How much one key may ask; 0 is no limit."""
+    """The limits of one key; 0 is no limit."""
 
     monthly_tokens: int = 0
     """Tokens of prompts and answers in a calendar month, UTC."""
@@ -128,7 +128,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rights:
-    """What a key may do beside asking."""
+    """Rights of a key beside generating."""
 
     models: tuple[str, ...] | None = None
     """Names of the models that it may use; None allows all."""
@@ -143,7 +143,7 @@ class Rights:
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who asks: the owner of a valid API key.  Never holds the key itself."""
+    """The caller: the owner of a valid API key.  Never holds the key itself."""
 
     key_id: str
     """Public name of the key, safe to log."""
@@ -156,7 +156,7 @@ class Principal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferenceRecord:
-    """What is written down of one ask."""
+    """One row of the inference log: a request and how it ended."""
 
     created: datetime
     request_id: str
@@ -168,7 +168,7 @@ class InferenceRecord:
     prompt_tokens: int
     completion_tokens: int
     charged_tokens: int
-    """What the ask counts for its key's month."""
+    """Tokens charged to the month of its key."""
     counted: bool
     """Whether the quota has counted that already."""
     cached: bool

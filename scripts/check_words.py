@@ -104,7 +104,7 @@ STEMS: Mapping[str, str] = {
 PHRASES: Mapping[str, str] = {
     r"\bknow(s|ing)? (no|nothing)\b": "say what the code does, or the rule",
     r"\b(an?|each|every|this|that|one|other|its) asks?\b(?! (for|the|a|to|what)\b)": "request",
-    r"\b(goes|go) on with\b": "continues",
+    r"\b(goes|go) on with\b(?! one answer\b)": "continues",  # but for an error's reason, which is part of the API
     r"\b(answer|token|text|completion)s? (is|are|was|were) made\b(?! (of|up)\b)": "generated",
     r"\bcompiled programs?\b": "native kernel library",
     r"\b(alone|together)\.h\b": "attention_decode.h, attention_prefill.h",
@@ -113,6 +113,7 @@ PHRASES: Mapping[str, str] = {
 """Sentences and names that prose may not hold; without regard to case."""
 
 ALLOWED: Mapping[str, str] = {
+    "SentencePiece": "the name of a tokenizer library",
     "turns_kept": "a field of the public API",
     "made_up made_up_word made_up_name": "made-up words are ordinary English, and what they are",
 }

@@ -1,1 +1,1 @@
-"""Who may ask, and how much they used."""
+"""Access control: keys, roles, rate limits, quotas, and the log of usage."""

@@ -67,14 +67,14 @@ class Decision:
     """As far as they were looked at: a refusal by one limit says nothing of the next."""
     refused: Refusal | None = None
     place: str | None = None
-    """What to pass to `leave`; None: the request takes no parallel place."""
+    """The argument of `leave`; None: the request takes no parallel place."""
 
 
 class AdmissionStore(Protocol):
     """Requests, minute tokens and parallel places of every key.
 
-    Each method is one atomic step.  What gives something back (`leave`, `refund`, `return_tokens`) takes effect even
-    when the task that awaits it is cancelled meanwhile.
+    Each method is one atomic step.  The methods that return something (`leave`, `refund`, `return_tokens`) take effect
+    even when the task that awaits them is cancelled meanwhile.
     """
 
     async def admit(self, key_id: str, rates: Rates) -> Decision:

@@ -1,8 +1,8 @@
 """Finds the owner of an API key, quickly and also while the database is away.
 
-A verified key is remembered for a few seconds by the digest of all of it, and while the key is in use the database is
-asked behind its requests.  So a revocation holds everywhere within `FRESH_SECONDS` as long as the database answers, and
-an outage shorter than `STALE_SECONDS` locks out nobody who was here before, and makes no key wait that is in use.
+A verified key is cached for a few seconds by the digest of all of it, and while the key is in use it is verified again
+in the background.  So a revocation holds everywhere within `FRESH_SECONDS` as long as the database answers, and an
+outage shorter than `STALE_SECONDS` neither locks out a caller whose key is cached nor delays a key that is in use.
 """
 
 import asyncio

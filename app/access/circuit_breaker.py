@@ -1,4 +1,4 @@
-"""The circuit breaker of the database: nobody waits for one that is known to be away."""
+"""The circuit breaker of the database: while it is known to be away, requests fail at once."""
 
 import asyncio
 import logging

@@ -166,7 +166,7 @@ class Database:
 
 
 def head_revision() -> str:
-    """Return the newest revision that this program knows; files are named for theirs, so Alembic need not be asked."""
+    """Return the newest revision that this program knows; files are named for theirs, so that Alembic is not needed."""
     return max(path.name.partition("_")[0] for path in (_MIGRATIONS / "versions").glob("[0-9]*_*.py"))
 
 

@@ -1,4 +1,4 @@
-"""What an API key looks like: generated, recognised and turned into a digest."""
+"""The format of API keys: generating one, parsing it, and its digest."""
 
 import hashlib
 import re
@@ -36,7 +36,7 @@ def id_of(key: str) -> str | None:
 
 
 def digest_of(key: bytes) -> bytes:
-    """Return the SHA-256 digest, which is stored.  190 random bits need no slow hash: nobody can try them all."""
+    """Return the SHA-256 digest, which is stored.  190 random bits need no slow hash, as they cannot be tried out."""
     return hashlib.sha256(key).digest()
 
 

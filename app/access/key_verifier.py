@@ -17,7 +17,7 @@ _NO_DIGEST = bytes(32)
 _CONFIGURED_ROLE = Role(
     name=ADMIN, limits=LimitSettings(monthly_tokens=0), rights=Rights(load_models=True, manage_keys=True)
 )
-"""What the configuration vouches for while the database is away."""
+"""The role of the configured key while the database is away."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,14 +25,14 @@ _keys = tables.api_keys
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyRecord:
-    """What is known of a key, and may be shown."""
+    """A stored key without its secret, for display."""
 
     id: str
     last_four: str
     role: str
     owner: str | None
     limits: LimitSettings
-    """What the key itself says; its role says the rest."""
+    """The key's own limits; its role has the others."""
     created: datetime
     expires: datetime | None
     revoked: datetime | None

@@ -75,7 +75,7 @@ class Quotas:
         await self._writer.close()
 
     async def check(self, caller: Principal) -> None:
-        """Refuse a caller whose month is used up, as far as this process knows; the database is asked only then.
+        """Refuse a caller whose month is used up, as far as this process knows; only then it queries the database.
 
         Raises: QuotaExceeded: no token is left.
         """

@@ -25,7 +25,7 @@ class UsageRow:
     prompt_tokens: int
     completion_tokens: int
     charged_tokens: int
-    """What counts for the quota."""
+    """Tokens charged to the quota."""
 
 
 COLUMNS = tuple(field.name for field in fields(UsageRow))
@@ -34,7 +34,7 @@ _SUMS = ("requests", "prompt_tokens", "completion_tokens", "charged_tokens")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyTotal:
-    """What one key has used in a month."""
+    """The usage of one key in a month."""
 
     key_id: str
     owner: str | None

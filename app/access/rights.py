@@ -1,4 +1,4 @@
-"""What a role's rights allow in a request."""
+"""Checks a request against the rights of its caller's role."""
 
 from app.errors import Forbidden
 from app.types import Principal

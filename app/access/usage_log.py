@@ -1,7 +1,7 @@
 """The inference log: a row for each generation, written behind the requests' back.
 
-A database that is slow or away costs rows once the queue is full (they are counted), never a request its time.  What no
-quota has counted is counted here, in the same transaction.
+A database that is slow or away costs rows once the queue is full (they are counted), never a request its time.  Tokens
+that no quota has counted are counted here, in the same transaction.
 """
 
 from collections.abc import Awaitable, Callable, Sequence

@@ -1,4 +1,4 @@
-"""What the commands have in common: the database that they work on, and how they say things to people and programs."""
+"""Shared by the commands: the database that they work on, and output for people and for programs."""
 
 import asyncio
 import json

@@ -70,7 +70,7 @@ class ModelConfig(Section):
     """int8 quantizes the weights of linear layers on a CPU: a quarter of their float32 memory and faster decoding of
     single requests, but log-probabilities change; /v1/models reports by how much."""
     compile: Literal["auto", "none", "layers"] = "auto"
-    """What is compiled for this machine when the model is loaded.  On a CPU, with a C++ compiler (two seconds at the
+    """Operators compiled for this machine when the model is loaded.  On a CPU, with a C++ compiler (two seconds at the
     first start): auto compiles all layers of model families with a native decoder, linear layers and attention of
     others, and nothing without a compiler; layers refuses a model without a native decoder.  In bfloat16 on a processor
     with AMX, auto leaves linear layers to oneDNN.  On a GPU, layers compiles with torch.compile (a slower start); auto

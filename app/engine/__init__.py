@@ -1,1 +1,1 @@
-"""How tokens are made, seen from the API process.  Imports no torch."""
+"""Engines: how tokens are generated, seen from the API process.  Imports no torch."""

@@ -18,7 +18,7 @@ _NEUTRAL = SamplingParams()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
-    """What an engine can honour; a request that needs more is refused by name, never half served."""
+    """Features that an engine supports; a request that needs others is refused, and the field named."""
 
     unsupported: tuple[str, ...] = ()
     """Names of sampling parameters that must stay neutral."""
@@ -39,7 +39,7 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
-    """What is known of a loaded model; None where an engine cannot tell."""
+    """Description of a loaded model; None where an engine has no such figure."""
 
     model: str
     engine: str
@@ -58,7 +58,7 @@ class EngineInfo:
     """By how much int8 weights changed the log-probability of the likeliest token at load, on average; None where
     nothing is quantized."""
     compiled: Literal["attention", "layers"] | None = None
-    """What was compiled for this machine at load; None leaves everything to torch's own operators."""
+    """Operators compiled for this machine at load; None: torch computes everything with its own."""
 
     def check_tokens(self, field: str, token_ids: Sequence[int]) -> None:
         """Raises: InvalidRequest: one of them is no token of the model; the field is named."""
@@ -146,7 +146,7 @@ class Engine(Protocol):
         """
 
     async def prepare(self, request: GenerationRequest) -> PreparedPrompt:
-        """Encode the prompt of a request, or estimate its length where tokens are made elsewhere.
+        """Encode the prompt of a request, or estimate its length where another service has the tokenizer.
 
         Raises: InvalidRequest: the prompt cannot be encoded; EngineNotReady.
         """

@@ -1,7 +1,7 @@
 """An engine without weights: it returns its prompt.  Deterministic, for tests and for trying the service.
 
 A token is one Unicode character, and the engine is certain of each: no sampling parameter changes the text, and every
-log-probability is 0.  It keeps every promise of `Engine`; `bench/` uses it to measure what the service itself costs.
+log-probability is 0.  It fulfils the contract of `Engine`; `bench/` uses it to measure the service itself.
 """
 
 import asyncio
@@ -135,7 +135,7 @@ class EchoEngine:
 
 
 class _Plan:
-    """What is echoed to one request, and how much of it has been sent."""
+    """The characters to echo for one request, and how many of them have been sent."""
 
     def __init__(self, request: GenerationRequest) -> None:
         params = request.sampling

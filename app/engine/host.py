@@ -23,7 +23,7 @@ class ModelHost:
         self._build = build
         self.default_name = default
         self.since = int(time.time())
-        """When the host was made, in seconds since 1970."""
+        """When the host was created, in seconds since 1970."""
         self._models: dict[str, ServedModel] = {}
         self._started: set[str] = set()
         self._unloading: dict[str, asyncio.Event] = {}
@@ -78,7 +78,7 @@ class ModelHost:
         return self._models[name]
 
     def add(self, name: str) -> ServedModel:
-        """Build a model, once however many ask, and start it with the host.
+        """Build a model, once for any number of callers, and start it with the host.
 
         Raises: ModelNotFound, ConfigError: it cannot be built.
         """
@@ -92,7 +92,7 @@ class ModelHost:
             await self.load(name)
 
     async def load(self, name: str) -> ServedModel:
-        """Build and start a model, once however many ask; `engine.wait_ready` reports when it can serve.
+        """Build and start a model, once for any number of callers; `engine.wait_ready` reports when it can serve.
 
         Waits for an unload of the same model that has begun.
 

@@ -117,9 +117,9 @@ class LocalEngine:
         )
 
     async def start(self) -> None:
-        """Begin to load the model and return at once; `wait_ready` tells the outcome."""
+        """Begin to load the model and return at once; `wait_ready` reports the outcome."""
         self._worker.start()
-        # transformers takes a second to import, and the worker several; until then nobody needs it.
+        # transformers takes a second to import, and is needed only once the worker has loaded, which takes several.
         asyncio.get_running_loop().run_in_executor(None, _tokenizer_class)
 
     async def wait_ready(self) -> None:

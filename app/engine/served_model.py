@@ -25,7 +25,7 @@ class Chain(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingDefaults:
-    """What holds where a request leaves a parameter open."""
+    """The sampling parameters that a request leaves open."""
 
     max_tokens: int
     """Gives way to a long prompt."""

@@ -1,16 +1,16 @@
-"""Find stop strings in a text that arrives in pieces.
+"""Find stop strings in a text that arrives in segments.
 
-Decides what may be shown already and what must wait.  Knows no tokens, no requests and no streams.
+Decides what may be shown already and what must wait.  Works on text alone, for one sample.
 """
 
 from collections.abc import Sequence
 
 
 class StopBuffer:
-    """Lets text through up to the first stop string, however the text is cut into pieces.
+    """Lets text through up to the first stop string, however the text is cut into segments.
 
     The first is the one that begins earliest; of those that begin together, the shortest.  Only the part that may
-    still become a stop string is held back.
+    still become a stop string is buffered.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -19,10 +19,10 @@ class StopBuffer:
         self._longest_partial = len(self._stops[-1]) - 1 if self._stops else 0
         self._held = ""
         self.matched: str | None = None
-        """The stop string that ended the text; None while it goes on."""
+        """The stop string that ended the text; None before there is one."""
 
     def feed(self, text: str) -> str:
-        """Take the next piece and return what is safe to show; empty once a stop string matched."""
+        """Take the next segment and return what is safe to show; empty once a stop string matched."""
         if self.matched is not None:
             return ""
         held = self._held + text
@@ -35,7 +35,7 @@ class StopBuffer:
         return held[:wait_from]
 
     def finish(self) -> str:
-        """Return what was held back, now that no more text comes."""
+        """Return the buffered text, now that no more comes."""
         if self.matched is not None:
             return ""
         held, self._held = self._held, ""
@@ -49,7 +49,7 @@ class StopBuffer:
 
     def _first(self, text: str) -> tuple[int, str] | None:
         found = [(text.find(stop), stop) for stop in self._stops if stop in text]
-        # `min` keeps the first of equals, and the stop strings are sorted by length.
+        # `min` returns the first of equals, and the stop strings are sorted by length.
         return min(found, key=lambda item: item[0], default=None)
 
     def _partial(self, text: str) -> int:

@@ -1,1 +1,1 @@
-"""What is asked: the one path that every route takes."""
+"""Generation: the service, which every generating route calls, and the steps that prepare a request."""

@@ -1,4 +1,4 @@
-"""What a request costs its caller, and its row in the inference log."""
+"""Usage recording: charges a request to its caller's quota, and writes its row of the inference log."""
 
 import math
 import time
@@ -84,7 +84,7 @@ class UsageRecorder:
 
 
 class UsageRecord:
-    """What is known of one request."""
+    """Collects the usage of one request while it runs, for its row in the log."""
 
     def __init__(self, recorder: UsageRecorder, request: GenerationRequest, principal: Principal) -> None:
         self._recorder = recorder

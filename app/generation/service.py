@@ -173,7 +173,7 @@ class GenerationService:
         if request.session_id is None or self.sessions is None:
             return
         if self._input_filter is not None:
-            # Where output is not filtered this still keeps personal data out of the session, and lets a client's
+            # Where output is not filtered this still prevents personal data from being stored, and lets a client's
             # resent conversation, which comes through the same filter, be recognised.
             completion = await self._input_filter.mask(completion)
         for turn in as_turns([*new, Message(Role.ASSISTANT, completion)]):
@@ -194,7 +194,7 @@ class _Run:
         self._samples = request.samples()
         self.stats = RequestStats(model.name, metrics, self._samples)
         self.most_tokens = fitted.prompt_tokens + fitted.max_tokens * request.n
-        """What the request may cost at most."""
+        """Upper bound of the tokens that the request is charged with."""
         self._text: list[str] = []
         self._withheld_tokens = [0] * len(self._samples)
         """Tokens of each sample whose deltas were left out since the last one that was not."""

@@ -1,8 +1,8 @@
-"""What is remembered of conversations, for how long and how much of it.
+"""Session memory: the turns of conversations, with their limits of time, number and bytes.
 
-A session belongs to (tenant, session id), so no tenant can name another's.  Turns are stored and dropped whole.  Knows
-no engine and no prompt; the service reads, asks the model and appends.  Texts arrive here after the input filter and as
-they were sent to the client.
+A session belongs to (tenant, session id), so no tenant can name another's.  Turns are stored and dropped whole.  The
+service reads a session, generates and appends the turn; texts arrive here after the input filter and as they were sent
+to the client.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from app.types import Message, Role
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What the caller said and what the assistant answered; never a system message."""
+    """The caller's messages and the assistant's response to them; never a system message."""
 
     messages: tuple[Message, ...]
 
@@ -35,7 +35,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A conversation as it is kept."""
+    """A conversation as it is stored."""
 
     session_id: str
     turns: tuple[Turn, ...]
@@ -81,11 +81,11 @@ class SessionStore(Protocol):
         """Hold the session for one turn; others wait, first come, first served."""
 
     def count(self) -> int:
-        """Return how many sessions of all tenants are kept here; never blocks."""
+        """Return how many sessions of all tenants are stored here; never blocks."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
+class _StoredSession:
     turns: tuple[Turn, ...]
     text_bytes: int
     created: datetime
@@ -114,7 +114,7 @@ class MemorySessionStore:
         self._config = config
         self._clock = clock
         self._wall_clock = wall_clock
-        self._tenants: OrderedDict[str, TTLCache[str, _Kept]] = OrderedDict()
+        self._tenants: OrderedDict[str, TTLCache[str, _StoredSession]] = OrderedDict()
         """The tenant with the oldest last turn first."""
         self._locks: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
 
@@ -131,15 +131,15 @@ class MemorySessionStore:
     async def read(self, tenant: str, session_id: str) -> Session | None:
         self._drop_idle_tenants()
         sessions = self._tenants.get(tenant)
-        kept = None if sessions is None else sessions.get(session_id)
-        if kept is None:
+        stored = None if sessions is None else sessions.get(session_id)
+        if stored is None:
             return None
         return Session(
             session_id=session_id,
-            turns=kept.turns,
-            created=kept.created,
-            updated=kept.updated,
-            expires_in_seconds=max(0.0, kept.expires - self._clock()),
+            turns=stored.turns,
+            created=stored.created,
+            updated=stored.updated,
+            expires_in_seconds=max(0.0, stored.expires - self._clock()),
         )
 
     async def append(self, tenant: str, session_id: str, turn: Turn) -> None:
@@ -151,7 +151,7 @@ class MemorySessionStore:
         before = sessions.get(session_id)
         turns, text_bytes = self._fit((*before.turns, turn) if before else (turn,))
         now = self._wall_clock()
-        sessions[session_id] = _Kept(
+        sessions[session_id] = _StoredSession(
             turns=turns,
             text_bytes=text_bytes,
             created=before.created if before else now,
@@ -176,12 +176,12 @@ class MemorySessionStore:
         if sessions is None:
             return []
         # Past TTLCache's own __getitem__: to be listed is not to be used.
-        kept = [(session_id, Cache.__getitem__(sessions, session_id)) for session_id in sessions]
+        stored = [(session_id, Cache.__getitem__(sessions, session_id)) for session_id in sessions]
         return [
             SessionSummary(
                 session_id=session_id, turns=len(each.turns), text_bytes=each.text_bytes, updated=each.updated
             )
-            for session_id, each in reversed(kept)
+            for session_id, each in reversed(stored)
         ]
 
     @asynccontextmanager
@@ -225,7 +225,7 @@ def new_messages(history: Sequence[Turn], messages: Sequence[Message]) -> tuple[
     spoken = tuple(_without_system(messages))
     stored = tuple(_without_system(message for turn in history for message in turn.messages))
     if stored:
-        # The last place that leaves something new: what is kept is the end of the conversation.
+        # The last match that leaves something new: a session stores the end of its conversation.
         for start in reversed(range(len(spoken) - len(stored))):
             end = start + len(stored)
             if spoken[start:end] == stored:

@@ -16,7 +16,7 @@ Compile = Literal["auto", "none", "layers"]
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What to load; the fields mean what they mean in `ModelConfig`."""
+    """The model to load; the fields have their meaning in `ModelConfig`."""
 
     name: str
     source: Literal["local", "hub"]
@@ -95,7 +95,7 @@ class Ready(msgspec.Struct, tag=True, frozen=True, array_like=True):
     logprob_shift: float | None = None
     """By how much quantization changes log-probabilities, on average; None where there is none."""
     compiled: Compiled | None = None
-    """What was compiled for this machine."""
+    """Operators compiled for this machine."""
 
 
 class LoadFailed(msgspec.Struct, tag=True, frozen=True, array_like=True):

@@ -22,7 +22,7 @@ from app.types import Message, Role
 
 SYSTEM_VARIABLES = ("model_name",)
 COMPLETION_VARIABLES = ("model_name", "prompt")
-"""What the templates in prompts/ may name."""
+"""Variables that the templates in prompts/ may use."""
 
 
 class EngineSequence(RunnableSequence[Any, Any]):

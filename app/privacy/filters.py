@@ -1,6 +1,6 @@
 """Where personal data is filtered: input before anything stores it, output before anything sees it.
 
-The output filter is an Engine around an Engine, so it stands between the model and everything that keeps or sends text
+The output filter is an Engine around an Engine, so it stands between the model and everything that stores or sends text
 (cache, memory, LangChain callbacks, wire).  A filter that fails, fails closed: input is refused with 503, and an answer
 ends with FinishReason.CONTENT_FILTER without the text that was being looked at.
 """

@@ -83,7 +83,7 @@ _IBAN_REST = re.compile(r"(?:[ \t\-]?[A-Za-z0-9]){0,30}+")
 _IBAN_REST_OPEN = re.compile(r"(?:[ \t\-]?[A-Za-z0-9]){0,30}+[ \t\-]?\Z")
 
 
-def iban_account(shadow: str, start: int, left: str) -> int:
+def iban_number(shadow: str, start: int, left: str) -> int:
     length = _IBAN_LENGTHS.get(shadow[start : start + 2].upper())
     head = _IBAN_HEAD.match(shadow, start)
     rest = _IBAN_REST.match(shadow, start + 4)

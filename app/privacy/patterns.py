@@ -20,7 +20,7 @@ from app.privacy.numbers import (
     IBAN_REACH,
     Matcher,
     card,
-    iban_account,
+    iban_number,
     iban_open,
     phone_matcher,
     social_security,
@@ -241,7 +241,7 @@ def matchers(kinds: frozenset[PiiKind], phone_region: str) -> dict[PiiKind, Matc
     available = {
         PiiKind.API_KEY: _api_key,
         PiiKind.CARD: card,
-        PiiKind.IBAN: iban_account,
+        PiiKind.IBAN: iban_number,
         PiiKind.SSN: social_security,
         PiiKind.IP: _ip,
         PiiKind.PHONE: phone_matcher(phone_region),

@@ -131,7 +131,7 @@ def _open_file(config: LoggingConfig) -> _FileSink | None:
 
 
 def _formatter(config: LoggingConfig) -> ProcessorFormatter:
-    # json escapes all but printable ASCII unless told otherwise.
+    # json escapes all but printable ASCII by default.
     as_json: list[Processor] = [structlog.processors.JSONRenderer(default=repr, skipkeys=True)]
     as_text = [
         _escape_for_terminal,
@@ -197,7 +197,7 @@ def _escape_for_terminal(logger: WrappedLogger, method: str, event: EventDict) -
     texts = {
         _escaped(str(key)): _escaped(value if isinstance(value, str) else repr(value)) for key, value in event.items()
     }
-    # The bar keeps a line break inside an exception's message from looking like a line of its own.
+    # The bar shows that a line break inside an exception's message does not begin another log line.
     blocks = {
         key: "\n".join(f"    | {_escaped(line)}" for line in str(text).splitlines()) for key, text in tracebacks.items()
     }

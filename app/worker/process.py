@@ -65,7 +65,7 @@ class Runner(Protocol):
 
     @property
     def compiled(self) -> Compiled | None:
-        """What was compiled for this machine."""
+        """Operators compiled for this machine."""
 
     @property
     def busy(self) -> bool:
@@ -147,7 +147,8 @@ def serve(start: Start) -> None:
             log.exception("the model could not be loaded")
         send(LoadFailed(load_reason(error)))
         _wait_to_be_killed()
-    # What is alive now stays alive: a full garbage collection over it would delay a step by a fifth of a second.
+    # The objects of the load live as long as the process; a full garbage collection over them would delay a step by a
+    # fifth of a second.
     gc.collect()
     gc.freeze()
     send(_ready(tokenizer_folder, loaded, runner))

@@ -58,15 +58,15 @@ def read_all(service: Service, requests: list[dict[str, Any]]) -> list[Reader]:
 
 
 def test_thirty_two_streams_move_together(service: Service) -> None:
-    """All have begun before any has ended, and each says what it says alone."""
+    """All have begun before any has ended, and each is the completion of the same request sent by itself."""
     # Long enough that the last client of a busy machine has sent its request before the first answer ends.
     long = [body(n, tokens=8 * TOKENS) for n in range(CLIENTS)]
-    alone = [service.client.post("/v1/generate", json=long[n]).json()["generated_text"] for n in (0, 13, 31)]
+    single = [service.client.post("/v1/generate", json=long[n]).json()["generated_text"] for n in (0, 13, 31)]
 
     readers = read_all(service, long)
 
     assert [8 * TOKENS] * CLIENTS == [reader.usage["completion_tokens"] for reader in readers]
-    assert alone == [readers[n].text for n in (0, 13, 31)]
+    assert single == [readers[n].text for n in (0, 13, 31)]
     assert max(reader.moments[0] for reader in readers) < min(reader.moments[-1] for reader in readers)
 
 
@@ -121,13 +121,13 @@ def logprobs(reply: dict[str, Any]) -> list[float]:
 
 def test_three_answers_of_one_seed_are_the_same_three_again(service: Service) -> None:
     """With their log-probabilities, also while others are being answered; they differ among themselves."""
-    asked = {"prompt": "Once upon a time", "n": 3, "logprobs": True, "seed": 7, "max_tokens": 30, "cache": False}
+    request = {"prompt": "Once upon a time", "n": 3, "logprobs": True, "seed": 7, "max_tokens": 30, "cache": False}
     with ThreadPoolExecutor() as pool, ExitStack() as stack:
         stack.callback(pool.shutdown)
         others = [pool.submit(service.client.post, "/v1/generate", json=body(n)) for n in range(4)]
-        first = service.client.post("/v1/generate", json=asked).json()
+        first = service.client.post("/v1/generate", json=request).json()
         assert {200} == {other.result().status_code for other in others}
-    again = service.client.post("/v1/generate", json=asked).json()
+    again = service.client.post("/v1/generate", json=request).json()
 
     assert [each["text"] for each in first["completions"]] == [each["text"] for each in again["completions"]]
     # Sums in another order, in another company, differ in their last bits.

@@ -12,13 +12,13 @@ constexpr int64_t SLOTS = 4, LENGTH = 260;
 const float SCALE = 1 / std::sqrt(float(HEAD_SIZE));
 
 struct Batch {
-    std::vector<int64_t> slots, first_key, end_key;
+    std::vector<int64_t> slots, begin_key, end_key;
 
     // Tokens of one slot at the positions from `begin` to `end`.
     void add(int64_t slot, int64_t begin, int64_t end, int64_t window) {
         for (int64_t position = begin; position < end; position++) {
             slots.push_back(slot);
-            first_key.push_back(std::max<int64_t>(0, position + 1 - window));
+            begin_key.push_back(std::max<int64_t>(0, position + 1 - window));
             end_key.push_back(position + 1);
         }
     }
@@ -43,7 +43,7 @@ struct Cache {
 std::vector<kv_t> attend(const Cache& cache, const std::vector<kv_t>& q, const Batch& batch, float scale, int threads) {
     std::vector<kv_t> out(q.size(), narrow<kv_t>(NAN));
     llmk_attend(q.data(), cache.keys.data(), cache.values.data(), out.data(), batch.slots.data(),
-                batch.first_key.data(), batch.end_key.data(), batch.tokens(), LENGTH, scale, threads);
+                batch.begin_key.data(), batch.end_key.data(), batch.tokens(), LENGTH, scale, threads);
     return out;
 }
 
@@ -52,7 +52,7 @@ void check_against_reference(const Cache& cache, const Batch& batch, int threads
     const std::vector<kv_t> out = attend(cache, q, batch, SCALE, threads);
     for (int64_t token = 0; token < batch.tokens(); token++)
         for (int64_t head = 0; head < HEADS; head++) {
-            const int64_t at = (token * HEADS + head) * HEAD_SIZE, first = batch.first_key[token];
+            const int64_t at = (token * HEADS + head) * HEAD_SIZE, first = batch.begin_key[token];
             const int64_t from = Cache::offset(batch.slots[token], head / QUERIES_PER_KV, first);
             std::vector<double> query;
             for (int element = 0; element < HEAD_SIZE; element++) query.push_back(widen(q[at + element]));

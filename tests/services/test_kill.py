@@ -30,7 +30,7 @@ SLACK_SECONDS = 0.5
 
 @dataclass
 class Acknowledged:
-    """What clients were told before the service died."""
+    """What clients were acknowledged before the service died."""
 
     keys: list[str] = field(default_factory=list)
     tokens: int = 0
@@ -68,19 +68,19 @@ async def ready(http: httpx.AsyncClient, process: subprocess.Popen[bytes]) -> No
                 await asyncio.sleep(0.05)
 
 
-async def load(http: httpx.AsyncClient, key: str, told: Acknowledged) -> None:
-    """Ask and make keys until the service is gone."""
+async def load(http: httpx.AsyncClient, key: str, acknowledged: Acknowledged) -> None:
+    """Send prompts and create keys until the service is gone."""
     while True:
         try:
-            made = await http.post("/v1/keys", json={"role": "free"})
-            told.keys.append(made.json()["id"])
+            created = await http.post("/v1/keys", json={"role": "free"})
+            acknowledged.keys.append(created.json()["id"])
             for _ in range(3):
                 body = {"prompt": "hello", "max_tokens": 9, "cache": False}
                 reply = await http.post("/v1/generate", json=body, headers={"X-API-Key": key})
                 if reply.status_code == 503:  # a machine this busy: nothing was acknowledged
                     continue
-                told.tokens += reply.json()["usage"]["total_tokens"]
-                told.answers.append((time.monotonic(), reply.json()["request_id"]))
+                acknowledged.tokens += reply.json()["usage"]["total_tokens"]
+                acknowledged.answers.append((time.monotonic(), reply.json()["request_id"]))
         except httpx.TransportError:
             return
 
@@ -89,16 +89,16 @@ async def load(http: httpx.AsyncClient, key: str, told: Acknowledged) -> None:
 @pytest.mark.parametrize("kills", [1, pytest.param(25, marks=pytest.mark.soak)])
 async def test_a_killed_service_has_lost_nothing_that_it_acknowledged(url: str, tmp_path: Path, kills: int):
     """Keys, tokens, and log rows but those of the last flush interval; leases free what was reserved."""
-    told, key = Acknowledged(), ""
+    acknowledged, key = Acknowledged(), ""
     for _ in range(kills):
         process, address = start(url, tmp_path)
         try:
             async with httpx.AsyncClient(base_url=address, headers={"X-API-Key": ADMIN_KEY}, timeout=10) as http:
                 await ready(http, process)
                 if not key:
-                    made = await http.post("/v1/keys", json={"limits": {"monthly_tokens": 10**9}})
-                    key = made.json()["key"]
-                clients = [asyncio.create_task(load(http, key, told)) for _ in range(8)]
+                    created = await http.post("/v1/keys", json={"limits": {"monthly_tokens": 10**9}})
+                    key = created.json()["key"]
+                clients = [asyncio.create_task(load(http, key, acknowledged)) for _ in range(8)]
                 await asyncio.sleep(random.uniform(0.8, 2))
                 process.send_signal(signal.SIGKILL)
                 killed = time.monotonic()
@@ -106,12 +106,12 @@ async def test_a_killed_service_has_lost_nothing_that_it_acknowledged(url: str, 
         finally:
             process.kill()
             process.wait(10)
-        await look(url, key, told, killed - FLUSH_SECONDS - SLACK_SECONDS)
-    assert len(told.answers) > 10 * kills
+        await look(url, key, acknowledged, killed - FLUSH_SECONDS - SLACK_SECONDS)
+    assert len(acknowledged.answers) > 10 * kills
     await leases_free_the_rest(url, key)
 
 
-async def look(url: str, key: str, told: Acknowledged, safe_until: float) -> None:
+async def look(url: str, key: str, acknowledged: Acknowledged, safe_until: float) -> None:
     """Find in the database what was acknowledged."""
     database = Database(url, wait_seconds=60)
     async with database.begin() as connection:
@@ -121,12 +121,12 @@ async def look(url: str, key: str, told: Acknowledged, safe_until: float) -> Non
     problems = await database.problems()
     await database.close()
 
-    assert set() == set(told.keys) - keys
-    assert counted.used >= told.tokens
-    assert set() == {request_id for arrived, request_id in told.answers if arrived < safe_until} - rows
+    assert set() == set(acknowledged.keys) - keys
+    assert counted.used >= acknowledged.tokens
+    assert set() == {request_id for arrived, request_id in acknowledged.answers if arrived < safe_until} - rows
     assert [] == problems
-    # Those of the last interval may be lost; the next round must not ask for them again.
-    told.answers = [(arrived, request_id) for arrived, request_id in told.answers if request_id in rows]
+    # Those of the last interval may be lost; the next round must not look for them again.
+    acknowledged.answers = [(arrived, request_id) for arrived, request_id in acknowledged.answers if request_id in rows]
 
 
 def counter(key: str) -> Month:

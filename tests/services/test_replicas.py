@@ -90,7 +90,7 @@ async def test_what_a_dead_process_had_reserved_is_released_by_its_lease(url: st
         while (await balance(database, counter)).reserved != 500:  # noqa: ASYNC110  # another task's work
             await asyncio.sleep(0.05)
     await asyncio.sleep(0.6)
-    kept = await balance(database, counter)
+    freed = await balance(database, counter)
     await alive.commit(held, 20)
     await alive.commit(lost, 30)
     committed = await balance(database, counter)
@@ -98,7 +98,7 @@ async def test_what_a_dead_process_had_reserved_is_released_by_its_lease(url: st
     await groups[1].close()
     await other.close()
 
-    assert (0, 500) == (kept.used, kept.reserved)
+    assert (0, 500) == (freed.used, freed.reserved)
     assert (50, 0) == (committed.used, committed.reserved)
 
 

@@ -41,25 +41,25 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_keys_are_made_listed_rotated_and_revoked(folder: Path):
+def test_keys_are_created_listed_rotated_and_revoked(folder: Path):
     """The secret is printed once; tables for people and JSON for programs say the same."""
     assert "revision 0001" in run("db", "upgrade")
-    made = json.loads(run("keys", "create", "--owner", "anna", "--days", "1", "--monthly-tokens", "9", "--json"))
+    created = json.loads(run("keys", "create", "--owner", "anna", "--days", "1", "--monthly-tokens", "9", "--json"))
     shown = run("keys", "create", "--role", "admin")
-    rotated = json.loads(run("keys", "rotate", made["id"], "--overlap-hours", "2", "--json"))
-    revoked = run("keys", "revoke", made["id"])
+    rotated = json.loads(run("keys", "rotate", created["id"], "--overlap-hours", "2", "--json"))
+    revoked = run("keys", "revoke", created["id"])
     rows = json.loads(run("keys", "list", "--json"))
     table = run("keys", "list")
 
-    assert made["id"] == id_of(made["key"]) == id_of(rotated["key"])
+    assert created["id"] == id_of(created["key"]) == id_of(rotated["key"])
     assert id_of(shown.split()[0]) is not None
     assert "revoked" in revoked
     assert [("revoked", "anna", "standard"), ("active", None, "admin")] == [
         (row["state"], row["owner"], row["role"]) for row in rows
     ]
     assert {"monthly_tokens": 9} == rows[0]["own_limits"]
-    assert made["id"] in table
-    assert made["key"][14:] not in table + str(rows)
+    assert created["id"] in table
+    assert created["key"][14:] not in table + str(rows)
 
 
 def test_roles_are_listed_and_changed(folder: Path):

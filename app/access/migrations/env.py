@@ -1,4 +1,4 @@
-"""What Alembic runs: `db.py` hands over a connection that is inside a transaction and holds the lock."""
+"""Alembic's environment: `db.py` hands over a connection that is inside a transaction and holds the lock."""
 
 from alembic import context
 

@@ -17,7 +17,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
 from app.engine.tokenizer.segment_cache import SegmentEncoder
-from app.engine.tokenizer.token_bytes import piece_reader
+from app.engine.tokenizer.token_bytes import token_bytes_reader
 from app.errors import InvalidRequest
 from app.types import Message, Role
 
@@ -41,7 +41,7 @@ class _ChatTokenizer(PreTrainedTokenizerFast):
 class HfTokenizer:
     """A Hugging Face fast tokenizer, safe to use from several threads.
 
-    transformers keeps the flags of a call in the tokenizer itself, so that two calls at once read each other's: the
+    transformers stores the flags of a call in the tokenizer itself, so that two calls at once read each other's: the
     copy for conversations stands behind a lock, and the copies for prompts and for segments and decoding never change a
     flag.
     """
@@ -71,7 +71,7 @@ class HfTokenizer:
         self._forbidden = control - {self._chat.unk_token_id}
         self._prefix = _prefix_ids(self._text)
         self._anchor = tuple(self._text.encode("a", add_special_tokens=False).ids)
-        self._piece = piece_reader(self._plain, list(self._anchor))
+        self._read_bytes = token_bytes_reader(self._plain, list(self._anchor))
 
     def encode_chat(self, messages: Sequence[Message], *, continue_final_message: bool = False) -> tuple[int, ...]:
         """Apply the chat template, ending where the assistant begins to speak, or where the last message breaks off.
@@ -124,11 +124,11 @@ class HfTokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of a token in mid-text; of a control token its name, of an unknown id nothing."""
-        return self._piece(token_id)
+        return self._read_bytes(token_id)
 
     def token_text(self, token_id: int) -> str:
         """Return the same as text, where a part of a character is U+FFFD."""
-        return self._piece(token_id).decode(errors="replace")
+        return self._read_bytes(token_id).decode(errors="replace")
 
     def _shows(self, *messages: Message) -> bool:
         """Ask the template by a dry run: some refuse a role, some leave it out without a word."""
@@ -142,7 +142,7 @@ class HfTokenizer:
 class StreamDecoder:
     """Turns the tokens of one completion into text as they come.
 
-    The pieces together are what decoding all tokens at once gives.  One case is better than that: where a tokenizer
+    The texts joined are what decoding all tokens at once gives.  One case is better than that: where a tokenizer
     with byte fallback meets bytes that are not UTF-8, decoding at once gives up the whole run of bytes, and this one
     has already shown the characters before the damage.
     """
@@ -156,7 +156,7 @@ class StreamDecoder:
         self._stream = DecodeStream(skip_special_tokens=True)
 
     def feed(self, token_ids: Sequence[int]) -> str:
-        """Return the text that these tokens complete; bytes of an unfinished character are kept back."""
+        """Return the text that these tokens complete; bytes of an unfinished character are buffered."""
         return "".join(map(self._step, token_ids))
 
     def finish(self) -> str:
@@ -201,7 +201,7 @@ def _control_ids(tokenizer: PreTrainedTokenizerFast, template: str) -> frozenset
 
 
 def _plain_text_copy(backend: str, control: frozenset[int]) -> FastTokenizer:
-    """Copy a tokenizer so that it reads control tokens as text and knows no padding or truncation.
+    """Copy a tokenizer so that it reads control tokens as text and neither pads nor truncates.
 
     `encode_special_tokens` spares only tokens marked special, and many models do not mark the tokens of their
     template; so the marks are set first.
@@ -216,7 +216,7 @@ def _plain_text_copy(backend: str, control: frozenset[int]) -> FastTokenizer:
 
 
 def _prefix_ids(tokenizer: FastTokenizer) -> tuple[int, ...]:
-    """Return what the tokenizer puts in front of every text, and not what it puts behind: a prompt goes on."""
+    """Return the special tokens that the tokenizer adds before a text; those after it would end the prompt."""
     bare = tokenizer.encode("a", add_special_tokens=False).ids
     whole = tokenizer.encode("a").ids
     starts = (start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)

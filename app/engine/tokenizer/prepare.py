@@ -1,4 +1,4 @@
-"""Encodes the prompt of a request, wherever that holds up nobody."""
+"""Encodes the prompt of a request: a short one on the event loop, a long one in a thread."""
 
 import asyncio
 from functools import partial

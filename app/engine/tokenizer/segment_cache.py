@@ -1,8 +1,8 @@
-"""Encodes what a chat template writes a segment at a time, and remembers the segments: the next turn of a conversation
-brings little that is new.
+"""Encodes the text of a chat template a segment at a time, and caches the segments: the next turn of a conversation has
+few new ones.
 
-A tokenizer cuts its text at added tokens before it does anything else, so that what stands from one of them to the next
-has the same tokens in any text.  Decides which tokens are safe to cut at; knows no template and no message.
+A tokenizer cuts its text at added tokens before it does anything else, so that the text between two of them has the
+same tokens wherever it stands.  Decides which tokens are safe to cut at, in text that a template has rendered.
 """
 
 import re
@@ -59,7 +59,7 @@ def borders_among(added: Iterable[AddedToken]) -> list[str]:
     ordered = sorted(ends | contents)
 
     def found_in_another(token: str) -> bool:
-        """Whether another one may be found where this one begins, or begins with it and goes on."""
+        """Return whether another token may match where this one begins, or is longer and begins with this one."""
         longer = bisect_right(ordered, token)
         begun = any(token[:length] in ends for length in range(1, len(token) + 1))
         return begun or (longer < len(ordered) and ordered[longer].startswith(token))

@@ -1,6 +1,6 @@
-"""What bytes one token of a vocabulary stands for, on its own.
+"""The bytes that one token of a vocabulary stands for, on its own.
 
-Decides by the tokenizer's own description how its vocabulary spells bytes; knows no request and no stream.
+Decides by the tokenizer's own description how its vocabulary encodes bytes.
 """
 
 import json
@@ -12,13 +12,13 @@ from typing import Any
 from tokenizers import Tokenizer as FastTokenizer
 
 REMEMBERED_TOKENS = 16_384
-"""Answers go back to the same few tokens, and each place of one may list twenty."""
+"""Completions return to the same few tokens, and each position may list twenty alternatives."""
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
-def piece_reader(tokenizer: FastTokenizer, anchor: list[int]) -> Callable[[int], bytes]:
-    """Return what tells a token's bytes; safe to call from several threads.
+def token_bytes_reader(tokenizer: FastTokenizer, anchor: list[int]) -> Callable[[int], bytes]:
+    """Return a function from a token to its bytes; safe to call from several threads.
 
     Args: anchor: the tokens of some ordinary letter, since a token by itself would lose its leading space.
     """

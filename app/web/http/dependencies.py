@@ -112,7 +112,7 @@ def bind_end_user(request: Request, name: str | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class RequestContext:
-    """What a generating route needs beside its body."""
+    """Everything that a generating route takes beside its body."""
 
     request: Request
     container: Container

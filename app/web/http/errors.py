@@ -1,7 +1,7 @@
 """Translates exceptions into error responses: status, headers and the JSON envelope of the path's dialect.
 
 `ErrorRenderer` chooses the envelope by path prefix, because an error may come before any route is found: a wrong key, a
-path that does not exist.  What a client sent is never echoed, except for the cleaned name of an unknown field.
+path that does not exist.  Input is never echoed, except for the cleaned name of an unknown field.
 """
 
 import math

@@ -169,7 +169,7 @@ def _has_every_key(value: Any, body: bytes) -> bool:
 
 
 def _is_shallow(value: Any, body: bytes) -> bool:
-    """Return whether the value keeps to `MAX_DEPTH`."""
+    """Return whether the value is nested no deeper than `MAX_DEPTH`."""
     if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
         return True
     level = [value] if type(value) in (dict, list) else []

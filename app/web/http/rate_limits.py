@@ -112,7 +112,7 @@ def caller_address(request: Request) -> str:
 
 
 def client_address(scope: Scope) -> str:
-    """Return the peer's IPv4 address or IPv6 /64, or "unknown".  Proxies are the server's affair, not ours."""
+    """Return the peer's IPv4 address or IPv6 /64, or "unknown".  The server has resolved proxies already."""
     host = (scope.get("client") or ("", 0))[0]
     try:
         address = ipaddress.ip_address(host)

@@ -73,13 +73,13 @@ class EventStream(SseResponse):
         self._events = events
         self._encoder = encoder
         self._reading: asyncio.Task[None]
-        # A comment at once tells proxies and clients that the stream lives, however long the first token takes.
-        # The opening is encoded before any later event is read, because encoders are told of events in their order.
+        # A comment at once shows proxies and clients that the stream lives, however long the first token takes.
+        # The opening is encoded before any later event is read, because encoders must see events in their order.
         self._buffer = [_KEEP_ALIVE.encode() + encoder.encode(started)]
         """Frames that have not been sent."""
         self._has_frames = asyncio.Event()
         self._has_frames.set()
-        self._has_room = asyncio.Event()
+        self._has_capacity = asyncio.Event()
         self._finished = False
         super().__init__(
             self._frames(),
@@ -107,8 +107,8 @@ class EventStream(SseResponse):
                     self._buffer.append(frames)
                     self._has_frames.set()
                 while len(self._buffer) >= READ_AHEAD:
-                    self._has_room.clear()
-                    await self._has_room.wait()
+                    self._has_capacity.clear()
+                    await self._has_capacity.wait()
         finally:
             self._has_frames.set()
 
@@ -120,7 +120,7 @@ class EventStream(SseResponse):
                 self._has_frames.clear()
                 ready = b"".join(self._buffer)
                 self._buffer.clear()
-                self._has_room.set()
+                self._has_capacity.set()
                 if ready:
                     yield ready
                 elif not self._reading.done():

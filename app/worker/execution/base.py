@@ -23,7 +23,7 @@ class Executor(Protocol):
 
     @property
     def compiled(self) -> Compiled | None:
-        """What of the pass was compiled for this machine."""
+        """Parts of the pass that were compiled for this machine."""
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Write the batch's keys and values to their slots and return the logits, (wanted, vocab)."""
@@ -44,7 +44,7 @@ class OptionalExecutor(Executor, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """What one layer of a model requires of attention, recorded in its first pass."""
+    """Attention parameters of one layer, recorded in its first pass."""
 
     query_heads: int
     kv_heads: int

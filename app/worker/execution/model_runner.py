@@ -27,7 +27,7 @@ class ModelRunner:
 
     @property
     def compiled(self) -> Compiled | None:
-        """What of the model is compiled for this machine."""
+        """Return the parts of the model that are compiled for this machine."""
         return self.executor.compiled
 
     @torch.inference_mode()

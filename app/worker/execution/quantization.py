@@ -15,7 +15,7 @@ from app.worker.execution.linear_modules import linear_modules
 MIN_ABSMAX = 1e-30
 """Lower bound of a channel's absolute maximum, so an all-zero channel has a non-zero scale."""
 LOSSLESS = 1e-7
-"""What another weight format may change, as a share of the weights' norm: as much as one rounding in float32."""
+"""Largest change that another weight format may bring, as a share of the weights' norm: one rounding in float32."""
 SAMPLE_TEXT = (
     "The harbour was quiet when the ferry came in. Two boys carried a crate of oranges along the pier, and a woman in "
     "a green coat asked them what the price was. It had rained in the night; the stones were still dark, and from the "

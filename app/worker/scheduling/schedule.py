@@ -61,7 +61,7 @@ class PrefixCopy:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """What one step computes."""
+    """The tokens that one model step computes."""
 
     tokens: list[ScheduledTokens]
     """Decode tokens first, by slot; then prefill chunks.  Empty if there is nothing to do."""

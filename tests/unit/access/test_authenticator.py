@@ -29,7 +29,7 @@ class Store:
 
     def __init__(self, key: str) -> None:
         self.key = key
-        self.asked = 0
+        self.queries = 0
         self.delay = 0.0
         self.away = False
         self.answers = asyncio.Event()
@@ -38,7 +38,7 @@ class Store:
         self.breaker = CircuitBreaker(self.probe, probe_seconds=PROBE_SECONDS)
 
     async def _answer(self) -> None:
-        self.asked += 1
+        self.queries += 1
         await asyncio.sleep(self.delay)
         await self.answers.wait()
         if self.away:
@@ -117,7 +117,7 @@ async def test_the_database_is_asked_once_in_a_while_and_then_believed(
     assert FRESH_SECONDS < 5
     for _ in range(10):
         assert await authenticator.authenticate(key.encode()) is not None
-    assert 1 == store.asked
+    assert 1 == store.queries
 
     store.revoked = datetime.now(UTC)
     clock.now += FRESH_SECONDS + 0.1
@@ -156,7 +156,7 @@ async def test_a_known_key_does_not_wait_for_a_slow_database(
         assert await authenticator.authenticate(key.encode()) is not None
 
     assert first < 2
-    assert 2 == store.asked
+    assert 2 == store.queries
 
 
 async def test_a_key_in_use_never_waits_for_a_database_that_stalls(
@@ -170,7 +170,7 @@ async def test_a_key_in_use_never_waits_for_a_database_that_stalls(
     async with asyncio.timeout(5):
         clock.now += RENEW_SECONDS + 0.1
         assert await authenticator.authenticate(key.encode()) is not None
-        await until(lambda: store.asked == 2)
+        await until(lambda: store.queries == 2)
         store.away = True
         store.answers.set()
         await until(lambda: store.breaker.open)
@@ -206,7 +206,7 @@ async def test_a_database_that_is_back_is_believed_again(
     """What was revoked while nobody could be asked is refused."""
     background.spawn(store.breaker.watch())
     await lose(store, authenticator, clock, key)
-    await until(lambda: store.asked > 5)
+    await until(lambda: store.queries > 5)
     store.away, store.revoked = False, datetime.now(UTC)
 
     await until(lambda: not store.breaker.degraded)
@@ -257,7 +257,7 @@ async def test_nothing_is_asked_after_the_end(
     """Not even what nobody waits for any more."""
     store.answers.clear()
     early = asyncio.create_task(authenticator.authenticate(key.encode()))
-    await until(lambda: store.asked == 1)
+    await until(lambda: store.queries == 1)
     authenticator.forget()
 
     await background.close()
@@ -272,7 +272,7 @@ async def test_what_was_asked_before_a_change_is_not_remembered_after_it(
     """A revocation here holds at once, whatever is on its way from the database."""
     store.answers.clear()
     early = asyncio.create_task(authenticator.authenticate(key.encode()))
-    await until(lambda: store.asked == 1)
+    await until(lambda: store.queries == 1)
     authenticator.forget(str(id_of(key)))
     store.answers.set()
     assert await early is not None
@@ -284,25 +284,25 @@ async def test_what_was_asked_before_a_change_is_not_remembered_after_it(
 async def test_a_change_to_one_key_leaves_the_others_remembered(authenticator: Authenticator, store: Store, key: str):
     await authenticator.authenticate(key.encode())
     await authenticator.authenticate(b"configured-key")
-    asked = store.asked
+    queries = store.queries
 
     authenticator.forget(str(id_of(key)))
     await authenticator.authenticate(b"configured-key")
-    assert asked == store.asked
+    assert queries == store.queries
     await authenticator.authenticate(key.encode())
-    assert asked + 1 == store.asked
+    assert queries + 1 == store.queries
 
 
 async def test_requests_of_one_key_ask_once(authenticator: Authenticator, store: Store, key: str):
     """One that hangs up does not take the result from the others."""
     store.answers.clear()
     first, *others = [asyncio.create_task(authenticator.authenticate(key.encode())) for _ in range(5)]
-    await until(lambda: store.asked == 1)
+    await until(lambda: store.queries == 1)
     first.cancel()
     store.answers.set()
 
     assert all(await asyncio.gather(*others))
-    assert 1 == store.asked
+    assert 1 == store.queries
 
 
 async def test_the_configured_key_needs_no_database(authenticator: Authenticator, store: Store):
@@ -318,7 +318,7 @@ async def test_the_configured_key_needs_no_database(authenticator: Authenticator
 @pytest.mark.parametrize("wrong", [b"", b"configured-ke", b"configured-key ", b"\xff\x00", b"llm_", b"x" * 10_000])
 async def test_what_cannot_be_a_key_asks_no_database(authenticator: Authenticator, store: Store, wrong: bytes):
     assert await authenticator.authenticate(wrong) is None
-    assert 0 == store.asked
+    assert 0 == store.queries
 
 
 async def test_memory_is_bounded(store: Store, clock: Clock, background: BackgroundGroup):
@@ -329,7 +329,7 @@ async def test_memory_is_bounded(store: Store, clock: Clock, background: Backgro
             assert await authenticator.authenticate(presented) is not None
             assert 1 == authenticator.remembered
 
-    assert 6 == store.asked
+    assert 6 == store.queries
 
 
 async def test_no_key_is_in_a_repr(authenticator: Authenticator, key: str):

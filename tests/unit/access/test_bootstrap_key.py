@@ -14,7 +14,7 @@ from app.access.bootstrap_key import KEY_FILE, bootstrap_key
 from app.errors import ConfigError
 
 
-def test_the_first_key_is_made_once_and_kept_for_its_owner_alone(tmp_path: Path):
+def test_the_first_key_is_created_once_and_only_its_owner_can_read_it(tmp_path: Path):
     folder = tmp_path / "deep" / "data"
 
     key = bootstrap_key(folder)

@@ -166,10 +166,10 @@ def test_personal_data_is_replaced(kind: PiiKind, written: str) -> None:
     """On its own and inside a sentence, the entity is replaced and the text around it is not."""
     redactor = Redactor()
 
-    alone, inside = redactor.redact(written), redactor.redact(f"It is ({written}), I think.")
+    by_itself, inside = redactor.redact(written), redactor.redact(f"It is ({written}), I think.")
 
     placeholder = f"[{kind.upper()}]"
-    assert (placeholder, {kind: 1}) == (alone.text, alone.counts)
+    assert (placeholder, {kind: 1}) == (by_itself.text, by_itself.counts)
     assert f"It is ({placeholder}), I think." == inside.text
 
 

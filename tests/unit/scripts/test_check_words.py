@@ -40,6 +40,7 @@ def test_an_identifier_with_a_private_word_is_found(code: str):
         "x = 1  # it is made of pieces that were kept together",
         'x = "asks"',
         'x = {"turns_kept": 1}',
+        '"""As SentencePiece cuts it."""',
         "made_up_word = 1",
         "asyncio.gather(one, two)",
         "def test_a_quota_is_settled_once_and_its_rows_are_kept(): ...",

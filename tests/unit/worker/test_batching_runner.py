@@ -77,12 +77,12 @@ def generate(model: Any, prompt: Sequence[int]) -> list[int]:
 @pytest.mark.parametrize("compiled", [None, "auto"], ids=["torch", "auto"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_completions_are_those_of_generate(family: str, compiled: Compile | None):
-    """Token for token in float32, alone and in a full batch whose requests start at different times."""
+    """Token for token in float32, one by one and in a full batch whose requests start at different times."""
     build = FAMILIES[family]
     model = make(build)
     expected = [generate(model, prompt) for prompt in PROMPTS]
-    alone = runner_for(make(build), slots=1, compiled=compiled)
-    assert expected == [complete(alone, prompt) for prompt in PROMPTS]
+    single = runner_for(make(build), slots=1, compiled=compiled)
+    assert expected == [complete(single, prompt) for prompt in PROMPTS]
 
     runner, events = runner_for(make(build), slots=3, compiled=compiled), list[TokenEvent]()
     for number, prompt in enumerate(PROMPTS):

@@ -94,9 +94,9 @@ def test_a_layer_is_close_and_a_tokens_output_is_its_own(bias: bool) -> None:
     x[5] = 0
 
     with torch.inference_mode():
-        batched, alone, expected = layer(x), torch.cat([layer(row[None]) for row in x]), linear(x)
+        batched, single, expected = layer(x), torch.cat([layer(row[None]) for row in x]), linear(x)
 
-    assert torch.equal(batched, alone)
+    assert torch.equal(batched, single)
     assert all((batched - expected).norm(dim=-1) <= 0.05 * expected.norm(dim=-1) + 1e-6)
     assert torch.equal(batched[5], expected[5])
 

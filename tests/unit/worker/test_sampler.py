@@ -315,9 +315,9 @@ def results_of(
 @given(order=st.permutations(range(len(ROWS))), size=st.integers(1, len(ROWS)))
 def test_a_row_is_sampled_as_if_it_were_alone(order: list[int], size: int):
     """The same tokens and log-probabilities in any company and at any place of the batch."""
-    alone = {place: results_of([place])[place] for place in order[:size]}
+    single = {place: results_of([place])[place] for place in order[:size]}
 
-    assert alone == results_of(order[:size])
+    assert single == results_of(order[:size])
 
 
 @pytest.mark.parametrize("broken", [(0,), (2, 7), (1, 5, 6, 8, 9)])

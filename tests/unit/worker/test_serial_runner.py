@@ -186,7 +186,7 @@ def test_a_failure_ends_only_its_request(model: LoadedModel, error: Exception, w
 
 def test_a_broken_device_is_fatal(model: LoadedModel):
     """After an error of the accelerator nothing it computes can be trusted: the process has to go."""
-    runner = SerialRunner(replace(model, pipeline=BrokenPipeline(torch.AcceleratorError("lost"))))  # type: ignore[arg-type]
+    runner = SerialRunner(replace(model, pipeline=BrokenPipeline(torch.AcceleratorError("lost"))))  # type: ignore[arg-type]  # a fake
     runner.submit(Submit(1, PROMPT, SamplingParams(max_tokens=2)))
 
     with pytest.raises(torch.AcceleratorError):

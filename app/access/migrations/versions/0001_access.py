@@ -1,6 +1,6 @@
 """Roles, keys, quotas, the inference log and stored answers.
 
-Written out and not taken from `tables.py`: that goes on, this stays as it was.
+Written out and not taken from `tables.py`: that changes with the code, a revision never does.
 """
 
 import sqlalchemy as sa

@@ -4,9 +4,9 @@
 #include "attention.h"
 
 // q, out: (tokens, NUM_KV_HEADS * QUERIES_PER_KV, HEAD_SIZE), contiguous; keys, values: one layer's
-// (slots, NUM_KV_HEADS, length, HEAD_SIZE); slots, first_key, end_key: (tokens,), as in AttentionMetadata.
+// (slots, NUM_KV_HEADS, length, HEAD_SIZE); slots, begin_key, end_key: (tokens,), as in AttentionMetadata.
 extern "C" void llmk_attend(const kv_t* q, const kv_t* keys, const kv_t* values, kv_t* out, const int64_t* slots,
-                            const int64_t* first_key, const int64_t* end_key, int64_t tokens, int64_t length,
+                            const int64_t* begin_key, const int64_t* end_key, int64_t tokens, int64_t length,
                             float scale, int threads) {
     const std::vector<TokenSegment> segments = split_segments(slots, end_key, tokens);
     const int64_t count = segments.size(), tasks = count * NUM_KV_HEADS;
@@ -15,7 +15,7 @@ extern "C" void llmk_attend(const kv_t* q, const kv_t* keys, const kv_t* values,
         Attention attention;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < tasks; task++)
-            attention.attend(q, keys, values, out, {slots, first_key, end_key}, segments[task % count], task / count,
+            attention.attend(q, keys, values, out, {slots, begin_key, end_key}, segments[task % count], task / count,
                              length, scale);
     }
 }

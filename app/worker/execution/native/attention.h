@@ -13,10 +13,10 @@
 
 namespace {
 
-// The slot of each token and the keys from `first_key` to `end_key` that it attends to, (tokens,) each.  Neither bound
+// The slot of each token and the keys from `begin_key` to `end_key` that it attends to, (tokens,) each.  Neither bound
 // decreases from one token of a slot to its next.
 struct AttentionMetadata {
-    const int64_t *slots, *first_key, *end_key;
+    const int64_t *slots, *begin_key, *end_key;
 };
 
 // Neighbouring tokens of one slot, from `begin` to `end`.
@@ -53,11 +53,11 @@ class Attention {
         const int64_t query_offset = (token * NUM_KV_HEADS + kv_head) * QUERIES_PER_KV * HEAD_SIZE;
         if (count > 1) {
             prefill_.attend(q + query_offset, keys + cache_offset, values + cache_offset, out + query_offset,
-                            metadata.first_key + token, metadata.end_key + token, count, scale);
+                            metadata.begin_key + token, metadata.end_key + token, count, scale);
             return;
         }
         decode_.attend(q + query_offset, keys + cache_offset, values + cache_offset, out + query_offset,
-                       metadata.first_key[token], metadata.end_key[token], scale);
+                       metadata.begin_key[token], metadata.end_key[token], scale);
     }
 
   private:

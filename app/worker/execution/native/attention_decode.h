@@ -115,16 +115,16 @@ class DecodeAttention;
 template <>
 class DecodeAttention<float> {
   public:
-    // q, out: (QUERIES_PER_KV, HEAD_SIZE); keys, values: the slot's, from its start; first_key, end_key: of the token's
+    // q, out: (QUERIES_PER_KV, HEAD_SIZE); keys, values: the slot's, from its start; begin_key, end_key: of the token's
     // key range.
     template <class Query>
-    void attend(const Query* q, const float* keys, const float* values, float* out, int64_t first_key, int64_t end_key,
+    void attend(const Query* q, const float* keys, const float* values, float* out, int64_t begin_key, int64_t end_key,
                 float scale) {
-        const int64_t count = end_key - first_key, stride = (count + LANES - 1) / LANES * LANES;
+        const int64_t count = end_key - begin_key, stride = (count + LANES - 1) / LANES * LANES;
         scores_.resize(QUERIES_PER_KV * stride);
-        compute_scores(q, keys + first_key * HEAD_SIZE, scores_.data(), count, stride, scale);
+        compute_scores(q, keys + begin_key * HEAD_SIZE, scores_.data(), count, stride, scale);
         for (int query = 0; query < QUERIES_PER_KV; query++) softmax(scores_.data() + query * stride, count, stride);
-        accumulate_values(scores_.data(), values + first_key * HEAD_SIZE, out, count, stride);
+        accumulate_values(scores_.data(), values + begin_key * HEAD_SIZE, out, count, stride);
     }
 
   private:
@@ -135,17 +135,17 @@ template <>
 class DecodeAttention<bfloat16> {
   public:
     template <class Query>
-    void attend(const Query* q, const bfloat16* keys, const bfloat16* values, bfloat16* out, int64_t first_key,
+    void attend(const Query* q, const bfloat16* keys, const bfloat16* values, bfloat16* out, int64_t begin_key,
                 int64_t end_key, float scale) {
         for (int at = 0; at < QUERIES_PER_KV * HEAD_SIZE; at += LANES) store(queries_ + at, scale * load(q + at));
         std::fill(sums_, sums_ + QUERIES_PER_KV * HEAD_SIZE, 0.0f);
         std::fill(row_sum_, row_sum_ + QUERIES_PER_KV, 0.0f);
         std::fill(row_max_, row_max_ + QUERIES_PER_KV, std::numeric_limits<float>::lowest());
-        for (int64_t key = first_key / KEY_BLOCK * KEY_BLOCK; key < end_key; key += KEY_BLOCK) {
+        for (int64_t key = begin_key / KEY_BLOCK * KEY_BLOCK; key < end_key; key += KEY_BLOCK) {
             const int64_t count = std::min(KEY_BLOCK, end_key - key);
             compute_scores(keys + key * HEAD_SIZE, count);
             for (int query = 0; query < QUERIES_PER_KV; query++)
-                softmax(query, std::max<int64_t>(0, first_key - key), count);
+                softmax(query, std::max<int64_t>(0, begin_key - key), count);
             accumulate_values(values + key * HEAD_SIZE, count);
         }
         for (int at = 0; at < QUERIES_PER_KV * HEAD_SIZE; at += LANES)

@@ -175,15 +175,15 @@ class QkPv<bfloat16> {
 // scores never leave the first-level cache, with an online softmax (FlashAttention, Dao and others 2022).
 class PrefillAttention {
   public:
-    // q and out: of the first token; first_key and end_key: (tokens,); keys and values: the slot's, from its start.
+    // q and out: of the first token; begin_key and end_key: (tokens,); keys and values: the slot's, from its start.
     template <class Query>
-    void attend(const Query* q, const kv_t* keys, const kv_t* values, kv_t* out, const int64_t* first_key,
+    void attend(const Query* q, const kv_t* keys, const kv_t* values, kv_t* out, const int64_t* begin_key,
                 const int64_t* end_key, int64_t tokens, float scale) {
         // Block borders are multiples of KEY_BLOCK, the same for any tokens of the slot.
-        const int64_t begin = first_key[0] / KEY_BLOCK * KEY_BLOCK, count = end_key[tokens - 1] - begin;
+        const int64_t begin = begin_key[0] / KEY_BLOCK * KEY_BLOCK, count = end_key[tokens - 1] - begin;
         queries_ = tokens * QUERIES_PER_KV;
         stride_ = (queries_ + NR - 1) / NR * NR;
-        pack_queries(q, first_key, end_key, tokens, begin, count, scale);
+        pack_queries(q, begin_key, end_key, tokens, begin, count, scale);
         std::fill(sums_, sums_ + MAX_QUERIES * HEAD_SIZE, 0.0f);
         std::fill(row_sum_, row_sum_ + MAX_QUERIES, 0.0f);
         std::fill(row_max_, row_max_ + MAX_QUERIES, std::numeric_limits<float>::lowest());
@@ -209,12 +209,12 @@ class PrefillAttention {
 
     // Pack the scaled queries, padded with zeros to whole panels, and the key range of each.
     template <class Query>
-    void pack_queries(const Query* q, const int64_t* first_key, const int64_t* end_key, int64_t tokens, int64_t begin,
+    void pack_queries(const Query* q, const int64_t* begin_key, const int64_t* end_key, int64_t tokens, int64_t begin,
                       int64_t count, float scale) {
         for (int64_t query = 0; query < stride_; query++) {
             const int64_t token = query / QUERIES_PER_KV;
             const bool padding = token >= tokens;
-            first_key_[query] = padding ? 0 : first_key[token] - begin;
+            begin_key_[query] = padding ? 0 : begin_key[token] - begin;
             end_key_[query] = padding ? count : end_key[token] - begin;
             for (int element = 0; element < HEAD_SIZE; element += LANES) {
                 const f32x8 scaled = padding ? f32x8{} : scale * load(q + query_offset(query) + element);
@@ -263,7 +263,7 @@ class PrefillAttention {
 
     // Set the scores of LANES queries to -inf for keys outside of their range; blocks that all of them see are skipped.
     void apply_mask(int64_t query, int64_t key, int64_t count) {
-        const int32_t *const firsts = first_key_ + query, *const ends = end_key_ + query;
+        const int32_t *const firsts = begin_key_ + query, *const ends = end_key_ + query;
         const int64_t stride = stride_;
         if (*std::max_element(firsts, firsts + LANES) <= key && *std::min_element(ends, ends + LANES) >= key + count)
             return;
@@ -279,7 +279,7 @@ class PrefillAttention {
     }
 
     int64_t queries_, stride_;
-    int32_t first_key_[MAX_QUERIES], end_key_[MAX_QUERIES];
+    int32_t begin_key_[MAX_QUERIES], end_key_[MAX_QUERIES];
     QkPv<kv_t> qk_pv_;
     // The last microkernels write whole tiles, up to 12 keys or queries beyond the end.
     alignas(64) float scores_[(KEY_BLOCK + 12) * MAX_QUERIES];

@@ -109,7 +109,7 @@ class ForwardPass {
         attended_ = normed_ + count * model.hidden_size;
         gated_ = attended_ + count * QUERY_SIZE;
         for (int64_t token = 0; token < count; token++) end_key_.push_back(batch.positions[token] + 1);
-        first_key_.resize(count);
+        begin_key_.resize(count);
         segments_ = split_segments(batch.slots, end_key_.data(), count);
     }
 
@@ -165,7 +165,7 @@ class ForwardPass {
             }
             std::copy_n(heads, QUERY_SIZE, queries_ + token * QUERY_SIZE);
             write_kv(layer, token, heads + QUERY_SIZE);
-            first_key_[token] =
+            begin_key_[token] =
                 layer.sliding_window ? std::max<int64_t>(0, end_key_[token] - layer.sliding_window) : 0;
         }
     }
@@ -190,7 +190,7 @@ class ForwardPass {
             const TokenSegment segment = segments_[task % count];
             if (last && !needs_logits(segment)) continue;
             attention.attend(queries_, layer.keys, layer.values, attended_,
-                             {batch_.slots, first_key_.data(), end_key_.data()}, segment, task / count, model_.length,
+                             {batch_.slots, begin_key_.data(), end_key_.data()}, segment, task / count, model_.length,
                              model_.softmax_scale);
         }
     }
@@ -242,7 +242,7 @@ class ForwardPass {
 
     const DecoderModel& model_;
     const ForwardBatch& batch_;
-    std::vector<int64_t> first_key_, end_key_;
+    std::vector<int64_t> begin_key_, end_key_;
     std::vector<TokenSegment> segments_;
     float *qkv_, *queries_;
     activation_t *normed_, *attended_, *gated_;

@@ -30,11 +30,11 @@ COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++17", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
 """`-ffp-contract=fast` makes a multiplication and the addition that takes its result one fused multiply-add, which most
 of the speed of float32 rests on.  It is GCC's default and not Clang's; stated here, both compute the same way.  The
-kernels keep every sum in one order for any batch size, so the bits of a token's result do not depend on its batch; the
+kernels add every sum in one order for any batch size, so the bits of a token's result do not depend on its batch; the
 tests check that bit for bit, with this flag."""
 COMPILE_SECONDS = 60
 ABI_VERSION = 1
-"""What the bindings call; LLMK_ABI_VERSION of abi.h."""
+"""Version of the functions that the bindings call; LLMK_ABI_VERSION of abi.h."""
 
 
 class CompileError(ExecutorUnavailableError):
