@@ -24,6 +24,7 @@ from app.config import Settings
 from app.errors import AppError, ConfigError
 from app.main import create_app
 from app.telemetry import configure_logging
+from app.web.http.dependencies import Container
 
 log = structlog.get_logger(__name__)
 
@@ -145,11 +146,14 @@ def _uvicorn(app: FastAPI, settings: Settings) -> uvicorn.Config:
 
 
 async def _serve(app: FastAPI, settings: Settings, config: uvicorn.Config, listener: socket.socket) -> int:
-    await app.state.open_database()
-    server = DrainingServer(config, app.state.drain, settings.app.shutdown_grace_seconds)
+    container: Container = app.state.container
+    await container.access.open()
+    server = DrainingServer(config, container.host.drain, settings.app.shutdown_grace_seconds)
     port = listener.getsockname()[1]
     async with asyncio.TaskGroup() as background:
-        announcing = background.create_task(announce_when_ready(app.state.wait_ready, server, settings, port))
+        announcing = background.create_task(
+            announce_when_ready(container.host.default.engine.wait_ready, server, settings, port)
+        )
         await server.serve([listener])
         announcing.cancel()
     return 0 if announcing.cancelled() or announcing.result() else 1
