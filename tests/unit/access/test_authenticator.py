@@ -101,7 +101,7 @@ async def background() -> AsyncIterator[BackgroundGroup]:
 
 
 def make(store: Store, clock: Clock, background: BackgroundGroup, **given: Any) -> Authenticator:
-    verifier = KeyVerifier(store, store, Limits(), configured_key="configured-key")  # type: ignore[arg-type]
+    verifier = KeyVerifier(store, store, Limits(), configured_key="configured-key")  # type: ignore[arg-type]  # a fake
     return Authenticator(verifier, breaker=store.breaker, background=background, clock=clock, **given)
 
 

@@ -456,7 +456,7 @@ class CountingEngine(EchoEngine):
             self.encoded.append(ids)
             return ids
 
-        self.tokenizer.encode_chat = counting  # type: ignore[method-assign]
+        self.tokenizer.encode_chat = counting  # type: ignore[method-assign]  # of this instance only
 
     def stream(self, request: GenerationRequest) -> Any:
         self.prompts.append(request.prompt_ids)

@@ -243,7 +243,7 @@ def test_an_unknown_region_or_kind_is_rejected() -> None:
     with pytest.raises(ValueError, match="unknown phone region 'us'"):
         Redactor(phone_region="us")
     with pytest.raises(ValueError, match="mail"):
-        Redactor(["mail"])  # type: ignore[list-item]
+        Redactor(["mail"])  # type: ignore[list-item]  # a word that the configuration may have
 
 
 def test_threads_may_share_a_redactor() -> None:

@@ -12,7 +12,7 @@ import torch
 import transformers as hf
 
 from app.ipc.messages import Compile
-from app.worker.execution import executor_selection
+from app.worker.execution import executor_selection, private_api
 from app.worker.execution.executor_selection import select_executor
 from app.worker.execution.model_runner import ModelRunner
 from app.worker.execution.native import native_build
@@ -269,7 +269,7 @@ def test_on_a_processor_with_amx_bfloat16_layers_are_torchs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """oneDNN uses those instructions (AMX); the setting `layers` overrules that."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(private_api, "cpu_has_amx", lambda: True)
 
     automatic = accelerated(make(KINDS["llama"]).bfloat16(), "auto")
 

@@ -234,7 +234,7 @@ def test_where_int8_goes_wrong_the_load_fails(folder: Path, monkeypatch: pytest.
 
 
 def test_int8_is_refused_on_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "_device", lambda wanted: "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
     with pytest.raises(LoadError, match="int8 is for processors and not for cuda"):
-        load_int8(folder)
+        load_int8(folder, device="cuda")
