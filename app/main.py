@@ -67,11 +67,9 @@ def create_app(
     host = ModelHost(build, default=names[0])
     for name in names:
         host.add(name)
+    limited = settings.rate_limit.enabled
     admission = AdmissionControl(
-        MemoryAdmissionStore(),
-        access.quotas,
-        enabled=settings.rate_limit.enabled,
-        on_refusal=metrics.rate_limited,
+        MemoryAdmissionStore(), access.quotas, enabled=limited, on_refusal=metrics.rate_limited
     )
     if sessions is None and settings.chat_history.enabled:
         sessions = MemorySessionStore(settings.chat_history)
@@ -96,11 +94,7 @@ def create_app(
         failed_keys=FailedKeyLimiter(settings.security.failed_keys_per_minute, on_refusal=metrics.rate_limited),
         metrics=metrics,
     )
-    app = build_app(container, lifespan=_lifespan)
-    app.state.open_database = access.open
-    app.state.wait_ready = host.default.engine.wait_ready
-    app.state.drain = host.drain
-    return app
+    return build_app(container, lifespan=_lifespan)
 
 
 @asynccontextmanager

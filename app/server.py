@@ -24,6 +24,7 @@ from app.config import Settings
 from app.errors import AppError, ConfigError
 from app.main import create_app
 from app.telemetry import configure_logging
+from app.web.http.dependencies import Container
 
 log = structlog.get_logger(__name__)
 
@@ -51,6 +52,8 @@ class DrainingServer(uvicorn.Server):
         self._drain = drain
         self._grace_seconds = grace_seconds
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.listening = asyncio.Event()
+        """Set once connections are accepted."""
         self._signals = 0
         self._last_signal = -math.inf
         self._stopping: list[asyncio.Task[None]] = []
@@ -63,6 +66,10 @@ class DrainingServer(uvicorn.Server):
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listening.set()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -139,11 +146,14 @@ def _uvicorn(app: FastAPI, settings: Settings) -> uvicorn.Config:
 
 
 async def _serve(app: FastAPI, settings: Settings, config: uvicorn.Config, listener: socket.socket) -> int:
-    await app.state.open_database()
-    server = DrainingServer(config, app.state.drain, settings.app.shutdown_grace_seconds)
+    container: Container = app.state.container
+    await container.access.open()
+    server = DrainingServer(config, container.host.drain, settings.app.shutdown_grace_seconds)
     port = listener.getsockname()[1]
     async with asyncio.TaskGroup() as background:
-        announcing = background.create_task(announce_when_ready(app.state.wait_ready, server, settings, port))
+        announcing = background.create_task(
+            announce_when_ready(container.host.default.engine.wait_ready, server, settings, port)
+        )
         await server.serve([listener])
         announcing.cancel()
     return 0 if announcing.cancelled() or announcing.result() else 1
@@ -152,9 +162,10 @@ async def _serve(app: FastAPI, settings: Settings, config: uvicorn.Config, liste
 async def announce_when_ready(
     wait_ready: Callable[[], Awaitable[None]], server: DrainingServer, settings: Settings, port: int
 ) -> bool:
-    """Print how to use the service once the model is loaded; stop the server and return False if it cannot be."""
+    """Print how to use the service once it answers; stop the server and return False if the model cannot be loaded."""
     try:
         await wait_ready()
+        await server.listening.wait()
     except AppError as error:
         if server.stopping:
             return True

@@ -42,13 +42,13 @@ class EngineInfo:
     """Description of a loaded model; None where an engine has no such figure."""
 
     model: str
+    revision: str | None = None
     engine: str
     """Which implementation serves it: batching, serial, echo."""
-    context_length: int
-    """Tokens of prompt and completion together that fit one request."""
-    revision: str | None = None
     device: str | None = None
     dtype: str | None = None
+    context_length: int
+    """Tokens of prompt and completion together that fit one request."""
     vocab_size: int | None = None
     parameters: int | None = None
     capabilities: Capabilities = Capabilities()
@@ -68,8 +68,13 @@ class EngineInfo:
 
     def as_dict(self) -> dict[str, Any]:
         """Return all facts as plain values, with the unsupported parameters by their names."""
-        facts = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "capabilities"}
-        return {**facts, "unsupported": self.capabilities.unsupported}
+        facts: dict[str, Any] = {}
+        for each in fields(self):
+            if each.name == "capabilities":
+                facts["unsupported"] = self.capabilities.unsupported
+            else:
+                facts[each.name] = getattr(self, each.name)
+        return facts
 
 
 @dataclass(frozen=True, slots=True)
