@@ -66,9 +66,9 @@ def short_folder() -> Iterator[Path]:
 
 
 def make_request(name: str = "one", max_tokens: int = 20, prompt: tuple[int, ...] = (5, 6, 7)) -> GenerationRequest:
-    return GenerationRequest(
-        id=name, tenant="tenant", prompt_ids=prompt, sampling=SamplingParams(max_tokens=max_tokens)
-    )
+    """A request that, if it is to take long, does not end by itself: the random model would, in half a second."""
+    sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=max_tokens > 1000)
+    return GenerationRequest(id=name, tenant="tenant", prompt_ids=prompt, sampling=sampling)
 
 
 async def read(engine: LocalEngine, request: GenerationRequest) -> list[Event]:
