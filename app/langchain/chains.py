@@ -39,13 +39,6 @@ class EngineSequence(RunnableSequence[Any, Any]):
     ) -> AsyncIterator[Any]:
         """Yield the model's chunks; callbacks see the run of the chain and, below it, those of prompt and model."""
         config = ensure_config(config)
-        if not is_observed(config):
-            prompt: Any = self.first
-            model: Any = self.last
-            async with aclosing(model.astream_unobserved(prompt.format_prompt(**input), **kwargs)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
-            return
         manager = get_async_callback_manager_for_config(config)
         run = await manager.on_chain_start(None, input, name=config.get("run_name") or self.get_name())
         child = patch_config(config, callbacks=run.get_child())
@@ -58,6 +51,14 @@ class EngineSequence(RunnableSequence[Any, Any]):
             await run.on_chain_error(error)
             raise
         await run.on_chain_end({})
+
+    async def unobserved(self, variables: dict[str, Any], request: GenerationRequest) -> AsyncGenerator[Any, None]:
+        """Yield the same without looking for anybody who listens."""
+        prompt: Any = self.first
+        model: Any = self.last
+        async with aclosing(model.astream_unobserved(prompt.format_prompt(**variables), request=request)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     def _model(self, value: Any, config: RunnableConfig, kwargs: dict[str, Any]) -> AsyncGenerator[Any, None]:
         stream: Any = self.last.astream(value, config, **kwargs)
@@ -80,6 +81,8 @@ class ModelChains:
         self._completion = _pipe(self._completion_prompt, pipeline)
         self._chat = _pipe(prompt, chat)
         self._chat_with_own_system = _pipe(ChatPromptTemplate.from_messages([conversation]), chat)
+        # Nobody passes callbacks to these chains: a tracer or debug output is switched on when the process starts.
+        self._observed = is_observed({})
         self._system = from_langchain(prompt.format_messages(conversation=[])[0])
 
     def render(self, request: GenerationRequest) -> GenerationRequest:
@@ -100,7 +103,9 @@ class ModelChains:
             variables: dict[str, Any] = {"conversation": [to_langchain(message) for message in messages]}
         else:
             chain, variables = self._completion, {"prompt": request.text}
-        stream: Any = chain.astream(variables, request=request)
+        stream: Any = (
+            chain.astream(variables, request=request) if self._observed else chain.unobserved(variables, request)
+        )
         async with aclosing(stream):
             async for chunk in stream:
                 yield chunk.event

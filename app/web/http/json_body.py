@@ -18,11 +18,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from app.access.admission import Admitted
+from app.access.admission import AdmissionControl, Admitted
 from app.errors import ClientDisconnected, InvalidRequest, QuotaExceeded, RateLimited, UnsupportedMediaType
 from app.web.http.dependencies import RequestContext
 from app.web.http.private_api import ParsedRequest, takes_body
-from app.web.http.rate_limits import admitted, show_limits
+from app.web.http.rate_limits import LIMIT_STATES, show_limits
 
 _ADMITTED = "admitted"
 """Key in the request's state."""
@@ -69,8 +69,10 @@ class GeneratingRoute(APIRoute):
         if scope["method"] not in (self.methods or ()):
             await super().handle(scope, receive, send)  # 405, which costs nothing
             return
-        async with admitted(scope, scope["app"].state.container.admission) as request:
-            scope["state"][_ADMITTED] = request
+        control: AdmissionControl = scope["app"].state.container.admission
+        show_limits(scope, control)
+        async with control.admit(scope["state"]["principal"]) as request:
+            scope["state"] |= {LIMIT_STATES: request.limits, _ADMITTED: request}
             await super().handle(scope, receive, send)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:

@@ -31,9 +31,7 @@ from app.web.http.private_api import route_path
 from app.web.http.rate_limits import rate_headers
 
 _CLIENT_GONE = 499
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-
-_log = structlog.get_logger("llm_service")
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
 
 class RequestLog:
@@ -44,6 +42,8 @@ class RequestLog:
         self.app = app
         self.metrics = metrics
         self.paths = frozenset(paths)
+        # Bound once: a lazy logger is put together again for each line.
+        self._log = structlog.get_logger("llm_service").bind()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -59,10 +59,12 @@ class RequestLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-ID"] = request_id
-                headers["X-Process-Time"] = f"{time.perf_counter() - began:.6f}"
-                headers.update(await rate_headers(scope))
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", request_id.encode()),
+                    (b"x-process-time", b"%.6f" % (time.perf_counter() - began)),
+                    *await rate_headers(scope),
+                ]
             await send(message)
 
         structlog.contextvars.bind_contextvars(request_id=request_id)
@@ -77,7 +79,7 @@ class RequestLog:
         route = self._template(scope)
         principal: Principal | None = scope["state"].get("principal")
         self.metrics.http_done(method, route, status, seconds)
-        _log.info(
+        self._log.info(
             f"{method} {route} - {status}",
             method=method,
             route=route,
@@ -95,9 +97,9 @@ class RequestLog:
 
 
 def _request_id(scope: Scope) -> str:
-    given = Headers(scope=scope).getlist("x-request-id")
+    given = [value for name, value in scope["headers"] if name == b"x-request-id"]
     if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]):
-        return given[0]
+        return str(given[0], "ascii")
     return f"req_{uuid4().hex}"
 
 

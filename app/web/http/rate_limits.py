@@ -7,8 +7,7 @@ middlewares limit nothing on included routers and break streams.
 import ipaddress
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from slowapi import Limiter
 from starlette.requests import Request
 from starlette.types import Scope
 
-from app.access.admission import AdmissionControl, Admitted, LimitState
+from app.access.admission import AdmissionControl, LimitState
 from app.errors import RateLimited
 from app.web.http.token_bucket import STORAGE_URI, STRATEGY, BucketLimit, TokenBucketRateLimiter
 
@@ -30,32 +29,23 @@ _IPV6_SITE_BITS = 64
 LimitStates = Callable[[], Awaitable[Sequence[LimitState]]]
 
 
-@asynccontextmanager
-async def admitted(scope: Scope, control: AdmissionControl) -> AsyncIterator[Admitted]:
-    """Surround a generating request, from before its body is read until its response has been sent.
-
-    Raises: RateLimited, QuotaExceeded: a limit of the key is reached.
-    """
-    show_limits(scope, control)
-    async with control.admit(scope["state"]["principal"]) as request:
-        scope["state"][LIMIT_STATES] = request.limits
-        yield request
-
-
 def show_limits(scope: Scope, control: AdmissionControl) -> None:
     """Let the response say what is left of the caller's limits, if nothing else does yet; counts nothing."""
     scope["state"].setdefault(LIMIT_STATES, partial(control.limits, scope["state"]["principal"]))
 
 
-async def rate_headers(scope: Scope) -> dict[str, str]:
-    """Return the x-ratelimit headers of a response that begins now."""
+async def rate_headers(scope: Scope) -> list[tuple[bytes, bytes]]:
+    """Return the x-ratelimit headers of a response that begins now, as ASGI writes them."""
     states: LimitStates | None = scope["state"].get(LIMIT_STATES)
-    headers = {}
-    for state in await states() if states else ():
-        headers[f"x-ratelimit-limit-{state.kind}"] = str(state.limit)
-        headers[f"x-ratelimit-remaining-{state.kind}"] = str(state.remaining)
-        headers[f"x-ratelimit-reset-{state.kind}"] = duration(state.reset_seconds)
-    return headers
+    return [
+        (b"x-ratelimit-%b-%b" % (name, state.kind.encode()), value.encode())
+        for state in (await states() if states else ())
+        for name, value in (
+            (b"limit", str(state.limit)),
+            (b"remaining", str(state.remaining)),
+            (b"reset", duration(state.reset_seconds)),
+        )
+    ]
 
 
 class FailedKeyLimiter:
