@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
+import msgspec
+
 
 class Role(StrEnum):
     """Who speaks in a message."""
@@ -154,8 +156,7 @@ class Principal:
     rights: Rights = Rights()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InferenceRecord:
+class InferenceRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One row of the inference log: a request and how it ended."""
 
     created: datetime

@@ -5,11 +5,11 @@ that no quota has counted are counted here, in the same transaction.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
+from msgspec import structs
 from sqlalchemy import Connection, delete, insert, select
 
 from app.access import ledger, tables
@@ -27,7 +27,7 @@ MAX_BATCH = 100
 RETENTION_BATCH = 1000
 """Rows deleted in one transaction."""
 
-_COLUMNS = tuple(field.name for field in fields(InferenceRecord) if field.name != "counted")
+_COLUMNS = tuple(field.name for field in structs.fields(InferenceRecord) if field.name != "counted")
 _TEXT_CHARS = 20_000
 """Length limit of a stored prompt or completion; the rest is cut off."""
 
@@ -99,8 +99,8 @@ class UsageLog:
                 for text in (record.prompt, record.answer)
             ]
         except AppError:
-            return replace(record, prompt=None, answer=None)
-        return replace(record, prompt=prompt, answer=answer)
+            return structs.replace(record, prompt=None, answer=None)
+        return structs.replace(record, prompt=prompt, answer=answer)
 
     async def delete_old(self, now: datetime | None = None) -> int:
         """Delete what is past its time, a bounded number of rows at once; return how many.

@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from hashlib import sha256
 from typing import Protocol
@@ -256,7 +256,7 @@ class CachedEngine(EngineWrapper):
         flight = _Flight(key, [], streams=request.stream)
         # An id of its own: the request that began it may leave while others still read.
         flight.request_id = uuid4().hex
-        flight.task = asyncio.create_task(self._fly(flight, replace(request, id=flight.request_id)))
+        flight.task = asyncio.create_task(self._fly(flight, structs.replace(request, id=flight.request_id)))
         flight.task.add_done_callback(partial(self._land, flight))
         return flight
 

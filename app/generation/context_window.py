@@ -4,7 +4,9 @@ Counts with the model's own tokenizer, whole turns at a time.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from msgspec import structs
 
 from app.engine.base import PreparedPrompt
 from app.errors import ContextLengthExceeded, InvalidRequest
@@ -69,7 +71,7 @@ async def fit_text(request: GenerationRequest, prepare: Prepare, budget: TokenBu
     if not prepared.prompt_tokens:
         raise InvalidRequest.of_field("prompt", "holds no token for this model")
     return FittedPrompt(
-        request=replace(request, prompt_ids=prepared.prompt_ids),
+        request=structs.replace(request, prompt_ids=prepared.prompt_ids),
         prompt_tokens=prepared.prompt_tokens,
         max_tokens=budget.max_tokens(prepared.prompt_tokens),
     )
@@ -93,7 +95,7 @@ async def fit_chat(
 
     def with_history(turns: int) -> GenerationRequest:
         earlier = [message for turn in history[len(history) - turns :] for message in turn.messages]
-        return replace(request, messages=(*request.messages, *earlier, *new))
+        return structs.replace(request, messages=(*request.messages, *earlier, *new))
 
     async def measure(turns: int) -> int:
         if turns not in prepared:
@@ -103,7 +105,7 @@ async def fit_chat(
     turns = await _most_turns_that_fit(history, measure, budget.limit - budget.reserved)
     prompt_tokens = await measure(turns)
     return FittedPrompt(
-        request=replace(with_history(turns), prompt_ids=prepared[turns].prompt_ids),
+        request=structs.replace(with_history(turns), prompt_ids=prepared[turns].prompt_ids),
         prompt_tokens=prompt_tokens,
         max_tokens=budget.max_tokens(prompt_tokens),
         new=tuple(new),

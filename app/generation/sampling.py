@@ -3,6 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
+from msgspec import structs
+
 from app.engine.base import EngineInfo
 from app.engine.served_model import SamplingDefaults
 from app.errors import InvalidRequest
@@ -31,7 +33,7 @@ def resolve_params(
     if 0 < sampling.temperature < _GREEDY_BELOW:
         sampling = replace(sampling, temperature=0.0)
     cache = request.cache and (request.cache_random or is_deterministic(sampling))
-    return replace(request, sampling=sampling, unset=frozenset(), cache=cache)
+    return structs.replace(request, sampling=sampling, unset=frozenset(), cache=cache)
 
 
 def is_deterministic(sampling: SamplingParams) -> bool:

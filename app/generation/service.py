@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from msgspec import structs
@@ -124,7 +124,7 @@ class GenerationService:
         texts = await self._clean([message.content for message in request.messages])
         messages = [Message(each.role, text) for each, text in zip(request.messages, texts, strict=True)]
         system = [message.content for message in messages if message.role is Role.SYSTEM]
-        request = replace(request, messages=(Message(Role.SYSTEM, "\n\n".join(system)),) if system else ())
+        request = structs.replace(request, messages=(Message(Role.SYSTEM, "\n\n".join(system)),) if system else ())
         return await fit_chat(request, history, new_messages(history, messages), prepare, budget)
 
     async def _clean_text(
@@ -136,12 +136,12 @@ class GenerationService:
         """
         if (ids := request.prompt_ids) is None:
             (text,) = await self._clean([request.text or ""])
-            return replace(request, text=text)
+            return structs.replace(request, text=text)
         model.engine.info.check_tokens("prompt", ids)
         budget.max_tokens(len(ids))  # raises before any work is done for a prompt that is far too long
         given = await model.engine.detokenize(ids)
         (text,) = await self._clean([given])
-        return replace(request, text=text, prompt_ids=ids if text == given else None)
+        return structs.replace(request, text=text, prompt_ids=ids if text == given else None)
 
     async def _clean(self, texts: list[str]) -> list[str]:
         return texts if self._input_filter is None else await self._input_filter.clean(texts)

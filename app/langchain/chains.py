@@ -5,13 +5,13 @@ User text is only ever a message or the value of a variable, never part of a tem
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any
 
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder, PromptTemplate
 from langchain_core.prompts.base import BasePromptTemplate
 from langchain_core.runnables import RunnableConfig, RunnableSequence, ensure_config, patch_config
-from langchain_core.runnables.config import get_async_callback_manager_for_config
+from langchain_core.runnables.config import get_async_callback_manager_for_config, var_child_runnable_config
+from msgspec import structs
 
 from app.engine.base import Engine
 from app.events import Event
@@ -81,7 +81,7 @@ class ModelChains:
         self._completion = _pipe(self._completion_prompt, pipeline)
         self._chat = _pipe(prompt, chat)
         self._chat_with_own_system = _pipe(ChatPromptTemplate.from_messages([conversation]), chat)
-        # Nobody passes callbacks to these chains: a tracer or debug output is switched on when the process starts.
+        # A tracer or debug output is switched on when the process starts.
         self._observed = is_observed({})
         self._system = from_langchain(prompt.format_messages(conversation=[])[0])
 
@@ -92,9 +92,9 @@ class ModelChains:
         if not request.is_chat:
             if self._completion_is_plain:
                 return request
-            return replace(request, text=self._completion_prompt.format(prompt=request.text))
+            return structs.replace(request, text=self._completion_prompt.format(prompt=request.text))
         chain, messages = self._choose_chat(request)
-        return replace(request, messages=(self._system, *messages) if chain is self._chat else messages)
+        return structs.replace(request, messages=(self._system, *messages) if chain is self._chat else messages)
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Run the chain of the request's kind and yield the events that its chunks carry."""
@@ -103,9 +103,9 @@ class ModelChains:
             variables: dict[str, Any] = {"conversation": [to_langchain(message) for message in messages]}
         else:
             chain, variables = self._completion, {"prompt": request.text}
-        stream: Any = (
-            chain.astream(variables, request=request) if self._observed else chain.unobserved(variables, request)
-        )
+        # A configuration in the context means that this runs within somebody's chain.
+        observed = self._observed or var_child_runnable_config.get() is not None
+        stream: Any = chain.astream(variables, request=request) if observed else chain.unobserved(variables, request)
         async with aclosing(stream):
             async for chunk in stream:
                 yield chunk.event

@@ -24,6 +24,7 @@ from langchain_core.prompt_values import PromptValue
 from langchain_core.runnables import RunnableConfig, ensure_config
 from langchain_huggingface import ChatHuggingFace, HuggingFacePipeline
 from langsmith.utils import tracing_is_enabled
+from msgspec import structs
 from pydantic import ConfigDict
 
 from app.engine.base import Engine
@@ -78,10 +79,10 @@ class EnginePipeline(HuggingFacePipeline):
         engine: Engine = self.engine
         bound = kwargs.get("request")
         if isinstance(bound, GenerationRequest):
-            request = bound if bound.prompt_ids is not None else replace(bound, **prompt)
+            request = bound if bound.prompt_ids is not None else structs.replace(bound, **prompt)
         else:
             request = self._request(stop, kwargs, prompt)
-            request = replace(request, prompt_ids=(await engine.prepare(request)).prompt_ids)
+            request = structs.replace(request, prompt_ids=(await engine.prepare(request)).prompt_ids)
         stream = aclosing(engine.stream(request))
         if isinstance(streams := kwargs.get("streams"), AsyncExitStack):
             # LangChain leaves an abandoned generator to the garbage collector, which closes it in a task of its own at

@@ -2,13 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
+from msgspec import structs
 
 from app.config import CacheConfig, DeadlineConfig, ModelConfig
 from app.engine.base import Engine, PreparedPrompt
@@ -80,7 +80,7 @@ async def make_request(
 
 
 async def prepared(engine: Engine, request: GenerationRequest) -> GenerationRequest:
-    return replace(request, prompt_ids=(await engine.prepare(request)).prompt_ids)
+    return structs.replace(request, prompt_ids=(await engine.prepare(request)).prompt_ids)
 
 
 async def read(engine: Engine, request: GenerationRequest) -> list[Event]:
@@ -308,7 +308,7 @@ async def test_a_chat_is_prepared_and_continued(engine: Engine):
     chat = GenerationRequest(id="chat", tenant="tenant", messages=messages, sampling=SamplingParams(max_tokens=5))
 
     encoded = await prepared(engine, chat)
-    open_end = await prepared(engine, replace(chat, continue_final_message=True))
+    open_end = await prepared(engine, structs.replace(chat, continue_final_message=True))
     events = await read(engine, encoded)
 
     assert encoded.prompt_ids
@@ -328,7 +328,7 @@ async def test_tokens_become_the_text_that_they_were_made_of(engine: Engine):
 
 async def test_what_an_engine_cannot_do_is_refused_by_name(engine: Engine):
     """In place of Started, as every parameter that it does not list is honoured."""
-    request = replace(await make_request(engine), adapter="legal")
+    request = structs.replace(await make_request(engine), adapter="legal")
     if engine.info.capabilities.adapters:
         pytest.skip("it has adapters")
 

@@ -5,6 +5,8 @@ from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
+from msgspec import structs
+
 from app.engine.base import EngineStatus
 from app.engine.echo import EchoEngine
 from app.events import Delta, Event, Started, finish
@@ -16,7 +18,7 @@ REQUEST = GenerationRequest(id="1", tenant="ann", prompt_ids=(1, 2, 3), sampling
 
 def make_request(request_id: str, **changes: Any) -> GenerationRequest:
     """Return REQUEST under another id, with other fields as given."""
-    return replace(REQUEST, id=request_id, progress=Progress(), **changes)
+    return structs.replace(REQUEST, id=request_id, progress=Progress(), **changes)
 
 
 class ScriptedEngine(EchoEngine):

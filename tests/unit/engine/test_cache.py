@@ -2,9 +2,10 @@
 
 import asyncio
 from contextlib import aclosing
-from dataclasses import dataclass, field, fields, make_dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, make_dataclass, replace
+from typing import Annotated, Any
 
+import msgspec
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -197,13 +198,13 @@ def key(request: GenerationRequest, info: EngineInfo = INFO) -> bytes:
 
 
 def harmless_fields(kind: type[GenerationRequest]) -> set[str]:
-    return {each.name for each in fields(kind) if each.metadata.get("harmless")}
+    return {each.name for each in structs.fields(kind) if HARMLESS in getattr(each.type, "__metadata__", ())}
 
 
-@pytest.mark.parametrize("name", [each.name for each in fields(GenerationRequest)])
+@pytest.mark.parametrize("name", [each.name for each in structs.fields(GenerationRequest)])
 def test_every_field_of_a_request_is_in_the_key_unless_it_is_declared_harmless(name: str):
     """Whatever the field: changed alone, it makes another key, or none if its declaration says so."""
-    changed = replace(REQUEST, **{name: CHANGED[name]})
+    changed = structs.replace(REQUEST, **{name: CHANGED[name]})
 
     assert getattr(REQUEST, name) is not CHANGED[name]
     assert (key(REQUEST) == key(changed)) == (name in harmless_fields(GenerationRequest))
@@ -220,18 +221,14 @@ def test_what_decides_a_response_is_never_declared_harmless():
         "sampling",
         "unset",
         "adapter",
-    } == {each.name for each in fields(GenerationRequest)} - harmless_fields(GenerationRequest)
+    } == {each.name for each in structs.fields(GenerationRequest)} - harmless_fields(GenerationRequest)
 
 
-@pytest.mark.parametrize(("metadata", "keyed"), [({}, True), (HARMLESS, False)], ids=["keyed", "harmless"])
-def test_a_field_that_is_added_to_the_request_is_in_the_key_by_itself(metadata: dict[str, bool], keyed: bool):
+@pytest.mark.parametrize(("kind", "keyed"), [(str, True), (Annotated[str, HARMLESS], False)], ids=["keyed", "harmless"])
+def test_a_field_that_is_added_to_the_request_is_in_the_key_by_itself(kind: Any, keyed: bool):
     """Nobody has to think of the cache when adding a field; to leave it out takes a declaration."""
-    extended = make_dataclass(
-        "Extended",
-        [("guidance", str, field(default="", metadata=metadata))],
-        bases=(GenerationRequest,),
-        frozen=True,
-        kw_only=True,
+    extended: Any = msgspec.defstruct(
+        "Extended", [("guidance", kind, "")], bases=(GenerationRequest,), frozen=True, kw_only=True
     )
     plain, guided = [extended(id="1", tenant="ann", prompt_ids=(1,), guidance=guidance) for guidance in ("", "[0-9]+")]
 

@@ -1,10 +1,9 @@
 """Fitting a prompt into the context window."""
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from app.engine.base import PreparedPrompt
 from app.engine.echo import EchoEngine
@@ -78,7 +77,7 @@ async def test_a_prompt_that_is_encoded_elsewhere_is_fitted_by_its_estimate() ->
 
     budget = TokenBudget(limit=100, requested=None, default=64)
 
-    text = await fit_text(replace(TEXT, text="hello"), estimate, budget)
+    text = await fit_text(structs.replace(TEXT, text="hello"), estimate, budget)
     talk = await fit_chat(CHAT, [], says("hello"), estimate, budget)
 
     assert [(90, 10, None)] * 2 == [
@@ -100,7 +99,7 @@ async def test_new_messages_that_cannot_fit_are_refused_with_both_numbers() -> N
 async def test_the_boundary_of_the_context_window_is_exact(length: int, fits: bool) -> None:
     """Prompt and max_tokens may fill the window to the last token, and no further."""
     budget = TokenBudget(limit=100, requested=10, default=64)
-    request = replace(TEXT, text="x" * length)
+    request = structs.replace(TEXT, text="x" * length)
 
     if fits:
         fitted = await fit_text(request, ENGINE.prepare, budget)
@@ -115,7 +114,7 @@ async def test_a_completion_without_a_limit_of_its_own_gives_way_to_the_prompt()
     """Without max_tokens the default is cut to what is left of the window."""
     budget = TokenBudget(limit=100, requested=None, default=64)
 
-    fitted = await fit_text(replace(TEXT, text="x" * 95), ENGINE.prepare, budget)
+    fitted = await fit_text(structs.replace(TEXT, text="x" * 95), ENGINE.prepare, budget)
 
     assert (95, 5) == (fitted.prompt_tokens, fitted.max_tokens)
 

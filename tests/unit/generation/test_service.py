@@ -3,10 +3,10 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
+from msgspec import structs
 
 from app.config import CacheConfig
 from app.engine.base import PreparedPrompt
@@ -489,7 +489,7 @@ async def test_leaving_a_stream_frees_everything_at_once(request_: GenerationReq
     """The engine's generator, the lease, the reservation, the session's lock: when the call returns, all are gone."""
     engine = ScriptedEngine("a", "b", "c").run_freely()
     async with serving(engine) as service:
-        request = replace(request_, id=f"{request_.id}.{events}")
+        request = structs.replace(request_, id=f"{request_.id}.{events}")
         stream = service.generate(request)
         for _ in range(events):
             await anext(stream)
@@ -510,7 +510,7 @@ async def test_being_cancelled_frees_everything_at_once(request_: GenerationRequ
     """In the middle of waiting for a token, as when a client hangs up."""
     engine = ScriptedEngine("never")
     async with serving(engine) as service:
-        reading = asyncio.create_task(service.read(replace(request_, id=f"{request_.id}.cancelled")))
+        reading = asyncio.create_task(service.read(structs.replace(request_, id=f"{request_.id}.cancelled")))
         async with asyncio.timeout(5):
             while len(engine.live) < request_.n:  # noqa: ASYNC110  # what is waited for has no event
                 await asyncio.sleep(0)

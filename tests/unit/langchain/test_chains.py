@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ from langchain_core.messages import AIMessage, FunctionMessage, HumanMessage, Sy
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import PromptTemplate
 from langchain_huggingface import ChatHuggingFace, HuggingFacePipeline
+from msgspec import structs
 
 from app.engine.echo import EchoEngine
 from app.events import Event, Started, finish
@@ -150,6 +150,6 @@ async def test_user_text_is_never_read_as_a_template(engine: EchoEngine, text: s
         GenerationRequest(id="2", tenant="t", messages=messages, sampling=sampling),
     ):
         prepared = await engine.prepare(chains.render(request))
-        events = await read(chains.stream(replace(request, prompt_ids=prepared.prompt_ids)))
+        events = await read(chains.stream(structs.replace(request, prompt_ids=prepared.prompt_ids)))
         assert text == text_of(events)
         assert FinishReason.STOP is finished_of(events).finish_reason
