@@ -69,6 +69,30 @@ async def test_sse_starlette_waits_for_a_shutdown_in_the_method_that_is_overridd
     assert called.is_set()
 
 
+async def test_sse_starlette_sends_through_the_method_that_is_overridden():
+    """Under another name the override would be dead code, and each send would cost a cancel scope of anyio."""
+    sent: list[str] = []
+
+    class Watched(SseResponse):
+        async def _send_with_timeout(self, send, message):
+            sent.append(message["type"])
+            await super()._send_with_timeout(send, message)
+
+    async def receive():
+        await asyncio.sleep(60)
+
+    async def send(message):
+        await asyncio.sleep(0)
+
+    async def frames():
+        yield b"data: 1\n\n"
+
+    async with asyncio.timeout(5):
+        await Watched(frames())({"type": "http", "method": "GET"}, receive, send)
+
+    assert "http.response.body" in sent
+
+
 async def test_sse_starlette_raises_its_send_timeout_when_a_client_does_not_read():
     async def receive():
         await asyncio.sleep(60)
