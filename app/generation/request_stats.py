@@ -30,10 +30,9 @@ class RequestStats:
 
     def observe(self, event: Event) -> None:
         """Record an event: the first token of all is timed once, and each sample has its inter-token latencies."""
-        if isinstance(event, Delta) and event.tokens:
-            self._observe_tokens(event.index, event.tokens)
-
-    def _observe_tokens(self, index: int, tokens: int) -> None:
+        if not isinstance(event, Delta) or not event.tokens:
+            return
+        index, tokens = event.index, event.tokens
         now = time.monotonic()
         if self.first_token_seconds is None:
             self.first_token_seconds = now - self._began

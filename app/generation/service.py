@@ -93,7 +93,8 @@ class GenerationService:
                     with record.charge(run.stats, reservation):
                         async with aclosing(run.events()) as events:
                             async for event in events:
-                                record.observe(event)
+                                if self._usage.store_text:
+                                    record.observe(event)
                                 if (visible := run.observe(event)) is not None:
                                     yield visible
                 finished = run.finished()
@@ -210,10 +211,12 @@ class _Run:
 
     def observe(self, event: Event) -> Event | None:
         """Count an event, and return it as the caller sees it; None for one without text and for the last."""
-        self.stats.observe(event)
         match event:
             case Delta():
+                self.stats.observe(event)
                 self._text.append(event.text)
+                if event.text and not self._withheld_tokens[event.index]:
+                    return event
                 return self._visible(event)
             case Started():
                 prompt = None if self._request.is_chat else self._request.text

@@ -52,13 +52,12 @@ class EngineSequence(RunnableSequence[Any, Any]):
             raise
         await run.on_chain_end({})
 
-    async def unobserved(self, variables: dict[str, Any], request: GenerationRequest) -> AsyncGenerator[Any, None]:
-        """Yield the same without looking for anybody who listens."""
+    def unobserved(self, variables: dict[str, Any], request: GenerationRequest) -> AsyncGenerator[Any, None]:
+        """Return the same stream for a run that nobody listens to."""
         prompt: Any = self.first
         model: Any = self.last
-        async with aclosing(model.astream_unobserved(prompt.format_prompt(**variables), request=request)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        chunks: AsyncGenerator[Any, None] = model.astream_unobserved(prompt.format_prompt(**variables), request=request)
+        return chunks
 
     def _model(self, value: Any, config: RunnableConfig, kwargs: dict[str, Any]) -> AsyncGenerator[Any, None]:
         stream: Any = self.last.astream(value, config, **kwargs)
