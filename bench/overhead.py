@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import get_args
 
 from bench import machine, profiling
+from bench.generators import crossed_generators
 from bench.process import KEY, ROOT, Server, free_port, our_command, our_environment, serving, stop_on_sigterm
 from bench.wire import EventReader
 
@@ -251,6 +252,8 @@ def main() -> None:
         arguments.profile.mkdir(parents=True, exist_ok=True)
         asyncio.run(profile(loads, arguments.tool, arguments.seconds, arguments.profile))
         return
+    crossed = crossed_generators()
+    print(f"A token crosses {len(crossed)} async generators of ours: {', '.join(crossed)}.\n", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         print(as_markdown(asyncio.run(compare(loads, Path(folder), arguments.rounds, arguments.seconds))))
 
