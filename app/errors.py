@@ -1,6 +1,6 @@
 """Everything that can go wrong, as classes that carry their own HTTP status (a plain int).
 
-`web/errors.py` alone knows how these look on the wire.
+`web/http/errors.py` alone knows how these look on the wire.
 
 AppError
 ├── InvalidRequest            400  ├── ContextLengthExceeded  ├── PromptTooLong  ├── PiiBlocked
