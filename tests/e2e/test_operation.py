@@ -319,17 +319,20 @@ def test_the_first_start_makes_a_key_and_prints_a_curl_that_works(tmp_path: Path
         with subprocess.Popen(
             serve(port), cwd=folder, env=environ, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         ) as process:
-            assert process.stdout is not None
-            shown = ""
-            while "capital of France" not in shown:
-                line = process.stdout.readline()
-                assert line, shown
-                shown += line
-            curl = shown[shown.index("  curl ") :].strip().replace("curl ", "curl -s ")
-            answer = subprocess.run(["/bin/bash", "-c", curl], capture_output=True, text=True, timeout=20)
-            assert "What is the capital of France?" == json.loads(answer.stdout)["message"]["content"]
-            process.send_signal(signal.SIGTERM)
-            process.wait(10)
+            try:
+                assert process.stdout is not None
+                shown = ""
+                while "capital of France" not in shown:
+                    line = process.stdout.readline()
+                    assert line, shown
+                    shown += line
+                curl = shown[shown.index("  curl ") :].strip().replace("curl ", "curl -s ")
+                answer = subprocess.run(["/bin/bash", "-c", curl], capture_output=True, text=True, timeout=20)
+                assert "What is the capital of France?" == json.loads(answer.stdout)["message"]["content"]
+                process.send_signal(signal.SIGTERM)
+                process.wait(10)
+            finally:
+                process.kill()  # else a failed line above leaves the block waiting for a server that nobody stops
         return shown
 
     first, second = first_lines(free_port()), first_lines(free_port())

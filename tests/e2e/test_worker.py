@@ -285,14 +285,15 @@ async def test_no_worker_outlives_its_service(folder: Path, short_folder: Path, 
         text=True,
         env=os.environ | {"TMPDIR": str(short_folder)},
     ) as service:
-        assert service.stdout is not None
-        pid = int(await asyncio.to_thread(service.stdout.readline))
-        if loaded:
-            assert "ready\n" == await asyncio.to_thread(service.stdout.readline)
-        assert psutil.pid_exists(pid)
-        assert 1 == len(workers_in(short_folder))
-
-        service.kill()
+        try:
+            assert service.stdout is not None
+            pid = int(await asyncio.to_thread(service.stdout.readline))
+            if loaded:
+                assert "ready\n" == await asyncio.to_thread(service.stdout.readline)
+            assert psutil.pid_exists(pid)
+            assert 1 == len(workers_in(short_folder))
+        finally:
+            service.kill()
 
         assert await gone(pid)
         assert [] == workers_in(short_folder)
