@@ -62,7 +62,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     use_recommended: Annotated[bool, HARMLESS] = False
     """Whether what is unset follows the model's own generation config before the service's defaults, as in vLLM."""
     n: Annotated[int, HARMLESS] = 1
-    """Samples of one prompt.  An engine gets one request for each, told apart by `sampling.sample`."""
+    """Samples of one prompt.  An engine gets one request for each, distinguished by `sampling.sample`."""
     adapter: str | None = None
     model: Annotated[str | None, HARMLESS] = None
     """The name that chose the engine; the engine's own description stands in the cache key."""

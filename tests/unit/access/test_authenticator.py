@@ -1,7 +1,6 @@
 """What is remembered of keys, and for how long, while the database is there, away or slow."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -90,14 +89,6 @@ def store(key: str) -> Store:
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
-
-
-@pytest.fixture
-async def background() -> AsyncIterator[BackgroundGroup]:
-    group = BackgroundGroup()
-    await group.start()
-    yield group
-    await group.close()
 
 
 def make(store: Store, clock: Clock, background: BackgroundGroup, **given: Any) -> Authenticator:

@@ -2,7 +2,6 @@
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -13,14 +12,6 @@ from app.access.circuit_breaker import CircuitBreaker
 from app.access.database import Database
 from app.errors import StoreUnavailable
 from tests.web.harness import until
-
-
-@pytest.fixture
-async def background() -> AsyncIterator[BackgroundGroup]:
-    group = BackgroundGroup()
-    await group.start()
-    yield group
-    await group.close()
 
 
 class Probe:

@@ -1,22 +1,12 @@
 """The queue in front of the database: order, batches, outages, and the end."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-
-import pytest
+from collections.abc import Sequence
 
 from app.access import queued_writer as module
 from app.access.background import BackgroundGroup
 from app.access.queued_writer import QueuedWriter
 from tests.web.harness import until
-
-
-@pytest.fixture
-async def background() -> AsyncIterator[BackgroundGroup]:
-    group = BackgroundGroup()
-    await group.start()
-    yield group
-    await group.close()
 
 
 class Table:
