@@ -1,6 +1,7 @@
 """The response cache's level that outlives the process and is shared by replicas."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 
 from sqlalchemy import delete, insert, select
@@ -57,12 +58,11 @@ class ResponseCache:
         responses = dict(batch)
         expires = datetime.now(UTC) + self._ttl
         rows = [{"key": key, "answer": answer, "expires": expires} for key, answer in sorted(responses.items())]
-        try:
+        # It is only a cache, and another replica may have stored the same.
+        with suppress(StoreUnavailable, IntegrityError):
             async with self._db.begin() as connection:
                 await connection.execute(delete(_cache).where(_cache.c.key.in_(responses)))
                 await connection.execute(insert(_cache), rows)
-        except (StoreUnavailable, IntegrityError):
-            pass  # it is only a cache; another replica may have stored the same
         return ()
 
     async def delete_expired(self) -> None:
