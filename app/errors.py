@@ -1,6 +1,6 @@
 """Everything that can go wrong, as classes that carry their own HTTP status (a plain int).
 
-`web/http/errors.py` alone knows how these look on the wire.
+`web/http/errors.py` renders them, in the format of the dialect that the path belongs to.
 
 AppError
 ├── InvalidRequest            400  ├── ContextLengthExceeded  ├── PromptTooLong  ├── PiiBlocked

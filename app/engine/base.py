@@ -22,8 +22,6 @@ class Capabilities:
 
     unsupported: tuple[str, ...] = ()
     """Names of sampling parameters that must stay neutral."""
-    token_prompts: bool = True
-    """Prompts may arrive as token ids."""
     adapters: bool = False
     priority: bool = False
     """Whether `GenerationRequest.priority` orders the queue; otherwise it is ignored."""

@@ -87,13 +87,6 @@ async def _access(container: ContainerDep) -> AccessControl:
 AccessDep = Annotated[AccessControl, Depends(_access)]
 
 
-async def _service(container: ContainerDep) -> Service:
-    return container.service
-
-
-ServiceDep = Annotated[Service, Depends(_service)]
-
-
 async def _sessions(container: ContainerDep) -> SessionStore:
     if container.sessions is None:
         raise NotFound("Session memory is switched off on this service.")
