@@ -60,7 +60,7 @@ class Quotas:
         self._db = database
         self._config = config
         self._now = now
-        self._writer = QueuedWriter(self._write, on_drop=_drop, max_batch=MAX_BATCH, max_waiting=MAX_WAITING)
+        self._writer = QueuedWriter(self._write, on_drop=self._drop, max_batch=MAX_BATCH, max_waiting=MAX_WAITING)
         self._live: set[str] = set()
         """Reservations that a request of this process still needs."""
         self._used: LRUCache[Month, int] = LRUCache(MAX_REMEMBERED)
@@ -190,6 +190,19 @@ class Quotas:
                 each.done.set_result(outcome)
         return ()
 
+    def _drop(self, operations: Sequence[_Operation]) -> None:
+        """Give up operations that cannot be written; the lease of a lost commit ends its reservation."""
+        commits = 0
+        for each in operations:
+            if isinstance(each.order, Commit):
+                self._live.discard(each.order.id)
+                each.done.cancel()
+                commits += 1
+            elif not each.done.done():
+                each.done.set_exception(StoreUnavailable())
+        if commits:
+            _log.error("Commits of used tokens are lost", commits=commits)
+
     async def _renew_leases(self) -> None:
         """Renew the leases of living requests, and release those that nobody renews, this process's or another's."""
         while True:
@@ -222,17 +235,6 @@ def _try_again(operation: _Operation) -> bool:
     if isinstance(operation.order, Reserve) and not operation.done.done():
         operation.done.set_exception(StoreUnavailable())
     return isinstance(operation.order, Commit)
-
-
-def _drop(operations: Sequence[_Operation]) -> None:
-    for each in operations:
-        if isinstance(each.order, Commit):
-            each.done.cancel()
-        elif not each.done.done():
-            each.done.set_exception(StoreUnavailable())
-    commits = sum(isinstance(each.order, Commit) for each in operations)
-    if commits:
-        _log.error("The database is away for too long: commits of used tokens are lost", commits=commits)
 
 
 def month_of(moment: datetime) -> str:

@@ -108,7 +108,8 @@ class ModelHost:
             try:
                 await model.engine.start()
             except BaseException:
-                if self._models.get(name) is model:
+                # A model that is being unloaded is removed by that, once it has closed.
+                if self._models.get(name) is model and name not in self._unloading:
                     self._remove(name)
                 await model.engine.close()
                 raise

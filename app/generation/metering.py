@@ -10,7 +10,7 @@ from typing import Protocol
 
 from app.engine.base import EngineInfo
 from app.errors import AppError
-from app.events import Delta, Event, Finished
+from app.events import Delta, Finished
 from app.generation.context_window import FittedPrompt
 from app.generation.request_stats import RequestStats
 from app.requests import GenerationRequest
@@ -126,12 +126,14 @@ class UsageRecord:
         prompt = 1.0 if generated else recorder.cached_prompt if replayed else 0.0
         return math.ceil(prompt * self._prompt_tokens + generated + recorder.cached_completion * replayed)
 
-    def observe(self, event: Event) -> None:
-        """Record an event that the caller receives."""
-        if isinstance(event, Finished):
-            self._finished = event
-        elif self._recorder.store_text and isinstance(event, Delta):
-            self._completions[event.index].append(event.text)
+    def observe(self, delta: Delta) -> None:
+        """Keep the text that the caller receives, if texts are logged."""
+        if self._recorder.store_text:
+            self._completions[delta.index].append(delta.text)
+
+    def finish(self, finished: Finished) -> None:
+        """Record that the response is complete: all that is left is to yield this event."""
+        self._finished = finished
 
     def fail(self, error: BaseException) -> None:
         """Record what ended the request; a client that leaves once its response is complete is no failure."""

@@ -93,14 +93,14 @@ class GenerationService:
                     with record.charge(run.stats, reservation):
                         async with aclosing(run.events()) as events:
                             async for event in events:
-                                if self._usage.store_text:
+                                if isinstance(event, Delta):
                                     record.observe(event)
                                 if (visible := run.observe(event)) is not None:
                                     yield visible
                 finished = run.finished()
                 if finished.finish_reason in _COMPLETE:
                     await self._store_turn(request, fitted.new, run.text)
-            record.observe(finished)
+            record.finish(finished)
             yield finished
 
     def _check_rights(self, request: GenerationRequest, principal: Principal, model: ServedModel) -> None:

@@ -113,6 +113,27 @@ async def test_a_limit_that_is_lowered_below_what_is_used_refuses(database: Data
     assert (900, 0) == await stands(database)
 
 
+async def test_a_lost_commit_frees_what_was_reserved(
+    database: Database, background: BackgroundGroup, monkeypatch: pytest.MonkeyPatch
+):
+    """Its lease is no longer renewed, though this process lives on."""
+    quotas = Quotas(database, QuotaConfig(lease_seconds=1))
+    quotas.start(background)
+    held = await quotas.reserve(CALLER, 900)
+    assert held is not None
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("a defect")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "commit", fail)
+        await quotas.commit(held, 10)
+    async with asyncio.timeout(10):
+        while await stands(database) != (0, 0):  # noqa: ASYNC110  # leases have no event
+            await asyncio.sleep(0.05)
+    await quotas.close()
+
+
 async def test_who_leaves_while_tokens_are_reserved_holds_none(database: Database, background: BackgroundGroup):
     """Whatever the moment; long before any lease ends."""
     quotas = Quotas(database, QuotaConfig())

@@ -28,12 +28,14 @@ class CountingEngine(EchoEngine):
         super().__init__(token_delay_seconds=token_delay_seconds)
         self.start_error = start_error
         self.starts = self.closings = 0
-        self.may_close = asyncio.Event()
+        self.may_start, self.may_close = asyncio.Event(), asyncio.Event()
+        self.may_start.set()
         self.may_close.set()
 
     async def start(self) -> None:
         self.starts += 1
         await asyncio.sleep(0)
+        await self.may_start.wait()
         if self.start_error is not None:
             raise self.start_error
         await super().start()
@@ -229,6 +231,32 @@ async def test_a_load_during_an_unload_waits_for_it_and_loads_anew() -> None:
     assert [False, False] == early
     assert models[0] is models[1] is host.find("echo")
     assert Counter(echo=2) == builder.built
+    assert "hello" == text_of((await generate(host, hello()))[0])
+
+
+async def test_a_start_that_fails_during_an_unload_leaves_the_next_model_alone() -> None:
+    """The unload is not over before its engine has closed, and it takes no model away that was loaded after it."""
+    builder = Builder()
+    host = ModelHost(builder, "echo")
+    first = asyncio.create_task(host.load("echo"))
+    await asyncio.sleep(0)
+    (engine,) = builder.engines["echo"]
+    engine.may_start.clear()
+    engine.may_close.clear()
+    unloading = asyncio.create_task(host.unload("echo", grace_seconds=0))
+    await asyncio.sleep(0)
+    second = asyncio.create_task(host.load("echo"))
+    engine.start_error = EngineFailed("Closed while it started.")
+    engine.may_start.set()
+    await asyncio.sleep(0.01)
+    early = second.done()
+    engine.may_close.set()
+
+    await asyncio.wait_for(unloading, SOON)
+    with pytest.raises(EngineFailed):
+        await first
+    assert not early
+    assert await second is host.find("echo")
     assert "hello" == text_of((await generate(host, hello()))[0])
 
 

@@ -430,6 +430,25 @@ async def test_every_request_has_one_record_of_how_it_ended() -> None:
     assert 6 == len(records)
 
 
+@pytest.mark.parametrize("store_text", [False, True])
+async def test_a_response_that_fails_after_its_last_token_is_no_success(
+    store_text: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its turn cannot be stored: the client gets an error, and the record says so."""
+
+    async def fail(text: str) -> str:
+        raise RuntimeError("a defect")
+
+    input_filter = InputFilter(Redactor(), "mask", lambda kind, count: None)
+    monkeypatch.setattr(input_filter, "mask", fail)
+    async with serving(ScriptedEngine("a").run_freely(), input_filter=input_filter, store_text=store_text) as service:
+        with pytest.raises(RuntimeError, match="a defect"):
+            await service.read(chat("hello", session_id="s"))
+        (record,) = service.log.records
+
+    assert (500, None) == (record.status, record.finish_reason)
+
+
 async def test_what_is_unset_is_filled_in_before_the_engine_sees_it() -> None:
     """By the model's defaults; max_tokens gives way to the prompt."""
     engine = ScriptedEngine("a", model="echo").run_freely()
