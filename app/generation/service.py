@@ -88,13 +88,14 @@ class GenerationService:
                 run = _Run(fitted, model, self._metrics)
                 record.begin(model.engine.info, fitted)
                 async with self._admission.reserve(principal, run.most_tokens) as reservation:
-                    if self.host.over:
-                        raise ShuttingDown()
                     with record.charge(run.stats, reservation):
                         async with aclosing(run.events()) as events:
                             async for event in events:
                                 if isinstance(event, Delta):
                                     record.observe(event)
+                                elif isinstance(event, Started) and self.host.over:
+                                    # It reached its engine after all live requests had been aborted.
+                                    raise ShuttingDown()
                                 if (visible := run.observe(event)) is not None:
                                     yield visible
                 finished = run.finished()

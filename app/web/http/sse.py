@@ -123,8 +123,6 @@ class EventStream(SseResponse):
                 self._has_capacity.set()
                 if ready:
                     yield ready
-                elif not self._reading.done():
-                    await asyncio.wait({self._reading})
             await self._reading
             if not self._finished:
                 raise RuntimeError("a generation ended without its last event")

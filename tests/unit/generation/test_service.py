@@ -1,8 +1,8 @@
 """GenerationService: the steps in order, over the shipped fake engine."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from typing import Any, Literal
 
 import pytest
@@ -428,6 +428,32 @@ async def test_every_request_has_one_record_of_how_it_ended() -> None:
     assert ("seen by the client", "/v1/generate", "a") == (records[0].request_id, records[0].route, records[0].key_id)
     assert {None} == {record.prompt for record in records} == {record.answer for record in records}
     assert 6 == len(records)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+async def test_a_request_that_reaches_its_engine_after_the_grace_period_is_refused(n: int) -> None:
+    """It was admitted before, and no abort could find it in the engine; it is neither generated nor charged."""
+    begun, may_go_on = asyncio.Event(), asyncio.Event()
+
+    class LateEngine(EchoEngine):
+        async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+            begun.set()
+            await may_go_on.wait()
+            async with aclosing(super().stream(request)) as events:
+                async for event in events:
+                    yield event
+
+    async with serving(LateEngine()) as service:
+        reading = asyncio.create_task(service.read(complete("hello", n=n)))
+        await begun.wait()
+        await service.host.abort_all()
+        may_go_on.set()
+        with pytest.raises(ShuttingDown):
+            await reading
+        (record,) = service.log.records
+
+    assert (503, 0) == (record.status, record.charged_tokens)
+    assert 0 == service.engine.status().running
 
 
 @pytest.mark.parametrize("store_text", [False, True])
