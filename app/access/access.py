@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from datetime import datetime
+from contextlib import suppress
 
 from app.access.authenticator import Authenticator
 from app.access.background import BackgroundGroup, periodic
@@ -16,6 +16,7 @@ from app.access.response_cache import ResponseCache
 from app.access.roles import ADMIN, RoleStore
 from app.access.usage_log import UsageLog
 from app.config import Settings
+from app.errors import StoreUnavailable
 
 USED_SECONDS = 30.0
 """How far `last_used` may be behind."""
@@ -83,11 +84,20 @@ class AccessControl:
     async def close(self) -> None:
         """Write what is queued, end what runs beside the requests, and close the database."""
         await asyncio.gather(self.quotas.close(), self.log.close(), self.response_cache.close())
+        with suppress(StoreUnavailable):
+            await self.note_used()
         await self._background.close()
         await self.database.close()
 
     async def note_used(self) -> None:
-        """Write down when keys were last used."""
-        moments: dict[str, datetime] = dict(self.authenticator.used)
-        self.authenticator.used.clear()
+        """Write down when keys were last used.
+
+        Raises: StoreUnavailable: the database does not answer; it is written the next time.
+        """
+        moments = dict(self.authenticator.used)
+        if not moments:
+            return
         await self.keys.used(moments)
+        for key_id, moment in moments.items():
+            if self.authenticator.used.get(key_id) == moment:
+                del self.authenticator.used[key_id]

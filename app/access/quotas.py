@@ -18,7 +18,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
 from app.access import ledger
-from app.access.background import BackgroundGroup
+from app.access.background import BackgroundGroup, periodic
 from app.access.database import WAIT_SECONDS, Database
 from app.access.ledger import Balance, Commit, Month, Reserve
 from app.access.queued_writer import QueuedWriter
@@ -68,7 +68,7 @@ class Quotas:
 
     def start(self, background: BackgroundGroup) -> None:
         self._writer.start(background)
-        background.spawn(self._renew_leases())
+        background.spawn(periodic(self._config.lease_seconds / 4, self._renew_leases))
 
     async def close(self) -> None:
         """Write what is queued, if the database takes it."""
@@ -205,15 +205,11 @@ class Quotas:
 
     async def _renew_leases(self) -> None:
         """Renew the leases of living requests, and release those that nobody renews, this process's or another's."""
-        while True:
-            await asyncio.sleep(self._config.lease_seconds / 4)
-            now = self._now()
-            until = now + timedelta(seconds=self._config.lease_seconds)
-            with suppress(StoreUnavailable):
-                await self._db.quickly(partial(ledger.renew, ids=list(self._live), until=until))
-                released = await self._db.quickly(partial(ledger.release_expired, now=now))
-                if released:
-                    _log.warning("Released what a dead process had reserved", reservations=released)
+        now = self._now()
+        until = now + timedelta(seconds=self._config.lease_seconds)
+        await self._db.quickly(partial(ledger.renew, ids=list(self._live), until=until))
+        if released := await self._db.quickly(partial(ledger.release_expired, now=now)):
+            _log.warning("Released what a dead process had reserved", reservations=released)
 
 
 def _future() -> asyncio.Future[Balance]:

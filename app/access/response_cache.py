@@ -26,7 +26,7 @@ _cache = tables.completion_cache
 
 
 class ResponseCache:
-    """Responses by digest, in the database; the `AnswerStore` of `engine.persistent_cache`."""
+    """Responses by digest, in the database; the `ResponseStore` of `engine.persistent_cache`."""
 
     def __init__(self, database: Database, ttl_seconds: float) -> None:
         self._db = database

@@ -128,7 +128,8 @@ class FilteredEngine(EngineWrapper):
                 async for event in events:
                     try:
                         if isinstance(event, Delta):
-                            event = clean(event)
+                            long = len(event.text) > THREAD_CHARS
+                            event = await asyncio.to_thread(clean, event) if long else clean(event)
                         elif isinstance(event, Finished) and (rest := clean(Delta(), last=True)).text:
                             yield rest
                     except Exception:  # noqa: BLE001  # whatever it is, the text must not pass
@@ -139,5 +140,6 @@ class FilteredEngine(EngineWrapper):
                         return
                     yield event
         finally:
-            for kind, count in redactor.counts.items():
+            # A list: where the stream was abandoned, a thread may still be counting.
+            for kind, count in list(redactor.counts.items()):
                 self._on_match(kind, count)

@@ -134,6 +134,30 @@ async def test_a_lost_commit_frees_what_was_reserved(
     await quotas.close()
 
 
+async def test_a_defect_in_renewing_leases_ends_nothing_else(
+    database: Database, background: BackgroundGroup, monkeypatch: pytest.MonkeyPatch
+):
+    """The next turn is tried, and tokens are reserved and committed as before."""
+    quotas = Quotas(database, QuotaConfig(lease_seconds=0.2))
+    turns: list[None] = []
+
+    def fail(*_: object, **__: object) -> None:
+        turns.append(None)
+        raise ValueError("a defect")
+
+    monkeypatch.setattr(ledger, "renew", fail)
+    quotas.start(background)
+    async with asyncio.timeout(10):
+        while len(turns) < 2:  # noqa: ASYNC110  # turns have no event
+            await asyncio.sleep(0.01)
+    held = await quotas.reserve(CALLER, 900)
+    assert held is not None
+    await quotas.commit(held, 10)
+    await quotas.close()
+
+    assert (10, 0) == await stands(database)
+
+
 async def test_who_leaves_while_tokens_are_reserved_holds_none(database: Database, background: BackgroundGroup):
     """Whatever the moment; long before any lease ends."""
     quotas = Quotas(database, QuotaConfig())

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from app.access.key_format import new_key
+from app.errors import StoreUnavailable
 from tests.web.access import ADMIN_KEY, Running, running
 
 
@@ -244,6 +245,25 @@ async def test_the_last_use_of_a_key_is_noted_now_and_then(service: Running):
 
     assert before is None
     assert after is not None
+
+
+async def test_the_last_use_of_a_key_outlives_an_outage_and_the_end(service: Running, monkeypatch: pytest.MonkeyPatch):
+    """What could not be written is written the next time, at the latest when the service stops."""
+    key = await service.key()
+    await service.generate(key)
+    access, key_id = service.access, key.split("_")[1]
+
+    async def away(moments: object) -> None:
+        raise StoreUnavailable()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(access.keys, "used", away)
+        with pytest.raises(StoreUnavailable):
+            await access.note_used()
+    moment = access.authenticator.used[key_id]
+    await access.close()
+
+    assert moment == (await access.keys.read(key_id)).last_used
 
 
 async def test_the_configured_key_is_an_admins_of_its_own_name(service: Running):

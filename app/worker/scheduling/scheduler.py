@@ -233,14 +233,15 @@ class Scheduler:
         richest = max(slots, key=lambda each: (slots[each], self._virtual_time[each]))
         if slots[richest] < slots.get(tenant, 0) + 2:
             return None
-        # The youngest: it has the least to compute again when its turn comes back.
-        return max((s for s in self.running if s.tenant == richest), key=lambda s: s.request_id)
+        # The youngest of the least urgent: it has the least to compute again when its turn comes back.
+        return max((s for s in self.running if s.tenant == richest), key=lambda s: (s.priority, s.request_id))
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Take a running sequence's slot away; it is the first of its tenant to get one again."""
+        """Take a running sequence's slot away; it is the first of its tenant and priority to get one again."""
         self._free(sequence)
         sequence.computed_tokens = 0
-        self._waiting.setdefault(sequence.tenant, deque()).appendleft(sequence)
+        queue = self._waiting.setdefault(sequence.tenant, deque())
+        queue.insert(sum(other.priority < sequence.priority for other in queue), sequence)
 
     def _assign_slot(self, sequence: Sequence, source: _Slot | None, shared: int) -> list[PrefixCopy]:
         """Give a sequence a free slot, with the prefix that it shares with `source`."""

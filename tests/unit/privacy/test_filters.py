@@ -1,5 +1,6 @@
 """Where personal data is filtered, and that a broken filter lets nothing through."""
 
+import threading
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from itertools import accumulate, pairwise
@@ -7,6 +8,7 @@ from itertools import accumulate, pairwise
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from app.engine.echo import EchoEngine
 from app.errors import PiiBlocked, ServiceUnavailable
@@ -111,6 +113,31 @@ async def test_output_that_is_not_streamed_is_masked_just_as_well(engine: EchoEn
     assert Redactor().redact(text).text == text_of(streamed) == text_of(whole)
     assert len(deltas_of(whole)) <= 3
     assert finished_of(streamed) == finished_of(whole)
+
+
+async def test_a_long_output_is_filtered_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A response that is not streamed arrives in one piece, and would hold up every other request."""
+    threads: list[bool] = []
+    feed = StreamRedactor.feed
+
+    def record(redactor: StreamRedactor, text: str) -> str:
+        if len(text) > 1:
+            threads.append(threading.current_thread() is threading.main_thread())
+        return feed(redactor, text)
+
+    monkeypatch.setattr(StreamRedactor, "feed", record)
+    engine = EchoEngine(context_length=3 * THREAD_CHARS)
+    await engine.start()
+    filtered = FilteredEngine(engine, Redactor(), lambda kind, times: None)
+    text = f"{CANARY} " + "1 23 " * (THREAD_CHARS // 4)
+    request = make_request(text, stream=False)
+    sampling = SamplingParams(max_tokens=len(text))
+    events = await read(filtered.stream(structs.replace(request, sampling=sampling)))
+    await engine.close()
+
+    assert Redactor().redact(text).text == text_of(events)
+    assert threads
+    assert not any(threads)
 
 
 async def test_leaving_filtered_output_closes_the_model_s(engine: EchoEngine) -> None:

@@ -166,6 +166,26 @@ def test_one_tenants_hundred_requests_do_not_keep_another_waiting():
         machine.finish(sequence, completion_tokens=2)
 
 
+def test_who_loses_its_slot_is_the_least_urgent_and_waits_among_its_equals():
+    """Neither a later nor a more urgent request of its tenant stands behind it for that."""
+    machine = Machine(slots=3)
+    late, later, urgent = (machine.add([n, n], tenant="a", priority=each) for n, each in enumerate((10, 10, 0)))
+    machine.step(prefill_tokens=100)
+    other = machine.add([3, 3], tenant="b", priority=10)
+    machine.step(prefill_tokens=100)
+    running = machine.scheduler.running
+    waiting, last = machine.add([3, 1], tenant="a", priority=5), machine.add([3, 2], tenant="a", priority=10)
+    for each in (other, late):
+        machine.remove(each.request_id)
+    machine.step(prefill_tokens=100)
+
+    assert {late.request_id, urgent.request_id, other.request_id} == {each.request_id for each in running}
+    assert {urgent.request_id, waiting.request_id, later.request_id} == {
+        each.request_id for each in machine.scheduler.running
+    }
+    assert last.slot is None
+
+
 def test_with_two_tenants_a_step_holds_a_fair_share_of_each():
     """The tenant with one sequence gets a token in every step; those of the other take turns."""
     machine = Machine(slots=6)
