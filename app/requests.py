@@ -28,11 +28,13 @@ class Origin:
 class Progress:
     """How far an engine has come with a request; written by the engine, read at any moment, even after a hang-up."""
 
-    __slots__ = ("generated",)
+    __slots__ = ("cached", "generated")
 
     def __init__(self) -> None:
         self.generated = 0
         """Tokens generated so far, with the end token."""
+        self.cached = 0
+        """Prompt tokens that did not have to be computed again; known once the model has begun."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Progress)  # it is no part of what is requested

@@ -42,7 +42,6 @@ class LiveRequest:
         self._decoder = tokenizer.decoder()
         self._stops = StopBuffer(request.sampling.stop)
         self._alignment = LogprobAlignment[TokenLogprob]()
-        self._cached_tokens = 0
         self._end_token: int | None = None
         self._deadlines = deadlines
         self._last_moment = self._loop.time() + deadlines.total_seconds
@@ -68,7 +67,7 @@ class LiveRequest:
             return
         if self.started_at is None:
             self.started_at = self._loop.time()
-            self._cached_tokens = event.cached_tokens
+            self._progress.cached = event.cached_tokens
             self._arm(self._deadlines.first_token_seconds, "The model took too long to its first token.")
         logprobs = event.logprobs or (None,) * len(event.token_ids)
         if not all(self._take(*token) for token in zip(event.token_ids, logprobs, strict=True)):
@@ -113,7 +112,7 @@ class LiveRequest:
             if isinstance(outcome, AppError):
                 raise outcome
             if outcome is not None:
-                usage = Usage(self.request.prompt_tokens, self._progress.generated, self._cached_tokens)
+                usage = Usage(self.request.prompt_tokens, self._progress.generated, self._progress.cached)
                 yield finish(outcome, usage, self._stop_reason())
                 return
 

@@ -8,12 +8,15 @@ completion ends with FinishReason.CONTENT_FILTER without the text that was being
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Literal
 
 import structlog
+from msgspec import structs
 
 from app.engine.base import Engine
 from app.engine.logprob_alignment import DeltaAlignment
+from app.engine.stop_strings import StopBuffer
 from app.engine.wrapper import EngineWrapper
 from app.errors import PiiBlocked, ServiceUnavailable
 from app.events import Delta, Event, Finished, finish
@@ -106,6 +109,43 @@ def _shared_beginning(one: str, other: str) -> int:
     return next(differing, min(len(one), len(other)))
 
 
+class _OutputFilter:
+    """Filters the text of one completion, and ends it at a stop string of the filtered text.
+
+    A stop string that matched the model's own text would tell, by ending the completion, what stands under a mask.
+    """
+
+    def __init__(self, redactor: Redactor, request: GenerationRequest) -> None:
+        self.redactor = StreamRedactor(redactor, _continued_text(request))
+        self._stops = StopBuffer(request.sampling.stop)
+        self._logprobs = None if request.sampling.logprobs is None else _UnmaskedLogprobs()
+
+    @property
+    def stopped(self) -> str | None:
+        """Return the stop string that ended the completion; None before there is one."""
+        return self._stops.matched
+
+    def feed(self, delta: Delta) -> Delta:
+        return self._clean(delta, self._stops.feed(self.redactor.feed(delta.text)))
+
+    def finish(self, *, cut: bool) -> Delta:
+        """Return what is still withheld.  Args: cut: whether the completion breaks off."""
+        rest = self._stops.feed(self.redactor.finish(cut=cut))
+        return self._clean(Delta(), rest + self._stops.finish())
+
+    def _clean(self, delta: Delta, text: str) -> Delta:
+        if self._logprobs is None:
+            return Delta(text=text, tokens=delta.tokens)
+        return self._logprobs.release(delta, text)
+
+
+def _continued_text(request: GenerationRequest) -> str:
+    """Return the end of the prompt that the completion continues; empty for the beginning of a turn."""
+    if request.is_chat:
+        return request.messages[-1].content if request.continue_final_message else ""
+    return request.text or ""
+
+
 class FilteredEngine(EngineWrapper):
     """Masks personal data in every completion of the inner engine."""
 
@@ -116,30 +156,49 @@ class FilteredEngine(EngineWrapper):
         self._on_match = on_match
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        redactor = StreamRedactor(self._redactor)
-        logprobs = None if request.sampling.logprobs is None else _UnmaskedLogprobs()
-
-        def clean(delta: Delta, *, last: bool = False) -> Delta:
-            text = redactor.finish() if last else redactor.feed(delta.text)
-            return Delta(text=text, tokens=delta.tokens) if logprobs is None else logprobs.release(delta, text)
-
+        output = _OutputFilter(self._redactor, request)
         try:
-            async with aclosing(self._inner.stream(request)) as events:
+            async with aclosing(self._inner.stream(_without_stops(request))) as events:
                 async for event in events:
                     try:
-                        if isinstance(event, Delta):
-                            long = len(event.text) > THREAD_CHARS
-                            event = await asyncio.to_thread(clean, event) if long else clean(event)
-                        elif isinstance(event, Finished) and (rest := clean(Delta(), last=True)).text:
-                            yield rest
+                        released = await _filtered(event, output)
                     except Exception:  # noqa: BLE001  # whatever it is, the text must not pass
                         # The traceback could show the very text, so only the place is logged.
                         log.error("output filter failed", request_id=request.id)
-                        usage = Usage(request.prompt_tokens, request.progress.generated)
-                        yield finish(FinishReason.CONTENT_FILTER, usage)
+                        yield finish(FinishReason.CONTENT_FILTER, _usage(request))
                         return
-                    yield event
+                    for each in released:
+                        yield each
+                    if output.stopped is not None:
+                        break
+            if output.stopped is not None:
+                yield finish(FinishReason.STOP, _usage(request), output.stopped)
         finally:
             # A list: where the stream was abandoned, a thread may still be counting.
-            for kind, count in list(redactor.counts.items()):
+            for kind, count in list(output.redactor.counts.items()):
                 self._on_match(kind, count)
+
+
+async def _filtered(event: Event, output: _OutputFilter) -> list[Event]:
+    """Return what may be sent of an event; the last one is left out where a stop string ended the completion."""
+    if isinstance(event, Delta):
+        long = len(event.text) > THREAD_CHARS
+        return [await asyncio.to_thread(output.feed, event) if long else output.feed(event)]
+    if not isinstance(event, Finished):
+        return [event]
+    end = event.samples[0]
+    rest = output.finish(cut=end.finish_reason is not FinishReason.STOP or end.stop_reason is not None)
+    shown: list[Event] = [rest] if rest.text or rest.logprobs else []
+    return shown if output.stopped is not None else [*shown, event]
+
+
+def _without_stops(request: GenerationRequest) -> GenerationRequest:
+    if not request.sampling.stop:
+        return request
+    # Deltas as they are generated, or the stop string would be found when max_tokens had been.
+    return structs.replace(request, sampling=replace(request.sampling, stop=()), stream=True)
+
+
+def _usage(request: GenerationRequest) -> Usage:
+    progress = request.progress
+    return Usage(request.prompt_tokens, progress.generated, progress.cached)

@@ -27,10 +27,14 @@ from app.privacy.patterns import (
     first_open,
     key_tail,
     matchers,
+    may_begin,
 )
 from app.privacy.shadow_text import Shadow
 
 __all__ = ["PiiKind", "PiiMatch", "Redaction", "Redactor", "StreamRedactor"]
+
+CONTINUED_CHARS = 1024
+"""How much of the text that a stream continues is looked at: more than any open entity is long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,16 +197,21 @@ class StreamRedactor:
     counts: dict[PiiKind, int]
     """Entities of each kind replaced so far; kinds without any are absent."""
 
-    def __init__(self, redactor: Redactor) -> None:
+    def __init__(self, redactor: Redactor, before: str = "") -> None:
+        """Args: before: the text that the stream continues; of an entity that begins in it the rest is masked."""
         self.counts = {}
         self._redactor = redactor
-        self._buffer = ""
+        self._buffer = before[-CONTINUED_CHARS:]
+        self._foreign = len(self._buffer)
+        """Characters at the beginning of `_buffer` that belong to the text before, and are never emitted."""
         # The left context of `_buffer`: the end of the shadow before it, "]" for an entity.
         self._context = ""
         self._invisible_before = 0
         # Set while an already replaced key continues: its rest is dropped.
         self._open_key: re.Pattern[str] | None = None
         self._finished = False
+        if before:
+            self._release(final=False)
 
     def feed(self, delta: str) -> str:
         """Consume the next delta and return the text that may be sent now, often none.
@@ -214,14 +223,18 @@ class StreamRedactor:
         self._buffer += delta
         return self._release(final=False)
 
-    def finish(self) -> str:
-        """End the stream and return the buffered rest; a second call returns an empty text."""
+    def finish(self, *, cut: bool = False) -> str:
+        """End the stream and return the buffered rest; a second call returns an empty text.
+
+        Args: cut: whether the text breaks off: an entity that may have begun at its end is then left out.
+        """
         self._finished = True
-        rest = self._release(final=True)
+        rest = self._release(final=False) if cut else ""
+        rest += self._release(final=True, cut=cut)
         self._buffer = ""
         return rest
 
-    def _release(self, *, final: bool) -> str:
+    def _release(self, *, final: bool, cut: bool = False) -> str:
         shadow = Shadow.of(self._buffer, self._invisible_before)
         if self._open_key is not None:
             shadow = self._drop_key_tail(shadow, self._open_key, final=final)
@@ -232,7 +245,7 @@ class StreamRedactor:
         decided = len(seen) if final else first_open(seen, begin)
         if decided == begin and not final:
             return ""
-        return self._emit(shadow, seen, self._redactor.scan(seen, begin, decided))
+        return self._emit(shadow, seen, self._redactor.scan(seen, begin, decided), cut=cut)
 
     def _drop_key_tail(self, shadow: Shadow, tail: re.Pattern[str], *, final: bool) -> Shadow:
         """Drop the rest of the key that was replaced last, and return the shadow of the remaining text."""
@@ -243,23 +256,33 @@ class StreamRedactor:
             self._open_key = None
         if end == 0:
             return shadow
-        self._buffer = self._buffer[shadow.span(0, end)[1] :]
+        self._remove(shadow.span(0, end)[1])
         self._invisible_before = 0
         return Shadow.of(self._buffer)
 
-    def _emit(self, shadow: Shadow, seen: str, result: _ScanResult) -> str:
-        """Return the decided part of the buffer with its entities replaced, and remove it from the buffer."""
+    def _remove(self, characters: int) -> None:
+        self._buffer = self._buffer[characters:]
+        self._foreign = max(0, self._foreign - characters)
+
+    def _emit(self, shadow: Shadow, seen: str, result: _ScanResult, *, cut: bool) -> str:
+        """Return the decided part of the buffer with its entities replaced, and remove it from the buffer.
+
+        Args: cut: leave out what follows the last entity, if another may have begun there.
+        """
         begin = len(self._context)
         parts, done, floor, decided = list[str](), 0, 0, result.decided
         for match in result.matches:
             start, end = shadow.span(match.start - begin, match.end - begin)
-            parts += self._buffer[done:start], _placeholder(match.kind)
-            self.counts[match.kind] = self.counts.get(match.kind, 0) + 1
+            parts.append(self._buffer[max(done, self._foreign) : start])
+            if end > self._foreign:
+                parts.append(_placeholder(match.kind))
+                self.counts[match.kind] = self.counts.get(match.kind, 0) + 1
             done, floor, decided = end, match.end, max(decided, match.end)
         self._open_key = result.open_tail
-        cut, self._invisible_before = (done, 0) if self._open_key else shadow.cut(decided - begin)
-        parts.append(self._buffer[done:cut])
-        self._buffer = self._buffer[cut:]
+        size, self._invisible_before = (done, 0) if self._open_key else shadow.cut(decided - begin)
+        if not (cut and may_begin(seen[max(floor, begin) : decided], continues=bool(result.matches))):
+            parts.append(self._buffer[max(done, self._foreign) : size])
+        self._remove(size)
         known = "]" + seen[floor:decided] if result.matches else seen[:decided]
         self._context = known[-LEFT_REACH:]
         return "".join(parts)
