@@ -224,7 +224,7 @@ class LocalEngine:
                 id=live.number,
                 prompt_ids=request.prompt_ids or (),
                 params=request.sampling,
-                tenant=request.tenant,
+                tenant=str(request.tenant),
                 adapter=request.adapter,
                 priority=request.priority,
             )

@@ -270,3 +270,37 @@ async def test_the_configured_key_is_an_admins_of_its_own_name(service: Running)
     report = await service.usage(ADMIN_KEY)
 
     assert ("admin", None) == (report["key_id"], report["limit"])
+
+
+@pytest.mark.parametrize("victim", ["another key", "the configured key"])
+async def test_an_owner_called_like_somebody_else_gets_nothing_of_theirs(service: Running, victim: str):
+    """No session and no cached response, although the owner's name is their id to the letter."""
+    key, name = ADMIN_KEY, "admin"
+    if victim == "another key":
+        key = await service.key()
+        name = key.split("_")[1]
+    spy = await service.key(owner=name)
+    chat = {"messages": [{"role": "user", "content": "the secret word is swordfish"}]}
+
+    async with service.client(key) as mine, service.client(spy) as theirs:
+        await mine.post("/v1/chat", json={**chat, "session_id": "s"})
+        replies = [await each.post("/v1/chat", json={**chat, "n": 2}) for each in (mine, mine, theirs)]
+        listed = [(await each.get("/v1/sessions")).json()["sessions"] for each in (mine, theirs)]
+        read = await theirs.get("/v1/sessions/s")
+
+    assert [False, True, False] == [reply.json()["cached"] for reply in replies]
+    assert [1, 0] == list(map(len, listed))
+    assert 404 == read.status_code
+
+
+async def test_keys_of_one_owner_share_sessions_and_responses(service: Running):
+    """What an owner is for; a key without one has its own."""
+    keys = [await service.key(owner=owner) for owner in ("anna", "anna", None)]
+    prompt = {"prompt": "hello", "max_tokens": 3}
+
+    cached = []
+    for key in keys:
+        async with service.client(key) as client:
+            cached.append((await client.post("/v1/generate", json=prompt)).json()["cached"])
+
+    assert [False, True, False] == cached

@@ -14,11 +14,11 @@ from app.access.quotas import Quotas, month_of
 from app.config import QuotaConfig
 from app.errors import Forbidden, QuotaExceeded, RateLimited
 from app.stores.memory_admission import MemoryAdmissionStore
-from app.types import Limits, Principal, Rights
+from app.types import Limits, Principal, Rights, Tenant
 
 PRINCIPAL = Principal(
     "k",
-    "t",
+    Tenant.owner("t"),
     limits=Limits(monthly_tokens=100, requests_per_minute=60, burst=5, tokens_per_minute=1000, parallel_requests=2),
 )
 
@@ -176,7 +176,7 @@ async def test_a_month_that_is_used_up_is_refused_on_arrival_and_costs_nothing(s
     assert (100, 100) == (refused.value.details["limit"], refused.value.details["used"])
     assert "requested" not in refused.value.details
     assert 5 == (await service.minute())[0]
-    raised = Principal("k", "t", limits=Limits(monthly_tokens=200))
+    raised = Principal("k", Tenant.owner("t"), limits=Limits(monthly_tokens=200))
     async with service.control.admit(raised):
         pass
 
@@ -196,7 +196,7 @@ async def test_switched_off_rates_leave_the_quota(service: Service):
 
 
 async def test_a_caller_without_limits_is_not_counted(service: Service):
-    free = Principal("free", "t")
+    free = Principal("free", Tenant.owner("t"))
     async with service.control.admit(free) as admitted, service.control.reserve(free, 10**9) as reservation:
         reservation.commit(10**9)
 
@@ -215,7 +215,7 @@ async def test_a_caller_without_limits_is_not_counted(service: Service):
     ],
 )
 def test_a_role_allows_models_logprobs_and_system_messages(service: Service, rights: Rights, allowed: bool):
-    principal = Principal("k", "t", rights=rights)
+    principal = Principal("k", Tenant.owner("t"), rights=rights)
     try:
         service.control.check_rights(principal, model="m", logprobs=True, system_messages=True)
     except Forbidden:
