@@ -142,6 +142,9 @@ class Rights:
     """Send messages of the role system."""
     raw_logprobs: bool = True
     """Ask for log-probabilities."""
+    control_tokens: bool = True
+    """Send prompts of token ids with control tokens in them.  Nothing without `system_messages`: whoever writes control
+    tokens writes a message of any role."""
 
 
 @dataclass(frozen=True, slots=True)

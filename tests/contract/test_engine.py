@@ -323,6 +323,16 @@ async def test_a_chat_is_prepared_and_continued(engine: Engine):
     assert FinishReason.LENGTH == finished_of(events).finish_reason
 
 
+async def test_a_chat_has_control_tokens_and_a_text_has_none(engine: Engine):
+    """Those that the tokenizer itself puts in front of a text do not count."""
+    messages = (Message(Role.SYSTEM, "Be kind."), Message(Role.USER, "Hello"))
+    chat = await prepared(engine, GenerationRequest(id="chat", tenant=Tenant.owner("tenant"), messages=messages))
+    text = await make_request(engine)
+
+    assert engine.has_control_tokens(chat.prompt_ids or ())
+    assert not engine.has_control_tokens(text.prompt_ids or ())
+
+
 async def test_tokens_become_the_text_that_they_were_made_of(engine: Engine):
     """As a prompt of tokens is shown, and filtered."""
     request = await make_request(engine)

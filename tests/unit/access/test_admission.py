@@ -212,13 +212,29 @@ async def test_a_caller_without_limits_is_not_counted(service: Service):
         (Rights(models=()), False),
         (Rights(raw_logprobs=False), False),
         (Rights(system_messages=False), False),
+        (Rights(control_tokens=False), False),
     ],
 )
-def test_a_role_allows_models_logprobs_and_system_messages(service: Service, rights: Rights, allowed: bool):
+def test_a_role_allows_models_logprobs_system_messages_and_control_tokens(
+    service: Service, rights: Rights, allowed: bool
+):
     principal = Principal("k", Tenant.owner("t"), rights=rights)
     try:
-        service.control.check_rights(principal, model="m", logprobs=True, system_messages=True)
+        service.control.check_rights(principal, model="m", logprobs=True, system_messages=True, control_tokens=True)
     except Forbidden:
         assert not allowed
     else:
         assert allowed
+
+
+@pytest.mark.parametrize("rights", [Rights(control_tokens=False), Rights(system_messages=False)])
+def test_whoever_may_send_no_system_message_may_send_no_control_token(service: Service, rights: Rights):
+    """Control tokens write a message of any role, so the one right is worth nothing without the other."""
+    principal = Principal("k", Tenant.owner("t"), rights=rights)
+    uses = {"model": "m", "logprobs": False, "system_messages": False}
+
+    service.control.check_rights(principal, **uses, control_tokens=False)
+    with pytest.raises(Forbidden) as refused:
+        service.control.check_rights(principal, **uses, control_tokens=True)
+
+    assert "prompt" == refused.value.details["errors"][0]["field"]

@@ -321,18 +321,29 @@ async def test_the_status_has_figures_and_no_texts() -> None:
 async def test_rights_are_checked_before_a_prompt_is_looked_at() -> None:
     """For the model that serves it, and for what the request itself uses of them; what is forbidden takes nothing."""
     async with echoing(input_mode="block") as service:
-        for request in (complete("x", logprobs=0), chat("x", system="be brief"), chat("x")):
+        uses = (
+            complete("x", logprobs=0),
+            chat("x", system="be brief"),
+            chat("x"),
+            complete((120,)),
+            complete((0x110000, 120)),
+        )
+        for request in uses:
             await service.read(request)
         checks = list(service.admission.checks)
         service.admission.forbidden = Forbidden("Not for you.")
         with pytest.raises(Forbidden):
             await service.read(complete(f"mail {EMAIL}"))
 
-        assert [(True, False), (False, True), (False, False)] == [
-            (check["logprobs"], check["system_messages"]) for check in checks
-        ]
+        assert [
+            ["logprobs"],
+            ["system_messages"],
+            [],
+            [],
+            ["control_tokens"],
+        ] == [[name for name, used in check.items() if used is True] for check in checks]
         assert {("echo", ANNA)} == {(check["model"], check["principal"]) for check in checks}
-        assert 3 == len(service.admission.reservations)
+        assert len(uses) == len(service.admission.reservations)
         assert 403 == service.log.records[-1].status
 
 
