@@ -87,9 +87,14 @@ class Unauthorized(AppError):
 
 
 class Forbidden(AppError):
-    """The key is valid, but its role does not allow this."""
+    """The key is valid, but its role does not allow this; `details["errors"]` names the field, if it is one."""
 
     status, code = 403, "forbidden"
+
+    @staticmethod
+    def of_field(field: str, reason: str) -> "Forbidden":
+        """Return the error of one field; the message is the field's name followed by `reason`."""
+        return Forbidden(f"{field} {reason}", details={"errors": [{"field": field, "reason": reason}]})
 
 
 class NotFound(AppError):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+from typing import Literal
 
 import msgspec
 
@@ -141,6 +142,48 @@ class Rights:
     """Send messages of the role system."""
     raw_logprobs: bool = True
     """Ask for log-probabilities."""
+    control_tokens: bool = True
+    """Send prompts of token ids with control tokens in them.  Nothing without `system_messages`: whoever writes control
+    tokens writes a message of any role."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """Who owns sessions, cached responses, KV cache rows and a share of the model.
+
+    The kind is a part of the value: whatever an owner is called, it is neither a key nor the configured key.  Made by
+    the constructors below and never from a text.
+    """
+
+    kind: Literal["owner", "key", "configured", "program"]
+    name: str = ""
+
+    @classmethod
+    def owner(cls, name: str) -> "Tenant":
+        """Return the tenant that all keys of this owner share."""
+        return cls("owner", name)
+
+    @classmethod
+    def key(cls, key_id: str) -> "Tenant":
+        """Return the tenant of a key that has no owner."""
+        return cls("key", key_id)
+
+    @classmethod
+    def configured(cls) -> "Tenant":
+        """Return the tenant of the configured key."""
+        return cls("configured")
+
+    @classmethod
+    def program(cls) -> "Tenant":
+        """Return the tenant of code that uses an engine itself, without any key."""
+        return cls("program")
+
+    def __str__(self) -> str:
+        """Return the text for other processes and stores: `owner:anna`, `key:hhDqXM5S`, `configured`, `program`.
+
+        Two tenants never have the same text, since a kind has no colon in it.
+        """
+        return f"{self.kind}:{self.name}" if self.kind in ("owner", "key") else self.kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +192,7 @@ class Principal:
 
     key_id: str
     """Public name of the key, safe to log."""
-    tenant: str
+    tenant: Tenant
     """Owns sessions and cached responses; keys of one owner share them."""
     role: str = "standard"
     limits: Limits = Limits()

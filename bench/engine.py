@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from app.config import DeadlineConfig, ModelConfig
 from app.engine.local import LocalEngine
 from app.requests import GenerationRequest
-from app.types import SamplingParams
+from app.types import SamplingParams, Tenant
 from bench.peers import Setup
 from bench.process import ROOT
 from bench.words import token_ids
@@ -88,7 +88,7 @@ async def engine_seconds(engine: LocalEngine, batch: int, seed: int) -> float:
     requests = [
         GenerationRequest(
             id=f"{batch}.{seed}.{number}",
-            tenant="bench",
+            tenant=Tenant.owner("bench"),
             prompt_ids=token_ids(draw, PROMPT),
             sampling=params,
             cache=False,

@@ -6,6 +6,10 @@ import secrets
 import string
 import zlib
 
+CONFIGURED_ID = "admin"
+"""The id of the configured key, in counters, rate buckets and the log.  No key of the database can have it: their ids
+have eight characters."""
+
 _BASE62 = string.digits + string.ascii_uppercase + string.ascii_lowercase
 _ID_CHARS = 8
 _SECRET_CHARS = 32

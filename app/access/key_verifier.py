@@ -4,12 +4,12 @@ import hmac
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from app.access.key_format import digest_of, id_of
+from app.access.key_format import CONFIGURED_ID, digest_of, id_of
 from app.access.keys import KeyStore, KeyWithRole
 from app.access.limits import LimitSettings, resolve
 from app.access.roles import ADMIN, Role, RoleStore
 from app.errors import KeyNotFound
-from app.types import Limits, Principal, Rights
+from app.types import Limits, Principal, Rights, Tenant
 
 NEVER = datetime.max.replace(tzinfo=UTC)
 
@@ -44,20 +44,19 @@ class KeyVerifier:
     def __init__(self, keys: KeyStore, roles: RoleStore, defaults: Limits, *, configured_key: str | None) -> None:
         """Args:
         defaults: limits where neither key nor role says anything.
-        configured_key: has the role admin, and no row in the database.  One of our own form is known by the id in it,
-            any other as "admin".
+        configured_key: has the role admin, and no row in the database.  Its id is `CONFIGURED_ID` even where it has the
+            form of our own keys: the id in it may be that of a row, which is rotated, limited and revoked by itself.
         """
         self._keys = keys
         self._roles = roles
         self._defaults = defaults
         self._configured = digest_of(configured_key.encode()) if configured_key else None
-        self._configured_id = (id_of(configured_key) or ADMIN) if configured_key else ADMIN
 
     def claim(self, presented: bytes) -> KeyClaim | None:
         """Return what a key claims to be, None if it cannot be one."""
         digest = digest_of(presented)
         if self._configured is not None and hmac.compare_digest(digest, self._configured):
-            return KeyClaim(digest, self._configured_id, configured=True)
+            return KeyClaim(digest, CONFIGURED_ID, configured=True)
         key_id = id_of(presented.decode("ascii", "replace"))
         return None if key_id is None else KeyClaim(digest, key_id, configured=False)
 
@@ -71,7 +70,8 @@ class KeyVerifier:
             return None
         key, role = found.record, found.role
         limits = resolve(self._defaults, key.limits, role.limits)
-        return VerifiedKey(Principal(key.id, key.owner or key.id, role.name, limits, role.rights), expires)
+        tenant = Tenant.owner(key.owner) if key.owner else Tenant.key(key.id)
+        return VerifiedKey(Principal(key.id, tenant, role.name, limits, role.rights), expires)
 
     def vouch(self, claim: KeyClaim) -> VerifiedKey | None:
         """Verify a key without the database: only the configured one can be."""
@@ -79,7 +79,7 @@ class KeyVerifier:
 
     def _admin(self, role: Role) -> VerifiedKey:
         limits = resolve(self._defaults, role.limits)
-        return VerifiedKey(Principal(self._configured_id, self._configured_id, ADMIN, limits, role.rights))
+        return VerifiedKey(Principal(CONFIGURED_ID, Tenant.configured(), ADMIN, limits, role.rights))
 
     async def limits_of(self, key_id: str) -> Limits:
         """Return the limits of any key, good or not.
@@ -89,7 +89,7 @@ class KeyVerifier:
         found = await self._keys.find(key_id)
         if found is not None:
             return resolve(self._defaults, found.record.limits, found.role.limits)
-        if self._configured is None or key_id != self._configured_id:
+        if self._configured is None or key_id != CONFIGURED_ID:
             raise KeyNotFound("There is no key of this id.")
         return resolve(self._defaults, (await self._roles.read(ADMIN)).limits)
 

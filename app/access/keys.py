@@ -81,10 +81,11 @@ class KeyStore:
         """Create a key and return it with its secret, which nobody will see again.
 
         Args: key: one that exists already, such as the first start's; it stays as it is if the database knows it.
-        Raises: RoleNotFound: there is no such role.
+        Raises: RoleNotFound: there is no such role.  ValueError: `key` has another form than ours, and so no id.
         """
         known, key = key is not None, key or new_key()
-        key_id = id_of(key) or ""
+        if (key_id := id_of(key)) is None:
+            raise ValueError("only a key of our own form has a row")
         values: dict[str, Any] = {"id": key_id, "digest": digest_of(key.encode()), "last_four": key[-4:], "role": role}
         values |= {"owner": owner, **asdict(limits), "created": _now(), "expires": expires}
         try:

@@ -4,19 +4,24 @@ from app.errors import Forbidden
 from app.types import Principal
 
 
-def check_rights(principal: Principal, *, model: str, logprobs: bool, system_messages: bool) -> None:
+def check_rights(
+    principal: Principal, *, model: str, logprobs: bool, system_messages: bool, control_tokens: bool
+) -> None:
     """Check a request against its caller's role.
 
     Args:
         model: the name of the model that is to generate.
         logprobs: whether log-probabilities are requested.
         system_messages: whether the caller sends messages of the role system.
-    Raises: Forbidden: the role does not allow one of them.
+        control_tokens: whether the caller sends token ids with control tokens among them.
+    Raises: Forbidden: the role does not allow one of them; the field is named.
     """
     rights = principal.rights
     if rights.models is not None and model not in rights.models:
-        raise Forbidden("The role of this API key does not allow this model.")
+        raise Forbidden.of_field("model", "is one that the role of this API key does not allow")
     if logprobs and not rights.raw_logprobs:
-        raise Forbidden("The role of this API key does not allow log-probabilities.")
+        raise Forbidden.of_field("logprobs", "are not allowed by the role of this API key")
     if system_messages and not rights.system_messages:
-        raise Forbidden("The role of this API key does not allow system messages.")
+        raise Forbidden.of_field("messages", "hold a system message, which the role of this API key does not allow")
+    if control_tokens and not (rights.control_tokens and rights.system_messages):
+        raise Forbidden.of_field("prompt", "holds a control token, which the role of this API key does not allow")

@@ -30,7 +30,7 @@ class Role:
     def of(cls, row: Mapping[Any, Any], prefix: str = "") -> "Role":
         """Take the columns of these names from a row."""
         models = row[prefix + "models"]
-        names = ("load_models", "manage_keys", "system_messages", "raw_logprobs")
+        names = ("load_models", "manage_keys", "system_messages", "raw_logprobs", "control_tokens")
         rights = Rights(
             models=None if models is None else tuple(models), **{name: row[prefix + name] for name in names}
         )

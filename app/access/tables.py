@@ -18,6 +18,7 @@ from sqlalchemy import (
     Table,
     Text,
     TypeDecorator,
+    false,
 )
 
 from app.access.limits import LIMIT_NAMES
@@ -54,6 +55,7 @@ roles = Table(
     Column("manage_keys", Boolean, nullable=False),
     Column("system_messages", Boolean, nullable=False),
     Column("raw_logprobs", Boolean, nullable=False),
+    Column("control_tokens", Boolean, nullable=False, server_default=false()),  # an older program does not name it
 )
 
 api_keys = Table(

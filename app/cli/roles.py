@@ -35,6 +35,9 @@ def set_role(
     manage_keys: Annotated[bool | None, typer.Option(help="May manage keys and roles.")] = None,
     system_messages: Annotated[bool | None, typer.Option(help="May send system messages.")] = None,
     raw_logprobs: Annotated[bool | None, typer.Option(help="May ask for log-probabilities.")] = None,
+    control_tokens: Annotated[
+        bool | None, typer.Option(help="May send control tokens by their ids, if it may send system messages.")
+    ] = None,
     config: ConfigOption = CONFIG,
     as_json: JsonOption = False,
     **limits: str | None,
@@ -46,6 +49,7 @@ def set_role(
         "manage_keys": manage_keys,
         "system_messages": system_messages,
         "raw_logprobs": raw_logprobs,
+        "control_tokens": control_tokens,
     }
     rights: dict[str, Any] = {right: flag for right, flag in flags.items() if flag is not None}
     if models is not None:

@@ -128,6 +128,12 @@ class Tokenizer(Protocol):
     def token_text(self, token_id: int) -> str:
         """Return the same as text, where a part of a character is U+FFFD."""
 
+    def has_control_tokens(self, prompt_ids: Sequence[int]) -> bool:
+        """Return whether a prompt holds tokens that ordinary text does not have.
+
+        Those that the tokenizer itself puts in front of every text do not count at the beginning of the prompt.
+        """
+
 
 class Engine(Protocol):
     """Generates completions of one loaded model."""
@@ -156,6 +162,12 @@ class Engine(Protocol):
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """Return the text of a prompt that arrived as tokens."""
+
+    def has_control_tokens(self, prompt_ids: Sequence[int]) -> bool:
+        """Return whether a prompt that arrived as tokens holds control tokens; True where that cannot be known.
+
+        Raises: EngineNotReady.
+        """
 
     def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Generate: Started at once when admitted, deltas, then exactly one Finished.

@@ -50,6 +50,9 @@ class EchoTokenizer:
     def token_text(self, token_id: int) -> str:
         return chr(token_id) if token_id < _CONTROL else ""
 
+    def has_control_tokens(self, prompt_ids: Sequence[int]) -> bool:
+        return max(prompt_ids, default=0) >= _CONTROL
+
 
 class EchoEngine:
     """Echoes the last user message of a chat, or a plain prompt as it is."""
@@ -103,6 +106,9 @@ class EchoEngine:
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         return _characters(token_ids)
+
+    def has_control_tokens(self, prompt_ids: Sequence[int]) -> bool:
+        return self.tokenizer.has_control_tokens(prompt_ids)
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         if self._state is not EngineState.READY:

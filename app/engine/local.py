@@ -137,6 +137,10 @@ class LocalEngine:
         """Return the text of a prompt that arrived as tokens."""
         return await asyncio.to_thread(detokenize, self.tokenizer, token_ids)
 
+    def has_control_tokens(self, prompt_ids: Sequence[int]) -> bool:
+        """Return whether a prompt that arrived as tokens holds control tokens of the model's tokenizer."""
+        return self.tokenizer.has_control_tokens(prompt_ids)
+
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Generate: Started at once when admitted, deltas, then exactly one Finished.
 
@@ -224,7 +228,7 @@ class LocalEngine:
                 id=live.number,
                 prompt_ids=request.prompt_ids or (),
                 params=request.sampling,
-                tenant=request.tenant,
+                tenant=str(request.tenant),
                 adapter=request.adapter,
                 priority=request.priority,
             )

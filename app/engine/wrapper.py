@@ -32,6 +32,9 @@ class EngineWrapper:
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         return await self._inner.detokenize(token_ids)
 
+    def has_control_tokens(self, prompt_ids: Sequence[int]) -> bool:
+        return self._inner.has_control_tokens(prompt_ids)
+
     def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         return self._inner.stream(request)
 

@@ -33,8 +33,10 @@ class Reservation(Protocol):
 class Admission(Protocol):
     """Knows what a caller may do and how much; `access.AdmissionControl` is it."""
 
-    def check_rights(self, principal: Principal, *, model: str, logprobs: bool, system_messages: bool) -> None:
-        """Raises: Forbidden: the caller's role does not allow this model, log-probabilities or system messages."""
+    def check_rights(
+        self, principal: Principal, *, model: str, logprobs: bool, system_messages: bool, control_tokens: bool
+    ) -> None:
+        """Raises: Forbidden: the caller's role does not allow this model, or what else the request uses of it."""
 
     def reserve(self, principal: Principal, tokens: int) -> AbstractAsyncContextManager[Reservation]:
         """Set tokens aside while the context lasts.

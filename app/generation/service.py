@@ -105,11 +105,13 @@ class GenerationService:
             yield finished
 
     def _check_rights(self, request: GenerationRequest, principal: Principal, model: ServedModel) -> None:
+        ids = request.prompt_ids
         self._admission.check_rights(
             principal,
             model=model.name,
             logprobs=request.sampling.logprobs is not None,
             system_messages=any(message.role is Role.SYSTEM for message in request.messages),
+            control_tokens=ids is not None and model.engine.has_control_tokens(ids),
         )
 
     async def _fit(self, request: GenerationRequest, model: ServedModel, history: Sequence[Turn]) -> FittedPrompt:

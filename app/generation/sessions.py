@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 from cachetools import Cache, TTLCache
 
 from app.config import ChatHistoryConfig
-from app.types import Message, Role
+from app.types import Message, Role, Tenant
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,23 +61,23 @@ class SessionSummary:
 class SessionStore(Protocol):
     """Keeps sessions.  `tests/contract/test_session_store.py` holds every store to the same promises."""
 
-    async def read(self, tenant: str, session_id: str) -> Session | None:
+    async def read(self, tenant: Tenant, session_id: str) -> Session | None:
         """Return the session, None where this tenant has none of that id (or no longer)."""
 
-    async def append(self, tenant: str, session_id: str, turn: Turn) -> None:
+    async def append(self, tenant: Tenant, session_id: str, turn: Turn) -> None:
         """Add a turn at the end and begin the time to live anew.
 
         The oldest turns go where there are too many or too much text, the newest never; and the tenant's least recently
         used session where there are too many.
         """
 
-    async def delete(self, tenant: str, session_id: str) -> bool:
+    async def delete(self, tenant: Tenant, session_id: str) -> bool:
         """Forget the session; return whether there was one."""
 
-    async def list(self, tenant: str) -> Sequence[SessionSummary]:
+    async def list(self, tenant: Tenant) -> Sequence[SessionSummary]:
         """Return the tenant's sessions, the last updated first."""
 
-    def turn(self, tenant: str, session_id: str) -> AbstractAsyncContextManager[None]:
+    def turn(self, tenant: Tenant, session_id: str) -> AbstractAsyncContextManager[None]:
         """Hold the session for one turn; others wait, first come, first served."""
 
     def count(self) -> int:
@@ -114,12 +114,12 @@ class MemorySessionStore:
         self._config = config
         self._clock = clock
         self._wall_clock = wall_clock
-        self._tenants: OrderedDict[str, TTLCache[str, _StoredSession]] = OrderedDict()
+        self._tenants: OrderedDict[Tenant, TTLCache[str, _StoredSession]] = OrderedDict()
         """The tenant with the oldest last turn first."""
-        self._locks: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
+        self._locks: WeakValueDictionary[tuple[Tenant, str], asyncio.Lock] = WeakValueDictionary()
 
     @property
-    def tenants(self) -> tuple[str, ...]:
+    def tenants(self) -> tuple[Tenant, ...]:
         """Return the tenants that have sessions in memory, the one with the oldest last turn first."""
         return tuple(self._tenants)
 
@@ -128,7 +128,7 @@ class MemorySessionStore:
         """Return how many sessions are being used, or waited for, by a turn."""
         return len(self._locks)
 
-    async def read(self, tenant: str, session_id: str) -> Session | None:
+    async def read(self, tenant: Tenant, session_id: str) -> Session | None:
         self._drop_idle_tenants()
         sessions = self._tenants.get(tenant)
         stored = None if sessions is None else sessions.get(session_id)
@@ -142,7 +142,7 @@ class MemorySessionStore:
             expires_in_seconds=max(0.0, stored.expires - self._clock()),
         )
 
-    async def append(self, tenant: str, session_id: str, turn: Turn) -> None:
+    async def append(self, tenant: Tenant, session_id: str, turn: Turn) -> None:
         self._drop_idle_tenants()
         sessions = self._tenants.get(tenant)
         if sessions is None:
@@ -160,7 +160,7 @@ class MemorySessionStore:
         )
         self._tenants.move_to_end(tenant)
 
-    async def delete(self, tenant: str, session_id: str) -> bool:
+    async def delete(self, tenant: Tenant, session_id: str) -> bool:
         self._drop_idle_tenants()
         sessions = self._tenants.get(tenant)
         if sessions is None:
@@ -170,7 +170,7 @@ class MemorySessionStore:
             del self._tenants[tenant]
         return found
 
-    async def list(self, tenant: str) -> Sequence[SessionSummary]:
+    async def list(self, tenant: Tenant) -> Sequence[SessionSummary]:
         self._drop_idle_tenants()
         sessions = self._tenants.get(tenant)
         if sessions is None:
@@ -185,7 +185,7 @@ class MemorySessionStore:
         ]
 
     @asynccontextmanager
-    async def turn(self, tenant: str, session_id: str) -> AsyncIterator[None]:
+    async def turn(self, tenant: Tenant, session_id: str) -> AsyncIterator[None]:
         # asyncio's lock is fair and safe to cancel; it lives as long as somebody holds or awaits it.
         lock = self._locks.setdefault((tenant, session_id), asyncio.Lock())
         async with lock:

@@ -37,7 +37,7 @@ from app.langchain.messages import (
     from_langchain,
 )
 from app.requests import GenerationRequest
-from app.types import SamplingParams
+from app.types import SamplingParams, Tenant
 
 T = TypeVar("T")
 
@@ -101,7 +101,7 @@ class EnginePipeline(HuggingFacePipeline):
         sampling = replace(self.defaults, **given)
         if stop:
             sampling = replace(sampling, stop=tuple(stop))
-        return GenerationRequest(id=f"chain-{uuid.uuid4().hex}", tenant="chain", sampling=sampling, **prompt)
+        return GenerationRequest(id=f"chain-{uuid.uuid4().hex}", tenant=Tenant.program(), sampling=sampling, **prompt)
 
     async def astream(
         self,

@@ -21,7 +21,7 @@ from app.events import Event, Started
 from app.privacy.filters import FilteredEngine
 from app.privacy.redactor import Redactor
 from app.requests import GenerationRequest
-from app.types import EngineState, FinishReason, Message, Role, SamplingParams
+from app.types import EngineState, FinishReason, Message, Role, SamplingParams, Tenant
 from tests.unit.engine.stores import DictStore
 from tests.unit.event_streams import deltas_of, finished_of, logprobs_of, started_of, text_of
 from tests.unit.event_streams import read as read_stream
@@ -48,7 +48,7 @@ async def unclosed(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
     """A loaded engine, shared by the tests of this module: a worker takes seconds to start."""
     engine: Engine = request.param(tmp_path_factory.mktemp("model"))
     with pytest.raises(EngineNotReady):
-        await anext(engine.stream(GenerationRequest(id="early", tenant="t", prompt_ids=(1,))))
+        await anext(engine.stream(GenerationRequest(id="early", tenant=Tenant.owner("t"), prompt_ids=(1,))))
     await engine.start()
     async with asyncio.timeout(110):
         await engine.wait_ready()
@@ -75,7 +75,9 @@ async def make_request(
 ) -> GenerationRequest:
     """Return a request with its prompt encoded, of which no response is stored."""
     params = SamplingParams(**{"max_tokens": 30, "seed": next(SEEDS)} | sampling)
-    request = GenerationRequest(id=name, tenant="tenant", text=text, sampling=params, cache=cache, stream=stream)
+    request = GenerationRequest(
+        id=name, tenant=Tenant.owner("tenant"), text=text, sampling=params, cache=cache, stream=stream
+    )
     return await prepared(engine, request)
 
 
@@ -305,7 +307,9 @@ async def test_requests_at_once_each_get_their_own_completion(engine: Engine):
 async def test_a_chat_is_prepared_and_continued(engine: Engine):
     """The engine's tokenizer and its facts fit each other; a prompt of tokens stays as it is."""
     messages = (Message(Role.SYSTEM, "Be kind."), Message(Role.USER, LONG_TEXT))
-    chat = GenerationRequest(id="chat", tenant="tenant", messages=messages, sampling=SamplingParams(max_tokens=5))
+    chat = GenerationRequest(
+        id="chat", tenant=Tenant.owner("tenant"), messages=messages, sampling=SamplingParams(max_tokens=5)
+    )
 
     encoded = await prepared(engine, chat)
     open_end = await prepared(engine, structs.replace(chat, continue_final_message=True))
@@ -317,6 +321,16 @@ async def test_a_chat_is_prepared_and_continued(engine: Engine):
     assert 0 < open_end.prompt_tokens < encoded.prompt_tokens
     assert PreparedPrompt(encoded.prompt_tokens, encoded.prompt_ids) == await engine.prepare(encoded)
     assert FinishReason.LENGTH == finished_of(events).finish_reason
+
+
+async def test_a_chat_has_control_tokens_and_a_text_has_none(engine: Engine):
+    """Those that the tokenizer itself puts in front of a text do not count."""
+    messages = (Message(Role.SYSTEM, "Be kind."), Message(Role.USER, "Hello"))
+    chat = await prepared(engine, GenerationRequest(id="chat", tenant=Tenant.owner("tenant"), messages=messages))
+    text = await make_request(engine)
+
+    assert engine.has_control_tokens(chat.prompt_ids or ())
+    assert not engine.has_control_tokens(text.prompt_ids or ())
 
 
 async def test_tokens_become_the_text_that_they_were_made_of(engine: Engine):

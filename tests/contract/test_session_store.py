@@ -11,12 +11,13 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from app.config import ChatHistoryConfig
 from app.generation.sessions import MemorySessionStore, SessionStore, Turn
-from app.types import Message, Role
+from app.types import Message, Role, Tenant
 
 Factory = Callable[[ChatHistoryConfig, "Clock"], SessionStore]
 STORES: dict[str, Factory] = {
     "memory": lambda config, clock: MemorySessionStore(config, clock=clock, wall_clock=clock.date),
 }
+ANN, BOB = Tenant.owner("ann"), Tenant.owner("bob")
 LIMITS = ChatHistoryConfig(ttl_seconds=100, max_turns=3, max_bytes=60, max_sessions=2)
 
 
@@ -52,11 +53,11 @@ async def test_a_session_gives_back_its_turns_in_order(factory: Factory, clock: 
     """What was appended is read back whole, with the times of the first and the last turn."""
     store = factory(LIMITS, clock)
 
-    await store.append("ann", "s", turn("one"))
+    await store.append(ANN, "s", turn("one"))
     clock.seconds += 5
-    await store.append("ann", "s", turn("two"))
+    await store.append(ANN, "s", turn("two"))
     clock.seconds += 10
-    session = await store.read("ann", "s")
+    session = await store.read(ANN, "s")
 
     assert session is not None
     assert "s" == session.session_id
@@ -69,21 +70,21 @@ async def test_a_session_gives_back_its_turns_in_order(factory: Factory, clock: 
 async def test_another_tenant_neither_reads_nor_deletes_a_session(factory: Factory, clock: Clock):
     """The same id of another tenant is another session."""
     store = factory(LIMITS, clock)
-    await store.append("ann", "s", turn("hers"))
+    await store.append(ANN, "s", turn("hers"))
 
-    assert await store.read("bob", "s") is None
-    assert not await store.delete("bob", "s")
-    assert [] == list(await store.list("bob"))
-    assert await store.read("ann", "s") is not None
+    assert await store.read(BOB, "s") is None
+    assert not await store.delete(BOB, "s")
+    assert [] == list(await store.list(BOB))
+    assert await store.read(ANN, "s") is not None
 
 
 async def test_names_do_not_run_together(factory: Factory, clock: Clock):
     """Tenant and id are two fields, not one joined text."""
     store = factory(LIMITS, clock)
 
-    await store.append("a:b", "c", turn("one"))
+    await store.append(Tenant.owner("a:b"), "c", turn("one"))
 
-    assert await store.read("a", "b:c") is None
+    assert await store.read(Tenant.owner("a"), "b:c") is None
 
 
 async def test_the_oldest_whole_turn_goes_first(factory: Factory, clock: Clock):
@@ -91,8 +92,8 @@ async def test_the_oldest_whole_turn_goes_first(factory: Factory, clock: Clock):
     store = factory(LIMITS, clock)
 
     for word in "abcde":
-        await store.append("ann", "s", turn(word))
-    session = await store.read("ann", "s")
+        await store.append(ANN, "s", turn(word))
+    session = await store.read(ANN, "s")
 
     assert session is not None
     assert (turn("c"), turn("d"), turn("e")) == session.turns
@@ -103,9 +104,9 @@ async def test_too_much_text_drops_the_oldest_turns(factory: Factory, clock: Clo
     store = factory(LIMITS, clock)
     wide = turn("ä" * 13)  # 55 bytes, 29 characters
 
-    await store.append("ann", "s", turn("one"))
-    await store.append("ann", "s", wide)
-    session = await store.read("ann", "s")
+    await store.append(ANN, "s", turn("one"))
+    await store.append(ANN, "s", wide)
+    session = await store.read(ANN, "s")
 
     assert session is not None
     assert (wide,) == session.turns
@@ -116,11 +117,11 @@ async def test_the_newest_turn_is_kept_whatever_its_size(factory: Factory, clock
     store = factory(LIMITS, clock)
     huge = turn("x" * 500)
 
-    await store.append("ann", "s", turn("one"))
-    await store.append("ann", "s", huge)
-    only = await store.read("ann", "s")
-    await store.append("ann", "s", turn("two"))
-    after = await store.read("ann", "s")
+    await store.append(ANN, "s", turn("one"))
+    await store.append(ANN, "s", huge)
+    only = await store.read(ANN, "s")
+    await store.append(ANN, "s", turn("two"))
+    after = await store.read(ANN, "s")
 
     assert only is not None
     assert after is not None
@@ -132,28 +133,28 @@ async def test_a_session_is_forgotten_some_time_after_its_last_turn(factory: Fac
     """Each turn begins the time anew; reading does not."""
     store = factory(LIMITS, clock)
 
-    await store.append("ann", "s", turn("one"))
+    await store.append(ANN, "s", turn("one"))
     clock.seconds += 99
-    await store.append("ann", "s", turn("two"))
+    await store.append(ANN, "s", turn("two"))
     clock.seconds += 99
-    alive = await store.read("ann", "s")
+    alive = await store.read(ANN, "s")
     clock.seconds += 2
 
     assert alive is not None
-    assert await store.read("ann", "s") is None
-    assert [] == list(await store.list("ann"))
-    assert not await store.delete("ann", "s")
+    assert await store.read(ANN, "s") is None
+    assert [] == list(await store.list(ANN))
+    assert not await store.delete(ANN, "s")
     assert 0 == store.count()
 
 
 async def test_a_session_begun_anew_has_no_past(factory: Factory, clock: Clock):
     """After expiry the same id starts empty, with a new date."""
     store = factory(LIMITS, clock)
-    await store.append("ann", "s", turn("old"))
+    await store.append(ANN, "s", turn("old"))
     clock.seconds += 101
 
-    await store.append("ann", "s", turn("new"))
-    session = await store.read("ann", "s")
+    await store.append(ANN, "s", turn("new"))
+    session = await store.read(ANN, "s")
 
     assert session is not None
     assert (turn("new"),) == session.turns
@@ -163,28 +164,28 @@ async def test_a_session_begun_anew_has_no_past(factory: Factory, clock: Clock):
 async def test_the_least_recently_used_session_goes_first(factory: Factory, clock: Clock):
     """One session too many pushes out the one neither written nor read for longest; listing is no use."""
     store = factory(LIMITS, clock)
-    await store.append("ann", "a", turn("one"))
-    await store.append("ann", "b", turn("one"))
-    await store.append("bob", "a", turn("one"))
-    await store.read("ann", "a")
-    await store.list("ann")
+    await store.append(ANN, "a", turn("one"))
+    await store.append(ANN, "b", turn("one"))
+    await store.append(BOB, "a", turn("one"))
+    await store.read(ANN, "a")
+    await store.list(ANN)
 
-    await store.append("ann", "c", turn("one"))
+    await store.append(ANN, "c", turn("one"))
 
-    assert ["c", "a"] == [summary.session_id for summary in await store.list("ann")]
-    assert await store.read("bob", "a") is not None
+    assert ["c", "a"] == [summary.session_id for summary in await store.list(ANN)]
+    assert await store.read(BOB, "a") is not None
 
 
 async def test_sessions_are_listed_newest_first(factory: Factory, clock: Clock):
     """A summary has the number of turns, the bytes of text and the time of the last turn."""
     store = factory(LIMITS, clock)
-    await store.append("ann", "a", turn("one"))
+    await store.append(ANN, "a", turn("one"))
     clock.seconds += 1
-    await store.append("ann", "b", turn("one"))
+    await store.append(ANN, "b", turn("one"))
     clock.seconds += 1
-    await store.append("ann", "a", turn("two"))
+    await store.append(ANN, "a", turn("two"))
 
-    first, second = await store.list("ann")
+    first, second = await store.list(ANN)
 
     assert ("a", 2, 18, clock.date()) == (first.session_id, first.turns, first.text_bytes, first.updated)
     assert ("b", 1, 9) == (second.session_id, second.turns, second.text_bytes)
@@ -193,11 +194,11 @@ async def test_sessions_are_listed_newest_first(factory: Factory, clock: Clock):
 async def test_a_deleted_session_is_gone(factory: Factory, clock: Clock):
     """Deleting reports whether there was something to delete."""
     store = factory(LIMITS, clock)
-    await store.append("ann", "s", turn("one"))
+    await store.append(ANN, "s", turn("one"))
 
-    assert await store.delete("ann", "s")
-    assert not await store.delete("ann", "s")
-    assert await store.read("ann", "s") is None
+    assert await store.delete(ANN, "s")
+    assert not await store.delete(ANN, "s")
+    assert await store.read(ANN, "s") is None
     assert 0 == store.count()
 
 
@@ -206,11 +207,11 @@ async def test_ten_thousand_sessions_stay_bounded(factory: Factory, clock: Clock
     store = factory(ChatHistoryConfig(max_sessions=100), clock)
 
     for number in range(10_000):
-        await store.append("ann", f"s{number}", turn("one"))
+        await store.append(ANN, f"s{number}", turn("one"))
 
     assert 100 == store.count()
-    assert await store.read("ann", "s9899") is None
-    assert await store.read("ann", "s9900") is not None
+    assert await store.read(ANN, "s9899") is None
+    assert await store.read(ANN, "s9900") is not None
 
 
 async def test_twenty_parallel_turns_are_twenty_whole_pairs(factory: Factory, clock: Clock):
@@ -218,14 +219,14 @@ async def test_twenty_parallel_turns_are_twenty_whole_pairs(factory: Factory, cl
     store = factory(ChatHistoryConfig(), clock)
 
     async def one_request(number: int) -> None:
-        async with store.turn("ann", "s"):
-            before = await store.read("ann", "s")
+        async with store.turn(ANN, "s"):
+            before = await store.read(ANN, "s")
             await asyncio.sleep(0.001)
             seen = len(before.turns) if before else 0
-            await store.append("ann", "s", turn(f"{number} after {seen}"))
+            await store.append(ANN, "s", turn(f"{number} after {seen}"))
 
     await asyncio.gather(*(one_request(number) for number in range(20)))
-    session = await store.read("ann", "s")
+    session = await store.read(ANN, "s")
 
     assert session is not None
     assert tuple(turn(f"{number} after {number}") for number in range(20)) == session.turns
@@ -237,13 +238,13 @@ async def test_sessions_do_not_wait_for_one_another(factory: Factory, clock: Clo
 
     async with (
         asyncio.timeout(1),
-        store.turn("ann", "s"),
-        store.turn("ann", "t"),
-        store.turn("bob", "s"),
+        store.turn(ANN, "s"),
+        store.turn(ANN, "t"),
+        store.turn(BOB, "s"),
     ):
-        await store.append("bob", "s", turn("one"))
+        await store.append(BOB, "s", turn("one"))
 
-    assert await store.read("bob", "s") is not None
+    assert await store.read(BOB, "s") is not None
 
 
 async def test_a_cancelled_waiter_does_not_break_the_lock(factory: Factory, clock: Clock):
@@ -252,10 +253,10 @@ async def test_a_cancelled_waiter_does_not_break_the_lock(factory: Factory, cloc
     entered: list[str] = []
 
     async def wait_for_turn(name: str) -> None:
-        async with store.turn("ann", "s"):
+        async with store.turn(ANN, "s"):
             entered.append(name)
 
-    async with store.turn("ann", "s"):
+    async with store.turn(ANN, "s"):
         first = asyncio.create_task(wait_for_turn("first"))
         second = asyncio.create_task(wait_for_turn("second"))
         await asyncio.sleep(0.01)
@@ -274,15 +275,16 @@ async def test_a_failed_turn_frees_the_session(factory: Factory, clock: Clock):
     store = factory(LIMITS, clock)
 
     with pytest.raises(ValueError, match="mine"):
-        async with store.turn("ann", "s"):
+        async with store.turn(ANN, "s"):
             raise ValueError("mine")
 
-    async with asyncio.timeout(1), store.turn("ann", "s"):
-        await store.append("ann", "s", turn("one"))
+    async with asyncio.timeout(1), store.turn(ANN, "s"):
+        await store.append(ANN, "s", turn("one"))
     assert 1 == store.count()
 
 
-NAMES = st.sampled_from(["ann", "bob", "a/b"])
+OWNERS = (ANN, BOB, Tenant.owner("a/b"), Tenant.key("ann"))
+TENANTS = st.sampled_from(OWNERS)
 IDS = st.sampled_from(["1", "2", "b/1"])
 
 
@@ -297,21 +299,21 @@ def test_a_tenant_only_ever_reads_what_it_wrote(factory: Factory):
             self.clock = Clock()
             self.store = factory(LIMITS, self.clock)
             self.runner = asyncio.Runner()
-            self.written: dict[tuple[str, str], list[Turn]] = {}
-            self.last: dict[tuple[str, str], float] = {}
+            self.written: dict[tuple[Tenant, str], list[Turn]] = {}
+            self.last: dict[tuple[Tenant, str], float] = {}
 
         def teardown(self) -> None:
             self.runner.close()
 
-        @rule(tenant=NAMES, session_id=IDS, word=st.text(max_size=30))
-        def append(self, tenant: str, session_id: str, word: str) -> None:
+        @rule(tenant=TENANTS, session_id=IDS, word=st.text(max_size=30))
+        def append(self, tenant: Tenant, session_id: str, word: str) -> None:
             new = turn(f"{tenant} {session_id} {word}")
             self.runner.run(self.store.append(tenant, session_id, new))
             self.written.setdefault((tenant, session_id), []).append(new)
             self.last[tenant, session_id] = self.clock.seconds
 
-        @rule(tenant=NAMES, session_id=IDS)
-        def delete(self, tenant: str, session_id: str) -> None:
+        @rule(tenant=TENANTS, session_id=IDS)
+        def delete(self, tenant: Tenant, session_id: str) -> None:
             self.runner.run(self.store.delete(tenant, session_id))
             self.written.pop((tenant, session_id), None)
 
@@ -319,8 +321,8 @@ def test_a_tenant_only_ever_reads_what_it_wrote(factory: Factory):
         def wait(self, seconds: float) -> None:
             self.clock.seconds += seconds
 
-        @rule(tenant=NAMES, session_id=IDS)
-        def read(self, tenant: str, session_id: str) -> None:
+        @rule(tenant=TENANTS, session_id=IDS)
+        def read(self, tenant: Tenant, session_id: str) -> None:
             session = self.runner.run(self.store.read(tenant, session_id))
             if session is None:
                 return
@@ -332,7 +334,7 @@ def test_a_tenant_only_ever_reads_what_it_wrote(factory: Factory):
 
         @invariant()
         def lists_are_bounded(self) -> None:
-            listed = {tenant: self.runner.run(self.store.list(tenant)) for tenant in ("ann", "bob", "a/b")}
+            listed = {tenant: self.runner.run(self.store.list(tenant)) for tenant in OWNERS}
             assert all(len(summaries) <= LIMITS.max_sessions for summaries in listed.values())
             assert self.store.count() == sum(map(len, listed.values()))
             for tenant, summaries in listed.items():

@@ -22,7 +22,7 @@ from app.engine.local import LocalEngine
 from app.errors import DeadlineExceeded, EngineBusy, EngineFailed, InvalidRequest
 from app.events import Event
 from app.requests import GenerationRequest
-from app.types import EngineState, FinishReason, Message, Role, SamplingParams
+from app.types import EngineState, FinishReason, Message, Role, SamplingParams, Tenant
 from tests.unit.event_streams import deltas_of, finished_of, text_of
 from tests.unit.event_streams import read as read_stream
 from tests.unit.tiny_models import save_tiny_llama
@@ -68,7 +68,7 @@ def short_folder() -> Iterator[Path]:
 def make_request(name: str = "one", max_tokens: int = 20, prompt: tuple[int, ...] = (5, 6, 7)) -> GenerationRequest:
     """A request that, if it is to take long, does not end by itself: the random model would, in half a second."""
     sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=max_tokens > 1000)
-    return GenerationRequest(id=name, tenant="tenant", prompt_ids=prompt, sampling=sampling)
+    return GenerationRequest(id=name, tenant=Tenant.owner("tenant"), prompt_ids=prompt, sampling=sampling)
 
 
 async def read(engine: LocalEngine, request: GenerationRequest) -> list[Event]:

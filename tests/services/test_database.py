@@ -3,15 +3,19 @@
 import asyncio
 import os
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, delete, func, select, text
 
 from app.access.database import Database, head_revision
 from app.access.keys import KeyStore
+from app.access.ledger import Month, balance
 from app.access.tables import metadata, roles
 from app.errors import ConfigError, StoreUnavailable
 
@@ -78,3 +82,90 @@ async def test_a_first_key_is_adopted_once_and_stays_revoked(database: Database)
 
     assert again.revoked is not None
     assert "admin" == again.role
+
+
+async def test_a_database_of_the_first_revision_loses_nothing_that_was_used(url: str):
+    """Counters and log of a configured key move to its one id, everybody else's stay; stored responses go."""
+    database = Database(url)
+    async with database.begin(60) as connection:
+        await connection.run_sync(_upgrade_to_first)
+        await connection.run_sync(_fill)
+    before = await database.revision()
+    await database.migrate()
+
+    async with database.read() as connection:
+        counters = (await connection.execute(text("SELECT key_id, month, used, reserved FROM usage_counters"))).all()
+        log = (await connection.execute(text("SELECT key_id, charged_tokens FROM inference_log"))).all()
+        responses = await connection.scalar(text("SELECT count(*) FROM completion_cache"))
+        rights = (await connection.execute(text("SELECT name, control_tokens FROM roles"))).all()
+        reservations = (await connection.execute(text("SELECT id, key_id FROM reservations"))).all()
+    renewed = await balance(database, Month("admin", "2026-11"))
+    await database.close()
+
+    assert "0001" == before
+    assert {
+        ("rowRow12", "2026-11", 7, 0),
+        ("admin", "2026-11", 111, 5),
+        ("admin", "2026-10", 20, 0),
+        ("oldForm1", "2026-11", 0, 3),
+    } == {tuple(row) for row in counters}
+    assert {("rowRow12", 7), ("admin", 1), ("admin", 10), ("admin", 100)} == {tuple(row) for row in log}
+    assert 0 == responses
+    assert {("admin", True), ("standard", True), ("free", False), ("team", False)} == {
+        (name, bool(allowed)) for name, allowed in rights
+    }
+    assert [("r1", "oldForm1")] == [tuple(row) for row in reservations]
+    assert (111, 5) == (renewed.used, renewed.reserved)
+
+
+def _upgrade_to_first(connection: Connection) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(ROOT / "app" / "access" / "migrations").replace("%", "%%"))
+    config.attributes["connection"] = connection
+    command.upgrade(config, "0001")
+
+
+def _fill(connection: Connection) -> None:
+    """Write what a service has whose configured key had two forms, `oldForm1` and `oldForm2`, and then none of ours."""
+    digest, moment = b"d" * 32, datetime(2026, 11, 30)  # noqa: DTZ001  # as it is stored
+    statements: list[tuple[str, list[dict[str, object]]]] = [
+        (
+            "INSERT INTO api_keys (id, digest, last_four, role, created)"
+            " VALUES (:id, :digest, 'abcd', 'free', :moment)",
+            [{"id": "rowRow12", "digest": digest, "moment": moment}],
+        ),
+        (
+            "INSERT INTO roles (name, load_models, manage_keys, system_messages, raw_logprobs)"
+            " VALUES (:name, :no, :no, :no, :no)",
+            [{"name": "team", "no": False}],
+        ),
+        (
+            "INSERT INTO usage_counters VALUES (:key, :month, :used, :reserved)",
+            [
+                {"key": "rowRow12", "month": "2026-11", "used": 7, "reserved": 0},
+                {"key": "admin", "month": "2026-11", "used": 1, "reserved": 5},
+                {"key": "oldForm1", "month": "2026-11", "used": 10, "reserved": 3},
+                {"key": "oldForm2", "month": "2026-11", "used": 100, "reserved": 0},
+                {"key": "oldForm2", "month": "2026-10", "used": 20, "reserved": 0},
+            ],
+        ),
+        (
+            "INSERT INTO reservations VALUES (:id, :key, '2026-11', 3, :moment)",
+            [{"id": "r1", "key": "oldForm1", "moment": moment}],
+        ),
+        (
+            "INSERT INTO inference_log (created, request_id, key_id, route, model, prompt_tokens, completion_tokens,"
+            " charged_tokens, cached, status, latency_ms)"
+            " VALUES (:moment, 'r', :key, '/v1/chat', 'm', 1, 1, :charged, :no, 200, 1.0)",
+            [
+                {"moment": moment, "key": key, "charged": charged, "no": False}
+                for key, charged in (("rowRow12", 7), ("admin", 1), ("oldForm1", 10), ("oldForm2", 100))
+            ],
+        ),
+        (
+            "INSERT INTO completion_cache VALUES (:key, :answer, :moment)",
+            [{"key": digest, "answer": b"old", "moment": moment}],
+        ),
+    ]
+    for statement, rows in statements:
+        connection.execute(text(statement), rows)

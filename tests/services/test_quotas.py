@@ -14,9 +14,9 @@ from app.access.ledger import Month, balance
 from app.access.quotas import Quotas, month_of, next_month
 from app.config import QuotaConfig
 from app.errors import QuotaExceeded
-from app.types import Limits, Principal
+from app.types import Limits, Principal, Tenant
 
-CALLER = Principal("key", "tenant", limits=Limits(monthly_tokens=1000))
+CALLER = Principal("key", Tenant.owner("tenant"), limits=Limits(monthly_tokens=1000))
 REPLICAS, WORKERS = 4, 64
 
 
@@ -106,7 +106,7 @@ async def test_a_limit_that_is_lowered_below_what_is_used_refuses(database: Data
     await quotas.commit(held, 900)
 
     with pytest.raises(QuotaExceeded) as refused:
-        await quotas.reserve(Principal("key", "tenant", limits=Limits(monthly_tokens=500)), 1)
+        await quotas.reserve(Principal("key", Tenant.owner("tenant"), limits=Limits(monthly_tokens=500)), 1)
     await quotas.close()
 
     assert (500, 900, 1) == tuple(refused.value.details[name] for name in ("limit", "used", "requested"))

@@ -16,11 +16,11 @@ from app.access.quotas import Quotas
 from app.access.tables import completion_cache, inference_log
 from app.config import QuotaConfig
 from app.errors import StoreUnavailable
-from app.types import Limits, Principal
+from app.types import Limits, Principal, Tenant
 from tests.services.postgres import Postgres
 from tests.web.access import ADMIN_KEY, Running, running
 
-CALLER = Principal("key", "tenant", limits=Limits(monthly_tokens=1000))
+CALLER = Principal("key", Tenant.owner("tenant"), limits=Limits(monthly_tokens=1000))
 
 
 async def test_two_replicas_share_keys_and_quotas(url: str, tmp_path: Path):

@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from app import __version__
+from app.access.database import head_revision
 from app.access.key_format import id_of
 from app.cli import cli
 
@@ -43,7 +44,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_keys_are_created_listed_rotated_and_revoked(folder: Path):
     """The secret is printed once; tables for people and JSON for programs say the same."""
-    assert "revision 0001" in run("db", "upgrade")
+    assert f"revision {head_revision()}" in run("db", "upgrade")
     created = json.loads(run("keys", "create", "--owner", "anna", "--days", "1", "--monthly-tokens", "9", "--json"))
     shown = run("keys", "create", "--role", "admin")
     rotated = json.loads(run("keys", "rotate", created["id"], "--overlap-hours", "2", "--json"))
@@ -66,12 +67,12 @@ def test_roles_are_listed_and_changed(folder: Path):
     """What is not named stays; a role of a new name is made."""
     run("db", "upgrade")
     run("roles", "set", "team", "--requests-per-minute", "60", "--models", "a, b", "--no-raw-logprobs")
+    run("roles", "set", "team", "--no-control-tokens")
     run("roles", "set", "team", "--burst", "5", "--models", "all")
     (team,) = [role for role in json.loads(run("roles", "list", "--json")) if role["name"] == "team"]
 
-    assert (60, 5, "all", False) == tuple(
-        team[name] for name in ("requests_per_minute", "burst", "models", "raw_logprobs")
-    )
+    names = "requests_per_minute burst models raw_logprobs control_tokens system_messages"
+    assert [60, 5, "all", False, False, True] == [team[name] for name in names.split()]
     assert "default" in run("roles", "set", "team", "--burst", "many", code=2)
     assert "may manage" not in run("roles", "set", "admin", "--no-manage-keys", code=1)
 
@@ -89,7 +90,8 @@ def test_the_database_says_how_it_is(folder: Path):
     assert "revision none" in run("db", "current")
     assert "db upgrade" in run("keys", "list", code=2)
     run("db", "upgrade")
-    assert {"revision": "0001", "newest": "0001"}.items() <= json.loads(run("db", "check", "--json")).items()
+    newest = {"revision": head_revision(), "newest": head_revision()}
+    assert newest.items() <= json.loads(run("db", "check", "--json")).items()
 
     with sqlite3.connect(folder / "data" / "service.db") as database:
         database.execute("UPDATE alembic_version SET version_num = '9999'")

@@ -23,7 +23,7 @@ from app.generation.sessions import SessionStore
 from app.main import create_app
 from app.requests import GenerationRequest
 from app.telemetry import Metrics
-from app.types import FinishReason, Principal, Rights, Usage
+from app.types import FinishReason, Principal, Rights, Tenant, Usage
 from app.web.http.dependencies import Container
 
 KEY = "web-tests-key-0123456789"
@@ -145,7 +145,7 @@ class OneKey:
         if presented != KEY.encode():
             return None
         limits = configured(self.settings.rate_limit, self.settings.quota)
-        return Principal("admin", "admin", limits=limits, rights=Rights(load_models=True, manage_keys=True))
+        return Principal("admin", Tenant.configured(), limits=limits, rights=Rights(load_models=True, manage_keys=True))
 
 
 @dataclass

@@ -134,7 +134,7 @@ async def test_a_role_says_what_its_keys_may(service: Running):
             (await service.generate(key, logprobs=1)).status_code,
             (await service.generate(key)).status_code,
         ]
-        rights = {"system_messages": True, "raw_logprobs": True}
+        rights = {"system_messages": True, "raw_logprobs": True, "control_tokens": True}
         put = await admin.put("/v1/roles/free", json={"rights": rights})
         after = [
             (await user.post("/v1/chat", json=system)).status_code,
@@ -270,3 +270,97 @@ async def test_the_configured_key_is_an_admins_of_its_own_name(service: Running)
     report = await service.usage(ADMIN_KEY)
 
     assert ("admin", None) == (report["key_id"], report["limit"])
+
+
+@pytest.mark.parametrize("victim", ["another key", "the configured key"])
+async def test_an_owner_called_like_somebody_else_gets_nothing_of_theirs(service: Running, victim: str):
+    """No session and no cached response, although the owner's name is their id to the letter."""
+    key, name = ADMIN_KEY, "admin"
+    if victim == "another key":
+        key = await service.key()
+        name = key.split("_")[1]
+    spy = await service.key(owner=name)
+    chat = {"messages": [{"role": "user", "content": "the secret word is swordfish"}]}
+
+    async with service.client(key) as mine, service.client(spy) as theirs:
+        await mine.post("/v1/chat", json={**chat, "session_id": "s"})
+        replies = [await each.post("/v1/chat", json={**chat, "n": 2}) for each in (mine, mine, theirs)]
+        listed = [(await each.get("/v1/sessions")).json()["sessions"] for each in (mine, theirs)]
+        read = await theirs.get("/v1/sessions/s")
+
+    assert [False, True, False] == [reply.json()["cached"] for reply in replies]
+    assert [1, 0] == list(map(len, listed))
+    assert 404 == read.status_code
+
+
+async def test_keys_of_one_owner_share_sessions_and_responses(service: Running):
+    """What an owner is for; a key without one has its own."""
+    keys = [await service.key(owner=owner) for owner in ("anna", "anna", None)]
+    prompt = {"prompt": "hello", "max_tokens": 3}
+
+    cached = []
+    for key in keys:
+        async with service.client(key) as client:
+            cached.append((await client.post("/v1/generate", json=prompt)).json()["cached"])
+
+    assert [False, True, False] == cached
+
+
+SYSTEM_TOKEN = 0x110000
+"""The control token that the echo engine's template puts in front of a system message."""
+
+
+@pytest.mark.parametrize("prompt", [[SYSTEM_TOKEN, 104, 105], [[104, 105], [104, SYSTEM_TOKEN]]], ids=["one", "two"])
+async def test_a_key_that_may_send_no_system_message_cannot_send_one_as_tokens(service: Running, prompt: Any):
+    """403 that names the field; ordinary tokens are let through, and so is everything of a key that may."""
+    free, standard = [await service.key(role=role) for role in ("free", "standard")]
+    body = {"model": "echo", "prompt": prompt, "max_tokens": 2}
+    async with service.client(free) as user, service.client(standard) as allowed:
+        refused = await user.post("/v1/completions", json=body)
+        ordinary = await user.post("/v1/completions", json={**body, "prompt": [104, 105]})
+        taken = await allowed.post("/v1/completions", json=body)
+
+    assert (403, "prompt") == (refused.status_code, refused.json()["error"]["param"])
+    assert refused.json()["error"]["message"].startswith("prompt ")
+    assert [200, 200] == [ordinary.status_code, taken.status_code]
+
+
+async def test_the_right_to_send_control_tokens_is_nothing_without_system_messages(service: Running):
+    """A role that is put without a word on control tokens cannot open what its other rights close."""
+    key = await service.key(role="free")
+    body = {"model": "echo", "prompt": [SYSTEM_TOKEN, 104], "max_tokens": 2}
+    statuses = []
+    async with service.client() as admin, service.client(key) as user:
+        before = (await admin.get("/v1/roles/free")).json()["rights"]
+        for rights in ({"system_messages": False}, {}, {"control_tokens": False}):
+            await admin.put("/v1/roles/free", json={"rights": rights})
+            statuses.append((await user.post("/v1/completions", json=body)).status_code)
+
+    assert not before["control_tokens"]
+    assert [403, 200, 403] == statuses
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "rights", "field"),
+    [
+        ("/v1/chat", {"logprobs": 1}, {"raw_logprobs": False}, "logprobs"),
+        ("/v1/chat/completions", {"logprobs": True}, {"raw_logprobs": False}, "logprobs"),
+        ("/v1/chat", {}, {"system_messages": False}, "messages"),
+        ("/v1/chat/completions", {}, {"system_messages": False}, "messages"),
+        ("/v1/chat", {}, {"models": ["another"]}, "model"),
+        ("/v1/chat/completions", {}, {"models": ["another"]}, "model"),
+    ],
+)
+async def test_what_a_role_does_not_allow_is_refused_with_the_fields_name(
+    service: Running, path: str, body: dict[str, Any], rights: dict[str, Any], field: str
+):
+    """In the place where each dialect names fields."""
+    key = await service.key(role="free")
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}]
+    async with service.client() as admin, service.client(key) as user:
+        await admin.put("/v1/roles/free", json={"rights": rights})
+        reply = await user.post(path, json={"messages": messages, "max_tokens": 2, **body})
+
+    error = reply.json()
+    named = error["error"]["param"] if "param" in error["error"] else error["details"]["errors"][0]["field"]
+    assert (403, field) == (reply.status_code, named)

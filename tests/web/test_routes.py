@@ -8,7 +8,7 @@ import pytest
 
 from app.errors import ContextLengthExceeded, EngineBusy, InternalError
 from app.generation.sessions import Turn
-from app.types import Message, Role, SamplingParams
+from app.types import Message, Role, SamplingParams, Tenant
 from tests.web.harness import (
     AUTH,
     BODIES,
@@ -157,7 +157,7 @@ async def test_every_field_reaches_the_service_under_its_canonical_name(web, cli
     (request,) = web.service.requests
     assert (Message(Role.USER, "hello"),) == request.messages
     assert ("s", "m", 2, True) == (request.session_id, request.model, request.n, request.cache)
-    assert ("admin", "admin") == (request.tenant, web.service.principals[0].key_id)
+    assert (Tenant.configured(), "admin") == (request.tenant, web.service.principals[0].key_id)
     assert ("mine", "/v1/chat") == (request.origin.request_id, request.origin.route)
     expected = SamplingParams(
         max_tokens=7,
@@ -268,8 +268,8 @@ async def test_an_answer_without_a_last_event_ends_in_an_error_frame():
 
 async def test_sessions_are_listed_read_and_forgotten(web, client):
     turn = Turn((Message(Role.USER, "hi"), Message(Role.ASSISTANT, "ho")))
-    await web.sessions.append("admin", "mine", turn)
-    await web.sessions.append("other", "theirs", turn)
+    await web.sessions.append(Tenant.configured(), "mine", turn)
+    await web.sessions.append(Tenant.owner("other"), "theirs", turn)
 
     listed = (await client.get("/v1/sessions")).json()["sessions"]
     read = (await client.get("/v1/sessions/mine")).json()
@@ -286,13 +286,13 @@ async def test_sessions_are_listed_read_and_forgotten(web, client):
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
 async def test_another_tenants_session_is_as_unknown_as_one_that_never_was(web, client, method):
     turn = Turn((Message(Role.USER, "hi"), Message(Role.ASSISTANT, "ho")))
-    await web.sessions.append("other", "theirs", turn)
+    await web.sessions.append(Tenant.owner("other"), "theirs", turn)
 
     replies = [(await client.request(method, f"/v1/sessions/{name}")) for name in ("theirs", "never")]
 
     assert [404, 404] == [reply.status_code for reply in replies]
     assert replies[0].json()["message"] == replies[1].json()["message"]
-    assert await web.sessions.read("other", "theirs")
+    assert await web.sessions.read(Tenant.owner("other"), "theirs")
 
 
 async def test_without_session_memory_there_are_no_sessions():

@@ -6,6 +6,7 @@ no torch, since the fast tokenizer needs none.
 
 import json
 import logging
+import re
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -69,6 +70,7 @@ class HfTokenizer:
         control = _control_ids(self._chat, self._template or "")
         self._text = _plain_text_copy(backend, control)
         self._forbidden = control - {self._chat.unk_token_id}
+        self._not_text = self._forbidden | _marks(self._chat, self._template or "")
         self._prefix = _prefix_ids(self._text)
         self._anchor = tuple(self._text.encode("a", add_special_tokens=False).ids)
         self._read_bytes = token_bytes_reader(self._plain, list(self._anchor))
@@ -129,6 +131,11 @@ class HfTokenizer:
     def token_text(self, token_id: int) -> str:
         """Return the same as text, where a part of a character is U+FFFD."""
         return self._read_bytes(token_id).decode(errors="replace")
+
+    def has_control_tokens(self, prompt_ids: Sequence[int]) -> bool:
+        """Return whether a prompt holds tokens that ordinary text has not, behind the tokenizer's own first ones."""
+        start = len(self._prefix) if tuple(prompt_ids[: len(self._prefix)]) == self._prefix else 0
+        return not self._not_text.isdisjoint(prompt_ids[start:])
 
     def _shows(self, *messages: Message) -> bool:
         """Ask the template by a dry run: some refuse a role, some leave it out without a word."""
@@ -198,6 +205,19 @@ def _control_ids(tokenizer: PreTrainedTokenizerFast, template: str) -> frozenset
         for number, token in tokenizer.added_tokens_decoder.items()
         if token.special or (token.content in template and not token.content.isspace())
     )
+
+
+_MARK = re.compile(r"<[^<>\s]{1,64}>|\[[A-Z_/]{2,64}\]")
+"""What looks like a mark in a chat template: `<|user|>`, `[INST]`."""
+
+
+def _marks(tokenizer: PreTrainedTokenizerFast, template: str) -> frozenset[int]:
+    """Return the tokens that a text hardly has: every added one but white space, and the marks of the template that the
+    vocabulary has as tokens without saying that they are added."""
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if not token.content.isspace()}
+    written = {vocabulary[mark] for mark in _MARK.findall(template) if mark in vocabulary}
+    return frozenset(added | written) - {tokenizer.unk_token_id}
 
 
 def _plain_text_copy(backend: str, control: frozenset[int]) -> FastTokenizer:

@@ -41,6 +41,9 @@ class RightsFields(StrictModel):
     manage_keys: bool = False
     system_messages: bool = True
     raw_logprobs: bool = True
+    control_tokens: bool = Field(
+        True, description="Control tokens in prompts of token ids; only together with system_messages."
+    )
 
 
 class RoleFields(StrictModel):
@@ -63,6 +66,7 @@ class RightsResponse(BaseModel):
     manage_keys: bool
     system_messages: bool
     raw_logprobs: bool
+    control_tokens: bool
 
 
 class RoleResponse(BaseModel):

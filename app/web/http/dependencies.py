@@ -100,7 +100,9 @@ def bind_end_user(request: Request, name: str | None) -> None:
     """Add a hash of the caller's end user to the request's log line; the name itself is never logged."""
     if name is not None:
         principal: Principal = request.state.principal
-        request.state.end_user = sha256(f"{principal.tenant}\0{name}".encode()).hexdigest()[:16]
+        # The repr delimits the two, whatever characters they hold.
+        described = repr((str(principal.tenant), name))
+        request.state.end_user = sha256(described.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)

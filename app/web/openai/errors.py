@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from app.errors import AppError, ContextLengthExceeded, InvalidRequest, ModelNotFound, PromptTooLong
+from app.errors import AppError, ContextLengthExceeded, Forbidden, InvalidRequest, ModelNotFound, PromptTooLong
 
 PATH_PREFIXES = ("/v1/chat/completions", "/v1/completions", "/v1/models")
 """Errors at these paths and below them have this envelope."""
@@ -77,6 +77,6 @@ def _param(error: AppError, path: str) -> str | None:
         return "model"
     if isinstance(error, ContextLengthExceeded):
         return "messages" if path.startswith("/v1/chat") else "prompt"
-    named = error.details.get("errors") if isinstance(error, InvalidRequest) else None
+    named = error.details.get("errors") if isinstance(error, Forbidden | InvalidRequest) else None
     field = named[0]["field"] if named else None
     return None if field in (None, "body") else str(field)

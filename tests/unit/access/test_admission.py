@@ -14,11 +14,11 @@ from app.access.quotas import Quotas, month_of
 from app.config import QuotaConfig
 from app.errors import Forbidden, QuotaExceeded, RateLimited
 from app.stores.memory_admission import MemoryAdmissionStore
-from app.types import Limits, Principal, Rights
+from app.types import Limits, Principal, Rights, Tenant
 
 PRINCIPAL = Principal(
     "k",
-    "t",
+    Tenant.owner("t"),
     limits=Limits(monthly_tokens=100, requests_per_minute=60, burst=5, tokens_per_minute=1000, parallel_requests=2),
 )
 
@@ -176,7 +176,7 @@ async def test_a_month_that_is_used_up_is_refused_on_arrival_and_costs_nothing(s
     assert (100, 100) == (refused.value.details["limit"], refused.value.details["used"])
     assert "requested" not in refused.value.details
     assert 5 == (await service.minute())[0]
-    raised = Principal("k", "t", limits=Limits(monthly_tokens=200))
+    raised = Principal("k", Tenant.owner("t"), limits=Limits(monthly_tokens=200))
     async with service.control.admit(raised):
         pass
 
@@ -196,7 +196,7 @@ async def test_switched_off_rates_leave_the_quota(service: Service):
 
 
 async def test_a_caller_without_limits_is_not_counted(service: Service):
-    free = Principal("free", "t")
+    free = Principal("free", Tenant.owner("t"))
     async with service.control.admit(free) as admitted, service.control.reserve(free, 10**9) as reservation:
         reservation.commit(10**9)
 
@@ -212,13 +212,29 @@ async def test_a_caller_without_limits_is_not_counted(service: Service):
         (Rights(models=()), False),
         (Rights(raw_logprobs=False), False),
         (Rights(system_messages=False), False),
+        (Rights(control_tokens=False), False),
     ],
 )
-def test_a_role_allows_models_logprobs_and_system_messages(service: Service, rights: Rights, allowed: bool):
-    principal = Principal("k", "t", rights=rights)
+def test_a_role_allows_models_logprobs_system_messages_and_control_tokens(
+    service: Service, rights: Rights, allowed: bool
+):
+    principal = Principal("k", Tenant.owner("t"), rights=rights)
     try:
-        service.control.check_rights(principal, model="m", logprobs=True, system_messages=True)
+        service.control.check_rights(principal, model="m", logprobs=True, system_messages=True, control_tokens=True)
     except Forbidden:
         assert not allowed
     else:
         assert allowed
+
+
+@pytest.mark.parametrize("rights", [Rights(control_tokens=False), Rights(system_messages=False)])
+def test_whoever_may_send_no_system_message_may_send_no_control_token(service: Service, rights: Rights):
+    """Control tokens write a message of any role, so the one right is worth nothing without the other."""
+    principal = Principal("k", Tenant.owner("t"), rights=rights)
+    uses = {"model": "m", "logprobs": False, "system_messages": False}
+
+    service.control.check_rights(principal, **uses, control_tokens=False)
+    with pytest.raises(Forbidden) as refused:
+        service.control.check_rights(principal, **uses, control_tokens=True)
+
+    assert "prompt" == refused.value.details["errors"][0]["field"]

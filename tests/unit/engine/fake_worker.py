@@ -12,7 +12,7 @@ from app.events import Event
 from app.ipc.messages import Cancel, FromWorker, Ready, Shutdown, Step, Submit, TokenEvent, ToWorker
 from app.ipc.worker_process import WorkerLostError
 from app.requests import GenerationRequest
-from app.types import SamplingParams, TokenLogprob
+from app.types import SamplingParams, Tenant, TokenLogprob
 from tests.unit import event_streams
 from tests.unit.tiny_models import chatml_tokenizer
 
@@ -119,7 +119,7 @@ def make_request(
 ) -> GenerationRequest:
     """Return a request of at most 50 tokens unless `sampling` wants otherwise."""
     params = SamplingParams(**{"max_tokens": 50} | sampling)
-    return GenerationRequest(id=name, tenant="tenant", prompt_ids=prompt, sampling=params, stream=stream)
+    return GenerationRequest(id=name, tenant=Tenant.owner("tenant"), prompt_ids=prompt, sampling=params, stream=stream)
 
 
 def tokens(text: str) -> list[int]:

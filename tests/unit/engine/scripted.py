@@ -11,9 +11,11 @@ from app.engine.base import EngineStatus
 from app.engine.echo import EchoEngine
 from app.events import Delta, Event, Started, finish
 from app.requests import GenerationRequest, Progress
-from app.types import FinishReason, SamplingParams, Usage
+from app.types import FinishReason, SamplingParams, Tenant, Usage
 
-REQUEST = GenerationRequest(id="1", tenant="ann", prompt_ids=(1, 2, 3), sampling=SamplingParams(max_tokens=64))
+REQUEST = GenerationRequest(
+    id="1", tenant=Tenant.owner("ann"), prompt_ids=(1, 2, 3), sampling=SamplingParams(max_tokens=64)
+)
 
 
 def make_request(request_id: str, **changes: Any) -> GenerationRequest:

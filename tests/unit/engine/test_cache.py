@@ -18,7 +18,7 @@ from app.engine.cache import CachedEngine, CacheStats, cache_key
 from app.engine.echo import EchoEngine
 from app.events import CacheStatus, Delta, Event
 from app.requests import HARMLESS, GenerationRequest, Origin, Progress, keyed_fields
-from app.types import FinishReason, Message, Role, SamplingParams, Usage
+from app.types import FinishReason, Message, Role, SamplingParams, Tenant, Usage
 from tests.unit.engine.scripted import REQUEST, ScriptedEngine, make_request
 from tests.unit.event_streams import finished_of, logprobs_of, read, started_of, text_of
 
@@ -110,7 +110,9 @@ async def test_a_replay_generates_nothing():
 
 
 @pytest.mark.parametrize(
-    "other", [{"tenant": "bob"}, {"adapter": "legal"}, {"tenant": "bob", "adapter": "legal"}], ids=str
+    "other",
+    [{"tenant": Tenant.owner("bob")}, {"adapter": "legal"}, {"tenant": Tenant.owner("bob"), "adapter": "legal"}],
+    ids=str,
 )
 async def test_two_tenants_or_adapters_never_share_a_response(other: dict[str, Any]):
     """The same prompt of another tenant, or for another adapter, is another generation, at the same time or later."""
@@ -122,7 +124,7 @@ async def test_two_tenants_or_adapters_never_share_a_response(other: dict[str, A
     )
     later = [await read(engine.stream(make_request("3", **each))) for each in ({}, other)]
 
-    assert {("ann", None), (other.get("tenant", "ann"), other.get("adapter"))} == {
+    assert {(Tenant.owner("ann"), None), (other.get("tenant", Tenant.owner("ann")), other.get("adapter"))} == {
         (each.tenant, each.adapter) for each in inner.requests
     }
     assert [False, False] == [finished_of(each).cached for each in at_once]
@@ -171,7 +173,7 @@ def test_every_sampling_parameter_is_in_the_key(name: str, mine: SamplingParams,
 
 CHANGED: dict[str, Any] = {
     "id": "other",
-    "tenant": "bob",
+    "tenant": Tenant.owner("bob"),
     "messages": (Message(Role.USER, "Hi"),),
     "text": "Hi",
     "prompt_ids": (1, 2, 4),
@@ -230,7 +232,9 @@ def test_a_field_that_is_added_to_the_request_is_in_the_key_by_itself(kind: Any,
     extended: Any = msgspec.defstruct(
         "Extended", [("guidance", kind, "")], bases=(GenerationRequest,), frozen=True, kw_only=True
     )
-    plain, guided = [extended(id="1", tenant="ann", prompt_ids=(1,), guidance=guidance) for guidance in ("", "[0-9]+")]
+    plain, guided = [
+        extended(id="1", tenant=Tenant.owner("ann"), prompt_ids=(1,), guidance=guidance) for guidance in ("", "[0-9]+")
+    ]
 
     assert keyed == ("guidance" in keyed_fields(extended))
     assert set(keyed_fields(GenerationRequest)) <= set(keyed_fields(extended))
@@ -313,7 +317,9 @@ async def test_requests_that_differ_in_one_parameter_never_share_a_response(name
 )
 def test_parts_never_run_together(mine, other):
     """Tenant, policy and prompt: two keys are equal exactly if all three are."""
-    keys = [cache_key(make_request("1", tenant=a, prompt_ids=ids), INFO, b) for a, b, ids in (mine, other)]
+    keys = [
+        cache_key(make_request("1", tenant=Tenant.owner(a), prompt_ids=ids), INFO, b) for a, b, ids in (mine, other)
+    ]
 
     assert (keys[0] == keys[1]) == (mine == other)
 
@@ -325,8 +331,8 @@ async def test_a_request_that_wants_no_cache_bypasses_it():
 
     await read(engine.stream(make_request("1")))
     bypassing = await read(engine.stream(make_request("2", cache=False)))
-    await read(engine.stream(make_request("3", tenant="bob", cache=False)))
-    await read(engine.stream(make_request("4", tenant="bob")))
+    await read(engine.stream(make_request("3", tenant=Tenant.owner("bob"), cache=False)))
+    await read(engine.stream(make_request("4", tenant=Tenant.owner("bob"))))
 
     assert (CacheStatus.BYPASS, CacheStatus.BYPASS) == (started_of(bypassing).cache, finished_of(bypassing).cache)
     assert 4 == len(inner.requests)
@@ -365,9 +371,10 @@ async def test_the_least_recently_used_response_is_evicted_first():
     engine = CachedEngine(inner, CacheConfig(size=2))
 
     for tenant in ("a", "b", "a", "c"):
-        await read(engine.stream(make_request(tenant, tenant=tenant)))
+        await read(engine.stream(make_request(tenant, tenant=Tenant.owner(tenant))))
     cached = [
-        finished_of(await read(engine.stream(make_request(tenant, tenant=tenant)))).cached for tenant in ("a", "c", "b")
+        finished_of(await read(engine.stream(make_request(tenant, tenant=Tenant.owner(tenant))))).cached
+        for tenant in ("a", "c", "b")
     ]
 
     assert [True, True, False] == cached
@@ -381,10 +388,10 @@ async def test_stored_responses_are_bounded_in_bytes(monkeypatch: pytest.MonkeyP
     engine = CachedEngine(inner, CacheConfig())
 
     for tenant in "abcd":
-        await read(engine.stream(make_request(tenant, tenant=tenant)))
+        await read(engine.stream(make_request(tenant, tenant=Tenant.owner(tenant))))
     several = engine.stats()
     inner.texts = ("x" * 4000,)
-    await read(engine.stream(make_request("e", tenant="e")))
+    await read(engine.stream(make_request("e", tenant=Tenant.owner("e"))))
 
     assert 2 == several.entries
     assert several.bytes <= 2000

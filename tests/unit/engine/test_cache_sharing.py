@@ -12,7 +12,7 @@ from app.engine.cache import CachedEngine
 from app.engine.echo import EchoEngine
 from app.errors import EngineBusy, EngineFailed
 from app.events import CacheStatus, Delta, Event, Finished, Started, finish
-from app.types import FinishReason, SamplingParams, Usage
+from app.types import FinishReason, SamplingParams, Tenant, Usage
 from tests.unit.engine.scripted import ScriptedEngine, make_request
 from tests.unit.event_streams import deltas_of, finished_of, read, started_of, text_of
 
@@ -279,7 +279,7 @@ async def test_closing_ends_live_streams_and_leaves_no_task():
     """Readers get FinishReason.ABORT, and stored text is gone."""
     inner = ScriptedEngine("a", "b").run_freely()
     engine = CachedEngine(inner, CacheConfig())
-    await read(engine.stream(make_request("1", tenant="bob")))
+    await read(engine.stream(make_request("1", tenant=Tenant.owner("bob"))))
     inner.pause("never")
     reading = asyncio.create_task(read(engine.stream(make_request("2"))))
     await inner.waiting.wait()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -136,6 +137,50 @@ def test_a_prompt_keeps_its_text(family: Family):
     text = f"see {family.added[-1]} there"
 
     assert text == family.backend.decode(list(family.loaded.encode_text(text)), skip_special_tokens=True)
+
+
+def test_every_added_token_of_a_prompt_of_ids_is_a_control_token(family: Family):
+    """Special or not, in the template or not, wherever it stands; no text of ordinary words has one."""
+    words = family.loaded.encode_text("plain words")
+    for number, token in family.original.added_tokens_decoder.items():
+        behind = (*words, number)
+        if token.content == family.original.unk_token:
+            assert not family.loaded.has_control_tokens(behind)
+        else:
+            assert family.loaded.has_control_tokens(behind), token.content
+    assert not family.loaded.has_control_tokens(words)
+    assert family.loaded.has_control_tokens(family.loaded.encode_chat(user("plain words")))
+
+
+def test_the_first_tokens_of_every_text_may_stand_first_in_a_prompt_of_ids(llama: Family):
+    """A client that encodes for itself sends them; a second time, or further on, they are control tokens."""
+    begin = token_id(llama.original, "<s>")
+    words = llama.loaded.encode_text("plain words")
+
+    assert begin == words[0]
+    assert not llama.loaded.has_control_tokens(words)
+    assert llama.loaded.has_control_tokens((begin, *words))
+    assert llama.loaded.has_control_tokens((*words[1:], begin))
+
+
+def test_white_space_that_a_tokenizer_adds_is_text(tmp_path: Path):
+    """Several vocabularies have tokens for runs of spaces, which stand in every program."""
+    tokenizer = chatml_tokenizer()
+    tokenizer.add_tokens([AddedToken("    ", normalized=False), AddedToken("\n\n", normalized=False)])
+    loaded = HfTokenizer(save(tokenizer, tmp_path))
+
+    assert not loaded.has_control_tokens([token_id(tokenizer, "    "), token_id(tokenizer, "\n\n")])
+
+
+def test_a_mark_of_the_template_that_is_not_said_to_be_added_is_a_control_token(tmp_path: Path):
+    """Some vocabularies hold it as a word among others."""
+    backend = FastTokenizer(models.WordLevel({"<unk>": 0, "hello": 1, "<|system|>": 2, "[INST]": 3}, unk_token="<unk>"))
+    template = "{% for m in messages %}<|{{ m.role }}|><|system|>[INST]{{ m.content }}{% endfor %}"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    tokenizer.chat_template = template
+    loaded = HfTokenizer(save(tokenizer, tmp_path))
+
+    assert [False, False, True, True] == [loaded.has_control_tokens([number]) for number in range(4)]
 
 
 def test_an_added_word_that_no_template_writes_stays_one_token(chatml: Family):

@@ -17,7 +17,7 @@ from app.errors import (
 )
 from app.events import Delta, Event, Finished, Started, finish
 from app.requests import GenerationRequest
-from app.types import EngineState, FinishReason, Message, Role, TokenLogprob, Usage
+from app.types import EngineState, FinishReason, Message, Role, Tenant, TokenLogprob, Usage
 from tests.unit.engine.fake_worker import (
     TOKENIZER,
     FakeWorkers,
@@ -149,10 +149,10 @@ async def test_a_prompt_is_encoded_with_the_models_own_tokenizer(folder: Path):
     """A text, a chat, a chat to be continued, or tokens as they are; and tokens become their text again."""
     workers = FakeWorkers(folder)
     async with engine_on(workers) as engine:
-        text = GenerationRequest(id="1", tenant="t", text="hello world")
-        chat = GenerationRequest(id="2", tenant="t", messages=(Message(Role.USER, "hello"),))
+        text = GenerationRequest(id="1", tenant=Tenant.owner("t"), text="hello world")
+        chat = GenerationRequest(id="2", tenant=Tenant.owner("t"), messages=(Message(Role.USER, "hello"),))
         continued = GenerationRequest(
-            id="3", tenant="t", messages=(Message(Role.ASSISTANT, "hello"),), continue_final_message=True
+            id="3", tenant=Tenant.owner("t"), messages=(Message(Role.ASSISTANT, "hello"),), continue_final_message=True
         )
         prepared = [await engine.prepare(each) for each in (text, chat, continued, make_request())]
 

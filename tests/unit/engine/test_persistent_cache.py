@@ -11,7 +11,7 @@ from app.engine.echo import EchoEngine
 from app.engine.persistent_cache import PersistentCacheEngine
 from app.events import CacheStatus, Delta, Event
 from app.requests import GenerationRequest
-from app.types import FinishReason, SamplingParams
+from app.types import FinishReason, SamplingParams, Tenant
 from tests.unit.engine.stores import DictStore
 from tests.unit.event_streams import deltas_of, finished_of, read, started_of
 
@@ -21,7 +21,7 @@ SAMPLING = SamplingParams(max_tokens=9, logprobs=1)
 
 def hello(**changes: Any) -> GenerationRequest:
     """Return a new request, since each has a progress of its own, for the same response."""
-    fields: dict[str, Any] = {"tenant": "tenant", "prompt_ids": HELLO, "sampling": SAMPLING} | changes
+    fields: dict[str, Any] = {"tenant": Tenant.owner("tenant"), "prompt_ids": HELLO, "sampling": SAMPLING} | changes
     return GenerationRequest(id="one", **fields)
 
 
@@ -79,7 +79,7 @@ async def test_what_could_change_the_response_generates_it_anew(store: DictStore
     engine = await start(store)
     await read(engine.stream(hello()))
 
-    for other in (hello(tenant="b"), hello(sampling=SamplingParams(max_tokens=8))):
+    for other in (hello(tenant=Tenant.owner("b")), hello(sampling=SamplingParams(max_tokens=8))):
         assert [CacheStatus.MISS] * 2 == statuses(await read(engine.stream(other)))
     assert [CacheStatus.MISS] * 2 == statuses(await read((await start(store, scope="other")).stream(hello())))
     before = dict(store.responses)

@@ -37,10 +37,8 @@ class FakeAdmission:
     """What each request needed rights for."""
     reservations: list[FakeReservation] = field(default_factory=list)
 
-    def check_rights(self, principal: Principal, *, model: str, logprobs: bool, system_messages: bool) -> None:
-        self.checks.append(
-            {"principal": principal, "model": model, "logprobs": logprobs, "system_messages": system_messages}
-        )
+    def check_rights(self, principal: Principal, **uses: object) -> None:
+        self.checks.append({"principal": principal, **uses})
         if self.forbidden is not None:
             raise self.forbidden
 

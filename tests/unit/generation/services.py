@@ -18,11 +18,11 @@ from app.langchain.chains import ModelChains
 from app.privacy.filters import InputFilter
 from app.requests import GenerationRequest
 from app.telemetry import Metrics
-from app.types import Message, Principal, Role, SamplingParams
+from app.types import Message, Principal, Role, SamplingParams, Tenant
 from tests.unit.event_streams import read
 from tests.unit.generation.admission import FakeAdmission, ListLog, usage_recorder
 
-ANNA, BERT = Principal("a", "anna"), Principal("b", "bert")
+ANNA, BERT = Principal("a", Tenant.owner("anna")), Principal("b", Tenant.owner("bert"))
 SYSTEM = "sys"
 """The system prompt of every model."""
 MODEL = "echo"
@@ -57,7 +57,7 @@ class Service:
     async def read(self, request: GenerationRequest) -> list[Event]:
         return await read(self.generate(request))
 
-    async def turns(self, tenant: str, session_id: str) -> list[list[str]]:
+    async def turns(self, tenant: Tenant, session_id: str) -> list[list[str]]:
         """Return the texts of a session, turn by turn."""
         assert self.sessions is not None
         session = await self.sessions.read(tenant, session_id)
@@ -131,6 +131,5 @@ _SAMPLING = frozenset(SamplingParams.__dataclass_fields__)
 def _request(**fields: Any) -> GenerationRequest:
     given = {name: fields.pop(name) for name in _SAMPLING & fields.keys()}
     unset = frozenset(_SAMPLING - given.keys() - {"sample"})
-    return GenerationRequest(
-        **{"id": f"r{next(_ids)}", "tenant": ANNA.tenant, "unset": unset} | fields, sampling=SamplingParams(**given)
-    )
+    defaults: dict[str, Any] = {"id": f"r{next(_ids)}", "tenant": ANNA.tenant, "unset": unset}
+    return GenerationRequest(**defaults | fields, sampling=SamplingParams(**given))

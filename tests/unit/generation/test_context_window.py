@@ -11,10 +11,10 @@ from app.errors import ContextLengthExceeded, InvalidRequest
 from app.generation.context_window import TokenBudget, fit_chat, fit_text
 from app.generation.sessions import Turn
 from app.requests import GenerationRequest
-from app.types import Message, Role
+from app.types import Message, Role, Tenant
 
-TEXT = GenerationRequest(id="1", tenant="t", text="")
-CHAT = GenerationRequest(id="1", tenant="t", messages=(Message(Role.SYSTEM, "sys"),))
+TEXT = GenerationRequest(id="1", tenant=Tenant.owner("t"), text="")
+CHAT = GenerationRequest(id="1", tenant=Tenant.owner("t"), messages=(Message(Role.SYSTEM, "sys"),))
 ENGINE = EchoEngine()
 
 

@@ -16,7 +16,7 @@ from app.events import CacheStatus, Delta, DetokenizedLogprob, Event, Finished, 
 from app.requests import GenerationRequest
 from app.types import FinishReason, Usage
 from tests.unit.event_streams import deltas_of, finished_of, started_of
-from tests.unit.generation.services import chat, complete, serving
+from tests.unit.generation.services import ANNA, chat, complete, serving
 
 LONG, SOON = 60.0, 5.0
 """Seconds that a completion takes if nobody ends it, and that ending it may take on a busy machine."""
@@ -266,7 +266,7 @@ async def test_a_session_continues_with_one_sample_only() -> None:
         with pytest.raises(InvalidRequest) as refused:
             await anext(service.generate(chat("hi", n=2, session_id="s")))
 
-        assert [] == await service.turns("anna", "s")
+        assert [] == await service.turns(ANNA.tenant, "s")
     assert "n" == refused.value.details["errors"][0]["field"]
     assert [] == engine.requests
 

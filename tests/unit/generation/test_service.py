@@ -29,10 +29,10 @@ from app.events import CacheStatus, Event, Started, collect
 from app.privacy.filters import FilteredEngine, InputFilter
 from app.privacy.redactor import Redactor
 from app.requests import GenerationRequest, Origin
-from app.types import FinishReason, Message, Role
+from app.types import FinishReason, Message, Role, Tenant
 from tests.unit.engine.scripted import ScriptedEngine
 from tests.unit.event_streams import deltas_of, finished_of, read_into, started_of, text_of
-from tests.unit.generation.services import ANNA, Service, chat, complete, serving
+from tests.unit.generation.services import ANNA, BERT, Service, chat, complete, serving
 
 EMAIL = "jane.doe@example.com"
 
@@ -76,14 +76,14 @@ async def test_a_session_continues_where_it_was_and_belongs_to_its_tenant() -> N
         await service.read(chat("one", session_id="s"))
 
         second = finished_of(await service.read(chat("two", session_id="s")))
-        foreign = finished_of(await service.read(chat("two", tenant="bert", session_id="s")))
+        foreign = finished_of(await service.read(chat("two", tenant=BERT.tenant, session_id="s")))
 
         assert second.context is not None
         assert foreign.context is not None
         assert (1, 0) == (second.context.turns_kept, foreign.context.turns_kept)
         assert ("s", "s") == (second.session_id, foreign.session_id)
-        assert [["one", "one"], ["two", "two"]] == await service.turns("anna", "s")
-        assert [["two", "two"]] == await service.turns("bert", "s")
+        assert [["one", "one"], ["two", "two"]] == await service.turns(ANNA.tenant, "s")
+        assert [["two", "two"]] == await service.turns(BERT.tenant, "s")
 
 
 async def test_a_client_that_resends_the_whole_conversation_appends_nothing_twice() -> None:
@@ -93,7 +93,7 @@ async def test_a_client_that_resends_the_whole_conversation_appends_nothing_twic
 
         await service.read(chat("one", "one", "two", session_id="s"))
 
-        assert [["one", "one"], ["two", "two"]] == await service.turns("anna", "s")
+        assert [["one", "one"], ["two", "two"]] == await service.turns(ANNA.tenant, "s")
 
 
 async def test_only_complete_responses_enter_a_session() -> None:
@@ -111,7 +111,7 @@ async def test_only_complete_responses_enter_a_session() -> None:
             await service.read(chat("x", session_id="s", max_tokens=99_999))
 
         assert FinishReason.ABORT == finished_of(ended).finish_reason
-        assert [] == await service.turns("anna", "s")
+        assert [] == await service.turns(ANNA.tenant, "s")
 
 
 async def test_parallel_turns_of_one_session_do_not_mix() -> None:
@@ -119,7 +119,7 @@ async def test_parallel_turns_of_one_session_do_not_mix() -> None:
     async with echoing() as service:
         responses = await asyncio.gather(*(service.read(chat(f"t{n}", session_id="s")) for n in range(10)))
 
-        assert {(f"t{n}",) * 2 for n in range(10)} == {tuple(turn) for turn in await service.turns("anna", "s")}
+        assert {(f"t{n}",) * 2 for n in range(10)} == {tuple(turn) for turn in await service.turns(ANNA.tenant, "s")}
     contexts = [finished_of(each).context for each in responses]
     assert list(range(10)) == sorted(context.turns_kept for context in contexts if context)
 
@@ -134,7 +134,7 @@ async def test_old_turns_give_way_to_the_context_window_whole_and_are_reported()
         assert context is not None
         assert (1, 1) == (context.turns_kept, context.turns_dropped)
         assert context.prompt_tokens + 20 <= context.limit == 79
-        assert 3 == len(await service.turns("anna", "s"))
+        assert 3 == len(await service.turns(ANNA.tenant, "s"))
 
 
 async def test_the_callers_system_text_takes_the_place_of_the_models() -> None:
@@ -143,7 +143,7 @@ async def test_the_callers_system_text_takes_the_place_of_the_models() -> None:
         events = await service.read(chat("hi", system="be a pirate", session_id="s"))
 
         assert len("be a pirate") + len("hi") + 3 == finished_of(events).usage.prompt_tokens
-        assert [["hi", "hi"]] == await service.turns("anna", "s")
+        assert [["hi", "hi"]] == await service.turns(ANNA.tenant, "s")
 
 
 async def test_personal_data_reaches_neither_model_session_nor_cache_nor_log() -> None:
@@ -153,7 +153,7 @@ async def test_personal_data_reaches_neither_model_session_nor_cache_nor_log() -
         chatted = await collect(service.generate(chat(f"mail {EMAIL}", session_id="s")))
 
         assert "mail [EMAIL]" == completed.prompt == completed.text == chatted.text
-        assert [["mail [EMAIL]"] * 2] == await service.turns("anna", "s")
+        assert [["mail [EMAIL]"] * 2] == await service.turns(ANNA.tenant, "s")
         assert [("mail [EMAIL]",) * 2] * 2 == [(record.prompt, record.answer) for record in service.log.records]
 
 
@@ -169,7 +169,7 @@ async def test_a_prompt_of_tokens_reaches_the_model_as_it_is() -> None:
 
 async def control_token(service: Service) -> int:
     """Return a token that is no text."""
-    silence = GenerationRequest(id="x", tenant="t", messages=(Message(Role.ASSISTANT, ""),))
+    silence = GenerationRequest(id="x", tenant=Tenant.owner("t"), messages=(Message(Role.ASSISTANT, ""),))
     prepared: PreparedPrompt = await service.engine.prepare(silence)
     return (prepared.prompt_ids or ())[0]
 
@@ -245,7 +245,7 @@ async def test_blocked_personal_data_leaves_no_trace() -> None:
         with pytest.raises(PiiBlocked):
             await service.read(chat(f"mail {EMAIL}", session_id="s"))
 
-        assert [] == await service.turns("anna", "s")
+        assert [] == await service.turns(ANNA.tenant, "s")
         assert [(400, None)] == [(record.status, record.prompt) for record in service.log.records]
 
 
@@ -253,7 +253,7 @@ async def test_identical_requests_of_one_tenant_are_generated_once() -> None:
     """The second is a hit; another tenant's is not; cache=False generates anew."""
     async with echoing() as service:
         responses = [
-            await service.read(chat("hi", **fields)) for fields in ({}, {}, {"tenant": "bert"}, {"cache": False})
+            await service.read(chat("hi", **fields)) for fields in ({}, {}, {"tenant": BERT.tenant}, {"cache": False})
         ]
 
     assert [False, True, False, False] == [finished_of(each).cached for each in responses]
@@ -270,7 +270,7 @@ async def test_a_turn_waits_only_so_long_for_the_one_before_it() -> None:
             await service.read(chat("impatient", session_id="s"))
 
         assert "a longer text" == text_of(await first)
-        assert [["a longer text"] * 2] == await service.turns("anna", "s")
+        assert [["a longer text"] * 2] == await service.turns(ANNA.tenant, "s")
 
 
 async def test_a_turn_that_waited_while_the_service_began_to_drain_is_refused() -> None:
@@ -321,18 +321,29 @@ async def test_the_status_has_figures_and_no_texts() -> None:
 async def test_rights_are_checked_before_a_prompt_is_looked_at() -> None:
     """For the model that serves it, and for what the request itself uses of them; what is forbidden takes nothing."""
     async with echoing(input_mode="block") as service:
-        for request in (complete("x", logprobs=0), chat("x", system="be brief"), chat("x")):
+        uses = (
+            complete("x", logprobs=0),
+            chat("x", system="be brief"),
+            chat("x"),
+            complete((120,)),
+            complete((0x110000, 120)),
+        )
+        for request in uses:
             await service.read(request)
         checks = list(service.admission.checks)
         service.admission.forbidden = Forbidden("Not for you.")
         with pytest.raises(Forbidden):
             await service.read(complete(f"mail {EMAIL}"))
 
-        assert [(True, False), (False, True), (False, False)] == [
-            (check["logprobs"], check["system_messages"]) for check in checks
-        ]
+        assert [
+            ["logprobs"],
+            ["system_messages"],
+            [],
+            [],
+            ["control_tokens"],
+        ] == [[name for name, used in check.items() if used is True] for check in checks]
         assert {("echo", ANNA)} == {(check["model"], check["principal"]) for check in checks}
-        assert 3 == len(service.admission.reservations)
+        assert len(uses) == len(service.admission.reservations)
         assert 403 == service.log.records[-1].status
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from app.config import ChatHistoryConfig
 from app.generation.sessions import MemorySessionStore, Turn, as_turns, new_messages
-from app.types import Message, Role
+from app.types import Message, Role, Tenant
 
 
 def talk(*words: str) -> list[Message]:
@@ -91,20 +91,20 @@ async def test_idle_locks_and_tenants_leave_nothing_behind():
     seconds = 0.0
     store = MemorySessionStore(ChatHistoryConfig(ttl_seconds=10), clock=lambda: seconds)
 
-    async def one_turn(tenant: str) -> None:
+    async def one_turn(tenant: Tenant) -> None:
         async with store.turn(tenant, "s"):
             await asyncio.sleep(0)
             await store.append(tenant, "s", as_turns(talk("u:hi", "a:hello"))[0])
 
-    await asyncio.gather(*(one_turn(f"tenant {number % 50}") for number in range(200)))
+    await asyncio.gather(*(one_turn(Tenant.owner(f"tenant {number % 50}")) for number in range(200)))
     gc.collect()
     sessions = store.count()
     seconds = 11.0
-    await store.append("late", "s", as_turns(talk("u:hi", "a:hello"))[0])
+    await store.append(Tenant.owner("late"), "s", as_turns(talk("u:hi", "a:hello"))[0])
 
     assert 50 == sessions
     assert 0 == store.locks
-    assert ("late",) == store.tenants
+    assert (Tenant.owner("late"),) == store.tenants
 
 
 async def test_a_busy_tenant_leaves_no_idle_ones_in_memory():
@@ -112,15 +112,15 @@ async def test_a_busy_tenant_leaves_no_idle_ones_in_memory():
     seconds = 0.0
     store = MemorySessionStore(ChatHistoryConfig(ttl_seconds=10), clock=lambda: seconds)
     turn = as_turns(talk("u:hi", "a:hello"))[0]
-    await store.append("busy", "s", turn)
-    await store.append("idle", "s", turn)
+    await store.append(Tenant.owner("busy"), "s", turn)
+    await store.append(Tenant.owner("idle"), "s", turn)
     seconds = 9.0
-    await store.append("busy", "s", turn)
+    await store.append(Tenant.owner("busy"), "s", turn)
 
     seconds = 12.0
-    await store.read("busy", "s")
+    await store.read(Tenant.owner("busy"), "s")
     after_expiry = store.tenants
-    await store.delete("busy", "s")
+    await store.delete(Tenant.owner("busy"), "s")
 
-    assert ("busy",) == after_expiry
+    assert (Tenant.owner("busy"),) == after_expiry
     assert () == store.tenants

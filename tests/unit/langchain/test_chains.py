@@ -16,7 +16,7 @@ from app.events import Event, Started, finish
 from app.langchain.chains import ModelChains
 from app.langchain.models import EngineChat, EnginePipeline
 from app.requests import GenerationRequest
-from app.types import FinishReason, Message, Role, SamplingParams, Usage
+from app.types import FinishReason, Message, Role, SamplingParams, Tenant, Usage
 from tests.unit.event_streams import finished_of, read, text_of
 
 
@@ -146,8 +146,8 @@ async def test_user_text_is_never_read_as_a_template(engine: EchoEngine, text: s
     messages = (Message(Role.SYSTEM, text), Message(Role.USER, text))
 
     for request in (
-        GenerationRequest(id="1", tenant="t", text=text, sampling=sampling),
-        GenerationRequest(id="2", tenant="t", messages=messages, sampling=sampling),
+        GenerationRequest(id="1", tenant=Tenant.owner("t"), text=text, sampling=sampling),
+        GenerationRequest(id="2", tenant=Tenant.owner("t"), messages=messages, sampling=sampling),
     ):
         prepared = await engine.prepare(chains.render(request))
         events = await read(chains.stream(structs.replace(request, prompt_ids=prepared.prompt_ids)))

@@ -16,7 +16,7 @@ from app.events import Delta, DetokenizedLogprob, Event, Started, finish
 from app.privacy.filters import THREAD_CHARS, FilteredEngine, InputFilter
 from app.privacy.redactor import PiiKind, Redactor, StreamRedactor
 from app.requests import GenerationRequest
-from app.types import FinishReason, SamplingParams, Usage
+from app.types import FinishReason, SamplingParams, Tenant, Usage
 from tests.unit.event_streams import deltas_of, finished_of, logprobs_of, read, text_of
 
 CANARY = "jane.doe@example.com"
@@ -32,7 +32,9 @@ async def engine() -> AsyncIterator[EchoEngine]:
 
 def make_request(text: str, *, stream: bool = True) -> GenerationRequest:
     sampling = SamplingParams(max_tokens=1000)
-    return GenerationRequest(id="r", tenant="t", prompt_ids=tuple(map(ord, text)), sampling=sampling, stream=stream)
+    return GenerationRequest(
+        id="r", tenant=Tenant.owner("t"), prompt_ids=tuple(map(ord, text)), sampling=sampling, stream=stream
+    )
 
 
 def counting() -> tuple[Counter[PiiKind], InputFilter, InputFilter]:
@@ -202,7 +204,9 @@ async def filtered(tokens: Sequence[str], sizes: Sequence[int] = ()) -> list[Eve
     """Return the events that the filter makes of these tokens."""
     engine = FilteredEngine(TokensEngine(tokens, sizes), Redactor(), lambda kind, times: None)
     sampling = SamplingParams(max_tokens=1000, logprobs=0)
-    return await read(engine.stream(GenerationRequest(id="r", tenant="t", prompt_ids=(1,), sampling=sampling)))
+    return await read(
+        engine.stream(GenerationRequest(id="r", tenant=Tenant.owner("t"), prompt_ids=(1,), sampling=sampling))
+    )
 
 
 def numbers(events: Sequence[Event]) -> list[int]:
