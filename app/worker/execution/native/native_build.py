@@ -79,7 +79,7 @@ def build_kernel_library(
     except subprocess.CalledProcessError as error:
         raise CompileError(f"{tools.compiler} fails: {_last_line(error.stderr)}") from None
     except (OSError, subprocess.SubprocessError) as error:
-        raise CompileError(f"{tools.compiler} is of no use: {error}") from None
+        raise CompileError(f"nothing can be compiled with {tools.compiler}: {error}") from None
     _check_abi(library, name, structures or {})
     return library
 
