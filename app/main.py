@@ -27,6 +27,7 @@ from app.generation.metering import UsageRecorder
 from app.generation.prompts import read_template
 from app.generation.service import GenerationService
 from app.generation.sessions import MemorySessionStore, SessionStore
+from app.ipc.spare_interpreters import SpareInterpreters
 from app.langchain.chains import COMPLETION_VARIABLES, SYSTEM_VARIABLES, ModelChains
 from app.privacy.filters import FilteredEngine, InputFilter
 from app.privacy.redactor import PiiKind, Redactor
@@ -37,8 +38,8 @@ from app.web.http.authentication import Keys
 from app.web.http.dependencies import Container, Service
 from app.web.http.rate_limits import FailedKeyLimiter
 
-HANG_SECONDS = 120.0
-"""A worker that has work and says nothing for so long is killed and started again."""
+DEADLINE_MARGIN_SECONDS = 30.0
+"""A worker has so much longer for a first token than the deadline, before it counts as stuck."""
 
 
 def create_app(
@@ -63,7 +64,17 @@ def create_app(
     metrics = Metrics(names)
     redactor = _redactor(settings)
     access = _access(settings, redactor, metrics)
-    build = partial(_build_model, engines=engines, settings=settings, redactor=redactor, metrics=metrics, access=access)
+    build = partial(
+        _build_model,
+        engines=engines,
+        settings=settings,
+        redactor=redactor,
+        metrics=metrics,
+        access=access,
+        interpreters=SpareInterpreters(
+            cache=settings.app.data_dir.absolute() / "compiled", enabled=settings.model.spare_worker
+        ),
+    )
     host = ModelHost(build, default=names[0])
     for name in names:
         host.add(name)
@@ -121,6 +132,7 @@ def _build_model(
     redactor: Redactor | None,
     metrics: Metrics,
     access: AccessControl,
+    interpreters: SpareInterpreters,
 ) -> ServedModel:
     """Build everything that belongs to one model.
 
@@ -128,7 +140,7 @@ def _build_model(
     """
     if name not in (engines or (settings.model.public_name,)):
         raise ModelNotFound("There is no such model.")
-    engine = engines[name] if engines else _engine(settings, name)
+    engine = engines[name] if engines else _engine(settings, name, interpreters)
     engine, cache = _wrap(engine, settings, redactor, metrics, access)
     read = partial(read_template, settings.app.prompts_dir, model=name)
     return ServedModel(
@@ -149,7 +161,7 @@ def _build_model(
     )
 
 
-def _engine(settings: Settings, name: str) -> Engine:
+def _engine(settings: Settings, name: str, interpreters: SpareInterpreters) -> Engine:
     if settings.model.engine == "echo":
         return EchoEngine(model=name, context_length=settings.model.max_model_len or 8192)
     if settings.model.source == "local" and not (Path(settings.model.name) / "config.json").is_file():
@@ -162,8 +174,12 @@ def _engine(settings: Settings, name: str) -> Engine:
         settings.model,
         settings.deadlines,
         hub_token=token.get_secret_value() if token else None,
-        # A long prefill is silent: what a deadline allows must not count as a hang.
-        hang_seconds=max(HANG_SECONDS, settings.deadlines.first_token_seconds + 30),
+        interpreters=interpreters,
+        hang_seconds=settings.model.hang_seconds,
+        # What a deadline allows must not count as stuck.
+        stall_seconds=max(
+            settings.model.stall_seconds, settings.deadlines.first_token_seconds + DEADLINE_MARGIN_SECONDS
+        ),
     )
 
 

@@ -31,6 +31,8 @@ class EngineState(StrEnum):
 
     LOADING = "loading"
     READY = "ready"
+    UNRESPONSIVE = "unresponsive"
+    """The worker gives no sign of life; it serves again when it does, or is killed."""
     RESTARTING = "restarting"
     """The worker died and is being started again."""
     FAILED = "failed"

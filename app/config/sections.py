@@ -96,6 +96,14 @@ class ModelConfig(Section):
     """Total prompt tokens of waiting requests; a single request may always wait."""
     threads: NonNegativeInt = 0
     """CPU threads of the model; 0 is one per core."""
+    hang_seconds: PositiveFloat = 30
+    """A worker that gives no sign of life for so long is killed and started again; after 3 s it gets no requests."""
+    stall_seconds: PositiveFloat = 120
+    """The same for a worker that lives, has requests and makes no progress; at least
+    `deadlines.first_token_seconds` and 30 s."""
+    spare_worker: bool = True
+    """Keep a process whose libraries are imported for the next worker: about 260 MB, and a worker that died is replaced
+    in one second instead of five."""
 
     @property
     def public_name(self) -> str:

@@ -22,6 +22,7 @@ from app.engine.tokenizer.prepare import encode_prompt
 from app.errors import ContextLengthExceeded, EngineBusy, EngineFailed, EngineNotReady, InvalidRequest
 from app.events import Event, Started
 from app.ipc.messages import ModelSpec, Ready, Submit, TokenEvent
+from app.ipc.spare_interpreters import SpareInterpreters
 from app.ipc.supervisor import Launch, Supervisor
 from app.ipc.worker_process import WorkerLostError, WorkerProcess
 from app.requests import GenerationRequest
@@ -60,7 +61,9 @@ class LocalEngine:
         deadlines: DeadlineConfig,
         *,
         hub_token: str | None = None,
-        hang_seconds: float = 120.0,
+        interpreters: SpareInterpreters | None = None,
+        hang_seconds: float = 30.0,
+        stall_seconds: float = 120.0,
         backoff_seconds: float = 1.0,
         launch: Launch | None = None,
     ) -> None:
@@ -70,16 +73,21 @@ class LocalEngine:
             config: what to load, and how many requests may wait.
             deadlines: how long a request may take.
             hub_token: for gated models of the hub; goes to the worker by environment.
-            hang_seconds: a worker that has work and says nothing for so long is killed and started again.
-            backoff_seconds: before the first new start; doubles with each failure, up to 30.
+            interpreters: where the worker's process comes from; by default each is started when it is needed.
+            hang_seconds: a worker without a sign of life for so long is killed and started again.
+            stall_seconds: the same for one that lives, has work and makes no progress.
+            backoff_seconds: before the second new start in a row; doubles with each failure, up to 30.
             launch: starts a worker; by default a process.
         """
         self._config = config
         self._deadlines = deadlines
+        self._interpreters = interpreters or SpareInterpreters(enabled=False)
+        self._started = False
         self._worker = Supervisor(
-            launch or partial(WorkerProcess.launch, _spec(config), hub_token),
+            launch or partial(WorkerProcess.launch, _spec(config), hub_token, self._interpreters),
             self,
             hang_seconds=hang_seconds,
+            stall_seconds=stall_seconds,
             backoff_seconds=backoff_seconds,
         )
         self._info: EngineInfo | None = None
@@ -118,6 +126,9 @@ class LocalEngine:
 
     async def start(self) -> None:
         """Begin to load the model and return at once; `wait_ready` reports the outcome."""
+        if not self._started:
+            self._started = True
+            await self._interpreters.open()
         self._worker.start()
         # transformers takes a second to import, and is needed only once the worker has loaded, which takes several.
         asyncio.get_running_loop().run_in_executor(None, _tokenizer_class)
@@ -167,6 +178,9 @@ class LocalEngine:
     async def close(self) -> None:
         """Stop for good: live streams end with FinishReason.ABORT, and no process or task is left."""
         await self._worker.close()
+        if self._started:
+            self._started = False
+            await self._interpreters.close()
 
     async def on_ready(self, ready: Ready) -> None:
         """Take over the model that the worker loaded.
@@ -193,6 +207,7 @@ class LocalEngine:
             logprob_shift=ready.logprob_shift,
             compiled=ready.compiled,
         )
+        await self._interpreters.prepare()
 
     def on_event(self, event: TokenEvent) -> None:
         """Route an event to its request; an event of a request that has ended is dropped."""
@@ -205,6 +220,11 @@ class LocalEngine:
             # Without its message, which could hold the text.
             log.error("a completion could not be decoded: %s", type(error).__name__)
             live.fail(EngineFailed("The model's answer could not be decoded."))
+
+    def on_unresponsive(self) -> None:
+        """Fail every live request now; the worker is told to drop them, which it reads if it comes back."""
+        for live in tuple(self._live.values()):
+            live.fail(EngineFailed("The model's worker does not respond. Try again later."))
 
     def on_lost(self) -> None:
         """Fail every live request: the worker that ran them is gone."""
@@ -271,6 +291,8 @@ class LocalEngine:
             case EngineState.LOADING | EngineState.READY:
                 message = f"The model is still loading ({self._worker.stage})."
                 return EngineNotReady(message, retry_after=LOADING_RETRY_SECONDS)
+            case EngineState.UNRESPONSIVE:
+                return EngineNotReady("The model's worker does not respond.", retry_after=LOADING_RETRY_SECONDS)
             case EngineState.RESTARTING:
                 return EngineNotReady("The model is being started again.", retry_after=LOADING_RETRY_SECONDS)
             case EngineState.FAILED:

@@ -124,7 +124,7 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Step(msgspec.Struct, tag=True, frozen=True, array_like=True):
-    """The events of one step of the model, for all requests in it; empty as a heartbeat."""
+    """The events of one step of the model, for all requests in it."""
 
     events: list[TokenEvent]
 

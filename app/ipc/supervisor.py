@@ -1,7 +1,7 @@
 """Supervise one worker process: start it, watch it, restart it when it dies.
 
-Decides the engine's state, the back-off, and when a silent worker counts as hung.  It tracks the ids of the requests in
-flight and forwards the worker's messages to a listener.
+Decides the engine's state, the back-off, when a silent worker is taken out of service and when it is killed.  It tracks
+the ids of the requests in flight and forwards the worker's messages to a listener.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import NoReturn, Protocol
 
 from app.errors import EngineFailed
+from app.ipc.liveness import HEARTBEAT_SECONDS, Liveness
 from app.ipc.messages import (
     Cancel,
     FromWorker,
@@ -27,8 +28,12 @@ from app.types import EngineState
 log = logging.getLogger(__name__)
 
 MAX_BACKOFF_SECONDS = 30.0
-HEALTHY_SECONDS = 60.0
+HEALTHY_SECONDS = 10.0
 """A worker that served this long resets the back-off."""
+UNRESPONSIVE_SECONDS = 3 * HEARTBEAT_SECONDS
+"""A worker without a sign of life for so long gets no requests until there is one again."""
+WATCH_SECONDS = 0.5
+"""How often the worker is looked at."""
 SHUTDOWN_SECONDS = 5.0
 """How long a worker may take to exit before it is killed."""
 
@@ -44,6 +49,9 @@ class Listener(Protocol):
     def on_event(self, event: TokenEvent) -> None:
         """A request has made progress or ended."""
 
+    def on_unresponsive(self) -> None:
+        """The worker gives no sign of life; whoever waits for it should not any longer."""
+
     def on_lost(self) -> None:
         """The worker has exited, and every request on it is lost."""
 
@@ -54,7 +62,22 @@ class Listener(Protocol):
 class Supervisor:
     """Runs a worker process, and the ones that replace it."""
 
-    def __init__(self, launch: Launch, listener: Listener, *, hang_seconds: float, backoff_seconds: float) -> None:
+    def __init__(
+        self,
+        launch: Launch,
+        listener: Listener,
+        *,
+        hang_seconds: float,
+        stall_seconds: float,
+        backoff_seconds: float,
+    ) -> None:
+        """Args:
+        launch: starts a worker.
+        listener: receives what it says.
+        hang_seconds: a worker without a sign of life is killed after so long.
+        stall_seconds: one that lives, has work and makes no progress is killed after so long.
+        backoff_seconds: before the second restart in a row; doubles with each further one.
+        """
         self.state = EngineState.LOADING
         self.error: str | None = None
         """Why the last worker ended; None while one serves."""
@@ -64,14 +87,15 @@ class Supervisor:
         self._launch = launch
         self._listener = listener
         self._hang_seconds = hang_seconds
+        self._stall_seconds = stall_seconds
         self._backoff_seconds = backoff_seconds
         self._state_changed = asyncio.Event()
         self._run_task: asyncio.Task[None] | None = None
         self._close_task: asyncio.Task[None] | None = None
         self._worker: WorkerLink | None = None
         self._in_flight: set[int] = set()
-        self._progress_at = 0.0
         self._ready_at: float | None = None
+        self._lost_at: float | None = None
 
     @property
     def worker_pid(self) -> int | None:
@@ -96,8 +120,6 @@ class Supervisor:
 
     def submit(self, request: Submit) -> None:
         """Send the worker a request; it is in flight until an event ends it.  Only while READY."""
-        if not self._in_flight:
-            self._progress_at = _now()
         self._in_flight.add(request.id)
         self._send(request)
 
@@ -117,7 +139,8 @@ class Supervisor:
             self._worker.send(message)
 
     async def _restart_loop(self) -> None:
-        delay_seconds = self._backoff_seconds
+        # A worker that loaded and then died is replaced at once; only one that keeps dying has to wait.
+        delay_seconds = 0.0
         loaded_once = False
         while True:
             reason = await self._run_once()
@@ -129,11 +152,11 @@ class Supervisor:
                 self._set_state(EngineState.FAILED)
                 return
             if self._ready_at is not None and _now() - self._ready_at > HEALTHY_SECONDS:
-                delay_seconds = self._backoff_seconds
+                delay_seconds = 0.0
             self._ready_at = None
-            log.warning("%s Starting it again in %g s.", reason, delay_seconds)
+            log.warning("%s It is started again %s.", reason, f"in {delay_seconds:g} s" if delay_seconds else "now")
             await asyncio.sleep(delay_seconds)
-            delay_seconds = min(2 * delay_seconds, MAX_BACKOFF_SECONDS)
+            delay_seconds = min(2 * delay_seconds or self._backoff_seconds, MAX_BACKOFF_SECONDS)
             self.restarts += 1
 
     async def _run_once(self) -> str:
@@ -156,12 +179,38 @@ class Supervisor:
             await worker.stop(0)
 
     async def _watch(self, worker: WorkerLink) -> str:
-        """Kill the worker when it has work and makes no progress, and return that reason."""
+        """Look at the worker until it has to be killed, do that, and return the reason."""
+        liveness = Liveness()
+        interval = min(WATCH_SECONDS, self._hang_seconds / 4, self._stall_seconds / 4)
+        last = _now()
         while True:
-            await asyncio.sleep(min(1.0, self._hang_seconds / 4))
-            if self._in_flight and _now() - self._progress_at > self._hang_seconds:
+            await asyncio.sleep(interval)
+            last, elapsed = _now(), _now() - last
+            # More has passed only where this process did not run, and so could not hear the worker either.
+            liveness.observe(worker.pulse(), busy=bool(self._in_flight), seconds=min(elapsed, 2 * interval))
+            if reason := self._judge(liveness):
                 worker.kill()
-                return f"The model's worker made no progress for {self._hang_seconds:g} s and was ended."
+                return reason
+
+    def _judge(self, liveness: Liveness) -> str | None:
+        """Take the worker out of service while it gives no sign of life; return why it has to be killed."""
+        silent_seconds = liveness.silent_seconds
+        loading = self._ready_at is None
+        # A process that loads may wait for a disk that is slow, which does not show.
+        if silent_seconds > (max(self._hang_seconds, self._stall_seconds) if loading else self._hang_seconds):
+            return f"The model's worker gave no sign of life for {silent_seconds:.3g} s and was killed."
+        if liveness.stalled_seconds > self._stall_seconds:
+            return f"The model's worker made no progress for {liveness.stalled_seconds:.3g} s and was killed."
+        if self.state is EngineState.READY and silent_seconds > min(UNRESPONSIVE_SECONDS, self._hang_seconds / 2):
+            self.error = "The model's worker gives no sign of life."
+            log.warning("%s It gets no requests until it does.", self.error)
+            self._set_state(EngineState.UNRESPONSIVE)
+            self._listener.on_unresponsive()
+        elif self.state is EngineState.UNRESPONSIVE and not silent_seconds:
+            self.error = None
+            log.warning("The model's worker lives and serves again.")
+            self._set_state(EngineState.READY)
+        return None
 
     async def _forward_messages(self, worker: WorkerLink) -> NoReturn:
         """Handle the worker's messages.  Raises: WorkerLostError: there will be no more."""
@@ -170,7 +219,6 @@ class Supervisor:
                 await self._handle(message)
 
     async def _handle(self, message: FromWorker) -> None:
-        self._progress_at = _now()
         match message:
             case Step(events=events):
                 for event in events:
@@ -185,13 +233,17 @@ class Supervisor:
                 await self._listener.on_ready(message)
                 self._ready_at = _now()
                 self.error = None
+                if self._lost_at is not None:
+                    log.warning("The model's worker was replaced within %.1f s.", self._ready_at - self._lost_at)
+                    self._lost_at = None
                 self._set_state(EngineState.READY)
 
     def _on_lost(self, reason: str) -> str:
         self._worker = None
         self._in_flight.clear()
         self.error = reason
-        if self.state is EngineState.READY:
+        if self.state in (EngineState.READY, EngineState.UNRESPONSIVE):
+            self._lost_at = _now()
             self._set_state(EngineState.RESTARTING)
         self._listener.on_lost()
         return reason

@@ -1,16 +1,13 @@
 """One worker process and the socket to it, for use on the event loop.
 
-Decides the worker's command line, environment and private folder, and how it is stopped; carries messages without
-looking into them.  `WorkerLink` is the seam at which tests replace the process.
+Decides the worker's environment; carries messages without looking into them.  `interpreter.py` has the process,
+`WorkerLink` is the seam at which tests replace it.
 """
 
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
-import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol, Self
@@ -19,7 +16,10 @@ import msgspec
 import zmq
 
 import app
+from app.ipc.interpreter import Interpreter
+from app.ipc.liveness import Pulse
 from app.ipc.messages import FromWorker, ModelSpec, Start, ToWorker, decode_from_worker, encode
+from app.ipc.spare_interpreters import SpareInterpreters
 
 INHERITED_VARIABLES = frozenset(
     ["PATH", "HOME", "LANG", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT", "VIRTUAL_ENV", "NO_PROXY", "no_proxy", "CXX"]
@@ -44,6 +44,9 @@ class WorkerLink(Protocol):
     def pid(self) -> int | None:
         """Process id; None where there is no process."""
 
+    def pulse(self) -> Pulse:
+        """Return the signs of life that it has given so far."""
+
     def send(self, message: ToWorker) -> None:
         """Send a message without waiting; one to a dead worker is dropped."""
 
@@ -63,47 +66,47 @@ class WorkerLink(Protocol):
 class WorkerProcess:
     """A worker in a child process."""
 
-    def __init__(self, folder: Path) -> None:
-        """Bind a socket in `folder`, which is private to this user; use `launch` instead."""
-        self._folder = folder
+    def __init__(self, interpreter: Interpreter) -> None:
+        """Bind a socket in the interpreter's folder; use `launch` instead."""
+        self._interpreter = interpreter
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.PAIR)
         # Never block the event loop; admission bounds what can pile up.
         self._socket.setsockopt(zmq.SNDHWM, 0)
-        self.endpoint = f"ipc://{folder}/channel"
-        self._socket.bind(self.endpoint)
         self._loop = asyncio.get_running_loop()
-        self._descriptor = int(self._socket.getsockopt(zmq.FD))
-        self._loop.add_reader(self._descriptor, self._read)
         self._inbox: list[FromWorker] = []
+        self._messages = 0
         self._received = asyncio.Event()
-        self._process: asyncio.subprocess.Process | None = None
         self._exit_task: asyncio.Task[None] | None = None
         self._exit_reason: str | None = None
 
     @classmethod
-    async def launch(cls, spec: ModelSpec, hub_token: str | None) -> Self:
+    async def launch(cls, spec: ModelSpec, hub_token: str | None, interpreters: SpareInterpreters) -> Self:
         """Start a worker that loads `spec`.
 
         Raises: OSError: no process could be started.
         """
-        folder = Path(tempfile.mkdtemp(prefix="llm-worker-"))
+        environment = worker_environment(os.environ, spec, hub_token)
+        link = cls(await interpreters.take(environment))
         try:
-            link = cls(folder)
+            link._start(spec)
         except zmq.ZMQError as error:
-            shutil.rmtree(folder, ignore_errors=True)
+            folder = link._interpreter.folder
+            await link.stop(0)
             # The system's limit on such a path is about 100 bytes; TMPDIR decides most of it.
             raise OSError(error.errno, f"no socket in {folder}: {error.strerror}") from None
-        try:
-            await link._spawn(spec, hub_token)
         except BaseException:
             await link.stop(0)
             raise
         return link
 
     @property
-    def pid(self) -> int | None:
-        return self._process.pid if self._process is not None else None
+    def pid(self) -> int:
+        return self._interpreter.pid
+
+    def pulse(self) -> Pulse:
+        pulse = self._interpreter.pulse()
+        return Pulse(pulse.beats + self._messages, pulse.cpu_ticks, pulse.progress + self._messages)
 
     def send(self, message: ToWorker) -> None:
         with contextlib.suppress(zmq.Again):  # the peer has exited, which `receive` raises
@@ -121,40 +124,29 @@ class WorkerProcess:
         return messages
 
     def kill(self) -> None:
-        if self._process is not None and self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+        self._interpreter.kill()
 
     async def stop(self, grace_seconds: float) -> None:
-        if self._exit_task is not None and self._process is not None:
-            try:
-                await asyncio.wait([self._exit_task], timeout=grace_seconds)
-            finally:
-                self.kill()
-            await self._exit_task
-            if self._process.stdin is not None:
-                self._process.stdin.close()
-        if not self._socket.closed:
-            self._loop.remove_reader(self._descriptor)
-            self._context.destroy(linger=0)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        try:
+            await self._interpreter.stop(grace_seconds)
+        finally:
+            if self._exit_task is not None:
+                await asyncio.wait([self._exit_task])
+            if not self._socket.closed:
+                self._loop.remove_reader(int(self._socket.getsockopt(zmq.FD)))
+                self._context.destroy(linger=0)
 
-    async def _spawn(self, spec: ModelSpec, hub_token: str | None) -> None:
-        start = Start(endpoint=self.endpoint, folder=str(self._folder), model=spec)
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *("-P", "-m", "app.worker"),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.DEVNULL,
-            env=worker_environment(os.environ, spec, hub_token),
-            start_new_session=True,  # Ctrl-C in the terminal is for the service, which then stops the worker
-        )
-        self._exit_task = asyncio.create_task(self._watch(self._process))
-        if self._process.stdin is not None:
-            self._process.stdin.write(msgspec.json.encode(start) + b"\n")
+    def _start(self, spec: ModelSpec) -> None:
+        folder = self._interpreter.folder
+        endpoint = f"ipc://{folder}/channel"
+        self._socket.bind(endpoint)
+        self._loop.add_reader(int(self._socket.getsockopt(zmq.FD)), self._read)
+        self._exit_task = asyncio.create_task(self._watch(), name="worker socket")
+        start = Start(endpoint=endpoint, folder=str(folder), model=spec)
+        self._interpreter.write(msgspec.json.encode(start) + b"\n")
 
-    async def _watch(self, process: asyncio.subprocess.Process) -> None:
-        code = await process.wait()
+    async def _watch(self) -> None:
+        code = await self._interpreter.wait()
         self._read()
         self._exit_reason = _exit_message(code)
         self._received.set()
@@ -163,6 +155,7 @@ class WorkerProcess:
         with contextlib.suppress(zmq.Again):
             while not self._socket.closed:
                 self._inbox.append(decode_from_worker(self._socket.recv(zmq.NOBLOCK)))
+                self._messages += 1
         if self._inbox:
             self._received.set()
 

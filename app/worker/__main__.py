@@ -1,17 +1,27 @@
-"""Entry point of the worker process: read the Start message, make sure to exit with the parent, then serve.
+"""Entry point of the worker process: make sure to exit with the parent, import torch, read the Start message, serve.
 
-Imports torch only after that: it takes seconds, in which the parent may die.
+The imports take seconds.  They run in a thread, so that the process shows meanwhile that it lives, and notices when its
+parent does not.
 """
 
+import ctypes
+import logging
 import os
 import shutil
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import msgspec
 
+from app.ipc.interpreter import SPARE
 from app.ipc.messages import Start
+from app.worker.code_folders import choose_inductor_folder
+from app.worker.heartbeat import beat
+
+_PR_SET_PDEATHSIG = 1
+_LOWEST_PRIORITY = 19
 
 
 def _exit_with_parent(folder: str) -> None:
@@ -21,8 +31,32 @@ def _exit_with_parent(folder: str) -> None:
     """
     # Not `sys.stdin`: a thread that holds its lock would keep the interpreter from ending in order.
     os.read(sys.stdin.fileno(), 1)
-    shutil.rmtree(folder, ignore_errors=True)
+    while Path(folder).exists():
+        # The main thread may be writing to it at this moment.
+        shutil.rmtree(folder, ignore_errors=True)
     os._exit(0)
+
+
+def _continue_when_parent_dies() -> None:
+    """Have Linux wake this process when its parent dies: a stopped one could not see that its standard input closes."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
+
+
+def _take_standard_output() -> int:
+    """Return the pipe to the parent, out of reach of whatever libraries print."""
+    pipe = os.dup(sys.stdout.fileno())
+    os.set_blocking(pipe, False)  # a parent that is suspended must not hold up anything here
+    with Path(os.devnull).open("w") as nothing:
+        os.dup2(nothing.fileno(), sys.stdout.fileno())
+    return pipe
+
+
+def _import_worker(spare: bool) -> None:
+    if spare and sys.platform == "linux":
+        # Of this thread alone; a process without privileges could not raise its priority again.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
+    import app.worker.process  # noqa: F401
 
 
 def main() -> None:
@@ -30,8 +64,19 @@ def main() -> None:
     # Some supervisors signal every process of a service: the worker still has to serve while its parent drains.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    start = msgspec.json.decode(sys.stdin.buffer.readline(), type=Start)
+    _continue_when_parent_dies()
+    logging.basicConfig(level=logging.WARNING, format="worker %(levelname)s %(name)s: %(message)s")
+    pipe = _take_standard_output()
+    choose_inductor_folder()
+    importing = threading.Thread(target=_import_worker, args=[SPARE in sys.argv], name="import", daemon=True)
+    importing.start()
+    line = sys.stdin.buffer.readline()
+    if not line:
+        os._exit(0)
+    start = msgspec.json.decode(line, type=Start)
     threading.Thread(target=_exit_with_parent, args=[start.folder], name="exit-with-parent", daemon=True).start()
+    threading.Thread(target=beat, args=[pipe], name="heartbeat", daemon=True).start()
+    importing.join()
     from app.worker.process import serve
 
     serve(start)

@@ -8,7 +8,6 @@ import gc
 import logging
 import os
 import signal
-import time
 from typing import NoReturn, Protocol
 
 import torch
@@ -37,15 +36,13 @@ from app.worker.execution.executor_selection import pack_quantized_linears, sele
 from app.worker.execution.serial.serial_runner import SerialRunner
 from app.worker.execution.torch.int8_linear import has_integer_linears
 from app.worker.execution.torch.torch_executor import create_torch_runner
+from app.worker.heartbeat import PROGRESS
 from app.worker.loaded_model import LoadedModel
 from app.worker.loading.kv_memory import kv_cache_bytes
 from app.worker.loading.loader import LoadError, load, load_reason
 from app.worker.scheduling.batching_runner import BatchingRunner
 
 log = logging.getLogger(__name__)
-
-HEARTBEAT_SECONDS = 1.0
-"""A busy worker sends a message at least this often."""
 
 
 class Runner(Protocol):
@@ -88,7 +85,6 @@ class Worker:
         self._socket = socket
         self._runner = runner
         self._stopping = False
-        self._last_sent = time.monotonic()
         self._live: set[int] = set()
 
     def run(self) -> None:
@@ -101,10 +97,10 @@ class Worker:
                 self._runner.step(self._exchange)
 
     def _exchange(self, events: list[TokenEvent]) -> None:
-        # A long prompt produces no event for many steps; silence would be taken for a hang.
-        if events or time.monotonic() - self._last_sent > HEARTBEAT_SECONDS:
+        # A long prompt produces no event for many steps, which all are progress.
+        PROGRESS.tick()
+        if events:
             self._socket.send(encode(Step(events)))
-            self._last_sent = time.monotonic()
             self._live.difference_update(event.id for event in events if event.finish or event.error)
         self._receive()
 
@@ -127,7 +123,6 @@ def serve(start: Start) -> None:
 
     A model that cannot be loaded is reported, and the process then waits for its parent to end it.
     """
-    logging.basicConfig(level=logging.WARNING, format="worker %(levelname)s %(name)s: %(message)s")
     context = zmq.Context()
     socket = context.socket(zmq.PAIR)
     socket.connect(start.endpoint)
@@ -189,7 +184,14 @@ def _serial_runner(loaded: LoadedModel) -> SerialRunner:
     if loaded.logprob_shift is not None and not has_integer_linears(model):
         # Its weights are rounded to int8 and still stored as floats.
         pack_quantized_linears(model)
+    # The whole prompt is one step here, and may take minutes; each of the model's parts shows that it goes on.
+    for module in model.modules():
+        module.register_forward_pre_hook(_report_progress)
     return SerialRunner(loaded)
+
+
+def _report_progress(*_: object) -> None:
+    PROGRESS.tick()
 
 
 def usable_cores() -> int:

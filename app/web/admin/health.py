@@ -16,7 +16,7 @@ PUBLIC_PATHS = frozenset(["/", "/health", "/readyz"])
 ALWAYS_PATHS = frozenset(["/health", "/readyz", "/metrics"])
 """Paths that are served while the service drains, too."""
 
-_RETRY_SECONDS = {"loading": 5, "restarting": 5, "draining": 5, "failed": 30, "unloaded": 30}
+_RETRY_SECONDS = {"loading": 5, "unresponsive": 5, "restarting": 5, "draining": 5, "failed": 30, "unloaded": 30}
 
 router = APIRouter(tags=["operations"])
 

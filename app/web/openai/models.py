@@ -18,6 +18,7 @@ _ERRORS = error_responses(Unauthorized, ModelNotFound, RateLimited, InternalErro
 _STATUS = {
     EngineState.LOADING: "loading",
     EngineState.READY: "loaded",
+    EngineState.UNRESPONSIVE: "loading",
     EngineState.RESTARTING: "loading",
     EngineState.FAILED: "unloaded",
     EngineState.CLOSED: "unloaded",

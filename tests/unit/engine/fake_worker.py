@@ -9,6 +9,7 @@ from typing import Any
 from app.config import DeadlineConfig, ModelConfig
 from app.engine.local import LocalEngine
 from app.events import Event
+from app.ipc.liveness import Pulse
 from app.ipc.messages import Cancel, FromWorker, Ready, Shutdown, Step, Submit, TokenEvent, ToWorker
 from app.ipc.worker_process import WorkerLostError
 from app.requests import GenerationRequest
@@ -27,6 +28,11 @@ class FakeLink:
         self.heard: list[ToWorker] = []
         self.open: list[int] = []
         self.stopped = False
+        self.suspended = False
+        """Whether it shows no sign of life, as a process that the system has stopped."""
+        self.ticks = 0
+        """Progress that it shows besides its messages."""
+        self._beats = 0
         self._sent: asyncio.Queue[FromWorker | WorkerLostError] = asyncio.Queue()
 
     def send(self, message: ToWorker) -> None:
@@ -42,6 +48,11 @@ class FakeLink:
             raise sent
         return [sent]
 
+    def pulse(self) -> Pulse:
+        if not self.suspended:
+            self._beats += 1
+        return Pulse(self._beats, 0, self.ticks)
+
     def kill(self) -> None:
         self._sent.put_nowait(WorkerLostError("The fake worker is gone."))
 
@@ -49,6 +60,7 @@ class FakeLink:
         self.stopped = True
 
     def say(self, message: FromWorker) -> None:
+        self.ticks += 1
         self._sent.put_nowait(message)
 
     def event(

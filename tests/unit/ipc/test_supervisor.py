@@ -61,7 +61,7 @@ async def test_a_dead_worker_fails_every_request_and_is_started_again(folder: Pa
 
 
 async def test_new_starts_come_ever_later(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """Each failure in a row doubles the pause, up to half a minute."""
+    """The first comes at once; each further failure in a row doubles the pause, up to half a minute."""
     pauses: list[float] = []
     sleep = asyncio.sleep
 
@@ -71,9 +71,9 @@ async def test_new_starts_come_ever_later(folder: Path, monkeypatch: pytest.Monk
         await sleep(0)
 
     workers = FakeWorkers(folder)
-    async with engine_on(workers, backoff_seconds=1.0, hang_seconds=1.0) as engine:
+    async with engine_on(workers, backoff_seconds=1.0) as engine:
         monkeypatch.setattr("app.ipc.supervisor.asyncio.sleep", note)
-        for number in range(1, 8):
+        for number in range(1, 9):
             workers.ready = False
             workers.newest.say(LoadFailed("no memory"))
             await until(partial(lambda before: len(workers.links) > before, number))
@@ -89,9 +89,9 @@ async def test_a_worker_that_served_for_a_while_is_replaced_soon(folder: Path, m
     workers = FakeWorkers(folder)
     async with engine_on(workers, backoff_seconds=0.05) as engine:
         began = time.monotonic()
-        for _ in range(6):
+        for number in range(1, 7):
             workers.newest.kill()
-            await until(lambda: engine.status().state is EngineState.RESTARTING)
+            await until(partial(lambda before: engine.status().restarts == before, number))
             await engine.wait_ready()
 
     assert time.monotonic() - began < 0.05 * (2**6 - 1)
@@ -156,28 +156,105 @@ async def test_a_tokenizer_that_cannot_be_read_is_a_failed_load(tmp_path: Path):
     await engine.close()
 
 
-async def test_a_worker_that_hangs_is_ended(folder: Path):
-    """Silence with work to do is a death; silence without work is rest."""
+async def test_a_worker_without_progress_is_ended(folder: Path):
+    """Life without progress is a death if there is work to do, and rest if there is none."""
     workers = FakeWorkers(folder)
-    async with engine_on(workers, hang_seconds=0.1) as engine:
-        await asyncio.sleep(0.2)
+    async with engine_on(workers, stall_seconds=0.1) as engine:
+        await asyncio.sleep(0.3)
         assert 1 == len(workers.links)
 
         with pytest.raises(EngineFailed):
             await read(engine, make_request())
-        assert "no progress for 0.1 s" in str(engine.status().error) or engine.status().state is EngineState.READY
+        assert "no progress for 0.1" in str(engine.status().error) or engine.status().state is EngineState.READY
         await until(lambda: len(workers.links) == 2)
 
 
 async def test_a_request_that_nobody_reads_any_more_still_counts_as_work(folder: Path):
-    """A worker that hangs on a cancelled request is found out too."""
+    """A worker that is stuck on a cancelled request is found out too."""
     workers = FakeWorkers(folder)
-    async with engine_on(workers, hang_seconds=0.1) as engine:
+    async with engine_on(workers, stall_seconds=0.1) as engine:
         stream = engine.stream(make_request())
         await anext(stream)
         await stream.aclose()
 
         await until(lambda: len(workers.links) == 2)
+
+
+async def test_a_long_step_that_reports_its_parts_is_not_stuck(folder: Path):
+    """A prefill of minutes sends no event; that its layers are computed one after the other is enough."""
+    workers = FakeWorkers(folder)
+    async with engine_on(workers, stall_seconds=0.1) as engine:
+        reading = await begun(engine, workers.newest, make_request())
+        for _ in range(40):
+            workers.newest.ticks += 1
+            await asyncio.sleep(0.01)
+        workers.newest.event(workers.newest.open[0], 5, finish="length")
+
+        assert FinishReason.LENGTH == finished_of(await reading).finish_reason
+        assert 1 == len(workers.links)
+
+
+async def test_a_worker_without_a_sign_of_life_gets_no_requests_and_serves_again_when_it_comes_back(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """Running and waiting requests end with one error each, new ones are to come back later; nothing is restarted."""
+    monkeypatch.setattr("app.ipc.supervisor.UNRESPONSIVE_SECONDS", 0.05)
+    workers = FakeWorkers(folder)
+    async with engine_on(workers, hang_seconds=20) as engine:
+        worker = workers.newest
+        running, waiting = (
+            await begun(engine, worker, make_request("a")),
+            asyncio.create_task(read(engine, make_request("b"))),
+        )
+        await until(lambda: engine.status().waiting == 1)
+
+        worker.suspended = True
+        for reading in (running, waiting):
+            with pytest.raises(EngineFailed, match="does not respond") as failure:
+                await reading
+            assert (failure.value.retry_after or 0) > 0
+        assert EngineState.UNRESPONSIVE == engine.status().state
+        assert "no sign of life" in str(engine.status().error)
+        with pytest.raises(EngineNotReady, match="does not respond") as refusal:
+            await read(engine, make_request("c"))
+        assert (refusal.value.retry_after or 0) > 0
+
+        worker.suspended = False
+        await engine.wait_ready()
+        assert (EngineState.READY, None, 0) == (engine.status().state, engine.status().error, engine.status().restarts)
+        assert worker.open == worker.cancelled
+        for number in worker.cancelled:
+            worker.event(number, finish="abort")
+        again = await begun(engine, worker, make_request("d"))
+        worker.event(worker.open[-1], 5, finish="length")
+        assert FinishReason.LENGTH == finished_of(await again).finish_reason
+        assert 1 == len(workers.links)
+    assert ["no sign of life", "serves again"] == [
+        next(part for part in ("no sign of life", "serves again", record.message) if part in record.message)
+        for record in caplog.records
+    ]
+
+
+@pytest.mark.parametrize("loaded", [True, False], ids=["when it serves", "while it loads"])
+async def test_a_worker_that_gives_no_sign_of_life_for_long_is_replaced(
+    folder: Path, loaded: bool, caplog: pytest.LogCaptureFixture
+):
+    """Without work too: the next request should not be the one that finds out."""
+    workers = FakeWorkers(folder)
+    async with engine_on(workers, hang_seconds=0.2, stall_seconds=0.2) as engine:
+        if not loaded:
+            workers.ready = False
+            workers.newest.kill()
+            await until(lambda: len(workers.links) == 2)
+            workers.ready = True
+        before = len(workers.links)
+        workers.newest.suspended = True
+
+        await until(lambda: len(workers.links) == before + 1)
+        await engine.wait_ready()
+        assert workers.links[-2].stopped
+    assert any("gave no sign of life for 0." in record.message for record in caplog.records)
+    assert any("was replaced within" in record.message for record in caplog.records)
 
 
 async def test_closing_ends_live_streams_and_is_final(folder: Path):

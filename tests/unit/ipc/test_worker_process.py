@@ -20,6 +20,7 @@ from app.ipc.messages import (
 )
 from app.ipc.worker_process import worker_environment
 from app.types import SamplingParams
+from app.worker.heartbeat import PROGRESS
 from app.worker.process import Worker
 
 LOCAL = ModelSpec(name="m", source="local", device="cpu", dtype="auto", revision=None, max_model_len=None, threads=0)
@@ -123,17 +124,6 @@ class Loop:
         return events
 
 
-def test_a_worker_without_events_for_long_still_sends_a_heartbeat(monkeypatch: pytest.MonkeyPatch, loop: Loop):
-    """The steps of a long prompt have no events; an empty one is sent at times, and not after each step."""
-    loop.send(Submit(1, (5,) * 4, SamplingParams(max_tokens=1)))
-    assert [((0,), None), ((), "length")] == [(e.token_ids, e.finish) for e in loop.events_until_end()]
-
-    monkeypatch.setattr("app.worker.process.HEARTBEAT_SECONDS", -1)
-    loop.send(Submit(2, (5,) * 4, SamplingParams(max_tokens=1)))
-    assert [Step([])] * 3 == [loop.receive() for _ in range(3)]
-    assert [((0,), None), ((), "length")] == [(e.token_ids, e.finish) for e in loop.events_until_end()]
-
-
 @pytest.fixture
 def loop() -> Iterator[Loop]:
     loop = Loop()
@@ -151,6 +141,16 @@ def test_a_request_completes_event_by_event(loop: Loop):
         assert [((0,), None), ((1,), None), ((), "length")] == [
             (event.token_ids, event.finish) for event in loop.events_until_end()
         ]
+
+
+def test_a_step_without_events_is_progress_and_no_message(loop: Loop):
+    """The steps of a long prompt have no events; only the number of steps shows that it goes on."""
+    before = PROGRESS.count
+
+    loop.send(Submit(1, (5,) * 4, SamplingParams(max_tokens=1)))
+
+    assert [Step([TokenEvent(1, (0,))]), Step([TokenEvent(1, finish="length")])] == [loop.receive(), loop.receive()]
+    assert 5 == PROGRESS.count - before
 
 
 def test_a_cancel_is_read_between_two_tokens(loop: Loop):

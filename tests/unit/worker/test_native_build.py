@@ -2,15 +2,16 @@
 
 import ctypes
 import itertools
+import json
 import os
 import re
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 import pytest
 
+from app.ipc.interpreter import CODE_FOLDERS
 from app.worker.execution.native import native_build
 from app.worker.execution.native.native_build import (
     ABI_VERSION,
@@ -64,8 +65,9 @@ def test_every_macro_has_the_prefix() -> None:
 @pytest.fixture
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where libraries are cached."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return tmp_path / f"llm-service-{os.geteuid()}"
+    folder = tmp_path / "compiled"
+    monkeypatch.setenv(CODE_FOLDERS, json.dumps([str(folder)]))
+    return folder
 
 
 @pytest.fixture
@@ -92,20 +94,31 @@ def test_a_library_is_compiled_once(cache_folder: Path, source_dir: Path) -> Non
     assert 3 == len(list(cache_folder.iterdir()))
 
 
-@pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("kind", ["for a group", "a link"])
-def test_libraries_are_cached_where_nobody_else_writes(kind: str, cache_folder: Path, tmp_path: Path) -> None:
-    """The service runs what is there: a folder that others may write to, or that leads elsewhere, is not used."""
-    if kind == "a link":
-        cache_folder.symlink_to(tmp_path)
-    else:
-        cache_folder.mkdir()
-        cache_folder.chmod(0o770)
-    before = sorted(tmp_path.rglob("*"))
+@pytest.mark.usefixtures("compiler", "source_dir")
+def test_what_a_killed_process_left_in_the_middle_of_compiling_is_removed(cache_folder: Path) -> None:
+    """Not what another process compiles at this moment."""
+    dead, live = cache_folder / "llm-kernels-dead", cache_folder / "llm-kernels-live"
+    cache_folder.mkdir(mode=0o700)
+    for folder in (dead, live):
+        folder.mkdir()
+        (folder / "half.so").write_bytes(b"half")
+    os.utime(dead, (0, 0))
+
+    build_kernel_library("gemm_packed")
+
+    assert (False, True) == (dead.exists(), live.exists())
+
+
+@pytest.mark.usefixtures("compiler", "source_dir")
+def test_the_compiler_needs_no_other_temporary_folder(
+    cache_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The usual one may be full; what the compiler writes on its way lies beside the library, and goes with it."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))
 
     assert callable(build_kernel_library("gemm_packed").llmk_linear_f32)
 
-    assert before == sorted(tmp_path.rglob("*"))
+    assert 1 == len(list(cache_folder.iterdir()))
 
 
 @pytest.mark.usefixtures("compiler")

@@ -8,22 +8,20 @@ Python bindings agree about every structure.
 
 import ctypes
 import hashlib
-import logging
 import os
 import platform
 import re
 import shutil
-import stat
 import subprocess
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from app.worker.code_folders import in_code_folder, require_free_space
 from app.worker.execution.base import ExecutorUnavailableError
-
-log = logging.getLogger(__name__)
 
 SOURCE_DIR = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
@@ -33,6 +31,8 @@ of the speed of float32 rests on.  It is GCC's default and not Clang's; stated h
 kernels add every sum in one order for any batch size, so the bits of a token's result do not depend on its batch; the
 tests check that bit for bit, with this flag."""
 COMPILE_SECONDS = 60
+_COMPILING = "llm-kernels-"
+"""Begins the name of a folder in which a library is being compiled."""
 ABI_VERSION = 1
 """Version of the functions that the bindings call; LLMK_ABI_VERSION of abi.h."""
 
@@ -74,11 +74,12 @@ def build_kernel_library(
     definitions = [f"-D{macro}={value}" for macro, value in (macros or {}).items()]
     command = [tools.compiler, *tools.flags, *definitions, str(tools.source_dir / f"{name}.cpp"), "-o"]
     try:
-        library = _load_or_compile(command, f"{name}-{_digest(command)}.so")
+        file_name = f"{name}-{_digest(command)}.so"
+        library = in_code_folder(lambda folder: _load_or_compile(command, file_name, folder))
     except subprocess.CalledProcessError as error:
         raise CompileError(f"{tools.compiler} fails: {_last_line(error.stderr)}") from None
     except (OSError, subprocess.SubprocessError) as error:
-        raise CompileError(f"{tools.compiler} is of no use: {error}") from None
+        raise CompileError(f"nothing can be compiled with {tools.compiler}: {error}") from None
     _check_abi(library, name, structures or {})
     return library
 
@@ -102,32 +103,32 @@ def _check_abi(library: ctypes.CDLL, name: str, structures: Mapping[str, type[ct
             raise CompileError(f"{name}.cpp lays out {structure_name} in another way than its bindings")
 
 
-def _load_or_compile(command: Sequence[str], file_name: str) -> ctypes.CDLL:
-    """Load a library from the cache; compile it where it is missing or damaged."""
-    folder = _cache_folder()
-    if folder is not None:
-        with suppress(OSError):
-            return ctypes.CDLL(str(folder / file_name))
-    with tempfile.TemporaryDirectory(prefix="llm-kernels-", dir=folder) as private:
+def _load_or_compile(command: Sequence[str], file_name: str, folder: Path) -> ctypes.CDLL:
+    """Load a library from a folder; compile it where it is missing or damaged."""
+    with suppress(OSError):
+        return ctypes.CDLL(str(folder / file_name))
+    require_free_space(folder)
+    _remove_leftovers(folder)
+    with tempfile.TemporaryDirectory(prefix=_COMPILING, dir=folder) as private:
         output = Path(private) / file_name
-        subprocess.run([*command, str(output)], check=True, capture_output=True, timeout=COMPILE_SECONDS)
+        # The compiler's own temporary files too: the usual place for them may be full.
+        environment = os.environ | {"TMPDIR": private}
+        subprocess.run(
+            [*command, str(output)], check=True, capture_output=True, timeout=COMPILE_SECONDS, env=environment
+        )
         # A loaded library no longer needs its file.
         library = ctypes.CDLL(str(output))
-        if folder is not None:
-            # Atomic: no other process can load half a file.
-            output.replace(folder / file_name)
+        # Atomic: no other process can load half a file.
+        output.replace(folder / file_name)
         return library
 
 
-def _cache_folder() -> Path | None:
-    """Return the folder of cached libraries below the temporary directory; None if other users can write to it."""
-    folder = Path(tempfile.gettempdir()) / f"llm-service-{os.geteuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-        log.warning("%s is not private to this user: kernel libraries are compiled at every load", folder)
-        return None
-    return folder
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed while they compiled have left."""
+    for leftover in folder.glob(f"{_COMPILING}*"):
+        with suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > 2 * COMPILE_SECONDS:
+                shutil.rmtree(leftover)
 
 
 def _digest(command: Sequence[str]) -> str:

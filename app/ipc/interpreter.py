@@ -1,0 +1,131 @@
+"""A child interpreter that serves a model, or will: how it is started, watched from outside, and ended.
+
+Every interpreter has a private folder from the beginning.  What it is to load comes later, on its standard input; the
+spare ones wait for that with their imports done.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Self
+
+from app.ipc.liveness import Pulse
+from app.ipc.private_folder import PrivateFolder
+
+SPARE = "--spare"
+"""Argument of an interpreter that imports at low priority, since no model waits for it."""
+PULSE_BYTES = 8
+"""A heartbeat on the standard output: the progress so far, big-endian."""
+CODE_FOLDERS = "LLM_SERVICE_CODE_FOLDERS"
+"""Variable that lists the folders in which compiled code may be kept, best first, as JSON."""
+
+
+class Interpreter:
+    """A running child process that understands `Start`."""
+
+    def __init__(self, folder: PrivateFolder, process: asyncio.subprocess.Process) -> None:
+        """Watch over a process that was just started; use `spawn` instead."""
+        self._folder = folder
+        self._process = process
+        self._beats = 0
+        self._progress = 0
+        self._listening = asyncio.create_task(self._listen(), name="worker heartbeat")
+        self._ending = asyncio.create_task(process.wait(), name="worker exit")
+
+    @classmethod
+    async def spawn(cls, environment: Mapping[str, str], *, cache: Path | None = None, spare: bool = False) -> Self:
+        """Start a process.
+
+        Args:
+            environment: all that it gets to see, besides the folders that compiled code may be kept in.
+            cache: the best of these; survives the process.
+            spare: nobody waits for it.
+        Raises: OSError: it cannot be started.
+        """
+        folder = PrivateFolder()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *("-P", "-m", "app.worker"),
+                *([SPARE] if spare else []),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                env={**environment, CODE_FOLDERS: json.dumps(_code_folders(cache, folder.path))},
+                start_new_session=True,  # Ctrl-C in the terminal is for the service, which then stops the worker
+            )
+        except BaseException:
+            folder.remove()
+            raise
+        return cls(folder, process)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def folder(self) -> Path:
+        """Private to the two processes; removed with this one."""
+        return self._folder.path
+
+    @property
+    def is_running(self) -> bool:
+        return not self._ending.done()
+
+    def pulse(self) -> Pulse:
+        """Return the signs of life so far."""
+        return Pulse(self._beats, _cpu_ticks(self.pid) if self.is_running else 0, self._progress)
+
+    def write(self, line: bytes) -> None:
+        """Write to its standard input, which a dead process drops."""
+        if self._process.stdin is not None:
+            self._process.stdin.write(line)
+
+    async def wait(self) -> int:
+        """Return its exit code, or the signal that ended it as a negative number."""
+        return await asyncio.shield(self._ending)
+
+    def kill(self) -> None:
+        """Kill it with all that it started."""
+        if self.is_running:
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Wait for it to exit, kill it if it does not, and remove its folder, even if this is cancelled meanwhile."""
+        try:
+            await asyncio.wait([self._ending], timeout=grace_seconds)
+        finally:
+            self.kill()
+            # Something that it started may have inherited its standard output.
+            self._listening.cancel()
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+            try:
+                await asyncio.wait([self._ending, self._listening])
+            finally:
+                self._folder.remove()
+
+    async def _listen(self) -> None:
+        while self._process.stdout is not None and (beats := await self._process.stdout.read(512 * PULSE_BYTES)):
+            self._beats += 1
+            self._progress = int.from_bytes(beats[-PULSE_BYTES:], "big")
+
+
+def _code_folders(cache: Path | None, private: Path) -> list[str]:
+    shared = Path(tempfile.gettempdir()) / f"llm-service-{os.geteuid()}"
+    return [*([str(cache)] if cache else []), str(shared), str(private / "code")]
+
+
+def _cpu_ticks(pid: int) -> int:
+    """Return the CPU time of a process; 0 where the system does not say."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return int(fields[11]) + int(fields[12])
+    except (OSError, IndexError, ValueError):
+        return 0
