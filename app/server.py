@@ -1,6 +1,6 @@
 """Serves the application on a socket until a signal: binds, prints how to use it, drains, and returns an exit code.
 
-The only module that imports uvicorn; `cli/root.py` calls `run`.
+It and `http_protocol.py` alone import uvicorn; `cli/root.py` calls `run`.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from types import FrameType
+from typing import Any
 
 import structlog
 import uvicorn
@@ -21,7 +22,9 @@ from fastapi import FastAPI
 
 from app.access.bootstrap_key import KEY_FILE
 from app.config import Settings
+from app.connections import ConnectionGuard, ConnectionLimits, raise_file_limit
 from app.errors import AppError, ConfigError
+from app.http_protocol import ServerConfig
 from app.main import create_app
 from app.telemetry import configure_logging
 from app.web.http.dependencies import Container
@@ -125,7 +128,7 @@ def run(settings: Settings) -> int:
         app = create_app(settings)
         if first_start:
             print(f"\nYour API key, made now and kept in {key_file.resolve()}:\n\n  {key_file.read_text()}", flush=True)
-        config = _uvicorn(app, settings)
+        config = server_config(app, settings, timeout_graceful_shutdown=math.ceil(_FLUSH_SECONDS))
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
             return runner.run(_serve(app, settings, config, listener))
     finally:
@@ -133,16 +136,15 @@ def run(settings: Settings) -> int:
         listener.close()
 
 
-def _uvicorn(app: FastAPI, settings: Settings) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        forwarded_allow_ips=list(settings.app.trusted_proxies),
-        proxy_headers=bool(settings.app.trusted_proxies),
-        timeout_graceful_shutdown=math.ceil(_FLUSH_SECONDS),
-    )
+def server_config(app: FastAPI, settings: Settings, **options: Any) -> ServerConfig:
+    """Return uvicorn's configuration, with as many connections as the settings and the open files allow."""
+    metrics = app.state.container.metrics
+    limits = ConnectionLimits.for_files(settings, raise_file_limit())
+    guard = ConnectionGuard(limits, clock=time.monotonic, on_close=metrics.connection_closed)
+    metrics.watch_connections(lambda: guard.open)
+    if limits.total < settings.security.max_connections:
+        log.warning("fewer connections than configured, because few files may be open", connections=limits.total)
+    return ServerConfig(app, guard, trusted_proxies=settings.app.trusted_proxies, **options)
 
 
 async def _serve(app: FastAPI, settings: Settings, config: uvicorn.Config, listener: socket.socket) -> int:

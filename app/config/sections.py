@@ -134,7 +134,13 @@ class SecurityConfig(Section):
     max_body_bytes: PositiveInt = 1_048_576
     """Bytes of a request body; a longer one is refused with 413 before it is read."""
     body_timeout_seconds: PositiveFloat = 10
-    """Time for a client to send its body."""
+    """Time for a client to send its body, from the end of the headers."""
+    head_timeout_seconds: PositiveFloat = 10
+    """Time for a client to send the request line and headers; then 408, and the connection is closed."""
+    max_connections: PositiveInt = 4096
+    """Open connections in all, fewer where the limit of open files is low; the oldest without a request gives way."""
+    max_connections_per_address: PositiveInt = 512
+    """The same for one address (IPv6: one /64); trusted proxies are exempt."""
     failed_keys_per_minute: PositiveInt = 20
     """Wrong or missing keys per minute and address before the response 401 becomes 429."""
     cors_origins: tuple[str, ...] = ()

@@ -76,6 +76,10 @@ class Metrics:
         self._pii = counter("pii_matches_total", "Personal data found", "kind", "direction")
         self._rate_limited = total("rate_limited_total", "Requests refused with 429")
         self._auth_failures = total("auth_failures_total", "Requests with a wrong or no API key")
+        self._connections_open = Gauge("connections_open", "Connections that have a place", registry=registry)
+        self._connections_closed = counter(
+            "connections_closed_total", "Connections closed before their client was done", "reason"
+        )
         self._rows_lost = total("usage_log_dropped_total", "Rows of the inference log lost to a slow database")
         self._lag = Histogram(
             "event_loop_lag_seconds",
@@ -104,6 +108,14 @@ class Metrics:
         self._registry.register(
             _CounterFunction("engine_restarts", "Times a model's worker was replaced", engine_restarts)
         )
+
+    def watch_connections(self, open_connections: Read) -> None:
+        """Export the number of open connections of a server."""
+        self._connections_open.set_function(open_connections)
+
+    def connection_closed(self, reason: str) -> None:
+        """Args: reason: one of the server's own words, never what a client sent."""
+        self._connections_closed(reason).inc()
 
     def http_done(self, method: str, endpoint: str | None, status: int, seconds: float) -> None:
         """Args: endpoint: the route's template, None where no route matched."""

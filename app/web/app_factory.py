@@ -12,7 +12,7 @@ from app.web.admin import health, keys, roles, usage
 from app.web.http.authentication import Authentication
 from app.web.http.dependencies import Container
 from app.web.http.errors import ErrorRenderer
-from app.web.http.middleware import BodyLimits, DrainGate, ErrorBoundary, RequestLog
+from app.web.http.middleware import BodyLimits, DrainGate, ErrorBoundary, HeadChecks, RequestLog
 from app.web.http.private_api import static_paths
 from app.web.native import batch, chat, generate, sessions
 from app.web.openai import chat as openai_chat
@@ -65,6 +65,7 @@ def _add_middlewares(app: FastAPI, container: Container, renderer: ErrorRenderer
         public=public_paths(container),
     )
     app.add_middleware(DrainGate, host=container.host, always=health.ALWAYS_PATHS)
+    app.add_middleware(HeadChecks)
     app.add_middleware(ErrorBoundary, renderer=renderer)
     app.add_middleware(BodyLimits, max_bytes=security.max_body_bytes, timeout_seconds=security.body_timeout_seconds)
     if security.cors_origins:

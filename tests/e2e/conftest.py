@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,14 +104,15 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """Start a service with settings given as SECTION__KEY; all are stopped at the end."""
     services: list[Service] = []
 
-    def start(*, wait: bool = True, **settings: str) -> Service:
+    def start(*, wait: bool = True, command: Sequence[str] = (), **settings: str) -> Service:
+        """Args: command: a program that runs the one named after it, such as a shell that sets limits first."""
         folder = tmp_path_factory.mktemp("service")
         port = free_port()
         given = {"SECURITY__API_KEY": KEY, "RATE_LIMIT__ENABLED": "false", **settings}
         log = folder / "log"
         with log.open("w") as output:
             process = subprocess.Popen(
-                serve(port),
+                [*command, *serve(port)],
                 cwd=folder,
                 env=environment(folder / "data", **given),
                 stdout=output,

@@ -22,6 +22,7 @@ from app.events import ContextUsage, Delta, DetokenizedLogprob, Event, Finished,
 from app.generation.sessions import SessionStore
 from app.main import create_app
 from app.requests import GenerationRequest
+from app.server import server_config
 from app.telemetry import Metrics
 from app.types import FinishReason, Principal, Rights, Tenant, Usage
 from app.web.http.dependencies import Container
@@ -184,9 +185,7 @@ class Web:
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[int]:
         """Serve on a loopback socket, in this loop, and give its port."""
-        config = uvicorn.Config(
-            self.app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2
-        )
+        config = server_config(self.app, self.container.settings, lifespan="off", timeout_graceful_shutdown=2)
         server = SignalFreeServer(config)
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))

@@ -7,22 +7,31 @@ Pure ASGI, because a middleware that runs the application in a task of its own h
     CORSMiddleware  only if origins are configured; answers preflights, which carry no key
     BodyLimits      bounds size and duration of what the inner layers read of the body
     ErrorBoundary   turns the exceptions of the inner layers into error responses
+    HeadChecks      refuses heads that are too large, or that HTTP/1.1 forbids
     DrainGate       refuses new work before any is done
     Authentication  runs before the body is read
 """
 
 import asyncio
 import re
+import sys
 import time
 from collections.abc import Collection
 from uuid import uuid4
 
 import structlog
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.engine.host import ModelHost
-from app.errors import ClientDisconnected, DeadlineExceeded, PayloadTooLarge, ShuttingDown
+from app.errors import (
+    AppError,
+    ClientDisconnected,
+    DeadlineExceeded,
+    InvalidRequest,
+    PayloadTooLarge,
+    ShuttingDown,
+)
 from app.telemetry import Metrics
 from app.telemetry.metrics import METHODS, OTHER, UNMATCHED
 from app.types import Principal
@@ -134,6 +143,62 @@ class ErrorBoundary:
                 await self.renderer.response(scope, shown)(scope, receive, send)
 
 
+MAX_HEAD_BYTES = 64 * 1024
+"""Bytes of the headers of a request; the sum of all fields may be as long as that, but no more."""
+MAX_HEADERS = 128
+MAX_TARGET_BYTES = 8 * 1024
+"""Bytes of a request's path and query."""
+_HOST = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
+
+
+class HeadTooLarge(AppError):
+    """The headers of the request are more, or longer, than the service reads."""
+
+    status, code = 431, "headers_too_large"
+
+    def __init__(self) -> None:
+        super().__init__(
+            f"The request has more than {MAX_HEADERS} headers, or more than {MAX_HEAD_BYTES} bytes of them."
+        )
+
+
+class TargetTooLong(AppError):
+    """The path and query of the request are longer than the service reads."""
+
+    status, code = 414, "uri_too_long"
+
+
+class VersionNotSupported(AppError):
+    """The request is of another version of HTTP than 1.0 and 1.1."""
+
+    status, code = 505, "http_version_not_supported"
+
+
+class HeadChecks:
+    """Refuses a head that is too large, and what a server of HTTP/1.1 has to refuse although it can be parsed."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            _check_head(scope)
+        await self.app(scope, receive, send)
+
+
+def _check_head(scope: Scope) -> None:
+    headers: list[tuple[bytes, bytes]] = scope["headers"]
+    if scope["http_version"] not in ("1.1", "1.0"):
+        raise VersionNotSupported("Send the request as HTTP/1.1.")
+    if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > MAX_TARGET_BYTES:
+        raise TargetTooLong(f"Path and query are longer than {MAX_TARGET_BYTES} bytes.")
+    if len(headers) > MAX_HEADERS or sum([len(name) + len(value) for name, value in headers]) > MAX_HEAD_BYTES:
+        raise HeadTooLarge
+    hosts = [value for name, value in headers if name == b"host"]
+    if len(hosts) > 1 or (not hosts and scope["http_version"] == "1.1") or not all(map(_HOST.fullmatch, hosts)):
+        raise InvalidRequest.of_field("Host", "must be given once, as a name or address")
+
+
 class DrainGate:
     """Refuses new work while the service drains, except probes and metrics."""
 
@@ -156,14 +221,14 @@ class BodyTooSlow(DeadlineExceeded):
 
 
 class BodyLimits:
-    """Bounds the size of a body and the time it may take.
+    """Bounds the size of a body and the time it may take, whatever the headers say of it.
 
     A response before the whole body was read closes the connection: a client that sends the rest byte by byte must not
     occupy it.
     """
 
     def __init__(self, app: ASGIApp, *, max_bytes: int, timeout_seconds: float) -> None:
-        """Args: timeout_seconds: from the first read of the body until its last byte."""
+        """Args: timeout_seconds: from the end of the head until the last byte of the body."""
         self.app = app
         self.max_bytes = max_bytes
         self.timeout_seconds = timeout_seconds
@@ -172,7 +237,7 @@ class BodyLimits:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        body = _Body(receive, _announced_bytes(scope), self)
+        body = _Body(receive, _announced_bytes(scope["headers"]), self)
 
         async def send_and_close(message: Message) -> None:
             if message["type"] == "http.response.start" and not body.complete:
@@ -185,20 +250,20 @@ class BodyLimits:
 class _Body:
     """Measures one request's body while it is received."""
 
-    def __init__(self, receive: Receive, announced: int, limits: BodyLimits) -> None:
+    def __init__(self, receive: Receive, announced: int | None, limits: BodyLimits) -> None:
         self.complete = announced == 0
+        """Whether all of it has been received; one of no bytes is read only by those who want to."""
         self._receive = receive
         self._size = 0
-        self._announced = announced
+        self._announced = announced or 0
         self._limits = limits
-        self._deadline: float | None = None
+        self._ended = False
+        self._deadline = asyncio.get_running_loop().time() + limits.timeout_seconds
 
     async def receive(self) -> Message:
-        if self.complete:
+        if self._ended:
             return await self._receive()
         self._check_size(self._announced)
-        if self._deadline is None:
-            self._deadline = asyncio.get_running_loop().time() + self._limits.timeout_seconds
         try:
             async with asyncio.timeout_at(self._deadline):
                 message = await self._receive()
@@ -206,7 +271,8 @@ class _Body:
             raise BodyTooSlow(f"The body did not arrive within {self._limits.timeout_seconds:g} seconds.") from None
         self._size += len(message.get("body", b""))
         self._check_size(self._size)
-        self.complete = not message.get("more_body", False)
+        self._ended = not message.get("more_body", False)
+        self.complete = self.complete or self._ended
         return message
 
     def _check_size(self, size: int) -> None:
@@ -215,11 +281,14 @@ class _Body:
             raise PayloadTooLarge(f"The body is longer than {limit} bytes.", details={"limit": limit})
 
 
-def _announced_bytes(scope: Scope) -> int:
-    """Return the body's length by its headers: 0 for no body, -1 if unknown before it is read."""
-    headers = Headers(scope=scope)
-    if "transfer-encoding" in headers:
-        return -1
-    length = headers.get("content-length", "0")
-    # More digits exceed every limit.
-    return int(length[:20]) if length.isdecimal() else -1
+def _announced_bytes(headers: list[tuple[bytes, bytes]]) -> int | None:
+    """Return the body's length by its headers; None if it is not clear before the body has been read."""
+    if any(name == b"transfer-encoding" for name, _ in headers):
+        return None
+    lengths = {value for name, value in headers if name == b"content-length"}
+    if not lengths:
+        return 0
+    digits = lengths.pop().lstrip(b"0") or b"0"
+    if lengths or not digits.isdigit():
+        return None
+    return int(digits) if len(digits) < 20 else sys.maxsize

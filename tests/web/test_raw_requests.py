@@ -1,0 +1,224 @@
+"""Requests over raw sockets that no HTTP library would send: each gets its status, and the server serves the next."""
+
+import asyncio
+import json
+import random
+
+import pytest
+
+from tests.web.harness import KEY, Web, make_web
+from tests.web.raw_requests import BODY, CASES, CHUNKED, INNER, TRAILED, Case, get, post
+from tests.web.raw_sockets import RawClient, exchange, statuses
+
+DEADLINE_SECONDS = 0.4
+"""For heads and bodies in these tests."""
+HANG_SECONDS = DEADLINE_SECONDS + 4
+"""Longer than any connection may stay whose client sends nothing more."""
+SHORT = {"head_timeout_seconds": DEADLINE_SECONDS, "body_timeout_seconds": DEADLINE_SECONDS}
+
+
+async def judge(web: Web, port: int, case: Case, packets: list[bytes]) -> None:
+    before = len(web.service.requests)
+    async with asyncio.timeout(HANG_SECONDS):
+        client, usable = await exchange(port, packets, len(case.statuses), closes=case.closes)
+
+    assert (case.statuses, case.closes) == (statuses(client.answer), not usable)
+    assert case.may_reset or not client.reset
+    assert case.reaches == len(web.service.requests) - before
+
+
+async def serves(port: int) -> bool:
+    """Return whether a client that connects now is served."""
+    async with asyncio.timeout(5):
+        client, _ = await exchange(port, [INNER], 1, closes=False)
+    return statuses(client.answer) == (200,)
+
+
+async def test_the_table_is_as_long_as_it_should_be():
+    assert len(CASES) >= 120
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+async def test_every_shape_of_request_gets_its_answer(subtests, log_lines):
+    web = await make_web(security=SHORT)
+    async with web.listening() as port:
+        for case in CASES:
+            with subtests.test(case.name):
+                await judge(web, port, case, [case.sent])
+        assert await serves(port)
+    assert not [line for line in log_lines if line["log_level"] in ("error", "critical")]
+
+
+@pytest.mark.parametrize("seed", [1, *[pytest.param(seed, marks=pytest.mark.fuzz) for seed in range(2, 22)]])
+async def test_it_gets_the_same_however_its_bytes_are_cut_into_packets(subtests, seed):
+    chance = random.Random(seed)
+    web = await make_web(security={"head_timeout_seconds": 5, "body_timeout_seconds": 5})
+    async with web.listening() as port:
+        for case in CASES:
+            if len(case.sent) > 10_000:
+                continue
+            with subtests.test(case.name):
+                cuts = sorted(chance.choices(range(len(case.sent) + 1), k=min(12, len(case.sent))))
+                ends = [*cuts, len(case.sent)]
+                packets = [case.sent[start:end] for start, end in zip([0, *cuts], ends, strict=True) if end > start]
+                await judge(web, port, case, packets)
+        assert await serves(port)
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(20_000, marks=[pytest.mark.fuzz, pytest.mark.timeout(3600)])])
+async def test_no_mutation_of_a_request_breaks_the_server_or_hangs(count, log_lines):
+    """Bytes changed, removed, doubled: any status but 5xx (505 aside), and an end within the deadlines."""
+    chance = random.Random(7)
+    seeds = [case.sent for case in CASES if len(case.sent) < 2000]
+    web = await make_web(security=SHORT)
+
+    def mutated() -> bytes:
+        sent = bytearray(chance.choice(seeds))
+        for _ in range(chance.randint(1, 6)):
+            at = chance.randrange(len(sent) + 1)
+            match chance.randrange(4):
+                case 0:
+                    sent[at:at] = chance.choice([b"\r\n", b"\n", b"\0", b":", b" ", b"0", b"\xff", b"chunked", b","])
+                case 1:
+                    del sent[at : at + chance.randint(1, 8)]
+                case 2:
+                    sent[at : at + 1] = bytes([chance.randrange(256)])
+                case _:
+                    sent[at:at] = sent[at : at + chance.randint(1, 40)]
+        return bytes(sent)
+
+    async def send(sent: bytes) -> None:
+        async with RawClient(port) as client, asyncio.timeout(HANG_SECONDS + 6):  # the keep-alive time too
+            await client.send([sent])
+            await client.read_to_end()
+        wrong = {status for status in statuses(client.answer) if status >= 500} - {505}
+        assert not wrong, sent
+
+    async with web.listening() as port:
+        for _ in range(0, count, 100):
+            await asyncio.gather(*(send(mutated()) for _ in range(100)))
+        assert await serves(port)
+    assert not [line for line in log_lines if line["log_level"] in ("error", "critical")]
+
+
+@pytest.mark.parametrize("name", ["X-API-Key", "Authorization"])
+async def test_a_key_in_a_trailer_is_none(name):
+    """Who asks is decided by the head: what follows the body never becomes a header."""
+    web = await make_web()
+    value = KEY if name == "X-API-Key" else f"Bearer {KEY}"
+    head = (
+        b"POST /v1/generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
+    async with web.listening() as port:
+        client, _ = await exchange(port, [head + CHUNKED + f"{name}: {value}\r\n\r\n".encode()], 1, closes=True)
+
+    assert (401,) == statuses(client.answer)
+    assert [] == web.service.requests
+
+
+async def test_a_trailer_names_no_request_id(log_lines):
+    web = await make_web()
+    async with web.listening() as port:
+        client, _ = await exchange(port, [TRAILED + CHUNKED + b"X-Request-ID: trailer\r\n\r\n"], 1, closes=False)
+
+    assert b"x-request-id: req_" in client.answer
+    assert "trailer" not in str(log_lines)
+
+
+FRAMINGS = {
+    "length": ("Content-Length: 100000",),
+    "length with leading zeros": ("Content-Length: 00000000000000000000000000100000",),
+    "chunked": ("Transfer-Encoding: chunked",),
+}
+
+
+@pytest.mark.parametrize("framing", FRAMINGS)
+async def test_a_body_has_one_deadline_whatever_announces_it(framing):
+    """A byte now and then does not extend it."""
+    web = await make_web(security=SHORT)
+    async with web.listening() as port, RawClient(port) as client:
+        began = asyncio.get_running_loop().time()
+        await client.send([post(*FRAMINGS[framing], body=b"")])
+
+        async def drip() -> None:
+            while True:
+                await client.send([b"1\r\n \r\n" if framing == "chunked" else b" "])
+                await asyncio.sleep(0.05)
+
+        dripping = asyncio.create_task(drip())
+        async with asyncio.timeout(HANG_SECONDS):
+            await client.read_responses(1)
+        took = asyncio.get_running_loop().time() - began
+        dripping.cancel()
+
+    assert (408,) == statuses(client.answer)
+    assert DEADLINE_SECONDS * 0.9 < took < DEADLINE_SECONDS + 1
+
+
+@pytest.mark.parametrize("framing", FRAMINGS)
+async def test_the_bytes_of_a_body_are_counted_whatever_announces_them(framing):
+    """And the client can read the refusal, although it goes on sending."""
+    web = await make_web(security={"max_body_bytes": 5000})
+    async with web.listening() as port:
+        chunk = b"1000\r\n" + b" " * 4096 + b"\r\n" if framing == "chunked" else b" " * 4096
+        packets = [post(*FRAMINGS[framing], body=b""), *[chunk] * 24]
+        async with asyncio.timeout(HANG_SECONDS):
+            client, _ = await exchange(port, packets, 1, closes=True)
+
+    assert ((413,), False) == (statuses(client.answer), client.reset)
+    assert [] == web.service.requests
+
+
+@pytest.mark.parametrize("sent", [b"GET /health", INNER[:-2], INNER + INNER[:-4]], ids=["line", "headers", "second"])
+async def test_a_head_that_does_not_end_is_given_up(sent):
+    web = await make_web(security=SHORT)
+    async with web.listening() as port, RawClient(port) as client:
+        await client.send([sent])
+
+        async def drip() -> None:
+            for _ in range(1000):
+                await client.send([b"a"])
+                await asyncio.sleep(0.05)
+
+        dripping = asyncio.create_task(drip())
+        async with asyncio.timeout(HANG_SECONDS):
+            await client.read_to_end()
+        dripping.cancel()
+        body = json.loads(client.answer.rpartition(b"\r\n\r\n")[2])
+
+    assert 408 == statuses(client.answer)[-1]
+    assert "deadline_exceeded" == body["error"]
+
+
+async def test_a_connection_that_sends_nothing_is_closed_without_a_word():
+    web = await make_web(security=SHORT)
+    async with web.listening() as port, RawClient(port) as client:
+        async with asyncio.timeout(HANG_SECONDS):
+            await client.read_to_end()
+
+    assert (b"", False) == (client.answer, client.reset)
+
+
+async def test_what_the_parser_refuses_has_the_envelope_and_echoes_nothing():
+    web = await make_web()
+    async with web.listening() as port:
+        client, _ = await exchange(port, [get("canary7391 : a")], 1, closes=True)
+
+    head, _, body = client.answer.partition(b"\r\n\r\n")
+    assert {"error", "message", "details", "timestamp", "request_id"} == set(json.loads(body))
+    assert b"connection: close" in head
+    assert b"canary" not in client.answer
+
+
+async def test_a_hang_up_cancels_a_generation_with_another_request_queued_behind_it():
+    web = await make_web()
+    web.service.steps = ["a", 60.0]
+    async with web.listening() as port:
+        async with RawClient(port) as client:
+            await client.send([post(f"Content-Length: {len(BODY)}") + INNER])
+            async with asyncio.timeout(2):
+                while not web.service.running:  # noqa: ASYNC110  # what is waited for has no event
+                    await asyncio.sleep(0.01)
+        async with asyncio.timeout(2):
+            while web.service.running:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
