@@ -62,6 +62,8 @@ class EnginePipeline(HuggingFacePipeline):
     loop: asyncio.AbstractEventLoop | None = None
     """The event loop of the engine; the sync methods hand their work to it and raise where it is None."""
     defaults: SamplingParams = SamplingParams(max_tokens=256)
+    cache: Any = False
+    """LangChain's own cache leaves the arguments of a call out of its key, so not even a global one is used."""
 
     @property
     def _llm_type(self) -> str:
@@ -186,6 +188,9 @@ class EnginePipeline(HuggingFacePipeline):
 
 class EngineChat(ChatHuggingFace):
     """A ChatHuggingFace over an EnginePipeline: the model's own chat template, applied to tokens, never to text."""
+
+    cache: Any = False
+    """As for `EnginePipeline`."""
 
     def _resolve_model_id(self) -> None:
         # The inherited method would load a second tokenizer (and torch with it) into this process.

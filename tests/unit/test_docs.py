@@ -33,6 +33,24 @@ def test_every_page_of_docs_is_linked_from_the_readme():
     assert [] == [page.name for page in (ROOT / "docs").glob("*.md") if f"docs/{page.name}" not in readme]
 
 
+def test_every_promise_names_tests_that_exist():
+    """A promise of the security page without its test would only be a wish."""
+    text = (ROOT / "docs" / "security.md").read_text()
+    promises = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| What")]
+    missing = []
+    for line in promises:
+        named = re.findall(r"`([a-z0-9_/]+\.py)::(test_\w+)`", line)
+        missing += [] if named else [line]
+        missing += [f"{path}::{name}" for path, name in named if not _defines(ROOT / "tests" / path, name)]
+
+    assert len(promises) > 60
+    assert [] == missing
+
+
+def _defines(path: Path, name: str) -> bool:
+    return path.is_file() and re.search(rf"def {name}\(", path.read_text()) is not None
+
+
 def test_the_readme_is_short_enough_to_be_read():
     assert len((ROOT / "README.md").read_text().splitlines()) < 150
 
