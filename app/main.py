@@ -87,6 +87,7 @@ def create_app(
     generation: Service = service or GenerationService(
         host=host,
         input_filter=_input_filter(settings, redactor, metrics),
+        storage_filter=_storage_filter(redactor) if redactor else None,
         sessions=sessions,
         metrics=metrics,
         admission=admission,
@@ -194,7 +195,8 @@ def _wrap(
     if not settings.cache.enabled:
         return engine, None
     if settings.cache.persistent:
-        engine = PersistentCacheEngine(engine, access.response_cache, scope=scope)
+        mask = _storage_filter(redactor).mask if redactor and settings.pii.output == "off" else None
+        engine = PersistentCacheEngine(engine, access.response_cache, scope=scope, mask=mask)
     cache = CachedEngine(engine, settings.cache, scope=scope, metrics=metrics)
     return cache, cache
 
@@ -202,7 +204,7 @@ def _wrap(
 def _access(settings: Settings, redactor: Redactor | None, metrics: Metrics) -> AccessControl:
     configured = settings.security.api_key
     # Logged text is masked even where the filters are off.
-    log_filter = InputFilter(redactor or Redactor(), "mask", lambda kind, count: None)
+    log_filter = _storage_filter(redactor or Redactor())
     return AccessControl(
         settings,
         configured_key=configured.get_secret_value() if configured else None,
@@ -235,6 +237,11 @@ def _input_filter(settings: Settings, redactor: Redactor | None, metrics: Metric
     if redactor is None or settings.pii.input == "off":
         return None
     return InputFilter(redactor, settings.pii.input, lambda kind, count: metrics.pii(kind, "input", count))
+
+
+def _storage_filter(redactor: Redactor) -> InputFilter:
+    """Return what masks stored text, whatever `pii.input` and `pii.output` say."""
+    return InputFilter(redactor, "mask", lambda kind, count: None)
 
 
 def _watch(metrics: Metrics, host: ModelHost, sessions: SessionStore | None) -> None:

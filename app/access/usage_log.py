@@ -93,9 +93,9 @@ class UsageLog:
         if record.prompt is None and record.answer is None:
             return record
         try:
-            # Postgres stores no NUL.
+            # Postgres stores no NUL.  Masked before it is cut: half a card number is not recognised as one.
             prompt, answer = [
-                await self._mask((text or "")[:_TEXT_CHARS].replace("\x00", ""))
+                (await self._mask((text or "").replace("\x00", "")))[:_TEXT_CHARS]
                 for text in (record.prompt, record.answer)
             ]
         except AppError:

@@ -1,11 +1,13 @@
 """The second level of the response cache: an engine wrapper whose responses outlive the process.
 
 Stands below `CachedEngine`, so it is consulted only for what memory does not hold, and above the output filter, so that
-nothing unfiltered is stored.  A store that is slow or away is a miss, never a failed request.
+nothing unfiltered is stored.  Where there is no output filter, a response with personal data is not stored at all: it
+could only be replayed as it was.  A store that is slow or away is a miss, never a failed request.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Protocol
 
@@ -15,6 +17,7 @@ from msgspec import structs
 from app.engine.base import Engine
 from app.engine.cache import COMPLETE, EVENTS_PER_TURN, cache_key
 from app.engine.wrapper import EngineWrapper
+from app.errors import AppError
 from app.events import CacheStatus, Delta, Event, Finished, finish
 from app.requests import GenerationRequest
 from app.types import FinishReason, Usage
@@ -38,9 +41,20 @@ class ResponseStore(Protocol):
 class PersistentCacheEngine(EngineWrapper):
     """Replays responses that this or another process has generated before."""
 
-    def __init__(self, inner: Engine, store: ResponseStore, *, scope: str) -> None:
-        """Args: scope: what else decides a response, as for `CachedEngine`."""
+    def __init__(
+        self,
+        inner: Engine,
+        store: ResponseStore,
+        *,
+        scope: str,
+        mask: Callable[[str], Awaitable[str]] | None = None,
+    ) -> None:
+        """Args:
+        scope: what else decides a response, as for `CachedEngine`.
+        mask: takes personal data out of a text; responses that it would change are not stored.  None stores them all.
+        """
         super().__init__(inner)
+        self._mask = mask
         self._store = store
         self._scope = scope
         self._replaying: dict[str, bool] = {}
@@ -92,13 +106,26 @@ class PersistentCacheEngine(EngineWrapper):
                     event = structs.replace(event, cache=CacheStatus.MISS)
                 generated.append(event)
                 if isinstance(event, Finished) and event.finish_reason in COMPLETE:
-                    self._put(key, generated)
+                    await self._put(key, generated)
                 yield event
 
-    def _put(self, key: bytes, events: list[Event]) -> None:
+    async def _put(self, key: bytes, events: list[Event]) -> None:
         response = msgspec.msgpack.encode(events)
-        if len(response) <= MAX_RESPONSE_BYTES:
+        if len(response) <= MAX_RESPONSE_BYTES and await self._is_clean(events):
             self._store.put(key, response)
+
+    async def _is_clean(self, events: list[Event]) -> bool:
+        """Return whether masking would leave every sample as it is; False where the filter itself fails."""
+        if self._mask is None:
+            return True
+        samples: defaultdict[int, list[str]] = defaultdict(list)
+        for event in events:
+            if isinstance(event, Delta):
+                samples[event.index].append(event.text)
+        try:
+            return all([await self._mask(text) == text for text in map("".join, samples.values())])
+        except AppError:
+            return False
 
     async def abort(self, request_id: str) -> None:
         if request_id in self._replaying:

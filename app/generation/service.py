@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from msgspec import structs
@@ -37,6 +37,7 @@ class GenerationService:
         *,
         host: ModelHost,
         input_filter: InputFilter | None,
+        storage_filter: InputFilter | None,
         sessions: SessionStore | None,
         metrics: Metrics,
         admission: Admission,
@@ -45,6 +46,7 @@ class GenerationService:
     ) -> None:
         """Args:
         input_filter: None lets every text through.
+        storage_filter: masks what a session stores, whatever the other filters let through; None stores it as it is.
         sessions: None refuses requests that name a session.
         admission: says what a caller may do, and takes tokens out of their limits.
         usage: charges each request to its caller and logs it.
@@ -53,6 +55,7 @@ class GenerationService:
         self.host = host
         self.sessions = sessions
         self._input_filter = input_filter
+        self._storage_filter = storage_filter
         self._metrics = metrics
         self._admission = admission
         self._usage = usage
@@ -129,7 +132,18 @@ class GenerationService:
         messages = [Message(each.role, text) for each, text in zip(request.messages, texts, strict=True)]
         system = [message.content for message in messages if message.role is Role.SYSTEM]
         request = structs.replace(request, messages=(Message(Role.SYSTEM, "\n\n".join(system)),) if system else ())
-        return await fit_chat(request, history, new_messages(history, messages), prepare, budget)
+        # A session stores masked texts, so a conversation that a client sends again is recognised by its masked form.
+        masked = await self._storable(messages) if request.session_id else messages
+        stored = new_messages(history, masked)
+        spoken = [message for message in messages if message.role is not Role.SYSTEM]
+        fitted = await fit_chat(request, history, spoken[len(spoken) - len(stored) :], prepare, budget)
+        return replace(fitted, new=stored)
+
+    async def _storable(self, messages: Sequence[Message]) -> list[Message]:
+        """Return messages as a session may store them; those that the input filter has passed are clean already."""
+        if self._storage_filter is None or self._input_filter is not None:
+            return list(messages)
+        return [Message(each.role, await self._storage_filter.mask(each.content)) for each in messages]
 
     async def _clean_text(
         self, request: GenerationRequest, model: ServedModel, budget: TokenBudget
@@ -176,10 +190,10 @@ class GenerationService:
     async def _store_turn(self, request: GenerationRequest, new: Sequence[Message], completion: str) -> None:
         if request.session_id is None or self.sessions is None:
             return
-        if self._input_filter is not None:
+        if self._storage_filter is not None:
             # Where output is not filtered this still prevents personal data from being stored, and lets a client's
-            # resent conversation, which comes through the same filter, be recognised.
-            completion = await self._input_filter.mask(completion)
+            # resent conversation, which is masked too before it is compared, be recognised.
+            completion = await self._storage_filter.mask(completion)
         for turn in as_turns([*new, Message(Role.ASSISTANT, completion)]):
             await self.sessions.append(request.tenant, request.session_id, turn)
 

@@ -30,6 +30,8 @@ WRITE_SECONDS = 0.05
 STOP_SECONDS = 2.0
 """How long a stop waits for a sink to write the queued lines."""
 
+OUR_LOGGERS = ("app", "llm_service")
+"""The service's own loggers and, by their names, all below them; they alone write lines of level DEBUG."""
 UVICORN_LOGGERS = ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi")
 QUIET_LOGGERS = [
     *("alembic", "httpcore", "httpx", "huggingface_hub", "langchain", "langchain_core"),
@@ -60,6 +62,15 @@ class _Lines(deque[logging.LogRecord]):
 
 class _QueueSink(_Lossy, QueueHandler):
     """Renders a line in the caller's context and queues it for the writer thread."""
+
+    def filter(self, record: logging.LogRecord) -> bool | logging.LogRecord:
+        """Refuse what a library says below INFO, whatever level the library gives its own loggers.
+
+        Drivers print statements with their values there, and clients the bodies that they send.
+        """
+        if record.levelno < logging.INFO and record.name.partition(".")[0] not in OUR_LOGGERS:
+            return False
+        return super().filter(record)
 
 
 class _StreamSink(_Lossy, logging.StreamHandler[TextIO]):
@@ -111,6 +122,8 @@ def configure_logging(config: LoggingConfig, stream: TextIO | None = None) -> Ca
     def stop() -> None:
         root.removeHandler(handler)
         root.setLevel(level_before)
+        for name in OUR_LOGGERS:
+            logging.getLogger(name).setLevel(logging.NOTSET)
         stopping.set()
         writer.join(STOP_SECONDS)
         # Closing a file that is still being written would wait for it.
@@ -155,7 +168,10 @@ def _install(root: logging.Logger, handler: _QueueSink, level: str) -> None:
     for former in [each for each in root.handlers if isinstance(each, _QueueSink)]:
         root.removeHandler(former)
     root.addHandler(handler)
-    root.setLevel(level)
+    for name in OUR_LOGGERS:
+        logging.getLogger(name).setLevel(level)
+    # A library asks for its level before it builds a line; none is built that the sink would refuse.
+    root.setLevel(max(logging.getLevelNamesMapping()[level], logging.INFO))
     logging.raiseExceptions = False
     # No line shows them, and finding them out takes a third of the time of a line.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False

@@ -9,6 +9,7 @@ from app.config import CacheConfig
 from app.engine.cache import CachedEngine
 from app.engine.echo import EchoEngine
 from app.engine.persistent_cache import PersistentCacheEngine
+from app.errors import AppError, ServiceUnavailable
 from app.events import CacheStatus, Delta, Event
 from app.requests import GenerationRequest
 from app.types import FinishReason, SamplingParams, Tenant
@@ -30,8 +31,8 @@ def store() -> DictStore:
     return DictStore()
 
 
-async def start(store: DictStore, scope: str = "") -> PersistentCacheEngine:
-    engine = PersistentCacheEngine(EchoEngine(), store, scope=scope)
+async def start(store: DictStore, scope: str = "", **options: Any) -> PersistentCacheEngine:
+    engine = PersistentCacheEngine(EchoEngine(), store, scope=scope, **options)
     await engine.start()
     return engine
 
@@ -124,3 +125,20 @@ async def test_what_cannot_be_read_is_a_miss(store: DictStore, garbage: bytes):
         store.responses[key] = garbage
 
     assert not finished_of(await read(engine.stream(hello()))).cached
+
+
+@pytest.mark.parametrize("error", [None, ServiceUnavailable("the filter failed")])
+async def test_a_response_that_masking_would_change_is_not_stored(store: DictStore, error: AppError | None):
+    """Nor one that cannot be looked at; the caller gets it all the same, and the clean one is stored."""
+
+    async def mask(text: str) -> str:
+        if error:
+            raise error
+        return text.replace("llo", "[X]")
+
+    engine = await start(store, mask=mask)
+    first = await read(engine.stream(hello()))
+    await read(engine.stream(hello(prompt_ids=tuple(map(ord, "good day")))))
+
+    assert "hello" == "".join(delta.text for delta in deltas_of(first))
+    assert (0 if error else 1) == len(store.responses)

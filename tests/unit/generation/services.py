@@ -70,6 +70,7 @@ async def serving(
     *,
     cache: CachedEngine | None = None,
     input_filter: InputFilter | None = None,
+    storage_filter: InputFilter | None = None,
     completion: str = "{prompt}",
     system: str = SYSTEM,
     sessions: bool = True,
@@ -82,6 +83,7 @@ async def serving(
     Args:
         engine: the outermost one, in whatever wrappers.
         cache: one of those, for the status.
+        storage_filter: the input filter if None.
         system, completion: the model's templates.
         usage: what a replayed response costs, and whether texts are logged.
     """
@@ -100,6 +102,7 @@ async def serving(
     service = GenerationService(
         host=host,
         input_filter=input_filter,
+        storage_filter=storage_filter or input_filter,
         sessions=store,
         metrics=metrics,
         admission=admission,

@@ -486,6 +486,18 @@ async def test_a_response_that_fails_after_its_last_token_is_no_success(
     assert (500, None) == (record.status, record.finish_reason)
 
 
+async def test_a_session_masks_what_the_input_filter_lets_through_and_knows_it_again() -> None:
+    """A client that sends the whole conversation again, unmasked as it has it, adds only what is new."""
+    engine = ScriptedEngine("mail ", EMAIL, model="echo").run_freely()
+    storage_filter = InputFilter(Redactor(), "mask", lambda kind, count: None)
+    async with serving(engine, storage_filter=storage_filter) as service:
+        await service.read(chat(f"I am {EMAIL}", session_id="s"))
+        await service.read(chat(f"I am {EMAIL}", f"mail {EMAIL}", f"and {EMAIL}?", session_id="s"))
+        turns = await service.turns(ANNA.tenant, "s")
+
+    assert [["I am [EMAIL]", "mail [EMAIL]"], ["and [EMAIL]?", "mail [EMAIL]"]] == turns
+
+
 async def test_what_is_unset_is_filled_in_before_the_engine_sees_it() -> None:
     """By the model's defaults; max_tokens gives way to the prompt."""
     engine = ScriptedEngine("a", model="echo").run_freely()

@@ -160,6 +160,22 @@ def test_libraries_that_log_what_clients_send_are_silenced() -> None:
     assert ["shown"] == [json.loads(line)["message"] for line in logged(act, level="DEBUG")]
 
 
+def test_only_the_services_own_lines_are_below_info() -> None:
+    """Drivers say statements with their values there; not even one that is set to DEBUG by somebody says them here."""
+
+    def act() -> None:
+        for name in ("aiosqlite", "asyncpg", "asyncio", "sqlalchemy.engine.Engine", "urllib3", "application"):
+            logging.getLogger(name).setLevel(logging.DEBUG)
+            logging.getLogger(name).debug("executing INSERT with secret")
+            logging.getLogger(name).setLevel(logging.NOTSET)
+        logging.getLogger("unheard_of").info("said")
+        structlog.get_logger("llm_service").debug("ours")
+        logging.getLogger("app.access.database").debug("ours too")
+
+    assert ["said", "ours", "ours too"] == [json.loads(line)["message"] for line in logged(act, level="DEBUG")]
+    assert not logging.getLogger("app").isEnabledFor(logging.DEBUG)
+
+
 def test_what_uvicorn_installs_of_its_own_is_removed() -> None:
     """Each of its lines appears once."""
     handler = logging.StreamHandler(stream := io.StringIO())
