@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from app import __version__
+from app.access.database import head_revision
 from app.access.key_format import id_of
 from app.cli import cli
 
@@ -43,7 +44,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_keys_are_created_listed_rotated_and_revoked(folder: Path):
     """The secret is printed once; tables for people and JSON for programs say the same."""
-    assert "revision 0001" in run("db", "upgrade")
+    assert f"revision {head_revision()}" in run("db", "upgrade")
     created = json.loads(run("keys", "create", "--owner", "anna", "--days", "1", "--monthly-tokens", "9", "--json"))
     shown = run("keys", "create", "--role", "admin")
     rotated = json.loads(run("keys", "rotate", created["id"], "--overlap-hours", "2", "--json"))
@@ -89,7 +90,9 @@ def test_the_database_says_how_it_is(folder: Path):
     assert "revision none" in run("db", "current")
     assert "db upgrade" in run("keys", "list", code=2)
     run("db", "upgrade")
-    assert {"revision": "0001", "newest": "0001"}.items() <= json.loads(run("db", "check", "--json")).items()
+    assert {"revision": head_revision(), "newest": head_revision()}.items() <= json.loads(
+        run("db", "check", "--json")
+    ).items()
 
     with sqlite3.connect(folder / "data" / "service.db") as database:
         database.execute("UPDATE alembic_version SET version_num = '9999'")
