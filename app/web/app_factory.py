@@ -13,7 +13,7 @@ from app.web.http.authentication import Authentication
 from app.web.http.dependencies import Container
 from app.web.http.errors import ErrorRenderer
 from app.web.http.middleware import BodyLimits, DrainGate, ErrorBoundary, RequestLog
-from app.web.http.private_api import static_paths
+from app.web.http.private_api import served_methods
 from app.web.native import batch, chat, generate, sessions
 from app.web.openai import chat as openai_chat
 from app.web.openai import completions as openai_completions
@@ -69,7 +69,7 @@ def _add_middlewares(app: FastAPI, container: Container, renderer: ErrorRenderer
     app.add_middleware(BodyLimits, max_bytes=security.max_body_bytes, timeout_seconds=security.body_timeout_seconds)
     if security.cors_origins:
         app.add_middleware(CORSMiddleware, **_cors(security.cors_origins))
-    app.add_middleware(RequestLog, metrics=container.metrics, paths=static_paths(app))
+    app.add_middleware(RequestLog, metrics=container.metrics, served=served_methods(app))
 
 
 def public_paths(container: Container) -> frozenset[str]:

@@ -51,13 +51,12 @@ async def test_a_request_that_failed_early_does_not_break_the_months_report(
 
 async def test_requests_without_a_model_are_reported_with_null(tmp_path: Path):
     """In a row of their own, which a client can count; the table leaves the cell empty."""
-    async with running(tmp_path) as service:
-        async with service.client() as http:
-            for _ in range(2):
-                await http.post("/v1/generate", json={"prompt": "a", "model": "nobody"})
-            await rows_written(service)
-            (row,) = (await http.get("/v1/usage")).json()["by_model"]
-            table = (await http.get("/v1/usage", params={"format": "csv"})).text
+    async with running(tmp_path) as service, service.client() as http:
+        for _ in range(2):
+            await http.post("/v1/generate", json={"prompt": "a", "model": "nobody"})
+        await rows_written(service)
+        (row,) = (await http.get("/v1/usage")).json()["by_model"]
+        table = (await http.get("/v1/usage", params={"format": "csv"})).text
 
     assert (None, 2, 0) == (row["model"], row["requests"], row["charged_tokens"])
     assert ",,2,0,0,0" in table

@@ -14,7 +14,7 @@ Pure ASGI, because a middleware that runs the application in a task of its own h
 import asyncio
 import re
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from uuid import uuid4
 
 import structlog
@@ -37,11 +37,11 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 class RequestLog:
     """Gives each request an id, and writes its log line and metrics once it has ended."""
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, paths: Collection[str]) -> None:
-        """Args: paths: paths without parameters; they name the route of a request refused before routing."""
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, served: Mapping[str, Collection[str]]) -> None:
+        """Args: served: path template -> methods; a path without parameters names a request refused before routing."""
         self.app = app
         self.metrics = metrics
-        self.paths = frozenset(paths)
+        self.served = dict(served)
         # Bound once: a lazy logger is put together again for each line.
         self._log = structlog.get_logger("llm_service").bind()
 
@@ -78,7 +78,9 @@ class RequestLog:
         method = scope["method"] if scope["method"] in METHODS else OTHER
         route = self._template(scope)
         principal: Principal | None = scope["state"].get("principal")
-        self.metrics.http_done(method, route, status, seconds)
+        # A method that the route is not served by would make series that say nothing.
+        served = method in self.served.get(route, ())
+        self.metrics.http_done(method, route if served else None, status, seconds)
         self._log.info(
             f"{method} {route} - {status}",
             method=method,
@@ -93,7 +95,7 @@ class RequestLog:
     def _template(self, scope: Scope) -> str:
         if path := route_path(scope):
             return path
-        return scope["path"] if scope["path"] in self.paths else UNMATCHED
+        return scope["path"] if scope["path"] in self.served else UNMATCHED
 
 
 def _request_id(scope: Scope) -> str:
