@@ -148,7 +148,9 @@ class ErrorRenderer:
         headers = error.headers if isinstance(error, HTTPException) else None
         if isinstance(error, HTTPException) and error.status_code == 405:
             # The router names the methods of one of its routes only; a path may have several.
-            headers = {"Allow": ", ".join(sorted(self._served.get(route_path(request.scope) or "", ())))}
+            headers = {
+                "Allow": ", ".join(sorted(self._served.get(route_path(request.scope) or request.scope["path"], ())))
+            }
         return self.response(request.scope, as_app_error(error), headers)
 
 

@@ -29,6 +29,7 @@ from app.types import Principal
 from app.web.http.errors import ErrorRenderer, as_app_error
 from app.web.http.private_api import route_path
 from app.web.http.rate_limits import rate_headers
+from app.web.http.security_headers import security_headers
 
 _CLIENT_GONE = 499
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
@@ -64,6 +65,7 @@ class RequestLog:
                     (b"x-request-id", request_id.encode()),
                     (b"x-process-time", b"%.6f" % (time.perf_counter() - began)),
                     *await rate_headers(scope),
+                    *security_headers(message.get("headers", ())),
                 ]
             await send(message)
 

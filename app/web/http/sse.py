@@ -32,6 +32,14 @@ READ_AHEAD = 16
 UNWATCHED_SECONDS = 0.02
 """How long a response may take before its connection is watched for a disconnect."""
 
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The whole response; with `stream` the same as server-sent events.",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+}
+"""For the OpenAPI document: a route that can stream its response."""
+
 _KEEP_ALIVE = ServerSentEvent(comment="keep-alive", sep="\n")
 
 
@@ -83,7 +91,7 @@ class EventStream(SseResponse):
         self._finished = False
         super().__init__(
             self._frames(),
-            headers={"Cache-Control": "no-cache", **(headers or {})},
+            headers={"Cache-Control": "no-store", **(headers or {})},
             ping=ping_seconds,
             ping_message_factory=lambda: _KEEP_ALIVE,
             send_timeout=send_timeout_seconds,
