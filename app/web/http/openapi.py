@@ -69,6 +69,7 @@ class DocumentedApp(FastAPI):
                     self._complete(path, operation)
             for unused in ("HTTPValidationError", "ValidationError"):
                 components.get("schemas", {}).pop(unused, None)
+            _write_bounds_as_integers(document)
         schema: dict[str, Any] = self.openapi_schema
         return schema
 
@@ -91,6 +92,15 @@ class DocumentedApp(FastAPI):
                 **response.get("headers", {}),
             }
         operation["responses"] = dict(sorted(responses.items()))
+
+
+def _write_bounds_as_integers(value: Any) -> None:
+    """Write 8.0 as 8: FastAPI reads every bound as a float, and clients disagree on what 9.223372036854776e18 is."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(inner, float) and inner.is_integer():
+            value[key] = int(inner)
+        elif isinstance(inner, (dict, list)):
+            _write_bounds_as_integers(inner)
 
 
 def _edge_responses(error_format: ErrorFormat, *, public: bool, always: bool, body: bool) -> dict[str, Any]:

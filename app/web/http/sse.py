@@ -32,13 +32,23 @@ READ_AHEAD = 16
 UNWATCHED_SECONDS = 0.02
 """How long a response may take before its connection is watched for a disconnect."""
 
-STREAMED: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "The whole response; with `stream` the same as server-sent events.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+
+def streamed(*names: str) -> dict[int | str, dict[str, Any]]:
+    """Return the part of a route's `responses` for OpenAPI that says that it can stream.
+
+    Args: names: those that its events have; none for a stream of nameless ones.
+    """
+    fields: dict[str, Any] = {"data": {"type": "string", "description": "One JSON object, or `[DONE]`."}}
+    if names:
+        fields = {"event": {"type": "string", "enum": list(names)}, "data": {"type": "string"}}
+    schema = {"type": "object", "description": "One event of the stream.", "required": [*fields], "properties": fields}
+    return {
+        200: {
+            "description": "The whole response; with `stream` the same as server-sent events.",
+            "content": {"text/event-stream": {"schema": schema}},
+        }
     }
-}
-"""For the OpenAPI document: a route that can stream its response."""
+
 
 _KEEP_ALIVE = ServerSentEvent(comment="keep-alive", sep="\n")
 

@@ -14,7 +14,7 @@ from app.web.http.dependencies import RequestContext, RequestContextDep, bind_en
 from app.web.http.errors import GENERATION_ERRORS, error_responses
 from app.web.http.json_body import GeneratingRoute, StrictModel
 from app.web.http.sampling_params import MAX_MESSAGES, SessionId, TokenCount, check_length
-from app.web.http.sse import STREAMED
+from app.web.http.sse import streamed
 from app.web.openai.errors import ERROR_FORMAT
 from app.web.openai.request_model import OpenAIFields
 from app.web.openai.respond import new_metadata, respond
@@ -187,7 +187,7 @@ def _choice(index: int, completion: Completion, with_logprobs: bool) -> dict[str
 @router.post(
     "/chat/completions",
     response_model=ChatCompletion,
-    responses=error_responses(*GENERATION_ERRORS, error_format=ERROR_FORMAT) | STREAMED,
+    responses=error_responses(*GENERATION_ERRORS, error_format=ERROR_FORMAT) | streamed(),
     openapi_extra={"parameters": [_SESSION_HEADER]},
 )
 async def chat_completions(body: ChatCompletionRequest, context: RequestContextDep) -> HttpResponse:

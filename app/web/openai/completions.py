@@ -14,7 +14,7 @@ from app.web.http.dependencies import RequestContext, RequestContextDep, bind_en
 from app.web.http.errors import GENERATION_ERRORS, error_responses
 from app.web.http.json_body import GeneratingRoute
 from app.web.http.sampling_params import check_length
-from app.web.http.sse import STREAMED
+from app.web.http.sse import streamed
 from app.web.openai.errors import ERROR_FORMAT
 from app.web.openai.request_model import OpenAIFields
 from app.web.openai.respond import new_metadata, respond
@@ -85,7 +85,7 @@ def _choice(index: int, completion: Completion, echoed: str, with_logprobs: bool
 @router.post(
     "/completions",
     response_model=TextCompletion,
-    responses=error_responses(*GENERATION_ERRORS, error_format=ERROR_FORMAT) | STREAMED,
+    responses=error_responses(*GENERATION_ERRORS, error_format=ERROR_FORMAT) | streamed(),
 )
 async def completions(body: CompletionRequest, context: RequestContextDep) -> HttpResponse:
     """Complete one or several prompts as OpenAI does: as one response, or with `stream` as chunks."""
