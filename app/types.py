@@ -208,7 +208,8 @@ class InferenceRecord(msgspec.Struct, frozen=True, kw_only=True):
     request_id: str
     key_id: str
     route: str
-    model: str
+    model: str | None
+    """None: the request ended before its model was known."""
     revision: str | None
     adapter: str | None
     prompt_tokens: int

@@ -1,7 +1,8 @@
 """Usage reports by key, day and model, from the counters and the inference log."""
 
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -12,15 +13,20 @@ from app.access.database import Database
 from app.access.quotas import next_month
 from app.errors import InvalidRequest
 
+MONTH = r"^2[0-9]{3}-(0[1-9]|1[0-2])$"
+"""The months that reports know: the database and Python agree on their days."""
+
 _log, _counters = tables.inference_log, tables.usage_counters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UsageRow:
-    """Generations and their tokens, of one day and one model, or summed over either."""
+    """Requests and their tokens, of one day and one model, or summed over either."""
 
-    day: str = ""
-    model: str = ""
+    day: str | None = None
+    """None: of all days."""
+    model: str | None = None
+    """None: of requests that ended before their model was known, or of all models."""
     requests: int
     prompt_tokens: int
     completion_tokens: int
@@ -91,25 +97,20 @@ def summed(rows: Iterable[UsageRow], over: Literal["day", "model"]) -> list[Usag
     """Add up what has the same day and model once one of them is left out.  Args: over: the one left out."""
     totals: dict[tuple[str, str], UsageRow] = {}
     for row in rows:
-        left = replace(row, day="") if over == "day" else replace(row, model="")
-        before = totals.get((left.day, left.model))
+        left = replace(row, day=None) if over == "day" else replace(row, model=None)
+        key = left.day or "", left.model or ""
+        before = totals.get(key)
         if before is not None:
             left = replace(left, **{name: getattr(before, name) + getattr(left, name) for name in _SUMS})
-        totals[left.day, left.model] = left
+        totals[key] = left
     return [totals[key] for key in sorted(totals)]
 
 
-def as_values(row: UsageRow) -> dict[str, str | int]:
-    """Return a row without the column that it was summed over."""
-    return {name: value for name, value in asdict(row).items() if value != ""}
-
-
 def first_of(month: str) -> datetime:
-    """Return when a month, as 2026-11, begins, UTC.
+    """Return when a month begins, UTC.
 
-    Raises: InvalidRequest: this is no month.
+    Raises: InvalidRequest: this is no `MONTH`.
     """
-    try:
-        return datetime.strptime(month, "%Y-%m").replace(tzinfo=UTC)
-    except ValueError:
-        raise InvalidRequest.of_field("month", "must be a month such as 2026-11") from None
+    if not re.fullmatch(MONTH, month):
+        raise InvalidRequest.of_field("month", "must be a month from 2000-01 to 2999-12, such as 2026-11")
+    return datetime(int(month[:4]), int(month[5:]), 1, tzinfo=UTC)

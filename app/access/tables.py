@@ -102,7 +102,7 @@ inference_log = Table(
     Column("request_id", String(128), nullable=False),
     Column("key_id", String(64), nullable=False),
     Column("route", String(128), nullable=False),
-    Column("model", String(256), nullable=False),
+    Column("model", String(256)),  # NULL: the request ended before its model was known
     Column("revision", String(256)),
     Column("adapter", String(256)),
     Column("prompt_tokens", BigInteger, nullable=False),

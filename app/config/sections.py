@@ -1,5 +1,6 @@
 """Defines the settings: one frozen model per section, each field with its unit and effect.  `loading.py` reads them."""
 
+import ipaddress
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -47,6 +48,14 @@ class AppConfig(Section):
     """How long running requests may take after SIGTERM before they are aborted; a second signal cuts it short."""
     trusted_proxies: tuple[str, ...] = ()
     """Addresses of reverse proxies whose X-Forwarded-For header is trusted."""
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether only programs of this machine can reach the service."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host.lower() == "localhost"
 
     @field_validator("trusted_proxies")
     @classmethod
@@ -145,8 +154,9 @@ class SecurityConfig(Section):
     """Wrong or missing keys per minute and address before the response 401 becomes 429."""
     cors_origins: tuple[str, ...] = ()
     """Origins that may call from a browser (CORS)."""
-    docs: bool = False
-    """Serve /docs and /openapi.json without a key."""
+    docs: bool | None = None
+    """Serve /docs, /redoc and /openapi.json without a key; unset: only where `app.host` is this machine's own address,
+    such as 127.0.0.1."""
     metrics_public: bool = True
     """Serve /metrics without a key."""
 
@@ -273,6 +283,11 @@ class Settings(BaseSettings):
         """The URL of the database: the configured one, or a file in the data folder."""
         given = self.database_url or self.database.url
         return given.get_secret_value() if given else f"sqlite:///{self.app.data_dir / 'service.db'}"
+
+    @property
+    def serves_docs(self) -> bool:
+        """Whether the OpenAPI document and its pages are served: as configured, else on loopback addresses only."""
+        return self.app.on_loopback if self.security.docs is None else self.security.docs
 
     @property
     def hub_token(self) -> SecretStr | None:

@@ -155,7 +155,7 @@ class UsageRecord:
             request_id=request.origin.request_id or request.id,
             key_id=self._principal.key_id,
             route=request.origin.route,
-            model=info.model if info else "",
+            model=info.model if info else None,
             revision=info.revision if info else None,
             adapter=request.adapter,
             prompt_tokens=self._prompt_tokens,

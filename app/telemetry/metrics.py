@@ -7,6 +7,7 @@ scrape.
 import asyncio
 from collections.abc import Callable, Collection, Iterator
 from functools import cache
+from http import HTTPStatus
 from typing import Literal
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -20,8 +21,9 @@ Read = Callable[[], float]
 """Returns a figure at each scrape; must not block."""
 
 METHODS = frozenset(["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
+STATUSES = frozenset(map(int, HTTPStatus)) | {499}
 MAX_ENDPOINTS = 128
-"""Route templates that get a series of their own: raw paths passed by mistake cannot fill the memory."""
+"""Pairs of method and route template with series of their own: raw paths passed by mistake cannot fill the memory."""
 UNMATCHED = "unmatched"
 OTHER = "OTHER"
 
@@ -49,7 +51,7 @@ class Metrics:
     def __init__(self, models: Collection[str]) -> None:
         """Args: models: names that may become a label, looked up at each call; any other is counted as OTHER."""
         self._models = models
-        self._endpoints: set[str] = set()
+        self._endpoints: set[tuple[str, str]] = set()
         self._registry = registry = CollectorRegistry()
         registry.register(dropped_lines)
 
@@ -118,10 +120,9 @@ class Metrics:
         self._connections_closed(reason).inc()
 
     def http_done(self, method: str, endpoint: str | None, status: int, seconds: float) -> None:
-        """Args: endpoint: the route's template, None where no route matched."""
-        method = method if method in METHODS else OTHER
-        endpoint = self._known_endpoint(endpoint)
-        self._http(method, endpoint, str(status)).inc()
+        """Args: endpoint: the route's template, None where no route matched; all of these share one series."""
+        method, endpoint = self._known_endpoint(method, endpoint)
+        self._http(method, endpoint, str(status) if status in STATUSES else OTHER).inc()
         self._http_seconds(method, endpoint).observe(seconds)
 
     def first_token(self, model: str, seconds: float) -> None:
@@ -168,8 +169,11 @@ class Metrics:
     def _known_model(self, model: str) -> str:
         return model if model in self._models else OTHER
 
-    def _known_endpoint(self, template: str | None) -> str:
-        if template is None or (template not in self._endpoints and len(self._endpoints) >= MAX_ENDPOINTS):
-            return UNMATCHED
-        self._endpoints.add(template)
-        return template
+    def _known_endpoint(self, method: str, template: str | None) -> tuple[str, str]:
+        if template is None or method not in METHODS:
+            return OTHER, UNMATCHED
+        pair = method, template
+        if pair not in self._endpoints and len(self._endpoints) >= MAX_ENDPOINTS:
+            return OTHER, UNMATCHED
+        self._endpoints.add(pair)
+        return pair

@@ -2,38 +2,35 @@
 
 from typing import Any
 
-from fastapi import Depends, FastAPI
-from fastapi.security import APIKeyHeader, HTTPBearer
+from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Lifespan
 
 from app import __version__
-from app.web.admin import health, keys, roles, usage
+from app.web.admin import documentation, health, keys, roles, usage
 from app.web.http.authentication import Authentication
 from app.web.http.dependencies import Container
 from app.web.http.errors import ErrorRenderer
 from app.web.http.middleware import BodyLimits, DrainGate, ErrorBoundary, HeadChecks, RequestLog
-from app.web.http.private_api import static_paths
+from app.web.http.openapi import DESCRIPTION, DocumentedApp
+from app.web.http.private_api import served_methods
 from app.web.native import batch, chat, generate, sessions
 from app.web.openai import chat as openai_chat
 from app.web.openai import completions as openai_completions
 from app.web.openai import errors as openai_errors
 from app.web.openai import models as openai_models
 
-_DOCS_URL, _OPENAPI_URL = "/docs", "/openapi.json"
-
-# Only for the OpenAPI document; `Authentication` has checked the key before.
-_KEY_SCHEMES = [Depends(APIKeyHeader(name="X-API-Key", auto_error=False)), Depends(HTTPBearer(auto_error=False))]
-
 
 def build_app(container: Container, *, lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
     """Return the application around the objects of the container."""
-    docs = container.settings.security.docs
-    app = FastAPI(
+    docs = container.settings.serves_docs
+    app = DocumentedApp(
         title=container.settings.app.name,
         version=__version__,
-        docs_url=_DOCS_URL if docs else None,
-        openapi_url=_OPENAPI_URL if docs else None,
+        description=DESCRIPTION,
+        openapi_url=documentation.OPENAPI_PATH if docs else None,
+        # Its own pages load their scripts from other hosts.
+        docs_url=None,
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
         # A redirect would contain the client's Host header.
@@ -45,11 +42,11 @@ def build_app(container: Container, *, lifespan: Lifespan[FastAPI] | None = None
     app.state.container = container
     openai = openai_chat, openai_completions, openai_models
     routers = [module.router for module in (generate, batch, chat, sessions, *openai, keys, roles, usage)]
-    for router in (*routers, keys.seed_router):
-        app.include_router(router, dependencies=_KEY_SCHEMES)
-    app.include_router(health.router)
+    for router in (*routers, keys.seed_router, health.router, *([documentation.router] if docs else [])):
+        app.include_router(router)
     renderer = ErrorRenderer(dict.fromkeys(openai_errors.PATH_PREFIXES, openai_errors.ERROR_FORMAT))
     renderer.register_handlers(app)
+    app.renderer, app.public, app.always = renderer, public_paths(container), health.ALWAYS_PATHS
     _add_middlewares(app, container, renderer)
     return app
 
@@ -70,14 +67,14 @@ def _add_middlewares(app: FastAPI, container: Container, renderer: ErrorRenderer
     app.add_middleware(BodyLimits, max_bytes=security.max_body_bytes, timeout_seconds=security.body_timeout_seconds)
     if security.cors_origins:
         app.add_middleware(CORSMiddleware, **_cors(security.cors_origins))
-    app.add_middleware(RequestLog, metrics=container.metrics, paths=static_paths(app))
+    app.add_middleware(RequestLog, metrics=container.metrics, served=served_methods(app))
 
 
 def public_paths(container: Container) -> frozenset[str]:
     """Return the exact paths that need no key."""
     security = container.settings.security
     metrics = {"/metrics"} if security.metrics_public else set()
-    docs = {_DOCS_URL, _OPENAPI_URL} if security.docs else set()
+    docs = documentation.PUBLIC_PATHS if container.settings.serves_docs else frozenset()
     return health.PUBLIC_PATHS | metrics | docs
 
 

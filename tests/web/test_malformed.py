@@ -4,12 +4,14 @@ The requests stand in `malformed.py`.
 """
 
 import json
+import re
 from typing import Any
 
 import pytest
 
 from app.requests import RESOLVABLE
 from app.types import SamplingParams
+from app.web.http.private_api import served_methods
 from tests.web.harness import AUTH, BATCH, BODIES, OPENAI_BODIES, is_envelope, make_web
 from tests.web.malformed import (
     CANARY,
@@ -275,5 +277,28 @@ async def test_the_routers_own_errors_have_the_envelope(client, log_lines, metho
 
     assert_refused(reply, log_lines, status)
     assert code == reply.json()["error"]
-    if status == 405:
-        assert reply.headers["allow"]
+    assert (status == 405) is ("allow" in reply.headers)
+
+
+async def test_a_wrong_method_is_answered_with_all_right_ones_in_the_dialect_of_the_path(web, client):
+    """Every method that a path is not served by; the header names those of all its routes."""
+    for path, methods in served_methods(web.app).items():
+        for method in {"GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD", "BREW"} - methods:
+            reply = await client.request(method, re.sub("{.*?}", "x", path))
+
+            assert (405, ", ".join(sorted(methods))) == (reply.status_code, reply.headers["allow"]), (method, path)
+            assert method == "HEAD" or is_envelope(reply)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/embeddings", "/v1/responses", "/v1/responses/x", "/v1/models/a/b", "/v1/files", "/v1/chat/completions/"],
+)
+@pytest.mark.parametrize("headers", [AUTH, {"nothing": ""}], ids=["with a key", "without"])
+async def test_paths_of_openais_that_are_not_served_have_its_envelope(web, path, headers):
+    """Its clients read the message there, and none of the service's own routes lies below these."""
+    async with web.client(**headers) as client:
+        reply = await client.get(path)
+
+    assert reply.status_code == (404 if headers is AUTH else 401)
+    assert {"message", "type", "param", "code"} == reply.json()["error"].keys()

@@ -9,6 +9,7 @@ import pytest
 from app.engine.base import EngineStatus
 from app.engine.echo import EchoEngine
 from app.types import EngineState
+from app.web.http.private_api import served_methods
 from tests.web.harness import AUTH, CHAT, GENERATE, MODEL, ScriptedService, Web, is_envelope, make_web
 
 
@@ -88,7 +89,9 @@ async def test_lines_and_figures_name_the_routes_template(web, client, log_lines
 
     (line,) = log_lines
     assert (route, status) == (line["route"], line["status_code"])
-    assert f'http_requests_total{{endpoint="{route}",method="{method}",status="{status}"}} 1.0' in figures(web)
+    served = status in (200, 404) and route != "unmatched"
+    pair = f'endpoint="{route}",method="{method}"' if served else 'endpoint="unmatched",method="OTHER"'
+    assert f'http_requests_total{{{pair},status="{status}"}} 1.0' in figures(web)
     assert "private" not in str(line) + figures(web)
 
 
@@ -106,6 +109,22 @@ async def test_invented_methods_and_paths_make_no_new_series(web, client):
         await client.request(f"BREW{number}", f"/path{number}", headers={"User-Agent": f"agent{number}"})
 
     assert before == figures(web).count("\n")
+
+
+@pytest.mark.parametrize("key", [True, False], ids=["with a key", "without"])
+async def test_only_methods_that_a_route_is_served_by_have_series(key):
+    """Every method on every path, and many paths that do not exist: one series for all that no route serves."""
+    web = await make_web(security={"failed_keys_per_minute": 100_000})
+    served = served_methods(web.app)
+    paths = [re.sub("{.*?}", "x", path) for path in served] + [f"/no{number}" for number in range(20)]
+    async with web.client(**(AUTH if key else {"nothing": ""})) as client:
+        for path in [*paths, *paths]:
+            for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "BREW"):
+                await client.request(method, path, headers={"X-Request-ID": f"{method}-1"})
+
+    found = re.findall(r'http_request_duration_seconds_count{endpoint="(.*?)",method="(.*?)"}', figures(web))
+    assert 2 < len(found) <= 1 + sum(map(len, served.values()))
+    assert {("unmatched", "OTHER")} == {pair for pair in found if pair[1] not in served.get(pair[0], ())}
 
 
 async def test_an_unexpected_error_is_logged_where_it_came_from_but_not_with_what_was_sent(log_lines):

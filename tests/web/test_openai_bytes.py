@@ -66,7 +66,7 @@ async def test_a_stream_is_as_its_file_shows(client, name):
     reply = await client.post(path, json=body(path, {**fields, "stream": True}))
 
     assert "text/event-stream; charset=utf-8" == reply.headers["content-type"]
-    assert ("no-cache", "no") == (reply.headers["cache-control"], reply.headers["x-accel-buffering"])
+    assert ("no-store", "no") == (reply.headers["cache-control"], reply.headers["x-accel-buffering"])
     assert (GOLDEN / f"{name}.txt").read_text() == steady(reply.text)
 
 

@@ -1,6 +1,7 @@
 """The OpenAPI document, and that responses are what it says."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -13,11 +14,14 @@ from app.web.native.batch import BatchResponse
 from app.web.native.chat import ChatResponse
 from app.web.native.generate import GenerateResponse
 from app.web.native.schemas import DoneFrame
+from app.web.openai.response_objects import ChatCompletion as ChatCompletionObject
+from app.web.openai.response_objects import TextCompletion
 from tests.web.harness import (
     BATCH,
     BODIES,
     MODEL,
     OPENAI_BODIES,
+    OPENAI_PATHS,
     ScriptedService,
     Web,
     frames,
@@ -30,6 +34,7 @@ NATIVE: dict[str, Any] = {
     "/v1/generate/batch": BatchResponse,
     "/v1/chat": ChatResponse,
 }
+OPENAI: dict[str, Any] = {"/v1/chat/completions": ChatCompletionObject, "/v1/completions": TextCompletion}
 FIELDS: list[dict[str, Any]] = [{}, {"n": 2}, {"logprobs": 2}, {"n": 2, "logprobs": 0, "max_tokens": 2}]
 OPENAI_FIELDS: dict[str, list[dict[str, Any]]] = {
     "/v1/chat/completions": [{}, {"n": 2}, {"logprobs": True, "top_logprobs": 1}, {"service_tier": "auto"}],
@@ -39,7 +44,7 @@ OPENAI_FIELDS: dict[str, list[dict[str, Any]]] = {
 
 def schema_of(document: dict[str, Any], path: str) -> str:
     """Return the name of the schema of a route's response."""
-    (content,) = document["paths"][path]["post"]["responses"]["200"]["content"].values()
+    content = document["paths"][path]["post"]["responses"]["200"]["content"]["application/json"]
     return str(content["schema"].get("$ref", "")).rpartition("/")[-1]
 
 
@@ -52,9 +57,23 @@ async def echoing() -> Web:
     return await make_web(engines={MODEL: EchoEngine(model=MODEL)})
 
 
-@pytest.mark.parametrize("path", NATIVE)
-async def test_the_document_names_the_schema_of_each_native_response(web, path):
-    assert NATIVE[path].__name__ == schema_of(web.app.openapi(), path)
+@pytest.mark.parametrize("path", [*NATIVE, *OPENAI])
+async def test_the_document_names_the_schema_of_each_response(web, path):
+    assert {**NATIVE, **OPENAI}[path].__name__ == schema_of(web.app.openapi(), path)
+
+
+async def test_every_error_is_documented_with_the_envelope_of_its_path(web):
+    """And every schema that is named is there."""
+    document = web.app.openapi()
+    for path, operations in document["paths"].items():
+        name = "OpenAIErrorResponse" if path.startswith(OPENAI_PATHS) else "ErrorBody"
+        for operation in operations.values():
+            for status, response in operation["responses"].items():
+                if status[0] in "45" and (path, status) != ("/readyz", "503"):
+                    assert f"#/components/schemas/{name}" == response["content"]["application/json"]["schema"]["$ref"]
+    named = set(re.findall(r"'#/components/schemas/(\w+)'", str(document)))
+    assert named <= document["components"]["schemas"].keys()
+    assert "HTTPValidationError" not in document["components"]["schemas"]
 
 
 @pytest.mark.parametrize("fields", FIELDS, ids=str)
@@ -120,6 +139,7 @@ async def test_openais_package_reads_every_response_of_its_dialect(path, fields)
         stream = await client.post(path, json={**OPENAI_BODIES[path], **fields, "stream": True})
 
     kind.model_validate_json(whole.content, strict=True)
+    validated(OPENAI[path], whole.content)
     chunks = [line[6:] for line in stream.text.splitlines() if line.startswith("data: ")]
     assert "[DONE]" == chunks.pop()
     for each in chunks:

@@ -72,10 +72,12 @@ async def test_generating_routes_are_limited_and_no_others(subtests):
 async def test_every_route_documents_its_errors(web):
     for path, methods in web.app.openapi()["paths"].items():
         for operation in methods.values():
-            assert "422" not in operation["responses"]
+            assert not {"422", "default"} & set(operation["responses"])
             if path.startswith("/v1"):
-                assert {"401", "429", "default"} <= set(operation["responses"])
+                assert {"401", "429", "500", "503"} <= set(operation["responses"])
                 assert {"APIKeyHeader", "HTTPBearer"} == {name for entry in operation["security"] for name in entry}
+            if "requestBody" in operation:
+                assert {"400", "408", "413", "415"} <= set(operation["responses"])
 
 
 async def test_a_refused_request_says_when_to_come_back_and_costs_nothing():
@@ -236,7 +238,7 @@ async def test_anything_but_one_right_key_is_401_and_never_500(subtests):
 
 @pytest.mark.parametrize(
     "path",
-    ["//health", "/health/", "/health/../status", "/Health", "/v1", "/nowhere", "/docs", "/openapi.json", "/status%2f"],
+    ["//health", "/health/", "/health/../status", "/Health", "/v1", "/nowhere", "/docs/", "/docs/x", "/status%2f"],
 )
 async def test_only_the_exact_public_paths_are_public(web, path):
     async with web.client(nothing="") as client:
@@ -250,9 +252,11 @@ async def test_the_host_header_opens_nothing(web, host):
 
 
 async def test_public_paths_follow_the_settings():
-    web = await make_web(security={"docs": True, "metrics_public": False})
+    web = await make_web(security={"docs": False, "metrics_public": False})
+    documented = await make_web(security={"docs": True})
 
-    assert {"/", "/health", "/readyz", "/docs", "/openapi.json"} == public_paths(web.app.state.container)
+    assert {"/", "/health", "/readyz"} == public_paths(web.container)
+    assert {"/docs", "/redoc", "/openapi.json", "/metrics"} < public_paths(documented.container)
     async with web.client(nothing="") as client:
         assert 401 == (await client.get("/metrics")).status_code
 

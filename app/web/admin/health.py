@@ -1,10 +1,11 @@
 """Liveness, readiness, status and metrics of the service; these routes report and never load a model."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
+from typing_extensions import TypedDict
 
 from app.errors import InternalError, Unauthorized
 from app.types import EngineState
@@ -21,24 +22,61 @@ _RETRY_SECONDS = {"loading": 5, "unresponsive": 5, "restarting": 5, "draining": 
 router = APIRouter(tags=["operations"])
 
 
+class About(TypedDict):
+    """The service, and where to go."""
+
+    name: str
+    version: str
+    links: dict[str, str]
+
+
+class Health(TypedDict):
+    """The process lives."""
+
+    status: Literal["healthy"]
+    model_loaded: bool
+    model_name: str
+
+
+class Readiness(TypedDict):
+    """Whether a request sent now would be served."""
+
+    status: Literal["ready", "loading", "restarting", "draining", "failed", "unloaded"]
+
+
+class Status(TypedDict):
+    """The state of the service; what stands in the objects depends on the engine."""
+
+    status: str
+    uptime_seconds: float
+    model: dict[str, Any]
+    engine: dict[str, Any] | None
+    cache: dict[str, Any] | None
+    sessions: int | None
+
+
 @router.get("/")
-async def about(request: Request) -> dict[str, Any]:
+async def about(request: Request) -> About:
     """Name the service and link its main routes."""
     app = request.app
     links = {"health": "/health", "ready": "/readyz", "generate": "/v1/generate", "chat": "/v1/chat"}
-    if app.docs_url:
-        links["docs"] = app.docs_url
+    if app.openapi_url:
+        links["docs"] = "/docs"
     return {"name": app.title, "version": app.version, "links": links}
 
 
 @router.get("/health")
-async def health(container: ContainerDep) -> dict[str, Any]:
+async def health(container: ContainerDep) -> Health:
     """Return 200 while the process lives, whatever the model's state."""
     loaded = container.host.can_serve
     return {"status": "healthy", "model_loaded": loaded, "model_name": container.host.default_name}
 
 
-@router.get("/readyz", responses={503: {"description": "Not now; `status` says why."}})
+@router.get(
+    "/readyz",
+    response_model=Readiness,
+    responses={503: {"model": Readiness, "description": "Not now; `status` says why."}},
+)
 async def readyz(container: ContainerDep) -> JSONResponse:
     """Return 200 if a request sent now would be served."""
     state = container.host.state
@@ -55,13 +93,13 @@ def _not_ready(status: str) -> JSONResponse:
     return JSONResponse({"status": status}, 503, headers={"Retry-After": str(_RETRY_SECONDS[status])})
 
 
-@router.get("/status", responses=error_responses(Unauthorized, InternalError))
+@router.get("/status", responses={200: {"model": Status}} | error_responses(Unauthorized, InternalError))
 async def status(container: ContainerDep) -> Mapping[str, Any]:
     """Report the state of the model, its queue and the cache."""
     return container.service.status()
 
 
-@router.get("/metrics", response_class=Response)
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(container: ContainerDep) -> Response:
     """Report all metrics in Prometheus' text format."""
     content, media_type = container.metrics.render()

@@ -79,10 +79,14 @@ class CreateKey(StrictModel):
     expires_in_seconds: _Seconds | None = Field(None, description="null: it never expires.")
 
 
+def _without_default(schema: dict[str, Any]) -> None:
+    del schema["default"]
+
+
 class ChangeKey(StrictModel):
     """The fields to change; the others stay as they are."""
 
-    role: RoleName = ""
+    role: RoleName = Field("", json_schema_extra=_without_default)
     owner: OwnerName | None = None
     limits: LimitFields = LimitFields()
     expires_in_seconds: _Seconds | None = None

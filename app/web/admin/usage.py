@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, Field
 
 from app.access.quotas import month_of, next_month
-from app.access.reports import COLUMNS, UsageRow, as_values, first_of, summed
+from app.access.reports import COLUMNS, MONTH, UsageRow, first_of, summed
 from app.errors import (
     Forbidden,
     InternalError,
@@ -49,7 +49,7 @@ class DailyUsage(UsageCounts):
 class ModelUsage(UsageCounts):
     """The usage of one model."""
 
-    model: str
+    model: str | None = Field(description="null: requests that ended before their model was known.")
 
 
 class UsageReport(BaseModel):
@@ -75,9 +75,7 @@ async def usage(
     caller: CallerDep,
     access: AccessDep,
     key: Annotated[str | None, Query(pattern=r"^[0-9A-Za-z]{1,64}$", description="Another key's, for admins.")] = None,
-    month: Annotated[
-        str | None, Query(pattern=r"^\d{4}-\d{2}$", description="As 2026-11; this one by default.")
-    ] = None,
+    month: Annotated[str | None, Query(pattern=MONTH, description="As 2026-11; this one by default.")] = None,
     format: Annotated[Literal["json", "csv"], Query()] = "json",  # noqa: A002  # the parameter's name
 ) -> UsageReport | Response:
     """Report a key's usage: the caller's own, or any key's for callers who may manage keys."""
@@ -98,8 +96,8 @@ async def usage(
         reserved=balance.reserved,
         remaining=_remaining(limits, balance.used + balance.reserved),
         resets=next_month(first_of(month)),
-        by_day=[DailyUsage.model_validate(as_values(row)) for row in summed(rows, "model")],
-        by_model=[ModelUsage.model_validate(as_values(row)) for row in summed(rows, "day")],
+        by_day=[DailyUsage.model_validate(row, from_attributes=True) for row in summed(rows, "model")],
+        by_model=[ModelUsage.model_validate(row, from_attributes=True) for row in summed(rows, "day")],
     )
 
 

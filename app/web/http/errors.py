@@ -22,6 +22,7 @@ from starlette.types import Scope
 
 from app import errors
 from app.errors import AppError
+from app.web.http.private_api import route_path, served_methods
 
 GENERATION_ERRORS: tuple[type[AppError], ...] = (
     errors.InvalidRequest,
@@ -116,6 +117,7 @@ class ErrorRenderer:
     def __init__(self, formats: Mapping[str, ErrorFormat]) -> None:
         """Args: formats: path prefix -> format of that path and every path below it, whether a route exists or not."""
         self._formats = dict(formats)
+        self._served: Mapping[str, frozenset[str]] = {}
 
     def format_of(self, path: str) -> ErrorFormat:
         """Return the format of a path."""
@@ -135,6 +137,7 @@ class ErrorRenderer:
 
     def register_handlers(self, app: FastAPI) -> None:
         """Render every expected error of the routes; unexpected ones propagate to the outer `ErrorBoundary`."""
+        self._served = served_methods(app)
         for kind in (AppError, RequestValidationError, HTTPException):
             # Returning None sends nothing; Starlette allows it.
             app.add_exception_handler(kind, self._handle)  # type: ignore[arg-type]
@@ -143,6 +146,11 @@ class ErrorRenderer:
         if isinstance(error, errors.ClientDisconnected):
             return None
         headers = error.headers if isinstance(error, HTTPException) else None
+        if isinstance(error, HTTPException) and error.status_code == 405:
+            # The router names the methods of one of its routes only; a path may have several.
+            headers = {
+                "Allow": ", ".join(sorted(self._served.get(route_path(request.scope) or request.scope["path"], ())))
+            }
         return self.response(request.scope, as_app_error(error), headers)
 
 

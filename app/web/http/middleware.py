@@ -16,7 +16,7 @@ import asyncio
 import re
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from uuid import uuid4
 
 import structlog
@@ -38,6 +38,7 @@ from app.types import Principal
 from app.web.http.errors import ErrorRenderer, as_app_error
 from app.web.http.private_api import route_path
 from app.web.http.rate_limits import rate_headers
+from app.web.http.security_headers import security_headers
 
 _CLIENT_GONE = 499
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
@@ -46,11 +47,11 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 class RequestLog:
     """Gives each request an id, and writes its log line and metrics once it has ended."""
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, paths: Collection[str]) -> None:
-        """Args: paths: paths without parameters; they name the route of a request refused before routing."""
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, served: Mapping[str, Collection[str]]) -> None:
+        """Args: served: path template -> methods; a path without parameters names a request refused before routing."""
         self.app = app
         self.metrics = metrics
-        self.paths = frozenset(paths)
+        self.served = dict(served)
         # Bound once: a lazy logger is put together again for each line.
         self._log = structlog.get_logger("llm_service").bind()
 
@@ -73,6 +74,7 @@ class RequestLog:
                     (b"x-request-id", request_id.encode()),
                     (b"x-process-time", b"%.6f" % (time.perf_counter() - began)),
                     *await rate_headers(scope),
+                    *security_headers(message.get("headers", ())),
                 ]
             await send(message)
 
@@ -87,7 +89,9 @@ class RequestLog:
         method = scope["method"] if scope["method"] in METHODS else OTHER
         route = self._template(scope)
         principal: Principal | None = scope["state"].get("principal")
-        self.metrics.http_done(method, route, status, seconds)
+        # A method that the route is not served by would make series that say nothing.
+        served = method in self.served.get(route, ())
+        self.metrics.http_done(method, route if served else None, status, seconds)
         self._log.info(
             f"{method} {route} - {status}",
             method=method,
@@ -102,7 +106,7 @@ class RequestLog:
     def _template(self, scope: Scope) -> str:
         if path := route_path(scope):
             return path
-        return scope["path"] if scope["path"] in self.paths else UNMATCHED
+        return scope["path"] if scope["path"] in self.served else UNMATCHED
 
 
 def _request_id(scope: Scope) -> str:

@@ -4,6 +4,8 @@ An upgrade of these libraries can break only this module; `tests/unit/web/test_p
 """
 
 import asyncio
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import anyio
@@ -14,7 +16,7 @@ from sse_starlette.sse import SendTimeoutError
 from starlette.requests import Request
 from starlette.types import Message, Scope, Send
 
-__all__ = ["ParsedRequest", "SendTimeoutError", "SseResponse", "route_path", "static_paths", "takes_body"]
+__all__ = ["ParsedRequest", "SendTimeoutError", "SseResponse", "route_path", "served_methods", "takes_body"]
 
 
 class SseResponse(EventSourceResponse):
@@ -57,6 +59,10 @@ def route_path(scope: Scope) -> str | None:
     return None if route is None else str(route.path)
 
 
-def static_paths(app: FastAPI) -> frozenset[str]:
-    """Return the paths of all routes without path parameters, those of included routers too."""
-    return frozenset(route.path for route in iter_route_contexts(app.routes) if route.path and "{" not in route.path)
+def served_methods(app: FastAPI) -> Mapping[str, frozenset[str]]:
+    """Return the path template of every route, those of included routers too, and the methods that it is served by."""
+    methods: defaultdict[str, frozenset[str]] = defaultdict(frozenset)
+    for route in iter_route_contexts(app.routes):
+        if route.path:
+            methods[route.path] |= frozenset(route.methods or ())
+    return dict(methods)

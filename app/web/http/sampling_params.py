@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, StringConstraints
+from pydantic import BeforeValidator, Field, StringConstraints, WithJsonSchema
 
 from app.errors import PromptTooLong
 from app.requests import RESOLVABLE
@@ -51,8 +51,16 @@ def _biases(value: Any) -> Any:
     return tuple(sorted((int(key), float(bias)) for key, bias in value.items()))
 
 
+_BIASES_SCHEMA = {
+    "type": "object",
+    "propertyNames": {"pattern": f"^({_TOKEN_ID.pattern})$"},
+    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+    "maxProperties": MAX_BIASES,
+}
 LogitBias = Annotated[
-    tuple[tuple[int, float], ...] | None, BeforeValidator(_biases, json_schema_input_type=dict[str, float] | None)
+    tuple[tuple[int, float], ...] | None,
+    BeforeValidator(_biases),
+    WithJsonSchema({"anyOf": [_BIASES_SCHEMA, {"type": "null"}]}),
 ]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 SampleCount = Annotated[int, Field(ge=1, le=8)]

@@ -32,6 +32,24 @@ READ_AHEAD = 16
 UNWATCHED_SECONDS = 0.02
 """How long a response may take before its connection is watched for a disconnect."""
 
+
+def streamed(*names: str) -> dict[int | str, dict[str, Any]]:
+    """Return the part of a route's `responses` for OpenAPI that says that it can stream.
+
+    Args: names: those that its events have; none for a stream of nameless ones.
+    """
+    fields: dict[str, Any] = {"data": {"type": "string", "description": "One JSON object, or `[DONE]`."}}
+    if names:
+        fields = {"event": {"type": "string", "enum": list(names)}, "data": {"type": "string"}}
+    schema = {"type": "object", "description": "One event of the stream.", "required": [*fields], "properties": fields}
+    return {
+        200: {
+            "description": "The whole response; with `stream` the same as server-sent events.",
+            "content": {"text/event-stream": {"schema": schema}},
+        }
+    }
+
+
 _KEEP_ALIVE = ServerSentEvent(comment="keep-alive", sep="\n")
 
 
@@ -83,7 +101,7 @@ class EventStream(SseResponse):
         self._finished = False
         super().__init__(
             self._frames(),
-            headers={"Cache-Control": "no-cache", **(headers or {})},
+            headers={"Cache-Control": "no-store", **(headers or {})},
             ping=ping_seconds,
             ping_message_factory=lambda: _KEEP_ALIVE,
             send_timeout=send_timeout_seconds,

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter
-from pydantic import AfterValidator, Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints, WithJsonSchema
 from starlette.responses import Response as HttpResponse
 from typing_extensions import TypedDict
 
@@ -36,7 +36,7 @@ class BatchRequest(SamplingFields):
     prompts: Annotated[
         list[Annotated[str, StringConstraints(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)
     ]
-    stream: Annotated[bool, AfterValidator(_refuse_stream)] = False
+    stream: Annotated[bool, AfterValidator(_refuse_stream), WithJsonSchema({"type": "boolean", "const": False})] = False
 
 
 class FailedGeneration(TypedDict):

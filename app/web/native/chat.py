@@ -14,8 +14,9 @@ from app.web.http.dependencies import RequestContextDep
 from app.web.http.errors import GENERATION_ERRORS, error_responses
 from app.web.http.json_body import GeneratingRoute, StrictModel
 from app.web.http.sampling_params import MAX_MESSAGES, SessionId, check_length
+from app.web.http.sse import streamed
 from app.web.native.request_model import SamplingFields
-from app.web.native.schemas import CompletionChoice, TokenUsage, completion_choices, respond, token_usage
+from app.web.native.schemas import EVENTS, CompletionChoice, TokenUsage, completion_choices, respond, token_usage
 
 router = APIRouter(prefix="/v1", tags=["chat"], route_class=GeneratingRoute)
 
@@ -102,7 +103,7 @@ def _context(context: ContextUsage) -> ContextFields:
     }
 
 
-@router.post("/chat", response_model=ChatResponse, responses=error_responses(*GENERATION_ERRORS))
+@router.post("/chat", response_model=ChatResponse, responses=error_responses(*GENERATION_ERRORS) | streamed(*EVENTS))
 async def chat(body: ChatRequest, context: RequestContextDep) -> HttpResponse:
     """Reply to the last message: as one response, or with `stream` as events `delta`... and `done` or `error`."""
     check_length("messages", sum(len(message.content) for message in body.messages), context.max_prompt_chars)

@@ -14,8 +14,9 @@ from app.web.http.dependencies import RequestContextDep
 from app.web.http.errors import GENERATION_ERRORS, error_responses
 from app.web.http.json_body import GeneratingRoute
 from app.web.http.sampling_params import check_length
+from app.web.http.sse import streamed
 from app.web.native.request_model import SamplingFields
-from app.web.native.schemas import CompletionChoice, TokenUsage, completion_choices, respond, token_usage
+from app.web.native.schemas import EVENTS, CompletionChoice, TokenUsage, completion_choices, respond, token_usage
 
 router = APIRouter(prefix="/v1", tags=["generate"], route_class=GeneratingRoute)
 
@@ -56,7 +57,9 @@ def generate_response(response: Response, request: GenerationRequest, request_id
     }
 
 
-@router.post("/generate", response_model=GenerateResponse, responses=error_responses(*GENERATION_ERRORS))
+@router.post(
+    "/generate", response_model=GenerateResponse, responses=error_responses(*GENERATION_ERRORS) | streamed(*EVENTS)
+)
 async def generate(body: GenerateRequest, context: RequestContextDep) -> HttpResponse:
     """Complete a text: as one response, or with `stream` as events `delta`... and `done` or `error`."""
     check_length("prompt", len(body.prompt), context.max_prompt_chars)

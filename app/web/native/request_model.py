@@ -20,11 +20,8 @@ from app.web.http.sampling_params import (
     split_params,
 )
 
-_Stop = Annotated[
-    list[StopText],
-    Field(min_length=1, max_length=16),
-    BeforeValidator(as_list, json_schema_input_type=str | list[str]),
-]
+_Stops = Annotated[list[StopText], Field(min_length=1, max_length=16)]
+_Stop = Annotated[_Stops, BeforeValidator(as_list, json_schema_input_type=StopText | _Stops)]
 
 
 def _alternative_count(value: Any) -> Any:
@@ -32,9 +29,10 @@ def _alternative_count(value: Any) -> Any:
     return (0 if value else None) if isinstance(value, bool) else value
 
 
+_AlternativeCount = Annotated[int, Field(ge=0, le=20)]
 _Logprobs = Annotated[
-    Annotated[int, Field(ge=0, le=20)] | None,
-    BeforeValidator(_alternative_count, json_schema_input_type=bool | int | None),
+    _AlternativeCount | None,
+    BeforeValidator(_alternative_count, json_schema_input_type=bool | _AlternativeCount | None),
 ]
 
 

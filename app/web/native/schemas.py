@@ -15,6 +15,9 @@ from app.web.http.errors import envelope
 from app.web.http.json_encoding import EncodedJsonResponse, exact_float
 from app.web.http.sse import EventStream, collect_response, frame, wait_for_start
 
+EVENTS = ("delta", "done", "error")
+"""Names of a stream's events."""
+
 
 class PromptTokensDetails(TypedDict):
     """How the prompt's tokens were computed."""

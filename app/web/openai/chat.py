@@ -14,10 +14,17 @@ from app.web.http.dependencies import RequestContext, RequestContextDep, bind_en
 from app.web.http.errors import GENERATION_ERRORS, error_responses
 from app.web.http.json_body import GeneratingRoute, StrictModel
 from app.web.http.sampling_params import MAX_MESSAGES, SessionId, TokenCount, check_length
+from app.web.http.sse import streamed
 from app.web.openai.errors import ERROR_FORMAT
 from app.web.openai.request_model import OpenAIFields
 from app.web.openai.respond import new_metadata, respond
-from app.web.openai.response_objects import ObjectMetadata, chat_logprobs, finish_fields, usage_object
+from app.web.openai.response_objects import (
+    ChatCompletion,
+    ObjectMetadata,
+    chat_logprobs,
+    finish_fields,
+    usage_object,
+)
 from app.web.openai.stream_encoder import ChatChoiceEncoder, ChunkStreamEncoder
 from app.web.openai.validators import Metadata, NeutralOnly
 
@@ -39,14 +46,17 @@ def _parts(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
+_Parts = Annotated[list[TextPart], Field(min_length=1)]
+
+
 class ChatMessage(StrictModel):
     """One message; an assistant's may have the fields of this service's own responses."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[
-        list[TextPart], Field(min_length=1), BeforeValidator(_parts, json_schema_input_type=str | list[TextPart])
-    ]
-    tool_call_id: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
+    content: Annotated[_Parts, BeforeValidator(_parts, json_schema_input_type=str | _Parts)]
+    tool_call_id: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = Field(
+        None, description="Required of the role tool, and of no other."
+    )
     name: Annotated[Any, NeutralOnly()] = None
     refusal: Annotated[Any, NeutralOnly()] = None
     audio: Annotated[Any, NeutralOnly()] = None
@@ -154,7 +164,7 @@ _SESSION_HEADER = {
     "name": "x-session-id",
     "in": "header",
     "required": False,
-    "schema": {"anyOf": [{"type": "string"}, {"type": "null"}], "title": "X-Session-Id"},
+    "schema": _SESSION_ID.json_schema(),
 }
 """For the OpenAPI document: another place of `session_id`."""
 
@@ -176,7 +186,8 @@ def _choice(index: int, completion: Completion, with_logprobs: bool) -> dict[str
 
 @router.post(
     "/chat/completions",
-    responses=error_responses(*GENERATION_ERRORS, error_format=ERROR_FORMAT),
+    response_model=ChatCompletion,
+    responses=error_responses(*GENERATION_ERRORS, error_format=ERROR_FORMAT) | streamed(),
     openapi_extra={"parameters": [_SESSION_HEADER]},
 )
 async def chat_completions(body: ChatCompletionRequest, context: RequestContextDep) -> HttpResponse:

@@ -13,11 +13,18 @@ from app.requests import GenerationRequest
 from app.web.http.dependencies import RequestContext, RequestContextDep, bind_end_user
 from app.web.http.errors import GENERATION_ERRORS, error_responses
 from app.web.http.json_body import GeneratingRoute
-from app.web.http.sampling_params import MAX_PROMPTS, check_length
+from app.web.http.sampling_params import check_length
+from app.web.http.sse import streamed
 from app.web.openai.errors import ERROR_FORMAT
 from app.web.openai.request_model import OpenAIFields
 from app.web.openai.respond import new_metadata, respond
-from app.web.openai.response_objects import ObjectMetadata, TextLogprobs, finish_fields, usage_object
+from app.web.openai.response_objects import (
+    ObjectMetadata,
+    TextCompletion,
+    TextLogprobs,
+    finish_fields,
+    usage_object,
+)
 from app.web.openai.stream_encoder import ChunkStreamEncoder, TextChoiceEncoder
 from app.web.openai.validators import NeutralOnly, Prompts
 
@@ -30,7 +37,7 @@ router = APIRouter(prefix="/v1", tags=["openai"], route_class=GeneratingRoute)
 class CompletionRequest(OpenAIFields):
     """OpenAI's fields and vLLM's extensions."""
 
-    prompt: Annotated[Prompts, Field(max_length=MAX_PROMPTS)]
+    prompt: Prompts
     best_of: Annotated[int, Field(ge=1)] | None = Field(None, description="Must equal n: all completions are returned.")
     echo: bool | None = Field(None, description="Prepend the prompt to each completion.")
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -75,7 +82,11 @@ def _choice(index: int, completion: Completion, echoed: str, with_logprobs: bool
     }
 
 
-@router.post("/completions", responses=error_responses(*GENERATION_ERRORS, error_format=ERROR_FORMAT))
+@router.post(
+    "/completions",
+    response_model=TextCompletion,
+    responses=error_responses(*GENERATION_ERRORS, error_format=ERROR_FORMAT) | streamed(),
+)
 async def completions(body: CompletionRequest, context: RequestContextDep) -> HttpResponse:
     """Complete one or several prompts as OpenAI does: as one response, or with `stream` as chunks."""
     bind_end_user(context.request, body.user)

@@ -7,8 +7,15 @@ from pydantic import BaseModel, Field
 
 from app.errors import AppError, ContextLengthExceeded, Forbidden, InvalidRequest, ModelNotFound, PromptTooLong
 
-PATH_PREFIXES = ("/v1/chat/completions", "/v1/completions", "/v1/models")
-"""Errors at these paths and below them have this envelope."""
+_UNSERVED = """assistants audio batches containers conversations embeddings engines evals files fine_tuning images
+    moderations realtime responses threads uploads vector_stores videos""".split()
+PATH_PREFIXES = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/models",
+    *(f"/v1/{name}" for name in _UNSERVED),
+)
+"""Errors at these paths and below them have this envelope; OpenAI's clients also call those that nothing serves yet."""
 
 _INVALID = "invalid_request_error"
 _TYPES_AND_CODES = {

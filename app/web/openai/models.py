@@ -1,8 +1,10 @@
 """GET /v1/models: model cards with the fields of both vLLM and llama.cpp."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from fastapi import APIRouter
+from typing_extensions import TypedDict
 
 from app.engine.base import Engine, EngineInfo
 from app.errors import EngineNotReady, InternalError, ModelNotFound, RateLimited, Unauthorized
@@ -15,7 +17,7 @@ from app.web.openai.errors import ERROR_FORMAT
 router = APIRouter(prefix="/v1/models", tags=["openai"], route_class=StrictRoute)
 
 _ERRORS = error_responses(Unauthorized, ModelNotFound, RateLimited, InternalError, error_format=ERROR_FORMAT)
-_STATUS = {
+_STATUS: Mapping[EngineState, Literal["loading", "loaded", "unloaded"]] = {
     EngineState.LOADING: "loading",
     EngineState.READY: "loaded",
     EngineState.UNRESPONSIVE: "loading",
@@ -26,21 +28,65 @@ _STATUS = {
 """Engine state -> llama.cpp's status value."""
 
 
+class Modalities(TypedDict):
+    """What goes in and comes out."""
+
+    input_modalities: list[str]
+    output_modalities: list[str]
+
+
+class Quantization(TypedDict):
+    """How the weights were quantized, and by how much that changes log-probabilities."""
+
+    method: str
+    logprob_shift: float
+
+
+class ModelStatus(TypedDict):
+    """Whether the model can be used."""
+
+    value: Literal["loading", "loaded", "unloaded"]
+    failed: bool
+
+
+class ModelCard(TypedDict):
+    """One model."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: None
+    max_model_len: int | None
+    quantization: Quantization | None
+    permission: list[Any]
+    architecture: Modalities
+    status: ModelStatus
+
+
+class ModelList(TypedDict):
+    """All models."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
 @router.get("", responses=_ERRORS)
-async def models(container: ContainerDep) -> dict[str, Any]:
+async def models(container: ContainerDep) -> ModelList:
     """List the models."""
     return {"object": "list", "data": [_card(name, container) for name in container.host.names]}
 
 
 # A model of the hub has a slash in its name.
 @router.get("/{model:path}", responses=_ERRORS)
-async def model(model: str, container: ContainerDep) -> dict[str, Any]:
+async def model(model: str, container: ContainerDep) -> ModelCard:
     """Describe one model."""
     container.host.find(model)
     return _card(model, container)
 
 
-def _card(name: str, container: Container) -> dict[str, Any]:
+def _card(name: str, container: Container) -> ModelCard:
     engine = container.host.find(name).engine
     state, info = engine.status().state, _info(engine)
     return {
@@ -66,7 +112,7 @@ def _info(engine: Engine) -> EngineInfo | None:
         return None
 
 
-def _quantization(info: EngineInfo | None) -> dict[str, Any] | None:
+def _quantization(info: EngineInfo | None) -> Quantization | None:
     """Return the quantization and its log-probability error; None for an unquantized model."""
     if info is None or info.logprob_shift is None:
         return None

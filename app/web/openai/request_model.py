@@ -25,7 +25,8 @@ from app.web.http.sampling_params import (
 from app.web.openai.stream_encoder import StreamUsage
 from app.web.openai.validators import NeutralOnly
 
-Stop = Annotated[list[StopText], Field(max_length=16), BeforeValidator(as_list, json_schema_input_type=str | list[str])]
+_Stops = Annotated[list[StopText], Field(max_length=16)]
+Stop = Annotated[_Stops, BeforeValidator(as_list, json_schema_input_type=StopText | _Stops)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
 

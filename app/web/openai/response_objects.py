@@ -6,13 +6,121 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, NotRequired
+
+from typing_extensions import TypedDict
 
 from app import __version__
 from app.engine.base import EngineInfo
 from app.events import DetokenizedLogprob, FinishedSample
-from app.types import Usage
+from app.types import FinishReason, Usage
 from app.web.http.json_encoding import exact_float
+
+
+class CachedTokens(TypedDict):
+    """How the prompt's tokens were computed."""
+
+    cached_tokens: int
+
+
+class ReasoningTokens(TypedDict):
+    """How the completion's tokens were used."""
+
+    reasoning_tokens: int
+
+
+class UsageObject(TypedDict):
+    """Token counts: the shared prompt once, the tokens of all choices."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+    completion_tokens_details: ReasoningTokens
+
+
+class ChatToken(TypedDict):
+    """A token and its log-probability."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(ChatToken):
+    """A generated token, and the most likely ones at its position."""
+
+    top_logprobs: list[ChatToken]
+
+
+class ChatLogprobs(TypedDict):
+    """The log-probabilities of a chat completion."""
+
+    content: list[ChatTokenLogprob]
+    refusal: None
+
+
+class ChatReply(TypedDict):
+    """The message that the model generated."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(TypedDict):
+    """One of a request's completions."""
+
+    index: int
+    message: ChatReply
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+
+
+class ChatCompletion(TypedDict):
+    """OpenAI's chat completion object."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: UsageObject
+    system_fingerprint: str
+    service_tier: NotRequired[str]
+    metadata: NotRequired[dict[str, str]]
+
+
+class TextLogprobsObject(TypedDict):
+    """The log-probabilities of a plain completion, token by token."""
+
+    text_offset: list[int]
+    token_logprobs: list[float]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float]]
+
+
+class TextChoice(TypedDict):
+    """One of a request's completions."""
+
+    index: int
+    text: str
+    logprobs: TextLogprobsObject | None
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+
+
+class TextCompletion(TypedDict):
+    """OpenAI's text completion object."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: UsageObject
+    system_fingerprint: str
 
 
 @lru_cache(maxsize=64)

@@ -3,8 +3,13 @@
 import json
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, WithJsonSchema
 from pydantic_core import CoreSchema, core_schema
+
+from app.web.http.sampling_params import MAX_PROMPTS, TokenId
+
+MAX_PAIRS, MAX_KEY_CHARS, MAX_VALUE_CHARS = 16, 64, 512
+"""Limits of the metadata, OpenAI's own."""
 
 
 class NeutralOnly:
@@ -34,14 +39,26 @@ def _metadata(value: Any) -> Any:
         return None
     if not isinstance(value, dict) or not all(isinstance(each, str) for each in value.values()):
         raise ValueError("must be an object whose values are texts")
-    if len(value) > 16:
-        raise ValueError("holds more than 16 pairs")
-    if any(len(key) > 64 or len(text) > 512 for key, text in value.items()):
-        raise ValueError("holds a key of more than 64 characters or a value of more than 512")
+    if len(value) > MAX_PAIRS:
+        raise ValueError(f"holds more than {MAX_PAIRS} pairs")
+    if any(len(key) > MAX_KEY_CHARS or len(text) > MAX_VALUE_CHARS for key, text in value.items()):
+        raise ValueError(
+            f"holds a key of more than {MAX_KEY_CHARS} characters or a value of more than {MAX_VALUE_CHARS}"
+        )
     return value
 
 
-Metadata = Annotated[dict[str, str] | None, BeforeValidator(_metadata, json_schema_input_type=dict[str, str] | None)]
+_METADATA_SCHEMA = {
+    "type": "object",
+    "propertyNames": {"maxLength": MAX_KEY_CHARS},
+    "additionalProperties": {"type": "string", "maxLength": MAX_VALUE_CHARS},
+    "maxProperties": MAX_PAIRS,
+}
+Metadata = Annotated[
+    dict[str, str] | None,
+    BeforeValidator(_metadata),
+    WithJsonSchema({"anyOf": [_METADATA_SCHEMA, {"type": "null"}]}),
+]
 
 
 def _prompts(value: Any) -> Any:
@@ -62,7 +79,11 @@ def _are_tokens(values: list[Any]) -> bool:
     return all(type(each) is int and 0 <= each < 2**31 for each in values)
 
 
+_TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+_Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+_TokenLists = Annotated[list[_TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
 Prompts = Annotated[
     tuple[str | tuple[int, ...], ...],
-    BeforeValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+    Field(max_length=MAX_PROMPTS),
+    BeforeValidator(_prompts, json_schema_input_type=str | _Texts | _TokenIds | _TokenLists),
 ]

@@ -15,7 +15,14 @@ from sse_starlette import EventSourceResponse
 
 from app.errors import ClientDisconnected
 from app.web.http.errors import ErrorRenderer
-from app.web.http.private_api import ParsedRequest, SendTimeoutError, SseResponse, route_path, static_paths, takes_body
+from app.web.http.private_api import (
+    ParsedRequest,
+    SendTimeoutError,
+    SseResponse,
+    route_path,
+    served_methods,
+    takes_body,
+)
 
 
 class Item(BaseModel):
@@ -149,7 +156,8 @@ async def test_the_router_puts_the_path_template_into_the_scope():
     assert route_path({"type": "http"}) is None
 
 
-def test_the_paths_of_included_routers_are_found():
+def test_the_paths_of_included_routers_are_found_with_all_their_methods():
+    """A path with two routes has the methods of both."""
     router = APIRouter(prefix="/v1")
 
     @router.get("/items")
@@ -158,10 +166,13 @@ def test_the_paths_of_included_routers_are_found():
     @router.get("/items/{name}")
     async def item(name: str) -> None: ...
 
+    @router.delete("/items/{name}")
+    async def delete_item(name: str) -> None: ...
+
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(router)
 
-    assert {"/v1/items"} == static_paths(app)
+    assert {"/v1/items": {"GET"}, "/v1/items/{name}": {"GET", "DELETE"}} == served_methods(app)
 
 
 async def test_starlette_sends_nothing_when_an_error_handler_returns_none():
