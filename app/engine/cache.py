@@ -91,8 +91,8 @@ class _Flight:
     """One response while it is generated (or replayed), and its readers; max_tokens bounds its events.
 
     Each generated token is charged once: to the reader that receives it first, and one that nobody has received to the
-    last to leave of those who were there when it was generated.  So whoever begins a generation and stays pays for all of
-    it, and whoever stays longer pays for the rest.
+    last to leave of those who were there when it was generated.  So whoever begins a generation and stays pays for all
+    of it, and whoever stays longer pays for the rest.
     """
 
     def __init__(self, key: bytes, events: list[Event], *, streams: bool = True) -> None:
