@@ -26,15 +26,20 @@ class Origin:
 
 
 class Progress:
-    """How far an engine has come with a request; written by the engine, read at any moment, even after a hang-up."""
+    """How far an engine has come with a request; written by the engine, read at any moment, even after a hang-up.
 
-    __slots__ = ("cached", "generated")
+    It is what the request is charged by: requests that share one generation divide its tokens among themselves.
+    """
+
+    __slots__ = ("cached", "generated", "shares_prompt")
 
     def __init__(self) -> None:
         self.generated = 0
-        """Tokens generated so far, with the end token."""
+        """Tokens generated for this request so far, with the end token."""
         self.cached = 0
         """Prompt tokens that did not have to be computed again; known once the model has begun."""
+        self.shares_prompt = False
+        """Whether another request has been charged with the prompt of the generation that both share."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Progress)  # it is no part of what is requested

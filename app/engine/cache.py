@@ -22,7 +22,7 @@ from app.config import CacheConfig
 from app.engine.base import Engine, EngineInfo
 from app.engine.wrapper import EngineWrapper
 from app.events import CacheStatus, Delta, Event, Finished, finish
-from app.requests import GenerationRequest, identity
+from app.requests import GenerationRequest, Progress, identity
 from app.types import FinishReason, Usage
 
 MAX_BYTES = 64 * 1024 * 1024
@@ -88,14 +88,24 @@ def _weight(events: tuple[Event, ...]) -> int:
 
 
 class _Flight:
-    """One response while it is generated (or replayed), and its readers; max_tokens bounds its events."""
+    """One response while it is generated (or replayed), and its readers; max_tokens bounds its events.
+
+    Each generated token is charged once: to the reader that receives it first, and one that nobody has received to the
+    last to leave of those who were there when it was generated.  So whoever begins a generation and stays pays for all
+    of it, and whoever stays longer pays for the rest.
+    """
 
     def __init__(self, key: bytes, events: list[Event], *, streams: bool = True) -> None:
         """Args: streams: whether deltas arrive as they are generated."""
         self.key = key
         self.events = events
         self.streams = streams
-        self.readers: set[_Reader] = set()
+        self.readers: dict[_Reader, None] = {}
+        """In the order in which they joined, which is the order in which they are woken."""
+        self.progress = Progress()
+        """What the inner engine generates for all readers."""
+        self.charged = 0
+        """How many of those tokens a reader has been charged with."""
         self.request_id = ""
         self.task: asyncio.Task[None] | None = None
         """Generates the response, or holds the error that ended it; None for a response that is replayed."""
@@ -113,6 +123,20 @@ class _Flight:
         for reader in self.readers:
             reader.news.set()
 
+    def charge(self, reader: "_Reader", tokens: int | None = None) -> None:
+        """Charge a reader with those of the first `tokens` that are charged to nobody yet; None: with all of them.
+
+        Nothing is charged for a response that the inner engine replays itself.
+        """
+        generated = self.progress.generated
+        most = generated if tokens is None else min(tokens, generated)
+        if most > self.charged:
+            progress = reader.progress
+            if not progress.generated:
+                progress.shares_prompt = self.charged > 0
+            progress.generated += most - self.charged
+            self.charged = most
+
 
 class _Reader:
     """The position of one request in a flight."""
@@ -121,6 +145,9 @@ class _Reader:
         self.flight = flight
         self.news = asyncio.Event()
         self.aborted = False
+        self.progress = request.progress
+        self.joined_at = flight.progress.generated
+        """Tokens that had been generated before it joined."""
         self._status = status
         self._prompt_tokens = request.prompt_tokens
         self._position = 0
@@ -143,7 +170,12 @@ class _Reader:
         self._position += 1
         if isinstance(event, Delta):
             self._tokens += event.tokens
+            flight.charge(self, self._tokens)
             return event
+        if isinstance(event, Finished):
+            flight.charge(self)
+            if self.progress.generated:
+                return structs.replace(event, cache=CacheStatus.MISS)
         # A hit stays one: the level below may have replayed what this one had to fetch.
         status = event.cache if event.cache is CacheStatus.HIT else self._status
         return structs.replace(event, cache=status)
@@ -243,7 +275,7 @@ class CachedEngine(EngineWrapper):
             flight = self._flights[key] = self._take_off(key, request)
         self._count(hit)
         reader = _Reader(flight, request, CacheStatus.HIT if hit else CacheStatus.MISS)
-        flight.readers.add(reader)
+        flight.readers[reader] = None
         return reader
 
     def _count(self, hit: bool) -> None:
@@ -254,9 +286,10 @@ class CachedEngine(EngineWrapper):
 
     def _take_off(self, key: bytes, request: GenerationRequest) -> _Flight:
         flight = _Flight(key, [], streams=request.stream)
-        # An id of its own: the request that began it may leave while others still read.
+        # An id and a progress of its own: the request that began it may leave while others still read.
         flight.request_id = uuid4().hex
-        flight.task = asyncio.create_task(self._fly(flight, structs.replace(request, id=flight.request_id)))
+        request = structs.replace(request, id=flight.request_id, progress=flight.progress)
+        flight.task = asyncio.create_task(self._fly(flight, request))
         flight.task.add_done_callback(partial(self._land, flight))
         return flight
 
@@ -287,10 +320,20 @@ class CachedEngine(EngineWrapper):
             self._responses.popitem()
 
     async def _leave(self, reader: _Reader) -> None:
-        """Remove a reader from its flight; the last one cancels it, and waits until the inner engine has freed it."""
+        """Remove a reader from its flight, charged with what none of the others was there for; the last one ends it."""
         flight = reader.flight
-        flight.readers.discard(reader)
-        if flight.readers or flight.task is None or flight.task.done():
+        present = reader in flight.readers
+        flight.readers.pop(reader, None)
+        try:
+            if not flight.readers:
+                await self._end(flight)
+        finally:
+            if present:
+                flight.charge(reader, min((other.joined_at for other in flight.readers), default=None))
+
+    async def _end(self, flight: _Flight) -> None:
+        """Cancel a generation that nobody reads any more, and wait until the inner engine has freed it."""
+        if flight.task is None or flight.task.done():
             return
         # A second cancel would interrupt the inner engine's clean-up.
         if not flight.complete and not flight.task.cancelling():

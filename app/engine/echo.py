@@ -5,12 +5,14 @@ log-probability is 0.  It fulfils the contract of `Engine`; `bench/` uses it to 
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from itertools import cycle, islice
 
 from app.engine.base import EngineInfo, EngineStatus, PreparedPrompt
 from app.errors import EngineBusy, EngineNotReady
 from app.events import Delta, DetokenizedLogprob, Event, Finished, Started, finish
+from app.fair_share import fits_share
 from app.requests import GenerationRequest
 from app.types import EngineState, FinishReason, Message, Role, SamplingParams, Usage
 
@@ -65,7 +67,7 @@ class EchoEngine:
         context_length: int = 8192,
         max_running: int = 1024,
     ) -> None:
-        """Args: token_delay_seconds: pause before each token; max_running: one more is refused as busy."""
+        """Args: token_delay_seconds: pause before each token; max_running: of one tenant, while no other has any."""
         self.tokenizer = EchoTokenizer()
         self._info = EngineInfo(
             model=model,
@@ -80,6 +82,8 @@ class EchoEngine:
         self._max_running = max_running
         self._aborts: dict[str, asyncio.Event] = {}
         """An event for each live request, set when it is aborted."""
+        self._tenants: Counter[str] = Counter()
+        """Live requests of each tenant."""
         self._state = EngineState.LOADING
 
     @property
@@ -113,10 +117,12 @@ class EchoEngine:
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         if self._state is not EngineState.READY:
             raise EngineNotReady("The model is not ready; try again in a moment.", retry_after=1)
-        if len(self._aborts) >= self._max_running:
+        held = self._tenants[request.tenant]
+        if not fits_share(1, held=held, total=len(self._aborts), alone=self._max_running):
             raise EngineBusy("Too many requests are running; try again in a moment.", retry_after=1)
         self._info.capabilities.check(request)
         aborted = self._aborts[request.id] = asyncio.Event()
+        self._tenants[request.tenant] += 1
         try:
             yield Started(prompt_tokens=request.prompt_tokens)
             plan = _Plan(request)
@@ -129,6 +135,7 @@ class EchoEngine:
             yield plan.finish(aborted.is_set())
         finally:
             del self._aborts[request.id]
+            self._tenants -= Counter([request.tenant])
 
     async def abort(self, request_id: str) -> None:
         if request_id in self._aborts:

@@ -21,6 +21,7 @@ from app.engine.tokenizer.detokenize import detokenize
 from app.engine.tokenizer.prepare import encode_prompt
 from app.errors import ContextLengthExceeded, EngineBusy, EngineFailed, EngineNotReady, InvalidRequest
 from app.events import Event, Started
+from app.fair_share import fits_share
 from app.ipc.messages import ModelSpec, Ready, Submit, TokenEvent
 from app.ipc.spare_interpreters import SpareInterpreters
 from app.ipc.supervisor import Launch, Supervisor
@@ -256,10 +257,20 @@ class LocalEngine:
         return live
 
     def _refuse_too_many(self, request: GenerationRequest) -> None:
+        """Refuse a request whose tenant has its share of the line, in requests or in tokens of waiting prompts.
+
+        A tenant that has no request here may always have one, and one prompt in the line.
+
+        Raises: EngineBusy: it has; other tenants may still find a place.
+        """
+        everyone = [live.request for live in self._live.values()]
         waiting = [live.request for live in self._live.values() if live.started_at is None]
-        tokens = sum(each.prompt_tokens for each in waiting)
-        if len(self._live) < self._slots + self._config.max_waiting and (
-            not waiting or tokens + request.prompt_tokens <= self._config.max_waiting_tokens
+        own = [each for each in everyone if each.tenant == request.tenant]
+        own_waiting = [each for each in waiting if each.tenant == request.tenant]
+        places = self._slots + self._config.max_waiting
+        tokens, most_tokens = request.prompt_tokens, self._config.max_waiting_tokens
+        if (not own or fits_share(1, held=len(own), total=len(everyone), alone=places)) and (
+            not own_waiting or fits_share(tokens, held=_tokens(own_waiting), total=_tokens(waiting), alone=most_tokens)
         ):
             return
         least, most = BUSY_RETRY_SECONDS
@@ -299,6 +310,10 @@ class LocalEngine:
                 return EngineNotReady("The model could not be loaded.")
             case EngineState.CLOSED:
                 return EngineNotReady("The engine is closed.")
+
+
+def _tokens(requests: Sequence[GenerationRequest]) -> int:
+    return sum(each.prompt_tokens for each in requests)
 
 
 def _spec(config: ModelConfig) -> ModelSpec:

@@ -14,19 +14,29 @@ class RequestStats:
         """Start the clock.  Args: samples: whose progress counts what the engine generates."""
         self.first_token_seconds: float | None = None
         """How long the first token of all took."""
-        self.replayed = 0
-        """Tokens of samples that another request had generated."""
         self._model = model
         self._metrics = metrics
         self._samples = samples
         self._began = time.monotonic()
         self._last_token = [self._began] * len(samples)
         self._seen = [0] * len(samples)
+        self._received = [0] * len(samples)
 
     @property
     def generated(self) -> int:
         """Return the tokens that the engine has generated for this request, whether they were read or not."""
         return sum(sample.progress.generated for sample in self._samples)
+
+    @property
+    def replayed(self) -> int:
+        """Return the tokens received beyond those, which were generated for another request."""
+        generated = [sample.progress.generated for sample in self._samples]
+        return sum(max(0, received - own) for received, own in zip(self._received, generated, strict=True))
+
+    @property
+    def computed_prompt(self) -> bool:
+        """Return whether the prompt was computed for this request."""
+        return any(each.progress.generated and not each.progress.shares_prompt for each in self._samples)
 
     def observe(self, event: Event) -> None:
         """Record an event: the first token of all is timed once, and each sample has its inter-token latencies."""
@@ -36,9 +46,9 @@ class RequestStats:
         now = time.monotonic()
         if self.first_token_seconds is None:
             self.first_token_seconds = now - self._began
-        if not self._samples[index].progress.generated:
-            self.replayed += tokens
-            return
+        self._received[index] += tokens
+        if self._received[index] > self._samples[index].progress.generated:
+            return  # what another request's generation takes is no latency of this one's
         if self._seen[index]:
             self._metrics.token_gap(self._model, (now - self._last_token[index]) / tokens)
         elif not any(self._seen):
@@ -49,4 +59,4 @@ class RequestStats:
     def close(self, prompt_tokens: int) -> None:
         """Report what the engine generated, whether it was read to its end or not."""
         if generated := self.generated:
-            self._metrics.generated(self._model, prompt_tokens, generated)
+            self._metrics.generated(self._model, prompt_tokens if self.computed_prompt else 0, generated)

@@ -1,6 +1,7 @@
 """Quotas, token rates and parallel requests through the whole application: what is refused, and what things cost."""
 
 import asyncio
+import math
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -111,6 +112,40 @@ async def test_a_cancelled_answer_costs_what_was_generated_until_then(tmp_path: 
         found, reserved = await used(service, key)
         assert 0 == reserved
         assert 181 <= found < 300
+
+
+@pytest.mark.parametrize(("n", "persistent"), [(1, False), (3, False), (1, True)])
+@pytest.mark.parametrize("share", [0, 0.5])
+async def test_a_shared_answer_is_paid_once_by_those_who_received_it(
+    tmp_path: Path, n: int, persistent: bool, share: float
+):
+    """One key begins it and hangs up, the other joins and receives all: every token is charged, and no token twice."""
+    prompt = "one word " * 10
+    async with running(
+        tmp_path,
+        engine=EchoEngine(token_delay_seconds=0.01),
+        cache={"persistent": persistent},
+        quota={"cached_completion": share},
+    ) as service:
+        starts, joins = [await service.key(owner="both", limits={"monthly_tokens": 10_000}) for _ in range(2)]
+        caller = await service.access.authenticator.authenticate(starts.encode())
+        assert caller is not None
+        unset = frozenset(["max_tokens", "temperature"])
+        request = GenerationRequest(id="r", tenant=caller.tenant, text=prompt, unset=unset, n=n)
+        fields = {"prompt": prompt, "max_tokens": None, "cache": True, "stream": True, "n": n}
+        async with aclosing(service.container.service.generate(request, caller)) as events:
+            joining = asyncio.create_task(service.generate(joins, **fields))
+            deltas = 0
+            async for event in events:
+                deltas += isinstance(event, Delta)
+                if deltas == 4 * n:
+                    break
+        assert "done" == frames((await joining).text)[-1][0]
+
+        (first, _), (second, _) = await used(service, starts), await used(service, joins)
+        own = second - math.ceil(share * (first - len(prompt)))
+        assert len(prompt) + n * len(prompt) == first + own
+        assert len(prompt) < first < len(prompt) + n * len(prompt) * 3 // 4
 
 
 async def test_a_failed_answer_frees_its_reservation(tmp_path: Path):

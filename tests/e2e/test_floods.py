@@ -1,0 +1,129 @@
+"""One key sends far more than the model can take, in three ways; another key's small requests are served beside it."""
+
+import asyncio
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from itertools import count
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.e2e.conftest import KEY, Service, Start
+
+pytestmark = pytest.mark.e2e
+
+SMALL = {"prompt": "The weather today is", "max_tokens": 24, "temperature": 0, "ignore_eos": True, "cache": False}
+LONG = {"prompt": "Once upon a time", "max_tokens": 400, "temperature": 0, "ignore_eos": True, "cache": False}
+PROBES = 12
+
+
+class Client:
+    """One connection with a key; light, since it shares the processors with the service."""
+
+    def __init__(self, url: str, key: str) -> None:
+        parts = urlsplit(url)
+        self._address = parts.hostname, parts.port
+        self._key = key
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def post(self, path: str, body: dict[str, Any]) -> int:
+        """Send a request, read its response whole, and return the status."""
+        if self._streams is None:
+            self._streams = await asyncio.open_connection(*self._address)
+        reader, writer = self._streams
+        content = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: t\r\nX-API-Key: {self._key}\r\nContent-Type: application/json\r\n"
+        writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        lines = (await reader.readuntil(b"\r\n\r\n")).decode().lower().split("\r\n")
+        headers = dict(line.split(": ", 1) for line in lines[1:] if line)
+        await reader.readexactly(int(headers["content-length"]))
+        if headers.get("connection") == "close":
+            self.close()
+        return int(lines[0].split()[1])
+
+    def close(self) -> None:
+        if self._streams is not None:
+            self._streams[1].close()
+            self._streams = None
+
+
+async def probe(client: Client, times: int = PROBES) -> tuple[list[int], float]:
+    """Send small requests one after the other; return their statuses and the median of their seconds."""
+    statuses, seconds = [], []
+    for _ in range(times):
+        began = time.monotonic()
+        statuses.append(await client.post("/v1/generate", SMALL))
+        seconds.append(time.monotonic() - began)
+    return statuses, statistics.median(seconds)
+
+
+@asynccontextmanager
+async def flood(
+    url: str, clients: int, path: str, body: Callable[[int], dict[str, Any]]
+) -> AsyncIterator[Counter[int]]:
+    """Keep so many clients of one key sending, each again as soon as it has its response; count the statuses."""
+    statuses: Counter[int] = Counter()
+    numbers = count()
+
+    async def send() -> None:
+        client = Client(url, KEY)
+        try:
+            while True:
+                statuses[await client.post(path, body(next(numbers)))] += 1
+        finally:
+            client.close()
+
+    tasks = [asyncio.create_task(send()) for _ in range(clients)]
+    try:
+        await asyncio.sleep(2)
+        yield statuses
+    finally:
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            with suppress(asyncio.CancelledError):
+                await task
+
+
+FLOODS: dict[str, tuple[int, str, Callable[[int], dict[str, Any]]]] = {
+    "16 requests of 8 answers": (16, "/v1/generate", lambda number: {**LONG, "n": 8, "temperature": 1}),
+    "16 batches of 64 prompts": (
+        16,
+        "/v1/generate/batch",
+        lambda number: {
+            **{name: value for name, value in LONG.items() if name != "prompt"},
+            "prompts": [f"{number} {index} little mice" for index in range(64)],
+        },
+    ),
+    "200 clients": (200, "/v1/generate", lambda number: {**LONG, "prompt": f"{number} little mice"}),
+}
+
+
+@pytest.mark.parametrize("kind", FLOODS)
+def test_another_keys_small_requests_are_served_beside_a_flood(start: Start, kind: str) -> None:
+    """None is refused, and the median takes little longer than without it."""
+    service = start()
+    created = service.client.post("/v1/keys", json={"owner": "small"})
+    key = created.json()["key"]
+
+    async def measure() -> tuple[list[int], float, float]:
+        client = Client(service.url, key)
+        await probe(client, 3)
+        _, before = await probe(client)
+        clients, path, body = FLOODS[kind]
+        async with flood(service.url, clients, path, body) as statuses:
+            beside, during = await probe(client)
+        client.close()
+        print(kind, beside, f"lone {before:.3f} beside {during:.3f} ratio {during / before:.2f}", dict(statuses))
+        return beside, before, during
+
+    beside, before, during = asyncio.run(measure())
+    service.stop()
+
+    assert [200] * PROBES == beside
+    assert during < 4 * before
