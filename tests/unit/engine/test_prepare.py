@@ -18,6 +18,7 @@ from app.engine.tokenizer.prepare import THREADS, PromptEncoder
 from app.errors import DeadlineExceeded, InvalidRequest
 from app.requests import GenerationRequest
 from app.types import Message, Role
+from tests.unit.engine.fake_worker import until
 from tests.unit.tiny_models import chatml_tokenizer, save
 
 
@@ -95,11 +96,8 @@ async def test_threads_end_with_their_encoder(stuck: StuckTokenizer):
     assert threading.active_count() > before
 
     encoder.close()
-    deadline = time.monotonic() + 5
-    while threading.active_count() > before and time.monotonic() < deadline:
-        await asyncio.sleep(0.01)
 
-    assert before == threading.active_count()
+    await until(lambda: before == threading.active_count())
 
 
 def test_a_stuck_thread_does_not_keep_the_process_from_ending():
