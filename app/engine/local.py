@@ -18,7 +18,7 @@ from app.config import DeadlineConfig, ModelConfig
 from app.engine.base import Capabilities, EngineInfo, EngineStatus, PreparedPrompt, Tokenizer
 from app.engine.live_request import LiveRequest
 from app.engine.tokenizer.detokenize import detokenize
-from app.engine.tokenizer.prepare import encode_prompt
+from app.engine.tokenizer.prepare import PromptEncoder, PromptTokenizer
 from app.errors import ContextLengthExceeded, EngineBusy, EngineFailed, EngineNotReady, InvalidRequest
 from app.events import Event, Started
 from app.fair_share import fits_share
@@ -92,7 +92,8 @@ class LocalEngine:
             backoff_seconds=backoff_seconds,
         )
         self._info: EngineInfo | None = None
-        self._tokenizer: Tokenizer | None = None
+        self._tokenizer: PromptTokenizer | None = None
+        self._encoder: PromptEncoder | None = None
         self._slots = 1
         self._numbers = count(1)
         self._live: dict[int, LiveRequest] = {}
@@ -143,7 +144,9 @@ class LocalEngine:
 
     async def prepare(self, request: GenerationRequest) -> PreparedPrompt:
         """Encode the prompt with the model's own tokenizer."""
-        return await encode_prompt(self.tokenizer, request)
+        if self._encoder is None:
+            raise self._not_ready()
+        return await self._encoder.encode(request)
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """Return the text of a prompt that arrived as tokens."""
@@ -182,6 +185,7 @@ class LocalEngine:
         if self._started:
             self._started = False
             await self._interpreters.close()
+        self._close_tokenizer()
 
     async def on_ready(self, ready: Ready) -> None:
         """Take over the model that the worker loaded.
@@ -190,9 +194,12 @@ class LocalEngine:
         """
         try:
             # A thread: reading a large vocabulary takes up to seconds.
-            self._tokenizer = await asyncio.to_thread(lambda: _tokenizer_class()(ready.tokenizer_folder))
-        except (OSError, ValueError) as error:
-            raise WorkerLostError(f"The model's tokenizer cannot be loaded: {error}") from error
+            tokenizer = await asyncio.to_thread(lambda: _tokenizer_class()(ready.tokenizer_folder))
+        except Exception as error:
+            raise WorkerLostError(f"The model's tokenizer cannot be loaded: {_first_line(error)}.") from error
+        self._close_tokenizer()
+        self._tokenizer = tokenizer
+        self._encoder = PromptEncoder(tokenizer, vocab_size=ready.vocab_size, seconds=self._deadlines.waiting_seconds)
         self._slots = ready.slots
         self._info = EngineInfo(
             model=self._config.public_name,
@@ -290,6 +297,12 @@ class LocalEngine:
         if any(live.request.id == request.id for live in self._live.values()):
             raise ValueError("a live request has this id already")
 
+    def _close_tokenizer(self) -> None:
+        if self._encoder is not None:
+            self._encoder.close()
+        if self._tokenizer is not None:
+            self._tokenizer.close()
+
     def _forget(self, live: LiveRequest) -> None:
         """Forget a request at its outcome, and stop the worker on it if it has not ended there."""
         del self._live[live.number]
@@ -333,10 +346,14 @@ def _spec(config: ModelConfig) -> ModelSpec:
     )
 
 
-def _tokenizer_class() -> Callable[[str], Tokenizer]:
+def _tokenizer_class() -> Callable[[str], PromptTokenizer]:
     from app.engine.tokenizer.hf_tokenizer import HfTokenizer
 
     return HfTokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 
 
 def _rss_bytes(pid: int | None) -> int | None:

@@ -8,15 +8,17 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
 
+from app.engine.tokenizer.chat_template import ChatTemplate, TemplateExhaustedError, TemplateRefusedError
 from app.engine.tokenizer.segment_cache import SegmentEncoder
 from app.engine.tokenizer.token_bytes import token_bytes_reader
 from app.errors import InvalidRequest
@@ -24,11 +26,16 @@ from app.types import Message, Role
 
 log = logging.getLogger(__name__)
 
+INLINE_CHARS = 1000
+"""A shorter text is encoded in less time than a thread takes to begin, by a tokenizer without slow expressions."""
+
 _PROBE = "Be brief."
+_REPEATED_GROUP = re.compile(r"\)[*+{]|\\\d")
+"""What an expression needs for the number of its attempts to explode: a repeated group, or a reference to one."""
 
 
 class _ChatTokenizer(PreTrainedTokenizerFast):
-    """Applies a chat template, and encodes what the template writes by segments."""
+    """Encodes what the chat template writes by segments."""
 
     segments: SegmentEncoder
 
@@ -50,7 +57,7 @@ class HfTokenizer:
     def __init__(self, folder: Path | str) -> None:
         """Load `tokenizer.json`, its configuration and the chat template, as `save_pretrained` wrote them.
 
-        Raises: OSError, ValueError: the folder holds no usable fast tokenizer.
+        Raises: OSError, ValueError: the folder holds no usable fast tokenizer, or its chat template cannot be used.
         """
         self._chat: _ChatTokenizer = _ChatTokenizer.from_pretrained(str(folder), local_files_only=True)
         backend = str(self._chat.backend_tokenizer.to_str())
@@ -58,22 +65,28 @@ class HfTokenizer:
         self._plain.no_truncation()
         self._plain.no_padding()
         self._chat_lock = threading.Lock()
-        self._template = _template_of(self._chat)
-        written = " ".join([self._template or "", *map(str, self._chat.special_tokens_map.values())])
+        source = _template_of(self._chat)
+        written = " ".join([source or "", *map(str, self._chat.special_tokens_map.values())])
         self._chat.segments = SegmentEncoder(self._plain, self._chat.added_tokens_decoder.values(), written)
-        self._folds_system = self._template is not None and not self._shows(
-            Message(Role.SYSTEM, _PROBE), Message(Role.USER, "Hello")
-        )
-        self._shows_tools = self._template is not None and self._shows(
+        self._template = None if source is None else ChatTemplate(source, self._chat.special_tokens_map)
+        self._folds_system = not self._shows(Message(Role.SYSTEM, _PROBE), Message(Role.USER, "Hello"))
+        self._shows_tools = self._shows(
             Message(Role.USER, "Hello"), Message(Role.ASSISTANT, "Well"), Message(Role.TOOL, _PROBE)
         )
-        control = _control_ids(self._chat, self._template or "")
+        control = _control_ids(self._chat, source or "")
+        self._control = _pattern_of(self._chat, control)
         self._text = _plain_text_copy(backend, control)
+        self.inline_chars = 0 if any(map(_REPEATED_GROUP.search, _expressions(json.loads(backend)))) else INLINE_CHARS
         self._forbidden = control - {self._chat.unk_token_id}
         self._not_text = self._forbidden | _marks(self._chat, self._template or "")
         self._prefix = _prefix_ids(self._text)
         self._anchor = tuple(self._text.encode("a", add_special_tokens=False).ids)
         self._read_bytes = token_bytes_reader(self._plain, list(self._anchor))
+
+    def close(self) -> None:
+        """End the processes that render the chat template."""
+        if self._template is not None:
+            self._template.close()
 
     def encode_chat(self, messages: Sequence[Message], *, continue_final_message: bool = False) -> tuple[int, ...]:
         """Apply the chat template, ending where the assistant begins to speak, or where the last message breaks off.
@@ -88,34 +101,37 @@ class HfTokenizer:
         turns: Sequence[Message] = _fold_system(messages) if self._folds_system else messages
         if not self._shows_tools and any(message.role is Role.TOOL for message in turns):
             turns = _fold_tools(turns)
+        text = self._render(turns, continue_final_message)
+        with _tokenizer_errors(), self._chat_lock:
+            return tuple(encode_marked_chat(self._chat, text))
+
+    def _render(self, turns: Sequence[Message], continue_final_message: bool) -> str:
+        """Return what the template writes, with marks around the control tokens that the messages spell."""
+        assert self._template is not None  # noqa: S101  # `encode_chat` has looked
         try:
-            with self._chat_lock:
-                ids = self._chat.apply_chat_template(
-                    _as_dicts(turns),
-                    add_generation_prompt=not continue_final_message,
-                    continue_final_message=continue_final_message,
-                    tokenize=True,
-                    sanitize_control_tokens=True,
-                    return_dict=False,
-                )
-        except (TemplateError, ValueError, TypeError) as error:
+            return self._template.render(
+                mark_control_tokens(_as_dicts(turns), self._control), continue_final_message=continue_final_message
+            )
+        except TemplateExhaustedError:
+            raise InvalidRequest(
+                "The model's chat template takes more time or memory for these messages than the service gives."
+            ) from None
+        except (TemplateRefusedError, ValueError) as error:
             log.info("the chat template refused a conversation: %s", type(error).__name__)
             raise InvalidRequest(
                 "The model's chat template does not take these messages. "
                 "Begin with the user and let user and assistant take turns."
             ) from None
-        return tuple(ids)
 
     def encode_text(self, text: str) -> tuple[int, ...]:
         """Encode a raw prompt with the tokens that the tokenizer puts in front of every text.
 
-        Raises: InvalidRequest: the text is not valid Unicode, or this tokenizer makes control tokens of plain text.
+        Raises: InvalidRequest: the text is not valid Unicode, the tokenizer cannot encode it, or makes control tokens
+            of plain text.
         """
-        try:
+        with _tokenizer_errors():
             # As a batch of one: a single text would be encoded with the interpreter's lock held.
             ids = self._text.encode_batch([text], add_special_tokens=False)[0].ids
-        except TypeError:  # what tokenizers raises for a lone surrogate
-            raise InvalidRequest("The prompt is not valid Unicode text.") from None
         if not self._forbidden.isdisjoint(ids):
             raise InvalidRequest("The prompt holds a control token of the model that cannot be sent as text.")
         return (*self._prefix, *ids)
@@ -138,12 +154,18 @@ class HfTokenizer:
         return not self._not_text.isdisjoint(prompt_ids[start:])
 
     def _shows(self, *messages: Message) -> bool:
-        """Ask the template by a dry run: some refuse a role, some leave it out without a word."""
-        try:
-            shown = self._chat.apply_chat_template(_as_dicts(messages), tokenize=False)
-        except (TemplateError, ValueError, TypeError):
+        """Ask the template by a dry run: some refuse a role, some leave it out without a word.
+
+        Raises: ValueError: it takes too much for so few words, and would for any.
+        """
+        if self._template is None:
             return False
-        return _PROBE in str(shown)
+        try:
+            return _PROBE in self._template.render(_as_dicts(messages))
+        except TemplateRefusedError:
+            return False
+        except TemplateExhaustedError as error:
+            raise ValueError(f"chat_template: {error} for a few words") from None
 
 
 class StreamDecoder:
@@ -192,6 +214,30 @@ class StreamDecoder:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
 
 
+@contextmanager
+def _tokenizer_errors() -> Iterator[None]:
+    """Raise what a tokenizer raises for one text as InvalidRequest: the same text would fail again."""
+    try:
+        yield
+    except (TypeError, UnicodeEncodeError):  # what tokenizers raises for a lone surrogate
+        raise InvalidRequest("The prompt is not valid Unicode text.") from None
+    except ValueError:  # what transformers raises for a token that it cannot take apart
+        raise InvalidRequest("The prompt holds a control token of the model that cannot be sent as text.") from None
+    except BaseException as error:
+        # tokenizers has no classes of its own: an unknown word is an Exception, and an expression that is given up for
+        # its many attempts a panic, which is none.
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        log.warning("the tokenizer cannot encode a text: %s", type(error).__name__)
+        raise InvalidRequest("The model's tokenizer cannot encode this text.") from None
+
+
+def _pattern_of(tokenizer: PreTrainedTokenizerFast, token_ids: Iterable[int]) -> re.Pattern[str]:
+    """Return an expression that finds these added tokens in a text, the longest first."""
+    names = sorted((tokenizer.added_tokens_decoder[each].content for each in token_ids), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)) or "(?!)")
+
+
 def _template_of(tokenizer: PreTrainedTokenizerFast) -> str | None:
     if not tokenizer.chat_template:
         return None
@@ -233,6 +279,19 @@ def _plain_text_copy(backend: str, control: frozenset[int]) -> FastTokenizer:
     copy = FastTokenizer.from_str(json.dumps(spec))
     copy.encode_special_tokens = True
     return copy
+
+
+def _expressions(spec: Any) -> Iterator[str]:
+    """Yield the regular expressions in a tokenizer's description, wherever they stand."""
+    if isinstance(spec, dict):
+        if isinstance(expression := spec.get("Regex"), str):
+            yield expression
+        for key, value in spec.items():
+            if key != "model":  # its vocabulary is large, and holds none
+                yield from _expressions(value)
+    elif isinstance(spec, list):
+        for value in spec:
+            yield from _expressions(value)
 
 
 def _prefix_ids(tokenizer: FastTokenizer) -> tuple[int, ...]:

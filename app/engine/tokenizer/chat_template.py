@@ -1,0 +1,192 @@
+"""A model's chat template, rendered in processes of its own: whatever it does, it takes a bounded time and memory.
+
+Decides how many such processes a model has, when one is replaced, and what counts as too much.  Text in, text out.
+"""
+
+import logging
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+import app
+from app.engine.tokenizer.template_process import Conversation, Rendered, TemplateSource, frame, read_frame
+
+log = logging.getLogger(__name__)
+
+PROCESSES = 2
+"""While one of a model's conversations is stopped, the others go on."""
+CPU_SECONDS = 2.0
+"""Processor time of one rendering; a real one takes a thousandth of it."""
+ANSWER_SECONDS = 20.0
+"""Wall time of one rendering, for a process that does not get to compute."""
+MEMORY_BYTES = 512 * 1024**2
+MIN_CHARS = 1_000_000
+CHARS_PER_CHAR = 16
+"""A rendering may have so many characters for each of its conversation, and `MIN_CHARS` at least."""
+CONTINUE_MARK = "\uf8fe\uf8ff\uf8fe"
+"""Stands behind a message that is to be continued, with a space, so that the rendering can be cut there."""
+
+
+class TemplateRefusedError(Exception):
+    """The template does not take this conversation."""
+
+
+class TemplateExhaustedError(Exception):
+    """The template needs more time, memory or text than a conversation may take."""
+
+
+class ChatTemplate:
+    """Renders conversations; safe to use from several threads.
+
+    Its processes end with `close`, with the last reference to it, and with this process.
+    """
+
+    def __init__(self, template: str, variables: Mapping[str, str], *, cpu_seconds: float = CPU_SECONDS) -> None:
+        """Compile the template.  Args: variables: the names of special tokens that it may write.
+
+        Raises: ValueError: it cannot be compiled; the message is one line.
+        """
+        self._source = TemplateSource(template, dict(variables), cpu_seconds, MEMORY_BYTES)
+        self._places = threading.BoundedSemaphore(PROCESSES)
+        self._idle: deque[_Process] = deque()
+        self.close = weakref.finalize(self, _close_all, self._idle)
+        """Ends the processes that are not rendering; those that are end with their rendering."""
+        try:
+            self._idle.append(_Process(self._source))
+        except (TemplateRefusedError, TemplateExhaustedError) as error:
+            raise ValueError(f"chat_template: {error}") from None
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], *, continue_final_message: bool = False, **variables: Any
+    ) -> str:
+        """Return the text of a conversation, ending where the assistant begins, or where the last message breaks off.
+
+        Raises: TemplateRefusedError, TemplateExhaustedError; UnicodeEncodeError: a message is not valid Unicode.
+        """
+        shown = [dict(message) for message in messages]
+        if continue_final_message:
+            shown[-1]["content"] += f"{CONTINUE_MARK} "
+        values = {
+            "messages": shown,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": not continue_final_message,
+        }
+        length = sum(len(value) for message in messages for value in message.values() if isinstance(value, str))
+        text = self._rendered(Conversation(values | variables, max(MIN_CHARS, CHARS_PER_CHAR * length)))
+        return _cut(text, str(messages[-1]["content"])) if continue_final_message else text
+
+    def _rendered(self, conversation: Conversation) -> str:
+        request = frame(conversation)
+        with self._places:
+            try:
+                process = self._idle.pop()
+            except IndexError:
+                process = _Process(self._source)
+            try:
+                return process.render(request)
+            finally:
+                if process.usable and self.close.alive:
+                    self._idle.append(process)
+                else:
+                    process.close()
+
+
+class _Process:
+    """One process that has compiled the template."""
+
+    def __init__(self, source: TemplateSource) -> None:
+        """Start it.  Raises: TemplateRefusedError, TemplateExhaustedError: the template cannot be compiled."""
+        self.usable = True
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "app.engine.tokenizer.template_process"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            # Nothing of the service's environment: a template could read it if it got out of its sandbox.
+            env={"PYTHONPATH": str(Path(next(iter(app.__path__))).parent), "PATH": os.defpath},
+            start_new_session=True,
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None  # noqa: S101, PT018
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        self._poll = select.poll()
+        self._poll.register(self._stdout, select.POLLIN)
+        try:
+            self.render(frame(source))
+        except BaseException:
+            self.close()
+            raise
+
+    def render(self, request: bytes) -> str:
+        """Send a frame and return the text of the answer.
+
+        Raises: TemplateRefusedError; TemplateExhaustedError: and the process is not usable any more.
+        """
+        deadline = time.monotonic() + ANSWER_SECONDS
+        self.usable = False
+        try:
+            self._stdin.write(request)
+            body = read_frame(lambda count: self._read(count, deadline))
+        except BrokenPipeError:
+            body = None
+        if body is None:
+            log.warning("the chat template was stopped: it took more than %g s of processor time", CPU_SECONDS)
+            raise TemplateExhaustedError("it takes too much time")
+        answer = msgspec.msgpack.decode(body, type=Rendered)
+        if answer.exhausted:
+            log.warning("the chat template was stopped: it took %s", answer.error)
+            raise TemplateExhaustedError(f"it takes {answer.error}")
+        self.usable = True
+        if answer.error is not None:
+            raise TemplateRefusedError(answer.error)
+        return answer.text
+
+    def close(self) -> None:
+        """Kill the process and wait for that."""
+        self.usable = False
+        self._process.kill()
+        self._process.wait()
+        self._stdin.close()
+        self._stdout.close()
+
+    def _read(self, count: int, deadline: float) -> bytes:
+        """Return so many bytes of output, or fewer where it ends or the time does."""
+        parts: list[bytes] = []
+        while count:
+            left = deadline - time.monotonic()
+            if left <= 0 or not self._poll.poll(left * 1000):
+                break
+            part = os.read(self._stdout.fileno(), count)
+            if not part:
+                break
+            parts.append(part)
+            count -= len(part)
+        return b"".join(parts)
+
+
+def _close_all(idle: "deque[_Process]") -> None:
+    while idle:
+        idle.pop().close()
+
+
+def _cut(text: str, content: str) -> str:
+    """Cut a rendering behind the message that is to be continued.
+
+    Raises: TemplateRefusedError: the template does not write the message as it is.
+    """
+    end = text.rfind(CONTINUE_MARK)
+    if end < 0 or content.strip() not in text[:end]:
+        raise TemplateRefusedError("it does not show the message to continue")
+    # A template that trims messages has taken away the space, and would the message's own.
+    trimmed = not text.startswith(" ", end + len(CONTINUE_MARK))
+    return text[:end].rstrip() if trimmed else text[:end]

@@ -1,0 +1,155 @@
+"""A prompt that takes long to encode is ended, and holds up nobody else."""
+
+import asyncio
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from app.engine.echo import EchoTokenizer
+from app.engine.tokenizer.hf_tokenizer import HfTokenizer
+from app.engine.tokenizer.prepare import THREADS, PromptEncoder
+from app.errors import DeadlineExceeded, InvalidRequest
+from app.requests import GenerationRequest
+from app.types import Message, Role
+from tests.unit.engine.fake_worker import until
+from tests.unit.tiny_models import chatml_tokenizer, save
+
+
+class StuckTokenizer(EchoTokenizer):
+    """Encodes, but for one text, on which it waits for the test to end."""
+
+    inline_chars = 0
+
+    def __init__(self) -> None:
+        self.free = threading.Event()
+
+    def encode_text(self, text: str) -> tuple[int, ...]:
+        if text == "stuck":
+            self.free.wait()
+        return super().encode_text(text)
+
+    def encode_chat(self, messages: Sequence[Message], *, continue_final_message: bool = False) -> tuple[int, ...]:
+        return self.encode_text(messages[0].content)
+
+    def close(self) -> None:
+        self.free.set()
+
+
+@pytest.fixture
+def stuck() -> Iterator[StuckTokenizer]:
+    tokenizer = StuckTokenizer()
+    yield tokenizer
+    tokenizer.close()
+
+
+def prompt(text: str) -> GenerationRequest:
+    return GenerationRequest(id="one", tenant="tenant", text=text)
+
+
+async def test_prompts_that_do_not_end_leave_the_others_their_threads(stuck: StuckTokenizer):
+    """Each of them ends at its deadline; those beside it are encoded meanwhile."""
+    encoder = PromptEncoder(stuck, vocab_size=2**21, seconds=0.5)
+    started = time.monotonic()
+    waiting = [asyncio.create_task(encoder.encode(prompt("stuck"))) for _ in range(THREADS - 1)]
+    others = [await encoder.encode(prompt("hello")) for _ in range(20)]
+    others_took = time.monotonic() - started
+
+    outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+
+    assert {5} == {each.prompt_tokens for each in others}
+    assert others_took < 0.5
+    assert [DeadlineExceeded] * (THREADS - 1) == [type(each) for each in outcomes]
+
+
+async def test_a_prompt_that_waits_for_a_thread_ends_at_its_deadline_too(stuck: StuckTokenizer):
+    """And is never encoded, since nobody waits for it."""
+    encoder = PromptEncoder(stuck, vocab_size=2**21, seconds=0.3)
+    waiting = [encoder.encode(prompt("stuck")) for _ in range(THREADS)]
+    outcomes = await asyncio.gather(*waiting, encoder.encode(prompt("hello")), return_exceptions=True)
+    stuck.free.set()
+
+    assert [DeadlineExceeded] * (THREADS + 1) == [type(each) for each in outcomes]
+    assert 5 == (await encoder.encode(prompt("later"))).prompt_tokens
+
+
+async def test_a_token_that_the_model_lacks_is_the_requests_fault():
+    """The tokenizer knows it, but the same text would fail again."""
+    encoder = PromptEncoder(StuckTokenizer(), vocab_size=ord("h"), seconds=5)
+
+    assert (await encoder.encode(prompt("abc"))).prompt_ids
+    with pytest.raises(InvalidRequest, match="no token"):
+        await encoder.encode(prompt("hello"))
+
+
+async def test_threads_end_with_their_encoder(stuck: StuckTokenizer):
+    """Those that are free do, at once."""
+    encoder = PromptEncoder(stuck, vocab_size=2**21, seconds=5)
+    before = threading.active_count()
+    await encoder.encode(prompt("hello"))
+    assert threading.active_count() > before
+
+    encoder.close()
+
+    await until(lambda: before == threading.active_count())
+
+
+def test_a_stuck_thread_does_not_keep_the_process_from_ending():
+    """The interpreter ends although a prompt is still being encoded."""
+    code = (
+        "import asyncio, time\n"
+        "from app.engine.tokenizer.prepare import PromptEncoder\n"
+        "from tests.unit.engine.test_prepare import StuckTokenizer, prompt, DeadlineExceeded\n"
+        "async def main():\n"
+        "    try: await PromptEncoder(StuckTokenizer(), vocab_size=9**9, seconds=0.1).encode(prompt('stuck'))\n"
+        "    except DeadlineExceeded: print('ended')\n"
+        "asyncio.run(main())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+
+    assert "ended\n" == done.stdout
+
+
+def backtracking_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer whose expression tries every way to part a run of letters."""
+    backend = Tokenizer(models.BPE())
+    slow = pre_tokenizers.Split(Regex(r"(a+)+$"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([slow, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=260, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator(["hello"], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    return tokenizer
+
+
+def test_a_text_that_an_expression_gives_up_on_is_the_requests_fault(tmp_path: Path):
+    """The expression's engine gives up after millions of attempts; that is no failure of the service."""
+    tokenizer = HfTokenizer(save(backtracking_tokenizer(), tmp_path))
+    bad = "a" * 40 + "b"
+
+    with pytest.raises(InvalidRequest, match="cannot encode"):
+        tokenizer.encode_text(bad)
+    with pytest.raises(InvalidRequest, match="cannot encode"):
+        tokenizer.encode_chat([Message(Role.USER, bad)])
+    assert tokenizer.encode_text("hello")
+    tokenizer.close()
+
+
+def test_only_texts_that_cannot_take_long_are_encoded_on_the_event_loop(tmp_path: Path):
+    """A tokenizer with an expression that may backtrack encodes even short texts in a thread."""
+    slow, plain = (
+        HfTokenizer(save(each(), tmp_path / each.__name__)) for each in (backtracking_tokenizer, chatml_tokenizer)
+    )
+
+    assert 0 == slow.inline_chars
+    assert plain.inline_chars > 0
+    slow.close()
+    plain.close()
