@@ -78,7 +78,7 @@ class HfTokenizer:
         self._text = _plain_text_copy(backend, control)
         self.inline_chars = 0 if any(map(_REPEATED_GROUP.search, _expressions(json.loads(backend)))) else INLINE_CHARS
         self._forbidden = control - {self._chat.unk_token_id}
-        self._not_text = self._forbidden | _marks(self._chat, self._template or "")
+        self._not_text = self._forbidden | _marks(self._chat, source or "")
         self._prefix = _prefix_ids(self._text)
         self._anchor = tuple(self._text.encode("a", add_special_tokens=False).ids)
         self._read_bytes = token_bytes_reader(self._plain, list(self._anchor))
