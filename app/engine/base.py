@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 from app.errors import InvalidRequest
 from app.events import Event
 from app.requests import GenerationRequest
-from app.types import EngineState, Message, SamplingParams
+from app.types import EngineState, Message, SamplingParams, Tenant
 
 _NEUTRAL = SamplingParams()
 
@@ -110,9 +110,12 @@ class TextDecoder(Protocol):
 class Tokenizer(Protocol):
     """The model's own tokenizer; user text can never become a control token."""
 
-    def encode_chat(self, messages: Sequence[Message], *, continue_final_message: bool = False) -> tuple[int, ...]:
+    def encode_chat(
+        self, messages: Sequence[Message], *, continue_final_message: bool = False, tenant: Tenant | None = None
+    ) -> tuple[int, ...]:
         """Apply the chat template, ending where the assistant begins to speak, or where the last message breaks off.
 
+        Args: tenant: who may find parts of the conversation encoded already next time; None: nobody.
         Raises: InvalidRequest: the model has no chat template, or the template refuses these messages.
         """
 

@@ -14,7 +14,7 @@ from app.errors import EngineBusy, EngineNotReady
 from app.events import Delta, DetokenizedLogprob, Event, Finished, Started, finish
 from app.fair_share import fits_share
 from app.requests import GenerationRequest
-from app.types import EngineState, FinishReason, Message, Role, SamplingParams, Usage
+from app.types import EngineState, FinishReason, Message, Role, SamplingParams, Tenant, Usage
 
 _CONTROL = 0x110000
 """Token ids from here on are control tokens: no character of a text can be one."""
@@ -36,7 +36,9 @@ class EchoDecoder:
 class EchoTokenizer:
     """Characters to token ids, and one control token in front of each message."""
 
-    def encode_chat(self, messages: Sequence[Message], *, continue_final_message: bool = False) -> tuple[int, ...]:
+    def encode_chat(
+        self, messages: Sequence[Message], *, continue_final_message: bool = False, tenant: Tenant | None = None
+    ) -> tuple[int, ...]:
         ids = [token_id for message in messages for token_id in (_TURN[message.role], *map(ord, message.content))]
         return tuple(ids) if continue_final_message else (*ids, _TURN[Role.ASSISTANT])
 

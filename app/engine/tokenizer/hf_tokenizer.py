@@ -19,10 +19,10 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
 
 from app.engine.tokenizer.chat_template import ChatTemplate, TemplateExhaustedError, TemplateRefusedError
-from app.engine.tokenizer.segment_cache import SegmentEncoder
+from app.engine.tokenizer.segment_cache import SegmentEncoder, forget_words
 from app.engine.tokenizer.token_bytes import token_bytes_reader
 from app.errors import InvalidRequest
-from app.types import Message, Role
+from app.types import Message, Role, Tenant
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +38,14 @@ class _ChatTokenizer(PreTrainedTokenizerFast):
     """Encodes what the chat template writes by segments."""
 
     segments: SegmentEncoder
+    tenant: Tenant | None = None
+    """Whose conversation is being encoded."""
 
     def encode(self, text: str, *others: Any, **settings: Any) -> list[int]:
         """Encode as the class above does; without special tokens around it, which is what templates ask for, faster."""
         if others or settings != {"add_special_tokens": False}:
             return list(super().encode(text, *others, **settings))
-        return self.segments.encode(text)
+        return self.segments.encode(text, self.tenant)
 
 
 class HfTokenizer:
@@ -81,6 +83,8 @@ class HfTokenizer:
         self._not_text = self._forbidden | _marks(self._chat, source or "")
         self._prefix = _prefix_ids(self._text)
         self._anchor = tuple(self._text.encode("a", add_special_tokens=False).ids)
+        for tokenizer in (self._chat.backend_tokenizer, self._plain, self._text):
+            forget_words(tokenizer)
         self._read_bytes = token_bytes_reader(self._plain, list(self._anchor))
 
     def close(self) -> None:
@@ -88,7 +92,9 @@ class HfTokenizer:
         if self._template is not None:
             self._template.close()
 
-    def encode_chat(self, messages: Sequence[Message], *, continue_final_message: bool = False) -> tuple[int, ...]:
+    def encode_chat(
+        self, messages: Sequence[Message], *, continue_final_message: bool = False, tenant: Tenant | None = None
+    ) -> tuple[int, ...]:
         """Apply the chat template, ending where the assistant begins to speak, or where the last message breaks off.
 
         A template without a system role gets the system text in front of the next user message, and one without a
@@ -103,6 +109,7 @@ class HfTokenizer:
             turns = _fold_tools(turns)
         text = self._render(turns, continue_final_message)
         with _tokenizer_errors(), self._chat_lock:
+            self._chat.tenant = tenant
             return tuple(encode_marked_chat(self._chat, text))
 
     def _render(self, turns: Sequence[Message], continue_final_message: bool) -> str:

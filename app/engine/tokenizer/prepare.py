@@ -64,6 +64,7 @@ class PromptEncoder:
                     self._tokenizer.encode_chat,
                     request.messages,
                     continue_final_message=request.continue_final_message,
+                    tenant=request.tenant,
                 )
             )
         elif ids is None:

@@ -1,22 +1,75 @@
-"""Encodes the text of a chat template a segment at a time, and caches the segments: the next turn of a conversation has
-few new ones.
+"""Encodes the text of a chat template a segment at a time, and caches the segments of each tenant: the next turn of a
+conversation has few new ones.
 
 A tokenizer cuts its text at added tokens before it does anything else, so that the text between two of them has the
 same tokens wherever it stands.  Decides which tokens are safe to cut at, in text that a template has rendered.
 """
 
 import re
+import time
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import TypeAlias
 
 from cachetools import TTLCache
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
+from app.types import Tenant
+
 REMEMBERED_TOKENS = 262_144
+"""Of all tenants in sum."""
+REMEMBERED_TENANTS = 256
+"""Those that encoded last."""
 REMEMBERED_SECONDS = 600.0
-"""A segment that is not used for so long is forgotten when the next is encoded."""
+"""A segment that was encoded so long ago is forgotten when the next is."""
+
+_Segments: TypeAlias = "TTLCache[str, array[int]]"
+
+
+class TenantSegments:
+    """The segments that each tenant has encoded, and none of another's: what a prompt costs must not depend on what
+    others have sent.  For one thread at a time.
+
+    Where there are too many tokens, the tenant that has most of them loses those that it used least recently; so one
+    that has less than its share loses nothing, whatever the others do.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Args: clock: seconds that never go back."""
+        self._clock = clock
+        self._tenants: OrderedDict[Tenant, _Segments] = OrderedDict()
+        """The one that encoded least recently first."""
+
+    @property
+    def tokens(self) -> int:
+        """Return the size of what is remembered: its tokens, and one for each segment."""
+        return sum(int(segments.currsize) for segments in self._tenants.values())
+
+    @property
+    def tenants(self) -> tuple[Tenant, ...]:
+        """Return the tenants of which anything is remembered, the one that encoded least recently first."""
+        return tuple(self._tenants)
+
+    def of(self, tenant: Tenant) -> _Segments:
+        """Return the segments of a tenant, who encodes now."""
+        if tenant not in self._tenants:
+            self._tenants[tenant] = TTLCache(REMEMBERED_TOKENS, REMEMBERED_SECONDS, self._clock, getsizeof=_size)
+        self._tenants.move_to_end(tenant)
+        return self._tenants[tenant]
+
+    def trim(self) -> None:
+        """Forget what is too old or too much."""
+        for tenant, segments in list(self._tenants.items()):
+            segments.expire()
+            if not segments:
+                del self._tenants[tenant]
+        while len(self._tenants) > REMEMBERED_TENANTS:
+            self._tenants.popitem(last=False)
+        while self.tokens > REMEMBERED_TOKENS:
+            max(self._tenants.values(), key=lambda segments: segments.currsize).popitem()
 
 
 class SegmentEncoder:
@@ -30,17 +83,25 @@ class SegmentEncoder:
         self._tokenizer = tokenizer
         borders = [re.escape(token) for token in borders_among(added) if token in written]
         self._border = re.compile("|".join(borders) or "(?!)")
-        self._known: TTLCache[str, array[int]] = TTLCache(REMEMBERED_TOKENS, REMEMBERED_SECONDS, getsizeof=_size)
+        self.remembered = TenantSegments()
 
-    def encode(self, text: str) -> list[int]:
-        """Return the tokens of a text, without any that the tokenizer puts around a text."""
+    def encode(self, text: str, tenant: Tenant | None = None) -> list[int]:
+        """Return the tokens of a text, without any that the tokenizer puts around a text.
+
+        Args: tenant: whose text it is; nothing is remembered of None.
+        """
+        if tenant is None:
+            return self._encode([text])[0]
         segments = self._segments(text)
-        found = {segment: self._known.get(segment) for segment in segments}
+        known = self.remembered.of(tenant)
+        found = {segment: known.get(segment) for segment in segments}
         missing = [segment for segment, ids in found.items() if ids is None]
         for segment, encoding in zip(missing, self._encode(missing), strict=True):
             ids = found[segment] = array("I", encoding)
             if _size(ids) <= REMEMBERED_TOKENS // 4:
-                self._known[segment] = ids
+                known[segment] = ids
+        if missing:
+            self.remembered.trim()
         return [number for segment in segments for number in found[segment] or ()]
 
     def _segments(self, text: str) -> list[str]:
@@ -49,6 +110,15 @@ class SegmentEncoder:
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return [each.ids for each in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def forget_words(tokenizer: FastTokenizer) -> None:
+    """Switch off the cache of words that the models BPE and Unigram have, which all callers would share.
+
+    Not in the library's documentation; the other models have no such cache.
+    """
+    if (resize := getattr(tokenizer.model, "_resize_cache", None)) is not None:
+        resize(0)
 
 
 def borders_among(added: Iterable[AddedToken]) -> list[str]:

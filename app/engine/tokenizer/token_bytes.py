@@ -6,13 +6,9 @@ Decides by the tokenizer's own description how its vocabulary encodes bytes.
 import json
 import re
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
-
-REMEMBERED_TOKENS = 16_384
-"""Completions return to the same few tokens, and each position may list twenty alternatives."""
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -20,15 +16,17 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 def token_bytes_reader(tokenizer: FastTokenizer, anchor: list[int]) -> Callable[[int], bytes]:
     """Return a function from a token to its bytes; safe to call from several threads.
 
+    It remembers nothing: which tokens were read before would tell one caller of another's completions.
+
     Args: anchor: the tokens of some ordinary letter, since a token by itself would lose its leading space.
     """
     spec: dict[str, Any] = json.loads(tokenizer.to_str())
     added = {token["id"]: str(token["content"]) for token in spec["added_tokens"]}
     kinds = _decoder_kinds(spec["decoder"])
     alphabet = _byte_alphabet() if "ByteLevel" in kinds else {}
+    to_latin_1 = {ord(character): byte for character, byte in alphabet.items()}
     before = len(tokenizer.decode(anchor, skip_special_tokens=False))
 
-    @lru_cache(REMEMBERED_TOKENS)
     def read(token_id: int) -> bytes:
         if token_id in added:
             return added[token_id].encode()
@@ -37,8 +35,8 @@ def token_bytes_reader(tokenizer: FastTokenizer, anchor: list[int]) -> Callable[
             return b""
         if "ByteFallback" in kinds and (byte := _BYTE_TOKEN.fullmatch(name)):
             return bytes.fromhex(byte[1])
-        if alphabet and all(character in alphabet for character in name):
-            return bytes(alphabet[character] for character in name)
+        if alphabet and alphabet.keys() >= set(name):
+            return name.translate(to_latin_1).encode("latin-1")
         return str(tokenizer.decode([*anchor, token_id], skip_special_tokens=False))[before:].encode()
 
     return read

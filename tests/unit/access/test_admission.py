@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -231,7 +232,7 @@ def test_a_role_allows_models_logprobs_system_messages_and_control_tokens(
 def test_whoever_may_send_no_system_message_may_send_no_control_token(service: Service, rights: Rights):
     """Control tokens write a message of any role, so the one right is worth nothing without the other."""
     principal = Principal("k", Tenant.owner("t"), rights=rights)
-    uses = {"model": "m", "logprobs": False, "system_messages": False}
+    uses: dict[str, Any] = {"model": "m", "logprobs": False, "system_messages": False}
 
     service.control.check_rights(principal, **uses, control_tokens=False)
     with pytest.raises(Forbidden) as refused:
