@@ -364,3 +364,22 @@ async def test_what_a_role_does_not_allow_is_refused_with_the_fields_name(
     error = reply.json()
     named = error["error"]["param"] if "param" in error["error"] else error["details"]["errors"][0]["field"]
     assert (403, field) == (reply.status_code, named)
+
+
+async def test_a_configured_key_in_the_form_of_ours_is_not_the_row_of_its_id(tmp_path: Path):
+    """A first key that is configured later has a row too: a rotated secret is counted, limited, revoked by itself."""
+    key = new_key()
+    key_id = key.split("_")[1]
+    async with running(tmp_path, security={"api_key": key}) as service:
+        await service.access.keys.create(role="admin", key=key)
+        async with service.client(key) as admin:
+            await admin.patch(f"/v1/keys/{key_id}", json={"role": "free", "limits": {"requests_per_minute": 1}})
+            rotated = (await admin.post(f"/v1/keys/{key_id}/rotate", json={"overlap_seconds": 0})).json()["key"]
+            used = [(await service.generate(each)).status_code for each in (rotated, rotated, key, key)]
+            reports = [await service.usage(each) for each in (key, rotated)]
+            await admin.delete(f"/v1/keys/{key_id}")
+            revoked = [(await service.generate(each)).status_code for each in (rotated, key)]
+
+    assert [200, 429, 200, 200] == used
+    assert [("admin", None), (key_id, 100_000)] == [(report["key_id"], report["limit"]) for report in reports]
+    assert [401, 200] == revoked
