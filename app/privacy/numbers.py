@@ -8,7 +8,7 @@ after it, and every possible end is tried.  Where a number may begin is decided 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache
 
 import phonenumbers
@@ -138,14 +138,18 @@ _FICTION = re.compile(r"555[0-9]{7}|[2-9][0-9]{2}555[0-9]{4}")
 _NOT_DIALLED = frozenset(("2147483647", "2147483648"))
 
 
-def phone_matcher(region: str) -> Matcher:
-    """Return a matcher of international numbers, and of national ones of `region` (two capital letters, CLDR).
+def phone_matcher(regions: Collection[str]) -> Matcher:
+    """Return a matcher of international numbers, and of national ones of `regions` (two capital letters, CLDR).
 
     Raises: ValueError: `phonenumbers` has no such region.
     """
-    if region not in phonenumbers.SUPPORTED_REGIONS:
-        raise ValueError(f"unknown phone region {region!r}")
-    national = _north_american if phonenumbers.country_code_for_region(region) == 1 else _national_matcher(region)
+    for region in regions:
+        if region not in phonenumbers.SUPPORTED_REGIONS:
+            raise ValueError(f"unknown phone region {region!r}")
+    nationals = [
+        _north_american if phonenumbers.country_code_for_region(region) == 1 else _national_matcher(region)
+        for region in regions
+    ]
 
     def phone(shadow: str, start: int, left: str) -> int:
         if left[-1:].isdigit():
@@ -156,7 +160,9 @@ def phone_matcher(region: str) -> Matcher:
                 written = "+" + shadow[start:end].lstrip("+ 0")
                 if _has_a_length_in_use(written) and _is_valid(written, None):
                     return end
-        return -1 if _LONGER_NUMBER.search(left) else national(shadow, start, left)
+        if _LONGER_NUMBER.search(left):
+            return -1
+        return max((national(shadow, start, left) for national in nationals), default=-1)
 
     return phone
 

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Collection
 from enum import StrEnum
+from typing import NamedTuple
 
 from app.privacy.numbers import (
     IBAN_REACH,
@@ -41,6 +43,12 @@ class PiiKind(StrEnum):
     IP = "ip"
     API_KEY = "api_key"
 
+
+PHONE_REGIONS = (
+    *("US", "GB", "IE", "DE", "AT", "CH", "FR", "BE", "NL", "ES", "PT", "IT", "SE", "PL", "UA", "RU", "TR", "IL"),
+    *("SA", "AE", "EG", "ZA", "IN", "PK", "ID", "CN", "JP", "KR", "AU", "BR", "MX", "AR"),
+)
+"""Regions whose national phone numbers are detected by default."""
 
 PRECEDENCE = (
     PiiKind.API_KEY,
@@ -136,22 +144,36 @@ _API_KEY = re.compile(
     r"|AIza[A-Za-z0-9_\-]{24})"
 )
 _JWT = re.compile(rf"eyJ[A-Za-z0-9_\-]{{14,{JWT_HEADER}}}+\.[A-Za-z0-9_\-]{{8}}")
-_KEY_TAIL = re.compile(r"[A-Za-z0-9_\-]*+")
-"""The rest of a key after its recognised prefix; of any length."""
-_JWT_TAIL = re.compile(r"(?:[A-Za-z0-9_\-]|\.(?=[A-Za-z0-9_\-]))*+")
+_KEY_RESTS = {
+    "key": re.compile(r"[A-Za-z0-9_\-]*+"),
+    "token": re.compile(r"(?:[A-Za-z0-9_\-]|\.(?=[A-Za-z0-9_\-]))*+"),
+}
+"""The rest of a key after its recognised prefix, by rule; of any length."""
 
 
-def key_tail(shadow: str, start: int) -> re.Pattern[str]:
-    """Return the pattern of the rest of the key at `start`, after its recognised prefix."""
-    return _JWT_TAIL if shadow.startswith("eyJ", start) else _KEY_TAIL
+class KeyRest(NamedTuple):
+    """Where the rest of a key ends in a text."""
+
+    end: int
+    open: bool
+    """Whether text that follows could continue it."""
+
+
+def key_rule(shadow: str, start: int) -> str:
+    """Return the rule by which the key at `start` continues after its recognised prefix."""
+    return "token" if shadow.startswith("eyJ", start) else "key"
+
+
+def key_rest(rule: str, shadow: str, start: int) -> KeyRest:
+    """Return the rest of a key whose recognised beginning, or an earlier part of the rest, ends at `start`."""
+    found = _KEY_RESTS[rule].match(shadow, start)
+    end = found.end() if found else start
+    return KeyRest(end, shadow[end:] in ("", "."))
 
 
 def _api_key(shadow: str, start: int, left: str) -> int:
     prefix = _API_KEY.match(shadow, start) or _JWT.match(shadow, start)
-    if prefix is None:
-        return -1
-    tail = key_tail(shadow, start).match(shadow, prefix.end())
-    return tail.end() if tail else prefix.end()
+    return -1 if prefix is None else key_rest(key_rule(shadow, start), shadow, prefix.end()).end
 
 
 _IPV4 = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?![A-Za-z0-9])(?!\.[0-9])")
@@ -208,7 +230,7 @@ def first_open(shadow: str, begin: int) -> int:
 
     Everything before it is decided, whatever follows: a matcher continues only while it reads characters of its kind,
     so a position is open if only such characters lie between it and the end, and the kind can be that long.  Keys may
-    be longer: their prefix is bounded, and the caller consumes the rest (`key_tail`).
+    be longer: their prefix is bounded, and the caller consumes the rest (`key_rest`).
     """
     size = len(shadow)
     recent = shadow[max(begin, size - EMAIL_REACH) :]
@@ -259,10 +281,10 @@ def may_begin(tail: str, *, continues: bool) -> bool:
     return not _HARMLESS_TAIL.fullmatch(tail) or bool(_WRITTEN_OUT.search(tail) or _KEY_PREFIX.search(tail))
 
 
-def matchers(kinds: frozenset[PiiKind], phone_region: str) -> dict[PiiKind, Matcher]:
+def matchers(kinds: frozenset[PiiKind], phone_regions: Collection[str]) -> dict[PiiKind, Matcher]:
     """Return the matchers of `kinds` in order of precedence; e-mail is not among them (`email_around`).
 
-    Raises: ValueError: unknown `phone_region`.
+    Raises: ValueError: an unknown phone region.
     """
     available = {
         PiiKind.API_KEY: _api_key,
@@ -270,7 +292,7 @@ def matchers(kinds: frozenset[PiiKind], phone_region: str) -> dict[PiiKind, Matc
         PiiKind.IBAN: iban_number,
         PiiKind.SSN: social_security,
         PiiKind.IP: _ip,
-        PiiKind.PHONE: phone_matcher(phone_region),
+        PiiKind.PHONE: phone_matcher(phone_regions),
     }
     return {kind: _at_word_start(available[kind]) for kind in PRECEDENCE if kind in kinds and kind in available}
 

@@ -232,14 +232,15 @@ def test_entities_are_found_after_more_characters_than_are_cached() -> None:
 
 def test_a_country_code_that_does_not_exist_has_no_numbers() -> None:
     """A candidate that cannot be parsed is unchanged."""
-    assert "00 999 12345" == Redactor(phone_region="DE").redact("00 999 12345").text
+    assert "00 999 12345" == Redactor(phone_regions=["DE"]).redact("00 999 12345").text
 
 
 def test_national_numbers_are_those_of_the_configured_region() -> None:
     """A German number without its country code is found only if Germany is the region."""
     text = "Ruf 030 901820 oder (0170) 1234567 an, am 01.02.2024 oder 2024-01-01."
 
-    assert text == Redactor(phone_region="US").redact(text).text
+    assert text == Redactor(phone_regions=["US"]).redact(text).text
     assert (
-        "Ruf [PHONE] oder [PHONE] an, am 01.02.2024 oder 2024-01-01." == Redactor(phone_region="DE").redact(text).text
+        "Ruf [PHONE] oder [PHONE] an, am 01.02.2024 oder 2024-01-01."
+        == Redactor(phone_regions=["DE"]).redact(text).text
     )

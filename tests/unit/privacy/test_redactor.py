@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from app.privacy.redactor import PiiKind, PiiMatch, Redactor, StreamRedactor
 
 REDACTOR = Redactor()
-GERMAN = Redactor(phone_region="DE")
+GERMAN = Redactor(phone_regions=["DE"])
 
 ENTITIES = """jane.doe@example.com|a@b.co|(415) 555-2671|415-555-2671|4155552671|+49 30 901820|+1 415 555 0123
 030 901820|4111111111111111|4111 1111 1111 1111|3782 822463 10005|DE89370400440532013000|GB29 NWBK 6016 1331 9268 19
@@ -234,14 +234,14 @@ def test_matches_are_offsets_of_the_original() -> None:
 def test_the_fingerprint_identifies_the_policy() -> None:
     """Equal policies share cached answers and different ones do not; the order of the kinds does not matter."""
     assert Redactor([PiiKind.IP, PiiKind.EMAIL]).fingerprint == Redactor([PiiKind.EMAIL, PiiKind.IP]).fingerprint
-    different = [Redactor(), Redactor([PiiKind.EMAIL]), Redactor([]), Redactor(phone_region="DE")]
+    different = [Redactor(), Redactor([PiiKind.EMAIL]), Redactor([]), Redactor(phone_regions=["DE"])]
     assert len(different) == len({redactor.fingerprint for redactor in different})
 
 
 def test_an_unknown_region_or_kind_is_rejected() -> None:
     """A misspelt one would silently let personal data pass."""
     with pytest.raises(ValueError, match="unknown phone region 'us'"):
-        Redactor(phone_region="us")
+        Redactor(phone_regions=["us"])
     with pytest.raises(ValueError, match="mail"):
         Redactor(["mail"])  # type: ignore[list-item]  # a word that the configuration may have
 
