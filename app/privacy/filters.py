@@ -43,7 +43,7 @@ class InputFilter:
         """
         Args:
             on_match: called with each kind found and how often.
-            pool: redacts with `redactor` where long texts hold up nothing; by default piece by piece on this loop.
+            pool: redacts with `redactor` where long texts hold up nothing; by default segment by segment on this loop.
         """
         self._pool = pool or RedactionPool(redactor)
         self._mode = mode
@@ -162,7 +162,7 @@ class FilteredEngine(EngineWrapper):
         """
         Args:
             on_match: called with each kind found and how often, once a completion has ended.
-            pool: redacts with `redactor` where long deltas hold up nothing; by default piece by piece on this loop.
+            pool: redacts with `redactor` where long deltas hold up nothing; by default segment by segment on this loop.
         """
         super().__init__(inner)
         self._pool = pool or RedactionPool(redactor)

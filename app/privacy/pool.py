@@ -1,8 +1,8 @@
-"""Redacts where it cannot hold up the event loop: short work at once, long work piece by piece in child processes.
+"""Redacts where it cannot hold up the event loop: short work at once, long work segment by segment in child processes.
 
 What is short is decided by the work that a scan turns out to be, not by the length: a page of prose takes less than a
 line of digits.  Pieces of long texts wait in a queue that is fair between tenants, so that a small text of one is
-never behind the large texts of another.  A piece whose process dies is tried once more, then its text fails: closed,
+never behind the large texts of another.  A segment whose process dies is tried once more, then its text fails: closed,
 because the caller has nothing to release.
 """
 
@@ -25,7 +25,7 @@ INLINE_CHARS = 6000
 """Longest text that is tried on the event loop."""
 INLINE_ATTEMPTS = 120
 """Places that a scan on the event loop may examine closely, about a millisecond in all."""
-PIECE_CHARS = 4096
+SEGMENT_CHARS = 4096
 """Text of one step: tens of milliseconds at worst, for which another tenant may have to wait."""
 STEP_SECONDS = 30.0
 """A process that takes longer for a step hangs, and is killed."""
@@ -40,10 +40,10 @@ class RedactionFailedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A piece of a text, the state of its stream before it, and where the outcome goes."""
+    """A segment of a text, the state of its stream before it, and where the outcome goes."""
 
     state: StreamState
-    piece: str
+    segment: str
     final: bool
     done: asyncio.Future[tuple[str, StreamState]]
 
@@ -55,7 +55,7 @@ class RedactionPool:
         """
         Args:
             processes: the most child processes, each started when it is first needed; with 0 long texts are worked on
-                piece by piece on the event loop.
+                segment by segment on the event loop.
             command: starts a child process; by default this Python.
         """
         self._redactor = redactor
@@ -110,21 +110,21 @@ class RedactionPool:
 
     async def _advance(self, tenant: Hashable, stream: StreamRedactor, text: str, *, final: bool) -> str:
         clean = list[str]()
-        for begin in range(0, len(text), PIECE_CHARS):
-            piece = text[begin : begin + PIECE_CHARS]
-            last = final and begin + PIECE_CHARS >= len(text)
-            part, stream.state = await self._run(tenant, stream.state, piece, final=last)
+        for begin in range(0, len(text), SEGMENT_CHARS):
+            segment = text[begin : begin + SEGMENT_CHARS]
+            last = final and begin + SEGMENT_CHARS >= len(text)
+            part, stream.state = await self._run(tenant, stream.state, segment, final=last)
             clean.append(part)
         return "".join(clean)
 
-    async def _run(self, tenant: Hashable, state: StreamState, piece: str, *, final: bool) -> tuple[str, StreamState]:
+    async def _run(self, tenant: Hashable, state: StreamState, segment: str, *, final: bool) -> tuple[str, StreamState]:
         if not self._processes:
             await asyncio.sleep(0)
-            return run_step(self._redactor, state, piece, final=final)
+            return run_step(self._redactor, state, segment, final=final)
         if self._closed:
             raise RedactionFailedError("the service stops")
-        step = _Step(state, piece, final, asyncio.get_running_loop().create_future())
-        self._queue.put(tenant, len(piece), step)
+        step = _Step(state, segment, final, asyncio.get_running_loop().create_future())
+        self._queue.put(tenant, len(segment), step)
         if self._idle < len(self._queue) and len(self._workers) < self._processes:
             self._workers.add(asyncio.create_task(self._work()))
         return await step.done
@@ -191,7 +191,7 @@ class _Child:
         if process is None or process.stdin is None or process.stdout is None:
             raise OSError("a process without pipes")
         async with asyncio.timeout(STEP_SECONDS):
-            process.stdin.write(encode_step(step.state, step.piece, final=step.final))
+            process.stdin.write(encode_step(step.state, step.segment, final=step.final))
             await process.stdin.drain()
             line = await process.stdout.readline()
         if not line.endswith(b"\n"):

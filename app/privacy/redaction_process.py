@@ -15,17 +15,17 @@ import sys
 from app.privacy.redactor import PiiKind, Redactor, StreamRedactor, StreamState
 
 
-def run_step(redactor: Redactor, state: StreamState, piece: str, *, final: bool) -> tuple[str, StreamState]:
-    """Continue a stream from `state` with one more piece; `final` ends it.  Returns: the clean text, the next state."""
+def run_step(redactor: Redactor, state: StreamState, segment: str, *, final: bool) -> tuple[str, StreamState]:
+    """Continue a stream from `state` with one more segment; `final` ends it.  Returns: the clean text, the next state."""
     stream = StreamRedactor(redactor, state=state)
-    text = stream.feed(piece)
+    text = stream.feed(segment)
     if final:
         text += stream.finish()
     return text, stream.state
 
 
-def encode_step(state: StreamState, piece: str, *, final: bool) -> bytes:
-    return json.dumps([state.as_list(), piece, final]).encode() + b"\n"
+def encode_step(state: StreamState, segment: str, *, final: bool) -> bytes:
+    return json.dumps([state.as_list(), segment, final]).encode() + b"\n"
 
 
 def decode_result(line: bytes) -> tuple[str, StreamState]:
@@ -44,8 +44,8 @@ def main() -> None:
     redactor = Redactor([PiiKind(kind) for kind in kinds.split(",") if kind], phone_regions=regions.split(","))
     output = sys.stdout.buffer
     for line in sys.stdin.buffer:
-        state, piece, final = json.loads(line)
-        text, after = run_step(redactor, StreamState.of_list(state), piece, final=final)
+        state, segment, final = json.loads(line)
+        text, after = run_step(redactor, StreamState.of_list(state), segment, final=final)
         output.write(json.dumps([text, after.as_list()]).encode() + b"\n")
         output.flush()
 

@@ -21,13 +21,13 @@ async def latency(service: Running, key: str) -> float:
 
 
 async def test_costly_prompts_of_one_key_do_not_hold_up_another(tmp_path: Path) -> None:
-    """Beside 64 prompts of 4,000 pairs of digits a small request takes about as long as alone."""
+    """Beside 64 prompts of 4,000 pairs of digits a small request takes about as long as by itself."""
     limits = {"security": {"api_key": ADMIN_KEY, "max_prompt_chars": 20_000}}
     async with running(tmp_path, engine=EchoEngine(context_length=16_000), **limits) as service:
         loud, quiet = await service.key(limits={"parallel_requests": 100}), await service.key()
         # Once each: what is only done the first time is no part of it.
         assert 200 == (await service.generate(loud, prompt=HOSTILE)).status_code
-        alone = median([await latency(service, quiet) for _ in range(30)])
+        undisturbed = median([await latency(service, quiet) for _ in range(30)])
 
         costly = [asyncio.create_task(service.generate(loud, prompt=HOSTILE)) for _ in range(64)]
         await asyncio.sleep(0.3)
@@ -39,4 +39,4 @@ async def test_costly_prompts_of_one_key_do_not_hold_up_another(tmp_path: Path) 
 
     assert {200} == {reply.status_code for reply in replies}
     assert len(beside) > 10
-    assert median(beside) < 3 * alone + 0.005
+    assert median(beside) < 3 * undisturbed + 0.005

@@ -13,11 +13,11 @@ from app.errors import ServiceUnavailable
 from app.privacy import pool as pool_module
 from app.privacy.fair_queue import FairQueue
 from app.privacy.filters import InputFilter
-from app.privacy.pool import INLINE_CHARS, PIECE_CHARS, RedactionFailedError, RedactionPool
+from app.privacy.pool import INLINE_CHARS, SEGMENT_CHARS, RedactionFailedError, RedactionPool
 from app.privacy.redactor import PiiKind, Redactor, StreamRedactor
 
 CANARY = "jane.doe@example.com"
-DIGITS = "12 34 " * (2 * PIECE_CHARS // 6)
+DIGITS = "12 34 " * (2 * SEGMENT_CHARS // 6)
 """Two steps' worth of text that takes long to scan."""
 REDACTOR = Redactor(phone_regions=["US", "DE"])
 
@@ -44,15 +44,15 @@ async def test_ordinary_text_never_leaves_the_process(pool: RedactionPool) -> No
     "text",
     [
         DIGITS + CANARY,
-        # The address lies across the end of the first piece.
-        "x " * (PIECE_CHARS // 2 - 5) + f"{CANARY} " + "y " * PIECE_CHARS,
-        "\u200b\ud800 " * PIECE_CHARS + CANARY,
-        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0" + "a" * 3 * PIECE_CHARS + ". end",
+        # The address lies across the end of the first segment.
+        "x " * (SEGMENT_CHARS // 2 - 5) + f"{CANARY} " + "y " * SEGMENT_CHARS,
+        "\u200b\ud800 " * SEGMENT_CHARS + CANARY,
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0" + "a" * 3 * SEGMENT_CHARS + ". end",
     ],
-    ids=["digits", "across pieces", "surrogates", "long key"],
+    ids=["digits", "across segments", "surrogates", "long key"],
 )
 async def test_a_long_text_is_redacted_as_if_at_once(text: str, processes: int) -> None:
-    """In pieces, in a process or on the loop: text and counts are those of the whole."""
+    """In segments, in a process or on the loop: text and counts are those of the whole."""
     pool = RedactionPool(REDACTOR, processes)
 
     assert REDACTOR.redact(text) == await pool.redact("t", text)
