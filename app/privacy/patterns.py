@@ -6,7 +6,7 @@ validates them.  `redactor.py` scans texts and streams with these matchers.
 
 Two rules hold for every kind, and `redactor.py` relies on them.
 * An end never depends on text that another match could replace: an end is rejected only if a letter, a digit, ".5" or
-  "-5" follows, and where it is rejected nothing else can begin (`_inside_word`).
+  "-5" follows, and where it is rejected nothing else can begin (`inside_word`).
 * Where a shorter candidate is valid, a longer one does not change that: all possible ends are tried.
 """
 
@@ -24,9 +24,9 @@ from app.privacy.numbers import (
     card,
     iban_number,
     iban_open,
-    phone_matcher,
     social_security,
 )
+from app.privacy.phones import phone_matcher
 
 PATTERN_VERSION = 3
 """Incremented with every change of what is found: caches of filtered text have it in their key."""
@@ -61,9 +61,9 @@ PRECEDENCE = (
 )
 """Precedence of kinds that match the same span, the first one wins."""
 
-LEFT_REACH = 8
+LEFT_REACH = 40
 """Characters before a position that the rules for the left context may read."""
-NUMBER_REACH = 64
+NUMBER_REACH = 128
 """Longest phone number, card number, SSN or IP address, with the two characters of lookahead after its end."""
 LOCAL_PART = 64
 """Longest local part of an e-mail address, RFC 5321, section 4.5.3.1.1."""
@@ -75,7 +75,7 @@ JWT_REACH = JWT_HEADER + 16
 # because the words around an address would become part of it.
 _LETTER = "A-Za-z\u00c0-\u024f\u0370-\u052f"
 LOCAL_CHARACTER = rf"[{_LETTER}0-9._%+'\-]"
-_SEPARATOR = r"[ \t()./_\-]"
+_SEPARATOR = r"[ \t\r\n()./,|_\-]"
 
 # Positions where an entity other than an e-mail address could begin; a cheap test that skips ordinary prose.
 TRIGGER = re.compile(
@@ -85,7 +85,7 @@ TRIGGER = re.compile(
     r"|(?=\+ ?[0-9])|(?=\([0-9])"
 )
 
-# The left context of a position right after a rejected end of a number; see `_inside_word`.
+# The left context of a position right after a rejected end of a number; see `inside_word`.
 _REJECTED_END = re.compile(r"(?:\.[0-9]{1,3}\.|[ \t.\-][0-9]{4}-)\Z")
 
 
@@ -94,7 +94,7 @@ def _alphanumeric(character: str) -> bool:
     return character.isascii() and character.isalnum()
 
 
-def _inside_word(shadow: str, start: int, left: str) -> bool:
+def inside_word(shadow: str, start: int, left: str) -> bool:
     """Return whether `start` lies inside a longer word or number, where no entity may begin.
 
     Mirrors the ends that the matchers reject.  If it were laxer, a number rejected because of the text after it would
@@ -132,7 +132,7 @@ def email_around(shadow: str, at: int, floor: int, first: int) -> tuple[int, int
         if not _LOCAL_START.match(shadow, start):
             continue
         # Inside a word only after a letter that cannot be the end of a rejected number or IPv6 address.
-        if not _inside_word(shadow, start, left) or (left[-1:].isalpha() and ":" not in left[-5:]):
+        if not inside_word(shadow, start, left) or (left[-1:].isalpha() and ":" not in left[-5:]):
             return start, domain.end()
     return None
 
@@ -220,7 +220,7 @@ def _is_ipv6(address: str, left: str) -> bool:
 
 
 _WORD_REVERSED = re.compile(rf"(?:{LOCAL_CHARACTER}|[@:])*+")
-_NUMBER_REVERSED = re.compile(r"[0-9+ \t()./_\-]*+")
+_NUMBER_REVERSED = re.compile(r"[0-9+ \t\r\n()./,|_\-]*+")
 _NUMBER_START = re.compile(r"[0-9+(]")
 _JWT_OPEN = re.compile(rf"eyJ[A-Za-z0-9_\-]{{0,{JWT_HEADER}}}+(?:\.[A-Za-z0-9_\-]{{0,7}})?\Z")
 
@@ -281,29 +281,47 @@ def may_begin(tail: str, *, continues: bool) -> bool:
     return not _HARMLESS_TAIL.fullmatch(tail) or bool(_WRITTEN_OUT.search(tail) or _KEY_PREFIX.search(tail))
 
 
-def matchers(kinds: frozenset[PiiKind], phone_regions: Collection[str]) -> dict[PiiKind, Matcher]:
-    """Return the matchers of `kinds` in order of precedence; e-mail is not among them (`email_around`).
-
-    Raises: ValueError: an unknown phone region.
-    """
-    available = {
-        PiiKind.API_KEY: _api_key,
-        PiiKind.CARD: card,
-        PiiKind.IBAN: iban_number,
-        PiiKind.SSN: social_security,
-        PiiKind.IP: _ip,
-        PiiKind.PHONE: phone_matcher(phone_regions),
-    }
-    return {kind: _at_word_start(available[kind]) for kind in PRECEDENCE if kind in kinds and kind in available}
+_STARTS: dict[PiiKind, str] = {
+    PiiKind.API_KEY: "letter",
+    PiiKind.CARD: "digit",
+    PiiKind.IBAN: "letter",
+    PiiKind.SSN: "digit",
+    PiiKind.IP: "letter digit colon",
+    PiiKind.PHONE: "digit sign",
+}
+"""What an entity of each kind may begin with; an e-mail address is found by its "@" (`email_around`)."""
 
 
-def _at_word_start(matcher: Matcher) -> Matcher:
-    """Return `matcher`, restricted to positions where an entity may begin."""
+class Matchers:
+    """The matchers of some kinds, by the character that an entity begins with."""
 
-    def match(shadow: str, start: int, left: str) -> int:
+    def __init__(self, kinds: frozenset[PiiKind], phone_regions: Collection[str]) -> None:
+        """Raises: ValueError: an unknown phone region."""
+        every = {
+            PiiKind.API_KEY: _api_key,
+            PiiKind.CARD: card,
+            PiiKind.IBAN: iban_number,
+            PiiKind.SSN: social_security,
+            PiiKind.IP: _ip,
+            PiiKind.PHONE: phone_matcher(phone_regions),
+        }
+
+        def of(start: str) -> tuple[tuple[PiiKind, Matcher], ...]:
+            found = (kind for kind in PRECEDENCE if kind in kinds and start in _STARTS.get(kind, "").split())
+            return tuple((kind, every[kind]) for kind in found)
+
+        self._digit, self._sign, self._colon, self._letter = map(of, ("digit", "sign", "colon", "letter"))
+
+    def ends(self, shadow: str, start: int, left: str) -> list[tuple[int, PiiKind]]:
+        """Return the end of each kind's entity at `start`, in order of precedence."""
+        character = shadow[start]
         # A "+" or "(" begins a phone number even after a letter: no end is rejected because of one.
-        if shadow[start] not in "+(" and _inside_word(shadow, start, left):
-            return -1
-        return matcher(shadow, start, left)
-
-    return match
+        if character in "+(":
+            matchers = self._sign
+        elif inside_word(shadow, start, left):
+            return []
+        elif character in "0123456789":
+            matchers = self._digit
+        else:
+            matchers = self._colon if character == ":" else self._letter
+        return [(end, kind) for kind, matcher in matchers if (end := matcher(shadow, start, left)) >= 0]

@@ -16,20 +16,19 @@ from typing import Any, Self
 import phonenumbers
 import stdnum
 
-from app.privacy.numbers import Matcher
 from app.privacy.patterns import (
     LEFT_REACH,
     LOCAL_PART,
     PATTERN_VERSION,
     PHONE_REGIONS,
     PRECEDENCE,
+    Matchers,
     TRIGGER,
     PiiKind,
     email_around,
     first_open,
     key_rest,
     key_rule,
-    matchers,
     may_begin,
 )
 from app.privacy.shadow_text import Shadow
@@ -116,7 +115,7 @@ class Redactor:
         """
         self.kinds = tuple(sorted({PiiKind(kind) for kind in entities}))
         self.phone_regions = tuple(sorted(set(phone_regions)))
-        self._matchers = matchers(frozenset(self.kinds), self.phone_regions)
+        self._matchers = Matchers(frozenset(self.kinds), self.phone_regions)
 
     @property
     def fingerprint(self) -> str:
@@ -166,7 +165,7 @@ def _placeholder(kind: PiiKind) -> str:
 class _Scan:
     """One pass over a shadow.  Every position is tried once, and again only if an entity ends there."""
 
-    def __init__(self, shadow: str, begin: int, decided: int, kinds: dict[PiiKind, Matcher], emails: bool) -> None:
+    def __init__(self, shadow: str, begin: int, decided: int, kinds: Matchers, emails: bool) -> None:
         self._shadow, self._decided, self._matchers, self._emails = shadow, decided, kinds, emails
         # Nothing before the floor is read: there a replaced entity ends, or the text begins.
         self._floor = 0
@@ -210,14 +209,14 @@ class _Scan:
     def _take(self, start: int) -> bool:
         """Take the longest entity at `start` and move to its end; without one move by a character and return False."""
         left = self._shadow[max(self._floor, start - LEFT_REACH) : start]
-        ends = {kind: matcher(self._shadow, start, left) for kind, matcher in self._matchers.items()}
+        ends = self._matchers.ends(self._shadow, start, left)
         if self._email and self._email[0] == start:
-            ends[PiiKind.EMAIL] = self._email[1]
-        end = max(ends.values(), default=-1)
-        if end < 0:
+            ends.append((self._email[1], PiiKind.EMAIL))
+        if not ends:
             self._position = start + 1
             return False
-        kind = next(kind for kind in PRECEDENCE if ends.get(kind) == end)
+        end = max(end for end, _ in ends)
+        kind = min((kind for each, kind in ends if each == end), key=PRECEDENCE.index)
         self._matches.append(PiiMatch(kind, start, end))
         self._position = self._floor = end
         self._at, self._email = self._next_at(self._floor), None
