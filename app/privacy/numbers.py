@@ -1,8 +1,8 @@
 """Matches card, bank account and social security numbers at a given position of a shadow text.
 
 A regular expression finds candidates; a checksum or the structure in a registry validates them.  The two rules of
-`patterns.py`, the only caller beside `phones.py`, hold here: an end is rejected only because of a letter, a digit or "-5"
-after it, and every possible end is tried.  Where a number may begin is decided by the caller.
+`patterns.py`, the only caller beside `phones.py`, hold here: an end is rejected only because of a letter, a digit or
+"-5" after it, and every possible end is tried.  Where a number may begin is decided by the caller.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _CARD_SHAPES = tuple(
         r"[0-9]{4} [0-9]{3} [0-9]{3} [0-9]{3}",
     )
 )
-_DIGITS_APART = re.compile(r"[0-9]([ \t.,/|\-]{1,2})[0-9](?:\1[0-9](?![0-9])){11,17}")
+_SPACED_DIGITS = re.compile(r"[0-9]([ \t.,/|\-]{1,2})[0-9](?:\1[0-9](?![0-9])){11,17}")
 # First and last prefix of each range of issued numbers, with their lengths: Visa; Mastercard; American
 # Express; Diners Club; JCB; Maestro, Discover, UnionPay and the domestic schemes of 50 and 56-69; Mir.
 # Source: ISO/IEC 7812-1 and the ranges that the schemes publish.
@@ -60,7 +60,7 @@ def card(shadow: str, start: int, left: str) -> int:
         candidate = shape.match(shadow, start)
         if candidate is not None and _is_card(candidate[0]):
             ends.append(candidate.end())
-    return max(*ends, _card_of_digits_apart(shadow, start, left))
+    return max(*ends, _card_of_spaced_digits(shadow, start, left))
 
 
 def _is_card(written: str) -> bool:
@@ -78,8 +78,8 @@ def _is_card(written: str) -> bool:
     return len(digits) == 16 and not counting
 
 
-def _card_of_digits_apart(shadow: str, start: int, left: str) -> int:
-    candidate = _DIGITS_APART.match(shadow, start)
+def _card_of_spaced_digits(shadow: str, start: int, left: str) -> int:
+    candidate = _SPACED_DIGITS.match(shadow, start)
     if candidate is None or _DIGIT_BEFORE.search(left):
         return -1
     digits = _NOT_DIGITS.sub("", candidate[0])

@@ -17,7 +17,7 @@ from itertools import product
 import phonenumbers
 from phonenumbers.phonemetadata import PhoneMetadata
 
-from app.privacy.number_context import NOT_A_PHONE, PHONE_WORD
+from app.privacy.number_context import announces_other, announces_phone
 from app.privacy.numbers import card, social_security
 
 _NEWLINE = r"[.\-]?[ \t]?\r?\n[ \t]?"
@@ -30,7 +30,8 @@ _GROUP = re.compile("[0-9]+")
 _NOT_DIGITS = re.compile("[^0-9]+")
 _DATE = re.compile(
     r"(?:(?:1[89]|20)[0-9]{2}([./ \-])(?:0?[1-9]|1[0-2])\1(?:0?[1-9]|[12][0-9]|3[01])"
-    r"|(?:0?[1-9]|[12][0-9]|3[01])([./ \-])(?:0?[1-9]|[12][0-9]|3[01])\2(?:(?:1[89]|20)[0-9]{2}|[0-9]{2}(?!\2)))(?![0-9])"
+    r"|(?:0?[1-9]|[12][0-9]|3[01])([./ \-])(?:0?[1-9]|[12][0-9]|3[01])\2"
+    r"(?:(?:1[89]|20)[0-9]{2}|[0-9]{2}(?!\2)))(?![0-9])"
 )
 _DATE_AND_HOUR = re.compile(r"(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])[0-9]{2,4}")
 _YEAR_IN_PARENTHESES = re.compile(r"\((?:1[5-9]|20)[0-9]{2}\)")
@@ -201,9 +202,9 @@ class NationalPlans:
         written, end = candidate[0], candidate.end()
         if not self._north_american(_NOT_DIGITS.sub("", written)) or written.count("\n") > 1:
             return -1
-        if PHONE_WORD(left):
+        if announces_phone(left):
             return end
-        if NOT_A_PHONE(left):
+        if announces_other(left):
             return -1
         if written.isdigit():
             # Ten digits without separators are often an identifier: apply stricter rules, and no fictional area codes.
@@ -231,7 +232,7 @@ class NationalPlans:
         digits = "".join(groups)
         if len(digits) < 7:
             return -1
-        announced = bool(PHONE_WORD(left))
+        announced = bool(announces_phone(left))
         if not announced and _DATE.match(written):
             return -1
         for count in range(len(groups), 0, -1):
@@ -245,7 +246,7 @@ class NationalPlans:
             return False
         if announced:
             return self._is_any(digits) or self._is_printed(written, groups, digits)
-        if _is_sequence(digits) or not self._is_printed(written, groups, digits) or NOT_A_PHONE(left):
+        if _is_sequence(digits) or not self._is_printed(written, groups, digits) or announces_other(left):
             return False
         if len(groups) == 1:
             return left[-1:] not in _PART_OF_A_NAME and not _FILE_SUFFIX.match(shadow, start + len(written))

@@ -16,7 +16,7 @@ from app.privacy.redactor import PiiKind, Redactor, StreamRedactor, StreamState
 
 
 def run_step(redactor: Redactor, state: StreamState, segment: str, *, final: bool) -> tuple[str, StreamState]:
-    """Continue a stream from `state` with one more segment; `final` ends it.  Returns: the clean text, the next state."""
+    """Continue a stream with one more segment; `final` ends it.  Returns: the clean text and the next state."""
     stream = StreamRedactor(redactor, state=state)
     text = stream.feed(segment)
     if final:

@@ -16,22 +16,20 @@ from typing import Any, Self
 import phonenumbers
 import stdnum
 
+from app.privacy.credentials import key_rest, key_rule
+from app.privacy.cut_text import may_begin
+from app.privacy.emails import LOCAL_PART, email_around
 from app.privacy.patterns import (
     LEFT_REACH,
-    LOCAL_PART,
     PATTERN_VERSION,
     PHONE_REGIONS,
     PRECEDENCE,
     Matchers,
-    TRIGGER,
     PiiKind,
-    email_around,
     first_open,
-    key_rest,
-    key_rule,
-    may_begin,
+    trigger_of,
 )
-from app.privacy.shadow_text import Shadow
+from app.privacy.shadow_text import SPOKEN_AT, Shadow
 
 __all__ = ["PiiKind", "PiiMatch", "Redaction", "Redactor", "StreamRedactor", "StreamState", "TooMuchWorkError"]
 
@@ -167,6 +165,8 @@ class _Scan:
 
     def __init__(self, shadow: str, begin: int, decided: int, kinds: Matchers, emails: bool) -> None:
         self._shadow, self._decided, self._matchers, self._emails = shadow, decided, kinds, emails
+        self._trigger = trigger_of(shadow)
+        self._spoken = SPOKEN_AT in shadow
         # Nothing before the floor is read: there a replaced entity ends, or the text begins.
         self._floor = 0
         self._begin = begin
@@ -182,7 +182,7 @@ class _Scan:
             if self._attempts > max_attempts:
                 raise TooMuchWorkError(f"more than {max_attempts} places")
             if trigger < self._position:
-                found = TRIGGER.search(self._shadow, self._position)
+                found = self._trigger.search(self._shadow, self._position)
                 trigger = found.start() if found else len(self._shadow)
             # Right after an entity any kind may begin, although the trigger sees the entity's last letter there.
             start = self._earlier_email(min(self._position if ended else trigger, self._decided))
@@ -194,14 +194,18 @@ class _Scan:
                 return _ScanResult(self._matches, self._matches[-1].end, open_key)
 
     def _next_at(self, start: int) -> int:
-        return self._shadow.find("@", start) if self._emails else -1
+        if not self._emails:
+            return -1
+        at = self._shadow.find("@", start)
+        spoken = self._shadow.find(SPOKEN_AT, start) if self._spoken else -1
+        return max(at, spoken) if at < 0 or spoken < 0 else min(at, spoken)
 
     def _earlier_email(self, start: int) -> int:
         """Return the start of an e-mail address that begins before `start`, else `start`."""
         # An "@" farther away cannot belong to an address that begins up to here; it is examined later, once.
         while self._email is None and 0 <= self._at <= start + LOCAL_PART:
             self._attempts += 1
-            self._email = email_around(self._shadow, self._at, self._floor, self._begin)
+            self._email = email_around(self._shadow, self._at, self._floor, self._begin, LEFT_REACH)
             if self._email is None:
                 self._at = self._next_at(self._at + 1)
         return min(start, self._email[0]) if self._email else start
