@@ -39,7 +39,7 @@ _YEAR_IN_PARENTHESES = re.compile(r"\((?:1[5-9]|20)[0-9]{2}\)")
 _LONGER_NUMBER = re.compile(r"(?:[0-9][.,\-/]|[$\u20ac\u00a3\u00a5\u20b9][ \t]?)\Z")
 _THEN_SPACE = re.compile("[0-9]{1,13}+ ")
 _COMPACT = re.compile("[0-9]{7}")
-_ROW_AFTER = re.compile(r" [0-9]{1,8}(?=[ ,;)\n]|\Z)")
+_ROW_AFTER = re.compile(r" [0-9]{1,8}(?=[ ,;)!?\n]|\.(?:[ \n]|\Z)|\Z)")
 _FILE_SUFFIX = re.compile(
     r"\.(?:jpe?g|png|gif|svg|pdf|txt|csv|json|xml|zip|gz|docx?|xlsx?|mp[34]|log|html?|md)(?![A-Za-z0-9])", re.IGNORECASE
 )
@@ -200,7 +200,7 @@ class NationalPlans:
         if candidate is None or self._north_american is None:
             return -1
         written, end = candidate[0], candidate.end()
-        if not self._north_american(_NOT_DIGITS.sub("", written)) or written.count("\n") > 1:
+        if not self._north_american(_NOT_DIGITS.sub("", written)) or _broken_twice(written):
             return -1
         if announces_phone(left):
             return end
@@ -242,7 +242,7 @@ class NationalPlans:
 
     def _is_number(self, written: str, groups: list[str], shadow: str, start: int, left: str, announced: bool) -> bool:
         digits = "".join(groups)
-        if not 7 <= len(digits) <= 13 or written.count("\n") > 1 or _unbalanced(written):
+        if not 7 <= len(digits) <= 13 or _broken_twice(written) or _unbalanced(written):
             return False
         if announced:
             return self._is_any(digits) or self._is_printed(written, groups, digits)
@@ -290,6 +290,12 @@ def _is_usual_behind_trunk(trunk: str, groups: list[str], digits: str, hyphens: 
         return False
     # Pairs of digits are drawn, counted and measured more often than dialled, but for five of them; an ISBN begins 0-.
     return len(groups) == 5 if max(map(len, groups)) == 2 else behind is groups or len(groups) > 3 or hyphens == 0
+
+
+def _broken_twice(written: str) -> bool:
+    """Return whether line ends part more than two groups, or are all that parts them, as in a column of numbers."""
+    lines = written.count("\n")
+    return lines > 1 or (lines == 1 and len(_GROUP.findall(written)) < 3)
 
 
 def _unbalanced(written: str) -> bool:
