@@ -121,6 +121,8 @@ def _start_of_local_part(shadow: str, close: int, floor: int, *, spoken: bool) -
     if not _LETTER_START.search(before[:size]) and _OTHER_SEEN.match(before, size):
         other = _OTHER_REVERSED.match(before)
         size = other.end() if other else 0
+    # A sign before it is no part of it.
+    size = len(before[:size].rstrip(FILLER))
     return close - size if size else None
 
 
@@ -179,9 +181,8 @@ def open_email(recent: str) -> int:
     """
     length = _open_chain(recent)
     # What may become a sign, as "[a" may, keeps the address before it open.
-    partial = _PARTIAL_SIGN.search(recent, max(0, len(recent) - 16))
-    if partial and partial[0] and (before := _open_chain(recent[: partial.start()])):
-        length = max(length, before + len(partial[0]))
+    if (partial := _PARTIAL_SIGN.search(recent, max(0, len(recent) - 16))) and partial[0]:
+        length = max(length, _open_chain(recent[: partial.start()]) + len(partial[0]))
     if quote := _OPEN_QUOTE.search(recent, max(0, len(recent) - _QUOTED_LOCAL_PART - 2)):
         length = max(length, len(recent) - quote.start())
     return length

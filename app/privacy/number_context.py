@@ -13,7 +13,7 @@ _PHONE_WORDS = """phone phones telephone mobile mobil mob cell call fax whatsapp
 reach ring tel telefon telefonnummer rufnummer handy handynummer mobilnummer ruf rufen anruf telefono teléfono
 móvil celular llama llame llamar llámame llámanos telefone telemóvel fone ligue contacto contato téléphone
 portable appelez appelle chiama chiamami cellulare bel telefoonnummer mobiel mobilnr zadzwoń numer komórka
-telefonu cep gsm ara ara telp hubungi тел телефон телефону телефона моб мобильный звони звоните позвони дзвони
+telefonu gsm ara ara telp hubungi тел телефон телефону телефона моб мобильный звони звоните позвони дзвони
 дзвоніть"""
 _PHONE_ENDINGS = """电话 電話 手机 手機 手机号 电话号码 携帯 携帯番号 電話番号 전화 전화번호 휴대폰 번호 هاتف
 الهاتف جوال الجوال تليفون موبايل اتصل फोन फ़ोन मोबाइल नंबर טלפון נייד"""

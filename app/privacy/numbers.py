@@ -113,11 +113,11 @@ _IBAN_LENGTHS = {
     country: 4 + sum(map(int, re.findall(r"([0-9]+)!", properties["bban"])))
     for _, country, _, properties, _ in numdb.get("iban").prefixes
 }
-IBAN_REACH = 72
+IBAN_REACH = 106
 """Longest IBAN written in groups, in characters."""
 _IBAN_HEAD = re.compile(r"[A-Za-z]{2}[0-9]{2}")
-_IBAN_REST = re.compile(r"(?:[ \t\-]?[A-Za-z0-9]){0,30}+")
-_IBAN_REST_OPEN = re.compile(r"(?:[ \t\-]?[A-Za-z0-9]){0,30}+[ \t\-]?\Z")
+_IBAN_REST = re.compile(r"(?:(?:[ \t\-]|\r?\n)?[A-Za-z0-9]){0,30}+")
+_IBAN_REST_OPEN = re.compile(r"(?:(?:[ \t\-]|\r?\n)?[A-Za-z0-9]){0,30}+(?:[ \t\-]|\r?\n?)?\Z")
 
 
 def iban_number(shadow: str, start: int, left: str) -> int:
@@ -126,10 +126,12 @@ def iban_number(shadow: str, start: int, left: str) -> int:
     rest = _IBAN_REST.match(shadow, start + 4)
     if length is None or head is None or rest is None:
         return -1
-    places = [place for place in range(start, rest.end()) if shadow[place] not in " \t-"]
+    places = [place for place in range(start, rest.end()) if shadow[place] not in " \t-\r\n"]
     if len(places) < length:
         return -1
     end = places[length - 1] + 1
+    if shadow.count("\n", start, end) > 1:
+        return -1
     number = "".join(shadow[place] for place in places[:length])
     # Mod 97 and the country's structure suffice; the checks that some countries add are not applied.
     return end if iban.is_valid(number, check_country=False) else -1
@@ -148,6 +150,10 @@ def iban_open(shadow: str, begin: int) -> int:
 
 
 _SSN = re.compile(r"[0-9]{3}([ \t.\-])(?:\r?\n)?[0-9]{2}\1(?:\r?\n)?[0-9]{4}(?![A-Za-z0-9])(?!-[0-9])")
+_COMPACT_SSN = re.compile(r"[0-9]{9}(?![A-Za-z0-9])(?!-[0-9])")
+_SSN_NAMED = re.compile(
+    r"(?:ssn|itin|tin|social security(?: number| no\.?)?|taxpayer(?: id)?)(?: is)?[ \t:=#]{0,3}\Z", re.IGNORECASE
+)
 # Sample numbers in print: never issued, so the rules reject them, but a text that contains one means an SSN.
 _SAMPLE_SSN = re.compile(r"078051120|219099999|457555462|98765432[0-9]")
 # Source: Social Security Administration, randomization of 2011; of an ITIN, IRS publication 1915.
@@ -157,7 +163,10 @@ _ISSUED_ITIN = re.compile(r"9[0-9]{2}(?:5[0-9]|6[0-5]|7[0-9]|8[0-8]|9[0-24-9])[0
 
 def social_security(shadow: str, start: int, left: str) -> int:
     candidate = _SSN.match(shadow, start)
-    if candidate is None or candidate[0].count("\n") > 1:
+    if candidate is None:
+        compact = _COMPACT_SSN.match(shadow, start)
+        return compact.end() if compact and _SSN_NAMED.search(left) else -1
+    if candidate[0].count("\n") > 1:
         return -1
     # Part of a longer number; in a table only where a space parts everything.
     if left[-2:-1].isdigit() and (left[-1] in ".-/" or left[-1] == candidate[1]):

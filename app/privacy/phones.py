@@ -23,7 +23,7 @@ from app.privacy.numbers import card, social_security
 _NEWLINE = r"[.\-]?[ \t]?\r?\n[ \t]?"
 _INTERNATIONAL = re.compile(rf"(?:\+ ?|00(?=[1-9]))[0-9](?:(?:[ \t()./\-]{{0,3}}|{_NEWLINE})[0-9]){{6,14}}")
 _NATIONAL = re.compile(
-    r"(\()?[0-9]{1,13}+(?(1)[ \t]?\)[ \t./\-]{0,3}[0-9]{2,9}+)"
+    r"(\()?[0-9]{1,13}+(?(1)[ \t]?\)[ \t./\-]{0,3}[0-9]{1,9}+)"
     rf"(?:(?:\)[ \t./\-]{{0,2}}|[ \t./\-]{{0,3}}\(|[ \t./\-]{{1,3}}|{_NEWLINE})[0-9]{{1,9}}+){{0,5}}"
 )
 _GROUP = re.compile("[0-9]+")
@@ -34,10 +34,11 @@ _DATE = re.compile(
     r"(?:(?:1[89]|20)[0-9]{2}|[0-9]{2}(?!\2)))(?![0-9])"
 )
 _DATE_AND_HOUR = re.compile(r"(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])[0-9]{2,4}")
+_NO_YEARS = r"(?!(?:1[5-9]|20)[0-9]{2}(?:1[5-9]|20))"
 _YEAR_IN_PARENTHESES = re.compile(r"\((?:1[5-9]|20)[0-9]{2}\)")
 # The end of a longer number or of a price: what follows is not a national phone number.
 _LONGER_NUMBER = re.compile(r"(?:[0-9][.,\-/]|[$\u20ac\u00a3\u00a5\u20b9][ \t]?)\Z")
-_THEN_SPACE = re.compile("[0-9]{1,13}+ ")
+_ONE_OF_A_ROW = re.compile("[0-9]{1,13}+ |[0-9]{9,13}+(?![0-9])")
 _COMPACT = re.compile("[0-9]{7}")
 _ROW_AFTER = re.compile(r" [0-9]{1,8}(?=[ ,;)!?\n]|\.(?:[ \n]|\Z)|\Z)")
 _FILE_SUFFIX = re.compile(
@@ -95,7 +96,7 @@ def phone_matcher(regions: Collection[str]) -> Callable[[str, int, str], int]:
         international = _international(shadow, start, left)
         if international >= 0:
             return international
-        if left[-1:] == " " and left[-2:-1].isdigit() and _THEN_SPACE.match(shadow, start):
+        if left[-1:] == " " and left[-2:-1].isdigit() and _ONE_OF_A_ROW.match(shadow, start):
             # One of a row of numbers.
             return -1
         if _LONGER_NUMBER.search(left) and (left[-1] != "," or _COMPACT.match(shadow, start)):
@@ -186,7 +187,7 @@ class NationalPlans:
             by_trunk.setdefault(trunk or "0", []).append(pattern)
             if region in _BEHIND_TRUNK:
                 by_trunk[trunk].append(_BEHIND_TRUNK[region])
-            for groups, digits in _printed_groups(region, trunk=bool(trunk)):
+            for groups, digits in _printed_groups(region, trunk):
                 self._printed.setdefault(groups, []).append(digits)
         self._trunks = {trunk: re.compile("|".join(patterns)) for trunk, patterns in by_trunk.items()}
 
@@ -246,7 +247,11 @@ class NationalPlans:
             return False
         if announced:
             return self._is_any(digits) or self._is_printed(written, groups, digits)
-        if _is_sequence(digits) or not self._is_printed(written, groups, digits) or announces_other(left):
+        if (
+            (_is_sequence(digits) and (digits[0] != "0" or len(groups) == 1))
+            or not self._is_printed(written, groups, digits)
+            or announces_other(left)
+        ):
             return False
         if len(groups) == 1:
             return left[-1:] not in _PART_OF_A_NAME and not _FILE_SUFFIX.match(shadow, start + len(written))
@@ -319,7 +324,7 @@ def _in_a_row(shadow: str, end: int) -> bool:
     return card(shadow, end + 1, before) < 0 and social_security(shadow, end + 1, before) < 0
 
 
-def _printed_groups(region: str, *, trunk: bool) -> Iterator[tuple[str, re.Pattern[str]]]:
+def _printed_groups(region: str, trunk: str) -> Iterator[tuple[str, re.Pattern[str]]]:
     """Yield the groups, as "3-3-4", in which a region prints numbers without trunk prefix, and their digits."""
     valid = _plan(region)
     for listed, shapes, digits in _PRINTED:
@@ -328,13 +333,16 @@ def _printed_groups(region: str, *, trunk: bool) -> Iterator[tuple[str, re.Patte
             for shape in shapes.split():
                 yield shape, pattern
     metadata = PhoneMetadata.metadata_for_region(region)
-    if trunk or metadata is None or any(listed == region for listed, _, _ in _PRINTED):
+    if metadata is None or any(listed == region for listed, _, _ in _PRINTED):
         return
     for each in metadata.number_format:
+        if trunk and trunk in (each.national_prefix_formatting_rule or ""):
+            continue
         sizes = re.findall(r"\(\\d(?:\{([0-9]+)(?:,([0-9]+))?\})?\)", each.pattern or "")
         ranges = [range(int(low or 1), int(high or low or 1) + 1) for low, high in sizes]
         leading = each.leading_digits_pattern[-1] if each.leading_digits_pattern else ""
-        pattern = re.compile(f"(?={leading})(?:{valid})")
+        pattern = f"(?={leading})(?:{valid})"
         for groups in product(*ranges):
             if len(groups) > 1 and sum(groups) > 7 and min(groups) > 1:
-                yield "-".join(map(str, groups)), pattern
+                # Twice four digits may be years.
+                yield "-".join(map(str, groups)), re.compile((_NO_YEARS if groups == (4, 4) else "") + pattern)
