@@ -1,4 +1,4 @@
-"""The corpus of texts with and without personal data, and what the redactor makes of it: `python -m tests.privacy.corpus`."""
+"""The corpus of texts with and without personal data; `python -m tests.privacy.corpus` prints what is found in it."""
 
 import re
 from collections import Counter
