@@ -35,6 +35,7 @@ from app.privacy.pool import RedactionPool
 from app.privacy.redactor import PiiKind, Redactor
 from app.stores.memory_admission import MemoryAdmissionStore
 from app.telemetry import Metrics, disable_foreign_tracing
+from app.telemetry.metrics import Direction
 from app.web.app_factory import build_app
 from app.web.http.authentication import Keys
 from app.web.http.dependencies import Container, Service
@@ -264,7 +265,7 @@ class _Filters:
         filtered = FilteredEngine(engine, self._redactor, partial(self._count, "output"), pool=self._pool)
         return filtered, self._redactor.fingerprint
 
-    def _count(self, direction: str, kind: PiiKind, count: int) -> None:
+    def _count(self, direction: Direction, kind: PiiKind, count: int) -> None:
         self._metrics.pii(kind, direction, count)
 
 

@@ -1,24 +1,29 @@
 """Matches phone numbers, international ones and those of chosen regions as these print them.
 
-The numbering plans are those of `phonenumbers`, compiled once into regular expressions over bare digits: a number of
-any of thirty regions is recognised, or not, in a few of them, where that library's parser would take one call for each
-region and each possible end.  A valid number alone is no evidence, as digits of most lengths are valid somewhere: a
-national number is taken if it is written with its trunk prefix, with an area code in parentheses, in groups that its
-region prints, or behind a word such as "phone"; and never behind one such as "order".
+A valid number alone is no evidence, as digits of most lengths are valid somewhere (`phone_plans.py`): a national number
+is taken if it is written with its trunk prefix, with an area code in parentheses, in groups that its region prints, or
+behind a word such as "phone"; and never behind one such as "order".
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection
 from functools import cache
-from itertools import product
 
 import phonenumbers
-from phonenumbers.phonemetadata import PhoneMetadata
 
 from app.privacy.number_context import announces_other, announces_phone
-from app.privacy.numbers import card, social_security
+from app.privacy.numbers import Matcher, card, social_security
+from app.privacy.phone_plans import (
+    NORTH_AMERICA,
+    behind_trunk,
+    country_plan,
+    north_american_plan,
+    printed_groups,
+    region_plan,
+    trunk_prefix,
+)
 
 _NEWLINE = r"[.\-]?[ \t]?\r?\n[ \t]?"
 _INTERNATIONAL = re.compile(rf"(?:\+ ?|00(?=[1-9]))[0-9](?:(?:[ \t()./\-]{{0,3}}|{_NEWLINE})[0-9]){{6,14}}")
@@ -34,7 +39,6 @@ _DATE = re.compile(
     r"(?:(?:1[89]|20)[0-9]{2}|[0-9]{2}(?!\2)))(?![0-9])"
 )
 _DATE_AND_HOUR = re.compile(r"(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])[0-9]{2,4}")
-_NO_YEARS = r"(?!(?:1[5-9]|20)[0-9]{2}(?:1[5-9]|20))"
 _YEAR_IN_PARENTHESES = re.compile(r"\((?:1[5-9]|20)[0-9]{2}\)")
 # The end of a longer number or of a price: what follows is not a national phone number.
 _LONGER_NUMBER = re.compile(r"(?:[0-9][.,\-/]|[$\u20ac\u00a3\u00a5\u20b9][ \t]?)\Z")
@@ -45,45 +49,16 @@ _FILE_SUFFIX = re.compile(
     r"\.(?:jpe?g|png|gif|svg|pdf|txt|csv|json|xml|zip|gz|docx?|xlsx?|mp[34]|log|html?|md)(?![A-Za-z0-9])", re.IGNORECASE
 )
 _PART_OF_A_NAME = frozenset("-_/#=&%@.\\")
-# 555, as area or exchange code, is reserved for fiction: invalid, but meant as a phone number.
-_FICTION = r"555[0-9]{7}|[2-9][0-9]{2}555[0-9]{4}"
 # The largest signed 32-bit number and its neighbour, valid numbers in Dallas that software often prints.
 _NOT_DIALLED = frozenset(("2147483647", "2147483648"))
 _COUNTING = "01234567890123456789"
-_NORTH_AMERICA, _MEXICO = 1, 52
 _NORTH_AMERICAN = re.compile(
     rf"(?:1(?:[ \t./\-]{{0,2}}))?(?:\([0-9]{{3}}\)|[0-9]{{3}}\)?)(?:[ \t./\-]{{0,2}}|{_NEWLINE})[0-9]{{3}}"
     rf"(?:[ \t.\-]{{0,2}}|{_NEWLINE})[0-9]{{4}}(?![0-9])"
 )
 
-_MOBILE_INDIA, _MOBILE_CHINA, _MOBILE_BRAZIL = "[6-9][0-9]{9}", "1[3-9][0-9]{9}", "[1-9][1-9]9[0-9]{8}"
-# Groups that regions print beside those in the metadata, without a trunk prefix: region, groups, digits.
-_PRINTED: tuple[tuple[str, str, str], ...] = (
-    ("IN", "5-5 3-3-4 4-3-3 4-6 2-4-4 2-8 10", _MOBILE_INDIA),
-    ("CN", "3-4-4 3-8 11", _MOBILE_CHINA),
-    ("BR", "2-5-4 2-9 2-1-4-4 11", _MOBILE_BRAZIL),
-    ("BR", "2-4.4", "[1-9][1-9][2-5][0-9]{7}"),
-    ("RU", "3-3-2-2 3-3-4 3-7", "(?:9|[348][0-9][1-9])[0-9]{8,9}"),
-    ("TR", "3-3-2-2 3-3-4 3-7", "5[0-9]{9}|[2-4][1-9][0-9]{8}"),
-    ("AR", "2-4-4 2-4.4", "11[2-9][0-9]{7}"),
-    ("AR", "2-2-4-4", "1115[2-9][0-9]{7}"),
-    ("AR", "3-3-4 3-3.4", "[23][0-9]{2}[2-9][0-9]{6}"),
-    ("AR", "3-2-3-4 3-2-7", "[23][0-9]{2}15[2-9][0-9]{6}"),
-    ("ES", "3-3-3 3-2-2-2 2-3-2-2 3-6", "[679][0-9]{8}"),
-    ("PT", "3-3-3 2-3-4", "9[0-9]{8}|2[12][0-9]{7}"),
-    ("IT", "3-3-4 3-7 3-2-2-3 3-3-2-2", "3[0-9]{8,9}"),
-    ("PL", "3-3-3", "(?:45|5[0137]|6[0569]|7[2389]|88)[0-9]{7}"),
-    ("PL", "2-3-2-2", "[1-9][0-9]{8}"),
-    ("MX", "2-4-4 3-3-4 2-2-2-2-2", "[2-9][0-9]{9}"),
-    ("GR", "3-3-4 3-7", "(?:69|2)[0-9]{8,9}"),
-    ("DK", "2-2-2-2", "[2-9][0-9]{7}"),
-    ("NO", "3-2-3 2-2-2-2", "[2-9][0-9]{7}"),
-)
-# Behind a trunk prefix, where the parser of `phonenumbers` would turn the digits round first: 15 marks a mobile phone.
-_BEHIND_TRUNK: dict[str, str] = {"AR": "0(?:11|[23][0-9]{2,3})15[2-9][0-9]{5,7}"}
 
-
-def phone_matcher(regions: Collection[str]) -> Callable[[str, int, str], int]:
+def phone_matcher(regions: Collection[str]) -> Matcher:
     """Return a matcher of international numbers, and of national ones of `regions` (two capital letters, CLDR).
 
     Raises: ValueError: `phonenumbers` has no such region.
@@ -113,55 +88,16 @@ def _international(shadow: str, start: int, left: str) -> int:
     for end in range(candidate.end(), start + 6, -1):
         if shadow[end - 1].isdigit() and not shadow[end : end + 1].isdigit():
             digits = _NOT_DIGITS.sub("", shadow[start:end]).lstrip("0")
-            if _of_a_country(digits) and shadow.count("\n", start, end) <= 1:
+            if _of_acountry_plan(digits) and shadow.count("\n", start, end) <= 1:
                 return end
     return -1
 
 
-def _of_a_country(digits: str) -> bool:
+def _of_acountry_plan(digits: str) -> bool:
     for size in (1, 2, 3):
-        if plan := _country(int(digits[:size] or 0)):
+        if plan := country_plan(int(digits[:size] or 0)):
             return plan(digits[size:]) is not None
     return False
-
-
-@cache
-def _country(code: int) -> Callable[[str], re.Match[str] | None] | None:
-    """Return the plan of a country code, a trunk prefix by mistake included; None if nobody has the code."""
-    plans = [_plan(region, code) for region in phonenumbers.COUNTRY_CODE_TO_REGION_CODE.get(code, ())]
-    known = [plan for plan in plans if plan]
-    if not known:
-        return None
-    # Every region of a country code has its own valid numbers, but the prefix is the main one's.
-    metadata = PhoneMetadata.metadata_for_region_or_calling_code(
-        code, phonenumbers.COUNTRY_CODE_TO_REGION_CODE[code][0]
-    )
-    # Mexico dropped the 1 before mobile numbers in 2019.
-    trunk = (metadata.national_prefix if metadata else None) or ("1" if code == _MEXICO else "")
-    fiction = f"|{_FICTION}" if code == _NORTH_AMERICA else ""
-    return re.compile(f"(?:{trunk})?(?:{'|'.join(known)}{fiction})").fullmatch
-
-
-@cache
-def _plan(region: str, code: int | None = None) -> str:
-    """Return a pattern of the digits of every valid number of a region, without trunk prefix."""
-    metadata = PhoneMetadata.metadata_for_region_or_calling_code(
-        code or phonenumbers.country_code_for_region(region), region
-    )
-    if metadata is None:
-        return ""
-    kinds = (
-        *(metadata.fixed_line, metadata.mobile, metadata.toll_free, metadata.premium_rate, metadata.shared_cost),
-        *(metadata.voip, metadata.personal_number, metadata.uan, metadata.pager),
-    )
-    patterns = {each.national_number_pattern for each in kinds if each and each.national_number_pattern}
-    return "|".join(f"(?:{pattern})" for pattern in sorted(patterns))
-
-
-@cache
-def _north_american_plan() -> Callable[[str], re.Match[str] | None]:
-    regions = phonenumbers.COUNTRY_CODE_TO_REGION_CODE[_NORTH_AMERICA]
-    return re.compile(f"1?(?:{'|'.join(_plan(region) for region in regions)}|{_FICTION})").fullmatch
 
 
 @cache
@@ -173,21 +109,16 @@ class NationalPlans:
         for region in regions:
             if region not in phonenumbers.SUPPORTED_REGIONS:
                 raise ValueError(f"unknown phone region {region!r}")
-        american = [region for region in regions if phonenumbers.country_code_for_region(region) == _NORTH_AMERICA]
-        self._north_american = _north_american_plan() if american else None
+        american = [region for region in regions if phonenumbers.country_code_for_region(region) == NORTH_AMERICA]
+        self._north_american = north_american_plan() if american else None
         self._printed: dict[str, list[re.Pattern[str]]] = {}
         others = [region for region in regions if region not in american]
-        self._any = re.compile("|".join(_plan(region) for region in others)) if others else None
+        self._any = re.compile("|".join(region_plan(region) for region in others)) if others else None
         by_trunk: dict[str, list[str]] = {}
         for region in others:
-            metadata = PhoneMetadata.metadata_for_region(region)
-            trunk = (metadata.national_prefix if metadata else None) or ""
-            # A zero of the number itself, as in Italy, is as good as a trunk prefix.
-            pattern = f"{trunk}(?:{_plan(region)})" if trunk else f"(?=0)(?:{_plan(region)})"
-            by_trunk.setdefault(trunk or "0", []).append(pattern)
-            if region in _BEHIND_TRUNK:
-                by_trunk[trunk].append(_BEHIND_TRUNK[region])
-            for groups, digits in _printed_groups(region, trunk):
+            trunk = trunk_prefix(region)
+            by_trunk.setdefault(trunk or "0", []).extend(behind_trunk(region, trunk))
+            for groups, digits in printed_groups(region, trunk):
                 self._printed.setdefault(groups, []).append(digits)
         self._trunks = {trunk: re.compile("|".join(patterns)) for trunk, patterns in by_trunk.items()}
 
@@ -322,27 +253,3 @@ def _in_a_row(shadow: str, end: int) -> bool:
         return False
     before = shadow[max(0, end - 4) : end + 1]
     return card(shadow, end + 1, before) < 0 and social_security(shadow, end + 1, before) < 0
-
-
-def _printed_groups(region: str, trunk: str) -> Iterator[tuple[str, re.Pattern[str]]]:
-    """Yield the groups, as "3-3-4", in which a region prints numbers without trunk prefix, and their digits."""
-    valid = _plan(region)
-    for listed, shapes, digits in _PRINTED:
-        if listed == region:
-            pattern = re.compile(f"(?:{digits})" if region == "AR" else f"(?=(?:{digits})$)(?:{valid})")
-            for shape in shapes.split():
-                yield shape, pattern
-    metadata = PhoneMetadata.metadata_for_region(region)
-    if metadata is None or any(listed == region for listed, _, _ in _PRINTED):
-        return
-    for each in metadata.number_format:
-        if trunk and trunk in (each.national_prefix_formatting_rule or ""):
-            continue
-        sizes = re.findall(r"\(\\d(?:\{([0-9]+)(?:,([0-9]+))?\})?\)", each.pattern or "")
-        ranges = [range(int(low or 1), int(high or low or 1) + 1) for low, high in sizes]
-        leading = each.leading_digits_pattern[-1] if each.leading_digits_pattern else ""
-        pattern = f"(?={leading})(?:{valid})"
-        for groups in product(*ranges):
-            if len(groups) > 1 and sum(groups) > 7 and min(groups) > 1:
-                # Twice four digits may be years.
-                yield "-".join(map(str, groups)), re.compile((_NO_YEARS if groups == (4, 4) else "") + pattern)

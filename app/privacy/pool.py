@@ -29,6 +29,8 @@ SEGMENT_CHARS = 4096
 """Text of one step: tens of milliseconds at worst, for which another tenant may have to wait."""
 STEP_SECONDS = 30.0
 """A process that takes longer for a step hangs, and is killed."""
+_TRIES = 2
+"""Processes that may fail at a step before its text does."""
 _LINE_BYTES = 2**22
 
 _ENVIRONMENT = frozenset(["PATH", "LANG", "SYSTEMROOT", "VIRTUAL_ENV"])
@@ -102,9 +104,10 @@ class RedactionPool:
     async def close(self) -> None:
         """End the children; what still waits fails."""
         self._closed = True
-        for worker in self._workers:
+        workers = list(self._workers)
+        for worker in workers:
             worker.cancel()
-        await asyncio.gather(*self._workers, return_exceptions=True)
+        await asyncio.gather(*workers, return_exceptions=True)
         while len(self._queue):
             _fail((await self._queue.get()).done, "the service stops")
 
@@ -126,7 +129,9 @@ class RedactionPool:
         step = _Step(state, segment, final, asyncio.get_running_loop().create_future())
         self._queue.put(tenant, len(segment), step)
         if self._idle < len(self._queue) and len(self._workers) < self._processes:
-            self._workers.add(asyncio.create_task(self._work()))
+            worker = asyncio.create_task(self._work())
+            self._workers.add(worker)
+            worker.add_done_callback(self._workers.discard)
         return await step.done
 
     async def _work(self) -> None:
@@ -150,20 +155,19 @@ class RedactionPool:
 
 async def _perform(child: _Child, step: _Step) -> None:
     try:
-        for last_try in (False, True):
+        for _ in range(_TRIES):
             try:
                 outcome = await child.run(step)
-                break
-            except Exception as error:  # noqa: BLE001  # whatever it is, the text must not pass
+            except Exception:  # noqa: BLE001  # whatever it is, the text must not pass
                 await child.stop()
-                if last_try:
-                    return _fail(step.done, f"a process for redaction failed twice ({type(error).__name__})")
+            else:
+                if not step.done.done():
+                    step.done.set_result(outcome)
+                return
+        _fail(step.done, f"{_TRIES} processes failed at it")
     except BaseException:
         _fail(step.done, "the service stops")
         raise
-    if not step.done.done():
-        step.done.set_result(outcome)
-    return None
 
 
 def _fail(done: asyncio.Future[tuple[str, StreamState]], reason: str) -> None:

@@ -80,8 +80,10 @@ class StreamState:
 
     @classmethod
     def of_list(cls, values: list[Any]) -> Self:
-        *text, counts = values
-        return cls(*text, counts={PiiKind(kind): count for kind, count in counts.items()})
+        buffer, context, invisible_before, open_key, counts = values
+        return cls(
+            buffer, context, invisible_before, open_key, {PiiKind(kind): times for kind, times in counts.items()}
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,6 +126,16 @@ async def test_no_program_at_all_refuses_too() -> None:
     await pool.close()
 
 
+async def test_a_process_ends_with_the_service_that_started_it() -> None:
+    """Its standard input ends then, however the service did."""
+    command = (sys.executable, "-m", "app.privacy.redaction_process", "email", "US")
+    process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.close()
+
+    assert 0 == await asyncio.wait_for(process.wait(), 20)
+
+
 async def test_a_text_given_up_leaves_the_pool_of_use(pool: RedactionPool) -> None:
     """A client that hangs up while its text waits or is worked on costs others nothing."""
     await pool.redact("t", DIGITS)
