@@ -3,6 +3,7 @@
 `create_app` reads nothing but its settings and the files they name.
 """
 
+import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
@@ -30,9 +31,11 @@ from app.generation.sessions import MemorySessionStore, SessionStore
 from app.ipc.spare_interpreters import SpareInterpreters
 from app.langchain.chains import COMPLETION_VARIABLES, SYSTEM_VARIABLES, ModelChains
 from app.privacy.filters import FilteredEngine, InputFilter
+from app.privacy.pool import RedactionPool
 from app.privacy.redactor import PiiKind, Redactor
 from app.stores.memory_admission import MemoryAdmissionStore
 from app.telemetry import Metrics, disable_foreign_tracing
+from app.telemetry.metrics import Direction
 from app.web.app_factory import build_app
 from app.web.http.authentication import Keys
 from app.web.http.dependencies import Container, Service
@@ -40,6 +43,11 @@ from app.web.http.rate_limits import FailedKeyLimiter
 
 DEADLINE_MARGIN_SECONDS = 30.0
 """A worker has so much longer for a first token than the deadline, before it counts as stuck."""
+
+REDACTION_PROCESSES = min(4, max(1, (os.cpu_count() or 1) // 2))
+"""Most child processes that filter long texts."""
+_LOG_TENANT = "inference log"
+"""As whose the texts of the log take their turn among those of the tenants."""
 
 
 def create_app(
@@ -63,12 +71,14 @@ def create_app(
     names = list(engines or [settings.model.public_name])
     metrics = Metrics(names)
     redactor = _redactor(settings)
-    access = _access(settings, redactor, metrics)
+    pool = RedactionPool(redactor, REDACTION_PROCESSES)
+    filters = _Filters(settings, redactor, pool, metrics)
+    access = _access(settings, filters, metrics)
     build = partial(
         _build_model,
         engines=engines,
         settings=settings,
-        redactor=redactor,
+        filters=filters,
         metrics=metrics,
         access=access,
         interpreters=SpareInterpreters(
@@ -86,8 +96,8 @@ def create_app(
         sessions = MemorySessionStore(settings.chat_history)
     generation: Service = service or GenerationService(
         host=host,
-        input_filter=_input_filter(settings, redactor, metrics),
-        storage_filter=_storage_filter(redactor) if redactor else None,
+        input_filter=filters.of_input(),
+        storage_filter=filters.of_storage() if settings.pii.enabled else None,
         sessions=sessions,
         metrics=metrics,
         admission=admission,
@@ -106,11 +116,11 @@ def create_app(
         failed_keys=FailedKeyLimiter(settings.security.failed_keys_per_minute, on_refusal=metrics.rate_limited),
         metrics=metrics,
     )
-    return build_app(container, lifespan=_lifespan)
+    return build_app(container, lifespan=partial(_lifespan, pool=pool))
 
 
 @asynccontextmanager
-async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+async def _lifespan(app: FastAPI, *, pool: RedactionPool) -> AsyncIterator[None]:
     container: Container = app.state.container
     async with anyio.create_task_group() as background:
         background.start_soon(container.metrics.watch_event_loop)
@@ -122,6 +132,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             with anyio.CancelScope(shield=True):
                 await container.host.close()
                 await container.access.close()
+                await pool.close()
             background.cancel_scope.cancel()
 
 
@@ -130,7 +141,7 @@ def _build_model(
     *,
     engines: Mapping[str, Engine] | None,
     settings: Settings,
-    redactor: Redactor | None,
+    filters: "_Filters",
     metrics: Metrics,
     access: AccessControl,
     interpreters: SpareInterpreters,
@@ -142,7 +153,7 @@ def _build_model(
     if name not in (engines or (settings.model.public_name,)):
         raise ModelNotFound("There is no such model.")
     engine = engines[name] if engines else _engine(settings, name, interpreters)
-    engine, cache = _wrap(engine, settings, redactor, metrics, access)
+    engine, cache = _wrap(engine, settings, filters, metrics, access)
     read = partial(read_template, settings.app.prompts_dir, model=name)
     return ServedModel(
         name=name,
@@ -185,31 +196,26 @@ def _engine(settings: Settings, name: str, interpreters: SpareInterpreters) -> E
 
 
 def _wrap(
-    engine: Engine, settings: Settings, redactor: Redactor | None, metrics: Metrics, access: AccessControl
+    engine: Engine, settings: Settings, filters: "_Filters", metrics: Metrics, access: AccessControl
 ) -> tuple[Engine, CachedEngine | None]:
     """Put the output filter around the engine and the caches around both, so that nothing unfiltered is stored."""
-    scope = "unfiltered"
-    if redactor and settings.pii.output == "mask":
-        engine = FilteredEngine(engine, redactor, lambda kind, count: metrics.pii(kind, "output", count))
-        scope = redactor.fingerprint
+    engine, scope = filters.around(engine)
     if not settings.cache.enabled:
         return engine, None
     if settings.cache.persistent:
-        mask = _storage_filter(redactor).mask if redactor and settings.pii.output == "off" else None
+        mask = filters.of_storage().mask if settings.pii.enabled and settings.pii.output == "off" else None
         engine = PersistentCacheEngine(engine, access.response_cache, scope=scope, mask=mask)
     cache = CachedEngine(engine, settings.cache, scope=scope, metrics=metrics)
     return cache, cache
 
 
-def _access(settings: Settings, redactor: Redactor | None, metrics: Metrics) -> AccessControl:
+def _access(settings: Settings, filters: "_Filters", metrics: Metrics) -> AccessControl:
     configured = settings.security.api_key
-    # Logged text is masked even where the filters are off.
-    log_filter = _storage_filter(redactor or Redactor())
     return AccessControl(
         settings,
         configured_key=configured.get_secret_value() if configured else None,
         bootstrap_key=None if configured else bootstrap_key(settings.app.data_dir),
-        mask=log_filter.mask,
+        mask=partial(filters.of_storage().mask, _LOG_TENANT),
         on_drop=metrics.log_rows_dropped,
     )
 
@@ -223,25 +229,44 @@ def _usage_recorder(settings: Settings, access: AccessControl) -> UsageRecorder:
     )
 
 
-def _redactor(settings: Settings) -> Redactor | None:
+def _redactor(settings: Settings) -> Redactor:
     pii = settings.pii
-    if not pii.enabled:
-        return None
+    # Logged text is masked even with `pii.enabled: false`.
+    kinds = [PiiKind(name) for name in pii.entities] if pii.enabled else list(PiiKind)
     try:
-        return Redactor([PiiKind(name) for name in pii.entities], phone_region=pii.phone_region)
-    except ValueError:
-        raise ConfigError(f"configuration: pii.phone_region: there is no region {pii.phone_region}") from None
+        return Redactor(kinds, phone_regions=pii.phone_regions)
+    except ValueError as error:
+        raise ConfigError(f"configuration: pii.phone_regions: {error}") from None
 
 
-def _input_filter(settings: Settings, redactor: Redactor | None, metrics: Metrics) -> InputFilter | None:
-    if redactor is None or settings.pii.input == "off":
-        return None
-    return InputFilter(redactor, settings.pii.input, lambda kind, count: metrics.pii(kind, "input", count))
+class _Filters:
+    """Builds the filters of personal data, which share one pool; what is switched off is None or left out."""
 
+    def __init__(self, settings: Settings, redactor: Redactor, pool: RedactionPool, metrics: Metrics) -> None:
+        self._pii = settings.pii
+        self._redactor = redactor
+        self._pool = pool
+        self._metrics = metrics
 
-def _storage_filter(redactor: Redactor) -> InputFilter:
-    """Return what masks stored text, whatever `pii.input` and `pii.output` say."""
-    return InputFilter(redactor, "mask", lambda kind, count: None)
+    def of_input(self) -> InputFilter | None:
+        if not self._pii.enabled or self._pii.input == "off":
+            return None
+        count = partial(self._count, "input")
+        return InputFilter(self._redactor, self._pii.input, count, pool=self._pool)
+
+    def of_storage(self) -> InputFilter:
+        """Return what masks stored and logged text, whatever `pii.input` and `pii.output` say."""
+        return InputFilter(self._redactor, "mask", lambda kind, count: None, pool=self._pool)
+
+    def around(self, engine: Engine) -> tuple[Engine, str]:
+        """Put the output filter around an engine.  Returns: the engine, the policy's name for the keys of caches."""
+        if not self._pii.enabled or self._pii.output == "off":
+            return engine, "unfiltered"
+        filtered = FilteredEngine(engine, self._redactor, partial(self._count, "output"), pool=self._pool)
+        return filtered, self._redactor.fingerprint
+
+    def _count(self, direction: Direction, kind: PiiKind, count: int) -> None:
+        self._metrics.pii(kind, direction, count)
 
 
 def _watch(metrics: Metrics, host: ModelHost, sessions: SessionStore | None) -> None:

@@ -215,8 +215,11 @@ class PiiConfig(Section):
     """mask replaces it by placeholders such as [EMAIL], block refuses the request with 400."""
     output: Literal["mask", "off"] = "mask"
     entities: tuple[PiiName, ...] = ("email", "phone", "card", "iban", "ssn", "ip", "api_key")
-    phone_region: Annotated[str, Field(pattern=r"^[A-Z]{2}$")] = "US"
-    """Region whose national phone numbers are detected; international ones always are."""
+    phone_regions: tuple[Annotated[str, Field(pattern=r"^[A-Z]{2}$")], ...] = (
+        *("US", "GB", "IE", "DE", "AT", "CH", "FR", "BE", "NL", "ES", "PT", "IT", "SE", "PL", "UA", "RU", "TR", "IL"),
+        *("SA", "AE", "EG", "ZA", "IN", "PK", "ID", "CN", "JP", "KR", "AU", "BR", "MX", "AR"),
+    )
+    """Regions whose national phone numbers are detected; international ones always are."""
 
 
 class OpenAIConfig(Section):

@@ -20,7 +20,7 @@ from app.engine.wrapper import EngineWrapper
 from app.errors import AppError
 from app.events import CacheStatus, Delta, Event, Finished, finish
 from app.requests import GenerationRequest
-from app.types import FinishReason, Usage
+from app.types import FinishReason, Tenant, Usage
 
 MAX_RESPONSE_BYTES = 1024 * 1024
 """Longer responses are not stored."""
@@ -47,11 +47,11 @@ class PersistentCacheEngine(EngineWrapper):
         store: ResponseStore,
         *,
         scope: str,
-        mask: Callable[[str], Awaitable[str]] | None = None,
+        mask: Callable[[Tenant, str], Awaitable[str]] | None = None,
     ) -> None:
         """Args:
         scope: what else decides a response, as for `CachedEngine`.
-        mask: takes personal data out of a text; responses that it would change are not stored.  None stores them all.
+        mask: takes personal data out of a tenant's text; responses that it would change are not stored.  None stores them all.
         """
         super().__init__(inner)
         self._mask = mask
@@ -106,15 +106,15 @@ class PersistentCacheEngine(EngineWrapper):
                     event = structs.replace(event, cache=CacheStatus.MISS)
                 generated.append(event)
                 if isinstance(event, Finished) and event.finish_reason in COMPLETE:
-                    await self._put(key, generated)
+                    await self._put(request.tenant, key, generated)
                 yield event
 
-    async def _put(self, key: bytes, events: list[Event]) -> None:
+    async def _put(self, tenant: Tenant, key: bytes, events: list[Event]) -> None:
         response = msgspec.msgpack.encode(events)
-        if len(response) <= MAX_RESPONSE_BYTES and await self._is_clean(events):
+        if len(response) <= MAX_RESPONSE_BYTES and await self._is_clean(tenant, events):
             self._store.put(key, response)
 
-    async def _is_clean(self, events: list[Event]) -> bool:
+    async def _is_clean(self, tenant: Tenant, events: list[Event]) -> bool:
         """Return whether masking would leave every sample as it is; False where the filter itself fails."""
         if self._mask is None:
             return True
@@ -123,7 +123,7 @@ class PersistentCacheEngine(EngineWrapper):
             if isinstance(event, Delta):
                 samples[event.index].append(event.text)
         try:
-            return all([await self._mask(text) == text for text in map("".join, samples.values())])
+            return all([await self._mask(tenant, text) == text for text in map("".join, samples.values())])
         except AppError:
             return False
 

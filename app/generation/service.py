@@ -128,22 +128,23 @@ class GenerationService:
 
         if not request.is_chat:
             return await fit_text(await self._clean_text(request, model, budget), prepare, budget)
-        texts = await self._clean([message.content for message in request.messages])
+        texts = await self._clean(request, [message.content for message in request.messages])
         messages = [Message(each.role, text) for each, text in zip(request.messages, texts, strict=True)]
         system = [message.content for message in messages if message.role is Role.SYSTEM]
         request = structs.replace(request, messages=(Message(Role.SYSTEM, "\n\n".join(system)),) if system else ())
         # A session stores masked texts, so a conversation that a client sends again is recognised by its masked form.
-        masked = await self._storable(messages) if request.session_id else messages
+        masked = await self._storable(request, messages) if request.session_id else messages
         stored = new_messages(history, masked)
         spoken = [message for message in messages if message.role is not Role.SYSTEM]
         fitted = await fit_chat(request, history, spoken[len(spoken) - len(stored) :], prepare, budget)
         return replace(fitted, new=stored)
 
-    async def _storable(self, messages: Sequence[Message]) -> list[Message]:
+    async def _storable(self, request: GenerationRequest, messages: Sequence[Message]) -> list[Message]:
         """Return messages as a session may store them; those that the input filter has passed are clean already."""
         if self._storage_filter is None or self._input_filter is not None:
             return list(messages)
-        return [Message(each.role, await self._storage_filter.mask(each.content)) for each in messages]
+        mask = self._storage_filter.mask
+        return [Message(each.role, await mask(request.tenant, each.content)) for each in messages]
 
     async def _clean_text(
         self, request: GenerationRequest, model: ServedModel, budget: TokenBudget
@@ -153,16 +154,16 @@ class GenerationService:
         Raises: InvalidRequest: it names a token that the model does not have.
         """
         if (ids := request.prompt_ids) is None:
-            (text,) = await self._clean([request.text or ""])
+            (text,) = await self._clean(request, [request.text or ""])
             return structs.replace(request, text=text)
         model.engine.info.check_tokens("prompt", ids)
         budget.max_tokens(len(ids))  # raises before any work is done for a prompt that is far too long
         given = await model.engine.detokenize(ids)
-        (text,) = await self._clean([given])
+        (text,) = await self._clean(request, [given])
         return structs.replace(request, text=text, prompt_ids=ids if text == given else None)
 
-    async def _clean(self, texts: list[str]) -> list[str]:
-        return texts if self._input_filter is None else await self._input_filter.clean(texts)
+    async def _clean(self, request: GenerationRequest, texts: list[str]) -> list[str]:
+        return texts if self._input_filter is None else await self._input_filter.clean(request.tenant, texts)
 
     def _turn(self, request: GenerationRequest) -> AbstractAsyncContextManager[Sequence[Turn]]:
         """Hold the session, one turn at a time, and return its history; without a session there is none."""
@@ -193,7 +194,7 @@ class GenerationService:
         if self._storage_filter is not None:
             # Where output is not filtered this still prevents personal data from being stored, and lets a client's
             # resent conversation, which is masked too before it is compared, be recognised.
-            completion = await self._storage_filter.mask(completion)
+            completion = await self._storage_filter.mask(request.tenant, completion)
         for turn in as_turns([*new, Message(Role.ASSISTANT, completion)]):
             await self.sessions.append(request.tenant, request.session_id, turn)
 

@@ -5,8 +5,7 @@ The output filter is an Engine around an Engine, so it stands between the model 
 completion ends with FinishReason.CONTENT_FILTER without the text that was being looked at.
 """
 
-import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Hashable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Literal
@@ -20,6 +19,7 @@ from app.engine.stop_strings import StopBuffer
 from app.engine.wrapper import EngineWrapper
 from app.errors import PiiBlocked, ServiceUnavailable
 from app.events import Delta, Event, Finished, finish
+from app.privacy.pool import RedactionPool
 from app.privacy.redactor import PiiKind, Redaction, Redactor, StreamRedactor
 from app.requests import GenerationRequest
 from app.types import FinishReason, Usage
@@ -28,27 +28,35 @@ log = structlog.get_logger(__name__)
 
 OnMatch = Callable[[PiiKind, int], None]
 
-THREAD_CHARS = 2000
-"""Longer texts are worked on in a thread: they would hold up every other request of the event loop."""
-
 
 class InputFilter:
     """Masks or refuses personal data in what a client sends."""
 
-    def __init__(self, redactor: Redactor, mode: Literal["mask", "block"], on_match: OnMatch) -> None:
-        """Args: on_match: called with each kind found and how often."""
-        self._redactor = redactor
+    def __init__(
+        self,
+        redactor: Redactor,
+        mode: Literal["mask", "block"],
+        on_match: OnMatch,
+        *,
+        pool: RedactionPool | None = None,
+    ) -> None:
+        """
+        Args:
+            on_match: called with each kind found and how often.
+            pool: redacts with `redactor` where long texts hold up nothing; by default segment by segment on this loop.
+        """
+        self._pool = pool or RedactionPool(redactor)
         self._mode = mode
         self._on_match = on_match
 
-    async def clean(self, texts: Sequence[str]) -> list[str]:
-        """Return the texts without personal data.
+    async def clean(self, tenant: Hashable, texts: Sequence[str]) -> list[str]:
+        """Return the texts without personal data; `tenant` is whose turn among the long texts of all it takes.
 
         Raises:
             PiiBlocked: the policy is to block, and there is some; names the kinds, never the text.
             ServiceUnavailable: the filter itself failed.
         """
-        redactions = await self._redact(texts)
+        redactions = await self._redact(tenant, texts)
         kinds = sorted({kind for redaction in redactions for kind in redaction.counts})
         for redaction in redactions:
             for kind, count in redaction.counts.items():
@@ -57,20 +65,16 @@ class InputFilter:
             raise PiiBlocked("The request holds personal data, which this service refuses.", details={"kinds": kinds})
         return [redaction.text for redaction in redactions]
 
-    async def mask(self, text: str) -> str:
+    async def mask(self, tenant: Hashable, text: str) -> str:
         """Return a text as it would look had it come in, whatever the policy: stored turns are compared with that.
 
         Raises: ServiceUnavailable: the filter itself failed.
         """
-        return (await self._redact([text]))[0].text
+        return (await self._redact(tenant, [text]))[0].text
 
-    async def _redact(self, texts: Sequence[str]) -> list[Redaction]:
-        def redact() -> list[Redaction]:
-            return [self._redactor.redact(text) for text in texts]
-
+    async def _redact(self, tenant: Hashable, texts: Sequence[str]) -> list[Redaction]:
         try:
-            long = sum(map(len, texts)) > THREAD_CHARS
-            return await asyncio.to_thread(redact) if long else redact()
+            return [await self._pool.redact(tenant, text) for text in texts]
         except Exception:  # noqa: BLE001  # whatever it is, the text must not pass
             # The traceback could show the very text, so only the fact is logged.
             log.error("input filter failed")
@@ -115,7 +119,9 @@ class _OutputFilter:
     A stop string that matched the model's own text would tell, by ending the completion, what stands under a mask.
     """
 
-    def __init__(self, redactor: Redactor, request: GenerationRequest) -> None:
+    def __init__(self, redactor: Redactor, request: GenerationRequest, pool: RedactionPool) -> None:
+        self._pool = pool
+        self._tenant = request.tenant
         self.redactor = StreamRedactor(redactor, _continued_text(request))
         self._stops = StopBuffer(request.sampling.stop)
         self._logprobs = None if request.sampling.logprobs is None else _UnmaskedLogprobs()
@@ -125,8 +131,9 @@ class _OutputFilter:
         """Return the stop string that ended the completion; None before there is one."""
         return self._stops.matched
 
-    def feed(self, delta: Delta) -> Delta:
-        return self._clean(delta, self._stops.feed(self.redactor.feed(delta.text)))
+    async def feed(self, delta: Delta) -> Delta:
+        text = await self._pool.feed(self._tenant, self.redactor, delta.text)
+        return self._clean(delta, self._stops.feed(text))
 
     def finish(self, *, cut: bool) -> Delta:
         """Return what is still withheld.  Args: cut: whether the completion breaks off."""
@@ -149,14 +156,21 @@ def _continued_text(request: GenerationRequest) -> str:
 class FilteredEngine(EngineWrapper):
     """Masks personal data in every completion of the inner engine."""
 
-    def __init__(self, inner: Engine, redactor: Redactor, on_match: OnMatch) -> None:
-        """Args: on_match: called with each kind found and how often, once a completion has ended."""
+    def __init__(
+        self, inner: Engine, redactor: Redactor, on_match: OnMatch, *, pool: RedactionPool | None = None
+    ) -> None:
+        """
+        Args:
+            on_match: called with each kind found and how often, once a completion has ended.
+            pool: redacts with `redactor` where long deltas hold up nothing; by default segment by segment on this loop.
+        """
         super().__init__(inner)
+        self._pool = pool or RedactionPool(redactor)
         self._redactor = redactor
         self._on_match = on_match
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        output = _OutputFilter(self._redactor, request)
+        output = _OutputFilter(self._redactor, request, self._pool)
         try:
             async with aclosing(self._inner.stream(_without_stops(request))) as events:
                 async for event in events:
@@ -174,16 +188,14 @@ class FilteredEngine(EngineWrapper):
             if output.stopped is not None:
                 yield finish(FinishReason.STOP, _usage(request), output.stopped)
         finally:
-            # A list: where the stream was abandoned, a thread may still be counting.
-            for kind, count in list(output.redactor.counts.items()):
+            for kind, count in output.redactor.counts.items():
                 self._on_match(kind, count)
 
 
 async def _filtered(event: Event, output: _OutputFilter) -> list[Event]:
     """Return what may be sent of an event; the last one is left out where a stop string ended the completion."""
     if isinstance(event, Delta):
-        long = len(event.text) > THREAD_CHARS
-        return [await asyncio.to_thread(output.feed, event) if long else output.feed(event)]
+        return [await output.feed(event)]
     if not isinstance(event, Finished):
         return [event]
     end = event.samples[0]

@@ -1,28 +1,28 @@
-"""Matches card, bank account, social security and phone numbers at a given position of a shadow text.
+"""Matches card, bank account and social security numbers at a given position of a shadow text.
 
-A regular expression finds candidates; a checksum, the structure in a registry or a numbering plan validates them.  The
-two rules of `patterns.py`, the only caller, hold here: an end is rejected only because of a letter, a digit or "-5"
-after it, and every possible end is tried.  Where a number may begin is decided by the caller.
+A regular expression finds candidates; a checksum or the structure in a registry validates them.  The two rules of
+`patterns.py`, the only caller beside `phones.py`, hold here: an end is rejected only because of a letter, a digit or
+"-5" after it, and every possible end is tried.  Where a number may begin is decided by the caller.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import cache
 
-import phonenumbers
-from stdnum import iban, luhn, numdb
-from stdnum.us import itin, ssn
+from stdnum import iban, numdb
 
 Matcher = Callable[[str, int, str], int]
 """(shadow, start, left) -> end of the entity that begins at `start`, or -1; `left` is the context before it."""
 
-_NOT_DIGITS = re.compile("[^0-9]")
+_NOT_DIGITS = re.compile("[^0-9]+")
 _DECIMALS = re.compile(r"[0-9][.,\-]\Z")
+_DIGIT_BEFORE = re.compile(r"[0-9][ \t.,/|\-]{1,2}\Z")
 
+# A group may be parted from the next by nothing, by some punctuation, or by the end of a line.
+_PARTED = r"(?:[ \t._\-/,|]{0,3}|[.\-]?[ \t]?\r?\n[ \t]?)"
 _CARD_SHAPES = tuple(
-    re.compile(shape.replace(" ", r"[ \t._\-]{0,2}") + "(?![0-9])")
+    re.compile(shape.replace(" ", _PARTED) + "(?![0-9])")
     for shape in (
         r"[0-9]{13,19}",
         r"[0-9]{4} [0-9]{4} [0-9]{4} [0-9]{4} [0-9]{1,3}",
@@ -31,6 +31,7 @@ _CARD_SHAPES = tuple(
         r"[0-9]{4} [0-9]{3} [0-9]{3} [0-9]{3}",
     )
 )
+_SPACED_DIGITS = re.compile(r"[0-9]([ \t.,/|\-]{1,2})[0-9](?:\1[0-9](?![0-9])){11,17}")
 # First and last prefix of each range of issued numbers, with their lengths: Visa; Mastercard; American
 # Express; Diners Club; JCB; Maestro, Discover, UnionPay and the domestic schemes of 50 and 56-69; Mir.
 # Source: ISO/IEC 7812-1 and the ranges that the schemes publish.
@@ -48,7 +49,7 @@ _ISSUED = (
     ("56", "69", range(13, 20)),
     ("2200", "2204", range(16, 20)),
 )
-_YEARS = re.compile(r"(?:(?:1[89]|2[01])[0-9]{2}){4}")
+_LIST = frozenset(",/|")
 
 
 def card(shadow: str, start: int, left: str) -> int:
@@ -57,14 +58,50 @@ def card(shadow: str, start: int, left: str) -> int:
     ends = [-1]
     for shape in _CARD_SHAPES:
         candidate = shape.match(shadow, start)
-        if candidate is None:
-            continue
-        digits = _NOT_DIGITS.sub("", candidate[0])
-        # Four groups of four digits are rarely anything else; other numbers must be in an issued range.
-        grouped = len(digits) == 16 < len(candidate[0]) and not _YEARS.fullmatch(digits)
-        if (grouped or _is_issued(digits)) and digits.strip("0") and luhn.is_valid(digits):
+        if candidate is not None and _is_card(candidate[0]):
             ends.append(candidate.end())
-    return max(ends)
+    return max(*ends, _card_of_spaced_digits(shadow, start, left))
+
+
+def _is_card(written: str) -> bool:
+    digits = _NOT_DIGITS.sub("", written)
+    if not digits.strip("0") or not _has_luhn_digit(digits) or written.count("\n") > 1:
+        return False
+    if len(digits) == len(written):
+        # The numbers of products are as long, and some pass both checks.
+        return _is_issued(digits) and not (len(digits) in (13, 14) and _has_gtin_digit(digits))
+    groups = [int(digits[at : at + 4]) for at in range(0, 16, 4)]
+    counting = len(digits) == 16 and sorted(groups) in (groups, groups[::-1]) and len(set(groups)) == 4
+    if _is_issued(digits):
+        return not (counting and _LIST & set(written))
+    # Four groups of four digits are rarely anything else; other numbers must be in an issued range.
+    return len(digits) == 16 and not counting
+
+
+def _card_of_spaced_digits(shadow: str, start: int, left: str) -> int:
+    candidate = _SPACED_DIGITS.match(shadow, start)
+    if candidate is None or _DIGIT_BEFORE.search(left):
+        return -1
+    digits = _NOT_DIGITS.sub("", candidate[0])
+    step = 1 + len(candidate[1])
+    for count in range(len(digits), 12, -1):
+        if _is_issued(digits[:count]) and _has_luhn_digit(digits[:count]):
+            return start + (count - 1) * step + 1
+    return -1
+
+
+_DOUBLED = tuple(sum(divmod(2 * digit, 10)) for digit in range(10))
+
+
+def _has_luhn_digit(digits: str) -> bool:
+    """Source: ISO/IEC 7812-1, annex B."""
+    total = sum(map(int, digits[-1::-2])) + sum(_DOUBLED[int(digit)] for digit in digits[-2::-2])
+    return total % 10 == 0
+
+
+def _has_gtin_digit(digits: str) -> bool:
+    """Return whether the last digit is that of an EAN or GTIN.  Source: GS1 General Specifications, section 7.9."""
+    return (sum(map(int, digits[-1::-2])) + 3 * sum(map(int, digits[-2::-2]))) % 10 == 0
 
 
 def _is_issued(digits: str) -> bool:
@@ -76,11 +113,11 @@ _IBAN_LENGTHS = {
     country: 4 + sum(map(int, re.findall(r"([0-9]+)!", properties["bban"])))
     for _, country, _, properties, _ in numdb.get("iban").prefixes
 }
-IBAN_REACH = 72
+IBAN_REACH = 106
 """Longest IBAN written in groups, in characters."""
 _IBAN_HEAD = re.compile(r"[A-Za-z]{2}[0-9]{2}")
-_IBAN_REST = re.compile(r"(?:[ \t\-]?[A-Za-z0-9]){0,30}+")
-_IBAN_REST_OPEN = re.compile(r"(?:[ \t\-]?[A-Za-z0-9]){0,30}+[ \t\-]?\Z")
+_IBAN_REST = re.compile(r"(?:(?:[ \t\-]|\r?\n)?[A-Za-z0-9]){0,30}+")
+_IBAN_REST_OPEN = re.compile(r"(?:(?:[ \t\-]|\r?\n)?[A-Za-z0-9]){0,30}+(?:[ \t\-]|\r?\n?)?\Z")
 
 
 def iban_number(shadow: str, start: int, left: str) -> int:
@@ -89,10 +126,12 @@ def iban_number(shadow: str, start: int, left: str) -> int:
     rest = _IBAN_REST.match(shadow, start + 4)
     if length is None or head is None or rest is None:
         return -1
-    places = [place for place in range(start, rest.end()) if shadow[place] not in " \t-"]
+    places = [place for place in range(start, rest.end()) if shadow[place] not in " \t-\r\n"]
     if len(places) < length:
         return -1
     end = places[length - 1] + 1
+    if shadow.count("\n", start, end) > 1:
+        return -1
     number = "".join(shadow[place] for place in places[:length])
     # Mod 97 and the country's structure suffice; the checks that some countries add are not applied.
     return end if iban.is_valid(number, check_country=False) else -1
@@ -110,121 +149,28 @@ def iban_open(shadow: str, begin: int) -> int:
     return len(shadow)
 
 
-_SSN = re.compile(r"[0-9]{3}([ \t.\-])[0-9]{2}\1[0-9]{4}(?![A-Za-z0-9])(?!-[0-9])")
-# Sample numbers in print: never issued, so stdnum rejects them, but a text that contains one means an SSN.
+_SSN = re.compile(r"[0-9]{3}([ \t.\-])(?:\r?\n)?[0-9]{2}\1(?:\r?\n)?[0-9]{4}(?![A-Za-z0-9])(?!-[0-9])")
+_COMPACT_SSN = re.compile(r"[0-9]{9}(?![A-Za-z0-9])(?!-[0-9])")
+_SSN_NAMED = re.compile(
+    r"(?:ssn|itin|tin|social security(?: number| no\.?)?|taxpayer(?: id)?)(?: is)?[ \t:=#]{0,3}\Z", re.IGNORECASE
+)
+# Sample numbers in print: never issued, so the rules reject them, but a text that contains one means an SSN.
 _SAMPLE_SSN = re.compile(r"078051120|219099999|457555462|98765432[0-9]")
+# Source: Social Security Administration, randomization of 2011; of an ITIN, IRS publication 1915.
+_ISSUED_SSN = re.compile(r"(?!000|666|9)[0-9]{3}(?!00)[0-9]{2}(?!0000)[0-9]{4}")
+_ISSUED_ITIN = re.compile(r"9[0-9]{2}(?:5[0-9]|6[0-5]|7[0-9]|8[0-8]|9[0-24-9])[0-9]{4}")
 
 
 def social_security(shadow: str, start: int, left: str) -> int:
     candidate = _SSN.match(shadow, start)
-    if candidate is None or (left[-1:] in set(".-/ \t") and left[-2:-1].isdigit()):
+    if candidate is None:
+        compact = _COMPACT_SSN.match(shadow, start)
+        return compact.end() if compact and _SSN_NAMED.search(left) else -1
+    if candidate[0].count("\n") > 1:
+        return -1
+    # Part of a longer number; in a table only where a space parts everything.
+    if left[-2:-1].isdigit() and (left[-1] in ".-/" or left[-1] == candidate[1]):
         return -1
     digits = _NOT_DIGITS.sub("", candidate[0])
-    valid = _SAMPLE_SSN.fullmatch(digits) or ssn.is_valid(digits) or itin.is_valid(digits)
+    valid = _ISSUED_SSN.fullmatch(digits) or _ISSUED_ITIN.fullmatch(digits) or _SAMPLE_SSN.fullmatch(digits)
     return candidate.end() if valid else -1
-
-
-_INTERNATIONAL = re.compile(r"(?:\+ ?|00(?=[1-9]))[0-9](?:[ \t()./\-]{0,3}[0-9]){6,14}")
-_NORTH_AMERICAN = re.compile(
-    r"(?:1[ \t./\-]{0,2})?(?:\([0-9]{3}\)|[0-9]{3}\)?)[ \t./\-]{0,2}[0-9]{3}[ \t.\-]{0,2}[0-9]{4}(?![0-9])"
-)
-_NATIONAL = re.compile(r"\(?[0-9]{1,6}\)?(?:[ \t./\-]{1,2}[0-9]{2,8}){1,5}|0[0-9]{7,12}")
-_DATE = re.compile(r"[0-9]{4}[./ \-][0-9]{1,2}[./ \-][0-9]{1,2}|[0-9]{1,2}[./ \-][0-9]{1,2}[./ \-](?:[0-9]{2}){1,2}")
-# The end of a longer number or of a price: what follows is not a national phone number.
-_LONGER_NUMBER = re.compile(r"(?:[0-9][.,\-/]|[$\u20ac\u00a3\u00a5])\Z")
-# 555, as area or exchange code, is reserved for fiction: invalid, but meant as a phone number.
-_FICTION = re.compile(r"555[0-9]{7}|[2-9][0-9]{2}555[0-9]{4}")
-# The largest signed 32-bit number and its neighbour, valid numbers in Dallas that software often prints.
-_NOT_DIALLED = frozenset(("2147483647", "2147483648"))
-
-
-def phone_matcher(region: str) -> Matcher:
-    """Return a matcher of international numbers, and of national ones of `region` (two capital letters, CLDR).
-
-    Raises: ValueError: `phonenumbers` has no such region.
-    """
-    if region not in phonenumbers.SUPPORTED_REGIONS:
-        raise ValueError(f"unknown phone region {region!r}")
-    national = _north_american if phonenumbers.country_code_for_region(region) == 1 else _national_matcher(region)
-
-    def phone(shadow: str, start: int, left: str) -> int:
-        if left[-1:].isdigit():
-            return -1
-        international = _INTERNATIONAL.match(shadow, start)
-        if international is not None:
-            for end in _group_ends(shadow, start, international.end()):
-                written = "+" + shadow[start:end].lstrip("+ 0")
-                if _has_a_length_in_use(written) and _is_valid(written, None):
-                    return end
-        return -1 if _LONGER_NUMBER.search(left) else national(shadow, start, left)
-
-    return phone
-
-
-def _group_ends(shadow: str, start: int, end: int) -> list[int]:
-    """Return the positions in (start + 6, end] right after the last digit of a group, the last one first."""
-    return [i for i in range(end, start + 6, -1) if shadow[i - 1].isdigit() and not shadow[i : i + 1].isdigit()]
-
-
-def _has_a_length_in_use(written: str) -> bool:
-    """Return whether the country's numbering plan has numbers of this length; cheaper than the full validation."""
-    digits = _NOT_DIGITS.sub("", written)
-    if len(digits) < 7:
-        return False
-    for size in (1, 2, 3):
-        if lengths := _national_lengths(int(digits[:size])):
-            national = digits[size:]
-            # A trunk prefix of one or two digits may follow the country code, by mistake or in parentheses.
-            trunk = (0, 1, 2) if "(" in written or national.startswith("0") else (0,)
-            return any(len(national) - extra in lengths for extra in trunk)
-    return False
-
-
-@cache
-def _national_lengths(country_code: int) -> frozenset[int]:
-    """Return the lengths of national numbers of `country_code`; empty if no country has it."""
-    regions = phonenumbers.COUNTRY_CODE_TO_REGION_CODE.get(country_code, ())
-    each = (phonenumbers.PhoneMetadata.metadata_for_region_or_calling_code(country_code, region) for region in regions)
-    return frozenset(
-        length for plan in each if plan and plan.general_desc for length in plan.general_desc.possible_length
-    )
-
-
-def _is_valid(written: str, region: str | None) -> bool:
-    try:
-        number = phonenumbers.parse(written, region)
-    except phonenumbers.NumberParseException:
-        return False
-    fictional = number.country_code == 1 and _FICTION.fullmatch(str(number.national_number)) is not None
-    return fictional or phonenumbers.is_valid_number(number)
-
-
-def _north_american(shadow: str, start: int, left: str) -> int:
-    candidate = _NORTH_AMERICAN.match(shadow, start)
-    if candidate is None:
-        return -1
-    written, end = candidate[0], candidate.end()
-    if written.isdigit():
-        # Ten digits without separators are often an identifier: apply stricter rules, and no fictional area codes.
-        identifier = written in _NOT_DIALLED or written.removeprefix("1").startswith("555")
-        following = shadow[end : end + 1]
-        if identifier or (following.isascii() and following.isalpha()):
-            return -1
-    return end if _is_valid(written, "US") else -1
-
-
-def _national_matcher(region: str) -> Matcher:
-    metadata = phonenumbers.PhoneMetadata.metadata_for_region(region)
-    trunk = (metadata.national_prefix if metadata else None) or ""
-
-    def national(shadow: str, start: int, left: str) -> int:
-        candidate = _NATIONAL.match(shadow, start)
-        if candidate is None or not candidate[0].lstrip("(").startswith(trunk):
-            return -1
-        for end in _group_ends(shadow, start, candidate.end()):
-            written = shadow[start:end]
-            if not _DATE.fullmatch(written) and _is_valid(written, region):
-                return end
-        return -1
-
-    return national

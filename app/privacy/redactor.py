@@ -8,30 +8,34 @@ so a stream is emitted up to where the rest is undecided (`first_open`), and its
 
 from __future__ import annotations
 
-import re
+import sys
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import phonenumbers
 import stdnum
 
-from app.privacy.numbers import Matcher
+from app.privacy.credentials import key_rest, key_rule
+from app.privacy.cut_text import may_begin
+from app.privacy.emails import LOCAL_PART, email_around
 from app.privacy.patterns import (
     LEFT_REACH,
-    LOCAL_PART,
     PATTERN_VERSION,
+    PHONE_REGIONS,
     PRECEDENCE,
-    TRIGGER,
+    Matchers,
     PiiKind,
-    email_around,
     first_open,
-    key_tail,
-    matchers,
-    may_begin,
+    trigger_of,
 )
-from app.privacy.shadow_text import Shadow
+from app.privacy.shadow_text import SPOKEN_AT, Shadow
 
-__all__ = ["PiiKind", "PiiMatch", "Redaction", "Redactor", "StreamRedactor"]
+__all__ = ["PiiKind", "PiiMatch", "Redaction", "Redactor", "StreamRedactor", "StreamState", "TooMuchWorkError"]
+
+
+class TooMuchWorkError(Exception):
+    """A scan would examine more places than its caller allows."""
 
 CONTINUED_CHARS = 1024
 """How much of the text that a stream continues is looked at: more than any open entity is long."""
@@ -57,6 +61,32 @@ class Redaction:
 
 
 @dataclass(frozen=True, slots=True)
+class StreamState:
+    """Everything that a stream remembers between two deltas, in plain values that can cross to another process."""
+
+    buffer: str = ""
+    """Text that is not decided yet."""
+    context: str = ""
+    """The left context of `buffer`: the end of the shadow before it, "]" for an entity."""
+    invisible_before: int = 0
+    open_key: str | None = None
+    """Set while an already replaced key continues: the name of the rule by which its rest is dropped."""
+    foreign: int = 0
+    """Characters at the beginning of `buffer` that belong to the text before, and are never emitted."""
+    counts: dict[PiiKind, int] = field(default_factory=dict)
+
+    def as_list(self) -> list[Any]:
+        return [self.buffer, self.context, self.invisible_before, self.open_key, self.foreign, self.counts]
+
+    @classmethod
+    def of_list(cls, values: list[Any]) -> Self:
+        buffer, context, invisible_before, open_key, counts = values
+        return cls(
+            buffer, context, invisible_before, open_key, {PiiKind(kind): times for kind, times in counts.items()}
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class _ScanResult:
     """The outcome of a scan."""
 
@@ -64,8 +94,8 @@ class _ScanResult:
     """Offsets in the shadow."""
     decided: int
     """Start of the undecided rest, in the shadow."""
-    open_tail: re.Pattern[str] | None
-    """Set if the last match is a key that reaches the end of the text: the pattern of its rest."""
+    open_key: str | None
+    """Set if the last match is a key that reaches the end of the text: the rule by which its rest is found."""
 
 
 class Redactor:
@@ -74,47 +104,57 @@ class Redactor:
     Immutable and thread-safe.  Redaction is idempotent.
     """
 
-    def __init__(self, entities: Collection[PiiKind] = tuple(PiiKind), *, phone_region: str = "US") -> None:
+    def __init__(
+        self, entities: Collection[PiiKind] = tuple(PiiKind), *, phone_regions: Collection[str] = PHONE_REGIONS
+    ) -> None:
         """
         Args:
             entities: the kinds to detect.
-            phone_region: the region whose national phone numbers are detected, two capital letters (CLDR).
-        Raises: ValueError: the phone region, or one of the entities, does not exist.
+            phone_regions: the regions whose national phone numbers are detected, two capital letters each (CLDR).
+        Raises: ValueError: one of the phone regions, or of the entities, does not exist.
         """
-        self._kinds = frozenset(PiiKind(kind) for kind in entities)
-        self._matchers = matchers(self._kinds, phone_region)
-        self._phone_region = phone_region
+        self.kinds = tuple(sorted({PiiKind(kind) for kind in entities}))
+        self.phone_regions = tuple(sorted(set(phone_regions)))
+        self._matchers = Matchers(frozenset(self.kinds), self.phone_regions)
 
     @property
     def fingerprint(self) -> str:
         """Identifies everything that affects what is found, for the keys of caches of filtered text."""
-        kinds = ",".join(sorted(self._kinds))
         libraries = f"phonenumbers/{phonenumbers.__version__};stdnum/{stdnum.__version__}"
-        return f"pii/{PATTERN_VERSION};{kinds};{self._phone_region};{libraries}"
+        return f"pii/{PATTERN_VERSION};{','.join(self.kinds)};{','.join(self.phone_regions)};{libraries}"
 
-    def find(self, text: str) -> list[PiiMatch]:
-        """Return the entities in `text`, from left to right, without overlaps."""
+    def find(self, text: str, *, max_attempts: int | None = None) -> list[PiiMatch]:
+        """Return the entities in `text`, from left to right, without overlaps.
+
+        Raises: TooMuchWorkError: more than `max_attempts` places would have to be examined.
+        """
         shadow = Shadow.of(text)
-        found = self.scan(shadow.text, 0, len(shadow.text)).matches
+        found = self.scan(shadow.text, 0, len(shadow.text), max_attempts).matches
         return [PiiMatch(match.kind, *shadow.span(match.start, match.end)) for match in found]
 
-    def redact(self, text: str) -> Redaction:
-        """Replace every entity in `text` by its placeholder."""
+    def redact(self, text: str, *, max_attempts: int | None = None) -> Redaction:
+        """Replace every entity in `text` by its placeholder.
+
+        Raises: TooMuchWorkError: more than `max_attempts` places would have to be examined.
+        """
         parts, counts, done = list[str](), dict[PiiKind, int](), 0
-        for match in self.find(text):
+        for match in self.find(text, max_attempts=max_attempts):
             parts += text[done : match.start], _placeholder(match.kind)
             counts[match.kind] = counts.get(match.kind, 0) + 1
             done = match.end
         return Redaction("".join([*parts, text[done:]]), counts)
 
-    def scan(self, shadow: str, begin: int, decided: int) -> _ScanResult:
+    def scan(self, shadow: str, begin: int, decided: int, max_attempts: int | None = None) -> _ScanResult:
         """Find the entities that begin in `shadow[begin:decided]`; used by `StreamRedactor`.
 
         Args:
             shadow: a shadow text, from at least `LEFT_REACH` characters before `begin` or from its own beginning.
             decided: the position from which on later text could change the outcome; the length at the end of the text.
+            max_attempts: how many places may be examined; None is no limit.
+        Raises: TooMuchWorkError: they are more.
         """
-        return _Scan(shadow, begin, decided, self._matchers, PiiKind.EMAIL in self._kinds).run()
+        scan = _Scan(shadow, begin, decided, self._matchers, PiiKind.EMAIL in self.kinds)
+        return scan.run(sys.maxsize if max_attempts is None else max_attempts)
 
 
 def _placeholder(kind: PiiKind) -> str:
@@ -125,8 +165,10 @@ def _placeholder(kind: PiiKind) -> str:
 class _Scan:
     """One pass over a shadow.  Every position is tried once, and again only if an entity ends there."""
 
-    def __init__(self, shadow: str, begin: int, decided: int, kinds: dict[PiiKind, Matcher], emails: bool) -> None:
+    def __init__(self, shadow: str, begin: int, decided: int, kinds: Matchers, emails: bool) -> None:
         self._shadow, self._decided, self._matchers, self._emails = shadow, decided, kinds, emails
+        self._trigger = trigger_of(shadow)
+        self._spoken = SPOKEN_AT in shadow
         # Nothing before the floor is read: there a replaced entity ends, or the text begins.
         self._floor = 0
         self._begin = begin
@@ -134,29 +176,38 @@ class _Scan:
         self._email: tuple[int, int] | None = None
         self._matches: list[PiiMatch] = []
         self._position = begin
+        self._attempts = 0
 
-    def run(self) -> _ScanResult:
+    def run(self, max_attempts: int) -> _ScanResult:
         trigger, ended = -1, False
         while True:
+            if self._attempts > max_attempts:
+                raise TooMuchWorkError(f"more than {max_attempts} places")
             if trigger < self._position:
-                found = TRIGGER.search(self._shadow, self._position)
+                found = self._trigger.search(self._shadow, self._position)
                 trigger = found.start() if found else len(self._shadow)
             # Right after an entity any kind may begin, although the trigger sees the entity's last letter there.
             start = self._earlier_email(min(self._position if ended else trigger, self._decided))
             if start >= self._decided:
                 return _ScanResult(self._matches, self._decided, None)
+            self._attempts += 1
             ended = self._take(start)
-            if ended and (open_tail := self._open_tail()):
-                return _ScanResult(self._matches, self._matches[-1].end, open_tail)
+            if ended and (open_key := self._open_key()):
+                return _ScanResult(self._matches, self._matches[-1].end, open_key)
 
     def _next_at(self, start: int) -> int:
-        return self._shadow.find("@", start) if self._emails else -1
+        if not self._emails:
+            return -1
+        at = self._shadow.find("@", start)
+        spoken = self._shadow.find(SPOKEN_AT, start) if self._spoken else -1
+        return max(at, spoken) if at < 0 or spoken < 0 else min(at, spoken)
 
     def _earlier_email(self, start: int) -> int:
         """Return the start of an e-mail address that begins before `start`, else `start`."""
         # An "@" farther away cannot belong to an address that begins up to here; it is examined later, once.
         while self._email is None and 0 <= self._at <= start + LOCAL_PART:
-            self._email = email_around(self._shadow, self._at, self._floor, self._begin)
+            self._attempts += 1
+            self._email = email_around(self._shadow, self._at, self._floor, self._begin, LEFT_REACH)
             if self._email is None:
                 self._at = self._next_at(self._at + 1)
         return min(start, self._email[0]) if self._email else start
@@ -164,27 +215,26 @@ class _Scan:
     def _take(self, start: int) -> bool:
         """Take the longest entity at `start` and move to its end; without one move by a character and return False."""
         left = self._shadow[max(self._floor, start - LEFT_REACH) : start]
-        ends = {kind: matcher(self._shadow, start, left) for kind, matcher in self._matchers.items()}
+        ends = self._matchers.ends(self._shadow, start, left)
         if self._email and self._email[0] == start:
-            ends[PiiKind.EMAIL] = self._email[1]
-        end = max(ends.values(), default=-1)
-        if end < 0:
+            ends.append((self._email[1], PiiKind.EMAIL))
+        if not ends:
             self._position = start + 1
             return False
-        kind = next(kind for kind in PRECEDENCE if ends.get(kind) == end)
+        end = max(end for end, _ in ends)
+        kind = min((kind for each, kind in ends if each == end), key=PRECEDENCE.index)
         self._matches.append(PiiMatch(kind, start, end))
         self._position = self._floor = end
         self._at, self._email = self._next_at(self._floor), None
         return True
 
-    def _open_tail(self) -> re.Pattern[str] | None:
-        """Return the pattern of the last match's rest, if it is a key that later text could extend."""
+    def _open_key(self) -> str | None:
+        """Return the rule of the last match's rest, if it is a key that later text could extend."""
         last = self._matches[-1]
-        if last.kind is not PiiKind.API_KEY or self._shadow[last.end :] not in ("", "."):
+        if last.kind is not PiiKind.API_KEY or self._decided == len(self._shadow):
             return None
-        if self._decided == len(self._shadow):
-            return None
-        return key_tail(self._shadow, last.start)
+        rule = key_rule(self._shadow, last.start)
+        return rule if key_rest(rule, self._shadow, last.end).open else None
 
 
 class StreamRedactor:
@@ -194,34 +244,46 @@ class StreamRedactor:
     unfinished word or number; it is bounded, because the length of an open entity is.
     """
 
-    counts: dict[PiiKind, int]
-    """Entities of each kind replaced so far; kinds without any are absent."""
-
-    def __init__(self, redactor: Redactor, before: str = "") -> None:
-        """Args: before: the text that the stream continues; of an entity that begins in it the rest is masked."""
-        self.counts = {}
+    def __init__(self, redactor: Redactor, before: str = "", *, state: StreamState | None = None) -> None:
+        """
+        Args:
+            before: the text that the stream continues; of an entity that begins in it the rest is masked.
+            state: of a stream that this one continues.
+        """
         self._redactor = redactor
-        self._buffer = before[-CONTINUED_CHARS:]
-        self._foreign = len(self._buffer)
-        """Characters at the beginning of `_buffer` that belong to the text before, and are never emitted."""
-        # The left context of `_buffer`: the end of the shadow before it, "]" for an entity.
-        self._context = ""
-        self._invisible_before = 0
-        # Set while an already replaced key continues: its rest is dropped.
-        self._open_key: re.Pattern[str] | None = None
         self._finished = False
-        if before:
-            self._release(final=False)
+        before = before[-CONTINUED_CHARS:]
+        # It is scanned with the first delta, which may be done elsewhere.
+        self.state = state or StreamState(buffer=before, foreign=len(before))
 
-    def feed(self, delta: str) -> str:
+    @property
+    def counts(self) -> dict[PiiKind, int]:
+        """Return how many entities of each kind were replaced so far; kinds without any are absent."""
+        return self._counts
+
+    @property
+    def state(self) -> StreamState:
+        """What is remembered between deltas; another stream can continue from there."""
+        return StreamState(
+            *(self._buffer, self._context, self._invisible_before, self._open_key, self._foreign), dict(self._counts)
+        )
+
+    @state.setter
+    def state(self, state: StreamState) -> None:
+        self._buffer, self._context, self._invisible_before = state.buffer, state.context, state.invisible_before
+        self._open_key, self._foreign, self._counts = state.open_key, state.foreign, dict(state.counts)
+
+    def feed(self, delta: str, *, max_attempts: int | None = None) -> str:
         """Consume the next delta and return the text that may be sent now, often none.
 
-        Raises: ValueError: the stream was already finished.
+        Raises:
+            ValueError: the stream was already finished.
+            TooMuchWorkError: more than `max_attempts` places would have to be examined; restore the state before.
         """
         if self._finished:
             raise ValueError("the stream is finished; another text needs a StreamRedactor of its own")
         self._buffer += delta
-        return self._release(final=False)
+        return self._release(final=False, max_attempts=max_attempts)
 
     def finish(self, *, cut: bool = False) -> str:
         """End the stream and return the buffered rest; a second call returns an empty text.
@@ -234,10 +296,10 @@ class StreamRedactor:
         self._buffer = ""
         return rest
 
-    def _release(self, *, final: bool, cut: bool = False) -> str:
+    def _release(self, *, final: bool, cut: bool = False, max_attempts: int | None = None) -> str:
         shadow = Shadow.of(self._buffer, self._invisible_before)
         if self._open_key is not None:
-            shadow = self._drop_key_tail(shadow, self._open_key, final=final)
+            shadow = self._drop_key_rest(shadow, self._open_key, final=final)
         if self._open_key is not None:
             return ""
         begin = len(self._context)
@@ -245,18 +307,17 @@ class StreamRedactor:
         decided = len(seen) if final else first_open(seen, begin)
         if decided == begin and not final:
             return ""
-        return self._emit(shadow, seen, self._redactor.scan(seen, begin, decided), cut=cut)
+        return self._emit(shadow, seen, self._redactor.scan(seen, begin, decided, max_attempts), cut=cut)
 
-    def _drop_key_tail(self, shadow: Shadow, tail: re.Pattern[str], *, final: bool) -> Shadow:
+    def _drop_key_rest(self, shadow: Shadow, rule: str, *, final: bool) -> Shadow:
         """Drop the rest of the key that was replaced last, and return the shadow of the remaining text."""
-        found = tail.match(shadow.text)
-        end = found.end() if found else 0
-        # Invisible characters after it are buffered with a full stop: they belong to the key if it continues.
-        if final or shadow.text[end:] not in ("", "."):
+        rest = key_rest(rule, shadow.text, 0)
+        # Invisible characters after it are buffered with what may continue it: they belong to the key if it does.
+        if final or not rest.open:
             self._open_key = None
-        if end == 0:
+        if rest.end == 0:
             return shadow
-        self._remove(shadow.span(0, end)[1])
+        self._remove(shadow.span(0, rest.end)[1])
         self._invisible_before = 0
         return Shadow.of(self._buffer)
 
@@ -276,9 +337,9 @@ class StreamRedactor:
             parts.append(self._buffer[max(done, self._foreign) : start])
             if end > self._foreign:
                 parts.append(_placeholder(match.kind))
-                self.counts[match.kind] = self.counts.get(match.kind, 0) + 1
+                self._counts[match.kind] = self._counts.get(match.kind, 0) + 1
             done, floor, decided = end, match.end, max(decided, match.end)
-        self._open_key = result.open_tail
+        self._open_key = result.open_key
         size, self._invisible_before = (done, 0) if self._open_key else shadow.cut(decided - begin)
         if not (cut and may_begin(seen[max(floor, begin) : decided], continues=bool(result.matches))):
             parts.append(self._buffer[max(done, self._foreign) : size])

@@ -3,6 +3,7 @@
 The shadow has one character per visible character of the original: full-width, Arabic, circled and mathematical forms
 become ASCII, every space a space and every hyphen a hyphen.  Invisible characters are removed, except the 17th and
 later ones of a run, which remain and so separate words; that limit bounds the length of an entity in the original.
+What stands for "@" or a full stop in a disguised address is replaced by it, and by fillers up to its length.
 `redactor.py` finds entities in the shadow and replaces them in the original.
 """
 
@@ -26,6 +27,16 @@ _FILLERS = frozenset("\u115f\u1160\u3164\uffa0")
 _HYPHENS = frozenset("\u2212\u02d7\u2043\u30fc\uff70")
 _FULL_STOPS = frozenset("\u3002\uff61")
 
+FILLER, SPOKEN_AT, SPOKEN_DOT = "\ue000", "\ue001", "\ue002"
+"""Private characters, which no shadow has otherwise: the rest of a longer sign; the words "at" and "dot"."""
+
+# Begins with a set of characters, which is searched for six times as fast as alternatives are.
+_DISGUISED = re.compile(
+    r"[%&\[({<][ \t]?(?:(?P<at>(?<=%)40|(?<=&)(?:#0{0,5}64|#[xX]0{0,5}40|commat);|(?:[aA][tT]|@)[ \t]?[\])}>])"
+    r"|(?<=%)2[eE]|(?<=&)(?:#0{0,5}46|#[xX]0{0,5}2[eE]|period);|(?:[dD][oO][tT]|\.)[ \t]?[\])}>])"
+)
+_SPOKEN = re.compile(r" (?:(?P<at>at)|dot) ", re.IGNORECASE)
+
 _CACHED_CHARACTERS = 4096
 
 
@@ -40,6 +51,8 @@ def _plain(character: str) -> str:
         return _INVISIBLE
     if category == "Zs":
         return " "
+    if category == "Co":
+        return "\ufffd"
     if category == "Pd" or character in _HYPHENS:
         return "-"
     if character in _FULL_STOPS:
@@ -49,6 +62,28 @@ def _plain(character: str) -> str:
         return str(digit)
     compatible = unicodedata.normalize("NFKC", character)
     return compatible if len(compatible) == 1 else character
+
+
+def _undisguised(text: str) -> str:
+    """Return a text of the same length with "@" and "." in place of what stands for them in disguised addresses.
+
+    " at " and " dot " are ordinary words: they are marked, and only in a text that has both.
+    """
+    parts, done = list[str](), 0
+    for found in _DISGUISED.finditer(text):
+        start, end = found.span()
+        if found[0][0] in "[({<":
+            start -= start > done and text[start - 1] in " \t"
+            end += text[end : end + 1] in (" ", "\t")
+        parts += text[done:start], ("@" if found["at"] else ".").ljust(end - start, FILLER)
+        done = end
+    if parts:
+        text = "".join([*parts, text[done:]])
+    return _SPOKEN.sub(_spoken, text) if " dot " in text.lower() else text
+
+
+def _spoken(found: re.Match[str]) -> str:
+    return (SPOKEN_AT if found["at"] else SPOKEN_DOT).ljust(len(found[0]), FILLER)
 
 
 class _PlainTable(dict[int, str]):
@@ -80,10 +115,10 @@ class Shadow:
     def of(cls, original: str, invisible_before: int = 0) -> Shadow:
         """Return the shadow of `original`, which `invisible_before` invisible characters directly precede."""
         if original.isascii():
-            return cls(original, None, len(original), 0 if original else invisible_before)
+            return cls(_undisguised(original), None, len(original), 0 if original else invisible_before)
         plain = original.translate(_PLAIN)
         if _INVISIBLE not in plain:
-            return cls(plain, None, len(plain), 0)
+            return cls(_undisguised(plain), None, len(plain), 0)
         origins: list[int] = []
         visible_from = trailing = 0
         for run in _RUN.finditer(plain):
@@ -95,7 +130,8 @@ class Shadow:
             if end == len(plain):
                 trailing = min(already + end - start, IGNORABLE_RUN + 1)
         origins.extend(range(visible_from, len(plain)))
-        return cls("".join([plain[offset] for offset in origins]), origins, len(plain), trailing)
+        visible = "".join([plain[offset] for offset in origins])
+        return cls(_undisguised(visible), origins, len(plain), trailing)
 
     def origin(self, index: int) -> int:
         """Return the offset in the original of the character at `index`."""

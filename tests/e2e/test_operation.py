@@ -352,7 +352,7 @@ def test_the_first_start_makes_a_key_and_prints_a_curl_that_works(tmp_path: Path
         ({"MODEL__NAME": "models/none"}, "models/none"),
         ({"SECURITY__API_KEY": "change-me-in-env"}, "security.api_key"),
         ({"APP__PROMPTS_DIR": "none"}, "none/base_system.txt"),
-        ({"PII__PHONE_REGION": "XX"}, "pii.phone_region"),
+        ({"PII__PHONE_REGIONS": '["XX"]'}, "pii.phone_regions"),
     ],
 )
 def test_a_wrong_start_ends_with_one_clear_line(tmp_path: Path, settings: dict[str, str], message: str) -> None:

@@ -192,7 +192,7 @@ async def test_switched_off_parts_are_off(client: Client) -> None:
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"pii": {"phone_region": "XX"}}, "pii.phone_region: there is no region XX"),
+        ({"pii": {"phone_regions": ["US", "XX"]}}, "pii.phone_regions: unknown phone region 'XX'"),
         ({"model": {"name": "/nowhere"}}, "model.name: the folder /nowhere holds no model"),
         ({"app": {"prompts_dir": "/nowhere"}}, "/nowhere/base_system.txt"),
     ],

@@ -473,7 +473,7 @@ async def test_a_response_that_fails_after_its_last_token_is_no_success(
 ) -> None:
     """Its turn cannot be stored: the client gets an error, and the record says so."""
 
-    async def fail(text: str) -> str:
+    async def fail(tenant: str, text: str) -> str:
         raise RuntimeError("a defect")
 
     input_filter = InputFilter(Redactor(), "mask", lambda kind, count: None)

@@ -1,6 +1,5 @@
 """Where personal data is filtered, and that a broken filter lets nothing through."""
 
-import threading
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from itertools import accumulate, pairwise
@@ -13,7 +12,8 @@ from msgspec import structs
 from app.engine.echo import EchoEngine
 from app.errors import PiiBlocked, ServiceUnavailable
 from app.events import Delta, DetokenizedLogprob, Event, Started, finish
-from app.privacy.filters import THREAD_CHARS, FilteredEngine, InputFilter
+from app.privacy.filters import FilteredEngine, InputFilter
+from app.privacy.pool import INLINE_CHARS, RedactionPool
 from app.privacy.redactor import PiiKind, Redactor, StreamRedactor
 from app.requests import GenerationRequest
 from app.types import FinishReason, SamplingParams, Tenant, Usage
@@ -48,12 +48,12 @@ def counting() -> tuple[Counter[PiiKind], InputFilter, InputFilter]:
 
 
 async def test_input_is_masked_and_counted_by_kind() -> None:
-    """Short texts and those worked on in a thread alike."""
+    """Short texts and long ones alike."""
     found, mask, _ = counting()
-    padding = "word " * (THREAD_CHARS // 5)
+    padding = "word " * (INLINE_CHARS // 5)
 
-    assert ["mail [EMAIL]", "hello"] == await mask.clean([f"mail {CANARY}", "hello"])
-    assert [f"{padding}[EMAIL]"] == await mask.clean([padding + CANARY])
+    assert ["mail [EMAIL]", "hello"] == await mask.clean("t", [f"mail {CANARY}", "hello"])
+    assert [f"{padding}[EMAIL]"] == await mask.clean("t", [padding + CANARY])
     assert {PiiKind.EMAIL: 2} == found
 
 
@@ -61,9 +61,9 @@ async def test_blocked_input_names_the_kinds_and_never_the_text() -> None:
     """Clean text passes unchanged; the rest is refused."""
     _, _, block = counting()
 
-    assert ["hello"] == await block.clean(["hello"])
+    assert ["hello"] == await block.clean("t", ["hello"])
     with pytest.raises(PiiBlocked) as refused:
-        await block.clean(["hello", f"mail {CANARY}"])
+        await block.clean("t", ["hello", f"mail {CANARY}"])
 
     assert {"kinds": ["email"]} == refused.value.details
     assert CANARY not in str(refused.value)
@@ -73,17 +73,17 @@ async def test_what_is_stored_is_masked_even_where_input_is_blocked_and_counts_a
     """The completion that enters a session looks as it would if the client sent it back."""
     found, _, block = counting()
 
-    assert "mail [EMAIL]" == await block.mask(f"mail {CANARY}")
+    assert "mail [EMAIL]" == await block.mask("t", f"mail {CANARY}")
     assert {} == found
 
 
 async def test_a_broken_input_filter_refuses_and_does_not_let_through(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail closed: 503, without the text in message or cause."""
     _, mask, _ = counting()
-    monkeypatch.setattr(Redactor, "redact", lambda self, text: 1 / 0)
+    monkeypatch.setattr(Redactor, "redact", lambda self, text, **limits: 1 / 0)
 
     with pytest.raises(ServiceUnavailable) as refused:
-        await mask.clean([CANARY])
+        await mask.clean("t", [CANARY])
 
     assert refused.value.__cause__ is None
     assert CANARY not in str(refused.value)
@@ -117,29 +117,23 @@ async def test_output_that_is_not_streamed_is_masked_just_as_well(engine: EchoEn
     assert finished_of(streamed) == finished_of(whole)
 
 
-async def test_a_long_output_is_filtered_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_long_output_is_filtered_in_another_process() -> None:
     """A response that is not streamed arrives in one piece, and would hold up every other request."""
-    threads: list[bool] = []
-    feed = StreamRedactor.feed
-
-    def record(redactor: StreamRedactor, text: str) -> str:
-        if len(text) > 1:
-            threads.append(threading.current_thread() is threading.main_thread())
-        return feed(redactor, text)
-
-    monkeypatch.setattr(StreamRedactor, "feed", record)
-    engine = EchoEngine(context_length=3 * THREAD_CHARS)
+    engine = EchoEngine(context_length=5 * INLINE_CHARS)
     await engine.start()
-    filtered = FilteredEngine(engine, Redactor(), lambda kind, times: None)
-    text = f"{CANARY} " + "1 23 " * (THREAD_CHARS // 4)
+    redactor = Redactor()
+    pool = RedactionPool(redactor, 1)
+    filtered = FilteredEngine(engine, redactor, lambda kind, times: None, pool=pool)
+    text = f"{CANARY} " + "1 23 " * (INLINE_CHARS // 4)
     request = make_request(text, stream=False)
     sampling = SamplingParams(max_tokens=len(text))
     events = await read(filtered.stream(structs.replace(request, sampling=sampling)))
+    processes = len(pool.pids)
     await engine.close()
+    await pool.close()
 
-    assert Redactor().redact(text).text == text_of(events)
-    assert threads
-    assert not any(threads)
+    assert redactor.redact(text).text == text_of(events)
+    assert 1 == processes
 
 
 async def test_leaving_filtered_output_closes_the_model_s(engine: EchoEngine) -> None:
@@ -162,10 +156,10 @@ async def test_a_broken_output_filter_ends_the_completion_with_content_filter(
     """Nothing unfiltered is sent, the model is freed, and what it generated is still counted."""
     feed = StreamRedactor.feed
 
-    def breaks_at_the_third(self: StreamRedactor, delta: str) -> str:
+    def breaks_at_the_third(self: StreamRedactor, delta: str, **limits: int) -> str:
         if delta == "c":
             raise ValueError(delta)
-        return feed(self, delta)
+        return feed(self, delta, **limits)
 
     monkeypatch.setattr(StreamRedactor, "feed", breaks_at_the_third)
     filtered = FilteredEngine(engine, Redactor(), lambda kind, times: None)

@@ -1,0 +1,42 @@
+"""The filter of personal data under texts that take long, through the whole application."""
+
+import asyncio
+import time
+from pathlib import Path
+from statistics import median
+
+from app.engine.echo import EchoEngine
+from tests.web.access import ADMIN_KEY, Running, running
+
+HOSTILE = "12 34 " * 2000
+"""4,000 pairs of digits, each of which may begin a number."""
+
+
+async def latency(service: Running, key: str) -> float:
+    """Return how long a small request takes, in seconds."""
+    begin = time.perf_counter()
+    reply = await service.generate(key, prompt="hello 415-555-2671")
+    assert 200 == reply.status_code
+    return time.perf_counter() - begin
+
+
+async def test_costly_prompts_of_one_key_do_not_hold_up_another(tmp_path: Path) -> None:
+    """Beside 64 prompts of 4,000 pairs of digits a small request takes about as long as by itself."""
+    limits = {"security": {"api_key": ADMIN_KEY, "max_prompt_chars": 20_000}}
+    async with running(tmp_path, engine=EchoEngine(context_length=16_000), **limits) as service:
+        loud, quiet = await service.key(limits={"parallel_requests": 100}), await service.key()
+        # Once each: what is only done the first time is no part of it.
+        assert 200 == (await service.generate(loud, prompt=HOSTILE)).status_code
+        undisturbed = median([await latency(service, quiet) for _ in range(30)])
+
+        costly = [asyncio.create_task(service.generate(loud, prompt=HOSTILE)) for _ in range(64)]
+        await asyncio.sleep(0.3)
+        beside = list[float]()
+        while not all(task.done() for task in costly) and len(beside) < 60:
+            beside.append(await latency(service, quiet))
+            await asyncio.sleep(0.02)
+        replies = await asyncio.gather(*costly)
+
+    assert {200} == {reply.status_code for reply in replies}
+    assert len(beside) > 10
+    assert median(beside) < 3 * undisturbed + 0.005
