@@ -3,6 +3,7 @@
 import pytest
 
 from app.access.database import Database
+from app.access.database_url import parse_database_url, without_secrets
 from app.errors import ConfigError
 
 
@@ -11,12 +12,59 @@ from app.errors import ConfigError
     [
         ("sqlite:///data/service.db", "sqlite+aiosqlite:///data/service.db"),
         ("postgres://anna:secret@db/llm", "postgresql+asyncpg://anna:***@db/llm"),
+        ("postgresql://anna:se%40cret@db:5433/llm", "postgresql+asyncpg://anna:***@db:5433/llm"),
+        ("postgresql://secret@db/llm", "postgresql+asyncpg://***@db/llm"),
+        ("postgresql://db/llm?password=secret&user=secret", "postgresql+asyncpg://db/llm"),
+        ("postgresql://anna:sec/ret?secret#@[::1]/llm", "postgresql+asyncpg://anna:***@[::1]/llm"),
+        ("postgresql:///llm?host=/run/secret&ssl=prefer", "postgresql+asyncpg:///llm?ssl=prefer"),
         ("postgresql://db/llm?sslmode=require", "postgresql+asyncpg://db/llm?ssl=require"),
         ("postgresql+psycopg://db/llm", "postgresql+asyncpg://db/llm"),
     ],
 )
 def test_usual_urls_are_understood_and_shown_without_a_password(url: str, shown: str):
     assert shown == Database(url).name
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://anna:can@ary@db/llm",
+        "postgresql://anna:can@ary:canary@db/llm",
+        "postgresql://anna:c:anary@db:canary/llm",
+        "postgresql://anna:pass@canary/canary@db/llm",
+        "postgresql://anna:pass@canary/x?canary@db/llm",
+        "postgresql://anna/canary@db/llm",
+        "postgresql://anna:canary@[::1/llm",
+        "postgresql://anna:canary@db/llm?canary=1",
+        "postgresql://anna:x@db/llm?sslmode=canary",
+        "postgresql://anna:x@db/llm?port=canary",
+        "postgresql://anna:x@db/llm?password=can@ary",
+        "postgresql://anna:x@db/llm?options=-c%20canary",
+        "host=db password=canary",
+        "postgresql:anna:canary@db/llm",
+        "postgresql//anna:canary@db/llm",
+        "anna:canary@db/llm",
+        "mysql://anna:canary@db/llm",
+        "canary",
+        "sqlite://anna:canary@/data/service.db",
+        "sqlite:///data/service.db?key=canary",
+    ],
+)
+def test_a_url_that_is_not_clear_stops_the_start_and_shows_nothing_of_itself(url: str):
+    """However a password was written into it; the refusal names the setting, and has no cause that would be printed."""
+    with pytest.raises(ConfigError, match=r"database\.url") as refused:
+        Database(url)
+
+    assert "ary" not in str(refused.value)
+    assert refused.value.__suppress_context__ or refused.value.__context__ is None
+
+
+def test_what_a_server_says_of_a_secret_is_not_repeated():
+    """A server quotes the user's name, which may be a token."""
+    url = parse_database_url("postgresql://canary-token@db/llm")
+
+    assert 'no role "***"' == without_secrets(url, 'no role "canary-token"')
+    assert "no ***" == without_secrets(parse_database_url("postgresql://db/llm?password=canary"), "no canary")
 
 
 @pytest.mark.parametrize("url", ["", "data/service.db", "mysql://db/llm", "sqlite://", "sqlite:///:memory:"])
