@@ -127,7 +127,7 @@ async def test_the_table_names_every_path_that_takes_a_body():
 
 @asynccontextmanager
 async def client_of(path: str, folder: Path) -> AsyncIterator[httpx.AsyncClient]:
-    """Call the validation of a path with nothing behind it that refuses more: a scripted service, or a real database."""
+    """Call a path with nothing behind its validation that refuses more: a scripted service, or a real database."""
     if path in GENERATING:
         web = await make_web()
         web.service.steps = []
