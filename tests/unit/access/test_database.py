@@ -1,9 +1,17 @@
 """Which databases are understood, and what is said of them."""
 
-import pytest
+from datetime import UTC, datetime
+from pathlib import Path
 
+import pytest
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Connection, insert, inspect, select
+
+from app.access import database as database_module
 from app.access.database import Database
 from app.access.database_url import parse_database_url, without_secrets
+from app.access.tables import inference_log
 from app.errors import ConfigError
 
 
@@ -72,3 +80,37 @@ def test_anything_else_stops_the_start_with_the_key(url: str):
     """A database in memory would lose every key with the process."""
     with pytest.raises(ConfigError, match=r"database\.url"):
         Database(url)
+
+
+async def test_rows_whose_model_was_never_known_become_null(tmp_path: Path):
+    """Earlier versions wrote an empty name for them; the indexes and the other rows stay."""
+    database = Database(f"sqlite:///{tmp_path / 'service.db'}")
+    await database.migrate()
+    config = Config()
+    config.set_main_option("script_location", str(Path(database_module.__file__).with_name("migrations")))
+    values = {
+        "created": datetime(2026, 11, 1, tzinfo=UTC),
+        "request_id": "r",
+        "key_id": "k",
+        "route": "/",
+        "status": 200,
+    }
+    values |= dict.fromkeys(("prompt_tokens", "completion_tokens", "charged_tokens", "latency_ms"), 0) | {
+        "cached": False
+    }
+
+    def downgrade_and_write(connection: Connection) -> None:
+        config.attributes["connection"] = connection
+        command.downgrade(config, "0002")
+        connection.execute(insert(inference_log), [values | {"model": name} for name in ("", "m")])
+
+    async with database.begin() as connection:
+        await connection.run_sync(downgrade_and_write)
+    await database.migrate()
+
+    async with database.read() as connection:
+        models = (await connection.execute(select(inference_log.c.model).order_by(inference_log.c.id))).scalars().all()
+        indexes = await connection.run_sync(lambda each: inspect(each).get_indexes("inference_log"))
+    await database.close()
+    assert [None, "m"] == models
+    assert {"ix_inference_log_created", "ix_inference_log_key_id_created"} == {index["name"] for index in indexes}
