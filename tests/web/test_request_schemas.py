@@ -169,14 +169,14 @@ RULES = re.compile(
 async def test_what_is_refused_as_malformed_is_not_documented_as_right(path):
     described = validator_for(next(schema for one, _, schema in bodies(await document()) if one == path))
     wrong = {"/v1/generate": WRONG_TEXTS, "/v1/generate/batch": WRONG_BATCHES, "/v1/chat": WRONG_CHATS}[path]
-    told = []
+    documented = []
     for name, value in [*WRONG_FIELDS, *wrong]:
         body = {**RIGHT[path], name: value}
         integral = (isinstance(value, float) and value.is_integer()) or value == [1.0]
         if described.is_valid(body) and not integral and not _is_about_all(name, value):
-            told.append((name, value))
+            documented.append((name, value))
 
-    assert [] == told
+    assert [] == documented
 
 
 def _is_about_all(name: str, value: Any) -> bool:
