@@ -20,8 +20,21 @@ AppError
 ConfigError (not a reply to a client: it ends the start)
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
+
+_PLAIN_NAME = re.compile(r"[a-z_]+|[a-z]+(?:[A-Z][a-z]+)+")
+MAX_NAME_CHARS = 40
+
+
+def is_plain_name(name: str) -> bool:
+    """Return whether a name that somebody else invented may be repeated in a message or a log line.
+
+    Words, as in `max_tokens` and `maxTokens`; anything else may be a card number, an address or a key in the wrong
+    place.
+    """
+    return len(name) <= MAX_NAME_CHARS and _PLAIN_NAME.fullmatch(name) is not None
 
 
 class AppError(Exception):

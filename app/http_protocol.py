@@ -20,6 +20,7 @@ from app.errors import AppError, DeadlineExceeded, InvalidRequest, RateLimited, 
 from app.web.http.errors import envelope
 from app.web.http.middleware import MAX_HEAD_BYTES, HeadTooLarge
 from app.web.http.rate_limits import client_address
+from app.web.http.security_headers import security_headers
 
 MAX_PIPELINED = 64
 """Requests of one connection that may wait for the response to an earlier one."""
@@ -278,8 +279,10 @@ class GuardedProtocol(HttpToolsProtocol):
             serving.disconnected = True
             serving.message_event.set()
         if serving is None or not serving.response_started:
-            body = JSONResponse(envelope(error, f"req_{uuid4().hex}"))
+            request_id = f"req_{uuid4().hex}"
+            body = JSONResponse(envelope(error, request_id))
             headers = [*self.server_state.default_headers, *body.raw_headers, (b"connection", b"close")]
+            headers += [(b"x-request-id", request_id.encode()), *security_headers(body.raw_headers)]
             if error.retry_after is not None:
                 headers.append((b"retry-after", b"%d" % error.retry_after))
             lines = b"".join(b"%b: %b\r\n" % header for header in headers)

@@ -11,12 +11,13 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_url, text
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from app.access.circuit_breaker import CircuitBreaker
+from app.access.database_url import parse_database_url, shown, without_secrets
 from app.errors import ConfigError, StoreUnavailable
 
 WAIT_SECONDS = 2.0
@@ -40,7 +41,7 @@ class Database:
         Raises: ConfigError: the URL is neither SQLite's nor Postgres'.
         """
         self._wait_seconds = wait_seconds
-        self._url = _understand(url)
+        self._url = parse_database_url(url)
         self.sqlite = self._url.get_backend_name() == "sqlite"
         self.engine = _open_sqlite(self._url) if self.sqlite else _open_postgres(self._url)
         self._reading = self.engine.execution_options(**{_READING: True})
@@ -49,8 +50,8 @@ class Database:
 
     @property
     def name(self) -> str:
-        """Where the database is, without its password."""
-        return self._url.render_as_string(hide_password=True)
+        """Where the database is, without anything secret of its URL."""
+        return shown(self._url)
 
     @asynccontextmanager
     async def begin(self, seconds: float | None = None) -> AsyncIterator[AsyncConnection]:
@@ -116,9 +117,13 @@ class Database:
         try:
             await self._check_or_upgrade()
         except StoreUnavailable as error:
-            cause = error.__cause__
-            reason = str(getattr(cause, "orig", None) or cause or "it does not answer").splitlines()[0]
-            raise ConfigError(f"the database {self.name} cannot be used: {reason}") from None
+            raise ConfigError(f"the database {self.name} cannot be used: {self.reason_of(error)}") from None
+
+    def reason_of(self, error: StoreUnavailable) -> str:
+        """Return the first line of what the database or its driver said, without anything secret of the URL."""
+        cause = error.__cause__
+        said = str(getattr(cause, "orig", None) or cause or "").splitlines()
+        return without_secrets(self._url, said[0]) if said else "it does not answer"
 
     async def _check_or_upgrade(self) -> None:
         if self.sqlite:
@@ -168,24 +173,6 @@ class Database:
 def head_revision() -> str:
     """Return the newest revision that this program knows; files are named for theirs, so that Alembic is not needed."""
     return max(path.name.partition("_")[0] for path in (_MIGRATIONS / "versions").glob("[0-9]*_*.py"))
-
-
-def _understand(url: str) -> URL:
-    try:
-        parsed = make_url(url)
-    except ArgumentError:
-        parsed = None
-    backend = parsed.get_backend_name() if parsed else ""
-    if parsed is None or backend not in ("sqlite", "postgresql", "postgres"):
-        raise ConfigError("configuration: database.url: must begin with postgresql:// or sqlite:///")
-    if backend == "sqlite":
-        if not parsed.database or parsed.database == ":memory:":
-            raise ConfigError("configuration: database.url: name a file, as in sqlite:///data/service.db")
-        return parsed.set(drivername="sqlite+aiosqlite")
-    query = dict(parsed.query)
-    if "sslmode" in query:  # libpq's word, as hosts hand it out; asyncpg calls it ssl
-        query["ssl"] = query.pop("sslmode")
-    return parsed.set(drivername="postgresql+asyncpg", query=query)
 
 
 def _open_postgres(url: URL) -> AsyncEngine:

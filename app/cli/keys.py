@@ -15,6 +15,8 @@ from app.cli.terminal import CONFIG, ConfigOption, JsonOption, print_json, show,
 cli = typer.Typer(no_args_is_help=True, help="API keys.")
 
 _PAGE = 200
+MAX_DAYS = 36_600
+"""A hundred years, as over HTTP; Python's calendar ends with the year 9999."""
 
 KeyArgument = Annotated[str, typer.Argument(help="The key's id: what stands between the first two underscores.")]
 
@@ -26,7 +28,7 @@ def create(
     owner: Annotated[
         str | None, typer.Option(help="Whose sessions and cached responses it uses; its own if left out.")
     ] = None,
-    days: Annotated[float | None, typer.Option(min=0.001, help="It expires after so many days.")] = None,
+    days: Annotated[float | None, typer.Option(min=0.001, max=MAX_DAYS, help="It expires after so many days.")] = None,
     config: ConfigOption = CONFIG,
     as_json: JsonOption = False,
     **limits: str | None,

@@ -53,8 +53,7 @@ def with_database(config: Path, work: Callable[[Database], Awaitable[None]], *, 
                 await _require_schema(database)
             await work(database)
         except StoreUnavailable as error:
-            reason = str(getattr(error.__cause__, "orig", None) or error.__cause__).splitlines()[:1]
-            fail(f"the database {database.name} does not answer: {''.join(reason)}", 1)
+            fail(f"the database {database.name} does not answer: {database.reason_of(error)}", 1)
         finally:
             await database.close()
 

@@ -11,7 +11,11 @@ from pydantic_settings import SettingsConfigDict, SettingsError
 from yaml import YAMLError
 
 from app.config.sections import Settings
-from app.errors import ConfigError
+from app.errors import ConfigError, is_plain_name
+
+_NOT_SHOWN = "(a name that is not shown)"
+MAX_POSITION = 1000
+"""A greater number is no position in a list, but a key that somebody wrote."""
 
 
 def load_settings(
@@ -61,14 +65,22 @@ def _refuse_unreadable(*files: Path | str | None) -> None:
 def _refuse_near_misses(environment: Mapping[str, str]) -> None:
     """Refuse variables whose prefix is nearly a section's name; all others belong to other software."""
     for name in environment:
-        section, nested, _ = name.lower().partition("__")
-        if nested and section not in Settings.model_fields:
+        section, separator, key = name.lower().partition("__")
+        if separator and section not in Settings.model_fields:
             for meant in get_close_matches(section, Settings.model_fields, n=1, cutoff=0.75):
-                raise ConfigError(f"configuration: {name}: there is no section {section}; is it {meant}?")
+                shown = name if _may_be_shown(key) else f"{name.partition('__')[0]}__{_NOT_SHOWN}"
+                raise ConfigError(f"configuration: {shown}: there is no section {section}; is it {meant}?")
 
 
 def _reason(item: Any) -> str:
-    key = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
+    key = ".".join(str(part) if _may_be_shown(part) else _NOT_SHOWN for part in item["loc"])
+    if item["type"] in ("extra_forbidden", "invalid_key"):
         return f"{key}: there is no such key"
     return f"{key}: {item['msg'].removeprefix('Value error, ')}"
+
+
+def _may_be_shown(part: str | int) -> bool:
+    """Return whether a part of a key is a position in a list or words; anything else may be a secret."""
+    if isinstance(part, int):
+        return part < MAX_POSITION
+    return all(is_plain_name(word) for word in part.lower().split("__"))

@@ -32,6 +32,18 @@ KNOWN_DEFAULT_KEYS = frozenset(
 MIN_KEY_CHARS, MAX_KEY_CHARS = 8, 512
 
 
+_IPV4_IN_IPV6 = ipaddress.ip_network("::ffff:0:0/96")
+_WIDEST_IPV4, _WIDEST_IPV6 = 8, 7
+"""Prefix lengths of the widest private networks, 10.0.0.0/8 and fc00::/7."""
+
+
+def _is_too_wide(network: ipaddress.IPv4Network | ipaddress.IPv6Network) -> bool:
+    """Return whether a network is wider than any private one; an IPv4 network may be written as IPv6."""
+    if isinstance(network, ipaddress.IPv6Network) and network.subnet_of(_IPV4_IN_IPV6):
+        return network.prefixlen - _IPV4_IN_IPV6.prefixlen < _WIDEST_IPV4
+    return network.prefixlen < (_WIDEST_IPV4 if network.version == 4 else _WIDEST_IPV6)
+
+
 class AppConfig(Section):
     """The address of the service, and the folders of its files."""
 
@@ -47,7 +59,7 @@ class AppConfig(Section):
     shutdown_grace_seconds: NonNegativeInt = 25
     """How long running requests may take after SIGTERM before they are aborted; a second signal cuts it short."""
     trusted_proxies: tuple[str, ...] = ()
-    """Addresses of reverse proxies whose X-Forwarded-For header is trusted."""
+    """Addresses or networks of reverse proxies whose X-Forwarded-For header is trusted."""
 
     @property
     def on_loopback(self) -> bool:
@@ -62,6 +74,15 @@ class AppConfig(Section):
     def _no_wildcard(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if "*" in value:
             raise ValueError("'*' would let any client forge its address; list the proxies")
+        for number, entry in enumerate(value, 1):
+            try:
+                network = ipaddress.ip_network(entry)
+            except ValueError:
+                raise ValueError(f"entry {number} is no IP address and no network such as 10.0.0.0/8") from None
+            if _is_too_wide(network):
+                raise ValueError(
+                    f"entry {number} holds addresses of any client, who could forge them; list the proxies"
+                )
         return value
 
 

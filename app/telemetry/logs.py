@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from logging.handlers import QueueHandler, RotatingFileHandler
+from pathlib import Path
 from typing import TextIO
 
 import structlog
@@ -78,13 +79,30 @@ class _StreamSink(_Lossy, logging.StreamHandler[TextIO]):
 
 
 class _FileSink(_Lossy, RotatingFileHandler):
-    """A file that is rotated when it is full."""
+    """A file that is rotated when it is full, and that only its owner may read."""
+
+    def _open(self) -> TextIO:
+        return open(  # pathlib has no opener
+            self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors, opener=_open_closed
+        )
 
     def doRollover(self) -> None:  # noqa: N802 - the standard library's name
         super().doRollover()
         if self.stream and not self.backupCount:
             # Without backups the base class never empties the file.
             self.stream.truncate(0)
+
+
+def _open_closed(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _close_to_others(path: Path) -> None:
+    """Take a log file and its backups from everybody but their owner."""
+    for file in (path, *path.parent.glob(f"{path.name}.*")):
+        # Windows has no such bits; a pipe or a device is not ours to change.
+        if os.name == "posix" and file.is_file() and file.stat().st_mode & 0o077:
+            file.chmod(0o600)
 
 
 def _write_lines(lines: _Lines, stopping: threading.Event, sinks: Iterable[logging.Handler]) -> None:
@@ -138,6 +156,7 @@ def _open_file(config: LoggingConfig) -> _FileSink | None:
         return None
     try:
         config.file.parent.mkdir(parents=True, exist_ok=True)
+        _close_to_others(config.file)
         return _FileSink(config.file, maxBytes=config.max_bytes, backupCount=config.backups, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"configuration: logging.file: {config.file} cannot be written: {error.strerror}") from None

@@ -55,8 +55,8 @@ class Target:
                 *("--header", f"X-API-Key: {key}", "--header", f"Authorization: Bearer {key}"),
                 *("--report", "json", "--report-json-path", str(report), *options),
             ],
-            cwd=ROOT,
-            env={**os.environ, "SCHEMATHESIS_HOOKS": "tests.fuzz.hooks"},
+            cwd=self.folder,  # it leaves a folder of its own behind
+            env={**os.environ, "SCHEMATHESIS_HOOKS": "tests.fuzz.hooks", "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
             check=False,

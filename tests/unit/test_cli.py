@@ -82,7 +82,16 @@ def test_usage_says_when_there_is_none(folder: Path):
 
     assert "Tokens used in 2026-01: none\n" == run("usage", "--month", "2026-01")
     assert [] == json.loads(run("usage", "--json"))
-    assert "2026-11" in run("usage", "--month", "2026-99", code=1)
+    for month in ("2026-99", "9999-12", "0001-01", "x"):
+        assert "2026-11" in run("usage", "--month", month, code=1)
+
+
+def test_no_date_is_too_far_away_for_the_calendar(folder: Path):
+    run("db", "upgrade")
+
+    for days in ("36601", "3000000", "1e308", "nan"):
+        assert "--days" in run("keys", "create", "--days", days, code=2)
+    assert "llm_" in run("keys", "create", "--days", "36600")
 
 
 def test_the_database_says_how_it_is(folder: Path):

@@ -54,6 +54,14 @@ def test_without_any_file_the_defaults_serve_the_embedded_model(files: tuple[Pat
         ("modle: {name: x}", "modle: there is no such key"),
         ("app: {port: 70000}", "app.port: Input should be less than or equal to 65535"),
         ("app: {trusted_proxies: ['*']}", "app.trusted_proxies: '*' would let any client forge its address"),
+        ("app: {trusted_proxies: ['0.0.0.0/0']}", "app.trusted_proxies: entry 1 holds addresses of any client"),
+        ("app: {trusted_proxies: ['10.0.0.1', '::/0']}", "app.trusted_proxies: entry 2 holds addresses of any client"),
+        ("app: {trusted_proxies: ['128.0.0.0/1']}", "app.trusted_proxies: entry 1 holds addresses of any client"),
+        ("app: {trusted_proxies: ['::ffff:0.0.0.0/96']}", "app.trusted_proxies: entry 1 holds addresses of any client"),
+        ("app: {trusted_proxies: ['proxy.local']}", "app.trusted_proxies: entry 1 is no IP address"),
+        ("app: {trusted_proxies: ['10.0.0.1/8']}", "app.trusted_proxies: entry 1 is no IP address and no network"),
+        ("model: {4111111111111111: x}", "model.(a name that is not shown): there is no such key"),
+        ("sk-a1b2c3: x", "(a name that is not shown): there is no such key"),
         ("model: {temperature: .nan}", "model.temperature: Input should be a finite number"),
         ("model: 3", "model: Input should be a valid dictionary"),
         ("model: [1", "line 1 is not valid YAML"),
@@ -74,6 +82,43 @@ def test_a_wrong_configuration_stops_the_start_with_key_and_reason(
 
     with pytest.raises(ConfigError, match=re.escape(message)):
         load_settings(*files)
+
+
+@pytest.mark.parametrize("proxies", [["10.0.0.0/8", "fc00::/7", "127.0.0.1", "::1", "::ffff:10.0.0.0/104"], []])
+def test_private_networks_may_be_proxies(files: tuple[Path, Path], proxies: list[str]) -> None:
+    """The widest of them, in either notation."""
+    assert tuple(proxies) == load_settings(*files, app={"trusted_proxies": proxies}).app.trusted_proxies
+
+
+@pytest.mark.parametrize(
+    ("yaml", "env"),
+    [
+        ("security: {canary4111: x}", ""),
+        ("canary-1: x", ""),
+        ("security:\n  CANARY_KEY_1234: x", ""),
+        ("security: {api_key canary: x}", ""),
+        ("security: {cors_origins: {canary: x}}", ""),
+        ("pii: {entities: [canary]}", ""),
+        ("app: {trusted_proxies: [canary]}", ""),
+        ("app: {port: canary}", ""),
+        ("database: {url: [canary]}", ""),
+        ("", "SECURITY__CANARY1=x"),
+        ("", "CANARY1=x"),
+        ("", "SECURITY__API_KEY=canary"),
+        ("", "SECURITY={canary"),
+        ("", "APP__TRUSTED_PROXIES=canary"),
+    ],
+)
+def test_no_refusal_repeats_a_value_or_a_name_that_may_be_one(files: tuple[Path, Path], yaml: str, env: str) -> None:
+    """Whatever stands in the wrong place, in either file."""
+    files[0].write_text(yaml)
+    files[1].write_text(env)
+
+    with pytest.raises(ConfigError) as refused:
+        load_settings(*files)
+
+    assert "canary" not in str(refused.value).lower()
+    assert refused.value.__suppress_context__ or refused.value.__context__ is None
 
 
 def test_a_misspelt_variable_stops_the_start(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

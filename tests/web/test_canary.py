@@ -107,3 +107,69 @@ async def test_neither_a_key_nor_an_address_is_found_anywhere(tmp_path: Path, ca
     assert "RuntimeError" in everything
     assert rows > 5
     assert failed > 0
+
+
+CARD = "4111111111111111"
+
+
+def misplaced(secret: str) -> list[dict[str, Any]]:
+    """Return requests that hold a secret where none belongs: a name, a key of an object, a parameter, a header."""
+    headers = ["X-Session-ID", "Content-Type", "Cache-Control", "Accept", "Referer", "User-Agent", "Cookie", "X-Other"]
+    message = {"role": "user", "content": "a"}
+    right = {"prompt": "a", "messages": [message], "prompts": ["a"], "username": "anna", "model": "echo"}
+    bodies: list[Any] = [
+        {secret: 1},
+        {**right, secret: secret},
+        {"messages": [{**message, secret: 1}]},
+        secret,
+        [secret],
+    ]
+    bodies += [
+        {"logit_bias": {secret: 1}},
+        {"metadata": {secret: 1}},
+        {"limits": {secret: 1}},
+        {"rights": {secret: True}},
+    ]
+    bodies += [{"stream_options": {secret: True}}, {"messages": [{"role": secret, "content": "a"}]}, {"model": secret}]
+    bodies += [{"session_id": f"{secret} "}, {"role": f"{secret} "}, {"stop": [secret * 20]}, {"tools": [{secret: 1}]}]
+    requests: list[dict[str, Any]] = [{"json": body} for body in bodies]
+    requests += [{"json": right, "headers": {name: secret}} for name in headers]
+    requests += [
+        {"json": right, "params": params} for params in ({secret: "1"}, {"key": f"{secret} "}, {"month": secret})
+    ]
+    return [*requests, {"content": f'{{"{secret}": ', "headers": {"Content-Type": "application/json"}}]
+
+
+async def test_no_refusal_repeats_what_stands_in_the_wrong_place(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """A key or a card number as a name, in a path, by a wrong method: in no answer, header, log line or row."""
+    stop = configure_logging(LoggingConfig(level="DEBUG", file=tmp_path / "log"))
+    refused, repeated = 0, []
+    try:
+        async with running(tmp_path) as service:
+            key = await service.key(role="admin")
+            async with service.client(key) as http:
+                for path, operations in service.app.openapi()["paths"].items():
+                    for secret in (CARD, key):
+                        for method in (*operations, "put", "brew"):
+                            for where in ("none", secret):
+                                for request in misplaced(secret):
+                                    reply = await http.request(method, re.sub("{.*?}", where, path), **request)
+                                    assert reply.status_code < 500, (method, path, request)
+                                    if reply.status_code >= 400:
+                                        refused += 1
+                                        if secret in reply.text + str(dict(reply.headers)):
+                                            repeated.append((method, path, request, reply.text))
+                metrics = (await http.get("/metrics")).text
+    finally:
+        stop()
+
+    assert [] == repeated
+    assert refused > 1000
+    everything = metrics + "".join(capfd.readouterr()) + (tmp_path / "log").read_text()
+    assert CARD not in everything
+    assert key not in everything
+    with sqlite3.connect(tmp_path / "service.db") as database:
+        rows = str(database.execute("SELECT * FROM inference_log").fetchall())
+    database.close()
+    assert CARD not in rows
+    assert key not in rows

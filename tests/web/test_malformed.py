@@ -156,6 +156,34 @@ async def test_an_unknown_field_is_named(client):
     assert [{"field": "temprature", "reason": "there is no such field"}] == reply.json()["details"]["errors"]
 
 
+UNSHOWN = ["4111111111111111", "sk-live-abc", "llm_hhDqXM5S_GSdUw", "jane@example.com", "+41791234567", "a b", "A" * 30]
+
+
+@pytest.mark.parametrize("name", UNSHOWN)
+@pytest.mark.parametrize("route", EVERY_ROUTE)
+async def test_an_unknown_field_whose_name_may_be_a_secret_is_not_named(client, log_lines, route, name):
+    """At the top and inside of a message; the refusal says where it stands."""
+    bodies: list[tuple[dict[str, Any], str]] = [({**RIGHT[route], name: 1}, "body")]
+    if "messages" in RIGHT[route]:
+        bodies.append(({"messages": [{"role": "user", "content": "a", name: 1}]}, "messages.0"))
+    for content, where in bodies:
+        reply = await client.post(route, json=content)
+
+        assert_refused(reply, log_lines)
+        assert name not in reply.text + str(log_lines)
+        assert f"{where}: holds a field that does not exist, whose name is not shown" in reply.text
+
+
+@pytest.mark.parametrize("name", ["temprature", "chat_template", "maxTokens", "reasoning"])
+async def test_an_unknown_field_that_is_a_plain_word_is_named(client, name):
+    reply = await client.post("/v1/chat/completions", json={**RIGHT["/v1/chat/completions"], name: 1})
+
+    assert (name, f"{name}: there is no such field") == (
+        reply.json()["error"]["param"],
+        reply.json()["error"]["message"],
+    )
+
+
 NO_OBJECT = "Input should be a valid dictionary or object to extract fields from"
 REASONS: list[tuple[str, bytes, list[tuple[str, str]]]] = [
     *[(route, content, [("body", NO_OBJECT)]) for route in EVERY_ROUTE for content in (b"null", b"7", b"[]", b'"{}"')],

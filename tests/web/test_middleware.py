@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from app.access.key_format import new_key
 from app.engine.base import EngineStatus
 from app.engine.echo import EchoEngine
 from app.types import EngineState
@@ -39,6 +40,17 @@ async def test_any_other_request_id_is_replaced(client, given):
 
     assert 200 == reply.status_code
     assert re.fullmatch(r"req_[0-9a-f]{32}", reply.headers["x-request-id"])
+
+
+@pytest.mark.parametrize("headers", [AUTH, {"Authorization": f"Bearer {AUTH['X-API-Key']}"}])
+async def test_a_key_in_the_header_of_the_request_id_is_not_repeated(web, log_lines, headers):
+    """Neither the one that was sent as a key, nor another of this service."""
+    async with web.client(**headers) as client:
+        for given in (AUTH["X-API-Key"], new_key()):
+            reply = await client.get("/health", headers={"X-Request-ID": given})
+
+            assert reply.headers["x-request-id"].startswith("req_")
+            assert given not in str(log_lines)
 
 
 async def test_two_request_ids_are_none(client):

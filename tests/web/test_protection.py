@@ -73,6 +73,7 @@ async def test_every_route_documents_its_errors(web):
     for path, methods in web.app.openapi()["paths"].items():
         for operation in methods.values():
             assert not {"422", "default"} & set(operation["responses"])
+            assert {"400", "414", "431", "500", "505"} <= set(operation["responses"])
             if path.startswith("/v1"):
                 assert {"401", "429", "500", "503"} <= set(operation["responses"])
                 assert {"APIKeyHeader", "HTTPBearer"} == {name for entry in operation["security"] for name in entry}

@@ -7,6 +7,7 @@ import httpx
 from app.web.admin import documentation
 from app.web.http.private_api import served_methods
 from tests.web.harness import AUTH, BODIES, CHAT, GENERATE, OPENAI_BODIES, ScriptedService, make_web
+from tests.web.raw_sockets import exchange
 
 ALWAYS = {
     "x-content-type-options": "nosniff",
@@ -50,6 +51,19 @@ async def test_every_route_and_every_refusal_has_them():
             assert_protected(await client.options("/v1/chat", headers=preflight))
 
     assert {200, 401, 404, 405, 415, 429} <= statuses
+
+
+async def test_what_is_refused_before_it_is_a_request_has_them_too():
+    """The server answers by itself to what it cannot parse."""
+    web = await make_web()
+    async with web.listening() as port:
+        client, _ = await exchange(port, [b"nonsense\r\n\r\n"], 1, closes=True)
+
+    head = client.answer.partition(b"\r\n\r\n")[0].decode().lower()
+    assert " 400 " in head.splitlines()[0]
+    for name, value in {**ALWAYS, "content-security-policy": POLICY, "cache-control": "no-store"}.items():
+        assert f"\r\n{name}: {value}".lower() in head
+    assert "\r\nx-request-id: req_" in head
 
 
 async def test_streams_and_failures_have_them():

@@ -1,7 +1,7 @@
 """Translates exceptions into error responses: status, headers and the JSON envelope of the path's dialect.
 
 `ErrorRenderer` chooses the envelope by path prefix, because an error may come before any route is found: a wrong key, a
-path that does not exist.  Input is never echoed, except for the cleaned name of an unknown field.
+path that does not exist.  Input is never echoed, except for the name of an unknown field if that is a plain word.
 """
 
 import math
@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
 from app import errors
-from app.errors import AppError
+from app.errors import AppError, is_plain_name
 from app.web.http.private_api import route_path, served_methods
 
 GENERATION_ERRORS: tuple[type[AppError], ...] = (
@@ -187,12 +187,20 @@ def format_traceback(error: BaseException) -> str:
 
 
 def _from_validation(found: Sequence[Any]) -> errors.InvalidRequest:
-    named = [{"field": _field(item["loc"]), "reason": _reason(item)} for item in found[:MAX_ERRORS_NAMED]]
+    named = [_named(item) for item in found[:MAX_ERRORS_NAMED]]
     return errors.InvalidRequest(f"{named[0]['field']}: {named[0]['reason']}", details={"errors": named})
 
 
+def _named(item: Mapping[str, Any]) -> dict[str, str]:
+    """Return the field and what is wrong with it; an unknown field whose name may be a secret is only counted in."""
+    location = item["loc"]
+    if item["type"] == "extra_forbidden" and not is_plain_name(str(location[-1])):
+        return {"field": _field(location[:-1]), "reason": "holds a field that does not exist, whose name is not shown"}
+    return {"field": _field(location), "reason": _reason(item)}
+
+
 def _field(location: Sequence[str | int]) -> str:
-    # The first element says where the field was: body, path, query.  An unknown field's name is the client's text.
+    # The first element says where the field was: body, path, query.
     path = ".".join(re.sub(r"[^A-Za-z0-9_-]", "?", str(part)[:MAX_FIELD_CHARS]) for part in location[1:])
     return path[:MAX_FIELD_CHARS] or str(location[0])
 

@@ -111,9 +111,16 @@ class RequestLog:
 
 def _request_id(scope: Scope) -> str:
     given = [value for name, value in scope["headers"] if name == b"x-request-id"]
-    if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]):
+    if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]) and not _holds_key(given[0], scope):
         return str(given[0], "ascii")
     return f"req_{uuid4().hex}"
+
+
+def _holds_key(request_id: bytes, scope: Scope) -> bool:
+    """Return whether a client's request id, which is logged, is an API key in the wrong header."""
+    return b"llm_" in request_id or any(
+        request_id in value for name, value in scope["headers"] if name in (b"x-api-key", b"authorization")
+    )
 
 
 class ErrorBoundary:

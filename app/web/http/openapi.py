@@ -21,7 +21,7 @@ from app.errors import (
     UnsupportedMediaType,
 )
 from app.web.http.errors import ErrorFormat, ErrorRenderer, error_responses
-from app.web.http.middleware import BodyTooSlow
+from app.web.http.middleware import BodyTooSlow, HeadTooLarge, TargetTooLong, VersionNotSupported
 
 DESCRIPTION = """An OpenAI-style backend for Hugging Face models.
 
@@ -105,13 +105,13 @@ def _write_bounds_as_integers(value: Any) -> None:
 
 def _edge_responses(error_format: ErrorFormat, *, public: bool, always: bool, body: bool) -> dict[str, Any]:
     """Return the refusals that a request may get before its route, and the failure that any may get."""
-    kinds: list[type[AppError]] = [InternalError]
+    kinds: list[type[AppError]] = [InvalidRequest, TargetTooLong, HeadTooLarge, InternalError, VersionNotSupported]
     if not public:
         kinds += [Unauthorized, RateLimited, StoreUnavailable]
     if not always:
         kinds.append(ShuttingDown)
     if body:
-        kinds += [InvalidRequest, BodyTooSlow, PayloadTooLarge, UnsupportedMediaType]
+        kinds += [BodyTooSlow, PayloadTooLarge, UnsupportedMediaType]
     schema = {"$ref": f"#/components/schemas/{error_format.schema.__name__}"}
     described = error_responses(*kinds, error_format=error_format)
     return {

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 import threading
 import time
@@ -39,6 +40,21 @@ def test_without_backups_the_file_starts_anew(tmp_path: Path) -> None:
     assert [path] == list(tmp_path.iterdir())
     assert 0 < path.stat().st_size <= 1000
     assert path.read_text().endswith(lines[-1])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems have no such permissions")
+def test_only_the_owner_may_read_the_file_and_its_backups(tmp_path: Path) -> None:
+    """New ones, and those that were there with other permissions."""
+    path = tmp_path / "service.log"
+    for file in (path, tmp_path / "service.log.2"):
+        file.write_text("before\n")
+        file.chmod(0o644)
+
+    logged(_fifty_lines, file=path, max_bytes=1000, backups=3)
+
+    files = list(tmp_path.iterdir())
+    assert 3 <= len(files)
+    assert {0o600} == {file.stat().st_mode & 0o777 for file in files}
 
 
 def _fifty_lines() -> None:

@@ -1,0 +1,185 @@
+"""The documented schema of every request body against its validation: bounds, nullability, and what is left out."""
+
+import re
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from jsonschema_rs import validator_for
+
+from tests.web.access import running
+from tests.web.harness import make_web
+from tests.web.malformed import WRONG_BATCHES, WRONG_CHATS, WRONG_FIELDS, WRONG_TEXTS
+
+RIGHT: dict[str, dict[str, Any]] = {
+    "/v1/generate": {"prompt": "a"},
+    "/v1/generate/batch": {"prompts": ["a"]},
+    "/v1/chat": {"messages": [{"role": "user", "content": "a"}]},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]},
+    "/v1/completions": {"prompt": "a"},
+    "/v1/keys": {},
+    "/v1/keys/{key_id}": {},
+    "/v1/keys/{key_id}/rotate": {},
+    "/v1/roles/{name}": {},
+    "/generate_apikey": {"username": "anna"},
+}
+"""Every path that takes a body, with the least that it takes."""
+GENERATING = [path for path in RIGHT if "key" not in path and "role" not in path]
+NATIVE = [path for path in GENERATING if "completions" not in path]
+CROSS_FIELD = re.compile("the last message must be the user's|this service takes at most|are two names of one field")
+"""What no schema of single fields can say."""
+
+
+async def document() -> dict[str, Any]:
+    return (await make_web()).app.openapi()
+
+
+def bodies(found: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield path, method and schema of every documented body, with the schemas that it names."""
+    for path, operations in found["paths"].items():
+        for method, operation in operations.items():
+            if "requestBody" in operation:
+                schema = operation["requestBody"]["content"]["application/json"]["schema"]
+                yield path, method, {**schema, "components": found["components"]}
+
+
+def values(name: str) -> list[Any]:
+    """Return values for a field: of every type, and at both sides of every bound that there is."""
+    numbers = [
+        -(2**63),
+        -(2**63) - 1,
+        -101,
+        -100,
+        -3,
+        -2.1,
+        -2,
+        -1,
+        0,
+        0.001,
+        0.01,
+        1,
+        1.5,
+        2,
+        2.1,
+        3,
+        8,
+        9,
+        10,
+        11,
+        20,
+    ]
+    numbers += [21, 3600, 10**6, 10**6 + 1, 2**31 - 1, 2**31, 10**12, 10**15, 10**15 + 1, 2**63 - 1, 2**63, 2**64]
+    texts = ["", "a", "auto", "none", "text", "a b", "a" * 64, "a" * 65, "a" * 128, "a" * 129, "a" * 256, "a" * 257]
+    texts += ["a" * 512, "a" * 513, "é", "a\n", "a/b", "anna@b", "system", "2026-11"]
+    lists: list[Any] = [
+        [],
+        ["a"],
+        [""],
+        ["a" * 257],
+        ["a"] * 16,
+        ["a"] * 17,
+        ["a"] * 64,
+        ["a"] * 65,
+        ["a"] * 100,
+        ["a"] * 101,
+    ]
+    lists += [
+        [1],
+        [-1],
+        [2**31 - 1],
+        [2**31],
+        [1] * 64,
+        [1] * 65,
+        [None],
+        [[1]],
+        [[]],
+        [[1], [2**31]],
+        [[1]] * 65,
+        [1, "a"],
+    ]
+    objects: list[Any] = [{}, {"a": 1}, {"5": 1}, {"05": 1}, {"5": 101}, {"5": "a"}, {"a": "b"}, {"a" * 65: "b"}]
+    objects += [{"a": "b" * 513}, {str(n): "b" for n in range(17)}, {str(n): 1 for n in range(301)}, {"type": "text"}]
+    objects += [{"include_usage": None}, {"include_usage": 1}, {"burst": None}, {"burst": 0}, {"burst": -1}]
+    objects += [
+        {"manage_keys": None},
+        {"manage_keys": True},
+        {"models": None},
+        {"models": ["a b"]},
+        {"models": ["a"] * 101},
+    ]
+    return [None, True, False, *numbers, *texts, *lists, *objects]
+
+
+async def accepted(client, method: str, path: str, body: Any) -> tuple[bool, str]:
+    """Return whether the validation of a body lets it pass, and what it says."""
+    reply = await client.request(method, path.replace("{key_id}", "none").replace("{name}", "none"), json=body)
+    # 404: there is no such model, key or role, which is found out after the validation.
+    assert reply.status_code in (200, 201, 400, 404), (path, body, reply.text)
+    return reply.status_code != 400, reply.text
+
+
+async def test_the_table_names_every_path_that_takes_a_body():
+    assert RIGHT.keys() == {path for path, _, _ in bodies(await document())}
+
+
+@asynccontextmanager
+async def client_of(path: str, folder: Path) -> AsyncIterator[httpx.AsyncClient]:
+    """Call a path with nothing behind its validation that refuses more: a scripted service, or a real database."""
+    if path in GENERATING:
+        web = await make_web()
+        web.service.steps = []
+        async with web.client() as client:
+            yield client
+    else:
+        async with running(folder) as service, service.client() as client:
+            yield client
+
+
+@pytest.mark.parametrize("path", RIGHT)
+async def test_each_field_takes_exactly_what_its_schema_says(tmp_path, path):
+    """Types, bounds on both sides, null; a body without the field, and one with a field more."""
+    found = await document()
+    ((method, schema),) = [(method, schema) for one, method, schema in bodies(found) if one == path]
+    fields = found["components"]["schemas"][schema["$ref"].rpartition("/")[-1]]["properties"]
+    described = validator_for(schema)
+    wrong = []
+    async with client_of(path, tmp_path) as client:
+        for name in [*fields, "unknown"]:
+            for value in values(name):
+                body = {**RIGHT[path], name: value}
+                passes, said = await accepted(client, method, path, body)
+                if passes != described.is_valid(body) and not CROSS_FIELD.search(said) and not RULES.search(said):
+                    wrong.append((name, value, passes, said[:200]))
+        empty, _ = await accepted(client, method, path, {})
+        assert empty is described.is_valid({})
+
+    assert [] == wrong
+
+
+RULES = re.compile(
+    "is only possible where|must be the opposite of|needs a last message|must be n: this|is not possible with logprobs"
+)
+"""Rules about two fields."""
+
+
+@pytest.mark.parametrize("path", NATIVE)
+async def test_what_is_refused_as_malformed_is_not_documented_as_right(path):
+    described = validator_for(next(schema for one, _, schema in bodies(await document()) if one == path))
+    wrong = {"/v1/generate": WRONG_TEXTS, "/v1/generate/batch": WRONG_BATCHES, "/v1/chat": WRONG_CHATS}[path]
+    documented = []
+    for name, value in [*WRONG_FIELDS, *wrong]:
+        body = {**RIGHT[path], name: value}
+        integral = (isinstance(value, float) and value.is_integer()) or value == [1.0]
+        if described.is_valid(body) and not integral and not _is_about_all(name, value):
+            documented.append((name, value))
+
+    assert [] == documented
+
+
+def _is_about_all(name: str, value: Any) -> bool:
+    """Return whether the refusal is about the whole conversation, or the configured length of texts."""
+    text = str(value)
+    return len(text) > 4000 or (name == "messages" and isinstance(value, list) and len(value) > 0)
