@@ -23,8 +23,8 @@ class LoadLog(logging.Handler):
         """Take over what libraries warn of, in place of standard error."""
         transformers_logging.disable_default_handler()
         transformers_logging.enable_propagation()
-        transformers_logging.set_verbosity_warning()
-        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_warning()  # type: ignore[no-untyped-call]
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         logging.captureWarnings(True)
         root = logging.getLogger()
         self._replaced = root.handlers[:]
@@ -33,7 +33,7 @@ class LoadLog(logging.Handler):
 
     def __exit__(self, *error: object) -> None:
         """Let warnings go to standard error again."""
-        transformers_logging.set_verbosity_error()
+        transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         logging.captureWarnings(False)
         logging.getLogger().handlers[:] = self._replaced
 

@@ -151,11 +151,11 @@ def _check_quantization(quantization: Any) -> None:
         raise LoadError(f"config.json: quantization_config.quant_method is {_quoted(method)}, which is not supported")
 
 
-def _check_layers(config: Mapping[str, Any], names: list[str]) -> None:
+def _check_layers(config: dict[str, Any], names: list[str]) -> None:
     """Raises: LoadError: there are fewer layers in the weights than the configuration says."""
     numbers = [int(found[1]) for name in names if (found := _LAYER_NUMBER.search(name))]
-    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
-    layers = text.get("num_hidden_layers")
+    sections = [section for section in (config.get("text_config"), config) if isinstance(section, dict)]
+    layers = sections[0].get("num_hidden_layers")
     # Nobody should wait until a million layers are built only to find that they are missing.
     if numbers and isinstance(layers, int) and layers > max(numbers) + 1:
         raise LoadError(f"config.json: num_hidden_layers is {layers}, but the weights hold {max(numbers) + 1}")

@@ -151,7 +151,7 @@ def generation_config(params: SamplingParams, model: LoadedModel) -> GenerationC
     return GenerationConfig(**settings)  # type: ignore[no-untyped-call]
 
 
-class _FiniteScores(LogitsProcessor):  # type: ignore[no-untyped-call]
+class _FiniteScores(LogitsProcessor):
     """Refuses scores among which no token can be chosen; `generate` itself takes the first token for the likeliest."""
 
     def __call__(self, input_ids: torch.Tensor, scores: Any) -> Any:
