@@ -130,7 +130,8 @@ def _check_config(config: Mapping[str, Any]) -> None:
         isinstance(architectures, list) and all(isinstance(each, str) for each in architectures)
     ):
         raise LoadError("config.json: architectures must be a list of names")
-    for section, prefix in ((config, ""), (config.get("text_config"), "text_config.")):
+    sections: tuple[tuple[Any, str], ...] = ((config, ""), (config.get("text_config"), "text_config."))
+    for section, prefix in sections:
         for name in WHOLE_NUMBERS if isinstance(section, dict) else ():
             value = section.get(name)
             if value is not None and (type(value) is not int or value < 1):
