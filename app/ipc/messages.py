@@ -74,6 +74,12 @@ class Loading(msgspec.Struct, tag=True, frozen=True, array_like=True):
     stage: str
 
 
+class Warned(msgspec.Struct, tag=True, frozen=True, array_like=True):
+    """A line for the service's log; something about the model may surprise its users."""
+
+    line: str
+
+
 class Ready(msgspec.Struct, tag=True, frozen=True, array_like=True):
     """The model is loaded and has generated its first token."""
 
@@ -133,7 +139,7 @@ Exchange = Callable[[list[TokenEvent]], None]
 """Sends the events of a step and handles the messages that arrived; may call the runner's `submit` and `cancel`."""
 
 ToWorker = Submit | Cancel | Shutdown
-FromWorker = Loading | Ready | LoadFailed | Step
+FromWorker = Loading | Warned | Ready | LoadFailed | Step
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_worker = msgspec.msgpack.Decoder[ToWorker](ToWorker).decode

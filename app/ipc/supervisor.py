@@ -21,6 +21,7 @@ from app.ipc.messages import (
     Step,
     Submit,
     TokenEvent,
+    Warned,
 )
 from app.ipc.worker_process import WorkerLink, WorkerLostError
 from app.types import EngineState
@@ -227,6 +228,8 @@ class Supervisor:
                     self._listener.on_event(event)
             case Loading(stage=stage):
                 self.stage = stage
+            case Warned(line=line):
+                log.warning("%s", line)
             case LoadFailed(message=reason):
                 raise WorkerLostError(reason)
             case Ready():

@@ -178,7 +178,7 @@ def worker_environment(parent: Mapping[str, str], spec: ModelSpec, hub_token: st
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "DISABLE_SAFETENSORS_CONVERSION": "1",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
+        "TRANSFORMERS_VERBOSITY": "warning",
         "TOKENIZERS_PARALLELISM": "false",
     }
     if spec.source == "local":
@@ -192,5 +192,5 @@ def _exit_message(code: int) -> str:
     if code >= 0:
         return f"The model's worker ended with exit code {code}."
     name = signal.Signals(-code).name
-    hint = " (the system may have run out of memory)" if -code == signal.SIGKILL else ""
-    return f"The model's worker was ended by {name}{hint}."
+    hint = {"SIGKILL": " (the system may have run out of memory)", "SIGVTALRM": " (a file took too long to read)"}
+    return f"The model's worker was ended by {name}{hint.get(name, '')}."

@@ -4,10 +4,12 @@ Decides when messages are read: between two steps while there is work, and in a 
 `Runner` generates the tokens.
 """
 
+import dataclasses
 import gc
 import logging
 import os
 import signal
+from collections.abc import Callable
 from typing import NoReturn, Protocol
 
 import torch
@@ -27,6 +29,7 @@ from app.ipc.messages import (
     Step,
     Submit,
     TokenEvent,
+    Warned,
     decode_to_worker,
     encode,
 )
@@ -39,7 +42,9 @@ from app.worker.execution.torch.torch_executor import create_torch_runner
 from app.worker.heartbeat import PROGRESS
 from app.worker.loaded_model import LoadedModel
 from app.worker.loading.kv_memory import kv_cache_bytes
-from app.worker.loading.loader import LoadError, load, load_reason
+from app.worker.loading.load_log import LoadLog
+from app.worker.loading.loader import is_explained, load, load_reason
+from app.worker.loading.model_files import LoadError
 from app.worker.scheduling.batching_runner import BatchingRunner
 
 log = logging.getLogger(__name__)
@@ -55,6 +60,10 @@ class Runner(Protocol):
     @property
     def slots(self) -> int:
         """Requests that run at once; more wait in the runner."""
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that fit a request; fewer than the model's where the memory is small."""
 
     @property
     def unsupported(self) -> tuple[str, ...]:
@@ -130,15 +139,11 @@ def serve(start: Start) -> None:
     def send(message: FromWorker) -> None:
         socket.send(encode(message))
 
-    tokenizer_folder = f"{start.folder}/tokenizer"
     torch.set_num_threads(start.model.threads or usable_cores())
     try:
-        loaded = load(start.model, tokenizer_folder, on_stage=lambda stage: send(Loading(stage)))
-        runner = make_runner(loaded, start.model)
-        send(Loading("first token"))
-        _verify_first_token(runner)
+        loaded, runner = _load_and_verify(start, send)
     except Exception as error:
-        if not isinstance(error, LoadError):
+        if not is_explained(error):
             log.exception("the model could not be loaded")
         send(LoadFailed(load_reason(error)))
         _wait_to_be_killed()
@@ -146,9 +151,31 @@ def serve(start: Start) -> None:
     # fifth of a second.
     gc.collect()
     gc.freeze()
-    send(_ready(tokenizer_folder, loaded, runner))
+    send(_ready(_tokenizer_folder(start), loaded, runner))
     Worker(socket, runner).run()
     context.destroy(linger=1000)
+
+
+def _load_and_verify(start: Start, send: Callable[[FromWorker], None]) -> tuple[LoadedModel, Runner]:
+    """Load the model and generate its first token, sending each stage and every warning."""
+    with LoadLog() as warnings:
+
+        def begin(stage: str) -> None:
+            warnings.flush_to(lambda line: send(Warned(line)))
+            send(Loading(stage))
+
+        try:
+            loaded = load(start.model, _tokenizer_folder(start), on_stage=begin)
+            runner = make_runner(loaded, start.model)
+            begin("first token")
+            _verify_first_token(runner)
+        finally:
+            warnings.flush_to(lambda line: send(Warned(line)))
+    return loaded, runner
+
+
+def _tokenizer_folder(start: Start) -> str:
+    return f"{start.folder}/tokenizer"
 
 
 def make_runner(loaded: LoadedModel, spec: ModelSpec) -> Runner:
@@ -176,6 +203,13 @@ def make_runner(loaded: LoadedModel, spec: ModelSpec) -> Runner:
         select_executor(model_runner, spec.compile)
     except ExecutorUnavailableError as error:
         raise LoadError(f"its layers cannot be compiled: {error}") from error
+    if model_runner.cache.length < loaded.context_length:
+        log.warning(
+            "config.json: a request of %d tokens does not fit into memory; %d is the most here (model.max_model_len)",
+            loaded.context_length,
+            model_runner.cache.length,
+        )
+        loaded = dataclasses.replace(loaded, context_length=model_runner.cache.length)
     return BatchingRunner(loaded, model_runner, prefix_reuse=spec.prefix_reuse)
 
 
@@ -228,7 +262,7 @@ def _ready(tokenizer_folder: str, loaded: LoadedModel, runner: Runner) -> Ready:
         revision=loaded.revision,
         device=loaded.device,
         dtype=loaded.dtype,
-        context_length=loaded.context_length,
+        context_length=runner.context_length,
         vocab_size=loaded.vocab_size,
         parameters=loaded.parameters,
         unsupported=runner.unsupported,

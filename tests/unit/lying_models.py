@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from tests.unit.tiny_models import save_tiny_llama
+from tests.unit.tiny_models import chatml_tokenizer, save_tiny_llama, token_id
 
 Damage = Callable[[Path], None]
 """Changes one thing in the folder of a sound model."""
@@ -92,6 +93,21 @@ def eight_bits_without_scales(weights: Weights) -> Weights:
         else:
             small[name] = weight
     return small
+
+
+def save_overflowing_gpt2(folder: Path, token: str) -> Path:
+    """Save a one-layer GPT-2 that loads, and whose scores are not finite once a prompt holds `token`."""
+    tokenizer = chatml_tokenizer()
+    settings: dict[str, Any] = {"n_positions": 512, "n_embd": 32, "n_layer": 1, "n_head": 2, "initializer_range": 0.4}
+    ends: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "tie_word_embeddings": False}
+    torch.manual_seed(1)
+    model: Any = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **settings, **ends))
+    with torch.no_grad():
+        # Finite by itself; the sum over a row, which a layer norm takes, is not.
+        model.transformer.wte.weight[token_id(tokenizer, token)] = 3e38
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def all_of(*damages: Damage) -> Damage:

@@ -5,8 +5,11 @@ no adapters, nothing but decoder-only language models.
 """
 
 import logging
+import math
 import re
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,21 +44,38 @@ from app.worker.execution.quantization import (
 )
 from app.worker.execution.torch.int8_linear import int8_linear
 from app.worker.loaded_model import LoadedModel
+from app.worker.loading.model_files import CONTEXT_FIELDS, LoadError, check_files, tensor_shape
+from app.worker.loading.stage_deadline import within_deadline
+from app.worker.loading.weight_checks import check_finite, check_loading, check_scores
 
 log = logging.getLogger(__name__)
 
+GENERATION_FILE = "generation_config.json"
+MAX_REASON_CHARS = 300
+MAX_PROBE_TOKENS = 24
+"""Tokens of the text whose scores are checked."""
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 HUB_IGNORED_FILES = ["*/*", "consolidated*"]
 """Other formats of the same weights."""
-RECOMMENDED_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
+RECOMMENDED = {
+    "temperature": (0.0, 2.0),
+    "top_p": (0.0, 1.0),
+    "top_k": (0, 2**31 - 1),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 10.0),
+}
+"""Sampling parameters that a model may recommend, and the range in which a request may set them."""
 DEFAULT_CONTEXT_LENGTH = 2048
 """For models without a fixed window (ALiBi, recurrent) whose configuration names none."""
-
-
-class LoadError(Exception):
-    """The model cannot be served; the message is one line for the operator."""
+MIN_CONTEXT_LENGTH = 2
+"""A prompt of one token, and one more."""
+PROBES = tuple(
+    f"{text * 40}{end}" for text in ("a", "A", "1", " ", "\n", ".", "'", "é", "中", "aA", "a ", "1a") for end in "b!"
+)
+"""Texts on which an expression with too many ways to match shows it."""
+PROBE_SECONDS = 0.5
+"""Processor time for one of them; others take less than a thousandth of it."""
 
 
 def load(spec: ModelSpec, tokenizer_folder: str, on_stage: Callable[[str], None]) -> LoadedModel:
@@ -66,36 +86,33 @@ def load(spec: ModelSpec, tokenizer_folder: str, on_stage: Callable[[str], None]
     """
     on_stage("files")
     folder, revision = _folder(spec)
-    config = _config(spec, folder)
+    config = within_deadline("configuration", partial(_config, spec, folder))
     device = _device(spec.device)
     on_stage("tokenizer")
-    tokenizer = _tokenizer(folder, tokenizer_folder)
+    tokenizer = within_deadline("tokenizer", partial(_tokenizer, folder, tokenizer_folder))
     on_stage("weights")
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=config,
-        dtype=_dtype(spec, device, config),
-        trust_remote_code=False,
-        use_safetensors=True,
-        local_files_only=True,
-    )
-    model.eval()
+    context_length = _context_length(config, spec.max_model_len)
+    model = _model(folder, config, _dtype(spec, device, config))
+    vocab_size = model.get_input_embeddings().num_embeddings
+    sample_ids = _sample_ids(tokenizer, vocab_size, context_length)
     parameters = sum(weight.numel() for weight in model.parameters())
-    logprob_shift = _quantize(model, tokenizer, device, config, spec) if spec.quantization == "int8" else None
-    end_ids = _end_ids(model, tokenizer)
+    logprob_shift = _quantize(model, sample_ids, device, spec) if spec.quantization == "int8" else None
+    end_ids = _end_ids(model, tokenizer, vocab_size)
     recommended = _recommended_params(model.generation_config)
     # The model's own sampling defaults would fill in whatever a request leaves open.
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    text_generation = pipeline("text-generation", model=model, tokenizer=tokenizer, device=device)
+    check_scores(text_generation.model, sample_ids[:MAX_PROBE_TOKENS])
     return LoadedModel(
-        pipeline=pipeline("text-generation", model=model, tokenizer=tokenizer, device=device),
+        pipeline=text_generation,
         revision=revision,
         device=device,
         dtype=str(model.dtype).removeprefix("torch."),
-        context_length=_context_length(config, spec.max_model_len),
-        vocab_size=model.get_input_embeddings().num_embeddings,
+        context_length=context_length,
+        vocab_size=vocab_size,
         parameters=parameters,
         end_ids=end_ids,
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(end_ids), 0),
+        pad_id=next(each for each in (tokenizer.pad_token_id, *end_ids, 0) if each in range(vocab_size)),
         recommended=recommended,
         logprob_shift=logprob_shift,
     )
@@ -117,17 +134,23 @@ def load_reason(error: Exception) -> str:
         case OfflineModeIsEnabled() | LocalEntryNotFoundError():
             reason = "the hub cannot be reached and the model has not been downloaded before"
         case HfHubHTTPError():
-            reason = f"the hub answered with an error ({_first_line(error)})"
+            reason = f"the hub answered with an error ({_one_line(error)})"
         case _:
-            reason = f"{type(error).__name__}: {_first_line(error)}"
+            reason = f"{type(error).__name__}: {_one_line(error)}"
     return f"The model cannot be loaded: {reason}."
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "").rstrip(".")
+def is_explained(error: Exception) -> bool:
+    """Return whether the reason says all that there is to know; any other error is a defect, or a library's."""
+    return isinstance(error, LoadError | torch.OutOfMemoryError | MemoryError | HfHubHTTPError | OSError)
 
 
-def _folder(spec: ModelSpec) -> tuple[str, str | None]:
+def _one_line(error: BaseException) -> str:
+    words = " ".join(str(error).split())
+    return words[:MAX_REASON_CHARS].rstrip(". ")
+
+
+def _folder(spec: ModelSpec) -> tuple[Path, str | None]:
     """Return the folder of the files and their commit, after a download where needed."""
     if spec.source == "local":
         folder = Path(spec.name).expanduser().resolve()
@@ -143,38 +166,117 @@ def _folder(spec: ModelSpec) -> tuple[str, str | None]:
             )
         )
         revision = folder.name
-    if (folder / "adapter_config.json").exists():
-        raise LoadError("it is an adapter for another model, not a whole one")
-    if not (folder / "config.json").is_file():
-        raise LoadError(f"{folder} has no config.json")
-    if not any(folder.glob("*.safetensors")):
-        raise LoadError("it has no weights in the safetensors format, and no other is read")
-    return str(folder), revision
+    return folder, revision
 
 
-def _config(spec: ModelSpec, folder: str) -> Any:
+def _config(spec: ModelSpec, folder: Path) -> Any:
+    """Return the model's configuration, once all small files have been checked."""
+    check_files(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except ValueError as error:
+    except Exception as error:
         if "trust_remote_code" in str(error):
-            raise LoadError("it needs Python code of its own, which is never run") from None
-        raise
+            raise LoadError("config.json: it needs Python code of its own, which is never run") from None
+        raise LoadError(f"config.json: {_one_line(error)}") from error
     if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise LoadError(f"{config.model_type} is not a decoder-only language model")
+        raise LoadError(f"config.json: {config.model_type} is not a decoder-only language model")
     known: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     names = {kind.__name__ for kind in (known if isinstance(known, tuple) else (known,))}
     named = config.architectures or [*names]
     if not any(name in names or name.endswith(("ForCausalLM", "LMHeadModel")) for name in named):
-        raise LoadError(f"{', '.join(named)} is not a decoder-only language model")
+        raise LoadError(f"config.json: {', '.join(named)[:100]} is not a decoder-only language model")
+    if (folder / GENERATION_FILE).exists():
+        try:
+            GenerationConfig.from_pretrained(folder, local_files_only=True)
+        except Exception as error:
+            raise LoadError(f"{GENERATION_FILE}: {_one_line(error)}") from error
     return config
 
 
-def _tokenizer(folder: str, save_in: str) -> Any:
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+def _tokenizer(folder: Path, save_in: str) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except BaseException as error:
+        # The Rust library panics on some files, which is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if "custom code" in str(error) or "trust_remote_code" in str(error):
+            raise LoadError("tokenizer_config.json: it needs Python code of its own, which is never run") from None
+        if not (folder / "tokenizer.json").is_file():
+            raise LoadError("it has no tokenizer.json, and no tokenizer that one can be made of") from error
+        raise LoadError(f"tokenizer.json: cannot be read ({_one_line(error)})") from error
     if not getattr(tokenizer, "is_fast", False):
         raise LoadError("its tokenizer has no fast form (tokenizer.json)")
+    _check_expressions(tokenizer)
     tokenizer.save_pretrained(save_in)
     return tokenizer
+
+
+def _check_expressions(tokenizer: Any) -> None:
+    """Raises: LoadError: an expression of the tokenizer has too many ways to match an ordinary text."""
+    for probe in PROBES:
+        started = time.thread_time()
+        try:
+            tokenizer.backend_tokenizer.encode_batch([probe], add_special_tokens=False)
+            slow = time.thread_time() - started > PROBE_SECONDS
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":
+                if type(error) is Exception:  # an unknown word: not every tokenizer has a token for every text
+                    continue
+                raise
+            slow = True
+        if slow:
+            raise LoadError(f"tokenizer.json: its expressions take too long to split {len(probe)} characters")
+
+
+def _model(folder: Path, config: Any, dtype: torch.dtype | str) -> Any:
+    """Return the model with the weights of the files, all of them and no others.
+
+    Raises: LoadError: they are not the ones that the configuration describes.
+    """
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            # Reported, with their names and shapes, by `check_loading`.
+            ignore_mismatched_sizes=True,
+        )
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        if "can't allocate memory" in str(error):
+            raise LoadError("config.json: describes a model that does not fit into memory") from error
+        what = "quantization_config" if getattr(config, "quantization_config", None) else "it and the weights"
+        raise LoadError(f"config.json: {what} cannot be loaded ({type(error).__name__}: {_one_line(error)})") from error
+    model, info = loaded
+    check_loading(model, info, partial(tensor_shape, folder))
+    check_finite(model)
+    model.eval()
+    return model
+
+
+def _sample_ids(tokenizer: Any, vocab_size: int, context_length: int) -> list[int]:
+    """Return the tokens of an ordinary text.
+
+    Raises: LoadError: the model lacks one of them.
+    """
+    ids: list[int] = tokenizer(SAMPLE_TEXT, add_special_tokens=True).input_ids
+    if max(ids, default=0) >= vocab_size:
+        raise LoadError(
+            f"tokenizer.json: ordinary text needs token {max(ids)}, but vocab_size of config.json is {vocab_size}"
+        )
+    if len(tokenizer) > vocab_size:
+        log.warning(
+            "tokenizer.json has %d tokens and the model %d; text that needs the others is refused",
+            len(tokenizer),
+            vocab_size,
+        )
+    return ids[: min(MAX_SAMPLE_TOKENS, context_length)] or [0]
 
 
 def _device(requested: str) -> str:
@@ -198,15 +300,13 @@ def _dtype(spec: ModelSpec, device: str, config: Any) -> torch.dtype | str:
     return "auto" if checkpoint_dtype == torch.bfloat16 and cpu_has_bfloat16() and not native_int8 else torch.float32
 
 
-def _quantize(model: Any, tokenizer: Any, device: str, config: Any, spec: ModelSpec) -> float:
+def _quantize(model: Any, sample_ids: list[int], device: str, spec: ModelSpec) -> float:
     """Quantize to int8 and return by how much that changes log-probabilities."""
     if device != "cpu":
         raise LoadError(f"int8 is for processors and not for {device}; choose dtype bfloat16 or float16 there")
-    length = _context_length(config, MAX_SAMPLE_TOKENS)
-    ids = tokenizer(SAMPLE_TEXT, add_special_tokens=True).input_ids[:length]
     quantize = round_to_int8 if _has_native_int8(model, spec) else int8_linear
     try:
-        return round(quantize_linears(model, torch.tensor([ids or [0]]), quantize), 4)
+        return round(quantize_linears(model, torch.tensor([sample_ids]), quantize), 4)
     except QuantizationError as error:
         raise LoadError(f"int8 is not available here: {error}") from None
 
@@ -221,26 +321,60 @@ def _has_native_int8(model: Any, spec: ModelSpec) -> bool:
 
 
 def _context_length(config: Any, limit: int | None) -> int:
+    """Return how many tokens fit a request, `limit` at most.
+
+    Raises: LoadError: too few for any.
+    """
     text = config.get_text_config(decoder=True)
-    length = next(
-        (int(value) for name in CONTEXT_FIELDS if (value := getattr(text, name, None))), DEFAULT_CONTEXT_LENGTH
+    name, length = next(
+        ((name, int(value)) for name in CONTEXT_FIELDS if (value := getattr(text, name, None))),
+        ("context length", DEFAULT_CONTEXT_LENGTH),
     )
+    if length < MIN_CONTEXT_LENGTH:
+        raise LoadError(f"config.json: {name} is {length}; a prompt and its answer need at least {MIN_CONTEXT_LENGTH}")
     return min(length, limit) if limit is not None else length
 
 
-def _end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Collect the end tokens from every place a model may name them; chat models often use one place only."""
+def _end_ids(model: Any, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
+    """Collect the end tokens from every place a model may name them; chat models often use one place only.
+
+    Raises: LoadError: one is no token id, or the model has none of them.
+    """
     text = model.config.get_text_config(decoder=True)
     found: set[int] = set()
-    for value in (
-        model.generation_config.eos_token_id,
-        getattr(text, "eos_token_id", None),
-        tokenizer.eos_token_id,
+    unknown: list[str] = []
+    for source, value in (
+        (GENERATION_FILE, model.generation_config.eos_token_id),
+        ("config.json", getattr(text, "eos_token_id", None)),
+        ("tokenizer.json", tokenizer.eos_token_id),
     ):
-        found.update(value if isinstance(value, list | tuple) else () if value is None else (value,))
+        ids = value if isinstance(value, list | tuple) else () if value is None else (value,)
+        if not all(type(each) is int for each in ids):
+            raise LoadError(f"{source}: eos_token_id must be a token id or a list of them")
+        known = {each for each in ids if 0 <= each < vocab_size}
+        if known != set(ids):
+            unknown.append(source)
+            log.warning("%s: eos_token_id names tokens that the model does not have", source)
+        found |= known
+    if unknown and not found:
+        raise LoadError(f"{unknown[0]}: eos_token_id names no token that the model has; its last is {vocab_size - 1}")
     return tuple(sorted(found))
 
 
 def _recommended_params(config: GenerationConfig) -> tuple[tuple[str, float], ...]:
-    values: dict[str, Any] = {name: getattr(config, name, None) for name in RECOMMENDED_FIELDS}
-    return tuple((name, value) for name, value in values.items() if value is not None)
+    """Return the sampling parameters that the model's makers recommend, as far as a request could set them.
+
+    Raises: LoadError: one is no number.
+    """
+    recommended: list[tuple[str, float]] = []
+    for name, (least, most) in RECOMMENDED.items():
+        value = getattr(config, name, None)
+        if value is None:
+            continue
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise LoadError(f"{GENERATION_FILE}: {name} must be a number")
+        if least <= value <= most:
+            recommended.append((name, value))
+        else:
+            log.warning("%s: %s is not from %g to %g and is not used", GENERATION_FILE, name, least, most)
+    return tuple(recommended)

@@ -73,6 +73,11 @@ class BatchingRunner:
         self._pending_events: list[TokenEvent] = []
 
     @property
+    def context_length(self) -> int:
+        """Tokens that fit a request."""
+        return self._loaded.context_length
+
+    @property
     def busy(self) -> bool:
         """Whether a request is live, or an event has not been sent."""
         return bool(self._live or self._pending_events)

@@ -68,6 +68,7 @@ class CountingRunner:
     slots = 1
     unsupported: tuple[str, ...] = ()
     compiled = None
+    context_length = 100
 
     def __init__(self) -> None:
         self.waiting: list[Submit] = []

@@ -21,7 +21,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from app.ipc.messages import ModelSpec
 from app.worker.loaded_model import LoadedModel
 from app.worker.loading import loader
-from app.worker.loading.loader import LoadError, load, load_reason
+from app.worker.loading.loader import load, load_reason
+from app.worker.loading.model_files import LoadError
 from tests.unit.tiny_models import chatml_tokenizer, save_tiny_llama
 
 SPEC = ModelSpec(name="", source="local", device="cpu", dtype="auto", revision=None, max_model_len=None, threads=0)
@@ -176,7 +177,7 @@ RESPONSE = httpx.Response(403, request=httpx.Request("GET", "https://hub.invalid
         (HfHubHTTPError("it broke", response=RESPONSE), "it broke"),
         (MemoryError(), "does not fit into memory"),
         (torch.OutOfMemoryError(), "does not fit into memory"),
-        (ValueError("first\nsecond"), "ValueError: first."),
+        (ValueError("first\nsecond"), "ValueError: first second."),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )

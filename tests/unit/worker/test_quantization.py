@@ -22,7 +22,8 @@ from app.worker.execution.torch.int8_linear import Int8Linear, has_integer_linea
 from app.worker.execution.torch.torch_executor import create_torch_runner
 from app.worker.loaded_model import LoadedModel
 from app.worker.loading import loader
-from app.worker.loading.loader import LoadError, load
+from app.worker.loading.loader import load
+from app.worker.loading.model_files import LoadError
 from app.worker.process import Runner, make_runner
 from tests.unit.tiny_models import chatml_tokenizer, save_tiny_llama
 from tests.unit.worker.families import FAMILIES, make

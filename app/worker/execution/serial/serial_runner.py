@@ -11,16 +11,27 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from app.ipc.messages import Exchange, Submit, TokenEvent
 from app.types import SamplingParams
 from app.worker.loaded_model import LoadedModel
+from app.worker.sampling.sampler import NO_TOKEN
 from app.worker.validation import check_request, end_ids, failure_reason
 
 log = logging.getLogger(__name__)
 
 SEED_BITS = 63
+
+
+class NoTokenError(Exception):
+    """The scores of a request are not finite; choosing among them would answer with any token at all."""
 
 
 class SerialRunner:
@@ -37,6 +48,11 @@ class SerialRunner:
         self._pending_events: list[TokenEvent] = []
         self._running: int | None = None
         self._cancelled = False
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that fit a request."""
+        return self._model.context_length
 
     @property
     def busy(self) -> bool:
@@ -93,6 +109,8 @@ class SerialRunner:
                 self._forward(request, reporter)
         except torch.AcceleratorError:
             raise
+        except NoTokenError:
+            return TokenEvent(request.id, error=NO_TOKEN.reason)
         except Exception as error:
             log.exception("a request failed")
             return TokenEvent(request.id, error=failure_reason(error))
@@ -105,6 +123,7 @@ class SerialRunner:
         self._model.pipeline.forward(  # type: ignore[no-untyped-call]
             inputs,
             generation_config=generation_config(request.params, self._model),
+            logits_processor=LogitsProcessorList([_FiniteScores()]),
             stopping_criteria=StoppingCriteriaList([reporter]),
         )
 
@@ -130,6 +149,16 @@ def generation_config(params: SamplingParams, model: LoadedModel) -> GenerationC
         settings |= {"temperature": params.temperature, "top_k": params.top_k, "top_p": params.top_p}
         settings |= {"min_p": params.min_p or None}
     return GenerationConfig(**settings)  # type: ignore[no-untyped-call]
+
+
+class _FiniteScores(LogitsProcessor):
+    """Refuses scores among which no token can be chosen; `generate` itself takes the first token for the likeliest."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any) -> Any:
+        """Take (1, vocab) scores and return them.  Raises: NoTokenError: the highest is not finite."""
+        if not scores.amax(dim=-1).isfinite().all():
+            raise NoTokenError
+        return scores
 
 
 class _TokenReporter(StoppingCriteria):

@@ -26,13 +26,15 @@ INT8_TOLERANCE = 5e-2
 BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 """Rotary embeddings that depend on the longest sequence in the batch, so that one sequence would change another's."""
 MAX_SLOTS = 32
+MIN_LENGTH = 2048
+"""Tokens that a slot has in any case, if the model's context window does."""
 
 
 def create_torch_runner(model: Any, *, length: int, slots: int | None, free_bytes: int) -> ModelRunner:
     """Verify that packed batches give the model's own logits, and allocate its KV cache.
 
     Args:
-        length: tokens that fit a slot.
+        length: tokens that fit a slot, or fewer where the memory is too small for one of this length.
         slots: sequences at once; None takes 32, or fewer where they do not fit.
         free_bytes: memory that the KV cache may take.
 
@@ -52,6 +54,7 @@ def create_torch_runner(model: Any, *, length: int, slots: int | None, free_byte
         if isinstance(error, UnsupportedModelError):
             raise
         raise UnsupportedModelError(f"its forward pass fails over KV cache slots ({type(error).__name__})") from error
+    length = min(length, max(MIN_LENGTH, free_bytes // max(1, bytes_per_token)))
     fitting = max(1, free_bytes // max(1, bytes_per_token * length))
     return torch_runner(model, slots=min(slots or MAX_SLOTS, fitting), length=length)
 

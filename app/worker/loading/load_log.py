@@ -1,0 +1,50 @@
+"""The warnings of a load, for the parent's log: a line each, from whichever library and thread."""
+
+import logging
+from collections import deque
+from collections.abc import Callable
+
+from transformers.utils import logging as transformers_logging
+
+MAX_LINE_CHARS = 500
+MAX_LINES = 50
+"""Warnings of one load that are kept; a library may repeat one for each of a thousand tensors."""
+
+
+class LoadLog(logging.Handler):
+    """Collects warnings until `flush_to` hands them over; the thread that owns the socket calls it."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._lines: deque[str] = deque()
+        self._seen: set[str] = set()
+
+    def __enter__(self) -> "LoadLog":
+        """Take over what libraries warn of, in place of standard error."""
+        transformers_logging.disable_default_handler()
+        transformers_logging.enable_propagation()
+        transformers_logging.set_verbosity_warning()  # type: ignore[no-untyped-call]
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        logging.captureWarnings(True)
+        root = logging.getLogger()
+        self._replaced = root.handlers[:]
+        root.handlers[:] = [self]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Let warnings go to standard error again."""
+        transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        logging.captureWarnings(False)
+        logging.getLogger().handlers[:] = self._replaced
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a warning as one line, once; a report that the loader itself reads is left out."""
+        line = " ".join(self.format(record).split())[:MAX_LINE_CHARS]
+        if "LOAD REPORT" not in line and line not in self._seen and len(self._seen) < MAX_LINES:
+            self._seen.add(line)
+            self._lines.append(line)
+
+    def flush_to(self, send: Callable[[str], None]) -> None:
+        """Call `send` with each line since the last time."""
+        while self._lines:
+            send(self._lines.popleft())
