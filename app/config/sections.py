@@ -126,7 +126,7 @@ class ModelConfig(Section):
     """Total prompt tokens of waiting requests; a single request may always wait."""
     threads: NonNegativeInt = 0
     """CPU threads of the model; 0 is one per core."""
-    hang_seconds: PositiveFloat = 30
+    hang_seconds: Annotated[float, Field(ge=5)] = 30
     """A worker that gives no sign of life for so long is killed and started again; after 3 s it gets no requests."""
     stall_seconds: PositiveFloat = 120
     """The same for a worker that lives, has requests and makes no progress; at least

@@ -52,7 +52,7 @@ class Interpreter:
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
-                *("-P", "-m", "app.worker"),
+                *("-P", "-m", "app.worker", str(folder.path)),
                 *([SPARE] if spare else []),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
@@ -79,7 +79,7 @@ class Interpreter:
 
     def pulse(self) -> Pulse:
         """Return the signs of life so far."""
-        return Pulse(self._beats, _cpu_ticks(self.pid) if self.is_running else 0, self._progress)
+        return Pulse(self._beats, _cpu_seconds(self.pid), self._progress)
 
     def write(self, line: bytes) -> None:
         """Write to its standard input, which a dead process drops."""
@@ -122,10 +122,10 @@ def _code_folders(cache: Path | None, private: Path) -> list[str]:
     return [*([str(cache)] if cache else []), str(shared), str(private / "code")]
 
 
-def _cpu_ticks(pid: int) -> int:
-    """Return the CPU time of a process; 0 where the system does not say."""
+def _cpu_seconds(pid: int) -> float:
+    """Return the CPU time of a process and its threads; 0 where the system does not say, and after its end."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-        return int(fields[11]) + int(fields[12])
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     except (OSError, IndexError, ValueError):
-        return 0
+        return 0.0

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 HEARTBEAT_SECONDS = 1.0
 """How often a worker shows that it lives, whether it has work or not."""
 
+COMPUTING_SHARE = 0.05
+"""Of a processor, that shows that a process computes.  Threads that wait for the interpreter use a little, too: they
+look two hundred times a second whether it is free."""
+
 
 @dataclass(frozen=True, slots=True)
 class Pulse:
@@ -15,9 +19,9 @@ class Pulse:
 
     beats: int = 0
     """Messages and heartbeats that arrived.  A thread of its own sends the latter, whatever the model computes."""
-    cpu_ticks: int = 0
-    """CPU time by the system's clock; 0 where the system does not say.  It grows too while one long call keeps every
-    other thread of the interpreter from running, as a heartbeat would need."""
+    cpu_seconds: float = 0
+    """CPU time; 0 where the system does not say.  It grows too while one long call keeps every other thread of the
+    interpreter from running, as a heartbeat would need."""
     progress: int = 0
     """Parts of the work done: messages, steps, and layers where a step may be long."""
 
@@ -32,7 +36,7 @@ class Liveness:
     def __init__(self) -> None:
         self.silent_seconds = 0.0
         self.stalled_seconds = 0.0
-        self._last = Pulse(-1, -1, -1)
+        self._last = Pulse(-1, 0, -1)
 
     def observe(self, pulse: Pulse, *, busy: bool, seconds: float) -> None:
         """Compare a pulse with the one before.
@@ -43,7 +47,9 @@ class Liveness:
             seconds: since the last call, as far as this process ran in between.
         """
         last, self._last = self._last, pulse
-        self.silent_seconds = 0.0 if pulse != last else self.silent_seconds + seconds
+        computed = pulse.cpu_seconds - last.cpu_seconds >= COMPUTING_SHARE * seconds
+        heard = (pulse.beats, pulse.progress) != (last.beats, last.progress)
+        self.silent_seconds = 0.0 if heard or computed else self.silent_seconds + seconds
         if not busy or pulse.progress != last.progress:
             self.stalled_seconds = 0.0
         elif self.silent_seconds < 2 * HEARTBEAT_SECONDS:

@@ -106,7 +106,7 @@ class WorkerProcess:
 
     def pulse(self) -> Pulse:
         pulse = self._interpreter.pulse()
-        return Pulse(pulse.beats + self._messages, pulse.cpu_ticks, pulse.progress + self._messages)
+        return Pulse(pulse.beats + self._messages, pulse.cpu_seconds, pulse.progress + self._messages)
 
     def send(self, message: ToWorker) -> None:
         with contextlib.suppress(zmq.Again):  # the peer has exited, which `receive` raises

@@ -1,7 +1,7 @@
-"""Entry point of the worker process: make sure to exit with the parent, import torch, read the Start message, serve.
+"""Entry point of the worker process: make sure to exit with the parent, import torch, read Start, serve.
 
-The imports take seconds.  They run in a thread, so that the process shows meanwhile that it lives, and notices when its
-parent does not.
+Called as `app.worker FOLDER [--spare]`; the folder is private to this process and its parent.  The imports take
+seconds.  They run in a thread, so that the process notices meanwhile when its parent dies.
 """
 
 import ctypes
@@ -11,7 +11,9 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 
@@ -22,18 +24,25 @@ from app.worker.heartbeat import beat
 
 _PR_SET_PDEATHSIG = 1
 _LOWEST_PRIORITY = 19
+_REMOVALS = 50
+"""How often it is tried to remove a folder that another thread writes to."""
 
 
 def _exit_with_parent(folder: str) -> None:
-    """End this process when the parent's end of standard input closes, even in the middle of a load or a step.
-
-    A parent that was killed could not remove the private folder, so it is removed here.
-    """
+    """End this process when the parent's end of standard input closes, even in the middle of a load or a step."""
     # Not `sys.stdin`: a thread that holds its lock would keep the interpreter from ending in order.
     os.read(sys.stdin.fileno(), 1)
-    while Path(folder).exists():
-        # The main thread may be writing to it at this moment.
+    _exit(folder)
+
+
+def _exit(folder: str) -> NoReturn:
+    """End without a parent, which can no longer remove the private folder."""
+    for _ in range(_REMOVALS):
         shutil.rmtree(folder, ignore_errors=True)
+        if not Path(folder).exists():
+            break
+        # Another thread was writing to it.
+        time.sleep(0.02)
     os._exit(0)
 
 
@@ -66,15 +75,16 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _continue_when_parent_dies()
     logging.basicConfig(level=logging.WARNING, format="worker %(levelname)s %(name)s: %(message)s")
+    folder = sys.argv[1]
     pipe = _take_standard_output()
     choose_inductor_folder()
     importing = threading.Thread(target=_import_worker, args=[SPARE in sys.argv], name="import", daemon=True)
     importing.start()
     line = sys.stdin.buffer.readline()
     if not line:
-        os._exit(0)
+        _exit(folder)
     start = msgspec.json.decode(line, type=Start)
-    threading.Thread(target=_exit_with_parent, args=[start.folder], name="exit-with-parent", daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=[folder], name="exit-with-parent", daemon=True).start()
     threading.Thread(target=beat, args=[pipe], name="heartbeat", daemon=True).start()
     importing.join()
     from app.worker.process import serve

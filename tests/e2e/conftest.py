@@ -90,6 +90,8 @@ def environment(data_dir: Path, **settings: str) -> dict[str, str]:
         "MODEL__NAME": str(ROOT / "models" / "tiny-chat"),
         # Two services are tested at once; threads that wait for each other on shared cores would make both crawl.
         "MODEL__THREADS": "1",
+        # Nor should the imports of a process that few tests need.
+        "MODEL__SPARE_WORKER": "false",
     }
     return {**inherited, **ours, **settings}
 

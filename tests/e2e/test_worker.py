@@ -9,8 +9,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -19,8 +20,9 @@ import pytest_asyncio
 
 from app.config import DeadlineConfig, ModelConfig
 from app.engine.local import LocalEngine
-from app.errors import DeadlineExceeded, EngineBusy, EngineFailed, InvalidRequest
+from app.errors import DeadlineExceeded, EngineBusy, EngineFailed, EngineNotReady, InvalidRequest
 from app.events import Event
+from app.ipc.spare_interpreters import SpareInterpreters
 from app.requests import GenerationRequest
 from app.types import EngineState, FinishReason, Message, Role, SamplingParams, Tenant
 from tests.unit.event_streams import deltas_of, finished_of, text_of
@@ -89,6 +91,15 @@ async def worker_of(engine: LocalEngine) -> int:
             return pid
         await asyncio.sleep(0.02)
     raise AssertionError("no worker was started")
+
+
+async def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    """Poll until true; fails the test when it takes too long."""
+    for _ in range(int(seconds / 0.02)):
+        if condition():
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("it did not happen in time")
 
 
 async def gone(pid: int, seconds: float = 10) -> bool:
@@ -199,21 +210,80 @@ async def test_a_killed_worker_fails_its_requests_at_once_and_comes_back(engine:
     assert FinishReason.LENGTH == finished_of(await read(engine, make_request(max_tokens=2))).finish_reason
 
 
-async def test_a_worker_that_hangs_is_ended(folder: Path):
-    """A stopped process says nothing: after the limit it is killed, and its request fails; its engine can be closed."""
-    async with serving(LocalEngine(ModelConfig(name=str(folder)), DeadlineConfig(), hang_seconds=1)) as engine:
-        stream, pid = engine.stream(make_request(max_tokens=50_000)), engine.status().worker_pid
+async def test_a_suspended_worker_tells_its_requests_and_serves_on_when_it_comes_back(engine: LocalEngine):
+    """Within seconds running and waiting requests fail, new ones are refused; the same process then serves again."""
+    streams = [engine.stream(make_request(name, 50_000)) for name in "ab"]
+    for stream in streams:
+        await anext(stream)
+    await anext(streams[0])
+    before = engine.status()
+    assert before.worker_pid is not None
+
+    os.kill(before.worker_pid, signal.SIGSTOP)
+    try:
+        async with asyncio.timeout(5):
+            for stream in streams:
+                with pytest.raises(EngineFailed, match="does not respond"):
+                    await drain(stream)
+        assert EngineState.UNRESPONSIVE == engine.status().state
+        with pytest.raises(EngineNotReady) as refusal:
+            await anext(engine.stream(make_request("c")))
+        assert (refusal.value.retry_after or 0) > 0
+    finally:
+        os.kill(before.worker_pid, signal.SIGCONT)
+
+    async with asyncio.timeout(10):
+        await engine.wait_ready()
+        # Its one slot is free: the worker has dropped what nobody waits for.
+        assert FinishReason.LENGTH == finished_of(await read(engine, make_request(max_tokens=2))).finish_reason
+    after = engine.status()
+    assert (before.worker_pid, before.restarts, None) == (after.worker_pid, after.restarts, after.error)
+
+
+async def test_a_worker_that_stays_suspended_is_replaced(folder: Path):
+    """After the limit it is killed, though it had no work; its engine can be closed."""
+    async with serving(LocalEngine(ModelConfig(name=str(folder)), DeadlineConfig(), hang_seconds=5)) as engine:
+        pid = engine.status().worker_pid
         assert pid is not None
-        await anext(stream)
-        await anext(stream)
 
         os.kill(pid, signal.SIGSTOP)
-        with pytest.raises(EngineFailed):
-            await asyncio.wait_for(drain(stream), 20)
+        assert await gone(pid, 12)
 
-        assert "no progress" in str(engine.status().error)
-        assert await gone(pid)
+        await until(lambda: engine.status().state is EngineState.RESTARTING)
+        assert "gave no sign of life" in str(engine.status().error)
     assert (EngineState.CLOSED, None) == (engine.status().state, engine.status().worker_pid)
+
+
+async def test_a_service_that_was_suspended_itself_does_not_blame_its_worker(folder: Path, short_folder: Path):
+    """As a laptop whose lid was shut for longer than the limit."""
+    with running_service(folder, short_folder) as service:
+        pid = int(await line_of(service))
+        assert "ready" == await line_of(service)
+        service.send_signal(signal.SIGSTOP)
+        await asyncio.sleep(7)
+        service.send_signal(signal.SIGCONT)
+        await asyncio.sleep(2)
+
+        assert f"ready 0 {pid}" == await line_of(service, after=b"status\n")
+
+
+async def test_a_spare_replaces_a_killed_worker_and_ends_with_the_engine(folder: Path, short_folder: Path, monkeypatch):
+    """The next worker is the process that waited with its imports done; the one after it is a new one."""
+    monkeypatch.setattr(tempfile, "tempdir", str(short_folder))
+    interpreters = SpareInterpreters()
+    engine = LocalEngine(ModelConfig(name=str(folder)), DeadlineConfig(), interpreters=interpreters)
+    async with serving(engine):
+        for restarts in (1, 2):
+            (spare,) = {each.pid for each in psutil.Process().children()} - {engine.status().worker_pid}
+            os.kill(engine.status().worker_pid or 0, signal.SIGKILL)
+            await until(partial(lambda number: engine.status().restarts == number, restarts))
+            async with asyncio.timeout(START_SECONDS):
+                await engine.wait_ready()
+            assert spare == engine.status().worker_pid
+        assert FinishReason.LENGTH == finished_of(await read(engine, make_request(max_tokens=2))).finish_reason
+        assert 2 == len(psutil.Process().children())
+        assert 2 == len(workers_in(short_folder))
+    assert ([], []) == (psutil.Process().children(), workers_in(short_folder))
 
 
 async def test_closing_while_it_loads_leaves_nothing(
@@ -253,47 +323,95 @@ async def test_a_model_that_is_not_there_is_a_failed_load(tmp_path: Path):
     await engine.close()
 
 
-ORPHAN = """
+SERVICE = """
 import asyncio, sys
 from app.config import DeadlineConfig, ModelConfig
 from app.engine.local import LocalEngine
+from app.ipc.spare_interpreters import SpareInterpreters
 
 async def main():
-    engine = LocalEngine(ModelConfig(name=sys.argv[1]), DeadlineConfig())
+    interpreters = SpareInterpreters()
+    engine = LocalEngine(ModelConfig(name=sys.argv[1]), DeadlineConfig(), interpreters=interpreters, hang_seconds=5)
     await engine.start()
     while engine.status().worker_pid is None:
         await asyncio.sleep(0.01)
     print(engine.status().worker_pid, flush=True)
     await engine.wait_ready()
     print("ready", flush=True)
-    await asyncio.sleep(600)
+    await asyncio.to_thread(sys.stdin.readline)
+    print(engine.status().state, engine.status().restarts, engine.status().worker_pid, flush=True)
+    await asyncio.to_thread(sys.stdin.readline)
 
 asyncio.run(main())
 """
+
+
+@contextmanager
+def running_service(folder: Path, temporary: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process with an engine, which is killed at the end."""
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVICE, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"TMPDIR": str(temporary)},
+    ) as service:
+        try:
+            yield service
+        finally:
+            service.kill()
+
+
+async def line_of(service: subprocess.Popen[bytes], after: bytes = b"") -> str:
+    """Return the next line that the service prints, after it was sent one."""
+    assert service.stdin is not None
+    assert service.stdout is not None
+    service.stdin.write(after)
+    service.stdin.flush()
+    return (await asyncio.to_thread(service.stdout.readline)).decode().strip()
 
 
 def workers_in(folder: Path) -> list[str]:
     return [entry.name for entry in folder.glob("llm-worker-*")]
 
 
-@pytest.mark.parametrize("loaded", [False, True], ids=["while it loads", "when it serves"])
-async def test_no_worker_outlives_its_service(folder: Path, short_folder: Path, loaded: bool):
-    """A service that is killed takes its worker with it, and the private folder too."""
-    with subprocess.Popen(  # noqa: ASYNC220 - only its output is read, in a thread
-        [sys.executable, "-c", ORPHAN, str(folder)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"TMPDIR": str(short_folder)},
-    ) as service:
-        try:
-            assert service.stdout is not None
-            pid = int(await asyncio.to_thread(service.stdout.readline))
-            if loaded:
-                assert "ready\n" == await asyncio.to_thread(service.stdout.readline)
-            assert psutil.pid_exists(pid)
-            assert 1 == len(workers_in(short_folder))
-        finally:
-            service.kill()
+@pytest.mark.parametrize("state", ["while it loads", "when it serves", "while it is suspended"])
+async def test_no_worker_outlives_its_service(folder: Path, short_folder: Path, state: str):
+    """A service that is killed takes its worker and its spare with it, and the private folders too."""
+    with running_service(folder, short_folder) as service:
+        pid = int(await line_of(service))
+        if state != "while it loads":
+            assert "ready" == await line_of(service)
+        children = psutil.Process(service.pid).children()
+        assert pid in {each.pid for each in children}
+        assert len(children) == len(workers_in(short_folder)) == (1 if state == "while it loads" else 2)
+        if state == "while it is suspended":
+            for each in children:
+                each.suspend()
 
-        assert await gone(pid)
-        assert [] == workers_in(short_folder)
+        service.kill()
+
+        for each in children:
+            assert await gone(each.pid)
+    assert [] == workers_in(short_folder)
+
+
+async def test_what_a_killed_service_and_its_worker_left_is_swept_by_the_next(
+    folder: Path, short_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As when the system runs out of memory, and kills both."""
+    with running_service(folder, short_folder) as service:
+        await line_of(service)
+        assert "ready" == await line_of(service)
+        for process in [*psutil.Process(service.pid).children(), psutil.Process(service.pid)]:
+            process.suspend()
+            process.kill()
+    assert 2 == len(workers_in(short_folder))
+
+    monkeypatch.setattr(tempfile, "tempdir", str(short_folder))
+    engine = LocalEngine(ModelConfig(name=str(folder)), DeadlineConfig())
+    await engine.start()
+    await worker_of(engine)
+
+    assert 1 == len(workers_in(short_folder))
+    await engine.close()
+    assert [] == workers_in(short_folder)
