@@ -6,6 +6,10 @@ holds what the setting says, which is half of the capacity; each of N that want 
 admitted is thrown out again for it.
 """
 
+from collections import Counter
+
+from app.types import Tenant
+
 
 def fits_share(more: int, *, held: int, total: int, alone: int) -> bool:
     """Return whether a tenant may take so many places.
@@ -16,3 +20,33 @@ def fits_share(more: int, *, held: int, total: int, alone: int) -> bool:
         alone: places that a tenant may have while no other has any; all have at most twice as many.
     """
     return held + more <= min(alone, 2 * alone - total)
+
+
+class FairPlaces:
+    """Places in this process that owners share by this rule; an owner without any may always take some."""
+
+    def __init__(self, alone: int) -> None:
+        """Args: alone: places that an owner may have while no other has any."""
+        self._alone = alone
+        self._held: Counter[Tenant] = Counter()
+        self._total = 0
+
+    def held(self, owner: Tenant) -> int:
+        """Return how many places an owner has."""
+        return self._held[owner]
+
+    def take(self, owner: Tenant, places: int) -> bool:
+        """Take places, or none; return whether they were taken."""
+        held = self._held[owner]
+        if held and not fits_share(places, held=held, total=self._total, alone=self._alone):
+            return False
+        self._held[owner] += places
+        self._total += places
+        return True
+
+    def release(self, owner: Tenant, places: int) -> None:
+        """Give places back."""
+        self._total -= places
+        self._held[owner] -= places
+        if not self._held[owner]:
+            del self._held[owner]

@@ -88,10 +88,7 @@ def create_app(
     host = ModelHost(build, default=names[0])
     for name in names:
         host.add(name)
-    limited = settings.rate_limit.enabled
-    admission = AdmissionControl(
-        MemoryAdmissionStore(), access.quotas, enabled=limited, on_refusal=metrics.rate_limited
-    )
+    admission = AdmissionControl(MemoryAdmissionStore(), access.quotas, on_refusal=metrics.rate_limited)
     if sessions is None and settings.chat_history.enabled:
         sessions = MemorySessionStore(settings.chat_history)
     generation: Service = service or GenerationService(

@@ -1,9 +1,11 @@
 """Admission: whether a caller may send one more request, and the tokens that are set aside for it.
 
 The only entry to every limit of a key.  `admit` surrounds a request from its arrival to its last byte, `reserve` the
-generation within it.  Rate limits live in an `AdmissionStore`, the monthly quota in the database.
+generation within it.  Rate limits live in an `AdmissionStore`, the monthly quota in the database; what a request may
+occupy of this process, and what refusing it may cost, is counted in this process.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -12,11 +14,19 @@ from functools import lru_cache
 from typing import Protocol
 
 from app.access.quotas import QuotaReservation, Quotas
+from app.access.refusals import RefusalBudget, RefusalCost
 from app.access.rights import check_rights
 from app.access.token_bucket import Bucket, BucketState
-from app.errors import QuotaExceeded, RateLimited
-from app.types import Limits, Principal
+from app.errors import AppError, EngineBusy, QuotaExceeded, RateLimited, ServiceUnavailable
+from app.fair_share import FairPlaces
+from app.types import Limits, Principal, Tenant
 
+PLACES = 1024
+"""Places that a tenant may hold in this process while no other holds any: one for each answer, or part of a body."""
+PLACE_BYTES = 64 * 1024
+"""Bytes of a body that take a place until the request has ended."""
+MAX_ANSWERS_CHARGED = 16
+"""A refused batch has tried no more than this many answers."""
 PARALLEL_RETRY_SECONDS = 1.0
 """A guess: when one of the running requests ends is not known."""
 
@@ -73,21 +83,19 @@ class Decision:
 class AdmissionStore(Protocol):
     """Requests, minute tokens and parallel places of every key.
 
-    Each method is one atomic step.  The methods that return something (`leave`, `refund`, `return_tokens`) take effect
-    even when the task that awaits them is cancelled meanwhile.
+    Each method is one atomic step.  The methods that return something (`leave`, `return_tokens`) take effect even when
+    the task that awaits them is cancelled meanwhile.
     """
 
     async def admit(self, key_id: str, rates: Rates) -> Decision:
-        """Look at every limit, then take one request and a parallel place, or neither.
+        """Take one request, and a parallel place if no other limit refuses it.
 
-        The parallel places are looked at first, then the tokens (at least one must be there), then the requests.
+        The requests are looked at first, then the parallel places, then the tokens (at least one must be there).  A
+        request that the latter two refuse is spent.
         """
 
     async def leave(self, place: str) -> None:
         """Free a parallel place."""
-
-    async def refund(self, key_id: str, bucket: Bucket) -> BucketState:
-        """Put one request back."""
 
     async def take_tokens(self, key_id: str, bucket: Bucket, tokens: int) -> BucketState:
         """Take so many minute tokens, or none."""
@@ -112,24 +120,75 @@ class LimitState:
     """Until the bucket is full again."""
 
 
+class _Occupied:
+    """The places of this process that one request occupies."""
+
+    def __init__(self, places: FairPlaces, tenant: Tenant) -> None:
+        self._places = places
+        self._tenant = tenant
+        self._count = 0
+
+    def extend(self, count: int) -> None:
+        """Occupy so many in all.
+
+        Raises: RateLimited: the tenant's other requests hold as many as it may.  ServiceUnavailable: all tenants do.
+        """
+        more = count - self._count
+        if more <= 0:
+            return
+        if not self._places.take(self._tenant, more):
+            if self._places.held(self._tenant) > self._count:
+                message = "This caller has as many requests, answers and bodies in work as it may; wait and try again."
+                raise RateLimited(message, retry_after=PARALLEL_RETRY_SECONDS)
+            raise ServiceUnavailable("The service has as many requests in work as it can take. Try again later.")
+        self._count = count
+
+    def release(self) -> None:
+        self._places.release(self._tenant, self._count)
+        self._count = 0
+
+
 class Admitted:
     """A request that has been let in."""
 
-    def __init__(self, store: AdmissionStore, key_id: str, rates: Rates, requests: BucketState | None) -> None:
+    def __init__(
+        self,
+        store: AdmissionStore,
+        key_id: str,
+        rates: Rates,
+        requests: BucketState | None,
+        occupied: _Occupied,
+        refusals: RefusalBudget,
+    ) -> None:
         """Args: requests: the level after the request was taken; None without such a limit."""
         self._store = store
         self._key_id = key_id
         self._rates = rates
         self._requests = requests
+        self._occupied = occupied
+        self._refusals = refusals
+        self._answers = 1
 
-    async def refund(self) -> None:
-        """Give the request back: it was refused later on."""
-        if self._rates.requests:
-            self._requests = await self._store.refund(self._key_id, self._rates.requests)
+    def expect(self, answers: int) -> None:
+        """Occupy a place for each answer that the request is to have.
+
+        Raises: RateLimited, ServiceUnavailable: there are not so many places for this caller, or for anyone.
+        """
+        self._answers = answers
+        self._occupied.extend(answers)
+
+    def refuse(self, error: AppError) -> None:
+        """Charge the key with an error that refused the request, and let the error say when another may be sent."""
+        if isinstance(error, RateLimited | QuotaExceeded):
+            self._refusals.charge(self._key_id, RefusalCost.LATE)
+        elif isinstance(error, EngineBusy):
+            self._refusals.charge(self._key_id, RefusalCost.BUSY * min(self._answers, MAX_ANSWERS_CHARGED))
+        if error.retry_after is not None:
+            error.retry_after = max(error.retry_after, _until_one(self._rates.requests, self._requests))
 
     async def limits(self) -> Sequence[LimitState]:
         """Return the requests left after this one, and the tokens left now."""
-        if self._rates is NO_RATES:
+        if self._rates == NO_RATES:
             return ()
         levels = await self._store.peek(self._key_id, Rates(tokens=self._rates.tokens))
         return _limit_states(self._rates, Levels(self._requests, levels.tokens))
@@ -151,45 +210,77 @@ class Reservation:
 class AdmissionControl:
     """Enforces the limits of all keys; lives as long as the application."""
 
-    def __init__(self, store: AdmissionStore, quotas: Quotas, *, enabled: bool, on_refusal: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        store: AdmissionStore,
+        quotas: Quotas,
+        *,
+        on_refusal: Callable[[], None],
+        refusals: RefusalBudget | None = None,
+        places: int = PLACES,
+    ) -> None:
         """Args:
-        enabled: False enforces no rate limit, only the quotas.
         on_refusal: is called for every request that a rate limit refuses for now.
+        refusals: what refused requests may cost.
+        places: that a tenant may hold in this process while no other holds any.
         """
         self._store = store
         self._quotas = quotas
-        self._enabled = enabled
         self._on_refusal = on_refusal
+        self._refusals = refusals or RefusalBudget()
+        self._places = FairPlaces(places)
 
     # The plain function, so that whoever is handed this object needs no import of this package.
     check_rights = staticmethod(check_rights)
 
     @asynccontextmanager
-    async def admit(self, principal: Principal) -> AsyncIterator[Admitted]:
-        """Let one request in, and free its parallel place when the context is left.
+    async def admit(self, principal: Principal, body_bytes: int = 0) -> AsyncIterator[Admitted]:
+        """Let one request in, and free its places when the context is left.
 
         Minute tokens and the monthly quota are only looked at: a caller who has none left is refused before any work is
-        done.  A refused request costs nothing.
+        done.  A refused request costs one of the caller's requests, and a caller who is refused again and again waits.
 
+        Args: body_bytes: length of the body that is about to be read.
         Raises:
             RateLimited: a rate limit is reached, or too many requests of this key run.
             QuotaExceeded: this month's tokens are used up.
         """
-        rates = self._rates(principal)
+        occupied = _Occupied(self._places, principal.tenant)
+        occupied.extend(max(1, body_bytes // PLACE_BYTES))
+        try:
+            if wait := self._refusals.seconds_to_wait(principal.key_id):
+                await asyncio.sleep(wait)
+            async with self._parallel_place(principal) as requests:
+                rates = _rates_of(principal.limits)
+                yield Admitted(self._store, principal.key_id, rates, requests, occupied, self._refusals)
+        finally:
+            occupied.release()
+
+    @asynccontextmanager
+    async def _parallel_place(self, principal: Principal) -> AsyncIterator[BucketState | None]:
+        """Take a request and a parallel place while the context lasts; return the level of the requests."""
+        rates = _rates_of(principal.limits)
         decision = await self._store.admit(principal.key_id, rates)
         if decision.refused is not None:
+            self._refusals.charge(principal.key_id, RefusalCost.EARLY)
             raise self._refusal(decision.refused, rates, decision.levels)
-        admitted = Admitted(self._store, principal.key_id, rates, decision.levels.requests)
         try:
             try:
                 await self._quotas.check(principal)
             except QuotaExceeded:
-                await admitted.refund()
+                self._refusals.charge(principal.key_id, RefusalCost.EARLY)
                 raise
-            yield admitted
+            yield decision.levels.requests
         finally:
             if decision.place is not None:
                 await self._store.leave(decision.place)
+
+    async def check_tokens(self, principal: Principal, tokens: int) -> None:
+        """Refuse a request that takes at least so many tokens, as far as that is known without a transaction.
+
+        Raises: QuotaExceeded: so many are not left of the month.
+        """
+        await self._quotas.check(principal, tokens)
 
     @asynccontextmanager
     async def reserve(self, principal: Principal, tokens: int) -> AsyncIterator[Reservation]:
@@ -202,7 +293,7 @@ class AdmissionControl:
             QuotaExceeded: so many tokens of the month are not left.
             StoreUnavailable: the database does not answer, and the policy is to refuse then.
         """
-        bucket = self._rates(principal).tokens
+        bucket = _rates_of(principal.limits).tokens
         if bucket:
             await self._take_tokens(principal.key_id, bucket, tokens)
         reservation = Reservation(counted=False)
@@ -222,11 +313,8 @@ class AdmissionControl:
 
     async def limits(self, principal: Principal) -> Sequence[LimitState]:
         """Return what is left of this caller's rate limits; takes nothing."""
-        rates = self._rates(principal)
-        return () if rates is NO_RATES else _limit_states(rates, await self._store.peek(principal.key_id, rates))
-
-    def _rates(self, principal: Principal) -> Rates:
-        return _rates_of(principal.limits) if self._enabled else NO_RATES
+        rates = _rates_of(principal.limits)
+        return () if rates == NO_RATES else _limit_states(rates, await self._store.peek(principal.key_id, rates))
 
     async def _take_tokens(self, key_id: str, bucket: Bucket, tokens: int) -> None:
         if tokens > bucket.capacity:
@@ -240,13 +328,14 @@ class AdmissionControl:
             raise self._too_many("tokens", taken.retry_in)
 
     def _refusal(self, refused: Refusal, rates: Rates, levels: Levels) -> RateLimited:
+        next_request = _until_one(rates.requests, levels.requests)
         if refused is Refusal.PARALLEL:
             self._on_refusal()
             message = f"This API key has {rates.parallel_requests} requests running, as many as it may."
-            return RateLimited(message, retry_after=PARALLEL_RETRY_SECONDS)
+            return RateLimited(message, retry_after=max(PARALLEL_RETRY_SECONDS, next_request))
         if refused is Refusal.TOKENS:
-            return self._too_many("tokens", _until_one(rates.tokens, levels.tokens))
-        return self._too_many("requests", levels.requests.retry_in if levels.requests else 0.0)
+            return self._too_many("tokens", max(_until_one(rates.tokens, levels.tokens), next_request))
+        return self._too_many("requests", next_request)
 
     def _too_many(self, kind: str, retry_after: float) -> RateLimited:
         self._on_refusal()

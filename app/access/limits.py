@@ -56,9 +56,10 @@ NOTHING_SAID = LimitSettings()
 
 
 def configured(rates: RateLimitConfig, quota: QuotaConfig) -> Limits:
-    """Return the limits of a key for which neither it nor its role says anything."""
+    """Return the limits of a key for which neither it nor its role says anything; those switched off are none."""
     sections = {"rate_limit": rates, "quota": quota}
-    return Limits(**{spec.name: getattr(sections[spec.section], spec.setting) for spec in LIMIT_SPECS})
+    in_force = [spec for spec in LIMIT_SPECS if spec.section != "rate_limit" or rates.enabled]
+    return Limits(**{spec.name: getattr(sections[spec.section], spec.setting) for spec in in_force})
 
 
 def resolve(defaults: Limits, *levels: LimitSettings) -> Limits:

@@ -32,6 +32,10 @@ MAX_WAITING = 100_000
 """Commits queued for a database that is away; the oldest goes first, and its lease ends its reservation."""
 MAX_REMEMBERED = 10_000
 """Counters whose use is remembered."""
+LEAST_TOKENS = 2
+"""No request takes fewer: a token of its prompt and one of its completion."""
+CHECK_SECONDS = 1.0
+"""How long the balance of a month that is used up is good for refusals."""
 
 _log = structlog.get_logger("llm_service")
 
@@ -65,6 +69,8 @@ class Quotas:
         """Reservations that a request of this process still needs."""
         self._used: LRUCache[Month, int] = LRUCache(MAX_REMEMBERED)
         """Tokens used of each counter as last seen; other replicas may have used more since, never less."""
+        self._checked: LRUCache[Month, tuple[Balance, datetime]] = LRUCache(MAX_REMEMBERED)
+        """Balances of months that had too little left, and when they were queried."""
 
     def start(self, background: BackgroundGroup) -> None:
         self._writer.start(background)
@@ -74,24 +80,34 @@ class Quotas:
         """Write what is queued, if the database takes it."""
         await self._writer.close()
 
-    async def check(self, caller: Principal) -> None:
-        """Refuse a caller whose month is used up, as far as this process knows; only then it queries the database.
+    async def check(self, caller: Principal, tokens: int = LEAST_TOKENS) -> None:
+        """Refuse a request that takes at least so many tokens, as far as this process knows what the month has left.
 
-        Raises: QuotaExceeded: no token is left.
+        Where that seems too little it queries the database, but not for each of many requests.
+
+        Raises: QuotaExceeded: fewer tokens are left.
         """
         limit = caller.limits.monthly_tokens
         if not limit:
             return
         now = self._now()
         counter = Month(caller.key_id, month_of(now))
-        if self._used.get(counter, 0) < limit:
+        if self._used.get(counter, 0) + tokens <= limit:
             return
         # In an outage `reserve` decides.
         with suppress(StoreUnavailable):
-            found = await ledger.balance(self._db, counter)
-            self._used[counter] = found.used
-            if found.used >= limit:
-                raise _exceeded(limit, found, None, now)
+            balance = await self._latest(counter, now)
+            if balance.used + tokens > limit:
+                raise _exceeded(limit, balance, tokens if tokens > LEAST_TOKENS else None, now)
+
+    async def _latest(self, counter: Month, now: datetime) -> Balance:
+        """Return a balance that is no older than `CHECK_SECONDS`."""
+        balance, queried = self._checked.get(counter, (None, now))
+        if balance is None or now - queried > timedelta(seconds=CHECK_SECONDS) or balance.used < self._used[counter]:
+            balance = await ledger.balance(self._db, counter)
+            self._used[counter] = balance.used
+            self._checked[counter] = balance, now
+        return balance
 
     async def reserve(self, caller: Principal, tokens: int) -> QuotaReservation | None:
         """Set tokens aside; return None for a caller without a quota, or in an outage if that is the policy.

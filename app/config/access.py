@@ -13,7 +13,7 @@ class RateLimitConfig(Section):
     """Default rate limits of a key, which its role and the key itself may override; 0 is unlimited."""
 
     enabled: bool = True
-    """False disables every rate limit, those of roles and keys too."""
+    """False disables these defaults; the limits that a role or a key sets itself stay in force."""
     requests_per_minute: NonNegativeInt = 10
     """Refill rate of the token bucket, in requests."""
     burst_size: NonNegativeInt = 10

@@ -84,7 +84,7 @@ class EchoEngine:
         self._max_running = max_running
         self._aborts: dict[str, asyncio.Event] = {}
         """An event for each live request, set when it is aborted."""
-        self._tenants: Counter[str] = Counter()
+        self._tenants: Counter[Tenant] = Counter()
         """Live requests of each tenant."""
         self._state = EngineState.LOADING
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 from msgspec import structs
 
@@ -14,6 +14,8 @@ from app.types import Usage
 
 MAX_PARALLEL = 16
 """Samples generated at once; more would fill the queue that all callers share."""
+WAIT_SECONDS = 30.0
+"""How long a batch that the engine has begun waits for a place for the rest of it, when none of it runs."""
 
 Generate = Callable[[GenerationRequest], AsyncGenerator[Event, None]]
 
@@ -86,6 +88,10 @@ class _Batch:
     def __init__(self, generate: Generate) -> None:
         self._generate = generate
         self._running = 0
+        self._begun = False
+        """Whether the engine has taken one of them."""
+        self._refusal: EngineBusy | None = None
+        """Why the engine takes none of them."""
         self._end = asyncio.Event()
         """Set, and replaced, each time that one of them ends."""
 
@@ -98,22 +104,41 @@ class _Batch:
             return error
 
     async def events(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """Run one.  Where the engine is full it waits for another of the batch to end, if one runs."""
+        """Run one.
+
+        Where the engine is full it waits for another of the batch to end, or a while if none runs.  A batch of which
+        the engine has taken nothing is refused as a whole, without trying the rest.
+        """
+        until = asyncio.get_running_loop().time() + WAIT_SECONDS
         while True:
+            if self._refusal is not None:
+                raise self._refusal
             end, waits = self._end, False
             self._running += 1
             try:
                 async with aclosing(self._generate(request)) as events:
                     async for event in events:
+                        self._begun = True
                         yield event
                 return
-            except EngineBusy:  # comes before the first event or not at all
-                waits = self._running > 1
+            except EngineBusy as error:  # comes before the first event or not at all
+                waits = self._waits(error, until)
                 if not waits:
                     raise
+                retry_after = error.retry_after
             finally:
                 self._running -= 1
                 if not waits:
                     self._end.set()
                     self._end = asyncio.Event()
-            await end.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(None if self._running else retry_after):
+                    await end.wait()
+
+    def _waits(self, error: EngineBusy, until: float) -> bool:
+        """Return whether a request that was refused is to be tried again."""
+        if self._running > 1:
+            return True
+        if not self._begun:
+            self._refusal = error
+        return self._begun and asyncio.get_running_loop().time() < until

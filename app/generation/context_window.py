@@ -38,6 +38,13 @@ class TokenBudget:
         """Return the tokens that earlier turns may not take: by default at most a quarter of the window."""
         return self.requested or min(self.default, self.limit // 4)
 
+    def least_tokens(self, samples: int) -> int:
+        """Return the fewest tokens that a request of so many samples can take; 0 where it never fits."""
+        if self.requested is not None:
+            return 1 + self.requested * samples if self.requested < self.limit else 0
+        # The more the prompt takes, the less is left for each of the samples.
+        return min(1 + samples * min(self.default, self.limit - 1), self.limit - 1 + samples)
+
     def max_tokens(self, prompt_tokens: int) -> int:
         """Return the limit of the completion behind this prompt.
 

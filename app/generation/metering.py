@@ -38,6 +38,12 @@ class Admission(Protocol):
     ) -> None:
         """Raises: Forbidden: the caller's role does not allow this model, or what else the request uses of it."""
 
+    async def check_tokens(self, principal: Principal, tokens: int) -> None:
+        """Refuse a request that takes at least so many tokens before any work is done for it.
+
+        Raises: QuotaExceeded: so many are not left, as far as is known without taking them.
+        """
+
     def reserve(self, principal: Principal, tokens: int) -> AbstractAsyncContextManager[Reservation]:
         """Set tokens aside while the context lasts.
 

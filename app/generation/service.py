@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from app.generation.metering import Admission, UsageRecorder
 from app.generation.parallel_sampling import merge_samples
 from app.generation.request_stats import RequestStats
 from app.generation.sampling import resolve_params
-from app.generation.sessions import SessionStore, Turn, as_turns, new_messages
+from app.generation.sessions import SessionStore, Turn, as_turns, new_messages, turn_within
 from app.privacy.filters import InputFilter
 from app.requests import GenerationRequest
 from app.telemetry import Metrics
@@ -50,7 +50,7 @@ class GenerationService:
         sessions: None refuses requests that name a session.
         admission: says what a caller may do, and takes tokens out of their limits.
         usage: charges each request to its caller and logs it.
-        waiting_seconds: how long a request may wait for the turn before it in its session.
+        waiting_seconds: how long a request may wait for the turn before it in its session, and for its preparation.
         """
         self.host = host
         self.sessions = sessions
@@ -86,8 +86,11 @@ class GenerationService:
         """
         with self._usage.record(request, principal) as record, self.host.lease(request) as model:
             self._check_rights(request, principal, model)
+            budget = _budget(request, model)
+            await self._admission.check_tokens(principal, budget.least_tokens(request.n))
             async with self._turn(request) as history:
-                fitted = await self._fit(request, model, history)
+                async with self._deadline("The prompt took too long to prepare."):
+                    fitted = await self._fit(request, model, budget, history)
                 run = _Run(fitted, model, self._metrics)
                 record.begin(model.engine.info, fitted)
                 async with self._admission.reserve(principal, run.most_tokens) as reservation:
@@ -117,11 +120,21 @@ class GenerationService:
             control_tokens=ids is not None and model.engine.has_control_tokens(ids),
         )
 
-    async def _fit(self, request: GenerationRequest, model: ServedModel, history: Sequence[Turn]) -> FittedPrompt:
+    @asynccontextmanager
+    async def _deadline(self, message: str) -> AsyncIterator[None]:
+        """Raises: DeadlineExceeded: the block took longer than a request may wait."""
+        try:
+            async with asyncio.timeout(self._waiting_seconds) as deadline:
+                yield
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            raise DeadlineExceeded(message) from None
+
+    async def _fit(
+        self, request: GenerationRequest, model: ServedModel, budget: TokenBudget, history: Sequence[Turn]
+    ) -> FittedPrompt:
         """Clean a prompt and encode as much of it as fits."""
-        budget = TokenBudget(
-            limit=model.engine.info.context_length, requested=request.max_tokens, default=model.defaults.max_tokens
-        )
 
         async def prepare(request: GenerationRequest) -> PreparedPrompt:
             return await model.engine.prepare(model.chain.render(request))
@@ -177,12 +190,7 @@ class GenerationService:
             raise InvalidRequest.of_field("messages", "must end with the user's in a session")
         if self.sessions is None:
             raise InvalidRequest("Session memory is switched off on this service; leave session_id out.")
-        async with AsyncExitStack() as stack:
-            try:
-                async with asyncio.timeout(self._waiting_seconds):
-                    await stack.enter_async_context(self.sessions.turn(request.tenant, session_id))
-            except TimeoutError:
-                raise DeadlineExceeded("The turn before this one in the session takes too long.") from None
+        async with turn_within(self._waiting_seconds, self.sessions, request.tenant, session_id):
             if self.host.draining:
                 raise ShuttingDown()
             session = await self.sessions.read(request.tenant, session_id)
@@ -197,6 +205,11 @@ class GenerationService:
             completion = await self._storage_filter.mask(request.tenant, completion)
         for turn in as_turns([*new, Message(Role.ASSISTANT, completion)]):
             await self.sessions.append(request.tenant, request.session_id, turn)
+
+
+def _budget(request: GenerationRequest, model: ServedModel) -> TokenBudget:
+    limit = model.engine.info.context_length
+    return TokenBudget(limit=limit, requested=request.max_tokens, default=model.defaults.max_tokens)
 
 
 class _Run:

@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Protocol
@@ -18,6 +18,7 @@ from weakref import WeakValueDictionary
 from cachetools import Cache, TTLCache
 
 from app.config import ChatHistoryConfig
+from app.errors import DeadlineExceeded
 from app.types import Message, Role, Tenant
 
 
@@ -213,6 +214,21 @@ class MemorySessionStore:
             if len(sessions):  # counts what has not expired
                 return
             del self._tenants[tenant]
+
+
+@asynccontextmanager
+async def turn_within(seconds: float, sessions: SessionStore, tenant: Tenant, session_id: str) -> AsyncIterator[None]:
+    """Hold a session for one turn.
+
+    Raises: DeadlineExceeded: the turns before it take longer than so many seconds.
+    """
+    async with AsyncExitStack() as stack:
+        try:
+            async with asyncio.timeout(seconds):
+                await stack.enter_async_context(sessions.turn(tenant, session_id))
+        except TimeoutError:
+            raise DeadlineExceeded("The turn before this one in the session takes too long.") from None
+        yield
 
 
 def new_messages(history: Sequence[Turn], messages: Sequence[Message]) -> tuple[Message, ...]:

@@ -37,6 +37,7 @@ __all__ = ["PiiKind", "PiiMatch", "Redaction", "Redactor", "StreamRedactor", "St
 class TooMuchWorkError(Exception):
     """A scan would examine more places than its caller allows."""
 
+
 CONTINUED_CHARS = 1024
 """How much of the text that a stream continues is looked at: more than any open entity is long."""
 

@@ -23,25 +23,23 @@ class MemoryAdmissionStore:
 
     async def admit(self, key_id: str, rates: Rates) -> Decision:
         parallel = rates.parallel_requests
-        tokens = self._tokens.take(key_id, rates.tokens, 0) if rates.tokens else None
-        if parallel and self._parallel[key_id] >= parallel:
-            return Decision(Levels(None, tokens), refused=Refusal.PARALLEL)
-        if tokens and not tokens.remaining:
-            return Decision(Levels(None, tokens), refused=Refusal.TOKENS)
         requests = self._requests.take(key_id, rates.requests) if rates.requests else None
+        tokens = self._tokens.take(key_id, rates.tokens, 0) if rates.tokens else None
+        levels = Levels(requests, tokens)
         if requests and not requests.granted:
-            return Decision(Levels(requests, tokens), refused=Refusal.REQUESTS)
+            return Decision(levels, refused=Refusal.REQUESTS)
+        if parallel and self._parallel[key_id] >= parallel:
+            return Decision(levels, refused=Refusal.PARALLEL)
+        if tokens and not tokens.remaining:
+            return Decision(levels, refused=Refusal.TOKENS)
         if parallel:
             self._parallel[key_id] += 1
-        return Decision(Levels(requests, tokens), place=key_id if parallel else None)
+        return Decision(levels, place=key_id if parallel else None)
 
     async def leave(self, place: str) -> None:
         self._parallel[place] -= 1
         if not self._parallel[place]:
             del self._parallel[place]
-
-    async def refund(self, key_id: str, bucket: Bucket) -> BucketState:
-        return self._requests.take(key_id, bucket, -1)
 
     async def take_tokens(self, key_id: str, bucket: Bucket, tokens: int) -> BucketState:
         return self._tokens.take(key_id, bucket, tokens)

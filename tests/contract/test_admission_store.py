@@ -62,29 +62,38 @@ async def test_a_burst_is_admitted_and_then_the_rate(store: AdmissionStore, cloc
 
 
 async def test_parallel_places_are_counted_and_freed(store: AdmissionStore):
-    """Whoever finds none has not spent a request either."""
-    first, second, third = [await store.admit("k", RATES) for _ in range(3)]
+    """Whoever finds none has spent a request all the same."""
+    rates = Rates(requests=Bucket(capacity=4, per_second=0.1), tokens=TOKENS, parallel_requests=2)
+    first, second, third = [await store.admit("k", rates) for _ in range(3)]
 
     assert (None, None, Refusal.PARALLEL) == (first.refused, second.refused, third.refused)
     assert third.place is None
-    assert (1, 100) == await left(store)
+    assert third.levels.requests is not None
+    assert 1 == third.levels.requests.remaining
     assert first.place is not None
     await store.leave(first.place)
-    assert (await store.admit("k", RATES)).refused is None
+    assert (await store.admit("k", rates)).refused is None
+    assert second.place is not None
+    await store.leave(second.place)
+    assert (await store.admit("k", rates)).refused is Refusal.REQUESTS
 
 
 async def test_without_a_single_token_nobody_is_admitted(store: AdmissionStore, clock: Clock):
+    """The attempt costs a request."""
     await store.take_tokens("k", TOKENS, 100)
 
     assert (await store.admit("k", RATES)).refused is Refusal.TOKENS
-    assert (3, 0) == await left(store)
+    assert (2, 0) == await left(store)
     clock.now += 1
     assert (await store.admit("k", RATES)).refused is None
 
 
-async def test_a_full_house_is_named_before_an_empty_bucket(store: AdmissionStore):
-    """The order in which a client is told of its limits: places, tokens, requests."""
-    rates = Rates(requests=Bucket(capacity=1, per_second=0.1), tokens=TOKENS, parallel_requests=1)
+async def test_the_rate_of_requests_refuses_first_and_costs_nothing(store: AdmissionStore, clock: Clock):
+    """The order in which a client is told of its limits: requests, places, tokens.
+
+    So whoever keeps sending while it is refused runs out of requests, and who then waits as it is told gets through.
+    """
+    rates = Rates(requests=Bucket(capacity=3, per_second=0.1), tokens=TOKENS, parallel_requests=1)
     admitted = await store.admit("k", rates)
     await store.take_tokens("k", TOKENS, 100)
 
@@ -93,14 +102,11 @@ async def test_a_full_house_is_named_before_an_empty_bucket(store: AdmissionStor
     await store.leave(admitted.place)
     assert (await store.admit("k", rates)).refused is Refusal.TOKENS
     await store.return_tokens("k", TOKENS, 100)
-    assert (await store.admit("k", rates)).refused is Refusal.REQUESTS
-
-
-async def test_a_refund_puts_a_request_back_and_never_overfills(store: AdmissionStore):
-    await store.admit("k", RATES)
-
-    assert 3 == (await store.refund("k", REQUESTS)).remaining
-    assert 3 == (await store.refund("k", REQUESTS)).remaining
+    refused = [await store.admit("k", rates) for _ in range(20)]
+    assert {Refusal.REQUESTS} == {each.refused for each in refused}
+    assert refused[-1].levels.requests is not None
+    clock.now += refused[-1].levels.requests.retry_in
+    assert (await store.admit("k", rates)).refused is None
 
 
 async def test_tokens_are_taken_whole_or_not_at_all(store: AdmissionStore):
@@ -141,7 +147,7 @@ async def test_many_at_once_get_exactly_what_there_is(store: AdmissionStore):
     assert 14 == sum(each.granted for each in taken)
 
 
-@pytest.mark.parametrize("what", ["leave", "refund", "return_tokens"])
+@pytest.mark.parametrize("what", ["leave", "return_tokens"])
 async def test_giving_back_survives_a_cancellation(store: AdmissionStore, what: str):
     """A client that hangs up in that moment costs its key nothing."""
     place = (await store.admit("k", RATES)).place
@@ -150,7 +156,6 @@ async def test_giving_back_survives_a_cancellation(store: AdmissionStore, what: 
     assert place is not None
     calls: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {
         "leave": lambda: store.leave(place),
-        "refund": lambda: store.refund("k", REQUESTS),
         "return_tokens": lambda: store.return_tokens("k", TOKENS, 40),
     }
 
@@ -173,5 +178,5 @@ async def test_giving_back_survives_a_cancellation(store: AdmissionStore, what: 
 
 async def _came_back(store: AdmissionStore, what: str) -> bool:
     if what == "leave":
-        return (await store.admit("k", RATES)).refused is None
-    return await left(store) == ((2, 60) if what == "refund" else (1, 100))
+        return (await store.admit("k", Rates(parallel_requests=2))).refused is None
+    return await left(store) == (1, 100)

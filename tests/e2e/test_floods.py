@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.e2e.conftest import KEY, Service, Start
+from tests.e2e.conftest import KEY, Start
 
 pytestmark = pytest.mark.e2e
 

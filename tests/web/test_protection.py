@@ -81,7 +81,7 @@ async def test_every_route_documents_its_errors(web):
                 assert {"400", "408", "413", "415"} <= set(operation["responses"])
 
 
-async def test_a_refused_request_says_when_to_come_back_and_costs_nothing():
+async def test_a_request_beyond_the_rate_says_when_to_come_back_and_costs_nothing():
     web = await make_web(rate_limit={"requests_per_minute": 6, "burst_size": 1})
     async with web.client() as client:
         granted = await client.post("/v1/chat", json=CHAT)
@@ -124,16 +124,19 @@ async def test_malformed_requests_count_and_carry_the_rate_headers(path, content
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", sorted(GENERATING - {"/v1/generate/batch"}))
-@pytest.mark.parametrize(
-    "refusal", [RateLimited("Slow down.", retry_after=7), QuotaExceeded("Used up.", retry_after=7)]
-)
-async def test_a_request_that_the_service_refuses_for_its_tokens_costs_no_request(path, stream, refusal):
-    web = await make_web(ScriptedService(refusal=refusal), rate_limit={"requests_per_minute": 1, "burst_size": 5})
+@pytest.mark.parametrize("kind", [RateLimited, QuotaExceeded])
+async def test_a_request_that_the_service_refuses_for_its_tokens_costs_a_request(path, stream, kind):
+    """So a client that keeps sending is refused before any work is done; one that waits as it is told has a request."""
+    refusal = kind("No tokens are left.", retry_after=7)
+    web = await make_web(ScriptedService(refusal=refusal), rate_limit={"requests_per_minute": 1, "burst_size": 2})
     async with web.client() as client:
-        replies = [await client.post(path, json={**RIGHT[path], "stream": stream}) for _ in range(2)]
+        replies = [await client.post(path, json={**RIGHT[path], "stream": stream}) for _ in range(4)]
 
-    assert [429, 429] == [reply.status_code for reply in replies]
-    assert ["5"] * 2 == [reply.headers["x-ratelimit-remaining-requests"] for reply in replies]
+    assert [429] * 4 == [reply.status_code for reply in replies]
+    assert ["1", "0", "0", "0"] == [reply.headers["x-ratelimit-remaining-requests"] for reply in replies]
+    assert 2 == len(web.service.requests)
+    assert "7" == replies[0].headers["retry-after"]
+    assert [True] * 3 == [55 <= int(reply.headers["retry-after"]) <= 60 for reply in replies[1:]]
 
 
 @pytest.mark.parametrize("path", sorted(GENERATING))
@@ -168,7 +171,7 @@ async def test_an_unexpected_failure_carries_the_rate_headers_too():
     assert "99999" == reply.headers["x-ratelimit-remaining-requests"]
 
 
-async def test_the_limit_can_be_switched_off():
+async def test_the_default_limits_can_be_switched_off():
     web = await make_web(rate_limit={"enabled": False, "requests_per_minute": 1, "burst_size": 1})
     async with web.client() as client:
         replies = [await client.post("/v1/chat", json=CHAT) for _ in range(3)]

@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from app.access import usage_log
+from app.engine.base import PreparedPrompt
 from app.engine.echo import EchoEngine
 from app.events import Delta
 from app.requests import GenerationRequest
@@ -22,6 +23,18 @@ from tests.web.harness import frames, until
 
 BODY = {"prompt": "hello", "max_tokens": 5, "cache": False}
 """Ten tokens: the echo engine's are characters."""
+
+
+class PreparingEngine(EchoEngine):
+    """Counts the prompts that are prepared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prepared = 0
+
+    async def prepare(self, request: GenerationRequest) -> PreparedPrompt:
+        self.prepared += 1
+        return await super().prepare(request)
 
 
 @pytest.fixture
@@ -203,8 +216,8 @@ def remaining(reply: httpx.Response) -> tuple[str, str]:
     return reply.headers["x-ratelimit-remaining-requests"], reply.headers["x-ratelimit-remaining-tokens"]
 
 
-async def test_tokens_a_minute_are_limited_and_a_refused_request_costs_nothing(service: Running):
-    """Neither of the tokens nor of the requests; what an answer did not use comes back."""
+async def test_tokens_a_minute_are_limited_and_a_refused_request_costs_one(service: Running):
+    """But none of the tokens; what an answer did not use comes back."""
     limits = {"tokens_per_minute": 25, "requests_per_minute": 1, "burst": 10}
     key = await service.key(limits=limits)
     first = await service.generate(key, prompt="hi", max_tokens=20)
@@ -214,15 +227,15 @@ async def test_tokens_a_minute_are_limited_and_a_refused_request_costs_nothing(s
 
     assert [200, 429, 429, 200] == [reply.status_code for reply in (first, refused, too_large, fits)]
     assert ("9", "21") == remaining(first)
-    assert ("9", "21") == remaining(refused)
+    assert ("8", "21") == remaining(refused)
     assert "rate_limit_exceeded" == refused.json()["error"]
     assert 1 <= int(refused.headers["retry-after"]) <= 60
     assert "retry-after" not in too_large.headers
-    assert ("8", "11") == remaining(fits)
+    assert ("6", "11") == remaining(fits)
 
 
 async def test_a_month_that_is_used_up_refuses_before_the_body_is_read(service: Running):
-    """Even a malformed one, and it costs nothing; other routes stay open."""
+    """Even a malformed one, which costs a request as any other; other routes stay open."""
     key = await service.key(limits={"monthly_tokens": 10, "requests_per_minute": 1, "burst": 9})
     await service.generate(key)
 
@@ -232,7 +245,7 @@ async def test_a_month_that_is_used_up_refuses_before_the_body_is_read(service: 
     assert {"limit": 10, "used": 10, "reserved": 0} == {
         name: refused.json()["details"][name] for name in ("limit", "used", "reserved")
     }
-    assert "8" == refused.headers["x-ratelimit-remaining-requests"]
+    assert "7" == refused.headers["x-ratelimit-remaining-requests"]
     assert (10, 0) == await used(service, key)
 
 
@@ -252,15 +265,77 @@ async def test_other_routes_take_no_parallel_place_and_no_request(tmp_path: Path
 
     assert [200] * len(paths) == others
     assert (200, 429, 405) == (first.status_code, second.status_code, wrong_method.status_code)
-    assert "1" == second.headers["x-ratelimit-remaining-requests"]
+    assert "0" == second.headers["x-ratelimit-remaining-requests"]
 
 
-async def test_a_request_refused_for_its_quota_costs_no_rate(service: Running):
+async def test_a_request_refused_for_its_quota_costs_a_request_and_no_tokens(service: Running):
     key = await service.key(limits={"monthly_tokens": 5, "tokens_per_minute": 50, "requests_per_minute": 1, "burst": 9})
 
     refused = await service.generate(key)
 
-    assert (429, ("9", "50")) == (refused.status_code, remaining(refused))
+    assert (429, ("8", "50")) == (refused.status_code, remaining(refused))
+
+
+@pytest.mark.parametrize("switch", [{"enabled": False}, {"enabled": False, "parallel_requests": 5}])
+async def test_a_keys_own_limits_stay_where_the_defaults_are_switched_off(tmp_path: Path, switch: dict[str, Any]):
+    """And its role's; a key that sets none has none."""
+    async with running(tmp_path, engine=EchoEngine(token_delay_seconds=0.02), rate_limit=switch) as service:
+        async with service.client() as admin:
+            role = {"limits": {"requests_per_minute": 2}}
+            assert 200 == (await admin.put("/v1/roles/slow", json=role)).status_code
+        parallel, rate = await service.key(limits={"parallel_requests": 1}), await service.key(role="slow")
+        free = await service.key(role="admin")
+        replies = {
+            key: await asyncio.gather(*(service.generate(key) for _ in range(8))) for key in (parallel, rate, free)
+        }
+
+    assert [200] + [429] * 7 == sorted(reply.status_code for reply in replies[parallel])
+    assert [200] * 2 + [429] * 6 == sorted(reply.status_code for reply in replies[rate])
+    assert [200] * 8 == [reply.status_code for reply in replies[free]]
+    assert "x-ratelimit-limit-requests" not in replies[free][0].headers
+
+
+async def test_a_month_with_too_little_left_refuses_before_the_prompt_is_prepared(tmp_path: Path):
+    """Neither filter nor tokenizer see a request that names more tokens than are left, nor one that must take more."""
+    engine = PreparingEngine()
+    async with running(tmp_path, engine=engine) as service:
+        key = await service.key(limits={"monthly_tokens": 20})
+        await service.generate(key)
+        before = engine.prepared
+        refused = [await service.generate(key, max_tokens=tokens) for tokens in (10, 500, None)]
+        refused.append(await service.generate(key, max_tokens=4, n=3))
+        fits = await service.generate(key, prompt="hi", max_tokens=8)
+
+    assert 1 == before
+    assert [429] * 4 == [reply.status_code for reply in refused]
+    assert {"quota_exceeded"} == {reply.json()["error"] for reply in refused}
+    assert (200, 2) == (fits.status_code, engine.prepared)
+
+
+async def test_a_key_that_keeps_sending_while_it_is_refused_is_slowed_down(tmp_path: Path):
+    """Few of its prompts are prepared, and another key's requests are served meanwhile."""
+    engine = PreparingEngine()
+    async with running(tmp_path, engine=engine) as service:
+        key, other = await service.key(limits={"monthly_tokens": 5}), await service.key()
+        attempts = 0
+
+        async def keep_sending() -> None:
+            nonlocal attempts
+            while True:
+                assert 429 == (await service.generate(key, prompt="far too long " * 50, max_tokens=1)).status_code
+                attempts += 1
+
+        clients = [asyncio.create_task(keep_sending()) for _ in range(16)]
+        await asyncio.sleep(1)
+        prepared = engine.prepared
+        others = [(await service.generate(other)).status_code for _ in range(10)]
+        for client in clients:
+            client.cancel()
+        await asyncio.gather(*clients, return_exceptions=True)
+
+    assert [200] * 10 == others
+    assert 16 <= attempts < 60
+    assert prepared < 60
 
 
 async def test_parallel_requests_are_limited_and_free_their_places(tmp_path: Path):

@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from app.access.admission import AdmissionControl, Admitted
-from app.errors import ClientDisconnected, InvalidRequest, QuotaExceeded, RateLimited, UnsupportedMediaType
+from app.errors import AppError, ClientDisconnected, InvalidRequest, UnsupportedMediaType
 from app.web.http.dependencies import RequestContext
 from app.web.http.private_api import ParsedRequest, takes_body
 from app.web.http.rate_limits import LIMIT_STATES, show_limits
@@ -41,6 +41,11 @@ class StrictModel(BaseModel):
     """Base of request schemas: no conversions between types, no unknown fields."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+    @property
+    def answers(self) -> int:
+        """How many completions the request is to have."""
+        return 1
 
 
 class StrictRoute(APIRoute):
@@ -69,32 +74,42 @@ class GeneratingRoute(APIRoute):
         if scope["method"] not in (self.methods or ()):
             await super().handle(scope, receive, send)  # 405, which costs nothing
             return
-        control: AdmissionControl = scope["app"].state.container.admission
+        container = scope["app"].state.container
+        control: AdmissionControl = container.admission
         show_limits(scope, control)
-        async with control.admit(scope["state"]["principal"]) as request:
+        most_bytes: int = container.settings.security.max_body_bytes
+        async with control.admit(scope["state"]["principal"], _most_body_bytes(scope, most_bytes)) as request:
             scope["state"] |= {LIMIT_STATES: request.limits, _ADMITTED: request}
             await super().handle(scope, receive, send)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         endpoint: Callable[..., Coroutine[Any, Any, Response]] = self.endpoint
-        schema: type[BaseModel] = get_type_hints(endpoint)["body"]
+        schema: type[StrictModel] = get_type_hints(endpoint)["body"]
 
         async def handle(request: Request) -> Response:
             _require_json(request)
+            admitted: Admitted = request.scope["state"][_ADMITTED]
             try:
                 body = _validated(schema, parse(await _read(request)))
+                admitted.expect(body.answers)
                 return await endpoint(body, RequestContext(request, request.app.state.container))
             except ClientDisconnect:
                 raise ClientDisconnected("The client hung up while it sent its body.") from None
-            except (RateLimited, QuotaExceeded):
-                admitted_request: Admitted = request.scope["state"][_ADMITTED]
-                await admitted_request.refund()
+            except AppError as error:
+                admitted.refuse(error)
                 raise
 
         return handle
 
 
-def _validated(schema: type[BaseModel], value: Any) -> BaseModel:
+def _most_body_bytes(scope: Scope, most: int) -> int:
+    """Return how many bytes of a body may be read: as many as it announces, or the most where it does not."""
+    lengths = [value for name, value in scope["headers"] if name == b"content-length"]
+    known = len(lengths) == 1 and lengths[0].isdigit() and len(lengths[0]) < MAX_NUMBER_CHARS
+    return min(int(lengths[0]), most) if known else most
+
+
+def _validated(schema: type[StrictModel], value: Any) -> StrictModel:
     """Raises: RequestValidationError, with the locations and messages of FastAPI's own validation."""
     try:
         return schema.model_validate(value, from_attributes=True)

@@ -38,6 +38,10 @@ class BatchRequest(SamplingFields):
     ]
     stream: Annotated[bool, AfterValidator(_refuse_stream), WithJsonSchema({"type": "boolean", "const": False})] = False
 
+    @property
+    def answers(self) -> int:
+        return len(self.prompts) * super().answers
+
 
 class FailedGeneration(TypedDict):
     """The error of one prompt, in place of its response."""

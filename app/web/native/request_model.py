@@ -74,6 +74,10 @@ class SamplingFields(StrictModel):
         None, description="No end token before the completion has this many tokens."
     )
 
+    @property
+    def answers(self) -> int:
+        return max(self.n or 1, self.num_return_sequences or 1)
+
     def to_request(self, context: RequestContext, **prompt: Any) -> GenerationRequest:
         """Return the request with this prompt, each synonym under its canonical name.
 

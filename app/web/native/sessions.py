@@ -9,10 +9,10 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Response
 from pydantic import BaseModel
 
-from app.errors import InternalError, InvalidRequest, RateLimited, SessionNotFound, Unauthorized
-from app.generation.sessions import Session, SessionSummary
+from app.errors import DeadlineExceeded, InternalError, InvalidRequest, RateLimited, SessionNotFound, Unauthorized
+from app.generation.sessions import Session, SessionSummary, turn_within
 from app.types import Role
-from app.web.http.dependencies import CallerDep, SessionsDep
+from app.web.http.dependencies import CallerDep, ContainerDep, SessionsDep
 from app.web.http.errors import error_responses
 from app.web.http.json_body import StrictRoute
 from app.web.http.sampling_params import SessionId
@@ -96,10 +96,12 @@ async def read_session(session_id: SessionPath, caller: CallerDep, sessions: Ses
     return SessionResponse.of(session)
 
 
-@router.delete("/{session_id}", status_code=204, responses=_ERRORS)
-async def delete_session(session_id: SessionPath, caller: CallerDep, sessions: SessionsDep) -> Response:
+@router.delete("/{session_id}", status_code=204, responses={**_ERRORS, **error_responses(DeadlineExceeded)})
+async def delete_session(
+    session_id: SessionPath, caller: CallerDep, sessions: SessionsDep, container: ContainerDep
+) -> Response:
     """Delete a session, after a turn that is running in it: that would store it again."""
-    async with sessions.turn(caller.tenant, session_id):
+    async with turn_within(container.settings.deadlines.waiting_seconds, sessions, caller.tenant, session_id):
         if not await sessions.delete(caller.tenant, session_id):
             raise _session_not_found()
     return Response(status_code=204)

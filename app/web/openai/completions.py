@@ -43,6 +43,10 @@ class CompletionRequest(OpenAIFields):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     suffix: Annotated[Any, NeutralOnly()] = None
 
+    @property
+    def answers(self) -> int:
+        return len(self.prompt) * super().answers
+
     def to_requests(self, context: RequestContext) -> list[GenerationRequest]:
         """Raises: InvalidRequest: the prompts exceed the limit in total, or fields contradict each other."""
         self.check_stream_options()

@@ -64,6 +64,10 @@ class OpenAIFields(StrictModel):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
 
     @property
+    def answers(self) -> int:
+        return self.n or 1
+
+    @property
     def stream_usage(self) -> StreamUsage:
         """When a stream reports token usage."""
         options = self.stream_options

@@ -25,7 +25,7 @@ from app.worker.validation import check_request, end_ids, failure_reason
 
 log = logging.getLogger(__name__)
 
-MIN_DECODE_WIDTH = 4
+MIN_DECODE_WIDTH = 3
 """Decode tokens that a step may hold however many tenants there are; so few take little longer than one."""
 
 

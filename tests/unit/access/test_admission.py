@@ -2,18 +2,22 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from app.access.admission import AdmissionControl, LimitState
+from app.access import ledger
+from app.access.admission import PLACE_BYTES, AdmissionControl, LimitState
 from app.access.background import BackgroundGroup
 from app.access.database import Database
+from app.access.ledger import Balance, Month
 from app.access.quotas import Quotas, month_of
+from app.access.refusals import RefusalBudget, RefusalCost
 from app.config import QuotaConfig
-from app.errors import Forbidden, QuotaExceeded, RateLimited
+from app.errors import AppError, EngineBusy, EngineFailed, Forbidden, QuotaExceeded, RateLimited
 from app.stores.memory_admission import MemoryAdmissionStore
 from app.types import Limits, Principal, Rights, Tenant
 
@@ -39,10 +43,8 @@ class Service:
         self.refusals = 0
         self.control = self.make()
 
-    def make(self, *, enabled: bool = True) -> AdmissionControl:
-        return AdmissionControl(
-            MemoryAdmissionStore(clock=Clock()), self.quotas, enabled=enabled, on_refusal=self._refused
-        )
+    def make(self, **options: Any) -> AdmissionControl:
+        return AdmissionControl(MemoryAdmissionStore(clock=Clock()), self.quotas, on_refusal=self._refused, **options)
 
     def _refused(self) -> None:
         self.refusals += 1
@@ -76,6 +78,7 @@ async def service(tmp_path: Path) -> AsyncIterator[Service]:
 
 
 async def test_a_request_takes_a_place_until_the_context_is_left(service: Service):
+    """Whoever finds none has spent a request, and is told when there is one again."""
     async with service.control.admit(PRINCIPAL) as first, service.control.admit(PRINCIPAL):
         with pytest.raises(RateLimited) as refused:
             async with service.control.admit(PRINCIPAL):
@@ -85,21 +88,39 @@ async def test_a_request_takes_a_place_until_the_context_is_left(service: Servic
         pass
 
     assert 1.0 == refused.value.retry_after
-    assert (2, 1000) == await service.minute()
+    assert (1, 1000) == await service.minute()
     assert 1 == service.refusals
 
 
 async def test_a_failure_frees_the_place_and_keeps_the_request_spent(service: Service):
-    """A malformed request counts; one that was refused later on is given back."""
     for _ in range(3):
         with pytest.raises(ValueError, match="malformed"):
             async with service.control.admit(PRINCIPAL):
                 raise ValueError("malformed")
-    async with service.control.admit(PRINCIPAL) as admitted:
-        await admitted.refund()
-        assert (2, 1000) == remaining(await admitted.limits())
 
     assert (2, 1000) == await service.minute()
+
+
+async def test_who_is_refused_for_its_tokens_learns_when_it_has_a_request_again(service: Service):
+    """A refused request costs one; the time to come back covers that, and a client that waits gets through."""
+    limits = Limits(requests_per_minute=6, burst=1, tokens_per_minute=6000)
+    caller = Principal("k", Tenant.owner("t"), limits=limits)
+    clock = Clock()
+    control = AdmissionControl(MemoryAdmissionStore(clock=clock), service.quotas, on_refusal=lambda: None)
+    async with control.admit(caller) as admitted, control.reserve(caller, 6000) as reservation:
+        reservation.commit(6000)
+    clock.now += 10
+    async with control.admit(caller) as admitted:
+        with pytest.raises(RateLimited) as refused:
+            async with control.reserve(caller, 1100):
+                pass
+        without_the_request = refused.value.retry_after
+        admitted.refuse(refused.value)
+    clock.now += refused.value.retry_after or 0
+
+    assert (1.0, 10.0) == (without_the_request, refused.value.retry_after)
+    async with control.admit(caller), control.reserve(caller, 1100):
+        pass
 
 
 async def test_what_was_not_used_comes_back_in_both(service: Service):
@@ -166,34 +187,120 @@ async def test_more_than_a_minute_ever_has_is_refused_for_good(service: Service)
     assert 0 == service.refusals
 
 
-async def test_a_month_that_is_used_up_is_refused_on_arrival_and_costs_nothing(service: Service):
+async def test_a_month_that_is_used_up_is_refused_on_arrival_and_costs_a_request(service: Service):
+    """Also one with a single token left: no request takes fewer than two."""
     async with service.control.reserve(PRINCIPAL, 100) as reservation:
-        reservation.commit(100)
+        reservation.commit(99)
 
     with pytest.raises(QuotaExceeded) as refused:
         async with service.control.admit(PRINCIPAL):
             pass
 
-    assert (100, 100) == (refused.value.details["limit"], refused.value.details["used"])
+    assert (100, 99) == (refused.value.details["limit"], refused.value.details["used"])
     assert "requested" not in refused.value.details
-    assert 5 == (await service.minute())[0]
+    assert 4 == (await service.minute())[0]
     raised = Principal("k", Tenant.owner("t"), limits=Limits(monthly_tokens=200))
     async with service.control.admit(raised):
         pass
+
+
+async def test_a_request_that_cannot_fit_the_month_is_refused_before_it_is_prepared(service: Service):
+    """By the fewest tokens that it can take, and without a query for each refusal."""
+    async with service.control.reserve(PRINCIPAL, 100) as reservation:
+        reservation.commit(90)
+    queries = 0
+    balance = ledger.balance
+
+    async def counted(database: Database, counter: Month) -> Balance:
+        nonlocal queries
+        queries += 1
+        return await balance(database, counter)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ledger, "balance", counted)
+        for _ in range(50):
+            with pytest.raises(QuotaExceeded) as refused:
+                await service.control.check_tokens(PRINCIPAL, 11)
+        await service.control.check_tokens(PRINCIPAL, 10)
+
+    assert (90, 11) == (refused.value.details["used"], refused.value.details["requested"])
+    assert 1 == queries
+
+
+async def test_a_key_that_is_refused_again_and_again_waits_and_no_other_does(service: Service):
+    """Then its requests pass one after the other; whoever stops sending so is heard at once again."""
+    clock, caller, other = Clock(), Principal("k", Tenant.owner("t")), Principal("other", Tenant.owner("t"))
+    budget = RefusalBudget(units=64, per_second=10, most_seconds=5, clock=clock)
+    control = service.make(refusals=budget)
+    for _ in range(2):
+        async with control.admit(caller) as admitted:
+            admitted.refuse(QuotaExceeded("Used up."))
+    assert 0 == budget.seconds_to_wait("k")
+    for _ in range(2):
+        budget.charge("k", RefusalCost.LATE)
+
+    waits = [budget.seconds_to_wait("k") for _ in range(3)]
+    assert [5.0, 5.0, 5.0] == waits  # nobody waits longer
+    clock.now += 4
+    assert [1.0, 1.1, 1.2] == pytest.approx([budget.seconds_to_wait("k") for _ in range(3)])
+    assert 0 == budget.seconds_to_wait("other")
+    async with asyncio.timeout(0.5), control.admit(other):
+        pass
+    clock.now += 60
+    assert 0 == budget.seconds_to_wait("k")
+
+
+@pytest.mark.parametrize(
+    ("error", "answers", "units"),
+    [
+        (EngineBusy("Full."), 1, 4),
+        (EngineBusy("Full."), 8, 32),
+        (EngineBusy("Full."), 64, 64),
+        (QuotaExceeded("Used up."), 1, 32),
+        (RateLimited("Too many tokens."), 1, 32),
+        (EngineFailed("It died."), 8, 0),
+    ],
+    ids=["busy", "busy for 8", "busy for a batch", "quota", "rate", "no refusal"],
+)
+async def test_a_refusal_costs_what_it_took(service: Service, error: AppError, answers: int, units: int):
+    """What is to be generated counts where the engine refuses it."""
+    budget = RefusalBudget(units=0, per_second=1, most_seconds=1000, clock=Clock())
+    async with service.make(refusals=budget).admit(Principal("k", Tenant.owner("t"))) as admitted:
+        admitted.expect(answers)
+        admitted.refuse(error)
+
+    assert units == budget.seconds_to_wait("k")
+
+
+async def test_one_tenant_cannot_occupy_all_places_of_the_process(service: Service):
+    """Answers and parts of bodies take places; another tenant finds some, and all are free again at the end."""
+    control = service.make(places=8)
+    greedy, other = Principal("k", Tenant.owner("greedy")), Principal("o", Tenant.owner("other"))
+    async with AsyncExitStack() as stack:
+        first = await stack.enter_async_context(control.admit(greedy, 3 * PLACE_BYTES))
+        first.expect(7)
+        second = await stack.enter_async_context(control.admit(greedy))
+        for attempt in (lambda: second.expect(2), lambda: first.expect(8)):
+            with pytest.raises(RateLimited) as refused:
+                attempt()
+            assert 1 == refused.value.retry_after
+        with pytest.raises(RateLimited):
+            async with control.admit(greedy, 50):
+                pass
+        newcomer = await stack.enter_async_context(control.admit(other))
+        newcomer.expect(4)
+        with pytest.raises(RateLimited):
+            async with control.admit(other, 5 * PLACE_BYTES):
+                pass
+
+    async with control.admit(greedy) as again:
+        again.expect(8)
 
 
 async def test_tokens_that_are_only_reserved_keep_nobody_out(service: Service):
     """They may come back."""
     async with service.control.reserve(PRINCIPAL, 100), service.control.admit(PRINCIPAL):
         pass
-
-
-async def test_switched_off_rates_leave_the_quota(service: Service):
-    control = service.make(enabled=False)
-    async with control.admit(PRINCIPAL), control.admit(PRINCIPAL), control.admit(PRINCIPAL) as third:
-        assert [] == list(await third.limits())
-        async with control.reserve(PRINCIPAL, 60):
-            assert (0, 60) == await service.month()
 
 
 async def test_a_caller_without_limits_is_not_counted(service: Service):

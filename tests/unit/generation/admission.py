@@ -36,11 +36,16 @@ class FakeAdmission:
     checks: list[dict[str, object]] = field(default_factory=list)
     """What each request needed rights for."""
     reservations: list[FakeReservation] = field(default_factory=list)
+    least_tokens: list[int] = field(default_factory=list)
+    """The lower bound that each request was checked for before its prompt was prepared."""
 
     def check_rights(self, principal: Principal, **uses: object) -> None:
         self.checks.append({"principal": principal, **uses})
         if self.forbidden is not None:
             raise self.forbidden
+
+    async def check_tokens(self, principal: Principal, tokens: int) -> None:
+        self.least_tokens.append(tokens)
 
     @asynccontextmanager
     async def reserve(self, principal: Principal, tokens: int) -> AsyncIterator[FakeReservation]:
