@@ -1,5 +1,6 @@
 """What each route answers when all is well, field by field."""
 
+import asyncio
 import json
 import re
 
@@ -281,6 +282,22 @@ async def test_sessions_are_listed_read_and_forgotten(web, client):
     assert 204 == deleted.status_code
     assert b"" == deleted.content
     assert [] == (await client.get("/v1/sessions")).json()["sessions"]
+
+
+async def test_deleting_a_session_waits_for_its_turn_no_longer_than_the_deadline():
+    """504, and the session stays; once the turn has ended it is deleted."""
+    web = await make_web(deadlines={"waiting_seconds": 0.05})
+    turn = Turn((Message(Role.USER, "hi"), Message(Role.ASSISTANT, "ho")))
+    await web.sessions.append(Tenant.configured(), "mine", turn)
+    async with web.client() as client:
+        async with web.sessions.turn(Tenant.configured(), "mine"):
+            late = await asyncio.wait_for(client.delete("/v1/sessions/mine"), 5)
+        read = await client.get("/v1/sessions/mine")
+        deleted = await client.delete("/v1/sessions/mine")
+
+    assert (504, "deadline_exceeded") == (late.status_code, late.json()["error"])
+    assert is_envelope(late)
+    assert [200, 204] == [read.status_code, deleted.status_code]
 
 
 @pytest.mark.parametrize("method", ["GET", "DELETE"])

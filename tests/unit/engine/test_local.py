@@ -1,12 +1,14 @@
 """What becomes of each request, with a worker that does what the test says."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
-from app.config import DeadlineConfig
+from app.config import DeadlineConfig, ModelConfig
+from app.engine.local import LocalEngine
 from app.errors import (
     AppError,
     ContextLengthExceeded,
@@ -308,3 +310,66 @@ async def test_a_decoder_that_fails_ends_only_its_request(folder: Path, monkeypa
             await reading
         assert [1] == workers.newest.cancelled
         assert EngineState.READY == engine.status().state
+
+
+def of(tenant: str, name: str, *, prompt: tuple[int, ...] = (1, 2)) -> GenerationRequest:
+    return structs.replace(make_request(f"{tenant} {name}", prompt=prompt), tenant=Tenant.owner(tenant))
+
+
+async def admitted(engine: LocalEngine, requests: Iterable[GenerationRequest]) -> list[AsyncGenerator[Event, None]]:
+    """Send requests until one is refused; return the streams of the others."""
+    streams = []
+    for request in requests:
+        stream = engine.stream(request)
+        try:
+            await anext(stream)
+        except EngineBusy:
+            return streams
+        streams.append(stream)
+    return streams
+
+
+async def test_a_tenant_that_fills_the_line_leaves_places_for_others(folder: Path):
+    """Alone it has all that wait; a newcomer finds places beside it, and the first gets none before it has fewer."""
+    async with engine_on(FakeWorkers(folder, slots=2), max_waiting=6) as engine:
+        greedy = await admitted(engine, (of("greedy", str(number)) for number in range(50)))
+        newcomer = await admitted(engine, (of("newcomer", str(number)) for number in range(50)))
+        third = await admitted(engine, (of("third", str(number)) for number in range(50)))
+        for stream in greedy[4:]:
+            await stream.aclose()
+        again = await admitted(engine, [of("greedy", "again")])
+        grown = await admitted(engine, (of("newcomer", f"more {number}") for number in range(50)))
+        counts = [len(streams) for streams in (greedy, newcomer, third, again, grown)]
+        for stream in (*greedy, *newcomer, *third, *again, *grown):
+            await stream.aclose()
+
+    assert [8, 4, 2] == counts[:3]
+    assert counts[4] > 0
+    assert counts[4] + 4 >= 4 + counts[3]
+
+
+async def test_however_full_the_line_is_each_tenant_may_have_one_request_in_it(folder: Path):
+    """Many tenants that all send what they can keep none of them out."""
+    async with engine_on(FakeWorkers(folder, slots=1), max_waiting=3) as engine:
+        names = [f"tenant {number}" for number in range(20)]
+        streams = [await admitted(engine, (of(name, str(number)) for number in range(9))) for name in names]
+        for stream in (each for own in streams for each in own):
+            await stream.aclose()
+
+    assert min(map(len, streams)) == 1
+
+
+async def test_the_tokens_of_waiting_prompts_are_shared_too(folder: Path):
+    """A tenant's long prompts keep no other's prompt out."""
+    workers, prompt = FakeWorkers(folder, slots=1), (1,) * 10
+    config = ModelConfig(max_waiting=50, max_waiting_tokens=40)
+    engine = LocalEngine(config, DeadlineConfig(), launch=workers, backoff_seconds=0)
+    await engine.start()
+    await engine.wait_ready()
+    greedy = await admitted(engine, (of("greedy", str(number), prompt=prompt) for number in range(20)))
+    newcomer = await admitted(engine, (of("newcomer", str(number), prompt=prompt) for number in range(20)))
+    for stream in (*greedy, *newcomer):
+        await stream.aclose()
+    await engine.close()
+
+    assert [4, 2] == [len(greedy), len(newcomer)]

@@ -7,6 +7,7 @@ import pytest
 
 from app.errors import AppError, EngineBusy, InvalidRequest
 from app.events import CacheStatus, Delta, Event, Finished, FinishedSample, Response, Started, collect
+from app.generation import batch
 from app.generation.batch import MAX_PARALLEL, generate_as_one, generate_each
 from app.requests import GenerationRequest
 from app.types import FinishReason, Usage
@@ -19,7 +20,7 @@ class LimitedService:
 
     def __init__(self, places: int = 1000) -> None:
         self.places = places
-        self.taken = self.most = self.begun = 0
+        self.taken = self.most = self.begun = self.attempts = 0
         self.cached: set[str | None] = set()
         """Prompts whose responses are replayed."""
         self.go = asyncio.Event()
@@ -27,9 +28,10 @@ class LimitedService:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         samples = request.n
+        self.attempts += 1
         await asyncio.sleep(0)
         if self.taken + samples > self.places:
-            raise EngineBusy("Full.")
+            raise EngineBusy("Full.", retry_after=0.01)
         self.begun += 1
         self.taken += samples
         self.most = max(self.most, self.taken)
@@ -94,6 +96,40 @@ async def test_an_engine_that_others_fill_refuses_each():
 
     assert ["EngineBusy"] * 32 == texts_of(outcomes)
     assert all(isinstance(outcome, AppError) for outcome in outcomes)
+
+
+async def test_a_batch_of_which_nothing_is_taken_costs_few_attempts():
+    """The engine is full of others' requests: those of the batch that have not been tried are not tried either."""
+    service = LimitedService(0)
+
+    outcomes = await generate_each(service.generate, requests(*(f"p{number}" for number in range(64))))
+
+    assert ["EngineBusy"] * 64 == texts_of(outcomes)
+    assert service.attempts <= MAX_PARALLEL
+
+
+async def test_a_batch_that_has_begun_waits_for_a_place_a_while(monkeypatch: pytest.MonkeyPatch):
+    """Others take its place in between; the rest of it is generated once there is one again."""
+    service = LimitedService(1)
+
+    async def take_place() -> None:
+        while service.begun < 2:  # noqa: ASYNC110  # what is waited for has no event
+            await asyncio.sleep(0)
+        service.places = 0
+        await asyncio.sleep(0.05)
+        service.places = 1
+
+    taking = asyncio.create_task(take_place())
+    outcomes = await asyncio.wait_for(generate_each(service.generate, requests(*"abcdef")), 5)
+    await taking
+    monkeypatch.setattr(batch, "WAIT_SECONDS", 0.03)
+    service.begun, service.places = 0, 1
+    closing = asyncio.create_task(take_place())
+    late = await asyncio.wait_for(generate_each(service.generate, requests(*"abcdef")), 5)
+    await closing
+
+    assert list("abcdef") == texts_of(outcomes)
+    assert {"EngineBusy"} == set(texts_of(late)) - set("abcdef")
 
 
 async def test_being_cancelled_cancels_all():

@@ -163,3 +163,27 @@ async def test_a_history_that_fits_is_encoded_once(turns: int) -> None:
     fitted = await fit_chat(CHAT, [turn("hello", "well")] * turns, says("new"), engine.prepare, budget)
 
     assert [fitted.prompt_tokens] == engine.encoded
+
+
+@given(
+    limit=st.integers(2, 60),
+    default=st.integers(1, 80),
+    requested=st.none() | st.integers(1, 70),
+    prompt=st.integers(1, 70),
+    samples=st.integers(1, 8),
+)
+def test_the_fewest_tokens_of_a_request_are_no_more_than_any_prompt_makes_it_take(
+    limit: int, default: int, requested: int | None, prompt: int, samples: int
+) -> None:
+    """A prompt of one token or the longest takes exactly so many; what never fits takes none and is refused as such."""
+    budget = TokenBudget(limit=limit, requested=requested, default=default)
+
+    def most_tokens(prompt_tokens: int) -> int | None:
+        try:
+            return prompt_tokens + samples * budget.max_tokens(prompt_tokens)
+        except ContextLengthExceeded:
+            return None
+
+    possible = [tokens for tokens in map(most_tokens, range(1, limit + 1)) if tokens is not None]
+    assert budget.least_tokens(samples) == min(possible, default=0)
+    assert budget.least_tokens(samples) <= (most_tokens(prompt) or limit * samples)

@@ -592,3 +592,29 @@ async def test_being_cancelled_frees_everything_at_once(request_: GenerationRequ
         assert 0 == service.sessions.locks
         assert [499] == [record.status for record in service.log.records]
         await asyncio.wait_for(service.host.unload("echo", grace_seconds=600), 5)
+
+
+class StuckEngine(EchoEngine):
+    """Never finishes preparing a prompt."""
+
+    async def prepare(self, request: GenerationRequest) -> PreparedPrompt:
+        await asyncio.sleep(60)
+        raise AssertionError("nobody waits so long")
+
+
+async def test_a_prompt_that_takes_too_long_to_prepare_is_refused() -> None:
+    """Its session is free again, and nothing is reserved."""
+    async with serving(StuckEngine(), waiting_seconds=0.02) as service:
+        for _ in range(2):
+            with pytest.raises(DeadlineExceeded):
+                await asyncio.wait_for(service.read(chat("one", session_id="s")), 5)
+
+        assert [] == service.admission.reservations
+        assert [504, 504] == [record.status for record in service.log.records]
+
+
+async def test_a_request_is_checked_for_its_fewest_tokens_before_its_prompt_is_prepared() -> None:
+    async with echoing() as service:
+        await service.read(complete("hello", max_tokens=7, n=2))
+
+    assert [15] == service.admission.least_tokens
