@@ -11,23 +11,23 @@ from collections import Counter
 from app.types import Tenant
 
 
-def fits_share(more: int, *, held: int, total: int, alone: int) -> bool:
+def fits_share(more: int, *, held: int, total: int, most: int) -> bool:
     """Return whether a tenant may take so many places.
 
     Args:
         held: places that the tenant has.
         total: places that all tenants have.
-        alone: places that a tenant may have while no other has any; all have at most twice as many.
+        most: places that a tenant may have while no other has any; all have at most twice as many.
     """
-    return held + more <= min(alone, 2 * alone - total)
+    return held + more <= min(most, 2 * most - total)
 
 
 class FairPlaces:
     """Places in this process that owners share by this rule; an owner without any may always take some."""
 
-    def __init__(self, alone: int) -> None:
-        """Args: alone: places that an owner may have while no other has any."""
-        self._alone = alone
+    def __init__(self, most: int) -> None:
+        """Args: most: places that an owner may have while no other has any."""
+        self._most = most
         self._held: Counter[Tenant] = Counter()
         self._total = 0
 
@@ -38,7 +38,7 @@ class FairPlaces:
     def take(self, owner: Tenant, places: int) -> bool:
         """Take places, or none; return whether they were taken."""
         held = self._held[owner]
-        if held and not fits_share(places, held=held, total=self._total, alone=self._alone):
+        if held and not fits_share(places, held=held, total=self._total, most=self._most):
             return False
         self._held[owner] += places
         self._total += places

@@ -6,6 +6,7 @@ occupy of this process, and what refusing it may cost, is counted in this proces
 """
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -246,7 +247,7 @@ class AdmissionControl:
             QuotaExceeded: this month's tokens are used up.
         """
         occupied = _Occupied(self._places, principal.tenant)
-        occupied.extend(max(1, body_bytes // PLACE_BYTES))
+        occupied.extend(max(1, math.ceil(body_bytes / PLACE_BYTES)))
         try:
             if wait := self._refusals.seconds_to_wait(principal.key_id):
                 await asyncio.sleep(wait)

@@ -121,9 +121,9 @@ class ModelConfig(Section):
     prefix_reuse: bool = True
     """Prefix caching: reuse KV cache of the same tenant, as for the next turn of a conversation."""
     max_waiting: NonNegativeInt = 64
-    """Requests that may wait for the model; further ones are refused with 503."""
+    """Completions of one tenant that may wait for the model while no other tenant's do; further ones get 503."""
     max_waiting_tokens: PositiveInt = 65_536
-    """Total prompt tokens of waiting requests; a single request may always wait."""
+    """Prompt tokens of those in total; a single request may always wait."""
     threads: NonNegativeInt = 0
     """CPU threads of the model; 0 is one per core."""
     hang_seconds: Annotated[float, Field(ge=5)] = 30

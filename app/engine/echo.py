@@ -120,7 +120,7 @@ class EchoEngine:
         if self._state is not EngineState.READY:
             raise EngineNotReady("The model is not ready; try again in a moment.", retry_after=1)
         held = self._tenants[request.tenant]
-        if not fits_share(1, held=held, total=len(self._aborts), alone=self._max_running):
+        if not fits_share(1, held=held, total=len(self._aborts), most=self._max_running):
             raise EngineBusy("Too many requests are running; try again in a moment.", retry_after=1)
         self._info.capabilities.check(request)
         aborted = self._aborts[request.id] = asyncio.Event()

@@ -276,8 +276,8 @@ class LocalEngine:
         own_waiting = [each for each in waiting if each.tenant == request.tenant]
         places = self._slots + self._config.max_waiting
         tokens, most_tokens = request.prompt_tokens, self._config.max_waiting_tokens
-        if (not own or fits_share(1, held=len(own), total=len(everyone), alone=places)) and (
-            not own_waiting or fits_share(tokens, held=_tokens(own_waiting), total=_tokens(waiting), alone=most_tokens)
+        if (not own or fits_share(1, held=len(own), total=len(everyone), most=places)) and (
+            not own_waiting or fits_share(tokens, held=_tokens(own_waiting), total=_tokens(waiting), most=most_tokens)
         ):
             return
         least, most = BUSY_RETRY_SECONDS
