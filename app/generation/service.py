@@ -50,7 +50,8 @@ class GenerationService:
         sessions: None refuses requests that name a session.
         admission: says what a caller may do, and takes tokens out of their limits.
         usage: charges each request to its caller and logs it.
-        waiting_seconds: how long a request may wait for the turn before it in its session, and for its preparation.
+        waiting_seconds: how long a request may wait for the turn before it in its session, for its preparation, and to
+            store its own turn.
         """
         self.host = host
         self.sessions = sessions
@@ -106,7 +107,8 @@ class GenerationService:
                                     yield visible
                 finished = run.finished()
                 if finished.finish_reason in _COMPLETE:
-                    await self._store_turn(request, fitted.new, run.text)
+                    async with self._deadline("The turn took too long to store."):
+                        await self._store_turn(request, fitted.new, run.text)
             record.finish(finished)
             yield finished
 
