@@ -146,6 +146,9 @@ class GuardedProtocol(HttpToolsProtocol):
         self.pipeline.clear()
         super().connection_lost(exc)
 
+    def unsent(self) -> int:
+        return self._raw.get_write_buffer_size()
+
     def abort(self) -> None:
         """Cut the connection off."""
         self._raw.abort()
