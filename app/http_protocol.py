@@ -60,9 +60,11 @@ class ServerConfig(uvicorn.Config):
 
     def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
         self._sweeping = None
-        self.guard.sweep()
-        if not self.guard.idle:
-            self.watch(loop)
+        try:
+            self.guard.sweep()
+        finally:
+            if not self.guard.idle:
+                self.watch(loop)
 
 
 async def _no_app(*_: Any) -> None:

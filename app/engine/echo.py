@@ -21,7 +21,7 @@ _CONTROL = 0x110000
 _TURN = {role: _CONTROL + number for number, role in enumerate(Role)}
 _TOKENS_PER_TURN = 16
 """Without a delay so many tokens are ready at once; then the event loop gets its turn."""
-_LOGPROBS_PER_DELTA = 64
+_LOGPROBS_PER_DELTA = 16
 """Tokens with log-probabilities that are held back from a request that does not stream."""
 
 

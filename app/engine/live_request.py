@@ -17,7 +17,7 @@ from app.ipc.messages import TokenEvent
 from app.requests import GenerationRequest
 from app.types import FinishReason, TokenLogprob, Usage
 
-LOGPROBS_PER_DELTA = 64
+LOGPROBS_PER_DELTA = 16
 """Tokens with log-probabilities that are held back from a request that does not stream: turning more of them into
 text, and what follows from that, would hold up the event loop."""
 

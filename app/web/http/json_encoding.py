@@ -20,8 +20,8 @@ from starlette.types import Receive, Scope, Send
 
 from app.events import Delta, DetokenizedLogprob, Event
 
-TOKENS_AT_ONCE = 64
-"""Log-probabilities encoded before the event loop runs: a few milliseconds with 20 alternatives each."""
+TOKENS_AT_ONCE = 16
+"""Log-probabilities encoded before the event loop runs: a millisecond or two with 20 alternatives each."""
 SEGMENT_BYTES = 64 * 1024
 """Size from which a segment of a response is sent; the transport buffers about as much before it waits."""
 SEND_SECONDS = 15.0
