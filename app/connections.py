@@ -16,7 +16,8 @@ except ImportError:  # Windows, which bounds no descriptors
     resource = None  # type: ignore[assignment]
 
 WRITE_SECONDS = 15.0
-"""How long a client may leave its receive buffer full before it is cut off."""
+WRITE_BYTES = 64 * 1024
+"""A client that reads fewer bytes in this time, while more than fit into its receive buffer wait, is cut off."""
 LINGER_SECONDS = 2.0
 """How long the rest of a refused request is read and discarded: a reset would destroy the answer before it is read."""
 SWEEP_SECONDS = 0.5
@@ -55,6 +56,9 @@ class Connection(Protocol):
     """The peer's address; the same for all that share one limit."""
     trusted: bool
     """Whether it comes from a trusted proxy: one address, many clients."""
+
+    def unsent(self) -> int:
+        """Return how many bytes wait to be sent."""
 
     def abort(self) -> None:
         """Cut it off."""
@@ -192,6 +196,8 @@ class ConnectionGuard:
         self._writes = _Deadline(WRITE_SECONDS)
         self._flushing = _Deadline(WRITE_SECONDS)
         self._lingering = _Deadline(LINGER_SECONDS)
+        self._unsent: dict[Connection, int] = {}
+        """Bytes that waited when the time for writing began."""
 
     @property
     def open(self) -> int:
@@ -250,10 +256,15 @@ class ConnectionGuard:
 
     def write_paused(self, connection: Connection) -> None:
         """Start the time in which the client has to read what is buffered for it."""
-        self._writes.start(connection, self._clock())
+        self._start_write(self._writes, connection)
+
+    def _start_write(self, deadline: _Deadline, connection: Connection) -> None:
+        deadline.start(connection, self._clock())
+        self._unsent[connection] = connection.unsent()
 
     def write_resumed(self, connection: Connection) -> None:
         self._writes.stop(connection)
+        self._unsent.pop(connection, None)
 
     def closing(self, connection: Connection, *, lingers: bool) -> None:
         """Take a connection's place; it has a moment to read its answer, less if it `lingers` to discard its input."""
@@ -263,13 +274,17 @@ class ConnectionGuard:
         deadline = self._lingering if lingers else self._flushing
         if len(deadline) >= MAX_CLOSING:
             deadline.pop_oldest().abort()
-        deadline.start(connection, self._clock())
+        if lingers:
+            deadline.start(connection, self._clock())
+        else:
+            self._start_write(deadline, connection)
 
     def remove(self, connection: Connection) -> None:
         """Forget a connection."""
         self._release(connection)
         for deadline in (self._heads, self._writes, self._flushing, self._lingering):
             deadline.stop(connection)
+        self._unsent.pop(connection, None)
 
     def _release(self, connection: Connection) -> None:
         if (rank := self._ranks.pop(connection, None)) is None:
@@ -286,7 +301,10 @@ class ConnectionGuard:
             self._on_close("slow_head")
             connection.refuse_slow_head()
         for deadline in (self._writes, self._flushing):
-            for connection in deadline.expired(now):
+            for connection in list(deadline.expired(now)):
+                if self._unsent[connection] - connection.unsent() >= WRITE_BYTES:
+                    self._start_write(deadline, connection)
+                    continue
                 self._on_close("slow_reader")
                 connection.abort()
         for connection in self._lingering.expired(now):

@@ -60,9 +60,11 @@ class ServerConfig(uvicorn.Config):
 
     def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
         self._sweeping = None
-        self.guard.sweep()
-        if not self.guard.idle:
-            self.watch(loop)
+        try:
+            self.guard.sweep()
+        finally:
+            if not self.guard.idle:
+                self.watch(loop)
 
 
 async def _no_app(*_: Any) -> None:
@@ -145,6 +147,9 @@ class GuardedProtocol(HttpToolsProtocol):
             self._serving.message_event.set()
         self.pipeline.clear()
         super().connection_lost(exc)
+
+    def unsent(self) -> int:
+        return self._raw.get_write_buffer_size()
 
     def abort(self) -> None:
         """Cut the connection off."""

@@ -35,6 +35,8 @@ _ALTERNATIVE_BYTES = 120
 """Memory of the log-probability of a token, and of an alternative in its position."""
 COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)
 """Finish reasons of responses that may be stored."""
+MAX_LOGPROBS = 20_000
+"""Log-probabilities, alternatives included, that a response may have to be stored or shared: megabytes."""
 EVENTS_PER_TURN = 16
 """A replay lets the event loop run after this many events."""
 
@@ -74,6 +76,12 @@ def cache_key(request: GenerationRequest, info: EngineInfo, scope: str) -> bytes
 @lru_cache(maxsize=64)
 def _description(info: EngineInfo) -> str:
     return repr(info)
+
+
+def _is_large(request: GenerationRequest) -> bool:
+    """Return whether the response may have so many log-probabilities that it is not worth its memory."""
+    alternatives = request.sampling.logprobs
+    return alternatives is not None and request.sampling.max_tokens * (1 + alternatives) > MAX_LOGPROBS
 
 
 def _weight(events: tuple[Event, ...]) -> int:
@@ -233,7 +241,7 @@ class CachedEngine(EngineWrapper):
         return len(self._flights)
 
     def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        return self._read(request) if request.cache else self._inner.stream(request)
+        return self._read(request) if request.cache and not _is_large(request) else self._inner.stream(request)
 
     async def _read(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         reader = self._readers[request.id] = self._board(request)

@@ -21,6 +21,8 @@ _CONTROL = 0x110000
 _TURN = {role: _CONTROL + number for number, role in enumerate(Role)}
 _TOKENS_PER_TURN = 16
 """Without a delay so many tokens are ready at once; then the event loop gets its turn."""
+_LOGPROBS_PER_DELTA = 16
+"""Tokens with log-probabilities that are held back from a request that does not stream."""
 
 
 class EchoDecoder:
@@ -166,7 +168,8 @@ class _Plan:
         """Generate so many tokens, and return those that are sent now, if any."""
         request, progress = self._request, self._request.progress
         progress.generated = min(self.limit, progress.generated + tokens)
-        if not (request.stream or self.sent == 0 or progress.generated == self.limit or last):
+        many = request.sampling.logprobs is not None and progress.generated - self.sent >= _LOGPROBS_PER_DELTA
+        if not (request.stream or self.sent == 0 or progress.generated == self.limit or last or many):
             return None
         text = self._text[self.sent : progress.generated]
         self.sent = progress.generated

@@ -17,6 +17,10 @@ from app.ipc.messages import TokenEvent
 from app.requests import GenerationRequest
 from app.types import FinishReason, TokenLogprob, Usage
 
+LOGPROBS_PER_DELTA = 16
+"""Tokens with log-probabilities that are held back from a request that does not stream: turning more of them into
+text, and what follows from that, would hold up the event loop."""
+
 _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": FinishReason.ABORT}
 
 
@@ -96,7 +100,8 @@ class LiveRequest:
     async def events(self) -> AsyncGenerator[Delta | Finished, None]:
         """Yield deltas as the text grows, then Finished.
 
-        A request that does not stream gets one delta with the first token and one with all that follows.
+        A request that does not stream gets one delta with the first token and one with all that follows, or several
+        if there are many log-probabilities.
 
         Raises: AppError: the outcome is an error; it comes in place of Finished.
         """
@@ -149,7 +154,7 @@ class LiveRequest:
     def _append(self, text: str) -> None:
         if text:
             self._text.append(text)
-            if self.request.stream or not self._begun:
+            if self.request.stream or not self._begun or len(self._alignment) >= LOGPROBS_PER_DELTA:
                 self._news.set()
 
     def _finish(self, outcome: FinishReason | AppError) -> None:

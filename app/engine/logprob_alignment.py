@@ -48,6 +48,10 @@ class LogprobAlignment(Generic[T]):
             released.append(self._placed.popleft())
         return tuple(token for _, token in released), tuple(end - before for end, _ in released)
 
+    def __len__(self) -> int:
+        """Return how many tokens have a place and are not released."""
+        return len(self._placed)
+
     def _place(self, characters: int) -> None:
         self._generated += characters
         self._placed.extend((self._generated, token) for token in self._textless)

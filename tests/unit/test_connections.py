@@ -10,6 +10,7 @@ from app.connections import (
     LINGER_SECONDS,
     MAX_CLOSING,
     MIN_CONNECTIONS,
+    WRITE_BYTES,
     WRITE_SECONDS,
     ConnectionGuard,
     ConnectionLimits,
@@ -25,7 +26,11 @@ class FakeConnection:
 
     address: str = "a"
     trusted: bool = False
+    waiting: int = 0
     fate: list[str] = field(default_factory=list)
+
+    def unsent(self) -> int:
+        return self.waiting
 
     def abort(self) -> None:
         self.fate.append("aborted")
@@ -191,6 +196,26 @@ def test_a_client_that_reads_nothing_is_cut_off():
 
     assert (["aborted"], []) == (stalled.fate, reading.fate)
     assert ["slow_reader"] == bench.closed
+
+
+@pytest.mark.parametrize("closing", [False, True], ids=["open", "closing"])
+def test_a_client_that_reads_slowly_keeps_its_connection_as_long_as_it_reads_enough(closing):
+    """However large the response: the time is for so many bytes of it, not for all."""
+    bench = Bench()
+    slow = bench.add(Rank.SERVED)
+    slow.waiting = 10 * WRITE_BYTES
+    if closing:
+        bench.guard.closing(slow, lingers=False)
+    else:
+        bench.guard.write_paused(slow)
+    for _ in range(9):
+        slow.waiting -= WRITE_BYTES
+        bench.sweep(WRITE_SECONDS)
+    reading = list(slow.fate)
+    slow.waiting -= WRITE_BYTES - 1
+    bench.sweep(WRITE_SECONDS)
+
+    assert ([], ["aborted"]) == (reading, slow.fate)
 
 
 def test_a_connection_that_closes_gives_its_place_up_at_once_and_goes_in_a_moment():

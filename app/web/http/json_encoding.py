@@ -1,10 +1,34 @@
-"""Encodes responses and stream frames as compact JSON, non-ASCII characters unescaped."""
+"""Encodes responses and stream frames as compact JSON, non-ASCII characters unescaped.
 
+The log-probabilities of a large response are megabytes of JSON from objects ten times as large.  `encode_logprobs`
+encodes them while they are generated, and `SegmentedJsonResponse` sends them segment by segment, so that no response
+holds up the event loop or more memory than its own bytes.
+"""
+
+import asyncio
 import math
-from typing import Any
+from collections import deque
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, Protocol
 
 import msgspec
-from starlette.responses import JSONResponse
+import structlog
+from msgspec import structs
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from app.events import Delta, DetokenizedLogprob, Event
+
+TOKENS_AT_ONCE = 16
+"""Log-probabilities encoded before the event loop runs: a millisecond or two with 20 alternatives each."""
+SEGMENT_BYTES = 64 * 1024
+"""Size from which a segment of a response is sent; the transport buffers about as much before it waits."""
+SEND_SECONDS = 15.0
+LEAST_BYTES_PER_SECOND = 128 * 1024
+"""How fast a large response must be read, after `SEND_SECONDS`: as long as that it occupies memory."""
+
+_log = structlog.get_logger("llm_service")
 
 
 def _plain(value: Any) -> str:
@@ -42,3 +66,97 @@ class EncodedJsonResponse(JSONResponse):
 
     def render(self, content: Any) -> bytes:
         return encode_json(content)
+
+
+class JsonArray:
+    """An array that is encoded while it grows."""
+
+    def __init__(self) -> None:
+        self._segments: list[bytes] = []
+
+    def extend(self, items: list[Any]) -> None:
+        """Encode and append items."""
+        if items:
+            encoded = encode_json(items)
+            self._segments.append(b"%b%b" % (b"," if self._segments else b"[", encoded[1:-1]))
+
+    def segments(self) -> list[bytes]:
+        """Return the JSON of the whole array."""
+        return [*self._segments, b"]"] if self._segments else [b"[]"]
+
+
+_PLACE = msgspec.Raw(b"\0")
+"""Stands for a `JsonArray`; a control character that JSON never holds unescaped."""
+
+
+def encode_segments(data: Any) -> list[bytes]:
+    """Encode plain data with `JsonArray`s in it; the segments together are the JSON."""
+    arrays: list[JsonArray] = []
+
+    def hook(value: Any) -> Any:
+        if not isinstance(value, JsonArray):
+            return _plain(value)
+        arrays.append(value)
+        return _PLACE
+
+    between = msgspec.json.Encoder(enc_hook=hook).encode(data).split(bytes(_PLACE))
+    segments = [between[0]]
+    for array, after in zip(arrays, between[1:], strict=True):
+        segments += [*array.segments(), after]
+    return segments
+
+
+class SegmentedJsonResponse(Response):
+    """A JSON response of `encode_segments`, sent as the client reads it and freed as it is sent."""
+
+    media_type = "application/json"
+
+    def __init__(self, content: Any, headers: Mapping[str, str] | None = None) -> None:
+        self._segments = deque(encode_segments(content))
+        self._size = sum(map(len, self._segments))
+        super().__init__(headers={**(headers or {}), "Content-Length": str(self._size)})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        seconds = SEND_SECONDS + self._size / LEAST_BYTES_PER_SECOND
+        try:
+            async with asyncio.timeout(seconds):
+                for body in self._bodies():
+                    await send({"type": "http.response.body", "body": body, "more_body": bool(self._segments)})
+                    await asyncio.sleep(0)
+        except TimeoutError:
+            _log.warning("A client did not read its response and was cut off", seconds=round(seconds))
+
+    def _bodies(self) -> Iterator[bytes]:
+        while self._segments:
+            ready, size = [], 0
+            while self._segments and size < SEGMENT_BYTES:
+                ready.append(self._segments.popleft())
+                size += len(ready[-1])
+            yield b"".join(ready)
+
+
+class LogprobsEncoder(Protocol):
+    """Encodes the log-probabilities of one sample, in a dialect's form, into `JsonArray`s."""
+
+    def extend(self, tokens: Sequence[DetokenizedLogprob]) -> None:
+        """Encode the next tokens."""
+
+
+async def encode_logprobs(
+    events: AsyncGenerator[Event, None], encoders: Mapping[int, LogprobsEncoder]
+) -> AsyncGenerator[Event, None]:
+    """Yield the events without their log-probabilities, which the encoder of their sample takes.
+
+    Args: encoders: by the index of the sample; a defaultdict, since samples are not known before.
+    """
+    async with aclosing(events):
+        async for event in events:
+            if isinstance(event, Delta) and event.logprobs:
+                encoder = encoders[event.index]
+                for start in range(0, len(event.logprobs), TOKENS_AT_ONCE):
+                    if start:
+                        await asyncio.sleep(0)
+                    encoder.extend(event.logprobs[start : start + TOKENS_AT_ONCE])
+                event = structs.replace(event, logprobs=(), token_ends=())
+            yield event

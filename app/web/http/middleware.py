@@ -7,7 +7,7 @@ Pure ASGI, because a middleware that runs the application in a task of its own h
     CORSMiddleware  only if origins are configured; answers preflights, which carry no key
     BodyLimits      bounds size and duration of what the inner layers read of the body
     ErrorBoundary   turns the exceptions of the inner layers into error responses
-    HeadChecks      refuses heads that are too large, or that HTTP/1.1 forbids
+    HeadChecks      refuses heads that are too large or that HTTP/1.1 forbids; answers HEAD as GET
     DrainGate       refuses new work before any is done
     Authentication  runs before the body is read
 """
@@ -186,7 +186,10 @@ class VersionNotSupported(AppError):
 
 
 class HeadChecks:
-    """Refuses a head that is too large, and what a server of HTTP/1.1 has to refuse although it can be parsed."""
+    """Refuses a head that is too large, and what a server of HTTP/1.1 has to refuse although it can be parsed.
+
+    HEAD is answered by the route of GET, as HTTP has it; the router knows only the methods that routes name.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -194,7 +197,23 @@ class HeadChecks:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             _check_head(scope)
+            if scope["method"] == "HEAD":
+                await self._get(scope, receive, send)
+                return
         await self.app(scope, receive, send)
+
+    async def _get(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_without_body(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
+
+        inner = {**scope, "method": "GET"}
+        try:
+            await self.app(inner, receive, send_without_body)
+        finally:
+            if "route" in inner:
+                scope["route"] = inner["route"]  # for the log
 
 
 def _check_head(scope: Scope) -> None:

@@ -1,6 +1,6 @@
 """POST /v1/generate/batch: completes many plain texts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -9,17 +9,17 @@ from starlette.responses import Response as HttpResponse
 from typing_extensions import TypedDict
 
 from app.errors import ModelNotFound, ServiceUnavailable
-from app.events import Response
+from app.events import Event, Response
 from app.generation.batch import generate_each
 from app.requests import GenerationRequest
 from app.web.http.dependencies import RequestContextDep
 from app.web.http.errors import GENERATION_ERRORS, ErrorBody, as_app_error, envelope, error_responses
 from app.web.http.json_body import GeneratingRoute
-from app.web.http.json_encoding import EncodedJsonResponse
 from app.web.http.sampling_params import MAX_PROMPTS, check_length
 from app.web.http.sse import cancel_on_disconnect
 from app.web.native.generate import GenerateResponse, generate_response
 from app.web.native.request_model import SamplingFields
+from app.web.native.schemas import Logprobs, generate_encoded, json_response
 
 router = APIRouter(prefix="/v1", tags=["generate"], route_class=GeneratingRoute)
 
@@ -61,12 +61,19 @@ async def generate_batch(body: BatchRequest, context: RequestContextDep) -> Http
     """Complete many texts at once; a text that fails has its error in place of its response."""
     check_length("prompts", sum(map(len, body.prompts)), context.max_prompt_chars)
     requests = [body.to_request(context, text=prompt) for prompt in body.prompts]
-    outcomes = await cancel_on_disconnect(context.request, generate_each(context.events, requests))
+    encoded: dict[str, Logprobs] = {}
+
+    def events(request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        events, encoded[request.id] = generate_encoded(context, request)
+        return events
+
+    outcomes = await cancel_on_disconnect(context.request, generate_each(events, requests))
     _raise_if_all_were_refused(outcomes)
     results = [
-        _result(outcome, request, context.request_id) for outcome, request in zip(outcomes, requests, strict=True)
+        _result(outcome, request, context.request_id, encoded[request.id])
+        for outcome, request in zip(outcomes, requests, strict=True)
     ]
-    return EncodedJsonResponse({"results": results, "request_id": context.request_id})
+    return json_response({"results": results, "request_id": context.request_id}, requests[0])
 
 
 def _raise_if_all_were_refused(outcomes: Sequence[Response | Exception]) -> None:
@@ -76,7 +83,9 @@ def _raise_if_all_were_refused(outcomes: Sequence[Response | Exception]) -> None
         raise first
 
 
-def _result(outcome: Response | Exception, request: GenerationRequest, request_id: str) -> Mapping[str, Any]:
+def _result(
+    outcome: Response | Exception, request: GenerationRequest, request_id: str, logprobs: Logprobs
+) -> Mapping[str, Any]:
     if isinstance(outcome, Response):
-        return generate_response(outcome, request, request_id)
+        return generate_response(outcome, request, request_id, logprobs)
     return {"error": envelope(as_app_error(outcome), request_id)}

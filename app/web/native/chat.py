@@ -16,7 +16,15 @@ from app.web.http.json_body import GeneratingRoute, StrictModel
 from app.web.http.sampling_params import MAX_MESSAGES, SessionId, check_length
 from app.web.http.sse import streamed
 from app.web.native.request_model import SamplingFields
-from app.web.native.schemas import EVENTS, CompletionChoice, TokenUsage, completion_choices, respond, token_usage
+from app.web.native.schemas import (
+    EVENTS,
+    CompletionChoice,
+    Logprobs,
+    TokenUsage,
+    completion_choices,
+    respond,
+    token_usage,
+)
 
 router = APIRouter(prefix="/v1", tags=["chat"], route_class=GeneratingRoute)
 
@@ -76,7 +84,7 @@ class ChatResponse(TypedDict):
     """All completions; left out unless the request asked for several or for log-probabilities."""
 
 
-def _response(response: Response, request: GenerationRequest, request_id: str) -> ChatResponse:
+def _response(response: Response, request: GenerationRequest, request_id: str, logprobs: Logprobs) -> ChatResponse:
     finished = response.finished
     fields: ChatResponse = {
         "message": {"role": "assistant", "content": response.text},
@@ -89,8 +97,8 @@ def _response(response: Response, request: GenerationRequest, request_id: str) -
         "context": _context(finished.context) if finished.context else None,
         "request_id": request_id,
     }
-    if request.n > 1 or request.sampling.logprobs is not None:
-        fields["completions"] = completion_choices(response, request)
+    if request.n > 1 or logprobs is not None:
+        fields["completions"] = completion_choices(response, logprobs)
     return fields
 
 

@@ -16,7 +16,15 @@ from app.web.http.json_body import GeneratingRoute
 from app.web.http.sampling_params import check_length
 from app.web.http.sse import streamed
 from app.web.native.request_model import SamplingFields
-from app.web.native.schemas import EVENTS, CompletionChoice, TokenUsage, completion_choices, respond, token_usage
+from app.web.native.schemas import (
+    EVENTS,
+    CompletionChoice,
+    Logprobs,
+    TokenUsage,
+    completion_choices,
+    respond,
+    token_usage,
+)
 
 router = APIRouter(prefix="/v1", tags=["generate"], route_class=GeneratingRoute)
 
@@ -42,7 +50,9 @@ class GenerateResponse(TypedDict):
     request_id: str
 
 
-def generate_response(response: Response, request: GenerationRequest, request_id: str) -> GenerateResponse:
+def generate_response(
+    response: Response, request: GenerationRequest, request_id: str, logprobs: Logprobs
+) -> GenerateResponse:
     finished = response.finished
     return {
         "generated_text": response.text,
@@ -51,7 +61,7 @@ def generate_response(response: Response, request: GenerationRequest, request_id
         "tokens_generated": finished.usage.completion_tokens,
         "cached": finished.cached,
         "finish_reason": finished.finish_reason,
-        "completions": completion_choices(response, request),
+        "completions": completion_choices(response, logprobs),
         "usage": token_usage(finished.usage),
         "request_id": request_id,
     }

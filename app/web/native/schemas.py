@@ -1,6 +1,7 @@
 """Response schemas and the stream encoder that the native generating routes share."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any, NotRequired
 
 from starlette.responses import Response as HttpResponse
@@ -12,7 +13,13 @@ from app.requests import GenerationRequest
 from app.types import FinishReason, Usage
 from app.web.http.dependencies import RequestContext
 from app.web.http.errors import envelope
-from app.web.http.json_encoding import EncodedJsonResponse, exact_float
+from app.web.http.json_encoding import (
+    EncodedJsonResponse,
+    JsonArray,
+    SegmentedJsonResponse,
+    encode_logprobs,
+    exact_float,
+)
 from app.web.http.sse import EventStream, collect_response, frame, wait_for_start
 
 EVENTS = ("delta", "done", "error")
@@ -88,15 +95,46 @@ def token_usage(usage: Usage) -> TokenUsage:
     }
 
 
-def completion_choices(response: Response, request: GenerationRequest) -> list[CompletionChoice]:
+class TokensEncoder:
+    """Encodes the tokens of one whole completion; a `LogprobsEncoder`."""
+
+    def __init__(self) -> None:
+        self.tokens = JsonArray()
+
+    def extend(self, tokens: Sequence[DetokenizedLogprob]) -> None:
+        self.tokens.extend(_tokens(tokens))
+
+
+Logprobs = Mapping[int, TokensEncoder] | None
+"""The encoded tokens of each completion; None if the request asks for none."""
+
+
+def generate_encoded(
+    context: RequestContext, request: GenerationRequest
+) -> tuple[AsyncGenerator[Event, None], Logprobs]:
+    """Generate for one whole response: return the events without log-probabilities, and what collects those."""
+    events = context.events(request)
+    if request.sampling.logprobs is None:
+        return events, None
+    logprobs = defaultdict[int, TokensEncoder](TokensEncoder)
+    return encode_logprobs(events, logprobs), logprobs
+
+
+def json_response(content: Mapping[str, Any], request: GenerationRequest) -> HttpResponse:
+    """Return one response; with log-probabilities it may be large, and is sent in segments."""
+    return EncodedJsonResponse(content) if request.sampling.logprobs is None else SegmentedJsonResponse(content)
+
+
+def completion_choices(response: Response, logprobs: Logprobs) -> list[CompletionChoice]:
     """Return all completions, in their order."""
-    return [_choice(each, with_tokens=request.sampling.logprobs is not None) for each in response.completions]
+    return [_choice(each, index, logprobs) for index, each in enumerate(response.completions)]
 
 
-def _choice(completion: Completion, *, with_tokens: bool) -> CompletionChoice:
+def _choice(completion: Completion, index: int, logprobs: Logprobs) -> CompletionChoice:
     choice: CompletionChoice = {"text": completion.text, "finish_reason": completion.finish_reason}
-    if with_tokens:
-        choice["tokens"] = _tokens(completion.logprobs)
+    if logprobs is not None:
+        encoded: Any = logprobs[index].tokens
+        choice["tokens"] = encoded
     return choice
 
 
@@ -119,18 +157,19 @@ def _logprob(token: DetokenizedLogprob) -> Any:
 async def respond(
     context: RequestContext,
     request: GenerationRequest,
-    build: Callable[[Response, GenerationRequest, str], Mapping[str, Any]],
+    build: Callable[[Response, GenerationRequest, str, Logprobs], Mapping[str, Any]],
 ) -> HttpResponse:
     """Generate, and return a stream, or one response that `build` returns the body of.
 
     Raises: AppError: the generation was refused or failed before the response began.
     """
-    events = context.events(request)
     if request.stream:
+        events = context.events(request)
         started = await wait_for_start(context.request, events)
         return EventStream(started, events, NativeStreamEncoder(request, context.request_id))
+    events, logprobs = generate_encoded(context, request)
     response = await collect_response(context.request, events)
-    return EncodedJsonResponse(build(response, request, context.request_id))
+    return json_response(build(response, request, context.request_id, logprobs), request)
 
 
 class NativeStreamEncoder:

@@ -1,5 +1,7 @@
 """POST /v1/chat/completions: replies to a conversation."""
 
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from fastapi import APIRouter
@@ -20,8 +22,8 @@ from app.web.openai.request_model import OpenAIFields
 from app.web.openai.respond import new_metadata, respond
 from app.web.openai.response_objects import (
     ChatCompletion,
+    ChatLogprobsEncoder,
     ObjectMetadata,
-    chat_logprobs,
     finish_fields,
     usage_object,
 )
@@ -169,17 +171,22 @@ _SESSION_HEADER = {
 """For the OpenAPI document: another place of `session_id`."""
 
 
-def _response(response: Response, metadata: ObjectMetadata, body: ChatCompletionRequest) -> dict[str, Any]:
-    choices = [_choice(index, each, bool(body.logprobs)) for index, each in enumerate(response.completions)]
+def _response(
+    response: Response,
+    metadata: ObjectMetadata,
+    body: ChatCompletionRequest,
+    logprobs: Mapping[int, ChatLogprobsEncoder] | None,
+) -> dict[str, Any]:
+    choices = [_choice(index, each, logprobs) for index, each in enumerate(response.completions)]
     fields = metadata.object("chat.completion", choices, usage_object(response.finished.usage))
     return fields if body.metadata is None else {**fields, "metadata": body.metadata}
 
 
-def _choice(index: int, completion: Completion, with_logprobs: bool) -> dict[str, Any]:
+def _choice(index: int, completion: Completion, logprobs: Mapping[int, ChatLogprobsEncoder] | None) -> dict[str, Any]:
     return {
         "index": index,
         "message": {"role": "assistant", "content": completion.text, "refusal": None},
-        "logprobs": chat_logprobs(completion.logprobs) if with_logprobs else None,
+        "logprobs": None if logprobs is None else logprobs[index].object(),
         **finish_fields(completion.end),
     }
 
@@ -197,9 +204,11 @@ async def chat_completions(body: ChatCompletionRequest, context: RequestContextD
     request = body.to_generation(context)
     choices = ChatChoiceEncoder(with_logprobs=bool(body.logprobs))
     chunks = ChunkStreamEncoder(metadata, choices, n=request.n, stream_usage=body.stream_usage)
+    logprobs = defaultdict[int, ChatLogprobsEncoder](ChatLogprobsEncoder) if body.logprobs else None
     return await respond(
         context,
         context.events(request),
         stream=chunks if body.stream else None,
-        build=lambda response: _response(response, metadata, body),
+        logprobs=logprobs,
+        build=lambda response: _response(response, metadata, body, logprobs),
     )

@@ -1,5 +1,7 @@
 """POST /v1/completions: completes one or several prompts."""
 
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -68,20 +70,27 @@ class CompletionRequest(OpenAIFields):
         ]
 
 
-def _response(response: Response, metadata: ObjectMetadata, body: CompletionRequest) -> dict[str, Any]:
+def _response(
+    response: Response,
+    metadata: ObjectMetadata,
+    body: CompletionRequest,
+    logprobs: Mapping[int, TextLogprobs] | None,
+) -> dict[str, Any]:
     echoed = [prompt or "" for prompt in response.prompts for _ in range(body.n or 1)] if body.echo else None
     choices = [
-        _choice(index, completion, echoed[index] if echoed else "", body.logprobs is not None)
+        _choice(index, completion, echoed[index] if echoed else "", logprobs)
         for index, completion in enumerate(response.completions)
     ]
     return metadata.object("text_completion", choices, usage_object(response.finished.usage))
 
 
-def _choice(index: int, completion: Completion, echoed: str, with_logprobs: bool) -> dict[str, Any]:
+def _choice(
+    index: int, completion: Completion, echoed: str, logprobs: Mapping[int, TextLogprobs] | None
+) -> dict[str, Any]:
     return {
         "index": index,
         "text": echoed + completion.text,
-        "logprobs": TextLogprobs().next_object(completion.logprobs) if with_logprobs else None,
+        "logprobs": None if logprobs is None else logprobs[index].object(),
         **finish_fields(completion.end),
     }
 
@@ -98,9 +107,11 @@ async def completions(body: CompletionRequest, context: RequestContextDep) -> Ht
     requests = body.to_requests(context)
     choices = TextChoiceEncoder(with_logprobs=body.logprobs is not None, echo=bool(body.echo))
     chunks = ChunkStreamEncoder(metadata, choices, n=body.n or 1, stream_usage=body.stream_usage)
+    logprobs = None if body.logprobs is None else defaultdict[int, TextLogprobs](TextLogprobs)
     return await respond(
         context,
         generate_as_one(context.events, requests),
         stream=chunks if body.stream else None,
-        build=lambda response: _response(response, metadata, body),
+        logprobs=logprobs,
+        build=lambda response: _response(response, metadata, body, logprobs),
     )

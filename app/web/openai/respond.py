@@ -1,6 +1,6 @@
 """Sends a generation in OpenAI's dialect, as one response or a stream; X-Cache says whether it came from the cache."""
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 from uuid import uuid4
 
@@ -9,7 +9,12 @@ from starlette.responses import Response as HttpResponse
 from app.errors import ShuttingDown
 from app.events import CacheStatus, Event, Response
 from app.web.http.dependencies import RequestContext
-from app.web.http.json_encoding import EncodedJsonResponse
+from app.web.http.json_encoding import (
+    EncodedJsonResponse,
+    LogprobsEncoder,
+    SegmentedJsonResponse,
+    encode_logprobs,
+)
 from app.web.http.sse import EventStream, collect_response, wait_for_start
 from app.web.openai.response_objects import ObjectMetadata, fingerprint
 from app.web.openai.stream_encoder import ChunkStreamEncoder, was_aborted
@@ -36,20 +41,26 @@ async def respond(
     events: AsyncGenerator[Event, None],
     *,
     stream: ChunkStreamEncoder | None,
+    logprobs: Mapping[int, LogprobsEncoder] | None,
     build: Callable[[Response], dict[str, Any]],
 ) -> HttpResponse:
     """Return a stream, or one response if `stream` is None.
 
-    Args: build: returns the response object of a finished generation.
+    Args:
+        logprobs: encoders of the samples' log-probabilities in one response; None if none are requested.
+        build: returns the response object of a finished generation, which has no log-probabilities any more.
     Raises: AppError: the generation was refused or failed before the response began.
     """
     if stream is not None:
         started = await wait_for_start(context.request, events)
         return EventStream(started, events, stream, headers=_cache_header(started.cache))
+    if logprobs is not None:
+        events = encode_logprobs(events, logprobs)
     response = await collect_response(context.request, events)
     if was_aborted(response.finished):
         raise ShuttingDown()
-    return EncodedJsonResponse(build(response), headers=_cache_header(response.finished.cache))
+    kind = EncodedJsonResponse if logprobs is None else SegmentedJsonResponse
+    return kind(build(response), headers=_cache_header(response.finished.cache))
 
 
 def _cache_header(status: CacheStatus) -> dict[str, str]:

@@ -14,7 +14,7 @@ from app import __version__
 from app.engine.base import EngineInfo
 from app.events import DetokenizedLogprob, FinishedSample
 from app.types import FinishReason, Usage
-from app.web.http.json_encoding import exact_float
+from app.web.http.json_encoding import JsonArray, exact_float
 
 
 class CachedTokens(TypedDict):
@@ -179,8 +179,25 @@ def finish_fields(sample: FinishedSample) -> dict[str, Any]:
 
 def chat_logprobs(tokens: Sequence[DetokenizedLogprob]) -> dict[str, Any]:
     """Return the log-probabilities of a chat delta."""
-    content = [{**_chat_token(token), "top_logprobs": [_chat_token(other) for other in token.top]} for token in tokens]
-    return {"content": content, "refusal": None}
+    return {"content": _chat_tokens(tokens), "refusal": None}
+
+
+class ChatLogprobsEncoder:
+    """Encodes the log-probabilities of one whole chat completion; a `LogprobsEncoder`."""
+
+    def __init__(self) -> None:
+        self._content = JsonArray()
+
+    def extend(self, tokens: Sequence[DetokenizedLogprob]) -> None:
+        self._content.extend(_chat_tokens(tokens))
+
+    def object(self) -> dict[str, Any]:
+        """Return the log-probabilities so far."""
+        return {"content": self._content, "refusal": None}
+
+
+def _chat_tokens(tokens: Sequence[DetokenizedLogprob]) -> list[dict[str, Any]]:
+    return [{**_chat_token(token), "top_logprobs": [_chat_token(other) for other in token.top]} for token in tokens]
 
 
 def _chat_token(token: DetokenizedLogprob) -> dict[str, Any]:
@@ -188,12 +205,21 @@ def _chat_token(token: DetokenizedLogprob) -> dict[str, Any]:
 
 
 class TextLogprobs:
-    """Builds the log-probabilities of one plain completion, at once or delta by delta."""
+    """Builds the log-probabilities of one plain completion, delta by delta or as a whole; a `LogprobsEncoder`."""
 
     def __init__(self) -> None:
         self._offset = 0
         """Characters before the next token; a character of several tokens counts with the last of them."""
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._arrays = {name: JsonArray() for name in ("text_offset", "token_logprobs", "tokens", "top_logprobs")}
+
+    def extend(self, tokens: Sequence[DetokenizedLogprob]) -> None:
+        for name, items in self.next_object(tokens).items():
+            self._arrays[name].extend(items)
+
+    def object(self) -> dict[str, Any]:
+        """Return the log-probabilities of all tokens that `extend` has taken."""
+        return dict(self._arrays)
 
     def next_object(self, tokens: Sequence[DetokenizedLogprob]) -> dict[str, Any]:
         """Return the log-probabilities of the next tokens."""
