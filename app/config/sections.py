@@ -32,7 +32,7 @@ KNOWN_DEFAULT_KEYS = frozenset(
 MIN_KEY_CHARS, MAX_KEY_CHARS = 8, 512
 
 
-_IPV4_IN_IPV6 = ipaddress.ip_network("::ffff:0:0/96")
+_IPV4_IN_IPV6 = ipaddress.IPv6Network("::ffff:0:0/96")
 _WIDEST_IPV4, _WIDEST_IPV6 = 8, 7
 """Prefix lengths of the widest private networks, 10.0.0.0/8 and fc00::/7."""
 

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from io import BufferedWriter, FileIO, TextIOWrapper
 from logging.handlers import QueueHandler, RotatingFileHandler
 from pathlib import Path
 from typing import TextIO
@@ -81,10 +82,9 @@ class _StreamSink(_Lossy, logging.StreamHandler[TextIO]):
 class _FileSink(_Lossy, RotatingFileHandler):
     """A file that is rotated when it is full, and that only its owner may read."""
 
-    def _open(self) -> TextIO:
-        return open(  # pathlib has no opener
-            self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors, opener=_open_closed
-        )
+    def _open(self) -> TextIOWrapper:
+        file = FileIO(self.baseFilename, self.mode, opener=_open_closed)
+        return TextIOWrapper(BufferedWriter(file), encoding=self.encoding, errors=self.errors)
 
     def doRollover(self) -> None:  # noqa: N802 - the standard library's name
         super().doRollover()

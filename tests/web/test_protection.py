@@ -252,7 +252,9 @@ async def test_only_the_exact_public_paths_are_public(web, path):
 @pytest.mark.parametrize("host", ["x/health?", "test/health#", "/health", "health", "a@b/metrics"])
 async def test_the_host_header_opens_nothing(web, host):
     async with web.client(nothing="") as client:
-        assert 401 == (await client.get("/status", headers={"Host": host})).status_code
+        # One that is no name is refused before the key is looked for.
+        expected = 401 if host == "health" else 400
+        assert expected == (await client.get("/status", headers={"Host": host})).status_code
 
 
 async def test_public_paths_follow_the_settings():

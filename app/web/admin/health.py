@@ -93,7 +93,7 @@ def _not_ready(status: str) -> JSONResponse:
     return JSONResponse({"status": status}, 503, headers={"Retry-After": str(_RETRY_SECONDS[status])})
 
 
-@router.get("/status", responses={200: {"model": Status}} | error_responses(Unauthorized, InternalError))
+@router.get("/status", responses=error_responses(Unauthorized, InternalError) | {200: {"model": Status}})
 async def status(container: ContainerDep) -> Mapping[str, Any]:
     """Report the state of the model, its queue and the cache."""
     return container.service.status()

@@ -60,8 +60,9 @@ class DocumentedApp(FastAPI):
     """Exact paths that are served while the service drains."""
 
     def openapi(self) -> dict[str, Any]:
-        if self.openapi_schema is None:
-            document = super().openapi()
+        complete = self.openapi_schema is not None
+        document: dict[str, Any] = super().openapi()
+        if not complete:
             components = document.setdefault("components", {})
             components["securitySchemes"] = dict(_SCHEMES)
             for path, operations in document["paths"].items():
@@ -70,8 +71,7 @@ class DocumentedApp(FastAPI):
             for unused in ("HTTPValidationError", "ValidationError"):
                 components.get("schemas", {}).pop(unused, None)
             _write_bounds_as_integers(document)
-        schema: dict[str, Any] = self.openapi_schema
-        return schema
+        return document
 
     def _complete(self, path: str, operation: dict[str, Any]) -> None:
         public = path in self.public
