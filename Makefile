@@ -26,7 +26,7 @@ PYTHON_PROBLEM = $(strip $(shell \
 NEED_PYTHON = $(if $(PYTHON_PROBLEM),$(error Needs Python 3.11, 3.12 or 3.13, but $(PYTHON_PROBLEM). Name another with PYTHON=python3.12))
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-native check format-check lint type-check imports lock-check format lock bench bench-overhead bench-access soak test-long fuzz \
+.PHONY: help install run test test-native check format-check lint type-check imports lock-check format lock bench bench-overhead bench-access soak test-long chaos fuzz \
 	build-docker run-docker stop-docker logs clean
 
 help: ## List the commands
@@ -78,6 +78,9 @@ soak: $(VENV)/.installed-dev ## Keep the service busy and see that nothing is le
 
 test-long: $(VENV)/.installed-dev ## The tests that take minutes: kills and races of the database at full length, compiled layers
 	@$(PY) -m pytest --no-cov -m soak $(ARGS)
+
+chaos: $(VENV)/.installed-dev ## Kill and suspend what the service depends on, at random moments, for minutes
+	@$(PY) -m pytest --no-cov -m chaos $(ARGS)
 
 fuzz: $(VENV)/.installed-dev ## Send the service thousands of requests made of its OpenAPI document (FUZZ_SEED=2 makes others)
 	@$(PY) -m pytest --no-cov -m fuzz $(ARGS)

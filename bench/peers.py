@@ -95,6 +95,8 @@ class Ours(Peer):
             "MODEL__SOURCE": "local",
             "MODEL__DTYPE": setup.dtype,
             "MODEL__THREADS": str(setup.threads),
+            # Others keep none.
+            "MODEL__SPARE_WORKER": "false",
         }
         return our_environment(setup.folder, {**_thread_settings(setup), **settings, **DEADLINES})
 

@@ -53,7 +53,7 @@ class AppConfig(Section):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """TCP port; 0 takes a free one."""
     data_dir: Path = Path("data")
-    """Folder of the embedded database and the first API key; created when missing."""
+    """Folder of the embedded database, the first API key and compiled kernels; created when missing."""
     prompts_dir: Path = Path("prompts")
     """Folder of prompt templates: base_system.txt is the system prompt of every chat without one."""
     shutdown_grace_seconds: NonNegativeInt = 25

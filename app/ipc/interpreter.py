@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-from app.ipc.liveness import Pulse
+from app.ipc.liveness import HEARTBEAT_SECONDS, Pulse
 from app.ipc.private_folder import PrivateFolder
 
 SPARE = "--spare"
@@ -35,6 +35,7 @@ class Interpreter:
         self._process = process
         self._beats = 0
         self._progress = 0
+        self._heard_at = _now()
         self._listening = asyncio.create_task(self._listen(), name="worker heartbeat")
         self._ending = asyncio.create_task(process.wait(), name="worker exit")
 
@@ -74,8 +75,9 @@ class Interpreter:
         return self._folder.path
 
     @property
-    def is_running(self) -> bool:
-        return not self._ending.done()
+    def is_usable(self) -> bool:
+        """Whether it runs, and has shown so of late."""
+        return not self._ending.done() and _now() - self._heard_at < 3 * HEARTBEAT_SECONDS
 
     def pulse(self) -> Pulse:
         """Return the signs of life so far."""
@@ -92,7 +94,7 @@ class Interpreter:
 
     def kill(self) -> None:
         """Kill it with all that it started."""
-        if self.is_running:
+        if not self._ending.done():
             with suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
 
@@ -114,6 +116,7 @@ class Interpreter:
     async def _listen(self) -> None:
         while self._process.stdout is not None and (beats := await self._process.stdout.read(512 * PULSE_BYTES)):
             self._beats += 1
+            self._heard_at = _now()
             self._progress = int.from_bytes(beats[-PULSE_BYTES:], "big")
 
 
@@ -129,3 +132,7 @@ def _cpu_seconds(pid: int) -> float:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     except (OSError, IndexError, ValueError):
         return 0.0
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

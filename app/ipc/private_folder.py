@@ -4,7 +4,6 @@ Whoever holds the lock owns the folder.  The system frees a lock when its proces
 means the same in every container that shares the file system, where a process id does not.
 """
 
-import fcntl
 import os
 import re
 import shutil
@@ -81,6 +80,8 @@ def _lock(folder: Path, flags: int) -> int:
 
     Raises: BlockingIOError: another process holds it; FileNotFoundError: there is none, or none any more.
     """
+    import fcntl  # not at the top: Windows has none, and serves at least the echo engine
+
     descriptor = os.open(folder / _LOCK, flags | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

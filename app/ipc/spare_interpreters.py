@@ -52,10 +52,9 @@ class SpareInterpreters:
         """
         key = frozenset(environment.items())
         self._wanted[key] = environment
-        spare = self._spares.pop(key, None)
-        if spare is not None and spare.is_running:
-            return spare
-        if spare is not None:
+        if (spare := self._spares.pop(key, None)) is not None:
+            if spare.is_usable:
+                return spare
             await spare.stop(0)
         return await Interpreter.spawn(environment, cache=self._cache)
 
@@ -65,7 +64,7 @@ class SpareInterpreters:
             if not self._enabled or not self._engines:
                 return
             if (found := self._spares.get(key)) is not None:
-                if found.is_running:
+                if found.is_usable:
                     continue
                 await self._spares.pop(key).stop(0)
             try:

@@ -66,19 +66,29 @@ class WorkerLink(Protocol):
 class WorkerProcess:
     """A worker in a child process."""
 
-    def __init__(self, interpreter: Interpreter) -> None:
-        """Bind a socket in the interpreter's folder; use `launch` instead."""
+    def __init__(self, interpreter: Interpreter, spec: ModelSpec) -> None:
+        """Bind a socket in the interpreter's folder and tell it what to load; use `launch` instead."""
         self._interpreter = interpreter
         self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.PAIR)
-        # Never block the event loop; admission bounds what can pile up.
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._loop = asyncio.get_running_loop()
         self._inbox: list[FromWorker] = []
         self._messages = 0
         self._received = asyncio.Event()
-        self._exit_task: asyncio.Task[None] | None = None
         self._exit_reason: str | None = None
+        self._loop = asyncio.get_running_loop()
+        endpoint = f"ipc://{interpreter.folder}/channel"
+        try:
+            self._socket = self._context.socket(zmq.PAIR)
+            # Never block the event loop; admission bounds what can pile up.
+            self._socket.setsockopt(zmq.SNDHWM, 0)
+            self._socket.bind(endpoint)
+        except zmq.ZMQError:
+            self._context.destroy(linger=0)
+            raise
+        self._descriptor = int(self._socket.getsockopt(zmq.FD))
+        self._loop.add_reader(self._descriptor, self._read)
+        self._exit_task = asyncio.create_task(self._watch(), name="worker socket")
+        start = Start(endpoint=endpoint, folder=str(interpreter.folder), model=spec)
+        interpreter.write(msgspec.json.encode(start) + b"\n")
 
     @classmethod
     async def launch(cls, spec: ModelSpec, hub_token: str | None, interpreters: SpareInterpreters) -> Self:
@@ -86,19 +96,13 @@ class WorkerProcess:
 
         Raises: OSError: no process could be started.
         """
-        environment = worker_environment(os.environ, spec, hub_token)
-        link = cls(await interpreters.take(environment))
+        interpreter = await interpreters.take(worker_environment(os.environ, spec, hub_token))
         try:
-            link._start(spec)
+            return cls(interpreter, spec)
         except zmq.ZMQError as error:
-            folder = link._interpreter.folder
-            await link.stop(0)
+            await interpreter.stop(0)
             # The system's limit on such a path is about 100 bytes; TMPDIR decides most of it.
-            raise OSError(error.errno, f"no socket in {folder}: {error.strerror}") from None
-        except BaseException:
-            await link.stop(0)
-            raise
-        return link
+            raise OSError(error.errno, f"no socket in {interpreter.folder}: {error.strerror}") from None
 
     @property
     def pid(self) -> int:
@@ -129,21 +133,11 @@ class WorkerProcess:
     async def stop(self, grace_seconds: float) -> None:
         try:
             await self._interpreter.stop(grace_seconds)
+            await asyncio.wait([self._exit_task])
         finally:
-            if self._exit_task is not None:
-                await asyncio.wait([self._exit_task])
             if not self._socket.closed:
-                self._loop.remove_reader(int(self._socket.getsockopt(zmq.FD)))
+                self._loop.remove_reader(self._descriptor)
                 self._context.destroy(linger=0)
-
-    def _start(self, spec: ModelSpec) -> None:
-        folder = self._interpreter.folder
-        endpoint = f"ipc://{folder}/channel"
-        self._socket.bind(endpoint)
-        self._loop.add_reader(int(self._socket.getsockopt(zmq.FD)), self._read)
-        self._exit_task = asyncio.create_task(self._watch(), name="worker socket")
-        start = Start(endpoint=endpoint, folder=str(folder), model=spec)
-        self._interpreter.write(msgspec.json.encode(start) + b"\n")
 
     async def _watch(self) -> None:
         code = await self._interpreter.wait()

@@ -77,6 +77,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="worker %(levelname)s %(name)s: %(message)s")
     folder = sys.argv[1]
     pipe = _take_standard_output()
+    threading.Thread(target=beat, args=[pipe], name="heartbeat", daemon=True).start()
     choose_inductor_folder()
     importing = threading.Thread(target=_import_worker, args=[SPARE in sys.argv], name="import", daemon=True)
     importing.start()
@@ -85,7 +86,6 @@ def main() -> None:
         _exit(folder)
     start = msgspec.json.decode(line, type=Start)
     threading.Thread(target=_exit_with_parent, args=[folder], name="exit-with-parent", daemon=True).start()
-    threading.Thread(target=beat, args=[pipe], name="heartbeat", daemon=True).start()
     importing.join()
     from app.worker.process import serve
 

@@ -1,6 +1,8 @@
 """Starting, stopping, hanging up and being killed, on real sockets and processes."""
 
+import getpass
 import json
+import os
 import re
 import signal
 import socket
@@ -8,8 +10,10 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -272,9 +276,16 @@ def test_a_client_that_does_not_read_cannot_hold_up_a_forced_stop(start: Start) 
     assert "Traceback" not in service.log.read_text()
 
 
-def test_a_third_signal_kills_the_service_where_a_forced_stop_does_not_end(start: Start) -> None:
-    """The last resort, as with a worker that has stopped; nothing of the service stays behind."""
-    service = start(MODEL__COMPILE="none")
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A temporary directory for a service; `tmp_path` may be too long for a socket's address."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def test_a_third_signal_kills_the_service_where_a_forced_stop_does_not_end(start: Start, temporary: Path) -> None:
+    """The last resort, as with a worker that is suspended; nothing of the service stays behind."""
+    service = start(MODEL__COMPILE="none", TMPDIR=str(temporary))
     worker = service.worker()
     stream_in_threads(service, [COUNT])
     worker.suspend()
@@ -284,8 +295,45 @@ def test_a_third_signal_kills_the_service_where_a_forced_stop_does_not_end(start
         time.sleep(1.1)
 
     assert -signal.SIGTERM == service.process.wait(1)
-    worker.resume()
     wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, 5)
+    assert [] == list(temporary.glob("llm-worker-*"))
+
+
+@pytest.mark.parametrize("state", ["streaming", "suspended", "loading"])
+def test_a_second_signal_leaves_no_folder_of_a_worker(start: Start, temporary: Path, state: str) -> None:
+    """The stop is cut short; the worker and its folder still go."""
+    service = start(MODEL__COMPILE="none", TMPDIR=str(temporary), wait=state != "loading")
+    if state == "loading":
+        wait_for(lambda: any(temporary.glob("llm-worker-*")), 30)
+    else:
+        worker = service.worker()
+        stream_in_threads(service, [LONG] * 2)
+        if state == "suspended":
+            worker.suspend()
+
+    service.process.send_signal(signal.SIGTERM)
+    time.sleep(1.1)
+    with suppress(ProcessLookupError):
+        service.process.send_signal(signal.SIGTERM)
+
+    assert service.process.wait(15) in (0, -signal.SIGTERM)
+    wait_for(lambda: not any(temporary.glob("llm-worker-*")), 5)
+    assert "Traceback" not in service.log.read_text()
+
+
+def test_a_file_in_the_place_of_a_folder_for_compiled_code_stops_nothing(
+    start: Start, temporary: Path, tmp_path: Path
+) -> None:
+    """Anybody may create one in the temporary directory; the layers are compiled all the same, with one warning."""
+    (tmp_path / "compiled").touch()
+    for name in (f"llm-service-{os.geteuid()}", f"torchinductor_{getpass.getuser()}"):
+        (temporary / name).touch()
+
+    service = start(MODEL__COMPILE="layers", TMPDIR=str(temporary), APP__DATA_DIR=str(tmp_path))
+
+    assert "Paris" in service.chat("What is the capital of France?")["message"]["content"]
+    (warning,) = [line for line in service.log.read_text().splitlines() if "compiled code cannot be kept" in line]
+    assert 2 == warning.count("something else has its name")
 
 
 def test_ctrl_c_while_the_model_loads_is_no_error(start: Start) -> None:

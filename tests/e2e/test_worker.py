@@ -274,16 +274,16 @@ async def test_a_spare_replaces_a_killed_worker_and_ends_with_the_engine(folder:
     engine = LocalEngine(ModelConfig(name=str(folder)), DeadlineConfig(), interpreters=interpreters)
     async with serving(engine):
         for restarts in (1, 2):
-            (spare,) = {each.pid for each in psutil.Process().children()} - {engine.status().worker_pid}
+            (spare,) = set(interpreters_of(os.getpid())) - {engine.status().worker_pid}
             os.kill(engine.status().worker_pid or 0, signal.SIGKILL)
             await until(partial(lambda number: engine.status().restarts == number, restarts))
             async with asyncio.timeout(START_SECONDS):
                 await engine.wait_ready()
             assert spare == engine.status().worker_pid
         assert FinishReason.LENGTH == finished_of(await read(engine, make_request(max_tokens=2))).finish_reason
-        assert 2 == len(psutil.Process().children())
+        assert 2 == len(interpreters_of(os.getpid()))
         assert 2 == len(workers_in(short_folder))
-    assert ([], []) == (psutil.Process().children(), workers_in(short_folder))
+    assert ([], []) == (interpreters_of(os.getpid()), workers_in(short_folder))
 
 
 async def test_closing_while_it_loads_leaves_nothing(
@@ -370,6 +370,11 @@ async def line_of(service: subprocess.Popen[bytes], after: bytes = b"") -> str:
     return (await asyncio.to_thread(service.stdout.readline)).decode().strip()
 
 
+def interpreters_of(pid: int) -> list[int]:
+    """The worker of a service, and its spare."""
+    return [each.pid for each in psutil.Process(pid).children() if "app.worker" in each.cmdline()]
+
+
 def workers_in(folder: Path) -> list[str]:
     return [entry.name for entry in folder.glob("llm-worker-*")]
 
@@ -382,11 +387,12 @@ async def test_no_worker_outlives_its_service(folder: Path, short_folder: Path, 
         if state != "while it loads":
             assert "ready" == await line_of(service)
         children = psutil.Process(service.pid).children()
-        assert pid in {each.pid for each in children}
-        assert len(children) == len(workers_in(short_folder)) == (1 if state == "while it loads" else 2)
+        interpreters = interpreters_of(service.pid)
+        assert pid in interpreters
+        assert len(interpreters) == len(workers_in(short_folder)) == (1 if state == "while it loads" else 2)
         if state == "while it is suspended":
-            for each in children:
-                each.suspend()
+            for each in interpreters:
+                os.kill(each, signal.SIGSTOP)
 
         service.kill()
 

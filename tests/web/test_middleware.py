@@ -210,6 +210,7 @@ async def test_no_body_is_read_before_the_key_is_checked(web):
     [
         (EngineState.READY, 200, "ready"),
         (EngineState.LOADING, 503, "loading"),
+        (EngineState.UNRESPONSIVE, 503, "unresponsive"),
         (EngineState.RESTARTING, 503, "restarting"),
         (EngineState.FAILED, 503, "failed"),
         (EngineState.CLOSED, 503, "draining"),
