@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from jinja2 import TemplateError
 
 import app
 from app.engine.tokenizer.template_process import Conversation, Rendered, TemplateSource, frame, read_frame
@@ -38,7 +39,12 @@ CONTINUE_MARK = "\uf8fe\uf8ff\uf8fe"
 
 
 class TemplateRefusedError(Exception):
-    """The template does not take this conversation."""
+    """The template does not take this conversation; the message is a class of error, or our own words."""
+
+    @property
+    def deliberate(self) -> bool:
+        """Whether the template itself says so, rather than to fail in some operation."""
+        return str(self) == TemplateError.__name__
 
 
 class TemplateExhaustedError(Exception):
