@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from jinja2 import TemplateError
 
 import app
 from app.engine.tokenizer.template_process import Conversation, Rendered, TemplateSource, frame, read_frame
@@ -33,12 +34,19 @@ MEMORY_BYTES = 512 * 1024**2
 MIN_CHARS = 1_000_000
 CHARS_PER_CHAR = 16
 """A rendering may have so many characters for each of its conversation, and `MIN_CHARS` at least."""
+INHERITED_VARIABLES = ("TZ", "LANG", "LC_ALL", "LC_TIME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "VIRTUAL_ENV")
+"""Environment variables on which the date in a template and the interpreter itself may depend."""
 CONTINUE_MARK = "\uf8fe\uf8ff\uf8fe"
 """Stands behind a message that is to be continued, with a space, so that the rendering can be cut there."""
 
 
 class TemplateRefusedError(Exception):
-    """The template does not take this conversation."""
+    """The template does not take this conversation; the message is a class of error, or our own words."""
+
+    @property
+    def deliberate(self) -> bool:
+        """Whether the template itself says so, rather than to fail in some operation."""
+        return str(self) == TemplateError.__name__
 
 
 class TemplateExhaustedError(Exception):
@@ -113,8 +121,7 @@ class _Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            # Nothing of the service's environment: a template could read it if it got out of its sandbox.
-            env={"PYTHONPATH": str(Path(next(iter(app.__path__))).parent), "PATH": os.defpath},
+            env=_environment(),
             start_new_session=True,
         )
         assert self._process.stdin is not None and self._process.stdout is not None  # noqa: S101, PT018
@@ -172,6 +179,12 @@ class _Process:
             parts.append(part)
             count -= len(part)
         return b"".join(parts)
+
+
+def _environment() -> dict[str, str]:
+    """Return what an interpreter needs; a template that got out of its sandbox would find no secret of the service."""
+    inherited = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
+    return inherited | {"PYTHONPATH": str(Path(next(iter(app.__path__))).parent), "PATH": os.defpath}
 
 
 def _close_all(idle: "deque[_Process]") -> None:

@@ -103,7 +103,7 @@ class HfTokenizer:
         Raises: InvalidRequest: the model has no chat template, or the template refuses these messages.
         """
         if self._template is None:
-            raise InvalidRequest("This model has no chat template. Send a plain prompt to /v1/generate.")
+            raise InvalidRequest("This model has no default chat template. Send a plain prompt to /v1/generate.")
         turns: Sequence[Message] = _fold_system(messages) if self._folds_system else messages
         if not self._shows_tools and any(message.role is Role.TOOL for message in turns):
             turns = _fold_tools(turns)
@@ -123,8 +123,12 @@ class HfTokenizer:
             raise InvalidRequest(
                 "The model's chat template takes more time or memory for these messages than the service gives."
             ) from None
-        except (TemplateRefusedError, ValueError) as error:
-            log.info("the chat template refused a conversation: %s", type(error).__name__)
+        except UnicodeEncodeError:
+            raise InvalidRequest("The messages are not valid Unicode text.") from None
+        except TemplateRefusedError as refusal:
+            log.info("the chat template refused a conversation: %s", refusal)
+            if not refusal.deliberate:
+                raise InvalidRequest(f"The model's chat template fails on these messages ({refusal}).") from None
             raise InvalidRequest(
                 "The model's chat template does not take these messages. "
                 "Begin with the user and let user and assistant take turns."
@@ -246,9 +250,14 @@ def _pattern_of(tokenizer: PreTrainedTokenizerFast, token_ids: Iterable[int]) ->
 
 
 def _template_of(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """Return the template of chats without tools; None where there is none, or none of several is the default."""
     if not tokenizer.chat_template:
         return None
-    return str(tokenizer.get_chat_template())
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError:
+        log.warning("the model has several chat templates and no default one; chats are refused")
+        return None
 
 
 def _control_ids(tokenizer: PreTrainedTokenizerFast, template: str) -> frozenset[int]:

@@ -12,7 +12,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Any, BinaryIO
 
@@ -176,11 +176,13 @@ def _failed(error: Exception) -> Rendered:
 
 
 @contextlib.contextmanager
-def _bounded_cpu(seconds: float) -> Any:
+def _bounded_cpu(seconds: float) -> Iterator[None]:
     """Let the system end this process when it computes for longer; only the kernel can interrupt a C function."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
-    yield
-    signal.setitimer(signal.ITIMER_PROF, 0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _bound_memory(size: int) -> None:

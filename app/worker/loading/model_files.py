@@ -19,6 +19,12 @@ JSON_BYTES = 64 * 1024**2
 CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 WHOLE_NUMBERS = (*CONTEXT_FIELDS, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 OPTIONAL_FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_BYTES = 1024**2
+"""Largest chat template; the longest real ones have thirty thousand."""
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+SMALL_DTYPES = ("I8", "U8", "F8", "F4", "I4", "U4", "F6")
+"""Beginnings of the names of number formats that need scales."""
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _LAYER_NUMBER = re.compile(r"\.(\d+)\.")
 
@@ -41,7 +47,10 @@ def check_files(folder: Path) -> None:
     for name in OPTIONAL_FILES:
         if (folder / name).exists():
             read_json(folder / name)
-    _check_layers(config, [name for file in weight_files(folder) for name in _tensor_names(file)])
+    if (folder / "tokenizer_config.json").exists():
+        _check_tokenizer_config(read_json(folder / "tokenizer_config.json"))
+    _check_template(folder / TEMPLATE_FILE)
+    _check_layers(config, [name for file in weight_files(folder) for name in _tensor_names(file, config)])
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -112,10 +121,22 @@ def tensor_shape(folder: Path, name: str) -> tuple[int, ...]:
     return ()
 
 
-def _tensor_names(path: Path) -> list[str]:
+def _tensor_names(path: Path, config: Mapping[str, Any]) -> list[str]:
+    """Return the names of a file's tensors.
+
+    Raises: LoadError: it is damaged, or holds small numbers where no quantization says what they stand for.
+    """
     try:
         with safe_open(path, "pt") as tensors:
-            return list(tensors.keys())
+            names = list(tensors.keys())
+            for name in names if config.get("quantization_config") is None else ():
+                tensor = tensors.get_slice(name)
+                if tensor.get_dtype().startswith(SMALL_DTYPES) and name.endswith(".weight"):
+                    raise LoadError(
+                        f"{path.name}: {name} is stored as {tensor.get_dtype()}, "
+                        "but config.json has no quantization_config that says how to read it"
+                    )
+            return names
     except SafetensorError as error:
         raise LoadError(f"{path.name}: is damaged or incomplete ({error})") from None
     except OSError as error:
@@ -138,6 +159,36 @@ def _check_config(config: Mapping[str, Any]) -> None:
                 raise LoadError(f"config.json: {prefix}{name} must be a whole number above 0")
     if (quantization := config.get("quantization_config")) is not None:
         _check_quantization(quantization)
+
+
+def _check_tokenizer_config(config: Mapping[str, Any]) -> None:
+    for name in NAMED_TOKENS:
+        if not isinstance(config.get(name), str | dict | None):
+            raise LoadError(f"tokenizer_config.json: {name} must be a text")
+    length = config.get("model_max_length")
+    if length is not None and type(length) not in (int, float):
+        raise LoadError("tokenizer_config.json: model_max_length must be a number")
+    templates = config.get("chat_template")
+    listed = templates if isinstance(templates, list) else []
+    named = isinstance(templates, dict) and all(isinstance(each, str) for each in templates.values())
+    if not (templates is None or isinstance(templates, str | list) or named) or not all(
+        isinstance(each, dict) and isinstance(each.get("name"), str) and isinstance(each.get("template"), str)
+        for each in listed
+    ):
+        raise LoadError("tokenizer_config.json: chat_template must be a text, or a list of names and templates")
+
+
+def _check_template(path: Path) -> None:
+    if not path.exists():
+        return
+    try:
+        if not path.is_file() or path.stat().st_size > TEMPLATE_BYTES:
+            raise LoadError(f"{path.name}: is not a file of at most {TEMPLATE_BYTES} bytes")
+        path.read_text("utf-8")
+    except OSError as error:
+        raise LoadError(f"{path.name}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise LoadError(f"{path.name}: is not UTF-8 text") from None
 
 
 def _check_quantization(quantization: Any) -> None:

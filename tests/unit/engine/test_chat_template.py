@@ -186,6 +186,28 @@ def test_a_conversation_that_its_template_cannot_bear_is_the_callers_to_change(t
     tokenizer.close()
 
 
+def test_a_template_that_fails_is_not_the_conversations_order(tmp_path: Path):
+    """The message says whose fault it is, with the class of the error and no word of the conversation."""
+    template = "{{ 1 / (messages[-1].content | length - 5) }}" + CHATML
+    tokenizer = HfTokenizer(save(chatml_tokenizer(template), tmp_path))
+
+    with pytest.raises(InvalidRequest, match=r"template fails on these messages \(ZeroDivisionError\)"):
+        tokenizer.encode_chat([Message(Role.USER, "hello")])
+    assert tokenizer.encode_chat([Message(Role.USER, "hello world")])
+    tokenizer.close()
+
+
+def test_several_templates_without_a_default_leave_the_plain_prompts(tmp_path: Path):
+    """Chats are refused for the template's sake; everything else is served."""
+    original = chatml_tokenizer()
+    original.chat_template = {"chat": CHATML, "tool_use": CHATML}
+    tokenizer = HfTokenizer(save(original, tmp_path))
+
+    with pytest.raises(InvalidRequest, match="no default chat template"):
+        tokenizer.encode_chat([Message(Role.USER, "hello")])
+    assert tokenizer.encode_text("hello")
+
+
 @pytest.mark.parametrize(
     ("template", "reason"), [(FOREVER, "time"), ("{{ 'a' * 999999999 }}", "memory"), ("{% x", "line 1")]
 )

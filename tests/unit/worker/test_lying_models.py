@@ -112,6 +112,17 @@ def latin(folder: Path) -> None:
     (folder / "config.json").write_bytes(b'{"a": "\xe9"}')
 
 
+def corrupt(path: Path) -> None:
+    path.write_bytes(b"\xe9\xff")
+
+
+def pad(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    spec = json.loads(path.read_text())
+    padding = {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}
+    path.write_text(json.dumps(spec | {"padding": padding | {"pad_to_multiple_of": None}}))
+
+
 def pickle(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
@@ -142,7 +153,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     ),
     "quantized without scales": (
         change_weights(eight_bits_without_scales),
-        r"the weights hold model\.layers\.0\.mlp\.down_proj\.weight_scale, ",
+        r"model\.safetensors: model\.layers\.0\.mlp\.down_proj\.weight is stored as F8_E4M3, but config\.json has no",
     ),
     "unused bias": (
         add_weights(model__layers__0__self_attn__q_proj__bias=torch.ones(32)),
@@ -218,6 +229,35 @@ REFUSED: dict[str, tuple[Damage, str]] = {
         change_json("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["x.Y", None]}, "tokenizer_class": "Y"}),
         r"tokenizer_config\.json: it needs Python code of its own",
     ),
+    "template Latin": (
+        lambda folder: corrupt(folder / "chat_template.jinja"),
+        r"chat_template\.jinja: is not UTF-8 text",
+    ),
+    "template long": (write("chat_template.jinja", "x" * 2**21), r"chat_template\.jinja: is not a file of at most"),
+    "template a number": (
+        change_json("tokenizer_config.json", {"chat_template": 5}),
+        r"tokenizer_config\.json: chat_template must be a text",
+    ),
+    "template without a text": (
+        change_json("tokenizer_config.json", {"chat_template": [{"name": 1}]}),
+        r"tokenizer_config\.json: chat_template must be a text",
+    ),
+    "token a number": (
+        change_json("tokenizer_config.json", {"eos_token": 5}),
+        r"tokenizer_config\.json: eos_token must be a text",
+    ),
+    "token of nothing": (
+        change_json("tokenizer_config.json", {"eos_token": "<none>"}),
+        r"tokenizer_config\.json: eos_token names no token that the model has",
+    ),
+    "length a text": (
+        change_json("tokenizer_config.json", {"model_max_length": "x"}),
+        r"tokenizer_config\.json: model_max_length must be a number",
+    ),
+    "integers": (
+        change_weights(lambda w: {k: v.to(torch.int8) if "up_proj" in k else v for k, v in w.items()}),
+        r"model\.safetensors: model\.layers\.0\.mlp\.up_proj\.weight is stored as I8, but config\.json has no quant",
+    ),
     "expression": (backtrack, r"tokenizer\.json: its expressions take too long to split 41 characters"),
     "weights cut": (truncate(-1000), r"model\.safetensors: is damaged or incomplete"),
     "weights cut in the header": (truncate(5), r"model\.safetensors: is damaged or incomplete"),
@@ -271,6 +311,7 @@ def test_a_lie_is_refused_in_one_line(tmp_path: Path, damage: Damage, reason: st
 
 
 SERVED: dict[str, tuple[Damage, str]] = {
+    "padding": (pad, ""),
     "unused head": (add_weights(score__weight=torch.ones(2, 32)), "the weights hold score.weight, which this model"),
     "old buffer": (
         add_weights(model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4)),
