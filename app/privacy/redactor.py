@@ -37,6 +37,7 @@ __all__ = ["PiiKind", "PiiMatch", "Redaction", "Redactor", "StreamRedactor", "St
 class TooMuchWorkError(Exception):
     """A scan would examine more places than its caller allows."""
 
+
 CONTINUED_CHARS = 1024
 """How much of the text that a stream continues is looked at: more than any open entity is long."""
 
@@ -80,10 +81,10 @@ class StreamState:
 
     @classmethod
     def of_list(cls, values: list[Any]) -> Self:
-        buffer, context, invisible_before, open_key, counts = values
-        return cls(
-            buffer, context, invisible_before, open_key, {PiiKind(kind): times for kind, times in counts.items()}
-        )
+        *rest, counts = values
+        buffer, context, invisible_before, open_key, foreign = rest
+        kinds = {PiiKind(kind): times for kind, times in counts.items()}
+        return cls(buffer, context, invisible_before, open_key, foreign, kinds)
 
 
 @dataclass(frozen=True, slots=True)
