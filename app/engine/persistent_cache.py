@@ -51,7 +51,7 @@ class PersistentCacheEngine(EngineWrapper):
     ) -> None:
         """Args:
         scope: what else decides a response, as for `CachedEngine`.
-        mask: takes personal data out of a tenant's text; responses that it would change are not stored.  None stores them all.
+        mask: takes personal data out of a tenant's text; what it would change is not stored.  None stores everything.
         """
         super().__init__(inner)
         self._mask = mask

@@ -63,7 +63,7 @@ _QUOTED_REVERSED = re.compile(rf"\"(?=[^\"]{{1,{_QUOTED_LOCAL_PART}}}\"){_QUOTED
 # A login on a machine and a user of a social network are written like addresses.
 _MACHINE_LOGINS = frozenset(("git", "hg", "svn"))
 _REMOTE_SHELL = re.compile(
-    r"(?:^|[\s`$(\"'])(?:ssh|scp|sftp|rsync|mosh|sshfs|ssh-copy-id)(?: -{1,2}[A-Za-z][^\s@]*(?: [0-9]{1,5})?)* \Z"
+    r"(?:^|[\s`$(\"'\]])(?:ssh|scp|sftp|rsync|mosh|sshfs|ssh-copy-id)(?: -{1,2}[A-Za-z][^\s@]*(?: [0-9]{1,5})?)* \Z"
 )
 _REMOTE_PATH = re.compile(r":[/~]")
 
@@ -168,7 +168,7 @@ _CHAIN_REVERSED = re.compile(
 _SIGN = re.compile(rf"@|{SPOKEN_AT}| at ", re.IGNORECASE)
 _PARTIAL_SIGN = re.compile(
     r"(?:[ \t]?[\[({<][ \t]?(?:a|at|@|d|do|dot|\.)?[ \t]?[\])}>]?[ \t]?"
-    r"| (?:a|at|d|do|dot)?|&[#a-z0-9]{0,11};?|\r?\n?)\Z",
+    r"| (?:a|at|d|do|dot)?|%[24]?|&[#a-z0-9]{0,11};?|\r?\n?)\Z",
     re.IGNORECASE,
 )
 _OPEN_QUOTE = re.compile(rf"\"{_QUOTED}*(?: {_QUOTED}*){{0,2}}\"?\Z")
@@ -195,9 +195,12 @@ def _open_chain(recent: str) -> int:
     size = chain.end() if chain else 0
     length = min(size, LOCAL_PART)
     # Only the last sign can be open: the domain after any other one ends at the next.
-    for sign in _SIGN.finditer(before, len(before) - size):
-        length = min(len(before), len(before) - sign.start() + LOCAL_PART)
-        if before.startswith('"', sign.start() - 1):
-            quote = before.rfind('"', max(0, sign.start() - _QUOTED_LOCAL_PART - 2), sign.start() - 1)
+    *_, sign = (None, *_SIGN.finditer(before, len(before) - size))
+    if sign is not None:
+        end = len(before[: sign.start()].rstrip("\r\n"))
+        local = _CHAIN_REVERSED.match(before[max(0, end - LOCAL_PART) : end][::-1])
+        length = len(before) - end + (local.end() if local else 0)
+        if before.endswith('"', 0, end):
+            quote = before.rfind('"', max(0, end - _QUOTED_LOCAL_PART - 2), end - 1)
             length = max(length, len(before) - quote) if quote >= 0 else length
     return length

@@ -177,7 +177,8 @@ class NationalPlans:
         if not 7 <= len(digits) <= 13 or _broken_twice(written) or _unbalanced(written):
             return False
         if announced:
-            return self._is_any(digits) or self._is_printed(written, groups, digits)
+            valid = self._is_any(digits) if len(groups) == 1 else self._has_trunk(digits)
+            return valid or self._is_printed(written, groups, digits)
         if (
             (_is_sequence(digits) and (digits[0] != "0" or len(groups) == 1))
             or not self._is_printed(written, groups, digits)
@@ -191,8 +192,10 @@ class NationalPlans:
 
     def _is_any(self, digits: str) -> bool:
         """Return whether the digits are a valid number, with trunk prefix or without."""
-        with_trunk = (plan.fullmatch(digits) for trunk, plan in self._trunks.items() if digits.startswith(trunk))
-        return any(with_trunk) or (self._any is not None and self._any.fullmatch(digits) is not None)
+        return self._has_trunk(digits) or (self._any is not None and self._any.fullmatch(digits) is not None)
+
+    def _has_trunk(self, digits: str) -> bool:
+        return any(plan.fullmatch(digits) for trunk, plan in self._trunks.items() if digits.startswith(trunk))
 
     def _is_printed(self, written: str, groups: list[str], digits: str) -> bool:
         """Return whether the number is written in a way that is evidence by itself."""

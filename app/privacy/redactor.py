@@ -81,10 +81,10 @@ class StreamState:
 
     @classmethod
     def of_list(cls, values: list[Any]) -> Self:
-        buffer, context, invisible_before, open_key, counts = values
-        return cls(
-            buffer, context, invisible_before, open_key, {PiiKind(kind): times for kind, times in counts.items()}
-        )
+        *rest, counts = values
+        buffer, context, invisible_before, open_key, foreign = rest
+        kinds = {PiiKind(kind): times for kind, times in counts.items()}
+        return cls(buffer, context, invisible_before, open_key, foreign, kinds)
 
 
 @dataclass(frozen=True, slots=True)

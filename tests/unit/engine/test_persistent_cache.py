@@ -131,7 +131,8 @@ async def test_what_cannot_be_read_is_a_miss(store: DictStore, garbage: bytes):
 async def test_a_response_that_masking_would_change_is_not_stored(store: DictStore, error: AppError | None):
     """Nor one that cannot be looked at; the caller gets it all the same, and the clean one is stored."""
 
-    async def mask(text: str) -> str:
+    async def mask(tenant: Tenant, text: str) -> str:
+        assert tenant == hello().tenant
         if error:
             raise error
         return text.replace("llo", "[X]")
