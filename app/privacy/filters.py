@@ -17,7 +17,7 @@ from app.engine.base import Engine
 from app.engine.logprob_alignment import DeltaAlignment
 from app.engine.stop_strings import StopBuffer
 from app.engine.wrapper import EngineWrapper
-from app.errors import PiiBlocked, ServiceUnavailable
+from app.errors import InvalidRequest, PiiBlocked, ServiceUnavailable
 from app.events import Delta, Event, Finished, finish
 from app.privacy.pool import RedactionPool
 from app.privacy.redactor import PiiKind, Redaction, Redactor, StreamRedactor
@@ -170,6 +170,7 @@ class FilteredEngine(EngineWrapper):
         self._on_match = on_match
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        self._check_stop_tokens(request)
         output = _OutputFilter(self._redactor, request, self._pool)
         try:
             async with aclosing(self._inner.stream(_without_stops(request))) as events:
@@ -190,6 +191,15 @@ class FilteredEngine(EngineWrapper):
         finally:
             for kind, count in output.redactor.counts.items():
                 self._on_match(kind, count)
+
+    def _check_stop_tokens(self, request: GenerationRequest) -> None:
+        """Raises: InvalidRequest: a stop token is text, and by ending the completion could tell what is masked."""
+        for token_id in request.sampling.stop_token_ids:
+            # Twice: the token that begins every prompt counts as one of its text only in the first place.
+            if not self._inner.has_control_tokens((token_id, token_id)):
+                raise InvalidRequest.of_field(
+                    "stop_token_ids", "may only name control tokens where completions are filtered; use stop for texts"
+                )
 
 
 async def _filtered(event: Event, output: _OutputFilter) -> list[Event]:

@@ -17,7 +17,7 @@ import phonenumbers
 import stdnum
 
 from app.privacy.credentials import key_rest, key_rule
-from app.privacy.cut_text import may_begin
+from app.privacy.cut_text import cut_from
 from app.privacy.emails import LOCAL_PART, email_around
 from app.privacy.patterns import (
     LEFT_REACH,
@@ -342,8 +342,11 @@ class StreamRedactor:
             done, floor, decided = end, match.end, max(decided, match.end)
         self._open_key = result.open_key
         size, self._invisible_before = (done, 0) if self._open_key else shadow.cut(decided - begin)
-        if not (cut and may_begin(seen[max(floor, begin) : decided], continues=bool(result.matches))):
-            parts.append(self._buffer[max(done, self._foreign) : size])
+        shown = size
+        if cut and not self._open_key:
+            tail = max(floor, begin)
+            shown, _ = shadow.cut(tail + cut_from(seen[tail:], continues=bool(result.matches)) - begin)
+        parts.append(self._buffer[max(done, self._foreign) : shown])
         self._remove(size)
         known = "]" + seen[floor:decided] if result.matches else seen[:decided]
         self._context = known[-LEFT_REACH:]

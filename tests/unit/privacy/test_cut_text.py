@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.engine.echo import EchoEngine
+from app.errors import InvalidRequest
 from app.events import Event
 from app.privacy.filters import FilteredEngine
 from app.privacy.redactor import Redactor, StreamRedactor
@@ -25,6 +26,8 @@ ENTITIES = {
     "API_KEY": "ghp_abcdefghijklmnopqrst",
 }
 REDACTOR = Redactor()
+CONTROL_TOKEN = 0x110000
+"""A token of the echo engine that is no text."""
 
 
 async def completion(text: str, *, stream: bool = True, prompt: str = "", **sampling: object) -> list[Event]:
@@ -65,7 +68,23 @@ async def test_max_tokens_shows_nothing_of_an_entity_that_has_begun(kind: str, s
 
 
 @pytest.mark.parametrize(
-    "text", ["Yes", "No.", "The answer is 42", "in 2024", "It is well-known", "3.1", "(a)", "l'été", "x = [1, 2, 3]"]
+    "text",
+    [
+        "Yes",
+        "No.",
+        "The answer is 42",
+        "in 2024",
+        "It is well-known",
+        "3.1",
+        "(a)",
+        "l'été",
+        "x = [1, 2, 3]",
+        "He is at home",
+        "The dots are",
+        'He said "hello wor',
+        "a well-",
+        "Meet me at noon. Jane",
+    ],
 )
 async def test_words_and_numbers_at_the_end_of_a_cut_completion_are_kept(text: str) -> None:
     """Most completions that are cut end in one."""
@@ -74,10 +93,10 @@ async def test_words_and_numbers_at_the_end_of_a_cut_completion_are_kept(text: s
 
 async def test_a_completion_that_the_model_ended_keeps_its_end() -> None:
     """There is no more of it, so it is no entity."""
-    text = "Call 415 555 26"
+    text = "Ask jane.doe@"
 
     assert text == text_of(await completion(text))
-    assert "Call" == text_of(await completion(text + "71", max_tokens=len(text))).strip()
+    assert "Ask" == text_of(await completion(f"{text}example.com", max_tokens=len(text))).strip()
 
 
 @given(st.sampled_from(sorted(ENTITIES.values())), st.data())
@@ -107,6 +126,15 @@ async def test_stop_strings_cannot_ask_what_stands_under_a_mask(stream: bool) ->
                 events = await completion(text, stream=stream, stop=(stop,))
                 assert text_of(plain) == text_of(events)
                 assert finished_of(plain) == finished_of(events)
+
+
+async def test_only_control_tokens_can_be_stop_tokens() -> None:
+    """One that is text would answer, by where it ends the completion, what stands under a mask."""
+    text = f"It is {ENTITIES['SSN']}, ok"
+
+    with pytest.raises(InvalidRequest, match="stop_token_ids"):
+        await completion(text, stop_token_ids=(ord("4"),))
+    assert await completion(text) == await completion(text, stop_token_ids=(CONTROL_TOKEN,))
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
