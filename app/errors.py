@@ -182,10 +182,11 @@ class EngineFailed(ServiceUnavailable):
 
 
 class StoreUnavailable(ServiceUnavailable):
-    """The database does not answer."""
+    """The database does not answer, or cannot be read or written."""
 
-    def __init__(self) -> None:
-        super().__init__("The service cannot reach its database; try again in a moment.", retry_after=2)
+    def __init__(self, fault: str = "does not answer") -> None:
+        """Args: fault: what is wrong, as a continuation of "the database"."""
+        super().__init__(f"The service's database {fault}; try again in a moment.", retry_after=2)
 
 
 class ShuttingDown(ServiceUnavailable):

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
+from app.access.faults import Fault
 from app.errors import StoreUnavailable
 
 PROBE_SECONDS = 1.0
@@ -15,49 +16,65 @@ log = logging.getLogger(__name__)
 class CircuitBreaker:
     """Shared by everything that waits for one database.
 
-    Callers with a fallback look at `degraded` and use it at the first sign of trouble; callers that would have to
-    refuse their request look at `open`.  Any transaction that succeeds closes the breaker, and while it is not closed a
-    probe tries one now and then, so that no request has to.
+    Callers with a fallback for what they read look at `degraded` and use it at the first sign of trouble; callers that
+    have to write, and would refuse their request, look at `open`.  A transaction that succeeds closes the breaker for
+    its like: one that only read proves nothing about a full disk.  While it is not closed a probe tries a transaction
+    now and then, so that no request has to.
     """
 
     def __init__(self, probe: Callable[[], Awaitable[object]], *, probe_seconds: float = PROBE_SECONDS) -> None:
         """Args: probe: a short transaction; raises StoreUnavailable if the database does not answer."""
         self._probe = probe
         self._probe_seconds = probe_seconds
-        self._degraded = asyncio.Event()
-        self.open = False
-        """Whether the last attempt failed."""
+        self._trouble = asyncio.Event()
+        """Set while `open` or `degraded`."""
+        self.degraded = False
+        """Whether reading failed, or somebody gave up waiting early."""
+        self.fault: Fault | None = None
+        """What was wrong at the last attempt; None if it succeeded."""
 
     @property
-    def degraded(self) -> bool:
-        """Whether the breaker is open, or somebody gave up waiting early."""
-        return self._degraded.is_set()
+    def open(self) -> bool:
+        """Whether the last attempt failed."""
+        return self.fault is not None
 
     def slow(self) -> None:
         """Note that somebody gave up waiting before the database's own time was over."""
-        self._degraded.set()
+        self.degraded = True
+        self._trouble.set()
 
-    def trip(self) -> None:
+    def trip(self, fault: Fault = Fault.AWAY) -> None:
         """Open: the database failed, or did not answer in its time."""
-        self.open = True
-        self._degraded.set()
+        if fault is not self.fault:
+            log.warning("The database %s", fault)
+        self.fault = fault
+        self.degraded = not fault.only_writes
+        self._trouble.set()
 
-    def reset(self) -> None:
-        """Close: the database answers."""
-        self.open = False
-        self._degraded.clear()
+    def reset(self, *, wrote: bool = True) -> None:
+        """Close: the database answers.
+
+        Args: wrote: whether the transaction could write.
+        """
+        self.degraded = False
+        if self.fault is None or wrote or not self.fault.only_writes:
+            if self.fault is not None:
+                log.warning("The database works again")
+            self.fault = None
+            self._trouble.clear()
 
     async def watch(self) -> None:
         """Probe for ever, while the breaker is not closed."""
         while True:
-            await self._degraded.wait()
+            await self._trouble.wait()
             await asyncio.sleep(self._probe_seconds)
-            if not self.degraded:
+            if not self._trouble.is_set():
                 continue
             try:
                 await self._probe()
             except StoreUnavailable:
-                self.trip()
+                if not self.open:
+                    self.trip()
                 continue
             except Exception:
                 # It answers; whatever is wrong beyond that, the requests themselves report.

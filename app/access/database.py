@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from app.access.circuit_breaker import CircuitBreaker
 from app.access.database_url import parse_database_url, shown, without_secrets
+from app.access.faults import Fault, fault_of
 from app.errors import ConfigError, StoreUnavailable
 
 WAIT_SECONDS = 2.0
@@ -27,8 +28,18 @@ MIGRATION_SECONDS = 60.0
 _MIGRATIONS = Path(__file__).with_name("migrations")
 _MIGRATION_LOCK = 0x6C6C6D73
 """Any number, as long as every replica takes the same."""
+START_CHECK_BYTES = 256 * 1024 * 1024
+"""A larger SQLite file is not looked through at the start: it would take seconds."""
+
+_ADVICE_SQLITE = {
+    Fault.DAMAGED: "restore a copy, or move the file away to begin with an empty database",
+    Fault.FULL: "make room on its disk",
+    Fault.LOCKED: "another program holds it; end that program",
+    Fault.READ_ONLY: "make the file and its folder writable for this user",
+}
 _POOL_SIZE = 5
 _READING = "llm_service_reading"
+_WRITE_NOTHING_NEW = "UPDATE alembic_version SET version_num = version_num"
 
 T = TypeVar("T")
 
@@ -69,27 +80,27 @@ class Database:
 
         Raises: StoreUnavailable: as for `begin`.
         """
-        with self._outages(seconds):
+        with self._outages(seconds, writing=False):
             async with asyncio.timeout(seconds or self._wait_seconds), self._reading.begin() as connection:
                 yield connection
 
-    async def quickly(self, work: Callable[[Connection], T]) -> T:
+    async def quickly(self, work: Callable[[Connection], T], *, durable: bool = False) -> T:
         """Run a short transaction on the way of a request.
 
         SQLite through asyncio is one change of threads for each statement and more; here it is one for all of them.
-        Its commit survives the death of the process; the next ordinary one, at most a second later, makes it survive
-        a power cut too.
 
+        Args: durable: the commit survives a power cut, for the price of waiting for the disk; otherwise SQLite's only
+            survives the death of the process until the next durable one.
         Raises: StoreUnavailable: as for `begin`.
         """
         with self._outages(None):
             if self._quick:
-                return await self._quick.run(work)
+                return await self._quick.run(work, durable=durable)
             async with asyncio.timeout(self._wait_seconds), self.engine.begin() as connection:
                 return await connection.run_sync(work)
 
     @contextmanager
-    def _outages(self, seconds: float | None) -> Iterator[None]:
+    def _outages(self, seconds: float | None, *, writing: bool = True) -> Iterator[None]:
         """Translate what an outage raises, and report to the breaker how the transaction ended."""
         try:
             yield
@@ -98,16 +109,30 @@ class Database:
         except (SQLAlchemyError, OSError, TimeoutError) as error:
             if isinstance(error, TimeoutError) and seconds is not None and seconds < self._wait_seconds:
                 self.breaker.slow()
+                raise StoreUnavailable() from error
+            if writing and isinstance(error, TimeoutError):
+                self.time_out()
             else:
-                self.breaker.trip()
-            raise StoreUnavailable() from error
+                self.breaker.trip(fault_of(error))
+            raise self.unavailable() from error
         else:
-            self.breaker.reset()
+            self.breaker.reset(wrote=writing)
+
+    def time_out(self) -> None:
+        """Note that a transaction that writes was not over in its time: on SQLite others hold the file."""
+        self.breaker.trip(Fault.LOCKED if self.sqlite else Fault.AWAY)
+
+    def unavailable(self) -> StoreUnavailable:
+        """Return the error of who does not even try while the breaker is open."""
+        return StoreUnavailable(self.breaker.fault or Fault.AWAY)
 
     async def _probe(self) -> None:
-        # A transaction that may write: on SQLite one that only reads succeeds under a writer that never ends.
+        # A transaction that may write: on SQLite one that only reads succeeds under a writer that never ends.  Where
+        # writing failed one that does write, as nothing else finds out whether the disk is full still.
+        fault = self.breaker.fault
+        statement = _WRITE_NOTHING_NEW if fault is not None and fault.only_writes else "SELECT 1"
         async with self.begin() as connection:
-            await connection.execute(text("SELECT 1"))
+            await connection.execute(text(statement))
 
     async def migrate(self) -> None:
         """Bring the schema up to date; of several processes that start at once, one does and the others wait.
@@ -120,15 +145,19 @@ class Database:
             raise ConfigError(f"the database {self.name} cannot be used: {self.reason_of(error)}") from None
 
     def reason_of(self, error: StoreUnavailable) -> str:
-        """Return the first line of what the database or its driver said, without anything secret of the URL."""
+        """Return the first line of what the database or its driver said, and what may help, without secrets of the URL."""
         cause = error.__cause__
         said = str(getattr(cause, "orig", None) or cause or "").splitlines()
-        return without_secrets(self._url, said[0]) if said else "it does not answer"
+        reason = without_secrets(self._url, said[0]) if said else "it does not answer in time"
+        advice = _ADVICE_SQLITE.get(fault_of(cause) if cause else Fault.AWAY) if self.sqlite else None
+        return f"{reason}; {advice}" if advice else reason
 
     async def _check_or_upgrade(self) -> None:
         if self.sqlite:
             self._make_file()
         if await self.revision() == head_revision():
+            if self.sqlite and self.size() <= START_CHECK_BYTES:
+                await self._refuse_damaged()
             return
         async with self.begin(MIGRATION_SECONDS) as connection:
             if not self.sqlite:
@@ -144,13 +173,28 @@ class Database:
         """Whether SQLite's file is there; True for Postgres, which has none."""
         return not self.sqlite or Path(self._url.database or "").exists()
 
-    async def problems(self) -> list[str]:
-        """Return what SQLite finds wrong with its file; Postgres looks after itself."""
+    def size(self) -> int:
+        """Return the bytes of SQLite's file, 0 where there is none."""
+        return path.stat().st_size if self.sqlite and (path := Path(self._url.database or "")).exists() else 0
+
+    async def problems(self, *, quick: bool = False) -> list[str]:
+        """Return what SQLite finds wrong with its file; Postgres looks after itself.
+
+        Args: quick: looks at the structure, in a tenth of the time, and not at whether indexes fit their tables.
+        Raises: StoreUnavailable: it is so damaged that nothing can be read.
+        """
         if not self.sqlite:
             return []
         async with self.read(MIGRATION_SECONDS) as connection:
-            found = (await connection.execute(text("PRAGMA integrity_check"))).scalars()
+            found = (await connection.execute(text(f"PRAGMA {'quick' if quick else 'integrity'}_check"))).scalars()
             return [line for line in found if line != "ok"]
+
+    async def _refuse_damaged(self) -> None:
+        """Raises: ConfigError: a page of the file is not as SQLite wrote it; keys or quotas may be wrong."""
+        if found := await self.problems(quick=True):
+            raise ConfigError(
+                f"the database {self.name} is damaged ({found[0].splitlines()[0]}): {_ADVICE_SQLITE[Fault.DAMAGED]}"
+            )
 
     def _make_file(self) -> None:
         """Make an empty file that only its owner may read; SQLite gives its other files the same rights."""
@@ -161,7 +205,7 @@ class Database:
         except OSError as error:
             raise ConfigError(
                 f"the database {path} cannot be written: {error.strerror}; "
-                "make that folder writable, name another as APP__DATA_DIR, or set DATABASE_URL"
+                "make it and its folder writable, name another folder as APP__DATA_DIR, or set DATABASE_URL"
             ) from None
 
     async def close(self) -> None:
@@ -215,25 +259,33 @@ def _prepare_sqlite(engine: Engine, synchronous: str) -> None:
 
 
 class _Quick:
-    """A thread with its own connection to SQLite."""
+    """A thread with its own connections to SQLite: one whose commits wait for the disk, and one whose do not."""
 
     def __init__(self, url: URL) -> None:
-        self._engine = create_engine(
-            url.set(drivername="sqlite+pysqlite"), hide_parameters=True, connect_args={"check_same_thread": False}
-        )
-        _prepare_sqlite(self._engine, "NORMAL")
+        self._durable, self._fast = [_open_quick(url, synchronous) for synchronous in ("FULL", "NORMAL")]
         self._thread = ThreadPoolExecutor(1, "sqlite-quick")
 
-    async def run(self, work: Callable[[Connection], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._work, work)
-
-    def _work(self, work: Callable[[Connection], T]) -> T:
-        with self._engine.begin() as connection:
-            return work(connection)
+    async def run(self, work: Callable[[Connection], T], *, durable: bool) -> T:
+        engine = self._durable if durable else self._fast
+        return await asyncio.get_running_loop().run_in_executor(self._thread, _work, engine, work)
 
     def close(self) -> None:
         self._thread.shutdown(wait=True)
-        self._engine.dispose()
+        self._durable.dispose()
+        self._fast.dispose()
+
+
+def _open_quick(url: URL, synchronous: str) -> Engine:
+    engine = create_engine(
+        url.set(drivername="sqlite+pysqlite"), hide_parameters=True, connect_args={"check_same_thread": False}
+    )
+    _prepare_sqlite(engine, synchronous)
+    return engine
+
+
+def _work(engine: Engine, work: Callable[[Connection], T]) -> T:
+    with engine.begin() as connection:
+        return work(connection)
 
 
 def _revision(connection: Connection) -> str | None:

@@ -117,10 +117,16 @@ def renew(connection: Connection, ids: list[str], until: datetime) -> None:
         connection.execute(_RENEW, [{"which": each, "until": until} for each in sorted(ids)])
 
 
-def release_expired(connection: Connection, now: datetime) -> int:
-    """Give back what processes had reserved that renew it no more; return how many reservations that were."""
+def release_expired(connection: Connection, now: datetime, latest: datetime | None = None) -> int:
+    """Give back what processes had reserved that renew it no more; return how many reservations that were.
+
+    Args: latest: no living process sets a later expiry; one that is later was set while a clock was wrong.
+    """
     columns = (_reservations.c.key_id, _reservations.c.month, _reservations.c.tokens)
-    rows = connection.execute(delete(_reservations).where(_reservations.c.expires < now).returning(*columns)).all()
+    over = _reservations.c.expires < now
+    if latest is not None:
+        over |= _reservations.c.expires > latest
+    rows = connection.execute(delete(_reservations).where(over).returning(*columns)).all()
     for key_id, month, tokens in sorted(tuple(row) for row in rows):
         add(connection, Month(key_id, month), 0, released=tokens)
     return len(rows)

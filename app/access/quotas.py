@@ -30,6 +30,8 @@ MAX_BATCH = 64
 """Operations in one transaction."""
 MAX_WAITING = 100_000
 """Commits queued for a database that is away; the oldest goes first, and its lease ends its reservation."""
+MAX_CLOCK_SKEW = timedelta(days=1)
+"""How far the clocks of replicas may be apart; a lease that ends later than that is nobody's any more."""
 MAX_REMEMBERED = 10_000
 """Counters whose use is remembered."""
 LEAST_TOKENS = 2
@@ -161,7 +163,7 @@ class Quotas:
         Raises: StoreUnavailable: the database does not answer in time; then nothing is granted, now or later.
         """
         if self._db.breaker.open:
-            raise StoreUnavailable()
+            raise self._db.unavailable()
         operation = _Operation(order, _future())
         self._writer.put(operation)
         try:
@@ -171,13 +173,13 @@ class Quotas:
             raise
         if not operation.done.done():
             self._withdraw(operation, order)
-            raise StoreUnavailable()
+            raise self._db.unavailable()
         return operation.done.result()
 
     async def _wait(self, operation: _Operation) -> None:
         await asyncio.wait([operation.done], timeout=WAIT_SECONDS)
         if not operation.done.done():
-            self._db.breaker.trip()
+            self._db.time_out()
 
     def _withdraw(self, operation: _Operation, order: Reserve) -> None:
         """Nobody wants a reservation any more: do not make it, or release what it was granted."""
@@ -193,9 +195,10 @@ class Quotas:
         # In one order everywhere, so that two replicas never wait for each other's rows.
         wanted = sorted((each for each in batch if not each.done.cancelled()), key=lambda each: each.order.counter)
         try:
-            outcomes = await self._db.quickly(partial(_apply, wanted))
+            charged = any(isinstance(each.order, Commit) for each in wanted)
+            outcomes = await self._db.quickly(partial(_apply, wanted), durable=charged)
         except (StoreUnavailable, IntegrityError):
-            return [each for each in wanted if _try_again(each)]
+            return [each for each in wanted if self._try_again(each)]
         for each, outcome in zip(wanted, outcomes, strict=True):
             if isinstance(each.order, Commit):
                 self._live.discard(each.order.id)
@@ -215,16 +218,25 @@ class Quotas:
                 each.done.cancel()
                 commits += 1
             elif not each.done.done():
-                each.done.set_exception(StoreUnavailable())
+                each.done.set_exception(self._db.unavailable())
         if commits:
             _log.error("Commits of used tokens are lost", commits=commits)
+
+    def _try_again(self, operation: _Operation) -> bool:
+        """Return whether an operation is to be written again: a commit is, a reservation fails."""
+        operation.tried = True
+        if isinstance(operation.order, Reserve) and not operation.done.done():
+            operation.done.set_exception(self._db.unavailable())
+        return isinstance(operation.order, Commit)
 
     async def _renew_leases(self) -> None:
         """Renew the leases of living requests, and release those that nobody renews, this process's or another's."""
         now = self._now()
         until = now + timedelta(seconds=self._config.lease_seconds)
         await self._db.quickly(partial(ledger.renew, ids=list(self._live), until=until))
-        if released := await self._db.quickly(partial(ledger.release_expired, now=now)):
+        # Renewed above, no living reservation of this process expires later, however its clock was set back.
+        latest = now + max(MAX_CLOCK_SKEW, 10 * (until - now))
+        if released := await self._db.quickly(partial(ledger.release_expired, now=now, latest=latest)):
             _log.warning("Released what a dead process had reserved", reservations=released)
 
 
@@ -239,14 +251,6 @@ def _apply(batch: Sequence[_Operation], connection: Connection) -> list[Balance]
         else ledger.commit(connection, each.order, again=each.tried)
         for each in batch
     ]
-
-
-def _try_again(operation: _Operation) -> bool:
-    """Return whether an operation is to be written again: a commit is, a reservation fails."""
-    operation.tried = True
-    if isinstance(operation.order, Reserve) and not operation.done.done():
-        operation.done.set_exception(StoreUnavailable())
-    return isinstance(operation.order, Commit)
 
 
 def month_of(moment: datetime) -> str:

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
 from io import BufferedWriter, FileIO, TextIOWrapper
 from logging.handlers import QueueHandler, RotatingFileHandler
@@ -80,11 +81,29 @@ class _StreamSink(_Lossy, logging.StreamHandler[TextIO]):
 
 
 class _FileSink(_Lossy, RotatingFileHandler):
-    """A file that is rotated when it is full, and that only its owner may read."""
+    """A file that is rotated when it is full, and that only its owner may read.
+
+    A full disk costs lines and spoils none that come after.
+    """
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the standard library's name
+        super().handleError(record)
+        # What is buffered would be written later, in the middle of another line.  The next line opens the file again.
+        stream, self.stream = self.stream, None  # type: ignore[assignment]  # as FileHandler.close leaves it
+        if stream is not None:
+            with suppress(OSError):
+                stream.close()
 
     def _open(self) -> TextIOWrapper:
+        """Open the file, and end the line that a full disk or a killed process has cut off."""
         file = FileIO(self.baseFilename, self.mode, opener=_open_closed)
-        return TextIOWrapper(BufferedWriter(file), encoding=self.encoding, errors=self.errors)
+        stream = TextIOWrapper(BufferedWriter(file), encoding=self.encoding, errors=self.errors)
+        with Path(self.baseFilename).open("rb") as written:
+            if size := written.seek(0, os.SEEK_END):
+                written.seek(size - 1)
+                if written.read(1) != b"\n":
+                    stream.write("\n")
+        return stream
 
     def doRollover(self) -> None:  # noqa: N802 - the standard library's name
         super().doRollover()

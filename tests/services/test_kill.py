@@ -1,12 +1,7 @@
 """The service killed under load: what it has acknowledged is there afterwards, on both databases."""
 
 import asyncio
-import os
 import random
-import signal
-import socket
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -20,10 +15,8 @@ from app.access.database import Database
 from app.access.ledger import Month, balance, release_expired
 from app.access.quotas import month_of
 from app.access.tables import api_keys, inference_log, reservations
-from tests.web.access import ADMIN_KEY
+from tests.services.process import FLUSH_SECONDS, serving
 
-ROOT = Path(__file__).parents[2]
-FLUSH_SECONDS = 0.2
 SLACK_SECONDS = 0.5
 """On a busy machine the log's task may come late to its turn."""
 
@@ -38,42 +31,12 @@ class Acknowledged:
     """When each arrived, and its request id."""
 
 
-def start(url: str, folder: Path) -> tuple[subprocess.Popen[bytes], str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    settings = {
-        "PYTHONPATH": str(ROOT),
-        "DATABASE_URL": url,
-        "MODEL__ENGINE": "echo",
-        "SECURITY__API_KEY": ADMIN_KEY,
-        "RATE_LIMIT__ENABLED": "false",
-        "APP__PROMPTS_DIR": str(ROOT / "prompts"),
-        "USAGE_LOG__FLUSH_SECONDS": str(FLUSH_SECONDS),
-    }
-    command = [sys.executable, "-m", "app", "serve", "--port", str(port)]
-    with (folder / "log").open("ab") as log:
-        process = subprocess.Popen(command, cwd=folder, env=os.environ | settings, stdout=log, stderr=log)
-    return process, f"http://127.0.0.1:{port}"
-
-
-async def ready(http: httpx.AsyncClient, process: subprocess.Popen[bytes]) -> None:
-    async with asyncio.timeout(110):
-        while True:
-            assert process.poll() is None
-            try:
-                if (await http.get("/readyz")).status_code == 200:
-                    return
-            except httpx.TransportError:
-                await asyncio.sleep(0.05)
-
-
 async def load(http: httpx.AsyncClient, key: str, acknowledged: Acknowledged) -> None:
     """Send prompts and create keys until the service is gone."""
     while True:
         try:
             created = await http.post("/v1/keys", json={"role": "free"})
-            acknowledged.keys.append(created.json()["id"])
+            acknowledged.keys += [created.json()["id"]] if created.status_code == 201 else []
             for _ in range(3):
                 body = {"prompt": "hello", "max_tokens": 9, "cache": False}
                 reply = await http.post("/v1/generate", json=body, headers={"X-API-Key": key})
@@ -91,21 +54,15 @@ async def test_a_killed_service_has_lost_nothing_that_it_acknowledged(url: str, 
     """Keys, tokens, and log rows but those of the last flush interval; leases free what was reserved."""
     acknowledged, key = Acknowledged(), ""
     for _ in range(kills):
-        process, address = start(url, tmp_path)
-        try:
-            async with httpx.AsyncClient(base_url=address, headers={"X-API-Key": ADMIN_KEY}, timeout=10) as http:
-                await ready(http, process)
-                if not key:
-                    created = await http.post("/v1/keys", json={"limits": {"monthly_tokens": 10**9}})
-                    key = created.json()["key"]
-                clients = [asyncio.create_task(load(http, key, acknowledged)) for _ in range(8)]
-                await asyncio.sleep(random.uniform(0.8, 2))
-                process.send_signal(signal.SIGKILL)
-                killed = time.monotonic()
-                await asyncio.gather(*clients)
-        finally:
-            process.kill()
-            process.wait(10)
+        async with serving(url, tmp_path) as service, service.client() as http:
+            if not key:
+                created = await http.post("/v1/keys", json={"limits": {"monthly_tokens": 10**9}})
+                key = created.json()["key"]
+            clients = [asyncio.create_task(load(http, key, acknowledged)) for _ in range(8)]
+            await asyncio.sleep(random.uniform(0.8, 2))
+            service.process.kill()
+            killed = time.monotonic()
+            await asyncio.gather(*clients)
         await look(url, key, acknowledged, killed - FLUSH_SECONDS - SLACK_SECONDS)
     assert len(acknowledged.answers) > 10 * kills
     await leases_free_the_rest(url, key)

@@ -4,8 +4,10 @@ import asyncio
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
+from typing import Any
 
 import pytest
+from sqlalchemy import Connection, text
 
 from app.access import ledger
 from app.access.background import BackgroundGroup
@@ -75,6 +77,39 @@ async def test_a_commit_that_is_tried_again_counts_once(database: Database):
     assert (0, 500) == (reserved.used, reserved.reserved)
     committed = await balance(database, counter)
     assert (37, 0) == (committed.used, committed.reserved)
+
+
+async def test_a_charge_is_on_the_disk_before_it_is_acknowledged(
+    sqlite_url: str, background: BackgroundGroup, monkeypatch: pytest.MonkeyPatch
+):
+    """A power cut takes no charge back, nor a key; a reservation, which dies with its process, waits for no disk."""
+    database, seen = Database(sqlite_url), []
+    await database.migrate()
+    quotas = Quotas(database, QuotaConfig())
+
+    def spy(name: str) -> None:
+        real = getattr(ledger, name)
+
+        def call(connection: Connection, *args: Any, **options: Any) -> Any:
+            seen.append((name, connection.exec_driver_sql("PRAGMA synchronous").scalar()))
+            return real(connection, *args, **options)
+
+        monkeypatch.setattr(ledger, name, call)
+
+    spy("reserve")
+    spy("commit")
+    quotas.start(background)
+    held = await quotas.reserve(CALLER, 10)
+    assert held is not None
+    await quotas.commit(held, 10)
+    await quotas.close()
+    async with database.begin() as connection:
+        ordinary = await connection.scalar(text("PRAGMA synchronous"))
+    await database.close()
+
+    normal, full = 1, 2
+    assert [("reserve", normal), ("commit", full)] == seen
+    assert full == ordinary
 
 
 async def test_an_answer_counts_for_the_month_in_which_it_began(database: Database, background: BackgroundGroup):

@@ -86,7 +86,9 @@ async def readyz(container: ContainerDep) -> JSONResponse:
         return _not_ready("unloaded")
     if state is not EngineState.READY:
         return _not_ready(state.value)
-    return JSONResponse({"status": "ready"})
+    # A fault of the database is no reason to send nothing here: replicas share it, and cached keys are served.
+    fault = container.access.database.breaker.fault
+    return JSONResponse({"status": "ready"} | ({"database": fault.value} if fault else {}))
 
 
 def _not_ready(status: str) -> JSONResponse:
@@ -95,8 +97,9 @@ def _not_ready(status: str) -> JSONResponse:
 
 @router.get("/status", responses=error_responses(Unauthorized, InternalError) | {200: {"model": Status}})
 async def status(container: ContainerDep) -> Mapping[str, Any]:
-    """Report the state of the model, its queue and the cache."""
-    return container.service.status()
+    """Report the state of the model, its queue, the cache and the database."""
+    fault = container.access.database.breaker.fault
+    return {**container.service.status(), "database": fault.value if fault else "ok"}
 
 
 @router.get("/metrics", response_class=PlainTextResponse)

@@ -10,6 +10,7 @@ from sqlalchemy import text
 from app.access.background import BackgroundGroup
 from app.access.circuit_breaker import CircuitBreaker
 from app.access.database import Database
+from app.access.faults import Fault
 from app.errors import StoreUnavailable
 from tests.web.harness import until
 
@@ -44,6 +45,22 @@ def test_giving_up_early_warns_those_with_a_fallback_only():
     assert (False, False) == state(breaker)
 
 
+def test_a_fault_of_writing_leaves_readers_alone_and_ends_with_a_write():
+    """Where nothing answers at all, the first success of any kind ends it."""
+    breaker = CircuitBreaker(Probe())
+
+    breaker.trip(Fault.FULL)
+    assert (True, False) == state(breaker)
+    breaker.reset(wrote=False)
+    assert (True, False, Fault.FULL) == (*state(breaker), breaker.fault)
+    breaker.slow()
+    breaker.reset(wrote=False)
+    assert (True, False) == state(breaker)
+    breaker.trip(Fault.AWAY)
+    breaker.reset(wrote=False)
+    assert (False, False, None) == (*state(breaker), breaker.fault)
+
+
 async def test_a_closed_breaker_probes_nothing_and_an_open_one_until_the_database_is_back(background: BackgroundGroup):
     probe = Probe()
     breaker = CircuitBreaker(probe, probe_seconds=0.01)
@@ -70,7 +87,8 @@ async def wait_for(database: Database, *, seconds: float) -> None:
 
 
 async def test_a_database_reports_to_its_breaker_how_transactions_end(tmp_path: Path):
-    """A reader's short patience is no outage; a writer that never gets its turn is one, until the next that does."""
+    """A reader's short patience is no outage; a writer that never gets its turn is one for writers, until the next that
+    does: that others can read ends nothing."""
     path = tmp_path / "service.db"
     database = Database(f"sqlite:///{path}", wait_seconds=0.3)
     await database.migrate()
@@ -84,6 +102,8 @@ async def test_a_database_reports_to_its_breaker_how_transactions_end(tmp_path: 
         async with database.begin():
             pass
     stalled = state(database.breaker)
+    await wait_for(database, seconds=5)
+    read = state(database.breaker)
     blocker.execute("ROLLBACK")
     blocker.close()
     async with database.begin():
@@ -91,4 +111,4 @@ async def test_a_database_reports_to_its_breaker_how_transactions_end(tmp_path: 
     back = state(database.breaker)
     await database.close()
 
-    assert [(False, True), (True, True), (False, False)] == [impatient, stalled, back]
+    assert [(False, True), (True, False), (True, False), (False, False)] == [impatient, stalled, read, back]

@@ -3,9 +3,12 @@
 import io
 import json
 import os
+import resource
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -121,6 +124,45 @@ def test_a_full_disk_is_counted_and_not_raised(capsys: pytest.CaptureFixture[str
 
     assert 1 == dropped() - before
     assert "" == capsys.readouterr().err
+
+
+def test_a_file_that_had_no_room_goes_on_with_whole_lines(tmp_path: Path) -> None:
+    """What was cut off is ended, and what waited in a buffer is not written into a later line."""
+    path, log = tmp_path / "service.log", structlog.get_logger("a")
+    path.write_text('{"cut off by a kill')
+    before = dropped()
+    stop = configure_logging(LoggingConfig(file=path), io.StringIO())
+    log.info("one")
+    wait_until(lambda: '"one"' in path.read_text())
+    with files_end_at(path.stat().st_size + 10):
+        log.info("lost")
+        wait_until(lambda: dropped() - before == 1)
+    log.info("two")
+    stop()
+
+    lines = path.read_text().splitlines()
+    assert 4 == len(lines)
+    assert '{"cut off by a kill' == lines[0]
+    assert ["one", "two"] == [json.loads(lines[number])["message"] for number in (1, 3)]
+    assert len(lines[2]) == 10
+
+
+@contextmanager
+def files_end_at(size: int) -> Iterator[None]:
+    """Let no file of this process grow beyond this many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 class Unprintable:
