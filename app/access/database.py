@@ -171,11 +171,29 @@ class Database:
 
     def exists(self) -> bool:
         """Whether SQLite's file is there; True for Postgres, which has none."""
-        return not self.sqlite or Path(self._url.database or "").exists()
+        return self.path is None or self.path.exists()
+
+    @property
+    def path(self) -> Path | None:
+        """Return SQLite's file, None for Postgres."""
+        return Path(self._url.database or "") if self.sqlite else None
+
+    @property
+    def host(self) -> str | None:
+        """Return the machine of Postgres, None for SQLite and for a socket."""
+        # An "@" that is not escaped belongs to the password.
+        return self._url.host.rpartition("@")[2] if self._url.host else None
+
+    @property
+    def where(self) -> str:
+        """Where the database is, without user, password and options."""
+        if self.path is not None:
+            return str(self.path)
+        return f"Postgres on {self.host or 'this machine'}, port {self._url.port or 5432}, {self._url.database}"
 
     def size(self) -> int:
         """Return the bytes of SQLite's file, 0 where there is none."""
-        return path.stat().st_size if self.sqlite and (path := Path(self._url.database or "")).exists() else 0
+        return self.path.stat().st_size if self.path is not None and self.path.exists() else 0
 
     async def problems(self, *, quick: bool = False) -> list[str]:
         """Return what SQLite finds wrong with its file; Postgres looks after itself.

@@ -6,6 +6,7 @@ import typer
 
 from app import __version__
 from app.cli import db, keys, roles, usage
+from app.cli.doctor import doctor
 from app.cli.terminal import CONFIG, ConfigOption, existing
 from app.config import load_settings
 from app.errors import ConfigError
@@ -15,6 +16,7 @@ cli.add_typer(keys.cli, name="keys")
 cli.add_typer(roles.cli, name="roles")
 cli.add_typer(db.cli, name="db")
 cli.command("usage")(usage.usage)
+cli.command("doctor")(doctor)
 
 
 @cli.callback()

@@ -18,6 +18,7 @@ from app.access.keys import KeyStore
 from app.access.ledger import Month, balance
 from app.access.tables import metadata, roles
 from app.errors import ConfigError, StoreUnavailable
+from tests.services.postgres import Postgres
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,6 +55,15 @@ async def test_a_database_newer_than_the_program_is_refused(database: Database):
 
     with pytest.raises(ConfigError, match="newer"):
         await database.migrate()
+
+
+@pytest.mark.services
+async def test_a_database_that_says_nothing_stops_the_start_with_a_line(postgres: Postgres, postgres_url: str):
+    """It accepts connections, as one behind a proxy or on a machine that swaps; the driver's error has no text."""
+    database = Database(postgres_url, wait_seconds=0.3)
+    with postgres.stalled(), pytest.raises(ConfigError, match=r"cannot be used: it does not answer in time"):
+        await database.migrate()
+    await database.close()
 
 
 async def test_a_transaction_that_fails_leaves_nothing(database: Database):

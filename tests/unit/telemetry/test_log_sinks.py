@@ -126,7 +126,7 @@ def test_a_full_disk_is_counted_and_not_raised(capsys: pytest.CaptureFixture[str
     assert "" == capsys.readouterr().err
 
 
-def test_a_file_that_had_no_room_goes_on_with_whole_lines(tmp_path: Path) -> None:
+def test_a_file_that_had_no_room_continues_with_whole_lines(tmp_path: Path) -> None:
     """What was cut off is ended, and what waited in a buffer is not written into a later line."""
     path, log = tmp_path / "service.log", structlog.get_logger("a")
     path.write_text('{"cut off by a kill')

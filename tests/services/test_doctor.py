@@ -1,0 +1,117 @@
+"""`python -m app doctor` beside real services and databases."""
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from app.access.database import Database
+from tests.services.postgres import Postgres
+from tests.services.process import as_ordinary_user, environment, serving
+
+
+def examine(
+    folder: Path, code: int, *, url: str | None = None, prepare: Callable[[], None] | None = None, **settings: str
+) -> str:
+    """Run the command in a folder and return what it says."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "app", "doctor"],
+        cwd=folder,
+        env=environment(url, APP__DATA_DIR=str(folder), **settings),
+        capture_output=True,
+        text=True,
+        timeout=90,
+        preexec_fn=prepare,
+    )
+    assert code == ended.returncode, ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stderr
+    return ended.stdout
+
+
+async def test_a_running_service_is_found_and_asked(tmp_path: Path):
+    """Its database is whole and free while it is used, and nothing of the service is disturbed."""
+    async with serving(None, tmp_path, APP__DATA_DIR=str(tmp_path)) as service:
+        port = service.address.rpartition(":")[2]
+
+        said = await asyncio.to_thread(examine, tmp_path, 0, APP__PORT=port)
+
+        async with service.client() as http:
+            assert 200 == (await http.post("/v1/generate", json={"prompt": "hello", "max_tokens": 9})).status_code
+    assert f"runs on port {port} and is ready" in said
+    assert f"{tmp_path / 'service.db'} answers, is whole and can be written" in said
+
+
+def database_in(folder: Path) -> Path:
+    async def create() -> None:
+        database = Database(f"sqlite:///{folder / 'service.db'}")
+        await database.migrate()
+        await database.close()
+
+    asyncio.run(create())
+    return folder / "service.db"
+
+
+LOCK = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1])
+connection.execute("BEGIN IMMEDIATE")
+print("locked", flush=True)
+input()
+"""
+
+
+def test_who_locks_the_database_is_named(tmp_path: Path):
+    """By its name and process, never by its command line."""
+    path = database_in(tmp_path)
+    command = [sys.executable, "-c", LOCK, str(path), "--password=canary"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+
+        said = examine(tmp_path, 1, APP__PORT="0")
+
+        process.communicate(b"\n")
+    assert "is locked by another program, opened by python" in said, said
+    assert f"(process {process.pid})" in said
+    assert "canary" not in said
+
+
+def test_a_database_that_may_not_be_written_is_a_problem(tmp_path: Path):
+    path = database_in(tmp_path)
+    path.chmod(0o400)
+    tmp_path.chmod(0o500)
+
+    said = examine(tmp_path, 1, prepare=as_ordinary_user, APP__PORT="0")
+
+    tmp_path.chmod(0o700)
+    assert f"problem  data folder: {tmp_path} cannot be written: Permission denied" in said
+    assert f"problem  database: {path} cannot be written" in said
+
+
+@pytest.mark.services
+def test_postgres_is_examined_up_and_down(postgres: Postgres, postgres_url: str, tmp_path: Path):
+    """An empty one, one with this program's schema, and one that is not there; it is named without its user."""
+    empty = examine(tmp_path, 0, url=postgres_url, APP__PORT="0")
+    subprocess.run(
+        [sys.executable, "-m", "app", "db", "upgrade"],
+        cwd=tmp_path,
+        env=environment(postgres_url),
+        check=True,
+        timeout=60,
+    )
+    current = examine(tmp_path, 0, url=postgres_url, APP__PORT="0")
+    postgres.stop()
+    try:
+        away = examine(tmp_path, 1, url=postgres_url, APP__PORT="0")
+    finally:
+        postgres.start()
+
+    assert "the next start brings its schema from nothing to" in empty
+    assert "is this program's" in current
+    assert f"Postgres on 127.0.0.1, port {postgres.port}" in current
+    assert "problem  database: Postgres on 127.0.0.1" in away
+    assert "does not answer" in away
+    assert "tests@" not in empty + current + away
