@@ -79,7 +79,7 @@ soak: $(VENV)/.installed-dev ## Keep the service busy and see that nothing is le
 test-long: $(VENV)/.installed-dev ## The tests that take minutes: kills and races of the database at full length, compiled layers
 	@$(PY) -m pytest --no-cov -m soak $(ARGS)
 
-chaos: $(VENV)/.installed-dev ## Kill and suspend what the service depends on, at random moments, for minutes
+chaos: $(VENV)/.installed-dev ## Kill, suspend, fill and lock what the service depends on, at random moments, for minutes
 	@$(PY) -m pytest --no-cov -m chaos $(ARGS)
 
 fuzz: $(VENV)/.installed-dev ## Send the service thousands of requests made of its OpenAPI document (FUZZ_SEED=2 makes others)

@@ -235,7 +235,7 @@ class Quotas:
         until = now + timedelta(seconds=self._config.lease_seconds)
         await self._db.quickly(partial(ledger.renew, ids=list(self._live), until=until))
         # Renewed above, no living reservation of this process expires later, however its clock was set back.
-        latest = now + max(MAX_CLOCK_SKEW, 10 * (until - now))
+        latest = now + ledger.REMEMBERED + max(MAX_CLOCK_SKEW, 10 * (until - now))
         if released := await self._db.quickly(partial(ledger.release_expired, now=now, latest=latest)):
             _log.warning("Released what a dead process had reserved", reservations=released)
 

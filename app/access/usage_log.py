@@ -4,10 +4,13 @@ A database that is slow or away costs rows once the queue is full (they are coun
 that no quota has counted are counted here, in the same transaction.
 """
 
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
+from uuid import uuid4
 
 from msgspec import structs
 from sqlalchemy import Connection, delete, insert, select
@@ -15,6 +18,7 @@ from sqlalchemy import Connection, delete, insert, select
 from app.access import ledger, tables
 from app.access.background import BackgroundGroup
 from app.access.database import Database
+from app.access.faults import Fault
 from app.access.ledger import Month
 from app.access.queued_writer import QueuedWriter
 from app.access.quotas import month_of
@@ -24,12 +28,24 @@ from app.types import InferenceRecord
 
 MAX_BATCH = 100
 """Rows of one transaction; preparing them blocks the event loop for a millisecond or two."""
+MAX_UNRESOLVED = 100
+"""Transactions whose end is unknown; of older ones rows may be written twice."""
 RETENTION_BATCH = 1000
 """Rows deleted in one transaction."""
 
 _COLUMNS = tuple(field.name for field in structs.fields(InferenceRecord) if field.name != "counted")
+_MAYBE_COMMITTED = frozenset([Fault.AWAY, Fault.LOCKED])
+"""Faults that leave open whether a COMMIT has arrived; the others are a refusal."""
 _TEXT_CHARS = 20_000
 """Length limit of a stored prompt or completion; the rest is cut off."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """A transaction, by its id in the ledger, and what it was to write."""
+
+    id: str
+    records: tuple[InferenceRecord, ...]
 
 
 class UsageLog:
@@ -51,6 +67,10 @@ class UsageLog:
         self._config = config
         self._mask = mask
         self._on_drop = on_drop
+        self._unresolved: deque[_Attempt] = deque(maxlen=MAX_UNRESOLVED)
+        """Transactions of which nobody knows whether they were committed, since the last that was."""
+        self._succeeded: str | None = None
+        """The last attempt that was committed; its id may go."""
         self._writer = QueuedWriter(
             self._write,
             on_drop=self._drop,
@@ -78,12 +98,28 @@ class UsageLog:
 
     async def _write(self, batch: Sequence[InferenceRecord]) -> Sequence[InferenceRecord]:
         rows = [await self._masked(record) for record in batch]
+        attempt = _Attempt(uuid4().hex, tuple(batch))
+        committing = False
         try:
             async with self._db.begin() as connection:
-                await connection.run_sync(partial(_insert, rows=rows, log_rows=self._config.enabled))
+                written = await connection.run_sync(self._written)
+                missing = [row for record, row in zip(batch, rows, strict=True) if id(record) not in written]
+                await connection.run_sync(partial(_insert, rows=missing, log_rows=self._config.enabled))
+                await connection.run_sync(partial(_replace_attempt, before=self._succeeded, now=attempt.id))
+                committing = True
         except StoreUnavailable:
+            if committing and self._db.breaker.fault in _MAYBE_COMMITTED:
+                self._unresolved.append(attempt)
             return batch
+        self._unresolved.clear()
+        self._succeeded = attempt.id
         return ()
+
+    def _written(self, connection: Connection) -> set[int]:
+        """Return the records, by their identity, that an earlier transaction has written though nobody saw its end."""
+        now = datetime.now(UTC)
+        applied = [each for each in self._unresolved if ledger.was_applied(connection, each.id, now)]
+        return {id(record) for each in applied for record in each.records}
 
     def _drop(self, records: Sequence[InferenceRecord]) -> None:
         self._on_drop(len(records))
@@ -120,7 +156,16 @@ class UsageLog:
                 return deleted
 
 
+def _replace_attempt(connection: Connection, *, before: str | None, now: str) -> None:
+    """Let the ledger remember one attempt of this process at a time."""
+    if before is not None:
+        ledger.end_attempt(connection, before)
+    ledger.begin_attempt(connection, now, datetime.now(UTC))
+
+
 def _insert(connection: Connection, *, rows: Sequence[InferenceRecord], log_rows: bool) -> None:
+    if not rows:
+        return
     if log_rows:
         connection.execute(insert(tables.inference_log), [_values(row) for row in rows])
     uncounted: dict[Month, int] = {}
