@@ -2,18 +2,20 @@
 
 import asyncio
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, func, select, text
+from sqlalchemy.exc import IntegrityError
 
 from app.access import ledger
 from app.access.background import BackgroundGroup
 from app.access.database import Database
 from app.access.ledger import Month, balance
 from app.access.quotas import Quotas, month_of, next_month
+from app.access.tables import reservations
 from app.config import QuotaConfig
 from app.errors import QuotaExceeded
 from app.types import Limits, Principal, Tenant
@@ -77,6 +79,52 @@ async def test_a_commit_that_is_tried_again_counts_once(database: Database):
     assert (0, 500) == (reserved.used, reserved.reserved)
     committed = await balance(database, counter)
     assert (37, 0) == (committed.used, committed.reserved)
+
+
+async def test_a_commit_that_is_tried_again_after_its_lease_counts(database: Database):
+    """The lease was released by another replica while the database was away for this one; only once all the same."""
+    counter, now = Month("key", "2026-11"), datetime(2026, 11, 30, tzinfo=UTC)
+    order = ledger.Reserve(id="r", counter=counter, tokens=500, limit=1000, expires=now)
+    commit = ledger.Commit(id="r", counter=counter, tokens=30)
+    later = now + timedelta(minutes=1)
+
+    await database.quickly(partial(ledger.reserve, order=order))
+    released = [await database.quickly(partial(ledger.release_expired, now=later)) for _ in range(2)]
+    freed = await balance(database, counter)
+    for _ in range(3):
+        await database.quickly(partial(ledger.commit, order=commit, again=True))
+    committed = await balance(database, counter)
+
+    assert [1, 0] == released
+    assert (0, 0) == (freed.used, freed.reserved)
+    assert (30, 0) == (committed.used, committed.reserved)
+
+
+async def test_what_the_ledger_remembers_it_forgets_in_time(database: Database):
+    """Attempts, and reservations that were released: a day later nobody tries again."""
+    now = datetime(2026, 11, 30, tzinfo=UTC)
+    order = ledger.Reserve(id="r", counter=Month("key", "2026-11"), tokens=5, limit=1000, expires=now)
+    await database.quickly(partial(ledger.reserve, order=order))
+    await database.quickly(partial(ledger.begin_attempt, attempt_id="a", now=now))
+
+    for later in (timedelta(minutes=1), timedelta(days=1, minutes=2)):
+        await database.quickly(partial(ledger.release_expired, now=now + later))
+
+    async with database.read() as connection:
+        assert 0 == await connection.scalar(select(func.count()).select_from(reservations))
+
+
+async def test_whether_a_transaction_was_committed_is_known_and_stays_so(database: Database):
+    """One that was not can no longer be: its own id would stand in its way."""
+    now = datetime.now(UTC)
+    await database.quickly(partial(ledger.begin_attempt, attempt_id="done", now=now))
+
+    known = [await database.quickly(partial(ledger.was_applied, attempt_id=each, now=now)) for each in ("done", "not")]
+    with pytest.raises(IntegrityError):
+        await database.quickly(partial(ledger.begin_attempt, attempt_id="not", now=now))
+    again = [await database.quickly(partial(ledger.was_applied, attempt_id=each, now=now)) for each in ("done", "not")]
+
+    assert [True, False] == known == again
 
 
 async def test_a_charge_is_on_the_disk_before_it_is_acknowledged(
