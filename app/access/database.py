@@ -145,7 +145,7 @@ class Database:
             raise ConfigError(f"the database {self.name} cannot be used: {self.reason_of(error)}") from None
 
     def reason_of(self, error: StoreUnavailable) -> str:
-        """Return the first line of what the database or its driver said, and what may help, without secrets of the URL."""
+        """Return the first line of what the driver said, without secrets of its URL, and what may help."""
         cause = error.__cause__
         said = str(getattr(cause, "orig", None) or cause or "").splitlines()
         reason = without_secrets(self._url, said[0]) if said else "it does not answer in time"

@@ -77,10 +77,11 @@ def _files() -> Iterator[Finding]:
         import resource
     except ImportError:  # Windows
         return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    text = f"{_number(soft)} files and connections may be open at once"
-    if soft != resource.RLIM_INFINITY and soft < ENOUGH_FILES:
-        yield warning("limits", text, f"ulimit -n {ENOUGH_FILES} before the start (at most {_number(hard)} here)")
+    # The start raises the soft limit to the hard one.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    text = f"{_number(hard)} files and connections may be open at once"
+    if hard != resource.RLIM_INFINITY and hard < ENOUGH_FILES:
+        yield warning("limits", text, f"raise the hard limit to {ENOUGH_FILES} or more (ulimit -Hn, LimitNOFILE)")
     else:
         yield ok("limits", text)
     size = resource.getrlimit(resource.RLIMIT_FSIZE)[0]

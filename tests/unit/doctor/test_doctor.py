@@ -200,7 +200,7 @@ def test_what_deserves_attention_is_a_warning(
 
 def test_limits_of_the_machine_are_looked_at(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """Room on the disk, memory, open files, the clock, a GPU that is asked for, a folder that executes nothing."""
-    limits = {resource.RLIMIT_NOFILE: (256, 1024), resource.RLIMIT_FSIZE: (1_000_000, resource.RLIM_INFINITY)}
+    limits = {resource.RLIMIT_NOFILE: (64, 256), resource.RLIMIT_FSIZE: (1_000_000, resource.RLIM_INFINITY)}
     monkeypatch.setattr(resource, "getrlimit", limits.__getitem__)
     monkeypatch.setattr(storage, "TOO_LITTLE_BYTES", 10**18)
     monkeypatch.setattr(machine, "ENOUGH_MEMORY", 10**18)
@@ -218,7 +218,7 @@ def test_limits_of_the_machine_are_looked_at(folder: Path, monkeypatch: pytest.M
         "problem  data folder: its disk has",
         "problem  data folder: its disk has no room for another file",
         "warning  memory:",
-        "warning  limits: 256 files and connections may be open at once. To do: ulimit -n 4096",
+        "warning  limits: 256 files and connections may be open at once. To do: raise the hard limit to 4096",
         "warning  limits: files may not grow beyond 1 MB",
         "problem  clock: the clock says 2001-01-01 00:00 UTC",
         "warning  processor: there is no C++ compiler",
