@@ -165,6 +165,9 @@ async def test_a_service_that_is_stopped_on_a_full_disk_says_what_it_could_not_w
 
     assert 0 == code
     assert took < 10
+    if not isinstance(disk, LimitedWrites):  # where not even its output can be written
+        (lost,) = [line for line in service.output.read_text().splitlines() if "were lost at the end" in line]
+        assert 20 == json.loads(lost)["items"]
 
 
 @pytest.mark.parametrize("bootstrap", [False, True])

@@ -15,6 +15,9 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
+from app.access.database import head_revision
+from app.access.diagnosis import Diagnosis
+from app.access.faults import Fault
 from app.cli import cli
 from app.doctor import machine, network, storage
 
@@ -196,6 +199,57 @@ def test_what_deserves_attention_is_a_warning(
 
     assert [subject] == [each["subject"] for each in warnings if text in each["text"]]
     assert all(each["advice"] for each in warnings)
+
+
+def test_what_a_postgres_elsewhere_says_of_itself_is_looked_at(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """That it only follows another server, that nothing is encrypted on the way, that its clock is wrong."""
+
+    async def diagnosis(_: object) -> Diagnosis:
+        return Diagnosis(
+            readable=True,
+            revision=head_revision(),
+            standby=True,
+            encrypted=False,
+            clock_skew_seconds=-7200,
+            fault=Fault.READ_ONLY,
+            reason="it follows another",
+        )
+
+    monkeypatch.setattr("app.doctor.database.diagnose", diagnosis)
+    monkeypatch.setenv("DATABASE_URL", "postgresql://anna:canary@db.example.com/llm")
+
+    said = examine(1)
+
+    assert "problem  database: Postgres on db.example.com, port 5432, llm cannot be written" in said
+    assert "problem  database: it is a standby" in said
+    assert "warning  database: the connection to db.example.com is not encrypted" in said
+    assert "warning  clock: the database's clock is -7200 s away" in said
+    assert "canary" not in said
+
+
+def test_a_log_that_is_never_emptied_is_a_warning(folder: Path):
+    """SQLite's, by a reader that never ends."""
+    with (folder / "data" / "service.db-wal").open("wb") as file:
+        file.truncate(300_000_000)
+
+    assert "write-ahead log has 300 MB" in examine(0)
+
+
+@pytest.mark.parametrize(
+    ("model", "variables", "code", "text"),
+    [
+        ("someone/some-model", {}, 0, "warning  model: no hub token is set"),
+        ("someone/some-model", {"HF_TOKEN": "canary-0123456789"}, 0, "the start downloads it from the hub"),
+        ("someone/some-model", {"HF_HUB_OFFLINE": "1"}, 1, "problem  model: someone/some-model is not on this machine"),
+    ],
+)
+def test_a_model_of_the_hub_is_looked_for_on_this_machine_only(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, model: str, variables: dict[str, str], code: int, text: str
+):
+    for name, value in {"MODEL__SOURCE": "hub", "MODEL__NAME": model, **variables}.items():
+        monkeypatch.setenv(name, value)
+
+    assert text in examine(code)
 
 
 def test_limits_of_the_machine_are_looked_at(folder: Path, monkeypatch: pytest.MonkeyPatch):
