@@ -35,7 +35,7 @@ async def examine(config: Path) -> list[Finding]:
 
 def _safely(subject: str, work: Callable[[Settings], Iterable[Finding]], settings: Settings) -> list[Finding]:
     """Return the findings up to one that cannot be made: the others are worth knowing all the more."""
-    found = []
+    found: list[Finding] = []
     try:
         found += work(settings)
     except Exception as error:  # noqa: BLE001  # whatever it is; its message may quote a secret

@@ -66,14 +66,14 @@ class _Lines(deque[logging.LogRecord]):
 class _QueueSink(_Lossy, QueueHandler):
     """Renders a line in the caller's context and queues it for the writer thread."""
 
-    def filter(self, record: logging.LogRecord) -> bool | logging.LogRecord:
+    def filter(self, record: logging.LogRecord) -> bool:
         """Refuse what a library says below INFO, whatever level the library gives its own loggers.
 
         Drivers print statements with their values there, and clients the bodies that they send.
         """
         if record.levelno < logging.INFO and record.name.partition(".")[0] not in OUR_LOGGERS:
             return False
-        return super().filter(record)
+        return bool(super().filter(record))
 
 
 class _StreamSink(_Lossy, logging.StreamHandler[TextIO]):
@@ -89,7 +89,7 @@ class _FileSink(_Lossy, RotatingFileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the standard library's name
         super().handleError(record)
         # What is buffered would be written later, in the middle of another line.  The next line opens the file again.
-        stream, self.stream = self.stream, None  # type: ignore[assignment]  # as FileHandler.close leaves it
+        stream, self.stream = self.stream, None
         if stream is not None:
             with suppress(OSError):
                 stream.close()

@@ -6,6 +6,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -52,7 +53,7 @@ async def test_whatever_breaks_under_load_nothing_acknowledged_is_lost(disk: Dis
     """Keys and charges never; rows of the log but for those of the last moment before the process was killed.  There is
     no status but 200, 201 and 503, and the file is whole in the end."""
     draw = random.Random()
-    settings = {"APP__DATA_DIR": str(disk.folder), "QUOTA__LEASE_SECONDS": "1"}
+    settings: dict[str, Any] = {"APP__DATA_DIR": str(disk.folder), "QUOTA__LEASE_SECONDS": "1"}
     load, key, unsafe, killed = Load(), "", set[str](), False
     faults = ["kill", *(draw.choice(FAULTS) for _ in range(rounds - 2)), "disk"]
     while faults:

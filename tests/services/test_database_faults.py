@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -193,7 +194,7 @@ async def test_a_database_that_another_program_locks_is_named_and_used_again_whe
 
 async def test_two_services_on_one_folder_share_the_first_key_and_count_together(tmp_path: Path):
     """Started at once on an empty folder, under load, and one of them killed."""
-    given = {"APP__DATA_DIR": str(tmp_path / "data"), "SECURITY__API_KEY": ""}
+    given: dict[str, Any] = {"APP__DATA_DIR": str(tmp_path / "data"), "SECURITY__API_KEY": ""}
     folders = [tmp_path / name for name in ("one", "two")]
     for folder in folders:
         folder.mkdir()
@@ -260,7 +261,11 @@ async def test_a_clock_that_jumps_locks_nobody_out_and_loses_no_token(
 ):
     """Forth and back, also over the end of a month: tokens count for the month that it was.  What a process had
     reserved that died while its clock was wrong is released, however late its lease would end."""
-    given = {"APP__DATA_DIR": str(tmp_path), "PYTHONPATH": f"{tmp_path / 'clock'}:{ROOT}", "QUOTA__LEASE_SECONDS": "1"}
+    given: dict[str, Any] = {
+        "APP__DATA_DIR": str(tmp_path),
+        "PYTHONPATH": f"{tmp_path / 'clock'}:{ROOT}",
+        "QUOTA__LEASE_SECONDS": "1",
+    }
     statuses = []
     async with serving(None, tmp_path, **given) as service:
         key = await make_key(service, limits={"monthly_tokens": 10**6})

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -107,7 +108,11 @@ def is_json(line: str) -> bool:
 async def test_a_disk_that_fills_up_costs_refusals_and_nothing_that_was_acknowledged(disk: Disk, tmp_path: Path):
     """Writers get 503 with the reason, everybody else is served; with room again all is well, without a restart."""
     log = disk.folder / "log"
-    settings = {"APP__DATA_DIR": str(disk.folder), "LOGGING__FILE": str(log), "LOGGING__MAX_BYTES": "2000000"}
+    settings: dict[str, Any] = {
+        "APP__DATA_DIR": str(disk.folder),
+        "LOGGING__FILE": str(log),
+        "LOGGING__MAX_BYTES": "2000000",
+    }
     load, stop = Load(), asyncio.Event()
     async with serving(None, tmp_path, **settings) as service, service.client() as http:
         key = (await http.post("/v1/keys", json={"limits": {"monthly_tokens": 10**9}})).json()["key"]
@@ -175,7 +180,7 @@ def test_a_start_without_room_ends_with_a_line_and_the_next_one_with_room_serves
     disk: Disk, tmp_path: Path, bootstrap: bool
 ):
     """Be it the key's file or the tables that do not fit; half a file of either does not stand in the way."""
-    settings = {"APP__DATA_DIR": str(disk.folder)} | ({"SECURITY__API_KEY": ""} if bootstrap else {})
+    settings: dict[str, Any] = {"APP__DATA_DIR": str(disk.folder)} | ({"SECURITY__API_KEY": ""} if bootstrap else {})
     disk.fill()
     line = refused_start(None, tmp_path, prepare=disk.prepare, **settings)
     left = {path.name for path in disk.folder.iterdir()} - {"filler"}

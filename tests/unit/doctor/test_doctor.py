@@ -87,7 +87,7 @@ def test_before_the_first_start_all_is_well_and_nothing_is_created(folder: Path)
     assert not (folder / "data").exists()
 
 
-def spoil_database(change: Callable[[Path], None]) -> Callable[[Path], None]:
+def spoil_database(change: Callable[[Path], object]) -> Callable[[Path], object]:
     return lambda folder: change(folder / "data" / "service.db")
 
 
@@ -141,7 +141,7 @@ INDEX = json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safet
     ],
 )
 def test_what_keeps_the_service_from_working_is_a_problem_with_advice(
-    folder: Path, spoil: Callable[[Path], None], subject: str, text: str
+    folder: Path, spoil: Callable[[Path], object], subject: str, text: str
 ):
     """The command fails, and the other subjects are examined all the same."""
     spoil(folder)
@@ -185,7 +185,7 @@ def readable(name: str) -> Callable[[Path], None]:
 def test_what_deserves_attention_is_a_warning(
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
-    spoil: Callable[[Path], None],
+    spoil: Callable[[Path], object],
     variables: dict[str, str],
     subject: str,
     text: str,
