@@ -13,7 +13,7 @@ from app.events import Event
 from app.privacy.filters import FilteredEngine
 from app.privacy.redactor import Redactor, StreamRedactor
 from app.requests import GenerationRequest
-from app.types import FinishReason, Message, Role, SamplingParams, Usage
+from app.types import FinishReason, Message, Role, SamplingParams, Tenant, Usage
 from tests.unit.event_streams import finished_of, logprobs_of, read, text_of
 
 ENTITIES = {
@@ -37,7 +37,7 @@ async def completion(text: str, *, stream: bool = True, prompt: str = "", **samp
     params = SamplingParams(**{"max_tokens": 1000, **sampling})  # type: ignore[arg-type]
     filtered = FilteredEngine(engine, REDACTOR, lambda kind, count: None)
     request = GenerationRequest(
-        id="r", tenant="t", text=prompt, prompt_ids=tuple(map(ord, text)), sampling=params, stream=stream
+        id="r", tenant=Tenant.owner("t"), text=prompt, prompt_ids=tuple(map(ord, text)), sampling=params, stream=stream
     )
     events = await read(filtered.stream(request))
     assert 0 == engine.status().running
@@ -178,7 +178,9 @@ async def test_usage_of_a_stopped_completion_says_what_was_cached() -> None:
     await engine.start()
     filtered = FilteredEngine(engine, REDACTOR, lambda kind, count: None)
     sampling = SamplingParams(max_tokens=99, stop=(".",))
-    request = GenerationRequest(id="r", tenant="t", prompt_ids=tuple(map(ord, "One. Two.")), sampling=sampling)
+    request = GenerationRequest(
+        id="r", tenant=Tenant.owner("t"), prompt_ids=tuple(map(ord, "One. Two.")), sampling=sampling
+    )
 
     end = finished_of(await read(filtered.stream(request)))
 
@@ -229,7 +231,7 @@ async def test_only_a_turn_that_is_continued_is_looked_back_at() -> None:
                 filtered.stream(
                     GenerationRequest(
                         id="r",
-                        tenant="t",
+                        tenant=Tenant.owner("t"),
                         messages=(Message(role, "It is 536-90-"),),
                         continue_final_message=continued,
                         prompt_ids=tuple(map(ord, "4390 ok")),
