@@ -105,7 +105,8 @@ class Quotas:
     async def _latest(self, counter: Month, now: datetime) -> Balance:
         """Return a balance that is no older than `CHECK_SECONDS`."""
         balance, queried = self._checked.get(counter, (None, now))
-        if balance is None or now - queried > timedelta(seconds=CHECK_SECONDS) or balance.used < self._used[counter]:
+        old = now - queried > timedelta(seconds=CHECK_SECONDS)
+        if balance is None or old or balance.used < self._used.get(counter, 0):
             balance = await ledger.balance(self._db, counter)
             self._used[counter] = balance.used
             self._checked[counter] = balance, now

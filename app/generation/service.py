@@ -125,8 +125,9 @@ class GenerationService:
     @asynccontextmanager
     async def _deadline(self, message: str) -> AsyncIterator[None]:
         """Raises: DeadlineExceeded: the block took longer than a request may wait."""
+        deadline = asyncio.timeout(self._waiting_seconds)
         try:
-            async with asyncio.timeout(self._waiting_seconds) as deadline:
+            async with deadline:
                 yield
         except TimeoutError:
             if not deadline.expired():

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,7 +18,8 @@ from tests.e2e.conftest import Service
 pytestmark = pytest.mark.e2e
 
 SMALL = {"prompt": "The weather today is", "max_tokens": 24, "temperature": 0, "ignore_eos": True, "cache": False}
-LONG = {"prompt": "Once upon a time", "max_tokens": 400, "temperature": 0, "ignore_eos": True, "cache": False}
+LENGTH = {"max_tokens": 400, "temperature": 0, "ignore_eos": True, "cache": False}
+LONG = {"prompt": "Once upon a time", **LENGTH}
 PROBES = 12
 
 
@@ -61,22 +63,30 @@ async def probe(client: Client, times: int = PROBES) -> tuple[list[int], float]:
     return statuses, statistics.median(seconds)
 
 
+@dataclass(frozen=True)
+class Flood:
+    """What one key sends."""
+
+    clients: int
+    path: str
+    body: Callable[[int], dict[str, Any]]
+    limits: dict[str, int] = field(default_factory=dict)
+
+
 @asynccontextmanager
-async def flood(
-    url: str, key: str, clients: int, path: str, body: Callable[[int], dict[str, Any]]
-) -> AsyncIterator[None]:
-    """Keep so many clients of one key sending, each again as soon as it has its response."""
+async def flood(url: str, key: str, load: Flood) -> AsyncIterator[None]:
+    """Keep all its clients sending, each again as soon as it has its response."""
     numbers = count()
 
     async def send() -> None:
         client = Client(url, key)
         try:
             while True:
-                await client.post(path, body(next(numbers)))
+                await client.post(load.path, load.body(next(numbers)))
         finally:
             client.close()
 
-    tasks = [asyncio.create_task(send()) for _ in range(clients)]
+    tasks = [asyncio.create_task(send()) for _ in range(load.clients)]
     try:
         await asyncio.sleep(2)
         yield
@@ -89,21 +99,24 @@ async def flood(
                 await task
 
 
-FLOODS: dict[str, tuple[int, str, Callable[[int], dict[str, Any]]]] = {
-    "16 requests of 8 answers": (16, "/v1/generate", lambda number: {**LONG, "n": 8, "temperature": 1}),
-    "16 batches of 64 prompts": (
+FLOODS = {
+    "16 requests of 8 answers": Flood(16, "/v1/generate", lambda number: {**LONG, "n": 8, "temperature": 1}),
+    "16 batches of 64 prompts": Flood(
         16,
         "/v1/generate/batch",
-        lambda number: {
-            **{name: value for name, value in LONG.items() if name != "prompt"},
-            "prompts": [f"{number} {index} little mice" for index in range(64)],
-        },
+        lambda number: {**LENGTH, "prompts": [f"{number} {index} little mice" for index in range(64)]},
     ),
-    "200 clients": (200, "/v1/generate", lambda number: {**LONG, "prompt": f"{number} little mice"}),
+    "200 clients": Flood(200, "/v1/generate", lambda number: {**LONG, "prompt": f"{number} little mice"}),
+    "16 clients over their quota": Flood(
+        16,
+        "/v1/generate",
+        lambda number: {**LONG, "prompt": f"{number} little mice " * 180, "max_tokens": 1},
+        limits={"monthly_tokens": 5},
+    ),
 }
 
 
-def create_key(service: Service, **fields: str) -> str:
+def create_key(service: Service, **fields: Any) -> str:
     created = service.client.post("/v1/keys", json=fields)
     assert 201 == created.status_code, created.text
     key: str = created.json()["key"]
@@ -113,14 +126,17 @@ def create_key(service: Service, **fields: str) -> str:
 @pytest.mark.parametrize("kind", FLOODS)
 def test_another_keys_small_requests_are_served_beside_a_flood(service: Service, kind: str) -> None:
     """None is refused, and the median time is a small multiple of what it is without it."""
-    small, greedy = create_key(service, owner="small"), create_key(service, owner=kind, role="admin")
-    clients, path, body = FLOODS[kind]
+    load = FLOODS[kind]
+    small, greedy = (
+        create_key(service, owner="small"),
+        create_key(service, owner=kind, role="admin", limits=load.limits),
+    )
 
     async def measure() -> tuple[list[int], float, float]:
         client = Client(service.url, small)
         await probe(client, 3)
         _, without = await probe(client)
-        async with flood(service.url, greedy, clients, path, body):
+        async with flood(service.url, greedy, load):
             statuses, beside = await probe(client)
         client.close()
         return statuses, beside, without

@@ -210,8 +210,8 @@ async def test_a_request_beyond_the_months_quota_is_refused_and_what_was_generat
         rich = await service.key(limits={"monthly_tokens": 10_000})
         await post(rich)
         cost = (await service.usage(rich))["used"]
-        # One token is left: a month that is used up refuses at the door, a batch as a whole too.
-        key = await service.key(limits={"monthly_tokens": 2 * cost + 1})
+        # Two tokens are left: with fewer, which no request does with, a batch is refused as a whole too.
+        key = await service.key(limits={"monthly_tokens": 2 * cost + 2})
         replies = [await post(key) for _ in range(3)]
         used = (await service.usage(key))["used"]
 

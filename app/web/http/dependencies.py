@@ -13,7 +13,7 @@ from uuid import uuid4
 from fastapi import Depends, Request
 
 from app.access.access import AccessControl
-from app.access.admission import AdmissionControl
+from app.access.admission import AdmissionControl, Admitted
 from app.config import Settings
 from app.engine.host import ModelHost
 from app.errors import Forbidden, NotFound
@@ -25,6 +25,9 @@ from app.types import Principal
 from app.web.http.authentication import Keys
 from app.web.http.private_api import route_path
 from app.web.http.rate_limits import FailedKeyLimiter
+
+ADMITTED = "admitted"
+"""Key in a generating request's state: the `Admitted` that it is."""
 
 
 class Service(Protocol):
@@ -131,6 +134,12 @@ class RequestContext:
             origin=Origin(request_id=self.request_id, route=route_path(self.request.scope) or ""),
             **fields,
         )
+
+    @property
+    def admitted(self) -> Admitted:
+        """Return what the request occupies, which is told of what refuses it or a part of it."""
+        admitted: Admitted = self.request.scope["state"][ADMITTED]
+        return admitted
 
     @property
     def may_cache(self) -> bool:

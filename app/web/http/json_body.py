@@ -20,12 +20,9 @@ from starlette.types import Receive, Scope, Send
 
 from app.access.admission import AdmissionControl, Admitted
 from app.errors import AppError, ClientDisconnected, InvalidRequest, UnsupportedMediaType
-from app.web.http.dependencies import RequestContext
+from app.web.http.dependencies import ADMITTED, RequestContext
 from app.web.http.private_api import ParsedRequest, takes_body
 from app.web.http.rate_limits import LIMIT_STATES, show_limits
-
-_ADMITTED = "admitted"
-"""Key in the request's state."""
 
 MAX_DEPTH = 32
 MAX_NUMBER_CHARS = 32
@@ -79,7 +76,7 @@ class GeneratingRoute(APIRoute):
         show_limits(scope, control)
         most_bytes: int = container.settings.security.max_body_bytes
         async with control.admit(scope["state"]["principal"], _most_body_bytes(scope, most_bytes)) as request:
-            scope["state"] |= {LIMIT_STATES: request.limits, _ADMITTED: request}
+            scope["state"] |= {LIMIT_STATES: request.limits, ADMITTED: request}
             await super().handle(scope, receive, send)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -88,7 +85,7 @@ class GeneratingRoute(APIRoute):
 
         async def handle(request: Request) -> Response:
             _require_json(request)
-            admitted: Admitted = request.scope["state"][_ADMITTED]
+            admitted: Admitted = request.scope["state"][ADMITTED]
             try:
                 body = _validated(schema, parse(await _read(request)))
                 admitted.expect(body.answers)

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, StringConstraints, WithJsonSchema
 from starlette.responses import Response as HttpResponse
 from typing_extensions import TypedDict
 
-from app.errors import ModelNotFound, ServiceUnavailable
+from app.errors import ModelNotFound, QuotaExceeded, RateLimited, ServiceUnavailable
 from app.events import Event, Response
 from app.generation.batch import generate_each
 from app.requests import GenerationRequest
@@ -69,6 +69,9 @@ async def generate_batch(body: BatchRequest, context: RequestContextDep) -> Http
 
     outcomes = await cancel_on_disconnect(context.request, generate_each(events, requests))
     _raise_if_all_were_refused(outcomes)
+    for outcome in outcomes:
+        if isinstance(outcome, RateLimited | QuotaExceeded):
+            context.admitted.refuse(outcome)
     results = [
         _result(outcome, request, context.request_id, encoded[request.id])
         for outcome, request in zip(outcomes, requests, strict=True)

@@ -182,7 +182,8 @@ async def test_who_joins_pays_for_what_it_receives_after_the_first_has_left():
     starter, joiner = await cached.join(0), await cached.join(0)
     for _ in range(9):
         await cached.generate(0, 1)
-        await starter.advance(), await joiner.advance()
+        await starter.advance()
+        await joiner.advance()
     await cached.leave(starter)
     for _ in range(30):
         await cached.generate(0, 1)

@@ -318,7 +318,7 @@ def of(tenant: str, name: str, *, prompt: tuple[int, ...] = (1, 2)) -> Generatio
 
 async def admitted(engine: LocalEngine, requests: Iterable[GenerationRequest]) -> list[AsyncGenerator[Event, None]]:
     """Send requests until one is refused; return the streams of the others."""
-    streams = []
+    streams: list[AsyncGenerator[Event, None]] = []
     for request in requests:
         stream = engine.stream(request)
         try:

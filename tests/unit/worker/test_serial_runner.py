@@ -98,6 +98,21 @@ def test_an_end_token_ends_the_completion_and_is_not_listed(model: LoadedModel):
     assert (expected, "stop") == complete(replace(model, end_ids=(end,)), SamplingParams(max_tokens=20))
 
 
+def test_tenants_take_turns(model: LoadedModel):
+    """However many one has waiting, another's request is next but one; each one's own keep their order."""
+    runner = SerialRunner(model)
+    order = [("greedy", number) for number in range(1, 6)] + [("small", 6), ("other", 7), ("small", 8)]
+    for tenant, number in order:
+        runner.submit(Submit(number, PROMPT, SamplingParams(max_tokens=1), tenant))
+    events: list[TokenEvent] = []
+    runner.step(events.extend)
+    runner.submit(Submit(9, PROMPT, SamplingParams(max_tokens=1), "newcomer"))
+    while runner.busy:
+        runner.step(events.extend)
+
+    assert [1, 6, 7, 9, 2, 8, 3, 4, 5] == [event.id for event in events if event.finish]
+
+
 def test_the_first_event_says_that_the_model_began(model: LoadedModel):
     """An empty event comes before the first token, one event for each token, the end with the last."""
     runner = SerialRunner(model)

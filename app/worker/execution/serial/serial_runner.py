@@ -6,8 +6,9 @@ generate with.
 
 import logging
 import secrets
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from app.worker.validation import check_request, end_ids, failure_reason
 log = logging.getLogger(__name__)
 
 SEED_BITS = 63
+MAX_TENANTS = 1000
+"""Tenants whose last turn is remembered."""
 
 
 class NoTokenError(Exception):
@@ -35,7 +38,7 @@ class NoTokenError(Exception):
 
 
 class SerialRunner:
-    """One request runs, the others wait in the order they came."""
+    """One request runs; of the others, the tenant that had its last turn longest ago has the next one."""
 
     name = "serial"
     slots = 1
@@ -45,6 +48,9 @@ class SerialRunner:
     def __init__(self, loaded: LoadedModel) -> None:
         self._model = loaded
         self._waiting: deque[Submit] = deque()
+        self._turns: OrderedDict[str, int] = OrderedDict()
+        """The number of each tenant's last turn, the oldest first."""
+        self._turn_numbers = count()
         self._pending_events: list[TokenEvent] = []
         self._running: int | None = None
         self._cancelled = False
@@ -87,13 +93,23 @@ class SerialRunner:
         self._send_pending(exchange)
         if not self._waiting:
             return
-        request = self._waiting.popleft()
+        request = self._take_next()
         self._running, self._cancelled = request.id, False
         try:
             exchange([TokenEvent(request.id)])
             exchange([self._generate(request, exchange)])
         finally:
             self._running = None
+
+    def _take_next(self) -> Submit:
+        """Take the first request of the tenant whose turn it is."""
+        request = min(self._waiting, key=lambda each: self._turns.get(each.tenant, -1))
+        self._waiting.remove(request)
+        self._turns[request.tenant] = next(self._turn_numbers)
+        self._turns.move_to_end(request.tenant)
+        if len(self._turns) > MAX_TENANTS:
+            self._turns.popitem(last=False)
+        return request
 
     def _send_pending(self, exchange: Exchange) -> None:
         while self._pending_events:
