@@ -17,7 +17,7 @@ from app.engine.tokenizer.hf_tokenizer import HfTokenizer
 from app.engine.tokenizer.prepare import THREADS, PromptEncoder
 from app.errors import DeadlineExceeded, InvalidRequest
 from app.requests import GenerationRequest
-from app.types import Message, Role
+from app.types import Message, Role, Tenant
 from tests.unit.engine.fake_worker import until
 from tests.unit.tiny_models import chatml_tokenizer, save
 
@@ -35,7 +35,9 @@ class StuckTokenizer(EchoTokenizer):
             self.free.wait()
         return super().encode_text(text)
 
-    def encode_chat(self, messages: Sequence[Message], *, continue_final_message: bool = False) -> tuple[int, ...]:
+    def encode_chat(
+        self, messages: Sequence[Message], *, continue_final_message: bool = False, tenant: Tenant | None = None
+    ) -> tuple[int, ...]:
         return self.encode_text(messages[0].content)
 
     def close(self) -> None:
@@ -50,7 +52,7 @@ def stuck() -> Iterator[StuckTokenizer]:
 
 
 def prompt(text: str) -> GenerationRequest:
-    return GenerationRequest(id="one", tenant="tenant", text=text)
+    return GenerationRequest(id="one", tenant=Tenant.owner("tenant"), text=text)
 
 
 async def test_prompts_that_do_not_end_leave_the_others_their_threads(stuck: StuckTokenizer):
