@@ -27,7 +27,7 @@ from app.worker.loading.loader import load, load_reason
 from app.worker.loading.model_files import JSON_BYTES, LoadError
 from app.worker.loading.stage_deadline import within_deadline
 from app.worker.process import make_runner
-from app.worker.sampling.sampler import NO_TOKEN
+from app.worker.sampling.sampler import NO_TOKEN, NO_TOKEN_LEFT
 from app.worker.scheduling.batching_runner import BatchingRunner
 from tests.unit.lying_models import (
     Damage,
@@ -388,6 +388,19 @@ def test_a_row_of_scores_that_are_not_finite_fails_by_itself(
     assert [0] == [event.id for event in events if event.error]
     assert single == tokens_of(events, 1) == tokens_of(events, 2)
     assert single == tokens_of(answer(runner, seeded, prompt=9), 0)
+
+
+def test_settings_that_leave_no_token_are_the_requests_fault(tmp_path: Path):
+    """Not the model's, whose scores are finite; its neighbour is answered."""
+    folder = save_tiny_llama(tmp_path / "model", vocab_size=281, eos_token_id=[0, 1])
+    runner = make_runner(load_folder(folder), SPEC)
+    assert isinstance(runner, BatchingRunner)
+    nothing = SamplingParams(max_tokens=2, min_tokens=1, stop_token_ids=tuple(range(281)))
+
+    events = answer(runner, nothing, SamplingParams(max_tokens=2))
+
+    assert [(0, NO_TOKEN_LEFT.reason, True)] == [(e.id, e.error, e.invalid) for e in events if e.error]
+    assert tokens_of(events, 1)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
