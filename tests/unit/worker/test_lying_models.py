@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ from tests.unit.lying_models import (
     write,
 )
 from tests.unit.tiny_models import chatml_tokenizer, save_tiny_llama
+from tests.unit.worker.families import FAMILIES, NOT_BATCHABLE, make
 from tests.unit.worker.test_loader import SPEC
 
 
@@ -308,6 +310,24 @@ def test_a_lie_is_refused_in_one_line(tmp_path: Path, damage: Damage, reason: st
     assert "\n" not in message
     assert len(message) < 700
     assert time.monotonic() - started < 30
+
+
+BUILDS = FAMILIES | {name: build for name, (build, _) in NOT_BATCHABLE.items()}
+
+
+@pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
+def test_a_sound_model_of_any_family_passes_every_check(
+    tmp_path: Path, build: Callable[[], Any], caplog: pytest.LogCaptureFixture
+):
+    """Tied weights, renamed tensors, experts and recurrent states are no lies."""
+    model = make(build)
+    tokenizer = chatml_tokenizer()
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+
+    assert len(tokenizer) == load_folder(tmp_path).vocab_size
+    assert "which this model does not use" not in caplog.text
 
 
 SERVED: dict[str, tuple[Damage, str]] = {
