@@ -11,7 +11,7 @@ from app.engine.base import Tokenizer
 from app.engine.logprob_alignment import LogprobAlignment
 from app.engine.stop_strings import StopBuffer
 from app.engine.tokenizer.detokenize import detokenize_logprobs
-from app.errors import AppError, DeadlineExceeded, EngineFailed
+from app.errors import AppError, DeadlineExceeded, EngineFailed, InvalidRequest
 from app.events import Delta, Finished, finish
 from app.ipc.messages import TokenEvent
 from app.requests import GenerationRequest
@@ -77,7 +77,7 @@ class LiveRequest:
         if not all(self._take(*token) for token in zip(event.token_ids, logprobs, strict=True)):
             return
         if event.error is not None:
-            self.fail(EngineFailed(event.error))
+            self.fail(InvalidRequest(event.error) if event.invalid else EngineFailed(event.error))
         elif event.finish is not None:
             self._progress.generated += event.finish == "stop"
             self._end_token = event.end_token

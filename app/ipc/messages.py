@@ -127,6 +127,8 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
     """Prompt tokens that were in the KV cache already; in the first event only."""
     end_token: int | None = None
     """The end token that the model sampled."""
+    invalid: bool = False
+    """With `error`: whether the request is at fault and would fail again."""
 
 
 class Step(msgspec.Struct, tag=True, frozen=True, array_like=True):

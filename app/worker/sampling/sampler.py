@@ -25,6 +25,7 @@ from app.worker.sampling.penalties import (
 from app.worker.sampling.sampling_ops import (
     NEEDS_WIDER_TOPK,
     NO_VALID_TOKEN,
+    RULED_OUT,
     SamplingDraw,
     argmax_tokens,
     gather_rows,
@@ -52,11 +53,12 @@ class SamplingFailure:
     """No token can be sampled from this row's logits, so its request fails."""
 
     reason: str
+    invalid: bool = False
+    """Whether the request is at fault, not the model."""
 
 
-NO_TOKEN = SamplingFailure(
-    "No token can be chosen: the scores are not finite, or the request's settings rule out all tokens."
-)
+NO_TOKEN = SamplingFailure("No token can be chosen: the model's scores are not finite for this prompt.")
+NO_TOKEN_LEFT = SamplingFailure("No token can be chosen: the request's settings rule out all of them.", invalid=True)
 
 
 class SequenceSampler:
@@ -202,6 +204,8 @@ def _sample_within(
 def _result(token: int) -> Sampled | SamplingFailure | None:
     if token == NEEDS_WIDER_TOPK:
         return None
+    if token == RULED_OUT:
+        return NO_TOKEN_LEFT
     return NO_TOKEN if token == NO_VALID_TOKEN else Sampled(token)
 
 
@@ -222,7 +226,7 @@ def _token_logprob(token: int, report: Sequence[float], count: int) -> TokenLogp
 
 
 def _choose(logits: Tensor, samplers: Sequence[SequenceSampler], width: int) -> Tensor:
-    """Return (rows,) int64: each row's token, NO_VALID_TOKEN or NEEDS_WIDER_TOPK.
+    """Return (rows,) int64: each row's token, NO_VALID_TOKEN, RULED_OUT or NEEDS_WIDER_TOPK.
 
     Rows are grouped by method, which follows from a row's own parameters alone.
     """
@@ -257,6 +261,7 @@ def _choose_by(method: str, logits: Tensor, samplers: Sequence[SequenceSampler],
         draws = [sampler.draw() for sampler in samplers]
         tokens = sample_unsorted(changed, draws) if method == "unsorted" else sample_sorted(changed, draws, width)
     # NaN or +inf may have been where no token is allowed, but would be in the log-probabilities.
+    tokens = tokens.where(tokens != NO_VALID_TOKEN, RULED_OUT)
     return tokens.where(logits.amax(dim=-1).isfinite(), NO_VALID_TOKEN)
 
 

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-NO_VALID_TOKEN, NEEDS_WIDER_TOPK = -1, -2
-"""Stand in place of a token where a row's logits allow none, and where it may take more tokens than were sorted."""
+NO_VALID_TOKEN, NEEDS_WIDER_TOPK, RULED_OUT = -1, -2, -3
+"""Stand in place of a token: a row's logits allow none; it may take more tokens than were sorted; its parameters allow
+none."""
 BLOCK = 512
 """Weights that are summed among themselves before the sums are: one float32 sum over a vocabulary is too coarse."""
 MIN_TEMPERATURE = 1e-30

@@ -16,7 +16,7 @@ from app.ipc.messages import Exchange, Submit, TokenEvent
 from app.worker.execution.model_runner import ModelRunner
 from app.worker.execution.packed_batch import Segment
 from app.worker.loaded_model import LoadedModel
-from app.worker.sampling.sampler import Sampled, SequenceSampler, sample
+from app.worker.sampling.sampler import Sampled, SamplingFailure, SequenceSampler, sample
 from app.worker.scheduling import schedule
 from app.worker.scheduling.schedule import Schedule, ScheduledTokens
 from app.worker.scheduling.scheduler import Scheduler
@@ -91,7 +91,7 @@ class BatchingRunner:
                 request.params, request.prompt_ids, ends, self._model_runner.vocab_size, self._loaded.device
             )
         except ValueError as error:
-            self._pending_events.append(TokenEvent(request.id, error=str(error)))
+            self._pending_events.append(TokenEvent(request.id, error=str(error), invalid=True))
             return
         sequence = schedule.Sequence(
             request.id,
@@ -146,7 +146,7 @@ class BatchingRunner:
     def _isolate_failure(self, tokens: Sequence[ScheduledTokens], error: Exception) -> list[TokenEvent]:
         """Compute each sequence of a failed step by itself: one that fails again ends with its error."""
         if len(tokens) == 1:
-            return [self._fail(tokens[0].sequence.request_id, failure_reason(error))]
+            return [self._fail(tokens[0].sequence.request_id, SamplingFailure(failure_reason(error)))]
         return [event for each in tokens for event in self._compute(Schedule([each], [], []))]
 
     def _forward_and_sample(self, tokens: Sequence[ScheduledTokens]) -> list[TokenEvent]:
@@ -157,18 +157,13 @@ class BatchingRunner:
         self._scheduler.mark_computed(tokens)
         return [self._append(each, token) for each, token in zip(live, sampled, strict=True)]
 
-    def _sample(self, logits: Tensor, live: Sequence[_LiveRequest]) -> Sequence[Sampled | str]:
-        if not live:
-            return []
-        return [
-            result if isinstance(result, Sampled) else result.reason
-            for result in sample(logits, [each.sampler for each in live])
-        ]
+    def _sample(self, logits: Tensor, live: Sequence[_LiveRequest]) -> Sequence[Sampled | SamplingFailure]:
+        return sample(logits, [each.sampler for each in live]) if live else []
 
-    def _append(self, live: _LiveRequest, sampled: Sampled | str) -> TokenEvent:
+    def _append(self, live: _LiveRequest, sampled: Sampled | SamplingFailure) -> TokenEvent:
         """Append a token to its sequence and return the event that reports it."""
         request_id = live.request.id
-        if isinstance(sampled, str):
+        if isinstance(sampled, SamplingFailure):
             return self._fail(request_id, sampled)
         live.sequence.token_ids.append(sampled.token)
         live.sampler.accept(sampled.token)
@@ -185,13 +180,13 @@ class BatchingRunner:
         del self._live[request_id]
         self._scheduler.remove(request_id)
 
-    def _fail(self, request_id: int, reason: str) -> TokenEvent:
+    def _fail(self, request_id: int, failure: SamplingFailure) -> TokenEvent:
         """End a request whose numbers cannot be trusted, and clear them from the KV cache."""
         slot = self._live.pop(request_id).sequence.slot
         self._scheduler.remove(request_id, discard=True)
         if slot is not None:
             self._model_runner.cache.clear_slot(slot)
-        return TokenEvent(request_id, error=reason)
+        return TokenEvent(request_id, error=failure.reason, invalid=failure.invalid)
 
 
 def _segment(scheduled: ScheduledTokens) -> Segment:

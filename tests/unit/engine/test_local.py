@@ -18,6 +18,7 @@ from app.errors import (
     InvalidRequest,
 )
 from app.events import Delta, Event, Finished, Started, finish
+from app.ipc.messages import Step, TokenEvent
 from app.requests import GenerationRequest
 from app.types import EngineState, FinishReason, Message, Role, Tenant, TokenLogprob, Usage
 from tests.unit.engine.fake_worker import (
@@ -278,6 +279,17 @@ async def test_a_deadline_holds_for_one_phase_only(folder: Path):
         workers.newest.event(1, *tokens("late"), finish="length")
 
         assert "late" == text_of(await reading)
+
+
+async def test_an_error_that_the_request_caused_is_not_the_models(folder: Path):
+    """The same request would fail again: its client is told what to change, not to come back."""
+    workers = FakeWorkers(folder)
+    async with engine_on(workers) as engine:
+        reading = await begun(engine, workers.newest, make_request())
+        workers.newest.say(Step([TokenEvent(1, error="The settings rule out all tokens.", invalid=True)]))
+
+        with pytest.raises(InvalidRequest, match="rule out all tokens"):
+            await reading
 
 
 async def test_an_error_of_the_worker_is_the_end_of_that_request(folder: Path):

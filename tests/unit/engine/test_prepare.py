@@ -93,13 +93,14 @@ async def test_a_token_that_the_model_lacks_is_the_requests_fault():
 async def test_threads_end_with_their_encoder(stuck: StuckTokenizer):
     """Those that are free do, at once."""
     encoder = PromptEncoder(stuck, vocab_size=2**21, seconds=5)
-    before = threading.active_count()
+    before = set(threading.enumerate())
     await encoder.encode(prompt("hello"))
-    assert threading.active_count() > before
+    started = set(threading.enumerate()) - before
+    assert started
 
     encoder.close()
 
-    await until(lambda: before == threading.active_count())
+    await until(lambda: not any(thread.is_alive() for thread in started))
 
 
 def test_a_stuck_thread_does_not_keep_the_process_from_ending():

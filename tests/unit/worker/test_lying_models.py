@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from app.worker.loading.loader import load, load_reason
 from app.worker.loading.model_files import JSON_BYTES, LoadError
 from app.worker.loading.stage_deadline import within_deadline
 from app.worker.process import make_runner
-from app.worker.sampling.sampler import NO_TOKEN
+from app.worker.sampling.sampler import NO_TOKEN, NO_TOKEN_LEFT
 from app.worker.scheduling.batching_runner import BatchingRunner
 from tests.unit.lying_models import (
     Damage,
@@ -44,6 +45,7 @@ from tests.unit.lying_models import (
     write,
 )
 from tests.unit.tiny_models import chatml_tokenizer, save_tiny_llama
+from tests.unit.worker.families import FAMILIES, NOT_BATCHABLE, make
 from tests.unit.worker.test_loader import SPEC
 
 
@@ -310,6 +312,24 @@ def test_a_lie_is_refused_in_one_line(tmp_path: Path, damage: Damage, reason: st
     assert time.monotonic() - started < 30
 
 
+BUILDS = FAMILIES | {name: build for name, (build, _) in NOT_BATCHABLE.items()}
+
+
+@pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
+def test_a_sound_model_of_any_family_passes_every_check(
+    tmp_path: Path, build: Callable[[], Any], caplog: pytest.LogCaptureFixture
+):
+    """Tied weights, renamed tensors, experts and recurrent states are no lies."""
+    model = make(build)
+    tokenizer = chatml_tokenizer()
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+
+    assert len(tokenizer) == load_folder(tmp_path).vocab_size
+    assert "which this model does not use" not in caplog.text
+
+
 SERVED: dict[str, tuple[Damage, str]] = {
     "padding": (pad, ""),
     "unused head": (add_weights(score__weight=torch.ones(2, 32)), "the weights hold score.weight, which this model"),
@@ -388,6 +408,19 @@ def test_a_row_of_scores_that_are_not_finite_fails_by_itself(
     assert [0] == [event.id for event in events if event.error]
     assert single == tokens_of(events, 1) == tokens_of(events, 2)
     assert single == tokens_of(answer(runner, seeded, prompt=9), 0)
+
+
+def test_settings_that_leave_no_token_are_the_requests_fault(tmp_path: Path):
+    """Not the model's, whose scores are finite; its neighbour is answered."""
+    folder = save_tiny_llama(tmp_path / "model", vocab_size=281, eos_token_id=[0, 1])
+    runner = make_runner(load_folder(folder), SPEC)
+    assert isinstance(runner, BatchingRunner)
+    nothing = SamplingParams(max_tokens=2, min_tokens=1, stop_token_ids=tuple(range(281)))
+
+    events = answer(runner, nothing, SamplingParams(max_tokens=2))
+
+    assert [(0, NO_TOKEN_LEFT.reason, True)] == [(e.id, e.error, e.invalid) for e in events if e.error]
+    assert tokens_of(events, 1)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

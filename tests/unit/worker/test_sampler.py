@@ -22,7 +22,7 @@ from transformers import (
 
 from app.types import SamplingParams
 from app.worker.sampling.penalties import apply_repetition_penalty
-from app.worker.sampling.sampler import NO_TOKEN, Sampled, SamplingFailure, SequenceSampler, sample
+from app.worker.sampling.sampler import NO_TOKEN, NO_TOKEN_LEFT, Sampled, SamplingFailure, SequenceSampler, sample
 from app.worker.sampling.sampling_ops import SamplingDraw
 
 GRID = 200
@@ -348,7 +348,7 @@ def test_settings_that_rule_out_every_token_end_the_row():
 
     found = sample(scores, [row(3, ends=(0, 2), min_tokens=1), row(3, ends=(0, 2), temperature=0.0)])
 
-    assert [NO_TOKEN, Sampled(2)] == found
+    assert [NO_TOKEN_LEFT, Sampled(2)] == found
 
 
 def test_a_seed_and_a_sample_repeat_a_completion():

@@ -70,7 +70,7 @@ class SerialRunner:
         try:
             check_request(request, self._model)
         except ValueError as error:
-            self._pending_events.append(TokenEvent(request.id, error=str(error)))
+            self._pending_events.append(TokenEvent(request.id, error=str(error), invalid=True))
         else:
             self._waiting.append(request)
 
