@@ -167,8 +167,8 @@ _CHAIN_REVERSED = re.compile(
 """Everything that an address may consist of, from its end to its beginning, and keys and IPv6 addresses too."""
 _SIGN = re.compile(rf"@|{SPOKEN_AT}| at ", re.IGNORECASE)
 _PARTIAL_SIGN = re.compile(
-    r"(?:[ \t]?[\[({<][ \t]?(?:a|at|@|d|do|dot|\.)?[ \t]?[\])}>]?[ \t]?"
-    r"| (?:a|at|d|do|dot)?|%[24]?|&[#a-z0-9]{0,11};?|\r?\n?)\Z",
+    r"[ \t\[({<%&\r\n](?:(?:(?<=[ \t])[\[({<]|(?<=[\[({<]))[ \t]?(?:a|at|@|d|do|dot|\.)?[ \t]?[\])}>]?[ \t]?"
+    r"|(?<= )(?:a|at|d|do|dot)?|(?<=%)[24]?|(?<=&)[#a-z0-9]{0,11};?|(?<=\r)\n?|(?<=\n))\Z",
     re.IGNORECASE,
 )
 _OPEN_QUOTE = re.compile(rf"\"{_QUOTED}*(?: {_QUOTED}*){{0,2}}\"?\Z")
@@ -181,9 +181,9 @@ def open_email(recent: str) -> int:
     """
     length = _open_chain(recent)
     # What may become a sign, as "[a" may, keeps the address before it open.
-    if (partial := _PARTIAL_SIGN.search(recent, max(0, len(recent) - 16))) and partial[0]:
+    if partial := _PARTIAL_SIGN.search(recent, max(0, len(recent) - 16)):
         length = max(length, _open_chain(recent[: partial.start()]) + len(partial[0]))
-    if quote := _OPEN_QUOTE.search(recent, max(0, len(recent) - _QUOTED_LOCAL_PART - 2)):
+    if '"' in recent and (quote := _OPEN_QUOTE.search(recent, max(0, len(recent) - _QUOTED_LOCAL_PART - 2))):
         length = max(length, len(recent) - quote.start())
     return length
 

@@ -77,7 +77,7 @@ def trigger_of(shadow: str) -> re.Pattern[str]:
 
     A cheap test that skips ordinary prose.
     """
-    return _ANY_OR_TOKEN if "authorization" in shadow.lower() else _ANY
+    return _ANY_OR_TOKEN if "uthorization" in shadow or "UTHORIZATION" in shadow else _ANY
 
 
 _IPV4 = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?![A-Za-z0-9])(?!\.[0-9])")
@@ -155,15 +155,17 @@ def first_open(shadow: str, begin: int) -> int:
     """
     size = len(shadow)
     recent = shadow[max(begin, size - EMAIL_REACH) :]
-    firsts = [size, size - open_email(recent), iban_open(shadow, max(begin, size - IBAN_REACH))]
-    number = _NUMBER_REVERSED.match(recent[: -NUMBER_REACH - 1 : -1])
-    if number and (start := _NUMBER_START.search(shadow, size - number.end())):
-        firsts.append(start.start())
+    first = size - open_email(recent)
+    if _NUMBER_START.search(shadow, max(begin, size - NUMBER_REACH)):
+        first = min(first, iban_open(shadow, max(begin, size - IBAN_REACH)))
+        number = _NUMBER_REVERSED.match(recent[: -NUMBER_REACH - 1 : -1])
+        if number and (start := _NUMBER_START.search(shadow, size - number.end())):
+            first = min(first, start.start())
     if "eyJ" in recent and (token := JWT_OPEN.search(shadow, max(begin, size - JWT_REACH))):
-        firsts.append(token.start())
+        first = min(first, token.start())
     if "-" in recent[-PEM_REACH:] and (key := PEM_OPEN.search(shadow, max(begin, size - PEM_REACH))):
-        firsts.append(key.start())
-    return min(first for first in firsts if first >= begin)
+        first = min(first, key.start())
+    return first
 
 
 _STARTS: dict[PiiKind, str] = {
