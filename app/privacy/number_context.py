@@ -23,8 +23,8 @@ _OTHER_WORDS = """order orders invoice receipt ticket sku ean upc isbn gtin asin
 article product model id no nr batch lot version build tracking parcel issue bug pr commit rev revision po
 bestellung auftrag bestellnummer rechnung rechnungsnummer artikel artikelnummer commande facture pedido factura
 referencia ordine fattura zamówienie faktura sipariş заказ заказа артикул счет timestamp epoch unix seed port
-pid total sum amount price barcode"""
-_OTHER_ENDINGS = "订单 订单号 编号 条码 注文番号 주문번호 طلب"
+pid total sum amount price barcode usd eur gbp chf inr cny rub brl"""
+_OTHER_ENDINGS = "p/n s/n 订单 订单号 编号 条码 注文番号 주문번호 طلب"
 _OTHER_FILLERS = "no nr n num number nummer id code numero número numéro is"
 
 

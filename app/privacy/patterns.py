@@ -111,14 +111,14 @@ def _ip(shadow: str, start: int, left: str) -> int:
 
 
 def _is_ipv4(written: str, left: str) -> bool:
-    """Return whether it is the address of a machine, and not of this one, of all or of a network, nor a version."""
+    """Return whether it is the address of a machine, and not of this one, none or a network, nor a version."""
     try:
         address = ipaddress.IPv4Address(written)
     except ValueError:
         return False
     inverted = int(address) ^ 0xFFFFFFFF
     is_mask = written.startswith("255.") and inverted & (inverted + 1) == 0
-    if address.is_loopback or address.is_unspecified or is_mask:
+    if address.is_loopback or written.startswith("0.") or is_mask:
         return False
     version = _VERSION.search(left)
     # A heading begins its line, and has small numbers.
