@@ -159,6 +159,9 @@ def inside_word(shadow: str, start: int, left: str) -> bool:
     return shadow[start] in "0123456789" and _REJECTED_END.search(left) is not None
 
 
+_WORD_REVERSED = re.compile(
+    rf"(?:[{LETTER}0-9._%+'\-{FILLER}{SPOKEN_DOT}:/=~\"]|\n\r?(?=[{FILLER}.])| tod )*+", re.IGNORECASE
+)
 _CHAIN_REVERSED = re.compile(
     rf"(?:[{LETTER}{OTHER_LETTER}0-9._%+'\-{FILLER}{SPOKEN_AT}{SPOKEN_DOT}:/=~\"]"
     rf"|@(?:\n\r?)?|\n\r?(?=[{FILLER}@.])| (?:ta|tod) )*+",
@@ -190,7 +193,10 @@ def open_email(recent: str) -> int:
 
 def _open_chain(recent: str) -> int:
     """Return how many characters at the end of a text may be an address, if its sign is complete."""
-    before = recent if _SIGN.search(recent) else recent[-LOCAL_PART:]
+    if not _SIGN.search(recent):
+        before = recent[: -LOCAL_PART - 1 : -1]
+        return max(run.end() for run in (_WORD_REVERSED.match(before), _OTHER_REVERSED.match(before)) if run)
+    before = recent
     chain = _CHAIN_REVERSED.match(before[::-1])
     size = chain.end() if chain else 0
     length = min(size, LOCAL_PART)

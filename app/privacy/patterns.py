@@ -5,8 +5,8 @@ lengths in the patterns after it.  A pattern finds candidates; a checksum, a num
 validates them.  `redactor.py` scans texts and streams with these matchers.
 
 Two rules hold for every kind, and `redactor.py` relies on them.
-* An end never depends on text that another match could replace: an end is rejected only if a letter, a digit, ".5" or
-  "-5" follows, and where it is rejected nothing else can begin (`inside_word`).
+* An end never depends on text that another match could replace: an end is rejected only if a letter, a digit, ".5",
+  "-5" or another number of a row follows, and where it is rejected nothing else can begin (`inside_word`, `phones.py`).
 * Where a shorter candidate is valid, a longer one does not change that: all possible ends are tried.
 """
 
