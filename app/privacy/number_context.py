@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from app.privacy.shadow_text import Shadow
+from app.privacy.shadow_text import FILLER, SPOKEN_AT, Shadow
 
 _BETWEEN = " \t\r\n:.#()=>\"'-\u2022*,\u2116\u00b0\u00ba/"
 _MOST_BETWEEN = 5
+_SPOKEN = SPOKEN_AT.ljust(len(" at "), FILLER)
 
 _PHONE_WORDS = """phone phones telephone mobile mobil mob cell call fax whatsapp sms text hotline dial contact
 reach ring tel telefon telefonnummer rufnummer handy handynummer mobilnummer ruf rufen anruf telefono teléfono
@@ -41,7 +42,8 @@ def _announces(words: str, endings: str, fillers: str, signs: str) -> Callable[[
     known, between, unspaced = frozenset(listed(words)), frozenset(listed(fillers)), tuple(listed(endings))
 
     def ends(left: str) -> bool:
-        text = left.lower()
+        # A word whatever the rest of the text makes of it.
+        text = left.lower().replace(_SPOKEN, " at ")
         for _ in range(3):
             end = len(text.rstrip(_BETWEEN))
             if not end or len(text) - end > _MOST_BETWEEN or text[end - 1].isdigit():
