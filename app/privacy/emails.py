@@ -159,6 +159,9 @@ def inside_word(shadow: str, start: int, left: str) -> bool:
     return shadow[start] in "0123456789" and _REJECTED_END.search(left) is not None
 
 
+_WORD_REVERSED = re.compile(
+    rf"(?:[{LETTER}0-9._%+'\-{FILLER}{SPOKEN_DOT}:/=~\"]|\n\r?(?=[{FILLER}.])| tod )*+", re.IGNORECASE
+)
 _CHAIN_REVERSED = re.compile(
     rf"(?:[{LETTER}{OTHER_LETTER}0-9._%+'\-{FILLER}{SPOKEN_AT}{SPOKEN_DOT}:/=~\"]"
     rf"|@(?:\n\r?)?|\n\r?(?=[{FILLER}@.])| (?:ta|tod) )*+",
@@ -167,8 +170,8 @@ _CHAIN_REVERSED = re.compile(
 """Everything that an address may consist of, from its end to its beginning, and keys and IPv6 addresses too."""
 _SIGN = re.compile(rf"@|{SPOKEN_AT}| at ", re.IGNORECASE)
 _PARTIAL_SIGN = re.compile(
-    r"(?:[ \t]?[\[({<][ \t]?(?:a|at|@|d|do|dot|\.)?[ \t]?[\])}>]?[ \t]?"
-    r"| (?:a|at|d|do|dot)?|%[24]?|&[#a-z0-9]{0,11};?|\r?\n?)\Z",
+    r"[ \t\[({<%&\r\n](?:(?:(?<=[ \t])[\[({<]|(?<=[\[({<]))[ \t]?(?:a|at|@|d|do|dot|\.)?[ \t]?[\])}>]?[ \t]?"
+    r"|(?<= )(?:a|at|d|do|dot)?|(?<=%)[24]?|(?<=&)[#a-z0-9]{0,11};?|(?<=\r)\n?|(?<=\n))\Z",
     re.IGNORECASE,
 )
 _OPEN_QUOTE = re.compile(rf"\"{_QUOTED}*(?: {_QUOTED}*){{0,2}}\"?\Z")
@@ -181,16 +184,19 @@ def open_email(recent: str) -> int:
     """
     length = _open_chain(recent)
     # What may become a sign, as "[a" may, keeps the address before it open.
-    if (partial := _PARTIAL_SIGN.search(recent, max(0, len(recent) - 16))) and partial[0]:
+    if partial := _PARTIAL_SIGN.search(recent, max(0, len(recent) - 16)):
         length = max(length, _open_chain(recent[: partial.start()]) + len(partial[0]))
-    if quote := _OPEN_QUOTE.search(recent, max(0, len(recent) - _QUOTED_LOCAL_PART - 2)):
+    if '"' in recent and (quote := _OPEN_QUOTE.search(recent, max(0, len(recent) - _QUOTED_LOCAL_PART - 2))):
         length = max(length, len(recent) - quote.start())
     return length
 
 
 def _open_chain(recent: str) -> int:
     """Return how many characters at the end of a text may be an address, if its sign is complete."""
-    before = recent if _SIGN.search(recent) else recent[-LOCAL_PART:]
+    if not _SIGN.search(recent):
+        before = recent[: -LOCAL_PART - 1 : -1]
+        return max(run.end() for run in (_WORD_REVERSED.match(before), _OTHER_REVERSED.match(before)) if run)
+    before = recent
     chain = _CHAIN_REVERSED.match(before[::-1])
     size = chain.end() if chain else 0
     length = min(size, LOCAL_PART)

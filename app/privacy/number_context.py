@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from app.privacy.shadow_text import Shadow
+from app.privacy.shadow_text import FILLER, SPOKEN_AT, Shadow
 
 _BETWEEN = " \t\r\n:.#()=>\"'-\u2022*,\u2116\u00b0\u00ba/"
 _MOST_BETWEEN = 5
+_SPOKEN = SPOKEN_AT.ljust(len(" at "), FILLER)
 
 _PHONE_WORDS = """phone phones telephone mobile mobil mob cell call fax whatsapp sms text hotline dial contact
 reach ring tel telefon telefonnummer rufnummer handy handynummer mobilnummer ruf rufen anruf telefono teléfono
@@ -23,8 +24,8 @@ _OTHER_WORDS = """order orders invoice receipt ticket sku ean upc isbn gtin asin
 article product model id no nr batch lot version build tracking parcel issue bug pr commit rev revision po
 bestellung auftrag bestellnummer rechnung rechnungsnummer artikel artikelnummer commande facture pedido factura
 referencia ordine fattura zamówienie faktura sipariş заказ заказа артикул счет timestamp epoch unix seed port
-pid total sum amount price barcode"""
-_OTHER_ENDINGS = "订单 订单号 编号 条码 注文番号 주문번호 طلب"
+pid total sum amount price barcode usd eur gbp chf inr cny rub brl"""
+_OTHER_ENDINGS = "p/n s/n 订单 订单号 编号 条码 注文番号 주문번호 طلب"
 _OTHER_FILLERS = "no nr n num number nummer id code numero número numéro is"
 
 
@@ -41,7 +42,8 @@ def _announces(words: str, endings: str, fillers: str, signs: str) -> Callable[[
     known, between, unspaced = frozenset(listed(words)), frozenset(listed(fillers)), tuple(listed(endings))
 
     def ends(left: str) -> bool:
-        text = left.lower()
+        # A word whatever the rest of the text makes of it.
+        text = left.lower().replace(_SPOKEN, " at ")
         for _ in range(3):
             end = len(text.rstrip(_BETWEEN))
             if not end or len(text) - end > _MOST_BETWEEN or text[end - 1].isdigit():

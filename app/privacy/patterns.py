@@ -5,8 +5,8 @@ lengths in the patterns after it.  A pattern finds candidates; a checksum, a num
 validates them.  `redactor.py` scans texts and streams with these matchers.
 
 Two rules hold for every kind, and `redactor.py` relies on them.
-* An end never depends on text that another match could replace: an end is rejected only if a letter, a digit, ".5" or
-  "-5" follows, and where it is rejected nothing else can begin (`inside_word`).
+* An end never depends on text that another match could replace: an end is rejected only if a letter, a digit, ".5",
+  "-5" or another number of a row follows, and where it is rejected nothing else can begin (`inside_word`, `phones.py`).
 * Where a shorter candidate is valid, a longer one does not change that: all possible ends are tried.
 """
 
@@ -77,7 +77,7 @@ def trigger_of(shadow: str) -> re.Pattern[str]:
 
     A cheap test that skips ordinary prose.
     """
-    return _ANY_OR_TOKEN if "authorization" in shadow.lower() else _ANY
+    return _ANY_OR_TOKEN if "uthorization" in shadow or "UTHORIZATION" in shadow else _ANY
 
 
 _IPV4 = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?![A-Za-z0-9])(?!\.[0-9])")
@@ -111,14 +111,14 @@ def _ip(shadow: str, start: int, left: str) -> int:
 
 
 def _is_ipv4(written: str, left: str) -> bool:
-    """Return whether it is the address of a machine, and not of this one, of all or of a network, nor a version."""
+    """Return whether it is the address of a machine, and not of this one, none or a network, nor a version."""
     try:
         address = ipaddress.IPv4Address(written)
     except ValueError:
         return False
     inverted = int(address) ^ 0xFFFFFFFF
     is_mask = written.startswith("255.") and inverted & (inverted + 1) == 0
-    if address.is_loopback or address.is_unspecified or is_mask:
+    if address.is_loopback or written.startswith("0.") or is_mask:
         return False
     version = _VERSION.search(left)
     # A heading begins its line, and has small numbers.
@@ -155,15 +155,17 @@ def first_open(shadow: str, begin: int) -> int:
     """
     size = len(shadow)
     recent = shadow[max(begin, size - EMAIL_REACH) :]
-    firsts = [size, size - open_email(recent), iban_open(shadow, max(begin, size - IBAN_REACH))]
-    number = _NUMBER_REVERSED.match(recent[: -NUMBER_REACH - 1 : -1])
-    if number and (start := _NUMBER_START.search(shadow, size - number.end())):
-        firsts.append(start.start())
+    first = size - open_email(recent)
+    if _NUMBER_START.search(shadow, max(begin, size - NUMBER_REACH)):
+        first = min(first, iban_open(shadow, max(begin, size - IBAN_REACH)))
+        number = _NUMBER_REVERSED.match(recent[: -NUMBER_REACH - 1 : -1])
+        if number and (start := _NUMBER_START.search(shadow, size - number.end())):
+            first = min(first, start.start())
     if "eyJ" in recent and (token := JWT_OPEN.search(shadow, max(begin, size - JWT_REACH))):
-        firsts.append(token.start())
+        first = min(first, token.start())
     if "-" in recent[-PEM_REACH:] and (key := PEM_OPEN.search(shadow, max(begin, size - PEM_REACH))):
-        firsts.append(key.start())
-    return min(first for first in firsts if first >= begin)
+        first = min(first, key.start())
+    return first
 
 
 _STARTS: dict[PiiKind, str] = {

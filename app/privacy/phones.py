@@ -45,8 +45,10 @@ _LONGER_NUMBER = re.compile(r"(?:[0-9][.,\-/]|[$\u20ac\u00a3\u00a5\u20b9][ \t]?)
 _ONE_OF_A_ROW = re.compile("[0-9]{1,13}+ |[0-9]{9,13}+(?![0-9])")
 _COMPACT = re.compile("[0-9]{7}")
 _ROW_AFTER = re.compile(r" [0-9]{1,8}(?=[ ,;)!?\n]|\.(?:[ \n]|\Z)|\Z)")
-_FILE_SUFFIX = re.compile(
-    r"\.(?:jpe?g|png|gif|svg|pdf|txt|csv|json|xml|zip|gz|docx?|xlsx?|mp[34]|log|html?|md)(?![A-Za-z0-9])", re.IGNORECASE
+# What makes a number without separators the name of a file, or an amount.
+_SUFFIX = re.compile(
+    r"\.(?:[0-9]{1,2}(?![0-9])|(?:jpe?g|png|gif|svg|pdf|txt|csv|json|xml|zip|gz|docx?|xlsx?|mp[34]|log|html?|md)(?![A-Za-z0-9]))",
+    re.IGNORECASE,
 )
 _PART_OF_A_NAME = frozenset("-_/#=&%@.\\")
 # The largest signed 32-bit number and its neighbour, valid numbers in Dallas that software often prints.
@@ -141,9 +143,7 @@ class NationalPlans:
         if written.isdigit():
             # Ten digits without separators are often an identifier: apply stricter rules, and no fictional area codes.
             identifier = (
-                written in _NOT_DIALLED
-                or _FILE_SUFFIX.match(shadow, end)
-                or written.removeprefix("1").startswith("555")
+                written in _NOT_DIALLED or _SUFFIX.match(shadow, end) or written.removeprefix("1").startswith("555")
             )
             following = shadow[end : end + 1]
             if identifier or (following.isascii() and following.isalpha()) or left[-1:] in _PART_OF_A_NAME:
@@ -186,7 +186,7 @@ class NationalPlans:
         ):
             return False
         if len(groups) == 1:
-            return left[-1:] not in _PART_OF_A_NAME and not _FILE_SUFFIX.match(shadow, start + len(written))
+            return left[-1:] not in _PART_OF_A_NAME and not _SUFFIX.match(shadow, start + len(written))
         spaces = not set(written) & set("()./-")
         return not (spaces and _in_a_row(shadow, start + len(written)))
 

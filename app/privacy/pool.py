@@ -33,7 +33,7 @@ _TRIES = 2
 """Processes that may fail at a step before its text does."""
 _LINE_BYTES = 2**22
 
-_ENVIRONMENT = frozenset(["PATH", "LANG", "SYSTEMROOT", "VIRTUAL_ENV"])
+_ENVIRONMENT = frozenset(["PATH", "LANG", "SYSTEMROOT", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH"])
 
 
 class RedactionFailedError(Exception):

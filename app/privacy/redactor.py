@@ -145,16 +145,19 @@ class Redactor:
             done = match.end
         return Redaction("".join([*parts, text[done:]]), counts)
 
-    def scan(self, shadow: str, begin: int, decided: int, max_attempts: int | None = None) -> _ScanResult:
+    def scan(
+        self, shadow: str, begin: int, decided: int, max_attempts: int | None = None, *, final: bool = True
+    ) -> _ScanResult:
         """Find the entities that begin in `shadow[begin:decided]`; used by `StreamRedactor`.
 
         Args:
             shadow: a shadow text, from at least `LEFT_REACH` characters before `begin` or from its own beginning.
             decided: the position from which on later text could change the outcome; the length at the end of the text.
             max_attempts: how many places may be examined; None is no limit.
+            final: whether no text follows, so that a key at the end has no rest.
         Raises: TooMuchWorkError: they are more.
         """
-        scan = _Scan(shadow, begin, decided, self._matchers, PiiKind.EMAIL in self.kinds)
+        scan = _Scan(shadow, begin, decided, self._matchers, PiiKind.EMAIL in self.kinds, final=final)
         return scan.run(sys.maxsize if max_attempts is None else max_attempts)
 
 
@@ -166,7 +169,8 @@ def _placeholder(kind: PiiKind) -> str:
 class _Scan:
     """One pass over a shadow.  Every position is tried once, and again only if an entity ends there."""
 
-    def __init__(self, shadow: str, begin: int, decided: int, kinds: Matchers, emails: bool) -> None:
+    def __init__(self, shadow: str, begin: int, decided: int, kinds: Matchers, emails: bool, *, final: bool) -> None:
+        self._final = final
         self._shadow, self._decided, self._matchers, self._emails = shadow, decided, kinds, emails
         self._trigger = trigger_of(shadow)
         self._spoken = SPOKEN_AT in shadow
@@ -232,7 +236,7 @@ class _Scan:
     def _open_key(self) -> str | None:
         """Return the rule of the last match's rest, if it is a key that later text could extend."""
         last = self._matches[-1]
-        if last.kind is not PiiKind.API_KEY or self._decided == len(self._shadow):
+        if last.kind is not PiiKind.API_KEY or self._final:
             return None
         rule = key_rule(self._shadow, last.start)
         return rule if key_rest(rule, self._shadow, last.end).open else None
@@ -308,7 +312,7 @@ class StreamRedactor:
         decided = len(seen) if final else first_open(seen, begin)
         if decided == begin and not final:
             return ""
-        return self._emit(shadow, seen, self._redactor.scan(seen, begin, decided, max_attempts), cut=cut)
+        return self._emit(shadow, seen, self._redactor.scan(seen, begin, decided, max_attempts, final=final), cut=cut)
 
     def _drop_key_rest(self, shadow: Shadow, rule: str, *, final: bool) -> Shadow:
         """Drop the rest of the key that was replaced last, and return the shadow of the remaining text."""

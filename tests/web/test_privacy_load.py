@@ -13,7 +13,8 @@ HOSTILE = "12 34 " * 2000
 
 
 async def latency(service: Running, key: str) -> float:
-    """Return how long a small request takes, in seconds."""
+    """Return how long a small request takes, in seconds, some time after the one before."""
+    await asyncio.sleep(0.02)
     begin = time.perf_counter()
     reply = await service.generate(key, prompt="hello 415-555-2671")
     assert 200 == reply.status_code
@@ -34,9 +35,8 @@ async def test_costly_prompts_of_one_key_do_not_hold_up_another(tmp_path: Path) 
         beside = list[float]()
         while not all(task.done() for task in costly) and len(beside) < 60:
             beside.append(await latency(service, quiet))
-            await asyncio.sleep(0.02)
         replies = await asyncio.gather(*costly)
 
     assert {200} == {reply.status_code for reply in replies}
     assert len(beside) > 10
-    assert median(beside) < 3 * undisturbed + 0.005
+    assert median(beside) < 2 * undisturbed + 0.005

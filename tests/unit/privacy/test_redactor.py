@@ -36,6 +36,8 @@ ENTITIES += [
     "123-45-\n6789",
     "+49 30\n901820",
     "4111 | 1111 | 1111 | 1111",
+    "call me at 5552671999",
+    r"-----BEGIN PRIVATE KEY-----\nMIIEowIBAAKCAQEA\nabcdefgh=\n-----END PRIVATE KEY-----",
     "-----BEGIN PRIVATE KEY-----\nMIIEowIBAAKCAQEA7bq\nabcdefghijklmnop+/=\n-----END PRIVATE KEY-----",
 ]
 ODDMENTS = ["@", "@x.com", "eyJ", "sk-", "llm_", "::", ".", "-", "_", "+", "(", ")", "/", ":", ",", "'", "%", "[", "]"]
