@@ -169,7 +169,10 @@ class GuardedProtocol(HttpToolsProtocol):
             self._discarded += len(data)
             if self._discarded > MAX_DISCARDED_BYTES:
                 self.abort()
-            return
+        else:
+            self._read(data)
+
+    def _read(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
         if self._in_head:
             self._head_bytes += len(data)
@@ -185,7 +188,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._in_head and self._head_bytes > MAX_HEAD_BYTES:
             self._refuse(HeadTooLarge())
         elif self._serving is not None:
-            self._guard.rank(self, Rank.SENDING if self._serving.more_body else Rank.SERVED)
+            self._rank_serving(self._serving)
 
     def _feed(self, data: bytes) -> None:
         while data:
@@ -255,14 +258,21 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._broken is not None and self.pipeline and self.pipeline[0][0].more_body:
             self.pipeline.popleft()  # the newest one is what is broken
         super().on_response_complete()
-        if self._serving is None and self._broken is not None:
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Rank the connection by what follows the response that has been sent."""
+        if self._serving is not None:
+            self._rank_serving(self._serving)
+        elif self._broken is not None:
             self._refuse(self._broken)
-        elif self._serving is None:
+        else:
             self._guard.rank(self, Rank.KNOWN if self._known or self.trusted else Rank.UNKNOWN)
             if self._begun and self._in_head:
                 self._guard.head_begun(self)
-        else:
-            self._guard.rank(self, Rank.SENDING if self._serving.more_body else Rank.SERVED)
+
+    def _rank_serving(self, cycle: RequestResponseCycle) -> None:
+        self._guard.rank(self, Rank.SENDING if cycle.more_body else Rank.SERVED)
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -7,7 +7,7 @@ import random
 import httpx
 import pytest
 
-from app.web.http.private_api import static_paths
+from app.web.http.private_api import served_methods
 from tests.web.harness import AUTH, KEY, Web, make_web
 from tests.web.raw_requests import BODY, CASES, CHUNKED, INNER, TRAILED, Case, get, post
 from tests.web.raw_sockets import RawClient, exchange, statuses
@@ -229,7 +229,7 @@ async def test_a_hang_up_cancels_a_generation_with_another_request_queued_behind
 async def test_head_is_answered_as_get_without_a_body_and_other_methods_are_refused_sanely(subtests):
     """On every path, over one connection: a body that is sent all the same would garble the next response."""
     web = await make_web(security={"docs": True, "failed_keys_per_minute": 10_000})
-    paths = [*sorted(static_paths(web.app)), "/v1/sessions/none", "/v1/models/scripted", "/v1/keys/none", "/nowhere"]
+    paths = [*sorted(served_methods(web.app)), "/v1/sessions/none", "/v1/models/scripted", "/v1/keys/none", "/nowhere"]
     async with web.listening() as port:
         for headers in (AUTH, {}):
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=headers) as client:
