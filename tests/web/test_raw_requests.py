@@ -1,12 +1,14 @@
 """Requests over raw sockets that no HTTP library would send: each gets its status, and the server serves the next."""
 
 import asyncio
+import gc
 import json
 import random
 
 import httpx
 import pytest
 
+from app.http_protocol import GuardedProtocol
 from app.web.http.private_api import served_methods
 from tests.web.harness import AUTH, KEY, Web, make_web
 from tests.web.raw_requests import BODY, CASES, CHUNKED, INNER, TRAILED, Case, get, post
@@ -200,6 +202,60 @@ async def test_a_connection_that_sends_nothing_is_closed_without_a_word():
             await client.read_to_end()
 
     assert (b"", False) == (client.answer, client.reset)
+
+
+async def test_empty_lines_do_not_keep_an_idle_connection():
+    """A client may send some before a request, and the server waits for that no longer than for any other head."""
+    web = await make_web(security=SHORT)
+    async with web.listening() as port, RawClient(port) as client:
+        await client.send([INNER])
+        await client.read_responses(1)
+
+        async def drip() -> None:
+            for _ in range(1000):
+                await client.send([b"\r\n"])
+                await asyncio.sleep(0.05)
+
+        dripping = asyncio.create_task(drip())
+        async with asyncio.timeout(HANG_SECONDS):
+            await client.read_to_end()
+        dripping.cancel()
+
+    assert (200,) == statuses(client.answer)
+
+
+async def test_a_client_that_closes_its_side_frees_its_place_and_its_generation():
+    web = await make_web()
+    web.service.steps = ["a", 60.0]
+    body = b'{"prompt": "hello", "stream": true}'
+    async with web.listening() as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(post(f"Content-Length: {len(body)}", body=body))
+        await reader.readuntil(b": keep-alive\n\n")
+        writer.write_eof()
+        async with asyncio.timeout(2):
+            await reader.read()
+            while web.service.running:  # noqa: ASYNC110  # what is waited for has no event
+                await asyncio.sleep(0.01)
+        writer.close()
+
+
+async def test_nothing_of_a_closed_connection_waits_for_the_garbage_collector():
+    """A cycle of references for each would pause all streams while they are collected."""
+    web = await make_web()
+    async with web.listening() as port:
+        await exchange(port, [INNER], 1, closes=False)
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(10):
+                await exchange(port, [INNER], 1, closes=False)
+            await asyncio.sleep(0.05)
+            found = [each for each in gc.get_objects() if isinstance(each, GuardedProtocol)]
+        finally:
+            gc.enable()
+
+    assert [] == found
 
 
 async def test_what_the_parser_refuses_has_the_envelope_and_echoes_nothing():
