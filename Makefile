@@ -82,7 +82,7 @@ test-long: $(VENV)/.installed-dev ## The tests that take minutes: kills and race
 chaos: $(VENV)/.installed-dev ## Kill, suspend, fill and lock what the service depends on, at random moments, for minutes
 	@$(PY) -m pytest --no-cov -m chaos $(ARGS)
 
-fuzz: $(VENV)/.installed-dev ## Send the service thousands of requests made of its OpenAPI document (FUZZ_SEED=2 makes others)
+fuzz: $(VENV)/.installed-dev ## Send the service thousands of requests, made of its OpenAPI document (FUZZ_SEED=2 makes others) or hostile
 	@$(PY) -m pytest --no-cov -m fuzz $(ARGS)
 
 bench-access: $(VENV)/.installed-dev ## Measure what keys, limits, quotas and the log cost a request

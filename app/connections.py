@@ -3,6 +3,7 @@
 Pure decisions, without I/O: `http_protocol.py` reports what becomes of each connection and carries them out.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -10,10 +11,8 @@ from typing import Literal, Protocol
 
 from app.config import Settings
 
-try:
+if sys.platform != "win32":
     import resource
-except ImportError:  # Windows, which bounds no descriptors
-    resource = None  # type: ignore[assignment]
 
 WRITE_SECONDS = 15.0
 WRITE_BYTES = 64 * 1024
@@ -90,7 +89,7 @@ class ConnectionLimits:
 
 def raise_file_limit() -> int | None:
     """Raise the soft limit of open files towards the hard one; return what it is then, None if there is none."""
-    if resource is None:
+    if sys.platform == "win32":
         return None
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = resource.RLIM_INFINITY

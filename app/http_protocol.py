@@ -15,7 +15,7 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from app.connections import SWEEP_SECONDS, ConnectionGuard, Rank, TooManyConnections
+from app.connections import SWEEP_SECONDS, WRITE_BYTES, ConnectionGuard, Rank, TooManyConnections
 from app.errors import AppError, DeadlineExceeded, InvalidRequest, RateLimited, ServiceUnavailable
 from app.web.http.errors import envelope
 from app.web.http.middleware import MAX_HEAD_BYTES, HeadTooLarge
@@ -147,6 +147,15 @@ class GuardedProtocol(HttpToolsProtocol):
             self._serving.message_event.set()
         self.pipeline.clear()
         super().connection_lost(exc)
+        # The cycle refers to the transport, and that to this protocol: only a collection would free them.
+        self.transport = self._raw
+        self.cycle = self._serving = None  # type: ignore[assignment]
+
+    def eof_received(self) -> None:
+        """Give the place up: asyncio closes the transport now, which takes as long as the client reads."""
+        if not self.closing:
+            self.closing = True
+            self._guard.closing(self, lingers=False)
 
     def unsent(self) -> int:
         return self._raw.get_write_buffer_size()
@@ -169,7 +178,10 @@ class GuardedProtocol(HttpToolsProtocol):
             self._discarded += len(data)
             if self._discarded > MAX_DISCARDED_BYTES:
                 self.abort()
-            return
+        else:
+            self._read(data)
+
+    def _read(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
         if self._in_head:
             self._head_bytes += len(data)
@@ -185,7 +197,10 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._in_head and self._head_bytes > MAX_HEAD_BYTES:
             self._refuse(HeadTooLarge())
         elif self._serving is not None:
-            self._guard.rank(self, Rank.SENDING if self._serving.more_body else Rank.SERVED)
+            self._rank_serving(self._serving)
+        elif self._in_head:
+            # Also where nothing but empty lines has come, with which the parser does not begin a request.
+            self._guard.head_begun(self)
 
     def _feed(self, data: bytes) -> None:
         while data:
@@ -217,8 +232,6 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._begun = True
-        if self._serving is None:
-            self._guard.head_begun(self)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._in_head:
@@ -255,14 +268,21 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._broken is not None and self.pipeline and self.pipeline[0][0].more_body:
             self.pipeline.popleft()  # the newest one is what is broken
         super().on_response_complete()
-        if self._serving is None and self._broken is not None:
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Rank the connection by what follows the response that has been sent."""
+        if self._serving is not None:
+            self._rank_serving(self._serving)
+        elif self._broken is not None:
             self._refuse(self._broken)
-        elif self._serving is None:
+        else:
             self._guard.rank(self, Rank.KNOWN if self._known or self.trusted else Rank.UNKNOWN)
             if self._begun and self._in_head:
                 self._guard.head_begun(self)
-        else:
-            self._guard.rank(self, Rank.SENDING if self._serving.more_body else Rank.SERVED)
+
+    def _rank_serving(self, cycle: RequestResponseCycle) -> None:
+        self._guard.rank(self, Rank.SENDING if cycle.more_body else Rank.SERVED)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -307,7 +327,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._begun and self._raw.can_write_eof():
             self.flow.resume_reading()
             self._raw.write_eof()
-            self._guard.closing(self, lingers=True)
+            self._guard.closing(self, lingers=self.unsent() <= WRITE_BYTES)
         else:
             self._raw.close()
             self._guard.closing(self, lingers=False)

@@ -1,13 +1,15 @@
 """Requests over raw sockets that no HTTP library would send: each gets its status, and the server serves the next."""
 
 import asyncio
+import gc
 import json
 import random
 
 import httpx
 import pytest
 
-from app.web.http.private_api import static_paths
+from app.http_protocol import GuardedProtocol
+from app.web.http.private_api import served_methods
 from tests.web.harness import AUTH, KEY, Web, make_web
 from tests.web.raw_requests import BODY, CASES, CHUNKED, INNER, TRAILED, Case, get, post
 from tests.web.raw_sockets import RawClient, exchange, statuses
@@ -97,8 +99,9 @@ async def test_no_mutation_of_a_request_breaks_the_server_or_hangs(count, log_li
         assert not wrong, sent
 
     async with web.listening() as port:
-        for _ in range(0, count, 100):
-            await asyncio.gather(*(send(mutated()) for _ in range(100)))
+        at_once = min(400, count)
+        for _ in range(0, count, at_once):
+            await asyncio.gather(*(send(mutated()) for _ in range(at_once)))
         assert await serves(port)
     assert not [line for line in log_lines if line["log_level"] in ("error", "critical")]
 
@@ -201,6 +204,60 @@ async def test_a_connection_that_sends_nothing_is_closed_without_a_word():
     assert (b"", False) == (client.answer, client.reset)
 
 
+async def test_empty_lines_do_not_keep_an_idle_connection():
+    """A client may send some before a request, and the server waits for that no longer than for any other head."""
+    web = await make_web(security=SHORT)
+    async with web.listening() as port, RawClient(port) as client:
+        await client.send([INNER])
+        await client.read_responses(1)
+
+        async def drip() -> None:
+            for _ in range(1000):
+                await client.send([b"\r\n"])
+                await asyncio.sleep(0.05)
+
+        dripping = asyncio.create_task(drip())
+        async with asyncio.timeout(HANG_SECONDS):
+            await client.read_to_end()
+        dripping.cancel()
+
+    assert (200,) == statuses(client.answer)
+
+
+async def test_a_client_that_closes_its_side_frees_its_place_and_its_generation():
+    web = await make_web()
+    web.service.steps = ["a", 60.0]
+    body = b'{"prompt": "hello", "stream": true}'
+    async with web.listening() as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(post(f"Content-Length: {len(body)}", body=body))
+        await reader.readuntil(b": keep-alive\n\n")
+        writer.write_eof()
+        async with asyncio.timeout(2):
+            await reader.read()
+            while web.service.running:  # noqa: ASYNC110  # what is waited for has no event
+                await asyncio.sleep(0.01)
+        writer.close()
+
+
+async def test_nothing_of_a_closed_connection_waits_for_the_garbage_collector():
+    """A cycle of references for each would pause all streams while they are collected."""
+    web = await make_web()
+    async with web.listening() as port:
+        await exchange(port, [INNER], 1, closes=False)
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(10):
+                await exchange(port, [INNER], 1, closes=False)
+            await asyncio.sleep(0.05)
+            found = [each for each in gc.get_objects() if isinstance(each, GuardedProtocol)]
+        finally:
+            gc.enable()
+
+    assert [] == found
+
+
 async def test_what_the_parser_refuses_has_the_envelope_and_echoes_nothing():
     web = await make_web()
     async with web.listening() as port:
@@ -229,7 +286,7 @@ async def test_a_hang_up_cancels_a_generation_with_another_request_queued_behind
 async def test_head_is_answered_as_get_without_a_body_and_other_methods_are_refused_sanely(subtests):
     """On every path, over one connection: a body that is sent all the same would garble the next response."""
     web = await make_web(security={"docs": True, "failed_keys_per_minute": 10_000})
-    paths = [*sorted(static_paths(web.app)), "/v1/sessions/none", "/v1/models/scripted", "/v1/keys/none", "/nowhere"]
+    paths = [*sorted(served_methods(web.app)), "/v1/sessions/none", "/v1/models/scripted", "/v1/keys/none", "/nowhere"]
     async with web.listening() as port:
         for headers in (AUTH, {}):
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=headers) as client:

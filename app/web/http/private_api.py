@@ -60,9 +60,12 @@ def route_path(scope: Scope) -> str | None:
 
 
 def served_methods(app: FastAPI) -> Mapping[str, frozenset[str]]:
-    """Return the path template of every route, those of included routers too, and the methods that it is served by."""
+    """Return the path template of every route, those of included routers too, and the methods that it is served by.
+
+    HEAD is among them wherever GET is: the middleware answers it by that route.
+    """
     methods: defaultdict[str, frozenset[str]] = defaultdict(frozenset)
     for route in iter_route_contexts(app.routes):
         if route.path:
-            methods[route.path] |= frozenset(route.methods or ())
+            methods[route.path] |= {*(route.methods or ()), *(["HEAD"] if "GET" in (route.methods or ()) else [])}
     return dict(methods)

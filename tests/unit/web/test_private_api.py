@@ -172,7 +172,8 @@ def test_the_paths_of_included_routers_are_found_with_all_their_methods():
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(router)
 
-    assert {"/v1/items": {"GET"}, "/v1/items/{name}": {"GET", "DELETE"}} == served_methods(app)
+    wanted = {"/v1/items": {"GET", "HEAD"}, "/v1/items/{name}": {"GET", "HEAD", "DELETE"}}
+    assert wanted == served_methods(app)
 
 
 async def test_starlette_sends_nothing_when_an_error_handler_returns_none():
