@@ -172,7 +172,7 @@ class Chaos:
     ("kinds", "seed"),
     [
         pytest.param(("kill", "suspend", "hang up", "hang"), 1, id="short"),
-        pytest.param(KINDS * 12, 2, id="long", marks=pytest.mark.chaos),
+        pytest.param(KINDS * 6, 2, id="long", marks=pytest.mark.chaos),
     ],
 )
 def test_whatever_happens_to_the_worker_each_request_ends_once_and_nothing_stays(

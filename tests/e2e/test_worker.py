@@ -274,16 +274,16 @@ async def test_a_spare_replaces_a_killed_worker_and_ends_with_the_engine(folder:
     engine = LocalEngine(ModelConfig(name=str(folder)), DeadlineConfig(), interpreters=interpreters)
     async with serving(engine):
         for restarts in (1, 2):
-            (spare,) = set(interpreters_of(os.getpid())) - {engine.status().worker_pid}
+            (spare,) = set(await interpreters_of(os.getpid(), 2)) - {engine.status().worker_pid}
             os.kill(engine.status().worker_pid or 0, signal.SIGKILL)
             await until(partial(lambda number: engine.status().restarts == number, restarts))
             async with asyncio.timeout(START_SECONDS):
                 await engine.wait_ready()
             assert spare == engine.status().worker_pid
         assert FinishReason.LENGTH == finished_of(await read(engine, make_request(max_tokens=2))).finish_reason
-        assert 2 == len(interpreters_of(os.getpid()))
+        await interpreters_of(os.getpid(), 2)
         assert 2 == len(workers_in(short_folder))
-    assert ([], []) == (interpreters_of(os.getpid()), workers_in(short_folder))
+    assert ([], []) == (await interpreters_of(os.getpid(), 0), workers_in(short_folder))
 
 
 async def test_closing_while_it_loads_leaves_nothing(
@@ -370,9 +370,14 @@ async def line_of(service: subprocess.Popen[bytes], after: bytes = b"") -> str:
     return (await asyncio.to_thread(service.stdout.readline)).decode().strip()
 
 
-def interpreters_of(pid: int) -> list[int]:
-    """The worker of a service, and its spare."""
-    return [each.pid for each in psutil.Process(pid).children() if "app.worker" in each.cmdline()]
+async def interpreters_of(pid: int, count: int) -> list[int]:
+    """Return the worker of a service, and its spare, once there are so many; a new process has no name at first."""
+
+    def found() -> list[int]:
+        return [each.pid for each in psutil.Process(pid).children() if "app.worker" in each.cmdline()]
+
+    await until(lambda: len(found()) == count)
+    return found()
 
 
 def workers_in(folder: Path) -> list[str]:
@@ -386,10 +391,10 @@ async def test_no_worker_outlives_its_service(folder: Path, short_folder: Path, 
         pid = int(await line_of(service))
         if state != "while it loads":
             assert "ready" == await line_of(service)
+        interpreters = await interpreters_of(service.pid, 1 if state == "while it loads" else 2)
         children = psutil.Process(service.pid).children()
-        interpreters = interpreters_of(service.pid)
         assert pid in interpreters
-        assert len(interpreters) == len(workers_in(short_folder)) == (1 if state == "while it loads" else 2)
+        assert len(interpreters) == len(workers_in(short_folder))
         if state == "while it is suspended":
             for each in interpreters:
                 os.kill(each, signal.SIGSTOP)
