@@ -39,7 +39,7 @@ class Request:
         self._access, self._key = access, key
         self._metrics = Metrics(["echo"])
         self._info = EchoEngine().info
-        self._admission = AdmissionControl(MemoryAdmissionStore(), access.quotas, enabled=True, on_refusal=lambda: None)
+        self._admission = AdmissionControl(MemoryAdmissionStore(), access.quotas, on_refusal=lambda: None)
         self._usage = UsageRecorder(log=access.log, cached_prompt=0, cached_completion=0, store_text=False)
 
     async def run(self, number: int) -> float:
