@@ -89,6 +89,18 @@ class _ClosingGently:
         return getattr(self._transport, name)
 
 
+class _UnchunkedCycle(RequestResponseCycle):
+    """A request of HTTP/1.0, which has no chunks: a response without a length ends with the connection."""
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            has_length = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+            self.chunked_encoding = None if has_length else False
+        elif self.chunked_encoding is False and not self.expected_content_length:
+            self.expected_content_length = len(message.get("body", b""))
+        await super().send(message)
+
+
 class GuardedProtocol(HttpToolsProtocol):
     """One connection.
 
@@ -97,6 +109,7 @@ class GuardedProtocol(HttpToolsProtocol):
     - it has a place from the guard, and a deadline for each head, each pause of writing, and closing;
     - a head has at most `MAX_HEAD_BYTES`, and what it refuses has the error envelope;
     - trailers of a chunked body are dropped: they came after the checks of the head, and are no headers;
+    - a response of HTTP/1.0 is never chunked;
     - an offer to upgrade the protocol is ignored, and the connection goes on;
     - a hang-up reaches the request being answered, also while another is queued behind it.
     """
@@ -246,6 +259,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._guard.head_done(self)
         super().on_headers_complete()
+        if self.scope["http_version"] == "1.0":
+            self.cycle.__class__ = _UnchunkedCycle  # before its task runs
         if len(self.pipeline) > MAX_PIPELINED:
             raise ValueError("too many pipelined requests")  # the parser stops, and its error is answered
 

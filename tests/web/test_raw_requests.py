@@ -258,6 +258,27 @@ async def test_nothing_of_a_closed_connection_waits_for_the_garbage_collector():
     assert [] == found
 
 
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+async def test_http_1_0_gets_no_chunks(stream):
+    """It does not know them; a stream ends with the connection, and what has a length keeps it."""
+    web = await make_web()
+    body = json.dumps({"prompt": "hello", "stream": stream}).encode()
+    async with web.listening() as port, RawClient(port) as client:
+        await client.send([post(f"Content-Length: {len(body)}", body=body, version="HTTP/1.0")])
+        async with asyncio.timeout(5):
+            await client.read_to_end()
+
+    head, _, content = client.answer.partition(b"\r\n\r\n")
+    assert (200,) == statuses(head)
+    assert b"chunked" not in head.lower()
+    assert stream is (b"content-length" not in head.lower())
+    if stream:
+        assert content.startswith(b": keep-alive\n\n")
+        assert content.rstrip().splitlines()[-1].startswith(b"data: ")
+    else:
+        assert "Hello" == json.loads(content)["generated_text"]
+
+
 async def test_what_the_parser_refuses_has_the_envelope_and_echoes_nothing():
     web = await make_web()
     async with web.listening() as port:
