@@ -271,6 +271,7 @@ async def test_http_1_0_gets_no_chunks(stream):
     head, _, content = client.answer.partition(b"\r\n\r\n")
     assert (200,) == statuses(head)
     assert b"chunked" not in head.lower()
+    assert [b"connection: close"] == [line for line in head.lower().split(b"\r\n") if line.startswith(b"connection")]
     assert stream is (b"content-length" not in head.lower())
     if stream:
         assert content.startswith(b": keep-alive\n\n")

@@ -107,6 +107,8 @@ class EventStream(SseResponse):
             send_timeout=send_timeout_seconds,
             sep="\n",
         )
+        # The library's is keep-alive; whether the connection is kept the server says.
+        del self.headers["Connection"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._reading = asyncio.create_task(self._read())
