@@ -48,7 +48,7 @@ def _has_integral_float(value: Any) -> bool:
 
 
 @schemathesis.hook
-def filter_failure(context: HookContext, failure: Exception, case: Case, response: Response) -> bool:
+def filter_failure(context: HookContext, failure: Exception, case: Case[Any], response: Response) -> bool:
     """Return whether a finding counts."""
     if type(failure).__name__ == "UseAfterFree" and case.path.startswith("/v1/keys/"):
         return False  # a revoked key stays in the list, with its state
@@ -60,6 +60,6 @@ def filter_failure(context: HookContext, failure: Exception, case: Case, respons
 
 
 @schemathesis.hook
-def filter_case(context: HookContext, case: Case) -> bool:
+def filter_case(context: HookContext, case: Case[Any]) -> bool:
     """Leave alone the role of the key that fuzzing itself uses."""
     return (case.path_parameters or {}).get("name") != "admin"
