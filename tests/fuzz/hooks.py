@@ -29,6 +29,7 @@ REASONS = re.compile(
             "min_tokens is more than max_tokens",
             # The model, and the configured limits.
             "holds no token for this model",
+            "may only name control tokens where completions are filtered",
             "names a token that the model does not have",
             "has [0-9]+ characters; this service takes at most",
             "but the model's context window holds",
