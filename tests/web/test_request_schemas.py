@@ -125,6 +125,28 @@ async def test_the_table_names_every_path_that_takes_a_body():
     assert RIGHT.keys() == {path for path, _, _ in bodies(await document())}
 
 
+async def test_every_number_of_a_request_has_bounds():
+    """Beyond the greatest, a body is refused for its digits before any field is looked at."""
+    found = await document()
+
+    def unbounded(schema: Any, where: str) -> Iterator[str]:
+        if isinstance(schema, dict):
+            if schema.get("type") in ("integer", "number"):
+                least = {"minimum", "exclusiveMinimum"} & schema.keys()
+                if not least or not {"maximum", "exclusiveMaximum"} & schema.keys():
+                    yield where
+            for name, inner in schema.items():
+                yield from unbounded(inner, f"{where}.{name}")
+        elif isinstance(schema, list):
+            for inner in schema:
+                yield from unbounded(inner, where)
+
+    schemas = found["components"]["schemas"]
+    requests = {schema["$ref"].rpartition("/")[-1] for _, _, schema in bodies(found)}
+    requests |= {"LimitFields", "RightsFields", "ChatMessage", "TextPart", "MessageFields", "StreamOptions"}
+    assert [] == [where for name in sorted(requests) for where in unbounded(schemas[name], name)]
+
+
 @asynccontextmanager
 async def client_of(path: str, folder: Path) -> AsyncIterator[httpx.AsyncClient]:
     """Call a path with nothing behind its validation that refuses more: a scripted service, or a real database."""

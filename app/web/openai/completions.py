@@ -15,7 +15,7 @@ from app.requests import GenerationRequest
 from app.web.http.dependencies import RequestContext, RequestContextDep, bind_end_user
 from app.web.http.errors import GENERATION_ERRORS, error_responses
 from app.web.http.json_body import GeneratingRoute
-from app.web.http.sampling_params import check_length
+from app.web.http.sampling_params import SampleCount, check_length
 from app.web.http.sse import streamed
 from app.web.openai.errors import ERROR_FORMAT
 from app.web.openai.request_model import OpenAIFields
@@ -40,7 +40,7 @@ class CompletionRequest(OpenAIFields):
     """OpenAI's fields and vLLM's extensions."""
 
     prompt: Prompts
-    best_of: Annotated[int, Field(ge=1)] | None = Field(None, description="Must equal n: all completions are returned.")
+    best_of: SampleCount | None = Field(None, description="Must equal n: all completions are returned.")
     echo: bool | None = Field(None, description="Prepend the prompt to each completion.")
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     suffix: Annotated[Any, NeutralOnly()] = None
