@@ -24,12 +24,12 @@ def examine_storage(settings: Settings) -> Iterator[Finding]:
     if settings.logging.file is not None:
         yield from _folder("log file", settings.logging.file.parent, "name another as LOGGING__FILE")
         yield from _private("log file", settings.logging.file)
-    yield from _temporary()
+    yield from _temporary(settings.app.data_dir)
 
 
 def _folder(subject: str, folder: Path, other: str) -> Iterator[Finding]:
     """Yield whether a folder can be written, or created, and how much room its disk has."""
-    place = next((each for each in (folder, *folder.absolute().parents) if each.exists()), Path("/"))
+    place = _existing(folder)
     if not place.is_dir():
         yield problem(subject, f"{place} is no folder", f"move it away, or {other}")
         return
@@ -84,13 +84,22 @@ def _private(subject: str, path: Path) -> Iterator[Finding]:
         yield warning(subject, f"others on this machine can read {path}", f"chmod 600 {path}")
 
 
-def _temporary() -> Iterator[Finding]:
-    """Native kernel libraries are built and loaded from there, and the worker's socket lies there."""
+def _temporary(data_dir: Path) -> Iterator[Finding]:
+    """The worker's socket lies there, and compiled code where the data folder does not take it."""
     folder = Path(tempfile.gettempdir())
-    if hasattr(os, "statvfs") and os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0):
-        advice = "name another folder as TMPDIR, or mount it with exec"
-        yield warning("temporary folder", f"nothing in {folder} may be executed, so layers stay uncompiled", advice)
-    elif not os.access(folder, os.W_OK):
+    if not os.access(folder, os.W_OK):
         yield problem("temporary folder", f"{folder} cannot be written", "name another folder as TMPDIR")
+    elif _executes_nothing(folder) and _executes_nothing(_existing(data_dir)):
+        text = f"nothing in it ({folder}) or in the data folder may be executed, so models run slower"
+        yield warning("temporary folder", text, "mount one of them without noexec, or name another as TMPDIR")
     else:
         yield ok("temporary folder", f"{folder} is writable")
+
+
+def _executes_nothing(folder: Path) -> bool:
+    return hasattr(os, "statvfs") and bool(os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0))
+
+
+def _existing(folder: Path) -> Path:
+    """Return a folder, or the one above it that exists."""
+    return next((each for each in (folder, *folder.absolute().parents) if each.exists()), Path("/"))

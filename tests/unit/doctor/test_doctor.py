@@ -276,7 +276,7 @@ def test_limits_of_the_machine_are_looked_at(folder: Path, monkeypatch: pytest.M
         "warning  limits: files may not grow beyond 1 MB",
         "problem  clock: the clock says 2001-01-01 00:00 UTC",
         "warning  processor: there is no C++ compiler",
-        "warning  temporary folder: nothing in",
+        "warning  temporary folder: nothing in it",
     ):
         assert text in said, text
     assert Path("/dev/nvidiactl").exists() or "problem  model: there is no NVIDIA GPU here" in said
