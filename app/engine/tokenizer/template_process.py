@@ -26,6 +26,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 LENGTH_BYTES = 4
+MAX_MESSAGE_CHARS = 200
+"""Of what the compiler says, which quotes the template."""
 
 
 class TemplateSource(msgspec.Struct, frozen=True):
@@ -171,7 +173,8 @@ def _failed(error: Exception) -> Rendered:
     if isinstance(error, MemoryError):
         return Rendered(error="more memory than the service gives", exhausted=True)
     if isinstance(error, TemplateSyntaxError):
-        return Rendered(error=f"line {error.lineno}: {error.message}")
+        message = "".join(sign if sign.isprintable() else "?" for sign in error.message or "")
+        return Rendered(error=f"line {error.lineno}: {message[:MAX_MESSAGE_CHARS]}")
     return Rendered(error=type(error).__name__)
 
 

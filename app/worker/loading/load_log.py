@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from transformers.utils import logging as transformers_logging
 
+from app.worker.loading.model_files import one_line
+
 MAX_LINE_CHARS = 500
 MAX_LINES = 50
 """Warnings of one load that are kept; a library may repeat one for each of a thousand tensors."""
@@ -39,7 +41,7 @@ class LoadLog(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep a warning as one line, once; a report that the loader itself reads is left out."""
-        line = " ".join(self.format(record).split())[:MAX_LINE_CHARS]
+        line = one_line(self.format(record), MAX_LINE_CHARS)
         if "LOAD REPORT" not in line and line not in self._seen and len(self._seen) < MAX_LINES:
             self._seen.add(line)
             self._lines.append(line)

@@ -44,14 +44,15 @@ from app.worker.execution.quantization import (
 )
 from app.worker.execution.torch.int8_linear import int8_linear
 from app.worker.loaded_model import LoadedModel
-from app.worker.loading.model_files import CONTEXT_FIELDS, LoadError, check_files, tensor_shape
+from app.worker.loading.model_files import CONTEXT_FIELDS, LoadError, check_files, one_line, tensor_shape
 from app.worker.loading.stage_deadline import within_deadline
 from app.worker.loading.weight_checks import check_finite, check_loading, check_scores
 
 log = logging.getLogger(__name__)
 
 GENERATION_FILE = "generation_config.json"
-MAX_REASON_CHARS = 300
+MAX_REASON_CHARS, MAX_DETAIL_CHARS = 700, 300
+"""Of the line that says why a model cannot be loaded, and of a library's own words in it."""
 MAX_PROBE_TOKENS = 24
 """Tokens of the text whose scores are checked."""
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
@@ -122,7 +123,7 @@ def load_reason(error: Exception) -> str:
     """Format an error as one line that an operator can act on."""
     match error:
         case LoadError():
-            reason = str(error)
+            reason = one_line(error, MAX_REASON_CHARS)
         case torch.OutOfMemoryError() | MemoryError():
             reason = "it does not fit into memory"
         case GatedRepoError():
@@ -146,8 +147,7 @@ def is_explained(error: Exception) -> bool:
 
 
 def _one_line(error: BaseException) -> str:
-    words = " ".join(str(error).split())
-    return words[:MAX_REASON_CHARS].rstrip(". ")
+    return one_line(error, MAX_DETAIL_CHARS).rstrip(". ")
 
 
 def _folder(spec: ModelSpec) -> tuple[Path, str | None]:

@@ -33,6 +33,12 @@ class LoadError(Exception):
     """The model cannot be served; the message is one line for the operator."""
 
 
+def one_line(text: object, limit: int) -> str:
+    """Return a text as one line without signs that a terminal obeys; names in a model's files may hold any."""
+    words = " ".join(str(text).split())
+    return "".join(sign if sign.isprintable() else "?" for sign in words[:limit])
+
+
 def check_files(folder: Path) -> None:
     """Check every small file of a folder, and the headers of its weights.
 

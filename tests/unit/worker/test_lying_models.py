@@ -451,6 +451,18 @@ def tokens_of(events: list[TokenEvent], number: int) -> list[int]:
     return [token for event in events if event.id == number for token in event.token_ids]
 
 
+def test_names_in_the_files_write_no_lines_and_no_colours(tmp_path: Path):
+    """A tensor may be called anything; the log has one line of plain signs."""
+    folder = lying_llama(tmp_path / "model", rename_weights("model.", "x\n\x1b[31mmodel is ready\r."))
+
+    with pytest.raises(LoadError) as refusal:
+        load_folder(folder)
+
+    message = load_reason(refusal.value)
+    assert "x ?[31mmodel is ready" in message
+    assert message.isprintable()
+
+
 def test_a_stage_that_does_not_end_is_named():
     """The load fails after the deadline, and does not wait for the stage."""
     started = time.monotonic()
