@@ -4,10 +4,12 @@ import asyncio
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from app.ipc.interpreter import Interpreter
@@ -126,3 +128,41 @@ async def test_what_a_process_prints_is_not_taken_for_its_heartbeat(tmp_path: Pa
         assert process.folder.stat().st_mode & 0o777 == 0o700
     finally:
         await process.stop(0)
+
+
+SERVICE = """
+import asyncio, os
+from app.ipc.interpreter import Interpreter
+
+async def main():
+    interpreter = await Interpreter.spawn({"PYTHONPATH": os.environ["PYTHONPATH"]}, spare=True)
+    while not interpreter.pulse().beats:
+        await asyncio.sleep(0.01)
+    print(interpreter.pid, interpreter.folder, flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a stopped process that its parent has died")
+@pytest.mark.parametrize("suspended", [False, True])
+async def test_a_process_ends_with_its_service_even_if_it_is_suspended(suspended: bool) -> None:
+    """And its folder goes too, before it was told what to load."""
+    with tempfile.TemporaryDirectory() as temporary:
+        service = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-c", SERVICE),
+            stdout=asyncio.subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": temporary},
+        )
+        assert service.stdout is not None
+        pid, folder = (await service.stdout.readline()).decode().split()
+        if suspended:
+            os.kill(int(pid), signal.SIGSTOP)
+
+        service.kill()
+        await service.wait()
+
+        await until(lambda: not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).status() == "zombie")
+        await until(lambda: not Path(folder).exists())
