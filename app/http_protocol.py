@@ -286,7 +286,9 @@ class GuardedProtocol(HttpToolsProtocol):
         self._go_on()
 
     def _go_on(self) -> None:
-        """Rank the connection by what follows the response that has been sent."""
+        """Rank the connection by what follows the response that has been sent; nothing does if that closed it."""
+        if self.closing or self._raw.is_closing():
+            return
         if self._serving is not None:
             self._rank_serving(self._serving)
         elif self._broken is not None:
