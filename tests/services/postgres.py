@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +77,16 @@ class Postgres:
         assert self._process is not None
         server = psutil.Process(self._process.pid)
         processes = [server, *server.children(recursive=True)]
+        # The server of a connection that was closed just now may end meanwhile.
         for process in processes:
-            process.suspend()
+            with suppress(psutil.NoSuchProcess):
+                process.suspend()
         try:
             yield
         finally:
             for process in processes:
-                process.resume()
+                with suppress(psutil.NoSuchProcess):
+                    process.resume()
 
     def database(self, name: str) -> str:
         """Make an empty database and return its URL."""

@@ -251,7 +251,7 @@ async def test_nothing_of_a_closed_connection_waits_for_the_garbage_collector():
             for _ in range(10):
                 await exchange(port, [INNER], 1, closes=False)
             await asyncio.sleep(0.05)
-            found = [each for each in gc.get_objects() if isinstance(each, GuardedProtocol)]
+            found = [each for each in gc.get_objects() if type(each) is GuardedProtocol]
         finally:
             gc.enable()
 

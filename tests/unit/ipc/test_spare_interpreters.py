@@ -47,7 +47,12 @@ def folders_in(temporary: Path) -> list[Path]:
 
 
 def children() -> set[int]:
-    return {each.pid for each in psutil.Process().children()}
+    """Return the interpreters among the processes that this one has started, and not those that other tests left."""
+    return {
+        each.pid
+        for each in psutil.Process().children()
+        if str(tempfile.gettempdir()) in " ".join(each.cmdline()) and each.status() != psutil.STATUS_ZOMBIE
+    }
 
 
 async def test_a_spare_serves_the_environment_that_it_was_made_for(taken: list[Interpreter]):
