@@ -1,27 +1,64 @@
 """Encodes the prompt of a request: a short one on the event loop, any other in a thread of the model's own.
 
-Decides how long that may take.  A thread cannot be stopped; one that a text holds is left behind, and the other threads
-go on.
+Decides how long that may take, and whose prompt is next: tenants take turns.  A thread cannot be stopped; one that a
+text holds is left behind, and the other threads go on.
 """
 
 import asyncio
 import contextlib
 import threading
 import weakref
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from functools import partial
-from queue import SimpleQueue
 from typing import Any, Protocol
 
 from app.engine.base import PreparedPrompt, Tokenizer
 from app.errors import DeadlineExceeded, InvalidRequest
 from app.requests import GenerationRequest
+from app.types import Tenant
 
 THREADS = 4
 
 _Job = tuple["Future[Any]", Callable[[], Any]]
-_Jobs = SimpleQueue[_Job | None]
+
+
+class _Jobs:
+    """Prompts that wait for a thread: each tenant's in their order, a prompt of each tenant in turn."""
+
+    def __init__(self) -> None:
+        self._tenants: OrderedDict[Tenant, deque[_Job]] = OrderedDict()
+        """Those that have a prompt here, the one whose turn is next first."""
+        self._changed = threading.Condition()
+        self._closed = False
+
+    @property
+    def empty(self) -> bool:
+        return not self._tenants
+
+    def put(self, tenant: Tenant, job: _Job) -> None:
+        with self._changed:
+            self._tenants.setdefault(tenant, deque()).append(job)
+            self._changed.notify()
+
+    def get(self) -> _Job | None:
+        """Wait for a prompt and take it; None: there are none any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._tenants or self._closed)
+            if not self._tenants:
+                return None
+            tenant, waiting = self._tenants.popitem(last=False)
+            job = waiting.popleft()
+            if waiting:
+                self._tenants[tenant] = waiting
+            return job
+
+    def close(self) -> None:
+        """Let the threads end once they have nothing to do."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
 
 class PromptTokenizer(Tokenizer, Protocol):
@@ -46,9 +83,9 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._seconds = seconds
-        self._jobs: _Jobs = SimpleQueue()
+        self._jobs = _Jobs()
         self._threads: list[threading.Thread] = []
-        self.close = weakref.finalize(self, _end_threads, self._jobs, self._threads)
+        self.close = weakref.finalize(self, self._jobs.close)
         """Lets the threads end once they have nothing to do."""
 
     async def encode(self, request: GenerationRequest) -> PreparedPrompt:
@@ -60,25 +97,26 @@ class PromptEncoder:
         ids = request.prompt_ids
         if ids is None and request.is_chat:
             ids = await self._in_thread(
+                request.tenant,
                 partial(
                     self._tokenizer.encode_chat,
                     request.messages,
                     continue_final_message=request.continue_final_message,
                     tenant=request.tenant,
-                )
+                ),
             )
         elif ids is None:
             encode = partial(self._tokenizer.encode_text, request.text or "")
             inline = len(request.text or "") < self._tokenizer.inline_chars
-            ids = encode() if inline else await self._in_thread(encode)
+            ids = encode() if inline else await self._in_thread(request.tenant, encode)
         if max(ids, default=0) >= self._vocab_size:
             raise InvalidRequest("The model has no token for a part of this text, though its tokenizer does.")
         return PreparedPrompt(prompt_tokens=len(ids), prompt_ids=ids)
 
-    async def _in_thread(self, encode: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
+    async def _in_thread(self, tenant: Tenant, encode: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
         job: Future[tuple[int, ...]] = Future()
-        self._jobs.put((job, encode))
-        if len(self._threads) < THREADS and self._jobs.qsize():
+        self._jobs.put(tenant, (job, encode))
+        if len(self._threads) < THREADS and not self._jobs.empty:
             thread = threading.Thread(target=_work, args=[self._jobs], name="prompt encoder", daemon=True)
             self._threads.append(thread)
             thread.start()
@@ -99,8 +137,3 @@ def _work(jobs: _Jobs) -> None:
                 future.set_result(encode())
             except BaseException as error:  # noqa: BLE001  # it belongs to the request
                 future.set_exception(error)
-
-
-def _end_threads(jobs: _Jobs, threads: list[threading.Thread]) -> None:
-    for _ in threads:
-        jobs.put(None)

@@ -156,3 +156,38 @@ def test_only_texts_that_cannot_take_long_are_encoded_on_the_event_loop(tmp_path
     assert plain.inline_chars > 0
     slow.close()
     plain.close()
+
+
+class CountingTokenizer(EchoTokenizer):
+    """Takes a while for each prompt, and notes in which order they come."""
+
+    inline_chars = 0
+
+    def __init__(self) -> None:
+        self.encoded: list[str] = []
+
+    def encode_text(self, text: str) -> tuple[int, ...]:
+        self.encoded.append(text)
+        time.sleep(0.01)
+        return super().encode_text(text)
+
+    def close(self) -> None:
+        pass
+
+
+async def test_tenants_take_turns_in_having_their_prompts_encoded():
+    """A tenant's prompt waits for a few of another's that has sent hundreds, and not for all of them."""
+    tokenizer = CountingTokenizer()
+    encoder = PromptEncoder(tokenizer, vocab_size=2**21, seconds=30)
+    flood = [asyncio.create_task(encoder.encode(prompt(f"flood {number}"))) for number in range(100)]
+    await until(lambda: len(tokenizer.encoded) >= THREADS)
+    other = GenerationRequest(id="other", tenant=Tenant.owner("other"), text="small")
+    before = len(tokenizer.encoded)
+
+    prepared = await encoder.encode(other)
+    served = tokenizer.encoded.index("small")
+    await asyncio.gather(*flood)
+
+    assert 5 == prepared.prompt_tokens
+    assert served - before <= 5 * THREADS
+    assert sorted(["small", *(f"flood {number}" for number in range(100))]) == sorted(tokenizer.encoded)
