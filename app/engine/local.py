@@ -266,7 +266,8 @@ class LocalEngine:
     def _refuse_too_many(self, request: GenerationRequest) -> None:
         """Refuse a request whose tenant has its share of the line, in requests or in tokens of waiting prompts.
 
-        A tenant that has no request here may always have one, and one prompt in the line.
+        A tenant that has no request here may always have one, and one prompt in the line.  The samples of a request
+        have one prompt together, which counts with the first.
 
         Raises: EngineBusy: it has; other tenants may still find a place.
         """
@@ -275,9 +276,11 @@ class LocalEngine:
         own = [each for each in everyone if each.tenant == request.tenant]
         own_waiting = [each for each in waiting if each.tenant == request.tenant]
         places = self._slots + self._config.max_waiting
-        tokens, most_tokens = request.prompt_tokens, self._config.max_waiting_tokens
+        tokens, most_tokens = _tokens([request]), self._config.max_waiting_tokens
         if (not own or fits_share(1, held=len(own), total=len(everyone), most=places)) and (
-            not own_waiting or fits_share(tokens, held=_tokens(own_waiting), total=_tokens(waiting), most=most_tokens)
+            not own_waiting
+            or not tokens
+            or fits_share(tokens, held=_tokens(own_waiting), total=_tokens(waiting), most=most_tokens)
         ):
             return
         least, most = BUSY_RETRY_SECONDS
@@ -326,7 +329,7 @@ class LocalEngine:
 
 
 def _tokens(requests: Sequence[GenerationRequest]) -> int:
-    return sum(each.prompt_tokens for each in requests)
+    return sum(each.prompt_tokens for each in requests if each.sampling.sample == 0)
 
 
 def _spec(config: ModelConfig) -> ModelSpec:

@@ -385,3 +385,21 @@ async def test_the_tokens_of_waiting_prompts_are_shared_too(folder: Path):
     await engine.close()
 
     assert [4, 2] == [len(greedy), len(newcomer)]
+
+
+async def test_a_single_request_of_several_samples_may_wait_however_long_its_prompt_is(folder: Path):
+    """Its samples have one prompt together; a second request of that tenant finds no room for its own."""
+    engine = LocalEngine(ModelConfig(max_waiting_tokens=20), DeadlineConfig(), launch=FakeWorkers(folder))
+    await engine.start()
+    await engine.wait_ready()
+
+    def samples(name: str) -> Iterable[GenerationRequest]:
+        return structs.replace(of("lone", name, prompt=(1,) * 12), n=8).samples()
+
+    first = await admitted(engine, samples("first"))
+    second = await admitted(engine, samples("second"))
+    for stream in (*first, *second):
+        await stream.aclose()
+    await engine.close()
+
+    assert [8, 0] == [len(first), len(second)]
