@@ -124,9 +124,10 @@ class LimitState:
 class _Occupied:
     """The places of this process that one request occupies."""
 
-    def __init__(self, places: FairPlaces, tenant: Tenant) -> None:
+    def __init__(self, places: FairPlaces, tenant: Tenant, on_refusal: Callable[[], None]) -> None:
         self._places = places
         self._tenant = tenant
+        self._on_refusal = on_refusal
         self._count = 0
 
     def extend(self, count: int) -> None:
@@ -139,6 +140,7 @@ class _Occupied:
             return
         if not self._places.take(self._tenant, more):
             if self._places.held(self._tenant) > self._count:
+                self._on_refusal()
                 message = "This caller has as many requests, answers and bodies in work as it may; wait and try again."
                 raise RateLimited(message, retry_after=PARALLEL_RETRY_SECONDS)
             raise ServiceUnavailable("The service has as many requests in work as it can take. Try again later.")
@@ -243,19 +245,28 @@ class AdmissionControl:
 
         Args: body_bytes: length of the body that is about to be read.
         Raises:
-            RateLimited: a rate limit is reached, or too many requests of this key run.
+            RateLimited: a rate limit is reached, or too many requests of this key or of its tenant run.
+            ServiceUnavailable: so many requests of other tenants run that there is no place for this body.
             QuotaExceeded: this month's tokens are used up.
         """
-        occupied = _Occupied(self._places, principal.tenant)
-        occupied.extend(max(1, math.ceil(body_bytes / PLACE_BYTES)))
+        occupied = _Occupied(self._places, principal.tenant, self._on_refusal)
         try:
-            if wait := self._refusals.seconds_to_wait(principal.key_id):
-                await asyncio.sleep(wait)
+            occupied.extend(max(1, math.ceil(body_bytes / PLACE_BYTES)))
+        except AppError:
+            self._refusals.charge(principal.key_id, RefusalCost.EARLY)
+            await self._wait_for_budget(principal)
+            raise
+        try:
+            await self._wait_for_budget(principal)
             async with self._parallel_place(principal) as requests:
                 rates = _rates_of(principal.limits)
                 yield Admitted(self._store, principal.key_id, rates, requests, occupied, self._refusals)
         finally:
             occupied.release()
+
+    async def _wait_for_budget(self, principal: Principal) -> None:
+        if wait := self._refusals.seconds_to_wait(principal.key_id):
+            await asyncio.sleep(wait)
 
     @asynccontextmanager
     async def _parallel_place(self, principal: Principal) -> AsyncIterator[BucketState | None]:

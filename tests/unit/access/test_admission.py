@@ -1,6 +1,7 @@
 """Admission: what is taken when, and that everything comes back exactly once."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
@@ -17,7 +18,7 @@ from app.access.ledger import Balance, Month
 from app.access.quotas import Quotas, month_of
 from app.access.refusals import RefusalBudget, RefusalCost
 from app.config import QuotaConfig
-from app.errors import AppError, EngineBusy, EngineFailed, Forbidden, QuotaExceeded, RateLimited
+from app.errors import AppError, EngineBusy, EngineFailed, Forbidden, QuotaExceeded, RateLimited, ServiceUnavailable
 from app.stores.memory_admission import MemoryAdmissionStore
 from app.types import Limits, Principal, Rights, Tenant
 
@@ -297,6 +298,32 @@ async def test_one_tenant_cannot_occupy_all_places_of_the_process(service: Servi
 
     async with control.admit(greedy) as again:
         again.expect(8)
+
+
+async def test_a_tenant_that_keeps_sending_while_it_has_no_place_is_slowed_down(service: Service):
+    """Each of its refusals is counted, and costs it as one by any other limit."""
+    clock, caller = Clock(), Principal("k", Tenant.owner("t"))
+    budget = RefusalBudget(units=3, per_second=100, clock=clock)
+    control = service.make(places=1, refusals=budget)
+    took = []
+    async with control.admit(caller) as admitted:
+        for _ in range(8):
+            began = time.monotonic()
+            with pytest.raises(RateLimited):
+                async with control.admit(caller):
+                    pass
+            took.append(time.monotonic() - began)
+        with pytest.raises(RateLimited):
+            async with control.admit(Principal("k2", Tenant.owner("t"))):
+                pass
+        refusals = service.refusals
+        with pytest.raises(ServiceUnavailable):
+            admitted.expect(2)
+
+    assert (9, 9) == (refusals, service.refusals)
+    assert took[-1] >= 0.09  # nine units at a hundred a second
+    assert budget.seconds_to_wait("k") > 0
+    assert 0 == budget.seconds_to_wait("k2")
 
 
 async def test_tokens_that_are_only_reserved_keep_nobody_out(service: Service):
