@@ -23,6 +23,8 @@ class Origin:
     request_id: str = ""
     """The id that the client sees; unlike the request's own it may come twice."""
     route: str = ""
+    retried: bool = False
+    """Whether the sender tries it again while the engine is full: an attempt that is refused so leaves no row."""
 
 
 class Progress:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
+from dataclasses import replace
 
 from msgspec import structs
 
@@ -107,8 +108,10 @@ class _Batch:
         """Run one.
 
         Where the engine is full it waits for another of the batch to end, or a while if none runs.  A batch of which
-        the engine has taken nothing is refused as a whole, without trying the rest.
+        the engine has taken nothing is refused as a whole, without trying the rest.  Neither leaves a row in the
+        inference log of what the engine refused.
         """
+        request = structs.replace(request, origin=replace(request.origin, retried=True))
         until = asyncio.get_running_loop().time() + WAIT_SECONDS
         while True:
             if self._refusal is not None:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Protocol
 
 from app.engine.base import EngineInfo
-from app.errors import AppError
+from app.errors import AppError, EngineBusy
 from app.events import Delta, Finished
 from app.generation.context_window import FittedPrompt
 from app.generation.request_stats import RequestStats
@@ -80,7 +80,7 @@ class UsageRecorder:
 
     @contextmanager
     def record(self, request: GenerationRequest, principal: Principal) -> Iterator["UsageRecord"]:
-        """Follow one request and write its record at the end, whatever that is."""
+        """Follow one request and write its record at the end, unless it is only an attempt that comes again."""
         record = UsageRecord(self, request, principal)
         try:
             yield record
@@ -88,7 +88,8 @@ class UsageRecorder:
             record.fail(error)
             raise
         finally:
-            self._log.write(record.row())
+            if not record.comes_again:
+                self._log.write(record.row())
 
 
 class UsageRecord:
@@ -106,9 +107,15 @@ class UsageRecord:
         self._counted = False
         self._charged = 0
         self._status = 200
+        self._busy = False
         self._finished: Finished | None = None
         self._prompt: str | None = None
         self._completions: defaultdict[int, list[str]] = defaultdict(list)
+
+    @property
+    def comes_again(self) -> bool:
+        """Return whether a full engine refused an attempt of several, which cost nothing."""
+        return self._busy and self._request.origin.retried and not self._charged
 
     def begin(self, info: EngineInfo, fitted: FittedPrompt) -> None:
         """Note the model and the prompt as it was fitted: filtered, and without the history of its session."""
@@ -150,6 +157,7 @@ class UsageRecord:
         """Record what ended the request; a client that leaves once its response is complete is no failure."""
         if self._finished is not None:
             return
+        self._busy = isinstance(error, EngineBusy)
         if isinstance(error, AppError):
             self._status = error.status
         else:

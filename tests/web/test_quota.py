@@ -188,6 +188,22 @@ async def test_keys_without_a_quota_are_counted_too(service: Running):
     await counted(service, ADMIN_KEY, 10)
 
 
+@pytest.mark.parametrize("path", ["/v1/generate/batch", "/v1/completions"])
+async def test_a_prompt_of_a_batch_is_one_request_however_often_it_waits_for_a_place(tmp_path: Path, path: str):
+    """Attempts that a full engine refuses are in no report."""
+    engine = EchoEngine(token_delay_seconds=0.001, max_running=3)
+    async with running(tmp_path, engine=engine) as service:
+        key = await service.key()
+        prompts = [f"prompt {number:02}" for number in range(20)]
+        async with service.client(key) as http:
+            reply = await http.post(path, json={"prompt" + "s" * path.endswith("batch"): prompts, "max_tokens": 5})
+        await counted(service, key, 20 * (9 + 5))
+        (day,) = (await service.usage(key))["by_day"]
+
+    assert 200 == reply.status_code
+    assert (20, 20 * 9, 20 * 5) == (day["requests"], day["prompt_tokens"], day["completion_tokens"])
+
+
 async def test_the_report_lists_days_and_models_and_the_table_the_same(service: Running):
     key = await service.key(owner="anna")
     for _ in range(2):
