@@ -73,6 +73,8 @@ class Quotas:
         """Tokens used of each counter as last seen; other replicas may have used more since, never less."""
         self._checked: LRUCache[Month, tuple[Balance, datetime]] = LRUCache(MAX_REMEMBERED)
         """Balances of months that had too little left, and when they were queried."""
+        self._queries: dict[Month, asyncio.Future[Balance]] = {}
+        """Queries of such balances that run now, one for all requests that wait for it."""
 
     def start(self, background: BackgroundGroup) -> None:
         self._writer.start(background)
@@ -107,10 +109,22 @@ class Quotas:
         balance, queried = self._checked.get(counter, (None, now))
         old = now - queried > timedelta(seconds=CHECK_SECONDS)
         if balance is None or old or balance.used < self._used.get(counter, 0):
-            balance = await ledger.balance(self._db, counter)
+            balance = await self._query(counter)
             self._used[counter] = balance.used
             self._checked[counter] = balance, now
         return balance
+
+    async def _query(self, counter: Month) -> Balance:
+        query = self._queries.get(counter)
+        if query is None:
+            query = self._queries[counter] = asyncio.ensure_future(ledger.balance(self._db, counter))
+            query.add_done_callback(partial(self._queried, counter))
+        return await asyncio.shield(query)
+
+    def _queried(self, counter: Month, query: asyncio.Future[Balance]) -> None:
+        del self._queries[counter]
+        if not query.cancelled():
+            query.exception()  # Retrieved even if every request has left: asyncio would log it otherwise.
 
     async def reserve(self, caller: Principal, tokens: int) -> QuotaReservation | None:
         """Set tokens aside; return None for a caller without a quota, or in an outage if that is the policy.

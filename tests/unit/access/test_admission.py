@@ -230,6 +230,31 @@ async def test_a_request_that_cannot_fit_the_month_is_refused_before_it_is_prepa
     assert 1 == queries
 
 
+async def test_many_requests_of_a_used_up_month_query_the_database_once(service: Service, monkeypatch: Any):
+    """All that wait for the answer share it, and the query goes on if the first of them leaves."""
+    async with service.control.reserve(PRINCIPAL, 99) as reservation:
+        reservation.commit(99)
+    queries, answer = 0, asyncio.Event()
+    balance = ledger.balance
+
+    async def counting(database: Database, counter: Month) -> Balance:
+        nonlocal queries
+        queries += 1
+        await answer.wait()
+        return await balance(database, counter)
+
+    monkeypatch.setattr(ledger, "balance", counting)
+    first, *others = [asyncio.create_task(service.control.check_tokens(PRINCIPAL, 2)) for _ in range(50)]
+    await asyncio.sleep(0)
+    first.cancel()
+    answer.set()
+    outcomes = await asyncio.gather(*others, return_exceptions=True)
+
+    assert [QuotaExceeded] * 49 == [type(each) for each in outcomes]
+    assert first.cancelled()
+    assert 1 == queries
+
+
 async def test_a_key_that_is_refused_again_and_again_waits_and_no_other_does(service: Service):
     """Then its requests pass one after the other; whoever stops sending so is heard at once again."""
     clock, caller, other = Clock(), Principal("k", Tenant.owner("t")), Principal("other", Tenant.owner("t"))
