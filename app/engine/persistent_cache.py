@@ -2,7 +2,8 @@
 
 Stands below `CachedEngine`, so it is consulted only for what memory does not hold, and above the output filter, so that
 nothing unfiltered is stored.  Where there is no output filter, a response with personal data is not stored at all: it
-could only be replayed as it was.  A store that is slow or away is a miss, never a failed request.
+could only be replayed as it was.  A store that is slow or away is a miss, never a failed request, and a filter that is
+slow keeps no response waiting for its end.
 """
 
 import asyncio
@@ -24,6 +25,8 @@ from app.types import FinishReason, Tenant, Usage
 
 MAX_RESPONSE_BYTES = 1024 * 1024
 """Longer responses are not stored."""
+MASK_SECONDS = 1.0
+"""How long the end of a response waits to learn whether it may be stored."""
 
 _DECODER = msgspec.msgpack.Decoder(tuple[Event, ...])
 
@@ -115,7 +118,7 @@ class PersistentCacheEngine(EngineWrapper):
             self._store.put(key, response)
 
     async def _is_clean(self, tenant: Tenant, events: list[Event]) -> bool:
-        """Return whether masking would leave every sample as it is; False where the filter itself fails."""
+        """Return whether masking would leave every sample as it is; False where the filter fails or is slow."""
         if self._mask is None:
             return True
         samples: defaultdict[int, list[str]] = defaultdict(list)
@@ -123,8 +126,9 @@ class PersistentCacheEngine(EngineWrapper):
             if isinstance(event, Delta):
                 samples[event.index].append(event.text)
         try:
-            return all([await self._mask(tenant, text) == text for text in map("".join, samples.values())])
-        except AppError:
+            async with asyncio.timeout(MASK_SECONDS):
+                return all([await self._mask(tenant, text) == text for text in map("".join, samples.values())])
+        except (AppError, TimeoutError):
             return False
 
     async def abort(self, request_id: str) -> None:

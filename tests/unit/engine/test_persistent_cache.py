@@ -1,11 +1,13 @@
 """The level of the response cache that outlives the process."""
 
+import asyncio
 from typing import Any
 
 import pytest
 from msgspec import structs
 
 from app.config import CacheConfig
+from app.engine import persistent_cache
 from app.engine.cache import CachedEngine
 from app.engine.echo import EchoEngine
 from app.engine.persistent_cache import PersistentCacheEngine
@@ -143,3 +145,21 @@ async def test_a_response_that_masking_would_change_is_not_stored(store: DictSto
 
     assert "hello" == "".join(delta.text for delta in deltas_of(first))
     assert (0 if error else 1) == len(store.responses)
+
+
+async def test_a_response_ends_without_being_stored_where_masking_takes_too_long(
+    store: DictStore, monkeypatch: pytest.MonkeyPatch
+):
+    """The filter has a queue of its own, and nobody waits in it for the last event."""
+
+    async def mask(tenant: Tenant, text: str) -> str:
+        await asyncio.sleep(60)
+        return text
+
+    monkeypatch.setattr(persistent_cache, "MASK_SECONDS", 0.01)
+    engine = await start(store, mask=mask)
+    async with asyncio.timeout(5):
+        events = await read(engine.stream(hello()))
+
+    assert FinishReason.STOP == finished_of(events).finish_reason
+    assert not store.responses
