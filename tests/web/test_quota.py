@@ -4,7 +4,7 @@ import asyncio
 import math
 import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -367,6 +367,24 @@ async def test_a_key_that_keeps_sending_while_it_is_refused_is_slowed_down(
     assert [200] * 10 == others
     assert attempts - before < 20
     assert engine.prepared - prepared - 10 < 200  # as many as 10 requests of several prompts
+
+
+async def test_a_refusal_in_a_stream_that_has_begun_costs_as_one_before_it(tmp_path: Path):
+    """The first prompt has a place in the month and the others have none: few of them are prepared."""
+    engine, attempts = PreparingEngine(), 0
+    body = {"prompt": ["a", *["far too long " * 5] * 15], "max_tokens": 1, "stream": True}
+    async with running(tmp_path, engine=engine) as service:
+        key = await service.key(limits={"monthly_tokens": 50})
+        async with service.client(key) as http:
+            assert 200 == (await http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1})).status_code
+            with suppress(TimeoutError):
+                async with asyncio.timeout(2):
+                    while attempts < 40:
+                        reply = await http.post("/v1/completions", json=body)
+                        assert "quota" in reply.text
+                        attempts += 1
+
+    assert 8 <= attempts < 20  # eight are free, and one every 0.64 s
 
 
 async def test_parallel_requests_are_limited_and_free_their_places(tmp_path: Path):

@@ -4,7 +4,7 @@ What the events contain is the stream encoder's choice.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import aclosing, suppress
 from typing import Any, Protocol, TypeVar
 
@@ -81,14 +81,17 @@ class EventStream(SseResponse):
         encoder: StreamEncoder,
         *,
         headers: Mapping[str, str] | None = None,
+        on_error: Callable[[AppError], None] = lambda error: None,
         ping_seconds: float = PING_SECONDS,
         send_timeout_seconds: float = SEND_TIMEOUT_SECONDS,
     ) -> None:
         """Args:
         started: the generation's first event.
         events: the events after it.
+        on_error: is called with the error that ends the generation midway.
         """
         self._events = events
+        self._on_error = on_error
         self._encoder = encoder
         self._reading: asyncio.Task[None]
         # A comment at once shows proxies and clients that the stream lives, however long the first token takes.
@@ -129,6 +132,9 @@ class EventStream(SseResponse):
                 while len(self._buffer) >= READ_AHEAD:
                     self._has_capacity.clear()
                     await self._has_capacity.wait()
+        except AppError as error:
+            self._on_error(error)
+            raise
         finally:
             self._has_frames.set()
 

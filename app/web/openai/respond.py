@@ -53,7 +53,9 @@ async def respond(
     """
     if stream is not None:
         started = await wait_for_start(context.request, events)
-        return EventStream(started, events, stream, headers=_cache_header(started.cache))
+        headers = _cache_header(started.cache)
+        # Of several prompts one may be refused once another has begun.
+        return EventStream(started, events, stream, headers=headers, on_error=context.admitted.refuse)
     if logprobs is not None:
         events = encode_logprobs(events, logprobs)
     response = await collect_response(context.request, events)
