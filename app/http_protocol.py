@@ -24,6 +24,8 @@ from app.web.http.security_headers import security_headers
 
 MAX_PIPELINED = 64
 """Requests of one connection that may wait for the response to an earlier one."""
+MAX_QUEUED_BYTES = 64 * 1024
+"""Bytes that are read behind a request being answered; with more, a hang-up is noticed only when something is sent."""
 MAX_DISCARDED_BYTES = 16 * 1024 * 1024
 """Bytes of a refused request that are read and discarded before the connection is cut off."""
 
@@ -135,6 +137,7 @@ class GuardedProtocol(HttpToolsProtocol):
         """Whether a part of a request has come, and not yet all of it."""
         self._head_bytes = 0
         """Bytes since the last head or part of a body: of a head, or of trailers, which the parser collects too."""
+        self._queued_bytes = 0
         self._discarded = 0
         self._broken: AppError | None = None
         """What is wrong with the input that follows the requests being answered; it is answered after them."""
@@ -212,9 +215,19 @@ class GuardedProtocol(HttpToolsProtocol):
             self._refuse(HeadTooLarge())
         elif self._serving is not None:
             self._rank_serving(self._serving)
+            self._limit_queued(len(data))
         elif self._in_head:
             # Also where nothing but empty lines has come, with which the parser does not begin a request.
             self._guard.head_begun(self)
+
+    def _limit_queued(self, count: int) -> None:
+        """Read on behind a request being answered, which uvicorn does not: who does not read sees no hang-up."""
+        if self.pipeline:
+            self._queued_bytes += count
+            if self._queued_bytes <= MAX_QUEUED_BYTES:
+                self.flow.resume_reading()
+            else:
+                self.flow.pause_reading()
 
     def _feed(self, data: bytes) -> None:
         while data:
@@ -289,6 +302,8 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._broken is not None and self.pipeline and self.pipeline[0][0].more_body:
             self.pipeline.popleft()  # the newest one is what is broken
         super().on_response_complete()
+        if not self.pipeline:
+            self._queued_bytes = 0
         if not self.closing:
             self._go_on()
 
@@ -324,6 +339,7 @@ class GuardedProtocol(HttpToolsProtocol):
         serving = self._serving
         if serving is not None and not serving.more_body:
             self._broken = error
+            self.flow.resume_reading()  # and discards
             return
         if serving is not None:  # its body is what is wrong
             serving.disconnected = True

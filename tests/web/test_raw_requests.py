@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 import httpx
 import pytest
 
-from app.http_protocol import GuardedProtocol
+from app.http_protocol import MAX_PIPELINED, GuardedProtocol
 from app.web.http.private_api import served_methods
 from tests.web.harness import AUTH, KEY, ScriptedService, Web, make_web, until
 from tests.web.raw_requests import BODY, CASES, CHUNKED, INNER, TRAILED, Case, get, post
@@ -348,18 +348,34 @@ async def test_what_the_parser_refuses_has_the_envelope_and_echoes_nothing():
     assert b"canary" not in client.answer
 
 
-async def test_a_hang_up_cancels_a_generation_with_another_request_queued_behind_it():
-    web = await make_web()
-    web.service.steps = ["a", 60.0]
+QUEUED = {
+    "request": INNER,
+    "part of a request": INNER[:-2],
+    "request with a body": post(f"Content-Length: {len(BODY)}"),
+    "more than may wait": INNER * (MAX_PIPELINED + 2),
+    "garbage": b"\0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["at once", "later"])
+@pytest.mark.parametrize("queued", QUEUED)
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+async def test_a_hang_up_cancels_a_generation_with_another_request_queued_behind_it(queued, stream, later):
+    web = await make_web(ScriptedService(steps=["a", 60.0]))
+    body = json.dumps({"prompt": "hello", "stream": stream}).encode()
+    request = post(f"Content-Length: {len(body)}", body=body)
     async with web.listening() as port:
         async with RawClient(port) as client:
-            await client.send([post(f"Content-Length: {len(BODY)}") + INNER])
-            async with asyncio.timeout(2):
-                while not web.service.running:  # noqa: ASYNC110  # what is waited for has no event
-                    await asyncio.sleep(0.01)
-        async with asyncio.timeout(2):
-            while web.service.running:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+            if later:
+                await client.send([request])
+                await until(lambda: web.service.running == 1)
+                await asyncio.sleep(0.1)  # the server watches for a hang-up now
+                await client.send([QUEUED[queued]])
+                await asyncio.sleep(0.1)
+            else:
+                await client.send([request + QUEUED[queued]])
+                await until(lambda: web.service.running == 1)
+        await until(lambda: web.service.running == 0)
 
 
 async def test_head_is_answered_as_get_without_a_body_and_other_methods_are_refused_sanely(subtests):
