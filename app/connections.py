@@ -254,16 +254,19 @@ class ConnectionGuard:
         self._heads.stop(connection)
 
     def write_paused(self, connection: Connection) -> None:
-        """Start the time in which the client has to read what is buffered for it."""
-        self._start_write(self._writes, connection)
+        """Start the time in which the client has to read what is buffered for it; that of one which closes runs."""
+        if connection in self._ranks:
+            self._start_write(self._writes, connection)
 
     def _start_write(self, deadline: _Deadline, connection: Connection) -> None:
         deadline.start(connection, self._clock())
         self._unsent[connection] = connection.unsent()
 
     def write_resumed(self, connection: Connection) -> None:
-        self._writes.stop(connection)
-        self._unsent.pop(connection, None)
+        """Stop it; one that closes has its last bytes to read all the same."""
+        if connection in self._ranks:
+            self._writes.stop(connection)
+            self._unsent.pop(connection, None)
 
     def closing(self, connection: Connection, *, lingers: bool) -> None:
         """Take a connection's place; it has a moment to read its answer, less if it `lingers` to discard its input."""

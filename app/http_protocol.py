@@ -24,6 +24,8 @@ from app.web.http.security_headers import security_headers
 
 MAX_PIPELINED = 64
 """Requests of one connection that may wait for the response to an earlier one."""
+MAX_QUEUED_BYTES = 64 * 1024
+"""Bytes that are read behind a request being answered; with more, a hang-up is noticed only when something is sent."""
 MAX_DISCARDED_BYTES = 16 * 1024 * 1024
 """Bytes of a refused request that are read and discarded before the connection is cut off."""
 
@@ -108,7 +110,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     - it has a place from the guard, and a deadline for each head, each pause of writing, and closing;
     - a head has at most `MAX_HEAD_BYTES`, and what it refuses has the error envelope;
-    - trailers of a chunked body are dropped: they came after the checks of the head, and are no headers;
+    - trailers of a chunked body are dropped: they came after the checks of the head, and are no headers; they, and what
+      frames the chunks, have no more bytes between two parts of a body than a head;
     - a response of HTTP/1.0 is never chunked;
     - an offer to upgrade the protocol is ignored, and the connection goes on;
     - a hang-up reaches the request being answered, also while another is queued behind it.
@@ -133,6 +136,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._begun = False
         """Whether a part of a request has come, and not yet all of it."""
         self._head_bytes = 0
+        """Bytes since the last head or part of a body: of a head, or of trailers, which the parser collects too."""
+        self._queued_bytes = 0
         self._discarded = 0
         self._broken: AppError | None = None
         """What is wrong with the input that follows the requests being answered; it is answered after them."""
@@ -196,8 +201,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _read(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
-        if self._in_head:
-            self._head_bytes += len(data)
+        self._head_bytes += len(data)
         try:
             self._feed(data)
         except httptools.HttpParserError:
@@ -207,13 +211,23 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         if self.closing:
             return
-        if self._in_head and self._head_bytes > MAX_HEAD_BYTES:
+        if self._head_bytes > MAX_HEAD_BYTES:
             self._refuse(HeadTooLarge())
         elif self._serving is not None:
             self._rank_serving(self._serving)
+            self._limit_queued(len(data))
         elif self._in_head:
             # Also where nothing but empty lines has come, with which the parser does not begin a request.
             self._guard.head_begun(self)
+
+    def _limit_queued(self, count: int) -> None:
+        """Read on behind a request being answered, which uvicorn does not: who does not read sees no hang-up."""
+        if self.pipeline:
+            self._queued_bytes += count
+            if self._queued_bytes <= MAX_QUEUED_BYTES:
+                self.flow.resume_reading()
+            else:
+                self.flow.pause_reading()
 
     def _feed(self, data: bytes) -> None:
         while data:
@@ -264,11 +278,16 @@ class GuardedProtocol(HttpToolsProtocol):
         if len(self.pipeline) > MAX_PIPELINED:
             raise ValueError("too many pipelined requests")  # the parser stops, and its error is answered
 
+    def on_body(self, body: bytes) -> None:
+        super().on_body(body)
+        self._head_bytes = 0
+
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():
             return
         super().on_message_complete()
         self._in_head, self._begun = True, False
+        self._head_bytes = 0
 
     # --- Answering ---
 
@@ -283,7 +302,10 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._broken is not None and self.pipeline and self.pipeline[0][0].more_body:
             self.pipeline.popleft()  # the newest one is what is broken
         super().on_response_complete()
-        self._go_on()
+        if not self.pipeline:
+            self._queued_bytes = 0
+        if not self.closing:
+            self._go_on()
 
     def _go_on(self) -> None:
         """Rank the connection by what follows the response that has been sent; nothing does if that closed it."""
@@ -296,6 +318,7 @@ class GuardedProtocol(HttpToolsProtocol):
         else:
             self._guard.rank(self, Rank.KNOWN if self._known or self.trusted else Rank.UNKNOWN)
             if self._begun and self._in_head:
+                self._unset_keepalive_if_required()  # it is not idle
                 self._guard.head_begun(self)
 
     def _rank_serving(self, cycle: RequestResponseCycle) -> None:
@@ -316,6 +339,7 @@ class GuardedProtocol(HttpToolsProtocol):
         serving = self._serving
         if serving is not None and not serving.more_body:
             self._broken = error
+            self.flow.resume_reading()  # and discards
             return
         if serving is not None:  # its body is what is wrong
             serving.disconnected = True

@@ -3,6 +3,8 @@
 No message quotes the URL: whatever it holds may be a part of a password that was not written as a URL needs it.
 """
 
+from typing import Any
+
 from sqlalchemy import make_url
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError
@@ -12,6 +14,7 @@ from app.errors import ConfigError
 _KEY = "configuration: database.url:"
 _TLS_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 _HIDDEN = "***"
+MAX_PORT = 65535
 _PARAMETERS = ("host", "password", "port", "ssl", "sslmode", "user")
 
 
@@ -37,7 +40,29 @@ def parse_database_url(url: str) -> URL:
         return parsed.set(drivername="sqlite+aiosqlite")
     if url.count("@") > 1 or "@" in f"{parsed.host}{parsed.database}":
         raise ConfigError(f"{_KEY} it is not clear where the password ends; {_ESCAPING}")
-    return parsed.set(drivername="postgresql+asyncpg", query=_query(parsed))
+    clear = parsed.set(drivername="postgresql+asyncpg", query=_query(parsed))
+    _check_address(clear)
+    return clear
+
+
+def _check_address(url: URL) -> None:
+    """Refuse what would end in a traceback: hosts and ports that do not fit together, or that no socket takes."""
+    try:
+        _, options = url.get_dialect()().create_connect_args(url)
+    except (ArgumentError, ValueError):  # quotes what it refuses
+        raise ConfigError(f"{_KEY} several hosts need a port each, as in ?host=a:5432&host=b:5432") from None
+    hosts, ports = (_each(options.get(name)) for name in ("host", "port"))
+    if not all(port is None or 0 < port <= MAX_PORT for port in ports):
+        raise ConfigError(f"{_KEY} the port is no number from 1 to {MAX_PORT}; {_ESCAPING}")
+    try:
+        for host in hosts:
+            (host or "").encode("idna")
+    except UnicodeError:
+        raise ConfigError(f"{_KEY} the host is no name and no address; {_ESCAPING}") from None
+
+
+def _each(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 _ESCAPING = "write @ : / ? # and % in a user name, password or parameter as %40 %3A %2F %3F %23 %25"
@@ -51,8 +76,6 @@ def _query(parsed: URL) -> dict[str, str | tuple[str, ...]]:
         query["ssl"] = query.pop("sslmode")
     if "ssl" in query and query["ssl"] not in _TLS_MODES:
         raise ConfigError(f"{_KEY} sslmode must be one of {', '.join(_TLS_MODES)}")
-    if not str(query.get("port", "0")).isdecimal():
-        raise ConfigError(f"{_KEY} the port is no number")
     return query
 
 

@@ -98,6 +98,8 @@ class _FileSink(_Lossy, RotatingFileHandler):
         """Open the file, and end the line that a full disk or a killed process has cut off."""
         file = FileIO(self.baseFilename, self.mode, opener=_open_closed)
         stream = TextIOWrapper(BufferedWriter(file), encoding=self.encoding, errors=self.errors)
+        if not Path(self.baseFilename).is_file():  # a pipe or a terminal, such as /dev/stdout
+            return stream
         with Path(self.baseFilename).open("rb") as written:
             if size := written.seek(0, os.SEEK_END):
                 written.seek(size - 1)

@@ -218,6 +218,22 @@ def test_a_client_that_reads_slowly_keeps_its_connection_as_long_as_it_reads_eno
     assert ([], ["aborted"]) == (reading, slow.fate)
 
 
+def test_a_client_that_stops_reading_the_end_of_its_last_response_is_cut_off():
+    """Also after it has read so much that the transport would take more to write."""
+    bench = Bench()
+    slow = bench.add(Rank.SERVED)
+    slow.waiting = 2 * WRITE_BYTES
+    bench.guard.write_paused(slow)
+    bench.guard.closing(slow, lingers=False)
+    slow.waiting = WRITE_BYTES // 4
+    bench.guard.write_resumed(slow)
+    bench.sweep(WRITE_SECONDS)
+    bench.sweep(WRITE_SECONDS)
+
+    assert ["aborted"] == slow.fate
+    assert bench.guard.idle
+
+
 def test_a_connection_that_closes_gives_its_place_up_at_once_and_goes_in_a_moment():
     bench = Bench(total=1)
     closing = bench.add(Rank.SERVED)

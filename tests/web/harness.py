@@ -183,9 +183,13 @@ class Web:
             yield client
 
     @asynccontextmanager
-    async def listening(self) -> AsyncIterator[int]:
-        """Serve on a loopback socket, in this loop, and give its port."""
-        config = server_config(self.app, self.container.settings, lifespan="off", timeout_graceful_shutdown=2)
+    async def listening(self, **options: Any) -> AsyncIterator[int]:
+        """Serve on a loopback socket, in this loop, and give its port.
+
+        Args: options: of the server, beside those that the settings say.
+        """
+        options |= {"lifespan": "off", "timeout_graceful_shutdown": 2}
+        config = server_config(self.app, self.container.settings, **options)
         server = SignalFreeServer(config)
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))

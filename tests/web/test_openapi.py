@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,11 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel, TypeAdapter
 
+from app.access.faults import Fault
+from app.engine.base import EngineStatus
 from app.engine.echo import EchoEngine
+from app.types import EngineState
+from app.web.admin.health import Health, Readiness, Status
 from app.web.native.batch import BatchResponse
 from app.web.native.chat import ChatResponse
 from app.web.native.generate import GenerateResponse
@@ -85,6 +90,21 @@ async def test_native_responses_are_as_documented(path, fields):
             for _ in range(2):
                 reply = await client.post(path, json={**GENERATING[path], **fields})
                 validated(NATIVE[path], reply.content)
+
+
+@pytest.mark.parametrize("fault", [None, Fault.FULL])
+@pytest.mark.parametrize("state", EngineState)
+async def test_probes_are_as_documented_whatever_the_state(state, fault):
+    class InState(EchoEngine):
+        def status(self) -> EngineStatus:
+            return replace(super().status(), state=state)
+
+    web = await make_web(engines={MODEL: InState(model=MODEL)})
+    if fault:
+        web.container.access.database.breaker.trip(fault)
+    async with web.client() as client:
+        for path, schema in (("/health", Health), ("/readyz", Readiness), ("/status", Status)):
+            validated(schema, (await client.get(path)).content)
 
 
 async def test_a_batch_with_a_failed_prompt_is_as_documented():

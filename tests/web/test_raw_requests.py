@@ -4,13 +4,14 @@ import asyncio
 import gc
 import json
 import random
+from contextlib import AsyncExitStack
 
 import httpx
 import pytest
 
-from app.http_protocol import GuardedProtocol
+from app.http_protocol import MAX_PIPELINED, GuardedProtocol
 from app.web.http.private_api import served_methods
-from tests.web.harness import AUTH, KEY, Web, make_web
+from tests.web.harness import AUTH, KEY, ScriptedService, Web, make_web, until
 from tests.web.raw_requests import BODY, CASES, CHUNKED, INNER, TRAILED, Case, get, post
 from tests.web.raw_sockets import RawClient, exchange, statuses
 
@@ -174,6 +175,62 @@ async def test_the_bytes_of_a_body_are_counted_whatever_announces_them(framing):
     assert [] == web.service.requests
 
 
+FRAMING_WITHOUT_END = {"trailer": b"0\r\nX-Any: ", "extension of a chunk": b"1;", "zeros of a size": b"0"}
+
+
+@pytest.mark.parametrize("begun", FRAMING_WITHOUT_END)
+async def test_what_frames_a_chunked_body_has_no_more_bytes_than_a_head(begun):
+    """The parser collects a trailer before it says that there is one."""
+    web = await make_web()
+    async with web.listening() as port:
+        packets = [TRAILED + b"1\r\n{\r\n" + FRAMING_WITHOUT_END[begun], *[b"0" * 16_384] * 64]
+        async with asyncio.timeout(HANG_SECONDS):
+            client, _ = await exchange(port, packets, 1, closes=True)
+
+    assert statuses(client.answer) in ((431,), (400,))
+    assert [] == web.service.requests
+
+
+async def test_many_small_chunks_are_a_body_as_any_other():
+    """Their framing is many times as long as they are, and as long as a head may be in sum."""
+    web = await make_web()
+    body = json.dumps({"prompt": "hello " * 600, "max_tokens": 5}).encode() + b" " * 12_000
+    packets = [b"".join(b"1\r\n%c\r\n" % byte for byte in body[at : at + 100]) for at in range(0, len(body), 100)]
+    async with web.listening() as port:
+        client, _ = await exchange(port, [TRAILED, *packets, b"0\r\n\r\n"], 1, closes=False)
+
+    assert (200,) == statuses(client.answer)
+
+
+async def test_a_head_that_came_in_part_with_the_request_before_has_its_time():
+    """The connection is not idle, and is not closed as if it were."""
+    web = await make_web()
+    async with web.listening(timeout_keep_alive=0.1) as port, RawClient(port) as client:
+        await client.send([INNER + INNER[:-4]])
+        await client.read_responses(1)
+        await asyncio.sleep(0.5)
+        await client.send([INNER[-4:]])
+        async with asyncio.timeout(HANG_SECONDS):
+            await client.read_responses(2)
+
+    assert (200, 200) == statuses(client.answer)
+
+
+async def test_a_server_that_stops_ends_a_response_that_something_wrong_follows(log_lines):
+    service = ScriptedService(steps=["a", 0.5, "b"])
+    web = await make_web(service)
+    async with AsyncExitStack() as stack:
+        async with web.listening() as port:
+            client = await stack.enter_async_context(RawClient(port))
+            await client.send([post(f"Content-Length: {len(BODY)}") + b"\0\r\n\r\n"])
+            await until(lambda: service.running == 1)
+            reading = asyncio.create_task(client.read_to_end())
+        await reading
+
+    assert (200,) == statuses(client.answer)
+    assert not [line for line in log_lines if line["log_level"] in ("error", "critical")]
+
+
 @pytest.mark.parametrize("sent", [b"GET /health", INNER[:-2], INNER + INNER[:-4]], ids=["line", "headers", "second"])
 async def test_a_head_that_does_not_end_is_given_up(sent):
     web = await make_web(security=SHORT)
@@ -291,18 +348,34 @@ async def test_what_the_parser_refuses_has_the_envelope_and_echoes_nothing():
     assert b"canary" not in client.answer
 
 
-async def test_a_hang_up_cancels_a_generation_with_another_request_queued_behind_it():
-    web = await make_web()
-    web.service.steps = ["a", 60.0]
+QUEUED = {
+    "request": INNER,
+    "part of a request": INNER[:-2],
+    "request with a body": post(f"Content-Length: {len(BODY)}"),
+    "more than may wait": INNER * (MAX_PIPELINED + 2),
+    "garbage": b"\0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["at once", "later"])
+@pytest.mark.parametrize("queued", QUEUED)
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+async def test_a_hang_up_cancels_a_generation_with_another_request_queued_behind_it(queued, stream, later):
+    web = await make_web(ScriptedService(steps=["a", 60.0]))
+    body = json.dumps({"prompt": "hello", "stream": stream}).encode()
+    request = post(f"Content-Length: {len(body)}", body=body)
     async with web.listening() as port:
         async with RawClient(port) as client:
-            await client.send([post(f"Content-Length: {len(BODY)}") + INNER])
-            async with asyncio.timeout(2):
-                while not web.service.running:  # noqa: ASYNC110  # what is waited for has no event
-                    await asyncio.sleep(0.01)
-        async with asyncio.timeout(2):
-            while web.service.running:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+            if later:
+                await client.send([request])
+                await until(lambda: web.service.running == 1)
+                await asyncio.sleep(0.1)  # the server watches for a hang-up now
+                await client.send([QUEUED[queued]])
+                await asyncio.sleep(0.1)
+            else:
+                await client.send([request + QUEUED[queued]])
+                await until(lambda: web.service.running == 1)
+        await until(lambda: web.service.running == 0)
 
 
 async def test_head_is_answered_as_get_without_a_body_and_other_methods_are_refused_sanely(subtests):

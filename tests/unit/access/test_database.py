@@ -27,6 +27,9 @@ from app.errors import ConfigError
         ("postgresql:///llm?host=/run/secret&ssl=prefer", "postgresql+asyncpg:///llm?ssl=prefer"),
         ("postgresql://db/llm?sslmode=require", "postgresql+asyncpg://db/llm?ssl=require"),
         ("postgresql+psycopg://db/llm", "postgresql+asyncpg://db/llm"),
+        ("postgresql:///llm?host=a:5432&host=b:5433", "postgresql+asyncpg:///llm"),
+        ("postgresql:///llm?host=a,b&port=5432,5433", "postgresql+asyncpg:///llm"),
+        ("postgresql://bücher.example:65535/llm", "postgresql+asyncpg://bücher.example:65535/llm"),
     ],
 )
 def test_usual_urls_are_understood_and_shown_without_a_password(url: str, shown: str):
@@ -47,6 +50,13 @@ def test_usual_urls_are_understood_and_shown_without_a_password(url: str, shown:
         "postgresql://anna:x@db/llm?sslmode=canary",
         "postgresql://anna:x@db/llm?port=canary",
         "postgresql://anna:x@db/llm?password=can@ary",
+        "postgresql://anna:x@db:99999/canary",
+        "postgresql://anna:x@db/canary?port=65536",
+        "postgresql://anna:x@db/llm?host=a:canary&host=b:5432",
+        "postgresql://anna:x@db/llm?host=a&host=canary",
+        "postgresql://anna:x@db/llm?host=a:5432&port=canary",
+        "postgresql://anna:x@canary..example/llm",
+        f"postgresql://anna:x@canary{'x' * 60}/llm",
         "postgresql://anna:x@db/llm?options=-c%20canary",
         "host=db password=canary",
         "postgresql:anna:canary@db/llm",

@@ -65,6 +65,21 @@ def _fifty_lines() -> None:
         structlog.get_logger("a").info(f"line {number}")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="other systems have no such pipes")
+def test_a_pipe_takes_lines_as_a_file_does(tmp_path: Path) -> None:
+    """As /dev/stdout is one in a container."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        lines = logged(_fifty_lines, file=path, max_bytes=1000, backups=3)
+
+        assert lines == os.read(reader, 65536).decode().splitlines(keepends=True)
+        assert [path] == list(tmp_path.iterdir())
+    finally:
+        os.close(reader)
+
+
 def test_a_file_that_cannot_be_written_ends_the_start(tmp_path: Path) -> None:
     """The message names the key."""
     (tmp_path / "taken").write_text("")
