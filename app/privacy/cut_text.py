@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from app.privacy.emails import EMAIL_REACH, open_email
 from app.privacy.numbers import IBAN_REACH, iban_open
 from app.privacy.shadow_text import SPOKEN_AT, SPOKEN_DOT
 
@@ -22,10 +23,9 @@ _KEY_PREFIX = re.compile(r"(?<![A-Za-z0-9])(?:[srp]k[-_]|llm_|hf_|gh[a-z]_|githu
 _ENDS = (
     re.compile(r"[0-9+(][0-9+ \t\r\n()./,|_\-]*+\Z"),  # a number in groups
     re.compile(r"\S+(?: dot)?\Z", re.IGNORECASE),  # a word; what stands for a sign in it has no space in a shadow
-    re.compile(r"\"[^\"\n]{1,42}\"@\S*\Z"),  # a local part in quotes
-    re.compile(r"-----BEGIN[A-Z0-9 \-]*\Z"),
+    re.compile(r"-----BEGIN[A-Z0-9 \-]*+(?:\\[nr]|\s)*+\S*\Z"),
 )
-"""The last of a text that one entity could be a part of, by its kind."""
+"""The last of a text that one entity could be a part of, by its kind; `open_email` finds that of an address."""
 _WORD_AT_ONCE = re.compile(r"\S*?\w")
 
 
@@ -39,7 +39,10 @@ def cut_from(tail: str, *, continues: bool) -> int:
     """
     if continues and _WORD_AT_ONCE.match(tail):
         return 0
-    found = (end.start() for pattern in _ENDS if (end := pattern.search(tail)) and not _is_harmless(end[0]))
+    starts = [end.start() for pattern in _ENDS if (end := pattern.search(tail))]
+    # Signs in words, in brackets or beside a line end have more of the address before them than one word.
+    starts.append(len(tail) - open_email(tail[-EMAIL_REACH:]))
+    found = (start for start in starts if not _is_harmless(tail[start:]))
     return min([*found, iban_open(tail, max(0, len(tail) - IBAN_REACH))])
 
 

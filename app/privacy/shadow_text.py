@@ -35,7 +35,8 @@ _DISGUISED = re.compile(
     r"[%&\[({<][ \t]?(?:(?P<at>(?<=%)40|(?<=&)(?:#0{0,5}64|#[xX]0{0,5}40|commat);|(?:[aA][tT]|@)[ \t]?[\])}>])"
     r"|(?<=%)2[eE]|(?<=&)(?:#0{0,5}46|#[xX]0{0,5}2[eE]|period);|(?:[dD][oO][tT]|\.)[ \t]?[\])}>])"
 )
-_SPOKEN = re.compile(r" (?:(?P<at>at)|dot) ", re.IGNORECASE)
+# Of several in a row none is a sign: which one is would depend on where a stream has cut the text before them.
+_SPOKEN = re.compile(r"(?<!\bat)(?<!\bdot) (?:(?P<at>at)|dot) (?!(?:at|dot) )", re.IGNORECASE)
 
 _CACHED_CHARACTERS = 4096
 

@@ -68,6 +68,30 @@ async def test_max_tokens_shows_nothing_of_an_entity_that_has_begun(kind: str, s
 
 
 @pytest.mark.parametrize(
+    "address",
+    [
+        "jane.doe [at] example [dot] com",
+        "jane.doe(at)example(dot)com",
+        "jane dot doe at example dot com",
+        "jane.doe@\nexample.com",
+        "jane.doe\n@example.com",
+        "jane.doe&#64;example&#46;com",
+        "jane.doe%40example.com",
+        '"jane.doe"@example.com',
+    ],
+    ids=ascii,
+)
+def test_a_disguised_address_that_is_cut_shows_at_most_its_first_word(address: str) -> None:
+    """The parts before the last sign are left out too, wherever the text is cut."""
+    first = ("j", "ja", "jan", "jane", "jane.", "jane ", "jane d", "jane do")
+    for cut in range(1, len(address)):
+        stream = StreamRedactor(REDACTOR)
+        shown = stream.feed(f"Write to {address[:cut]}") + stream.finish(cut=True)
+
+        assert shown.removeprefix("Write to ").strip('"') in ("[EMAIL]", "", *first)
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "Yes",

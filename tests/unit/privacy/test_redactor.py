@@ -127,6 +127,15 @@ def streamed(redactor: Redactor, chunks: Iterable[str]) -> tuple[list[str], dict
     return [*output, stream.finish()], stream.counts
 
 
+@pytest.mark.parametrize("text", ["jane at at com dot me ", "me at at org dot me at at x.y", "a dot at at b dot com"])
+def test_a_stream_takes_signs_in_a_row_as_the_whole_does(text: str) -> None:
+    """Which of two words is the sign does not depend on what has been sent of the text before them."""
+    expected = REDACTOR.redact(text).text
+
+    assert {expected} == {"".join(streamed(REDACTOR, chunks_of(text, [size]))[0]) for size in range(1, len(text))}
+    assert "[EMAIL]" == REDACTOR.redact("pat at example dot com").text
+
+
 @FIVE_HUNDRED
 @given(TEXTS, st.lists(st.integers(0, 12), min_size=1, max_size=6).filter(any), st.sampled_from([REDACTOR, GERMAN]))
 def test_a_stream_equals_the_redacted_text_for_every_chunking(text: str, sizes: list[int], redactor: Redactor) -> None:
