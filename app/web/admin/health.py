@@ -1,7 +1,7 @@
 """Liveness, readiness, status and metrics of the service; these routes report and never load a model."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
@@ -41,7 +41,9 @@ class Health(TypedDict):
 class Readiness(TypedDict):
     """Whether a request sent now would be served."""
 
-    status: Literal["ready", "loading", "restarting", "draining", "failed", "unloaded"]
+    status: Literal["ready", "loading", "unresponsive", "restarting", "draining", "failed", "unloaded"]
+    database: NotRequired[str]
+    """What is wrong with the database, while there is something; the model serves all the same."""
 
 
 class Status(TypedDict):
@@ -53,6 +55,8 @@ class Status(TypedDict):
     engine: dict[str, Any] | None
     cache: dict[str, Any] | None
     sessions: int | None
+    database: str
+    """`ok`, or what is wrong with it."""
 
 
 @router.get("/")
