@@ -35,7 +35,7 @@ _ADVICE_SQLITE = {
     Fault.DAMAGED: "restore a copy, or move the file away to begin with an empty database",
     Fault.FULL: "make room on its disk",
     Fault.LOCKED: "another program holds it; end that program",
-    Fault.READ_ONLY: "make the file and its folder writable for this user",
+    Fault.READ_ONLY: "make the file and its folder writable for this user, and see that their disk has room",
 }
 _POOL_SIZE = 5
 _READING = "llm_service_reading"
@@ -130,9 +130,19 @@ class Database:
         # A transaction that may write: on SQLite one that only reads succeeds under a writer that never ends.  Where
         # writing failed one that does write, as nothing else finds out whether the disk is full still.
         fault = self.breaker.fault
-        statement = _WRITE_NOTHING_NEW if fault is not None and fault.only_writes else "SELECT 1"
+        if fault is not None and fault.only_writes:
+            await self.write_nothing_new()
+            return
         async with self.begin() as connection:
-            await connection.execute(text(statement))
+            await connection.execute(text("SELECT 1"))
+
+    async def write_nothing_new(self) -> None:
+        """Write what is there already: the only way to find out whether the disk has room.
+
+        Raises: StoreUnavailable: it has none, or as for `begin`.
+        """
+        async with self.begin() as connection:
+            await connection.execute(text(_WRITE_NOTHING_NEW))
 
     async def migrate(self) -> None:
         """Bring the schema up to date; of several processes that start at once, one does and the others wait.

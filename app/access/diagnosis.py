@@ -1,4 +1,4 @@
-"""What an operator wants to know of a database, gathered without changing it."""
+"""What an operator wants to know of a database, gathered without changing what it holds."""
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -49,8 +49,9 @@ async def diagnose(database: Database) -> Diagnosis:
                 found |= await connection.run_sync(_of_postgres)
             if found["revision"] == head_revision():
                 found |= {"newest_row": await connection.run_sync(_newest_row)}
-        async with database.begin():
-            pass  # says whether somebody else holds it, or it may not be written
+        if found["revision"] is not None:
+            # Says whether somebody else holds it, it may not be written, or has no room.
+            await database.write_nothing_new()
     except StoreUnavailable as error:
         found |= {"fault": database.breaker.fault or Fault.AWAY, "reason": database.reason_of(error)}
     return Diagnosis(**found)  # type: ignore[arg-type]  # by the names above

@@ -42,4 +42,6 @@ def _table(findings: Sequence[Finding]) -> Table:
 
 
 def _sentence(finding: Finding) -> str:
-    return f"{finding.text}. To do: {finding.advice}." if finding.advice else f"{finding.text}."
+    """Return the text and the advice without signs that a terminal obeys: names in a model's files may hold any."""
+    sentence = f"{finding.text}. To do: {finding.advice}." if finding.advice else f"{finding.text}."
+    return "".join(sign if sign.isprintable() else "?" for sign in sentence)

@@ -1,7 +1,8 @@
 """Examines an installation and says in one line each what is well, what is not, and what to do about it.
 
-Reads and measures; changes nothing but a probe file that it removes.  Works beside a running service and where nothing
-runs.  No finding quotes the value of a secret, a command line or an environment variable.
+Reads and measures.  Changes nothing but a probe file that it removes, and writes to the database what that holds
+already.  Works beside a running service and where nothing runs.  No finding quotes the value of a secret, a command
+line or an environment variable.
 """
 
 from collections.abc import Awaitable, Callable, Iterable

@@ -12,6 +12,7 @@ from app.access.faults import Fault
 from app.config import Settings
 from app.doctor.findings import Finding, megabytes, ok, problem, warning
 from app.doctor.network import is_local
+from app.doctor.storage import free_space
 from app.errors import ConfigError
 
 SUBJECT = "database"
@@ -28,7 +29,8 @@ async def examine_database(settings: Settings) -> list[Finding]:
         if not database.exists():
             return [ok(SUBJECT, f"the first start creates {database.where}")]
         found = await diagnose(database)
-        return [*_state(database, found), *_schema(found), *_clock(found), *_connection(database, found)]
+        space = _free_space(database.path, settings.app.data_dir)
+        return [*_state(database, found), *space, *_schema(found), *_clock(found), *_connection(database, found)]
     finally:
         await database.close()
 
@@ -46,6 +48,12 @@ def _state(database: Database, found: Diagnosis) -> Iterator[Finding]:
         yield problem(SUBJECT, text, found.reason or "see that it runs and can be reached")
     if database.path is not None:
         yield from _file(database.path)
+
+
+def _free_space(path: Path | None, data_dir: Path) -> Iterator[Finding]:
+    """Yield the room on the disk of SQLite's file, where it is not the data folder's, which is examined anyhow."""
+    if path is not None and path.parent.resolve() != data_dir.resolve():
+        yield from free_space(SUBJECT, path.parent)
 
 
 def _file(path: Path) -> Iterator[Finding]:

@@ -41,12 +41,13 @@ def _folder(subject: str, folder: Path, other: str) -> Iterator[Finding]:
         yield problem(subject, f"{place} cannot be written: {error.strerror}", f"make it writable, or {other}")
     else:
         yield ok(subject, f"{folder} is writable" if place == folder else f"{folder} will be created")
-    yield from _free_space(subject, place)
+    yield from free_space(subject, place)
     if subject == "data folder" and place == folder and os.name == "posix" and folder.stat().st_mode & 0o022:
         yield warning(subject, f"others may change what is in {folder}", f"chmod go-w {folder}")
 
 
-def _free_space(subject: str, place: Path) -> Iterator[Finding]:
+def free_space(subject: str, place: Path) -> Iterator[Finding]:
+    """Yield how much room there is on the disk of a folder."""
     free = shutil.disk_usage(place).free
     text = f"its disk has {megabytes(free)} free"
     if free < TOO_LITTLE_BYTES:

@@ -186,6 +186,8 @@ class LocalEngine:
             self._started = False
             await self._interpreters.close()
         self._close_tokenizer()
+        # A prompt would wait for threads that have ended.
+        self._encoder = None
 
     async def on_ready(self, ready: Ready) -> None:
         """Take over the model that the worker loaded.

@@ -1,14 +1,17 @@
 """`python -m app doctor` beside real services and databases."""
 
 import asyncio
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from app.access.database import Database
+from tests.services.disks import small_disk
 from tests.services.postgres import Postgres
 from tests.services.process import as_ordinary_user, environment, serving
 
@@ -89,6 +92,24 @@ def test_a_database_that_may_not_be_written_is_a_problem(tmp_path: Path):
     tmp_path.chmod(0o700)
     assert f"problem  data folder: {tmp_path} cannot be written: Permission denied" in said
     assert f"problem  database: {path} cannot be written" in said
+
+
+@pytest.mark.parametrize("in_use", [False, True])
+def test_a_database_whose_disk_is_full_is_a_problem_that_says_so(tmp_path: Path, in_use: bool):
+    """Also where the database is on a disk of its own, and whether a service has it open or not."""
+    with small_disk(tmp_path / "disk") as disk:
+        path = database_in(disk.folder)
+        with closing(sqlite3.connect(path)) as service:
+            if in_use:
+                service.execute("SELECT * FROM alembic_version").fetchall()
+            disk.fill()
+
+            said = examine(tmp_path, 1, url=f"sqlite:///{path}", APP__PORT="0")
+
+    assert f"problem  database: {path} " in said
+    assert "room" in said.partition(f"problem  database: {path} ")[2].splitlines()[0]
+    assert "problem  database: its disk has 0 MB free" in said
+    assert "can be written" not in said
 
 
 @pytest.mark.services

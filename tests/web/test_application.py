@@ -8,10 +8,12 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import TypeAdapter
 
 from app.config import load_settings
 from app.errors import ConfigError
 from app.main import create_app
+from app.web.admin.health import Status
 
 KEY = "application-key"
 CANARY = "jane.doe@example.com"
@@ -92,8 +94,9 @@ async def test_several_answers_and_a_batch_go_through_the_one_service(client: Cl
         prompts = ["hello", f"to {CANARY}", "x" * 100, "hello"]
         results = (await http.post("/v1/generate/batch", json={"prompts": prompts, "max_tokens": 9})).json()["results"]
         unknown = await http.post("/v1/generate", json={"prompt": "a", "logit_bias": {"9999999": 1}})
-        status = (await http.get("/status")).json()
+        reply = await http.get("/status")
 
+    status = TypeAdapter(Status).validate_json(reply.content, strict=True, extra="forbid")
     assert [("hell", "length")] * 3 == [(each["text"], each["finish_reason"]) for each in several["completions"]]
     usage = {"prompt_tokens": 5, "completion_tokens": 12, "total_tokens": 17}
     assert usage | {"prompt_tokens_details": {"cached_tokens": 0}} == several["usage"]
@@ -101,7 +104,8 @@ async def test_several_answers_and_a_batch_go_through_the_one_service(client: Cl
     assert "context_length_exceeded" == results[2]["error"]["error"]
     assert 1 == [result.get("cached") for result in results].count(True)
     assert (400, "logit_bias") == (unknown.status_code, unknown.json()["details"]["errors"][0]["field"])
-    assert 0 == status["engine"]["running"]
+    assert status["engine"]
+    assert (0, "ok") == (status["engine"]["running"], status["database"])
 
 
 async def test_the_policy_to_block_refuses_with_400_and_names_the_kind(client: Client) -> None:

@@ -5,11 +5,13 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
+from pydantic import TypeAdapter
 
 from app.access.key_format import new_key
 from app.engine.base import EngineStatus
 from app.engine.echo import EchoEngine
 from app.types import EngineState
+from app.web.admin.health import Readiness
 from app.web.http.private_api import served_methods
 from tests.web.harness import AUTH, CHAT, GENERATE, MODEL, ScriptedService, Web, is_envelope, make_web
 
@@ -231,6 +233,7 @@ async def test_health_is_always_well_and_readiness_follows_the_engine(state, sta
         health.json(),
     )
     assert (status, {"status": word}) == (ready.status_code, ready.json())
+    TypeAdapter(Readiness).validate_json(ready.content, strict=True, extra="forbid")
     assert ("retry-after" in ready.headers) is (status == 503)
 
 

@@ -126,8 +126,11 @@ class _Process:
         )
         assert self._process.stdin is not None and self._process.stdout is not None  # noqa: S101, PT018
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
-        self._poll = select.poll()
-        self._poll.register(self._stdout, select.POLLIN)
+        # A process that does not read must not hold the thread that writes to it.
+        os.set_blocking(self._stdin.fileno(), False)
+        self._readable, self._writable = select.poll(), select.poll()
+        self._readable.register(self._stdout, select.POLLIN)
+        self._writable.register(self._stdin, select.POLLOUT)
         try:
             self.render(frame(source))
         except BaseException:
@@ -142,12 +145,12 @@ class _Process:
         deadline = time.monotonic() + ANSWER_SECONDS
         self.usable = False
         try:
-            self._stdin.write(request)
+            self._write(request, deadline)
             body = read_frame(lambda count: self._read(count, deadline))
         except BrokenPipeError:
             body = None
         if body is None:
-            log.warning("the chat template was stopped: it took more than %g s of processor time", CPU_SECONDS)
+            log.warning("the chat template was stopped: it took too long, or its process ended")
             raise TemplateExhaustedError("it takes too much time")
         answer = msgspec.msgpack.decode(body, type=Rendered)
         if answer.exhausted:
@@ -166,12 +169,17 @@ class _Process:
         self._stdin.close()
         self._stdout.close()
 
+    def _write(self, request: bytes, deadline: float) -> None:
+        """Write all of it, or less where the time ends; the process then has nothing to answer."""
+        left = memoryview(request)
+        while left and _is_ready(self._writable, deadline):
+            left = left[os.write(self._stdin.fileno(), left) :]
+
     def _read(self, count: int, deadline: float) -> bytes:
         """Return so many bytes of output, or fewer where it ends or the time does."""
         parts: list[bytes] = []
         while count:
-            left = deadline - time.monotonic()
-            if left <= 0 or not self._poll.poll(left * 1000):
+            if not _is_ready(self._readable, deadline):
                 break
             part = os.read(self._stdout.fileno(), count)
             if not part:
@@ -179,6 +187,12 @@ class _Process:
             parts.append(part)
             count -= len(part)
         return b"".join(parts)
+
+
+def _is_ready(descriptor: select.poll, deadline: float) -> bool:
+    """Wait until a descriptor is ready; return False when the time is over first."""
+    left = deadline - time.monotonic()
+    return left > 0 and bool(descriptor.poll(left * 1000))
 
 
 def _environment() -> dict[str, str]:

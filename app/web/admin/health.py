@@ -43,7 +43,7 @@ class Readiness(TypedDict):
 
     status: Literal["ready", "loading", "unresponsive", "restarting", "draining", "failed", "unloaded"]
     database: NotRequired[str]
-    """What is wrong with it; left out if nothing is."""
+    """What is wrong with the database, while there is something; the model serves all the same."""
 
 
 class Status(TypedDict):

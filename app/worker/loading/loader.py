@@ -123,7 +123,7 @@ def load_reason(error: Exception) -> str:
     """Format an error as one line that an operator can act on."""
     match error:
         case LoadError():
-            reason = one_line(error, MAX_REASON_CHARS)
+            reason = one_line(error, MAX_REASON_CHARS).rstrip(". ")
         case torch.OutOfMemoryError() | MemoryError():
             reason = "it does not fit into memory"
         case GatedRepoError():
@@ -173,7 +173,8 @@ def _config(spec: ModelSpec, folder: Path) -> Any:
     """Return the model's configuration, once all small files have been checked."""
     check_files(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        # Whatever the file says of `return_dict`: the scores are read by their name.
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, return_dict=True)
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise LoadError("config.json: it needs Python code of its own, which is never run") from None

@@ -17,7 +17,11 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 JSON_BYTES = 64 * 1024**2
 """Largest JSON file that is read; a real configuration has kilobytes, an index of thousands of tensors a megabyte."""
 CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
-WHOLE_NUMBERS = (*CONTEXT_FIELDS, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+LAYER_FIELDS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""What the families of models call the number of their layers."""
+WHOLE_NUMBERS = (*CONTEXT_FIELDS, *LAYER_FIELDS, "vocab_size", "hidden_size", "num_attention_heads")
+MAX_LABELS = 1_000_000
+"""Of a classifier, for which transformers makes a list of names when it reads the configuration of any model."""
 OPTIONAL_FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_BYTES = 1024**2
@@ -163,6 +167,9 @@ def _check_config(config: Mapping[str, Any]) -> None:
             value = section.get(name)
             if value is not None and (type(value) is not int or value < 1):
                 raise LoadError(f"config.json: {prefix}{name} must be a whole number above 0")
+    labels = config.get("num_labels")
+    if labels is not None and (type(labels) is not int or not 0 <= labels <= MAX_LABELS):
+        raise LoadError(f"config.json: num_labels must be a whole number up to {MAX_LABELS}")
     if (quantization := config.get("quantization_config")) is not None:
         _check_quantization(quantization)
 
@@ -213,10 +220,11 @@ def _check_layers(config: dict[str, Any], names: list[str]) -> None:
     """Raises: LoadError: there are fewer layers in the weights than the configuration says."""
     numbers = [int(found[1]) for name in names if (found := _LAYER_NUMBER.search(name))]
     sections = [section for section in (config.get("text_config"), config) if isinstance(section, dict)]
-    layers = sections[0].get("num_hidden_layers")
-    # Nobody should wait until a million layers are built only to find that they are missing.
-    if numbers and isinstance(layers, int) and layers > max(numbers) + 1:
-        raise LoadError(f"config.json: num_hidden_layers is {layers}, but the weights hold {max(numbers) + 1}")
+    for name in LAYER_FIELDS:
+        layers = sections[0].get(name)
+        # Nobody should wait until a million layers are built only to find that they are missing.
+        if numbers and isinstance(layers, int) and layers > max(numbers) + 1:
+            raise LoadError(f"config.json: {name} is {layers}, but the weights hold {max(numbers) + 1}")
 
 
 def _not_finite(value: Any, path: str = "") -> Iterator[str]:

@@ -77,6 +77,16 @@ def test_an_installation_that_is_well_has_no_problem(folder: Path):
     assert before == sorted(folder.rglob("*"))
 
 
+def test_names_in_a_models_files_write_no_lines_and_no_colours(folder: Path):
+    path = folder / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": ["Llama\x1b[31m\nok all is well"]}))
+
+    said = examine(0)
+
+    assert "(Llama?[31m?ok all is well)" in said
+    assert "\x1b" not in said
+
+
 def test_before_the_first_start_all_is_well_and_nothing_is_created(folder: Path):
     shutil.rmtree(folder / "data")
 

@@ -3,12 +3,14 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from app.engine.tokenizer import chat_template
 from app.engine.tokenizer.chat_template import ChatTemplate, TemplateExhaustedError, TemplateRefusedError
 from app.engine.tokenizer.hf_tokenizer import HfTokenizer
 from app.errors import InvalidRequest
@@ -81,6 +83,34 @@ def test_a_template_that_fails_refuses_the_conversation(compiled: Callable[[str]
         template.render(HELLO)
 
     assert "fine" == template.render([{"role": "system", "content": "x"}])
+
+
+def test_a_process_that_does_not_read_is_given_up_at_the_deadline(
+    compiled: Callable[[str], ChatTemplate], monkeypatch: pytest.MonkeyPatch
+):
+    """However long the conversation is; the next one gets a new process."""
+    monkeypatch.setattr(chat_template, "ANSWER_SECONDS", 0.5)
+    before = set(psutil.Process().children())
+    template = compiled("{{ messages[0].content }}")
+    (process,) = set(psutil.Process().children()) - before
+    process.suspend()
+    outcomes: list[BaseException] = []
+
+    def render() -> None:
+        try:
+            template.render([{"role": "user", "content": "x" * 1_000_000}])
+        except TemplateExhaustedError as error:
+            outcomes.append(error)
+
+    thread = threading.Thread(target=render, daemon=True)
+    thread.start()
+    thread.join(10)
+    with suppress(psutil.NoSuchProcess):
+        process.kill()
+
+    assert 1 == len(outcomes)
+    monkeypatch.undo()
+    assert "fine" == template.render([{"role": "user", "content": "fine"}])
 
 
 def test_others_are_rendered_while_one_is_being_stopped(compiled: Callable[[str, float], ChatTemplate]):

@@ -9,12 +9,14 @@ from msgspec import structs
 
 from app.config import DeadlineConfig, ModelConfig
 from app.engine.local import LocalEngine
+from app.engine.tokenizer.prepare import THREADS
 from app.errors import (
     AppError,
     ContextLengthExceeded,
     DeadlineExceeded,
     EngineBusy,
     EngineFailed,
+    EngineNotReady,
     InvalidRequest,
 )
 from app.events import Delta, Event, Finished, Started, finish
@@ -184,6 +186,20 @@ async def test_closing_a_stream_cancels_its_request(folder: Path):
         reading = await begun(engine, workers.newest, make_request())
         workers.newest.event(2, *tokens("next"), finish="length")
         assert "next" == text_of(await reading)
+
+
+async def test_a_prompt_that_comes_after_the_end_is_refused_at_once(folder: Path):
+    """It does not wait for the threads that have ended with the engine."""
+    async with engine_on(FakeWorkers(folder)) as engine:
+        texts = [
+            GenerationRequest(id=f"{number}", tenant=Tenant.owner("tenant"), text="hello " * 10_000)
+            for number in range(THREADS)
+        ]
+        await asyncio.gather(*map(engine.prepare, texts))
+
+    async with asyncio.timeout(5):
+        with pytest.raises(EngineNotReady, match="closed"):
+            await engine.prepare(texts[0])
 
 
 async def test_an_abort_ends_the_stream_with_what_it_has(folder: Path):

@@ -42,6 +42,7 @@ from tests.unit.lying_models import (
     fill_weights,
     lying_llama,
     rename_weights,
+    save_overflowing_gpt2,
     write,
 )
 from tests.unit.tiny_models import chatml_tokenizer, save_tiny_llama
@@ -145,6 +146,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     ),
     "more layers": (config(num_hidden_layers=3), r"config\.json: num_hidden_layers is 3, but the weights hold 2"),
     "a million layers": (config(num_hidden_layers=10**6), r"config\.json: num_hidden_layers is 1000000"),
+    "labels": (config(num_labels=10**7), r"config\.json: num_labels must be a whole number up to"),
     "fewer layers": (
         config(num_hidden_layers=1),
         r"the weights hold model\.layers\.1\..* and 6 more, which .* not use",
@@ -312,6 +314,24 @@ def test_a_lie_is_refused_in_one_line(tmp_path: Path, damage: Damage, reason: st
     assert time.monotonic() - started < 30
 
 
+@pytest.mark.parametrize(
+    ("layers", "reason"),
+    [(0, "n_layer must be a whole number above 0"), (1000, "n_layer is 1000, but the weights hold 1")],
+)
+def test_layers_are_counted_by_the_name_that_the_family_gives_them(tmp_path: Path, layers: int, reason: str):
+    """Before any of them is built, and a model is not served without."""
+    folder = save_overflowing_gpt2(tmp_path / "model", "hello")
+    change_json("config.json", {"n_layer": layers})(folder)
+
+    with pytest.raises(LoadError, match=reason):
+        load_folder(folder)
+
+
+def test_a_reason_ends_with_one_full_stop():
+    """Some are sentences of another part."""
+    assert load_reason(LoadError("its first token failed: The model failed.")).endswith("The model failed.")
+
+
 BUILDS = FAMILIES | {name: build for name, (build, _) in NOT_BATCHABLE.items()}
 
 
@@ -342,6 +362,7 @@ SERVED: dict[str, tuple[Damage, str]] = {
     "temperature": (generation(temperature=9.5), "generation_config.json: temperature is not from 0 to 2"),
     "end outside": (generation(eos_token_id=[5, 10**6, -1]), "generation_config.json: eos_token_id names tokens"),
     "context": (config(max_position_embeddings=10**9), "config.json: a request of 1000000000 tokens does not fit"),
+    "results without names": (config(return_dict=False), ""),
     "code beside a known type": (config(auto_map={"AutoModelForCausalLM": "trap.Model"}), ""),
     "tokenizer too large": (
         all_of(
