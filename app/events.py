@@ -70,6 +70,11 @@ class FinishedSample(msgspec.Struct, frozen=True, kw_only=True):
     stop_reason: str | int | None = None
     """The stop string or stop token that matched, as vLLM reports it."""
 
+    @property
+    def breaks_off(self) -> bool:
+        """Return whether the model would have gone on, so that its text may end in the middle of a word."""
+        return self.finish_reason is not FinishReason.STOP or self.stop_reason is not None
+
 
 class ContextUsage(msgspec.Struct, frozen=True, kw_only=True):
     """How a conversation was fitted into the context window."""

@@ -227,3 +227,5 @@ class InferenceRecord(msgspec.Struct, frozen=True, kw_only=True):
     latency_ms: float
     prompt: str | None = None
     answer: str | None = None
+    cut_at: tuple[int, ...] = ()
+    """Where in `answer` a sample ends that broke off; an entity may have begun there."""

@@ -66,7 +66,7 @@ async def lag(found: list[float]) -> None:
         found.append(time.perf_counter() - due)
 
 
-async def _same(text: str) -> str:
+async def _same(text: str, *, cut: bool = False) -> str:
     return text
 
 

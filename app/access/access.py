@@ -1,7 +1,7 @@
 """Access control as one object with a beginning and an end: keys, roles, quotas and logs over one database."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 
 from app.access.authenticator import Authenticator
@@ -14,7 +14,7 @@ from app.access.quotas import Quotas
 from app.access.reports import Reports
 from app.access.response_cache import ResponseCache
 from app.access.roles import ADMIN, RoleStore
-from app.access.usage_log import UsageLog
+from app.access.usage_log import Mask, UsageLog
 from app.config import Settings
 from app.errors import StoreUnavailable
 
@@ -32,7 +32,7 @@ class AccessControl:
         *,
         configured_key: str | None,
         bootstrap_key: str | None,
-        mask: Callable[[str], Awaitable[str]],
+        mask: Mask,
         on_drop: Callable[[int], None],
     ) -> None:
         """Args:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 from uuid import uuid4
 
 from msgspec import structs
@@ -33,11 +33,18 @@ MAX_UNRESOLVED = 100
 RETENTION_BATCH = 1000
 """Rows deleted in one transaction."""
 
-_COLUMNS = tuple(field.name for field in structs.fields(InferenceRecord) if field.name != "counted")
+_COLUMNS = tuple(field.name for field in structs.fields(InferenceRecord) if field.name not in ("counted", "cut_at"))
 _MAYBE_COMMITTED = frozenset([Fault.AWAY, Fault.LOCKED])
 """Faults that leave open whether a COMMIT has arrived; the others are a refusal."""
 _TEXT_CHARS = 20_000
 """Length limit of a stored prompt or completion; the rest is cut off."""
+
+
+class Mask(Protocol):
+    """Takes personal data out of a text."""
+
+    def __call__(self, text: str, *, cut: bool = False) -> Awaitable[str]:
+        """Return the text without it.  Args: cut: whether the text breaks off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +63,7 @@ class UsageLog:
         database: Database,
         config: UsageLogConfig,
         *,
-        mask: Callable[[str], Awaitable[str]],
+        mask: Mask,
         on_drop: Callable[[int], None],
     ) -> None:
         """Args:
@@ -129,14 +136,20 @@ class UsageLog:
         if record.prompt is None and record.answer is None:
             return record
         try:
-            # Postgres stores no NUL.  Masked before it is cut: half a card number is not recognised as one.
-            prompt, answer = [
-                (await self._mask((text or "").replace("\x00", "")))[:_TEXT_CHARS]
-                for text in (record.prompt, record.answer)
-            ]
+            prompt = await self._mask_text(record.prompt or "")
+            whole, answer, begin = record.answer or "", "", 0
+            for end in record.cut_at:
+                answer += await self._mask_text(whole[begin:end], cut=True)
+                begin = end
+            answer += await self._mask_text(whole[begin:])
         except AppError:
             return structs.replace(record, prompt=None, answer=None)
-        return structs.replace(record, prompt=prompt, answer=answer)
+        # Masked before it is cut: half a card number is not recognised as one.
+        return structs.replace(record, prompt=prompt[:_TEXT_CHARS], answer=answer[:_TEXT_CHARS])
+
+    async def _mask_text(self, text: str, *, cut: bool = False) -> str:
+        # Postgres stores no NUL.
+        return await self._mask(text.replace("\x00", ""), cut=cut)
 
     async def delete_old(self, now: datetime | None = None) -> int:
         """Delete what is past its time, a bounded number of rows at once; return how many.

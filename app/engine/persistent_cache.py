@@ -8,7 +8,7 @@ slow keeps no response waiting for its end.
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
 from typing import Protocol
 
@@ -41,6 +41,13 @@ class ResponseStore(Protocol):
         """Store a response, without waiting for it."""
 
 
+class Mask(Protocol):
+    """Takes personal data out of a tenant's text; `app.privacy.filters.InputFilter.mask` is one."""
+
+    def __call__(self, tenant: Tenant, text: str, *, cut: bool = False) -> Awaitable[str]:
+        """Return the text without it.  Args: cut: whether the text breaks off."""
+
+
 class PersistentCacheEngine(EngineWrapper):
     """Replays responses that this or another process has generated before."""
 
@@ -50,7 +57,7 @@ class PersistentCacheEngine(EngineWrapper):
         store: ResponseStore,
         *,
         scope: str,
-        mask: Callable[[Tenant, str], Awaitable[str]] | None = None,
+        mask: Mask | None = None,
     ) -> None:
         """Args:
         scope: what else decides a response, as for `CachedEngine`.
@@ -109,15 +116,15 @@ class PersistentCacheEngine(EngineWrapper):
                     event = structs.replace(event, cache=CacheStatus.MISS)
                 generated.append(event)
                 if isinstance(event, Finished) and event.finish_reason in COMPLETE:
-                    await self._put(request.tenant, key, generated)
+                    await self._put(request.tenant, key, generated, cut=event.samples[0].breaks_off)
                 yield event
 
-    async def _put(self, tenant: Tenant, key: bytes, events: list[Event]) -> None:
+    async def _put(self, tenant: Tenant, key: bytes, events: list[Event], *, cut: bool) -> None:
         response = msgspec.msgpack.encode(events)
-        if len(response) <= MAX_RESPONSE_BYTES and await self._is_clean(tenant, events):
+        if len(response) <= MAX_RESPONSE_BYTES and await self._is_clean(tenant, events, cut=cut):
             self._store.put(key, response)
 
-    async def _is_clean(self, tenant: Tenant, events: list[Event]) -> bool:
+    async def _is_clean(self, tenant: Tenant, events: list[Event], *, cut: bool) -> bool:
         """Return whether masking would leave every sample as it is; False where the filter fails or is slow."""
         if self._mask is None:
             return True
@@ -127,7 +134,8 @@ class PersistentCacheEngine(EngineWrapper):
                 samples[event.index].append(event.text)
         try:
             async with asyncio.timeout(MASK_SECONDS):
-                return all([await self._mask(tenant, text) == text for text in map("".join, samples.values())])
+                texts = map("".join, samples.values())
+                return all([await self._mask(tenant, text, cut=cut) == text for text in texts])
         except (AppError, TimeoutError):
             return False
 

@@ -167,6 +167,7 @@ class UsageRecord:
         """Return everything that is known now."""
         request, info, stats, finished = self._request, self._info, self._stats, self._finished
         first = stats.first_token_seconds if stats else None
+        answer, cut_at = self._completion_text()
         return InferenceRecord(
             created=self._created,
             request_id=request.origin.request_id or request.id,
@@ -185,10 +186,17 @@ class UsageRecord:
             first_token_ms=None if first is None else round(1000 * first, 3),
             latency_ms=round(1000 * (time.monotonic() - self._began), 3),
             prompt=self._prompt,
-            answer=self._completion_text(),
+            answer=answer,
+            cut_at=cut_at,
         )
 
-    def _completion_text(self) -> str | None:
+    def _completion_text(self) -> tuple[str | None, tuple[int, ...]]:
+        """Return the samples as one text, and where those end that broke off."""
         if not self._recorder.store_text:
-            return None
-        return "\n\n".join("".join(self._completions[index]) for index in sorted(self._completions))
+            return None, ()
+        text, cut_at = "", list[int]()
+        for index in sorted(self._completions):
+            text += "\n\n" * bool(text) + "".join(self._completions[index])
+            if self._finished is None or self._finished.samples[index].breaks_off:
+                cut_at.append(len(text))
+        return text, tuple(cut_at)

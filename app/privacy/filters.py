@@ -65,16 +65,17 @@ class InputFilter:
             raise PiiBlocked("The request holds personal data, which this service refuses.", details={"kinds": kinds})
         return [redaction.text for redaction in redactions]
 
-    async def mask(self, tenant: Hashable, text: str) -> str:
+    async def mask(self, tenant: Hashable, text: str, *, cut: bool = False) -> str:
         """Return a text as it would look had it come in, whatever the policy: stored turns are compared with that.
 
+        Args: cut: whether the text breaks off: an entity that may have begun at its end is then left out.
         Raises: ServiceUnavailable: the filter itself failed.
         """
-        return (await self._redact(tenant, [text]))[0].text
+        return (await self._redact(tenant, [text], cut=cut))[0].text
 
-    async def _redact(self, tenant: Hashable, texts: Sequence[str]) -> list[Redaction]:
+    async def _redact(self, tenant: Hashable, texts: Sequence[str], *, cut: bool = False) -> list[Redaction]:
         try:
-            return [await self._pool.redact(tenant, text) for text in texts]
+            return [await self._pool.redact(tenant, text, cut=cut) for text in texts]
         except Exception:  # noqa: BLE001  # whatever it is, the text must not pass
             # The traceback could show the very text, so only the fact is logged.
             log.error("input filter failed")
@@ -209,7 +210,7 @@ async def _filtered(event: Event, output: _OutputFilter) -> list[Event]:
     if not isinstance(event, Finished):
         return [event]
     end = event.samples[0]
-    rest = output.finish(cut=end.finish_reason is not FinishReason.STOP or end.stop_reason is not None)
+    rest = output.finish(cut=end.breaks_off)
     shown: list[Event] = [rest] if rest.text or rest.logprobs else []
     return shown if output.stopped is not None else [*shown, event]
 

@@ -76,11 +76,16 @@ class RedactionPool:
         """Return the process ids of the running children."""
         return [pid for child in self._children if (pid := child.pid) is not None]
 
-    async def redact(self, tenant: Hashable, text: str) -> Redaction:
+    async def redact(self, tenant: Hashable, text: str, *, cut: bool = False) -> Redaction:
         """Return the text without personal data.
 
+        Args: cut: whether the text breaks off: an entity that may have begun at its end is then left out.
         Raises: RedactionFailedError: no process could do it.
         """
+        if cut:
+            stream = StreamRedactor(self._redactor)
+            clean = await self.feed(tenant, stream, text) + stream.finish(cut=True)
+            return Redaction(clean, stream.counts)
         if len(text) <= INLINE_CHARS:
             with contextlib.suppress(TooMuchWorkError):
                 return self._redactor.redact(text, max_attempts=INLINE_ATTEMPTS)

@@ -138,3 +138,33 @@ async def test_a_text_is_masked_before_its_end_is_cut_off(tmp_path: Path):
     assert CARD in reply.text
     assert [20_000, 20_000] == [len(prompt_row), len(answer_row)]
     assert "4111" not in prompt_row + answer_row
+
+
+async def test_what_is_kept_of_a_cut_response_shows_no_entity_that_has_begun(tmp_path: Path):
+    """Not of any sample of an unfiltered response that `max_tokens` or a stop string cut inside a number."""
+    greedy = {"temperature": 0}
+    text = "My card is 5500 0000 0000 0004"
+    async with (
+        running(
+            tmp_path,
+            engine=EchoEngine(context_length=2000),
+            pii={"input": "off", "output": "off"},
+            logging={"store_text": True},
+            cache={"persistent": True},
+        ) as service,
+        service.client() as http,
+    ):
+        for cut in ({"max_tokens": len(text) - 1}, {"stop": "0004", "max_tokens": 99}):
+            reply = await http.post("/v1/completions", json=greedy | {"prompt": text, "n": 2} | cut)
+            assert "5500 0000 0000" in reply.text
+        body = greedy | {"prompt": "Route 66 or 4711 1111", "max_tokens": 99}
+        whole = await http.post("/v1/completions", json=body)
+        assert "4711 1111" in whole.text
+    with sqlite3.connect(tmp_path / "service.db") as database:
+        answers = [each for (each,) in database.execute("SELECT answer FROM inference_log ORDER BY created")]
+        cached = database.execute("SELECT answer FROM completion_cache").fetchall()
+    database.close()
+
+    assert ["My card is \n\nMy card is "] * 2 + ["Route 66 or 4711 1111"] == answers
+    assert "5500" not in str(cached)
+    assert "4711" in str(cached)

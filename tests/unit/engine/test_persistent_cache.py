@@ -133,7 +133,7 @@ async def test_what_cannot_be_read_is_a_miss(store: DictStore, garbage: bytes):
 async def test_a_response_that_masking_would_change_is_not_stored(store: DictStore, error: AppError | None):
     """Nor one that cannot be looked at; the caller gets it all the same, and the clean one is stored."""
 
-    async def mask(tenant: Tenant, text: str) -> str:
+    async def mask(tenant: Tenant, text: str, *, cut: bool = False) -> str:
         assert tenant == hello().tenant
         if error:
             raise error
@@ -152,7 +152,7 @@ async def test_a_response_ends_without_being_stored_where_masking_takes_too_long
 ):
     """The filter has a queue of its own, and nobody waits in it for the last event."""
 
-    async def mask(tenant: Tenant, text: str) -> str:
+    async def mask(tenant: Tenant, text: str, *, cut: bool = False) -> str:
         await asyncio.sleep(60)
         return text
 
