@@ -44,9 +44,16 @@ from app.worker.execution.quantization import (
 )
 from app.worker.execution.torch.int8_linear import int8_linear
 from app.worker.loaded_model import LoadedModel
-from app.worker.loading.model_files import CONTEXT_FIELDS, LoadError, check_files, one_line, tensor_shape
+from app.worker.loading.model_files import (
+    CONTEXT_FIELDS,
+    LoadError,
+    check_files,
+    one_line,
+    stored_numbers,
+    tensor_shape,
+)
 from app.worker.loading.stage_deadline import within_deadline
-from app.worker.loading.weight_checks import check_finite, check_loading, check_scores
+from app.worker.loading.weight_checks import check_finite, check_loading, check_scores, check_size
 
 log = logging.getLogger(__name__)
 
@@ -238,6 +245,7 @@ def _model(folder: Path, config: Any, dtype: torch.dtype | str) -> Any:
 
     Raises: LoadError: they are not the ones that the configuration describes.
     """
+    check_size(config, stored_numbers(folder))
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -131,6 +131,15 @@ def tensor_shape(folder: Path, name: str) -> tuple[int, ...]:
     return ()
 
 
+def stored_numbers(folder: Path) -> int:
+    """Return how many numbers all tensors in the weights have together."""
+    total = 0
+    for path in weight_files(folder):
+        with safe_open(path, "pt") as tensors:
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return total
+
+
 def _tensor_names(path: Path, config: Mapping[str, Any]) -> list[str]:
     """Return the names of a file's tensors.
 

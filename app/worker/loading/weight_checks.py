@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from app.worker.loading.model_files import LoadError
 
@@ -19,7 +20,29 @@ LISTED = 3
 """Names of tensors in a message."""
 BUFFERS = ("inv_freq", "masked_bias", "position_ids", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 """Ends of the names of tensors that older releases stored, and that are computed today."""
+SHARED, PACKED = 2, 16
+"""Parameters for each number in the files: tensors may be stored once for two places, or several numbers in one."""
+SMALL_MODEL = 1_000_000
+"""Parameters that take no time and memory worth a check."""
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def check_size(config: Any, stored: int) -> None:
+    """Compare the model that a configuration describes with the files, before memory is taken for it.
+
+    Args: stored: the numbers that the files hold; packed ones of a quantized model count as one.
+    Raises: LoadError: the model has many times as many parameters; most would be drawn at random only to be refused.
+    """
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            described = sum(each.numel() for each in model.parameters())
+    except Exception:  # noqa: BLE001  # the load itself says better what is wrong
+        return
+    if described > stored * (PACKED if getattr(config, "quantization_config", None) else SHARED) + SMALL_MODEL:
+        raise LoadError(
+            f"config.json: describes a model of {described:,} parameters, but the weights hold {stored:,} numbers"
+        )
 
 
 def check_loading(model: Any, info: Mapping[str, Any], shape_of: Callable[[str], tuple[int, ...]]) -> None:

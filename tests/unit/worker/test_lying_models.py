@@ -176,6 +176,10 @@ REFUSED: dict[str, tuple[Damage, str]] = {
         config(intermediate_size=65),
         r"down_proj\.weight is 32 x 64 in the weights, but 32 x 65 by config\.json",
     ),
+    "layers too wide": (
+        config(intermediate_size=10**9),
+        r"config\.json: describes a model of \d[\d,]{9,} parameters, but the weights hold [\d,]+ numbers",
+    ),
     "head too small": (
         cut_vocabulary("lm_head.weight"),
         r"lm_head\.weight is 100 x 32 .*, but 281 x 32 by config\.json",
@@ -198,7 +202,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     "context text": (config(max_position_embeddings="many"), r"config\.json: max_position_embeddings must be a whole"),
     "no heads": (config(num_attention_heads=0), r"config\.json: num_attention_heads must be a whole number above 0"),
     "odd heads": (config(num_attention_heads=3), r"config\.json: .*attention heads"),
-    "huge": (config(hidden_size=2**40), r"config\.json: describes a model that does not fit into memory"),
+    "huge": (config(hidden_size=2**40), r"config\.json: describes a model of \d[\d,]+ parameters"),
     "architectures a text": (config(architectures="LlamaForCausalLM"), r"config\.json: architectures must be a list"),
     "no type": (config("model_type"), r"config\.json: model_type must name"),
     "code": (config(model_type="none_such", auto_map={"AutoConfig": "x.Y"}), r"config\.json: .*code of its own"),
