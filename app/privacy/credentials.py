@@ -34,7 +34,7 @@ _DASHES = "-----"
 _PEM_NAME = r"(?:[A-Z0-9]{1,12} ){0,3}PRIVATE KEY(?: BLOCK)?"
 _PEM = re.compile(rf"-----BEGIN {_PEM_NAME}-----(?:\\[nr]|\s){{1,6}}[A-Za-z0-9+/=\-]{{8}}")
 _PEM_END = re.compile(rf"-----END {_PEM_NAME}-----")
-_PEM_PARTIAL_END = re.compile(r"-{1,5}|-----(?:E|EN|END[A-Z0-9 ]{0,60}-{0,4})")
+_PEM_PARTIAL_END = re.compile(r"\s{0,32}|-{1,5}|-----(?:E|EN|END[A-Z0-9 ]{0,60}-{0,4})")
 PEM_OPEN = re.compile(
     r"-----(?:B|BE|BEG|BEGI|BEGIN[A-Z0-9 ]{0,60}-{0,5}(?:\\?[nr]?|\s){0,12}\\?[A-Za-z0-9+/=\-]{0,8})?\Z|-{1,5}\Z"
 )
@@ -44,7 +44,8 @@ _RESTS = {
     "key": re.compile(r"[A-Za-z0-9_\-]*+"),
     "token": re.compile(r"(?:[A-Za-z0-9_\-]|\.(?=[A-Za-z0-9_\-]))*+"),
     "bearer": re.compile(r"(?:[A-Za-z0-9_~+/=\-]|\.(?=[A-Za-z0-9_~+/=\-]))*+"),
-    "pem": re.compile(r"(?:[A-Za-z0-9+/=:,\\\s]|-(?=[A-Za-z0-9]))*+"),
+    # White space only in front of more: what follows may be a sign in brackets, which the space before it belongs to.
+    "pem": re.compile(r"(?:[A-Za-z0-9+/=:,\\]|\s{1,32}(?=[A-Za-z0-9+/=:,\\\-])|-(?=[A-Za-z0-9]))*+"),
 }
 """The rest of a key after its recognised beginning, by rule."""
 
@@ -81,4 +82,4 @@ def key_rest(rule: str, shadow: str, start: int) -> KeyRest:
         return KeyRest(end, shadow[end:] in ("", "."))
     if last := _PEM_END.match(shadow, end):
         return KeyRest(last.end(), open=False)
-    return KeyRest(end, end == len(shadow) or _PEM_PARTIAL_END.fullmatch(shadow, end) is not None)
+    return KeyRest(end, _PEM_PARTIAL_END.fullmatch(shadow, end) is not None)

@@ -22,7 +22,7 @@ from app.privacy.emails import EMAIL_REACH, inside_word, open_email
 from app.privacy.numbers import IBAN_REACH, Matcher, card, iban_number, iban_open, social_security
 from app.privacy.phones import phone_matcher
 
-PATTERN_VERSION = 5
+PATTERN_VERSION = 6
 """Incremented with every change of what is found: caches of filtered text have it in their key."""
 
 

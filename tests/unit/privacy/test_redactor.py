@@ -136,6 +136,23 @@ def test_a_stream_takes_signs_in_a_row_as_the_whole_does(text: str) -> None:
     assert "[EMAIL]" == REDACTOR.redact("pat at example dot com").text
 
 
+KEY_BODY = "-----BEGIN PRIVATE KEY-----\nMIIEvQIBADANBgkq"
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [" [at] example [dot] com", "  \n- a list", "\n\n  hkiG9w0B\n-----END PRIVATE KEY-----\n", " " * 40 + "word", " "],
+)
+def test_a_private_key_ends_in_a_stream_where_it_does_in_the_whole(rest: str) -> None:
+    """White space behind it is its own only if more of it follows."""
+    expected = REDACTOR.redact(KEY_BODY + rest).text
+
+    assert expected.startswith("[API_KEY]")
+    assert {expected} == {
+        "".join(streamed(REDACTOR, chunks_of(KEY_BODY + rest, [size]))[0]) for size in range(1, len(KEY_BODY + rest))
+    }
+
+
 @FIVE_HUNDRED
 @given(TEXTS, st.lists(st.integers(0, 12), min_size=1, max_size=6).filter(any), st.sampled_from([REDACTOR, GERMAN]))
 def test_a_stream_equals_the_redacted_text_for_every_chunking(text: str, sizes: list[int], redactor: Redactor) -> None:
