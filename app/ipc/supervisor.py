@@ -166,6 +166,9 @@ class Supervisor:
             worker = self._worker = await self._launch()
         except OSError as error:
             return self._on_lost(f"The model's worker could not be started ({error.strerror}).")
+        except Exception:
+            log.exception("the model's worker could not be started")
+            return self._on_lost("The model's worker could not be started; the log says why.")
         watchdog = asyncio.create_task(self._watch(worker), name="model watchdog")
         try:
             await self._forward_messages(worker)

@@ -103,6 +103,9 @@ class WorkerProcess:
             await interpreter.stop(0)
             # The system's limit on such a path is about 100 bytes; TMPDIR decides most of it.
             raise OSError(error.errno, f"no socket in {interpreter.folder}: {error.strerror}") from None
+        except BaseException:
+            await interpreter.stop(0)
+            raise
 
     @property
     def pid(self) -> int:

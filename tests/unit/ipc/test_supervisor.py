@@ -116,17 +116,26 @@ async def test_a_model_that_never_loaded_is_given_up(folder: Path, fail: Callabl
         assert 1 == len(workers.links)
 
 
-async def test_a_process_that_cannot_be_started_is_a_failed_load():
-    """The system's reason reaches the operator."""
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(11, "Resource temporarily unavailable"), "temporarily unavailable"),
+        (RuntimeError("a defect of ours"), "could not be started; the log says why"),
+    ],
+    ids=["system", "defect"],
+)
+async def test_a_process_that_cannot_be_started_is_a_failed_load(error: Exception, reason: str):
+    """The system's reason reaches the operator, and nobody waits for a load that will not begin."""
 
     async def launch() -> FakeLink:
-        raise OSError(11, "Resource temporarily unavailable")
+        raise error
 
     engine = LocalEngine(ModelConfig(), DeadlineConfig(), launch=launch)
     await engine.start()
 
-    with pytest.raises(EngineFailed, match="temporarily unavailable"):
-        await engine.wait_ready()
+    async with asyncio.timeout(5):
+        with pytest.raises(EngineFailed, match=reason):
+            await engine.wait_ready()
     await engine.close()
 
 
