@@ -39,7 +39,7 @@ run: $(VENV)/.installed ## Start the service, after installing it if need be (AR
 	@exec $(PY) -m app serve $(ARGS)
 
 test: $(VENV)/.installed-dev ## Run the tests and measure coverage (ARGS="tests/unit -k cache --no-cov")
-	@$(PY) -m pytest --numprocesses 2 --dist loadfile --cov=app --cov-report=term --cov-report=html $(ARGS)
+	@$(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --cov=app --cov-report=term --cov-report=html $(ARGS)
 
 test-native: $(VENV)/.installed-dev ## Run the C++ tests of the kernels under sanitizers (needs g++, clang, libomp)
 	@$(PY) -m tests.native.run
