@@ -1,6 +1,6 @@
 """Serves the application on a socket until a signal: binds, prints how to use it, drains, and returns an exit code.
 
-It and `http_protocol.py` alone import uvicorn; `cli/root.py` calls `run`.
+It and `web/http/protocol.py` alone import uvicorn; `cli/root.py` calls `run`.
 """
 
 import asyncio
@@ -22,12 +22,12 @@ from fastapi import FastAPI
 
 from app.access.bootstrap_key import KEY_FILE
 from app.config import Settings
-from app.connections import ConnectionGuard, ConnectionLimits, raise_file_limit
 from app.errors import AppError, ConfigError
-from app.http_protocol import ServerConfig
 from app.main import create_app
 from app.telemetry import configure_logging
+from app.web.http.connections import ConnectionGuard, ConnectionLimits, raise_file_limit
 from app.web.http.dependencies import Container
+from app.web.http.protocol import ServerConfig
 
 log = structlog.get_logger(__name__)
 

@@ -10,7 +10,7 @@ import sys
 from contextlib import suppress
 from itertools import cycle
 
-from app.connections import raise_file_limit
+from app.web.http.connections import raise_file_limit
 
 PAUSE_SECONDS = 2.0
 HEAD = b"POST /v1/generate HTTP/1.1\r\nHost: x\r\n"

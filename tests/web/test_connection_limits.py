@@ -99,7 +99,7 @@ async def test_a_place_is_free_again_when_its_connection_is_gone():
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 async def test_a_client_that_does_not_read_is_cut_off_and_frees_what_it_holds(stream, monkeypatch):
     """It neither keeps its generation running nor its response in memory."""
-    monkeypatch.setattr("app.connections.WRITE_SECONDS", 0.5)
+    monkeypatch.setattr("app.web.http.connections.WRITE_SECONDS", 0.5)
     service = ScriptedService(steps=["a" * 100_000] * (1000 if stream else 200))
     web = await make_web(service)
     body = json.dumps({"prompt": "hello", "stream": stream}).encode()

@@ -9,8 +9,8 @@ from contextlib import AsyncExitStack
 import httpx
 import pytest
 
-from app.http_protocol import MAX_PIPELINED, GuardedProtocol
 from app.web.http.private_api import served_methods
+from app.web.http.protocol import MAX_PIPELINED, GuardedProtocol
 from tests.web.harness import AUTH, KEY, ScriptedService, Web, make_web, until
 from tests.web.raw_requests import BODY, CASES, CHUNKED, INNER, TRAILED, Case, get, post
 from tests.web.raw_sockets import RawClient, exchange, statuses

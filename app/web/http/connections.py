@@ -1,6 +1,6 @@
 """Decides which connections a server keeps: how many in all and of one address, and how long each step may take.
 
-Pure decisions, without I/O: `http_protocol.py` reports what becomes of each connection and carries them out.
+Pure decisions, without I/O: `protocol.py` reports what becomes of each connection and carries them out.
 """
 
 import sys

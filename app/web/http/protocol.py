@@ -1,6 +1,6 @@
 """The server's HTTP/1.1 protocol: uvicorn's, with bounds on what a connection may cost and a stricter reading of heads.
 
-What it takes from uvicorn beyond documented interfaces is tested in `tests/unit/test_http_protocol.py`.
+What it takes from uvicorn beyond documented interfaces is tested in `tests/unit/web/test_protocol.py`.
 """
 
 import asyncio
@@ -15,8 +15,8 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from app.connections import SWEEP_SECONDS, WRITE_BYTES, ConnectionGuard, Rank, TooManyConnections
 from app.errors import AppError, DeadlineExceeded, InvalidRequest, RateLimited, ServiceUnavailable
+from app.web.http.connections import SWEEP_SECONDS, WRITE_BYTES, ConnectionGuard, Rank, TooManyConnections
 from app.web.http.errors import envelope
 from app.web.http.middleware import MAX_HEAD_BYTES, HeadTooLarge
 from app.web.http.rate_limits import client_address

@@ -1,4 +1,4 @@
-"""What `app/http_protocol.py` takes from uvicorn beyond its documented interfaces is still there.
+"""What `app/web/http/protocol.py` takes from uvicorn beyond its documented interfaces is still there.
 
 A failure here names the part that an upgrade of uvicorn or httptools changed; `tests/web` shows what it does.
 """
@@ -9,7 +9,7 @@ import httptools
 import pytest
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from app.http_protocol import GuardedProtocol
+from app.web.http.protocol import GuardedProtocol
 
 
 @pytest.mark.parametrize(

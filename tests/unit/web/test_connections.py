@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from app.config import Settings, load_settings
-from app.connections import (
+from app.web.http.connections import (
     LINGER_SECONDS,
     MAX_CLOSING,
     MIN_CONNECTIONS,
