@@ -191,7 +191,8 @@ class Web:
         options |= {"lifespan": "off", "timeout_graceful_shutdown": 2}
         config = server_config(self.app, self.container.settings, **options)
         server = SignalFreeServer(config)
-        with socket.socket() as listener:
+        # With its protocol named, asyncio sends each write at once, as uvloop does.
+        with socket.socket(proto=socket.IPPROTO_TCP) as listener:
             listener.bind(("127.0.0.1", 0))
             serving = asyncio.create_task(server.serve([listener]))
             await until(lambda: server.started)

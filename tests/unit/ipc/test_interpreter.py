@@ -87,6 +87,8 @@ async def test_what_a_process_does_shows_in_its_pulse(code: str, silent: bool, s
     async with interpreter(code) as process:
         await asyncio.sleep(1.5)  # a beat may be on its way when the call begins
         liveness = await watch(process, 4)
+        if silent and liveness.silent_seconds <= 2.5:  # on a busy machine it begins later
+            liveness = await watch(process, 8)
 
     assert (silent, stuck) == (liveness.silent_seconds > 2.5, liveness.stalled_seconds > 2.5)
 
