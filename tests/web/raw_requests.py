@@ -211,7 +211,7 @@ EXPECTATIONS = [
     Case("another expectation", get("Expect: 200-maybe"), (200,), closes=False),
     Case("three requests at once", get() * 3, (200, 200, 200), closes=False),
     Case("garbage after a request", get() + b"\0\0\0\0", (200, 400)),
-    Case("garbage after a request that closes", get("Connection: close") + b"\0\0\0\0", (200,)),
+    Case("garbage after a request that closes", get("Connection: close") + b"\0\0\0\0", (200,), may_reset=True),
     Case("garbage after an unread body", head(TE, target="/nowhere") + CHUNKED + b"\r\n\0\0\0\0", (404,)),
     Case("garbage after a generation", post(LENGTH) + b"\0\0\0\0", (200, 400), reaches=1),
     Case("a thousand requests at once", get() * 1000, (200,) * 65 + (400,)),
