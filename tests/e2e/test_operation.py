@@ -284,7 +284,7 @@ def temporary() -> Iterator[Path]:
 
 
 def test_a_third_signal_kills_the_service_where_a_forced_stop_does_not_end(start: Start, temporary: Path) -> None:
-    """The last resort, as with a worker that is suspended; nothing of the service stays behind."""
+    """The last resort, as with a worker that is suspended: no process stays, and a folder until the next start."""
     service = start(MODEL__COMPILE="none", TMPDIR=str(temporary))
     worker = service.worker()
     stream_in_threads(service, [COUNT])
@@ -295,8 +295,7 @@ def test_a_third_signal_kills_the_service_where_a_forced_stop_does_not_end(start
         time.sleep(1.1)
 
     assert -signal.SIGTERM == service.process.wait(1)
-    wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, 5)
-    wait_for(lambda: not list(temporary.glob("llm-worker-*")), 5)
+    wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, 15)
 
 
 @pytest.mark.parametrize("state", ["streaming", "suspended", "loading"])

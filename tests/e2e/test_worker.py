@@ -254,6 +254,7 @@ async def test_a_worker_that_stays_suspended_is_replaced(folder: Path):
     assert (EngineState.CLOSED, None) == (engine.status().state, engine.status().worker_pid)
 
 
+@pytest.mark.soak
 async def test_a_service_that_was_suspended_itself_does_not_blame_its_worker(folder: Path, short_folder: Path):
     """As a laptop whose lid was shut for longer than the limit."""
     with running_service(folder, short_folder) as service:

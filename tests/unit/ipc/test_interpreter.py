@@ -70,8 +70,8 @@ async def watch(interpreter: Interpreter, seconds: float) -> Liveness:
 @pytest.mark.parametrize(
     ("code", "silent", "stuck"),
     [
-        (WORK, False, False),
-        (REST, False, True),
+        pytest.param(WORK, False, False, marks=pytest.mark.soak),
+        pytest.param(REST, False, True, marks=pytest.mark.soak),
         pytest.param(
             COMPUTE_IN_ONE_CALL,
             False,
