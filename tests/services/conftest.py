@@ -9,6 +9,7 @@ import pytest
 
 from app.access.background import BackgroundGroup
 from app.access.database import Database
+from tests.services.disks import Disk, LimitedWrites, small_disk
 from tests.services.postgres import Postgres, binaries, running
 
 _numbers = count()
@@ -60,3 +61,13 @@ async def background() -> AsyncIterator[BackgroundGroup]:
     await group.start()
     yield group
     await group.close()
+
+
+@pytest.fixture(params=["small disk", "limited writes"])
+def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
+    """A folder whose disk can be filled: where nothing may be mounted, by a limit of the process that writes to it."""
+    if request.param == "limited writes":
+        yield LimitedWrites(tmp_path / "disk")
+        return
+    with small_disk(tmp_path / "disk") as mounted:
+        yield mounted

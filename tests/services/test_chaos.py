@@ -3,7 +3,6 @@
 import asyncio
 import random
 import sqlite3
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -11,22 +10,13 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.services.disks import Disk, LimitedWrites, small_disk
+from tests.services.disks import Disk
 from tests.services.process import FLUSH_SECONDS, ServiceProcess, serving
 from tests.services.test_disk_full import Load, Stored, said_of_the_database
 
 SLACK_SECONDS = 1.0
 """On a busy machine the log's task may come late to its turn."""
 FAULTS = ("disk", "lock", "both", "kill")
-
-
-@pytest.fixture(params=["small disk", "limited writes"])
-def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
-    if request.param == "limited writes":
-        yield LimitedWrites(tmp_path / "disk")
-        return
-    with small_disk(tmp_path / "disk") as mounted:
-        yield mounted
 
 
 async def break_and_mend(fault: str, disk: Disk, service: ServiceProcess, draw: random.Random) -> None:

@@ -5,7 +5,7 @@ import json
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,19 +14,10 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.services.disks import Disk, LimitedWrites, small_disk
+from tests.services.disks import Disk, LimitedWrites
 from tests.services.process import FLUSH_SECONDS, ServiceProcess, refused_start, serving
 from tests.web.access import ADMIN_KEY
 from tests.web.harness import until
-
-
-@pytest.fixture(params=["small disk", "limited writes"])
-def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
-    if request.param == "limited writes":
-        yield LimitedWrites(tmp_path / "disk")
-        return
-    with small_disk(tmp_path / "disk") as mounted:
-        yield mounted
 
 
 @dataclass

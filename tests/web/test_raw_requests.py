@@ -231,21 +231,26 @@ async def test_a_server_that_stops_ends_a_response_that_something_wrong_follows(
     assert not [line for line in log_lines if line["log_level"] in ("error", "critical")]
 
 
+async def drip(client: RawClient, data: bytes) -> None:
+    """Send this again and again, and read until the server closes the connection."""
+
+    async def send() -> None:
+        for _ in range(1000):
+            await client.send([data])
+            await asyncio.sleep(0.05)
+
+    sending = asyncio.create_task(send())
+    async with asyncio.timeout(HANG_SECONDS):
+        await client.read_to_end()
+    sending.cancel()
+
+
 @pytest.mark.parametrize("sent", [b"GET /health", INNER[:-2], INNER + INNER[:-4]], ids=["line", "headers", "second"])
 async def test_a_head_that_does_not_end_is_given_up(sent):
     web = await make_web(security=SHORT)
     async with web.listening() as port, RawClient(port) as client:
         await client.send([sent])
-
-        async def drip() -> None:
-            for _ in range(1000):
-                await client.send([b"a"])
-                await asyncio.sleep(0.05)
-
-        dripping = asyncio.create_task(drip())
-        async with asyncio.timeout(HANG_SECONDS):
-            await client.read_to_end()
-        dripping.cancel()
+        await drip(client, b"a")
         body = json.loads(client.answer.rpartition(b"\r\n\r\n")[2])
 
     assert 408 == statuses(client.answer)[-1]
@@ -267,16 +272,7 @@ async def test_empty_lines_do_not_keep_an_idle_connection():
     async with web.listening() as port, RawClient(port) as client:
         await client.send([INNER])
         await client.read_responses(1)
-
-        async def drip() -> None:
-            for _ in range(1000):
-                await client.send([b"\r\n"])
-                await asyncio.sleep(0.05)
-
-        dripping = asyncio.create_task(drip())
-        async with asyncio.timeout(HANG_SECONDS):
-            await client.read_to_end()
-        dripping.cancel()
+        await drip(client, b"\r\n")
 
     assert (200,) == statuses(client.answer)
 
