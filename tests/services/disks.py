@@ -11,7 +11,8 @@ import pytest
 
 from tests.services.process import ServiceProcess
 
-TMPFS_BYTES = 8 * 1024 * 1024
+TMPFS_BYTES = 256 * 1024 * 1024
+"""Room for what minutes of load write, so that the disk is full only while its filler is there."""
 
 
 class Disk(Protocol):
