@@ -52,6 +52,11 @@ class Service:
     def worker(self) -> psutil.Process:
         return psutil.Process(self.engine()["worker_pid"])
 
+    def logged(self, text: str) -> int:
+        """Return how often the log says this; waits for the first time, since a thread writes the lines later."""
+        wait_for(lambda: text in self.log.read_text(), 5)
+        return self.log.read_text().count(text)
+
     def stop(self, seconds: float = 20) -> int:
         """Send SIGTERM and return the exit code."""
         self.process.send_signal(signal.SIGTERM)

@@ -118,6 +118,7 @@ def test_scores_that_are_not_finite_are_an_error_on_every_route(bomb: Service, p
 
 def test_what_a_load_warned_of_stands_in_the_services_log(bomb: Service):
     """In a line of its own, as whatever the service itself logs."""
+    bomb.logged("generation_config.json: temperature")
     lines = [line for line in bomb.log.read_text().splitlines() if "generation_config.json: temperature" in line]
 
     assert 1 == len(lines)

@@ -331,6 +331,7 @@ def test_a_file_in_the_place_of_a_folder_for_compiled_code_stops_nothing(
     service = start(MODEL__COMPILE="layers", TMPDIR=str(temporary), APP__DATA_DIR=str(tmp_path))
 
     assert "Paris" in service.chat("What is the capital of France?")["message"]["content"]
+    service.logged("compiled code cannot be kept")
     (warning,) = [line for line in service.log.read_text().splitlines() if "compiled code cannot be kept" in line]
     assert 2 == warning.count("something else has its name")
 

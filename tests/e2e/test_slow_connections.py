@@ -107,7 +107,7 @@ def test_the_server_survives_with_very_few_files(start: Start) -> None:
         time.sleep(1)
         request(service, REQUESTS // 4)
 
-    assert "few files" in service.log.read_text()
+    assert service.logged("few files")
     assert 0 == service.stop()
 
 
