@@ -4,13 +4,13 @@ A stream is one `Started`, any number of `Delta`, one `Finished`, or an `AppErro
 """
 
 from collections import defaultdict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from enum import StrEnum
 
 import msgspec
 
-from app.types import FinishReason, Usage
+from app.types import FinishReason, ToolCall, Usage
 
 
 class DetokenizedLogprob(msgspec.Struct, frozen=True):
@@ -48,10 +48,24 @@ class Started(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The prompt as text, after the input filter; None for a chat."""
 
 
+class ToolCallDelta(msgspec.Struct, frozen=True, kw_only=True):
+    """The next part of a call of a tool; its first part has the id and the name."""
+
+    position: int = 0
+    """Which of the sample's calls it continues, from 0."""
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+    """More of the JSON text of the arguments."""
+
+
 class Delta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """New text of one sample.  Empty while a filter or a stop string withholds the text of its tokens."""
 
     text: str = ""
+    reasoning: str = ""
+    """What the model thinks before it answers; no part of `text`."""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
     index: int = 0
     """Which sample it continues."""
     tokens: int = 0
@@ -61,6 +75,16 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     token_ends: tuple[int, ...] = ()
     """For each of `logprobs` how many characters of `text` its token ends after."""
 
+    @property
+    def all_text(self) -> str:
+        """Return everything in it that the model wrote: reasoning, text and the arguments of calls."""
+        return self.reasoning + self.text + "".join(call.arguments for call in self.tool_calls)
+
+    @property
+    def is_visible(self) -> bool:
+        """Return whether it says anything beside how many tokens were generated."""
+        return bool(self.text or self.reasoning or self.tool_calls or self.logprobs)
+
 
 class FinishedSample(msgspec.Struct, frozen=True, kw_only=True):
     """How one sample ended."""
@@ -69,11 +93,14 @@ class FinishedSample(msgspec.Struct, frozen=True, kw_only=True):
     completion_tokens: int
     stop_reason: str | int | None = None
     """The stop string or stop token that matched, as vLLM reports it."""
+    reasoning_tokens: int = 0
+    """Of the completion's tokens those of its reasoning."""
 
     @property
     def breaks_off(self) -> bool:
         """Return whether the model would have gone on, so that its text may end in the middle of a word."""
-        return self.finish_reason is not FinishReason.STOP or self.stop_reason is not None
+        ended = self.finish_reason in (FinishReason.STOP, FinishReason.TOOL_CALLS)
+        return not ended or self.stop_reason is not None
 
 
 class ContextUsage(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,6 +152,8 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     text: str
     end: FinishedSample
     logprobs: tuple[DetokenizedLogprob, ...] = ()
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
 
     @property
     def finish_reason(self) -> FinishReason:
@@ -178,4 +207,17 @@ def _join(deltas: list[Delta], end: FinishedSample) -> Completion:
         text="".join(delta.text for delta in deltas),
         end=end,
         logprobs=tuple(token for delta in deltas for token in delta.logprobs),
+        reasoning="".join(delta.reasoning for delta in deltas),
+        tool_calls=join_tool_calls(part for delta in deltas for part in delta.tool_calls),
     )
+
+
+def join_tool_calls(parts: Iterable[ToolCallDelta]) -> tuple[ToolCall, ...]:
+    """Return the calls of one sample from their parts, in the order of their positions."""
+    calls: dict[int, ToolCall] = {}
+    for part in parts:
+        so_far = calls.get(part.position, ToolCall("", "", ""))
+        calls[part.position] = ToolCall(
+            id=part.id or so_far.id, name=part.name or so_far.name, arguments=so_far.arguments + part.arguments
+        )
+    return tuple(call for _, call in sorted(calls.items()))

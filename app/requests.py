@@ -7,7 +7,10 @@ from typing import Annotated, Any, Final
 import msgspec
 from msgspec import structs
 
-from app.types import Message, SamplingParams, Tenant
+from app.types import Message, SamplingParams, Tenant, Tool, ToolChoice
+
+TemplateValue = str | bool | int | float | None
+"""What a variable of a chat template may be."""
 
 RESOLVABLE: Final = frozenset(["max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"])
 """Sampling parameters that have a default which is not neutral, from the configuration or the model's own files."""
@@ -65,6 +68,13 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     prompt_ids: tuple[int, ...] | None = None
     continue_final_message: bool = False
     """Continue the last message, which is the assistant's, where it breaks off."""
+    tools: tuple[Tool, ...] = ()
+    """Functions that the model may ask for; the chat template shows them to it."""
+    tool_choice: ToolChoice = ToolChoice()
+    parallel_tool_calls: bool = True
+    """Whether one completion may hold several calls."""
+    template_kwargs: tuple[tuple[str, TemplateValue], ...] = ()
+    """Additional variables of the chat template, sorted by name, such as `enable_thinking`."""
     sampling: SamplingParams = SamplingParams()
     unset: frozenset[str] = frozenset()
     """Names of the sampling parameters that the caller left open; `resolve_params` fills them in."""

@@ -19,11 +19,68 @@ class Role(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a function that the assistant asks the client for."""
+
+    id: str
+    name: str
+    arguments: str
+    """The arguments as JSON text, as the model wrote it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """One message of a conversation."""
 
     role: Role
     content: str
+    """Empty where the assistant only calls tools."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """Calls that the assistant made in this message."""
+    tool_call_id: str | None = None
+    """Which call a message of the role tool answers."""
+    reasoning: str | None = None
+    """What the assistant thought before it answered."""
+    name: str | None = None
+    """Who of several speaks; of a tool's result the function's name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the model may ask the client to call."""
+
+    name: str
+    description: str | None = None
+    parameters: str = "{}"
+    """JSON Schema of the arguments, as JSON text."""
+    strict: bool = False
+    """Whether the arguments of a call must follow the schema even where the model is free to call or not."""
+
+
+ToolMode = Literal["auto", "none", "required"]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """Whether the model may, must or must not call tools."""
+
+    mode: ToolMode = "auto"
+    name: str | None = None
+    """With `required`: the one tool that must be called."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What a completion must look like; the sampler allows no token that leads elsewhere."""
+
+    kind: Literal["json_schema", "regex", "lark"]
+    text: str
+    """A JSON Schema as JSON text, a regular expression, or a grammar in llguidance's dialect of Lark."""
+
+    @property
+    def is_json(self) -> bool:
+        """Return whether the whole completion is one JSON value."""
+        return self.kind == "json_schema"
 
 
 class EngineState(StrEnum):
@@ -45,12 +102,19 @@ class FinishReason(StrEnum):
 
     STOP = "stop"
     """The model ended the completion, or a stop string matched."""
+    TOOL_CALLS = "tool_calls"
+    """The model ended the completion, in which it calls tools."""
     LENGTH = "length"
     """max_tokens or the context window was reached."""
     CONTENT_FILTER = "content_filter"
     """The output filter failed, so nothing more was let out."""
     ABORT = "abort"
     """The service ended it (shutdown); what came before is valid text."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Return whether the completion ended by itself, so that it may be stored and continued."""
+        return self in (FinishReason.STOP, FinishReason.TOOL_CALLS, FinishReason.LENGTH)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +151,8 @@ class SamplingParams:
     """Go on after the model's own end tokens."""
     min_tokens: int = 0
     """No end token is sampled before the completion has this many tokens."""
+    grammar: Grammar | None = None
+    """What the completion must look like; None leaves it free."""
     sample: int = 0
     """Which of several samples of one request this is, from 0; each draws differently from one seed."""
 

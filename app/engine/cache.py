@@ -33,8 +33,6 @@ _EVENT_BYTES = 200
 _LOGPROB_BYTES = 160
 _ALTERNATIVE_BYTES = 120
 """Memory of the log-probability of a token, and of an alternative in its position."""
-COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)
-"""Finish reasons of responses that may be stored."""
 MAX_LOGPROBS = 20_000
 """Log-probabilities, alternatives included, that a response may have to be stored or shared: megabytes."""
 EVENTS_PER_TURN = 16
@@ -89,7 +87,7 @@ def _weight(events: tuple[Event, ...]) -> int:
     deltas = [event for event in events if isinstance(event, Delta)]
     logprobs = [token for delta in deltas for token in delta.logprobs]
     return (
-        sum(_EVENT_BYTES + len(delta.text.encode("utf-8", "surrogatepass")) for delta in deltas)
+        sum(_EVENT_BYTES + len(delta.all_text.encode("utf-8", "surrogatepass")) for delta in deltas)
         + _LOGPROB_BYTES * len(logprobs)
         + _ALTERNATIVE_BYTES * sum(len(token.top) for token in logprobs)
     )
@@ -305,7 +303,7 @@ class CachedEngine(EngineWrapper):
         async with aclosing(self._inner.stream(request)) as events:
             async for event in events:
                 flight.events.append(event)
-                if isinstance(event, Finished) and event.finish_reason in COMPLETE:
+                if isinstance(event, Finished) and event.finish_reason.is_complete:
                     self._store(flight)
                 flight.wake()
 

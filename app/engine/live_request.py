@@ -110,7 +110,7 @@ class LiveRequest:
             self._news.clear()
             outcome = self._outcome
             delta = self._next_delta()
-            if delta.text or delta.logprobs:
+            if delta.is_visible:
                 self._begun = True
                 self._reported += delta.tokens
                 yield delta

@@ -16,7 +16,7 @@ import msgspec
 from msgspec import structs
 
 from app.engine.base import Engine
-from app.engine.cache import COMPLETE, EVENTS_PER_TURN, cache_key
+from app.engine.cache import EVENTS_PER_TURN, cache_key
 from app.engine.wrapper import EngineWrapper
 from app.errors import AppError
 from app.events import CacheStatus, Delta, Event, Finished, finish
@@ -115,7 +115,7 @@ class PersistentCacheEngine(EngineWrapper):
                 if not isinstance(event, Delta):
                     event = structs.replace(event, cache=CacheStatus.MISS)
                 generated.append(event)
-                if isinstance(event, Finished) and event.finish_reason in COMPLETE:
+                if isinstance(event, Finished) and event.finish_reason.is_complete:
                     await self._put(request.tenant, key, generated, cut=event.samples[0].breaks_off)
                 yield event
 
@@ -131,7 +131,7 @@ class PersistentCacheEngine(EngineWrapper):
         samples: defaultdict[int, list[str]] = defaultdict(list)
         for event in events:
             if isinstance(event, Delta):
-                samples[event.index].append(event.text)
+                samples[event.index].append(event.all_text)
         try:
             async with asyncio.timeout(MASK_SECONDS):
                 texts = map("".join, samples.values())

@@ -147,7 +147,7 @@ class UsageRecord:
     def observe(self, delta: Delta) -> None:
         """Keep the text that the caller receives, if texts are logged."""
         if self._recorder.store_text:
-            self._completions[delta.index].append(delta.text)
+            self._completions[delta.index].append(delta.all_text)
 
     def finish(self, finished: Finished) -> None:
         """Record that the response is complete: all that is left is to yield this event."""

@@ -23,10 +23,7 @@ from app.generation.sessions import SessionStore, Turn, as_turns, new_messages, 
 from app.privacy.filters import InputFilter
 from app.requests import GenerationRequest
 from app.telemetry import Metrics
-from app.types import EngineState, FinishReason, Message, Principal, Role
-
-_COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)
-"""Responses that ended by themselves; only these enter a conversation."""
+from app.types import EngineState, Message, Principal, Role
 
 
 class GenerationService:
@@ -106,7 +103,7 @@ class GenerationService:
                                 if (visible := run.observe(event)) is not None:
                                     yield visible
                 finished = run.finished()
-                if finished.finish_reason in _COMPLETE:
+                if finished.finish_reason.is_complete:
                     async with self._deadline("The turn took too long to store."):
                         await self._store_turn(request, fitted.new, run.text)
             record.finish(finished)
@@ -249,7 +246,7 @@ class _Run:
             case Delta():
                 self.stats.observe(event)
                 self._text.append(event.text)
-                if event.text and not self._withheld_tokens[event.index]:
+                if event.is_visible and not self._withheld_tokens[event.index]:
                     return event
                 return self._visible(event)
             case Started():
@@ -262,9 +259,8 @@ class _Run:
     def _visible(self, delta: Delta) -> Delta | None:
         """Return a delta with the tokens of those left out before it; None for one without text."""
         tokens = self._withheld_tokens[delta.index] + delta.tokens
-        visible = bool(delta.text or delta.logprobs)
-        self._withheld_tokens[delta.index] = 0 if visible else tokens
-        if not visible:
+        self._withheld_tokens[delta.index] = 0 if delta.is_visible else tokens
+        if not delta.is_visible:
             return None
         return delta if tokens == delta.tokens else structs.replace(delta, tokens=tokens)
 

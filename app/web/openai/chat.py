@@ -2,22 +2,22 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any
 
 from fastapi import APIRouter
-from pydantic import BeforeValidator, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
 from starlette.responses import Response as HttpResponse
 
 from app.errors import InvalidRequest
 from app.events import Completion, Response
 from app.requests import GenerationRequest
-from app.types import Message, Role
 from app.web.http.dependencies import RequestContext, RequestContextDep, bind_end_user
 from app.web.http.errors import GENERATION_ERRORS, error_responses
-from app.web.http.json_body import GeneratingRoute, StrictModel
+from app.web.http.json_body import GeneratingRoute
 from app.web.http.sampling_params import MAX_MESSAGES, SessionId, TokenCount, check_length
 from app.web.http.sse import streamed
 from app.web.openai.errors import ERROR_FORMAT
+from app.web.openai.messages import ChatMessage
 from app.web.openai.request_model import OpenAIFields
 from app.web.openai.respond import new_metadata, respond
 from app.web.openai.response_objects import (
@@ -31,49 +31,6 @@ from app.web.openai.stream_encoder import ChatChoiceEncoder, ChunkStreamEncoder
 from app.web.openai.validators import Metadata, NeutralOnly
 
 router = APIRouter(prefix="/v1", tags=["openai"], route_class=GeneratingRoute)
-
-_ROLES = {"developer": Role.SYSTEM}
-"""OpenAI's role -> the template's role, where they differ."""
-
-
-class TextPart(StrictModel):
-    """A text part of a message."""
-
-    type: Literal["text"]
-    text: str
-    prompt_cache_breakpoint: Annotated[Any, NeutralOnly()] = None
-
-
-def _parts(value: Any) -> Any:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
-
-
-_Parts = Annotated[list[TextPart], Field(min_length=1)]
-
-
-class ChatMessage(StrictModel):
-    """One message; an assistant's may have the fields of this service's own responses."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[_Parts, BeforeValidator(_parts, json_schema_input_type=str | _Parts)]
-    tool_call_id: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = Field(
-        None, description="Required of the role tool, and of no other."
-    )
-    name: Annotated[Any, NeutralOnly()] = None
-    refusal: Annotated[Any, NeutralOnly()] = None
-    audio: Annotated[Any, NeutralOnly()] = None
-    function_call: Annotated[Any, NeutralOnly()] = None
-    tool_calls: Annotated[Any, NeutralOnly([])] = None
-
-    @model_validator(mode="after")
-    def _has_tool_call_id(self) -> Self:
-        if (self.role == "tool") != (self.tool_call_id is not None):
-            raise ValueError("tool_call_id belongs to a message of the role tool, and to no other")
-        return self
-
-    def to_message(self) -> Message:
-        """Return the message with its text parts joined by newlines."""
-        return Message(_ROLES.get(self.role) or Role(self.role), "\n".join(part.text for part in self.content))
 
 
 class ChatCompletionRequest(OpenAIFields):

@@ -18,7 +18,7 @@ from app.engine.cache import CachedEngine, CacheStats, cache_key
 from app.engine.echo import EchoEngine
 from app.events import CacheStatus, Delta, Event
 from app.requests import HARMLESS, GenerationRequest, Origin, Progress, keyed_fields
-from app.types import FinishReason, Message, Role, SamplingParams, Tenant, Usage
+from app.types import FinishReason, Grammar, Message, Role, SamplingParams, Tenant, Tool, ToolChoice, Usage
 from tests.unit.engine.scripted import REQUEST, ScriptedEngine, make_request
 from tests.unit.event_streams import finished_of, logprobs_of, read, started_of, text_of
 
@@ -156,6 +156,7 @@ OTHER_PARAMS = st.builds(
     stop_token_ids=st.lists(st.integers(0, 300), max_size=3).map(tuple),
     ignore_eos=st.booleans(),
     min_tokens=st.integers(0, 64),
+    grammar=st.none() | st.builds(Grammar, st.sampled_from(["json_schema", "regex", "lark"]), st.text(max_size=4)),
 )
 
 
@@ -191,6 +192,10 @@ CHANGED: dict[str, Any] = {
     "stream": False,
     "origin": Origin(route="/v1/chat"),
     "progress": Progress(),
+    "tools": (Tool("add"),),
+    "tool_choice": ToolChoice("none"),
+    "parallel_tool_calls": False,
+    "template_kwargs": (("enable_thinking", False),),
 }
 """Differs from REQUEST in every field of a request; a field added to it has to be added here."""
 
@@ -223,6 +228,10 @@ def test_what_decides_a_response_is_never_declared_harmless():
         "sampling",
         "unset",
         "adapter",
+        "tools",
+        "tool_choice",
+        "parallel_tool_calls",
+        "template_kwargs",
     } == {each.name for each in structs.fields(GenerationRequest)} - harmless_fields(GenerationRequest)
 
 
@@ -289,6 +298,7 @@ CHANGED_PARAMS = SamplingParams(
     stop_token_ids=(5,),
     ignore_eos=True,
     min_tokens=5,
+    grammar=Grammar("regex", "[0-9]+"),
 )
 """Differs from REQUEST's in every field."""
 

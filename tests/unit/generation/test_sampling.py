@@ -10,7 +10,7 @@ from app.engine.served_model import SamplingDefaults
 from app.errors import InvalidRequest
 from app.generation.sampling import is_deterministic, resolve_params
 from app.requests import GenerationRequest
-from app.types import SamplingParams
+from app.types import Grammar, SamplingParams
 from tests.unit.generation.services import complete
 
 INFO = EngineInfo(
@@ -37,6 +37,7 @@ GIVEN: dict[str, Any] = {
     "stop_token_ids": (6,),
     "ignore_eos": True,
     "min_tokens": 4,
+    "grammar": Grammar("regex", "[0-9]+"),
 }
 
 
