@@ -4,6 +4,7 @@
 
 AppError
 ├── InvalidRequest            400  ├── ContextLengthExceeded  ├── PromptTooLong  ├── PiiBlocked
+│                                  ├── PreviousResponseNotFound
 ├── Unauthorized              401
 ├── Forbidden                 403
 ├── NotFound                  404  ├── ModelNotFound  ├── SessionNotFound  ├── KeyNotFound  ├── RoleNotFound
@@ -122,6 +123,18 @@ class ModelNotFound(NotFound):
 
 class SessionNotFound(NotFound):
     """The caller has no session of this id."""
+
+
+class PreviousResponseNotFound(InvalidRequest):
+    """The caller has no stored response that a request could continue."""
+
+    code = "previous_response_not_found"
+
+    def __init__(self) -> None:
+        reason = "names no stored response of yours; it may have expired, or was created with store: false"
+        super().__init__(
+            f"previous_response_id {reason}", details={"errors": [{"field": "previous_response_id", "reason": reason}]}
+        )
 
 
 class KeyNotFound(NotFound):

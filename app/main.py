@@ -26,6 +26,7 @@ from app.engine.served_model import SamplingDefaults, ServedModel
 from app.errors import ConfigError, ModelNotFound
 from app.generation.metering import UsageRecorder
 from app.generation.prompts import read_template
+from app.generation.responses import MemoryResponseStore
 from app.generation.service import GenerationService
 from app.generation.sessions import MemorySessionStore, SessionStore
 from app.ipc.spare_interpreters import SpareInterpreters
@@ -91,6 +92,7 @@ def create_app(
     admission = AdmissionControl(MemoryAdmissionStore(), access.quotas, on_refusal=metrics.rate_limited)
     if sessions is None and settings.chat_history.enabled:
         sessions = MemorySessionStore(settings.chat_history)
+    responses = MemoryResponseStore(settings.chat_history) if settings.chat_history.enabled else None
     generation: Service = service or GenerationService(
         host=host,
         input_filter=filters.of_input(),
@@ -107,6 +109,7 @@ def create_app(
         service=generation,
         host=host,
         sessions=sessions,
+        responses=responses,
         keys=keys or access.authenticator,
         access=access,
         admission=admission,

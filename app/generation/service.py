@@ -23,7 +23,7 @@ from app.generation.sessions import SessionStore, Turn, as_turns, new_messages, 
 from app.privacy.filters import InputFilter
 from app.requests import GenerationRequest
 from app.telemetry import Metrics
-from app.types import EngineState, Message, Principal, Role
+from app.types import EngineState, Message, Principal, Role, Tenant
 
 
 class GenerationService:
@@ -154,10 +154,17 @@ class GenerationService:
 
     async def _storable(self, request: GenerationRequest, messages: Sequence[Message]) -> list[Message]:
         """Return messages as a session may store them; those that the input filter has passed are clean already."""
-        if self._storage_filter is None or self._input_filter is not None:
+        return list(messages) if self._input_filter is not None else await self.storable(request.tenant, messages)
+
+    async def storable(self, tenant: Tenant, messages: Sequence[Message]) -> list[Message]:
+        """Return messages as they may be stored: masked, whatever the filters let through.
+
+        Raises: ServiceUnavailable: the filter itself failed.
+        """
+        if self._storage_filter is None:
             return list(messages)
         mask = self._storage_filter.mask
-        return [Message(each.role, await mask(request.tenant, each.content)) for each in messages]
+        return [replace(each, content=await mask(tenant, each.content)) for each in messages]
 
     async def _clean_text(
         self, request: GenerationRequest, model: ServedModel, budget: TokenBudget

@@ -7,7 +7,6 @@ to the client.
 
 import asyncio
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -15,10 +14,9 @@ from datetime import UTC, datetime
 from typing import Protocol
 from weakref import WeakValueDictionary
 
-from cachetools import Cache, TTLCache
-
 from app.config import ChatHistoryConfig
 from app.errors import DeadlineExceeded
+from app.generation.tenant_cache import TenantCache
 from app.types import Message, Role, Tenant
 
 
@@ -115,14 +113,15 @@ class MemorySessionStore:
         self._config = config
         self._clock = clock
         self._wall_clock = wall_clock
-        self._tenants: OrderedDict[Tenant, TTLCache[str, _StoredSession]] = OrderedDict()
-        """The tenant with the oldest last turn first."""
+        self._sessions = TenantCache[_StoredSession](
+            most=config.max_sessions, ttl_seconds=config.ttl_seconds, clock=clock
+        )
         self._locks: WeakValueDictionary[tuple[Tenant, str], asyncio.Lock] = WeakValueDictionary()
 
     @property
     def tenants(self) -> tuple[Tenant, ...]:
         """Return the tenants that have sessions in memory, the one with the oldest last turn first."""
-        return tuple(self._tenants)
+        return self._sessions.tenants
 
     @property
     def locks(self) -> int:
@@ -130,9 +129,7 @@ class MemorySessionStore:
         return len(self._locks)
 
     async def read(self, tenant: Tenant, session_id: str) -> Session | None:
-        self._drop_idle_tenants()
-        sessions = self._tenants.get(tenant)
-        stored = None if sessions is None else sessions.get(session_id)
+        stored = self._sessions.get(tenant, session_id)
         if stored is None:
             return None
         return Session(
@@ -144,45 +141,30 @@ class MemorySessionStore:
         )
 
     async def append(self, tenant: Tenant, session_id: str, turn: Turn) -> None:
-        self._drop_idle_tenants()
-        sessions = self._tenants.get(tenant)
-        if sessions is None:
-            sessions = TTLCache(self._config.max_sessions, self._config.ttl_seconds, self._clock)
-            self._tenants[tenant] = sessions
-        before = sessions.get(session_id)
-        turns, text_bytes = self._fit((*before.turns, turn) if before else (turn,))
+        before = self._sessions.get(tenant, session_id)
+        turns = newest_turns((*before.turns, turn) if before else (turn,), self._config)
         now = self._wall_clock()
-        sessions[session_id] = _StoredSession(
-            turns=turns,
-            text_bytes=text_bytes,
-            created=before.created if before else now,
-            updated=now,
-            expires=self._clock() + self._config.ttl_seconds,
+        self._sessions.put(
+            tenant,
+            session_id,
+            _StoredSession(
+                turns=turns,
+                text_bytes=sum(each.text_bytes for each in turns),
+                created=before.created if before else now,
+                updated=now,
+                expires=self._clock() + self._config.ttl_seconds,
+            ),
         )
-        self._tenants.move_to_end(tenant)
 
     async def delete(self, tenant: Tenant, session_id: str) -> bool:
-        self._drop_idle_tenants()
-        sessions = self._tenants.get(tenant)
-        if sessions is None:
-            return False
-        found = sessions.pop(session_id, None) is not None
-        if not sessions:
-            del self._tenants[tenant]
-        return found
+        return self._sessions.delete(tenant, session_id)
 
     async def list(self, tenant: Tenant) -> Sequence[SessionSummary]:
-        self._drop_idle_tenants()
-        sessions = self._tenants.get(tenant)
-        if sessions is None:
-            return []
-        # Past TTLCache's own __getitem__: to be listed is not to be used.
-        stored = [(session_id, Cache.__getitem__(sessions, session_id)) for session_id in sessions]
         return [
             SessionSummary(
                 session_id=session_id, turns=len(each.turns), text_bytes=each.text_bytes, updated=each.updated
             )
-            for session_id, each in reversed(stored)
+            for session_id, each in self._sessions.items(tenant)
         ]
 
     @asynccontextmanager
@@ -193,27 +175,18 @@ class MemorySessionStore:
             yield
 
     def count(self) -> int:
-        self._drop_idle_tenants()
-        return sum(len(sessions) for sessions in self._tenants.values())
+        return len(self._sessions)
 
-    def _fit(self, turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], int]:
-        """Return the newest turns that the limits allow, at least one, and their bytes of text."""
-        turns = turns[-self._config.max_turns :]
-        sizes = [turn.text_bytes for turn in turns]
-        first = 0
-        total = sum(sizes)
-        while total > self._config.max_bytes and first < len(turns) - 1:
-            total -= sizes[first]
-            first += 1
-        return turns[first:], total
 
-    def _drop_idle_tenants(self) -> None:
-        """Forget tenants whose sessions have all expired; as the oldest come first, it looks no further than needed."""
-        while self._tenants:
-            tenant, sessions = next(iter(self._tenants.items()))
-            if len(sessions):  # counts what has not expired
-                return
-            del self._tenants[tenant]
+def newest_turns(turns: Sequence[Turn], config: ChatHistoryConfig) -> tuple[Turn, ...]:
+    """Return the newest turns that the limits of a conversation allow, at least one."""
+    newest = tuple(turns[-config.max_turns :])
+    sizes = [turn.text_bytes for turn in newest]
+    first, total = 0, sum(sizes)
+    while total > config.max_bytes and first < len(newest) - 1:
+        total -= sizes[first]
+        first += 1
+    return newest[first:]
 
 
 @asynccontextmanager

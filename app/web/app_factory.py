@@ -19,6 +19,7 @@ from app.web.openai import chat as openai_chat
 from app.web.openai import completions as openai_completions
 from app.web.openai import errors as openai_errors
 from app.web.openai import models as openai_models
+from app.web.openai.responses import routes as openai_responses
 
 
 def build_app(container: Container, *, lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
@@ -40,8 +41,9 @@ def build_app(container: Container, *, lifespan: Lifespan[FastAPI] | None = None
         lifespan=lifespan,
     )
     app.state.container = container
-    openai = openai_chat, openai_completions, openai_models
+    openai = openai_chat, openai_completions, openai_responses, openai_models
     routers = [module.router for module in (generate, batch, chat, sessions, *openai, keys, roles, usage)]
+    routers.append(openai_responses.stored_router)
     for router in (*routers, keys.seed_router, health.router, *([documentation.router] if docs else [])):
         app.include_router(router)
     renderer = ErrorRenderer(dict.fromkeys(openai_errors.PATH_PREFIXES, openai_errors.ERROR_FORMAT))

@@ -3,7 +3,7 @@
 import asyncio
 import math
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,7 +24,7 @@ from app.main import create_app
 from app.requests import GenerationRequest
 from app.server import server_config
 from app.telemetry import Metrics
-from app.types import FinishReason, Principal, Rights, Tenant, Usage
+from app.types import FinishReason, Message, Principal, Rights, Tenant, Usage
 from app.web.http.dependencies import Container
 
 KEY = "web-tests-key-0123456789"
@@ -35,7 +35,8 @@ BATCH: dict[str, Any] = {"prompts": ["hello"]}
 BODIES: Mapping[str, dict[str, Any]] = {"/v1/generate": GENERATE, "/v1/chat": CHAT}
 """The native routes that stream."""
 OPENAI_BODIES: Mapping[str, dict[str, Any]] = {"/v1/chat/completions": CHAT, "/v1/completions": GENERATE}
-OPENAI_PATHS = (*OPENAI_BODIES, "/v1/models")
+RESPONSE_BODIES: Mapping[str, dict[str, Any]] = {"/v1/responses": {"input": "hello"}}
+OPENAI_PATHS = (*OPENAI_BODIES, *RESPONSE_BODIES, "/v1/models")
 MODEL = "scripted"
 
 Step = str | float | BaseException
@@ -93,6 +94,9 @@ class ScriptedService:
         finally:
             self.running -= 1
             self.closed_at = asyncio.get_running_loop().time()
+
+    async def storable(self, tenant: Tenant, messages: Sequence[Message]) -> list[Message]:
+        return list(messages)
 
     def status(self) -> Mapping[str, Any]:
         return {"engine": {"state": "ready"}}

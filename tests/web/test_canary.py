@@ -15,7 +15,14 @@ from app.telemetry import configure_logging
 from tests.web.access import Running, running
 
 ADDRESS = "canary.jones@example.com"
-GENERATING = ("/v1/generate", "/v1/generate/batch", "/v1/chat", "/v1/chat/completions", "/v1/completions")
+GENERATING = (
+    "/v1/generate",
+    "/v1/generate/batch",
+    "/v1/chat",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+)
 """Where the engine breaks."""
 
 

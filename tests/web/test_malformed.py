@@ -320,7 +320,7 @@ async def test_a_wrong_method_is_answered_with_all_right_ones_in_the_dialect_of_
 
 @pytest.mark.parametrize(
     "path",
-    ["/v1/embeddings", "/v1/responses", "/v1/responses/x", "/v1/models/a/b", "/v1/files", "/v1/chat/completions/"],
+    ["/v1/embeddings", "/v1/responses/x", "/v1/responses/x/y", "/v1/models/a/b", "/v1/files", "/v1/chat/completions/"],
 )
 @pytest.mark.parametrize("headers", [AUTH, {"nothing": ""}], ids=["with a key", "without"])
 async def test_paths_of_openais_that_are_not_served_have_its_envelope(web, path, headers):

@@ -13,15 +13,16 @@ from tests.web.harness import (
     CHAT,
     KEY,
     OPENAI_BODIES,
+    RESPONSE_BODIES,
     ScriptedService,
     frames,
     is_envelope,
     make_web,
 )
 
-GENERATING = {"/v1/generate", "/v1/generate/batch", "/v1/chat", "/v1/chat/completions", "/v1/completions"}
+RIGHT = {**BODIES, "/v1/generate/batch": BATCH, **OPENAI_BODIES, **RESPONSE_BODIES}
+GENERATING = set(RIGHT)
 """Only what occupies the model counts against a rate; lists, keys and figures are cheap, and polled by machines."""
-RIGHT = {**BODIES, "/v1/generate/batch": BATCH, **OPENAI_BODIES}
 SILENT = {"/", "/health", "/readyz", "/metrics", "/status"}
 """Probes and figures: their responses do not speak of limits."""
 
@@ -47,7 +48,7 @@ async def test_every_route_but_the_public_ones_needs_a_key(subtests):
                     assert 401 == reply.status_code
                     assert "Bearer" == reply.headers["www-authenticate"]
                     assert is_envelope(reply)
-    assert 23 == checked
+    assert 27 == checked
 
 
 async def test_generating_routes_are_limited_and_no_others(subtests):
@@ -66,7 +67,7 @@ async def test_generating_routes_are_limited_and_no_others(subtests):
             else:
                 assert not any(reply.status_code == 429 for reply in replies)
                 assert [None if path in SILENT else "2"] * 3 == left
-    assert 5 == checked
+    assert 6 == checked
 
 
 async def test_every_route_documents_its_errors(web):

@@ -4,7 +4,7 @@
 thread, which costs more than the function itself.
 """
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Annotated, Any, Protocol
@@ -18,10 +18,11 @@ from app.config import Settings
 from app.engine.host import ModelHost
 from app.errors import Forbidden, NotFound
 from app.events import Event
+from app.generation.responses import ResponseStore
 from app.generation.sessions import SessionStore
 from app.requests import GenerationRequest, Origin
 from app.telemetry import Metrics
-from app.types import Principal
+from app.types import Message, Principal, Tenant
 from app.web.http.authentication import Keys
 from app.web.http.private_api import route_path
 from app.web.http.rate_limits import FailedKeyLimiter
@@ -36,6 +37,9 @@ class Service(Protocol):
     def generate(self, request: GenerationRequest, principal: Principal) -> AsyncGenerator[Event, None]:
         """Generate; closing the generator cancels the generation."""
 
+    async def storable(self, tenant: Tenant, messages: Sequence[Message]) -> list[Message]:
+        """Return messages as they may be stored: masked, whatever the filters let through."""
+
     def status(self) -> Mapping[str, Any]:
         """Return the figures of GET /status."""
 
@@ -49,6 +53,8 @@ class Container:
     host: ModelHost
     sessions: SessionStore | None
     """None if session memory is switched off."""
+    responses: ResponseStore | None
+    """None under the same condition."""
     keys: Keys
     access: AccessControl
     admission: AdmissionControl
@@ -97,6 +103,15 @@ async def _sessions(container: ContainerDep) -> SessionStore:
 
 
 SessionsDep = Annotated[SessionStore, Depends(_sessions)]
+
+
+async def _responses(container: ContainerDep) -> ResponseStore:
+    if container.responses is None:
+        raise NotFound("Session memory is switched off on this service, and with it stored responses.")
+    return container.responses
+
+
+ResponsesDep = Annotated[ResponseStore, Depends(_responses)]
 
 
 def bind_end_user(request: Request, name: str | None) -> None:

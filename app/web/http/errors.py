@@ -48,9 +48,12 @@ MAX_REASON_CHARS = 200
 _QUOTES_NO_INPUT = frozenset(
     """missing extra_forbidden string_type string_too_short string_too_long string_pattern_mismatch int_type float_type
     bool_type none_required list_type too_short too_long greater_than greater_than_equal less_than less_than_equal
-    literal_error finite_number model_type model_attributes_type dict_type value_error""".split()
+    literal_error finite_number model_type model_attributes_type dict_type value_error unsupported_kind""".split()
 )
 """pydantic's error types whose message quotes nothing of the input; of any other only the field is named."""
+
+KIND = "kind:"
+"""Begins the tags of unions, which pydantic puts into locations between the names of fields."""
 
 _log = structlog.get_logger("llm_service")
 
@@ -201,7 +204,8 @@ def _named(item: Mapping[str, Any]) -> dict[str, str]:
 
 def _field(location: Sequence[str | int]) -> str:
     # The first element says where the field was: body, path, query.
-    path = ".".join(re.sub(r"[^A-Za-z0-9_-]", "?", str(part)[:MAX_FIELD_CHARS]) for part in location[1:])
+    parts = [str(part)[:MAX_FIELD_CHARS] for part in location[1:]]
+    path = ".".join(re.sub(r"[^A-Za-z0-9_-]", "?", part) for part in parts if not part.startswith(KIND))
     return path[:MAX_FIELD_CHARS] or str(location[0])
 
 

@@ -1,0 +1,73 @@
+"""Stored responses: conversations that a client continues by the id of any response in them.
+
+Unlike a session, a conversation may be continued from each of its responses.  So every stored response holds the turns
+up to itself; they are shared in memory.  What is stored is masked, as in sessions, and has their limits.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from app.config import ChatHistoryConfig
+from app.generation.sessions import Turn, newest_turns
+from app.generation.tenant_cache import TenantCache
+from app.types import Message, Tenant
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredResponse:
+    """A response as it is stored."""
+
+    id: str
+    turns: tuple[Turn, ...]
+    """The conversation up to this response and with it, oldest first, without system messages."""
+    document: bytes
+    """The response as its dialect shows it, JSON."""
+    input_items: bytes
+    """What the client sent for it, as its dialect lists it, JSON."""
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """Return the messages of all turns."""
+        return tuple(message for turn in self.turns for message in turn.messages)
+
+
+class ResponseStore(Protocol):
+    """Keeps responses.  `tests/contract/test_response_store.py` holds every store to the same promises."""
+
+    async def read(self, tenant: Tenant, response_id: str) -> StoredResponse | None:
+        """Return the response, None where this tenant has none of that id (or no longer)."""
+
+    async def put(self, tenant: Tenant, response: StoredResponse) -> None:
+        """Store a response with the newest turns that the limits of a conversation allow."""
+
+    async def delete(self, tenant: Tenant, response_id: str) -> bool:
+        """Forget the response; return whether there was one.  Those that continue it stay."""
+
+    def count(self) -> int:
+        """Return how many responses of all tenants are stored here; never blocks."""
+
+
+class MemoryResponseStore:
+    """Responses in this process; a restart forgets them."""
+
+    def __init__(self, config: ChatHistoryConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """Args: clock: seconds, for the time to live; never runs backwards."""
+        self._config = config
+        self._responses = TenantCache[StoredResponse](
+            most=config.max_sessions, ttl_seconds=config.ttl_seconds, clock=clock
+        )
+
+    async def read(self, tenant: Tenant, response_id: str) -> StoredResponse | None:
+        return self._responses.get(tenant, response_id)
+
+    async def put(self, tenant: Tenant, response: StoredResponse) -> None:
+        bounded = replace(response, turns=newest_turns(response.turns, self._config))
+        self._responses.put(tenant, response.id, bounded)
+
+    async def delete(self, tenant: Tenant, response_id: str) -> bool:
+        return self._responses.delete(tenant, response_id)
+
+    def count(self) -> int:
+        return len(self._responses)
