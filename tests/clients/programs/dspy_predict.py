@@ -4,7 +4,7 @@ import dspy
 import scenario as s
 
 
-class Answer(dspy.Signature):
+class Reply(dspy.Signature):
     """Answer the question."""
 
     question: str = dspy.InputField()
@@ -14,7 +14,7 @@ class Answer(dspy.Signature):
 lm = dspy.LM(f"openai/{s.MODEL}", api_base=s.BASE_URL, api_key=s.KEY, temperature=0.0, max_tokens=200, cache=False)
 s.check("chat", s.CHAT_ANSWER, lm(messages=s.user(s.CHAT)))
 dspy.configure(lm=lm, adapter=dspy.JSONAdapter())
-prediction = dspy.Predict(Answer)(question=s.CHAT)
+prediction = dspy.Predict(Reply)(question=s.CHAT)
 s.check("structured answer", "str", type(prediction.answer).__name__)
 called = lm(messages=s.user(s.TOOL_QUESTION), tools=[s.TOOL])
 s.check("tool call", "London", called)

@@ -22,8 +22,8 @@ messages = s.user(s.TOOL_QUESTION)
 message = litellm.completion(messages=messages, tools=[s.TOOL], tool_choice="auto", **route).choices[0].message
 s.check("tool call", {"city": "London"}, json.loads(message.tool_calls[0].function.arguments))
 messages += [message, {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": s.TOOL_RESULT}]
-told = litellm.completion(messages=messages, tools=[s.TOOL], **route).choices[0].message.content
-s.check("answer from the tool", s.TOOL_RESULT, told)
+reply = litellm.completion(messages=messages, tools=[s.TOOL], **route).choices[0].message.content
+s.check("answer from the tool", s.TOOL_RESULT, reply)
 structured = litellm.completion(messages=s.user(s.RECORD_QUESTION), response_format=Record, **route)
 record = Record.model_validate_json(structured.choices[0].message.content)
 s.check_record(record.name, record.age)

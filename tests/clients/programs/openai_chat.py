@@ -22,14 +22,14 @@ chunks = client.chat.completions.create(model=s.MODEL, messages=s.user(s.CHAT), 
 s.check("stream", s.CHAT_ANSWER, "".join(chunk.choices[0].delta.content or "" for chunk in chunks))
 
 messages = s.user(s.TOOL_QUESTION)
-asked = client.chat.completions.create(model=s.MODEL, messages=messages, tools=[s.TOOL], temperature=0)
-message = asked.choices[0].message
-s.check("finish reason", "tool_calls", asked.choices[0].finish_reason)
+called = client.chat.completions.create(model=s.MODEL, messages=messages, tools=[s.TOOL], temperature=0)
+message = called.choices[0].message
+s.check("finish reason", "tool_calls", called.choices[0].finish_reason)
 (call,) = message.tool_calls
 s.check("tool call", {"city": "London"}, json.loads(call.function.arguments))
 messages += [message, {"role": "tool", "tool_call_id": call.id, "content": s.TOOL_RESULT}]
-told = client.chat.completions.create(model=s.MODEL, messages=messages, tools=[s.TOOL], temperature=0)
-s.check("answer from the tool", s.TOOL_RESULT, told.choices[0].message.content)
+reply = client.chat.completions.create(model=s.MODEL, messages=messages, tools=[s.TOOL], temperature=0)
+s.check("answer from the tool", s.TOOL_RESULT, reply.choices[0].message.content)
 
 with client.chat.completions.stream(
     model=s.MODEL, messages=s.user(s.TOOL_QUESTION), tools=[s.TOOL], temperature=0

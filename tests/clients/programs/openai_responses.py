@@ -27,17 +27,17 @@ with client.responses.stream(model=s.MODEL, input=s.CHAT, temperature=0) as stre
     s.check("stream", s.CHAT_ANSWER, stream.get_final_response().output_text)
 
 tool = {"type": "function", "name": s.TOOL_NAME, "description": s.TOOL_DESCRIPTION, "parameters": s.PARAMETERS}
-asked = client.responses.create(model=s.MODEL, input=s.TOOL_QUESTION, tools=[tool], temperature=0)
-(call,) = [item for item in asked.output if item.type == "function_call"]
+called = client.responses.create(model=s.MODEL, input=s.TOOL_QUESTION, tools=[tool], temperature=0)
+(call,) = [item for item in called.output if item.type == "function_call"]
 s.check("tool call", {"city": "London"}, json.loads(call.arguments))
-told = client.responses.create(
+reply = client.responses.create(
     model=s.MODEL,
     input=[{"type": "function_call_output", "call_id": call.call_id, "output": s.TOOL_RESULT}],
-    previous_response_id=asked.id,
+    previous_response_id=called.id,
     tools=[tool],
     temperature=0,
 )
-s.check("answer from the tool", s.TOOL_RESULT, told.output_text)
+s.check("answer from the tool", s.TOOL_RESULT, reply.output_text)
 
 parsed = client.responses.parse(model=s.MODEL, input=s.RECORD_QUESTION, text_format=Record, temperature=0)
 s.check_record(parsed.output_parsed.name, parsed.output_parsed.age)
