@@ -26,7 +26,7 @@ PYTHON_PROBLEM = $(strip $(shell \
 NEED_PYTHON = $(if $(PYTHON_PROBLEM),$(error Needs Python 3.11, 3.12 or 3.13, but $(PYTHON_PROBLEM). Name another with PYTHON=python3.12))
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-native check format-check lint type-check imports lock-check format lock bench bench-overhead bench-access soak test-long chaos fuzz \
+.PHONY: help install run test test-native check format-check lint type-check imports lock-check format lock bench bench-overhead bench-access soak test-long test-clients chaos fuzz \
 	build-docker run-docker stop-docker logs clean
 
 help: ## List the commands
@@ -84,6 +84,9 @@ chaos: $(VENV)/.installed-dev ## Kill, suspend, fill and lock what the service d
 
 fuzz: $(VENV)/.installed-dev ## Send the service thousands of requests, made of its OpenAPI document (FUZZ_SEED=2 makes others) or hostile
 	@$(PY) -m pytest --no-cov -m fuzz $(ARGS)
+
+test-clients: $(VENV)/.installed-dev ## Install real clients, OpenAI's to Open WebUI, in .cache and try them (needs node and chromium)
+	@$(PY) -m pytest --no-cov -m clients $(ARGS)
 
 bench-access: $(VENV)/.installed-dev ## Measure what keys, limits, quotas and the log cost a request
 	@$(PY) -m bench.access $(ARGS)

@@ -1,0 +1,95 @@
+"""The environments of real clients: each has its own, with the versions that the table in docs/clients.md names."""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+
+ROOT = Path(__file__).parents[2]
+CACHE = ROOT / ".cache" / "clients"
+
+
+@dataclass(frozen=True)
+class Client:
+    """A client and the program that tries it."""
+
+    program: str
+    """Its file in `programs/`."""
+    packages: tuple[str, ...]
+    """From the Python package index or, for a program in JavaScript, from npm's."""
+
+    @property
+    def is_javascript(self) -> bool:
+        return self.program.endswith(".mjs")
+
+    @property
+    def name(self) -> str:
+        """Return the package that gives the client its name, with its version."""
+        return self.packages[0]
+
+
+CLIENTS = (
+    Client("openai_chat.py", ("openai==3.57.0",)),
+    Client("openai_responses.py", ("openai==3.57.0",)),
+    Client("langchain_openai_chat.py", ("langchain-openai==1.7.4", "langgraph==1.2.24", "langchain==1.5.2")),
+    Client("litellm_completion.py", ("litellm==1.110.2",)),
+    Client("instructor_record.py", ("instructor==1.17.0",)),
+    Client("pydantic_ai_agent.py", ("pydantic-ai-slim[openai]==2.68.0",)),
+    Client("openai_agents_run.py", ("openai-agents==0.24.0",)),
+    Client("llm_prompt.py", ("llm==0.36",)),
+    Client("dspy_predict.py", ("dspy==3.4.1",)),
+    Client("openai_npm.mjs", ("openai@6.49.0",)),
+    Client(
+        "ai_sdk.mjs",
+        ("ai@6.0.326", "@ai-sdk/openai@3.0.141", "@ai-sdk/openai-compatible@2.0.92", "zod@4.6.7"),
+    ),
+)
+
+OPEN_WEBUI = Client("open_webui_page.py", ("open-webui==0.12.4", "torch==2.13.0"))
+"""The program itself; torch is named for the wheel without CUDA, which is what machines without a GPU take."""
+PLAYWRIGHT = Client("open_webui_page.py", ("playwright==1.65.2",))
+"""What types into its page, in the system's own Chromium."""
+
+
+def command(client: Client) -> list[str]:
+    """Return the command that runs a client's program, after installing the client if need be."""
+    folder = installed(client)
+    program = Path(__file__).parent / "programs" / client.program
+    if not client.is_javascript:
+        return [str(folder / "bin" / "python"), str(program)]
+    # Node looks for packages beside the program.
+    for source in (program, program.with_name("scenario.mjs")):
+        shutil.copy(source, folder)
+    return ["node", str(folder / program.name)]
+
+
+def installed(client: Client) -> Path:
+    """Return the folder of a client's environment; equal packages share one."""
+    digest = hashlib.sha256(repr((client.packages, sys.version_info[:2])).encode()).hexdigest()[:12]
+    folder = CACHE / digest
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f"{folder}.lock"):
+        if not (folder / "installed").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            install = _install_javascript if client.is_javascript else _install_python
+            install(folder, client.packages)
+            (folder / "installed").touch()
+    return folder
+
+
+def _install_python(folder: Path, packages: tuple[str, ...]) -> None:
+    """Make a virtual environment with these packages."""
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, *packages], check=True)
+
+
+def _install_javascript(folder: Path, packages: tuple[str, ...]) -> None:
+    folder.mkdir(parents=True)
+    npm = shutil.which("npm")
+    assert npm is not None, "needs npm"
+    subprocess.run([npm, "install", "--silent", "--no-audit", "--no-fund", *packages], cwd=folder, check=True)
