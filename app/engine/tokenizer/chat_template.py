@@ -83,16 +83,16 @@ class ChatTemplate:
         """
         shown = [dict(message) for message in messages]
         if continue_final_message:
-            shown[-1]["content"] += f"{CONTINUE_MARK} "
+            shown[-1]["content"] = _with_mark(shown[-1]["content"])
         values = {
             "messages": shown,
             "tools": None,
             "documents": None,
             "add_generation_prompt": not continue_final_message,
         }
-        length = sum(len(value) for message in messages for value in message.values() if isinstance(value, str))
+        length = sum(map(_text_chars, messages))
         text = self._rendered(Conversation(values | variables, max(MIN_CHARS, CHARS_PER_CHAR * length)))
-        return _cut(text, str(messages[-1]["content"])) if continue_final_message else text
+        return _cut(text, _text(messages[-1]["content"])) if continue_final_message else text
 
     def _rendered(self, conversation: Conversation) -> str:
         request = frame(conversation)
@@ -204,6 +204,30 @@ def _environment() -> dict[str, str]:
 def _close_all(idle: "deque[_Process]") -> None:
     while idle:
         idle.pop().close()
+
+
+def _text(content: Any) -> str:
+    """Return the text of a message, or of its last part that has any, which is the one to continue."""
+    if isinstance(content, str):
+        return content
+    return next((str(part["text"]) for part in reversed(content) if "text" in part), "")
+
+
+def _with_mark(content: Any) -> Any:
+    """Return a content that ends in the mark and a space."""
+    if isinstance(content, str):
+        return f"{content}{CONTINUE_MARK} "
+    last = max((place for place, part in enumerate(content) if "text" in part), default=-1)
+    return [{**part, "text": _with_mark(part["text"])} if place == last else part for place, part in enumerate(content)]
+
+
+def _text_chars(value: Any) -> int:
+    """Return how many characters of text a message holds, at any depth."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_text_chars, value.values()))
+    return sum(map(_text_chars, value)) if isinstance(value, list | tuple) else 0
 
 
 def _cut(text: str, content: str) -> str:

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
 
 from app.engine.tokenizer.chat_template import ChatTemplate, TemplateExhaustedError, TemplateRefusedError
 from app.engine.tokenizer.segment_cache import SegmentEncoder, forget_words
+from app.engine.tokenizer.stream_decoder import StreamDecoder
+from app.engine.tokenizer.template_form import TemplateForm, probe_form
 from app.engine.tokenizer.token_bytes import token_bytes_reader
 from app.errors import InvalidRequest
 from app.types import Message, Role, Tenant
@@ -29,7 +30,6 @@ log = logging.getLogger(__name__)
 INLINE_CHARS = 1000
 """A shorter text is encoded in less time than a thread takes to begin, by a tokenizer without slow expressions."""
 
-_PROBE = "Be brief."
 _REPEATED_GROUP = re.compile(r"\)[*+{]|\\\d")
 """What an expression needs for the number of its attempts to explode: a repeated group, or a reference to one."""
 
@@ -71,12 +71,10 @@ class HfTokenizer:
         written = " ".join([source or "", *map(str, self._chat.special_tokens_map.values())])
         self._chat.segments = SegmentEncoder(self._plain, self._chat.added_tokens_decoder.values(), written)
         self._template = None if source is None else ChatTemplate(source, self._chat.special_tokens_map)
-        self._folds_system = not self._shows(Message(Role.SYSTEM, _PROBE), Message(Role.USER, "Hello"))
-        self._shows_tools = self._shows(
-            Message(Role.USER, "Hello"), Message(Role.ASSISTANT, "Well"), Message(Role.TOOL, _PROBE)
-        )
+        self._form = TemplateForm() if self._template is None else probe_form(self._template)
         control = _control_ids(self._chat, source or "")
         self._control = _pattern_of(self._chat, control)
+        self._not_thought = _pattern_of(self._chat, control - _thought_marks(self._chat))
         self._text = _plain_text_copy(backend, control)
         self.inline_chars = 0 if any(map(_REPEATED_GROUP.search, _expressions(json.loads(backend)))) else INLINE_CHARS
         self._forbidden = control - {self._chat.unk_token_id}
@@ -104,35 +102,35 @@ class HfTokenizer:
         """
         if self._template is None:
             raise InvalidRequest("This model has no default chat template. Send a plain prompt to /v1/generate.")
-        turns: Sequence[Message] = _fold_system(messages) if self._folds_system else messages
-        if not self._shows_tools and any(message.role is Role.TOOL for message in turns):
-            turns = _fold_tools(turns)
-        text = self._render(turns, continue_final_message)
+        text = self._render(messages, continue_final_message)
         with _tokenizer_errors(), self._chat_lock:
             self._chat.tenant = tenant
             return tuple(encode_marked_chat(self._chat, text))
 
-    def _render(self, turns: Sequence[Message], continue_final_message: bool) -> str:
+    def _render(self, messages: Sequence[Message], continue_final_message: bool) -> str:
         """Return what the template writes, with marks around the control tokens that the messages spell."""
         assert self._template is not None  # noqa: S101  # `encode_chat` has looked
-        try:
-            return self._template.render(
-                mark_control_tokens(_as_dicts(turns), self._control), continue_final_message=continue_final_message
-            )
-        except TemplateExhaustedError:
-            raise InvalidRequest(
-                "The model's chat template takes more time or memory for these messages than the service gives."
-            ) from None
-        except UnicodeEncodeError:
-            raise InvalidRequest("The messages are not valid Unicode text.") from None
-        except TemplateRefusedError as refusal:
-            log.info("the chat template refused a conversation: %s", refusal)
-            if not refusal.deliberate:
-                raise InvalidRequest(f"The model's chat template fails on these messages ({refusal}).") from None
-            raise InvalidRequest(
-                "The model's chat template does not take these messages. "
-                "Begin with the user and let user and assistant take turns."
-            ) from None
+        refusals: list[TemplateRefusedError] = []
+        for turns in self._form.arrangements(messages):
+            marked = [self._marked(message) for message in self._form.as_dicts(turns)]
+            try:
+                return self._template.render(marked, continue_final_message=continue_final_message)
+            except TemplateExhaustedError:
+                raise InvalidRequest(
+                    "The model's chat template takes more time or memory for these messages than the service gives."
+                ) from None
+            except UnicodeEncodeError:
+                raise InvalidRequest("The messages are not valid Unicode text.") from None
+            except TemplateRefusedError as refusal:
+                refusals.append(refusal)
+        log.info("the chat template refused a conversation: %s", refusals[0])
+        raise InvalidRequest(_refusal(refusals[0]))
+
+    def _marked(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Mark the control tokens that a message spells; what surrounds the assistant's thoughts is the template's."""
+        is_assistant = message["role"] == Role.ASSISTANT.value
+        marked: dict[str, Any] = mark_control_tokens(message, self._not_thought if is_assistant else self._control)
+        return marked
 
     def encode_text(self, text: str) -> tuple[int, ...]:
         """Encode a raw prompt with the tokens that the tokenizer puts in front of every text.
@@ -147,7 +145,7 @@ class HfTokenizer:
             raise InvalidRequest("The prompt holds a control token of the model that cannot be sent as text.")
         return (*self._prefix, *ids)
 
-    def decoder(self) -> "StreamDecoder":
+    def decoder(self) -> StreamDecoder:
         """Return a decoder for one completion (special tokens are not shown)."""
         return StreamDecoder(self._plain, self._anchor)
 
@@ -163,66 +161,6 @@ class HfTokenizer:
         """Return whether a prompt holds tokens that ordinary text has not, behind the tokenizer's own first ones."""
         start = len(self._prefix) if tuple(prompt_ids[: len(self._prefix)]) == self._prefix else 0
         return not self._not_text.isdisjoint(prompt_ids[start:])
-
-    def _shows(self, *messages: Message) -> bool:
-        """Ask the template by a dry run: some refuse a role, some leave it out without a word.
-
-        Raises: ValueError: it takes too much for so few words, and would for any.
-        """
-        if self._template is None:
-            return False
-        try:
-            return _PROBE in self._template.render(_as_dicts(messages))
-        except TemplateRefusedError:
-            return False
-        except TemplateExhaustedError as error:
-            raise ValueError(f"chat_template: {error} for a few words") from None
-
-
-class StreamDecoder:
-    """Turns the tokens of one completion into text as they come.
-
-    The texts joined are what decoding all tokens at once gives.  One case is better than that: where a tokenizer
-    with byte fallback meets bytes that are not UTF-8, decoding at once gives up the whole run of bytes, and this one
-    has already shown the characters before the damage.
-    """
-
-    def __init__(self, tokenizer: FastTokenizer, anchor: Sequence[int]) -> None:
-        """Decode with `tokenizer`; `anchor` are the tokens of some ordinary letter, for decoding in mid-text."""
-        self._tokenizer = tokenizer
-        self._anchor = list(anchor)
-        self._context: list[int] = []
-        self._pending: list[int] = []
-        self._stream = DecodeStream(skip_special_tokens=True)
-
-    def feed(self, token_ids: Sequence[int]) -> str:
-        """Return the text that these tokens complete; bytes of an unfinished character are buffered."""
-        return "".join(map(self._step, token_ids))
-
-    def finish(self) -> str:
-        """Return what is left, an unfinished character as U+FFFD."""
-        text = self._decode(self._context + self._pending)[len(self._decode(self._context)) :]
-        self._pending.clear()
-        return text
-
-    def _step(self, token_id: int) -> str:
-        self._pending.append(token_id)
-        try:
-            text = self._stream.step(self._tokenizer, token_id)
-        except Exception as error:  # tokenizers has no class of its own for it
-            if "Invalid prefix" not in str(error):
-                raise
-            text = self.finish()
-            # A fresh stream would take the next token for the first of the text and drop its leading space.
-            self._stream = DecodeStream(ids=self._anchor, skip_special_tokens=True)
-        if not text:
-            return ""
-        self._pending.clear()
-        self._context = self._anchor
-        return text
-
-    def _decode(self, token_ids: list[int]) -> str:
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
 
 
 @contextmanager
@@ -247,6 +185,27 @@ def _pattern_of(tokenizer: PreTrainedTokenizerFast, token_ids: Iterable[int]) ->
     """Return an expression that finds these added tokens in a text, the longest first."""
     names = sorted((tokenizer.added_tokens_decoder[each].content for each in token_ids), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, names)) or "(?!)")
+
+
+_THOUGHT = re.compile(r"think|thought|reason", re.IGNORECASE)
+
+
+def _thought_marks(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+    """Return the tokens around an assistant's reasoning: they are text of its messages, and begin no message."""
+    return frozenset(
+        number
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if not token.special and _THOUGHT.search(token.content)
+    )
+
+
+def _refusal(refusal: TemplateRefusedError) -> str:
+    if not refusal.deliberate:
+        return f"The model's chat template fails on these messages ({refusal})."
+    return (
+        "The model's chat template does not take these messages. "
+        "Begin with the user and let user and assistant take turns."
+    )
 
 
 def _template_of(tokenizer: PreTrainedTokenizerFast) -> str | None:
@@ -316,39 +275,3 @@ def _prefix_ids(tokenizer: FastTokenizer) -> tuple[int, ...]:
     whole = tokenizer.encode("a").ids
     starts = (start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)
     return tuple(whole[: next(starts, 0)])
-
-
-def _fold_system(messages: Iterable[Message]) -> list[Message]:
-    """Put each system text in front of the user message that follows it."""
-    turns: list[Message] = []
-    waiting: list[str] = []
-    for message in messages:
-        if message.role is Role.SYSTEM:
-            waiting.append(message.content)
-            continue
-        if waiting and message.role is Role.USER:
-            message = Message(Role.USER, "\n\n".join([*waiting, message.content]))
-        elif waiting:
-            turns.append(Message(Role.USER, "\n\n".join(waiting)))
-        waiting = []
-        turns.append(message)
-    if waiting:
-        turns.append(Message(Role.USER, "\n\n".join(waiting)))
-    return turns
-
-
-def _fold_tools(messages: Iterable[Message]) -> list[Message]:
-    """Let the user say what tools said, as one message where two would come together: most templates want turns."""
-    turns: list[Message] = []
-    folding = False
-    for message in messages:
-        folded, folding = folding, message.role is Role.TOOL
-        spoken = Message(Role.USER, message.content) if folding else message
-        if turns and spoken.role is turns[-1].role is Role.USER and (folded or folding):
-            spoken = Message(Role.USER, f"{turns.pop().content}\n\n{spoken.content}")
-        turns.append(spoken)
-    return turns
-
-
-def _as_dicts(messages: Iterable[Message]) -> list[dict[str, str]]:
-    return [{"role": message.role.value, "content": message.content} for message in messages]
