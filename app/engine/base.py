@@ -122,8 +122,11 @@ class Tokenizer(Protocol):
     def encode_text(self, text: str) -> tuple[int, ...]:
         """Encode a raw prompt with the tokens that the tokenizer puts in front of every text."""
 
-    def decoder(self) -> TextDecoder:
-        """Return a decoder for one completion (special tokens are not shown)."""
+    def decoder(self, prompt_ids: Sequence[int] = ()) -> TextDecoder:
+        """Return a decoder for one completion of a prompt (special tokens are not shown).
+
+        Its text is what stands behind the prompt's when both are decoded together.
+        """
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of a token in mid-text; of a control token its name, of an unknown id nothing."""

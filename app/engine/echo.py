@@ -47,7 +47,7 @@ class EchoTokenizer:
     def encode_text(self, text: str) -> tuple[int, ...]:
         return tuple(map(ord, text))
 
-    def decoder(self) -> EchoDecoder:
+    def decoder(self, prompt_ids: Sequence[int] = ()) -> EchoDecoder:
         return EchoDecoder()
 
     def token_bytes(self, token_id: int) -> bytes:

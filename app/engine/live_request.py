@@ -43,7 +43,7 @@ class LiveRequest:
         self._progress = request.progress
         self._loop = asyncio.get_running_loop()
         self._tokenizer = tokenizer
-        self._decoder = tokenizer.decoder()
+        self._decoder = tokenizer.decoder(request.prompt_ids or ())
         self._stops = StopBuffer(request.sampling.stop)
         self._alignment = LogprobAlignment[TokenLogprob]()
         self._end_token: int | None = None

@@ -145,9 +145,9 @@ class HfTokenizer:
             raise InvalidRequest("The prompt holds a control token of the model that cannot be sent as text.")
         return (*self._prefix, *ids)
 
-    def decoder(self) -> StreamDecoder:
-        """Return a decoder for one completion (special tokens are not shown)."""
-        return StreamDecoder(self._plain, self._anchor)
+    def decoder(self, prompt_ids: Sequence[int] = ()) -> StreamDecoder:
+        """Return a decoder for one completion of a prompt (special tokens are not shown)."""
+        return StreamDecoder(self._plain, self._anchor, prompt_ids, self._read_bytes)
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of a token in mid-text; of a control token its name, of an unknown id nothing."""
