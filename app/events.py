@@ -24,6 +24,8 @@ class DetokenizedLogprob(msgspec.Struct, frozen=True):
     """Natural logarithm of the probability; -9999 for an impossible token, as OpenAI writes it."""
     top: tuple["DetokenizedLogprob", ...] = ()
     """The most likely tokens at this position, most likely first."""
+    token_id: int | None = None
+    """Tells tokens of equal text from one another; None where an engine has no others."""
 
 
 class CacheStatus(StrEnum):

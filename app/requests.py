@@ -12,7 +12,9 @@ from app.types import Message, SamplingParams, Tenant, Tool, ToolChoice
 TemplateValue = str | bool | int | float | None
 """What a variable of a chat template may be."""
 
-RESOLVABLE: Final = frozenset(["max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"])
+RESOLVABLE: Final = frozenset(
+    ["max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "min_tokens"]
+)
 """Sampling parameters that have a default which is not neutral, from the configuration or the model's own files."""
 
 HARMLESS: Final = msgspec.Meta(extra={"harmless": True})

@@ -52,6 +52,10 @@ class EngineInfo:
     capabilities: Capabilities = Capabilities()
     recommended: tuple[tuple[str, float], ...] = ()
     """Sampling parameters that the model's own files recommend, by the names of `SamplingParams`."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end a completion by the model's own files, and are part of it."""
+    rules: str | None = None
+    """Digest of the tokens and sequences that the model's own files suppress or favour; None where there are none."""
     logprob_shift: float | None = None
     """By how much int8 weights changed the log-probability of the likeliest token at load, on average; None where
     nothing is quantized."""
@@ -140,6 +144,9 @@ class Tokenizer(Protocol):
         Those that the tokenizer itself puts in front of every text do not count at the beginning of the prompt.
         """
 
+    def hidden_token(self, name: str) -> int | None:
+        """Return the special token of this name, which no completion shows; None where there is none."""
+
 
 class Engine(Protocol):
     """Generates completions of one loaded model."""
@@ -171,6 +178,12 @@ class Engine(Protocol):
 
     def has_control_tokens(self, prompt_ids: Sequence[int]) -> bool:
         """Return whether a prompt that arrived as tokens holds control tokens; True where that cannot be known.
+
+        Raises: EngineNotReady.
+        """
+
+    def hidden_token(self, name: str) -> int | None:
+        """Return the special token of this name, which no completion shows; None where there is none.
 
         Raises: EngineNotReady.
         """

@@ -59,6 +59,9 @@ class EchoTokenizer:
     def has_control_tokens(self, prompt_ids: Sequence[int]) -> bool:
         return max(prompt_ids, default=0) >= _CONTROL
 
+    def hidden_token(self, name: str) -> int | None:
+        return None
+
 
 class EchoEngine:
     """Echoes the last user message of a chat, or a plain prompt as it is."""
@@ -117,6 +120,9 @@ class EchoEngine:
 
     def has_control_tokens(self, prompt_ids: Sequence[int]) -> bool:
         return self.tokenizer.has_control_tokens(prompt_ids)
+
+    def hidden_token(self, name: str) -> int | None:
+        return self.tokenizer.hidden_token(name)
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         if self._state is not EngineState.READY:

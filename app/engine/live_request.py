@@ -4,12 +4,12 @@ Decides what text the tokens become, where a stop string cuts it, and when a dea
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from app.config import DeadlineConfig
 from app.engine.base import Tokenizer
 from app.engine.logprob_alignment import LogprobAlignment
-from app.engine.stop_strings import StopBuffer
+from app.engine.stop_strings import EndStrings, StopBuffer, hidden_stops
 from app.engine.tokenizer.detokenize import detokenize_logprobs
 from app.errors import AppError, DeadlineExceeded, EngineFailed, InvalidRequest
 from app.events import Delta, Finished, finish
@@ -34,8 +34,14 @@ class LiveRequest:
         tokenizer: Tokenizer,
         deadlines: DeadlineConfig,
         on_outcome: Callable[["LiveRequest"], None],
+        end_strings: Sequence[str] = (),
     ) -> None:
-        """Start the clock.  Args: on_outcome: called once, at the moment of the outcome."""
+        """Start the clock.
+
+        Args:
+            on_outcome: called once, at the moment of the outcome.
+            end_strings: the model's own, which end a completion as its end tokens do.
+        """
         self.number = number
         self.request = request
         self.started_at: float | None = None
@@ -45,6 +51,9 @@ class LiveRequest:
         self._tokenizer = tokenizer
         self._decoder = tokenizer.decoder(request.prompt_ids or ())
         self._stops = StopBuffer(request.sampling.stop)
+        self._ends = EndStrings(() if request.sampling.ignore_eos else end_strings)
+        self.hidden_stops = hidden_stops(request.sampling, tokenizer)
+        """The stop strings that name tokens which no text shows, by those tokens."""
         self._alignment = LogprobAlignment[TokenLogprob]()
         self._end_token: int | None = None
         self._deadlines = deadlines
@@ -136,7 +145,9 @@ class LiveRequest:
         """Return which of the request's own stop strings and tokens ended the completion."""
         if self._stops.matched is not None:
             return self._stops.matched
-        return self._end_token if self._end_token in self.request.sampling.stop_token_ids else None
+        if self._end_token in self.request.sampling.stop_token_ids or self._end_token is None:
+            return self._end_token
+        return self.hidden_stops.get(self._end_token)
 
     def _take(self, token_id: int, logprob: TokenLogprob | None) -> bool:
         """Append a token and return whether generation continues after it."""
@@ -146,10 +157,11 @@ class LiveRequest:
         text = self._decoder.feed((token_id,))
         self._alignment.add(text, logprob)
         self._append(self._stops.feed(text))
-        if self._stops.matched is None:
-            return True
-        self._finish(FinishReason.STOP)
-        return False
+        if self._stops.matched is not None:
+            self._finish(FinishReason.STOP)
+        elif self._ends.feed(text):
+            self.end(FinishReason.STOP)
+        return not self.is_over
 
     def _append(self, text: str) -> None:
         if text:

@@ -17,6 +17,7 @@ from pathlib import Path
 from app.config import DeadlineConfig, ModelConfig
 from app.engine.base import Capabilities, EngineInfo, EngineStatus, PreparedPrompt, Tokenizer
 from app.engine.live_request import LiveRequest
+from app.engine.stop_strings import with_stop_tokens
 from app.engine.tokenizer.detokenize import detokenize
 from app.engine.tokenizer.prepare import PromptEncoder, PromptTokenizer
 from app.errors import ContextLengthExceeded, EngineBusy, EngineFailed, EngineNotReady, InvalidRequest
@@ -156,6 +157,10 @@ class LocalEngine:
         """Return whether a prompt that arrived as tokens holds control tokens of the model's tokenizer."""
         return self.tokenizer.has_control_tokens(prompt_ids)
 
+    def hidden_token(self, name: str) -> int | None:
+        """Return the special token of this name, which no completion shows; None where there is none."""
+        return self.tokenizer.hidden_token(name)
+
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Generate: Started at once when admitted, deltas, then exactly one Finished.
 
@@ -214,6 +219,8 @@ class LocalEngine:
             parameters=ready.parameters,
             capabilities=Capabilities(unsupported=ready.unsupported, priority=ready.runner == "batching"),
             recommended=ready.recommended,
+            stop_strings=ready.stop_strings,
+            rules=ready.rules,
             logprob_shift=ready.logprob_shift,
             compiled=ready.compiled,
         )
@@ -251,13 +258,15 @@ class LocalEngine:
             raise self._not_ready()
         self._refuse_misfit(request)
         self._refuse_too_many(request)
-        live = LiveRequest(next(self._numbers), request, self.tokenizer, self._deadlines, self._forget)
+        live = LiveRequest(
+            next(self._numbers), request, self.tokenizer, self._deadlines, self._forget, self.info.stop_strings
+        )
         self._live[live.number] = live
         self._worker.submit(
             Submit(
                 id=live.number,
                 prompt_ids=request.prompt_ids or (),
-                params=request.sampling,
+                params=with_stop_tokens(request.sampling, live.hidden_stops),
                 tenant=str(request.tenant),
                 adapter=request.adapter,
                 priority=request.priority,

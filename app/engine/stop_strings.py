@@ -1,9 +1,52 @@
 """Find stop strings in a text that arrives in segments.
 
-Decides what may be shown already and what must wait.  Works on text alone, for one sample.
+Decides what may be shown already and what must wait, for one sample.  A stop string that names a token which no text
+shows is a stop token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from app.types import SamplingParams
+
+
+class HiddenTokens(Protocol):
+    """Knows the special tokens of a model; its tokenizer and its engine do."""
+
+    def hidden_token(self, name: str) -> int | None:
+        """Return the special token of this name; None where there is none."""
+
+
+def hidden_stops(sampling: SamplingParams, tokens: HiddenTokens) -> dict[int, str]:
+    """Return the stop strings that name special tokens, by those tokens."""
+    named = ((tokens.hidden_token(stop), stop) for stop in sampling.stop)
+    return {token_id: stop for token_id, stop in named if token_id is not None}
+
+
+def with_stop_tokens(sampling: SamplingParams, token_ids: Collection[int]) -> SamplingParams:
+    """Return parameters by which these tokens end the completion, too."""
+    if not token_ids:
+        return sampling
+    return replace(sampling, stop_token_ids=tuple(sorted({*sampling.stop_token_ids, *token_ids})))
+
+
+class EndStrings:
+    """Finds the texts by which a model ends its completions: they are part of the text, as in transformers."""
+
+    def __init__(self, ends: Sequence[str]) -> None:
+        """Take the texts, none of them empty."""
+        self._ends = tuple(ends)
+        self._longest = max(map(len, ends), default=0)
+        self._tail = ""
+
+    def feed(self, text: str) -> bool:
+        """Take the next segment and return whether one of the texts ends in it."""
+        if not text or not self._ends:
+            return False
+        start, seen = len(self._tail), self._tail + text
+        self._tail = seen[max(0, len(seen) - self._longest + 1) :]
+        return any(seen.find(end, max(0, start - len(end) + 1)) >= 0 for end in self._ends)
 
 
 class StopBuffer:

@@ -35,6 +35,9 @@ class EngineWrapper:
     def has_control_tokens(self, prompt_ids: Sequence[int]) -> bool:
         return self._inner.has_control_tokens(prompt_ids)
 
+    def hidden_token(self, name: str) -> int | None:
+        return self._inner.hidden_token(name)
+
     def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         return self._inner.stream(request)
 

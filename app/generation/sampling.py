@@ -29,6 +29,7 @@ def resolve_params(
     if given.min_tokens > max_tokens:
         raise InvalidRequest.of_field("min_tokens", f"is more than max_tokens, which is {max_tokens} here")
     filled = _defaults(request, info, defaults) | {"max_tokens": max_tokens}
+    filled["min_tokens"] = min(filled.get("min_tokens", given.min_tokens), max_tokens)
     sampling = replace(given, **filled)
     if 0 < sampling.temperature < _GREEDY_BELOW:
         sampling = replace(sampling, temperature=0.0)
@@ -49,8 +50,7 @@ def _defaults(request: GenerationRequest, info: EngineInfo, defaults: SamplingDe
         known |= {name: value for name, value in info.recommended if name not in unsupported}
         if defaults.openai_temperature is not None:
             known["temperature"] = defaults.openai_temperature
-        if "top_k" in known:
-            known["top_k"] = max(0, int(known["top_k"]))
+        known |= {name: max(0, int(known[name])) for name in ("top_k", "min_tokens") if name in known}
     else:
         known = {"temperature": defaults.temperature}
     return {name: value for name, value in known.items() if name in request.unset}

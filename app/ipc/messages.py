@@ -98,6 +98,10 @@ class Ready(msgspec.Struct, tag=True, frozen=True, array_like=True):
     """Fields of `SamplingParams` that this runner cannot honour; a request that sets one is refused."""
     recommended: tuple[tuple[str, float], ...] = ()
     """Sampling settings that the model's own files recommend, by the names of `SamplingParams`."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end a completion by the model's own files."""
+    rules: str | None = None
+    """Digest of what the model's own files say of single tokens; None where that is nothing."""
     logprob_shift: float | None = None
     """By how much quantization changes log-probabilities, on average; None where there is none."""
     compiled: Compiled | None = None

@@ -5,7 +5,7 @@ The output filter is an Engine around an Engine, so it stands between the model 
 completion ends with FinishReason.CONTENT_FILTER without the text that was being looked at.
 """
 
-from collections.abc import AsyncGenerator, Callable, Hashable, Sequence
+from collections.abc import AsyncGenerator, Callable, Hashable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Literal
@@ -15,7 +15,7 @@ from msgspec import structs
 
 from app.engine.base import Engine
 from app.engine.logprob_alignment import DeltaAlignment
-from app.engine.stop_strings import StopBuffer
+from app.engine.stop_strings import StopBuffer, hidden_stops, with_stop_tokens
 from app.engine.wrapper import EngineWrapper
 from app.errors import InvalidRequest, PiiBlocked, ServiceUnavailable
 from app.events import Delta, Event, Finished, finish
@@ -174,10 +174,11 @@ class FilteredEngine(EngineWrapper):
         self._check_stop_tokens(request)
         output = _OutputFilter(self._redactor, request, self._pool)
         try:
-            async with aclosing(self._inner.stream(_without_stops(request))) as events:
+            hidden = hidden_stops(request.sampling, self._inner) if request.sampling.stop else {}
+            async with aclosing(self._inner.stream(_without_stops(request, hidden))) as events:
                 async for event in events:
                     try:
-                        released = await _filtered(event, output)
+                        released = await _filtered(_with_stop_string(event, request, hidden), output)
                     except Exception:  # noqa: BLE001  # whatever it is, the text must not pass
                         # The traceback could show the very text, so only the place is logged.
                         log.error("output filter failed", request_id=request.id)
@@ -215,11 +216,23 @@ async def _filtered(event: Event, output: _OutputFilter) -> list[Event]:
     return shown if output.stopped is not None else [*shown, event]
 
 
-def _without_stops(request: GenerationRequest) -> GenerationRequest:
+def _without_stops(request: GenerationRequest, hidden: Mapping[int, str]) -> GenerationRequest:
+    """Return the request without its stop strings, but for the tokens that they name: those are under no mask."""
     if not request.sampling.stop:
         return request
+    sampling = with_stop_tokens(replace(request.sampling, stop=()), hidden)
     # Deltas as they are generated, or the stop string would be found when max_tokens had been.
-    return structs.replace(request, sampling=replace(request.sampling, stop=()), stream=True)
+    return structs.replace(request, sampling=sampling, stream=True)
+
+
+def _with_stop_string(event: Event, request: GenerationRequest, hidden: Mapping[int, str]) -> Event:
+    """Return the last event with the stop string that the caller knows in the place of its token."""
+    if not isinstance(event, Finished) or not hidden:
+        return event
+    (end,) = event.samples
+    if not isinstance(end.stop_reason, int) or end.stop_reason in request.sampling.stop_token_ids:
+        return event
+    return structs.replace(event, samples=(structs.replace(end, stop_reason=hidden[end.stop_reason]),))
 
 
 def _usage(request: GenerationRequest) -> Usage:

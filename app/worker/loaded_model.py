@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from transformers import TextGenerationPipeline
 
+from app.worker.sampling.generation_rules import NO_RULES, GenerationRules
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
@@ -23,5 +25,9 @@ class LoadedModel:
     pad_id: int
     recommended: tuple[tuple[str, float], ...] = ()
     """Sampling parameters of its generation_config.json, as far as a request can set them too."""
+    rules: GenerationRules = NO_RULES
+    """What its generation_config.json says of single tokens."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end a completion, with them in it."""
     logprob_shift: float | None = None
     """By how much quantization changed log-probabilities, on average; None where there is none."""

@@ -267,6 +267,8 @@ def _ready(tokenizer_folder: str, loaded: LoadedModel, runner: Runner) -> Ready:
         parameters=loaded.parameters,
         unsupported=runner.unsupported,
         recommended=loaded.recommended,
+        stop_strings=loaded.stop_strings,
+        rules=loaded.rules.digest,
         logprob_shift=loaded.logprob_shift,
         compiled=runner.compiled,
     )

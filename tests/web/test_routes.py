@@ -187,7 +187,7 @@ async def test_what_is_left_out_is_unset_and_nothing_else(web, client):
     await client.post("/v1/generate", json={**GENERATE, "temperature": 0, "top_k": 0, "stream": True})
 
     (request,) = web.service.requests
-    assert (SamplingParams(), {"max_tokens", "top_p", "min_p", "repetition_penalty"}) == (
+    assert (SamplingParams(), {"max_tokens", "min_tokens", "top_p", "min_p", "repetition_penalty"}) == (
         request.sampling,
         request.unset,
     )

@@ -26,6 +26,7 @@ def detokenize_logprobs(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer) 
             # In this order a NaN counts as impossible too.
             logprob=max(LEAST_LOGPROB, logprob),
             top=tuple(detokenized(*other) for other in top),
+            token_id=token_id,
         )
 
     return tuple(detokenized(token.token_id, token.logprob, token.top) for token in logprobs)

@@ -79,6 +79,8 @@ class HfTokenizer:
         self.inline_chars = 0 if any(map(_REPEATED_GROUP.search, _expressions(json.loads(backend)))) else INLINE_CHARS
         self._forbidden = control - {self._chat.unk_token_id}
         self._not_text = self._forbidden | _marks(self._chat, source or "")
+        added = self._chat.added_tokens_decoder
+        self._hidden = {token.content: number for number, token in added.items() if token.special}
         self._prefix = _prefix_ids(self._text)
         self._anchor = tuple(self._text.encode("a", add_special_tokens=False).ids)
         for tokenizer in (self._chat.backend_tokenizer, self._plain, self._text):
@@ -161,6 +163,10 @@ class HfTokenizer:
         """Return whether a prompt holds tokens that ordinary text has not, behind the tokenizer's own first ones."""
         start = len(self._prefix) if tuple(prompt_ids[: len(self._prefix)]) == self._prefix else 0
         return not self._not_text.isdisjoint(prompt_ids[start:])
+
+    def hidden_token(self, name: str) -> int | None:
+        """Return the special token of this name, which no completion shows; None where there is none."""
+        return self._hidden.get(name)
 
 
 @contextmanager

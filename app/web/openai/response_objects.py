@@ -3,9 +3,10 @@
 import codecs
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import count
 from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
@@ -204,6 +205,37 @@ def _chat_token(token: DetokenizedLogprob) -> dict[str, Any]:
     return {"token": token.text, "logprob": exact_float(token.logprob), "bytes": list(token.raw)}
 
 
+def _top_by_name(token: DetokenizedLogprob) -> dict[str, Any]:
+    """Return the most likely tokens by their texts, and the token itself even if it is not among them.
+
+    The token keeps its text, by which clients look it up.  Another one of the same text gets a name of its own:
+    OpenAI's for bytes that are no text, `bytes:\\xe2\\x80`, else vLLM's, `token_id:42`.
+    """
+    named = {token.text: token}
+    others = [each for each in token.top if each.token_id != token.token_id or each.raw != token.raw]
+    for each in others:
+        named[next(name for name in _names(each) if name not in named)] = each
+    return {name: exact_float(each.logprob) for name, each in sorted(named.items(), key=lambda item: -item[1].logprob)}
+
+
+def _names(token: DetokenizedLogprob) -> Iterator[str]:
+    """Yield the names that a token may have in an object, the best first; never ends."""
+    yield token.text
+    if not _is_utf8(token.raw):
+        yield "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.raw)
+    if token.token_id is not None:
+        yield f"token_id:{token.token_id}"
+    yield from (f"{token.text} ({number})" for number in count(2))
+
+
+def _is_utf8(raw: bytes) -> bool:
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 class TextLogprobs:
     """Builds the log-probabilities of one plain completion, delta by delta or as a whole; a `LogprobsEncoder`."""
 
@@ -227,10 +259,7 @@ class TextLogprobs:
             "text_offset": [self._advance(token) for token in tokens],
             "token_logprobs": [exact_float(token.logprob) for token in tokens],
             "tokens": [token.text for token in tokens],
-            # The token itself is always listed, even if it is not among the most likely.
-            "top_logprobs": [
-                {each.text: exact_float(each.logprob) for each in (*token.top, token)} for token in tokens
-            ],
+            "top_logprobs": [_top_by_name(token) for token in tokens],
         }
 
     def _advance(self, token: DetokenizedLogprob) -> int:

@@ -1,11 +1,10 @@
 """Load a model from a folder or the hub into memory, as a transformers text-generation pipeline.
 
-Decides device, dtype, context window, end tokens, and which models are refused: no remote code, no pickled weights,
+Decides device, dtype, and which models are refused: no remote code, no pickled weights,
 no adapters, nothing but decoder-only language models.
 """
 
 import logging
-import math
 import re
 import time
 from collections.abc import Callable
@@ -44,8 +43,9 @@ from app.worker.execution.quantization import (
 )
 from app.worker.execution.torch.int8_linear import int8_linear
 from app.worker.loaded_model import LoadedModel
+from app.worker.loading.context_length import derive_context_length
+from app.worker.loading.generation_settings import GENERATION_FILE, read_generation_settings
 from app.worker.loading.model_files import (
-    CONTEXT_FIELDS,
     LoadError,
     check_files,
     one_line,
@@ -57,7 +57,6 @@ from app.worker.loading.weight_checks import check_finite, check_loading, check_
 
 log = logging.getLogger(__name__)
 
-GENERATION_FILE = "generation_config.json"
 MAX_REASON_CHARS, MAX_DETAIL_CHARS = 700, 300
 """Of the line that says why a model cannot be loaded, and of a library's own words in it."""
 MAX_PROBE_TOKENS = 24
@@ -66,18 +65,6 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 HUB_IGNORED_FILES = ["*/*", "consolidated*"]
 """Other formats of the same weights."""
-RECOMMENDED = {
-    "temperature": (0.0, 2.0),
-    "top_p": (0.0, 1.0),
-    "top_k": (0, 2**31 - 1),
-    "min_p": (0.0, 1.0),
-    "repetition_penalty": (0.01, 10.0),
-}
-"""Sampling parameters that a model may recommend, and the range in which a request may set them."""
-DEFAULT_CONTEXT_LENGTH = 2048
-"""For models without a fixed window (ALiBi, recurrent) whose configuration names none."""
-MIN_CONTEXT_LENGTH = 2
-"""A prompt of one token, and one more."""
 PROBES = tuple(
     f"{text * 40}{end}" for text in ("a", "A", "1", " ", "\n", ".", "'", "é", "中", "aA", "a ", "1a") for end in "b!"
 )
@@ -99,14 +86,13 @@ def load(spec: ModelSpec, tokenizer_folder: str, on_stage: Callable[[str], None]
     on_stage("tokenizer")
     tokenizer = within_deadline("tokenizer", partial(_tokenizer, folder, tokenizer_folder))
     on_stage("weights")
-    context_length = _context_length(config, spec.max_model_len)
+    context_length = derive_context_length(config, spec.max_model_len)
     model = _model(folder, config, _dtype(spec, device, config))
     vocab_size = model.get_input_embeddings().num_embeddings
     sample_ids = _sample_ids(tokenizer, vocab_size, context_length)
     parameters = sum(weight.numel() for weight in model.parameters())
     logprob_shift = _quantize(model, sample_ids, device, spec) if spec.quantization == "int8" else None
-    end_ids = _end_ids(model, tokenizer, vocab_size)
-    recommended = _recommended_params(model.generation_config)
+    settings = read_generation_settings(folder, model, tokenizer, vocab_size)
     # The model's own sampling defaults would fill in whatever a request leaves open.
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     text_generation = pipeline("text-generation", model=model, tokenizer=tokenizer, device=device)
@@ -119,9 +105,11 @@ def load(spec: ModelSpec, tokenizer_folder: str, on_stage: Callable[[str], None]
         context_length=context_length,
         vocab_size=vocab_size,
         parameters=parameters,
-        end_ids=end_ids,
-        pad_id=next(each for each in (tokenizer.pad_token_id, *end_ids, 0) if each in range(vocab_size)),
-        recommended=recommended,
+        end_ids=settings.end_ids,
+        pad_id=next(each for each in (tokenizer.pad_token_id, *settings.end_ids, 0) if each in range(vocab_size)),
+        recommended=settings.recommended,
+        rules=settings.rules,
+        stop_strings=settings.stop_strings,
         logprob_shift=logprob_shift,
     )
 
@@ -334,63 +322,3 @@ def _has_native_int8(model: Any, spec: ModelSpec) -> bool:
     if (reason := native_linears_unavailable()) is not None:
         log.warning("int8 is left to torch: %s", reason)
     return reason is None
-
-
-def _context_length(config: Any, limit: int | None) -> int:
-    """Return how many tokens fit a request, `limit` at most.
-
-    Raises: LoadError: too few for any.
-    """
-    text = config.get_text_config(decoder=True)
-    name, length = next(
-        ((name, int(value)) for name in CONTEXT_FIELDS if (value := getattr(text, name, None))),
-        ("context length", DEFAULT_CONTEXT_LENGTH),
-    )
-    if length < MIN_CONTEXT_LENGTH:
-        raise LoadError(f"config.json: {name} is {length}; a prompt and its answer need at least {MIN_CONTEXT_LENGTH}")
-    return min(length, limit) if limit is not None else length
-
-
-def _end_ids(model: Any, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
-    """Collect the end tokens from every place a model may name them; chat models often use one place only.
-
-    Raises: LoadError: one is no token id, or the model has none of them.
-    """
-    text = model.config.get_text_config(decoder=True)
-    found: set[int] = set()
-    unknown: list[str] = []
-    for source, value in (
-        (f"{GENERATION_FILE}: eos_token_id", model.generation_config.eos_token_id),
-        ("config.json: eos_token_id", getattr(text, "eos_token_id", None)),
-        ("tokenizer_config.json: eos_token", tokenizer.eos_token_id),
-    ):
-        ids = value if isinstance(value, list | tuple) else () if value is None else (value,)
-        if not all(type(each) is int for each in ids):
-            raise LoadError(f"{source} must be a token id or a list of them")
-        known = {each for each in ids if 0 <= each < vocab_size}
-        if known != set(ids):
-            unknown.append(source)
-            log.warning("%s names tokens that the model does not have", source)
-        found |= known
-    if unknown and not found:
-        raise LoadError(f"{unknown[0]} names no token that the model has; its last is {vocab_size - 1}")
-    return tuple(sorted(found))
-
-
-def _recommended_params(config: GenerationConfig) -> tuple[tuple[str, float], ...]:
-    """Return the sampling parameters that the model's makers recommend, as far as a request could set them.
-
-    Raises: LoadError: one is no number.
-    """
-    recommended: list[tuple[str, float]] = []
-    for name, (least, most) in RECOMMENDED.items():
-        value = getattr(config, name, None)
-        if value is None:
-            continue
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise LoadError(f"{GENERATION_FILE}: {name} must be a number")
-        if least <= value <= most:
-            recommended.append((name, value))
-        else:
-            log.warning("%s: %s is not from %g to %g and is not used", GENERATION_FILE, name, least, most)
-    return tuple(recommended)

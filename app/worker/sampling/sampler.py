@@ -7,13 +7,14 @@ a completion ends is the runner's decision.
 
 import hashlib
 import secrets
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from app.types import SamplingParams, TokenLogprob
+from app.worker.sampling.generation_rules import NO_RULES, GenerationRules, RuleState
 from app.worker.sampling.penalties import (
     NO_TOKENS,
     TokenCounts,
@@ -71,11 +72,13 @@ class SequenceSampler:
         end_ids: Collection[int],
         vocab_size: int,
         device: torch.device | str = "cpu",
+        rules: GenerationRules = NO_RULES,
     ) -> None:
         """Args:
             end_ids: the end tokens that `min_tokens` masks, beside `stop_token_ids`.
             vocab_size: width of the model's logits.
             device: where the logits will be; elsewhere it works too, but slower.
+            rules: the model's own, which every request follows.
         Raises: ValueError: a token id lies outside the vocabulary.
         """
         bias: dict[int, float] = {}
@@ -95,8 +98,10 @@ class SequenceSampler:
         self.has_count_penalty = params.presence_penalty != 0 or params.frequency_penalty != 0
         self.has_repetition_penalty = params.repetition_penalty != 1
         self.counts = TokenCounts()
-        self.bias_ids = _ids(bias, sampling_device)
-        self.bias = torch.tensor(list(bias.values()), dtype=torch.float32, device=sampling_device)
+        self._device = sampling_device
+        self._bias = bias
+        self._bias_tensors = self._as_tensors(bias)
+        self._rules = RuleState(rules, prompt_ids) if rules else None
         self.prompt_ids = _ids(seen, sampling_device)
         self.end_ids = _ids(ends if params.min_tokens else (), sampling_device)
         self._sampled_tokens = 0
@@ -104,8 +109,17 @@ class SequenceSampler:
 
     @property
     def masked_ids(self) -> Tensor:
-        """The tokens that would end the completion before `min_tokens`."""
-        return self.end_ids if self._sampled_tokens < self.params.min_tokens else self.end_ids[:0]
+        """The tokens that would end the completion before `min_tokens`, or that the model's rules rule out."""
+        ends = self.end_ids if self._sampled_tokens < self.params.min_tokens else self.end_ids[:0]
+        return ends if self._rules is None else torch.cat([ends, _ids(self._rules.masked(), self._device)])
+
+    @property
+    def bias(self) -> tuple[Tensor, Tensor]:
+        """The tokens with a bias, each once, and (tokens,) float32 what is added to their logits."""
+        if self._rules is None or not (biases := self._rules.biases()):
+            return self._bias_tensors
+        summed = {each: self._bias.get(each, 0.0) + biases.get(each, 0.0) for each in self._bias | biases}
+        return self._as_tensors(summed)
 
     @property
     def changes_logits(self) -> bool:
@@ -113,13 +127,16 @@ class SequenceSampler:
         return (
             self.has_count_penalty
             or self.has_repetition_penalty
-            or self.bias_ids.numel() > 0
+            or self._rules is not None
+            or len(self._bias) > 0
             or self.masked_ids.numel() > 0
         )
 
     def accept(self, token: int) -> None:
         """Record that this token was appended."""
         self._sampled_tokens += 1
+        if self._rules is not None:
+            self._rules.accept(token)
         if self.has_count_penalty or self.has_repetition_penalty:
             self.counts.add(token)
 
@@ -132,6 +149,10 @@ class SequenceSampler:
         uniform = (int.from_bytes(digest, "little") >> 11) * 2.0**-53
         return SamplingDraw(params.temperature, self.top_k, params.top_p, params.min_p, uniform)
 
+    def _as_tensors(self, bias: Mapping[int, float]) -> tuple[Tensor, Tensor]:
+        values = torch.tensor(list(bias.values()), dtype=torch.float32, device=self._device)
+        return _ids(bias, self._device), values
+
 
 def _check_vocabulary(name: str, tokens: Iterable[int], vocab_size: int) -> None:
     unknown = [token for token in tokens if not 0 <= token < vocab_size]
@@ -139,7 +160,7 @@ def _check_vocabulary(name: str, tokens: Iterable[int], vocab_size: int) -> None
         raise ValueError(f"{name} names token {unknown[0]}, but the vocabulary has ids 0 to {vocab_size - 1}.")
 
 
-def _ids(tokens: Collection[int], device: torch.device) -> Tensor:
+def _ids(tokens: Collection[int] | Mapping[int, float], device: torch.device) -> Tensor:
     return torch.tensor(list(tokens), dtype=torch.long, device=device)
 
 
@@ -272,7 +293,7 @@ def _changed_logits(logits: Tensor, samplers: Sequence[SequenceSampler]) -> Tens
     changed, params = logits.to(torch.float32, copy=True), [sampler.params for sampler in samplers]
     sampled = [sampler.counts.tokens() if sampler.has_repetition_penalty else NO_TOKENS for sampler in samplers]
     prompts = [sampler.prompt_ids for sampler in samplers]
-    apply_logit_bias(changed, [sampler.bias_ids for sampler in samplers], [sampler.bias for sampler in samplers])
+    apply_logit_bias(changed, *zip(*(sampler.bias for sampler in samplers), strict=True))
     apply_repetition_penalty(changed, [prompts, sampled], [each.repetition_penalty for each in params])
     apply_presence_and_frequency(
         changed,

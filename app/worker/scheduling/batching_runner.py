@@ -88,7 +88,12 @@ class BatchingRunner:
             check_request(request, self._loaded)
             ends = end_ids(request.params, self._loaded)
             sampler = SequenceSampler(
-                request.params, request.prompt_ids, ends, self._model_runner.vocab_size, self._loaded.device
+                request.params,
+                request.prompt_ids,
+                ends,
+                self._model_runner.vocab_size,
+                self._loaded.device,
+                self._loaded.rules,
             )
         except ValueError as error:
             self._pending_events.append(TokenEvent(request.id, error=str(error), invalid=True))

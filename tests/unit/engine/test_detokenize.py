@@ -12,8 +12,10 @@ def test_each_token_has_its_text_its_bytes_and_its_alternatives():
     """In the order in which the model ranked them."""
     token = TokenLogprob(0xE9, -0.5, ((97, -0.25), (0xE9, -0.5)))
 
-    accent = DetokenizedLogprob("é", b"\xc3\xa9", -0.5)
-    expected = DetokenizedLogprob("é", b"\xc3\xa9", -0.5, (DetokenizedLogprob("a", b"a", -0.25), accent))
+    accent = DetokenizedLogprob("é", b"\xc3\xa9", -0.5, token_id=0xE9)
+    expected = DetokenizedLogprob(
+        "é", b"\xc3\xa9", -0.5, (DetokenizedLogprob("a", b"a", -0.25, token_id=97), accent), 0xE9
+    )
     assert (expected,) == detokenize_logprobs([token], EchoTokenizer())
 
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from app.ipc.messages import TokenEvent
 from app.types import FinishReason, TokenLogprob, Usage
 from tests.unit.engine.fake_worker import TOKENIZER, make_request, tokens
 from tests.unit.event_streams import deltas_of, finished_of, logprobs_of, read, text_of
-from tests.unit.tiny_models import save, token_id
+from tests.unit.tiny_models import llama_tokenizer, save, token_id
 
 
 @pytest.fixture(scope="module")
@@ -226,3 +227,52 @@ async def test_progress_stays_exact_when_a_request_is_ended_from_outside(
     live.accept(event(5))
 
     assert len(tokens("hello world")) == live.request.progress.generated
+
+
+@pytest.mark.parametrize(("settings", "expected"), [({}, ("hello w", FinishReason.STOP)), ({"ignore_eos": True}, None)])
+async def test_the_models_own_end_strings_end_a_completion_and_stay_in_it(
+    tokenizer: HfTokenizer, settings: dict[str, Any], expected: tuple[str, FinishReason] | None
+):
+    """With the rest of the token that completes one; a request that ignores the model's end ignores them too."""
+    request = make_request(prompt=(1, 2, 3), **settings)
+    live = LiveRequest(1, request, tokenizer, DeadlineConfig(), lambda _: None, ["o w"])
+    ids = [each for text in ("hell", "o", " w", "orld") for each in tokens(text)]
+
+    for each in [event(), *map(event, ids), event(finish="length")]:
+        live.accept(each)
+    events = await read(live.events())
+
+    finished = finished_of(events)
+    assert (expected or ("hello world", FinishReason.LENGTH)) == (text_of(events), finished.finish_reason)
+    assert finished.samples[0].stop_reason is None
+
+
+async def test_a_stop_string_that_names_a_hidden_token_is_reported_when_it_ends_the_completion(tokenizer: HfTokenizer):
+    """The worker stops at the token; the caller reads what they asked for, and not its number."""
+    control = token_id(TOKENIZER, "<|endoftext|>")
+    request = make_request(prompt=(1, 2, 3), stop=("x", "<|endoftext|>"))
+    live = LiveRequest(1, request, tokenizer, DeadlineConfig(), lambda _: None)
+    live.accept(event(*tokens("hello")))
+    live.accept(TokenEvent(1, finish="stop", end_token=control))
+
+    events = await read(live.events())
+
+    assert {control: "<|endoftext|>"} == live.hidden_stops
+    assert ("hello", "<|endoftext|>") == (text_of(events), finished_of(events).samples[0].stop_reason)
+
+
+async def test_a_completion_begins_with_the_space_behind_the_prompt(tmp_path: Path):
+    """A stop string finds it there, and it is the first token's as it is the text's."""
+    original = llama_tokenizer()
+    words = HfTokenizer(save(original, tmp_path))
+    prompt, answer = words.encode_text("a b"), tuple(original.encode("a b c", add_special_tokens=False)[2:])
+
+    async def completed(**sampling: Any) -> list[Event]:
+        request = make_request(prompt=prompt, logprobs=0, **sampling)
+        live = LiveRequest(1, request, words, DeadlineConfig(), lambda _: None)
+        live.accept(event(*answer, finish="length"))
+        return await read(live.events())
+
+    events = await completed()
+    assert " c" == text_of(events) == "".join(token.text for token in logprobs_of(events))
+    assert "" == text_of(await completed(stop=(" c",)))

@@ -20,7 +20,7 @@ from app.errors import (
     InvalidRequest,
 )
 from app.events import Delta, Event, Finished, Started, finish
-from app.ipc.messages import Step, TokenEvent
+from app.ipc.messages import Step, Submit, TokenEvent
 from app.requests import GenerationRequest
 from app.types import EngineState, FinishReason, Message, Role, Tenant, TokenLogprob, Usage
 from tests.unit.engine.fake_worker import (
@@ -33,7 +33,7 @@ from tests.unit.engine.fake_worker import (
     until,
 )
 from tests.unit.event_streams import deltas_of, finished_of, logprobs_of, read_into, text_of
-from tests.unit.tiny_models import save
+from tests.unit.tiny_models import save, token_id
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,19 @@ async def test_a_stop_string_ends_the_completion_and_frees_the_worker(folder: Pa
         assert 0 == engine.status().running
     assert "hello" == text_of(events)
     assert finish(FinishReason.STOP, Usage(2, len(tokens("hello world"))), " world") == events[-1]
+
+
+async def test_a_stop_string_that_names_a_special_token_reaches_the_worker_as_that_token(folder: Path):
+    """Beside those that the caller names by number; no decoder would show it."""
+    workers = FakeWorkers(folder)
+    async with engine_on(workers) as engine:
+        request = make_request(stop=("<|endoftext|>", "x"), stop_token_ids=(7,))
+        reading = await begun(engine, workers.newest, request)
+        (submitted,) = [each for each in workers.newest.heard if isinstance(each, Submit)]
+        workers.newest.event(1, finish="stop")
+        await reading
+
+    assert tuple(sorted((7, token_id(TOKENIZER, "<|endoftext|>")))) == submitted.params.stop_token_ids
 
 
 async def test_what_may_be_a_stop_string_is_shown_when_the_completion_ends(folder: Path):

@@ -263,3 +263,32 @@ async def test_log_probabilities_are_those_of_the_clean_beginning_however_tokens
     assert [len(delta.logprobs) for delta in deltas_of(events)] == [
         len(delta.token_ends) for delta in deltas_of(events)
     ]
+
+
+class NamedTokens(EchoEngine):
+    """Has a special token, records the parameters that it gets, and ends a completion at that token."""
+
+    sampling: SamplingParams
+
+    def hidden_token(self, name: str) -> int | None:
+        return 0x110000 if name == "<|eot|>" else None
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        self.sampling = request.sampling
+        yield Started()
+        yield Delta(text="mail jane.doe@", tokens=1)
+        yield finish(FinishReason.STOP, Usage(1, 2), 0x110000)
+
+
+async def test_a_stop_string_that_names_a_special_token_is_the_models_to_find() -> None:
+    """No text shows it, and no mask hides it; every other one is left to the filter."""
+    inner = NamedTokens()
+    await inner.start()
+    filtered = FilteredEngine(inner, Redactor(), lambda kind, count: None)
+    request = make_request("hello")
+    sampling = SamplingParams(max_tokens=9, stop=("<|eot|>", "x"))
+
+    events = await read(filtered.stream(structs.replace(request, sampling=sampling)))
+
+    assert ((), (0x110000,)) == (inner.sampling.stop, inner.sampling.stop_token_ids)
+    assert ("mail ", "<|eot|>") == (text_of(events)[:5], finished_of(events).samples[0].stop_reason)

@@ -43,3 +43,18 @@ def test_the_token_itself_is_always_among_the_likely_ones():
     encoded = json.loads(encode_json(TextLogprobs().next_object([token])))
 
     assert [{"y": -0.1, "x": -3.0}] == encoded["top_logprobs"]
+
+
+def test_tokens_of_equal_text_are_as_many_entries():
+    """The generated one keeps its text, by which clients find it; another has its bytes or its id for a name."""
+    others = [(b"\xe2", 7), (b"\xe3", 8), (b"x", 9), (b"x", 10), (b"\xe2", 11)]
+    top = tuple(
+        DetokenizedLogprob(raw.decode(errors="replace"), raw, -float(number), token_id=number) for raw, number in others
+    )
+    token = DetokenizedLogprob("\ufffd", b"\xe3", -8.0, top, token_id=8)
+
+    (encoded,) = json.loads(encode_json(TextLogprobs().next_object([token])))["top_logprobs"]
+
+    expected = {"bytes:\\xe2": -7.0, "\ufffd": -8.0, "x": -9.0, "token_id:10": -10.0, "token_id:11": -11.0}
+    assert expected == encoded
+    assert [*expected] == [*encoded]

@@ -160,6 +160,11 @@ def generation_config(params: SamplingParams, model: LoadedModel) -> GenerationC
         "eos_token_id": list(end_ids(params, model)) or None,
         "pad_token_id": model.pad_id,
         "use_cache": True,
+        "suppress_tokens": list(model.rules.suppress_tokens) or None,
+        "begin_suppress_tokens": list(model.rules.begin_suppress_tokens) or None,
+        "bad_words_ids": [list(each) for each in model.rules.bad_words_ids] or None,
+        "sequence_bias": [[list(ids), bias] for ids, bias in model.rules.sequence_bias] or None,
+        "no_repeat_ngram_size": model.rules.no_repeat_ngram_size or None,
     }
     if params.temperature > 0:
         settings |= {"temperature": params.temperature, "top_k": params.top_k, "top_p": params.top_p}
