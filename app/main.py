@@ -161,7 +161,7 @@ def _build_model(
         chain=ModelChains(
             engine,
             name,
-            system=read("base_system", SYSTEM_VARIABLES),
+            system=read("base_system", SYSTEM_VARIABLES, may_be_empty=True),
             completion=read("completion", COMPLETION_VARIABLES, default="{prompt}"),
         ),
         cache=cache,

@@ -95,7 +95,7 @@ async def fit_chat(
 
     Each length is encoded once; the ids of the one that is chosen are handed on.
 
-    Args: request: its messages are the caller's own system message, or none.
+    Args: request: its messages are the caller's own system messages, or none.
     Raises: ContextLengthExceeded: the new messages alone are too long.
     """
     prepared: dict[int, PreparedPrompt] = {}

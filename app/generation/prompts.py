@@ -11,13 +11,20 @@ from app.errors import ConfigError
 
 
 def read_template(
-    folder: Path, name: str, variables: Collection[str], *, model: str = "", default: str | None = None
+    folder: Path,
+    name: str,
+    variables: Collection[str],
+    *,
+    model: str = "",
+    default: str | None = None,
+    may_be_empty: bool = False,
 ) -> str:
     """Return the text of a template; `{variables}` in it are filled in by the chain.
 
     Args:
         variables: those that the chain knows.
         default: takes the place of a file that does not exist; without it the file has to.
+        may_be_empty: whether an empty file means that there is no such text.
     Raises: ConfigError: the file is missing, not UTF-8, empty, or names a variable that is not known.
     """
     own = folder / model.replace("/", "--") / f"{name}.txt"
@@ -31,7 +38,7 @@ def read_template(
         raise ConfigError(f"prompt {path}: cannot be read as UTF-8 text ({type(error).__name__})") from None
     except ValueError as error:
         raise ConfigError(f"prompt {path}: {error}; write {{{{ and }}}} for plain braces") from None
-    if not template:
+    if not template and not may_be_empty:
         raise ConfigError(f"prompt {path}: the file is empty")
     if unknown := sorted(fields - set(variables)):
         known = ", ".join(sorted(variables))

@@ -19,7 +19,7 @@ from app.generation.metering import Admission, UsageRecorder
 from app.generation.parallel_sampling import merge_samples
 from app.generation.request_stats import RequestStats
 from app.generation.sampling import resolve_params
-from app.generation.sessions import SessionStore, Turn, as_turns, new_messages, turn_within
+from app.generation.sessions import SessionStore, Turn, as_turns, new_messages, split_messages, turn_within
 from app.privacy.filters import InputFilter
 from app.requests import GenerationRequest
 from app.telemetry import Metrics
@@ -143,13 +143,11 @@ class GenerationService:
             return await fit_text(await self._clean_text(request, model, budget), prepare, budget)
         texts = await self._clean(request, [message.content for message in request.messages])
         messages = [Message(each.role, text) for each, text in zip(request.messages, texts, strict=True)]
-        system = [message.content for message in messages if message.role is Role.SYSTEM]
-        request = structs.replace(request, messages=(Message(Role.SYSTEM, "\n\n".join(system)),) if system else ())
         # A session stores masked texts, so a conversation that a client sends again is recognised by its masked form.
         masked = await self._storable(request, messages) if request.session_id else messages
         stored = new_messages(history, masked)
-        spoken = [message for message in messages if message.role is not Role.SYSTEM]
-        fitted = await fit_chat(request, history, spoken[len(spoken) - len(stored) :], prepare, budget)
+        before, new = split_messages(messages, len(stored))
+        fitted = await fit_chat(structs.replace(request, messages=before), history, new, prepare, budget)
         return replace(fitted, new=stored)
 
     async def _storable(self, request: GenerationRequest, messages: Sequence[Message]) -> list[Message]:
@@ -215,8 +213,10 @@ class GenerationService:
 
 
 def _budget(request: GenerationRequest, model: ServedModel) -> TokenBudget:
-    limit = model.engine.info.context_length
-    return TokenBudget(limit=limit, requested=request.max_tokens, default=model.defaults.max_tokens)
+    info = model.engine.info
+    recommended = dict(info.recommended).get("max_tokens") if request.use_recommended else None
+    default = model.defaults.max_tokens if recommended is None else int(recommended)
+    return TokenBudget(limit=info.context_length, requested=request.max_tokens, default=default)
 
 
 class _Run:

@@ -222,6 +222,21 @@ def new_messages(history: Sequence[Turn], messages: Sequence[Message]) -> tuple[
     return spoken
 
 
+def split_messages(messages: Sequence[Message], count: int) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    """Return what stands before the history in a prompt, which is system messages only, and what behind it.
+
+    Behind it are the last `count` messages that are not the system's, and the system messages from the history on.
+
+    Args: count: how many messages the session does not have yet.
+    """
+    spoken = [place for place, message in enumerate(messages) if message.role is not Role.SYSTEM]
+    known = spoken[: len(spoken) - count]
+    # Without any message that the session has, the history begins behind the system messages at the beginning.
+    start = known[-1] + 1 if known else next(iter(spoken), len(messages))
+    before = (message for message in messages[:start] if message.role is Role.SYSTEM)
+    return tuple(before), tuple(messages[start:])
+
+
 def as_turns(messages: Sequence[Message]) -> list[Turn]:
     """Split a conversation in front of each user message, without system messages."""
     turns: list[list[Message]] = []

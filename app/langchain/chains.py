@@ -18,7 +18,7 @@ from app.events import Event
 from app.langchain.messages import from_langchain, to_langchain
 from app.langchain.models import EngineChat, EnginePipeline, is_observed
 from app.requests import GenerationRequest
-from app.types import Message, Role
+from app.types import Role
 
 SYSTEM_VARIABLES = ("model_name",)
 COMPLETION_VARIABLES = ("model_name", "prompt")
@@ -69,12 +69,16 @@ class ModelChains:
     """The chains of one model: `ChatPromptTemplate | EngineChat` and `PromptTemplate | EnginePipeline`."""
 
     def __init__(self, engine: Engine, model: str, *, system: str, completion: str = "{prompt}") -> None:
-        """Args: system, completion: templates; `SYSTEM_VARIABLES` and `COMPLETION_VARIABLES` name what they know."""
+        """Args:
+        system, completion: templates; `SYSTEM_VARIABLES` and `COMPLETION_VARIABLES` name what they know.  An empty
+            `system` is none.
+        """
         pipeline = EnginePipeline(engine=engine, model_id=model)
         chat = EngineChat(llm=pipeline)
         conversation = MessagesPlaceholder("conversation")
         known = {"model_name": model}
-        prompt = ChatPromptTemplate.from_messages([("system", system), conversation]).partial(**known)
+        before = [("system", system)] if system else []
+        prompt = ChatPromptTemplate.from_messages([*before, conversation]).partial(**known)
         self._completion_prompt = PromptTemplate.from_template(completion).partial(**known)
         self._completion_is_plain = completion == "{prompt}"
         self._completion = _pipe(self._completion_prompt, pipeline)
@@ -82,7 +86,7 @@ class ModelChains:
         self._chat_with_own_system = _pipe(ChatPromptTemplate.from_messages([conversation]), chat)
         # A tracer or debug output is switched on when the process starts.
         self._observed = is_observed({})
-        self._system = from_langchain(prompt.format_messages(conversation=[])[0])
+        self._system = tuple(map(from_langchain, prompt.format_messages(conversation=[])))
 
     def render(self, request: GenerationRequest) -> GenerationRequest:
         """Return the request with its prompt as the templates write it."""
@@ -92,14 +96,15 @@ class ModelChains:
             if self._completion_is_plain:
                 return request
             return structs.replace(request, text=self._completion_prompt.format(prompt=request.text))
-        chain, messages = self._choose_chat(request)
-        return structs.replace(request, messages=(self._system, *messages) if chain is self._chat else messages)
+        if self._choose_chat(request) is self._chat:
+            return structs.replace(request, messages=(*self._system, *request.messages))
+        return request
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Run the chain of the request's kind and yield the events that its chunks carry."""
         if request.is_chat:
-            chain, messages = self._choose_chat(request)
-            variables: dict[str, Any] = {"conversation": [to_langchain(message) for message in messages]}
+            chain = self._choose_chat(request)
+            variables: dict[str, Any] = {"conversation": [to_langchain(message) for message in request.messages]}
         else:
             chain, variables = self._completion, {"prompt": request.text}
         # A configuration in the context means that this runs within somebody's chain.
@@ -109,14 +114,10 @@ class ModelChains:
             async for chunk in stream:
                 yield chunk.event
 
-    def _choose_chat(self, request: GenerationRequest) -> tuple[EngineSequence, tuple[Message, ...]]:
-        """Return the chain of a chat and its messages; an empty system message gives way to the template's."""
-        first, *others = request.messages
-        if first.role is not Role.SYSTEM:
-            return self._chat, request.messages
-        if not first.content:
-            return self._chat, tuple(others)
-        return self._chat_with_own_system, request.messages
+    def _choose_chat(self, request: GenerationRequest) -> EngineSequence:
+        """Return the chain of a chat; the template's system text is for one that brings none, not even an empty one."""
+        brings_own = any(message.role is Role.SYSTEM for message in request.messages)
+        return self._chat_with_own_system if brings_own else self._chat
 
 
 def _pipe(prompt: BasePromptTemplate[Any], model: Any) -> EngineSequence:

@@ -55,10 +55,10 @@ def llama_tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
 
 
 def metaspace_tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
-    """Unigram pieces over U+2581, as T5 has them: a word has its space in front, and the first one loses it."""
-    pieces = [("<s>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0), *((letter, -4.0) for letter in LETTERS)]
-    pieces += [(f"▁{word}", -1.0 - 1 / len(word)) for word in ("once", "upon", "a", "time", "there", "was")]
-    backend = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=False))
+    """Scored words over U+2581, as T5 has them: a word has its space in front, and the first one loses it."""
+    scored = [("<s>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0), *((letter, -4.0) for letter in LETTERS)]
+    scored += [(f"▁{word}", -1.0 - 1 / len(word)) for word in ("once", "upon", "a", "time", "there", "was")]
+    backend = Tokenizer(models.Unigram(scored, unk_id=2, byte_fallback=False))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     backend.add_special_tokens(["<s>", "</s>", "<unk>"])
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
@@ -66,7 +66,7 @@ def metaspace_tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
 
 
 def wordpiece_tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
-    """BERT's pieces: a word begins with a space that no token has, and its other pieces with ##."""
+    """BERT's vocabulary: a word begins with a space that no token has, and what continues a word with ##."""
     words = ["once", "upon", "a", "time", "there", "was", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
     tokens = ["[UNK]", "[CLS]", "[SEP]", *dict.fromkeys(words)]
     backend = Tokenizer(models.WordPiece({token: at for at, token in enumerate(tokens)}, unk_token="[UNK]"))

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from app.engine.echo import EchoEngine
 from app.errors import ConfigError
@@ -11,7 +12,7 @@ from app.events import collect
 from app.generation.prompts import read_template
 from app.langchain.chains import COMPLETION_VARIABLES, SYSTEM_VARIABLES
 from app.types import Message, Role
-from tests.unit.generation.services import chat, complete, serving
+from tests.unit.generation.services import ANNA, chat, complete, serving
 
 PROMPTS = Path(__file__).parents[3] / "prompts"
 
@@ -110,16 +111,57 @@ async def test_a_system_prompt_stands_in_front_of_a_chat(tmp_path: Path) -> None
     ] == engine.prompts
 
 
-@pytest.mark.parametrize("own", ["", None])
-async def test_a_chat_without_a_system_text_of_its_own_has_the_models(own: str | None) -> None:
-    """An empty one is none, even where no other message stands beside it."""
+async def test_an_empty_system_text_means_that_there_is_none() -> None:
+    """The caller's own takes the place of the model's whatever it says, and wherever it stands."""
     engine = RecordingEngine()
+    user, empty = Message(Role.USER, "hi"), Message(Role.SYSTEM, "")
     async with serving(engine, system="be kind") as service:
-        await service.read(chat("hi", system=own))
-        await service.read(chat(system=""))
+        await service.read(chat("hi"))
+        await service.read(chat("hi", system=""))
+        await service.read(structs.replace(chat("hi"), messages=(user, empty, user)))
 
-    system = Message(Role.SYSTEM, "be kind")
-    assert [await encoded(engine, system, Message(Role.USER, "hi")), await encoded(engine, system)] == engine.prompts
+    assert [
+        await encoded(engine, Message(Role.SYSTEM, "be kind"), user),
+        await encoded(engine, empty, user),
+        await encoded(engine, user, empty, user),
+    ] == engine.prompts
+
+
+async def test_an_operator_may_have_no_system_text(tmp_path: Path) -> None:
+    """An empty file says so, for all models or for one; a chat is then what the caller sent."""
+    write(tmp_path, "common")
+    write(tmp_path, " \n", model="tiny")
+    engine = RecordingEngine()
+    system = read_template(tmp_path, "base_system", SYSTEM_VARIABLES, model="tiny", may_be_empty=True)
+    async with serving(engine, system=system) as service:
+        await service.read(chat("hi"))
+
+    assert [await encoded(engine, Message(Role.USER, "hi"))] == engine.prompts
+
+
+async def test_system_messages_stay_where_the_caller_put_them() -> None:
+    """Between other messages too; what the template does not take there, its tokenizer moves."""
+    engine = RecordingEngine()
+    said = [(Role.SYSTEM, "a"), (Role.SYSTEM, "b"), (Role.USER, "c"), (Role.ASSISTANT, "d"), (Role.SYSTEM, "e")]
+    messages = tuple(Message(role, text) for role, text in [*said, (Role.USER, "f")])
+    async with serving(engine, system="be kind") as service:
+        await service.read(structs.replace(chat("hi"), messages=messages))
+
+    assert [await encoded(engine, *messages)] == engine.prompts
+
+
+async def test_in_a_session_system_messages_stand_around_the_stored_turns_as_around_those_that_are_sent() -> None:
+    """None is stored; one between turns that the session has stands before them, a later one behind."""
+    engine = RecordingEngine()
+    first, answer, second = Message(Role.USER, "hi"), Message(Role.ASSISTANT, "hi"), Message(Role.USER, "ho")
+    a, b, c = (Message(Role.SYSTEM, text) for text in "abc")
+    async with serving(engine) as service:
+        for messages in ((first,), (a, first, b, answer, c, second)):
+            await service.read(structs.replace(chat("hi", session_id="s"), messages=messages))
+        turns = await service.turns(ANNA.tenant, "s")
+
+    assert await encoded(engine, a, b, first, answer, c, second) == engine.prompts[1]
+    assert [["hi", "hi"], ["ho", "ho"]] == turns
 
 
 async def test_a_completion_template_changes_what_the_model_sees_and_not_what_is_reported() -> None:
