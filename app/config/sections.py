@@ -167,6 +167,9 @@ class SecurityConfig(Section):
     """Time for a client to send its body, from the end of the headers."""
     head_timeout_seconds: PositiveFloat = 10
     """Time for a client to send the request line and headers; then 408, and the connection is closed."""
+    half_close_seconds: Annotated[float, Field(ge=0)] = 0.15
+    """How long a client that has ended what it sends is still answered, unless a response has begun by then; one that
+    has hung up looks the same, and its generation goes on for so long."""
     max_connections: PositiveInt = 4096
     """Open connections in all, fewer where the limit of open files is low; the oldest without a request gives way."""
     max_connections_per_address: PositiveInt = 512

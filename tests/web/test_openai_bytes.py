@@ -238,4 +238,4 @@ async def test_nothing_of_the_sampling_is_lost_in_translation(web, client):
 
     (request,) = web.service.requests
     assert (SamplingParams(logprobs=4, top_k=5, seed=3), 2) == (request.sampling, request.n)
-    assert {"max_tokens", "temperature", "top_p", "min_p", "repetition_penalty"} == request.unset
+    assert {"max_tokens", "min_tokens", "temperature", "top_p", "min_p", "repetition_penalty"} == request.unset

@@ -293,6 +293,41 @@ async def test_a_client_that_closes_its_side_frees_its_place_and_its_generation(
         writer.close()
 
 
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+@pytest.mark.parametrize("requests", [1, 2])
+async def test_a_client_that_ends_what_it_sends_with_its_request_is_answered(stream, requests):
+    """As `nc -N` does; then the connection is closed, and nothing of it is left."""
+    web = await make_web(security={"half_close_seconds": 3})
+    web.service.steps = ["a", 0.3, "b"]
+    body = json.dumps({"prompt": "hello", "stream": stream}).encode()
+    async with web.listening() as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(post(f"Content-Length: {len(body)}", body=body) * requests)
+        writer.write_eof()
+        async with asyncio.timeout(5):
+            answer = await reader.read()
+        writer.close()
+
+    assert requests == answer.count(b"HTTP/1.1 200 OK")
+    assert requests == answer.count(b"event: done" if stream else b'"generated_text":"ab"')
+    assert 0 == web.service.running
+
+
+async def test_a_client_that_ends_its_side_in_the_middle_of_a_request_is_not():
+    """Nobody can know what it wanted."""
+    web = await make_web()
+    async with web.listening() as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(post("Content-Length: 99", body=b"{"))
+        writer.write_eof()
+        async with asyncio.timeout(2):
+            answer = await reader.read()
+        writer.close()
+
+    assert b"" == answer
+    assert [] == web.service.requests
+
+
 async def test_nothing_of_a_closed_connection_waits_for_the_garbage_collector():
     """A cycle of references for each would pause all streams while they are collected."""
     web = await make_web()

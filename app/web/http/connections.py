@@ -75,6 +75,8 @@ class ConnectionLimits:
     head_seconds: float
     backlog: int = MAX_BACKLOG
     """Connections that the kernel may hold accepted before the process takes them, all at once if need be."""
+    half_close_seconds: float = 0.15
+    """How long a response may take to begin for a client that has ended what it sends."""
 
     @classmethod
     def for_files(cls, settings: Settings, files: int | None) -> "ConnectionLimits":
@@ -84,7 +86,8 @@ class ConnectionLimits:
         if files is not None:
             backlog = min(backlog, max(MIN_CONNECTIONS, files // 4))
             total = min(total, max(MIN_CONNECTIONS, files - backlog - OTHER_FILES))
-        return cls(total, min(security.max_connections_per_address, total), security.head_timeout_seconds, backlog)
+        per_address = min(security.max_connections_per_address, total)
+        return cls(total, per_address, security.head_timeout_seconds, backlog, security.half_close_seconds)
 
 
 def raise_file_limit() -> int | None:

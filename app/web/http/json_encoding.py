@@ -1,4 +1,7 @@
-"""Encodes responses and stream frames as compact JSON, non-ASCII characters unescaped.
+"""Encodes responses and stream frames as compact JSON, non-ASCII characters unescaped but for three.
+
+Many clients read a stream with a function of their language that ends lines at U+0085, U+2028 and U+2029 too, and would
+cut a frame there.
 
 The log-probabilities of a large response are megabytes of JSON from objects ten times as large.  `encode_logprobs`
 encodes them while they are generated, and `SegmentedJsonResponse` sends them segment by segment, so that no response
@@ -40,13 +43,23 @@ def _plain(value: Any) -> str:
 
 _encoder = msgspec.json.Encoder(enc_hook=_plain)
 
+_LINE_ENDS = {"\x85".encode(): b"\\u0085", "\u2028".encode(): b"\\u2028", "\u2029".encode(): b"\\u2029"}
+"""UTF-8 of what some clients take for the end of a line, which JSON has in strings only, and the escape of each."""
+
 
 def encode_json(data: Any) -> bytes:
     """Encode plain data; a float in it that may be tiny, huge or not finite is to be wrapped in `exact_float`.
 
     Raises: UnicodeEncodeError: a string holds half of a surrogate pair.
     """
-    return _encoder.encode(data)
+    return _without_line_ends(_encoder.encode(data))
+
+
+def _without_line_ends(encoded: bytes) -> bytes:
+    for line_end, escape in _LINE_ENDS.items():
+        if line_end in encoded:
+            encoded = encoded.replace(line_end, escape)
+    return encoded
 
 
 def exact_float(number: float) -> msgspec.Raw:
@@ -99,7 +112,7 @@ def encode_segments(data: Any) -> list[bytes]:
         arrays.append(value)
         return _PLACE
 
-    between = msgspec.json.Encoder(enc_hook=hook).encode(data).split(bytes(_PLACE))
+    between = _without_line_ends(msgspec.json.Encoder(enc_hook=hook).encode(data)).split(bytes(_PLACE))
     segments = [between[0]]
     for array, after in zip(arrays, between[1:], strict=True):
         segments += [*array.segments(), after]

@@ -114,7 +114,8 @@ class GuardedProtocol(HttpToolsProtocol):
       frames the chunks, have no more bytes between two parts of a body than a head;
     - a response of HTTP/1.0 is never chunked;
     - an offer to upgrade the protocol is ignored, and the connection goes on;
-    - a hang-up reaches the request being answered, also while another is queued behind it.
+    - a hang-up reaches the request being answered, also while another is queued behind it;
+    - a client that ends what it sends together with its request is answered, if that does not take long.
     """
 
     def __init__(
@@ -142,6 +143,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._broken: AppError | None = None
         """What is wrong with the input that follows the requests being answered; it is answered after them."""
         self._serving: RequestResponseCycle | None = None
+        self._half_closed = False
         self._known = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -169,11 +171,21 @@ class GuardedProtocol(HttpToolsProtocol):
         self.transport = self._raw
         self.cycle = self._serving = None  # type: ignore[assignment]
 
-    def eof_received(self) -> None:
-        """Give the place up: asyncio closes the transport now, which takes as long as the client reads."""
-        if not self.closing:
+    def eof_received(self) -> bool:  # type: ignore[override]  # asyncio's own may return it
+        """Give the place up, unless the client may only have ended what it sends; False has asyncio close all."""
+        broken = self._begun or self.closing or self._broken is not None
+        if not broken and self._serving is not None and not self._serving.response_started:
+            self._half_closed = True
+            self.loop.call_later(self._guard.limits.half_close_seconds, self._end_half_closed, self._serving)
+        elif not self.closing:
             self.closing = True
             self._guard.closing(self, lingers=False)
+        return self._half_closed
+
+    def _end_half_closed(self, served: RequestResponseCycle) -> None:
+        """Take a client that has ended what it sends for one that has hung up, if nothing has been sent to it."""
+        if served is self._serving and not served.response_started:
+            self.close_gently()
 
     def unsent(self) -> int:
         return self._raw.get_write_buffer_size()
@@ -315,6 +327,8 @@ class GuardedProtocol(HttpToolsProtocol):
             self._rank_serving(self._serving)
         elif self._broken is not None:
             self._refuse(self._broken)
+        elif self._half_closed:
+            self.close_gently()
         else:
             self._guard.rank(self, Rank.KNOWN if self._known or self.trusted else Rank.UNKNOWN)
             if self._begun and self._in_head:

@@ -2,13 +2,14 @@
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.web.http.json_encoding import EncodedJsonResponse, encode_json, exact_float
+from app.web.http.json_encoding import EncodedJsonResponse, encode_json, encode_segments, exact_float
 
 texts = st.text(st.characters(blacklist_categories=["Cs"]), max_size=20)
 values = st.recursive(
@@ -18,14 +19,29 @@ values = st.recursive(
 )
 
 
+LINE_ENDS = {character: f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
+
+
 def standard(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    encoded = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return encoded.translate(str.maketrans(LINE_ENDS)).encode()
 
 
 @given(values)
 @settings(deadline=None)
 def test_plain_data_has_the_bytes_of_the_standard_encoder(value: Any):
     assert standard(value) == encode_json(value) == EncodedJsonResponse(value).body
+
+
+@pytest.mark.parametrize("encode", [encode_json, lambda data: b"".join(encode_segments(data))])
+def test_json_is_one_line_to_every_client(encode: Callable[[Any], bytes]):
+    """Those too that end lines wherever Unicode does."""
+    text = "".join(map(chr, range(0x3000)))
+
+    encoded = encode({text: [text]})
+
+    assert [encoded.decode()] == encoded.decode().splitlines()
+    assert {text: [text]} == json.loads(encoded)
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
