@@ -43,6 +43,11 @@ CONTINUE_MARK = "\uf8fe\uf8ff\uf8fe"
 class TemplateRefusedError(Exception):
     """The template does not take this conversation; the message is a class of error, or our own words."""
 
+    def __init__(self, reason: str, said: str | None = None) -> None:
+        super().__init__(reason)
+        self.said = said
+        """The template's own words, if they are known to quote no message."""
+
     @property
     def deliberate(self) -> bool:
         """Whether the template itself says so, rather than to fail in some operation."""
@@ -158,7 +163,7 @@ class _Process:
             raise TemplateExhaustedError(f"it takes {answer.error}")
         self.usable = True
         if answer.error is not None:
-            raise TemplateRefusedError(answer.error)
+            raise TemplateRefusedError(answer.error, answer.said)
         return answer.text
 
     def close(self) -> None:

@@ -67,7 +67,7 @@ class HfTokenizer:
         self._plain.no_truncation()
         self._plain.no_padding()
         self._chat_lock = threading.Lock()
-        source = _template_of(self._chat)
+        source, self._no_template = _template_of(self._chat)
         written = " ".join([source or "", *map(str, self._chat.special_tokens_map.values())])
         self._chat.segments = SegmentEncoder(self._plain, self._chat.added_tokens_decoder.values(), written)
         self._template = None if source is None else ChatTemplate(source, self._chat.special_tokens_map)
@@ -103,7 +103,9 @@ class HfTokenizer:
         Raises: InvalidRequest: the model has no chat template, or the template refuses these messages.
         """
         if self._template is None:
-            raise InvalidRequest("This model has no default chat template. Send a plain prompt to /v1/generate.")
+            raise InvalidRequest(
+                f"{self._no_template} Send a plain prompt to /v1/completions or /v1/generate, not messages."
+            )
         text = self._render(messages, continue_final_message)
         with _tokenizer_errors(), self._chat_lock:
             self._chat.tenant = tenant
@@ -208,21 +210,25 @@ def _thought_marks(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
 def _refusal(refusal: TemplateRefusedError) -> str:
     if not refusal.deliberate:
         return f"The model's chat template fails on these messages ({refusal})."
+    if refusal.said:
+        return f"The model's chat template does not take these messages: {refusal.said}"
     return (
         "The model's chat template does not take these messages. "
         "Begin with the user and let user and assistant take turns."
     )
 
 
-def _template_of(tokenizer: PreTrainedTokenizerFast) -> str | None:
-    """Return the template of chats without tools; None where there is none, or none of several is the default."""
-    if not tokenizer.chat_template:
-        return None
+def _template_of(tokenizer: PreTrainedTokenizerFast) -> tuple[str | None, str]:
+    """Return the template of chats without tools; or None, and for the model's users why there is none."""
+    templates = tokenizer.chat_template
+    if not templates:
+        return None, "The files of this model hold no chat template."
     try:
-        return str(tokenizer.get_chat_template())
+        return str(tokenizer.get_chat_template()), ""
     except ValueError:
         log.warning("the model has several chat templates and no default one; chats are refused")
-        return None
+        names = ", ".join(name for name in sorted(templates) if name.isprintable())[:200]
+        return None, f"The files of this model hold no default chat template, only others ({names})."
 
 
 def _control_ids(tokenizer: PreTrainedTokenizerFast, template: str) -> frozenset[int]:

@@ -27,7 +27,7 @@ from jinja2.utils import Namespace
 
 LENGTH_BYTES = 4
 MAX_MESSAGE_CHARS = 200
-"""Of what the compiler says, which quotes the template."""
+"""Of what the compiler says, which quotes the template, and of what the template says."""
 
 
 class TemplateSource(msgspec.Struct, frozen=True):
@@ -54,6 +54,8 @@ class Rendered(msgspec.Struct, frozen=True):
     text: str = ""
     error: str | None = None
     """Why there is no text: the error's class, of a syntax error with its line and message."""
+    said: str | None = None
+    """With which words the template itself refuses, if they stand in it as they are and so quote no message."""
     exhausted: bool = False
     """Whether the memory or the characters did not suffice; nothing should be rendered here any more."""
 
@@ -112,8 +114,16 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+class _Refusal(TemplateError):
+    """The template calls `raise_exception`."""
+
+
+def _one_line(text: str) -> str:
+    return "".join(sign if sign.isprintable() else "?" for sign in text[:MAX_MESSAGE_CHARS])
+
+
 def _raise_exception(message: object) -> None:
-    raise TemplateError(str(message))
+    raise _Refusal(str(message))
 
 
 def _strftime_now(form: str) -> str:
@@ -158,10 +168,13 @@ def frame(message: msgspec.Struct) -> bytes:
     return len(body).to_bytes(LENGTH_BYTES, "little") + body
 
 
-def _render(template: Template, variables: dict[str, str], conversation: Conversation) -> Rendered:
+def _render(template: Template, start: TemplateSource, conversation: Conversation) -> Rendered:
     try:
-        text = template.render(**(variables | conversation.variables))
+        text = template.render(**(start.variables | conversation.variables))
         text.encode()  # a template may cut a text so that it is not valid Unicode any more
+    except _Refusal as refusal:
+        said = (refusal.message or "").strip()
+        return Rendered(error=TemplateError.__name__, said=_one_line(said) if said in start.template else None)
     except Exception as error:  # noqa: BLE001  # a template may raise anything
         return _failed(error)
     if len(text) > conversation.max_chars:
@@ -173,8 +186,7 @@ def _failed(error: Exception) -> Rendered:
     if isinstance(error, MemoryError):
         return Rendered(error="more memory than the service gives", exhausted=True)
     if isinstance(error, TemplateSyntaxError):
-        message = "".join(sign if sign.isprintable() else "?" for sign in error.message or "")
-        return Rendered(error=f"line {error.lineno}: {message[:MAX_MESSAGE_CHARS]}")
+        return Rendered(error=f"line {error.lineno}: {_one_line(error.message or '')}")
     return Rendered(error=type(error).__name__)
 
 
@@ -217,7 +229,7 @@ def serve(source: BinaryIO, sink: BinaryIO) -> None:
     answer(Rendered())
     while (body := read_frame(source.read)) is not None:
         with _bounded_cpu(start.cpu_seconds):
-            rendered = _render(template, start.variables, decode(body))
+            rendered = _render(template, start, decode(body))
         answer(rendered)
 
 

@@ -53,6 +53,7 @@ from app.worker.loading.model_files import (
     tensor_shape,
 )
 from app.worker.loading.stage_deadline import within_deadline
+from app.worker.loading.tokenizer_packages import missing_package
 from app.worker.loading.weight_checks import check_finite, check_loading, check_scores, check_size
 
 log = logging.getLogger(__name__)
@@ -199,6 +200,8 @@ def _tokenizer(folder: Path, save_in: str) -> Any:
         if "custom code" in str(error) or "trust_remote_code" in str(error):
             raise LoadError("tokenizer_config.json: it needs Python code of its own, which is never run") from None
         if not (folder / "tokenizer.json").is_file():
+            if (missing := missing_package(folder, error)) is not None:
+                raise LoadError(missing) from error
             raise LoadError("it has no tokenizer.json, and no tokenizer that one can be made of") from error
         raise LoadError(f"tokenizer.json: cannot be read ({_one_line(error)})") from error
     if not getattr(tokenizer, "is_fast", False):

@@ -251,11 +251,29 @@ def test_a_template_that_drops_the_system_text_gets_it_folded(tmp_path: Path):
 
 
 def test_messages_that_the_template_refuses_are_the_clients_error(gemma: Family):
-    """Two user messages in a row end in InvalidRequest, and the message does not repeat them."""
-    with pytest.raises(InvalidRequest, match="take turns") as refusal:
+    """Two user messages in a row end in InvalidRequest with the template's own words, which do not repeat them."""
+    with pytest.raises(InvalidRequest, match="roles must alternate user/assistant") as refusal:
         gemma.loaded.encode_chat(user("secret") + user("words"))
 
     assert "secret" not in refusal.value.message
+
+
+def test_what_a_template_says_of_a_message_is_not_repeated(tmp_path: Path):
+    """Only words that stand in it are its own."""
+    loaded = HfTokenizer(
+        save(
+            chatml_tokenizer(
+                "{% if messages[1:] %}{{ raise_exception('No ' ~ messages[0].content) }}{% endif %}" + CHATML
+            ),
+            tmp_path,
+        )
+    )
+
+    with pytest.raises(InvalidRequest, match="take turns") as refusal:
+        loaded.encode_chat(user("secret") + user("words"))
+
+    assert "secret" not in refusal.value.message
+    loaded.close()
 
 
 def test_a_model_without_a_template_says_where_to_go(llama: Family):
