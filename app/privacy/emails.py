@@ -63,7 +63,8 @@ _QUOTED_REVERSED = re.compile(rf"\"(?=[^\"]{{1,{_QUOTED_LOCAL_PART}}}\"){_QUOTED
 # A login on a machine and a user of a social network are written like addresses.
 _MACHINE_LOGINS = frozenset(("git", "hg", "svn"))
 _REMOTE_SHELL = re.compile(
-    r"(?:^|[\s`$(\"'\]])(?:ssh|scp|sftp|rsync|mosh|sshfs|ssh-copy-id)(?: -{1,2}[A-Za-z][^\s@]*(?: [0-9]{1,5})?)* \Z"
+    r"(?:^|[\s`$(\"'\]])(?:ssh|scp|sftp|rsync|mosh|sshfs|ssh-copy-id)"
+    r"(?: -[iFoJLRDe] [^\s@\-][^\s@]{0,63}| -{1,2}[A-Za-z][^\s@]*(?: [0-9]{1,5})?)* \Z"
 )
 _REMOTE_PATH = re.compile(r":[/~]")
 
