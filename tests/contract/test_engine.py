@@ -350,6 +350,11 @@ async def test_a_chat_is_prepared_and_continued(engine: Engine):
     assert FinishReason.LENGTH == finished_of(events).finish_reason
 
 
+async def test_a_name_that_is_no_special_token_names_none(engine: Engine):
+    """A stop string of ordinary words is looked for in the text."""
+    assert engine.hidden_token("hello") is None
+
+
 async def test_a_chat_has_control_tokens_and_a_text_has_none(engine: Engine):
     """Those that the tokenizer itself puts in front of a text do not count."""
     messages = (Message(Role.SYSTEM, "Be kind."), Message(Role.USER, "Hello"))

@@ -59,6 +59,19 @@ async def test_what_the_models_files_recommend_goes_before_openais_defaults(path
     assert isinstance(params.top_k, int)
 
 
+async def test_a_length_and_no_sampling_are_recommendations_too():
+    """A chat that names no max_tokens has the model's; a plain completion OpenAI's, a native route the service's."""
+    engine = RecordingEngine(recommended=(("temperature", 0.0), ("max_tokens", 33)))
+    web = await make_web(engines={MODEL: engine}, model={"temperature": 0.2, "max_tokens": 77})
+    async with web.client() as client:
+        for path, body in ((CHATS, CHAT), (CHATS, {**CHAT, "max_tokens": 5}), (TEXTS, BODIES[TEXTS])):
+            await client.post(path, json=body)
+        await client.post("/v1/generate", json=GENERATE)
+
+    sampled_with = [(request.sampling.max_tokens, request.sampling.temperature) for request in engine.requests]
+    assert [(33, 0.0), (5, 0.0), (16, 0.0), (77, 0.2)] == sampled_with
+
+
 async def test_the_configuration_goes_before_both_and_a_request_before_all():
     named = {"temperature": 1.0, "top_k": 0, "repetition_penalty": 1.0}
     for engine in (RecordingEngine(), RecordingEngine(recommended=RECOMMENDED)):

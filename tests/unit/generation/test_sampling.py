@@ -103,6 +103,19 @@ def test_a_recommendation_that_the_engine_cannot_honour_is_left_out():
     assert (0.0, 0, 0.95) == (sampling.min_p, sampling.top_k, sampling.top_p)
 
 
+@pytest.mark.parametrize(("given", "expected"), [({}, 4), ({"min_tokens": 0}, 0), ({"min_tokens": 6}, 6)])
+def test_a_recommended_least_length_is_a_default(given: dict[str, Any], expected: int):
+    """Only where the request wants recommended values, and never more than may be generated."""
+    info = replace(INFO, recommended=(("min_tokens", 4.0),))
+
+    def least(request: GenerationRequest, **limits: int) -> int:
+        return resolve(request, info=info, **limits).sampling.min_tokens  # type: ignore[arg-type]  # only max_tokens
+
+    assert expected == least(complete("x", use_recommended=True, **given))
+    assert 2 == least(complete("x", use_recommended=True), max_tokens=2)
+    assert 0 == least(complete("x"))
+
+
 @pytest.mark.parametrize("name", ["temperature", "top_p", "top_k", "min_p", "repetition_penalty"])
 def test_a_neutral_value_that_is_given_is_not_unset(name: str):
     """Zero is a temperature, and 1 a nucleus of everything, though a parameter that nobody set has the same value."""
