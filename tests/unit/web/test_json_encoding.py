@@ -19,7 +19,7 @@ values = st.recursive(
 )
 
 
-LINE_ENDS = {character: f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
+LINE_ENDS: dict[str, str | int | None] = {character: f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
 
 
 def standard(value: Any) -> bytes:
