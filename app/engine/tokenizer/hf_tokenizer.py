@@ -21,6 +21,7 @@ from transformers.utils.chat_template_utils import encode_marked_chat, mark_cont
 from app.engine.tokenizer.chat_template import ChatTemplate, TemplateExhaustedError, TemplateRefusedError
 from app.engine.tokenizer.segment_cache import SegmentEncoder, forget_words
 from app.engine.tokenizer.token_bytes import token_bytes_reader
+from app.engine.tokenizer.token_length import TokenLength, longest_token_bytes
 from app.errors import InvalidRequest
 from app.types import Message, Role, Tenant
 
@@ -56,9 +57,10 @@ class HfTokenizer:
     flag.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, *, context_length: int | None = None) -> None:
         """Load `tokenizer.json`, its configuration and the chat template, as `save_pretrained` wrote them.
 
+        Args: context_length: the model's, in tokens; a prompt that surely has more is not encoded.
         Raises: OSError, ValueError: the folder holds no usable fast tokenizer, or its chat template cannot be used.
         """
         self._chat: _ChatTokenizer = _ChatTokenizer.from_pretrained(str(folder), local_files_only=True)
@@ -78,7 +80,9 @@ class HfTokenizer:
         control = _control_ids(self._chat, source or "")
         self._control = _pattern_of(self._chat, control)
         self._text = _plain_text_copy(backend, control)
-        self.inline_chars = 0 if any(map(_REPEATED_GROUP.search, _expressions(json.loads(backend)))) else INLINE_CHARS
+        described = json.loads(backend)
+        self.inline_chars = 0 if any(map(_REPEATED_GROUP.search, _expressions(described))) else INLINE_CHARS
+        self.length = TokenLength(longest_token_bytes(described), context_length)
         self._forbidden = control - {self._chat.unk_token_id}
         self._not_text = self._forbidden | _marks(self._chat, source or "")
         self._prefix = _prefix_ids(self._text)
@@ -101,6 +105,7 @@ class HfTokenizer:
         tool role gets tool results as the user's words.
 
         Raises: InvalidRequest: the model has no chat template, or the template refuses these messages.
+            TooManyTokensError: they are longer than the context window in any case.
         """
         if self._template is None:
             raise InvalidRequest("This model has no default chat template. Send a plain prompt to /v1/generate.")
@@ -108,6 +113,7 @@ class HfTokenizer:
         if not self._shows_tools and any(message.role is Role.TOOL for message in turns):
             turns = _fold_tools(turns)
         text = self._render(turns, continue_final_message)
+        self.length.check(text)
         with _tokenizer_errors(), self._chat_lock:
             self._chat.tenant = tenant
             return tuple(encode_marked_chat(self._chat, text))
