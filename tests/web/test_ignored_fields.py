@@ -1,6 +1,5 @@
-"""`openai.unknown_fields: ignore`: what the service does not have or cannot honour is left out, and named in a header."""
+"""`openai.unknown_fields: ignore`: what the service does not have or cannot honour is left out, and named."""
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -24,8 +23,8 @@ IGNORE = {"unknown_fields": "ignore"}
 
 
 @pytest.fixture
-async def web() -> AsyncIterator[Web]:
-    yield await make_web(openai=IGNORE)
+async def web() -> Web:
+    return await make_web(openai=IGNORE)
 
 
 UNHONOURED: list[tuple[dict[str, Any], str]] = [

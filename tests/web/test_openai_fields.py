@@ -358,7 +358,7 @@ async def test_what_the_assistant_said_may_come_back_as_it_was_sent(web, client)
         (CHATS, {"metadata": {"a": 1}}, "metadata"),
         (CHATS, {"metadata": {str(number): "" for number in range(17)}}, "metadata"),
         (CHATS, {"metadata": {"a": "x" * 513}}, "metadata"),
-        (CHATS, {"service_tier": "first class"}, "service_tier"),
+        (CHATS, {"service_tier": 1}, "service_tier"),
         (CHATS, {"priority": -1}, "priority"),
         (CHATS, {"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
         (CHATS, {"truncate_prompt_tokens": 5, "truncation": "disabled"}, "truncate_prompt_tokens"),

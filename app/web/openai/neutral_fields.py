@@ -23,9 +23,7 @@ class NeutralFields(StrictModel):
     prompt_cache_options: dict[str, Any] | None = Field(None, description="A hint, as prompt_cache_key is.")
     prompt_cache_retention: _Hint | None = Field(None, description="A hint: nothing is retained for longer.")
     safety_identifier: _Hint | None = Field(None, description="The newer name of user, and preferred to it.")
-    service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = Field(
-        None, description="A hint: there is one tier, and the response says default."
-    )
+    service_tier: _Hint | None = Field(None, description="A hint: there is one tier, and the response says default.")
     store: bool | None = Field(None, description="A hint: completions are not stored for later retrieval.")
     user: _Hint | None = Field(None, description="The caller's end user; the log shows a hash of it.")
     verbosity: Literal["low", "medium", "high"] | None = Field(None, description="A hint: the model is not told.")
