@@ -73,6 +73,20 @@ async def test_older_turns_go_where_the_client_asks_for_it(path, fields, most):
         ].items()
 
 
+async def test_a_response_leaves_older_turns_out_where_its_client_asks_for_it():
+    """In OpenAI's newer API too, which has the field from the beginning."""
+    engine = RecordingEngine(context_length=600)
+    web = await web_of(engine)
+    async with web.client(**AUTH) as client:
+        body = {"input": resent(20), "max_output_tokens": 20, "store": False}
+        plain = await client.post("/v1/responses", json=body)
+        reply = await client.post("/v1/responses", json={**body, "truncation": "auto"})
+
+    assert (400, 200) == (plain.status_code, reply.status_code), reply.text
+    assert "Be brief." == engine.requests[0].messages[0].content
+    assert 3 < len(engine.requests[0].messages) < 10
+
+
 @pytest.mark.parametrize(
     ("path", "fields"),
     [
