@@ -9,7 +9,7 @@ from app.web.http.private_api import served_methods
 from tests.web.harness import AUTH, BODIES, OPENAI_BODIES, Web, make_web
 
 ORIGIN = {"Origin": "https://chat.example"}
-ASKS = {**ORIGIN, "Access-Control-Request-Method": "POST"}
+PREFLIGHT = {**ORIGIN, "Access-Control-Request-Method": "POST"}
 STAINLESS = ", ".join(
     f"x-stainless-{name}"
     for name in "arch lang os package-version retry-count runtime runtime-version timeout helper-method".split()
@@ -56,7 +56,7 @@ async def web() -> Web:
     ],
 )
 async def test_an_allowed_origin_may_send_the_headers_that_it_asks_for(client, names):
-    reply = await client.options("/v1/chat/completions", headers={**ASKS, "Access-Control-Request-Headers": names})
+    reply = await client.options("/v1/chat/completions", headers={**PREFLIGHT, "Access-Control-Request-Headers": names})
 
     assert (200, names) == (reply.status_code, reply.headers["access-control-allow-headers"])
     assert "https://chat.example" == reply.headers["access-control-allow-origin"]
@@ -68,7 +68,7 @@ async def test_an_allowed_origin_may_send_the_headers_that_it_asks_for(client, n
     "names", ["a b", "a\x0bb", "é".encode().decode("latin-1"), "a;b", '"a"', "a" * 129, ",".join(["a"] * 65), "<x>"]
 )
 async def test_what_is_no_name_of_a_header_is_not_written_back(client, names):
-    headers = {**ASKS, "Access-Control-Request-Headers": names.encode("latin-1")}
+    headers = {**PREFLIGHT, "Access-Control-Request-Headers": names.encode("latin-1")}
 
     reply = await client.options("/v1/chat/completions", headers=headers)
 
@@ -77,7 +77,7 @@ async def test_what_is_no_name_of_a_header_is_not_written_back(client, names):
 
 
 async def test_another_origin_may_send_nothing(client):
-    headers = {**ASKS, "Origin": "https://evil.example", "Access-Control-Request-Headers": "authorization"}
+    headers = {**PREFLIGHT, "Origin": "https://evil.example", "Access-Control-Request-Headers": "authorization"}
 
     reply = await client.options("/v1/chat/completions", headers=headers)
 
@@ -87,7 +87,7 @@ async def test_another_origin_may_send_nothing(client):
 
 async def test_a_page_may_call_into_its_visitors_own_network(client):
     """The operator lists the origins, and nobody else's pages get this answer."""
-    headers = {**ASKS, "Access-Control-Request-Private-Network": "true"}
+    headers = {**PREFLIGHT, "Access-Control-Request-Private-Network": "true"}
 
     reply = await client.options("/v1/chat/completions", headers=headers)
 
@@ -98,7 +98,7 @@ async def test_a_page_may_call_into_its_visitors_own_network(client):
 async def test_every_method_that_a_route_has_is_allowed(client, web, method):
     assert method in {each for methods in served_methods(web.app).values() for each in methods}
 
-    reply = await client.options("/v1/keys/x", headers={**ASKS, "Access-Control-Request-Method": method})
+    reply = await client.options("/v1/keys/x", headers={**PREFLIGHT, "Access-Control-Request-Method": method})
 
     assert 200 == reply.status_code
 
@@ -140,8 +140,8 @@ def test_headers_that_only_errors_have_are_readable_too():
         for path in root.rglob("*.py")
         for name in re.findall(r'b?"((?:[Xx]|[Rr]etry)-[A-Za-z-]+)"', path.read_text())
     }
-    asked_for = {"x-api-key", "x-session-id"}
+    requested = {"x-api-key", "x-session-id"}
     refusing = {"x-content-type-options", "x-frame-options"}
 
     assert {"x-should-retry", "x-cache", "retry-after"} <= named
-    assert set() == named - asked_for - refusing - {name.lower() for name in READABLE_HEADERS}
+    assert set() == named - requested - refusing - {name.lower() for name in READABLE_HEADERS}

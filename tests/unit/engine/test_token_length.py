@@ -90,7 +90,7 @@ def test_what_is_too_long_in_any_case_is_told_without_encoding() -> None:
         unknown.check("x" * 10_000)
 
 
-def asks(**fields: Any) -> GenerationRequest:
+def prompt_of(**fields: Any) -> GenerationRequest:
     return GenerationRequest(id="1", tenant=Tenant.owner("t"), **fields)
 
 
@@ -105,7 +105,7 @@ async def test_a_prompt_far_too_long_is_not_encoded(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(tokenizer, "encode_text", refuse)
     monkeypatch.setattr(hf_tokenizer, "encode_marked_chat", refuse)
-    prompts = [asks(text=text), asks(messages=(Message(Role.USER, text),))]
+    prompts = [prompt_of(text=text), prompt_of(messages=(Message(Role.USER, text),))]
     for prepared in [await encoder.encode(each) for each in prompts]:
         assert (True, None) == (prepared.is_lower_bound, prepared.prompt_ids)
         assert 64 < prepared.prompt_tokens < 5000
@@ -119,7 +119,7 @@ async def test_of_a_text_that_is_to_be_cut_only_the_end_is_encoded(tmp_path: Pat
     encoder = PromptEncoder(tokenizer, vocab_size=2**16, seconds=20)
     text = "hello world, the end of the world said hello. " * 400
 
-    prepared = await encoder.encode(asks(text=text, truncate_prompt=0))
+    prepared = await encoder.encode(prompt_of(text=text, truncate_prompt=0))
     whole = tokenizer.encode_text(text)
 
     assert prepared.prompt_ids is not None
