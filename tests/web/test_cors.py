@@ -112,6 +112,7 @@ async def test_a_page_may_read_every_header_that_is_meant_for_programs():
     )
     sent: set[str] = set()
     statuses = set()
+    exposed = ""
     for headers in (AUTH, {"nothing": ""}):
         async with web.client(**headers, **ORIGIN) as client:
             for path in [*served_methods(web.app), "/nowhere", "/v1/moderations"]:

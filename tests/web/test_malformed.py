@@ -169,7 +169,13 @@ async def test_what_clients_write_in_another_form_is_what_they_mean(web, client,
 @pytest.mark.parametrize("route", EVERY_ROUTE)
 async def test_an_unknown_field_that_is_null_or_empty_is_left_out(web, client, route):
     """Wherever it stands; a name that might be a secret needs no other rule."""
-    nothing = {"temprature": None, "extra_body": {}, "bad_words": [], "chat_template": "", "4111111111111111": None}
+    nothing: dict[str, Any] = {
+        "temprature": None,
+        "extra_body": {},
+        "bad_words": [],
+        "chat_template": "",
+        "4111111111111111": None,
+    }
     content = {**RIGHT[route], **nothing}
     if "messages" in content:
         content["messages"] = [{"role": "user", "content": "hello", "flags": [], "weight": None}]

@@ -7,7 +7,7 @@ from app.engine.echo import EchoEngine
 from app.errors import AppError, ContextLengthExceeded, EngineBusy, InternalError, RateLimited
 from app.types import Rights
 from app.web.openai.errors import ERROR_FORMAT, envelope
-from tests.web.harness import AUTH, CHAT, GENERATE, KEY, ScriptedService, make_web
+from tests.web.harness import AUTH, CHAT, GENERATE, KEY, OneKey, ScriptedService, make_web
 
 BODIES = {"/v1/chat/completions": CHAT, "/v1/completions": GENERATE}
 PATHS = [*BODIES, "/v1/models", "/v1/models/x"]
@@ -215,9 +215,11 @@ async def test_the_refusal_of_a_model_names_those_that_the_key_may_use(path):
     """All of them, or those of its role; the name that was asked for is not repeated."""
     web = await make_web(engines={name: EchoEngine(model=name) for name in ("first", "second", "third")})
     replies = {}
+    keys = web.container.keys
+    assert isinstance(keys, OneKey)
     async with web.client(**AUTH) as client:
         for rights in (None, ("second",), ()):
-            web.container.keys.rights = Rights(models=rights)
+            keys.rights = Rights(models=rights)
             replies[rights] = await client.post(path, json={**BODIES[path], "model": "gpt-4o"})
             assert (404, "invalid_request_error", "model", "model_not_found") == error_fields(replies[rights])
 
