@@ -72,19 +72,23 @@ class ContextLengthExceeded(InvalidRequest):
 
     code = "context_length_exceeded"
 
-    def __init__(self, *, prompt_tokens: int, max_tokens: int, limit: int) -> None:
+    def __init__(self, *, prompt_tokens: int, max_tokens: int, limit: int, counted: bool = True) -> None:
+        """Args: counted: False where the prompt has at least so many tokens and was not encoded to count them all."""
+        # Clients recognise the error by OpenAI's first words.
+        least = "" if counted else "at least "
         super().__init__(
-            f"The prompt has {prompt_tokens} tokens and max_tokens asks for {max_tokens} more, "
-            f"but the model's context window holds {limit}. Shorten the prompt or lower max_tokens.",
+            f"This model's maximum context length is {limit} tokens, but the request needs "
+            f"{least}{prompt_tokens + max_tokens}: {least}{prompt_tokens} for the prompt and {max_tokens} for the "
+            "completion. Shorten the prompt, lower max_tokens, or let older turns go with truncation.",
             details={"prompt_tokens": prompt_tokens, "max_tokens": max_tokens, "limit": limit},
         )
 
 
 class PromptTooLong(InvalidRequest):
-    """More characters than the service reads, before any token is counted."""
+    """More characters than `security.max_prompt_chars` allows, before any token is counted."""
 
     def __init__(self, field: str, *, length: int, limit: int) -> None:
-        reason = f"has {length} characters; this service takes at most {limit}"
+        reason = f"has {length} characters; this service takes at most {limit} (security.max_prompt_chars)"
         super().__init__(f"{field} {reason}", details={"errors": [{"field": field, "reason": reason}]})
 
 

@@ -77,6 +77,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Whether one completion may hold several calls."""
     template_kwargs: tuple[tuple[str, TemplateValue], ...] = ()
     """Additional variables of the chat template, sorted by name, such as `enable_thinking`."""
+    truncate_prompt: Annotated[int | None, HARMLESS] = None
+    """Tokens that the prompt may have; what is over goes from its beginning, of a chat by whole turns.  0 allows what
+    the context window does; None refuses a prompt that is too long.  What is left of it stands in `prompt_ids`."""
     sampling: SamplingParams = SamplingParams()
     unset: frozenset[str] = frozenset()
     """Names of the sampling parameters that the caller left open; `resolve_params` fills them in."""

@@ -159,8 +159,8 @@ class SecurityConfig(Section):
 
     api_key: SecretStr | None = None
     """The API key; when unset, one is generated at the first start and stored in the data folder."""
-    max_prompt_chars: PositiveInt = 4000
-    """Characters of a prompt, or of all messages of a request."""
+    max_prompt_chars: NonNegativeInt = 0
+    """Characters of a prompt, or of all messages of a request; 0 is no limit but the model's context window."""
     max_body_bytes: PositiveInt = 1_048_576
     """Bytes of a request body; a longer one is refused with 413 before it is read."""
     body_timeout_seconds: PositiveFloat = 10
@@ -251,6 +251,9 @@ class OpenAIConfig(Section):
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     """Default temperature; unset is what the model's generation_config.json recommends, else OpenAI's 1."""
+    unknown_fields: Literal["refuse", "ignore"] = "refuse"
+    """Fields that the service does not have or cannot honour: refuse names them in a 400, ignore answers without them
+    and names them in the header X-Ignored-Fields."""
 
 
 class LoggingConfig(Section):

@@ -98,7 +98,9 @@ class PreparedPrompt:
 
     prompt_tokens: int
     prompt_ids: tuple[int, ...] | None
-    """None where the engine tokenizes elsewhere; `prompt_tokens` may then be an estimate."""
+    """None where another service tokenizes, so that `prompt_tokens` may be an estimate, or where it is too long."""
+    is_lower_bound: bool = False
+    """Whether the prompt has `prompt_tokens` or more, too many in any case, and was not encoded."""
 
 
 class TextDecoder(Protocol):

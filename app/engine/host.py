@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 from app.engine.served_model import ServedModel
@@ -44,6 +44,11 @@ class ModelHost:
         return tuple(sorted(self._models, key=lambda name: name != self.default_name))
 
     @property
+    def loaded(self) -> tuple[str, ...]:
+        """Return the names of the models that take requests, the default one first."""
+        return tuple(name for name in self.names if name not in self._unloading)
+
+    @property
     def default(self) -> ServedModel:
         """Return the default model.
 
@@ -67,14 +72,15 @@ class ModelHost:
         """Return whether the default model can serve a request now."""
         return self.state is EngineState.READY
 
-    def find(self, model: str | None) -> ServedModel:
+    def find(self, model: str | None, *, allowed: Collection[str] | None = None) -> ServedModel:
         """Return a model by its name, or the default one for None.
 
+        Args: allowed: the models that a refusal may name, as those that the caller may use; None is all.
         Raises: ModelNotFound: no such model is loaded.
         """
         name = self.default_name if model is None else model
         if name not in self._models or name in self._unloading:
-            raise ModelNotFound("This model is not loaded; leave `model` out to use the one that is.")
+            raise ModelNotFound(_missing([each for each in self.loaded if allowed is None or each in allowed]))
         return self._models[name]
 
     def add(self, name: str) -> ServedModel:
@@ -136,14 +142,15 @@ class ModelHost:
             self._remove(name)
 
     @contextmanager
-    def lease(self, request: GenerationRequest) -> Iterator[ServedModel]:
+    def lease(self, request: GenerationRequest, *, allowed: Collection[str] | None = None) -> Iterator[ServedModel]:
         """Hold a model for one request.
 
+        Args: allowed: as `find` takes it.
         Raises: ShuttingDown: the service takes no new work; ModelNotFound: no such model is loaded.
         """
         if self.draining:
             raise ShuttingDown()
-        model = self.find(request.model)
+        model = self.find(request.model, allowed=allowed)
         ids = request.sample_ids
         self._leases.update(dict.fromkeys(ids, model.name))
         self._leases_per_model[model.name] += 1
@@ -195,3 +202,11 @@ class ModelHost:
         except TimeoutError:
             return False
         return not leased()
+
+
+def _missing(names: Collection[str]) -> str:
+    """Return what a client may do whose model is not loaded."""
+    loaded = ", ".join(names)
+    if not loaded:
+        return "This model is not loaded, and neither is any other that this key may use."
+    return f"This model is not loaded. Loaded: {loaded}. Leave `model` out to use the default."

@@ -201,7 +201,9 @@ class LocalEngine:
         """
         try:
             # A thread: reading a large vocabulary takes up to seconds.
-            tokenizer = await asyncio.to_thread(lambda: _tokenizer_class()(ready.tokenizer_folder))
+            tokenizer = await asyncio.to_thread(
+                lambda: _tokenizer_class()(ready.tokenizer_folder, context_length=ready.context_length)
+            )
         except Exception as error:
             raise WorkerLostError(f"The model's tokenizer cannot be loaded: {_first_line(error)}.") from error
         self._close_tokenizer()
@@ -360,7 +362,7 @@ def _spec(config: ModelConfig) -> ModelSpec:
     )
 
 
-def _tokenizer_class() -> Callable[[str], PromptTokenizer]:
+def _tokenizer_class() -> Callable[..., PromptTokenizer]:
     from app.engine.tokenizer.hf_tokenizer import HfTokenizer
 
     return HfTokenizer

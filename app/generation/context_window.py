@@ -13,7 +13,7 @@ from app.errors import ContextLengthExceeded, InvalidRequest
 from app.events import ContextUsage
 from app.generation.sessions import Turn
 from app.requests import GenerationRequest
-from app.types import Message
+from app.types import Message, Role
 
 TYPICAL_BYTES_PER_TOKEN = 4
 """UTF-8 bytes per token of ordinary text; used only to guess whether the history fits."""
@@ -38,6 +38,14 @@ class TokenBudget:
         """Return the tokens that earlier turns may not take: by default at most a quarter of the window."""
         return self.requested or min(self.default, self.limit // 4)
 
+    def most_prompt_tokens(self, requested: int = 0) -> int:
+        """Return the tokens that a prompt may have whose beginning may go, at least one.
+
+        Args: requested: the caller's own limit; 0 is none.
+        """
+        most = self.limit - self.reserved
+        return max(1, min(requested, most) if requested else most)
+
     def least_tokens(self, samples: int) -> int:
         """Return the fewest tokens that a request of so many samples can take; 0 where it never fits."""
         if self.requested is not None:
@@ -45,14 +53,20 @@ class TokenBudget:
         # The more the prompt takes, the less is left for each of the samples.
         return min(1 + samples * min(self.default, self.limit - 1), self.limit - 1 + samples)
 
-    def max_tokens(self, prompt_tokens: int) -> int:
+    def max_tokens(self, prompt_tokens: int, *, is_lower_bound: bool = False) -> int:
         """Return the limit of the completion behind this prompt.
 
+        Args: is_lower_bound: whether the prompt has so many tokens or more.
         Raises: ContextLengthExceeded: the requested tokens do not fit, or no token would.
         """
         free = self.limit - prompt_tokens
         if free < (self.requested or 1):
-            raise ContextLengthExceeded(prompt_tokens=prompt_tokens, max_tokens=self.requested or 1, limit=self.limit)
+            raise ContextLengthExceeded(
+                prompt_tokens=prompt_tokens,
+                max_tokens=self.requested or 1,
+                limit=self.limit,
+                counted=not is_lower_bound,
+            )
         return self.requested or min(self.default, free)
 
 
@@ -70,18 +84,65 @@ class FittedPrompt:
 
 
 async def fit_text(request: GenerationRequest, prepare: Prepare, budget: TokenBudget) -> FittedPrompt:
-    """Encode a plain prompt and return it with the tokens that may follow.
+    """Encode a plain prompt and return it with the tokens that may follow; what is to be cut off goes first.
 
     Raises: ContextLengthExceeded; InvalidRequest: the prompt encodes to nothing.
     """
     prepared = await prepare(request)
     if not prepared.prompt_tokens:
         raise InvalidRequest.of_field("prompt", "holds no token for this model")
+    ids, prompt_tokens = prepared.prompt_ids, prepared.prompt_tokens
+    if ids is not None and request.truncate_prompt is not None:
+        ids = await _cut(request, ids, prepare, budget.most_prompt_tokens(request.truncate_prompt))
+        prompt_tokens = len(ids)
     return FittedPrompt(
-        request=structs.replace(request, prompt_ids=prepared.prompt_ids),
-        prompt_tokens=prepared.prompt_tokens,
-        max_tokens=budget.max_tokens(prepared.prompt_tokens),
+        request=structs.replace(request, prompt_ids=ids),
+        prompt_tokens=prompt_tokens,
+        max_tokens=budget.max_tokens(prompt_tokens, is_lower_bound=prepared.is_lower_bound),
     )
+
+
+async def _cut(request: GenerationRequest, ids: tuple[int, ...], prepare: Prepare, most: int) -> tuple[int, ...]:
+    """Return the last tokens of a prompt, and in front of them those that stand in front of every text."""
+    if len(ids) <= most:
+        return ids
+    head = 0
+    if request.text is not None:
+        empty = (await prepare(structs.replace(request, text="", prompt_ids=None))).prompt_ids or ()
+        while head < min(len(empty), most - 1) and empty[head] == ids[head]:
+            head += 1
+    return (*ids[:head], *ids[len(ids) - most + head :])
+
+
+def trimmable(
+    request: GenerationRequest, history: Sequence[Turn], new: Sequence[Message]
+) -> tuple[Sequence[Turn], Sequence[Message]]:
+    """Return the turns that may give way, and the messages that must not: all new ones unless the caller allows it."""
+    turns = [] if request.truncate_prompt is None else _turns(new)
+    if not turns:
+        return history, new
+    return [*history, *turns[:-1]], turns[-1].messages
+
+
+def _turns(messages: Sequence[Message]) -> list[Turn]:
+    """Split a conversation in front of each user message and the system messages that introduce it."""
+    turns: list[list[Message]] = []
+    for message in messages:
+        if message.role is Role.USER or not turns:
+            introduction = _take_trailing_system(turns[-1]) if turns else []
+            turns.append(introduction)
+        turns[-1].append(message)
+    return [Turn(tuple(turn)) for turn in turns if turn]
+
+
+def _take_trailing_system(turn: list[Message]) -> list[Message]:
+    """Take the system messages at the end of a turn out of it."""
+    end = len(turn)
+    while end and turn[end - 1].role is Role.SYSTEM:
+        end -= 1
+    taken = turn[end:]
+    del turn[end:]
+    return taken
 
 
 async def fit_chat(
@@ -97,6 +158,7 @@ async def fit_chat(
 
     Args: request: its messages are the caller's own system messages, or none.
     Raises: ContextLengthExceeded: the new messages alone are too long.
+        InvalidRequest: they are longer than the caller lets the prompt be.
     """
     prepared: dict[int, PreparedPrompt] = {}
 
@@ -109,12 +171,16 @@ async def fit_chat(
             prepared[turns] = await prepare(with_history(turns))
         return prepared[turns].prompt_tokens
 
-    turns = await _most_turns_that_fit(history, measure, budget.limit - budget.reserved)
+    most = budget.most_prompt_tokens(request.truncate_prompt or 0)
+    turns = await _most_turns_that_fit(history, measure, most)
     prompt_tokens = await measure(turns)
+    if request.truncate_prompt and request.truncate_prompt < prompt_tokens <= budget.limit:
+        reason = f"is less than the {prompt_tokens} tokens of the last turn, which is never cut"
+        raise InvalidRequest.of_field("truncate_prompt_tokens", reason)
     return FittedPrompt(
         request=structs.replace(with_history(turns), prompt_ids=prepared[turns].prompt_ids),
         prompt_tokens=prompt_tokens,
-        max_tokens=budget.max_tokens(prompt_tokens),
+        max_tokens=budget.max_tokens(prompt_tokens, is_lower_bound=prepared[turns].is_lower_bound),
         new=tuple(new),
         context=ContextUsage(
             limit=budget.limit,

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, aclosing, asynccontextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from app.engine.host import ModelHost
 from app.engine.served_model import ServedModel
 from app.errors import DeadlineExceeded, InvalidRequest, ShuttingDown
 from app.events import Delta, Event, Finished, Started
-from app.generation.context_window import FittedPrompt, TokenBudget, fit_chat, fit_text
+from app.generation.context_window import FittedPrompt, TokenBudget, fit_chat, fit_text, trimmable
 from app.generation.metering import Admission, UsageRecorder
 from app.generation.parallel_sampling import merge_samples
 from app.generation.request_stats import RequestStats
@@ -82,7 +82,7 @@ class GenerationService:
 
         Raises: AppError: in place of Started if the request is wrong or cannot be taken, later if it breaks.
         """
-        with self._usage.record(request, principal) as record, self.host.lease(request) as model:
+        with self._usage.record(request, principal) as record, self._lease(request, principal) as model:
             self._check_rights(request, principal, model)
             budget = _budget(request, model)
             await self._admission.check_tokens(principal, budget.least_tokens(request.n))
@@ -108,6 +108,9 @@ class GenerationService:
                         await self._store_turn(request, fitted.new, run.text)
             record.finish(finished)
             yield finished
+
+    def _lease(self, request: GenerationRequest, principal: Principal) -> AbstractContextManager[ServedModel]:
+        return self.host.lease(request, allowed=principal.rights.models)
 
     def _check_rights(self, request: GenerationRequest, principal: Principal, model: ServedModel) -> None:
         ids = request.prompt_ids
@@ -146,8 +149,14 @@ class GenerationService:
         # A session stores masked texts, so a conversation that a client sends again is recognised by its masked form.
         masked = await self._storable(request, messages) if request.session_id else messages
         stored = new_messages(history, masked)
+<<<<<<< HEAD
         before, new = split_messages(messages, len(stored))
         fitted = await fit_chat(structs.replace(request, messages=before), history, new, prepare, budget)
+=======
+        spoken = [message for message in messages if message.role is not Role.SYSTEM]
+        history, new = trimmable(request, history, spoken[len(spoken) - len(stored) :])
+        fitted = await fit_chat(request, history, new, prepare, budget)
+>>>>>>> fields
         return replace(fitted, new=stored)
 
     async def _storable(self, request: GenerationRequest, messages: Sequence[Message]) -> list[Message]:
@@ -174,6 +183,8 @@ class GenerationService:
         if (ids := request.prompt_ids) is None:
             (text,) = await self._clean(request, [request.text or ""])
             return structs.replace(request, text=text)
+        if request.truncate_prompt is not None:
+            ids = ids[-budget.most_prompt_tokens(request.truncate_prompt) :]
         model.engine.info.check_tokens("prompt", ids)
         budget.max_tokens(len(ids))  # raises before any work is done for a prompt that is far too long
         given = await model.engine.detokenize(ids)

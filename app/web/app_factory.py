@@ -1,16 +1,17 @@
 """Builds the FastAPI application from a container: routes, error formats of the dialects, middlewares in order."""
 
-from typing import Any
+from collections.abc import Iterable
 
-from fastapi import FastAPI
-from starlette.middleware.cors import CORSMiddleware
+from fastapi import APIRouter, FastAPI
+from fastapi.routing import APIRoute
 from starlette.types import Lifespan
 
 from app import __version__
 from app.web.admin import documentation, health, keys, roles, usage
 from app.web.http.authentication import Authentication
+from app.web.http.cors import CrossOriginAccess
 from app.web.http.dependencies import Container
-from app.web.http.errors import ErrorRenderer
+from app.web.http.errors import DEFAULT_FORMAT, ErrorRenderer
 from app.web.http.middleware import BodyLimits, DrainGate, ErrorBoundary, HeadChecks, RequestLog
 from app.web.http.openapi import DESCRIPTION, DocumentedApp
 from app.web.http.private_api import served_methods
@@ -41,16 +42,23 @@ def build_app(container: Container, *, lifespan: Lifespan[FastAPI] | None = None
         lifespan=lifespan,
     )
     app.state.container = container
-    openai = openai_chat, openai_completions, openai_responses, openai_models
-    routers = [module.router for module in (generate, batch, chat, sessions, *openai, keys, roles, usage)]
-    routers.append(openai_responses.stored_router)
-    for router in (*routers, keys.seed_router, health.router, *([documentation.router] if docs else [])):
+    native = [module.router for module in (generate, batch, chat, sessions, keys, roles, usage)]
+    openai = [module.router for module in (openai_chat, openai_completions, openai_responses, openai_models)]
+    openai.append(openai_responses.stored_router)
+    for router in (*native, *openai, keys.seed_router, health.router, *([documentation.router] if docs else [])):
         app.include_router(router)
-    renderer = ErrorRenderer(dict.fromkeys(openai_errors.PATH_PREFIXES, openai_errors.ERROR_FORMAT))
+    openai_prefixes = (*openai_errors.PATH_PREFIXES, *_paths(openai))
+    renderer = ErrorRenderer(
+        dict.fromkeys(openai_prefixes, openai_errors.ERROR_FORMAT) | dict.fromkeys(_paths(native), DEFAULT_FORMAT)
+    )
     renderer.register_handlers(app)
     app.renderer, app.public, app.always = renderer, public_paths(container), health.ALWAYS_PATHS
     _add_middlewares(app, container, renderer)
     return app
+
+
+def _paths(routers: Iterable[APIRouter]) -> list[str]:
+    return [route.path for router in routers for route in router.routes if isinstance(route, APIRoute)]
 
 
 def _add_middlewares(app: FastAPI, container: Container, renderer: ErrorRenderer) -> None:
@@ -68,7 +76,7 @@ def _add_middlewares(app: FastAPI, container: Container, renderer: ErrorRenderer
     app.add_middleware(ErrorBoundary, renderer=renderer)
     app.add_middleware(BodyLimits, max_bytes=security.max_body_bytes, timeout_seconds=security.body_timeout_seconds)
     if security.cors_origins:
-        app.add_middleware(CORSMiddleware, **_cors(security.cors_origins))
+        app.add_middleware(CrossOriginAccess, origins=security.cors_origins)
     app.add_middleware(RequestLog, metrics=container.metrics, served=served_methods(app))
 
 
@@ -78,30 +86,3 @@ def public_paths(container: Container) -> frozenset[str]:
     metrics = {"/metrics"} if security.metrics_public else set()
     docs = documentation.PUBLIC_PATHS if container.settings.serves_docs else frozenset()
     return health.PUBLIC_PATHS | metrics | docs
-
-
-def _cors(origins: tuple[str, ...]) -> dict[str, Any]:
-    """Return CORS options without credentials: keys are sent in a header that the page sets itself."""
-    return {
-        "allow_origins": list(origins),
-        "allow_methods": ["GET", "POST", "PUT", "PATCH", "DELETE"],
-        "allow_headers": [
-            "Authorization",
-            "Cache-Control",
-            "Content-Type",
-            "X-API-Key",
-            "X-Request-ID",
-            "X-Session-ID",
-        ],
-        "expose_headers": [
-            "Retry-After",
-            "X-Cache",
-            "X-Process-Time",
-            "X-Request-ID",
-            *(
-                f"x-ratelimit-{what}-{kind}"
-                for what in ("limit", "remaining", "reset")
-                for kind in ("requests", "tokens")
-            ),
-        ],
-    }

@@ -32,7 +32,9 @@ REASONS = re.compile(
             "may only name control tokens where completions are filtered",
             "names a token that the model does not have",
             "has [0-9]+ characters; this service takes at most",
-            "but the model's context window holds",
+            "maximum context length is",
+            "is not possible with truncation disabled",
+            "of the last turn, which is never cut",
         ]
     )
 )

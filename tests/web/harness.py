@@ -140,17 +140,21 @@ class LoadingEngine(EchoEngine):
         return
 
 
-@dataclass(frozen=True)
+_ADMIN = Rights(load_models=True, manage_keys=True)
+
+
+@dataclass
 class OneKey:
     """Knows one key, an admin's, and no database."""
 
     settings: Settings
+    rights: Rights = _ADMIN
 
     async def authenticate(self, presented: bytes) -> Principal | None:
         if presented != KEY.encode():
             return None
         limits = configured(self.settings.rate_limit, self.settings.quota)
-        return Principal("admin", Tenant.configured(), limits=limits, rights=Rights(load_models=True, manage_keys=True))
+        return Principal("admin", Tenant.configured(), limits=limits, rights=self.rights)
 
 
 @dataclass

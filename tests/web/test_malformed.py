@@ -8,14 +8,16 @@ import re
 from typing import Any
 
 import pytest
+from msgspec import structs
 
-from app.requests import RESOLVABLE
+from app.requests import RESOLVABLE, Origin
 from app.types import SamplingParams
 from app.web.http.private_api import served_methods
 from tests.web.harness import AUTH, BATCH, BODIES, OPENAI_BODIES, is_envelope, make_web
 from tests.web.malformed import (
     CANARY,
     JSON,
+    OTHER_FORMS,
     WRONG_BATCHES,
     WRONG_BODIES,
     WRONG_CHATS,
@@ -74,7 +76,7 @@ async def test_wrong_fields_are_refused_by_name_without_echo(web, client, log_li
     assert [] == web.service.requests
 
 
-RIGHT_FOR_OPENAI = [("top_k", -1), ("stop", []), ("seed", -1), ("stream", None), ("ignore_eos", None), ("user", CANARY)]
+RIGHT_FOR_OPENAI = [("top_k", -1), ("seed", -1), ("user", CANARY)]
 """Wrong on the native routes only."""
 
 
@@ -139,7 +141,8 @@ async def test_two_names_with_one_value_are_fine(web, client, route):
 
 @pytest.mark.parametrize("route", ROUTES)
 async def test_null_is_what_was_left_out(web, client, route):
-    names = """max_tokens max_new_tokens max_length temperature top_p top_k repetition_penalty stop stop_sequences
+    names = """stream cache ignore_eos truncation
+        max_tokens max_new_tokens max_length temperature top_p top_k repetition_penalty stop stop_sequences
         stop_tokens seed model n num_return_sequences min_p presence_penalty frequency_penalty logit_bias logprobs
         stop_token_ids min_tokens""".split()
 
@@ -148,6 +151,49 @@ async def test_null_is_what_was_left_out(web, client, route):
     assert 200 == reply.status_code
     (request,) = web.service.requests
     assert (SamplingParams(), RESOLVABLE, 1) == (request.sampling, request.unset, request.n)
+
+
+@pytest.mark.parametrize("route", EVERY_ROUTE)
+async def test_what_clients_write_in_another_form_is_what_they_mean(web, client, route, subtests):
+    """Whole numbers as floats, stop strings that stop nothing, null, and a nucleus of nothing, which is greedy."""
+    for field, value, parameter, expected in OTHER_FORMS:
+        with subtests.test(f"{field}={value!r}"):
+            reply = await client.post(route, json={**RIGHT[route], "temperature": 0.5, field: value})
+
+            assert 200 == reply.status_code, reply.text
+            sampling = web.service.requests[-1].sampling
+            assert expected == getattr(sampling, parameter)
+            assert type(expected) is type(getattr(sampling, parameter))
+
+
+@pytest.mark.parametrize("route", EVERY_ROUTE)
+async def test_an_unknown_field_that_is_null_or_empty_is_left_out(web, client, route):
+    """Wherever it stands; a name that might be a secret needs no other rule."""
+    nothing: dict[str, Any] = {
+        "temprature": None,
+        "extra_body": {},
+        "bad_words": [],
+        "chat_template": "",
+        "4111111111111111": None,
+    }
+    content = {**RIGHT[route], **nothing}
+    if "messages" in content:
+        content["messages"] = [{"role": "user", "content": "hello", "flags": [], "weight": None}]
+
+    reply = await client.post(route, json=content)
+    plain = await client.post(route, json=RIGHT[route])
+
+    assert (200, 200) == (reply.status_code, plain.status_code), reply.text
+    first, second = (structs.replace(each, id="", origin=Origin()) for each in web.service.requests)
+    assert first == second
+    assert "x-ignored-fields" not in reply.headers
+
+
+@pytest.mark.parametrize("value", [0, False, [None], {"a": None}, " "])
+async def test_a_field_that_holds_something_is_not_empty(client, value):
+    reply = await client.post("/v1/chat/completions", json={**RIGHT["/v1/chat/completions"], "unknown": value})
+
+    assert (400, "unknown") == (reply.status_code, reply.json()["error"]["param"])
 
 
 async def test_an_unknown_field_is_named(client):
@@ -273,7 +319,10 @@ async def test_the_refusal_of_too_long_a_text_names_the_limit_and_its_length(rou
         reply = await client.post(route, json=fields)
         fits = await client.post("/v1/generate", json={"prompt": "é" * 10})
 
-    assert f"{field} has 11 characters; this service takes at most 10" == reply.json()["message"]
+    assert (
+        f"{field} has 11 characters; this service takes at most 10 (security.max_prompt_chars)"
+        == reply.json()["message"]
+    )
     assert 200 == fits.status_code
 
 

@@ -3,10 +3,11 @@
 import pytest
 
 from app import errors
+from app.engine.echo import EchoEngine
 from app.errors import AppError, ContextLengthExceeded, EngineBusy, InternalError, RateLimited
-from app.web.http.errors import DEFAULT_FORMAT, ErrorRenderer
-from app.web.openai.errors import ERROR_FORMAT, PATH_PREFIXES, envelope
-from tests.web.harness import AUTH, CHAT, GENERATE, KEY, ScriptedService, make_web
+from app.types import Rights
+from app.web.openai.errors import ERROR_FORMAT, envelope
+from tests.web.harness import AUTH, CHAT, GENERATE, KEY, OneKey, ScriptedService, make_web
 
 BODIES = {"/v1/chat/completions": CHAT, "/v1/completions": GENERATE}
 PATHS = [*BODIES, "/v1/models", "/v1/models/x"]
@@ -146,13 +147,84 @@ def test_every_error_of_ours_has_a_type_that_clients_know():
         ("/v1/models", True),
         ("/v1/models/a/b", True),
         ("/v1/completions/", True),
+        ("/v1/chat/completions", True),
+        ("/v1/modelsx", True),
+        ("/v1/moderations", True),
+        ("/v1", True),
+        ("/chat/completions", True),
         ("/v1/chat", False),
-        ("/v1/modelsx", False),
+        ("/v1/chat/x", False),
         ("/v1/generate", False),
+        ("/v1/keys/x/rotate", False),
         ("/nowhere", False),
+        ("/health", False),
     ],
 )
-def test_the_path_decides_the_dialect(path, openai):
-    renderer = ErrorRenderer(dict.fromkeys(PATH_PREFIXES, ERROR_FORMAT))
+async def test_the_path_decides_the_dialect(web, path, openai):
+    """Below /v1 it is OpenAI's, except for the paths of the native routes and below them."""
+    error_format = web.app.renderer.format_of(path)
 
-    assert (ERROR_FORMAT if openai else DEFAULT_FORMAT) is renderer.format_of(path)
+    assert openai is (error_format is ERROR_FORMAT)
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("path", ["/v1/moderations", "/v1/audio/transcriptions", "/v1/files", "/v1/nothing_like_it"])
+async def test_a_path_that_is_not_served_is_refused_with_what_is(client, method, path):
+    reply = await client.request(method, path)
+
+    assert (404, "invalid_request_error", None, "not_found") == error_fields(reply)
+    message = reply.json()["error"]["message"]
+    assert message.startswith(f"This service has no {path}; it has /v1/chat/completions, /v1/completions,")
+    assert "/v1/models/{model}" in message
+    assert "/v1/generate" not in message
+
+
+@pytest.mark.parametrize("path", ["/v1/4111111111111111", "/v1/sk-live-abc/x", "/v1/jane@example.com", "/v1/%0d%0ax"])
+async def test_a_path_that_may_be_a_secret_is_not_repeated(client, path):
+    reply = await client.get(path)
+
+    assert 404 == reply.status_code
+    assert reply.json()["error"]["message"].startswith("This service has no such path; it has ")
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("/chat/completions", "but /v1/chat/completions: let the client's base URL end in /v1."),
+        ("/models", "but /v1/models: let the client's base URL end in /v1."),
+        ("/v1/v1/chat/completions", "but /v1/chat/completions: the client adds /v1 itself."),
+    ],
+)
+async def test_a_base_url_with_v1_too_much_or_too_little_is_recognised(client, path, hint):
+    reply = await client.post(path)
+
+    assert f"This service has no {path}, {hint}" == reply.json()["error"]["message"]
+
+
+async def test_a_wrong_method_is_named_with_the_right_ones(client):
+    for path in ("/v1/chat/completions", "/v1/chat"):
+        reply = await client.get(path)
+
+        message = reply.json()["error"]["message"] if path.endswith("completions") else reply.json()["message"]
+        assert "This path is not served by this method, but by POST." == message
+        assert (405, "POST") == (reply.status_code, reply.headers["allow"])
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_the_refusal_of_a_model_names_those_that_the_key_may_use(path):
+    """All of them, or those of its role; the name that was asked for is not repeated."""
+    web = await make_web(engines={name: EchoEngine(model=name) for name in ("first", "second", "third")})
+    replies = {}
+    keys = web.container.keys
+    assert isinstance(keys, OneKey)
+    async with web.client(**AUTH) as client:
+        for rights in (None, ("second",), ()):
+            keys.rights = Rights(models=rights)
+            replies[rights] = await client.post(path, json={**BODIES[path], "model": "gpt-4o"})
+            assert (404, "invalid_request_error", "model", "model_not_found") == error_fields(replies[rights])
+
+    messages = {rights: reply.json()["error"]["message"] for rights, reply in replies.items()}
+    assert "Loaded: first, second, third." in messages[None]
+    assert "Loaded: second." in messages[("second",)]
+    assert "neither is any other that this key may use" in messages[()]
+    assert "gpt-4o" not in str(messages)

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
+from msgspec import structs
 from openai.types import completion_create_params as text_params
 from openai.types.chat import completion_create_params as chat_params
 from openai.types.chat.chat_completion_content_part_text_param import ChatCompletionContentPartTextParam
 from openai.types.chat.chat_completion_message_param import ChatCompletionMessageParam
 from openai.types.chat.chat_completion_stream_options_param import ChatCompletionStreamOptionsParam
 
-from app.requests import GenerationRequest
+from app.requests import GenerationRequest, Origin
 from app.types import Message, Role
 from app.web.openai.chat import ChatCompletionRequest
 from app.web.openai.completions import CompletionRequest
@@ -56,8 +57,11 @@ EXTRAS: dict[str, tuple[Any, Any, Seen]] = {
     "ignore_eos": (True, True, sampled("ignore_eos")),
     "min_tokens": (3, 3, sampled("min_tokens")),
     "stop_token_ids": ([9, 2, 9], (2, 9), sampled("stop_token_ids")),
+    "priority": (3, 3, lambda request: request.priority),
+    "truncation": ("auto", 0, lambda request: request.truncate_prompt),
+    "truncate_prompt_tokens": (50, 50, lambda request: request.truncate_prompt),
 }
-"""vLLM's."""
+"""vLLM's, and `truncation` of OpenAI's responses."""
 HONOURED: dict[str, dict[str, tuple[Any, Any, Seen]]] = {
     CHATS: DRAWN
     | {
@@ -77,8 +81,42 @@ HONOURED: dict[str, dict[str, tuple[Any, Any, Seen]]] = {
 }
 """Fields that change the generation request: a value, what it is translated to, and where."""
 
+HINTS: dict[str, dict[str, list[Any]]] = {
+    CHATS: {
+        "prediction": [{"type": "content", "content": "x"}],
+        "prompt_cache_key": ["k"],
+        "prompt_cache_options": [{"mode": "explicit"}],
+        "prompt_cache_retention": ["in_memory", "24h"],
+        "service_tier": ["auto", "default", "flex", "scale", "priority"],
+        "store": [True, False],
+        "verbosity": ["low", "medium", "high"],
+    },
+    TEXTS: {},
+}
+"""Fields that may have any value of their own API and change no completion; those that the types list are added."""
+NEUTRAL: dict[str, tuple[list[Any], Any]] = {
+    "cache_prompt": ([True], False),
+    "detokenize": ([True], False),
+    "early_stopping": ([False], True),
+    "include_stop_str_in_output": ([False], True),
+    "length_penalty": ([1, 1.0], 2),
+    "mirostat": ([0], 2),
+    "repeat_penalty": ([1, 1.0], 1.1),
+    "return_token_ids": ([False], True),
+    "return_tokens_as_token_ids": ([False], True),
+    "skip_special_tokens": ([True], False),
+    "spaces_between_special_tokens": ([True, False], "x"),
+    "tfs_z": ([1], 0.5),
+    "truncation_side": (["left"], "right"),
+    "typical_p": ([1.0], 0.5),
+    "use_beam_search": ([False], True),
+    "metadata": ([{}, {"run": "7"}], {"run": 7}),
+    "best_of": ([1], 2),
+    "truncation": (["disabled"], "middle"),
+}
+"""Other servers' fields on both routes: the values that change nothing, and one that is refused by name."""
 ELSEWHERE = {
-    CHATS: {"stream", "stream_options", "top_logprobs", "metadata", "user", "safety_identifier", "service_tier"},
+    CHATS: {"stream", "stream_options", "top_logprobs", "metadata", "user", "safety_identifier"},
     TEXTS: {"stream", "stream_options", "echo", "user", "best_of"},
 }
 """Fields that are honoured otherwise; each has a test of its own in this folder."""
@@ -91,22 +129,16 @@ REFUSED: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
         "modalities": ([["text"]], [["text", "audio"], ["audio"]]),
         "moderation": ([], [{"model": "m"}]),
         "parallel_tool_calls": ([True], [False, 1]),
-        "prediction": ([], [{"type": "content", "content": "x"}]),
-        "prompt_cache_key": ([], ["k"]),
-        "prompt_cache_options": ([], [{"mode": "explicit"}]),
-        "prompt_cache_retention": (["in_memory"], []),
         "reasoning_effort": (["none"], []),
         "response_format": (
             [{"type": "text"}],
             [{"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": "x"}}],
         ),
-        "store": ([False], [True, 0]),
         "tool_choice": (["none", "auto"], ["required", {"type": "function", "function": {"name": "f"}}]),
         "tools": ([[]], [[{"type": "function", "function": {"name": "f"}}]]),
-        "verbosity": (["medium"], []),
         "web_search_options": ([], [{}]),
     },
-    TEXTS: {"suffix": ([], ["", "x"])},
+    TEXTS: {"suffix": ([""], ["x"])},
 }
 """Fields that cannot be honoured: the values that change nothing, and others; those of the types are added."""
 
@@ -128,7 +160,7 @@ def fields(path: str) -> dict[str, Any]:
 @pytest.mark.parametrize("path", BODIES)
 def test_every_field_of_the_package_is_known_here(path):
     """A field in no table is one that nobody has thought about."""
-    assert set(fields(path)) == HONOURED[path].keys() | ELSEWHERE[path] | REFUSED[path].keys()
+    assert set(fields(path)) == HONOURED[path].keys() | ELSEWHERE[path] | REFUSED[path].keys() | HINTS[path].keys()
 
 
 def test_the_table_for_users_names_every_field():
@@ -169,6 +201,46 @@ async def test_a_field_that_cannot_be_honoured_is_refused_by_name(web, client, p
             reply.json()["error"]["param"],
         )
     assert before == len(web.service.requests)
+
+
+def unnamed(request: GenerationRequest) -> GenerationRequest:
+    """Return a request without what is new in every one."""
+    return structs.replace(request, id="", origin=Origin())
+
+
+@pytest.mark.parametrize(("path", "name"), [(path, name) for path in BODIES for name in HINTS[CHATS]])
+async def test_a_hint_is_accepted_and_changes_nothing(web, client, path, name):
+    """Every value that the package's types list; completions take the same hints, but not for a prediction."""
+    listed = [value for value in literals(fields(CHATS)[name]) if isinstance(value, str)]
+    values = [None, *HINTS[CHATS][name], *listed] if (path, name) != (TEXTS, "prediction") else [None]
+
+    await client.post(path, json=BODIES[path])
+    for value in values:
+        reply = await client.post(path, json={**BODIES[path], name: value})
+        assert 200 == reply.status_code, reply.text
+    assert {unnamed(web.service.requests[0])} == {unnamed(each) for each in web.service.requests}
+
+
+@pytest.mark.parametrize(("path", "name"), [(path, name) for path in BODIES for name in NEUTRAL])
+async def test_a_value_that_changes_nothing_is_accepted_and_another_refused_by_name(web, client, path, name):
+    neutral, meant = NEUTRAL[name]
+
+    await client.post(path, json=BODIES[path])
+    for value in [None, *neutral]:
+        reply = await client.post(path, json={**BODIES[path], name: value})
+        assert 200 == reply.status_code, reply.text
+    refused = await client.post(path, json={**BODIES[path], name: meant})
+
+    assert (400, name) == (refused.status_code, refused.json()["error"]["param"]), refused.text
+    assert {unnamed(web.service.requests[0])} == {unnamed(each) for each in web.service.requests}
+
+
+async def test_special_tokens_are_added_as_the_routes_default_has_it(client):
+    """A chat's template writes them itself; a plain prompt gets those of the tokenizer."""
+    for path, default in ((CHATS, False), (TEXTS, True)):
+        for value, status in ((default, 200), (not default, 400)):
+            reply = await client.post(path, json={**BODIES[path], "add_special_tokens": value})
+            assert status == reply.status_code, reply.text
 
 
 @pytest.mark.parametrize("path", BODIES)
@@ -286,7 +358,10 @@ async def test_what_the_assistant_said_may_come_back_as_it_was_sent(web, client)
         (CHATS, {"metadata": {"a": 1}}, "metadata"),
         (CHATS, {"metadata": {str(number): "" for number in range(17)}}, "metadata"),
         (CHATS, {"metadata": {"a": "x" * 513}}, "metadata"),
-        (CHATS, {"service_tier": "priority"}, "service_tier"),
+        (CHATS, {"service_tier": 1}, "service_tier"),
+        (CHATS, {"priority": -1}, "priority"),
+        (CHATS, {"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        (CHATS, {"truncate_prompt_tokens": 5, "truncation": "disabled"}, "truncate_prompt_tokens"),
         (CHATS, {"user": 5}, "user"),
         (CHATS, {"session_id": "a b"}, "session_id"),
         (TEXTS, {"stream_options": {"include_usage": True}}, "stream_options"),
@@ -354,7 +429,7 @@ async def test_the_log_distinguishes_end_users_and_names_none(client, log_lines)
 
 
 async def test_metadata_and_the_service_tier_stand_in_the_answer_again(client):
-    given = {"metadata": {"run": "7"}, "service_tier": "auto"}
+    given = {"metadata": {"run": "7"}, "service_tier": "priority"}
 
     reply = (await client.post(CHATS, json={**CHAT, **given})).json()
     plain = (await client.post(CHATS, json=CHAT)).json()

@@ -174,7 +174,9 @@ async def test_each_field_takes_exactly_what_its_schema_says(tmp_path, path):
             for value in values(name):
                 body = {**RIGHT[path], name: value}
                 passes, said = await accepted(client, method, path, body)
-                if passes != described.is_valid(body) and not CROSS_FIELD.search(said) and not RULES.search(said):
+                if name == "unknown" and value in (None, "", [], {}) and path in GENERATING:
+                    assert passes, said  # no schema says that nothing may have any name
+                elif passes != described.is_valid(body) and not CROSS_FIELD.search(said) and not RULES.search(said):
                     wrong.append((name, value, passes, said[:200]))
         empty, _ = await accepted(client, method, path, {})
         assert empty is described.is_valid({})
@@ -204,6 +206,5 @@ async def test_what_is_refused_as_malformed_is_not_documented_as_right(path):
 
 
 def _is_about_all(name: str, value: Any) -> bool:
-    """Return whether the refusal is about the whole conversation, or the configured length of texts."""
-    text = str(value)
-    return len(text) > 4000 or (name == "messages" and isinstance(value, list) and len(value) > 0)
+    """Return whether the refusal is about the whole conversation."""
+    return name == "messages" and isinstance(value, list) and len(value) > 0

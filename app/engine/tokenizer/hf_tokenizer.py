@@ -22,6 +22,7 @@ from app.engine.tokenizer.segment_cache import SegmentEncoder, forget_words
 from app.engine.tokenizer.stream_decoder import StreamDecoder
 from app.engine.tokenizer.template_form import TemplateForm, probe_form
 from app.engine.tokenizer.token_bytes import token_bytes_reader
+from app.engine.tokenizer.token_length import TokenLength, longest_token_bytes
 from app.errors import InvalidRequest
 from app.types import Message, Role, Tenant
 
@@ -56,9 +57,10 @@ class HfTokenizer:
     flag.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, *, context_length: int | None = None) -> None:
         """Load `tokenizer.json`, its configuration and the chat template, as `save_pretrained` wrote them.
 
+        Args: context_length: the model's, in tokens; a prompt that surely has more is not encoded.
         Raises: OSError, ValueError: the folder holds no usable fast tokenizer, or its chat template cannot be used.
         """
         self._chat: _ChatTokenizer = _ChatTokenizer.from_pretrained(str(folder), local_files_only=True)
@@ -76,7 +78,9 @@ class HfTokenizer:
         self._control = _pattern_of(self._chat, control)
         self._not_thought = _pattern_of(self._chat, control - _thought_marks(self._chat))
         self._text = _plain_text_copy(backend, control)
-        self.inline_chars = 0 if any(map(_REPEATED_GROUP.search, _expressions(json.loads(backend)))) else INLINE_CHARS
+        described = json.loads(backend)
+        self.inline_chars = 0 if any(map(_REPEATED_GROUP.search, _expressions(described))) else INLINE_CHARS
+        self.length = TokenLength(longest_token_bytes(described), context_length)
         self._forbidden = control - {self._chat.unk_token_id}
         self._not_text = self._forbidden | _marks(self._chat, source or "")
         added = self._chat.added_tokens_decoder
@@ -101,12 +105,14 @@ class HfTokenizer:
         tool role gets tool results as the user's words.
 
         Raises: InvalidRequest: the model has no chat template, or the template refuses these messages.
+            TooManyTokensError: they are longer than the context window in any case.
         """
         if self._template is None:
             raise InvalidRequest(
                 f"{self._no_template} Send a plain prompt to /v1/completions or /v1/generate, not messages."
             )
         text = self._render(messages, continue_final_message)
+        self.length.check(text)
         with _tokenizer_errors(), self._chat_lock:
             self._chat.tenant = tenant
             return tuple(encode_marked_chat(self._chat, text))

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from app.engine.base import PreparedPrompt, Tokenizer
+from app.engine.tokenizer.token_length import TokenLength, TooManyTokensError
 from app.errors import DeadlineExceeded, InvalidRequest
 from app.requests import GenerationRequest
 from app.types import Tenant
@@ -68,6 +69,10 @@ class PromptTokenizer(Tokenizer, Protocol):
     def inline_chars(self) -> int:
         """A shorter text takes less time to encode than to hand to a thread."""
 
+    @property
+    def length(self) -> TokenLength:
+        """Tells which texts are too long for the model before they are encoded."""
+
     def close(self) -> None:
         """Free what encoding needs; decoding goes on."""
 
@@ -89,11 +94,20 @@ class PromptEncoder:
         """Lets the threads end once they have nothing to do."""
 
     async def encode(self, request: GenerationRequest) -> PreparedPrompt:
-        """Return the token ids of a request's prompt, encoded at most once.
+        """Return the token ids of a request's prompt, encoded at most once; of one that is far too long only a bound.
 
         Raises: InvalidRequest: the chat template or the tokenizer refuses the prompt, or the model lacks a token of it.
             DeadlineExceeded: it takes too long.
         """
+        try:
+            ids = await self._ids(request)
+        except TooManyTokensError as error:
+            return PreparedPrompt(error.least_tokens, None, is_lower_bound=True)
+        if max(ids, default=0) >= self._vocab_size:
+            raise InvalidRequest("The model has no token for a part of this text, though its tokenizer does.")
+        return PreparedPrompt(prompt_tokens=len(ids), prompt_ids=ids)
+
+    async def _ids(self, request: GenerationRequest) -> tuple[int, ...]:
         ids = request.prompt_ids
         if ids is None and request.is_chat:
             ids = await self._in_thread(
@@ -106,12 +120,15 @@ class PromptEncoder:
                 ),
             )
         elif ids is None:
-            encode = partial(self._tokenizer.encode_text, request.text or "")
-            inline = len(request.text or "") < self._tokenizer.inline_chars
+            text = request.text or ""
+            if request.truncate_prompt is None:
+                self._tokenizer.length.check(text)
+            else:
+                text = self._tokenizer.length.end(text)
+            encode = partial(self._tokenizer.encode_text, text)
+            inline = len(text) < self._tokenizer.inline_chars
             ids = encode() if inline else await self._in_thread(request.tenant, encode)
-        if max(ids, default=0) >= self._vocab_size:
-            raise InvalidRequest("The model has no token for a part of this text, though its tokenizer does.")
-        return PreparedPrompt(prompt_tokens=len(ids), prompt_ids=ids)
+        return ids
 
     async def _in_thread(self, tenant: Tenant, encode: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
         job: Future[tuple[int, ...]] = Future()

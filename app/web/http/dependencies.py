@@ -15,6 +15,7 @@ from fastapi import Depends, Request
 from app.access.access import AccessControl
 from app.access.admission import AdmissionControl, Admitted
 from app.config import Settings
+from app.engine.base import EngineInfo
 from app.engine.host import ModelHost
 from app.errors import Forbidden, NotFound
 from app.events import Event
@@ -165,6 +166,18 @@ class RequestContext:
     @property
     def max_prompt_chars(self) -> int:
         return self.container.settings.security.max_prompt_chars
+
+    @property
+    def ignores_unknown_fields(self) -> bool:
+        """Return whether fields that cannot be honoured are left out and named."""
+        return self.container.settings.openai.unknown_fields == "ignore"
+
+    def model_info(self, model: str | None) -> EngineInfo:
+        """Return the description of a model, or of the default one for None.
+
+        Raises: ModelNotFound; EngineNotReady: it is not loaded yet.
+        """
+        return self.container.host.find(model, allowed=self.caller.rights.models).engine.info
 
     def events(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Generate for this caller."""

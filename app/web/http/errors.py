@@ -7,7 +7,7 @@ path that does not exist.  Input is never echoed, except for the name of an unkn
 import math
 import re
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any, Protocol
@@ -48,7 +48,8 @@ MAX_REASON_CHARS = 200
 _QUOTES_NO_INPUT = frozenset(
     """missing extra_forbidden string_type string_too_short string_too_long string_pattern_mismatch int_type float_type
     bool_type none_required list_type too_short too_long greater_than greater_than_equal less_than less_than_equal
-    literal_error finite_number model_type model_attributes_type dict_type value_error unsupported_kind""".split()
+    literal_error finite_number model_type model_attributes_type dict_type value_error unsupported_kind
+    unsupported_value""".split()
 )
 """pydantic's error types whose message quotes nothing of the input; of any other only the field is named."""
 
@@ -92,6 +93,9 @@ class ErrorFormat(Protocol):
     def headers(self, error: AppError) -> Mapping[str, str]:
         """Return headers that the dialect sends beside Retry-After and WWW-Authenticate."""
 
+    def missing(self, path: str, served: Mapping[str, Collection[str]]) -> str:
+        """Return a sentence about a path that is not served.  Args: served: the dialect's paths and their methods."""
+
     def code_of(self, kind: type[AppError]) -> str:
         """Return the code that errors of this class have in the dialect, for OpenAPI."""
 
@@ -107,6 +111,9 @@ class DefaultErrorFormat:
     def headers(self, error: AppError) -> Mapping[str, str]:
         return {}
 
+    def missing(self, path: str, served: Mapping[str, Collection[str]]) -> str:
+        return "There is nothing at this path."
+
     def code_of(self, kind: type[AppError]) -> str:
         return kind.code
 
@@ -118,8 +125,11 @@ class ErrorRenderer:
     """Builds error responses, each in the format registered for its path."""
 
     def __init__(self, formats: Mapping[str, ErrorFormat]) -> None:
-        """Args: formats: path prefix -> format of that path and every path below it, whether a route exists or not."""
-        self._formats = dict(formats)
+        """Args: formats: path prefix -> format of that path and every path below it, whether a route exists or not.
+
+        The longest prefix counts.
+        """
+        self._formats = dict(sorted(formats.items(), key=lambda item: -len(item[0])))
         self._served: Mapping[str, frozenset[str]] = {}
 
     def format_of(self, path: str) -> ErrorFormat:
@@ -148,13 +158,22 @@ class ErrorRenderer:
     async def _handle(self, request: Request, error: Exception) -> Response | None:
         if isinstance(error, errors.ClientDisconnected):
             return None
-        headers = error.headers if isinstance(error, HTTPException) else None
-        if isinstance(error, HTTPException) and error.status_code == 405:
+        if isinstance(error, HTTPException):
+            return self._of_router(request.scope, error)
+        return self.response(request.scope, as_app_error(error))
+
+    def _of_router(self, scope: Scope, error: HTTPException) -> Response:
+        """Return the response where the router found no route, or none of this method."""
+        path, shown, headers = scope["path"], as_app_error(error), error.headers
+        if error.status_code == HTTPStatus.NOT_FOUND:
+            error_format = self.format_of(path)
+            same = {each: methods for each, methods in self._served.items() if self.format_of(each) is error_format}
+            shown = errors.NotFound(error_format.missing(path, same))
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
             # The router names the methods of one of its routes only; a path may have several.
-            headers = {
-                "Allow": ", ".join(sorted(self._served.get(route_path(request.scope) or request.scope["path"], ())))
-            }
-        return self.response(request.scope, as_app_error(error), headers)
+            allow = ", ".join(sorted(self._served.get(route_path(scope) or path, ())))
+            shown.message, headers = f"This path is not served by this method, but by {allow}.", {"Allow": allow}
+        return self.response(scope, shown, headers)
 
 
 def _standard_headers(error: AppError) -> dict[str, str]:

@@ -8,21 +8,22 @@ import json
 import math
 from collections.abc import Callable, Coroutine
 from email.message import Message
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, ClassVar, NoReturn, get_type_hints
 
 import msgspec
 from fastapi import Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from app.access.admission import AdmissionControl, Admitted
+from app.config import Settings
 from app.errors import AppError, ClientDisconnected, InvalidRequest, UnsupportedMediaType
 from app.web.http.dependencies import ADMITTED, RequestContext
 from app.web.http.private_api import ParsedRequest, takes_body
 from app.web.http.rate_limits import LIMIT_STATES, show_limits
+from app.web.http.validation import name_ignored, validated
 
 MAX_DEPTH = 32
 MAX_NUMBER_CHARS = 32
@@ -38,6 +39,8 @@ class StrictModel(BaseModel):
     """Base of request schemas: no conversions between types, no unknown fields."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
+    may_ignore_fields: ClassVar[bool] = False
+    """Whether `openai.unknown_fields` decides about the fields that the service does not have or cannot honour."""
 
     @property
     def answers(self) -> int:
@@ -87,7 +90,7 @@ class GeneratingRoute(APIRoute):
             _require_json(request)
             admitted: Admitted = request.scope["state"][ADMITTED]
             try:
-                body = _validated(schema, parse(await _read(request)))
+                body = _validated(schema, parse(await _read(request)), request)
                 admitted.expect(body.answers)
                 return await endpoint(body, RequestContext(request, request.app.state.container))
             except ClientDisconnect:
@@ -106,13 +109,15 @@ def _most_body_bytes(scope: Scope, most: int) -> int:
     return min(int(lengths[0]), most) if known else most
 
 
-def _validated(schema: type[StrictModel], value: Any) -> StrictModel:
-    """Raises: RequestValidationError, with the locations and messages of FastAPI's own validation."""
+def _validated(schema: type[StrictModel], value: Any, request: Request) -> StrictModel:
+    """Raises: RequestValidationError."""
+    settings: Settings = request.app.state.container.settings
+    may_ignore = schema.may_ignore_fields and settings.openai.unknown_fields == "ignore"
+    ignored: list[str] = []
     try:
-        return schema.model_validate(value, from_attributes=True)
-    except ValidationError as error:
-        found = error.errors(include_url=False, include_context=False, include_input=False)
-        raise RequestValidationError([{**item, "loc": ("body", *item["loc"])} for item in found]) from None
+        return validated(schema, value, ignored=ignored if may_ignore else None)
+    finally:
+        name_ignored(request.scope, ignored)
 
 
 async def _read(request: Request) -> bytes:

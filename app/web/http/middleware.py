@@ -3,13 +3,13 @@
 Pure ASGI, because a middleware that runs the application in a task of its own hides the client's disconnect from it.
 `app_factory.py` adds them in this order, outermost first:
 
-    RequestLog      sees every response, so each has an id, a log line and metrics
-    CORSMiddleware  only if origins are configured; answers preflights, which carry no key
-    BodyLimits      bounds size and duration of what the inner layers read of the body
-    ErrorBoundary   turns the exceptions of the inner layers into error responses
-    HeadChecks      refuses heads that are too large or that HTTP/1.1 forbids; answers HEAD as GET
-    DrainGate       refuses new work before any is done
-    Authentication  runs before the body is read
+    RequestLog         sees every response, so each has an id, a log line and metrics
+    CrossOriginAccess  only if origins are configured; answers preflights, which carry no key
+    BodyLimits         bounds size and duration of what the inner layers read of the body
+    ErrorBoundary      turns the exceptions of the inner layers into error responses
+    HeadChecks         refuses heads that are too large or that HTTP/1.1 forbids; answers HEAD as GET
+    DrainGate          refuses new work before any is done
+    Authentication     runs before the body is read
 """
 
 import asyncio
@@ -39,6 +39,7 @@ from app.web.http.errors import ErrorRenderer, as_app_error
 from app.web.http.private_api import route_path
 from app.web.http.rate_limits import rate_headers
 from app.web.http.security_headers import security_headers
+from app.web.http.validation import ignored_fields_header
 
 _CLIENT_GONE = 499
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
@@ -74,6 +75,7 @@ class RequestLog:
                     (b"x-request-id", request_id.encode()),
                     (b"x-process-time", b"%.6f" % (time.perf_counter() - began)),
                     *await rate_headers(scope),
+                    *ignored_fields_header(scope),
                     *security_headers(message.get("headers", ())),
                 ]
             await send(message)

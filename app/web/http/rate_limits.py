@@ -34,6 +34,12 @@ def show_limits(scope: Scope, control: AdmissionControl) -> None:
     scope["state"].setdefault(LIMIT_STATES, partial(control.limits, scope["state"]["principal"]))
 
 
+RATE_HEADERS = tuple(
+    f"x-ratelimit-{what}-{kind}" for what in ("limit", "remaining", "reset") for kind in ("requests", "tokens")
+)
+"""Names of the headers below."""
+
+
 async def rate_headers(scope: Scope) -> list[tuple[bytes, bytes]]:
     """Return the x-ratelimit headers of a response that begins now, as ASGI writes them."""
     states: LimitStates | None = scope["state"].get(LIMIT_STATES)

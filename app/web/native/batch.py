@@ -24,7 +24,7 @@ from app.web.native.schemas import Logprobs, generate_encoded, json_response
 router = APIRouter(prefix="/v1", tags=["generate"], route_class=GeneratingRoute)
 
 
-def _refuse_stream(stream: bool) -> bool:
+def _refuse_stream(stream: bool | None) -> bool | None:
     if stream:
         raise ValueError("is not possible for a batch; send the prompts to /v1/generate one by one")
     return stream
@@ -36,7 +36,7 @@ class BatchRequest(SamplingFields):
     prompts: Annotated[
         list[Annotated[str, StringConstraints(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)
     ]
-    stream: Annotated[bool, AfterValidator(_refuse_stream), WithJsonSchema({"type": "boolean", "const": False})] = False
+    stream: Annotated[bool | None, AfterValidator(_refuse_stream), WithJsonSchema({"enum": [None, False]})] = None
 
     @property
     def answers(self) -> int:

@@ -13,15 +13,13 @@ from app.web.http.sampling_params import (
     LogitBias,
     Penalty,
     SampleCount,
-    StopText,
+    StopTexts,
     TokenCount,
     TokenId,
-    as_list,
+    TopP,
+    Truncation,
     split_params,
 )
-
-_Stops = Annotated[list[StopText], Field(min_length=1, max_length=16)]
-_Stop = Annotated[_Stops, BeforeValidator(as_list, json_schema_input_type=StopText | _Stops)]
 
 
 def _alternative_count(value: Any) -> Any:
@@ -43,15 +41,15 @@ class SamplingFields(StrictModel):
     max_new_tokens: TokenCount | None = Field(None, description="Another name of max_tokens.")
     max_length: TokenCount | None = Field(None, description="Another name of max_tokens.")
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="0 is greedy.")
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: TopP | None = Field(None, description="0 is greedy.")
     top_k: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(None, description="0 keeps all tokens.")
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = Field(None, description="1 is off.")
-    stop: _Stop | None = Field(None, description="Stop strings: the completion ends before the first of them.")
-    stop_sequences: _Stop | None = Field(None, description="Another name of stop.")
-    stop_tokens: _Stop | None = Field(None, description="Another name of stop.")
+    stop: StopTexts = Field(None, description="Stop strings: the completion ends before the first of them.")
+    stop_sequences: StopTexts = Field(None, description="Another name of stop.")
+    stop_tokens: StopTexts = Field(None, description="Another name of stop.")
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(None, description="Makes the completion reproducible.")
-    stream: bool = False
-    cache: bool = Field(True, description="false bypasses the response cache.")
+    stream: bool | None = None
+    cache: bool | None = Field(None, description="false bypasses the response cache.")
     model: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
     n: SampleCount | None = Field(None, description="Number of completions.")
     num_return_sequences: SampleCount | None = Field(None, description="Another name of n.")
@@ -69,10 +67,12 @@ class SamplingFields(StrictModel):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = Field(
         None, description="The completion ends at any of these tokens, too."
     )
-    ignore_eos: bool = Field(False, description="Continue after the model's own end tokens.")
+    ignore_eos: bool | None = Field(None, description="Continue after the model's own end tokens.")
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = Field(
         None, description="No end token before the completion has this many tokens."
     )
+
+    truncation: Truncation = None
 
     @property
     def answers(self) -> int:
@@ -107,8 +107,9 @@ class SamplingFields(StrictModel):
             unset=unset,
             n=self._one_of("n", "num_return_sequences") or 1,
             model=self.model,
-            cache=self.cache and context.may_cache,
-            stream=self.stream,
+            cache=self.cache is not False and context.may_cache,
+            stream=bool(self.stream),
+            truncate_prompt=0 if self.truncation == "auto" else None,
             **prompt,
         )
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter
-from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from starlette.responses import Response as HttpResponse
 
 from app.errors import InvalidRequest
@@ -28,7 +28,7 @@ from app.web.openai.response_objects import (
     usage_object,
 )
 from app.web.openai.stream_encoder import ChatChoiceEncoder, ChunkStreamEncoder
-from app.web.openai.validators import Metadata, NeutralOnly
+from app.web.openai.validators import NeutralOnly
 
 router = APIRouter(prefix="/v1", tags=["openai"], route_class=GeneratingRoute)
 
@@ -40,31 +40,22 @@ class ChatCompletionRequest(OpenAIFields):
     max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    metadata: Metadata = Field(None, description="Returned in the response, unless that is a stream.")
-    safety_identifier: Annotated[str, StringConstraints(max_length=512)] | None = Field(
-        None, description="The newer name of user, and preferred to it."
-    )
-    service_tier: Annotated[str | None, NeutralOnly("auto", "default")] = None
     session_id: SessionId | None = Field(None, description="Continues the caller's own session of this name.")
     continue_final_message: bool | None = Field(None, description="Continue the last message, the assistant's.")
     add_generation_prompt: bool | None = Field(None, description="The opposite of continue_final_message.")
+    prediction: dict[str, Any] | None = Field(None, description="A hint: the completion is not generated faster.")
 
+    add_special_tokens: Annotated[Any, NeutralOnly(False)] = None
     audio: Annotated[Any, NeutralOnly()] = None
     function_call: Annotated[Any, NeutralOnly("none", "auto")] = None
     functions: Annotated[Any, NeutralOnly([])] = None
     modalities: Annotated[Any, NeutralOnly(["text"])] = None
     moderation: Annotated[Any, NeutralOnly()] = None
     parallel_tool_calls: Annotated[Any, NeutralOnly(True)] = None
-    prediction: Annotated[Any, NeutralOnly()] = None
-    prompt_cache_key: Annotated[Any, NeutralOnly()] = None
-    prompt_cache_options: Annotated[Any, NeutralOnly()] = None
-    prompt_cache_retention: Annotated[Any, NeutralOnly("in_memory")] = None
     reasoning_effort: Annotated[Any, NeutralOnly("none")] = None
     response_format: Annotated[Any, NeutralOnly({"type": "text"})] = None
-    store: Annotated[Any, NeutralOnly(False)] = None
     tool_choice: Annotated[Any, NeutralOnly("none", "auto")] = None
     tools: Annotated[Any, NeutralOnly([])] = None
-    verbosity: Annotated[Any, NeutralOnly("medium")] = None
     web_search_options: Annotated[Any, NeutralOnly()] = None
 
     def to_generation(self, context: RequestContext) -> GenerationRequest:

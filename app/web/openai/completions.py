@@ -15,7 +15,7 @@ from app.requests import GenerationRequest
 from app.web.http.dependencies import RequestContext, RequestContextDep, bind_end_user
 from app.web.http.errors import GENERATION_ERRORS, error_responses
 from app.web.http.json_body import GeneratingRoute
-from app.web.http.sampling_params import SampleCount, check_length
+from app.web.http.sampling_params import check_length
 from app.web.http.sse import streamed
 from app.web.openai.errors import ERROR_FORMAT
 from app.web.openai.request_model import OpenAIFields
@@ -40,10 +40,10 @@ class CompletionRequest(OpenAIFields):
     """OpenAI's fields and vLLM's extensions."""
 
     prompt: Prompts
-    best_of: SampleCount | None = Field(None, description="Must equal n: all completions are returned.")
     echo: bool | None = Field(None, description="Prepend the prompt to each completion.")
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    suffix: Annotated[Any, NeutralOnly()] = None
+    suffix: Annotated[Any, NeutralOnly("")] = None
+    add_special_tokens: Annotated[Any, NeutralOnly(True)] = None
 
     @property
     def answers(self) -> int:
@@ -52,8 +52,6 @@ class CompletionRequest(OpenAIFields):
     def to_requests(self, context: RequestContext) -> list[GenerationRequest]:
         """Raises: InvalidRequest: the prompts exceed the limit in total, or fields contradict each other."""
         self.check_stream_options()
-        if self.best_of not in (None, self.n or 1):
-            raise InvalidRequest.of_field("best_of", "must be n: this service returns all answers that it makes")
         if self.echo and self.logprobs is not None:
             raise InvalidRequest.of_field("echo", "is not possible with logprobs: a prompt's are not computed")
         texts = [prompt for prompt in self.prompt if isinstance(prompt, str)]
@@ -102,7 +100,7 @@ def _choice(
 )
 async def completions(body: CompletionRequest, context: RequestContextDep) -> HttpResponse:
     """Complete one or several prompts as OpenAI does: as one response, or with `stream` as chunks."""
-    bind_end_user(context.request, body.user)
+    bind_end_user(context.request, body.safety_identifier or body.user)
     metadata = new_metadata("cmpl", context, body.model)
     requests = body.to_requests(context)
     choices = TextChoiceEncoder(with_logprobs=body.logprobs is not None, echo=bool(body.echo))

@@ -1,21 +1,26 @@
 """OpenAI's error envelope, with the types and codes that its clients branch on."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pydantic import BaseModel, Field
 
-from app.errors import AppError, ContextLengthExceeded, Forbidden, InvalidRequest, ModelNotFound, PromptTooLong
-
-_UNSERVED = """assistants audio batches containers conversations embeddings engines evals files fine_tuning images
-    moderations realtime responses threads uploads vector_stores videos""".split()
-PATH_PREFIXES = (
-    "/v1/chat/completions",
-    "/v1/completions",
-    "/v1/models",
-    *(f"/v1/{name}" for name in _UNSERVED),
+from app.errors import (
+    AppError,
+    ContextLengthExceeded,
+    Forbidden,
+    InvalidRequest,
+    ModelNotFound,
+    PromptTooLong,
+    is_plain_name,
 )
-"""Errors at these paths and below them have this envelope; OpenAI's clients also call those that nothing serves yet."""
+
+_WITHOUT_VERSION = ("/chat/completions", "/completions", "/embeddings", "/models", "/responses")
+PATH_PREFIXES = ("/v1", *_WITHOUT_VERSION)
+"""Errors at these paths and below them have this envelope, except below the paths of other dialects.
+
+OpenAI's clients also call paths that nothing serves, and, given a base URL without /v1, those without it.
+"""
 
 _INVALID = "invalid_request_error"
 _TYPES_AND_CODES = {
@@ -55,6 +60,14 @@ class OpenAIErrorFormat:
         """Return OpenAI's hint that an exhausted quota is not worth a retry."""
         return {"x-should-retry": "false"} if error.code == "quota_exceeded" else {}
 
+    def missing(self, path: str, served: Mapping[str, Collection[str]]) -> str:
+        """Return what this dialect serves, and what may be wrong with the client's base URL."""
+        if f"/v1{path}" in served:
+            return f"This service has no {path}, but /v1{path}: let the client's base URL end in /v1."
+        if path.startswith("/v1/v1/") and path.removeprefix("/v1") in served:
+            return f"This service has no {path}, but {path.removeprefix('/v1')}: the client adds /v1 itself."
+        return f"This service has no {_shown(path)}; it has {', '.join(sorted(served)).replace(':path', '')}."
+
     def code_of(self, kind: type[AppError]) -> str:
         return _type_and_code(kind, kind.code, kind.status)[1]
 
@@ -68,6 +81,11 @@ def envelope(error: AppError, path: str) -> dict[str, Any]:
     return OpenAIErrorResponse(
         error=OpenAIErrorObject(message=error.message, type=kind, param=_param(error, path), code=code)
     ).model_dump()
+
+
+def _shown(path: str) -> str:
+    """Return a path if it is plain words, as OpenAI's are; any other may hold what must not be repeated."""
+    return path if all(map(is_plain_name, path.removeprefix("/v1/").split("/"))) else "such path"
 
 
 def _type_and_code(kind: type[AppError], code: str, status: int) -> tuple[str, str]:

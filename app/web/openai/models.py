@@ -9,7 +9,7 @@ from typing_extensions import TypedDict
 from app.engine.base import Engine, EngineInfo
 from app.errors import EngineNotReady, InternalError, ModelNotFound, RateLimited, Unauthorized
 from app.types import EngineState
-from app.web.http.dependencies import Container, ContainerDep
+from app.web.http.dependencies import CallerDep, Container, ContainerDep
 from app.web.http.errors import error_responses
 from app.web.http.json_body import StrictRoute
 from app.web.openai.errors import ERROR_FORMAT
@@ -80,9 +80,9 @@ async def models(container: ContainerDep) -> ModelList:
 
 # A model of the hub has a slash in its name.
 @router.get("/{model:path}", responses=_ERRORS)
-async def model(model: str, container: ContainerDep) -> ModelCard:
+async def model(model: str, container: ContainerDep, caller: CallerDep) -> ModelCard:
     """Describe one model."""
-    container.host.find(model)
+    container.host.find(model, allowed=caller.rights.models)
     return _card(model, container)
 
 

@@ -3,9 +3,9 @@
 A field that is left out takes the configured default, else the one that the model's files recommend, else OpenAI's.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints, WithJsonSchema
 
 from app.errors import InvalidRequest
 from app.requests import GenerationRequest
@@ -16,18 +16,29 @@ from app.web.http.sampling_params import (
     LogitBias,
     Penalty,
     SampleCount,
-    StopText,
+    StopTexts,
     TokenCount,
     TokenId,
-    as_list,
+    TopP,
+    Truncation,
     split_params,
+    supported_params,
 )
+from app.web.http.validation import name_ignored
+from app.web.openai.neutral_fields import NeutralFields
 from app.web.openai.stream_encoder import StreamUsage
 from app.web.openai.validators import NeutralOnly
 
-_Stops = Annotated[list[StopText], Field(max_length=16)]
-Stop = Annotated[_Stops, BeforeValidator(as_list, json_schema_input_type=StopText | _Stops)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+
+
+_TRUNCATE_SCHEMA = {"anyOf": [{"const": -1}, {"type": "integer", "minimum": 1, "maximum": MAX_TOKENS}]}
+
+
+def _tokens_to_keep(value: int) -> int:
+    if value != -1 and not 1 <= value <= MAX_TOKENS:
+        raise ValueError("must be a number of tokens, or -1 for as many as fit")
+    return value
 
 
 class StreamOptions(StrictModel):
@@ -38,30 +49,37 @@ class StreamOptions(StrictModel):
     include_obfuscation: Annotated[Any, NeutralOnly(False)] = None
 
 
-class OpenAIFields(StrictModel):
+class OpenAIFields(NeutralFields):
     """Sampling parameters and delivery options."""
+
+    may_ignore_fields: ClassVar[bool] = True
 
     model: Name | None = None
     max_tokens: TokenCount | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: TopP | None = Field(None, description="0 is greedy.")
     n: SampleCount | None = None
-    stop: Stop | None = None
+    stop: StopTexts = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: LogitBias = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: Annotated[str, StringConstraints(max_length=512)] | None = Field(
-        None, description="The caller's end user; the log shows a hash of it."
-    )
     top_k: Annotated[int, Field(ge=-1, le=1_000_000)] | None = Field(None, description="0 and -1 keep all tokens.")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    best_of: SampleCount | None = Field(None, description="Must equal n: all completions are returned.")
+    priority: Annotated[int, Field(ge=0, le=1000)] | None = Field(
+        None, description="vLLM's: a request of a higher number is served later than the others."
+    )
+    truncation: Truncation = None
+    truncate_prompt_tokens: Annotated[int, AfterValidator(_tokens_to_keep), WithJsonSchema(_TRUNCATE_SCHEMA)] | None = (
+        Field(None, description="vLLM's: keep so many of the prompt's last tokens; -1 keeps what fits.")
+    )
 
     @property
     def answers(self) -> int:
@@ -83,10 +101,32 @@ class OpenAIFields(StrictModel):
         if options is not None and options.continuous_usage_stats and not options.include_usage:
             raise InvalidRequest.of_field("stream_options.continuous_usage_stats", "needs include_usage")
 
+    @property
+    def truncate_prompt(self) -> int | None:
+        """How many tokens the prompt may have before its beginning goes; 0 is what fits, None refuses it instead.
+
+        Raises: InvalidRequest: two fields contradict each other.
+        """
+        tokens = self.truncate_prompt_tokens
+        if tokens is None:
+            return 0 if self.truncation == "auto" else None
+        if self.truncation == "disabled":
+            raise InvalidRequest.of_field("truncate_prompt_tokens", "is not possible with truncation disabled")
+        return max(0, tokens)
+
+    def check_best_of(self) -> None:
+        """Raises: InvalidRequest: completions would be generated only to be left out."""
+        if self.best_of not in (None, self.n or 1):
+            raise InvalidRequest.of_field("best_of", "must be n: this service returns all answers that it makes")
+
     def to_request(
         self, context: RequestContext, *, max_tokens: int | None, logprobs: int | None, **prompt: Any
     ) -> GenerationRequest:
-        """Return the request with this prompt; what it leaves open follows the model's own recommendation."""
+        """Return the request with this prompt; what it leaves open follows the model's own recommendation.
+
+        Raises: InvalidRequest: fields contradict each other.
+        """
+        self.check_best_of()
         sampling, unset = split_params(
             {
                 "max_tokens": max_tokens,
@@ -106,6 +146,9 @@ class OpenAIFields(StrictModel):
                 "min_tokens": self.min_tokens,
             }
         )
+        if context.ignores_unknown_fields:
+            sampling, unset, ignored = supported_params(sampling, unset, context.model_info(self.model).capabilities)
+            name_ignored(context.request.scope, ignored)
         return context.generation(
             sampling=sampling,
             unset=unset,
@@ -115,5 +158,7 @@ class OpenAIFields(StrictModel):
             cache=context.may_cache,
             cache_random=False,
             stream=bool(self.stream),
+            priority=self.priority or 0,
+            truncate_prompt=self.truncate_prompt,
             **prompt,
         )

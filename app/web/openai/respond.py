@@ -27,7 +27,7 @@ def new_metadata(
 
     Raises: ModelNotFound; EngineNotReady: the model is not loaded yet.
     """
-    info = context.container.host.find(model).engine.info
+    info = context.model_info(model)
     return ObjectMetadata(
         id=f"{prefix}-{uuid4().hex}",
         model=info.model,

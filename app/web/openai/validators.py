@@ -7,13 +7,17 @@ from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, GetJsonSchema
 from pydantic_core import CoreSchema, core_schema
 
 from app.web.http.sampling_params import MAX_PROMPTS, TokenId
+from app.web.http.validation import unsupported
 
 MAX_PAIRS, MAX_KEY_CHARS, MAX_VALUE_CHARS = 16, 64, 512
 """Limits of the metadata, OpenAI's own."""
 
 
 class NeutralOnly:
-    """Marks an unsupported field, which accepts null and the given neutral values and rejects all others by name."""
+    """Marks an unsupported field, which accepts null and the given neutral values and rejects all others by name.
+
+    Its error is the one that `openai.unknown_fields: ignore` takes as a field to leave out.
+    """
 
     def __init__(self, *neutral: Any) -> None:
         self._neutral = neutral
@@ -27,10 +31,12 @@ class NeutralOnly:
         return {"enum": [None, *self._neutral]}
 
     def _check(self, value: Any) -> Any:
-        # The type is compared too: in Python 1 == True and 1.0 == 1.
-        if value is None or any(type(value) is type(each) and value == each for each in self._neutral):
+        # In Python 1 == True; 1.0 is 1 in JSON, too.
+        if value is None or any(
+            isinstance(value, bool) is isinstance(each, bool) and value == each for each in self._neutral
+        ):
             return value
-        raise ValueError(self._reason)
+        raise unsupported(self._reason)
 
 
 def _metadata(value: Any) -> Any:
@@ -69,14 +75,16 @@ def _prompts(value: Any) -> Any:
         if all(isinstance(each, str) for each in value):
             return tuple(value)
         if _are_tokens(value):
-            return (tuple(value),)
+            return (tuple(map(int, value)),)
         if all(isinstance(each, list) and each and _are_tokens(each) for each in value):
-            return tuple(tuple(each) for each in value)
+            return tuple(tuple(map(int, each)) for each in value)
     raise ValueError("must be a text, a list of texts, a list of token ids, or a list of such lists, and not empty")
 
 
 def _are_tokens(values: list[Any]) -> bool:
-    return all(type(each) is int and 0 <= each < 2**31 for each in values)
+    return all(
+        (type(each) is int or (type(each) is float and each.is_integer())) and 0 <= each < 2**31 for each in values
+    )
 
 
 _TokenIds = Annotated[list[TokenId], Field(min_length=1)]

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from app.engine.echo import EchoTokenizer
 from app.engine.tokenizer.hf_tokenizer import HfTokenizer
 from app.engine.tokenizer.prepare import THREADS, PromptEncoder
+from app.engine.tokenizer.token_length import TokenLength
 from app.errors import DeadlineExceeded, InvalidRequest
 from app.requests import GenerationRequest
 from app.types import Message, Role, Tenant
@@ -26,6 +27,7 @@ class StuckTokenizer(EchoTokenizer):
     """Encodes, but for one text, on which it waits for the test to end."""
 
     inline_chars = 0
+    length = TokenLength(None, None)
 
     def __init__(self) -> None:
         self.free = threading.Event()
@@ -162,6 +164,7 @@ class CountingTokenizer(EchoTokenizer):
     """Takes a while for each prompt, and notes in which order they come."""
 
     inline_chars = 0
+    length = TokenLength(None, None)
 
     def __init__(self) -> None:
         self.encoded: list[str] = []

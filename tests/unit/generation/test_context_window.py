@@ -8,7 +8,7 @@ from msgspec import structs
 from app.engine.base import PreparedPrompt
 from app.engine.echo import EchoEngine
 from app.errors import ContextLengthExceeded, InvalidRequest
-from app.generation.context_window import TokenBudget, fit_chat, fit_text
+from app.generation.context_window import TokenBudget, fit_chat, fit_text, trimmable
 from app.generation.sessions import Turn
 from app.requests import GenerationRequest
 from app.types import Message, Role, Tenant
@@ -187,3 +187,98 @@ def test_the_fewest_tokens_of_a_request_are_no_more_than_any_prompt_makes_it_tak
     possible = [tokens for tokens in map(most_tokens, range(1, limit + 1)) if tokens is not None]
     assert budget.least_tokens(samples) == min(possible, default=0)
     assert budget.least_tokens(samples) <= (most_tokens(prompt) or limit * samples)
+
+
+@pytest.mark.parametrize(("truncate", "expected"), [(0, 90), (30, 30), (500, 90), (None, None)])
+async def test_the_beginning_of_a_text_goes_where_the_caller_says_so(
+    truncate: int | None, expected: int | None
+) -> None:
+    """Its last tokens are what is left: as many as named, or as fit beside max_tokens."""
+    budget = TokenBudget(limit=100, requested=10, default=64)
+    request = structs.replace(TEXT, text="".join(map(chr, range(200, 400))), truncate_prompt=truncate)
+
+    if expected is None:
+        with pytest.raises(ContextLengthExceeded):
+            await fit_text(request, ENGINE.prepare, budget)
+        return
+    fitted = await fit_text(request, ENGINE.prepare, budget)
+
+    assert (expected, 10) == (fitted.prompt_tokens, fitted.max_tokens)
+    assert tuple(range(400 - expected, 400)) == fitted.request.prompt_ids
+
+
+async def test_tokens_that_stand_in_front_of_every_text_are_never_cut() -> None:
+    """As the token at the beginning of a text, without which some models write nonsense."""
+
+    async def prepare(request: GenerationRequest) -> PreparedPrompt:
+        ids = (1, *map(ord, request.text or ""))
+        return PreparedPrompt(prompt_tokens=len(ids), prompt_ids=ids)
+
+    budget = TokenBudget(limit=20, requested=10, default=64)
+
+    fitted = await fit_text(structs.replace(TEXT, text="abcdefghijklmnop", truncate_prompt=0), prepare, budget)
+
+    assert (1, *map(ord, "hijklmnop")) == fitted.request.prompt_ids
+
+
+async def test_what_was_not_encoded_has_at_least_so_many_tokens() -> None:
+    """The refusal says that it did not count them all."""
+
+    async def bound(request: GenerationRequest) -> PreparedPrompt:
+        return PreparedPrompt(prompt_tokens=700, prompt_ids=None, is_lower_bound=True)
+
+    budget = TokenBudget(limit=100, requested=10, default=64)
+
+    for fitting in (
+        fit_text(structs.replace(TEXT, text="x"), bound, budget),
+        fit_chat(CHAT, [], says("x"), bound, budget),
+    ):
+        with pytest.raises(ContextLengthExceeded) as refused:
+            await fitting
+        assert "at least 710: at least 700 for the prompt and 10 for the completion" in refused.value.message
+
+
+def spoken(*texts: str) -> list[Message]:
+    """Return messages of user and assistant in turn; `!` is the system's."""
+    roles = {"u": Role.USER, "a": Role.ASSISTANT, "!": Role.SYSTEM, "t": Role.TOOL}
+    return [Message(roles[text[0]], text) for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("texts", "turns"),
+    [
+        (["u1"], [["u1"]]),
+        (["u1", "a1", "u2"], [["u1", "a1"], ["u2"]]),
+        (["u1", "a1", "t1", "a2", "u2", "a3"], [["u1", "a1", "t1", "a2"], ["u2", "a3"]]),
+        (["a0", "u1", "a1", "u2"], [["a0"], ["u1", "a1"], ["u2"]]),
+        (["u1", "a1", "!x", "u2"], [["u1", "a1"], ["!x", "u2"]]),
+        (["u1", "a1", "u2", "!x"], [["u1", "a1"], ["u2", "!x"]]),
+    ],
+)
+def test_a_conversation_gives_way_by_whole_turns(texts: list[str], turns: list[list[str]]) -> None:
+    """The last turn never does; a system message belongs to the turn that it introduces."""
+    request = structs.replace(CHAT, truncate_prompt=0)
+
+    history, new = trimmable(request, [turn("0", "0")], spoken(*texts))
+
+    assert turns[-1] == [message.content for message in new]
+    assert turns[:-1] == [[message.content for message in each.messages] for each in history[1:]]
+
+
+def test_all_new_messages_stay_unless_the_caller_lets_them_go() -> None:
+    history, new = trimmable(CHAT, [], spoken("u1", "a1", "u2"))
+
+    assert ([], ["u1", "a1", "u2"]) == (list(history), [message.content for message in new])
+
+
+async def test_a_limit_of_the_caller_below_its_last_turn_is_refused() -> None:
+    budget = TokenBudget(limit=100, requested=10, default=64)
+    request = structs.replace(CHAT, truncate_prompt=20)
+
+    with pytest.raises(InvalidRequest) as refused:
+        await fit_chat(request, [turn("a", "b")], says("c" * 40), ENGINE.prepare, budget)
+
+    assert (
+        "truncate_prompt_tokens is less than the 46 tokens of the last turn, which is never cut"
+        == refused.value.message
+    )

@@ -139,6 +139,9 @@ class TeapotFormat:
     def headers(self, error):
         return {"x-teapot": "short"}
 
+    def missing(self, path, served):
+        return f"no {path}, but {sorted(served)}"
+
     def code_of(self, kind):
         return f"teapot_{kind.code}"
 

@@ -1,7 +1,7 @@
 """The body of POST /v1/responses: each of OpenAI's fields is honoured, changes nothing, or is refused by its name."""
 
 import json
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, Tag, model_validator
 
@@ -155,6 +155,8 @@ _ShortText = Annotated[str, StringConstraints(max_length=512)]
 
 class ResponseRequest(StrictModel):
     """A request for a response."""
+
+    may_ignore_fields: ClassVar[bool] = True
 
     input: Annotated[_Items, BeforeValidator(_as_items, json_schema_input_type=_Text | _Items)]
     model: Name | None = None

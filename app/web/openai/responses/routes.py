@@ -108,7 +108,7 @@ async def create_response(body: ResponseRequest, context: RequestContextDep) -> 
     body.check()
     conversation = await _conversation(body, context)
     request = _request(body, context, conversation)
-    info = context.container.host.find(body.model).engine.info
+    info = context.model_info(body.model)
     builder = ResponseBuilder(
         f"resp_{uuid4().hex}",
         described(body, model=info.model, stored=conversation.store is not None or body.session_id is not None),
@@ -191,6 +191,7 @@ def _request(body: ResponseRequest, context: RequestContext, conversation: _Conv
         tools=tools,
         tool_choice=choice,
         parallel_tool_calls=body.parallel_tool_calls is not False,
+        truncate_prompt=0 if body.truncation == "auto" else None,
         session_id=body.session_id,
         use_recommended=True,
         model=body.model,
