@@ -149,14 +149,9 @@ class GenerationService:
         # A session stores masked texts, so a conversation that a client sends again is recognised by its masked form.
         masked = await self._storable(request, messages) if request.session_id else messages
         stored = new_messages(history, masked)
-<<<<<<< HEAD
-        before, new = split_messages(messages, len(stored))
-        fitted = await fit_chat(structs.replace(request, messages=before), history, new, prepare, budget)
-=======
-        spoken = [message for message in messages if message.role is not Role.SYSTEM]
-        history, new = trimmable(request, history, spoken[len(spoken) - len(stored) :])
-        fitted = await fit_chat(request, history, new, prepare, budget)
->>>>>>> fields
+        before, spoken = split_messages(messages, len(stored))
+        turns, new = trimmable(request, history, spoken)
+        fitted = await fit_chat(structs.replace(request, messages=before), turns, new, prepare, budget)
         return replace(fitted, new=stored)
 
     async def _storable(self, request: GenerationRequest, messages: Sequence[Message]) -> list[Message]:
