@@ -196,6 +196,7 @@ CHANGED: dict[str, Any] = {
     "tool_choice": ToolChoice("none"),
     "parallel_tool_calls": False,
     "template_kwargs": (("enable_thinking", False),),
+    "truncate_prompt": -1,
 }
 """Differs from REQUEST in every field of a request; a field added to it has to be added here."""
 
