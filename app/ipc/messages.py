@@ -133,6 +133,9 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
     """The end token that the model sampled."""
     invalid: bool = False
     """With `error`: whether the request is at fault and would fail again."""
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the next tokens of the prompt where the request wants them, from its second token on; all come before the
+    first of `token_ids`."""
 
 
 class Step(msgspec.Struct, tag=True, frozen=True, array_like=True):
