@@ -117,7 +117,7 @@ class GenerationService:
         self._admission.check_rights(
             principal,
             model=model.name,
-            logprobs=request.sampling.logprobs is not None,
+            logprobs=request.sampling.logprobs is not None or request.sampling.prompt_logprobs is not None,
             system_messages=any(message.role is Role.SYSTEM for message in request.messages),
             control_tokens=ids is not None and model.engine.has_control_tokens(ids),
         )
@@ -263,7 +263,8 @@ class _Run:
                     return event
                 return self._visible(event)
             case Started():
-                prompt = None if self._request.is_chat else self._request.text
+                # The output filter has set one that it changed.
+                prompt = None if self._request.is_chat else event.prompt or self._request.text
                 return structs.replace(event, model=self._model.name, prompt=prompt)
             case Finished():
                 self._finished = event

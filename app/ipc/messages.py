@@ -126,7 +126,8 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
     finish: Literal["stop", "length", "abort"] | None = None
     error: str | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
-    """One for each of `token_ids` where the request wants them; none for an end token."""
+    """One for each of `token_ids` where the request wants them, and one for the end token where it wants those of the
+    prompt too: whoever scores a text counts tokens."""
     cached_tokens: int = 0
     """Prompt tokens that were in the KV cache already; in the first event only."""
     end_token: int | None = None

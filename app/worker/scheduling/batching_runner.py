@@ -224,7 +224,8 @@ class BatchingRunner:
         logprobs = () if sampled.logprob is None else (sampled.logprob,)
         if sampled.token in live.end_ids:
             self._finish(request_id)
-            return TokenEvent(request_id, finish="stop", end_token=sampled.token)
+            scored = live.request.params.prompt_logprobs is not None
+            return TokenEvent(request_id, finish="stop", end_token=sampled.token, logprobs=logprobs if scored else ())
         if live.completion_tokens == live.request.params.max_tokens:
             self._finish(request_id)
             return TokenEvent(request_id, (sampled.token,), finish="length", logprobs=logprobs)

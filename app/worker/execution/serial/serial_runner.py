@@ -240,15 +240,18 @@ class _TokenReporter(StoppingCriteria):
 
     def _report(self, token: int) -> None:
         self._completion_tokens += 1
-        request_id = self._request.id
+        request_id, logprobs = self._request.id, self._logprobs(token)
         if token in self._end_ids:
-            self._last = TokenEvent(request_id, finish="stop", end_token=token)
-            return
-        alternatives = self._request.params.logprobs
-        scored = [] if alternatives is None else _finite(self.logits.score(token, alternatives))
-        # Of a completion no ranks are asked for.
-        logprobs = tuple(replace(each, rank=0) for each in scored)
-        if self._completion_tokens == self._request.params.max_tokens:
+            scored = self._request.params.prompt_logprobs is not None
+            self._last = TokenEvent(request_id, finish="stop", end_token=token, logprobs=logprobs if scored else ())
+        elif self._completion_tokens == self._request.params.max_tokens:
             self._last = TokenEvent(request_id, (token,), finish="length", logprobs=logprobs)
         else:
             self._exchange([TokenEvent(request_id, (token,), logprobs=logprobs)])
+
+    def _logprobs(self, token: int) -> tuple[TokenLogprob, ...]:
+        """Return the log-probability of the token that was chosen last, without a rank, if the request wants it."""
+        alternatives = self._request.params.logprobs
+        if alternatives is None:
+            return ()
+        return tuple(replace(each, rank=0) for each in _finite(self.logits.score(token, alternatives)))
