@@ -90,6 +90,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Whether what is unset follows the model's own generation config before the service's defaults, as in vLLM."""
     echo: bool = False
     """Whether the response repeats the prompt."""
+    hidden_tokens: int = 0
+    """The first tokens of the prompt that the caller may not see: the service's own system message."""
     n: Annotated[int, HARMLESS] = 1
     """Samples of one prompt.  An engine gets one request for each, distinguished by `sampling.sample`."""
     adapter: str | None = None

@@ -13,7 +13,7 @@ from msgspec import structs
 
 from app.engine.base import EngineInfo, EngineStatus, PreparedPrompt
 from app.errors import EngineBusy, EngineNotReady
-from app.events import Delta, DetokenizedLogprob, Event, Finished, PromptLogprob, Started, finish
+from app.events import WITHHELD, Delta, DetokenizedLogprob, Event, Finished, PromptLogprob, Started, finish
 from app.fair_share import fits_share
 from app.requests import GenerationRequest
 from app.types import EngineState, FinishReason, Message, Role, SamplingParams, Tenant, Usage
@@ -57,6 +57,9 @@ class EchoTokenizer:
 
     def token_text(self, token_id: int) -> str:
         return chr(token_id) if token_id < _CONTROL else ""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return _characters(token_ids)
 
     def has_control_tokens(self, prompt_ids: Sequence[int]) -> bool:
         return max(prompt_ids, default=0) >= _CONTROL
@@ -117,8 +120,11 @@ class EchoEngine:
             ids = self.tokenizer.encode_text(request.text or "")
         return PreparedPrompt(prompt_tokens=len(ids), prompt_ids=ids)
 
-    async def detokenize(self, token_ids: Sequence[int]) -> str:
-        return _characters(token_ids)
+    async def detokenize(self, token_ids: Sequence[int], *, control_tokens: bool = False) -> str:
+        return self.tokenizer.decode(token_ids)
+
+    async def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        return [_characters((token_id,)) for token_id in token_ids]
 
     def has_control_tokens(self, prompt_ids: Sequence[int]) -> bool:
         return self.tokenizer.has_control_tokens(prompt_ids)
@@ -209,7 +215,9 @@ def _prompt_logprobs(request: GenerationRequest) -> Iterator[tuple[PromptLogprob
     ends = list(accumulate(map(len, texts)))
     for start in range(0, len(ids), _LOGPROBS_PER_DELTA):
         yield tuple(
-            _prompt_token(ids[at], texts[at], ends[at], alternatives if at else None)
+            structs.replace(WITHHELD, end=ends[at])
+            if at < request.hidden_tokens
+            else _prompt_token(ids[at], texts[at], ends[at], alternatives if at else None)
             for at in range(start, min(start + _LOGPROBS_PER_DELTA, len(ids)))
         )
 

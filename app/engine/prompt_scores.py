@@ -3,9 +3,11 @@
 from collections import deque
 from collections.abc import Iterable
 
+from msgspec import structs
+
 from app.engine.base import Tokenizer
 from app.engine.tokenizer.detokenize import LEAST_LOGPROB
-from app.events import PromptLogprob
+from app.events import WITHHELD, PromptLogprob
 from app.requests import GenerationRequest
 from app.types import TokenLogprob
 
@@ -19,6 +21,7 @@ class PromptScores:
     def __init__(self, request: GenerationRequest, tokenizer: Tokenizer) -> None:
         prompt_ids = request.prompt_ids or ()
         self._left = len(prompt_ids)
+        self._hidden = request.hidden_tokens
         self._length = len(request.text or "")
         self._tokenizer = tokenizer
         self._decoder = tokenizer.decoder()
@@ -36,6 +39,9 @@ class PromptScores:
         return tuple(self._detokenized(self._pending.popleft()) for _ in range(count))
 
     def _detokenized(self, token: int | TokenLogprob) -> PromptLogprob:
+        if self._hidden:
+            self._hidden -= 1
+            return structs.replace(WITHHELD, end=self._advance(token if isinstance(token, int) else token.token_id))
         if isinstance(token, int):
             return self._entry(token, None, self._advance(token))
         top = tuple(self._entry(other, logprob, 0, place) for place, (other, logprob) in enumerate(token.top, 1))

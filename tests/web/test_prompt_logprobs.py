@@ -46,11 +46,12 @@ async def test_an_echoed_prompt_has_its_tokens_before_those_of_the_completion(se
 
 async def test_a_stream_says_the_same(service: Running):
     """The prompt first, its tokens behind it; joined, it is the whole answer."""
-    body = {"prompt": "abc" * 20, "max_tokens": 2, "echo": True, "logprobs": 0, "n": 2}
+    body: dict[str, Any] = {"prompt": "abc" * 20, "max_tokens": 2, "echo": True, "logprobs": 0, "n": 2}
     whole = await post(service, **body)
     async with service.client() as http:
         reply = await http.post(TEXTS, json={**body, "stream": True})
-    texts, joined = ["", ""], [{name: [] for name in whole["choices"][0]["logprobs"]} for _ in range(2)]
+    texts = ["", ""]
+    joined: list[dict[str, list[Any]]] = [{name: [] for name in whole["choices"][0]["logprobs"]} for _ in range(2)]
     for line in reply.text.splitlines():
         if line.startswith("data: {"):
             (choice,) = json.loads(line[6:])["choices"]
@@ -77,13 +78,29 @@ async def test_several_prompts_are_scored_in_one_request(service: Running):
 
 async def test_a_chat_is_scored_whole(service: Running):
     """At the level of the response, as in vLLM, each token that the template made of it."""
-    messages = [{"role": "system", "content": ""}, {"role": "user", "content": "hi"}]
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}]
     answer = await post(service, CHATS, messages=messages, max_tokens=0, prompt_logprobs=1, logprobs=True)
 
     first, *others = answer["prompt_logprobs"]
-    assert (None, True) == (first, len(others) > 2)
-    assert ["h", "i"] == [entry["decoded_token"] for each in others for entry in each.values()][-3:-1]
+    assert first is None
+    assert ["s", "", "h", "i", ""] == [entry["decoded_token"] for each in others for entry in each.values()]
     assert ([], "") == (answer["choices"][0]["logprobs"]["content"], answer["choices"][0]["message"]["content"])
+
+
+async def test_the_service_s_own_system_message_is_withheld(service: Running):
+    """The caller's words behind it are scored, those of an earlier turn too."""
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yo"},
+        {"role": "user", "content": "so"},
+    ]
+    answer = await post(service, CHATS, messages=messages, max_tokens=0, prompt_logprobs=1)
+
+    positions = answer["prompt_logprobs"]
+    assert answer["usage"]["prompt_tokens"] == len(positions) > 20
+    assert [None] * (len(positions) - 10) == positions[:-10]
+    shown = [entry["decoded_token"] for each in positions[-10:] for entry in each.values()]
+    assert ["", "h", "i", "", "y", "o", "", "s", "o", ""] == shown
 
 
 async def test_the_two_shapes_have_each_their_alternatives(service: Running):
@@ -96,7 +113,7 @@ async def test_the_two_shapes_have_each_their_alternatives(service: Running):
 
 async def test_a_prompt_that_is_only_read_is_paid_for(tmp_path: Path):
     """Where it was computed, for its log-probabilities or for nothing but its echo; half where it was stored."""
-    body = {"max_tokens": 0, "echo": True, "temperature": 0}
+    body: dict[str, Any] = {"max_tokens": 0, "echo": True, "temperature": 0}
     async with running(tmp_path, quota={"cached_prompt": 0.5}) as service:
         for fields in ({"prompt": "x" * 30, "logprobs": 0}, {"prompt": "x" * 30, "logprobs": 0}, {"prompt": "y" * 30}):
             answer = await post(service, **body, **fields)
