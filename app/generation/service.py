@@ -233,13 +233,13 @@ async def _hide_own_words(fitted: FittedPrompt, model: ServedModel) -> FittedPro
     request = fitted.request
     if request.sampling.prompt_logprobs is None:
         return fitted
-    asked = structs.replace(request, prompt_ids=None)
-    rendered = model.chain.render(asked)
+    plain = structs.replace(request, prompt_ids=None)
+    rendered = model.chain.render(plain)
     if (rendered.messages, rendered.text) == (request.messages, request.text):
         return fitted
     ids = request.prompt_ids or ()
     try:
-        own = (await model.engine.prepare(asked)).prompt_ids or ()
+        own = (await model.engine.prepare(plain)).prompt_ids or ()
     except InvalidRequest:  # the chat template wants a system message
         own = ()
     pairs = zip(reversed(ids), reversed(own), strict=False)

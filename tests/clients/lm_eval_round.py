@@ -6,6 +6,7 @@ that transformers gives for the same requests, also unless all of them agree to 
 """
 
 import argparse
+import importlib
 import json
 import math
 import sys
@@ -42,7 +43,7 @@ TASKS: dict[str, dict[str, Any]] = {
 
 def write_tasks(folder: Path) -> None:
     """Write the tasks and their data; JSON is YAML too."""
-    rows = {
+    rows: dict[str, list[dict[str, Any]]] = {
         "own_choices": [{"question": q, "choices": choices, "answer": answer} for q, choices, answer in QUESTIONS],
         "own_texts": [{"text": text} for text in TEXTS],
     }
@@ -55,8 +56,8 @@ def write_tasks(folder: Path) -> None:
 
 def evaluate(url: str, model: str, tokenizer: str, max_length: int) -> dict[str, Any]:
     """Return the harness's results, with every request's own numbers."""
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
+    simple_evaluate: Any = importlib.import_module("lm_eval").simple_evaluate
+    tasks: Any = importlib.import_module("lm_eval.tasks")
 
     with tempfile.TemporaryDirectory() as folder:
         write_tasks(Path(folder))
@@ -71,7 +72,7 @@ def evaluate(url: str, model: str, tokenizer: str, max_length: int) -> dict[str,
                 "batch_size": 4,
             },
             tasks=list(TASKS),
-            task_manager=TaskManager(include_path=folder, include_defaults=False),
+            task_manager=tasks.TaskManager(include_path=folder, include_defaults=False),
             bootstrap_iters=0,
             log_samples=True,
         )
