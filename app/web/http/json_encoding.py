@@ -179,6 +179,7 @@ async def encode_logprobs(
                 if entries > MAX_PROMPT_LOGPROBS:
                     raise InvalidRequest(_TOO_MANY)
                 encoders[event.index].extend_prompt(event.prompt_logprobs)
+                await asyncio.sleep(0)
                 event = structs.replace(event, prompt_logprobs=())
             if isinstance(event, Delta) and event.logprobs:
                 encoder = encoders[event.index]

@@ -18,7 +18,7 @@ from app.worker.scheduling.schedule import ScoringBudget
 from app.worker.scheduling.scheduler import Scheduler
 from app.worker.scheduling.step_time import StepTimeModel
 from tests.unit.worker.families import FAMILIES, VOCABULARY, make
-from tests.unit.worker.test_batching_runner import PROMPTS, completion_of, ending_of, run, runner_for, submit
+from tests.unit.worker.test_batching_runner import PROMPTS, complete, completion_of, ending_of, run, runner_for, submit
 
 LONG = [(11 * i + 5) % VOCABULARY for i in range(60)]
 
@@ -204,3 +204,17 @@ def test_the_chunk_of_a_scored_prompt_is_shorter():
     assert [(1, 10)] == [(each.sequence.request_id, each.count) for each in dear]
     cheap = scheduler.schedule(prefill_tokens=90, scoring=ScoringBudget(12, 2.0)).tokens
     assert [(1, 12), (3, 61)] == [(each.sequence.request_id, each.count) for each in cheap]
+
+
+def test_the_end_token_has_a_log_probability_where_the_prompt_has(llama: Any):
+    """And none where only the completion is reported."""
+    end = complete(runner_for(llama), PROMPTS[2])[0]
+    runner = runner_for(llama, end_ids=(end,))
+    submit(runner, PROMPTS[2], 1, logprobs=0, prompt_logprobs=0)
+    submit(runner, PROMPTS[2], 2, logprobs=0)
+    events = run(runner)
+
+    listed = {number: [each for event in events if event.id == number for each in event.logprobs] for number in (1, 2)}
+    assert [end] == [each.token_id for each in listed[1]]
+    assert [] == listed[2]
+    assert ("stop", "stop") == (ending_of(events, 1), ending_of(events, 2))
