@@ -21,6 +21,8 @@ class StepTimeModel:
     """Upper bound of the factor by which the slowdown grows when several prompts wait."""
     INITIAL_SCORED_COST = 2.0
     """Cost of a prompt token with logits while it has not been measured."""
+    MAX_SCORED_COST = 4.0
+    """Upper bound of that cost: on a busy machine some steps take much longer for no reason of their own."""
     SMOOTHING = 0.1
     """The weight of the newest step."""
 
@@ -33,10 +35,10 @@ class StepTimeModel:
 
     @property
     def scored_token_cost(self) -> float:
-        """Return how many times as long a prompt token with logits takes as another one, >= 1."""
+        """Return how many times as long a prompt token with logits takes as another one, 1 to 4."""
         if self._scored_seconds is None or self._covariance <= 0:
             return self.INITIAL_SCORED_COST
-        return 1 + self._scored_seconds * self._variance / self._covariance
+        return min(1 + self._scored_seconds * self._variance / self._covariance, self.MAX_SCORED_COST)
 
     def prefill_token_budget(self, decodes: int, waiting_prompts: int = 0) -> int:
         """Return how many prefill tokens the next step may hold.

@@ -185,9 +185,11 @@ def test_a_scored_token_counts_as_long_as_it_takes():
         steps.observe(tokens, 0.01 + 0.001 * tokens)
     budget = steps.prefill_token_budget(4)
     for _ in range(50):
-        steps.observe(20, 0.01 + 0.001 * 20 + 0.003 * 16, scored=16)
-    assert steps.scored_token_cost == pytest.approx(4.0)
+        steps.observe(20, 0.01 + 0.001 * 20 + 0.002 * 16, scored=16)
+    assert steps.scored_token_cost == pytest.approx(3.0)
     assert budget == steps.prefill_token_budget(4)
+    steps.observe(20, 30.0, scored=1)
+    assert StepTimeModel.MAX_SCORED_COST == steps.scored_token_cost
 
 
 def test_the_chunk_of_a_scored_prompt_is_shorter():
