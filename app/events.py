@@ -28,6 +28,29 @@ class DetokenizedLogprob(msgspec.Struct, frozen=True):
     """Tells tokens of equal text from one another; None where an engine has no others."""
 
 
+class PromptLogprob(msgspec.Struct, frozen=True, kw_only=True):
+    """A token of the prompt as text, and how likely the model found it there."""
+
+    token_id: int | None
+    """None where it is withheld: personal data stands here or before."""
+    text: str = ""
+    """The token on its own; a part of a character is U+FFFD."""
+    raw: bytes = b""
+    """The same as UTF-8, exact."""
+    logprob: float | None = None
+    """Natural logarithm of the probability; None for the first token, and where it is withheld."""
+    rank: int = 0
+    """How many tokens are at least as likely: 1 for the likeliest; 0 where `logprob` is None."""
+    top: tuple["PromptLogprob", ...] = ()
+    """The most likely tokens at this position, most likely first."""
+    end: int = 0
+    """How many characters of the prompt's text end with it; a control token has no text there."""
+
+
+WITHHELD = PromptLogprob(token_id=None)
+"""Stands for a token that the client may not see."""
+
+
 class CacheStatus(StrEnum):
     """The part of the response cache in a response."""
 
@@ -73,9 +96,12 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     tokens: int = 0
     """Tokens generated for this sample since the delta before."""
     logprobs: tuple[DetokenizedLogprob, ...] = ()
-    """Log-probabilities of the tokens whose text ends in this delta, if the request asks for them."""
+    """Log-probabilities of the tokens whose text ends in this delta, if the request asks for them.  The token that ends
+    the sample is among them only if the prompt's are asked for too."""
     token_ends: tuple[int, ...] = ()
     """For each of `logprobs` how many characters of `text` its token ends after."""
+    prompt_logprobs: tuple[PromptLogprob, ...] = ()
+    """The next tokens of the prompt, from its first, if the request asks for them; all come before any text."""
 
     @property
     def all_text(self) -> str:
@@ -85,7 +111,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     @property
     def is_visible(self) -> bool:
         """Return whether it says anything beside how many tokens were generated."""
-        return bool(self.text or self.reasoning or self.tool_calls or self.logprobs)
+        return bool(self.text or self.reasoning or self.tool_calls or self.logprobs or self.prompt_logprobs)
 
 
 class FinishedSample(msgspec.Struct, frozen=True, kw_only=True):
@@ -156,6 +182,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: tuple[DetokenizedLogprob, ...] = ()
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
+    prompt_logprobs: tuple[PromptLogprob, ...] = ()
 
     @property
     def finish_reason(self) -> FinishReason:
@@ -211,6 +238,7 @@ def _join(deltas: list[Delta], end: FinishedSample) -> Completion:
         logprobs=tuple(token for delta in deltas for token in delta.logprobs),
         reasoning="".join(delta.reasoning for delta in deltas),
         tool_calls=join_tool_calls(part for delta in deltas for part in delta.tool_calls),
+        prompt_logprobs=tuple(token for delta in deltas for token in delta.prompt_logprobs),
     )
 
 

@@ -38,13 +38,16 @@ class Progress:
     It is what the request is charged by: requests that share one generation divide its tokens among themselves.
     """
 
-    __slots__ = ("cached", "generated", "shares_prompt")
+    __slots__ = ("cached", "generated", "read_prompt", "shares_prompt")
 
     def __init__(self) -> None:
         self.generated = 0
         """Tokens generated for this request so far, with the end token."""
         self.cached = 0
         """Prompt tokens that did not have to be computed again; known once the model has begun."""
+        self.read_prompt = False
+        """Whether the model computed the prompt for its own sake: for its log-probabilities, or without any token to
+        follow."""
         self.shares_prompt = False
         """Whether another request has been charged with the prompt of the generation that both share."""
 
@@ -85,6 +88,10 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Names of the sampling parameters that the caller left open; `resolve_params` fills them in."""
     use_recommended: Annotated[bool, HARMLESS] = False
     """Whether what is unset follows the model's own generation config before the service's defaults, as in vLLM."""
+    echo: bool = False
+    """Whether the response repeats the prompt."""
+    hidden_tokens: int = 0
+    """The first tokens of the prompt that the caller may not see: the service's own system message."""
     n: Annotated[int, HARMLESS] = 1
     """Samples of one prompt.  An engine gets one request for each, distinguished by `sampling.sample`."""
     adapter: str | None = None

@@ -122,7 +122,7 @@ class SamplingParams:
     """Sampling parameters.  Defaults are neutral: they leave the model's distribution as it is."""
 
     max_tokens: int = 1
-    """At most this many new tokens, >= 1."""
+    """At most this many new tokens, >= 1; 0 computes the prompt and generates nothing."""
     temperature: float = 0.0
     """0 is greedy: always the most likely token."""
     top_p: float = 1.0
@@ -145,6 +145,8 @@ class SamplingParams:
     """Added to the scores of these token ids; each bias in [-100, 100]."""
     logprobs: int | None = None
     """Report each token's log-probability, and those of this many most likely tokens, 0 to 20; None is off."""
+    prompt_logprobs: int | None = None
+    """The same for each token of the prompt, of which the first has none."""
     stop_token_ids: tuple[int, ...] = ()
     """The completion ends at any of these tokens, beside the model's own end tokens."""
     ignore_eos: bool = False
@@ -159,13 +161,15 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """One token of a completion and how likely the model found it, before any sampling setting changed the scores."""
+    """One token of a text and how likely the model found it, before any sampling setting changed the scores."""
 
     token_id: int
     logprob: float
     """Natural logarithm of the probability, <= 0."""
     top: tuple[tuple[int, float], ...] = ()
     """The most likely tokens here and their log-probabilities, most likely first; as many as were asked for."""
+    rank: int = 0
+    """How many tokens are at least as likely, 1 for the likeliest; 0 where it is not computed: in completions."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,6 +140,9 @@ class Tokenizer(Protocol):
     def token_text(self, token_id: int) -> str:
         """Return the same as text, where a part of a character is U+FFFD."""
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of all these tokens, with the names of control tokens."""
+
     def has_control_tokens(self, prompt_ids: Sequence[int]) -> bool:
         """Return whether a prompt holds tokens that ordinary text does not have.
 
@@ -175,8 +178,11 @@ class Engine(Protocol):
         Raises: InvalidRequest: the prompt cannot be encoded; EngineNotReady.
         """
 
-    async def detokenize(self, token_ids: Sequence[int]) -> str:
-        """Return the text of a prompt that arrived as tokens."""
+    async def detokenize(self, token_ids: Sequence[int], *, control_tokens: bool = False) -> str:
+        """Return the text of a prompt that arrived as tokens.  Args: control_tokens: whether their names are in it."""
+
+    async def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """Return each token on its own; of a control token its name, and a part of a character as U+FFFD."""
 
     def has_control_tokens(self, prompt_ids: Sequence[int]) -> bool:
         """Return whether a prompt that arrived as tokens holds control tokens; True where that cannot be known.

@@ -78,18 +78,21 @@ def _description(info: EngineInfo) -> str:
 
 def _is_large(request: GenerationRequest) -> bool:
     """Return whether the response may have so many log-probabilities that it is not worth its memory."""
-    alternatives = request.sampling.logprobs
-    return alternatives is not None and request.sampling.max_tokens * (1 + alternatives) > MAX_LOGPROBS
+    params = request.sampling
+    own = 0 if params.logprobs is None else params.max_tokens * (1 + params.logprobs)
+    prompt = 0 if params.prompt_logprobs is None else request.prompt_tokens * (1 + params.prompt_logprobs)
+    return own + prompt > MAX_LOGPROBS
 
 
 def _weight(events: tuple[Event, ...]) -> int:
     """Return roughly how many bytes a stored response takes."""
     deltas = [event for event in events if isinstance(event, Delta)]
-    logprobs = [token for delta in deltas for token in delta.logprobs]
+    alternatives = [len(token.top) for delta in deltas for token in delta.logprobs]
+    alternatives += [len(token.top) for delta in deltas for token in delta.prompt_logprobs]
     return (
         sum(_EVENT_BYTES + len(delta.all_text.encode("utf-8", "surrogatepass")) for delta in deltas)
-        + _LOGPROB_BYTES * len(logprobs)
-        + _ALTERNATIVE_BYTES * sum(len(token.top) for token in logprobs)
+        + _LOGPROB_BYTES * len(alternatives)
+        + _ALTERNATIVE_BYTES * sum(alternatives)
     )
 
 
@@ -112,6 +115,8 @@ class _Flight:
         """What the inner engine generates for all readers."""
         self.charged = 0
         """How many of those tokens a reader has been charged with."""
+        self.prompt_charged = False
+        """Whether a reader has been charged with a prompt that was computed for its own sake."""
         self.request_id = ""
         self.task: asyncio.Task[None] | None = None
         """Generates the response, or holds the error that ended it; None for a response that is replayed."""
@@ -134,12 +139,13 @@ class _Flight:
 
         Nothing is charged for a response that the inner engine replays itself.
         """
-        generated = self.progress.generated
+        generated, progress = self.progress.generated, reader.progress
         most = generated if tokens is None else min(tokens, generated)
+        if not progress.generated and not progress.read_prompt:
+            progress.shares_prompt = self.charged > 0 or self.prompt_charged
+        if self.progress.read_prompt and not self.prompt_charged:
+            self.prompt_charged = progress.read_prompt = True
         if most > self.charged:
-            progress = reader.progress
-            if not progress.generated:
-                progress.shares_prompt = self.charged > 0
             progress.generated += most - self.charged
             self.charged = most
 

@@ -6,12 +6,14 @@ log-probability is 0.  It fulfils the contract of `Engine`; `bench/` uses it to 
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
-from itertools import cycle, islice
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from itertools import accumulate, cycle, islice
+
+from msgspec import structs
 
 from app.engine.base import EngineInfo, EngineStatus, PreparedPrompt
 from app.errors import EngineBusy, EngineNotReady
-from app.events import Delta, DetokenizedLogprob, Event, Finished, Started, finish
+from app.events import WITHHELD, Delta, DetokenizedLogprob, Event, Finished, PromptLogprob, Started, finish
 from app.fair_share import fits_share
 from app.requests import GenerationRequest
 from app.types import EngineState, FinishReason, Message, Role, SamplingParams, Tenant, Usage
@@ -55,6 +57,9 @@ class EchoTokenizer:
 
     def token_text(self, token_id: int) -> str:
         return chr(token_id) if token_id < _CONTROL else ""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return _characters(token_ids)
 
     def has_control_tokens(self, prompt_ids: Sequence[int]) -> bool:
         return max(prompt_ids, default=0) >= _CONTROL
@@ -115,8 +120,11 @@ class EchoEngine:
             ids = self.tokenizer.encode_text(request.text or "")
         return PreparedPrompt(prompt_tokens=len(ids), prompt_ids=ids)
 
-    async def detokenize(self, token_ids: Sequence[int]) -> str:
-        return _characters(token_ids)
+    async def detokenize(self, token_ids: Sequence[int], *, control_tokens: bool = False) -> str:
+        return self.tokenizer.decode(token_ids)
+
+    async def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        return [_characters((token_id,)) for token_id in token_ids]
 
     def has_control_tokens(self, prompt_ids: Sequence[int]) -> bool:
         return self.tokenizer.has_control_tokens(prompt_ids)
@@ -135,6 +143,11 @@ class EchoEngine:
         self._tenants[request.tenant] += 1
         try:
             yield Started(prompt_tokens=request.prompt_tokens)
+            params = request.sampling
+            request.progress.read_prompt = params.prompt_logprobs is not None or not params.max_tokens
+            for prompt_logprobs in _prompt_logprobs(request):
+                yield Delta(prompt_logprobs=prompt_logprobs)
+                await asyncio.sleep(0)
             plan = _Plan(request)
             while plan.sent < plan.limit and not aborted.is_set():
                 if self._delay or request.progress.generated % _TOKENS_PER_TURN == 0:
@@ -191,6 +204,30 @@ class _Plan:
         usage = Usage(prompt_tokens=request.prompt_tokens, completion_tokens=request.progress.generated)
         stopped = reason is FinishReason.STOP
         return finish(reason, usage, _stop_reason(self._text, self.sent, self._end_at, params) if stopped else None)
+
+
+def _prompt_logprobs(request: GenerationRequest) -> Iterator[tuple[PromptLogprob, ...]]:
+    """Yield what there is to say of the prompt's tokens, a few at a time; the first has no log-probability."""
+    alternatives, ids = request.sampling.prompt_logprobs, request.prompt_ids or ()
+    if alternatives is None:
+        return
+    texts = [_characters((token_id,)) for token_id in ids]
+    ends = list(accumulate(map(len, texts)))
+    for start in range(0, len(ids), _LOGPROBS_PER_DELTA):
+        yield tuple(
+            structs.replace(WITHHELD, end=ends[at])
+            if at < request.hidden_tokens
+            else _prompt_token(ids[at], texts[at], ends[at], alternatives if at else None)
+            for at in range(start, min(start + _LOGPROBS_PER_DELTA, len(ids)))
+        )
+
+
+def _prompt_token(token_id: int, text: str, end: int, alternatives: int | None) -> PromptLogprob:
+    token = PromptLogprob(token_id=token_id, text=text, raw=text.encode(), end=end)
+    if alternatives is None:
+        return token
+    token = structs.replace(token, logprob=0.0, rank=1)
+    return structs.replace(token, top=(token,) if alternatives else ())
 
 
 def _delta(text: str, params: SamplingParams) -> Delta:

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from app.config import DeadlineConfig
 from app.engine.base import Tokenizer
 from app.engine.logprob_alignment import LogprobAlignment
+from app.engine.prompt_scores import PromptScores
 from app.engine.stop_strings import EndStrings, StopBuffer, hidden_stops
 from app.engine.tokenizer.detokenize import detokenize_logprobs
 from app.errors import AppError, DeadlineExceeded, EngineFailed, InvalidRequest
@@ -55,6 +56,8 @@ class LiveRequest:
         self.hidden_stops = hidden_stops(request.sampling, tokenizer)
         """The stop strings that name tokens which no text shows, by those tokens."""
         self._alignment = LogprobAlignment[TokenLogprob]()
+        scored = request.sampling.prompt_logprobs is not None
+        self._scores = PromptScores(request, tokenizer) if scored else None
         self._end_token: int | None = None
         self._deadlines = deadlines
         self._last_moment = self._loop.time() + deadlines.total_seconds
@@ -82,13 +85,19 @@ class LiveRequest:
             self.started_at = self._loop.time()
             self._progress.cached = event.cached_tokens
             self._arm(self._deadlines.first_token_seconds, "The model took too long to its first token.")
-        logprobs = event.logprobs or (None,) * len(event.token_ids)
+        if event.prompt_logprobs:
+            self._add_scores(event.prompt_logprobs)
+        count = len(event.token_ids)
+        logprobs, rest = event.logprobs[:count] or (None,) * count, event.logprobs[count:]
         if not all(self._take(*token) for token in zip(event.token_ids, logprobs, strict=True)):
             return
+        for end_token in rest:
+            self._alignment.add("", end_token)
         if event.error is not None:
             self.fail(InvalidRequest(event.error) if event.invalid else EngineFailed(event.error))
         elif event.finish is not None:
             self._progress.generated += event.finish == "stop"
+            self._progress.read_prompt |= not self.request.sampling.max_tokens
             self._end_token = event.end_token
             self.end(_FINISH[event.finish])
 
@@ -107,7 +116,7 @@ class LiveRequest:
             self._finish(error)
 
     async def events(self) -> AsyncGenerator[Delta | Finished, None]:
-        """Yield deltas as the text grows, then Finished.
+        """Yield the prompt's log-probabilities as it is computed, deltas as the text grows, then Finished.
 
         A request that does not stream gets one delta with the first token and one with all that follows, or several
         if there are many log-probabilities.
@@ -117,6 +126,9 @@ class LiveRequest:
         while True:
             await self._news.wait()
             self._news.clear()
+            while self._scores is not None and (scores := self._scores.take()):
+                yield Delta(prompt_logprobs=scores)
+                await asyncio.sleep(0)
             outcome = self._outcome
             delta = self._next_delta()
             if delta.is_visible:
@@ -129,6 +141,12 @@ class LiveRequest:
                 usage = Usage(self.request.prompt_tokens, self._progress.generated, self._progress.cached)
                 yield finish(outcome, usage, self._stop_reason())
                 return
+
+    def _add_scores(self, logprobs: Sequence[TokenLogprob]) -> None:
+        self._progress.read_prompt = True
+        if self._scores is not None:
+            self._scores.add(logprobs)
+            self._news.set()
 
     def _next_delta(self) -> Delta:
         text = "".join(self._text)

@@ -149,9 +149,16 @@ class LocalEngine:
             raise self._not_ready()
         return await self._encoder.encode(request)
 
-    async def detokenize(self, token_ids: Sequence[int]) -> str:
-        """Return the text of a prompt that arrived as tokens."""
-        return await asyncio.to_thread(detokenize, self.tokenizer, token_ids)
+    async def detokenize(self, token_ids: Sequence[int], *, control_tokens: bool = False) -> str:
+        """Return the text of a prompt that arrived as tokens.  Args: control_tokens: whether their names are in it."""
+        tokenizer = self.tokenizer
+        decode = tokenizer.decode if control_tokens else partial(detokenize, tokenizer)
+        return await asyncio.to_thread(decode, token_ids)
+
+    async def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """Return each token on its own; of a control token its name, and a part of a character as U+FFFD."""
+        read = self.tokenizer.token_text
+        return await asyncio.to_thread(lambda: [read(token_id) for token_id in token_ids])
 
     def has_control_tokens(self, prompt_ids: Sequence[int]) -> bool:
         """Return whether a prompt that arrived as tokens holds control tokens of the model's tokenizer."""

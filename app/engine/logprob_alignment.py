@@ -58,6 +58,12 @@ class LogprobAlignment(Generic[T]):
         self._textless.clear()
 
 
+def shared_beginning(one: str, other: str) -> int:
+    """Return how many characters two texts have in common before they differ."""
+    differing = (at for at, (mine, theirs) in enumerate(zip(one, other, strict=False)) if mine != theirs)
+    return next(differing, min(len(one), len(other)))
+
+
 class DeltaAlignment(LogprobAlignment[DetokenizedLogprob]):
     """The tokens of a sample whose deltas pass through a filter."""
 

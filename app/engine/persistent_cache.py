@@ -129,11 +129,15 @@ class PersistentCacheEngine(EngineWrapper):
         if self._mask is None:
             return True
         samples: defaultdict[int, list[str]] = defaultdict(list)
+        prompt = b""
         for event in events:
             if isinstance(event, Delta):
                 samples[event.index].append(event.all_text)
+                prompt += b"".join(token.raw for token in event.prompt_logprobs)
         try:
             async with asyncio.timeout(MASK_SECONDS):
+                if prompt and await self._mask(tenant, text := prompt.decode(errors="replace")) != text:
+                    return False
                 texts = map("".join, samples.values())
                 return all([await self._mask(tenant, text, cut=cut) == text for text in texts])
         except (AppError, TimeoutError):

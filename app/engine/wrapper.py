@@ -29,8 +29,11 @@ class EngineWrapper:
     async def prepare(self, request: GenerationRequest) -> PreparedPrompt:
         return await self._inner.prepare(request)
 
-    async def detokenize(self, token_ids: Sequence[int]) -> str:
-        return await self._inner.detokenize(token_ids)
+    async def detokenize(self, token_ids: Sequence[int], *, control_tokens: bool = False) -> str:
+        return await self._inner.detokenize(token_ids, control_tokens=control_tokens)
+
+    async def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        return await self._inner.token_texts(token_ids)
 
     def has_control_tokens(self, prompt_ids: Sequence[int]) -> bool:
         return self._inner.has_control_tokens(prompt_ids)

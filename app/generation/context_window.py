@@ -36,7 +36,7 @@ class TokenBudget:
     @property
     def reserved(self) -> int:
         """Return the tokens that earlier turns may not take: by default at most a quarter of the window."""
-        return self.requested or min(self.default, self.limit // 4)
+        return min(self.default, self.limit // 4) if self.requested is None else self.requested
 
     def most_prompt_tokens(self, requested: int = 0) -> int:
         """Return the tokens that a prompt may have whose beginning may go, at least one.
@@ -60,14 +60,12 @@ class TokenBudget:
         Raises: ContextLengthExceeded: the requested tokens do not fit, or no token would.
         """
         free = self.limit - prompt_tokens
-        if free < (self.requested or 1):
+        least = 1 if self.requested is None else self.requested
+        if free < least:
             raise ContextLengthExceeded(
-                prompt_tokens=prompt_tokens,
-                max_tokens=self.requested or 1,
-                limit=self.limit,
-                counted=not is_lower_bound,
+                prompt_tokens=prompt_tokens, max_tokens=least, limit=self.limit, counted=not is_lower_bound
             )
-        return self.requested or min(self.default, free)
+        return min(self.default, free) if self.requested is None else self.requested
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,12 +136,13 @@ class UsageRecord:
             reservation.commit(self._charged)
 
     def _cost(self, stats: RequestStats) -> int:
-        """Return the tokens to charge: the prompt once a token was generated, and every token that was.
+        """Return the tokens to charge: the prompt once it was scored or a token was generated, and every such token.
 
         What another request's generation has computed, prompt or tokens, costs the share of a cached response.
         """
         recorder, generated, replayed = self._recorder, stats.generated, stats.replayed
-        prompt = 1.0 if stats.computed_prompt else recorder.cached_prompt if generated or replayed else 0.0
+        seen = generated or replayed or stats.received_prompt
+        prompt = 1.0 if stats.computed_prompt else recorder.cached_prompt if seen else 0.0
         return math.ceil(prompt * self._prompt_tokens + generated + recorder.cached_completion * replayed)
 
     def observe(self, delta: Delta) -> None:

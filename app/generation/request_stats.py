@@ -21,6 +21,8 @@ class RequestStats:
         self._last_token = [self._began] * len(samples)
         self._seen = [0] * len(samples)
         self._received = [0] * len(samples)
+        self.received_prompt = False
+        """Whether log-probabilities of the prompt were received."""
 
     @property
     def generated(self) -> int:
@@ -36,11 +38,15 @@ class RequestStats:
     @property
     def computed_prompt(self) -> bool:
         """Return whether the prompt was computed for this request."""
-        return any(each.progress.generated and not each.progress.shares_prompt for each in self._samples)
+        progresses = [sample.progress for sample in self._samples]
+        return any((each.generated or each.read_prompt) and not each.shares_prompt for each in progresses)
 
     def observe(self, event: Event) -> None:
         """Record an event: the first token of all is timed once, and each sample has its inter-token latencies."""
-        if not isinstance(event, Delta) or not event.tokens:
+        if not isinstance(event, Delta):
+            return
+        self.received_prompt |= bool(event.prompt_logprobs)
+        if not event.tokens:
             return
         index, tokens = event.index, event.tokens
         now = time.monotonic()
@@ -58,5 +64,5 @@ class RequestStats:
 
     def close(self, prompt_tokens: int) -> None:
         """Report what the engine generated, whether it was read to its end or not."""
-        if generated := self.generated:
-            self._metrics.generated(self._model, prompt_tokens if self.computed_prompt else 0, generated)
+        if self.generated or self.computed_prompt:
+            self._metrics.generated(self._model, prompt_tokens if self.computed_prompt else 0, self.generated)

@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, aclosing, asynccontextmanager, nullcontext
 from dataclasses import asdict, replace
+from itertools import takewhile
 from typing import Any
 
 from msgspec import structs
@@ -117,7 +118,7 @@ class GenerationService:
         self._admission.check_rights(
             principal,
             model=model.name,
-            logprobs=request.sampling.logprobs is not None,
+            logprobs=request.sampling.logprobs is not None or request.sampling.prompt_logprobs is not None,
             system_messages=any(message.role is Role.SYSTEM for message in request.messages),
             control_tokens=ids is not None and model.engine.has_control_tokens(ids),
         )
@@ -143,7 +144,9 @@ class GenerationService:
             return await model.engine.prepare(model.chain.render(request))
 
         if not request.is_chat:
-            return await fit_text(await self._clean_text(request, model, budget), prepare, budget)
+            request = await self._clean_text(request, model, budget)
+            fitted = await fit_text(request, prepare, budget)
+            return fitted if request.prompt_ids is not None else await _hide_own_words(fitted, model)
         texts = await self._clean(request, [message.content for message in request.messages])
         messages = [Message(each.role, text) for each, text in zip(request.messages, texts, strict=True)]
         # A session stores masked texts, so a conversation that a client sends again is recognised by its masked form.
@@ -152,7 +155,7 @@ class GenerationService:
         before, spoken = split_messages(messages, len(stored))
         turns, new = trimmable(request, history, spoken)
         fitted = await fit_chat(structs.replace(request, messages=before), turns, new, prepare, budget)
-        return replace(fitted, new=stored)
+        return await _hide_own_words(replace(fitted, new=stored), model)
 
     async def _storable(self, request: GenerationRequest, messages: Sequence[Message]) -> list[Message]:
         """Return messages as a session may store them; those that the input filter has passed are clean already."""
@@ -225,6 +228,25 @@ def _budget(request: GenerationRequest, model: ServedModel) -> TokenBudget:
     return TokenBudget(limit=info.context_length, requested=request.max_tokens, default=default)
 
 
+async def _hide_own_words(fitted: FittedPrompt, model: ServedModel) -> FittedPrompt:
+    """Hide the beginning of a prompt that is to be shown, up to the last of what the service's templates add to it."""
+    request = fitted.request
+    if request.sampling.prompt_logprobs is None:
+        return fitted
+    plain = structs.replace(request, prompt_ids=None)
+    rendered = model.chain.render(plain)
+    if (rendered.messages, rendered.text) == (request.messages, request.text):
+        return fitted
+    ids = request.prompt_ids or ()
+    try:
+        own = (await model.engine.prepare(plain)).prompt_ids or ()
+    except InvalidRequest:  # the chat template wants a system message
+        own = ()
+    pairs = zip(reversed(ids), reversed(own), strict=False)
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return replace(fitted, request=structs.replace(request, hidden_tokens=len(ids) - same))
+
+
 class _Run:
     """A prepared request while it runs."""
 
@@ -263,7 +285,8 @@ class _Run:
                     return event
                 return self._visible(event)
             case Started():
-                prompt = None if self._request.is_chat else self._request.text
+                # The output filter has set one that it changed.
+                prompt = None if self._request.is_chat else event.prompt or self._request.text
                 return structs.replace(event, model=self._model.name, prompt=prompt)
             case Finished():
                 self._finished = event

@@ -126,13 +126,17 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
     finish: Literal["stop", "length", "abort"] | None = None
     error: str | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
-    """One for each of `token_ids` where the request wants them; none for an end token."""
+    """One for each of `token_ids` where the request wants them, and one for the end token where it wants those of the
+    prompt too: whoever scores a text counts tokens."""
     cached_tokens: int = 0
     """Prompt tokens that were in the KV cache already; in the first event only."""
     end_token: int | None = None
     """The end token that the model sampled."""
     invalid: bool = False
     """With `error`: whether the request is at fault and would fail again."""
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the next tokens of the prompt where the request wants them, from its second token on; all come before the
+    first of `token_ids`."""
 
 
 class Step(msgspec.Struct, tag=True, frozen=True, array_like=True):

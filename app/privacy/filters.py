@@ -14,19 +14,21 @@ import structlog
 from msgspec import structs
 
 from app.engine.base import Engine
-from app.engine.logprob_alignment import DeltaAlignment
+from app.engine.logprob_alignment import DeltaAlignment, shared_beginning
 from app.engine.stop_strings import StopBuffer, hidden_stops, with_stop_tokens
 from app.engine.wrapper import EngineWrapper
 from app.errors import InvalidRequest, PiiBlocked, ServiceUnavailable
-from app.events import Delta, Event, Finished, finish
+from app.events import Delta, Event, Finished, Started, finish
 from app.privacy.pool import RedactionPool
 from app.privacy.redactor import PiiKind, Redaction, Redactor, StreamRedactor
+from app.privacy.unmasked_prompt import UnmaskedPrompt
 from app.requests import GenerationRequest
 from app.types import FinishReason, Usage
 
 log = structlog.get_logger(__name__)
 
 OnMatch = Callable[[PiiKind, int], None]
+_FAILED = "The filter for personal data failed; nothing was processed."
 
 
 class InputFilter:
@@ -79,7 +81,7 @@ class InputFilter:
         except Exception:  # noqa: BLE001  # whatever it is, the text must not pass
             # The traceback could show the very text, so only the fact is logged.
             log.error("input filter failed")
-            raise ServiceUnavailable("The filter for personal data failed; nothing was processed.") from None
+            raise ServiceUnavailable(_FAILED) from None
 
 
 class _UnmaskedLogprobs:
@@ -101,17 +103,11 @@ class _UnmaskedLogprobs:
             return Delta(text=clean, tokens=delta.tokens)
         self._alignment.follow(delta)
         self._raw += delta.text
-        same = _shared_beginning(self._raw, clean)
+        same = shared_beginning(self._raw, clean)
         self._ended = same < len(clean)
         self._raw = self._raw[same:]
         logprobs, ends = self._alignment.release(same)
         return Delta(text=clean, tokens=delta.tokens, logprobs=logprobs, token_ends=ends)
-
-
-def _shared_beginning(one: str, other: str) -> int:
-    """Return how many characters two texts have in common before they differ."""
-    differing = (at for at, (mine, theirs) in enumerate(zip(one, other, strict=False)) if mine != theirs)
-    return next(differing, min(len(one), len(other)))
 
 
 class _OutputFilter:
@@ -126,6 +122,7 @@ class _OutputFilter:
         self.redactor = StreamRedactor(redactor, _continued_text(request))
         self._stops = StopBuffer(request.sampling.stop)
         self._logprobs = None if request.sampling.logprobs is None else _UnmaskedLogprobs()
+        self.prompt = UnmaskedPrompt(redactor, request, pool)
 
     @property
     def stopped(self) -> str | None:
@@ -182,6 +179,8 @@ class FilteredEngine(EngineWrapper):
                     except Exception:  # noqa: BLE001  # whatever it is, the text must not pass
                         # The traceback could show the very text, so only the place is logged.
                         log.error("output filter failed", request_id=request.id)
+                        if isinstance(event, Started):
+                            raise ServiceUnavailable(_FAILED) from None
                         yield finish(FinishReason.CONTENT_FILTER, _usage(request))
                         return
                     for each in released:
@@ -206,10 +205,10 @@ class FilteredEngine(EngineWrapper):
 
 async def _filtered(event: Event, output: _OutputFilter) -> list[Event]:
     """Return what may be sent of an event; the last one is left out where a stop string ended the completion."""
+    if isinstance(event, Started):
+        return [await output.prompt.begin(event)]
     if isinstance(event, Delta):
-        return [await output.feed(event)]
-    if not isinstance(event, Finished):
-        return [event]
+        return [await (output.prompt.feed(event.prompt_logprobs) if event.prompt_logprobs else output.feed(event))]
     end = event.samples[0]
     rest = output.finish(cut=end.breaks_off)
     shown: list[Event] = [rest] if rest.text or rest.logprobs else []

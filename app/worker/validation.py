@@ -17,7 +17,7 @@ def check_request(request: Submit, model: LoadedModel) -> None:
         raise ValueError("The prompt holds no token.")
     if not all(0 <= token < model.vocab_size for token in (*prompt, *params.stop_token_ids)):
         raise ValueError("The request holds a token outside the model's vocabulary.")
-    if params.max_tokens < 1 or len(prompt) + params.max_tokens > model.context_length:
+    if params.max_tokens < 0 or len(prompt) + params.max_tokens > model.context_length:
         raise ValueError(f"The prompt and its answer do not fit {model.context_length} tokens.")
 
 

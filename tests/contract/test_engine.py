@@ -23,7 +23,7 @@ from app.privacy.redactor import Redactor
 from app.requests import GenerationRequest
 from app.types import EngineState, FinishReason, Message, Role, SamplingParams, Tenant
 from tests.unit.engine.stores import DictStore
-from tests.unit.event_streams import deltas_of, finished_of, logprobs_of, started_of, text_of
+from tests.unit.event_streams import deltas_of, finished_of, logprobs_of, prompt_logprobs_of, started_of, text_of
 from tests.unit.event_streams import read as read_stream
 from tests.unit.tiny_models import save_tiny_llama
 
@@ -173,6 +173,55 @@ async def test_log_probabilities_come_only_where_the_request_wants_them(engine: 
 
     assert [] == [delta for delta in deltas_of(without) if delta.logprobs or delta.token_ends]
     assert [()] * 30 == [token.top for token in logprobs_of(plain)]
+
+
+async def test_a_prompt_has_a_log_probability_for_each_token_but_the_first(engine: Engine):
+    """All before any text, in the order of the prompt, a few at a time, and each with its place in the text."""
+    needs(engine, "prompt_logprobs")
+
+    request = await make_request(engine, prompt_logprobs=1, logprobs=0, max_tokens=5)
+    events = await read(engine, request)
+
+    scored, ids = prompt_logprobs_of(events), request.prompt_ids or ()
+    assert list(ids) == [token.token_id for token in scored]
+    assert [None] == [token.logprob for token in scored if token.logprob is None]
+    assert all((token.logprob or 0) <= 0 and token.rank >= 1 and len(token.top) == 1 for token in scored[1:])
+    assert (None, 0, ()) == (scored[0].logprob, scored[0].rank, scored[0].top)
+    ends = [token.end for token in scored]
+    assert (sorted(ends), len(LONG_TEXT)) == (ends, ends[-1])
+    with_prompt = [bool(delta.prompt_logprobs) for delta in deltas_of(events)]
+    assert sorted(with_prompt, reverse=True) == with_prompt
+    assert not any(delta.prompt_logprobs and delta.text for delta in deltas_of(events))
+    # A filter may hold some back, up to the end of a word.
+    assert all(len(delta.prompt_logprobs) <= 64 for delta in deltas_of(events))
+    assert text_of(await generate(engine, max_tokens=5)) == text_of(events)
+
+
+async def test_a_prompt_may_be_read_without_a_token_to_follow(engine: Engine):
+    """Its log-probabilities come, no text does, and the end says length; nothing else is needed for that."""
+    needs(engine, "prompt_logprobs")
+
+    events = await generate(engine, prompt_logprobs=0, max_tokens=0)
+    plain = await generate(engine, max_tokens=0)
+
+    assert ("", 0, FinishReason.LENGTH) == (
+        text_of(events),
+        finished_of(events).usage.completion_tokens,
+        finished_of(events).finish_reason,
+    )
+    assert 10 < len(prompt_logprobs_of(events)) == finished_of(plain).usage.prompt_tokens
+    assert ([], FinishReason.LENGTH) == (deltas_of(plain), finished_of(plain).finish_reason)
+
+
+async def test_tokens_are_shown_one_by_one_and_joined(engine: Engine):
+    """Those of a plain text joined are the text."""
+    request = await make_request(engine, text="tell me a story")
+    ids = request.prompt_ids or ()
+
+    assert "tell me a story" == await engine.detokenize(ids)
+    assert (await engine.detokenize(ids, control_tokens=True)).endswith("tell me a story")
+    assert len(ids) == len(await engine.token_texts(ids))
+    assert "".join(await engine.token_texts(ids)).strip().endswith("tell me a story")
 
 
 async def test_log_probabilities_end_where_a_stop_string_cuts_the_text(engine: Engine):

@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from app.events import Delta, DetokenizedLogprob, Event, Finished, Started
+from app.events import Delta, DetokenizedLogprob, Event, Finished, PromptLogprob, Started
 
 
 async def read(stream: AsyncGenerator[Event, None]) -> list[Event]:
@@ -45,3 +45,8 @@ def text_of(events: Sequence[Event]) -> str:
 def logprobs_of(events: Sequence[Event]) -> list[DetokenizedLogprob]:
     """Return the log-probabilities of all deltas."""
     return [token for delta in deltas_of(events) for token in delta.logprobs]
+
+
+def prompt_logprobs_of(events: Sequence[Event]) -> list[PromptLogprob]:
+    """Return the log-probabilities of the prompt."""
+    return [token for delta in deltas_of(events) for token in delta.prompt_logprobs]

@@ -345,6 +345,7 @@ async def test_the_right_to_send_control_tokens_is_nothing_without_system_messag
     [
         ("/v1/chat", {"logprobs": 1}, {"raw_logprobs": False}, "logprobs"),
         ("/v1/chat/completions", {"logprobs": True}, {"raw_logprobs": False}, "logprobs"),
+        ("/v1/chat/completions", {"prompt_logprobs": 0}, {"raw_logprobs": False}, "logprobs"),
         ("/v1/chat", {}, {"system_messages": False}, "messages"),
         ("/v1/chat/completions", {}, {"system_messages": False}, "messages"),
         ("/v1/chat", {}, {"models": ["another"]}, "model"),

@@ -60,6 +60,7 @@ EXTRAS: dict[str, tuple[Any, Any, Seen]] = {
     "priority": (3, 3, lambda request: request.priority),
     "truncation": ("auto", 0, lambda request: request.truncate_prompt),
     "truncate_prompt_tokens": (50, 50, lambda request: request.truncate_prompt),
+    "prompt_logprobs": (4, 4, sampled("prompt_logprobs")),
 }
 """vLLM's, and `truncation` of OpenAI's responses."""
 HONOURED: dict[str, dict[str, tuple[Any, Any, Seen]]] = {
@@ -366,7 +367,14 @@ async def test_what_the_assistant_said_may_come_back_as_it_was_sent(web, client)
         (CHATS, {"session_id": "a b"}, "session_id"),
         (TEXTS, {"stream_options": {"include_usage": True}}, "stream_options"),
         (TEXTS, {"best_of": 2}, "best_of"),
-        (TEXTS, {"echo": True, "logprobs": 1}, "echo"),
+        (TEXTS, {"max_tokens": 0}, "max_tokens"),
+        (CHATS, {"max_tokens": 0}, "max_tokens"),
+        (CHATS, {"max_completion_tokens": 0, "logprobs": True}, "max_tokens"),
+        (TEXTS, {"max_tokens": -1, "echo": True}, "max_tokens"),
+        (TEXTS, {"prompt_logprobs": -1}, "prompt_logprobs"),
+        (CHATS, {"prompt_logprobs": 21}, "prompt_logprobs"),
+        (TEXTS, {"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+        (CHATS, {"prompt_logprobs": 0, "stream": True}, "prompt_logprobs"),
         (TEXTS, {"prompt": None}, "prompt"),
         (TEXTS, {"prompt": []}, "prompt"),
         (TEXTS, {"prompt": ["a", 1]}, "prompt"),

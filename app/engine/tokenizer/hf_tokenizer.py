@@ -167,6 +167,10 @@ class HfTokenizer:
         """Return the same as text, where a part of a character is U+FFFD."""
         return self._read_bytes(token_id).decode(errors="replace")
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of all these tokens, with the names of control tokens."""
+        return str(self._plain.decode(list(token_ids), skip_special_tokens=False))
+
     def has_control_tokens(self, prompt_ids: Sequence[int]) -> bool:
         """Return whether a prompt holds tokens that ordinary text has not, behind the tokenizer's own first ones."""
         start = len(self._prefix) if tuple(prompt_ids[: len(self._prefix)]) == self._prefix else 0

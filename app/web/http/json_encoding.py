@@ -21,10 +21,14 @@ from msgspec import structs
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from app.events import Delta, DetokenizedLogprob, Event
+from app.errors import InvalidRequest
+from app.events import Delta, DetokenizedLogprob, Event, PromptLogprob
 
 TOKENS_AT_ONCE = 16
 """Log-probabilities encoded before the event loop runs: a millisecond or two with 20 alternatives each."""
+MAX_PROMPT_LOGPROBS = 500_000
+"""Log-probabilities of prompts, alternatives included, that one response may hold: tens of megabytes."""
+_TOO_MANY = "The prompts have too many log-probabilities for one response: ask for fewer alternatives, or send fewer."
 SEGMENT_BYTES = 64 * 1024
 """Size from which a segment of a response is sent; the transport buffers about as much before it waits."""
 SEND_SECONDS = 15.0
@@ -155,6 +159,9 @@ class LogprobsEncoder(Protocol):
     def extend(self, tokens: Sequence[DetokenizedLogprob]) -> None:
         """Encode the next tokens."""
 
+    def extend_prompt(self, tokens: Sequence[PromptLogprob]) -> None:
+        """Encode the next tokens of the prompt, which come before; a dialect that shows none inherits this."""
+
 
 async def encode_logprobs(
     events: AsyncGenerator[Event, None], encoders: Mapping[int, LogprobsEncoder]
@@ -162,9 +169,18 @@ async def encode_logprobs(
     """Yield the events without their log-probabilities, which the encoder of their sample takes.
 
     Args: encoders: by the index of the sample; a defaultdict, since samples are not known before.
+    Raises: InvalidRequest: the prompts have more log-probabilities than one response may hold.
     """
+    entries = 0
     async with aclosing(events):
         async for event in events:
+            if isinstance(event, Delta) and event.prompt_logprobs:
+                entries += sum(1 + len(token.top) for token in event.prompt_logprobs)
+                if entries > MAX_PROMPT_LOGPROBS:
+                    raise InvalidRequest(_TOO_MANY)
+                encoders[event.index].extend_prompt(event.prompt_logprobs)
+                await asyncio.sleep(0)
+                event = structs.replace(event, prompt_logprobs=())
             if isinstance(event, Delta) and event.logprobs:
                 encoder = encoders[event.index]
                 for start in range(0, len(event.logprobs), TOKENS_AT_ONCE):

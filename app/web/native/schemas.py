@@ -16,6 +16,7 @@ from app.web.http.errors import envelope
 from app.web.http.json_encoding import (
     EncodedJsonResponse,
     JsonArray,
+    LogprobsEncoder,
     SegmentedJsonResponse,
     encode_logprobs,
     exact_float,
@@ -95,8 +96,8 @@ def token_usage(usage: Usage) -> TokenUsage:
     }
 
 
-class TokensEncoder:
-    """Encodes the tokens of one whole completion; a `LogprobsEncoder`."""
+class TokensEncoder(LogprobsEncoder):
+    """Encodes the tokens of one whole completion."""
 
     def __init__(self) -> None:
         self.tokens = JsonArray()

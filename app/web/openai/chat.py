@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -14,15 +15,15 @@ from app.requests import GenerationRequest
 from app.web.http.dependencies import RequestContext, RequestContextDep, bind_end_user
 from app.web.http.errors import GENERATION_ERRORS, error_responses
 from app.web.http.json_body import GeneratingRoute
-from app.web.http.sampling_params import MAX_MESSAGES, SessionId, TokenCount, check_length
+from app.web.http.sampling_params import MAX_MESSAGES, MAX_TOKENS, SessionId, check_length
 from app.web.http.sse import streamed
 from app.web.openai.errors import ERROR_FORMAT
 from app.web.openai.messages import ChatMessage
+from app.web.openai.prompt_logprobs import ChatSampleLogprobs
 from app.web.openai.request_model import OpenAIFields
 from app.web.openai.respond import new_metadata, respond
 from app.web.openai.response_objects import (
     ChatCompletion,
-    ChatLogprobsEncoder,
     ObjectMetadata,
     finish_fields,
     usage_object,
@@ -37,7 +38,7 @@ class ChatCompletionRequest(OpenAIFields):
     """OpenAI's fields, vLLM's extensions, and the native `session_id`."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: TokenCount | None = None
+    max_completion_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     session_id: SessionId | None = Field(None, description="Continues the caller's own session of this name.")
@@ -64,10 +65,13 @@ class ChatCompletionRequest(OpenAIFields):
         self._check_continuation()
         messages = tuple(message.to_message() for message in self.messages)
         check_length("messages", sum(len(message.content) for message in messages), context.max_prompt_chars)
+        max_tokens = self._max_tokens()
+        self.check_prompt_options(max_tokens=max_tokens)
         return self.to_request(
             context,
-            max_tokens=self._max_tokens(),
+            max_tokens=max_tokens,
             logprobs=self._logprobs(),
+            prompt_logprobs=self.prompt_logprobs,
             messages=messages,
             session_id=self._session(context.request.headers.get("x-session-id")),
             continue_final_message=bool(self.continue_final_message),
@@ -123,18 +127,21 @@ def _response(
     response: Response,
     metadata: ObjectMetadata,
     body: ChatCompletionRequest,
-    logprobs: Mapping[int, ChatLogprobsEncoder] | None,
+    logprobs: Mapping[int, ChatSampleLogprobs] | None,
 ) -> dict[str, Any]:
-    choices = [_choice(index, each, logprobs) for index, each in enumerate(response.completions)]
+    own = logprobs if body.logprobs else None
+    choices = [_choice(index, each, own) for index, each in enumerate(response.completions)]
     fields = metadata.object("chat.completion", choices, usage_object(response.finished.usage))
+    if logprobs is not None and (prompt := logprobs[0].prompt) is not None:
+        fields = {**fields, "prompt_logprobs": prompt.positions}
     return fields if body.metadata is None else {**fields, "metadata": body.metadata}
 
 
-def _choice(index: int, completion: Completion, logprobs: Mapping[int, ChatLogprobsEncoder] | None) -> dict[str, Any]:
+def _choice(index: int, completion: Completion, logprobs: Mapping[int, ChatSampleLogprobs] | None) -> dict[str, Any]:
     return {
         "index": index,
         "message": {"role": "assistant", "content": completion.text, "refusal": None},
-        "logprobs": None if logprobs is None else logprobs[index].object(),
+        "logprobs": None if logprobs is None else logprobs[index].completion.object(),
         **finish_fields(completion.end),
     }
 
@@ -152,7 +159,9 @@ async def chat_completions(body: ChatCompletionRequest, context: RequestContextD
     request = body.to_generation(context)
     choices = ChatChoiceEncoder(with_logprobs=bool(body.logprobs))
     chunks = ChunkStreamEncoder(metadata, choices, n=request.n, stream_usage=body.stream_usage)
-    logprobs = defaultdict[int, ChatLogprobsEncoder](ChatLogprobsEncoder) if body.logprobs else None
+    scored = body.logprobs or body.prompt_logprobs is not None
+    encoder = partial(ChatSampleLogprobs, body.prompt_logprobs)
+    logprobs = defaultdict[int, ChatSampleLogprobs](encoder) if scored else None
     return await respond(
         context,
         context.events(request),

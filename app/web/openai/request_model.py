@@ -17,7 +17,6 @@ from app.web.http.sampling_params import (
     Penalty,
     SampleCount,
     StopTexts,
-    TokenCount,
     TokenId,
     TopP,
     Truncation,
@@ -55,7 +54,9 @@ class OpenAIFields(NeutralFields):
     may_ignore_fields: ClassVar[bool] = True
 
     model: Name | None = None
-    max_tokens: TokenCount | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = Field(
+        None, description="0 generates nothing, where something is asked of the prompt."
+    )
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: TopP | None = Field(None, description="0 is greedy.")
     n: SampleCount | None = None
@@ -79,6 +80,9 @@ class OpenAIFields(NeutralFields):
     truncation: Truncation = None
     truncate_prompt_tokens: Annotated[int, AfterValidator(_tokens_to_keep), WithJsonSchema(_TRUNCATE_SCHEMA)] | None = (
         Field(None, description="vLLM's: keep so many of the prompt's last tokens; -1 keeps what fits.")
+    )
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
+        None, description="vLLM's: the log-probability of each token of the prompt, and of so many alternatives."
     )
 
     @property
@@ -119,8 +123,21 @@ class OpenAIFields(NeutralFields):
         if self.best_of not in (None, self.n or 1):
             raise InvalidRequest.of_field("best_of", "must be n: this service returns all answers that it makes")
 
+    def check_prompt_options(self, *, max_tokens: int | None, echo: bool = False) -> None:
+        """Raises: InvalidRequest: nothing is asked for, or the prompt's log-probabilities in a stream."""
+        if max_tokens == 0 and not echo and self.prompt_logprobs is None:
+            raise InvalidRequest.of_field("max_tokens", "must be at least 1 where nothing is asked of the prompt")
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequest.of_field("prompt_logprobs", "is not possible where stream is true, as in vLLM")
+
     def to_request(
-        self, context: RequestContext, *, max_tokens: int | None, logprobs: int | None, **prompt: Any
+        self,
+        context: RequestContext,
+        *,
+        max_tokens: int | None,
+        logprobs: int | None,
+        prompt_logprobs: int | None,
+        **prompt: Any,
     ) -> GenerationRequest:
         """Return the request with this prompt; what it leaves open follows the model's own recommendation.
 
@@ -141,6 +158,7 @@ class OpenAIFields(NeutralFields):
                 "frequency_penalty": self.frequency_penalty,
                 "logit_bias": self.logit_bias,
                 "logprobs": logprobs,
+                "prompt_logprobs": prompt_logprobs,
                 "stop_token_ids": tuple(sorted(set(self.stop_token_ids or ()))),
                 "ignore_eos": self.ignore_eos,
                 "min_tokens": self.min_tokens,

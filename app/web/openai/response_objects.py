@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 
 from app import __version__
 from app.engine.base import EngineInfo
-from app.events import DetokenizedLogprob, FinishedSample
+from app.events import DetokenizedLogprob, FinishedSample, PromptLogprob
 from app.types import FinishReason, Usage
 from app.web.http.json_encoding import JsonArray, exact_float
 
@@ -61,6 +61,14 @@ class ChatLogprobs(TypedDict):
     refusal: None
 
 
+class RankedLogprob(TypedDict):
+    """How likely a token of the prompt was, and how many were at least as likely; vLLM's object."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
 class ChatReply(TypedDict):
     """The message that the model generated."""
 
@@ -91,15 +99,16 @@ class ChatCompletion(TypedDict):
     system_fingerprint: str
     service_tier: NotRequired[str]
     metadata: NotRequired[dict[str, str]]
+    prompt_logprobs: NotRequired[list[dict[str, RankedLogprob] | None]]
 
 
 class TextLogprobsObject(TypedDict):
-    """The log-probabilities of a plain completion, token by token."""
+    """The log-probabilities of a plain completion, token by token, after those of the prompt if that is echoed."""
 
     text_offset: list[int]
-    token_logprobs: list[float]
+    token_logprobs: list[float | None]
     tokens: list[str]
-    top_logprobs: list[dict[str, float]]
+    top_logprobs: list[dict[str, float] | None]
 
 
 class TextChoice(TypedDict):
@@ -110,6 +119,7 @@ class TextChoice(TypedDict):
     logprobs: TextLogprobsObject | None
     finish_reason: FinishReason
     stop_reason: str | int | None
+    prompt_logprobs: NotRequired[list[dict[str, RankedLogprob] | None]]
 
 
 class TextCompletion(TypedDict):
@@ -237,9 +247,11 @@ def _is_utf8(raw: bytes) -> bool:
 
 
 class TextLogprobs:
-    """Builds the log-probabilities of one plain completion, delta by delta or as a whole; a `LogprobsEncoder`."""
+    """Builds the log-probabilities of one plain completion, delta by delta or as a whole."""
 
-    def __init__(self) -> None:
+    def __init__(self, echo: int | None = None) -> None:
+        """Args: echo: alternatives to the tokens of the prompt before the completion; None where there is none."""
+        self._echo = echo
         self._offset = 0
         """Characters before the next token; a character of several tokens counts with the last of them."""
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -249,9 +261,31 @@ class TextLogprobs:
         for name, items in self.next_object(tokens).items():
             self._arrays[name].extend(items)
 
+    def extend_prompt(self, tokens: Sequence[PromptLogprob]) -> None:
+        if self._echo is not None:
+            for name, items in self.next_prompt_object(tokens).items():
+                self._arrays[name].extend(items)
+
     def object(self) -> dict[str, Any]:
-        """Return the log-probabilities of all tokens that `extend` has taken."""
+        """Return the log-probabilities of all tokens that `extend` and `extend_prompt` have taken."""
         return dict(self._arrays)
+
+    def next_prompt_object(self, tokens: Sequence[PromptLogprob]) -> dict[str, Any]:
+        """Return the log-probabilities of the next tokens of the prompt, null where there is none."""
+        starts = [self._offset, *(token.end for token in tokens)]
+        self._offset = starts.pop()
+        return {
+            "text_offset": starts,
+            "token_logprobs": [None if each.logprob is None else exact_float(each.logprob) for each in tokens],
+            "tokens": [each.text for each in tokens],
+            "top_logprobs": [self._prompt_alternatives(each) for each in tokens],
+        }
+
+    def _prompt_alternatives(self, token: PromptLogprob) -> dict[str, Any] | None:
+        if token.logprob is None:
+            return None
+        listed = (*token.top[: self._echo], token)
+        return {each.text: exact_float(each.logprob) for each in listed if each.logprob is not None}
 
     def next_object(self, tokens: Sequence[DetokenizedLogprob]) -> dict[str, Any]:
         """Return the log-probabilities of the next tokens."""

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from dataclasses import replace
 from enum import Enum, auto
+from functools import partial
 from typing import Any, Protocol
 
 from app.errors import AppError, ShuttingDown
@@ -132,21 +133,23 @@ class TextChoiceEncoder:
 
     kind, path = "text_completion", "/v1/completions"
 
-    def __init__(self, *, with_logprobs: bool, echo: bool) -> None:
-        self._with_logprobs = with_logprobs
+    def __init__(self, *, logprobs: int | None, echo: bool) -> None:
+        """Args: logprobs: alternatives to each token; None reports no log-probabilities."""
+        self._with_logprobs = logprobs is not None
         self._echo = echo
-        self._logprobs: defaultdict[int, TextLogprobs] = defaultdict(TextLogprobs)
+        self._logprobs = defaultdict[int, TextLogprobs](partial(TextLogprobs, logprobs if echo else None))
 
     def first(self, index: int, started: Started) -> dict[str, Any] | None:
         return _text_choice(index, started.prompt or "") if self._echo else None
 
     def delta(self, delta: Delta) -> dict[str, Any]:
         choice = _text_choice(delta.index, delta.text)
-        return (
-            {**choice, "logprobs": self._logprobs[delta.index].next_object(delta.logprobs)}
-            if self._with_logprobs
-            else choice
-        )
+        if not self._with_logprobs:
+            return choice
+        logprobs = self._logprobs[delta.index]
+        if delta.prompt_logprobs:  # their text is in the first chunk
+            return {**choice, "logprobs": logprobs.next_prompt_object(delta.prompt_logprobs)}
+        return {**choice, "logprobs": logprobs.next_object(delta.logprobs)}
 
     def last(self, index: int, sample: FinishedSample) -> dict[str, Any]:
         return {**_text_choice(index, ""), **finish_fields(sample)}

@@ -48,12 +48,12 @@ class KVCache(Cache):
         sizes = (tensor.numel() * tensor.element_size() for pair in self._storage.values() for tensor in pair)
         return sum(sizes) // (self.slots * self.length)
 
-    def pack(self, segments: Sequence[Segment], wanted: Sequence[bool]) -> PackedBatch:
+    def pack(self, segments: Sequence[Segment], wanted: Sequence[int]) -> PackedBatch:
         """Return the batch of the next forward pass, which has to follow.
 
         Args:
             segments: decode tokens first, by slot; then prefill chunks; every slot at most once.
-            wanted: for each segment, whether the logits after its last token are needed.
+            wanted: for each segment, after how many of its last tokens the logits are needed; one where it is True.
         Raises: IndexError: a segment lies outside of the slots.
         """
         # The native kernels write wherever the batch says.

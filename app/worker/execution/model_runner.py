@@ -31,10 +31,12 @@ class ModelRunner:
         return self.executor.compiled
 
     @torch.inference_mode()
-    def forward(self, segments: Sequence[Segment], wanted: Sequence[bool]) -> Tensor:
-        """Compute the segments and return the logits after the last token of each wanted one, (wanted, vocab).
+    def forward(self, segments: Sequence[Segment], wanted: Sequence[int]) -> Tensor:
+        """Compute the segments and return the logits after the wanted tokens, (wanted, vocab).
 
-        Args: segments: decode tokens first, by slot; then prefill chunks; every slot at most once.
+        Args:
+            segments: decode tokens first, by slot; then prefill chunks; every slot at most once.
+            wanted: for each segment, after how many of its last tokens the logits are needed; one where it is True.
         """
         return self.executor.forward(self.cache.pack(segments, wanted))
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -25,10 +26,10 @@ class Segment:
 class PackedBatch:
     """The tokens of all segments one after the other, without padding."""
 
-    def __init__(self, segments: Sequence[Segment], wanted: Sequence[bool], device: torch.device) -> None:
+    def __init__(self, segments: Sequence[Segment], wanted: Sequence[int], device: torch.device) -> None:
         """Args:
         segments: decode tokens first, by slot; then prefill chunks; every slot at most once.
-        wanted: for each segment, whether the logits after its last token are needed.
+        wanted: for each segment, after how many of its last tokens the logits are needed; one where it is True.
         """
         flat = [
             [token for segment in segments for token in segment.token_ids],
@@ -42,8 +43,9 @@ class PackedBatch:
         """(1, tokens) each."""
         self.slots = on_device[2]
         """(tokens,)"""
-        ends = torch.tensor([len(segment.token_ids) for segment in segments]).cumsum(0) - 1
-        self.logit_indices = ends[torch.tensor(wanted)].to(device)
+        ends = accumulate(len(segment.token_ids) for segment in segments)
+        indices = [index for end, count in zip(ends, wanted, strict=True) for index in range(end - count, end)]
+        self.logit_indices = torch.tensor(indices, dtype=torch.long).to(device)
         """(wanted,) the tokens whose logits are needed, ascending."""
         self._key_ranges: dict[int | None, tuple[Tensor, Tensor]] = {}
 

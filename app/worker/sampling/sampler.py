@@ -210,14 +210,14 @@ def _sample_within(
     if not requested:
         return [_result(token) for token in tokens.tolist()]
     rows = list(requested)
-    report = _logprob_report(gather_rows(logits, rows), gather_rows(tokens, rows), any(requested.values()))
+    report = logprob_report(gather_rows(logits, rows), gather_rows(tokens, rows), any(requested.values()))
     # One list brings all: float64 holds every token id and every float32.
     host = torch.cat([tokens.double(), report.flatten()]).tolist()
     results = [_result(int(token)) for token in host[: len(samplers)]]
     for index, (row, count) in enumerate(requested.items()):
         result, start = results[row], len(samplers) + index * report.shape[1]
         if isinstance(result, Sampled):
-            logprob = _token_logprob(result.token, host[start : start + report.shape[1]], count)
+            logprob = token_logprob(result.token, host[start : start + report.shape[1]], count)
             results[row] = Sampled(result.token, logprob)
     return results
 
@@ -230,7 +230,7 @@ def _result(token: int) -> Sampled | SamplingFailure | None:
     return NO_TOKEN if token == NO_VALID_TOKEN else Sampled(token)
 
 
-def _logprob_report(logits: Tensor, tokens: Tensor, with_top: bool) -> Tensor:
+def logprob_report(logits: Tensor, tokens: Tensor, with_top: bool) -> Tensor:
     """Return (rows, 1 + 2 * n) float64: the token's log-probability, the n highest ones, and their tokens."""
     logprobs = logits.float().log_softmax(dim=-1)
     own = logprobs.gather(1, tokens.clamp_min(0)[:, None])
@@ -239,7 +239,8 @@ def _logprob_report(logits: Tensor, tokens: Tensor, with_top: bool) -> Tensor:
     return torch.cat([own.double(), top.values.double(), top.indices.double()], dim=1)
 
 
-def _token_logprob(token: int, report: Sequence[float], count: int) -> TokenLogprob:
+def token_logprob(token: int, report: Sequence[float], count: int) -> TokenLogprob:
+    """Return a row of `logprob_report` as the record of a token.  Args: count: how many of the most likely it lists."""
     top_count = len(report) // 2
     pairs = zip(map(int, report[1 + top_count :]), report[1 : 1 + top_count], strict=True)
     top = sorted((pair for pair in pairs if pair[1] > -torch.inf), key=lambda pair: (-pair[1], pair[0]))

@@ -8,17 +8,21 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from app.ipc.messages import Exchange, Submit, TokenEvent
+from app.types import TokenLogprob
 from app.worker.execution.model_runner import ModelRunner
 from app.worker.execution.packed_batch import Segment
 from app.worker.loaded_model import LoadedModel
+from app.worker.sampling.prompt_scoring import max_scored_tokens, score_tokens
 from app.worker.sampling.sampler import Sampled, SamplingFailure, SequenceSampler, sample
+from app.worker.sampling.sampling_ops import gather_rows
 from app.worker.scheduling import schedule
-from app.worker.scheduling.schedule import Schedule, ScheduledTokens
+from app.worker.scheduling.schedule import Schedule, ScheduledTokens, ScoringBudget
 from app.worker.scheduling.scheduler import Scheduler
 from app.worker.scheduling.step_time import StepTimeModel
 from app.worker.validation import check_request, end_ids, failure_reason
@@ -67,6 +71,7 @@ class BatchingRunner:
         self._model_runner = model_runner
         self._scheduler = Scheduler(self.slots, prefix_reuse=prefix_reuse)
         self._step_time = StepTimeModel()
+        self._max_scored = max_scored_tokens(model_runner.vocab_size, loaded.device)
         self._decode_width = MIN_DECODE_WIDTH if loaded.device == "cpu" else max(MIN_DECODE_WIDTH, self.slots // 2)
         self._clock = clock
         self._live: dict[int, _LiveRequest] = {}
@@ -105,6 +110,7 @@ class BatchingRunner:
             len(request.prompt_ids),
             adapter=request.adapter,
             priority=request.priority,
+            scored_tokens=None if request.params.prompt_logprobs is None else 0,
         )
         self._live[request.id] = _LiveRequest(sequence, request, sampler, ends)
         self._scheduler.add(sequence)
@@ -121,7 +127,11 @@ class BatchingRunner:
         Raises: torch.AcceleratorError: the device is in an unknown state, and with it this process.
         """
         events, self._pending_events = self._pending_events, []
-        planned = self._scheduler.schedule(prefill_tokens=self._prefill_budget(), decode_width=self._decode_width)
+        planned = self._scheduler.schedule(
+            prefill_tokens=self._prefill_budget(),
+            decode_width=self._decode_width,
+            scoring=ScoringBudget(self._max_scored, self._step_time.scored_token_cost),
+        )
         events += [TokenEvent(each.request_id, cached_tokens=each.cached_tokens) for each in planned.started]
         for copy in planned.copies:
             self._model_runner.cache.copy_prefix(copy.source, copy.target, copy.count)
@@ -137,7 +147,8 @@ class BatchingRunner:
         return self._step_time.prefill_token_budget(decodes, self._scheduler.pending_prefills)
 
     def _compute(self, planned: Schedule) -> list[TokenEvent]:
-        began = self._clock()
+        began, tokens = self._clock(), sum(each.count for each in planned.tokens)
+        scored = sum(len(each.scored) for each in planned.tokens)
         try:
             events = self._forward_and_sample(planned.tokens)
         except torch.AcceleratorError:
@@ -145,7 +156,7 @@ class BatchingRunner:
         except Exception as error:
             log.exception("a step of %d requests failed", len(planned.tokens))
             return self._isolate_failure(planned.tokens, error)
-        self._step_time.observe(sum(each.count for each in planned.tokens), self._clock() - began)
+        self._step_time.observe(tokens, self._clock() - began, scored=scored)
         return events
 
     def _isolate_failure(self, tokens: Sequence[ScheduledTokens], error: Exception) -> list[TokenEvent]:
@@ -155,19 +166,57 @@ class BatchingRunner:
         return [event for each in tokens for event in self._compute(Schedule([each], [], []))]
 
     def _forward_and_sample(self, tokens: Sequence[ScheduledTokens]) -> list[TokenEvent]:
-        completing = [each for each in tokens if each.completes]
-        logits = self._model_runner.forward([_segment(each) for each in tokens], [each.completes for each in tokens])
-        live = [self._live[each.sequence.request_id] for each in completing]
-        sampled = self._sample(logits, live)
+        wanted = [each.wanted_logits for each in tokens]
+        logits = self._model_runner.forward([_segment(each) for each in tokens], wanted)
+        ends = list(accumulate(wanted))
+        rows = [end - 1 for each, end in zip(tokens, ends, strict=True) if each.completes]
+        live = [self._live[each.sequence.request_id] for each in tokens if each.completes]
+        sampled = self._sample(logits, rows, live)
+        scored = {
+            each.sequence.request_id: self._score(each, logits[end - count :])
+            for each, end, count in zip(tokens, ends, wanted, strict=True)
+            if each.scored
+        }
         self._scheduler.mark_computed(tokens)
-        return [self._append(each, token) for each, token in zip(live, sampled, strict=True)]
+        events = [self._report_scores(request_id, found) for request_id, found in scored.items()]
+        return events + [
+            self._append(each, token)
+            for each, token in zip(live, sampled, strict=True)
+            if each.request.id in self._live
+        ]
 
-    def _sample(self, logits: Tensor, live: Sequence[_LiveRequest]) -> Sequence[Sampled | SamplingFailure]:
-        return sample(logits, [each.sampler for each in live]) if live else []
+    def _sample(
+        self, logits: Tensor, rows: Sequence[int], live: Sequence[_LiveRequest]
+    ) -> Sequence[Sampled | SamplingFailure | None]:
+        """Sample the next token of each request that completes its prompt; None for one that wants no token."""
+        wanting = [index for index, each in enumerate(live) if each.request.params.max_tokens]
+        results: list[Sampled | SamplingFailure | None] = [None] * len(live)
+        if wanting:
+            chosen = gather_rows(logits, [rows[index] for index in wanting])
+            for index, found in zip(wanting, sample(chosen, [live[index].sampler for index in wanting]), strict=True):
+                results[index] = found
+        return results
 
-    def _append(self, live: _LiveRequest, sampled: Sampled | SamplingFailure) -> TokenEvent:
+    def _score(self, scheduled: ScheduledTokens, logits: Tensor) -> list[TokenLogprob] | SamplingFailure:
+        """Args: logits: of the chunk's wanted tokens, and maybe of others behind them."""
+        sequence, positions = scheduled.sequence, scheduled.scored
+        following = sequence.token_ids[positions.start + 1 : positions.stop + 1]
+        alternatives = self._live[sequence.request_id].request.params.prompt_logprobs or 0
+        return score_tokens(logits[: len(following)], following, alternatives)
+
+    def _report_scores(self, request_id: int, scored: list[TokenLogprob] | SamplingFailure) -> TokenEvent:
+        if isinstance(scored, SamplingFailure):
+            return self._fail(request_id, scored)
+        sequence = self._live[request_id].sequence
+        sequence.scored_tokens = (sequence.scored_tokens or 0) + len(scored)
+        return TokenEvent(request_id, prompt_logprobs=tuple(scored))
+
+    def _append(self, live: _LiveRequest, sampled: Sampled | SamplingFailure | None) -> TokenEvent:
         """Append a token to its sequence and return the event that reports it."""
         request_id = live.request.id
+        if sampled is None:
+            self._finish(request_id)
+            return TokenEvent(request_id, finish="length")
         if isinstance(sampled, SamplingFailure):
             return self._fail(request_id, sampled)
         live.sequence.token_ids.append(sampled.token)
@@ -175,7 +224,8 @@ class BatchingRunner:
         logprobs = () if sampled.logprob is None else (sampled.logprob,)
         if sampled.token in live.end_ids:
             self._finish(request_id)
-            return TokenEvent(request_id, finish="stop", end_token=sampled.token)
+            scored = live.request.params.prompt_logprobs is not None
+            return TokenEvent(request_id, finish="stop", end_token=sampled.token, logprobs=logprobs if scored else ())
         if live.completion_tokens == live.request.params.max_tokens:
             self._finish(request_id)
             return TokenEvent(request_id, (sampled.token,), finish="length", logprobs=logprobs)

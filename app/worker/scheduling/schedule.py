@@ -25,6 +25,19 @@ class Sequence:
     adapter: str | None = None
     priority: int = 0
     """Lower is served first."""
+    scored_tokens: int | None = None
+    """Tokens of the prompt, from the first, whose logits have been read for the log-probability of the next one; None
+    where no log-probabilities of the prompt are wanted."""
+
+    @property
+    def is_scoring(self) -> bool:
+        """Whether logits within the prompt are still to be read; those after its last token are the completion's."""
+        return self.scored_tokens is not None and self.scored_tokens < self.prompt_tokens - 1
+
+    @property
+    def reusable_tokens(self) -> int:
+        """Tokens that need not be computed where they are cached: the logits after all others are read."""
+        return self.scored_tokens or 0 if self.is_scoring else len(self.token_ids) - 1
 
     @property
     def cache_owner(self) -> tuple[str, str | None]:
@@ -48,6 +61,32 @@ class ScheduledTokens:
     def completes(self) -> bool:
         """Whether the next token can be sampled afterwards."""
         return self.count == self.sequence.uncomputed_tokens
+
+    @property
+    def scored(self) -> range:
+        """The positions in the prompt whose logits give the log-probability of the next token."""
+        sequence, start = self.sequence, self.sequence.computed_tokens
+        if not sequence.is_scoring:
+            return range(0)
+        return range(max(start, sequence.scored_tokens or 0), min(start + self.count, sequence.prompt_tokens - 1))
+
+    @property
+    def wanted_logits(self) -> int:
+        """After how many of its last tokens the logits are needed."""
+        return len(self.scored) + self.completes
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringBudget:
+    """What prompts whose log-probabilities are wanted may take of a step."""
+
+    max_tokens: int
+    """Tokens with logits, of all such prompts together: so many rows of the vocabulary's size fit into memory."""
+    token_cost: float = 1.0
+    """How many times as long as another prefill token one of them takes, >= 1."""
+
+
+UNLIMITED_SCORING = ScoringBudget(1 << 62)
 
 
 @dataclass(frozen=True, slots=True)

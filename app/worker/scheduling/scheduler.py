@@ -12,7 +12,14 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from collections.abc import Sequence as TokenIds
 from dataclasses import dataclass, field
 
-from app.worker.scheduling.schedule import PrefixCopy, Schedule, ScheduledTokens, Sequence
+from app.worker.scheduling.schedule import (
+    UNLIMITED_SCORING,
+    PrefixCopy,
+    Schedule,
+    ScheduledTokens,
+    ScoringBudget,
+    Sequence,
+)
 
 MIN_SHARED_PREFIX = 32
 """Waiting for another sequence to compute a shared prefix pays from this many tokens on."""
@@ -106,12 +113,15 @@ class Scheduler:
             del self._virtual_time[sequence.tenant]
         return sequence
 
-    def schedule(self, *, prefill_tokens: int, decode_width: int | None = None) -> Schedule:
+    def schedule(
+        self, *, prefill_tokens: int, decode_width: int | None = None, scoring: ScoringBudget = UNLIMITED_SCORING
+    ) -> Schedule:
         """Assign free slots and choose what the next step computes.
 
         Args:
             prefill_tokens: how many prompt tokens the step may hold beside the decode tokens, >= 1.
             decode_width: bound on decode tokens where one tenant has many and another few; None is no limit.
+            scoring: bound on prompt tokens whose logits are all needed.
         """
         self._step += 1
         copies, started = self._admit()
@@ -122,7 +132,7 @@ class Scheduler:
         limited = decode_width is not None and ahead and fewest * len(queues) <= decode_width
         decodes = self._select_decodes(queues, decode_width if limited else None)
         tokens = [ScheduledTokens(sequence, 1) for sequence in sorted(decodes, key=_slot_of)]
-        tokens += self._prefill_chunks(prefill_tokens, ahead if self._step % PREFILL_INTERVAL else ())
+        tokens += self._prefill_chunks(prefill_tokens, ahead if self._step % PREFILL_INTERVAL else (), scoring)
         return Schedule(tokens, copies, started)
 
     def mark_computed(self, computed: Iterable[ScheduledTokens]) -> None:
@@ -153,12 +163,21 @@ class Scheduler:
                     selected.append(queue.popleft())
         return selected
 
-    def _prefill_chunks(self, budget: int, paused_tenants: Collection[str]) -> Iterator[ScheduledTokens]:
+    def _prefill_chunks(
+        self, budget: float, paused_tenants: Collection[str], scoring: ScoringBudget
+    ) -> Iterator[ScheduledTokens]:
         """Spend the budget on the tenants with the lowest virtual time first, a whole prompt at a time if it fits."""
+        scored = scoring.max_tokens
         unfinished = [s for s in self.running if s.uncomputed_tokens > 1 and s.tenant not in paused_tenants]
         for sequence in sorted(unfinished, key=lambda s: (self._virtual_time[s.tenant], s.request_id)):
-            yield ScheduledTokens(sequence, min(sequence.uncomputed_tokens, budget))
-            budget -= sequence.uncomputed_tokens
+            cost = scoring.token_cost if sequence.is_scoring else 1
+            count = min(sequence.uncomputed_tokens, max(1, int(budget / cost)))
+            if sequence.is_scoring:
+                count = min(count, scored)
+                scored -= count
+            if count:
+                yield ScheduledTokens(sequence, count)
+            budget -= count * cost
             if budget < MIN_PREFILL_CHUNK:
                 return
 
@@ -212,7 +231,7 @@ class Scheduler:
         """Return whether a running sequence is computing more of a shared prefix than is cached, to be copied soon."""
         if not self._prefix_reuse:
             return False
-        reusable = len(sequence.token_ids) - 1
+        reusable = sequence.reusable_tokens
         for other in self.running:
             if other.cache_owner != sequence.cache_owner or other.uncomputed_tokens <= 1:
                 continue
@@ -269,7 +288,7 @@ class Scheduler:
             if slot.owner == sequence.cache_owner:
                 token_ids, computed = slot.computed_prefix()
                 # The last token is always computed: the next one is sampled from its logits.
-                shared = min(common_prefix_length(token_ids, sequence.token_ids), computed, len(sequence.token_ids) - 1)
+                shared = min(common_prefix_length(token_ids, sequence.token_ids), computed, sequence.reusable_tokens)
                 if shared > length:
                     best, length = slot, shared
         return best, length

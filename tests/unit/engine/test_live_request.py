@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from app.config import DeadlineConfig
 from app.engine.live_request import LiveRequest
 from app.engine.tokenizer.hf_tokenizer import HfTokenizer
 from app.errors import EngineFailed
-from app.events import Event
+from app.events import WITHHELD, Event
 from app.ipc.messages import TokenEvent
 from app.types import FinishReason, TokenLogprob, Usage
 from tests.unit.engine.fake_worker import TOKENIZER, make_request, tokens
-from tests.unit.event_streams import deltas_of, finished_of, logprobs_of, read, text_of
+from tests.unit.event_streams import deltas_of, finished_of, logprobs_of, prompt_logprobs_of, read, text_of
 from tests.unit.tiny_models import llama_tokenizer, save, token_id
 
 
@@ -276,3 +277,55 @@ async def test_a_completion_begins_with_the_space_behind_the_prompt(tmp_path: Pa
     events = await completed()
     assert " c" == text_of(events) == "".join(token.text for token in logprobs_of(events))
     assert "" == text_of(await completed(stop=(" c",)))
+
+
+async def test_a_prompts_log_probabilities_come_before_any_text(tokenizer: HfTokenizer):
+    """A few tokens at a time, the first without one, each with the place where it ends in the text."""
+    ids = tokens("hello world " * 12)
+    request = structs.replace(make_request(prompt=tuple(ids), prompt_logprobs=1, logprobs=0), text="hello world " * 12)
+    live = LiveRequest(1, request, tokenizer, DeadlineConfig(), lambda _: None)
+    scores = tuple(TokenLogprob(each, -0.5, ((7, -0.25),), 2) for each in ids[1:])
+    live.accept(event())
+    live.accept(TokenEvent(1, prompt_logprobs=scores[:5]))
+    live.accept(TokenEvent(1, prompt_logprobs=scores[5:]))
+    live.accept(event(*tokens("hi"), finish="length"))
+
+    events = await read(live.events())
+
+    scored = prompt_logprobs_of(events)
+    assert list(ids) == [token.token_id for token in scored]
+    assert (None, [-0.5] * len(scores)) == (scored[0].logprob, [token.logprob for token in scored[1:]])
+    assert [(2, -0.25, 1)] * len(scores) == [(each.rank, each.top[0].logprob, each.top[0].rank) for each in scored[1:]]
+    assert "hello world " * 12 == "".join(
+        ("hello world " * 12)[start:end] for start, end in pairwise([0, *(token.end for token in scored)])
+    )
+    assert [16] * (len(ids) // 16) == [len(delta.prompt_logprobs) for delta in deltas_of(events)][: len(ids) // 16]
+    assert "hi" == text_of(events)
+    assert live.request.progress.read_prompt
+
+
+async def test_what_the_caller_may_not_see_of_a_prompt_keeps_its_place(tokenizer: HfTokenizer):
+    """Neither its ids nor its text, nor what else could have stood there."""
+    ids = tokens("hello world hello")
+    request = structs.replace(make_request(prompt=tuple(ids), prompt_logprobs=1), hidden_tokens=2)
+    live = LiveRequest(1, request, tokenizer, DeadlineConfig(), lambda _: None)
+    live.accept(TokenEvent(1, prompt_logprobs=tuple(TokenLogprob(each, -0.5, ((7, -0.25),), 2) for each in ids[1:])))
+    live.accept(event(finish="length"))
+
+    scored = prompt_logprobs_of(await read(live.events()))
+    hidden, shown = scored[:2], scored[2:]
+    assert [WITHHELD] * 2 == [structs.replace(each, end=0) for each in hidden]
+    assert list(ids[2:]) == [each.token_id for each in shown]
+
+
+async def test_the_end_token_is_listed_where_the_prompt_is_scored(tokenizer: HfTokenizer):
+    """Whoever counts entries finds one for each token of the usage; behind the last text, with no text of its own."""
+    live = live_request(tokenizer, prompt_logprobs=0)
+    live.accept(event(*tokens("hello")))
+    live.accept(TokenEvent(1, finish="stop", end_token=2, logprobs=(TokenLogprob(2, -0.002),)))
+
+    events = await read(live.events())
+
+    assert [*tokens("hello"), 2] == ids_of(*events)
+    assert finished_of(events).usage.completion_tokens == len(logprobs_of(events))
+    assert "hello" == text_of(events)

@@ -34,6 +34,7 @@ GIVEN: dict[str, Any] = {
     "frequency_penalty": -0.5,
     "logit_bias": ((5, 1.0),),
     "logprobs": 2,
+    "prompt_logprobs": 3,
     "stop_token_ids": (6,),
     "ignore_eos": True,
     "min_tokens": 4,

@@ -207,7 +207,7 @@ BAD = [
     (Submit(1, (VOCABULARY,), SamplingParams(max_tokens=5)), "outside the model's vocabulary"),
     (Submit(1, (-1,), SamplingParams(max_tokens=5)), "outside the model's vocabulary"),
     (Submit(1, (1,) * 60, SamplingParams(max_tokens=5)), "do not fit 64"),
-    (Submit(1, (1,), SamplingParams(max_tokens=0)), "do not fit 64"),
+    (Submit(1, (1,), SamplingParams(max_tokens=-1)), "do not fit 64"),
     (Submit(1, (1,), SamplingParams(max_tokens=5, stop_token_ids=(VOCABULARY,))), "outside the model's vocabulary"),
     (Submit(1, (1,), SamplingParams(max_tokens=5, logit_bias=((VOCABULARY, 1.0),))), "vocabulary"),
 ]

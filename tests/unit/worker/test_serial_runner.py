@@ -8,14 +8,16 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TextGenerationPipeline
 
 from app.ipc.messages import ModelSpec, Submit, TokenEvent
 from app.types import SamplingParams
 from app.worker.execution.serial.serial_runner import SerialRunner
 from app.worker.loaded_model import LoadedModel
 from app.worker.loading.loader import load
+from app.worker.sampling import prompt_scoring
 from tests.unit.tiny_models import save_tiny_llama
+from tests.unit.worker.families import CONTEXT, NOT_BATCHABLE, VOCABULARY, make
 
 PROMPT = (5, 6, 7, 8)
 SPEC = ModelSpec(name="", source="local", device="cpu", dtype="auto", revision=None, max_model_len=None, threads=0)
@@ -217,3 +219,77 @@ def test_the_saved_tokenizer_is_complete(model: LoadedModel):
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= {
         file.name for file in folder.iterdir()
     }
+
+
+@torch.inference_mode()
+def reference(model: LoadedModel, ids: tuple[int, ...]) -> torch.Tensor:
+    """Return (tokens, vocab) float32: what an ordinary forward pass makes of each next token."""
+    pretrained: Any = model.pipeline.model
+    logits: torch.Tensor = pretrained(input_ids=torch.tensor([ids])).logits[0]
+    return logits.float().log_softmax(dim=-1)
+
+
+def test_a_prompt_is_scored_as_by_a_forward_pass(model: LoadedModel, monkeypatch: pytest.MonkeyPatch):
+    """In as many parts as memory needs; no token is generated where none is wanted."""
+    monkeypatch.setattr(prompt_scoring, "HOST_BYTES", 0)
+    monkeypatch.setattr(prompt_scoring, "MIN_ROWS", 2)
+    runner, expected = SerialRunner(model), reference(model, PROMPT)
+    runner.submit(Submit(1, PROMPT, SamplingParams(max_tokens=0, prompt_logprobs=2)))
+    runner.submit(Submit(2, PROMPT[:1], SamplingParams(max_tokens=1, prompt_logprobs=2)))
+    events = run(runner)
+
+    first = [event for event in events if event.id == 1]
+    assert [0, 2, 1, 0] == [len(event.prompt_logprobs) for event in first]
+    for row, token, score in zip(expected, PROMPT[1:], [t for e in first for t in e.prompt_logprobs], strict=False):
+        assert (token, 1 + int((row > row[token]).sum())) == (score.token_id, score.rank)
+        assert score.logprob == pytest.approx(float(row[token]), abs=1e-4)
+        assert row.topk(2).indices.tolist() == [each for each, _ in score.top]
+    assert ("length", 0) == (first[-1].finish, sum(len(event.token_ids) for event in first))
+    assert [0, 1] == [len(event.token_ids) for event in events if event.id == 2]
+    assert not any(event.prompt_logprobs for event in events if event.id == 2)
+
+
+def test_logprobs_are_the_models_own(model: LoadedModel):
+    """Whatever the settings make of the scores: here a penalty and a temperature."""
+    params = SamplingParams(max_tokens=5, logprobs=1, temperature=0.7, seed=1, repetition_penalty=1.5)
+    runner = SerialRunner(model)
+    runner.submit(Submit(1, PROMPT, params))
+    events = run(runner)
+    scores = [score for event in events for score in event.logprobs]
+    tokens = tuple(token for event in events for token in event.token_ids)
+
+    rows = reference(model, PROMPT + tokens)[len(PROMPT) - 1 :]
+    assert tokens == tuple(score.token_id for score in scores)
+    for row, score in zip(rows, scores, strict=False):
+        assert score.logprob == pytest.approx(float(row[score.token_id]), abs=1e-4)
+        assert [int(row.argmax())] == [each for each, _ in score.top]
+    assert 5 == len(scores)
+
+
+def test_a_cancel_ends_the_scoring_of_a_prompt(model: LoadedModel, monkeypatch: pytest.MonkeyPatch):
+    """After the part that is being computed; nothing is generated then."""
+    monkeypatch.setattr(prompt_scoring, "HOST_BYTES", 0)
+    monkeypatch.setattr(prompt_scoring, "MIN_ROWS", 1)
+    runner = SerialRunner(model)
+    runner.submit(Submit(1, PROMPT, SamplingParams(max_tokens=5, prompt_logprobs=0)))
+    events = run(runner, lambda events: runner.cancel(1) if events[0].prompt_logprobs else None)
+
+    assert (1, 0) == (sum(len(e.prompt_logprobs) for e in events), sum(len(e.token_ids) for e in events))
+    assert "abort" == events[-1].finish
+
+
+@pytest.mark.parametrize("name", ["mamba", "bloom", "gpt-j"])
+def test_any_model_that_is_served_alone_is_scored(name: str, model: LoadedModel):
+    """Of whatever kind its state and its attention are."""
+    pretrained = make(NOT_BATCHABLE[name][0])
+    pipeline = TextGenerationPipeline(model=pretrained, tokenizer=model.pipeline.tokenizer)
+    single = replace(model, pipeline=pipeline, vocab_size=VOCABULARY, context_length=CONTEXT)
+    runner = SerialRunner(single)
+    runner.submit(Submit(1, PROMPT, SamplingParams(max_tokens=2, prompt_logprobs=0, logprobs=0)))
+    events = run(runner)
+
+    tokens = PROMPT + tuple(token for event in events for token in event.token_ids)
+    scores = [score for event in events for score in (*event.prompt_logprobs, *event.logprobs)]
+    assert tokens[1:] == tuple(score.token_id for score in scores)
+    for row, score in zip(reference(single, tokens), scores, strict=False):
+        assert score.logprob == pytest.approx(float(row[score.token_id]), abs=1e-4)

@@ -8,6 +8,8 @@ import logging
 import secrets
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -21,9 +23,10 @@ from transformers import (
 )
 
 from app.ipc.messages import Exchange, Submit, TokenEvent
-from app.types import SamplingParams
+from app.types import SamplingParams, TokenLogprob
+from app.worker.execution.serial.raw_logits import LastLogits, score_prompt
 from app.worker.loaded_model import LoadedModel
-from app.worker.sampling.sampler import NO_TOKEN
+from app.worker.sampling.sampler import NO_TOKEN, SamplingFailure
 from app.worker.validation import check_request, end_ids, failure_reason
 
 log = logging.getLogger(__name__)
@@ -43,7 +46,7 @@ class SerialRunner:
     name = "serial"
     slots = 1
     compiled = None
-    unsupported = ("presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "min_tokens")
+    unsupported = ("presence_penalty", "frequency_penalty", "logit_bias", "min_tokens")
 
     def __init__(self, loaded: LoadedModel) -> None:
         self._model = loaded
@@ -121,8 +124,14 @@ class SerialRunner:
         reporter = _TokenReporter(request, end_ids(request.params, self._model), exchange, lambda: self._cancelled)
         try:
             torch.manual_seed(_seed(request.params))
+            if request.params.prompt_logprobs is not None:
+                self._score(request, exchange)
+            if not self._cancelled and not request.params.max_tokens:
+                return TokenEvent(request.id, finish="length")
             if not self._cancelled:
-                self._forward(request, reporter)
+                reads = request.params.logprobs is not None
+                with reporter.logits.of(self._model.pipeline.model) if reads else nullcontext():
+                    self._forward(request, reporter)
         except torch.AcceleratorError:
             raise
         except NoTokenError:
@@ -131,6 +140,17 @@ class SerialRunner:
             log.exception("a request failed")
             return TokenEvent(request.id, error=failure_reason(error))
         return reporter.last_event()
+
+    def _score(self, request: Submit, exchange: Exchange) -> None:
+        """Send the log-probabilities of the prompt, until it is cancelled.
+
+        Raises: NoTokenError: they are not finite.
+        """
+        model, alternatives = self._model.pipeline.model, request.params.prompt_logprobs or 0
+        for scored in score_prompt(model, request.prompt_ids, alternatives, self._model.device):
+            exchange([TokenEvent(request.id, prompt_logprobs=tuple(_finite(scored)))])
+            if self._cancelled:
+                return
 
     def _forward(self, request: Submit, reporter: "_TokenReporter") -> None:
         input_ids = torch.tensor([request.prompt_ids], dtype=torch.long)
@@ -142,6 +162,13 @@ class SerialRunner:
             logits_processor=LogitsProcessorList([_FiniteScores()]),
             stopping_criteria=StoppingCriteriaList([reporter]),
         )
+
+
+def _finite(scored: list[TokenLogprob] | SamplingFailure) -> list[TokenLogprob]:
+    """Raises: NoTokenError: the scores are not finite."""
+    if isinstance(scored, SamplingFailure):
+        raise NoTokenError
+    return scored
 
 
 def _seed(params: SamplingParams) -> int:
@@ -196,6 +223,7 @@ class _TokenReporter(StoppingCriteria):
         self._end_ids = end_ids
         self._exchange = exchange
         self._cancelled = cancelled
+        self.logits = LastLogits()
         self._completion_tokens = 0
         self._last: TokenEvent | None = None
 
@@ -212,10 +240,18 @@ class _TokenReporter(StoppingCriteria):
 
     def _report(self, token: int) -> None:
         self._completion_tokens += 1
-        request_id = self._request.id
+        request_id, logprobs = self._request.id, self._logprobs(token)
         if token in self._end_ids:
-            self._last = TokenEvent(request_id, finish="stop", end_token=token)
+            scored = self._request.params.prompt_logprobs is not None
+            self._last = TokenEvent(request_id, finish="stop", end_token=token, logprobs=logprobs if scored else ())
         elif self._completion_tokens == self._request.params.max_tokens:
-            self._last = TokenEvent(request_id, (token,), finish="length")
+            self._last = TokenEvent(request_id, (token,), finish="length", logprobs=logprobs)
         else:
-            self._exchange([TokenEvent(request_id, (token,))])
+            self._exchange([TokenEvent(request_id, (token,), logprobs=logprobs)])
+
+    def _logprobs(self, token: int) -> tuple[TokenLogprob, ...]:
+        """Return the log-probability of the token that was chosen last, without a rank, if the request wants it."""
+        alternatives = self._request.params.logprobs
+        if alternatives is None:
+            return ()
+        return tuple(replace(each, rank=0) for each in _finite(self.logits.score(token, alternatives)))

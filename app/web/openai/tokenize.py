@@ -1,0 +1,151 @@
+"""POST /tokenize and /detokenize in vLLM's shapes: a model's own tokenizer for those who count or evaluate.
+
+What is encoded is what the client sends and what the chat template makes of it: the service's own system message and
+the history of a session are no part of it.  Nothing is generated, and no request is counted.
+"""
+
+from typing import Annotated, Any, Self
+
+from fastapi import APIRouter
+from msgspec import structs
+from pydantic import Field, model_validator
+from typing_extensions import TypedDict
+
+from app.access.rights import check_rights
+from app.engine.served_model import ServedModel
+from app.errors import DeadlineExceeded, Forbidden, InternalError, InvalidRequest, ModelNotFound, Unauthorized
+from app.requests import GenerationRequest, TemplateValue
+from app.web.http.dependencies import RequestContext, RequestContextDep
+from app.web.http.errors import error_responses
+from app.web.http.json_body import StrictModel, StrictRoute
+from app.web.http.json_encoding import EncodedJsonResponse
+from app.web.http.sampling_params import MAX_MESSAGES, TokenId
+from app.web.openai.errors import ERROR_FORMAT
+from app.web.openai.messages import ChatMessage
+from app.web.openai.request_model import Name
+
+router = APIRouter(tags=["openai"], route_class=StrictRoute)
+
+_ERRORS = error_responses(
+    InvalidRequest,
+    Unauthorized,
+    Forbidden,
+    ModelNotFound,
+    InternalError,
+    DeadlineExceeded,
+    error_format=ERROR_FORMAT,
+)
+
+
+class TokenizeRequest(StrictModel):
+    """A text, or the messages of a chat."""
+
+    model: Name | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    add_special_tokens: bool | None = Field(
+        None,
+        description="Begin with the tokens that the tokenizer puts in front of every text; left out: true for a "
+        "prompt, false for messages, whose template writes them.",
+    )
+    add_generation_prompt: bool | None = Field(None, description="End where the assistant begins; true if left out.")
+    continue_final_message: bool | None = Field(None, description="End where the last message, the assistant's, does.")
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _has_one_prompt(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("needs either prompt or messages")
+        return self
+
+    def to_generation(self, context: RequestContext) -> GenerationRequest:
+        """Return a request with this prompt, to be encoded.
+
+        Raises: InvalidRequest: fields contradict each other.
+        """
+        continues = bool(self.continue_final_message)
+        if self.messages is None:
+            if self.add_generation_prompt is not None or self.continue_final_message is not None:
+                raise InvalidRequest.of_field("messages", "is needed where add_generation_prompt is given")
+            return context.generation(model=self.model, text=self.prompt)
+        if continues and self.add_generation_prompt:
+            raise InvalidRequest.of_field("add_generation_prompt", "must be the opposite of continue_final_message")
+        if continues and self.messages[-1].role != "assistant":
+            raise InvalidRequest.of_field("continue_final_message", "needs a last message of the assistant")
+        open_end = self.add_generation_prompt is False and not continues
+        variables: tuple[tuple[str, TemplateValue], ...] = (("add_generation_prompt", False),) if open_end else ()
+        return context.generation(
+            model=self.model,
+            messages=tuple(message.to_message() for message in self.messages),
+            continue_final_message=continues,
+            template_kwargs=variables,
+        )
+
+
+class DetokenizeRequest(StrictModel):
+    """Token ids."""
+
+    model: Name | None = None
+    tokens: list[TokenId]
+
+
+class Tokens(TypedDict):
+    """A text as tokens."""
+
+    count: int
+    max_model_len: int
+    """Tokens that fit the model, of prompt and completion together."""
+    tokens: list[int]
+    token_strs: list[str] | None
+    """Each token on its own, where that was asked for; a part of a character is U+FFFD."""
+
+
+class DetokenizedPrompt(TypedDict):
+    """Tokens as a text, with the names of control tokens."""
+
+    prompt: str
+
+
+# A long text has many tokens; FastAPI would validate each of them again.
+@router.post("/tokenize", response_model=Tokens, responses=_ERRORS)
+async def tokenize(body: TokenizeRequest, context: RequestContextDep) -> EncodedJsonResponse:
+    """Encode a text or a chat as the model reads it."""
+    request = body.to_generation(context)
+    with context.container.host.lease(request) as model:
+        _check_model(context, model)
+        ids = await _encode(request, model, begins=body.add_special_tokens)
+        texts = await model.engine.token_texts(ids) if body.return_token_strs else None
+    limit = model.engine.info.context_length
+    return EncodedJsonResponse({"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": texts})
+
+
+@router.post("/detokenize", response_model=DetokenizedPrompt, responses=_ERRORS)
+async def detokenize(body: DetokenizeRequest, context: RequestContextDep) -> EncodedJsonResponse:
+    """Return the text of tokens."""
+    with context.container.host.lease(context.generation(model=body.model)) as model:
+        _check_model(context, model)
+        model.engine.info.check_tokens("tokens", body.tokens)
+        return EncodedJsonResponse({"prompt": await model.engine.detokenize(body.tokens, control_tokens=True)})
+
+
+def _check_model(context: RequestContext, model: ServedModel) -> None:
+    """Raises: Forbidden: the caller's role does not allow this model."""
+    others: dict[str, Any] = {"logprobs": False, "system_messages": False, "control_tokens": False}
+    check_rights(context.caller, model=model.name, **others)
+
+
+async def _encode(request: GenerationRequest, model: ServedModel, *, begins: bool | None) -> tuple[int, ...]:
+    """Encode a prompt.
+
+    Args: begins: whether it begins with the tokenizer's own first tokens; None: if it is a text.
+    Raises: InvalidRequest: it cannot be encoded, or only elsewhere.
+    """
+    prepare = model.engine.prepare
+    ids = (await prepare(request)).prompt_ids
+    if ids is None:
+        raise InvalidRequest("The tokenizer of this model is elsewhere.")
+    if (not request.is_chat) == (not request.is_chat if begins is None else begins):
+        return ids
+    nothing = structs.replace(request, messages=(), text="", template_kwargs=(), continue_final_message=False)
+    first = (await prepare(nothing)).prompt_ids or ()
+    return (*first, *ids) if begins else ids[len(first) :]

@@ -1,0 +1,89 @@
+"""POST /tokenize and /detokenize: vLLM's shapes, whose tokens they show, and what they cost."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.types import Role
+from tests.web.access import Running, running
+
+CONTROL = 0x110000
+USER, ASSISTANT = (CONTROL + list(Role).index(role) for role in (Role.USER, Role.ASSISTANT))
+HI: list[dict[str, str]] = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture
+async def service(tmp_path: Path) -> AsyncIterator[Running]:
+    async with running(tmp_path, rate_limit={"requests_per_minute": 1, "burst_size": 1}) as service:
+        yield service
+
+
+async def post(service: Running, path: str, **body: Any) -> dict[str, Any]:
+    async with service.client() as http:
+        reply = await http.post(path, json=body)
+    assert 200 == reply.status_code, reply.text
+    answer: dict[str, Any] = reply.json()
+    return answer
+
+
+async def test_a_text_becomes_tokens_and_a_text_again(service: Running):
+    """However often: no request of the rate limit is taken, which is one here."""
+    for _ in range(3):
+        answer = await post(service, "/tokenize", prompt="h\u00e9", return_token_strs=True)
+        assert {"count": 2, "max_model_len": 8192, "tokens": [104, 233], "token_strs": ["h", "\u00e9"]} == answer
+        assert {"prompt": "h\u00e9"} == await post(service, "/detokenize", tokens=answer["tokens"])
+    assert await post(service, "/tokenize", prompt="") == {
+        "count": 0,
+        "max_model_len": 8192,
+        "tokens": [],
+        "token_strs": None,
+    }
+
+
+async def test_a_chat_is_encoded_without_what_the_client_did_not_send(service: Running):
+    """Neither the service's own system message nor the history of a session."""
+    answer = await post(service, "/tokenize", messages=HI)
+    assert [USER, 104, 105, ASSISTANT] == answer["tokens"]
+    said = [*HI, {"role": "assistant", "content": "yo"}]
+    answer = await post(service, "/tokenize", messages=said, continue_final_message=True, add_generation_prompt=False)
+    assert [USER, 104, 105, ASSISTANT, 121, 111] == answer["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/tokenize", {}, None),
+        ("/tokenize", {"prompt": "x", "messages": HI}, None),
+        ("/tokenize", {"prompt": "x", "add_generation_prompt": True}, "messages"),
+        ("/tokenize", {"messages": []}, "messages"),
+        ("/tokenize", {"messages": HI, "continue_final_message": True}, "continue_final_message"),
+        (
+            "/tokenize",
+            {"messages": HI, "continue_final_message": True, "add_generation_prompt": True},
+            "add_generation_prompt",
+        ),
+        ("/detokenize", {"tokens": [CONTROL + 99]}, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, "tokens.0"),
+        ("/detokenize", {}, "tokens"),
+    ],
+)
+async def test_what_cannot_be_encoded_is_refused_by_name(
+    service: Running, path: str, body: dict[str, Any], field: str | None
+):
+    """In OpenAI's envelope."""
+    async with service.client() as http:
+        reply = await http.post(path, json=body)
+    assert (400, field) == (reply.status_code, reply.json()["error"]["param"])
+
+
+async def test_only_a_known_caller_may_and_only_with_its_models(service: Running):
+    """As for every other use of a model."""
+    key = await service.key(role="free")
+    async with service.client("nobody's") as stranger, service.client() as admin, service.client(key) as user:
+        assert 401 == (await stranger.post("/tokenize", json={"prompt": "x"})).status_code
+        assert 404 == (await user.post("/tokenize", json={"prompt": "x", "model": "none"})).status_code
+        await admin.put("/v1/roles/free", json={"rights": {"models": ["another"]}})
+        for path, body in (("/tokenize", {"prompt": "x"}), ("/detokenize", {"tokens": [104]})):
+            assert 403 == (await user.post(path, json=body)).status_code
