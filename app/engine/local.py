@@ -223,6 +223,8 @@ class LocalEngine:
             recommended=ready.recommended,
             stop_strings=ready.stop_strings,
             rules=ready.rules,
+            template_variables=tokenizer.template_variables,
+            renders_reasoning=tokenizer.renders_reasoning,
             logprob_shift=ready.logprob_shift,
             compiled=ready.compiled,
         )

@@ -73,6 +73,14 @@ class PromptTokenizer(Tokenizer, Protocol):
     def length(self) -> TokenLength:
         """Tells which texts are too long for the model before they are encoded."""
 
+    @property
+    def template_variables(self) -> tuple[str, ...]:
+        """Names of the variables that a request may set in the chat template, sorted."""
+
+    @property
+    def renders_reasoning(self) -> bool:
+        """Whether the chat template shows what the assistant thought in earlier turns."""
+
     def close(self) -> None:
         """Free what encoding needs; decoding goes on."""
 
@@ -115,6 +123,8 @@ class PromptEncoder:
                 partial(
                     self._tokenizer.encode_chat,
                     request.messages,
+                    tools=request.tools,
+                    template_kwargs=request.template_kwargs,
                     continue_final_message=request.continue_final_message,
                     tenant=request.tenant,
                 ),
