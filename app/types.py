@@ -212,7 +212,7 @@ class Rights:
     manage_keys: bool = False
     """Manage keys and roles, and read everybody's usage."""
     system_messages: bool = True
-    """Send messages of the role system."""
+    """Send messages of the role system, and what else stands in them: tools, texts for the chat template."""
     raw_logprobs: bool = True
     """Ask for log-probabilities."""
     control_tokens: bool = True

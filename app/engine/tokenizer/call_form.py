@@ -62,7 +62,7 @@ class CallForm:
         return hashlib.sha256(call_id.encode("utf-8", "surrogatepass")).hexdigest()[:9]
 
     def is_shown(self, text: str, count: int) -> bool:
-        """Return whether a rendering has the probe so many times, its arguments neither in Python's form nor escaped."""
+        """Return whether a rendering has the probe so many times, and its arguments as JSON or in a form of its own."""
         (key, value), *_ = json.loads(PROBE_CALL.arguments).items()
         shown = min(text.count(each) for each in (PROBE_CALL.name, key, value))
         return shown >= count and f"'{key}'" not in text and f'\\"{key}' not in text

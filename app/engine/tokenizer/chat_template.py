@@ -148,7 +148,7 @@ class _Process:
         self._readable.register(self._stdout, select.POLLIN)
         self._writable.register(self._stdin, select.POLLOUT)
         try:
-            self.reads = self._ask(frame(source)).reads
+            self.reads = self._exchange(frame(source)).reads
         except BaseException:
             self.close()
             raise
@@ -158,9 +158,9 @@ class _Process:
 
         Raises: TemplateRefusedError; TemplateExhaustedError: and the process is not usable any more.
         """
-        return self._ask(request).text
+        return self._exchange(request).text
 
-    def _ask(self, request: bytes) -> Rendered:
+    def _exchange(self, request: bytes) -> Rendered:
         deadline = time.monotonic() + ANSWER_SECONDS
         self.usable = False
         try:

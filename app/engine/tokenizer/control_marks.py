@@ -33,7 +33,7 @@ class ControlMarks:
         self._others = _any_of([name for name in every if name not in set(thought)])
         found = f"(?:{self._any.pattern})"
         self._torn = re.compile(f"{_START}(?P<headless>{found})(?!{_END})|(?<!{_START})(?P<tailless>{found}){_END}")
-        self._spelt_out = re.compile(_ESCAPED + found)
+        self._escaped = re.compile(_ESCAPED + found)
 
     def mark(self, value: Any, *, is_assistant: bool = False) -> Any:
         """Return a value of JSON's types with marks in all its texts, and in the keys that the caller chose."""
@@ -44,7 +44,7 @@ class ControlMarks:
 
         Raises: InvalidRequest: the template writes a mark with escapes, so that the token behind it would be one.
         """
-        if self._spelt_out.search(text):
+        if self._escaped.search(text):
             raise InvalidRequest("The messages or tools hold a control token that the model's template cannot show.")
         if _START not in text and _END not in text:
             return text

@@ -69,6 +69,13 @@ class PromptTokenizer(Tokenizer, Protocol):
     def inline_chars(self) -> int:
         """A shorter text takes less time to encode than to hand to a thread."""
 
+    def close(self) -> None:
+        """Free what encoding needs; decoding goes on."""
+
+
+class ModelTokenizer(PromptTokenizer, Protocol):
+    """A tokenizer that knows what the model's chat template takes."""
+
     @property
     def length(self) -> TokenLength:
         """Tells which texts are too long for the model before they are encoded."""
@@ -80,9 +87,6 @@ class PromptTokenizer(Tokenizer, Protocol):
     @property
     def renders_reasoning(self) -> bool:
         """Whether the chat template shows what the assistant thought in earlier turns."""
-
-    def close(self) -> None:
-        """Free what encoding needs; decoding goes on."""
 
 
 class PromptEncoder:

@@ -65,7 +65,8 @@ class TemplateForm:
             turns = split_calls(turns)
         if not self.system_by_default:
             turns = [message for message in turns if message.content or message.role is not Role.SYSTEM]
-        if not self.tools and any(message.role is Role.TOOL for message in turns):
+        # Where a call is written as text, so is the result that names it.
+        if any(message.role is Role.TOOL and not self._shows_result(message) for message in turns):
             turns = _fold_tools(turns)
         is_later = any(message.role is Role.SYSTEM for message in turns[1:])
         if self.system_first and (self.system_later or not is_later):
@@ -74,6 +75,9 @@ class TemplateForm:
             yield _hoist_system(turns)
         if any(message.role is Role.SYSTEM for message in turns) or not self.system_first:
             yield _fold_system(turns)
+
+    def _shows_result(self, message: Message) -> bool:
+        return self.tools and (self.calls is not None or message.tool_call_id is None)
 
     def as_dicts(self, messages: Iterable[Message]) -> list[dict[str, Any]]:
         """Return messages as the template reads them; a tool's message gets the name of what was called."""
@@ -89,7 +93,8 @@ class TemplateForm:
             fields = calls.with_calls(fields, message)
         if message.tool_call_id is not None:
             fields["tool_call_id"] = calls.shown_id(message.tool_call_id)
-        if name := message.name or called.get(message.tool_call_id or ""):
+        name = called.get(message.tool_call_id or "") if message.role is Role.TOOL else None
+        if name := message.name or name:
             fields["name"] = name
         if message.reasoning is not None:
             # Both names, as transformers gives them: templates read either.
@@ -127,14 +132,14 @@ def _call_form(template: Template, form: TemplateForm) -> CallForm | None:
     result = Message(Role.TOOL, "noon", tool_call_id=PROBE_CALL.id)
     second = replace(PROBE_CALL, id=PROBE_CALL.id[::-1])
 
-    def shows(calls: CallForm, *, made: Sequence[ToolCall] = (PROBE_CALL,)) -> bool:
+    def shows(calls: CallForm, *, calls_in_one: Sequence[ToolCall] = (PROBE_CALL,)) -> bool:
         tried = replace(form, calls=calls)
-        conversation = [_USER, replace(_CALLING, tool_calls=tuple(made)), result]
+        conversation = [_USER, replace(_CALLING, tool_calls=tuple(calls_in_one)), result]
         texts = (_dry_run(template, tried, conversation), _dry_run(template, tried, conversation[:-1]))
-        return any(text is not None and calls.is_shown(text, len(made)) for text in texts)
+        return any(text is not None and calls.is_shown(text, len(calls_in_one)) for text in texts)
 
     found = next(filter(shows, CALL_FORMS), None)
-    if found is not None and not shows(found, made=(PROBE_CALL, second)):
+    if found is not None and not shows(found, calls_in_one=(PROBE_CALL, second)):
         return replace(found, single=True)
     return found
 

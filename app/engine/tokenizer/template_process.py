@@ -28,6 +28,8 @@ from jinja2.utils import Namespace
 LENGTH_BYTES = 4
 MARKS = ("\U000f0000", "\U000f0001")
 """What transformers puts around the control tokens that a message spells, so that they are encoded as text."""
+_OPTIONAL = frozenset(["defined", "undefined", "default", "d"])
+"""Tests and filters by which a template asks whether it has got a variable."""
 MAX_MESSAGE_CHARS = 200
 """Of what the compiler says, which quotes the template, and of what the template says."""
 
@@ -156,8 +158,21 @@ def compile_template(source: str) -> tuple[Template, tuple[str, ...]]:
         "dict": _Dict(),
         "namespace": _Namespace,
     }
-    reads = meta.find_undeclared_variables(environment.parse(source))
-    return environment.from_string(source), tuple(sorted(reads))
+    return environment.from_string(source), tuple(sorted(_read_variables(environment.parse(source))))
+
+
+def _read_variables(template: nodes.Template) -> set[str]:
+    """Return the variables that a template expects, and those for which it has a value only where there is none.
+
+    jinja2 counts among the undeclared ones those that the template sets in one of its branches.
+    """
+    assigned = {name.name for name in template.find_all(nodes.Name) if name.ctx == "store"}
+    optional = {
+        node.node.name
+        for node in (*template.find_all(nodes.Test), *template.find_all(nodes.Filter))
+        if node.name in _OPTIONAL and isinstance(node.node, nodes.Name)
+    }
+    return meta.find_undeclared_variables(template) - (assigned - optional)
 
 
 def read_frame(read: Callable[[int], bytes]) -> bytes | None:

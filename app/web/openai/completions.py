@@ -79,7 +79,7 @@ def _response(
         _choice(index, completion, echoed[index] if echoed else "", logprobs)
         for index, completion in enumerate(response.completions)
     ]
-    return metadata.object("text_completion", choices, usage_object(response.finished.usage))
+    return metadata.object("text_completion", choices, usage_object(response.finished))
 
 
 def _choice(
