@@ -83,6 +83,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     truncate_prompt: Annotated[int | None, HARMLESS] = None
     """Tokens that the prompt may have; what is over goes from its beginning, of a chat by whole turns.  0 allows what
     the context window does; None refuses a prompt that is too long.  What is left of it stands in `prompt_ids`."""
+    reasoning_effort: str | None = None
+    """How long the model is to think, in OpenAI's words; becomes a variable of the template where that has one."""
     sampling: SamplingParams = SamplingParams()
     unset: frozenset[str] = frozenset()
     """Names of the sampling parameters that the caller left open; `resolve_params` fills them in."""

@@ -44,6 +44,11 @@ class Message:
     name: str | None = None
     """Who of several speaks; of a tool's result the function's name."""
 
+    @property
+    def all_text(self) -> str:
+        """Return everything in it that somebody wrote: reasoning, text and the arguments of calls."""
+        return (self.reasoning or "") + self.content + "".join(call.arguments for call in self.tool_calls)
+
 
 @dataclass(frozen=True, slots=True)
 class Tool:
@@ -211,7 +216,7 @@ class Rights:
     manage_keys: bool = False
     """Manage keys and roles, and read everybody's usage."""
     system_messages: bool = True
-    """Send messages of the role system."""
+    """Send messages of the role system, and what else stands in them: tools, texts for the chat template."""
     raw_logprobs: bool = True
     """Ask for log-probabilities."""
     control_tokens: bool = True

@@ -10,8 +10,8 @@ from typing import Any, Literal, Protocol
 
 from app.errors import InvalidRequest
 from app.events import Event
-from app.requests import GenerationRequest
-from app.types import EngineState, Message, SamplingParams, Tenant
+from app.requests import GenerationRequest, TemplateValue
+from app.types import EngineState, Message, SamplingParams, Tenant, Tool
 
 _NEUTRAL = SamplingParams()
 
@@ -59,6 +59,10 @@ class EngineInfo:
     logprob_shift: float | None = None
     """By how much int8 weights changed the log-probability of the likeliest token at load, on average; None where
     nothing is quantized."""
+    template_variables: tuple[str, ...] = ()
+    """Variables of the chat template that a request may set, sorted."""
+    renders_reasoning: bool = False
+    """Whether the chat template shows what the assistant thought in earlier turns."""
     compiled: Literal["attention", "layers"] | None = None
     """Operators compiled for this machine at load; None: torch computes everything with its own."""
 
@@ -117,11 +121,20 @@ class Tokenizer(Protocol):
     """The model's own tokenizer; user text can never become a control token."""
 
     def encode_chat(
-        self, messages: Sequence[Message], *, continue_final_message: bool = False, tenant: Tenant | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool] = (),
+        template_kwargs: Sequence[tuple[str, TemplateValue]] = (),
+        continue_final_message: bool = False,
+        tenant: Tenant | None = None,
     ) -> tuple[int, ...]:
         """Apply the chat template, ending where the assistant begins to speak, or where the last message breaks off.
 
-        Args: tenant: who may find parts of the conversation encoded already next time; None: nobody.
+        Args:
+            tools: what the assistant may call.
+            template_kwargs: further variables of the template.
+            tenant: who may find parts of the conversation encoded already next time; None: nobody.
         Raises: InvalidRequest: the model has no chat template, or the template refuses these messages.
         """
 

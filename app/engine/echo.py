@@ -15,8 +15,8 @@ from app.engine.base import EngineInfo, EngineStatus, PreparedPrompt
 from app.errors import EngineBusy, EngineNotReady
 from app.events import WITHHELD, Delta, DetokenizedLogprob, Event, Finished, PromptLogprob, Started, finish
 from app.fair_share import fits_share
-from app.requests import GenerationRequest
-from app.types import EngineState, FinishReason, Message, Role, SamplingParams, Tenant, Usage
+from app.requests import GenerationRequest, TemplateValue
+from app.types import EngineState, FinishReason, Message, Role, SamplingParams, Tenant, Tool, Usage
 
 _CONTROL = 0x110000
 """Token ids from here on are control tokens: no character of a text can be one."""
@@ -41,7 +41,13 @@ class EchoTokenizer:
     """Characters to token ids, and one control token in front of each message."""
 
     def encode_chat(
-        self, messages: Sequence[Message], *, continue_final_message: bool = False, tenant: Tenant | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool] = (),
+        template_kwargs: Sequence[tuple[str, TemplateValue]] = (),
+        continue_final_message: bool = False,
+        tenant: Tenant | None = None,
     ) -> tuple[int, ...]:
         ids = [token_id for message in messages for token_id in (_TURN[message.role], *map(ord, message.content))]
         return tuple(ids) if continue_final_message else (*ids, _TURN[Role.ASSISTANT])

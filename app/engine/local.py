@@ -19,7 +19,7 @@ from app.engine.base import Capabilities, EngineInfo, EngineStatus, PreparedProm
 from app.engine.live_request import LiveRequest
 from app.engine.stop_strings import with_stop_tokens
 from app.engine.tokenizer.detokenize import detokenize
-from app.engine.tokenizer.prepare import PromptEncoder, PromptTokenizer
+from app.engine.tokenizer.prepare import ModelTokenizer, PromptEncoder, PromptTokenizer
 from app.errors import ContextLengthExceeded, EngineBusy, EngineFailed, EngineNotReady, InvalidRequest
 from app.events import Event, Started
 from app.fair_share import fits_share
@@ -230,6 +230,8 @@ class LocalEngine:
             recommended=ready.recommended,
             stop_strings=ready.stop_strings,
             rules=ready.rules,
+            template_variables=tokenizer.template_variables,
+            renders_reasoning=tokenizer.renders_reasoning,
             logprob_shift=ready.logprob_shift,
             compiled=ready.compiled,
         )
@@ -369,7 +371,7 @@ def _spec(config: ModelConfig) -> ModelSpec:
     )
 
 
-def _tokenizer_class() -> Callable[..., PromptTokenizer]:
+def _tokenizer_class() -> Callable[..., ModelTokenizer]:
     from app.engine.tokenizer.hf_tokenizer import HfTokenizer
 
     return HfTokenizer

@@ -34,7 +34,7 @@ class Admission(Protocol):
     """Knows what a caller may do and how much; `access.AdmissionControl` is it."""
 
     def check_rights(
-        self, principal: Principal, *, model: str, logprobs: bool, system_messages: bool, control_tokens: bool
+        self, principal: Principal, *, model: str, logprobs: bool, system_text: str | None, control_tokens: bool
     ) -> None:
         """Raises: Forbidden: the caller's role does not allow this model, or what else the request uses of it."""
 
@@ -121,7 +121,7 @@ class UsageRecord:
         """Note the model and the prompt as it was fitted: filtered, and without the history of its session."""
         self._info, self._prompt_tokens = info, fitted.prompt_tokens
         if self._recorder.store_text:
-            texts = [message.content for message in fitted.new] or [fitted.request.text or ""]
+            texts = [message.all_text for message in fitted.new] or [fitted.request.text or ""]
             self._prompt = "\n\n".join(texts)
 
     @contextmanager

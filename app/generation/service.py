@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, aclosing, asynccontextmanager, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -14,13 +15,24 @@ from app.engine.base import PreparedPrompt
 from app.engine.host import ModelHost
 from app.engine.served_model import ServedModel
 from app.errors import DeadlineExceeded, InvalidRequest, ShuttingDown
-from app.events import Delta, Event, Finished, Started
+from app.events import Delta, Event, Finished, Started, join_tool_calls
 from app.generation.context_window import FittedPrompt, TokenBudget, fit_chat, fit_text, trimmable
+from app.generation.message_texts import map_texts
 from app.generation.metering import Admission, UsageRecorder
 from app.generation.parallel_sampling import merge_samples
 from app.generation.request_stats import RequestStats
 from app.generation.sampling import resolve_params
-from app.generation.sessions import SessionStore, Turn, as_turns, new_messages, split_messages, turn_within
+from app.generation.sessions import (
+    SessionStore,
+    Turn,
+    answered_turn,
+    as_turns,
+    new_messages,
+    split_messages,
+    turn_within,
+    whole_turns,
+)
+from app.generation.template_options import resolve_template_options
 from app.privacy.filters import InputFilter
 from app.requests import GenerationRequest
 from app.telemetry import Metrics
@@ -84,6 +96,7 @@ class GenerationService:
         Raises: AppError: in place of Started if the request is wrong or cannot be taken, later if it breaks.
         """
         with self._usage.record(request, principal) as record, self._lease(request, principal) as model:
+            request = resolve_template_options(request, model.engine.info)
             self._check_rights(request, principal, model)
             budget = _budget(request, model)
             await self._admission.check_tokens(principal, budget.least_tokens(request.n))
@@ -106,7 +119,7 @@ class GenerationService:
                 finished = run.finished()
                 if finished.finish_reason.is_complete:
                     async with self._deadline("The turn took too long to store."):
-                        await self._store_turn(request, fitted.new, run.text)
+                        await self._store_turn(request, fitted.new, run.message)
             record.finish(finished)
             yield finished
 
@@ -119,7 +132,7 @@ class GenerationService:
             principal,
             model=model.name,
             logprobs=request.sampling.logprobs is not None or request.sampling.prompt_logprobs is not None,
-            system_messages=any(message.role is Role.SYSTEM for message in request.messages),
+            system_text=_system_text(request),
             control_tokens=ids is not None and model.engine.has_control_tokens(ids),
         )
 
@@ -147,15 +160,28 @@ class GenerationService:
             request = await self._clean_text(request, model, budget)
             fitted = await fit_text(request, prepare, budget)
             return fitted if request.prompt_ids is not None else await _hide_own_words(fitted, model)
-        texts = await self._clean(request, [message.content for message in request.messages])
-        messages = [Message(each.role, text) for each, text in zip(request.messages, texts, strict=True)]
+        request = await self._cleaned_chat(request)
         # A session stores masked texts, so a conversation that a client sends again is recognised by its masked form.
+        messages = list(request.messages)
         masked = await self._storable(request, messages) if request.session_id else messages
         stored = new_messages(history, masked)
         before, spoken = split_messages(messages, len(stored))
+        if request.session_id:
+            history, spoken = answered_turn(history, spoken)
         turns, new = trimmable(request, history, spoken)
         fitted = await fit_chat(structs.replace(request, messages=before), turns, new, prepare, budget)
         return await _hide_own_words(replace(fitted, new=stored), model)
+
+    async def _cleaned_chat(self, request: GenerationRequest) -> GenerationRequest:
+        """Return a chat whose messages and tools have passed the input filter."""
+        if self._input_filter is None:
+            return request
+        filtered = partial(self._input_filter.clean, request.tenant)
+        return structs.replace(
+            request,
+            messages=tuple(await map_texts(request.messages, filtered)),
+            tools=tuple(await map_texts(request.tools, filtered)),
+        )
 
     async def _storable(self, request: GenerationRequest, messages: Sequence[Message]) -> list[Message]:
         """Return messages as a session may store them; those that the input filter has passed are clean already."""
@@ -168,8 +194,12 @@ class GenerationService:
         """
         if self._storage_filter is None:
             return list(messages)
-        mask = self._storage_filter.mask
-        return [replace(each, content=await mask(tenant, each.content)) for each in messages]
+        mask = partial(self._storage_filter.mask, tenant)
+
+        async def masked(texts: list[str]) -> list[str]:
+            return [await mask(text) for text in texts]
+
+        return await map_texts(messages, masked)
 
     async def _clean_text(
         self, request: GenerationRequest, model: ServedModel, budget: TokenBudget
@@ -200,25 +230,34 @@ class GenerationService:
     async def _session_turn(self, request: GenerationRequest, session_id: str) -> AsyncIterator[Sequence[Turn]]:
         if request.n > 1:
             raise InvalidRequest.of_field("n", "must be 1 in a session, which goes on with one answer")
-        if request.messages[-1].role is not Role.USER:
-            raise InvalidRequest.of_field("messages", "must end with the user's in a session")
+        if request.messages[-1].role not in (Role.USER, Role.TOOL):
+            raise InvalidRequest.of_field("messages", "must end with the user's or a tool's in a session")
         if self.sessions is None:
             raise InvalidRequest("Session memory is switched off on this service; leave session_id out.")
         async with turn_within(self._waiting_seconds, self.sessions, request.tenant, session_id):
             if self.host.draining:
                 raise ShuttingDown()
             session = await self.sessions.read(request.tenant, session_id)
-            yield session.turns if session else ()
+            yield whole_turns(session.turns) if session else ()
 
-    async def _store_turn(self, request: GenerationRequest, new: Sequence[Message], completion: str) -> None:
+    async def _store_turn(self, request: GenerationRequest, new: Sequence[Message], completion: Message) -> None:
         if request.session_id is None or self.sessions is None:
             return
-        if self._storage_filter is not None:
-            # Where output is not filtered this still prevents personal data from being stored, and lets a client's
-            # resent conversation, which is masked too before it is compared, be recognised.
-            completion = await self._storage_filter.mask(request.tenant, completion)
-        for turn in as_turns([*new, Message(Role.ASSISTANT, completion)]):
+        # Where output is not filtered this still prevents personal data from being stored, and lets a client's resent
+        # conversation, which is masked too before it is compared, be recognised.
+        (stored,) = await self.storable(request.tenant, [completion])
+        for turn in as_turns([*new, stored]):
             await self.sessions.append(request.tenant, request.session_id, turn)
+
+
+def _system_text(request: GenerationRequest) -> str | None:
+    """Return the field by which a request writes into the system message; None where none does."""
+    if any(message.role is Role.SYSTEM for message in request.messages):
+        return "messages"
+    if request.tools:
+        return "tools"
+    texts = (name for name, value in request.template_kwargs if isinstance(value, str) and name != "reasoning_effort")
+    return "chat_template_kwargs" if any(texts) else None
 
 
 def _budget(request: GenerationRequest, model: ServedModel) -> TokenBudget:
@@ -258,19 +297,26 @@ class _Run:
         self._request = request
         self._fitted = fitted
         self._model = model
+        self._keeps_reasoning = info.renders_reasoning
         self._samples = request.samples()
         self.stats = RequestStats(model.name, metrics, self._samples)
         self.most_tokens = fitted.prompt_tokens + fitted.max_tokens * request.n
         """Upper bound of the tokens that the request is charged with."""
-        self._text: list[str] = []
+        self._deltas: list[Delta] = []
         self._withheld_tokens = [0] * len(self._samples)
         """Tokens of each sample whose deltas were left out since the last one that was not."""
         self._finished: Finished | None = None
 
     @property
-    def text(self) -> str:
-        """Return the text so far; of several samples, all of it as it came."""
-        return "".join(self._text)
+    def message(self) -> Message:
+        """Return what the assistant has said, thought and called so far; of several samples, all of it as it came."""
+        reasoning = "".join(delta.reasoning for delta in self._deltas) if self._keeps_reasoning else ""
+        return Message(
+            Role.ASSISTANT,
+            "".join(delta.text for delta in self._deltas),
+            tool_calls=join_tool_calls(part for delta in self._deltas for part in delta.tool_calls),
+            reasoning=reasoning or None,
+        )
 
     def events(self) -> AsyncGenerator[Event, None]:
         return merge_samples([self._model.chain.stream(sample) for sample in self._samples])
@@ -280,7 +326,8 @@ class _Run:
         match event:
             case Delta():
                 self.stats.observe(event)
-                self._text.append(event.text)
+                if self._request.session_id is not None:
+                    self._deltas.append(event)
                 if event.is_visible and not self._withheld_tokens[event.index]:
                     return event
                 return self._visible(event)

@@ -6,16 +6,18 @@ to the client.
 """
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Protocol
+from itertools import takewhile
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 from app.config import ChatHistoryConfig
-from app.errors import DeadlineExceeded
+from app.errors import DeadlineExceeded, InvalidRequest
 from app.generation.tenant_cache import TenantCache
 from app.types import Message, Role, Tenant
 
@@ -28,8 +30,8 @@ class Turn:
 
     @property
     def text_bytes(self) -> int:
-        """Its text in UTF-8."""
-        return sum(len(message.content.encode("utf-8", "surrogatepass")) for message in self.messages)
+        """Its text in UTF-8: what was said, thought and handed to tools."""
+        return sum(len(message.all_text.encode("utf-8", "surrogatepass")) for message in self.messages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,17 +211,32 @@ def new_messages(history: Sequence[Turn], messages: Sequence[Message]) -> tuple[
 
     Some clients send the whole conversation every time, also turns that the session has dropped since.  So where the
     stored conversation stands in the request, word for word and from its first to its last message, only what follows
-    is new; else everything is.
+    is new; else everything is.  Clients leave out what the assistant thought, and write arguments in their own way.
     """
     spoken = tuple(_without_system(messages))
-    stored = tuple(_without_system(message for turn in history for message in turn.messages))
+    stored = [_compared(message) for message in _without_system(each for turn in history for each in turn.messages)]
     if stored:
+        given = [_compared(message) for message in spoken]
         # The last match that leaves something new: a session stores the end of its conversation.
-        for start in reversed(range(len(spoken) - len(stored))):
+        for start in reversed(range(len(given) - len(stored))):
             end = start + len(stored)
-            if spoken[start:end] == stored:
+            if given[start:end] == stored:
                 return spoken[end:]
     return spoken
+
+
+def _compared(message: Message) -> tuple[Any, ...]:
+    """Return by what a message is recognised when a client sends it again."""
+    calls = tuple((call.id, call.name, _value(call.arguments)) for call in message.tool_calls)
+    return message.role, message.content, calls, message.tool_call_id
+
+
+def _value(arguments: str) -> str:
+    """Return a JSON text without what makes no difference; one that is cut stays as it is."""
+    try:
+        return json.dumps(json.loads(arguments), sort_keys=True)
+    except (ValueError, RecursionError):
+        return arguments
 
 
 def split_messages(messages: Sequence[Message], count: int) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
@@ -245,6 +262,36 @@ def as_turns(messages: Sequence[Message]) -> list[Turn]:
             turns.append([])
         turns[-1].append(message)
     return [Turn(tuple(turn)) for turn in turns]
+
+
+def whole_turns(turns: Sequence[Turn]) -> tuple[Turn, ...]:
+    """Return a session's turns so that each begins with a user's message where it can.
+
+    The results of tools are sent, and stored, after the turn that called them, and belong to it; without it they answer
+    nothing, and go.
+    """
+    whole: list[Turn] = []
+    for turn in turns:
+        if turn.messages[0].role is not Role.TOOL:
+            whole.append(turn)
+        elif whole:
+            whole[-1] = Turn((*whole[-1].messages, *turn.messages))
+    return tuple(whole)
+
+
+def answered_turn(history: Sequence[Turn], new: Sequence[Message]) -> tuple[Sequence[Turn], tuple[Message, ...]]:
+    """Return history and new messages so that results of tools stand behind their calls, whatever has to go.
+
+    Raises: InvalidRequest: a result answers no call of the turn before.
+    """
+    results = list(takewhile(lambda message: message.role is Role.TOOL, _without_system(new)))
+    if not results:
+        return history, tuple(new)
+    last = history[-1].messages if history else ()
+    called = {call.id for message in last for call in message.tool_calls}
+    if not called.issuperset(each.tool_call_id for each in results if each.tool_call_id is not None):
+        raise InvalidRequest.of_field("messages", "hold a tool's result for a call that the session does not end with")
+    return history[:-1], (*last, *new)
 
 
 def _without_system(messages: Iterable[Message]) -> Iterable[Message]:

@@ -3,15 +3,32 @@
 LangChain's chunks carry the engine's event in one more field, so that nothing has to go round the chain.
 """
 
+import json
 from typing import Any
 
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage, ToolMessage
-from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    BaseMessage,
+    HumanMessage,
+    InvalidToolCall,
+    SystemMessage,
+    ToolCallChunk,
+    ToolMessage,
+)
+from langchain_core.messages import ToolCall as LangChainCall
+from langchain_core.messages.ai import InputTokenDetails, OutputTokenDetails, UsageMetadata
+from langchain_core.messages.tool import invalid_tool_call as create_invalid_tool_call
+from langchain_core.messages.tool import tool_call as create_tool_call
+from langchain_core.messages.tool import tool_call_chunk as create_tool_call_chunk
 from langchain_core.outputs import ChatGenerationChunk, GenerationChunk
 from pydantic import Field
 
-from app.events import Delta, DetokenizedLogprob, Event, Finished
-from app.types import Message, Role, Usage
+from app.events import Delta, DetokenizedLogprob, Event, Finished, ToolCallDelta
+from app.types import Message, Role, ToolCall, Usage
+
+REASONING = "reasoning_content"
+"""Where LangChain's messages of several providers have what the model thought, in `additional_kwargs`."""
 
 
 class EventText(str):
@@ -45,19 +62,24 @@ class EventMessageChunk(AIMessageChunk):
 
     @classmethod
     def of(cls, event: Event) -> "EventMessageChunk":
-        """Return the text and the event alone, as the service needs them."""
+        """Return what the model wrote and the event alone, as the service needs them."""
+        if isinstance(event, Delta) and (event.reasoning or event.tool_calls):
+            return cls.described(event)
         return cls(content=event.text if isinstance(event, Delta) else "", event=event)
 
     @classmethod
     def described(cls, event: Event) -> "EventMessageChunk":
-        """Return the text and the event with usage and position in LangChain's own places."""
-        finished = isinstance(event, Finished)
-        return cls(
-            content=event.text if isinstance(event, Delta) else "",
-            usage_metadata=usage_metadata(event.usage) if isinstance(event, Finished) else None,
-            chunk_position="last" if finished else None,
-            event=event,
-        )
+        """Return the event with text, reasoning, calls, usage and position in LangChain's own places."""
+        if isinstance(event, Delta):
+            return cls(
+                content=event.text,
+                tool_call_chunks=[_call_chunk(part) for part in event.tool_calls],
+                additional_kwargs={REASONING: event.reasoning} if event.reasoning else {},
+                event=event,
+            )
+        if isinstance(event, Finished):
+            return cls(content="", usage_metadata=finished_usage(event), chunk_position="last", event=event)
+        return cls(content="", event=event)
 
 
 def chat_generation_chunk(event: Event, model: str | None) -> ChatGenerationChunk:
@@ -100,6 +122,18 @@ def _logprob(token: DetokenizedLogprob) -> dict[str, Any]:
     }
 
 
+def _call_chunk(part: ToolCallDelta) -> ToolCallChunk:
+    return create_tool_call_chunk(name=part.name, args=part.arguments, id=part.id, index=part.position)
+
+
+def finished_usage(finished: Finished) -> UsageMetadata:
+    """Return token counts in LangChain's type, with those of reasoning where there was any."""
+    usage = usage_metadata(finished.usage)
+    if reasoning := sum(sample.reasoning_tokens for sample in finished.samples):
+        usage["output_token_details"] = OutputTokenDetails(reasoning=reasoning)
+    return usage
+
+
 def usage_metadata(usage: Usage) -> UsageMetadata:
     """Return token counts in LangChain's type."""
     return UsageMetadata(
@@ -114,24 +148,60 @@ def to_langchain(message: Message) -> BaseMessage:
     """Return the message object that stands for ours; content is data, whatever braces it holds."""
     match message.role:
         case Role.SYSTEM:
-            return SystemMessage(message.content)
+            return SystemMessage(message.content, name=message.name)
         case Role.USER:
-            return HumanMessage(message.content)
+            return HumanMessage(message.content, name=message.name)
         case Role.ASSISTANT:
-            return AIMessage(message.content)
+            return _assistant(message)
         case Role.TOOL:
-            return ToolMessage(message.content, tool_call_id="")
+            return ToolMessage(message.content, tool_call_id=message.tool_call_id or "", name=message.name)
+
+
+def _assistant(message: Message) -> AIMessage:
+    valid: list[LangChainCall] = []
+    invalid: list[InvalidToolCall] = []
+    for call in message.tool_calls:
+        try:
+            arguments = json.loads(call.arguments or "{}")
+        except (ValueError, RecursionError):
+            arguments = None
+        if isinstance(arguments, dict):
+            valid.append(create_tool_call(name=call.name, args=arguments, id=call.id))
+        else:
+            invalid.append(create_invalid_tool_call(name=call.name, args=call.arguments, id=call.id, error=None))
+    return AIMessage(
+        message.content,
+        name=message.name,
+        tool_calls=valid,
+        invalid_tool_calls=invalid,
+        additional_kwargs={} if message.reasoning is None else {REASONING: message.reasoning},
+    )
 
 
 def from_langchain(message: BaseMessage) -> Message:
     """Raises: ValueError: a kind of message that no chat template takes."""
     match message:
         case SystemMessage():
-            return Message(Role.SYSTEM, message.text)
+            return Message(Role.SYSTEM, message.text, name=message.name)
         case HumanMessage():
-            return Message(Role.USER, message.text)
+            return Message(Role.USER, message.text, name=message.name)
         case AIMessage():
-            return Message(Role.ASSISTANT, message.text)
+            return Message(
+                Role.ASSISTANT,
+                message.text,
+                tool_calls=_calls(message),
+                reasoning=message.additional_kwargs.get(REASONING),
+                name=message.name,
+            )
         case ToolMessage():
-            return Message(Role.TOOL, message.text)
+            return Message(Role.TOOL, message.text, tool_call_id=message.tool_call_id or None, name=message.name)
     raise ValueError(f"messages of type {message.type} are not supported")
+
+
+def _calls(message: AIMessage) -> tuple[ToolCall, ...]:
+    valid = [
+        ToolCall(call["id"] or "", call["name"], json.dumps(call["args"], ensure_ascii=False))
+        for call in message.tool_calls
+    ]
+    broken = [ToolCall(call["id"] or "", call["name"] or "", call["args"] or "") for call in message.invalid_tool_calls]
+    return (*valid, *broken)

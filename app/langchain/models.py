@@ -6,22 +6,23 @@ with usage, finish reason and log-probabilities in LangChain's own places.  Clos
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, nullcontext
 from dataclasses import fields, replace
 from functools import reduce
 from operator import add
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.globals import get_debug, get_verbose
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.language_models.chat_models import agenerate_from_stream
-from langchain_core.messages import AIMessageChunk, BaseMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult, Generation, GenerationChunk, LLMResult
 from langchain_core.prompt_values import PromptValue
-from langchain_core.runnables import RunnableConfig, ensure_config
+from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
+from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_huggingface import ChatHuggingFace, HuggingFacePipeline
 from langsmith.utils import tracing_is_enabled
 from msgspec import structs
@@ -36,6 +37,8 @@ from app.langchain.messages import (
     chat_generation_chunk,
     from_langchain,
 )
+from app.langchain.structured_output import structured_output
+from app.langchain.tools import split_chat_arguments
 from app.requests import GenerationRequest
 from app.types import SamplingParams, Tenant
 
@@ -200,6 +203,45 @@ class EngineChat(ChatHuggingFace):
     def _llm_type(self) -> str:
         return "engine_chat"
 
+    def bind_tools(
+        self,
+        tools: Sequence[Any],
+        *,
+        tool_choice: dict[str, Any] | str | bool | None = None,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """Return this model with tools that it may ask for.
+
+        Args:
+            tools: Python functions, Pydantic classes, LangChain's tools, or OpenAI's objects.
+            tool_choice: auto, none, any or True (some tool must be called), or the name of the one that must be.
+            strict: whether the arguments of every call follow the schema.
+        """
+        formatted = [convert_to_openai_tool(tool, strict=strict) for tool in tools]
+        if tool_choice is not None:
+            kwargs["tool_choice"] = tool_choice
+        return self.bind(tools=formatted, **kwargs)
+
+    def with_structured_output(
+        self,
+        schema: Any = None,
+        *,
+        method: Literal["function_calling", "json_mode", "json_schema"] = "json_schema",
+        include_raw: bool = False,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, Any]:
+        """Return this model with answers that follow a schema, parsed: a Pydantic class gives its instances.
+
+        Args:
+            schema: a Pydantic class, a TypedDict, or a JSON Schema; of `json_mode` it is only what is parsed.
+            method: `json_schema` lets the sampler allow nothing else; `function_calling` makes a tool of it that must
+                be called; `json_mode` asks for any object.
+            include_raw: return the message too, and an error of parsing in place of raising it.
+        Raises: ValueError: there is no schema, or an argument that nothing would honour.
+        """
+        return structured_output(self, schema, method=method, include_raw=include_raw, **kwargs)
+
     async def astream(
         self,
         input: LanguageModelInput,  # noqa: A002  # LangChain's own name
@@ -235,7 +277,10 @@ class EngineChat(ChatHuggingFace):
         pipeline: EnginePipeline = self.llm
         bound = kwargs.get("request")
         encoded = isinstance(bound, GenerationRequest) and bound.prompt_ids is not None
-        return await pipeline.open(stop, kwargs, messages=() if encoded else tuple(map(from_langchain, messages)))
+        if encoded:
+            return await pipeline.open(stop, kwargs)
+        fields, others = split_chat_arguments(kwargs)
+        return await pipeline.open(stop, others, messages=tuple(map(from_langchain, messages)), **fields)
 
     async def _astream(
         self,

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import uvicorn
 from fastapi import FastAPI
+from msgspec import structs
 
 from app.access.limits import configured
 from app.config import Settings, load_settings
@@ -39,8 +40,8 @@ RESPONSE_BODIES: Mapping[str, dict[str, Any]] = {"/v1/responses": {"input": "hel
 OPENAI_PATHS = (*OPENAI_BODIES, *RESPONSE_BODIES, "/v1/models")
 MODEL = "scripted"
 
-Step = str | float | BaseException
-"""A text to send, seconds to wait, or an error to end with."""
+Step = str | Delta | float | BaseException
+"""A text or a whole delta to send, for each sample, seconds to wait, or an error to end with."""
 
 
 @dataclass
@@ -52,6 +53,8 @@ class ScriptedService:
     """Raised before the response begins."""
     refusal_after_seconds: float = 0
     finish_reason: FinishReason = FinishReason.STOP
+    reasoning_tokens: int = 0
+    """Of each sample."""
     ends: bool = True
     """False breaks the promise of a last event."""
     requests: list[GenerationRequest] = field(default_factory=list)
@@ -77,6 +80,9 @@ class ScriptedService:
                         for index in range(request.n):
                             logprobs = _logprobs(step, request.sampling.logprobs)
                             yield Delta(text=step, index=index, logprobs=logprobs, tokens=1)
+                    case Delta():
+                        for index in range(request.n):
+                            yield structs.replace(step, index=index)
                     case BaseException():
                         raise step
                     case _:
@@ -84,7 +90,7 @@ class ScriptedService:
             if self.ends:
                 yield Finished(
                     model=MODEL,
-                    samples=(FinishedSample(finish_reason=self.finish_reason, completion_tokens=2),) * request.n,
+                    samples=(self._end,) * request.n,
                     usage=Usage(prompt_tokens=3, completion_tokens=2 * request.n, cached_tokens=1),
                     session_id=request.session_id,
                     context=ContextUsage(limit=100, prompt_tokens=3, turns_kept=1, turns_dropped=0)
@@ -94,6 +100,12 @@ class ScriptedService:
         finally:
             self.running -= 1
             self.closed_at = asyncio.get_running_loop().time()
+
+    @property
+    def _end(self) -> FinishedSample:
+        return FinishedSample(
+            finish_reason=self.finish_reason, completion_tokens=2, reasoning_tokens=self.reasoning_tokens
+        )
 
     async def storable(self, tenant: Tenant, messages: Sequence[Message]) -> list[Message]:
         return list(messages)

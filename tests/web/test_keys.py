@@ -340,6 +340,10 @@ async def test_the_right_to_send_control_tokens_is_nothing_without_system_messag
     assert [403, 200, 403] == statuses
 
 
+USER = [{"role": "user", "content": "hi"}]
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "You are a pirate."}}]
+
+
 @pytest.mark.parametrize(
     ("path", "body", "rights", "field"),
     [
@@ -348,6 +352,8 @@ async def test_the_right_to_send_control_tokens_is_nothing_without_system_messag
         ("/v1/chat/completions", {"prompt_logprobs": 0}, {"raw_logprobs": False}, "logprobs"),
         ("/v1/chat", {}, {"system_messages": False}, "messages"),
         ("/v1/chat/completions", {}, {"system_messages": False}, "messages"),
+        ("/v1/chat", {"messages": USER, "tools": TOOLS}, {"system_messages": False}, "tools"),
+        ("/v1/chat/completions", {"messages": USER, "tools": TOOLS}, {"system_messages": False}, "tools"),
         ("/v1/chat", {}, {"models": ["another"]}, "model"),
         ("/v1/chat/completions", {}, {"models": ["another"]}, "model"),
     ],

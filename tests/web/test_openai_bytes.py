@@ -9,9 +9,10 @@ import pytest
 
 from app.engine.echo import EchoEngine
 from app.errors import EngineFailed
+from app.events import Delta, ToolCallDelta
 from app.types import FinishReason, SamplingParams
 from app.web.openai.stream_encoder import DONE
-from tests.web.harness import CHAT, GENERATE, MODEL, LoadingEngine, RecordingEngine, ScriptedService, make_web
+from tests.web.harness import CHAT, GENERATE, MODEL, LoadingEngine, RecordingEngine, ScriptedService, Step, make_web
 
 GOLDEN = Path(__file__).with_name("golden")
 CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
@@ -37,6 +38,16 @@ STREAMS: dict[str, tuple[str, dict[str, Any]]] = {
     "text_stream_scored": (TEXTS, SCORED[TEXTS]),
     "text_stream_echo": (TEXTS, {"echo": True}),
 }
+
+TOOLS = {"tools": [{"type": "function", "function": {"name": "add"}}]}
+FUNCTIONS = {"functions": [{"name": "add"}]}
+CALLING: dict[str, dict[str, Any]] = {
+    "chat_tools": TOOLS,
+    "chat_functions": FUNCTIONS,
+    "chat_tools_stream": {"n": 2, "stream": True, **TOOLS},
+    "chat_functions_stream": {"stream": True, **FUNCTIONS},
+}
+"""Chats whose completions call."""
 
 
 def body(path: str, fields: dict[str, Any]) -> dict[str, Any]:
@@ -80,8 +91,28 @@ async def test_an_error_inside_a_stream_is_an_object_and_then_done(path, name):
     assert (GOLDEN / f"{name}.txt").read_text() == steady(reply.text)
 
 
+@pytest.mark.parametrize("name", CALLING)
+async def test_thoughts_and_calls_are_as_their_file_shows(name):
+    """Reasoning under both its names, calls in parts with their index, and in the older form where that was asked."""
+    steps: list[Step] = [
+        Delta(reasoning="Let me", tokens=1),
+        Delta(reasoning=" add.", tool_calls=(ToolCallDelta(id="call_1", name="add"),), tokens=1),
+        Delta(tool_calls=(ToolCallDelta(arguments='{"a": 1}'),), tokens=1),
+    ]
+    if "tools" in name:
+        second = (ToolCallDelta(position=1, id="call_2", name="add", arguments="{}"),)
+        steps += [Delta(text="So:", tool_calls=second, tokens=1)] if "stream" in name else [Delta(tool_calls=second)]
+    web = await make_web(ScriptedService(steps, finish_reason=FinishReason.TOOL_CALLS, reasoning_tokens=2))
+    async with web.client() as client:
+        reply = await client.post(CHATS, json=body(CHATS, CALLING[name]))
+
+    file = GOLDEN / f"{name}.{'txt' if 'stream' in name else 'json'}"
+    assert file.read_text() == steady(reply.text) + "\n" * (file.suffix == ".json")
+
+
 async def test_no_golden_file_is_left_over():
     names = {f"{name}.json" for name in WHOLE} | {f"{name}.txt" for name in STREAMS}
+    names |= {f"{name}.{'txt' if 'stream' in name else 'json'}" for name in CALLING}
     assert names | {"chat_stream_error.txt", "text_stream_error.txt"} == {file.name for file in GOLDEN.iterdir()}
 
 

@@ -3,6 +3,7 @@
 The types are walked, so a newer package with a new field fails here and not at a user's.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from openai.types.chat.chat_completion_message_param import ChatCompletionMessag
 from openai.types.chat.chat_completion_stream_options_param import ChatCompletionStreamOptionsParam
 
 from app.requests import GenerationRequest, Origin
-from app.types import Message, Role
+from app.types import Message, Role, Tool, ToolCall
 from app.web.openai.chat import ChatCompletionRequest
 from app.web.openai.completions import CompletionRequest
 from tests.web.harness import CHAT, GENERATE, MODEL
@@ -37,6 +38,10 @@ def sampled(name: str) -> Seen:
     """Return a parameter's value; None if the request leaves it to the service."""
     return lambda request: None if name in request.unset else getattr(request.sampling, name)
 
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": SCHEMA}}
+ADD = Tool("add", "Adds.", json.dumps(SCHEMA))
 
 DRAWN: dict[str, tuple[Any, Any, Seen]] = {
     "model": (MODEL, MODEL, lambda request: request.model),
@@ -73,6 +78,9 @@ HONOURED: dict[str, dict[str, tuple[Any, Any, Seen]]] = {
         ),
         "max_completion_tokens": (9, 9, sampled("max_tokens")),
         "logprobs": (True, 0, sampled("logprobs")),
+        "tools": ([TOOL], (ADD,), lambda request: request.tools),
+        "functions": ([TOOL["function"]], (ADD,), lambda request: request.tools),
+        "reasoning_effort": ("low", "low", lambda request: request.reasoning_effort),
     },
     TEXTS: DRAWN
     | {
@@ -117,7 +125,8 @@ NEUTRAL: dict[str, tuple[list[Any], Any]] = {
 }
 """Other servers' fields on both routes: the values that change nothing, and one that is refused by name."""
 ELSEWHERE = {
-    CHATS: {"stream", "stream_options", "top_logprobs", "metadata", "user", "safety_identifier"},
+    CHATS: {"stream", "stream_options", "top_logprobs", "metadata", "user", "safety_identifier"}
+    | {"tool_choice", "parallel_tool_calls", "function_call"},
     TEXTS: {"stream", "stream_options", "echo", "user", "best_of"},
 }
 """Fields that are honoured otherwise; each has a test of its own in this folder."""
@@ -125,18 +134,12 @@ ELSEWHERE = {
 REFUSED: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
     CHATS: {
         "audio": ([], [{"format": "mp3", "voice": "alloy"}]),
-        "function_call": (["none", "auto"], [{"name": "f"}]),
-        "functions": ([[]], [[{"name": "f"}]]),
         "modalities": ([["text"]], [["text", "audio"], ["audio"]]),
         "moderation": ([], [{"model": "m"}]),
-        "parallel_tool_calls": ([True], [False, 1]),
-        "reasoning_effort": (["none"], []),
         "response_format": (
             [{"type": "text"}],
             [{"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": "x"}}],
         ),
-        "tool_choice": (["none", "auto"], ["required", {"type": "function", "function": {"name": "f"}}]),
-        "tools": ([[]], [[{"type": "function", "function": {"name": "f"}}]]),
         "web_search_options": ([], [{}]),
     },
     TEXTS: {"suffix": ([""], ["x"])},
@@ -252,22 +255,17 @@ async def test_a_field_that_nobody_knows_is_refused_by_name(client, path):
     assert "temprature: there is no such field" == reply.json()["error"]["message"]
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 MESSAGES: dict[str, tuple[dict[str, Any], dict[str, list[Any]]]] = {
-    "system": ({"content": "x"}, {"name": ["n"]}),
-    "developer": ({"content": "x"}, {"name": ["n"]}),
-    "user": ({"content": "x"}, {"name": ["n"]}),
+    "system": ({"content": "x", "name": "n"}, {}),
+    "developer": ({"content": "x", "name": "n"}, {}),
+    "user": ({"content": "x", "name": "n"}, {}),
     "assistant": (
-        {"content": "x"},
-        {
-            "name": ["n"],
-            "audio": [{"id": "a"}],
-            "function_call": [{"name": "f", "arguments": "{}"}],
-            "refusal": ["no"],
-            "tool_calls": [[{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]],
-        },
+        {"content": "x", "name": "n", "refusal": None, "tool_calls": [CALL], "function_call": None},
+        {"audio": [{"id": "a"}]},
     ),
     "tool": ({"content": "x", "tool_call_id": "1"}, {}),
-    "function": ({}, {"role": ["function"], "content": ["x"], "name": ["f"]}),
+    "function": ({"content": "x", "name": "n"}, {}),
 }
 """For each role a message that is taken, and the fields that are refused."""
 
@@ -286,15 +284,17 @@ def test_every_field_of_the_packages_messages_is_known_here():
     assert {"include_usage", "include_obfuscation"} == set(get_type_hints(ChatCompletionStreamOptionsParam))
 
 
-@pytest.mark.parametrize("role", [role for role in MESSAGES if role != "function"])
+@pytest.mark.parametrize("role", MESSAGES)
 async def test_every_role_is_heard(web, client, role):
     taken, refused = MESSAGES[role]
-    expected = {"developer": Role.SYSTEM}.get(role) or Role(role)
+    expected = {"developer": Role.SYSTEM, "function": Role.TOOL}.get(role) or Role(role)
 
     reply = await client.post(CHATS, json={"messages": [{"role": role, **taken, **dict.fromkeys(refused)}]})
 
     assert 200 == reply.status_code, reply.text
-    assert (Message(expected, "x"),) == web.service.requests[0].messages
+    calls = (ToolCall("1", "f", "{}"),) if "tool_calls" in taken else ()
+    heard = Message(expected, "x", calls, tool_call_id=taken.get("tool_call_id"), name=taken.get("name"))
+    assert (heard,) == web.service.requests[0].messages
 
 
 @pytest.mark.parametrize(
@@ -302,21 +302,24 @@ async def test_every_role_is_heard(web, client, role):
     [
         ({"role": role, **taken, name: value}, name)
         for role, (taken, refused) in MESSAGES.items()
-        if role != "function"
         for name, values in refused.items()
         for value in values
     ]
     + [
-        ({"role": "function", "content": "x", "name": "f"}, "role"),
+        ({"role": "critic", "content": "x"}, "role"),
         ({"role": "user"}, "content"),
-        ({"role": "assistant", "content": None}, "content"),
+        ({"role": "user", "content": None}, "content"),
+        ({"role": "tool", "content": None, "tool_call_id": "1"}, "content"),
         ({"role": "user", "content": []}, "content"),
+        ({"role": "user", "content": "x", "mood": "bad"}, "mood"),
+        ({"role": "user", "content": "x", "name": 5}, "name"),
+        ({"role": "assistant", "tool_calls": [{**CALL, "type": "custom"}]}, "tool_calls.0.type"),
+        ({"role": "assistant", "tool_calls": [{"id": "1", "function": {}}]}, "tool_calls.0.function.name"),
+        ({"role": "assistant", "tool_calls": [CALL] * 129}, "tool_calls"),
+        ({"role": "assistant", "function_call": {"arguments": "{}"}}, "function_call.name"),
+        ({"role": "assistant", "reasoning_content": ["x"]}, "reasoning_content"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "content.0.type"),
         ({"role": "user", "content": [{"type": "text", "text": 1}]}, "content.0.text"),
-        (
-            {"role": "user", "content": [{"type": "text", "text": "x", "prompt_cache_breakpoint": {"mode": "a"}}]},
-            "content.0.prompt_cache_breakpoint",
-        ),
     ],
 )
 async def test_what_a_message_cannot_hold_is_refused_by_its_path(client, message, param):
@@ -356,6 +359,12 @@ async def test_what_the_assistant_said_may_come_back_as_it_was_sent(web, client)
         ),
         (CHATS, {"continue_final_message": True}, "continue_final_message"),
         (CHATS, {"add_generation_prompt": False}, "add_generation_prompt"),
+        (CHATS, {"reasoning_effort": "huge"}, "reasoning_effort"),
+        (CHATS, {"chat_template_kwargs": {"x": {"nested": 1}}}, "chat_template_kwargs"),
+        (CHATS, {"chat_template_kwargs": {"x" * 65: 1}}, "chat_template_kwargs"),
+        (CHATS, {"chat_template_kwargs": {"x": "y" * 257}}, "chat_template_kwargs"),
+        (CHATS, {"chat_template_kwargs": {f"x{number}": 1 for number in range(17)}}, "chat_template_kwargs"),
+        (CHATS, {"chat_template_kwargs": {"enable_thinking": True}, "enable_thinking": False}, "enable_thinking"),
         (CHATS, {"metadata": {"a": 1}}, "metadata"),
         (CHATS, {"metadata": {str(number): "" for number in range(17)}}, "metadata"),
         (CHATS, {"metadata": {"a": "x" * 513}}, "metadata"),

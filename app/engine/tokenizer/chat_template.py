@@ -75,15 +75,26 @@ class ChatTemplate:
         self.close = weakref.finalize(self, _close_all, self._idle)
         """Ends the processes that are not rendering; those that are end with their rendering."""
         try:
-            self._idle.append(_Process(self._source))
+            first = _Process(self._source)
         except (TemplateRefusedError, TemplateExhaustedError) as error:
             raise ValueError(f"chat_template: {error}") from None
+        self._idle.append(first)
+        self.reads = first.reads
+        """Names of the variables that the template reads without setting them itself."""
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], *, continue_final_message: bool = False, **variables: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
+        **variables: Any,
     ) -> str:
         """Return the text of a conversation, ending where the assistant begins, or where the last message breaks off.
 
+        Args:
+            tools: what the assistant may call, in OpenAI's form.
+            variables: others that the template reads; none of them can take the place of the conversation.
         Raises: TemplateRefusedError, TemplateExhaustedError; UnicodeEncodeError: a message is not valid Unicode.
         """
         shown = [dict(message) for message in messages]
@@ -91,12 +102,12 @@ class ChatTemplate:
             shown[-1]["content"] = _with_mark(shown[-1]["content"])
         values = {
             "messages": shown,
-            "tools": None,
+            "tools": list(tools) if tools else None,
             "documents": None,
             "add_generation_prompt": not continue_final_message,
         }
-        length = sum(map(_text_chars, messages))
-        text = self._rendered(Conversation(values | variables, max(MIN_CHARS, CHARS_PER_CHAR * length)))
+        length = _text_chars([messages, tools or ()])
+        text = self._rendered(Conversation(variables | values, max(MIN_CHARS, CHARS_PER_CHAR * length)))
         return _cut(text, _text(messages[-1]["content"])) if continue_final_message else text
 
     def _rendered(self, conversation: Conversation) -> str:
@@ -137,7 +148,7 @@ class _Process:
         self._readable.register(self._stdout, select.POLLIN)
         self._writable.register(self._stdin, select.POLLOUT)
         try:
-            self.render(frame(source))
+            self.reads = self._exchange(frame(source)).reads
         except BaseException:
             self.close()
             raise
@@ -147,6 +158,9 @@ class _Process:
 
         Raises: TemplateRefusedError; TemplateExhaustedError: and the process is not usable any more.
         """
+        return self._exchange(request).text
+
+    def _exchange(self, request: bytes) -> Rendered:
         deadline = time.monotonic() + ANSWER_SECONDS
         self.usable = False
         try:
@@ -164,7 +178,7 @@ class _Process:
         self.usable = True
         if answer.error is not None:
             raise TemplateRefusedError(answer.error, answer.said)
-        return answer.text
+        return answer
 
     def close(self) -> None:
         """Kill the process and wait for that."""

@@ -8,23 +8,24 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import PreTrainedTokenizerFast
-from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
+from transformers.utils.chat_template_utils import encode_marked_chat
 
-from app.engine.tokenizer.chat_template import ChatTemplate, TemplateExhaustedError, TemplateRefusedError
+from app.engine.tokenizer.chat_renderer import ChatRenderer
+from app.engine.tokenizer.control_marks import ControlMarks
 from app.engine.tokenizer.segment_cache import SegmentEncoder, forget_words
 from app.engine.tokenizer.stream_decoder import StreamDecoder
-from app.engine.tokenizer.template_form import TemplateForm, probe_form
 from app.engine.tokenizer.token_bytes import token_bytes_reader
 from app.engine.tokenizer.token_length import TokenLength, longest_token_bytes
 from app.errors import InvalidRequest
-from app.types import Message, Role, Tenant
+from app.requests import TemplateValue
+from app.types import Message, Tenant, Tool
 
 log = logging.getLogger(__name__)
 
@@ -69,20 +70,21 @@ class HfTokenizer:
         self._plain.no_truncation()
         self._plain.no_padding()
         self._chat_lock = threading.Lock()
-        source, self._no_template = _template_of(self._chat)
-        written = " ".join([source or "", *map(str, self._chat.special_tokens_map.values())])
+        default, with_tools = _template_of(self._chat, None), _template_of(self._chat, [])
+        source = f"{default or ''}\0{with_tools or ''}"
+        control = _control_ids(self._chat, source)
+        special = self._chat.special_tokens_map
+        written = " ".join([source, *map(str, special.values())])
         self._chat.segments = SegmentEncoder(self._plain, self._chat.added_tokens_decoder.values(), written)
-        self._template = None if source is None else ChatTemplate(source, self._chat.special_tokens_map)
-        self._form = TemplateForm() if self._template is None else probe_form(self._template)
-        control = _control_ids(self._chat, source or "")
-        self._control = _pattern_of(self._chat, control)
-        self._not_thought = _pattern_of(self._chat, control - _thought_marks(self._chat))
+        marks = ControlMarks(_names(self._chat, control), _names(self._chat, control & _thought_marks(self._chat)))
+        self._default = _renderer(default, special, marks)
+        self._with_tools = self._default if with_tools == default else _renderer(with_tools, special, marks)
         self._text = _plain_text_copy(backend, control)
         described = json.loads(backend)
         self.inline_chars = 0 if any(map(_REPEATED_GROUP.search, _expressions(described))) else INLINE_CHARS
         self.length = TokenLength(longest_token_bytes(described), context_length)
         self._forbidden = control - {self._chat.unk_token_id}
-        self._not_text = self._forbidden | _marks(self._chat, source or "")
+        self._not_text = self._forbidden | _marks(self._chat, source)
         added = self._chat.added_tokens_decoder
         self._hidden = {token.content: number for number, token in added.items() if token.special}
         self._prefix = _prefix_ids(self._text)
@@ -91,56 +93,53 @@ class HfTokenizer:
             forget_words(tokenizer)
         self._read_bytes = token_bytes_reader(self._plain, list(self._anchor))
 
+    @property
+    def template_variables(self) -> tuple[str, ...]:
+        """Return the names of the variables that a request may set in the chat template, sorted."""
+        return tuple(sorted({name for each in self._renderers for name in each.variables}))
+
+    @property
+    def renders_reasoning(self) -> bool:
+        """Return whether the chat template shows what the assistant thought in earlier turns."""
+        return any(each.form.reasoning for each in self._renderers)
+
+    @property
+    def _renderers(self) -> list[ChatRenderer]:
+        return [each for each in (self._default, self._with_tools) if each is not None]
+
     def close(self) -> None:
         """End the processes that render the chat template."""
-        if self._template is not None:
-            self._template.close()
+        for each in self._renderers:
+            each.close()
 
     def encode_chat(
-        self, messages: Sequence[Message], *, continue_final_message: bool = False, tenant: Tenant | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool] = (),
+        template_kwargs: Sequence[tuple[str, TemplateValue]] = (),
+        continue_final_message: bool = False,
+        tenant: Tenant | None = None,
     ) -> tuple[int, ...]:
         """Apply the chat template, ending where the assistant begins to speak, or where the last message breaks off.
 
         A template without a system role gets the system text in front of the next user message, and one without a
-        tool role gets tool results as the user's words.
+        tool role gets tool results as the user's words; one that shows no tools gets them as a system text.
 
         Raises: InvalidRequest: the model has no chat template, or the template refuses these messages.
             TooManyTokensError: they are longer than the context window in any case.
         """
-        if self._template is None:
-            raise InvalidRequest(
-                f"{self._no_template} Send a plain prompt to /v1/completions or /v1/generate, not messages."
-            )
-        text = self._render(messages, continue_final_message)
+        renderer = self._with_tools if tools else self._default
+        if renderer is None:
+            missing = _missing_template(self._chat)
+            raise InvalidRequest(f"{missing} Send a plain prompt to /v1/completions or /v1/generate, not messages.")
+        text = renderer.render(
+            messages, tools=tools, template_kwargs=template_kwargs, continue_final_message=continue_final_message
+        )
         self.length.check(text)
         with _tokenizer_errors(), self._chat_lock:
             self._chat.tenant = tenant
             return tuple(encode_marked_chat(self._chat, text))
-
-    def _render(self, messages: Sequence[Message], continue_final_message: bool) -> str:
-        """Return what the template writes, with marks around the control tokens that the messages spell."""
-        assert self._template is not None  # noqa: S101  # `encode_chat` has looked
-        refusals: list[TemplateRefusedError] = []
-        for turns in self._form.arrangements(messages):
-            marked = [self._marked(message) for message in self._form.as_dicts(turns)]
-            try:
-                return self._template.render(marked, continue_final_message=continue_final_message)
-            except TemplateExhaustedError:
-                raise InvalidRequest(
-                    "The model's chat template takes more time or memory for these messages than the service gives."
-                ) from None
-            except UnicodeEncodeError:
-                raise InvalidRequest("The messages are not valid Unicode text.") from None
-            except TemplateRefusedError as refusal:
-                refusals.append(refusal)
-        log.info("the chat template refused a conversation: %s", refusals[0])
-        raise InvalidRequest(_refusal(refusals[0]))
-
-    def _marked(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Mark the control tokens that a message spells; what surrounds the assistant's thoughts is the template's."""
-        is_assistant = message["role"] == Role.ASSISTANT.value
-        marked: dict[str, Any] = mark_control_tokens(message, self._not_thought if is_assistant else self._control)
-        return marked
 
     def encode_text(self, text: str) -> tuple[int, ...]:
         """Encode a raw prompt with the tokens that the tokenizer puts in front of every text.
@@ -199,10 +198,12 @@ def _tokenizer_errors() -> Iterator[None]:
         raise InvalidRequest("The model's tokenizer cannot encode this text.") from None
 
 
-def _pattern_of(tokenizer: PreTrainedTokenizerFast, token_ids: Iterable[int]) -> re.Pattern[str]:
-    """Return an expression that finds these added tokens in a text, the longest first."""
-    names = sorted((tokenizer.added_tokens_decoder[each].content for each in token_ids), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, names)) or "(?!)")
+def _renderer(source: str | None, special_tokens: Mapping[str, str], marks: ControlMarks) -> ChatRenderer | None:
+    return None if source is None else ChatRenderer(source, special_tokens, marks)
+
+
+def _names(tokenizer: PreTrainedTokenizerFast, token_ids: Iterable[int]) -> list[str]:
+    return [tokenizer.added_tokens_decoder[each].content for each in token_ids]
 
 
 _THOUGHT = re.compile(r"think|thought|reason", re.IGNORECASE)
@@ -217,28 +218,28 @@ def _thought_marks(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
     )
 
 
-def _refusal(refusal: TemplateRefusedError) -> str:
-    if not refusal.deliberate:
-        return f"The model's chat template fails on these messages ({refusal})."
-    if refusal.said:
-        return f"The model's chat template does not take these messages: {refusal.said}"
-    return (
-        "The model's chat template does not take these messages. "
-        "Begin with the user and let user and assistant take turns."
-    )
+def _template_of(tokenizer: PreTrainedTokenizerFast, tools: list[Any] | None) -> str | None:
+    """Return the template of chats with tools or, for None, without, chosen among several as transformers does.
+
+    None where there is none, or none of several is the one to take.
+    """
+    if not tokenizer.chat_template:
+        return None
+    try:
+        return str(tokenizer.get_chat_template(tools=tools))
+    except ValueError:
+        refused = "without" if tools is None else "with"
+        log.warning("the model has several chat templates and no default one; chats %s tools are refused", refused)
+        return None
 
 
-def _template_of(tokenizer: PreTrainedTokenizerFast) -> tuple[str | None, str]:
-    """Return the template of chats without tools; or None, and for the model's users why there is none."""
+def _missing_template(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return for the model's users why there is no template."""
     templates = tokenizer.chat_template
     if not templates:
-        return None, "The files of this model hold no chat template."
-    try:
-        return str(tokenizer.get_chat_template()), ""
-    except ValueError:
-        log.warning("the model has several chat templates and no default one; chats are refused")
-        names = ", ".join(name for name in sorted(templates) if name.isprintable())[:200]
-        return None, f"The files of this model hold no default chat template, only others ({names})."
+        return "The files of this model hold no chat template."
+    names = ", ".join(name for name in sorted(templates) if name.isprintable())[:200]
+    return f"The files of this model hold no default chat template, only others ({names})."
 
 
 def _control_ids(tokenizer: PreTrainedTokenizerFast, template: str) -> frozenset[int]:

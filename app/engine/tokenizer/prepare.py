@@ -77,6 +77,18 @@ class PromptTokenizer(Tokenizer, Protocol):
         """Free what encoding needs; decoding goes on."""
 
 
+class ModelTokenizer(PromptTokenizer, Protocol):
+    """A tokenizer that knows what the model's chat template takes."""
+
+    @property
+    def template_variables(self) -> tuple[str, ...]:
+        """Names of the variables that a request may set in the chat template, sorted."""
+
+    @property
+    def renders_reasoning(self) -> bool:
+        """Whether the chat template shows what the assistant thought in earlier turns."""
+
+
 class PromptEncoder:
     """Encodes prompts for one model; its threads hold up no other model, nor the end of the process."""
 
@@ -115,6 +127,8 @@ class PromptEncoder:
                 partial(
                     self._tokenizer.encode_chat,
                     request.messages,
+                    tools=request.tools,
+                    template_kwargs=request.template_kwargs,
                     continue_final_message=request.continue_final_message,
                     tenant=request.tenant,
                 ),

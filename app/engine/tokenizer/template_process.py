@@ -17,7 +17,7 @@ from datetime import datetime
 from typing import Any, BinaryIO
 
 import msgspec
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import Template, TemplateError, meta, nodes
 from jinja2.exceptions import SecurityError, TemplateSyntaxError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -26,6 +26,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 LENGTH_BYTES = 4
+MARKS = ("\U000f0000", "\U000f0001")
+"""What transformers puts around the control tokens that a message spells, so that they are encoded as text."""
+_OPTIONAL = frozenset(["defined", "undefined", "default", "d"])
+"""Tests and filters by which a template asks whether it has got a variable."""
 MAX_MESSAGE_CHARS = 200
 """Of what the compiler says, which quotes the template, and of what the template says."""
 
@@ -58,6 +62,8 @@ class Rendered(msgspec.Struct, frozen=True):
     """With which words the template itself refuses, if they stand in it as they are and so quote no message."""
     exhausted: bool = False
     """Whether the memory or the characters did not suffice; nothing should be rendered here any more."""
+    reads: tuple[str, ...] = ()
+    """In the first answer: the names of the variables that the template reads without setting them itself."""
 
 
 class _GenerationTag(Extension):
@@ -111,7 +117,12 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """Write JSON for a model to read; jinja2's own filter escapes it for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    if ensure_ascii:
+        for mark in MARKS:
+            # Escaped, it would be a mark no longer, and the text behind it a control token.
+            text = text.replace(json.dumps(mark)[1:-1], mark)
+    return text
 
 
 class _Refusal(TemplateError):
@@ -131,9 +142,10 @@ def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)  # noqa: DTZ005
 
 
-def compile_template(source: str) -> Template:
+def compile_template(source: str) -> tuple[Template, tuple[str, ...]]:
     """Compile a chat template in a sandbox with the filters and globals that transformers promises to templates.
 
+    Returns: the template, and the names of the variables that it reads without setting them itself.
     Raises: TemplateSyntaxError; anything else that evaluating its constants may raise.
     """
     environment = ImmutableSandboxedEnvironment(
@@ -146,7 +158,21 @@ def compile_template(source: str) -> Template:
         "dict": _Dict(),
         "namespace": _Namespace,
     }
-    return environment.from_string(source)
+    return environment.from_string(source), tuple(sorted(_read_variables(environment.parse(source))))
+
+
+def _read_variables(template: nodes.Template) -> set[str]:
+    """Return the variables that a template expects, and those for which it has a value only where there is none.
+
+    jinja2 counts among the undeclared ones those that the template sets in one of its branches.
+    """
+    assigned = {name.name for name in template.find_all(nodes.Name) if name.ctx == "store"}
+    optional = {
+        node.node.name
+        for node in (*template.find_all(nodes.Test), *template.find_all(nodes.Filter))
+        if node.name in _OPTIONAL and isinstance(node.node, nodes.Name)
+    }
+    return meta.find_undeclared_variables(template) - (assigned - optional)
 
 
 def read_frame(read: Callable[[int], bytes]) -> bytes | None:
@@ -222,11 +248,11 @@ def serve(source: BinaryIO, sink: BinaryIO) -> None:
     decode = msgspec.msgpack.Decoder(Conversation).decode
     try:
         with _bounded_cpu(start.cpu_seconds):
-            template = compile_template(start.template)
+            template, reads = compile_template(start.template)
     except Exception as error:  # noqa: BLE001  # constants are evaluated, which may raise anything
         answer(_failed(error))
         return
-    answer(Rendered())
+    answer(Rendered(reads=reads))
     while (body := read_frame(source.read)) is not None:
         with _bounded_cpu(start.cpu_seconds):
             rendered = _render(template, start, decode(body))

@@ -22,6 +22,7 @@ from app.web.http.json_encoding import (
     exact_float,
 )
 from app.web.http.sse import EventStream, collect_response, frame, wait_for_start
+from app.web.http.tool_calls import tool_call_deltas
 
 EVENTS = ("delta", "done", "error")
 """Names of a stream's events."""
@@ -34,6 +35,12 @@ class PromptTokensDetails(TypedDict):
     """Tokens taken from the KV cache."""
 
 
+class CompletionTokensDetails(TypedDict):
+    """How the completions' tokens were used."""
+
+    reasoning_tokens: int
+
+
 class TokenUsage(TypedDict):
     """Token counts by the model's own tokenizer; all completions of a request share one prompt."""
 
@@ -41,6 +48,8 @@ class TokenUsage(TypedDict):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: NotRequired[CompletionTokensDetails]
+    """Left out where the model did not reason."""
 
 
 class CandidateToken(TypedDict):
@@ -94,6 +103,14 @@ def token_usage(usage: Usage) -> TokenUsage:
         "total_tokens": usage.total_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
+
+
+def finished_usage(finished: Finished) -> TokenUsage:
+    """Return the token counts of a finished chat."""
+    usage = token_usage(finished.usage)
+    if reasoning_tokens := sum(each.reasoning_tokens for each in finished.samples):
+        usage["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
+    return usage
 
 
 class TokensEncoder(LogprobsEncoder):
@@ -195,6 +212,10 @@ class NativeStreamEncoder:
 
     def _delta(self, delta: Delta) -> dict[str, Any]:
         data: dict[str, Any] = {"content": delta.text}
+        if delta.reasoning:
+            data["reasoning_content"] = delta.reasoning
+        if delta.tool_calls:
+            data["tool_calls"] = tool_call_deltas(delta.tool_calls)
         if self._with_index:
             data["index"] = delta.index
         if self._with_tokens:
@@ -204,7 +225,7 @@ class NativeStreamEncoder:
     def _done(self, finished: Finished) -> DoneFrame:
         done: DoneFrame = {
             "finish_reason": finished.finish_reason,
-            "usage": token_usage(finished.usage),
+            "usage": finished_usage(finished),
             "tokens_generated": finished.usage.completion_tokens,
             "cached": finished.cached,
             "session_id": finished.session_id,

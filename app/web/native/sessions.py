@@ -4,18 +4,19 @@ Another tenant's session gives the same 404 as one that does not exist, so ids c
 """
 
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, NotRequired
 
 from fastapi import APIRouter, Path, Response
 from pydantic import BaseModel
 
 from app.errors import DeadlineExceeded, InternalError, InvalidRequest, RateLimited, SessionNotFound, Unauthorized
 from app.generation.sessions import Session, SessionSummary, turn_within
-from app.types import Role
+from app.types import Message, Role
 from app.web.http.dependencies import CallerDep, ContainerDep, SessionsDep
 from app.web.http.errors import error_responses
 from app.web.http.json_body import StrictRoute
 from app.web.http.sampling_params import SessionId
+from app.web.http.tool_calls import ReasonedFields, tool_call_objects
 
 router = APIRouter(prefix="/v1/sessions", tags=["sessions"], route_class=StrictRoute)
 
@@ -48,11 +49,26 @@ class SessionListResponse(BaseModel):
     sessions: list[SessionSummaryResponse]
 
 
-class StoredMessage(BaseModel):
-    """A message of an earlier turn."""
+class StoredMessage(ReasonedFields):
+    """A message of an earlier turn; it may be sent back as it is."""
 
     role: Role
     content: str
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
+
+
+def _stored(message: Message) -> StoredMessage:
+    stored: StoredMessage = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        stored["tool_calls"] = tool_call_objects(message.tool_calls)
+    if message.reasoning:
+        stored["reasoning_content"] = message.reasoning
+    if message.tool_call_id is not None:
+        stored["tool_call_id"] = message.tool_call_id
+    if message.name is not None:
+        stored["name"] = message.name
+    return stored
 
 
 class SessionResponse(BaseModel):
@@ -68,11 +84,7 @@ class SessionResponse(BaseModel):
     def of(cls, session: Session) -> "SessionResponse":
         return cls(
             session_id=session.session_id,
-            messages=[
-                StoredMessage(role=message.role, content=message.content)
-                for turn in session.turns
-                for message in turn.messages
-            ],
+            messages=[_stored(message) for turn in session.turns for message in turn.messages],
             created=session.created,
             updated=session.updated,
             expires_in_seconds=session.expires_in_seconds,

@@ -86,7 +86,7 @@ def _response(
         _choice(index, completion, echoed[index] if echoed else "", body, logprobs)
         for index, completion in enumerate(response.completions)
     ]
-    return metadata.object("text_completion", choices, usage_object(response.finished.usage))
+    return metadata.object("text_completion", choices, usage_object(response.finished))
 
 
 def _choice(

@@ -13,9 +13,10 @@ from typing_extensions import TypedDict
 
 from app import __version__
 from app.engine.base import EngineInfo
-from app.events import DetokenizedLogprob, FinishedSample, PromptLogprob
+from app.events import Completion, DetokenizedLogprob, Finished, FinishedSample, PromptLogprob
 from app.types import FinishReason, Usage
 from app.web.http.json_encoding import JsonArray, exact_float
+from app.web.http.tool_calls import FunctionObject, ToolCallObject, tool_call_objects
 
 
 class CachedTokens(TypedDict):
@@ -70,11 +71,18 @@ class RankedLogprob(TypedDict):
 
 
 class ChatReply(TypedDict):
-    """The message that the model generated."""
+    """The message that the model generated; a field that is not required is left out where it would be empty."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    """None where the message only calls."""
     refusal: None
+    reasoning_content: NotRequired[str]
+    reasoning: NotRequired[str]
+    """The same under its newer name."""
+    tool_calls: NotRequired[list[ToolCallObject]]
+    function_call: NotRequired[FunctionObject]
+    """In the place of tool_calls, for a request with `functions`."""
 
 
 class ChatChoice(TypedDict):
@@ -83,7 +91,7 @@ class ChatChoice(TypedDict):
     index: int
     message: ChatReply
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: FinishReason | Literal["function_call"]
     stop_reason: str | int | None
 
 
@@ -174,13 +182,45 @@ def tokens_object(usage: Usage) -> dict[str, Any]:
     }
 
 
-def usage_object(usage: Usage) -> dict[str, Any]:
+def usage_object(finished: Finished) -> dict[str, Any]:
     """Return the token counts of a finished request: the shared prompt once, the tokens of all choices."""
+    usage = finished.usage
     return {
         **tokens_object(usage),
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": sum(each.reasoning_tokens for each in finished.samples)},
     }
+
+
+def chat_message(completion: Completion, *, as_functions: bool) -> dict[str, Any]:
+    """Return the message of a whole chat completion.
+
+    Args: as_functions: whether a call is in the older form, of which there is only one.
+    """
+    calls = completion.tool_calls
+    message: dict[str, Any] = {"role": "assistant", "content": completion.text, "refusal": None}
+    if calls and not completion.text:
+        message["content"] = None
+    if completion.reasoning:
+        message |= reasoning_fields(completion.reasoning)
+    if calls and as_functions:
+        message["function_call"] = {"name": calls[0].name, "arguments": calls[0].arguments}
+    elif calls:
+        message["tool_calls"] = tool_call_objects(calls)
+    return message
+
+
+def reasoning_fields(reasoning: str) -> dict[str, str]:
+    """Return reasoning under both names that clients read."""
+    return {"reasoning_content": reasoning, "reasoning": reasoning}
+
+
+def chat_finish_fields(sample: FinishedSample, *, as_functions: bool) -> dict[str, Any]:
+    """Return the finish fields of a chat completion.  Args: as_functions: as for `chat_message`."""
+    fields = finish_fields(sample)
+    if as_functions and sample.finish_reason is FinishReason.TOOL_CALLS:
+        fields["finish_reason"] = "function_call"
+    return fields
 
 
 def finish_fields(sample: FinishedSample) -> dict[str, Any]:

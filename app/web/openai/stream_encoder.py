@@ -1,21 +1,25 @@
 """Encodes OpenAI's streams: chunks without event names, errors as objects, and `[DONE]` at the end."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from enum import Enum, auto
 from functools import partial
 from typing import Any, Protocol
 
 from app.errors import AppError, ShuttingDown
-from app.events import Delta, Event, Finished, FinishedSample, Started
+from app.events import Delta, Event, Finished, FinishedSample, Started, ToolCallDelta
 from app.types import FinishReason, Usage
 from app.web.http.sse import frame
+from app.web.http.tool_calls import tool_call_deltas
 from app.web.openai import errors
 from app.web.openai.response_objects import (
     ObjectMetadata,
     TextLogprobs,
+    chat_finish_fields,
     chat_logprobs,
     finish_fields,
+    reasoning_fields,
     tokens_object,
     usage_object,
 )
@@ -98,7 +102,7 @@ class ChunkStreamEncoder:
             usage = replace(self._so_far[index], completion_tokens=sample.completion_tokens)
             chunks.append(self._chunk(self._choices.last(index, sample), usage))
         if self._stream_usage is not StreamUsage.NEVER:
-            chunks.append(frame(self._metadata.object(self._choices.kind, [], usage_object(finished.usage))))
+            chunks.append(frame(self._metadata.object(self._choices.kind, [], usage_object(finished))))
         return b"".join((*chunks, DONE))
 
     def _chunk(self, choice: dict[str, Any], so_far: Usage) -> bytes:
@@ -110,22 +114,36 @@ class ChunkStreamEncoder:
 
 
 class ChatChoiceEncoder:
-    """Builds chat.completion.chunk choices: the role, then content deltas, then the finish reason."""
+    """Builds chat.completion.chunk choices: the role, then deltas of content, reasoning and calls, then the finish."""
 
     kind, path = "chat.completion.chunk", "/v1/chat/completions"
 
-    def __init__(self, *, with_logprobs: bool) -> None:
+    def __init__(self, *, with_logprobs: bool, as_functions: bool = False) -> None:
+        """Args: as_functions: whether a call is in the older form, of which there is only one."""
         self._with_logprobs = with_logprobs
+        self._as_functions = as_functions
 
     def first(self, index: int, started: Started) -> dict[str, Any]:
         return _chat_choice(index, {"role": "assistant", "content": ""})
 
     def delta(self, delta: Delta) -> dict[str, Any]:
-        choice = _chat_choice(delta.index, {"content": delta.text})
+        choice = _chat_choice(delta.index, self._fields(delta))
         return {**choice, "logprobs": chat_logprobs(delta.logprobs)} if self._with_logprobs else choice
 
     def last(self, index: int, sample: FinishedSample) -> dict[str, Any]:
-        return {**_chat_choice(index, {}), **finish_fields(sample)}
+        return {**_chat_choice(index, {}), **chat_finish_fields(sample, as_functions=self._as_functions)}
+
+    def _fields(self, delta: Delta) -> dict[str, Any]:
+        if not (delta.reasoning or delta.tool_calls):
+            return {"content": delta.text}
+        fields: dict[str, Any] = reasoning_fields(delta.reasoning) if delta.reasoning else {}
+        if delta.text:
+            fields["content"] = delta.text
+        if delta.tool_calls and self._as_functions:
+            fields |= _function_call_delta(delta.tool_calls)
+        elif delta.tool_calls:
+            fields["tool_calls"] = tool_call_deltas(delta.tool_calls)
+        return fields
 
 
 class TextChoiceEncoder:
@@ -153,6 +171,14 @@ class TextChoiceEncoder:
 
     def last(self, index: int, sample: FinishedSample) -> dict[str, Any]:
         return {**_text_choice(index, ""), **finish_fields(sample)}
+
+
+def _function_call_delta(parts: Sequence[ToolCallDelta]) -> dict[str, Any]:
+    first = [part for part in parts if part.position == 0]
+    if not first:
+        return {}
+    name = next(({"name": part.name} for part in first if part.name is not None), {})
+    return {"function_call": {**name, "arguments": "".join(part.arguments for part in first)}}
 
 
 def _chat_choice(index: int, delta: dict[str, Any]) -> dict[str, Any]:

@@ -382,7 +382,7 @@ def test_a_role_allows_models_logprobs_system_messages_and_control_tokens(
 ):
     principal = Principal("k", Tenant.owner("t"), rights=rights)
     try:
-        service.control.check_rights(principal, model="m", logprobs=True, system_messages=True, control_tokens=True)
+        service.control.check_rights(principal, model="m", logprobs=True, system_text="messages", control_tokens=True)
     except Forbidden:
         assert not allowed
     else:
@@ -393,7 +393,7 @@ def test_a_role_allows_models_logprobs_system_messages_and_control_tokens(
 def test_whoever_may_send_no_system_message_may_send_no_control_token(service: Service, rights: Rights):
     """Control tokens write a message of any role, so the one right is worth nothing without the other."""
     principal = Principal("k", Tenant.owner("t"), rights=rights)
-    uses: dict[str, Any] = {"model": "m", "logprobs": False, "system_messages": False}
+    uses: dict[str, Any] = {"model": "m", "logprobs": False, "system_text": None}
 
     service.control.check_rights(principal, **uses, control_tokens=False)
     with pytest.raises(Forbidden) as refused:

@@ -28,17 +28,18 @@ class ScriptedEngine(EchoEngine):
 
     def __init__(
         self,
-        *texts: str,
+        *texts: str | Delta,
         error: Exception | None = None,
         end: FinishReason = FinishReason.STOP,
         model: str = "echo",
     ) -> None:
         """Args:
-        texts: one for each delta.
+        texts: one for each delta, or the delta itself.
         error: raised after the deltas, or in place of Started if there are none.
         """
         super().__init__(model=model)
-        self.texts, self.error, self.end = texts, error, end
+        self.texts: tuple[str | Delta, ...] = texts
+        self.error, self.end = error, end
         self.requests: list[GenerationRequest] = []
         self.live: list[str] = []
         """Ids of requests whose generator is open."""
@@ -64,7 +65,7 @@ class ScriptedEngine(EchoEngine):
         self.step(10_000)
         return self
 
-    def pause(self, *texts: str) -> None:
+    def pause(self, *texts: str | Delta) -> None:
         """Generate other texts from now on, and wait for steps again."""
         self.texts, self._steps = texts, asyncio.Semaphore(0)
         self.waiting.clear()
@@ -83,7 +84,7 @@ class ScriptedEngine(EchoEngine):
                 self.waiting.set()
                 await self._steps.acquire()
                 request.progress.generated += 1
-                yield Delta(text=text, tokens=1)
+                yield text if isinstance(text, Delta) else Delta(text=text, tokens=1)
             if self.error is not None:
                 raise self.error
             yield finish(self.end, Usage(request.prompt_tokens, len(self.texts)))

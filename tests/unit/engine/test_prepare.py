@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
@@ -37,9 +38,7 @@ class StuckTokenizer(EchoTokenizer):
             self.free.wait()
         return super().encode_text(text)
 
-    def encode_chat(
-        self, messages: Sequence[Message], *, continue_final_message: bool = False, tenant: Tenant | None = None
-    ) -> tuple[int, ...]:
+    def encode_chat(self, messages: Sequence[Message], **options: Any) -> tuple[int, ...]:
         return self.encode_text(messages[0].content)
 
     def close(self) -> None:

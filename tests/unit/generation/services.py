@@ -120,12 +120,15 @@ def complete(prompt: str | tuple[int, ...], **fields: Any) -> GenerationRequest:
 
 
 def chat(*texts: str, system: str | None = None, **fields: Any) -> GenerationRequest:
-    """Return a request to answer a chat in which user and assistant take turns, the user first."""
+    """Return a request to answer a chat in which user and assistant take turns, the user first.
+
+    Args: fields: as of `complete`; `messages` take the place of the texts.
+    """
     roles = (Role.USER, Role.ASSISTANT)
     messages = [Message(roles[index % 2], text) for index, text in enumerate(texts)]
     if system is not None:
         messages.insert(0, Message(Role.SYSTEM, system))
-    return _request(messages=tuple(messages), **fields)
+    return _request(**{"messages": tuple(messages), **fields})
 
 
 _SAMPLING = frozenset(SamplingParams.__dataclass_fields__)

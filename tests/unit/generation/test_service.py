@@ -337,11 +337,11 @@ async def test_rights_are_checked_before_a_prompt_is_looked_at() -> None:
 
         assert [
             ["logprobs"],
-            ["system_messages"],
+            ["system_text"],
             [],
             [],
             ["control_tokens"],
-        ] == [[name for name, used in check.items() if used is True] for check in checks]
+        ] == [[name for name, used in check.items() if used in (True, "messages")] for check in checks]
         assert {("echo", ANNA)} == {(check["model"], check["principal"]) for check in checks}
         assert len(uses) == len(service.admission.reservations)
         assert 403 == service.log.records[-1].status
