@@ -76,6 +76,8 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Log-probabilities of the tokens whose text ends in this delta, if the request asks for them."""
     token_ends: tuple[int, ...] = ()
     """For each of `logprobs` how many characters of `text` its token ends after."""
+    ends: tuple[int, ...] = ()
+    """The same for each of `tokens`, where the request has `shown_tokens`; no parser's delta has it."""
 
     @property
     def all_text(self) -> str:

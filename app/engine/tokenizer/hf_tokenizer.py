@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
 
 from app.engine.tokenizer.chat_template import ChatTemplate, TemplateExhaustedError, TemplateRefusedError
+from app.engine.tokenizer.chat_traits import read_traits
 from app.engine.tokenizer.segment_cache import SegmentEncoder, forget_words
 from app.engine.tokenizer.stream_decoder import StreamDecoder
 from app.engine.tokenizer.template_form import TemplateForm, probe_form
@@ -69,6 +70,7 @@ class HfTokenizer:
         self._plain.no_truncation()
         self._plain.no_padding()
         self._chat_lock = threading.Lock()
+        self.traits = read_traits(self._chat)
         source, self._no_template = _template_of(self._chat)
         written = " ".join([source or "", *map(str, self._chat.special_tokens_map.values())])
         self._chat.segments = SegmentEncoder(self._plain, self._chat.added_tokens_decoder.values(), written)
