@@ -76,7 +76,5 @@ def marks_of(tools: str | None, reasoning: str | None) -> tuple[str, ...]:
     if reasoning == HARMONY:
         marks = (*marks, *harmony.MARKS)
     elif reasoning is not None:
-        thought = THOUGHTS[reasoning]
-        # Of `<|channel>thought` the mark in front is a token, the word is not.
-        marks = (*marks, thought.begin, thought.begin.partition(">")[0] + ">", thought.end)
+        marks = (*marks, THOUGHTS[reasoning].begin, THOUGHTS[reasoning].end)
     return tuple(dict.fromkeys(marks))

@@ -38,12 +38,14 @@ class LarkGrammar:
         """Return the expression of a mark."""
         return f"<[{self._tokens[mark]}]>" if mark in self._tokens else quoted(mark)
 
-    def text_up_to(self, mark: str) -> str:
-        """Return the expression of any text and the first mark behind it."""
+    def text_up_to(self, mark: str, text: str = "(?s:.*)") -> str:
+        """Return the expression of some text and the first mark behind it.
+
+        Args: text: a regular expression of the text; by default it may be any.
+        """
         if mark in self._tokens:
-            return f"{ANY_TEXT} {self.mark(mark)}"
-        # A word behind a token belongs to its mark.
-        return self.add("text", f"/(?s:.*){escaped(mark)}/", options="[lazy]")
+            return f"/{text}/ {self.mark(mark)}"
+        return self.add("text", f"/{text}{escaped(mark)}/", options="[lazy]")
 
     def add(self, name: str, body: str, *, options: str = "") -> str:
         """Add a rule and return its name, made unique by a number."""

@@ -13,12 +13,19 @@ class ThoughtMarks:
 
     begin: str
     end: str
+    word: str = ""
+    """What stands behind the first mark and belongs to it."""
+
+    @property
+    def opening(self) -> str:
+        """Return the whole of what begins the reasoning."""
+        return self.begin + self.word
 
 
 THOUGHTS = {
     "think": ThoughtMarks("<think>", "</think>"),
     "mistral": ThoughtMarks("[THINK]", "[/THINK]"),
-    "gemma4": ThoughtMarks("<|channel>thought", "<channel|>"),
+    "gemma4": ThoughtMarks("<|channel>", "<channel|>", word="thought"),
 }
 """The marks by the format's name."""
 
@@ -30,9 +37,9 @@ def begins_inside(text: str, thought: ThoughtMarks, *, continues: bool) -> bool:
         text: the end of the prompt; of a message that is continued, its own text.
         continues: whether it is a message that is continued.
     """
-    if text.rstrip().endswith(thought.begin):
+    if text.rstrip().endswith(thought.opening):
         return True
-    return continues and text.rfind(thought.begin) > text.rfind(thought.end)
+    return continues and text.rfind(thought.opening) > text.rfind(thought.end)
 
 
 def read_reasoning(
@@ -42,19 +49,13 @@ def read_reasoning(
     if not inside:
         source.hold()
         yield from source.blank()
-        if not (yield from _accept_begin(source, marks, thought)):
+        begun = yield from source.accept(marks(thought.begin))
+        if begun and thought.word:
+            begun = yield from source.accept(thought.word)
+        if not begun:
             source.rewind()
             return
         source.release()
     out.begin_reasoning()
     if (yield from source.until(lambda text: out.reasoning(hide_tokens(text)), marks(thought.end))):
         out.end_reasoning()
-
-
-def _accept_begin(source: Scanner, marks: Marks, thought: ThoughtMarks) -> Scan[bool]:
-    """Read the mark of the beginning, which may be a token and a word behind it."""
-    token, separator, word = thought.begin.partition(">")
-    if word:
-        token += separator
-        return bool((yield from source.accept(marks(token))) and (yield from source.accept(word)))
-    return bool((yield from source.accept(marks(thought.begin))))

@@ -23,6 +23,8 @@ from app.requests import GenerationRequest
 from app.types import Grammar, Tool
 
 _START = re.compile(r'"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\\n])*/|(?<![\w@.-])start(?![\w-])')
+_NO_OBJECT = r"(\s*[^\s{](?s:.*))?"
+"""Text that does not begin as Llama's calls do."""
 _REGEX_SLASH = re.compile(r"\\.|/")
 
 
@@ -95,8 +97,8 @@ class _ChatGrammar:
         shape = SHAPES[self._format.tools or ""]
         calls = self._lark.add("block", shape.after_trigger(self._lark, self._tools, parallel=self._parallel))
         if not shape.trigger:
-            tagged = f"{ANY_TEXT} {self._lark.mark(TAG)} {calls}"
-            return rf"({calls} | {tagged} | /(\s*[^\s{{](?s:.*))?/)"
+            tagged = f"{self._lark.text_up_to(TAG, _NO_OBJECT)} {calls}"
+            return f"({calls} | {tagged} | /{_NO_OBJECT}/)"
         begun = f"{self._lark.text_up_to(shape.trigger)} {calls}"
         times = "*" if self._parallel else "?"
         return f"({begun}){times} {ANY_TEXT}"
@@ -109,13 +111,12 @@ class _ChatGrammar:
         end = f"{self._lark.text_up_to(thought.end)} /\\n*/"
         if self._inside:
             return end
-        token, separator, word = thought.begin.partition(">")
-        begin = f"{self._lark.mark(token + separator)} {quoted(word)}" if word else self._lark.mark(thought.begin)
-        return f"({begin} {end})?"
+        return f"({self._lark.mark(thought.begin)} {quoted(thought.word)} {end})?"
 
     def _harmony(self, body: str | None, *, forced: bool) -> str:
-        start, channel, message, constrain, end = map(self._lark.mark, harmony.MARKS[:5])
-        thoughts = f'({channel} "analysis" {message} {ANY_TEXT} {end} {start} "assistant")*'
+        start, channel, message, constrain = map(self._lark.mark, harmony.MARKS[:4])
+        text = self._lark.text_up_to(harmony.END)
+        thoughts = f'({channel} ("analysis" | "commentary") {message} {text} {start} "assistant")*'
         calls = [
             f"{channel} {quoted(f'commentary to=functions.{tool.name} ')} {constrain} "
             f'"json" {message} {embedded_schema(schema_of(tool))}'
