@@ -40,8 +40,10 @@ def schema_of(tool: Tool) -> dict[str, Any]:
 
     Keywords that the sampler does not know are refused for a strict tool and ignored for others.
     """
-    schema = json.loads(tool.parameters or "{}")
-    schema = {"type": "object", **schema} if isinstance(schema, dict) else {"type": "object"}
+    written = json.loads(tool.parameters or "{}")
+    # Clients write null for what they leave out.
+    given = {key: value for key, value in written.items() if value is not None} if isinstance(written, dict) else {}
+    schema = {"type": "object", **given}
     return schema if tool.strict else {**schema, "x-guidance": {"lenient": True}}
 
 

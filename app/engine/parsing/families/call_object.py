@@ -47,7 +47,8 @@ def read_call(source: Scanner, out: ParsedOutput) -> Scan[CallState]:
         separator = yield from source.accept(",", "}")
         if separator == "}" and out.is_open:
             return CallState.WHOLE
-        if separator != ",":
+        # A missing comma is no reason to lose what follows.
+        if separator is None and (yield from source.peek(1)) != '"':
             break
     if not out.is_open:
         return CallState.NONE
