@@ -90,7 +90,7 @@ def expected(family: Family, parsed: Parsed) -> None:
 
 @families
 def test_a_message_that_the_template_writes_is_read_as_it_was(family: Family):
-    """Reasoning, text and calls come back, whether the marks are special tokens or text; and so does the golden file."""
+    """Reasoning, text and calls come back, whether the marks are special tokens or text."""
     prompt_end, completion = render(family, message_of(family))
 
     golden = (GOLDEN / f"{family.name}.txt").read_text()
