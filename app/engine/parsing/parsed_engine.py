@@ -4,7 +4,7 @@ Stands right around the engine, so that filters, caches and dialects see message
 it cannot read as a call it leaves in the text: nothing that the model writes is lost.
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -16,6 +16,7 @@ from app.engine.parsing.completion_parser import CompletionParser
 from app.engine.parsing.deltas import DeltaBuilder
 from app.engine.parsing.output import Part
 from app.engine.parsing.tool_grammar import with_grammar
+from app.engine.stop_strings import hidden_stops, with_stop_tokens
 from app.engine.wrapper import EngineWrapper
 from app.errors import EngineNotReady
 from app.events import Delta, Event, Finished, FinishedSample
@@ -38,9 +39,10 @@ class ParsedEngine(EngineWrapper):
 
     async def _parsed(self, request: GenerationRequest, chat_format: ChatFormat) -> AsyncGenerator[Event, None]:
         prompt_end = self._inner.prompt_end(request.prompt_ids or ())
-        completion = _Completion(request, chat_format, prompt_end)
+        hidden = hidden_stops(request.sampling, self._inner) if request.sampling.stop else {}
+        completion = _Completion(request, chat_format, prompt_end, hidden)
         constrained = with_grammar(request, self._inner.info, inside=completion.begins_inside)
-        async with aclosing(self._inner.stream(_raw(constrained, chat_format))) as events:
+        async with aclosing(self._inner.stream(_raw(constrained, chat_format, hidden))) as events:
             async for event in events:
                 if isinstance(event, Delta):
                     yield completion.feed(event)
@@ -64,24 +66,30 @@ def _may_call(request: GenerationRequest) -> bool:
     return bool(request.tools) and request.tool_choice.mode != "none"
 
 
-def _raw(request: GenerationRequest, chat_format: ChatFormat) -> GenerationRequest:
-    """Return what the inner engine generates: without stop strings, which are for the answer only."""
+def _raw(request: GenerationRequest, chat_format: ChatFormat, hidden: Mapping[int, str]) -> GenerationRequest:
+    """Return what the inner engine generates: without stop strings, which are for the answer only.
+
+    Those that name tokens which no text shows are stop tokens of all of the completion.
+    """
     params = request.sampling
     # Deltas as they are generated where the completion may have to be ended, or it would be when all had been.
     streams = request.stream or bool(params.stop) or (_may_call(request) and not request.parallel_tool_calls)
-    return structs.replace(
-        request, sampling=replace(params, stop=()), stream=streams, shown_tokens=chat_format.special_marks
-    )
+    sampling = with_stop_tokens(replace(params, stop=()), hidden)
+    return structs.replace(request, sampling=sampling, stream=streams, shown_tokens=chat_format.special_marks)
 
 
 class _Completion:
     """One completion while it is parsed."""
 
-    def __init__(self, request: GenerationRequest, chat_format: ChatFormat, prompt_end: str) -> None:
+    def __init__(
+        self, request: GenerationRequest, chat_format: ChatFormat, prompt_end: str, hidden: Mapping[int, str]
+    ) -> None:
+        """Begin.  Args: hidden: the stop strings that name tokens which no text shows, by those tokens."""
         tools = {tool.name: tool for tool in request.tools} if _may_call(request) else {}
         if request.tool_choice.name is not None:
             tools = {name: tool for name, tool in tools.items() if name == request.tool_choice.name}
         self._request = request
+        self._hidden = hidden
         self._parser = CompletionParser(
             chat_format,
             tools,
@@ -124,8 +132,19 @@ class _Completion:
         reason = sample.finish_reason
         if reason is FinishReason.STOP and self._parser.output.calls:
             reason = FinishReason.TOOL_CALLS
-        changed = structs.replace(sample, finish_reason=reason, reasoning_tokens=self._reasoning_tokens())
+        changed = structs.replace(
+            sample,
+            finish_reason=reason,
+            stop_reason=self._stop_reason(sample.stop_reason),
+            reasoning_tokens=self._reasoning_tokens(),
+        )
         return delta, structs.replace(event, samples=(changed,))
+
+    def _stop_reason(self, reason: str | int | None) -> str | int | None:
+        """Return why the model stopped in the caller's own words: a stop string may have become a token."""
+        if not isinstance(reason, int) or reason in self._request.sampling.stop_token_ids:
+            return reason
+        return self._hidden.get(reason, reason)
 
     def _finished(self, reason: FinishReason, stop_reason: str | None = None) -> Finished:
         progress = self._request.progress

@@ -47,7 +47,7 @@ families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family
 def render(family: Family, message: dict[str, Any]) -> tuple[str, str]:
     """Return the end of the prompt that the family's template makes, and the completion that is this message."""
     tokenizer = chatml_tokenizer((GOLDEN / f"{family.name}.jinja").read_text())
-    schemas = [
+    schemas: list[Any] = [
         {
             "type": "function",
             "function": {

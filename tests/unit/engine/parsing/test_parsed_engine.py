@@ -181,6 +181,27 @@ async def test_a_stop_string_that_never_comes_holds_nothing_back():
     assert FinishReason.TOOL_CALLS is response.finished.finish_reason
 
 
+async def test_a_stop_string_that_names_a_hidden_token_stops_the_model_there():
+    """No text shows such a token, so that the model itself has to end there; the caller gets its own word back."""
+
+    class Stopped(FormatEngine):
+        def hidden_token(self, name: str) -> int | None:
+            return 9 if name == "<|end|>" else None
+
+        async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+            self.requests.append(request)
+            yield Started()
+            yield Delta(text="Hello", tokens=1)
+            yield finish(FinishReason.STOP, Usage(1, 1), 9)
+
+    engine = Stopped(chat_format("hermes"))
+
+    response = await respond(engine, sampling=SamplingParams(max_tokens=64, stop=("<|end|>",)))
+
+    assert (9,) == engine.requests[0].sampling.stop_token_ids
+    assert "<|end|>" == response.finished.samples[0].stop_reason
+
+
 async def test_logprobs_come_with_the_text_of_their_tokens():
     """All tokens come, in their order; in the text each ends where its characters do."""
     texts = ["<think>", "So", "</think>", "\n\n", "Ye", "s.", "\n", *CALL]
@@ -229,10 +250,10 @@ async def test_what_needs_no_parser_is_the_inner_engines_own_stream():
     ]
 
     for inner, request in plain:
-        stream = ParsedEngine(inner).stream(request)
+        deltas = deltas_of(await read(ParsedEngine(inner).stream(request)))
 
-        assert stream.__name__ == "stream"
-        assert inner.texts == tuple(delta.text for delta in deltas_of(await read(stream)))
+        assert inner.texts == tuple(delta.text for delta in deltas)
+        assert request is inner.requests[-1]
 
 
 async def test_a_model_without_a_form_of_calls_leaves_them_in_the_text():
