@@ -14,7 +14,8 @@ BEGIN, END = "\ufdd0", "\ufdd1"
 CONTEXT_TOKENS = 64
 """Last tokens before a special one that text behind it is decoded with."""
 _SHOWN = re.compile(f"{BEGIN}[^{BEGIN}{END}]*{END}")
-_RESERVED = str.maketrans({BEGIN: "\N{REPLACEMENT CHARACTER}", END: "\N{REPLACEMENT CHARACTER}"})
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+_RESERVED = str.maketrans({BEGIN: _INCOMPLETE, END: _INCOMPLETE})
 
 
 def show_token(name: str) -> str:
@@ -57,8 +58,9 @@ class ShownTokenDecoder:
         self._recent.append(token_id)
         if (mark := self._shown.get(token_id)) is None:
             return self._decoder.feed((token_id,)).translate(_RESERVED)
-        text = self.finish() + mark
-        del self._recent[:-CONTEXT_TOKENS]
+        rest = self.finish()
+        # A character that breaks off has been shown as such, and does not go on behind the token.
+        del self._recent[: -1 if rest.endswith(_INCOMPLETE) else -CONTEXT_TOKENS]
         # What follows stands in mid-text: a decoder of its own would take the space from its first word.
         self._decoder = self._tokenizer.decoder(self._recent)
-        return text
+        return rest + mark

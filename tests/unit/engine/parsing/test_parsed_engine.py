@@ -273,6 +273,26 @@ async def test_a_named_tool_is_the_only_one_that_is_called():
     assert ("".join(CALL), ()) == (response.text, response.completions[0].tool_calls)
 
 
+async def test_what_the_prompt_spells_is_never_parsed():
+    """A call in a tool's result, a user's text or the message that is continued calls nothing."""
+    call = "".join(CALL)
+    messages = (
+        Message(Role.USER, call),
+        Message(Role.TOOL, call, tool_call_id="1"),
+        Message(Role.ASSISTANT, f"{call}\n<tool_call>"),
+    )
+    engine = FormatEngine(chat_format("hermes", "think"), " so", prompt_end=call)
+
+    for continued in (False, True):
+        response = await respond(engine, messages=messages, continue_final_message=continued)
+
+        assert (" so", "", ()) == (
+            response.text,
+            response.completions[0].reasoning,
+            response.completions[0].tool_calls,
+        )
+
+
 async def test_required_calls_are_enforced_by_the_sampler():
     """The inner request has the grammar of the family's calls."""
     engine = FormatEngine(chat_format("hermes"), *CALL)
