@@ -21,10 +21,10 @@ def engine() -> FormatEngine:
 @pytest.mark.parametrize("pii", ["mask", "off"])
 @pytest.mark.parametrize("path", ["/v1/chat", "/v1/chat/completions"])
 async def test_the_answer_of_a_chat_is_without_the_thoughts(tmp_path: Path, path: str, pii: str):
-    """Whole and streamed, fresh and from the cache, on both dialects' chat routes."""
+    """Whole and streamed, on both dialects' chat routes."""
     async with running(tmp_path, engine=engine(), pii={"output": pii}) as service, service.client() as http:
         for stream in (False, True):
-            reply = await http.post(path, json={**CHAT, "stream": stream, "cache": True})
+            reply = await http.post(path, json={**CHAT, "stream": stream})
 
             assert 200 == reply.status_code, reply.text
             assert "think>" not in reply.text

@@ -36,25 +36,25 @@ class CallShape:
 
 
 def schema_of(tool: Tool) -> dict[str, Any]:
-    """Return the JSON Schema of a tool's arguments, which are an object.
-
-    Keywords that the sampler does not know are refused for a strict tool and ignored for others.
-    """
+    """Return the JSON Schema of a tool's arguments, which are an object."""
     written = json.loads(tool.parameters or "{}")
     # Clients write null for what they leave out.
     given = {key: value for key, value in written.items() if value is not None} if isinstance(written, dict) else {}
-    schema = {"type": "object", **given}
-    return schema if tool.strict else {**schema, "x-guidance": {"lenient": True}}
+    return {"type": "object", **given}
 
 
-def _arguments(tool: Tool) -> str:
-    return embedded_schema(schema_of(tool))
+def arguments_of(tool: Tool) -> str:
+    """Return a tool's arguments as JSON, in an expression.
+
+    Keywords that the sampler does not know are refused for a strict tool and left out for others.
+    """
+    return embedded_schema(schema_of(tool), lenient=not tool.strict)
 
 
 def _object(tool: Tool, key: str) -> str:
     """Return a call as a JSON object."""
     begin = quoted(f'{{"name": {json.dumps(tool.name)}, "{key}": ')
-    return f"{begin} {_arguments(tool)} {quoted('}')}"
+    return f"{begin} {arguments_of(tool)} {quoted('}')}"
 
 
 def _hermes(lark: LarkGrammar, tool: Tool) -> str:
@@ -70,18 +70,18 @@ def _listed(lark: LarkGrammar, tool: Tool) -> str:
 
 
 def _mistral_args(lark: LarkGrammar, tool: Tool) -> str:
-    return f"{quoted(tool.name)} {lark.mark(mistral.ARGS)} {_arguments(tool)}"
+    return f"{quoted(tool.name)} {lark.mark(mistral.ARGS)} {arguments_of(tool)}"
 
 
 def _deepseek(lark: LarkGrammar, tool: Tool) -> str:
     begin, separator, end = map(lark.mark, (deepseek.BEGIN, deepseek.SEPARATOR, deepseek.END))
     name = quoted(f"{tool.name}\n```json\n")
-    return f"{begin} {quoted('function')} {separator} {name} {_arguments(tool)} {quoted(chr(10) + '```')} {end}"
+    return f"{begin} {quoted('function')} {separator} {name} {arguments_of(tool)} {quoted(chr(10) + '```')} {end}"
 
 
 def _deepseek_v31(lark: LarkGrammar, tool: Tool) -> str:
     begin, separator, end = map(lark.mark, (deepseek.BEGIN, deepseek.SEPARATOR, deepseek.END))
-    return f"{begin} {quoted(tool.name)} {separator} {_arguments(tool)} {end}"
+    return f"{begin} {quoted(tool.name)} {separator} {arguments_of(tool)} {end}"
 
 
 def _gemma(marks: gemma.GemmaMarks) -> WriteCall:
@@ -97,23 +97,23 @@ def _qwen_xml(lark: LarkGrammar, tool: Tool) -> str:
     properties = schema.get("properties")
     needed = schema.get("required", ())
     parameters = [
-        f"({_parameter(lark, name, each, schema)}){'' if name in needed else '?'}"
+        f"({_parameter(lark, name, each, schema, lenient=not tool.strict)}){'' if name in needed else '?'}"
         for name, each in (properties if isinstance(properties, dict) else {}).items()
     ]
     begin, end = quoted(f"\n{hermes.FUNCTION}{tool.name}>\n"), quoted(f"{hermes.FUNCTION_END}\n")
     return " ".join([begin, *parameters, end, lark.mark(hermes.END)])
 
 
-def _parameter(lark: LarkGrammar, name: str, schema: Any, root: Mapping[str, Any]) -> str:
+def _parameter(lark: LarkGrammar, name: str, schema: Any, root: Mapping[str, Any], *, lenient: bool) -> str:
     begin, end = quoted(f"{hermes.PARAMETER}{name}>\n"), f"\n{hermes.PARAMETER_END}\n"
     if types_of(schema) == {"string"} and "enum" in schema:
         values = " | ".join(quoted(str(value)) for value in schema["enum"])
         return f"{begin} ({values}) {quoted(end)}"
     if types_of(schema) == {"string"}:
         return f"{begin} {lark.add('value', f'/(?s:.*){escaped(end)}/', options='[lazy]')}"
-    shared = {key: root[key] for key in ("$defs", "definitions", "x-guidance") if key in root}
+    shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
     value = {**schema, **shared} if isinstance(schema, dict) else shared
-    return f"{begin} {embedded_schema(value)} {quoted(end)}"
+    return f"{begin} {embedded_schema(value, lenient=lenient)} {quoted(end)}"
 
 
 SHAPES: Mapping[str, CallShape] = {

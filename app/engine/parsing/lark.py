@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 ANY_TEXT = "/(?s:.*)/"
+WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
+"""Between the parts of a JSON value; without a bound a model can write white space for ever."""
 
 
 def quoted(text: str) -> str:
@@ -18,9 +20,11 @@ def escaped(text: str) -> str:
     return re.escape(text).replace("/", r"\/").replace("\n", "n")
 
 
-def embedded_schema(schema: Mapping[str, Any]) -> str:
-    """Return a JSON Schema as an expression."""
-    return f"%json {json.dumps(schema, ensure_ascii=False)}"
+def embedded_schema(schema: Mapping[str, Any], *, lenient: bool = False) -> str:
+    """Return a JSON Schema as an expression.  Args: lenient: whether keywords that are not known are left out."""
+    # Options of the compiler are not the schema's to choose.
+    options = {"whitespace_pattern": WHITESPACE} | ({"lenient": True} if lenient else {})
+    return f"%json {json.dumps({**schema, 'x-guidance': options}, ensure_ascii=False)}"
 
 
 class LarkGrammar:

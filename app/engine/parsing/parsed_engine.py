@@ -4,6 +4,7 @@ Stands right around the engine, so that filters, caches and dialects see message
 it cannot read as a call it leaves in the text: nothing that the model writes is lost.
 """
 
+import re
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
@@ -18,10 +19,12 @@ from app.engine.parsing.output import Part
 from app.engine.parsing.tool_grammar import with_grammar
 from app.engine.stop_strings import hidden_stops, with_stop_tokens
 from app.engine.wrapper import EngineWrapper
-from app.errors import EngineNotReady
+from app.errors import EngineNotReady, InvalidRequest
 from app.events import Delta, Event, Finished, FinishedSample
 from app.requests import GenerationRequest
 from app.types import FinishReason, Usage
+
+_PLACE = re.compile(r" \(line \d+, column \d+\)$")
 
 
 class ParsedEngine(EngineWrapper):
@@ -43,19 +46,22 @@ class ParsedEngine(EngineWrapper):
         completion = _Completion(request, chat_format, prompt_end, hidden)
         constrained = with_grammar(request, self._inner.info, inside=completion.begins_inside)
         async with aclosing(self._inner.stream(_raw(constrained, chat_format, hidden))) as events:
-            async for event in events:
-                if isinstance(event, Delta):
-                    yield completion.feed(event)
-                    if (end := completion.end) is not None:
+            try:
+                async for event in events:
+                    if isinstance(event, Delta):
+                        yield completion.feed(event)
+                        if (end := completion.end) is not None:
+                            yield end
+                            return
+                    elif isinstance(event, Finished):
+                        delta, end = completion.finish(event)
+                        if delta.is_visible:
+                            yield delta
                         yield end
-                        return
-                elif isinstance(event, Finished):
-                    delta, end = completion.finish(event)
-                    if delta.is_visible:
-                        yield delta
-                    yield end
-                else:
-                    yield event
+                    else:
+                        yield event
+            except InvalidRequest as error:
+                raise error if request.sampling.grammar else _refusal(error) from None
 
 
 def _is_parsed(chat_format: ChatFormat, request: GenerationRequest) -> bool:
@@ -64,6 +70,14 @@ def _is_parsed(chat_format: ChatFormat, request: GenerationRequest) -> bool:
 
 def _may_call(request: GenerationRequest) -> bool:
     return bool(request.tools) and request.tool_choice.mode != "none"
+
+
+def _refusal(error: InvalidRequest) -> InvalidRequest:
+    """Return an error in the caller's words: a grammar that it did not send is that of its tools."""
+    for each in (error.details or {}).get("errors", ()):
+        if each["field"] == "grammar":
+            return InvalidRequest.of_field("tools", f"have a schema that {_PLACE.sub('', each['reason'])}")
+    return error
 
 
 def _raw(request: GenerationRequest, chat_format: ChatFormat, hidden: Mapping[int, str]) -> GenerationRequest:

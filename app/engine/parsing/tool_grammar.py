@@ -13,7 +13,7 @@ from dataclasses import replace
 from msgspec import structs
 
 from app.engine.base import ChatFormat, EngineInfo
-from app.engine.parsing.call_grammars import SHAPES, schema_of
+from app.engine.parsing.call_grammars import SHAPES, arguments_of
 from app.engine.parsing.families import harmony
 from app.engine.parsing.families.llama import TAG
 from app.engine.parsing.lark import ANY_TEXT, LarkGrammar, embedded_schema, quoted
@@ -119,7 +119,7 @@ class _ChatGrammar:
         thoughts = f'({channel} ("analysis" | "commentary") {message} {text} {start} "assistant")*'
         calls = [
             f"{channel} {quoted(f'commentary to=functions.{tool.name} ')} {constrain} "
-            f'"json" {message} {embedded_schema(schema_of(tool))}'
+            f'"json" {message} {arguments_of(tool)}'
             for tool in self._tools
         ]
         final = [] if forced else [f'{channel} "final" {message} {body or ANY_TEXT}']

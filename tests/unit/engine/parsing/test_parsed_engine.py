@@ -15,7 +15,7 @@ from app.engine.tokenizer.shown_tokens import show_token
 from app.errors import EngineNotReady, InvalidRequest
 from app.events import Delta, DetokenizedLogprob, Event, Response, Started, collect, finish
 from app.requests import GenerationRequest
-from app.types import FinishReason, Message, Role, SamplingParams, ToolChoice, Usage
+from app.types import FinishReason, Grammar, Message, Role, SamplingParams, ToolChoice, Usage
 from tests.unit.engine.parsing.conversations import ADD, TOOLS, chat_format
 from tests.unit.engine.scripted import ScriptedEngine, make_request
 from tests.unit.event_streams import deltas_of, read
@@ -312,6 +312,24 @@ async def test_what_cannot_be_enforced_is_refused_before_anything_starts():
     with pytest.raises(InvalidRequest, match="tool_choice"):
         await anext(ParsedEngine(engine).stream(chat_request(tool_choice=ToolChoice("required"))))
     assert [] == engine.requests
+
+
+async def test_a_schema_that_cannot_be_enforced_is_refused_as_the_tools():
+    """The engine names the grammar, which is not the caller's word where it sent none."""
+    error = InvalidRequest.of_field("grammar", "uses `not`, which is not supported (line 3, column 12)")
+    engine = FormatEngine(chat_format("hermes"))
+    engine.error = error
+    await engine.start()
+    request = chat_request(tool_choice=ToolChoice("required"))
+    own = structs.replace(request, sampling=SamplingParams(grammar=Grammar("regex", "a")))
+
+    for each, message in (
+        (request, "tools have a schema that uses `not`, which is not supported"),
+        (own, "grammar uses `not`, which is not supported (line 3, column 12)"),
+    ):
+        with pytest.raises(InvalidRequest) as refusal:
+            await anext(ParsedEngine(engine).stream(each))
+        assert message == str(refusal.value)
 
 
 async def test_samples_have_calls_of_their_own():
