@@ -145,14 +145,19 @@ def _finder(marks: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))) or "(?!)")
 
 
+@lru_cache(maxsize=256)
+def _beginnings(marks: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(sorted({re.escape(mark[0]) for mark in marks})) or "(?!)")
+
+
 def _safe_end(text: str, start: int, marks: tuple[str, ...]) -> int:
     """Return where the longest end of the text begins that could still become a mark, or the name of a token."""
     longest = max(map(len, marks), default=1)
     token = text.rfind(BEGIN, start)
     end = token if token >= 0 and END not in text[token:] else len(text)
-    for at in range(max(start, len(text) - longest + 1), end):
-        if any(mark.startswith(text[at:]) for mark in marks):
-            return at
+    for found in _beginnings(marks).finditer(text, max(start, len(text) - longest + 1), end):
+        if any(mark.startswith(text[found.start() :]) for mark in marks):
+            return found.start()
     return end
 
 
