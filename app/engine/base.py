@@ -47,6 +47,8 @@ class ChatFormat:
     """Special tokens among the marks of both, by name and id; a decoder hides them."""
     added_marks: tuple[tuple[str, int], ...] = ()
     """Those that are single tokens too, but shown."""
+    description: str = ""
+    """transformers' response template as JSON, of a form that is known from it only."""
 
     @property
     def is_harmony(self) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from app.engine.base import ChatFormat
+from app.engine.parsing.families.described import parse_described
 from app.engine.parsing.families.harmony import parse_harmony
 from app.engine.parsing.formats import TOOL_FORMATS, new_call_id
 from app.engine.parsing.marks import Marks, hide_tokens
@@ -64,7 +65,9 @@ class CompletionParser:
         next(self._steps, None)
 
     def _parse(self) -> Scan[None]:
-        if self._format.is_harmony:
+        if self._format.description:
+            yield from parse_described(self._source, self.output, self._format.description, self._prompt_end)
+        elif self._format.is_harmony:
             yield from parse_harmony(self._source, self.output, self._marks, self._prompt_end)
         else:
             yield from self._read_message()

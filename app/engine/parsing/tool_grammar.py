@@ -40,10 +40,11 @@ def with_grammar(request: GenerationRequest, info: EngineInfo, *, inside: bool) 
     own = request.sampling.grammar
     if own is None and not strict:
         return request
-    if strict and (info.chat_format.tools is None or "grammar" in info.capabilities.unsupported):
+    known = info.chat_format.is_harmony or info.chat_format.tools in SHAPES
+    if strict and (not known or "grammar" in info.capabilities.unsupported):
         field, value = ("tool_choice", "required") if forced else ("tools", "strict")
         raise InvalidRequest.of_field(field, f"{value} is not supported for this model")
-    if own is not None and not tools and info.chat_format.reasoning is None and not info.chat_format.is_harmony:
+    if not info.chat_format.is_harmony and not (tools and known) and info.chat_format.reasoning not in THOUGHTS:
         return request
     text = _ChatGrammar(info.chat_format, tools, request, inside=inside).render(own, forced=forced)
     return structs.replace(request, sampling=replace(request.sampling, grammar=Grammar("lark", text)))
@@ -63,7 +64,7 @@ class _ChatGrammar:
         self, chat_format: ChatFormat, tools: tuple[Tool, ...], request: GenerationRequest, *, inside: bool
     ) -> None:
         self._format = chat_format
-        self._tools = tools if chat_format.tools else ()
+        self._tools = tools if chat_format.is_harmony or chat_format.tools in SHAPES else ()
         self._parallel = request.parallel_tool_calls
         self._inside = inside
         self._lark = LarkGrammar((*chat_format.special_marks, *chat_format.added_marks))

@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken
 
 from app.config import ModelConfig
+from app.engine.base import ChatFormat
 from app.engine.parsing.detection import detect_format
 from app.engine.tokenizer.chat_traits import read_traits
+from app.engine.tokenizer.shown_tokens import show_token
 from tests.unit.engine.parsing.conversations import GOLDEN, TOOLS, Parsed, as_special, chat_format, parse
 from tests.unit.tiny_models import chatml_tokenizer
 
@@ -168,3 +171,71 @@ def test_the_tokenizers_own_description_of_its_answers_comes_first():
     found = detect_format(read_traits(tokenizer), ModelConfig())
 
     assert ("gemma4", "gemma4") == (found.tools, found.reasoning)
+
+
+ACTIONS = {
+    "start_anchor": "<|im_start|>assistant\n",
+    "fields": {
+        "thinking": {"open": "<|START_THINKING|>", "close": "<|END_THINKING|>", "content": "text"},
+        "tool_calls": {
+            "open": "<|START_ACTION|>",
+            "close": "<|END_ACTION|>",
+            "content": "json",
+            "transform": {"type": "function", "function": {"name": "{tool_name}", "arguments": "{parameters}"}},
+            "transform_each": True,
+        },
+        "content": {"close_pattern": r"<\|im_end\|>", "content": "text"},
+    },
+}
+"""A description as transformers has it, of a form that is in no table here."""
+
+
+def described(**changes: Any) -> ChatFormat:
+    tokenizer = chatml_tokenizer()
+    marks = ["<|START_ACTION|>", "<|END_ACTION|>"]
+    tokenizer.add_tokens([AddedToken(mark, special=True) for mark in marks], special_tokens=True)
+    tokenizer.response_template = {**ACTIONS, **changes}
+    return detect_format(read_traits(tokenizer), ModelConfig())
+
+
+def action(text: str) -> str:
+    return f"{show_token('<|START_ACTION|>')}{text}{show_token('<|END_ACTION|>')}"
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_form_that_only_the_tokenizer_knows_is_read_by_its_description(chunked: bool):
+    """transformers' own parser reads it; its marks are shown where they are special tokens."""
+    call = action('[{"tool_name": "add", "parameters": {"a": 1}}, {"tool_name": "add", "parameters": {}}]')
+    text = f"<|START_THINKING|>Hm.<|END_THINKING|>Well.\n{call}"
+
+    found = described()
+    parsed = parse(found, list(text) if chunked else text, prompt_end="<|im_start|>assistant\n")
+
+    assert ("described", "described") == (found.tools, found.reasoning)
+    assert {"<|START_ACTION|>", "<|END_ACTION|>", "<|im_end|>"} == {name for name, _ in found.special_marks}
+    assert Parsed("Well.", "Hm.", (("add", '{"a": 1}'), ("add", "{}"))) == parsed
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        (action("no JSON"), "no JSON"),
+        (action('[{"tool_name": "nope", "parameters": {}}]'), '[{"tool_name": "nope", "parameters": {}}]'),
+        (action('[{"parameters": {}}]') + " more", '[{"parameters": {}}] more'),
+        (show_token("<|START_ACTION|>") + '[{"tool', '[{"tool'),
+        ("plain\ntext ", "plain\ntext "),
+        ("Well " + action("no JSON") + " more", "Well no JSON more"),
+        ("Well <|START_ACTION|>no JSON<|END_ACTION|>", "Well <|START_ACTION|>no JSON<|END_ACTION|>"),
+    ],
+)
+def test_what_a_description_does_not_fit_is_text(text: str, left: str):
+    """Nothing is lost, whatever transformers' parser says of it."""
+    assert Parsed(left) == parse(described(), text)
+    assert Parsed(left) == parse(described(), list(text))
+
+
+def test_a_description_whose_expressions_may_explode_is_not_used():
+    """It comes with the model, and would hold up the event loop."""
+    fields = {**ACTIONS["fields"], "content": {"close_pattern": r"(a+)+<\|im_end\|>"}}  # type: ignore[dict-item]
+
+    assert "described" != described(fields=fields).tools
