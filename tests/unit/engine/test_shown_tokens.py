@@ -12,6 +12,7 @@ from app.config import DeadlineConfig
 from app.engine.live_request import LiveRequest
 from app.engine.tokenizer.hf_tokenizer import HfTokenizer
 from app.engine.tokenizer.shown_tokens import ShownTokenDecoder, hide_tokens, show_token
+from app.events import Event
 from app.ipc.messages import TokenEvent
 from tests.unit.engine.scripted import make_request
 from tests.unit.event_streams import deltas_of
@@ -92,9 +93,9 @@ async def test_deltas_say_where_each_token_ends(tmp_path: Path):
 
     for each in (request, structs.replace(request, shown_tokens=None)):
         live = LiveRequest(1, each, marked.loaded, DeadlineConfig(), lambda live: None)
-        events = []
+        events: list[Event] = []
 
-        async def follow(live: LiveRequest, events: list[object]) -> None:
+        async def follow(live: LiveRequest, events: list[Event]) -> None:
             async for event in live.events():
                 events.append(event)
 
@@ -105,7 +106,7 @@ async def test_deltas_say_where_each_token_ends(tmp_path: Path):
         live.accept(TokenEvent(id=1, token_ids=(), finish="stop"))
         await task
 
-        deltas = deltas_of(events)  # type: ignore[arg-type]
+        deltas = deltas_of(events)
         if each.shown_tokens is None:
             assert {()} == {delta.ends for delta in deltas}
             assert "hello\u00e9 the end" == "".join(delta.text for delta in deltas)

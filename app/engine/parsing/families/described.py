@@ -5,7 +5,8 @@ Its calls come whole, once they have ended.  Of an answer that the description d
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from app.engine.parsing.marks import hide_tokens
@@ -37,7 +38,7 @@ class _Described:
         template = load_response_template(description)
         # Without the beginning of the turn all of the prompt would be taken for it.
         begun = prompt_end if template.start_anchor_re.search(prompt_end) else ""
-        tools = [{"name": tool.name, "parameters": _object(tool.parameters)} for tool in out.tools.values()]
+        tools: list[Any] = [{"name": tool.name, "parameters": _object(tool.parameters)} for tool in out.tools.values()]
         self._parser: Any = ResponseParser(template, prefix=begun, tools=tools)
         self._out = out
         self._region = ""
@@ -51,37 +52,28 @@ class _Described:
 
     def feed(self, text: str) -> None:
         """Read more text."""
-        if self._broken:
-            self._out.text(hide_tokens(text))
-            return
+        # One by one: what the parser has found before it fails is lost.
         for found in _UNITS.finditer(text):
-            # One by one: what the parser has found before it fails is lost.
-            self._region += found.group()
-            try:
-                events = self._parser.feed(found.group().translate(_NAMES_ONLY))
-            except (ValueError, KeyError):
-                self._give_up()
-            else:
-                self._deliver(events)
             if self._broken:
-                self._out.text(hide_tokens(text[found.end() :]))
+                self._out.text(hide_tokens(text[found.start() :]))
                 return
+            self._region += found.group()
+            self._follow(partial(self._parser.feed, found.group().translate(_NAMES_ONLY)))
 
     def finish(self) -> None:
         """Read the end."""
-        if self._broken:
-            return
+        if not self._broken:
+            self._follow(lambda: self._parser.finalize()[1])
+
+    def _follow(self, read: Callable[[], list[dict[str, Any]]]) -> None:
+        """Deliver what the parser finds; where it gives up, leave what has not been delivered as text, and the rest."""
         try:
-            _, events = self._parser.finalize()
+            events = read()
         except (ValueError, KeyError):
-            self._give_up()
+            self._broken = True
+            self._out.text(hide_tokens(self._region))
         else:
             self._deliver(events)
-
-    def _give_up(self) -> None:
-        """Leave as text what has been read and not delivered, and all that follows."""
-        self._broken = True
-        self._out.text(hide_tokens(self._region))
 
     def _deliver(self, events: list[dict[str, Any]]) -> None:
         for event in events:
