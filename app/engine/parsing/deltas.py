@@ -3,6 +3,8 @@
 from collections import deque
 from collections.abc import Sequence
 
+from msgspec import structs
+
 from app.engine.parsing.output import Part
 from app.events import Delta, DetokenizedLogprob, ToolCallDelta
 
@@ -58,12 +60,11 @@ def _characters_before(place: int, parts: Sequence[Part]) -> int:
 
 def _merge(parts: Sequence[Part]) -> tuple[ToolCallDelta, ...]:
     """Return the calls of some parts, with arguments that follow each other as one."""
-    merged: list[ToolCallDelta] = []
-    for call in (part.call for part in parts if part.call is not None):
-        if merged and call.id is None and merged[-1].position == call.position:
-            before = merged.pop()
-            call = ToolCallDelta(
-                position=call.position, id=before.id, name=before.name, arguments=before.arguments + call.arguments
-            )
-        merged.append(call)
-    return tuple(merged)
+    merged: dict[int, list[ToolCallDelta]] = {}
+    for part in parts:
+        if part.call is not None:
+            merged.setdefault(part.call.position, []).append(part.call)
+    return tuple(
+        calls[0] if len(calls) == 1 else structs.replace(calls[0], arguments="".join(call.arguments for call in calls))
+        for calls in merged.values()
+    )

@@ -13,8 +13,10 @@ from app.engine.parsing.lark import LarkGrammar, quoted
 INTEGER = "/-?(0|[1-9][0-9]*)/"
 NUMBER = r"/-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?/"
 KEY = r"/[\w-]+/"
-MAX_RULES = 2000
-"""Rules of one grammar; what lies deeper in a schema may be anything."""
+MAX_VALUES = 2000
+"""Values in the schemas of one grammar; further ones may be anything."""
+MAX_DEPTH = 50
+"""Schemas within each other; what lies deeper may be anything."""
 
 
 def gemma_arguments(lark: LarkGrammar, schema: Mapping[str, Any], quote: str) -> str:
@@ -32,11 +34,20 @@ class _Values:
         self._text = lark.add("text", f"{self._quote} {lark.text_up_to(quote)}")
         self._references: dict[str, str] = {}
         self._anything = ""
-        self._rules = 0
+        self._values = 0
+        self._depth = 0
 
     def value(self, schema: Any) -> str:
-        self._rules += 1
-        if not isinstance(schema, dict) or self._rules > MAX_RULES:
+        self._values += 1
+        if self._values > MAX_VALUES or self._depth >= MAX_DEPTH:
+            return self._any()
+        self._depth += 1
+        expression = self._of(schema)
+        self._depth -= 1
+        return expression
+
+    def _of(self, schema: Any) -> str:
+        if not isinstance(schema, dict):
             return self._any()
         if isinstance(schema.get("$ref"), str):
             return self._reference(schema["$ref"])

@@ -46,8 +46,9 @@ class ParsedOutput:
         self._begins = False
         """Whether newlines are left out until there is other text."""
         self._calls = 0
-        self._arguments = 0
-        """Characters of the open call's arguments."""
+        self._arguments: list[str] = []
+        """More of the open call's arguments, which come in many small texts."""
+        self._has_arguments = False
         self.is_open = False
         """Whether a call has begun and not ended."""
         self.is_over = False
@@ -66,6 +67,7 @@ class ParsedOutput:
 
     def take(self) -> list[Part]:
         """Return the parts since the last time."""
+        self._flush_arguments()
         parts, self._parts = self._parts, []
         return parts
 
@@ -78,7 +80,7 @@ class ParsedOutput:
         self._blank = text[len(shown) :]
         if shown:
             self._begins, self.has_text = False, True
-            self._parts.append(Part(self._source.position - len(self._blank), text=shown))
+            self._add(text=shown)
 
     def begin_reasoning(self) -> None:
         """Begin to think."""
@@ -99,7 +101,7 @@ class ParsedOutput:
         if self._begins and self._has_thought:
             shown = "\n" + shown
         self._begins, self._has_thought = False, True
-        self._parts.append(Part(self._source.position - len(self._blank), reasoning=shown))
+        self._add(reasoning=shown)
 
     def end_reasoning(self) -> None:
         """End the thought; newlines before what follows are the format's."""
@@ -111,22 +113,22 @@ class ParsedOutput:
             return False
         self._source.release()
         self._blank, self._begins = "", False
-        self._add_call(ToolCallDelta(position=self._calls, id=call_id or self._new_id(), name=name))
+        self._add(call=ToolCallDelta(position=self._calls, id=call_id or self._new_id(), name=name))
         self._calls += 1
-        self._arguments, self.is_open = 0, True
+        self._has_arguments, self.is_open = False, True
         return True
 
     def arguments(self, text: str) -> None:
         """Append to the arguments of the open call."""
-        text = hide_tokens(text)
-        if text:
-            self._arguments += len(text)
-            self._add_call(ToolCallDelta(position=self._calls - 1, arguments=text))
+        if text := hide_tokens(text):
+            self._has_arguments = True
+            self._arguments.append(text)
 
     def close_call(self) -> None:
         """End the open call; one without arguments has none, unless it breaks off."""
-        if not self._arguments and not self._source.is_cut:
+        if not self._has_arguments and not self._source.is_cut:
             self.arguments("{}")
+        self._flush_arguments()
         self.is_open = False
         self.is_over = not self._parallel
 
@@ -140,12 +142,20 @@ class ParsedOutput:
     def _flush(self, *, reasoning: bool) -> None:
         blank, self._blank = self._blank, ""
         if blank and reasoning:
-            self._parts.append(Part(self._source.position, reasoning=blank))
+            self._add(reasoning=blank)
         elif blank:
-            self._parts.append(Part(self._source.position, text=blank))
+            self._add(text=blank)
 
-    def _add_call(self, call: ToolCallDelta) -> None:
-        self._parts.append(Part(self._source.position, call=call))
+    def _flush_arguments(self) -> None:
+        if self._arguments:
+            text = "".join(self._arguments)
+            self._arguments.clear()
+            self._add(call=ToolCallDelta(position=self._calls - 1, arguments=text))
+
+    def _add(self, *, text: str = "", reasoning: str = "", call: ToolCallDelta | None = None) -> None:
+        """Add a part that ends before the white space that is held back."""
+        end = self._source.position - len(self._blank)
+        self._parts.append(Part(end, text=text, reasoning=reasoning, call=call))
 
 
 def read_text(source: Scanner, out: ParsedOutput, *marks: str) -> Scan[str | None]:

@@ -46,7 +46,10 @@ def with_grammar(request: GenerationRequest, info: EngineInfo, *, inside: bool) 
         raise InvalidRequest.of_field(field, f"{value} is not supported for this model")
     if not info.chat_format.is_harmony and not (tools and known) and info.chat_format.reasoning not in THOUGHTS:
         return request
-    text = _ChatGrammar(info.chat_format, tools, request, inside=inside).render(own, forced=forced)
+    try:
+        text = _ChatGrammar(info.chat_format, tools, request, inside=inside).render(own, forced=forced)
+    except RecursionError:
+        raise InvalidRequest.of_field("tools", "have a schema that is nested too deeply") from None
     return structs.replace(request, sampling=replace(request.sampling, grammar=Grammar("lark", text)))
 
 

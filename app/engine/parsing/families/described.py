@@ -69,7 +69,7 @@ class _Described:
         """Deliver what the parser finds; where it gives up, leave what has not been delivered as text, and the rest."""
         try:
             events = read()
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, RecursionError):
             self._broken = True
             self._out.text(hide_tokens(self._region))
         else:

@@ -15,6 +15,8 @@ from app.engine.parsing.scanner import Scan, Scanner, Write
 
 CALL = "call:"
 MAX_NAME_CHARS = 256
+MAX_DEPTH = 100
+"""Objects and lists within each other; arguments that go deeper break off there."""
 _AFTER_NAME = re.compile(r"[^\w.-]")
 _AFTER_KEY = re.compile(r"[:{}\[\],\s]")
 _AFTER_SCALAR = re.compile(r"[,}\]]")
@@ -74,6 +76,7 @@ class _LaxJson:
         self._source = source
         self._write = write
         self._quote = quote
+        self._depth = 0
 
     def object(self) -> Scan[bool]:
         source = self._source
@@ -115,10 +118,13 @@ class _LaxJson:
         if (yield from source.accept(self._quote)):
             return (yield from self._string())
         first = yield from source.peek(1)
-        if first == "{":
-            return (yield from self.object())
-        if first == "[":
-            return (yield from self._array())
+        if first and first in "{[":
+            if self._depth == MAX_DEPTH:
+                return False
+            self._depth += 1
+            whole = yield from (self.object() if first == "{" else self._array())
+            self._depth -= 1
+            return whole
         if first == '"':
             return (yield from read_value(source, self._write))
         return (yield from self._scalar())

@@ -6,25 +6,28 @@ from typing import Any
 
 from app.engine.parsing.scanner import Write
 
+MAX_UNIONS = 8
+"""Unions within each other that are looked at."""
+
 
 def properties_of(parameters: str) -> Mapping[str, Any]:
     """Return the properties of a JSON Schema; none where it has no usable ones."""
     try:
         properties = json.loads(parameters).get("properties")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return {}
     return properties if isinstance(properties, dict) else {}
 
 
-def types_of(schema: Any) -> frozenset[str]:
-    """Return the JSON types that a schema allows; empty where it does not say."""
-    if not isinstance(schema, dict):
+def types_of(schema: Any, *, depth: int = 0) -> frozenset[str]:
+    """Return the JSON types that a schema allows; empty where it does not say, or in unions within too many others."""
+    if not isinstance(schema, dict) or depth > MAX_UNIONS:
         return frozenset()
     declared = schema.get("type")
     types = {declared} if isinstance(declared, str) else set(declared) if isinstance(declared, list) else set()
     for union in ("anyOf", "oneOf"):
         for choice in schema.get(union) or ():
-            types |= types_of(choice)
+            types |= types_of(choice, depth=depth + 1)
     if not types and isinstance(schema.get("enum"), list):
         types = {_TYPES[type(value)] for value in schema["enum"] if type(value) in _TYPES}
     return frozenset(each for each in types if isinstance(each, str))
@@ -41,7 +44,7 @@ def as_json(raw: str, types: frozenset[str]) -> str:
     literal = {"True": "true", "False": "false", "None": "null"}.get(text, text)
     try:
         value = json.loads(literal)
-    except ValueError:
+    except (ValueError, RecursionError):
         return json.dumps(raw, ensure_ascii=False)
     if isinstance(value, str) and not types:
         return json.dumps(raw, ensure_ascii=False)

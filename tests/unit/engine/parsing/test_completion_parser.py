@@ -240,3 +240,29 @@ def test_a_call_cut_before_its_arguments_has_none():
 
     assert (("add", ""),) == parse(chat_format("hermes"), text, cut=True).calls
     assert (("add", "{}"),) == parse(chat_format("hermes"), text).calls
+
+
+@pytest.mark.parametrize("name", TOOL_FORMATS)
+@pytest.mark.parametrize("deep", ["[" * 20_000, '{"a":' * 20_000, "{a:" * 20_000])
+def test_arguments_that_go_too_deep_fail_nobody(name: str, deep: str):
+    """Whatever a model writes within itself comes out in linear time."""
+    heads = {
+        "hermes": '<tool_call>{"name": "add", "arguments": {"a": ',
+        "qwen_xml": "<function=add>\n<parameter=a>\n",
+        "llama": '{"name": "add", "parameters": {"a": ',
+        "mistral": '[TOOL_CALLS][{"name": "add", "arguments": {"a": ',
+        "mistral_args": '[TOOL_CALLS]add[ARGS]{"a": ',
+        "deepseek": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n",
+        "deepseek_v31": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>add<｜tool▁sep｜>",
+        "gemma4": "<|tool_call>call:add{a:",
+        "function_gemma": "<start_function_call>call:add{a:",
+        "phi": 'functools[{"name": "add", "arguments": {"a": ',
+        "harmony": "<|channel|>commentary to=functions.add<|message|>",
+    }
+
+    tail = "\n</parameter>\n</function>" if name == "qwen_xml" else ""
+
+    parsed = parse(chat_format(name), heads[name] + deep + tail)
+
+    ((_, arguments),) = parsed.calls
+    assert arguments.count("[") + arguments.count("{") >= 20_000

@@ -404,3 +404,18 @@ def test_what_cannot_be_enforced_is_refused_by_name(
         with_grammar(request, info_of(chat, *unsupported), inside=False)
 
     assert field in str(refusal.value) or field in str(refusal.value.details)
+
+
+def nested(depth: int) -> Tool:
+    deep = '{"anyOf": [{"properties": {"a": ' * depth + "{}" + "}}]}" * depth
+    return Tool("add", parameters=f'{{"properties": {{"a": {deep}}}}}')
+
+
+@formats
+def test_a_schema_that_goes_too_deep_is_refused(name: str):
+    """A client cannot make the service run out of stack."""
+    _, chat = chat_of(name, "harmony" if name == "harmony" else None, True)
+
+    assert grammar_of(chat, tools=[nested(100)], tool_choice=ToolChoice("required")) is not None
+    with pytest.raises(InvalidRequest, match="tools have a schema that is nested too deeply"):
+        grammar_of(chat, tools=[nested(5000)], tool_choice=ToolChoice("required"))
