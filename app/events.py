@@ -102,6 +102,8 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """For each of `logprobs` how many characters of `text` its token ends after."""
     prompt_logprobs: tuple[PromptLogprob, ...] = ()
     """The next tokens of the prompt, from its first, if the request asks for them; all come before any text."""
+    ends: tuple[int, ...] = ()
+    """The same for each of `tokens`, where the request has `shown_tokens`; no parser's delta has it."""
 
     @property
     def all_text(self) -> str:

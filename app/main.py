@@ -21,6 +21,7 @@ from app.engine.cache import CachedEngine
 from app.engine.echo import EchoEngine
 from app.engine.host import ModelHost
 from app.engine.local import LocalEngine
+from app.engine.parsing.parsed_engine import ParsedEngine
 from app.engine.persistent_cache import PersistentCacheEngine
 from app.engine.served_model import SamplingDefaults, ServedModel
 from app.errors import ConfigError, ModelNotFound
@@ -198,8 +199,11 @@ def _engine(settings: Settings, name: str, interpreters: SpareInterpreters) -> E
 def _wrap(
     engine: Engine, settings: Settings, filters: "_Filters", metrics: Metrics, access: AccessControl
 ) -> tuple[Engine, CachedEngine | None]:
-    """Put the output filter around the engine and the caches around both, so that nothing unfiltered is stored."""
-    engine, scope = filters.around(engine)
+    """Put the parser around the engine, the output filter around both, and the caches around all.
+
+    So the filter sees messages and not the model's marks, and nothing unfiltered is stored.
+    """
+    engine, scope = filters.around(ParsedEngine(engine))
     if not settings.cache.enabled:
         return engine, None
     if settings.cache.persistent:

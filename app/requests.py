@@ -109,6 +109,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """False: only a response that is the same every time (greedy or with a seed) may come from the cache."""
     stream: Annotated[bool, HARMLESS] = True
     """False: the text after the first token may come in one delta, as with vLLM's FINAL_ONLY."""
+    shown_tokens: Annotated[tuple[tuple[str, int], ...] | None, HARMLESS] = None
+    """Special tokens that the engine shows in the text, by name and id; its deltas then say where each token ends.
+    Set by the parser of the model's format around the engine; None: nothing is parsed."""
     origin: Annotated[Origin, HARMLESS] = Origin()
     progress: Annotated[Progress, HARMLESS] = msgspec.field(default_factory=Progress)
 

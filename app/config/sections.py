@@ -86,6 +86,24 @@ class AppConfig(Section):
         return value
 
 
+ToolFormatName = Literal[
+    "auto",
+    "none",
+    "hermes",
+    "qwen_xml",
+    "llama",
+    "mistral",
+    "mistral_args",
+    "deepseek",
+    "deepseek_v31",
+    "gemma4",
+    "function_gemma",
+    "phi",
+    "harmony",
+]
+ReasoningFormatName = Literal["auto", "none", "think", "mistral", "gemma4", "harmony"]
+
+
 class ModelConfig(Section):
     """The served model, its engine and its limits."""
 
@@ -131,6 +149,12 @@ class ModelConfig(Section):
     stall_seconds: PositiveFloat = 120
     """The same for a worker that lives, has requests and makes no progress; at least
     `deadlines.first_token_seconds` and 30 s."""
+    tool_format: ToolFormatName = "auto"
+    """How the model writes calls of tools.  auto: as its chat template shows, hermes for a template that shows none;
+    none leaves them in the text."""
+    reasoning_format: ReasoningFormatName = "auto"
+    """How the model marks what it thinks before it answers.  auto: as its chat template and its tokens show; none
+    leaves it in the text."""
     spare_worker: bool = True
     """Keep a process whose libraries are imported for the next worker: about 260 MB, and a worker that died is replaced
     in one second instead of five."""

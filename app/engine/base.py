@@ -36,6 +36,27 @@ class Capabilities:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChatFormat:
+    """How a model's chats write calls of tools and reasoning; the names are those of `app/engine/parsing`."""
+
+    tools: str | None = None
+    """None: it is not known to call any."""
+    reasoning: str | None = None
+    """None: it answers at once."""
+    special_marks: tuple[tuple[str, int], ...] = ()
+    """Special tokens among the marks of both, by name and id; a decoder hides them."""
+    added_marks: tuple[tuple[str, int], ...] = ()
+    """Those that are single tokens too, but shown."""
+    description: str = ""
+    """transformers' response template as JSON, of a form that is known from it only."""
+
+    @property
+    def is_harmony(self) -> bool:
+        """Return whether one format with channels is both."""
+        return "harmony" in (self.tools, self.reasoning)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
     """Description of a loaded model; None where an engine has no such figure."""
 
@@ -65,6 +86,7 @@ class EngineInfo:
     """Whether the chat template shows what the assistant thought in earlier turns."""
     compiled: Literal["attention", "layers"] | None = None
     """Operators compiled for this machine at load; None: torch computes everything with its own."""
+    chat_format: ChatFormat = ChatFormat()
 
     def check_tokens(self, field: str, token_ids: Sequence[int]) -> None:
         """Raises: InvalidRequest: one of them is no token of the model; the field is named."""
@@ -78,6 +100,8 @@ class EngineInfo:
         for each in fields(self):
             if each.name == "capabilities":
                 facts["unsupported"] = self.capabilities.unsupported
+            elif each.name == "chat_format":
+                facts |= {"tool_format": self.chat_format.tools, "reasoning_format": self.chat_format.reasoning}
             else:
                 facts[each.name] = getattr(self, each.name)
         return facts
@@ -205,6 +229,12 @@ class Engine(Protocol):
 
     def hidden_token(self, name: str) -> int | None:
         """Return the special token of this name, which no completion shows; None where there is none.
+
+        Raises: EngineNotReady.
+        """
+
+    def prompt_end(self, prompt_ids: Sequence[int]) -> str:
+        """Return the last tokens of a prompt as text, control tokens by their names; empty where that is not known.
 
         Raises: EngineNotReady.
         """

@@ -138,6 +138,9 @@ class EchoEngine:
     def hidden_token(self, name: str) -> int | None:
         return self.tokenizer.hidden_token(name)
 
+    def prompt_end(self, prompt_ids: Sequence[int]) -> str:
+        return ""
+
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         if self._state is not EngineState.READY:
             raise EngineNotReady("The model is not ready; try again in a moment.", retry_after=1)

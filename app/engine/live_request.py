@@ -12,6 +12,7 @@ from app.engine.logprob_alignment import LogprobAlignment
 from app.engine.prompt_scores import PromptScores
 from app.engine.stop_strings import EndStrings, StopBuffer, hidden_stops
 from app.engine.tokenizer.detokenize import detokenize_logprobs
+from app.engine.tokenizer.shown_tokens import completion_decoder
 from app.errors import AppError, DeadlineExceeded, EngineFailed, InvalidRequest
 from app.events import Delta, Finished, finish
 from app.ipc.messages import TokenEvent
@@ -50,7 +51,7 @@ class LiveRequest:
         self._progress = request.progress
         self._loop = asyncio.get_running_loop()
         self._tokenizer = tokenizer
-        self._decoder = tokenizer.decoder(request.prompt_ids or ())
+        self._decoder = completion_decoder(tokenizer, request)
         self._stops = StopBuffer(request.sampling.stop)
         self._ends = EndStrings(() if request.sampling.ignore_eos else end_strings)
         self.hidden_stops = hidden_stops(request.sampling, tokenizer)
@@ -63,6 +64,10 @@ class LiveRequest:
         self._last_moment = self._loop.time() + deadlines.total_seconds
         self._on_outcome = on_outcome
         self._text: list[str] = []
+        self._token_ends: list[int] = []
+        """For each token that no delta has reported where its text ends in the next one, if the request wants it."""
+        self._length = 0
+        """Characters of the next delta up to now."""
         self._begun = False
         """Whether a delta has been yielded."""
         self._reported = 0
@@ -151,12 +156,16 @@ class LiveRequest:
     def _next_delta(self) -> Delta:
         text = "".join(self._text)
         self._text.clear()
-        logprobs, ends = self._alignment.release(len(text))
+        ends, self._length = tuple(self._token_ends), 0
+        logprobs, logprob_ends = self._alignment.release(len(text))
+        if text or logprobs:
+            self._token_ends.clear()
         return Delta(
             text=text,
             tokens=self._progress.generated - self._reported,
             logprobs=detokenize_logprobs(logprobs, self._tokenizer) if logprobs else (),
-            token_ends=ends,
+            token_ends=logprob_ends,
+            ends=ends,
         )
 
     def _stop_reason(self) -> str | int | None:
@@ -175,6 +184,8 @@ class LiveRequest:
         text = self._decoder.feed((token_id,))
         self._alignment.add(text, logprob)
         self._append(self._stops.feed(text))
+        if self.request.shown_tokens is not None:
+            self._token_ends.append(self._length)
         if self._stops.matched is not None:
             self._finish(FinishReason.STOP)
         elif self._ends.feed(text):
@@ -184,6 +195,7 @@ class LiveRequest:
     def _append(self, text: str) -> None:
         if text:
             self._text.append(text)
+            self._length += len(text)
             if self.request.stream or not self._begun or len(self._alignment) >= LOGPROBS_PER_DELTA:
                 self._news.set()
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from app.config import DeadlineConfig, ModelConfig
 from app.engine.base import Capabilities, EngineInfo, EngineStatus, PreparedPrompt, Tokenizer
 from app.engine.live_request import LiveRequest
+from app.engine.parsing.detection import detect_format
 from app.engine.stop_strings import with_stop_tokens
 from app.engine.tokenizer.detokenize import detokenize
 from app.engine.tokenizer.prepare import ModelTokenizer, PromptEncoder, PromptTokenizer
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 LOADING_RETRY_SECONDS = 5.0
 BUSY_RETRY_SECONDS = (1.0, 30.0)
 """Bounds of the Retry-After of a refused request."""
+PROMPT_END_TOKENS = 64
+"""Last tokens of a prompt that decide how a completion begins: a turn's header, and what the template puts behind."""
 
 
 class CompletionRate:
@@ -168,6 +171,10 @@ class LocalEngine:
         """Return the special token of this name, which no completion shows; None where there is none."""
         return self.tokenizer.hidden_token(name)
 
+    def prompt_end(self, prompt_ids: Sequence[int]) -> str:
+        """Return the last tokens of a prompt as text, control tokens by their names."""
+        return "".join(map(self.tokenizer.token_text, prompt_ids[-PROMPT_END_TOKENS:]))
+
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Generate: Started at once when admitted, deltas, then exactly one Finished.
 
@@ -234,6 +241,7 @@ class LocalEngine:
             renders_reasoning=tokenizer.renders_reasoning,
             logprob_shift=ready.logprob_shift,
             compiled=ready.compiled,
+            chat_format=detect_format(tokenizer.traits, self._config),
         )
         await self._interpreters.prepare()
 

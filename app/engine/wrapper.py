@@ -41,6 +41,9 @@ class EngineWrapper:
     def hidden_token(self, name: str) -> int | None:
         return self._inner.hidden_token(name)
 
+    def prompt_end(self, prompt_ids: Sequence[int]) -> str:
+        return self._inner.prompt_end(prompt_ids)
+
     def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         return self._inner.stream(request)
 

@@ -15,6 +15,7 @@ from app.engine.base import Engine, PreparedPrompt
 from app.engine.cache import CachedEngine
 from app.engine.echo import EchoEngine
 from app.engine.local import LocalEngine
+from app.engine.parsing.parsed_engine import ParsedEngine
 from app.engine.persistent_cache import PersistentCacheEngine
 from app.errors import EngineNotReady, InvalidRequest
 from app.events import Event, Started
@@ -37,6 +38,7 @@ ENGINES: dict[str, Factory] = {
     "filtered": lambda folder: FilteredEngine(
         EchoEngine(token_delay_seconds=0.001), Redactor(), lambda kind, count: None
     ),
+    "parsed": lambda folder: ParsedEngine(EchoEngine(token_delay_seconds=0.001)),
     "local": lambda folder: LocalEngine(ModelConfig(name=str(save_tiny_llama(folder))), DeadlineConfig()),
 }
 LONG_TEXT = "tell me a very long story about the end of the world, " * 4

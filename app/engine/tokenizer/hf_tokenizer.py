@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import encode_marked_chat
 
 from app.engine.tokenizer.chat_renderer import ChatRenderer
+from app.engine.tokenizer.chat_traits import read_traits
 from app.engine.tokenizer.control_marks import ControlMarks
 from app.engine.tokenizer.segment_cache import SegmentEncoder, forget_words
 from app.engine.tokenizer.stream_decoder import StreamDecoder
@@ -70,6 +71,7 @@ class HfTokenizer:
         self._plain.no_truncation()
         self._plain.no_padding()
         self._chat_lock = threading.Lock()
+        self.traits = read_traits(self._chat)
         default, with_tools = _template_of(self._chat, None), _template_of(self._chat, [])
         source = f"{default or ''}\0{with_tools or ''}"
         control = _control_ids(self._chat, source)

@@ -187,6 +187,7 @@ CHANGED: dict[str, Any] = {
     "use_recommended": True,
     "n": 2,
     "adapter": "legal",
+    "shown_tokens": (("<tool>", 7),),
     "model": "other",
     "priority": 1,
     "session_id": "s",

@@ -1,0 +1,1 @@
+"""One parser for each family's way to write calls of tools."""
