@@ -3,7 +3,7 @@
 `web/http/errors.py` renders them, in the format of the dialect that the path belongs to.
 
 AppError
-├── InvalidRequest            400  ├── ContextLengthExceeded  ├── PromptTooLong  ├── PiiBlocked
+├── InvalidRequest            400  ├── ContextLengthExceeded ── InputTooLong  ├── PromptTooLong  ├── PiiBlocked
 │                                  ├── PreviousResponseNotFound
 ├── Unauthorized              401
 ├── Forbidden                 403
@@ -81,6 +81,18 @@ class ContextLengthExceeded(InvalidRequest):
             f"{least}{prompt_tokens + max_tokens}: {least}{prompt_tokens} for the prompt and {max_tokens} for the "
             "completion. Shorten the prompt, lower max_tokens, or let older turns go with truncation.",
             details={"prompt_tokens": prompt_tokens, "max_tokens": max_tokens, "limit": limit},
+        )
+
+
+class InputTooLong(ContextLengthExceeded):
+    """A text to embed has more tokens than the model reads."""
+
+    def __init__(self, *, index: int, tokens: int, limit: int) -> None:
+        InvalidRequest.__init__(
+            self,
+            f"The text at index {index} has {tokens} tokens, and the model embeds at most {limit}. "
+            "Shorten or split it, or let truncate_prompt_tokens: -1 cut it.",
+            details={"index": index, "prompt_tokens": tokens, "limit": limit},
         )
 
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import anyio
 from fastapi import FastAPI
@@ -16,15 +17,17 @@ from app.access.access import AccessControl
 from app.access.admission import AdmissionControl
 from app.access.bootstrap_key import bootstrap_key
 from app.config import Settings
-from app.engine.base import Engine
+from app.engine.base import EncoderEngine, Engine
 from app.engine.cache import CachedEngine
 from app.engine.echo import EchoEngine
+from app.engine.encoder import LocalEncoder
 from app.engine.host import ModelHost
 from app.engine.local import LocalEngine
 from app.engine.parsing.parsed_engine import ParsedEngine
 from app.engine.persistent_cache import PersistentCacheEngine
-from app.engine.served_model import SamplingDefaults, ServedModel
+from app.engine.served_model import SamplingDefaults, Served, ServedEncoder, ServedModel
 from app.errors import ConfigError, ModelNotFound
+from app.generation.embedding import EmbeddingService
 from app.generation.metering import UsageRecorder
 from app.generation.prompts import read_template
 from app.generation.responses import MemoryResponseStore
@@ -32,6 +35,7 @@ from app.generation.service import GenerationService
 from app.generation.sessions import MemorySessionStore, SessionStore
 from app.ipc.spare_interpreters import SpareInterpreters
 from app.langchain.chains import COMPLETION_VARIABLES, SYSTEM_VARIABLES, ModelChains
+from app.langchain.embeddings import EngineEmbeddings
 from app.privacy.filters import FilteredEngine, InputFilter
 from app.privacy.pool import RedactionPool
 from app.privacy.redactor import PiiKind, Redactor
@@ -56,6 +60,7 @@ def create_app(
     settings: Settings,
     *,
     engines: Mapping[str, Engine] | None = None,
+    encoders: Mapping[str, EncoderEngine] | None = None,
     service: Service | None = None,
     keys: Keys | None = None,
     sessions: SessionStore | None = None,
@@ -64,13 +69,14 @@ def create_app(
 
     Args: each takes the place of what is built otherwise:
         engines: by public model name; the first serves requests that name no model, and all are loaded at start.
-        service: what the routes call.
+        encoders: the same for models that only embed; without a name a request gets the first of them.
+        service: what the routes that generate call.
         keys: knows whose an API key is.
         sessions: where conversations are stored.
     Raises: ConfigError: a file that the settings name is missing or cannot be used.
     """
     disable_foreign_tracing(settings.langsmith)
-    names = list(engines or [settings.model.public_name])
+    names = _model_names(settings, engines, encoders)
     metrics = Metrics(names)
     redactor = _redactor(settings)
     pool = RedactionPool(redactor, REDACTION_PROCESSES)
@@ -79,6 +85,7 @@ def create_app(
     build = partial(
         _build_model,
         engines=engines,
+        encoders=encoders,
         settings=settings,
         filters=filters,
         metrics=metrics,
@@ -91,6 +98,7 @@ def create_app(
     for name in names:
         host.add(name)
     admission = AdmissionControl(MemoryAdmissionStore(), access.quotas, on_refusal=metrics.rate_limited)
+    usage = _usage_recorder(settings, access)
     if sessions is None and settings.chat_history.enabled:
         sessions = MemorySessionStore(settings.chat_history)
     responses = MemoryResponseStore(settings.chat_history) if settings.chat_history.enabled else None
@@ -101,13 +109,22 @@ def create_app(
         sessions=sessions,
         metrics=metrics,
         admission=admission,
-        usage=_usage_recorder(settings, access),
+        usage=usage,
+        waiting_seconds=settings.deadlines.waiting_seconds,
+    )
+    embeddings = EmbeddingService(
+        host=host,
+        input_filter=filters.of_input(),
+        metrics=metrics,
+        admission=admission,
+        usage=usage,
         waiting_seconds=settings.deadlines.waiting_seconds,
     )
     _watch(metrics, host, sessions)
     container = Container(
         settings=settings,
         service=generation,
+        embeddings=embeddings,
         host=host,
         sessions=sessions,
         responses=responses,
@@ -118,6 +135,21 @@ def create_app(
         metrics=metrics,
     )
     return build_app(container, lifespan=partial(_lifespan, pool=pool))
+
+
+def _model_names(
+    settings: Settings, engines: Mapping[str, Engine] | None, encoders: Mapping[str, EncoderEngine] | None
+) -> list[str]:
+    """Return the names of all models, the default one first.
+
+    Raises: ConfigError: one is the name of two.
+    """
+    names = list(engines or [settings.model.public_name])
+    encoder = settings.embeddings.public_name
+    names += list(encoders if encoders is not None else [encoder] if encoder else [])
+    if len(set(names)) < len(names):
+        raise ConfigError(f"configuration: embeddings.model: {encoder} is the name of the chat model, too")
+    return names
 
 
 @asynccontextmanager
@@ -141,19 +173,24 @@ def _build_model(
     name: str,
     *,
     engines: Mapping[str, Engine] | None,
+    encoders: Mapping[str, EncoderEngine] | None,
     settings: Settings,
     filters: "_Filters",
     metrics: Metrics,
     access: AccessControl,
     interpreters: SpareInterpreters,
-) -> ServedModel:
+) -> Served:
     """Build everything that belongs to one model.
 
     Raises: ModelNotFound: nothing of this name is configured.
     """
+    if name in (encoders if encoders is not None else (settings.embeddings.public_name or None,)):
+        encoder = encoders[name] if encoders is not None else _encoder(settings, interpreters)
+        return ServedEncoder(name=name, engine=encoder, embeddings=EngineEmbeddings(embedder=encoder, model=name))
     if name not in (engines or (settings.model.public_name,)):
         raise ModelNotFound("There is no such model.")
     engine = engines[name] if engines else _engine(settings, name, interpreters)
+    embeddings = EngineEmbeddings(embedder=engine, model=name) if _embeds(settings, engine) else None
     engine, cache = _wrap(engine, settings, filters, metrics, access)
     read = partial(read_template, settings.app.prompts_dir, model=name)
     return ServedModel(
@@ -166,6 +203,7 @@ def _build_model(
             completion=read("completion", COMPLETION_VARIABLES, default="{prompt}"),
         ),
         cache=cache,
+        embeddings=embeddings,
         defaults=SamplingDefaults(
             max_tokens=settings.model.max_tokens,
             temperature=settings.model.temperature,
@@ -177,23 +215,39 @@ def _build_model(
 def _engine(settings: Settings, name: str, interpreters: SpareInterpreters) -> Engine:
     if settings.model.engine == "echo":
         return EchoEngine(model=name, context_length=settings.model.max_model_len or 8192)
-    if settings.model.source == "local" and not (Path(settings.model.name) / "config.json").is_file():
-        # The worker would find out too, seconds later.
-        raise ConfigError(
-            f"configuration: model.name: the folder {settings.model.name} holds no model (no config.json)"
-        )
+    if settings.model.source == "local":
+        _require_model("model.name", settings.model.name, "config.json")
+    return LocalEngine(settings.model, settings.deadlines, interpreters=interpreters, **_supervision(settings))
+
+
+def _encoder(settings: Settings, interpreters: SpareInterpreters) -> EncoderEngine:
+    if settings.embeddings.source == "local":
+        # Older releases of sentence-transformers put the transformer's own file into a folder below.
+        _require_model("embeddings.model", settings.embeddings.model, "config.json", "modules.json")
+    return LocalEncoder(settings.embeddings, settings.deadlines, interpreters=interpreters, **_supervision(settings))
+
+
+def _embeds(settings: Settings, engine: Engine) -> TypeGuard[LocalEngine]:
+    return isinstance(engine, LocalEngine) and settings.model.embeddings != "none"
+
+
+def _require_model(key: str, folder: str, *files: str) -> None:
+    """Raises: ConfigError: none of the files is there; the worker would find out too, seconds later."""
+    if not any((Path(folder) / name).is_file() for name in files):
+        raise ConfigError(f"configuration: {key}: the folder {folder} holds no model (no {files[0]})")
+
+
+def _supervision(settings: Settings) -> dict[str, Any]:
+    """Return the settings of a worker process that do not depend on what it does."""
     token = settings.hub_token
-    return LocalEngine(
-        settings.model,
-        settings.deadlines,
-        hub_token=token.get_secret_value() if token else None,
-        interpreters=interpreters,
-        hang_seconds=settings.model.hang_seconds,
+    return {
+        "hub_token": token.get_secret_value() if token else None,
+        "hang_seconds": settings.model.hang_seconds,
         # What a deadline allows must not count as stuck.
-        stall_seconds=max(
+        "stall_seconds": max(
             settings.model.stall_seconds, settings.deadlines.first_token_seconds + DEADLINE_MARGIN_SECONDS
         ),
-    )
+    }
 
 
 def _wrap(
@@ -274,7 +328,7 @@ class _Filters:
 
 
 def _watch(metrics: Metrics, host: ModelHost, sessions: SessionStore | None) -> None:
-    def total(figure: Callable[[ServedModel], int]) -> Callable[[], float]:
+    def total(figure: Callable[[Served], int]) -> Callable[[], float]:
         return lambda: sum(map(figure, host.models))
 
     metrics.watch(

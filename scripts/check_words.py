@@ -114,7 +114,7 @@ PHRASES: Mapping[str, str] = {
 
 ALLOWED: Mapping[str, str] = {
     "SentencePiece": "the name of a tokenizer library",
-    "WordPiece": "the name of a tokenizer's algorithm",
+    "WordPiece WordPieceTrainer": "the name of a tokenizer's algorithm",
     "connection_made": "a method of asyncio's protocols",
     "turns_kept": "a field of the public API",
     "made_up made_up_word made_up_name": "made-up words are ordinary English, and what they are",

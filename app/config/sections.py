@@ -22,6 +22,7 @@ from pydantic_settings import (
 )
 
 from app.config.access import DatabaseConfig, QuotaConfig, RateLimitConfig, UsageLogConfig
+from app.config.embeddings import EmbeddingPooling, EmbeddingsConfig
 from app.config.section import Section
 
 KNOWN_DEFAULT_KEYS = frozenset(
@@ -142,6 +143,9 @@ class ModelConfig(Section):
     """Completions of one tenant that may wait for the model while no other tenant's do; further ones get 503."""
     max_waiting_tokens: PositiveInt = 65_536
     """Prompt tokens of those in total; a single request may always wait."""
+    embeddings: EmbeddingPooling = "none"
+    """Whether the chat model embeds texts, too: by the mean of its tokens' hidden states, or by the last one.  Its
+    layers are then not compiled, since that leaves no hidden states to read: on a CPU it decodes more slowly."""
     threads: NonNegativeInt = 0
     """CPU threads of the model; 0 is one per core."""
     hang_seconds: Annotated[float, Field(ge=5)] = 30
@@ -313,6 +317,7 @@ class Settings(BaseSettings):
 
     app: AppConfig = AppConfig()
     model: ModelConfig = ModelConfig()
+    embeddings: EmbeddingsConfig = EmbeddingsConfig()
     deadlines: DeadlineConfig = DeadlineConfig()
     security: SecurityConfig = SecurityConfig()
     rate_limit: RateLimitConfig = RateLimitConfig()

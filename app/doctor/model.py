@@ -19,19 +19,24 @@ def examine_model(settings: Settings) -> Iterator[Finding]:
     if model.engine == "echo":
         yield ok(SUBJECT, "none is loaded: the engine echo repeats prompts")
     elif model.source == "local":
-        yield from _folder(Path(model.name))
+        yield from _folder("model.name", Path(model.name))
     else:
-        yield from _hub(settings)
+        yield from _hub(settings, model.name, model.revision)
+    embeddings = settings.embeddings
+    if embeddings.model and embeddings.source == "local":
+        yield from _folder("embeddings.model", Path(embeddings.model))
+    elif embeddings.model:
+        yield from _hub(settings, embeddings.model, embeddings.revision)
     if model.device == "cuda" and not Path("/dev/nvidiactl").exists():
         yield problem(SUBJECT, "there is no NVIDIA GPU here, which model.device asks for", "set model.device: auto")
 
 
-def _folder(folder: Path) -> Iterator[Finding]:
+def _folder(key: str, folder: Path) -> Iterator[Finding]:
     try:
         config = _json(folder / "config.json")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it holds no JSON object"
-        advice = "name the folder of a model with config.json and safetensors as model.name"
+        advice = f"name the folder of a model with config.json and safetensors as {key}"
         yield problem(SUBJECT, f"{folder / 'config.json'} cannot be read: {reason}", advice)
         return
     family = ", ".join(config.get("architectures") or [str(config.get("model_type", "unknown"))])
@@ -46,7 +51,7 @@ def _folder(folder: Path) -> Iterator[Finding]:
         return
     size = sum(path.stat().st_size for path in weights)
     yield ok(SUBJECT, f"{folder} ({family}), {megabytes(size)} of weights")
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         yield problem(SUBJECT, f"{folder} has no tokenizer", "copy tokenizer.json and tokenizer_config.json into it")
     if (memory := available_memory()) is not None and size > memory:
         text = f"{megabytes(size)} of weights are more than the {megabytes(memory)} of memory that are free"
@@ -92,17 +97,16 @@ def _broken(path: Path) -> str | None:
     return f"{path.name} is cut off" if path.stat().st_size < 8 + length + max(ends, default=0) else None
 
 
-def _hub(settings: Settings) -> Iterator[Finding]:
+def _hub(settings: Settings, name: str, revision: str | None) -> Iterator[Finding]:
     # Late: it takes a while to import, and only hub models need it.
     from huggingface_hub import try_to_load_from_cache
 
-    model, token = settings.model, settings.hub_token
-    if isinstance(try_to_load_from_cache(model.name, "config.json", revision=model.revision), str):
-        yield ok(SUBJECT, f"{model.name} is in the hub's cache on this machine")
+    if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+        yield ok(SUBJECT, f"{name} is in the hub's cache on this machine")
     elif os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         advice = "unset HF_HUB_OFFLINE for the first start"
-        yield problem(SUBJECT, f"{model.name} is not on this machine, and the hub is switched off", advice)
+        yield problem(SUBJECT, f"{name} is not on this machine, and the hub is switched off", advice)
     else:
-        yield ok(SUBJECT, f"{model.name} is not on this machine yet: the start downloads it from the hub")
-        if token is None:
+        yield ok(SUBJECT, f"{name} is not on this machine yet: the start downloads it from the hub")
+        if settings.hub_token is None:
             yield warning(SUBJECT, "no hub token is set", "a gated model needs one: HF_TOKEN")

@@ -5,9 +5,10 @@ of them to the same promises.
 """
 
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Protocol
 
+from app.embeddings import EmbeddingInfo, EmbeddingRequest, Embeddings, EncodedInputs
 from app.errors import InvalidRequest
 from app.events import Event
 from app.requests import GenerationRequest, TemplateValue
@@ -87,6 +88,8 @@ class EngineInfo:
     compiled: Literal["attention", "layers"] | None = None
     """Operators compiled for this machine at load; None: torch computes everything with its own."""
     chat_format: ChatFormat = ChatFormat()
+    embedding: EmbeddingInfo | None = None
+    """How it embeds texts; None: not at all."""
 
     def check_tokens(self, field: str, token_ids: Sequence[int]) -> None:
         """Raises: InvalidRequest: one of them is no token of the model; the field is named."""
@@ -102,6 +105,8 @@ class EngineInfo:
                 facts["unsupported"] = self.capabilities.unsupported
             elif each.name == "chat_format":
                 facts |= {"tool_format": self.chat_format.tools, "reasoning_format": self.chat_format.reasoning}
+            elif each.name == "embedding":
+                facts["embedding"] = None if self.embedding is None else asdict(self.embedding)
             else:
                 facts[each.name] = getattr(self, each.name)
         return facts
@@ -188,6 +193,57 @@ class Tokenizer(Protocol):
 
     def hidden_token(self, name: str) -> int | None:
         """Return the special token of this name, which no completion shows; None where there is none."""
+
+
+class HostedEngine(Protocol):
+    """What every engine has, whatever its model does."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """Raises: EngineNotReady: no model has been loaded yet."""
+
+    def status(self) -> EngineStatus:
+        """Return where the engine stands now; never blocks and never raises."""
+
+    async def start(self) -> None:
+        """Begin to load the model and return at once; `wait_ready` reports the outcome."""
+
+    async def wait_ready(self) -> None:
+        """Return as soon as requests can be served.  Raises: EngineFailed: the model cannot be loaded."""
+
+    async def abort(self, request_id: str) -> None:
+        """End a request now.  Unknown ids are ignored."""
+
+    async def close(self) -> None:
+        """Stop for good: live requests end, and no process or task is left."""
+
+
+class Embedder(Protocol):
+    """Turns texts into vectors with one loaded model."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """Raises: EngineNotReady: no model has been loaded yet."""
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Return the text of an input that arrived as tokens."""
+
+    async def prepare_embedding(self, request: EmbeddingRequest) -> EncodedInputs:
+        """Encode the texts of a request.
+
+        Raises: InvalidRequest: one cannot be encoded; EngineNotReady; DeadlineExceeded.
+        """
+
+    async def embed(self, request: EmbeddingRequest) -> Embeddings:
+        """Return the vectors of prepared texts; cancelling this ends the request within a pass.
+
+        Raises: EngineNotReady, EngineBusy, InvalidRequest: it is not taken.  EngineFailed, DeadlineExceeded,
+            ShuttingDown: it was, and has no result.
+        """
+
+
+class EncoderEngine(HostedEngine, Embedder, Protocol):
+    """An engine whose model embeds and does nothing else."""
 
 
 class Engine(Protocol):

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
-from app.engine.served_model import ServedModel
-from app.errors import ModelNotFound, ShuttingDown
+from app.embeddings import EmbeddingRequest
+from app.engine.served_model import EmbeddingChain, Served, ServedEncoder, ServedModel
+from app.errors import InvalidRequest, ModelNotFound, ShuttingDown
 from app.requests import GenerationRequest
 from app.types import EngineState
 
@@ -15,7 +16,7 @@ from app.types import EngineState
 class ModelHost:
     """Holds the served models by their public names; lives as long as the application."""
 
-    def __init__(self, build: Callable[[str], ServedModel], default: str) -> None:
+    def __init__(self, build: Callable[[str], Served], default: str) -> None:
         """Args:
         build: makes everything of one model by its name, without starting it; raises ModelNotFound for another name.
         default: serves requests that name no model.
@@ -24,7 +25,7 @@ class ModelHost:
         self.default_name = default
         self.since = int(time.time())
         """When the host was created, in seconds since 1970."""
-        self._models: dict[str, ServedModel] = {}
+        self._models: dict[str, Served] = {}
         self._started: set[str] = set()
         self._unloading: dict[str, asyncio.Event] = {}
         """Model -> set once it is gone and its name is free again."""
@@ -54,10 +55,10 @@ class ModelHost:
 
         Raises: ModelNotFound: it is not loaded.
         """
-        return self.find(None)
+        return self.find_generating(None)
 
     @property
-    def models(self) -> tuple[ServedModel, ...]:
+    def models(self) -> tuple[Served, ...]:
         """Return all models, the default one first."""
         return tuple(self._models[name] for name in self.names)
 
@@ -72,7 +73,7 @@ class ModelHost:
         """Return whether the default model can serve a request now."""
         return self.state is EngineState.READY
 
-    def find(self, model: str | None, *, allowed: Collection[str] | None = None) -> ServedModel:
+    def find(self, model: str | None, *, allowed: Collection[str] | None = None) -> Served:
         """Return a model by its name, or the default one for None.
 
         Args: allowed: the models that a refusal may name, as those that the caller may use; None is all.
@@ -83,7 +84,35 @@ class ModelHost:
             raise ModelNotFound(_missing([each for each in self.loaded if allowed is None or each in allowed]))
         return self._models[name]
 
-    def add(self, name: str) -> ServedModel:
+    def find_generating(self, model: str | None, *, allowed: Collection[str] | None = None) -> ServedModel:
+        """Return a model that generates.
+
+        Raises: ModelNotFound: no such model is loaded; InvalidRequest: it only embeds.
+        """
+        found = self.find(model, allowed=allowed)
+        if isinstance(found, ServedEncoder):
+            raise InvalidRequest.of_field("model", "names a model that only embeds texts; send it to /v1/embeddings")
+        return found
+
+    def find_embedding(
+        self, model: str | None, *, allowed: Collection[str] | None = None
+    ) -> tuple[Served, EmbeddingChain]:
+        """Return a model that embeds, for None the first that does and nothing else, or the default one.
+
+        Raises: ModelNotFound: no such model is loaded; InvalidRequest: it does not embed, or none does.
+        """
+        if model is None:
+            encoders = (each.name for each in self.models if isinstance(each, ServedEncoder))
+            model = next((name for name in encoders if name not in self._unloading), None)
+        found = self.find(model, allowed=allowed)
+        if found.embeddings is None:
+            able = (each.name for each in self.models if each.embeddings is not None)
+            others = ", ".join(name for name in able if allowed is None or name in allowed)
+            known = f"these do: {others}" if others else "no model of this service does"
+            raise InvalidRequest.of_field("model", f"names a model that does not embed texts; {known}")
+        return found, found.embeddings
+
+    def add(self, name: str) -> Served:
         """Build a model, once for any number of callers, and start it with the host.
 
         Raises: ModelNotFound, ConfigError: it cannot be built.
@@ -97,7 +126,7 @@ class ModelHost:
         for name in tuple(self._models):
             await self.load(name)
 
-    async def load(self, name: str) -> ServedModel:
+    async def load(self, name: str) -> Served:
         """Build and start a model, once for any number of callers; `engine.wait_ready` reports when it can serve.
 
         Waits for an unload of the same model that has begun.
@@ -146,16 +175,37 @@ class ModelHost:
         """Hold a model for one request.
 
         Args: allowed: as `find` takes it.
-        Raises: ShuttingDown: the service takes no new work; ModelNotFound: no such model is loaded.
+        Raises: ShuttingDown: the service takes no new work; ModelNotFound: no such model is loaded; InvalidRequest: it
+            does not generate.
         """
+        self._refuse_while_draining()
+        model = self.find_generating(request.model, allowed=allowed)
+        with self._lease(model, request.sample_ids):
+            yield model
+
+    @contextmanager
+    def lease_embedding(
+        self, request: EmbeddingRequest, *, allowed: Collection[str] | None = None
+    ) -> Iterator[tuple[Served, EmbeddingChain]]:
+        """Hold a model that embeds for one request.
+
+        Raises: as `lease`, for models that do not embed.
+        """
+        self._refuse_while_draining()
+        model, chain = self.find_embedding(request.model, allowed=allowed)
+        with self._lease(model, (request.id,)):
+            yield model, chain
+
+    def _refuse_while_draining(self) -> None:
         if self.draining:
             raise ShuttingDown()
-        model = self.find(request.model, allowed=allowed)
-        ids = request.sample_ids
+
+    @contextmanager
+    def _lease(self, model: Served, ids: tuple[str, ...]) -> Iterator[None]:
         self._leases.update(dict.fromkeys(ids, model.name))
         self._leases_per_model[model.name] += 1
         try:
-            yield model
+            yield
         finally:
             for each in ids:
                 del self._leases[each]

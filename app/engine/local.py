@@ -7,24 +7,25 @@ Decides which requests are admitted, and routes what the worker generates to the
 import asyncio
 import contextlib
 import logging
-import os
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 from itertools import count
-from pathlib import Path
 
 from app.config import DeadlineConfig, ModelConfig
+from app.embeddings import EmbeddingRequest, Embeddings, EncodedInputs
 from app.engine.base import Capabilities, EngineInfo, EngineStatus, PreparedPrompt, Tokenizer
+from app.engine.embedding_queue import EmbeddingQueue
 from app.engine.live_request import LiveRequest
 from app.engine.parsing.detection import detect_format
 from app.engine.stop_strings import with_stop_tokens
 from app.engine.tokenizer.detokenize import detokenize
-from app.engine.tokenizer.prepare import ModelTokenizer, PromptEncoder, PromptTokenizer
-from app.errors import ContextLengthExceeded, EngineBusy, EngineFailed, EngineNotReady, InvalidRequest
+from app.engine.tokenizer.prepare import ModelTokenizer, PromptEncoder
+from app.engine.worker_status import engine_status, first_line, not_ready
+from app.errors import ContextLengthExceeded, EngineBusy, EngineFailed, InvalidRequest
 from app.events import Event, Started
 from app.fair_share import fits_share
-from app.ipc.messages import ModelSpec, Ready, Submit, TokenEvent
+from app.ipc.messages import Embedded, ModelSpec, Ready, Submit, TokenEvent
 from app.ipc.spare_interpreters import SpareInterpreters
 from app.ipc.supervisor import Launch, Supervisor
 from app.ipc.worker_process import WorkerLostError, WorkerProcess
@@ -33,7 +34,6 @@ from app.types import EngineState, FinishReason
 
 log = logging.getLogger(__name__)
 
-LOADING_RETRY_SECONDS = 5.0
 BUSY_RETRY_SECONDS = (1.0, 30.0)
 """Bounds of the Retry-After of a refused request."""
 PROMPT_END_TOKENS = 64
@@ -96,38 +96,35 @@ class LocalEngine:
             backoff_seconds=backoff_seconds,
         )
         self._info: EngineInfo | None = None
-        self._tokenizer: PromptTokenizer | None = None
+        self._tokenizer: ModelTokenizer | None = None
         self._encoder: PromptEncoder | None = None
         self._slots = 1
         self._numbers = count(1)
         self._live: dict[int, LiveRequest] = {}
         self._completion_rate = CompletionRate()
+        self._embeddings = EmbeddingQueue(self._worker, self._numbers, deadlines, config.max_waiting_tokens)
 
     @property
     def info(self) -> EngineInfo:
         """Raises: EngineNotReady: no model has been loaded yet."""
         if self._info is None:
-            raise self._not_ready()
+            raise not_ready(self._worker)
         return self._info
 
     @property
     def tokenizer(self) -> Tokenizer:
         """Raises: EngineNotReady: no model has been loaded yet."""
         if self._tokenizer is None:
-            raise self._not_ready()
+            raise not_ready(self._worker)
         return self._tokenizer
 
     def status(self) -> EngineStatus:
         """Return where the engine stands now; never blocks and never raises."""
         running = sum(live.started_at is not None for live in self._live.values())
-        return EngineStatus(
-            state=self._worker.state,
-            running=running,
-            waiting=len(self._live) - running,
-            restarts=self._worker.restarts,
-            error=self._worker.error,
-            worker_pid=self._worker.worker_pid,
-            worker_rss_bytes=_rss_bytes(self._worker.worker_pid),
+        return engine_status(
+            self._worker,
+            running=running + self._embeddings.running,
+            waiting=len(self._live) - running + self._embeddings.waiting,
         )
 
     async def start(self) -> None:
@@ -149,7 +146,7 @@ class LocalEngine:
     async def prepare(self, request: GenerationRequest) -> PreparedPrompt:
         """Encode the prompt with the model's own tokenizer."""
         if self._encoder is None:
-            raise self._not_ready()
+            raise not_ready(self._worker)
         return await self._encoder.encode(request)
 
     async def detokenize(self, token_ids: Sequence[int], *, control_tokens: bool = False) -> str:
@@ -192,8 +189,19 @@ class LocalEngine:
         finally:
             live.end(FinishReason.ABORT)
 
+    async def prepare_embedding(self, request: EmbeddingRequest) -> EncodedInputs:
+        """Encode the texts of a request as raw prompts."""
+        if self._encoder is None:
+            raise not_ready(self._worker)
+        return await self._encoder.encode_inputs(request, self.info)
+
+    async def embed(self, request: EmbeddingRequest) -> Embeddings:
+        """Return the vectors of prepared texts; cancelling this ends the request within a pass."""
+        return await self._embeddings.run(request, self.info)
+
     async def abort(self, request_id: str) -> None:
         """End a request now: its stream closes with FinishReason.ABORT.  Unknown ids are ignored."""
+        self._embeddings.abort(request_id)
         for live in tuple(self._live.values()):
             if live.request.id == request_id:
                 live.end(FinishReason.ABORT)
@@ -219,7 +227,7 @@ class LocalEngine:
                 lambda: _tokenizer_class()(ready.tokenizer_folder, context_length=ready.context_length)
             )
         except Exception as error:
-            raise WorkerLostError(f"The model's tokenizer cannot be loaded: {_first_line(error)}.") from error
+            raise WorkerLostError(f"The model's tokenizer cannot be loaded: {first_line(error)}.") from error
         self._close_tokenizer()
         self._tokenizer = tokenizer
         self._encoder = PromptEncoder(tokenizer, vocab_size=ready.vocab_size, seconds=self._deadlines.waiting_seconds)
@@ -242,6 +250,7 @@ class LocalEngine:
             logprob_shift=ready.logprob_shift,
             compiled=ready.compiled,
             chat_format=detect_format(tokenizer.traits, self._config),
+            embedding=ready.embedding,
         )
         await self._interpreters.prepare()
 
@@ -249,6 +258,7 @@ class LocalEngine:
         """Route an event to its request; an event of a request that has ended is dropped."""
         live = self._live.get(event.id)
         if live is None:
+            self._embeddings.on_event(event)
             return
         try:
             live.accept(event)
@@ -257,24 +267,31 @@ class LocalEngine:
             log.error("a completion could not be decoded: %s", type(error).__name__)
             live.fail(EngineFailed("The model's answer could not be decoded."))
 
+    def on_embedded(self, embedded: Embedded) -> None:
+        """Route vectors to their request."""
+        self._embeddings.on_embedded(embedded)
+
     def on_unresponsive(self) -> None:
         """Fail every live request now; the worker is told to drop them, which it reads if it comes back."""
+        self._embeddings.on_unresponsive()
         for live in tuple(self._live.values()):
             live.fail(EngineFailed("The model's worker does not respond. Try again later."))
 
     def on_lost(self) -> None:
         """Fail every live request: the worker that ran them is gone."""
+        self._embeddings.on_lost()
         for live in tuple(self._live.values()):
             live.fail(EngineFailed("The model's worker failed during this request. Try again."))
 
     def on_close(self) -> None:
         """Finish every live request with the text that it has."""
+        self._embeddings.on_close()
         for live in tuple(self._live.values()):
             live.end(FinishReason.ABORT)
 
     def _admit(self, request: GenerationRequest) -> LiveRequest:
         if self._worker.state is not EngineState.READY:
-            raise self._not_ready()
+            raise not_ready(self._worker)
         self._refuse_misfit(request)
         self._refuse_too_many(request)
         live = LiveRequest(
@@ -343,20 +360,6 @@ class LocalEngine:
         if live.started_at is not None:
             self._completion_rate.add(asyncio.get_running_loop().time())
 
-    def _not_ready(self) -> EngineNotReady:
-        match self._worker.state:
-            case EngineState.LOADING | EngineState.READY:
-                message = f"The model is still loading ({self._worker.stage})."
-                return EngineNotReady(message, retry_after=LOADING_RETRY_SECONDS)
-            case EngineState.UNRESPONSIVE:
-                return EngineNotReady("The model's worker does not respond.", retry_after=LOADING_RETRY_SECONDS)
-            case EngineState.RESTARTING:
-                return EngineNotReady("The model is being started again.", retry_after=LOADING_RETRY_SECONDS)
-            case EngineState.FAILED:
-                return EngineNotReady("The model could not be loaded.")
-            case EngineState.CLOSED:
-                return EngineNotReady("The engine is closed.")
-
 
 def _tokens(requests: Sequence[GenerationRequest]) -> int:
     return sum(each.prompt_tokens for each in requests if each.sampling.sample == 0)
@@ -376,6 +379,7 @@ def _spec(config: ModelConfig) -> ModelSpec:
         engine="auto" if config.engine == "echo" else config.engine,
         max_batch_size=config.max_batch_size,
         prefix_reuse=config.prefix_reuse,
+        embeddings=config.embeddings,
     )
 
 
@@ -383,17 +387,3 @@ def _tokenizer_class() -> Callable[..., ModelTokenizer]:
     from app.engine.tokenizer.hf_tokenizer import HfTokenizer
 
     return HfTokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
-
-
-def _rss_bytes(pid: int | None) -> int | None:
-    if pid is None:
-        return None
-    try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    except (OSError, IndexError, ValueError):
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -1,10 +1,11 @@
 """Everything that belongs to one loaded model, as the unit in which models are loaded, leased and unloaded."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from app.engine.base import Engine
+from app.embeddings import EmbeddingRequest, Embeddings, EncodedInputs
+from app.engine.base import EncoderEngine, Engine
 from app.engine.cache import CachedEngine
 from app.events import Event
 from app.requests import GenerationRequest
@@ -21,6 +22,19 @@ class Chain(Protocol):
 
         Raises: AppError: as `Engine.stream` does.
         """
+
+
+class EmbeddingChain(Protocol):
+    """Runs the model on texts, as LangChain's embeddings do."""
+
+    async def prepare(self, request: EmbeddingRequest) -> EncodedInputs:
+        """Encode the texts.  Raises: AppError: as `Embedder.prepare_embedding` does."""
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Return the text of an input that arrived as tokens."""
+
+    async def run(self, request: EmbeddingRequest) -> Embeddings:
+        """Embed prepared texts.  Raises: AppError: as `Embedder.embed` does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,3 +59,17 @@ class ServedModel:
     defaults: SamplingDefaults
     cache: CachedEngine | None = None
     """Its figures are reported; the engine contains it already."""
+    embeddings: EmbeddingChain | None = None
+    """None: the model does not embed texts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedEncoder:
+    """A model behind its public name that embeds and does nothing else."""
+
+    name: str
+    engine: EncoderEngine
+    embeddings: EmbeddingChain
+
+
+Served = ServedModel | ServedEncoder

@@ -3,11 +3,12 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from datetime import UTC, datetime
 from typing import Protocol
 
+from app.embeddings import EmbeddingRequest
 from app.engine.base import EngineInfo
 from app.errors import AppError, EngineBusy
 from app.events import Delta, Finished
@@ -79,7 +80,7 @@ class UsageRecorder:
         self._log = log
 
     @contextmanager
-    def record(self, request: GenerationRequest, principal: Principal) -> Iterator["UsageRecord"]:
+    def record(self, request: GenerationRequest | EmbeddingRequest, principal: Principal) -> Iterator["UsageRecord"]:
         """Follow one request and write its record at the end, unless it is only an attempt that comes again."""
         record = UsageRecord(self, request, principal)
         try:
@@ -95,7 +96,9 @@ class UsageRecorder:
 class UsageRecord:
     """Collects the usage of one request while it runs, for its row in the log."""
 
-    def __init__(self, recorder: UsageRecorder, request: GenerationRequest, principal: Principal) -> None:
+    def __init__(
+        self, recorder: UsageRecorder, request: GenerationRequest | EmbeddingRequest, principal: Principal
+    ) -> None:
         self._recorder = recorder
         self._request = request
         self._principal = principal
@@ -123,6 +126,22 @@ class UsageRecord:
         if self._recorder.store_text:
             texts = [message.all_text for message in fitted.new] or [fitted.request.text or ""]
             self._prompt = "\n\n".join(texts)
+
+    def begin_texts(self, info: EngineInfo, tokens: int, texts: Iterable[str]) -> None:
+        """Note the model and the texts that it embeds, as they were filtered."""
+        self._info, self._prompt_tokens = info, tokens
+        if self._recorder.store_text:
+            self._prompt = "\n\n".join(texts)
+
+    @contextmanager
+    def charge_texts(self, request: EmbeddingRequest, reservation: Reservation) -> Iterator[None]:
+        """Charge the tokens of the texts that were embedded, however the request ends."""
+        self._counted = reservation.counted
+        try:
+            yield
+        finally:
+            self._charged = request.progress.computed
+            reservation.commit(self._charged)
 
     @contextmanager
     def charge(self, stats: RequestStats, reservation: Reservation) -> Iterator[None]:

@@ -9,6 +9,7 @@ from typing import Literal
 
 import msgspec
 
+from app.embeddings import EmbeddingInfo
 from app.types import SamplingParams, TokenLogprob
 
 Compiled = Literal["attention", "layers"]
@@ -33,6 +34,14 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the KV cache of one request may serve another of the same tenant."""
     threads: int
     """CPU threads; 0 uses one for each usable core."""
+    task: Literal["generate", "embed"] = "generate"
+    """What it is loaded for; a model that generates may embed, too."""
+    embeddings: Literal["none", "mean", "last"] = "none"
+    """How a model that generates embeds."""
+    max_batch_tokens: int = 512
+    """Tokens of the texts that are embedded in one pass."""
+    matryoshka: bool | None = None
+    """Whether vectors may be cut; None asks the model's configuration."""
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,8 +67,22 @@ class Submit(msgspec.Struct, tag=True, frozen=True, array_like=True):
     """Lower is served first."""
 
 
+class Embed(msgspec.Struct, tag=True, frozen=True, array_like=True):
+    """Return the vector of each text."""
+
+    id: int
+    inputs: tuple[tuple[int, ...], ...]
+    """Token ids of each text."""
+    tenant: str = ""
+    dimensions: int | None = None
+    """Length that the vectors are cut to."""
+    prompt_tokens: int = 0
+    """Tokens at the beginning of each text that are not pooled."""
+    priority: int = 0
+
+
 class Cancel(msgspec.Struct, tag=True, frozen=True, array_like=True):
-    """Stop generating within a token; unknown ids are ignored."""
+    """Stop generating within a token, or embedding within a pass; unknown ids are ignored."""
 
     id: int
 
@@ -106,6 +129,8 @@ class Ready(msgspec.Struct, tag=True, frozen=True, array_like=True):
     """By how much quantization changes log-probabilities, on average; None where there is none."""
     compiled: Compiled | None = None
     """Operators compiled for this machine."""
+    embedding: EmbeddingInfo | None = None
+    """How it embeds texts; None: not at all."""
 
 
 class LoadFailed(msgspec.Struct, tag=True, frozen=True, array_like=True):
@@ -145,11 +170,21 @@ class Step(msgspec.Struct, tag=True, frozen=True, array_like=True):
     events: list[TokenEvent]
 
 
+class Embedded(msgspec.Struct, tag=True, frozen=True, array_like=True):
+    """The vectors of some texts of a request; a `TokenEvent` without tokens says when it begins and when it ends."""
+
+    id: int
+    positions: tuple[int, ...]
+    """Which of the request's texts."""
+    vectors: tuple[bytes, ...]
+    """For each the numbers as little-endian float32."""
+
+
 Exchange = Callable[[list[TokenEvent]], None]
 """Sends the events of a step and handles the messages that arrived; may call the runner's `submit` and `cancel`."""
 
-ToWorker = Submit | Cancel | Shutdown
-FromWorker = Loading | Warned | Ready | LoadFailed | Step
+ToWorker = Submit | Embed | Cancel | Shutdown
+FromWorker = Loading | Warned | Ready | LoadFailed | Step | Embedded
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_worker = msgspec.msgpack.Decoder[ToWorker](ToWorker).decode

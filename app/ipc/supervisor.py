@@ -13,6 +13,8 @@ from app.errors import EngineFailed
 from app.ipc.liveness import HEARTBEAT_SECONDS, Liveness
 from app.ipc.messages import (
     Cancel,
+    Embed,
+    Embedded,
     FromWorker,
     LoadFailed,
     Loading,
@@ -21,6 +23,7 @@ from app.ipc.messages import (
     Step,
     Submit,
     TokenEvent,
+    ToWorker,
     Warned,
 )
 from app.ipc.worker_process import WorkerLink, WorkerLostError
@@ -49,6 +52,9 @@ class Listener(Protocol):
 
     def on_event(self, event: TokenEvent) -> None:
         """A request has made progress or ended."""
+
+    def on_embedded(self, embedded: Embedded) -> None:
+        """Some texts of a request have been embedded."""
 
     def on_unresponsive(self) -> None:
         """The worker gives no sign of life; whoever waits for it should not any longer."""
@@ -119,7 +125,7 @@ class Supervisor:
             self._state_changed.clear()
             await self._state_changed.wait()
 
-    def submit(self, request: Submit) -> None:
+    def submit(self, request: Submit | Embed) -> None:
         """Send the worker a request; it is in flight until an event ends it.  Only while READY."""
         self._in_flight.add(request.id)
         self._send(request)
@@ -135,7 +141,7 @@ class Supervisor:
             self._close_task = asyncio.create_task(self._shut_down(), name="model shutdown")
         await asyncio.shield(self._close_task)
 
-    def _send(self, message: Submit | Cancel | Shutdown) -> None:
+    def _send(self, message: ToWorker) -> None:
         if self._worker is not None:
             self._worker.send(message)
 
@@ -229,6 +235,8 @@ class Supervisor:
                     if event.finish is not None or event.error is not None:
                         self._in_flight.discard(event.id)
                     self._listener.on_event(event)
+            case Embedded():
+                self._listener.on_embedded(message)
             case Loading(stage=stage):
                 self.stage = stage
             case Warned(line=line):

@@ -7,7 +7,6 @@ with usage, finish reason and log-probabilities in LangChain's own places.  Clos
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, nullcontext
 from dataclasses import fields, replace
 from functools import reduce
@@ -30,6 +29,7 @@ from pydantic import ConfigDict
 
 from app.engine.base import Engine
 from app.events import Event
+from app.langchain.engine_loop import submit
 from app.langchain.messages import (
     EventGenerationChunk,
     EventMessageChunk,
@@ -185,7 +185,7 @@ class EnginePipeline(HuggingFacePipeline):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        result: LLMResult = _submit(self._agenerate(prompts, stop, **kwargs), self.loop).result()
+        result: LLMResult = submit(self._agenerate(prompts, stop, **kwargs), self.loop).result()
         return result
 
 
@@ -320,23 +320,8 @@ class EngineChat(ChatHuggingFace):
         stream: bool | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        result: ChatResult = _submit(self._agenerate(messages, stop, **kwargs), self.llm.loop).result()
+        result: ChatResult = submit(self._agenerate(messages, stop, **kwargs), self.llm.loop).result()
         return result
-
-
-def _submit(work: Any, loop: asyncio.AbstractEventLoop | None) -> Future[Any]:
-    """Run a coroutine on the engine's loop from another thread.
-
-    Raises: RuntimeError: no loop was given, or this is its own thread, where waiting for it would never end.
-    """
-    try:
-        running: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
-    except RuntimeError:
-        running = None
-    if loop is None or running is loop:
-        work.close()
-        raise RuntimeError("a sync call on the engine's own event loop would wait for itself; use ainvoke or astream")
-    return asyncio.run_coroutine_threadsafe(work, loop)
 
 
 def _drive(stream: AsyncIterator[T], loop: asyncio.AbstractEventLoop | None) -> Iterator[T]:
@@ -345,11 +330,11 @@ def _drive(stream: AsyncIterator[T], loop: asyncio.AbstractEventLoop | None) -> 
     try:
         while True:
             try:
-                yield _submit(_next(iterator), loop).result()
+                yield submit(_next(iterator), loop).result()
             except StopAsyncIteration:
                 return
     finally:
-        _submit(iterator.aclose(), loop).result()
+        submit(iterator.aclose(), loop).result()
 
 
 async def _next(iterator: AsyncIterator[T]) -> T:

@@ -71,6 +71,7 @@ class Metrics:
         )
         self._generated = counter("tokens_generated_total", "Tokens generated", "model")
         self._prompts = counter("prompt_tokens_total", "Tokens of prompts read", "model")
+        self._texts = counter("texts_embedded_total", "Texts embedded", "model")
         self._first = histogram("time_to_first_token_seconds", "Wait for the first token", _TOKEN_SECONDS, "model")
         self._gap = histogram("inter_token_latency_seconds", "Time between tokens", _TOKEN_SECONDS, "model")
         self._hits = total("cache_hits_total", "Answers from the response cache")
@@ -134,6 +135,11 @@ class Metrics:
     def generated(self, model: str, prompt_tokens: int, completion_tokens: int) -> None:
         self._prompts(self._known_model(model)).inc(prompt_tokens)
         self._generated(self._known_model(model)).inc(completion_tokens)
+
+    def embedded(self, model: str, tokens: int, texts: int) -> None:
+        """Args: tokens: of all texts."""
+        self._prompts(self._known_model(model)).inc(tokens)
+        self._texts(self._known_model(model)).inc(texts)
 
     def pii(self, kind: str, direction: Direction, count: int = 1) -> None:
         """Args: kind: one of the filter's own names, never what was found."""

@@ -18,6 +18,7 @@ from app.web.http.private_api import served_methods
 from app.web.native import batch, chat, generate, sessions
 from app.web.openai import chat as openai_chat
 from app.web.openai import completions as openai_completions
+from app.web.openai import embeddings as openai_embeddings
 from app.web.openai import errors as openai_errors
 from app.web.openai import models as openai_models
 from app.web.openai import tokenize as openai_tokenize
@@ -44,7 +45,14 @@ def build_app(container: Container, *, lifespan: Lifespan[FastAPI] | None = None
     )
     app.state.container = container
     native = [module.router for module in (generate, batch, chat, sessions, keys, roles, usage)]
-    dialect = openai_chat, openai_completions, openai_responses, openai_models, openai_tokenize
+    dialect = (
+        openai_chat,
+        openai_completions,
+        openai_embeddings,
+        openai_responses,
+        openai_models,
+        openai_tokenize,
+    )
     openai = [module.router for module in dialect]
     openai.append(openai_responses.stored_router)
     for router in (*native, *openai, keys.seed_router, health.router, *([documentation.router] if docs else [])):

@@ -10,14 +10,17 @@ import logging
 import os
 import signal
 from collections.abc import Callable
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 import zmq
+from msgspec import structs
 
 from app.ipc.messages import (
     Cancel,
     Compiled,
+    Embed,
+    Embedded,
     Exchange,
     FromWorker,
     LoadFailed,
@@ -34,6 +37,10 @@ from app.ipc.messages import (
     encode,
 )
 from app.types import SamplingParams
+from app.worker.embedding.causal import CausalEncoder
+from app.worker.embedding.embedding_runner import EmbeddingRunner
+from app.worker.embedding.encoder import LoadedEncoder, load_encoder
+from app.worker.execution import private_api
 from app.worker.execution.base import ExecutorUnavailableError, UnsupportedModelError
 from app.worker.execution.executor_selection import pack_quantized_linears, select_executor
 from app.worker.execution.serial.serial_runner import SerialRunner
@@ -88,43 +95,82 @@ class Runner(Protocol):
 
 
 class Worker:
-    """The loop between the socket and a runner."""
+    """The loop between the socket and what the model does: it generates, embeds, or both in turn."""
 
-    def __init__(self, socket: "zmq.Socket[bytes]", runner: Runner) -> None:
+    def __init__(
+        self, socket: "zmq.Socket[bytes]", runner: Runner | None = None, embedder: EmbeddingRunner | None = None
+    ) -> None:
+        """Args: runner, embedder: None where the model does not do that."""
         self._socket = socket
         self._runner = runner
+        self._embedder = embedder
         self._stopping = False
         self._live: set[int] = set()
 
     def run(self) -> None:
         """Serve until Shutdown; a fatal error of the runner is raised."""
         while not self._stopping:
-            if not self._runner.busy:
+            if not self._is_busy(self._runner) and not self._is_busy(self._embedder):
                 self._socket.poll()
             self._receive()
-            if self._runner.busy:
+            if self._runner is not None and self._runner.busy:
                 self._runner.step(self._exchange)
+            else:
+                self._embed()
+
+    @staticmethod
+    def _is_busy(work: Runner | EmbeddingRunner | None) -> bool:
+        return work is not None and work.busy
 
     def _exchange(self, events: list[TokenEvent]) -> None:
         # A long prompt produces no event for many steps, which all are progress.
         PROGRESS.tick()
+        self._send(events)
+        # Here and not between the runner's steps, of which one may be a whole completion.
+        self._embed()
+        self._receive()
+
+    def _embed(self) -> None:
+        """Compute one pass over texts, if there are any."""
+        if self._embedder is not None and self._embedder.busy:
+            self._embedder.step(self._report)
+
+    def _report(self, embedded: list[Embedded], events: list[TokenEvent]) -> None:
+        PROGRESS.tick()
+        for message in embedded:
+            self._socket.send(encode(message))
+        self._send(events)
+
+    def _send(self, events: list[TokenEvent]) -> None:
         if events:
             self._socket.send(encode(Step(events)))
             self._live.difference_update(event.id for event in events if event.finish or event.error)
-        self._receive()
 
     def _receive(self) -> None:
         while self._socket.poll(0):
             match decode_to_worker(self._socket.recv()):
                 case Submit() as request:
-                    self._live.add(request.id)
-                    self._runner.submit(request)
+                    self._submit(self._runner, request)
+                case Embed() as request:
+                    self._submit(self._embedder, request)
                 case Cancel(id=request_id):
-                    self._runner.cancel(request_id)
+                    self._cancel(request_id)
                 case Shutdown():
                     self._stopping = True
                     for request_id in tuple(self._live):
-                        self._runner.cancel(request_id)
+                        self._cancel(request_id)
+
+    def _submit(self, work: Any, request: Submit | Embed) -> None:
+        self._live.add(request.id)
+        if work is None:
+            self._send([TokenEvent(request.id, error="The model does not do this.", invalid=True)])
+        else:
+            work.submit(request)
+
+    def _cancel(self, request_id: int) -> None:
+        for work in (self._runner, self._embedder):
+            if work is not None:
+                work.cancel(request_id)
 
 
 def serve(start: Start) -> None:
@@ -141,7 +187,7 @@ def serve(start: Start) -> None:
 
     torch.set_num_threads(start.model.threads or usable_cores())
     try:
-        loaded, runner = _load_and_verify(start, send)
+        ready, runner, embedder = _load(start, send)
     except Exception as error:
         if not is_explained(error):
             log.exception("the model could not be loaded")
@@ -151,13 +197,14 @@ def serve(start: Start) -> None:
     # fifth of a second.
     gc.collect()
     gc.freeze()
-    send(_ready(_tokenizer_folder(start), loaded, runner))
-    Worker(socket, runner).run()
+    send(ready)
+    Worker(socket, runner, embedder).run()
     context.destroy(linger=1000)
 
 
-def _load_and_verify(start: Start, send: Callable[[FromWorker], None]) -> tuple[LoadedModel, Runner]:
-    """Load the model and generate its first token, sending each stage and every warning."""
+def _load(start: Start, send: Callable[[FromWorker], None]) -> tuple[Ready, Runner | None, EmbeddingRunner | None]:
+    """Load the model and let it show that it works, sending each stage and every warning."""
+    spec, folder = start.model, _tokenizer_folder(start)
     with LoadLog() as warnings:
 
         def begin(stage: str) -> None:
@@ -165,13 +212,22 @@ def _load_and_verify(start: Start, send: Callable[[FromWorker], None]) -> tuple[
             send(Loading(stage))
 
         try:
-            loaded = load(start.model, _tokenizer_folder(start), on_stage=begin)
-            runner = make_runner(loaded, start.model)
+            if spec.task == "embed":
+                encoder = load_encoder(spec, folder, on_stage=begin)
+                _watch_progress(encoder.model)
+                return _encoder_ready(folder, encoder), None, EmbeddingRunner(encoder, spec.max_batch_tokens)
+            loaded = load(spec, folder, on_stage=begin)
+            attention = private_api.attention_implementation(loaded.pipeline.model)
+            runner = make_runner(loaded, spec)
             begin("first token")
             _verify_first_token(runner)
+            ready = _ready(folder, loaded, runner)
+            if spec.embeddings == "none":
+                return ready, runner, None
+            causal = CausalEncoder(loaded, spec.embeddings, attention=attention if runner.name == "batching" else None)
+            return structs.replace(ready, embedding=causal.info), runner, EmbeddingRunner(causal, spec.max_batch_tokens)
         finally:
             warnings.flush_to(lambda line: send(Warned(line)))
-    return loaded, runner
 
 
 def _tokenizer_folder(start: Start) -> str:
@@ -185,6 +241,8 @@ def make_runner(loaded: LoadedModel, spec: ModelSpec) -> Runner:
     """
     if spec.compile == "layers" and spec.engine == "serial":
         raise LoadError("model.compile: layers needs batching, and model.engine asks for the serial runner")
+    if spec.compile == "layers" and spec.embeddings != "none":
+        raise LoadError("model.compile: layers leaves no hidden states to read, and model.embeddings needs them")
     if spec.engine == "serial":
         return _serial_runner(loaded)
     try:
@@ -200,7 +258,7 @@ def make_runner(loaded: LoadedModel, spec: ModelSpec) -> Runner:
         log.warning("the model is served one request at a time: %s", error)
         return _serial_runner(loaded)
     try:
-        select_executor(model_runner, spec.compile)
+        select_executor(model_runner, spec.compile, keep_layers=spec.embeddings != "none")
     except ExecutorUnavailableError as error:
         raise LoadError(f"its layers cannot be compiled: {error}") from error
     if model_runner.cache.length < loaded.context_length:
@@ -218,10 +276,14 @@ def _serial_runner(loaded: LoadedModel) -> SerialRunner:
     if loaded.logprob_shift is not None and not has_integer_linears(model):
         # Its weights are rounded to int8 and still stored as floats.
         pack_quantized_linears(model)
-    # The whole prompt is one step here, and may take minutes; each of the model's parts shows that it goes on.
+    _watch_progress(model)
+    return SerialRunner(loaded)
+
+
+def _watch_progress(model: Any) -> None:
+    """Let each of the model's parts show that it goes on: a whole prompt is one step here, and may take minutes."""
     for module in model.modules():
         module.register_forward_pre_hook(_report_progress)
-    return SerialRunner(loaded)
 
 
 def _report_progress(*_: object) -> None:
@@ -271,4 +333,19 @@ def _ready(tokenizer_folder: str, loaded: LoadedModel, runner: Runner) -> Ready:
         rules=loaded.rules.digest,
         logprob_shift=loaded.logprob_shift,
         compiled=runner.compiled,
+    )
+
+
+def _encoder_ready(tokenizer_folder: str, encoder: LoadedEncoder) -> Ready:
+    return Ready(
+        tokenizer_folder=tokenizer_folder,
+        runner="encoder",
+        slots=1,
+        revision=encoder.revision,
+        device=encoder.device,
+        dtype=encoder.dtype,
+        context_length=encoder.info.max_tokens,
+        vocab_size=encoder.vocab_size,
+        parameters=encoder.parameters,
+        embedding=encoder.info,
     )

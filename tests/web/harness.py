@@ -15,7 +15,7 @@ from msgspec import structs
 
 from app.access.limits import configured
 from app.config import Settings, load_settings
-from app.engine.base import Engine, EngineInfo
+from app.engine.base import EncoderEngine, Engine, EngineInfo
 from app.engine.echo import EchoEngine
 from app.engine.host import ModelHost
 from app.errors import EngineNotReady
@@ -37,7 +37,7 @@ BODIES: Mapping[str, dict[str, Any]] = {"/v1/generate": GENERATE, "/v1/chat": CH
 """The native routes that stream."""
 OPENAI_BODIES: Mapping[str, dict[str, Any]] = {"/v1/chat/completions": CHAT, "/v1/completions": GENERATE}
 RESPONSE_BODIES: Mapping[str, dict[str, Any]] = {"/v1/responses": {"input": "hello"}}
-OPENAI_PATHS = (*OPENAI_BODIES, *RESPONSE_BODIES, "/v1/models")
+OPENAI_PATHS = (*OPENAI_BODIES, *RESPONSE_BODIES, "/v1/embeddings", "/v1/models")
 MODEL = "scripted"
 
 Step = str | Delta | float | BaseException
@@ -236,6 +236,7 @@ async def make_web(
     service: ScriptedService | None = None,
     *,
     engines: Mapping[str, Engine] | None = None,
+    encoders: Mapping[str, EncoderEngine] | None = None,
     **sections: dict[str, Any],
 ) -> Web:
     """Build the application with one key and no database.
@@ -243,6 +244,7 @@ async def make_web(
     Args:
         service: what the routes call.  With `engines` and without it, the real service runs.
         engines: by public model name, the default one first.
+        encoders: the same for models that only embed.
     """
     nowhere = {"url": "sqlite:////nowhere/service.db"}
     security = {"api_key": KEY, **sections.pop("security", {})}
@@ -252,6 +254,7 @@ async def make_web(
     app = create_app(
         config,
         engines=engines or {MODEL: EchoEngine(model=MODEL)},
+        encoders=encoders,
         service=scripted if service or not engines else None,
         keys=OneKey(config),
     )

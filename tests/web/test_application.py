@@ -199,6 +199,11 @@ async def test_switched_off_parts_are_off(client: Client) -> None:
         ({"pii": {"phone_regions": ["US", "XX"]}}, "pii.phone_regions: unknown phone region 'XX'"),
         ({"model": {"name": "/nowhere"}}, "model.name: the folder /nowhere holds no model"),
         ({"app": {"prompts_dir": "/nowhere"}}, "/nowhere/base_system.txt"),
+        ({"embeddings": {"model": "/nowhere"}}, "embeddings.model: the folder /nowhere holds no model"),
+        (
+            {"embeddings": {"model": "models/tiny-chat"}},
+            "embeddings.model: tiny-chat is the name of the chat model, too",
+        ),
     ],
 )
 def test_files_and_names_that_do_not_exist_end_the_start(

@@ -12,9 +12,10 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from app.engine.base import PreparedPrompt, Tokenizer
+from app.embeddings import EmbeddingRequest, EncodedInputs
+from app.engine.base import EngineInfo, PreparedPrompt, Tokenizer
 from app.engine.tokenizer.chat_traits import ChatTraits
 from app.engine.tokenizer.token_length import TokenLength, TooManyTokensError
 from app.errors import DeadlineExceeded, InvalidRequest
@@ -23,6 +24,7 @@ from app.types import Tenant
 
 THREADS = 4
 
+_Encoded = TypeVar("_Encoded")
 _Job = tuple["Future[Any]", Callable[[], Any]]
 
 
@@ -94,21 +96,60 @@ class ModelTokenizer(PromptTokenizer, Protocol):
         """Whether the chat template shows what the assistant thought in earlier turns."""
 
 
-class PromptEncoder:
-    """Encodes prompts for one model; its threads hold up no other model, nor the end of the process."""
+class EncodingThreads:
+    """Threads that encode for one model; they hold up no other model, nor the end of the process."""
+
+    def __init__(self, seconds: float) -> None:
+        """Args: seconds: how long a request waits for its prompt to be encoded."""
+        self._seconds = seconds
+        self._jobs = _Jobs()
+        self._threads: list[threading.Thread] = []
+        self.close = weakref.finalize(self, self._jobs.close)
+        """Lets the threads end once they have nothing to do."""
+
+    async def in_thread(self, tenant: Tenant, encode: Callable[[], _Encoded]) -> _Encoded:
+        """Return what a function returns that encodes for a tenant.
+
+        Raises: DeadlineExceeded: it takes too long.  Whatever it raises.
+        """
+        job: Future[_Encoded] = Future()
+        self._jobs.put(tenant, (job, encode))
+        if len(self._threads) < THREADS and not self._jobs.empty:
+            thread = threading.Thread(target=_work, args=[self._jobs], name="prompt encoder", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(job), self._seconds)
+        except TimeoutError:
+            raise DeadlineExceeded("The prompt took too long to encode.") from None
+
+
+class PromptEncoder(EncodingThreads):
+    """Encodes prompts for one model."""
 
     def __init__(self, tokenizer: PromptTokenizer, *, vocab_size: int, seconds: float) -> None:
         """Args:
         vocab_size: tokens that the model has; its tokenizer may know more.
         seconds: how long a request waits for its prompt to be encoded.
         """
+        super().__init__(seconds)
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._seconds = seconds
-        self._jobs = _Jobs()
-        self._threads: list[threading.Thread] = []
-        self.close = weakref.finalize(self, self._jobs.close)
-        """Lets the threads end once they have nothing to do."""
+
+    async def encode_inputs(self, request: EmbeddingRequest, info: EngineInfo) -> EncodedInputs:
+        """Return the texts of a request to embed, each encoded as a raw prompt.
+
+        Raises: InvalidRequest: the tokenizer refuses one, or the model has no such prompt.  DeadlineExceeded.
+        """
+        most = request.most_tokens(info.embedding)
+        if info.embedding is not None:
+            info.embedding.prompt(request.prompt_name, request.input_type)
+
+        def encode() -> EncodedInputs:
+            ids = (self._tokenizer.encode_text(each) if isinstance(each, str) else each for each in request.inputs)
+            return EncodedInputs(token_ids=tuple(each[:most] for each in ids))
+
+        return await self.in_thread(request.tenant, encode)
 
     async def encode(self, request: GenerationRequest) -> PreparedPrompt:
         """Return the token ids of a request's prompt, encoded at most once; of one that is far too long only a bound.
@@ -127,7 +168,7 @@ class PromptEncoder:
     async def _ids(self, request: GenerationRequest) -> tuple[int, ...]:
         ids = request.prompt_ids
         if ids is None and request.is_chat:
-            ids = await self._in_thread(
+            ids = await self.in_thread(
                 request.tenant,
                 partial(
                     self._tokenizer.encode_chat,
@@ -146,20 +187,8 @@ class PromptEncoder:
                 text = self._tokenizer.length.end(text)
             encode = partial(self._tokenizer.encode_text, text)
             inline = len(text) < self._tokenizer.inline_chars
-            ids = encode() if inline else await self._in_thread(request.tenant, encode)
+            ids = encode() if inline else await self.in_thread(request.tenant, encode)
         return ids
-
-    async def _in_thread(self, tenant: Tenant, encode: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
-        job: Future[tuple[int, ...]] = Future()
-        self._jobs.put(tenant, (job, encode))
-        if len(self._threads) < THREADS and not self._jobs.empty:
-            thread = threading.Thread(target=_work, args=[self._jobs], name="prompt encoder", daemon=True)
-            self._threads.append(thread)
-            thread.start()
-        try:
-            return await asyncio.wait_for(asyncio.wrap_future(job), self._seconds)
-        except TimeoutError:
-            raise DeadlineExceeded("The prompt took too long to encode.") from None
 
 
 def _work(jobs: _Jobs) -> None:

@@ -54,6 +54,8 @@ class Status(TypedDict):
     model: dict[str, Any]
     engine: dict[str, Any] | None
     cache: dict[str, Any] | None
+    embeddings: dict[str, Any]
+    """The engine of each model that only embeds, by the model's name."""
     sessions: int | None
     database: str
     """`ok`, or what is wrong with it."""
@@ -103,7 +105,8 @@ def _not_ready(status: str) -> JSONResponse:
 async def status(container: ContainerDep) -> Mapping[str, Any]:
     """Report the state of the model, its queue, the cache and the database."""
     fault = container.access.database.breaker.fault
-    return {**container.service.status(), "database": fault.value if fault else "ok"}
+    database = fault.value if fault else "ok"
+    return {**container.service.status(), "embeddings": container.embeddings.status(), "database": database}
 
 
 @router.get("/metrics", response_class=PlainTextResponse)

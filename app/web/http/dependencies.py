@@ -15,6 +15,7 @@ from fastapi import Depends, Request
 from app.access.access import AccessControl
 from app.access.admission import AdmissionControl, Admitted
 from app.config import Settings
+from app.embeddings import EmbeddingRequest, Embeddings
 from app.engine.base import EngineInfo
 from app.engine.host import ModelHost
 from app.errors import Forbidden, NotFound
@@ -45,12 +46,23 @@ class Service(Protocol):
         """Return the figures of GET /status."""
 
 
+class EmbeddingService(Protocol):
+    """The part of the embedding service that the web layer calls."""
+
+    async def embed(self, request: EmbeddingRequest, principal: Principal) -> Embeddings:
+        """Return the vectors of some texts; cancelling this ends the request."""
+
+    def status(self) -> Mapping[str, Any]:
+        """Return the figures of each model that only embeds."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Container:
     """The objects that routes and middleware work with, built once per application."""
 
     settings: Settings
     service: Service
+    embeddings: EmbeddingService
     host: ModelHost
     sessions: SessionStore | None
     """None if session memory is switched off."""
@@ -147,9 +159,17 @@ class RequestContext:
         return GenerationRequest(
             id=f"gen_{uuid4().hex}",
             tenant=self.caller.tenant,
-            origin=Origin(request_id=self.request_id, route=route_path(self.request.scope) or ""),
+            origin=self._origin,
             **fields,
         )
+
+    def embedding(self, **fields: Any) -> EmbeddingRequest:
+        """Return a request of this caller for vectors."""
+        return EmbeddingRequest(id=f"embd_{uuid4().hex}", tenant=self.caller.tenant, origin=self._origin, **fields)
+
+    @property
+    def _origin(self) -> Origin:
+        return Origin(request_id=self.request_id, route=route_path(self.request.scope) or "")
 
     @property
     def admitted(self) -> Admitted:
@@ -173,11 +193,11 @@ class RequestContext:
         return self.container.settings.openai.unknown_fields == "ignore"
 
     def model_info(self, model: str | None) -> EngineInfo:
-        """Return the description of a model, or of the default one for None.
+        """Return the description of a model that generates, or of the default one for None.
 
-        Raises: ModelNotFound; EngineNotReady: it is not loaded yet.
+        Raises: ModelNotFound; InvalidRequest: it only embeds; EngineNotReady: it is not loaded yet.
         """
-        return self.container.host.find(model, allowed=self.caller.rights.models).engine.info
+        return self.container.host.find_generating(model, allowed=self.caller.rights.models).engine.info
 
     def events(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Generate for this caller."""

@@ -101,6 +101,8 @@ def _param(error: AppError, path: str) -> str | None:
     if isinstance(error, ModelNotFound):
         return "model"
     if isinstance(error, ContextLengthExceeded):
+        if path.startswith("/v1/embeddings"):
+            return "input"
         return "messages" if path.startswith("/v1/chat") else "prompt"
     named = error.details.get("errors") if isinstance(error, Forbidden | InvalidRequest) else None
     field = named[0]["field"] if named else None

@@ -1,12 +1,14 @@
 """GET /v1/models: model cards with the fields of both vLLM and llama.cpp."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 from fastapi import APIRouter
 from typing_extensions import TypedDict
 
-from app.engine.base import Engine, EngineInfo
+from app.embeddings import EmbeddingInfo
+from app.engine.base import EngineInfo, HostedEngine
+from app.engine.served_model import ServedEncoder
 from app.errors import EngineNotReady, InternalError, ModelNotFound, RateLimited, Unauthorized
 from app.types import EngineState
 from app.web.http.dependencies import CallerDep, Container, ContainerDep
@@ -49,6 +51,18 @@ class ModelStatus(TypedDict):
     failed: bool
 
 
+class EmbeddingFacts(TypedDict):
+    """How the model embeds texts."""
+
+    dimension: int
+    dimensions: list[int] | None
+    """Shorter lengths that vectors may be cut to: an empty list allows any, null none."""
+    max_tokens: int
+    pooling: list[str]
+    normalized: bool
+    prompts: list[str]
+
+
 class ModelCard(TypedDict):
     """One model."""
 
@@ -63,6 +77,8 @@ class ModelCard(TypedDict):
     permission: list[Any]
     architecture: Modalities
     status: ModelStatus
+    embedding: NotRequired[EmbeddingFacts]
+    """Of a model that embeds, once it is loaded."""
 
 
 class ModelList(TypedDict):
@@ -87,9 +103,10 @@ async def model(model: str, container: ContainerDep, caller: CallerDep) -> Model
 
 
 def _card(name: str, container: Container) -> ModelCard:
-    engine = container.host.find(name).engine
-    state, info = engine.status().state, _info(engine)
-    return {
+    served = container.host.find(name)
+    state, info = served.engine.status().state, _info(served.engine)
+    output = "embeddings" if isinstance(served, ServedEncoder) else "text"
+    card: ModelCard = {
         "id": name,
         "object": "model",
         "created": container.host.since,
@@ -99,17 +116,31 @@ def _card(name: str, container: Container) -> ModelCard:
         "max_model_len": info.context_length if info else None,
         "quantization": _quantization(info),
         "permission": [],
-        "architecture": {"input_modalities": ["text"], "output_modalities": ["text"]},
+        "architecture": {"input_modalities": ["text"], "output_modalities": [output]},
         "status": {"value": _STATUS[state], "failed": state is EngineState.FAILED},
     }
+    if info is not None and info.embedding is not None:
+        card["embedding"] = _embedding(info.embedding)
+    return card
 
 
-def _info(engine: Engine) -> EngineInfo | None:
+def _info(engine: HostedEngine) -> EngineInfo | None:
     """Return None until the model is loaded."""
     try:
         return engine.info
     except EngineNotReady:
         return None
+
+
+def _embedding(info: EmbeddingInfo) -> EmbeddingFacts:
+    return {
+        "dimension": info.dimension,
+        "dimensions": None if info.dimensions is None else list(info.dimensions),
+        "max_tokens": info.max_tokens,
+        "pooling": list(info.pooling),
+        "normalized": info.normalized,
+        "prompts": [name for name, _ in info.prompts],
+    }
 
 
 def _quantization(info: EngineInfo | None) -> Quantization | None:

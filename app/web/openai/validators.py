@@ -67,8 +67,11 @@ Metadata = Annotated[
 ]
 
 
-def _prompts(value: Any) -> Any:
-    """Return a list of prompts, each a text or a tuple of token ids."""
+def prompts(value: Any) -> Any:
+    """Return a tuple of prompts, each a text or a tuple of token ids.
+
+    Raises: ValueError: the value is no such thing.
+    """
     if isinstance(value, str):
         return (value,)
     if isinstance(value, list) and value:
@@ -93,5 +96,5 @@ _TokenLists = Annotated[list[_TokenIds], Field(min_length=1, max_length=MAX_PROM
 Prompts = Annotated[
     tuple[str | tuple[int, ...], ...],
     Field(max_length=MAX_PROMPTS),
-    BeforeValidator(_prompts, json_schema_input_type=str | _Texts | _TokenIds | _TokenLists),
+    BeforeValidator(prompts, json_schema_input_type=str | _Texts | _TokenIds | _TokenLists),
 ]

@@ -33,15 +33,16 @@ INT8_TOLERANCE = 5e-2
 """Extra tolerance with integer arithmetic, where a rounding difference can reach 1 %."""
 
 
-def select_executor(runner: ModelRunner, setting: Compile) -> None:
+def select_executor(runner: ModelRunner, setting: Compile, *, keep_layers: bool = False) -> None:
     """Replace a runner's executor by the fastest that computes the same; its KV cache must be empty, and is used.
 
+    Args: keep_layers: whether the model's own forward pass must go on to work, beside the executor.
     Raises:
         ExecutorUnavailableError: `layers` is required and not available.
         torch.OutOfMemoryError, MemoryError: there is no memory left for the model.
     """
     if runner.model.device.type == "cpu":
-        _select_on_cpu(runner, setting)
+        _select_on_cpu(runner, setting, keep_layers)
     elif setting == "layers":
         _required(lambda: _install_compiled_layers(runner))
 
@@ -54,13 +55,13 @@ def _install_compiled_layers(runner: ModelRunner) -> None:
     install_verified(runner, executor, COMPILED_TOLERANCE.get(runner.model.dtype, 0))
 
 
-def _select_on_cpu(runner: ModelRunner, setting: Compile) -> None:
+def _select_on_cpu(runner: ModelRunner, setting: Compile, keep_layers: bool) -> None:
     if setting == "layers":
         _required(lambda: _install_decoder(runner))
         return
     # oneDNN multiplies bfloat16 in AMX tiles, which the native kernels do not use.
     native = setting == "auto" and not (runner.model.dtype == torch.bfloat16 and _has_amx())
-    if native and _optional("layers are", lambda: _install_decoder(runner)):
+    if native and not keep_layers and _optional("layers are", lambda: _install_decoder(runner)):
         return
     if setting == "auto":
         _optional("attention is", lambda: _install_attention(runner))

@@ -5,7 +5,6 @@ no adapters, nothing but decoder-only language models.
 """
 
 import logging
-import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -52,6 +50,7 @@ from app.worker.loading.model_files import (
     stored_numbers,
     tensor_shape,
 )
+from app.worker.loading.model_folder import find_folder
 from app.worker.loading.stage_deadline import within_deadline
 from app.worker.loading.tokenizer_packages import missing_package
 from app.worker.loading.weight_checks import check_finite, check_loading, check_scores, check_size
@@ -62,10 +61,6 @@ MAX_REASON_CHARS, MAX_DETAIL_CHARS = 700, 300
 """Of the line that says why a model cannot be loaded, and of a library's own words in it."""
 MAX_PROBE_TOKENS = 24
 """Tokens of the text whose scores are checked."""
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-HUB_IGNORED_FILES = ["*/*", "consolidated*"]
-"""Other formats of the same weights."""
 PROBES = tuple(
     f"{text * 40}{end}" for text in ("a", "A", "1", " ", "\n", ".", "'", "é", "中", "aA", "a ", "1a") for end in "b!"
 )
@@ -81,14 +76,14 @@ def load(spec: ModelSpec, tokenizer_folder: str, on_stage: Callable[[str], None]
         `load_reason` formats them in one line.
     """
     on_stage("files")
-    folder, revision = _folder(spec)
+    folder, revision = find_folder(spec)
     config = within_deadline("configuration", partial(_config, spec, folder))
-    device = _device(spec.device)
+    device = choose_device(spec.device)
     on_stage("tokenizer")
-    tokenizer = within_deadline("tokenizer", partial(_tokenizer, folder, tokenizer_folder))
+    tokenizer = within_deadline("tokenizer", partial(load_tokenizer, folder, tokenizer_folder))
     on_stage("weights")
     context_length = derive_context_length(config, spec.max_model_len)
-    model = _model(folder, config, _dtype(spec, device, config))
+    model = _model(folder, config, choose_dtype(spec, device, config))
     vocab_size = model.get_input_embeddings().num_embeddings
     sample_ids = _sample_ids(tokenizer, vocab_size, context_length)
     parameters = sum(weight.numel() for weight in model.parameters())
@@ -146,25 +141,6 @@ def _one_line(error: BaseException) -> str:
     return one_line(error, MAX_DETAIL_CHARS).rstrip(". ")
 
 
-def _folder(spec: ModelSpec) -> tuple[Path, str | None]:
-    """Return the folder of the files and their commit, after a download where needed."""
-    if spec.source == "local":
-        folder = Path(spec.name).expanduser().resolve()
-        if not folder.is_dir():
-            raise LoadError(f"there is no folder {folder}")
-        revision = None
-    else:
-        if not HUB_ID.fullmatch(spec.name) or ".." in spec.name:
-            raise LoadError("its name is not a hub id like owner/model")
-        folder = Path(
-            snapshot_download(
-                spec.name, revision=spec.revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED_FILES
-            )
-        )
-        revision = folder.name
-    return folder, revision
-
-
 def _config(spec: ModelSpec, folder: Path) -> Any:
     """Return the model's configuration, once all small files have been checked."""
     check_files(folder)
@@ -190,7 +166,12 @@ def _config(spec: ModelSpec, folder: Path) -> Any:
     return config
 
 
-def _tokenizer(folder: Path, save_in: str) -> Any:
+def load_tokenizer(folder: Path, save_in: str, adapt: Callable[[Any], None] | None = None) -> Any:
+    """Return the tokenizer of a folder, and save it where the parent reads it.
+
+    Args: adapt: changes it before it is saved.
+    Raises: LoadError: there is none that can be used.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except BaseException as error:
@@ -210,6 +191,8 @@ def _tokenizer(folder: Path, save_in: str) -> Any:
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
     _check_expressions(tokenizer)
+    if adapt is not None:
+        adapt(tokenizer)
     tokenizer.save_pretrained(save_in)
     return tokenizer
 
@@ -286,7 +269,8 @@ def _sample_ids(tokenizer: Any, vocab_size: int, context_length: int) -> list[in
     return ids[: min(MAX_SAMPLE_TOKENS, context_length)] or [0]
 
 
-def _device(requested: str) -> str:
+def choose_device(requested: str) -> str:
+    """Raises: LoadError: this machine has no such device."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if requested == "auto":
         return next(name for name, usable in available.items() if usable)
@@ -295,7 +279,8 @@ def _device(requested: str) -> str:
     return requested
 
 
-def _dtype(spec: ModelSpec, device: str, config: Any) -> torch.dtype | str:
+def choose_dtype(spec: ModelSpec, device: str, config: Any) -> torch.dtype | str:
+    """Return the type to compute in; "auto" is the checkpoint's own."""
     if spec.dtype != "auto":
         return getattr(torch, spec.dtype)  # type: ignore[no-any-return]
     if device != "cpu":

@@ -68,6 +68,24 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises: LoadError: it holds something else, a NaN, or more than a configuration can need.
     """
+    content = _read_json(path)
+    if not isinstance(content, dict):
+        raise LoadError(f"{path.name}: holds no object but {_kind(content)}")
+    return content
+
+
+def read_json_objects(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a list that a JSON file holds.
+
+    Raises: LoadError: it holds something else, a NaN, or more than a configuration can need.
+    """
+    content = _read_json(path)
+    if not isinstance(content, list) or not all(isinstance(each, dict) for each in content):
+        raise LoadError(f"{path.name}: holds no list of objects")
+    return content
+
+
+def _read_json(path: Path) -> Any:
 
     def refuse(reason: str) -> LoadError:
         return LoadError(f"{path.name}: {reason}")
@@ -89,8 +107,6 @@ def read_json(path: Path) -> dict[str, Any]:
         raise refuse("is nested too deeply") from None
     except ValueError:  # an integer of thousands of digits
         raise refuse("holds a number that is too long") from None
-    if not isinstance(content, dict):
-        raise refuse(f"holds no object but {_kind(content)}")
     if (field := next(_not_finite(content), None)) is not None:
         raise refuse(f"{field} is not a finite number")
     return content

@@ -27,15 +27,17 @@ SMALL_MODEL = 1_000_000
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-def check_size(config: Any, stored: int) -> None:
+def check_size(config: Any, stored: int, kind: Any = AutoModelForCausalLM) -> None:
     """Compare the model that a configuration describes with the files, before memory is taken for it.
 
-    Args: stored: the numbers that the files hold; packed ones of a quantized model count as one.
+    Args:
+        stored: the numbers that the files hold; packed ones of a quantized model count as one.
+        kind: class that makes a model of a configuration.
     Raises: LoadError: the model has many times as many parameters; most would be drawn at random only to be refused.
     """
     try:
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            model: Any = kind.from_config(config)
             described = sum(each.numel() for each in model.parameters())
     except Exception:  # noqa: BLE001  # the load itself says better what is wrong
         return

@@ -125,6 +125,14 @@ def replace_data_folder(folder: Path) -> None:
     (folder / "data").write_text("a file")
 
 
+def test_the_embedding_models_folder_is_examined_too(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("EMBEDDINGS__MODEL", "encoder")
+    assert "encoder/config.json cannot be read" in examine(1)
+    assert "embeddings.model" in examine(1)
+    shutil.copytree(folder / "model", folder / "encoder")
+    assert "encoder (" in examine(0)
+
+
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0"
 INDEX = json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}})
 

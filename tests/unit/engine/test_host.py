@@ -6,16 +6,19 @@ from contextlib import ExitStack
 
 import pytest
 
+from app.embeddings import EmbeddingRequest
 from app.engine.echo import EchoEngine
 from app.engine.host import ModelHost
-from app.engine.served_model import ServedModel
-from app.errors import EngineFailed, ModelNotFound, ShuttingDown
+from app.engine.served_model import Served, ServedEncoder, ServedModel
+from app.errors import EngineFailed, InvalidRequest, ModelNotFound, ShuttingDown
 from app.events import Event
+from app.langchain.embeddings import EngineEmbeddings
 from app.requests import GenerationRequest
-from app.types import EngineState, FinishReason
+from app.types import EngineState, FinishReason, Tenant
 from tests.unit.engine.scripted import make_request
 from tests.unit.engine.served import serve
 from tests.unit.event_streams import finished_of, read, text_of
+from tests.web.word_encoder import WordEncoder
 
 SOON = 5.0
 """Seconds in which something that has nothing to wait for has happened, on a busy machine too."""
@@ -338,3 +341,44 @@ async def test_closing_stops_every_engine() -> None:
     assert [1, 1] == [engines[0].closings for engines in builder.engines.values()]
     with pytest.raises(ShuttingDown):
         await generate(host, hello("b"))
+
+
+def encoder(name: str) -> ServedEncoder:
+    engine = WordEncoder(name)
+    return ServedEncoder(name=name, engine=engine, embeddings=EngineEmbeddings(embedder=engine, model=name))
+
+
+async def test_models_that_only_embed_are_hosted_beside_those_that_generate():
+    """Each is found for its own task only; one that embeds is never the default of a chat."""
+    served: dict[str, Served] = {"chat": serve("chat", EchoEngine()), "enc": encoder("enc")}
+    host = ModelHost(served.__getitem__, "chat")
+    for name in ("enc", "chat"):
+        await host.load(name)
+
+    assert ("chat", "enc") == host.names
+    assert "chat" == host.find_generating(None).name
+    assert "enc" == host.find_embedding(None)[0].name
+    with pytest.raises(InvalidRequest, match="only embeds texts; send it to /v1/embeddings"):
+        host.find_generating("enc")
+    with pytest.raises(InvalidRequest, match="does not embed texts; these do: enc"):
+        host.find_embedding("chat")
+    with pytest.raises(ModelNotFound):
+        host.find_embedding("absent")
+    await host.unload("enc", 1)
+    with pytest.raises(InvalidRequest, match="no model of this service does"):
+        host.find_embedding(None)
+    await host.close()
+
+
+async def test_a_leased_encoder_is_unloaded_once_its_request_has_ended():
+    host = ModelHost(encoder, "enc")
+    await host.load("enc")
+    request = EmbeddingRequest(id="one", tenant=Tenant.program(), inputs=("a",))
+    with host.lease_embedding(request) as (model, _):
+        assert "enc" == model.name
+        unloading = asyncio.create_task(host.unload("enc", 60))
+        await asyncio.sleep(0.01)
+        assert not unloading.done()
+    async with asyncio.timeout(SOON):
+        await unloading
+    assert () == host.names

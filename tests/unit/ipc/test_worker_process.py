@@ -1,13 +1,19 @@
 """What a worker's environment holds, and what the worker's loop does with messages."""
 
+import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 import zmq
+from torch import Tensor
 
+from app.embeddings import EmbeddingInfo
 from app.ipc.messages import (
     Cancel,
+    Embed,
+    Embedded,
     FromWorker,
     ModelSpec,
     Shutdown,
@@ -20,6 +26,9 @@ from app.ipc.messages import (
 )
 from app.ipc.worker_process import worker_environment
 from app.types import SamplingParams
+from app.worker.embedding.embedding_runner import EmbeddingRunner
+from app.worker.embedding.encoder import pad_right
+from app.worker.embedding.pooling import Head
 from app.worker.heartbeat import PROGRESS
 from app.worker.process import Worker
 
@@ -96,16 +105,30 @@ class CountingRunner:
         exchange([TokenEvent(request.id, finish="length")])
 
 
+class LengthEncoder:
+    """The hidden state of each token is how many the text has."""
+
+    vocab_size = 100
+    info = EmbeddingInfo(dimension=1, max_tokens=100, pooling=("mean",), normalized=False)
+    head = Head()
+
+    def pad(self, token_ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        return pad_right(token_ids, 0, "cpu")
+
+    def hidden_states(self, token_ids: Tensor, mask: Tensor) -> Tensor:
+        return mask.sum(dim=1, keepdim=True).float().expand(mask.shape).unsqueeze(-1)
+
+
 class Loop:
     """A worker's loop in a thread, and the parent's end of its socket."""
 
-    def __init__(self) -> None:
+    def __init__(self, runner: CountingRunner | None = None, embedder: EmbeddingRunner | None = None) -> None:
         self.context = zmq.Context()
         self.socket = self.context.socket(zmq.PAIR)
         self.socket.bind("inproc://channel")
         self.theirs = self.context.socket(zmq.PAIR)
         self.theirs.connect("inproc://channel")
-        self.thread = threading.Thread(target=Worker(self.theirs, CountingRunner()).run)
+        self.thread = threading.Thread(target=Worker(self.theirs, runner, embedder).run)
         self.thread.start()
 
     def send(self, message: ToWorker) -> None:
@@ -125,13 +148,19 @@ class Loop:
         return events
 
 
-@pytest.fixture
-def loop() -> Iterator[Loop]:
-    loop = Loop()
+@contextmanager
+def running(runner: CountingRunner | None = None, embedder: EmbeddingRunner | None = None) -> Iterator[Loop]:
+    loop = Loop(runner, embedder)
     yield loop
     loop.send(Shutdown())
     loop.thread.join(10)
     loop.context.destroy(linger=0)
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    with running(CountingRunner()) as loop:
+        yield loop
 
 
 def test_a_request_completes_event_by_event(loop: Loop):
@@ -174,3 +203,51 @@ def test_shutdown_stops_the_loop_in_the_middle_of_a_completion(loop: Loop):
     assert "abort" == loop.events_until_end()[-1].finish
     loop.thread.join(10)
     assert not loop.thread.is_alive()
+
+
+def test_an_encoder_embeds_and_reports_begin_vectors_and_end():
+    with running(embedder=EmbeddingRunner(LengthEncoder(), 8)) as loop:
+        loop.send(Embed(1, ((5, 5), (5, 5, 5))))
+        received = [loop.receive() for _ in range(2)]
+    vectors = (struct.pack("<f", 3.0), struct.pack("<f", 2.0))
+    assert [Embedded(1, (1, 0), vectors), Step([TokenEvent(1), TokenEvent(1, finish="stop")])] == received
+
+
+def test_texts_are_embedded_between_the_tokens_of_a_completion():
+    """One pass after each step: neither waits for the end of the other."""
+    with running(CountingRunner(), EmbeddingRunner(LengthEncoder(), 1)) as loop:
+        loop.send(Submit(1, (5,), SamplingParams(max_tokens=10_000_000)))
+        loop.receive()
+        loop.send(Embed(2, ((5,),) * 3))
+        tokens, embedded = 0, 0
+        while embedded < 3:
+            match loop.receive():
+                case Embedded():
+                    embedded += 1
+                case Step(events=events) if events[0].id == 1:
+                    tokens += embedded in (1, 2)
+        assert tokens >= 2
+        loop.send(Cancel(1))
+        ends = [event.finish for _ in range(2) for event in loop.events_until_end()]
+        assert "abort" == ends[-1]
+
+
+def test_a_cancelled_embedding_ends_before_the_next_pass():
+    with running(embedder=EmbeddingRunner(LengthEncoder(), 1)) as loop:
+        loop.send(Embed(1, ((5,),) * 20_000))
+        loop.receive()
+        loop.send(Cancel(1))
+        while not isinstance(message := loop.receive(), Step) or not message.events[-1].finish:
+            continue
+        assert [TokenEvent(1, finish="abort")] == message.events
+
+
+def test_what_a_model_does_not_do_is_refused():
+    with running(embedder=EmbeddingRunner(LengthEncoder(), 8)) as loop:
+        loop.send(Submit(1, (5,), SamplingParams(max_tokens=1)))
+        (event,) = loop.events_until_end()
+        assert (1, True) == (event.id, event.invalid)
+    with running(CountingRunner()) as loop:
+        loop.send(Embed(1, ((5,),)))
+        (event,) = loop.events_until_end()
+        assert (1, True) == (event.id, event.invalid)
