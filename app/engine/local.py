@@ -13,12 +13,14 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Protocol
 
 from app.config import DeadlineConfig, ModelConfig
 from app.engine.base import Capabilities, EngineInfo, EngineStatus, PreparedPrompt, Tokenizer
 from app.engine.live_request import LiveRequest
 from app.engine.parsing.detection import detect_format
 from app.engine.stop_strings import with_stop_tokens
+from app.engine.tokenizer.chat_traits import ChatTraits
 from app.engine.tokenizer.detokenize import detokenize
 from app.engine.tokenizer.prepare import PromptEncoder, PromptTokenizer
 from app.errors import ContextLengthExceeded, EngineBusy, EngineFailed, EngineNotReady, InvalidRequest
@@ -38,6 +40,14 @@ BUSY_RETRY_SECONDS = (1.0, 30.0)
 """Bounds of the Retry-After of a refused request."""
 PROMPT_END_TOKENS = 64
 """Last tokens of a prompt that decide how a completion begins: a turn's header, and what the template puts behind."""
+
+
+class ModelTokenizer(PromptTokenizer, Protocol):
+    """A tokenizer from a model's files."""
+
+    @property
+    def traits(self) -> ChatTraits:
+        """What the files say about chats."""
 
 
 class CompletionRate:
@@ -370,7 +380,7 @@ def _spec(config: ModelConfig) -> ModelSpec:
     )
 
 
-def _tokenizer_class() -> Callable[..., PromptTokenizer]:
+def _tokenizer_class() -> Callable[..., ModelTokenizer]:
     from app.engine.tokenizer.hf_tokenizer import HfTokenizer
 
     return HfTokenizer

@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any, Protocol
 
 from app.engine.base import PreparedPrompt, Tokenizer
-from app.engine.tokenizer.chat_traits import ChatTraits
 from app.engine.tokenizer.token_length import TokenLength, TooManyTokensError
 from app.errors import DeadlineExceeded, InvalidRequest
 from app.requests import GenerationRequest
@@ -73,10 +72,6 @@ class PromptTokenizer(Tokenizer, Protocol):
     @property
     def length(self) -> TokenLength:
         """Tells which texts are too long for the model before they are encoded."""
-
-    @property
-    def traits(self) -> ChatTraits:
-        """What the tokenizer's files say about chats."""
 
     def close(self) -> None:
         """Free what encoding needs; decoding goes on."""
