@@ -76,16 +76,16 @@ class PromptTokenizer(Tokenizer, Protocol):
     def length(self) -> TokenLength:
         """Tells which texts are too long for the model before they are encoded."""
 
-    @property
-    def traits(self) -> ChatTraits:
-        """What the tokenizer's files say about chats."""
-
     def close(self) -> None:
         """Free what encoding needs; decoding goes on."""
 
 
 class ModelTokenizer(PromptTokenizer, Protocol):
-    """A tokenizer that knows what the model's chat template takes."""
+    """A tokenizer from a model's files, which know what its chats look like."""
+
+    @property
+    def traits(self) -> ChatTraits:
+        """What the files say about chats."""
 
     @property
     def template_variables(self) -> tuple[str, ...]:
