@@ -185,6 +185,9 @@ class _Reader:
             flight.charge(self, self._tokens)
             return event
         if isinstance(event, Finished):
+            if self.joined_at > flight.charged:
+                # What no delta brought is for those to pay who were there; the first reader of all has been longest.
+                flight.charge(next(iter(flight.readers), self), self.joined_at)
             flight.charge(self)
             if self.progress.generated:
                 return structs.replace(event, cache=CacheStatus.MISS)
