@@ -201,6 +201,7 @@ CHANGED: dict[str, Any] = {
     "parallel_tool_calls": False,
     "template_kwargs": (("enable_thinking", False),),
     "truncate_prompt": -1,
+    "reasoning_effort": "low",
 }
 """Differs from REQUEST in every field of a request; a field added to it has to be added here."""
 
@@ -239,6 +240,7 @@ def test_what_decides_a_response_is_never_declared_harmless():
         "tool_choice",
         "parallel_tool_calls",
         "template_kwargs",
+        "reasoning_effort",
     } == {each.name for each in structs.fields(GenerationRequest)} - harmless_fields(GenerationRequest)
 
 
