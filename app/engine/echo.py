@@ -11,7 +11,7 @@ from itertools import accumulate, cycle, islice
 
 from msgspec import structs
 
-from app.engine.base import EngineInfo, EngineStatus, PreparedPrompt
+from app.engine.base import Capabilities, EngineInfo, EngineStatus, PreparedPrompt
 from app.errors import EngineBusy, EngineNotReady
 from app.events import WITHHELD, Delta, DetokenizedLogprob, Event, Finished, PromptLogprob, Started, finish
 from app.fair_share import fits_share
@@ -95,6 +95,7 @@ class EchoEngine:
             context_length=context_length,
             vocab_size=_CONTROL + len(_TURN),
             parameters=0,
+            capabilities=Capabilities(unsupported=("grammar",)),
         )
         self._delay = token_delay_seconds
         self._max_running = max_running

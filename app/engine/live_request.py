@@ -101,7 +101,7 @@ class LiveRequest:
         if event.error is not None:
             self.fail(InvalidRequest(event.error) if event.invalid else EngineFailed(event.error))
         elif event.finish is not None:
-            self._progress.generated += event.finish == "stop"
+            self._progress.generated += event.end_token is not None
             self._progress.read_prompt |= not self.request.sampling.max_tokens
             self._end_token = event.end_token
             self.end(_FINISH[event.finish])

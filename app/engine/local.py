@@ -16,6 +16,7 @@ from app.config import DeadlineConfig, ModelConfig
 from app.embeddings import EmbeddingRequest, Embeddings, EncodedInputs
 from app.engine.base import Capabilities, EngineInfo, EngineStatus, PreparedPrompt, Tokenizer
 from app.engine.embedding_queue import EmbeddingQueue
+from app.engine.grammar_checker import GrammarChecker
 from app.engine.live_request import LiveRequest
 from app.engine.parsing.detection import detect_format
 from app.engine.stop_strings import with_stop_tokens
@@ -98,6 +99,7 @@ class LocalEngine:
         self._info: EngineInfo | None = None
         self._tokenizer: ModelTokenizer | None = None
         self._encoder: PromptEncoder | None = None
+        self._grammar_checker: GrammarChecker | None = None
         self._slots = 1
         self._numbers = count(1)
         self._live: dict[int, LiveRequest] = {}
@@ -180,6 +182,8 @@ class LocalEngine:
         Raises: EngineNotReady, EngineBusy, InvalidRequest: in place of Started.
             EngineFailed, DeadlineExceeded: in place of Finished.
         """
+        if self._grammar_checker is not None and self._worker.state is EngineState.READY:
+            await self._grammar_checker.check_request(request, self.info)
         live = self._admit(request)
         try:
             yield Started(prompt_tokens=request.prompt_tokens)
@@ -212,7 +216,7 @@ class LocalEngine:
         if self._started:
             self._started = False
             await self._interpreters.close()
-        self._close_tokenizer()
+        await self._close_tokenizer()
         # A prompt would wait for threads that have ended.
         self._encoder = None
 
@@ -228,8 +232,9 @@ class LocalEngine:
             )
         except Exception as error:
             raise WorkerLostError(f"The model's tokenizer cannot be loaded: {first_line(error)}.") from error
-        self._close_tokenizer()
+        await self._close_tokenizer()
         self._tokenizer = tokenizer
+        self._grammar_checker = GrammarChecker(ready.tokenizer_folder, ready.vocab_size)
         self._encoder = PromptEncoder(tokenizer, vocab_size=ready.vocab_size, seconds=self._deadlines.waiting_seconds)
         self._slots = ready.slots
         self._info = EngineInfo(
@@ -347,7 +352,9 @@ class LocalEngine:
         if any(live.request.id == request.id for live in self._live.values()):
             raise ValueError("a live request has this id already")
 
-    def _close_tokenizer(self) -> None:
+    async def _close_tokenizer(self) -> None:
+        if self._grammar_checker is not None:
+            await self._grammar_checker.close()
         if self._encoder is not None:
             self._encoder.close()
         if self._tokenizer is not None:

@@ -143,7 +143,8 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
     """The progress of one request in one step.
 
     The first event of a request is empty: its prefill starts.  The last, and only the last, has `finish` or `error`.
-    `stop` means that the model sampled an end token, which is counted but not listed.
+    `stop` means that the model sampled an end token, which is counted but not listed, or that the request's grammar
+    allows nothing more: there is no end token then.
     """
 
     id: int
@@ -156,7 +157,7 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
     cached_tokens: int = 0
     """Prompt tokens that were in the KV cache already; in the first event only."""
     end_token: int | None = None
-    """The end token that the model sampled."""
+    """The end token that the model sampled; None where the completion did not end with one."""
     invalid: bool = False
     """With `error`: whether the request is at fault and would fail again."""
     prompt_logprobs: tuple[TokenLogprob, ...] = ()

@@ -5,9 +5,11 @@ The output filter is an Engine around an Engine, so it stands between the model 
 completion ends with FinishReason.CONTENT_FILTER without the text that was being looked at.
 """
 
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Hashable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import structlog
@@ -18,9 +20,10 @@ from app.engine.logprob_alignment import DeltaAlignment, shared_beginning
 from app.engine.stop_strings import StopBuffer, hidden_stops, with_stop_tokens
 from app.engine.wrapper import EngineWrapper
 from app.errors import InvalidRequest, PiiBlocked, ServiceUnavailable
-from app.events import Delta, Event, Finished, Started, finish
+from app.events import Delta, Event, Finished, Started, ToolCallDelta, finish
+from app.privacy.json_redactor import JsonRedactor
 from app.privacy.pool import RedactionPool
-from app.privacy.redactor import PiiKind, Redaction, Redactor, StreamRedactor
+from app.privacy.redactor import CONTINUED_CHARS, PiiKind, Redaction, Redactor, StreamRedactor
 from app.privacy.unmasked_prompt import UnmaskedPrompt
 from app.requests import GenerationRequest
 from app.types import FinishReason, Usage
@@ -110,16 +113,56 @@ class _UnmaskedLogprobs:
         return Delta(text=clean, tokens=delta.tokens, logprobs=logprobs, token_ends=ends)
 
 
+class _TextChannel:
+    """One of the texts of a completion, which are redacted apart: the answer, the reasoning."""
+
+    def __init__(self, redactor: Redactor, pool: RedactionPool, tenant: Hashable, before: str = "") -> None:
+        """Args: before: the text that it continues."""
+        self._redactor, self._pool, self._tenant = redactor, pool, tenant
+        self._stream = StreamRedactor(redactor, before)
+        self._tail = ""
+        self._earlier: Counter[PiiKind] = Counter()
+
+    @property
+    def counts(self) -> dict[PiiKind, int]:
+        return dict(self._earlier + Counter(self._stream.counts))
+
+    async def feed(self, text: str) -> str:
+        return self._seen(await self._pool.feed(self._tenant, self._stream, text))
+
+    def finish(self, *, cut: bool = False) -> str:
+        return self._seen(self._stream.finish(cut=cut))
+
+    def pause(self) -> str:
+        """Return what is withheld, since another text begins; of an entity that goes on later the rest is masked."""
+        rest = self.finish()
+        self._earlier.update(self._stream.counts)
+        self._stream = StreamRedactor(self._redactor, self._tail)
+        return rest
+
+    def _seen(self, text: str) -> str:
+        self._tail = (self._tail + text)[-CONTINUED_CHARS:]
+        return text
+
+
 class _OutputFilter:
-    """Filters the text of one completion, and ends it at a stop string of the filtered text.
+    """Filters the texts of one completion, and ends it at a stop string of its filtered answer.
 
     A stop string that matched the model's own text would tell, by ending the completion, what stands under a mask.
     """
 
     def __init__(self, redactor: Redactor, request: GenerationRequest, pool: RedactionPool) -> None:
-        self._pool = pool
-        self._tenant = request.tenant
-        self.redactor = StreamRedactor(redactor, _continued_text(request))
+        self._json = partial(JsonRedactor, redactor, pool, request.tenant)
+        grammar = request.sampling.grammar
+        self._text: _TextChannel | JsonRedactor = (
+            self._json()
+            if grammar is not None and grammar.is_json
+            else _TextChannel(redactor, pool, request.tenant, _continued_text(request))
+        )
+        self._reasoning = _TextChannel(redactor, pool, request.tenant)
+        self._calls: dict[int, JsonRedactor] = {}
+        self._reasons = False
+        """Whether the reasoning may have withheld text."""
         self._stops = StopBuffer(request.sampling.stop)
         self._logprobs = None if request.sampling.logprobs is None else _UnmaskedLogprobs()
         self.prompt = UnmaskedPrompt(redactor, request, pool)
@@ -129,19 +172,47 @@ class _OutputFilter:
         """Return the stop string that ended the completion; None before there is one."""
         return self._stops.matched
 
+    @property
+    def counts(self) -> Counter[PiiKind]:
+        """Return how many entities of each kind were replaced so far."""
+        total: Counter[PiiKind] = Counter()
+        for channel in (self._text, self._reasoning, *self._calls.values()):
+            total.update(channel.counts)
+        return total
+
     async def feed(self, delta: Delta) -> Delta:
-        text = await self._pool.feed(self._tenant, self.redactor, delta.text)
-        return self._clean(delta, self._stops.feed(text))
+        text = self._stops.feed(await self._text.feed(delta.text)) if delta.text else ""
+        reasoning = await self._reasoning.feed(delta.reasoning) if delta.reasoning else ""
+        self._reasons = self._reasons or bool(delta.reasoning)
+        if self._reasons and (delta.text or delta.tool_calls):
+            reasoning, self._reasons = reasoning + self._reasoning.pause(), False
+        calls = [await self._filtered_call(each) for each in delta.tool_calls]
+        return self._clean(delta, text, reasoning, tuple(calls))
 
     def finish(self, *, cut: bool) -> Delta:
         """Return what is still withheld.  Args: cut: whether the completion breaks off."""
-        rest = self._stops.feed(self.redactor.finish(cut=cut))
-        return self._clean(Delta(), rest + self._stops.finish())
+        rest = self._stops.feed(self._text.finish(cut=cut))
+        calls = {position: call.finish(cut=cut) for position, call in self._calls.items()}
+        return self._clean(
+            Delta(),
+            rest + self._stops.finish(),
+            self._reasoning.finish(cut=cut),
+            tuple(ToolCallDelta(position=at, arguments=text) for at, text in calls.items() if text),
+        )
 
-    def _clean(self, delta: Delta, text: str) -> Delta:
+    async def _filtered_call(self, part: ToolCallDelta) -> ToolCallDelta:
+        call = self._calls.setdefault(part.position, self._json())
+        return structs.replace(part, arguments=await call.feed(part.arguments))
+
+    def _clean(self, delta: Delta, text: str, reasoning: str, calls: tuple[ToolCallDelta, ...]) -> Delta:
+        # The tokens of reasoning and of calls are none of the answer's, and would show what is masked there.
+        own = not (delta.reasoning or delta.tool_calls)
         if self._logprobs is None:
-            return Delta(text=text, tokens=delta.tokens)
-        return self._logprobs.release(delta, text)
+            clean = Delta(text=text, tokens=delta.tokens)
+        else:
+            unfiltered = delta if own else structs.replace(delta, logprobs=(), token_ends=())
+            clean = self._logprobs.release(unfiltered, text)
+        return structs.replace(clean, reasoning=reasoning, tool_calls=calls) if reasoning or calls else clean
 
 
 def _continued_text(request: GenerationRequest) -> str:
@@ -190,7 +261,7 @@ class FilteredEngine(EngineWrapper):
             if output.stopped is not None:
                 yield finish(FinishReason.STOP, _usage(request), output.stopped)
         finally:
-            for kind, count in output.redactor.counts.items():
+            for kind, count in output.counts.items():
                 self._on_match(kind, count)
 
     def _check_stop_tokens(self, request: GenerationRequest) -> None:
@@ -211,7 +282,7 @@ async def _filtered(event: Event, output: _OutputFilter) -> list[Event]:
         return [await (output.prompt.feed(event.prompt_logprobs) if event.prompt_logprobs else output.feed(event))]
     end = event.samples[0]
     rest = output.finish(cut=end.breaks_off)
-    shown: list[Event] = [rest] if rest.text or rest.logprobs else []
+    shown: list[Event] = [rest] if rest.is_visible else []
     return shown if output.stopped is not None else [*shown, event]
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from transformers import TextGenerationPipeline
 
+from app.grammars.vocabulary import Vocabulary
 from app.worker.sampling.generation_rules import NO_RULES, GenerationRules
 
 
@@ -31,3 +32,5 @@ class LoadedModel:
     """Texts that end a completion, with them in it."""
     logprob_shift: float | None = None
     """By how much quantization changed log-probabilities, on average; None where there is none."""
+    vocabulary: Vocabulary | None = None
+    """What its tokens write, for grammars; None where that cannot be told, so that no grammar can be enforced."""

@@ -1,12 +1,14 @@
 """OpenAI's own clients in front of the embedded model, unchanged: nothing but a base URL and a key."""
 
 import asyncio
+import datetime
 import json
 import os
+import re
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import httpx
 import openai
@@ -14,6 +16,7 @@ import pytest
 from langchain_core.messages import AIMessageChunk, HumanMessage, SystemMessage
 from langchain_openai import ChatOpenAI, OpenAI
 from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
+from pydantic import BaseModel, Field
 
 from app.engine.tokenizer.hf_tokenizer import HfTokenizer
 from tests.e2e.conftest import KEY, ROOT, Service, wait_for
@@ -370,3 +373,43 @@ async def test_a_load_generator_has_no_failed_request_and_its_counts_match(servi
     if path == "/v1/completions":
         expected = [len(tokenizer.encode_text(prompt)) for prompt in prompts]
         assert expected == [usage["prompt_tokens"] for _, usage in answers]
+
+
+class Town(BaseModel):
+    """What a model of random skill is to answer with."""
+
+    name: Annotated[str, Field(max_length=12)]
+    kind: Literal["village", "city"]
+    people: Annotated[int, Field(ge=0, le=9999)]
+    twins: Annotated[list[Annotated[str, Field(max_length=6)]], Field(max_length=2)]
+    founded: datetime.date | None
+
+
+def test_a_schema_is_followed_by_a_model_that_never_saw_it(client: openai.OpenAI) -> None:
+    """With the package's own parsing into a pydantic model, several samples, whole and streamed."""
+    answer = client.chat.completions.parse(
+        model=MODEL, messages=FRANCE, response_format=Town, n=3, max_tokens=400, temperature=1, seed=1
+    )
+    assert ["stop"] * 3 == [choice.finish_reason for choice in answer.choices]
+    assert all(isinstance(choice.message.parsed, Town) for choice in answer.choices)
+
+    with client.chat.completions.stream(model=MODEL, messages=FRANCE, response_format=Town, max_tokens=400) as stream:
+        streamed = stream.get_final_completion()
+    assert isinstance(streamed.choices[0].message.parsed, Town)
+
+
+def test_vllms_forms_and_refusals_come_through_the_client(client: openai.OpenAI) -> None:
+    """A choice, an expression, any object; what is cut says so, and an unsupported keyword is named."""
+
+    def text(**fields: Any) -> tuple[str, str]:
+        answer = client.chat.completions.create(model=MODEL, messages=FRANCE, extra_body=fields)
+        return content_of(answer), str(answer.choices[0].finish_reason)
+
+    assert text(guided_choice=["north", "south"])[0] in ("north", "south")
+    assert re.fullmatch("[A-Z]{3}-[0-9]{2}", text(structured_outputs={"regex": "[A-Z]{3}-[0-9]{2}"})[0])
+    assert "length" == text(guided_regex="[ab]{90}", max_tokens=5)[1]
+    written, ending = text(response_format={"type": "json_object"}, max_tokens=60, seed=2)
+    assert ending == "length" or isinstance(json.loads(written), dict)
+    with pytest.raises(openai.BadRequestError, match="uniqueItems") as refused:
+        text(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"uniqueItems": True}}})
+    assert "response_format.json_schema.schema" == refused.value.param

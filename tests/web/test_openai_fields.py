@@ -18,7 +18,7 @@ from openai.types.chat.chat_completion_message_param import ChatCompletionMessag
 from openai.types.chat.chat_completion_stream_options_param import ChatCompletionStreamOptionsParam
 
 from app.requests import GenerationRequest, Origin
-from app.types import Message, Role, Tool, ToolCall
+from app.types import Grammar, Message, Role, Tool, ToolCall
 from app.web.openai.chat import ChatCompletionRequest
 from app.web.openai.completions import CompletionRequest
 from tests.web.harness import CHAT, GENERATE, MODEL
@@ -66,6 +66,11 @@ EXTRAS: dict[str, tuple[Any, Any, Seen]] = {
     "truncation": ("auto", 0, lambda request: request.truncate_prompt),
     "truncate_prompt_tokens": (50, 50, lambda request: request.truncate_prompt),
     "prompt_logprobs": (4, 4, sampled("prompt_logprobs")),
+    "structured_outputs": ({"regex": "a+"}, Grammar("regex", "a+"), sampled("grammar")),
+    "guided_json": ({"type": "null"}, Grammar("json_schema", '{"type":"null"}'), sampled("grammar")),
+    "guided_regex": ("a+", Grammar("regex", "a+"), sampled("grammar")),
+    "guided_choice": (["a", 'é"'], Grammar("lark", 'start: "a" | "é\\""'), sampled("grammar")),
+    "guided_grammar": ('start: "a"', Grammar("lark", 'start: "a"'), sampled("grammar")),
 }
 """vLLM's, and `truncation` of OpenAI's responses."""
 HONOURED: dict[str, dict[str, tuple[Any, Any, Seen]]] = {
@@ -81,6 +86,11 @@ HONOURED: dict[str, dict[str, tuple[Any, Any, Seen]]] = {
         "tools": ([TOOL], (ADD,), lambda request: request.tools),
         "functions": ([TOOL["function"]], (ADD,), lambda request: request.tools),
         "reasoning_effort": ("low", "low", lambda request: request.reasoning_effort),
+        "response_format": (
+            {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "null"}, "strict": True}},
+            Grammar("json_schema", '{"type":"null"}'),
+            sampled("grammar"),
+        ),
     },
     TEXTS: DRAWN
     | {
@@ -136,10 +146,6 @@ REFUSED: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
         "audio": ([], [{"format": "mp3", "voice": "alloy"}]),
         "modalities": ([["text"]], [["text", "audio"], ["audio"]]),
         "moderation": ([], [{"model": "m"}]),
-        "response_format": (
-            [{"type": "text"}],
-            [{"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": "x"}}],
-        ),
         "web_search_options": ([], [{}]),
     },
     TEXTS: {"suffix": ([""], ["x"])},

@@ -30,7 +30,10 @@ RIGHT: dict[str, dict[str, Any]] = {
 """Every path that takes a body, with the least that it takes."""
 GENERATING = [path for path in RIGHT if "key" not in path and "role" not in path]
 NATIVE = [path for path in GENERATING if "completions" not in path and "responses" not in path]
-CROSS_FIELD = re.compile("the last message must be the user's|this service takes at most|are two names of one field")
+CROSS_FIELD = re.compile(
+    "the last message must be the user's|this service takes at most|are two names of one field"
+    "|is not valid JSON of|must be a JSON Schema"
+)
 """What no schema of single fields can say."""
 
 

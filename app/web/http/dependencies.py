@@ -26,11 +26,14 @@ from app.requests import GenerationRequest, Origin
 from app.telemetry import Metrics
 from app.types import Message, Principal, Tenant
 from app.web.http.authentication import Keys
+from app.web.http.grammar_field import check_tools, named_by_field
 from app.web.http.private_api import route_path
 from app.web.http.rate_limits import FailedKeyLimiter
 
 ADMITTED = "admitted"
 """Key in a generating request's state: the `Admitted` that it is."""
+GRAMMAR_FIELD = "grammar_field"
+"""Key in a generating request's state: the field that its grammar comes from, as `remember_grammar` takes it."""
 
 
 class Service(Protocol):
@@ -200,8 +203,25 @@ class RequestContext:
         return self.container.host.find_generating(model, allowed=self.caller.rights.models).engine.info
 
     def events(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """Generate for this caller."""
-        return self.container.service.generate(request, self.caller)
+        """Generate for this caller.
+
+        Raises: InvalidRequest: the request has both a grammar and a tool that must be called.
+        """
+        events = self.container.service.generate(request, self.caller)
+        remembered: tuple[str, bool] | None = self.request.scope["state"].get(GRAMMAR_FIELD)
+        if remembered is None or request.sampling.grammar is None:
+            return events
+        field, beside_required_tools = remembered
+        if not beside_required_tools:
+            check_tools(request, field)
+        return named_by_field(events, field)
+
+    def remember_grammar(self, field: str, *, beside_required_tools: bool = False) -> None:
+        """Remember which field the grammar comes from.
+
+        Args: beside_required_tools: whether it only says what a text would look like, where a tool must be called.
+        """
+        self.request.scope["state"][GRAMMAR_FIELD] = (field, beside_required_tools)
 
 
 async def _request_context(request: Request, container: ContainerDep) -> RequestContext:

@@ -7,7 +7,6 @@ from pydantic import BeforeValidator, Field, StringConstraints
 from app.errors import InvalidRequest
 from app.requests import GenerationRequest
 from app.web.http.dependencies import RequestContext
-from app.web.http.json_body import StrictModel
 from app.web.http.sampling_params import (
     MAX_TOKENS,
     LogitBias,
@@ -20,6 +19,7 @@ from app.web.http.sampling_params import (
     Truncation,
     split_params,
 )
+from app.web.http.structured_output import StructuredFields
 
 
 def _alternative_count(value: Any) -> Any:
@@ -34,7 +34,7 @@ _Logprobs = Annotated[
 ]
 
 
-class SamplingFields(StrictModel):
+class SamplingFields(StructuredFields):
     """Sampling parameters and delivery options of a generating request; a field that is left out stays None."""
 
     max_tokens: TokenCount | None = None
@@ -100,6 +100,7 @@ class SamplingFields(StrictModel):
                 "stop_token_ids": _as_tuple(self.stop_token_ids and sorted(set(self.stop_token_ids))),
                 "ignore_eos": self.ignore_eos,
                 "min_tokens": self.min_tokens,
+                "grammar": self.grammar(context),
             }
         )
         return context.generation(

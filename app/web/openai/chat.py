@@ -63,7 +63,6 @@ class ChatCompletionRequest(OpenAIFields):
     audio: Annotated[Any, NeutralOnly()] = None
     modalities: Annotated[Any, NeutralOnly(["text"])] = None
     moderation: Annotated[Any, NeutralOnly()] = None
-    response_format: Annotated[Any, NeutralOnly({"type": "text"})] = None
     web_search_options: Annotated[Any, NeutralOnly()] = None
 
     def to_generation(self, context: RequestContext) -> GenerationRequest:

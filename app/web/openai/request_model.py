@@ -23,6 +23,7 @@ from app.web.http.sampling_params import (
     split_params,
     supported_params,
 )
+from app.web.http.structured_output import GuidedFields
 from app.web.http.validation import name_ignored
 from app.web.openai.neutral_fields import NeutralFields
 from app.web.openai.stream_encoder import StreamUsage
@@ -48,7 +49,7 @@ class StreamOptions(StrictModel):
     include_obfuscation: Annotated[Any, NeutralOnly(False)] = None
 
 
-class OpenAIFields(NeutralFields):
+class OpenAIFields(NeutralFields, GuidedFields):
     """Sampling parameters and delivery options."""
 
     may_ignore_fields: ClassVar[bool] = True
@@ -162,6 +163,7 @@ class OpenAIFields(NeutralFields):
                 "stop_token_ids": tuple(sorted(set(self.stop_token_ids or ()))),
                 "ignore_eos": self.ignore_eos,
                 "min_tokens": self.min_tokens,
+                "grammar": self.grammar(context),
             }
         )
         if context.ignores_unknown_fields:

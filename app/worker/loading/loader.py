@@ -29,6 +29,7 @@ from transformers import (
     pipeline,
 )
 
+from app.grammars.vocabulary import UnsupportedVocabularyError, Vocabulary, load_vocabulary
 from app.ipc.messages import ModelSpec
 from app.worker.execution.executor_selection import native_linears_unavailable
 from app.worker.execution.private_api import cpu_has_bfloat16
@@ -107,6 +108,7 @@ def load(spec: ModelSpec, tokenizer_folder: str, on_stage: Callable[[str], None]
         rules=settings.rules,
         stop_strings=settings.stop_strings,
         logprob_shift=logprob_shift,
+        vocabulary=_vocabulary(tokenizer_folder, vocab_size),
     )
 
 
@@ -195,6 +197,14 @@ def load_tokenizer(folder: Path, save_in: str, adapt: Callable[[Any], None] | No
         adapt(tokenizer)
     tokenizer.save_pretrained(save_in)
     return tokenizer
+
+
+def _vocabulary(folder: str, vocab_size: int) -> Vocabulary | None:
+    try:
+        return load_vocabulary(folder, vocab_size)
+    except UnsupportedVocabularyError as error:
+        log.warning("tokenizer.json: no grammar can be enforced with it (%s)", _one_line(error))
+        return None
 
 
 def _check_expressions(tokenizer: Any) -> None:

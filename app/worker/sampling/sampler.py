@@ -15,6 +15,7 @@ from torch import Tensor
 
 from app.types import SamplingParams, TokenLogprob
 from app.worker.sampling.generation_rules import NO_RULES, GenerationRules, RuleState
+from app.worker.sampling.grammar import RowGrammar, apply_grammars
 from app.worker.sampling.penalties import (
     NO_TOKENS,
     TokenCounts,
@@ -73,12 +74,14 @@ class SequenceSampler:
         vocab_size: int,
         device: torch.device | str = "cpu",
         rules: GenerationRules = NO_RULES,
+        grammar: RowGrammar | None = None,
     ) -> None:
         """Args:
             end_ids: the end tokens that `min_tokens` masks, beside `stop_token_ids`.
             vocab_size: width of the model's logits.
             device: where the logits will be; elsewhere it works too, but slower.
             rules: the model's own, which every request follows.
+            grammar: what the completion must follow; its mask must be known whenever a token is sampled.
         Raises: ValueError: a token id lies outside the vocabulary.
         """
         bias: dict[int, float] = {}
@@ -93,6 +96,7 @@ class SequenceSampler:
         sampling_device = _sampling_device(torch.device(device))
 
         self.params = params
+        self.grammar = grammar
         self.vocab_size = vocab_size
         self.top_k = params.top_k if params.top_k < vocab_size else 0
         self.has_count_penalty = params.presence_penalty != 0 or params.frequency_penalty != 0
@@ -109,8 +113,13 @@ class SequenceSampler:
 
     @property
     def masked_ids(self) -> Tensor:
-        """The tokens that would end the completion before `min_tokens`, or that the model's rules rule out."""
-        ends = self.end_ids if self._sampled_tokens < self.params.min_tokens else self.end_ids[:0]
+        """The tokens that would end the completion before `min_tokens`, or that the model's rules rule out.
+
+        A completion whose grammar allows nothing but its end may end.
+        """
+        must_end = self.grammar is not None and self.grammar.must_end
+        early = self._sampled_tokens < self.params.min_tokens and not must_end
+        ends = self.end_ids if early else self.end_ids[:0]
         return ends if self._rules is None else torch.cat([ends, _ids(self._rules.masked(), self._device)])
 
     @property
@@ -129,14 +138,17 @@ class SequenceSampler:
             or self.has_repetition_penalty
             or self._rules is not None
             or len(self._bias) > 0
+            or self.grammar is not None
             or self.masked_ids.numel() > 0
         )
 
-    def accept(self, token: int) -> None:
-        """Record that this token was appended."""
+    def accept(self, token: int, *, ends: bool = False) -> None:
+        """Record that this token was appended; one that ends the completion is no part of its grammar."""
         self._sampled_tokens += 1
         if self._rules is not None:
             self._rules.accept(token)
+        if self.grammar is not None and not ends:
+            self.grammar.accept(token)
         if self.has_count_penalty or self.has_repetition_penalty:
             self.counts.add(token)
 
@@ -180,8 +192,8 @@ def _random_key(params: SamplingParams) -> bytes:
 def sample(logits: Tensor, samplers: Sequence[SequenceSampler]) -> list[Sampled | SamplingFailure]:
     """Sample the next token of each row; a row without usable logits does not disturb the others.
 
-    In this order: logit_bias, repetition, presence and frequency penalty, min_tokens, temperature, top_k, top_p,
-    min_p.  Of equally likely tokens the lowest id comes first.  `accept` is left to the caller.
+    In this order: logit_bias, repetition, presence and frequency penalty, min_tokens, grammar, temperature, top_k,
+    top_p, min_p.  Of equally likely tokens the lowest id comes first.  `accept` is left to the caller.
 
     Args:
         logits: (rows, vocab), any float type and device; not modified.
@@ -288,7 +300,10 @@ def _choose_by(method: str, logits: Tensor, samplers: Sequence[SequenceSampler],
 
 
 def _changed_logits(logits: Tensor, samplers: Sequence[SequenceSampler]) -> Tensor:
-    """Return (rows, vocab) float32 logits after bias, penalties and min_tokens; `logits` itself if nothing changes."""
+    """Return (rows, vocab) float32 logits after bias, penalties, min_tokens and grammars.
+
+    `logits` itself if nothing changes.
+    """
     if not any(sampler.changes_logits for sampler in samplers):
         return logits.float()
     changed, params = logits.to(torch.float32, copy=True), [sampler.params for sampler in samplers]
@@ -302,4 +317,5 @@ def _changed_logits(logits: Tensor, samplers: Sequence[SequenceSampler]) -> Tens
         [(each.presence_penalty, each.frequency_penalty) for each in params],
     )
     mask_tokens(changed, [sampler.masked_ids for sampler in samplers])
+    apply_grammars(changed, [sampler.grammar for sampler in samplers])
     return changed

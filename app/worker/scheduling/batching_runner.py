@@ -6,8 +6,8 @@ sequences, the model runner computes logits, the sampler chooses tokens.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -18,6 +18,7 @@ from app.types import TokenLogprob
 from app.worker.execution.model_runner import ModelRunner
 from app.worker.execution.packed_batch import Segment
 from app.worker.loaded_model import LoadedModel
+from app.worker.sampling.grammar import Compilation, Grammars, RowGrammar
 from app.worker.sampling.prompt_scoring import max_scored_tokens, score_tokens
 from app.worker.sampling.sampler import Sampled, SamplingFailure, SequenceSampler, sample
 from app.worker.sampling.sampling_ops import gather_rows
@@ -31,6 +32,15 @@ log = logging.getLogger(__name__)
 
 MIN_DECODE_WIDTH = 3
 """Decode tokens that a step may hold however many tenants there are; so few take little longer than one."""
+LATE_SECONDS, ALL_LATE_SECONDS = 0.005, 0.1
+"""How long a step waits for the masks of grammars, with rows that need none of them and without."""
+COMPILING_SECONDS = 0.01
+"""How long a step without any other work waits for a grammar to be compiled."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """The grammar of a completion allows nothing more, and the model has no end token to say so."""
 
 
 @dataclass(slots=True)
@@ -51,7 +61,6 @@ class BatchingRunner:
     """Continuous batching: requests join and leave between steps."""
 
     name = "batching"
-    unsupported: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -75,7 +84,15 @@ class BatchingRunner:
         self._decode_width = MIN_DECODE_WIDTH if loaded.device == "cpu" else max(MIN_DECODE_WIDTH, self.slots // 2)
         self._clock = clock
         self._live: dict[int, _LiveRequest] = {}
+        self._grammars = None if loaded.vocabulary is None else Grammars(loaded.vocabulary)
+        self._compiling: dict[int, Compilation] = {}
+        """The live requests that the scheduler has not got yet."""
         self._pending_events: list[TokenEvent] = []
+
+    @property
+    def unsupported(self) -> tuple[str, ...]:
+        """Fields of `SamplingParams` that it cannot honour."""
+        return () if self._grammars is not None else ("grammar",)
 
     @property
     def context_length(self) -> int:
@@ -113,12 +130,16 @@ class BatchingRunner:
             scored_tokens=None if request.params.prompt_logprobs is None else 0,
         )
         self._live[request.id] = _LiveRequest(sequence, request, sampler, ends)
-        self._scheduler.add(sequence)
+        if request.params.grammar is not None and self._grammars is not None:
+            self._compiling[request.id] = self._grammars.compile(request.params.grammar)
+        else:
+            self._scheduler.add(sequence)
 
     def cancel(self, request_id: int) -> None:
         """End a request before the next step."""
         if self._live.pop(request_id, None) is not None:
             self._scheduler.remove(request_id)
+            self._compiling.pop(request_id, None)
             self._pending_events.append(TokenEvent(request_id, finish="abort"))
 
     def step(self, exchange: Exchange) -> None:
@@ -126,6 +147,8 @@ class BatchingRunner:
 
         Raises: torch.AcceleratorError: the device is in an unknown state, and with it this process.
         """
+        if self._compiling:
+            self._take_compiled()
         events, self._pending_events = self._pending_events, []
         planned = self._scheduler.schedule(
             prefill_tokens=self._prefill_budget(),
@@ -138,6 +161,26 @@ class BatchingRunner:
         if planned.tokens:
             events += self._compute(planned)
         exchange(events)
+
+    def _take_compiled(self) -> None:
+        """Hand the requests whose grammar is compiled to the scheduler; wait a moment if there is nothing else."""
+        if self._grammars is None:
+            return
+        self._grammars.wait(
+            self._compiling.values(), 0 if len(self._live) > len(self._compiling) else COMPILING_SECONDS
+        )
+        for request_id, compilation in tuple(self._compiling.items()):
+            if not compilation.done():
+                continue
+            del self._compiling[request_id]
+            live = self._live[request_id]
+            try:
+                live.sampler.grammar = self._grammars.row(compilation, live.end_ids)
+            except ValueError as error:
+                del self._live[request_id]
+                self._pending_events.append(TokenEvent(request_id, error=f"The grammar {error}.", invalid=True))
+            else:
+                self._scheduler.add(live.sequence)
 
     def _prefill_budget(self) -> int:
         decodes = sum(sequence.uncomputed_tokens == 1 for sequence in self._scheduler.running)
@@ -167,16 +210,25 @@ class BatchingRunner:
 
     def _forward_and_sample(self, tokens: Sequence[ScheduledTokens]) -> list[TokenEvent]:
         wanted = [each.wanted_logits for each in tokens]
+        live = [self._live[each.sequence.request_id] for each in tokens if each.completes]
+        constrained = [each.sampler.grammar for each in live if each.sampler.grammar is not None]
+        if constrained and self._grammars is not None:
+            self._grammars.begin_masks(constrained)
         logits = self._model_runner.forward([_segment(each) for each in tokens], wanted)
         ends = list(accumulate(wanted))
         rows = [end - 1 for each, end in zip(tokens, ends, strict=True) if each.completes]
-        live = [self._live[each.sequence.request_id] for each in tokens if each.completes]
+        late = self._late(live) if constrained else ()
+        rows = [row for row, each in zip(rows, live, strict=True) if each.request.id not in late]
+        live = [each for each in live if each.request.id not in late]
         sampled = self._sample(logits, rows, live)
         scored = {
             each.sequence.request_id: self._score(each, logits[end - count :])
             for each, end, count in zip(tokens, ends, wanted, strict=True)
             if each.scored
         }
+        if late:
+            # Their last tokens are computed once more when their masks are known.
+            tokens = [replace(each, count=each.count - (each.sequence.request_id in late)) for each in tokens]
         self._scheduler.mark_computed(tokens)
         events = [self._report_scores(request_id, found) for request_id, found in scored.items()]
         return events + [
@@ -185,12 +237,27 @@ class BatchingRunner:
             if each.request.id in self._live
         ]
 
+    def _late(self, live: Sequence[_LiveRequest]) -> Collection[int]:
+        """Return the requests whose masks are not known, and that nobody else should have to wait for."""
+        if self._grammars is None:
+            return ()
+        waiting = [each.sampler.grammar for each in live if each.sampler.grammar and not each.sampler.grammar.is_ready]
+        seconds = LATE_SECONDS if len(waiting) < len(live) else ALL_LATE_SECONDS
+        self._grammars.wait_for_masks(waiting, seconds)
+        return {
+            each.request.id for each in live if each.sampler.grammar is not None and not each.sampler.grammar.is_ready
+        }
+
     def _sample(
         self, logits: Tensor, rows: Sequence[int], live: Sequence[_LiveRequest]
-    ) -> Sequence[Sampled | SamplingFailure | None]:
+    ) -> Sequence[Sampled | SamplingFailure | _Ended | None]:
         """Sample the next token of each request that completes its prompt; None for one that wants no token."""
-        wanting = [index for index, each in enumerate(live) if each.request.params.max_tokens]
-        results: list[Sampled | SamplingFailure | None] = [None] * len(live)
+        results: list[Sampled | SamplingFailure | _Ended | None] = [
+            _known_outcome(each.sampler.grammar) for each in live
+        ]
+        wanting = [
+            index for index, each in enumerate(live) if each.request.params.max_tokens and results[index] is None
+        ]
         if wanting:
             chosen = gather_rows(logits, [rows[index] for index in wanting])
             for index, found in zip(wanting, sample(chosen, [live[index].sampler for index in wanting]), strict=True):
@@ -211,7 +278,7 @@ class BatchingRunner:
         sequence.scored_tokens = (sequence.scored_tokens or 0) + len(scored)
         return TokenEvent(request_id, prompt_logprobs=tuple(scored))
 
-    def _append(self, live: _LiveRequest, sampled: Sampled | SamplingFailure | None) -> TokenEvent:
+    def _append(self, live: _LiveRequest, sampled: Sampled | SamplingFailure | _Ended | None) -> TokenEvent:
         """Append a token to its sequence and return the event that reports it."""
         request_id = live.request.id
         if sampled is None:
@@ -219,13 +286,20 @@ class BatchingRunner:
             return TokenEvent(request_id, finish="length")
         if isinstance(sampled, SamplingFailure):
             return self._fail(request_id, sampled)
+        if isinstance(sampled, _Ended):
+            self._finish(request_id)
+            return TokenEvent(request_id, finish="stop")
+        ends = sampled.token in live.end_ids
         live.sequence.token_ids.append(sampled.token)
-        live.sampler.accept(sampled.token)
+        live.sampler.accept(sampled.token, ends=ends)
         logprobs = () if sampled.logprob is None else (sampled.logprob,)
-        if sampled.token in live.end_ids:
+        if ends:
             self._finish(request_id)
             scored = live.request.params.prompt_logprobs is not None
             return TokenEvent(request_id, finish="stop", end_token=sampled.token, logprobs=logprobs if scored else ())
+        if live.sampler.grammar is not None and live.sampler.grammar.is_over:
+            self._finish(request_id)
+            return TokenEvent(request_id, (sampled.token,), finish="stop", logprobs=logprobs)
         if live.completion_tokens == live.request.params.max_tokens:
             self._finish(request_id)
             return TokenEvent(request_id, (sampled.token,), finish="length", logprobs=logprobs)
@@ -242,6 +316,15 @@ class BatchingRunner:
         if slot is not None:
             self._model_runner.cache.clear_slot(slot)
         return TokenEvent(request_id, error=failure.reason, invalid=failure.invalid)
+
+
+def _known_outcome(grammar: RowGrammar | None) -> SamplingFailure | _Ended | None:
+    """Return what becomes of a completion whatever the model says; None where a token has to be sampled."""
+    if grammar is None:
+        return None
+    if grammar.failure is not None:
+        return SamplingFailure(grammar.failure, invalid=True)
+    return _Ended() if grammar.is_over else None
 
 
 def _segment(scheduled: ScheduledTokens) -> Segment:

@@ -74,7 +74,9 @@ class FakeLink:
         """Send what happened to one request."""
         if (finish or error) and number in self.open:
             self.open.remove(number)
-        self.say(Step([TokenEvent(number, token_ids, finish, error, logprobs)]))  # type: ignore[arg-type]  # a word of the test
+        end_token = 0 if finish == "stop" else None
+        said = TokenEvent(number, token_ids, finish, error, logprobs, end_token=end_token)  # type: ignore[arg-type]  # a word of the test
+        self.say(Step([said]))
 
     @property
     def cancelled(self) -> list[int]:

@@ -34,7 +34,8 @@ def live_request(tokenizer: HfTokenizer, *, stream: bool = True, **sampling: Any
 def event(*token_ids: int, finish: str | None = None, error: str | None = None, cached_tokens: int = 0) -> TokenEvent:
     """Each token as likely as its id says, so that none can be taken for another."""
     logprobs = tuple(TokenLogprob(each, -each / 1000) for each in token_ids)
-    return TokenEvent(1, token_ids, finish, error, logprobs, cached_tokens)  # type: ignore[arg-type]  # a word of the test
+    end_token = 0 if finish == "stop" else None
+    return TokenEvent(1, token_ids, finish, error, logprobs, cached_tokens, end_token)  # type: ignore[arg-type]  # a word of the test
 
 
 def ids_of(*events: Event) -> list[int]:

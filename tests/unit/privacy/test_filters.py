@@ -1,8 +1,10 @@
 """Where personal data is filtered, and that a broken filter lets nothing through."""
 
+import json
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from itertools import accumulate, pairwise
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -11,12 +13,12 @@ from msgspec import structs
 
 from app.engine.echo import EchoEngine
 from app.errors import PiiBlocked, ServiceUnavailable
-from app.events import Delta, DetokenizedLogprob, Event, Started, finish
+from app.events import Completion, Delta, DetokenizedLogprob, Event, Started, ToolCallDelta, collect, finish
 from app.privacy.filters import FilteredEngine, InputFilter
 from app.privacy.pool import INLINE_CHARS, RedactionPool
 from app.privacy.redactor import PiiKind, Redactor, StreamRedactor
 from app.requests import GenerationRequest
-from app.types import FinishReason, SamplingParams, Tenant, Usage
+from app.types import FinishReason, Grammar, SamplingParams, Tenant, ToolCall, Usage
 from tests.unit.event_streams import deltas_of, finished_of, logprobs_of, read, text_of
 
 CANARY = "jane.doe@example.com"
@@ -292,3 +294,100 @@ async def test_a_stop_string_that_names_a_special_token_is_the_models_to_find() 
 
     assert ((), (0x110000,)) == (inner.sampling.stop, inner.sampling.stop_token_ids)
     assert ("mail ", "<|eot|>") == (text_of(events)[:5], finished_of(events).samples[0].stop_reason)
+
+
+class EventsEngine(EchoEngine):
+    """Generates given deltas."""
+
+    def __init__(self, *deltas: Delta) -> None:
+        super().__init__()
+        self.deltas = deltas
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        yield Started()
+        for delta in self.deltas:
+            yield delta
+        yield finish(FinishReason.STOP, Usage(1, len(self.deltas)))
+
+
+async def completion_of(*deltas: Delta, found: Counter[PiiKind] | None = None, **sampling: Any) -> Completion:
+    """Return what the filter makes of a completion."""
+    counts: Counter[PiiKind] = Counter() if found is None else found
+    engine = FilteredEngine(EventsEngine(*deltas), Redactor(), lambda kind, times: counts.update({kind: times}))
+    params = SamplingParams(max_tokens=1000, **sampling)
+    request = GenerationRequest(id="r", tenant=Tenant.owner("t"), prompt_ids=(1,), sampling=params)
+    return (await collect(engine.stream(request))).completions[0]
+
+
+def call(arguments: str, position: int = 0, **first: Any) -> Delta:
+    return Delta(tool_calls=(ToolCallDelta(position=position, arguments=arguments, **first),), tokens=1)
+
+
+async def test_text_reasoning_and_the_arguments_of_each_call_are_masked() -> None:
+    """Each by itself, and the arguments as JSON; ids and names pass as they are."""
+    found: Counter[PiiKind] = Counter()
+    completion = await completion_of(
+        Delta(reasoning="ask jane.doe@", tokens=1),
+        Delta(reasoning="example.com first", tokens=1),
+        Delta(text=f"I write to {CANARY}", tokens=1),
+        call('{"to": "jane.d', id="1", name="send"),
+        call('oe@example.com", "n": 5}'),
+        call(f'{{"cc": ["{CANARY}"]}}', 1, id="2", name="send"),
+        found=found,
+    )
+
+    assert "ask [EMAIL] first" == completion.reasoning
+    assert "I write to [EMAIL]" == completion.text
+    assert completion.tool_calls == (
+        ToolCall("1", "send", '{"to": "[EMAIL]", "n": 5}'),
+        ToolCall("2", "send", '{"cc": ["[EMAIL]"]}'),
+    )
+    assert {PiiKind.EMAIL: 4} == found
+
+
+async def test_reasoning_comes_before_the_text_that_follows_it() -> None:
+    """Its last word is not withheld any longer; if it goes on after all, an entity across the gap is masked."""
+    engine = FilteredEngine(
+        EventsEngine(Delta(reasoning="so jane.doe@"), Delta(text="Hello "), Delta(reasoning="example.com it is")),
+        Redactor(),
+        lambda kind, times: None,
+    )
+
+    deltas = deltas_of(await read(engine.stream(make_request("x"))))
+
+    assert "Hello " == "".join(delta.text for delta in deltas)
+    assert ["so ", "jane.doe@", "[EMAIL] it is"] == [
+        "".join(delta.reasoning for delta in part) for part in (deltas[:1], deltas[1:2], deltas[2:])
+    ]
+
+
+async def test_json_that_a_grammar_demands_stays_json() -> None:
+    """A card number that is a number passes; one in a string is masked, and no mask reaches over a quote."""
+    text = '{"n": 4111111111111111, "s": "4111 1111 1111 1111", "m": "jane.doe@example.com"}'
+    grammar = Grammar("json_schema", "{}")
+
+    completion = await completion_of(*(Delta(text=mark, tokens=1) for mark in text), grammar=grammar)
+
+    assert {"n": 4111111111111111, "s": "[CARD]", "m": "[EMAIL]"} == json.loads(completion.text)
+
+
+async def test_stop_strings_end_the_text_alone() -> None:
+    completion = await completion_of(
+        Delta(reasoning="END of it", tokens=1), call('{"a": "END"}', id="1", name="f"), Delta(text="now END or not"),
+        stop=("END",),
+    )  # fmt: skip
+
+    assert ("END of it", "now ") == (completion.reasoning, completion.text)
+    assert '{"a": "END"}' == completion.tool_calls[0].arguments
+
+
+async def test_log_probabilities_of_reasoning_and_calls_are_not_told() -> None:
+    """Those of its tokens would show what is masked there."""
+    own = DetokenizedLogprob("x", b"x", -1.0)
+    completion = await completion_of(
+        Delta(reasoning=f"to {CANARY} ", tokens=1, logprobs=(own,), token_ends=(0,)),
+        Delta(text="x", tokens=1, logprobs=(own,), token_ends=(1,)),
+        logprobs=0,
+    )
+
+    assert (own,) == completion.logprobs

@@ -185,6 +185,7 @@ def _request(body: ResponseRequest, context: RequestContext, conversation: _Conv
     messages = (*system, *conversation.history, *conversation.new)
     check_length("input", sum(len(message.content) for message in conversation.new), context.max_prompt_chars)
     tools, choice = body.offered()
+    context.remember_grammar("text.format", beside_required_tools=True)
     return context.generation(
         **body.sampling(),
         messages=messages,

@@ -26,7 +26,8 @@ from app.ipc.messages import Exchange, Submit, TokenEvent
 from app.types import SamplingParams, TokenLogprob
 from app.worker.execution.serial.raw_logits import LastLogits, score_prompt
 from app.worker.loaded_model import LoadedModel
-from app.worker.sampling.sampler import NO_TOKEN, SamplingFailure
+from app.worker.sampling.grammar import Compilation, Grammars, RowGrammar, apply_grammars
+from app.worker.sampling.sampler import NO_TOKEN, NO_TOKEN_LEFT, SamplingFailure
 from app.worker.validation import check_request, end_ids, failure_reason
 
 log = logging.getLogger(__name__)
@@ -40,16 +41,26 @@ class NoTokenError(Exception):
     """The scores of a request are not finite; choosing among them would answer with any token at all."""
 
 
+class _EndedError(Exception):
+    """The grammar allows nothing more, and the request has no end token to say so."""
+
+
+class _RefusedError(Exception):
+    """The request's own settings allow no next token; the message is for the client."""
+
+
 class SerialRunner:
     """One request runs; of the others, the tenant that had its last turn longest ago has the next one."""
 
     name = "serial"
     slots = 1
     compiled = None
-    unsupported = ("presence_penalty", "frequency_penalty", "logit_bias", "min_tokens")
 
     def __init__(self, loaded: LoadedModel) -> None:
         self._model = loaded
+        self._grammars = None if loaded.vocabulary is None else Grammars(loaded.vocabulary)
+        self._compilations: dict[int, Compilation] = {}
+        """Of the waiting requests that have a grammar."""
         self._waiting: deque[Submit] = deque()
         self._turns: OrderedDict[str, int] = OrderedDict()
         """The number of each tenant's last turn, the oldest first."""
@@ -57,6 +68,12 @@ class SerialRunner:
         self._pending_events: list[TokenEvent] = []
         self._running: int | None = None
         self._cancelled = False
+
+    @property
+    def unsupported(self) -> tuple[str, ...]:
+        """Fields of `SamplingParams` that it cannot honour."""
+        always = ("presence_penalty", "frequency_penalty", "logit_bias", "min_tokens")
+        return always if self._grammars is not None else (*always, "grammar")
 
     @property
     def context_length(self) -> int:
@@ -76,6 +93,8 @@ class SerialRunner:
             self._pending_events.append(TokenEvent(request.id, error=str(error), invalid=True))
         else:
             self._waiting.append(request)
+            if request.params.grammar is not None and self._grammars is not None:
+                self._compilations[request.id] = self._grammars.compile(request.params.grammar)
 
     def cancel(self, request_id: int) -> None:
         """End a request: the running one after its current token, a waiting one at once."""
@@ -85,6 +104,7 @@ class SerialRunner:
         for request in self._waiting:
             if request.id == request_id:
                 self._waiting.remove(request)
+                self._compilations.pop(request_id, None)
                 self._pending_events.append(TokenEvent(request_id, finish="abort"))
                 return
 
@@ -121,8 +141,10 @@ class SerialRunner:
 
     def _generate(self, request: Submit, exchange: Exchange) -> TokenEvent:
         """Run one request, sending all but its last event, which is returned."""
-        reporter = _TokenReporter(request, end_ids(request.params, self._model), exchange, lambda: self._cancelled)
+        ends = end_ids(request.params, self._model)
         try:
+            grammar = self._grammar(request, ends)
+            reporter = _TokenReporter(request, ends, exchange, lambda: self._cancelled, grammar)
             torch.manual_seed(_seed(request.params))
             if request.params.prompt_logprobs is not None:
                 self._score(request, exchange)
@@ -131,11 +153,15 @@ class SerialRunner:
             if not self._cancelled:
                 reads = request.params.logprobs is not None
                 with reporter.logits.of(self._model.pipeline.model) if reads else nullcontext():
-                    self._forward(request, reporter)
+                    self._forward(request, reporter, grammar)
         except torch.AcceleratorError:
             raise
         except NoTokenError:
             return TokenEvent(request.id, error=NO_TOKEN.reason)
+        except _EndedError:
+            return TokenEvent(request.id, finish="stop")
+        except _RefusedError as error:
+            return TokenEvent(request.id, error=str(error), invalid=True)
         except Exception as error:
             log.exception("a request failed")
             return TokenEvent(request.id, error=failure_reason(error))
@@ -152,14 +178,27 @@ class SerialRunner:
             if self._cancelled:
                 return
 
-    def _forward(self, request: Submit, reporter: "_TokenReporter") -> None:
+    def _grammar(self, request: Submit, ends: frozenset[int]) -> RowGrammar | None:
+        """Raises: _RefusedError: the grammar cannot be enforced."""
+        compilation = self._compilations.pop(request.id, None)
+        if compilation is None or self._grammars is None:
+            return None
+        try:
+            return self._grammars.row(compilation, ends)
+        except ValueError as error:
+            raise _RefusedError(f"The grammar {error}.") from None
+
+    def _forward(self, request: Submit, reporter: "_TokenReporter", grammar: RowGrammar | None) -> None:
         input_ids = torch.tensor([request.prompt_ids], dtype=torch.long)
         # Also what `TextGenerationPipeline.preprocess` hands on, without the text, which never comes here.
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "prompt_text": ""}
+        processors: list[LogitsProcessor] = [_FiniteScores()]
+        if grammar is not None and self._grammars is not None:
+            processors.append(_GrammarMask(grammar, self._grammars))
         self._model.pipeline.forward(  # type: ignore[no-untyped-call]
             inputs,
             generation_config=generation_config(request.params, self._model),
-            logits_processor=LogitsProcessorList([_FiniteScores()]),
+            logits_processor=LogitsProcessorList(processors),
             stopping_criteria=StoppingCriteriaList([reporter]),
         )
 
@@ -209,6 +248,30 @@ class _FiniteScores(LogitsProcessor):
         return scores
 
 
+class _GrammarMask(LogitsProcessor):
+    """Leaves only those tokens that the request's grammar allows next."""
+
+    def __init__(self, grammar: RowGrammar, grammars: Grammars) -> None:
+        self._grammar = grammar
+        self._grammars = grammars
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any) -> Any:
+        """Take (1, vocab) scores and return others.
+
+        Raises: _EndedError, _RefusedError: there is no next token.
+        """
+        self._grammars.compute_mask(self._grammar)
+        if self._grammar.failure is not None:
+            raise _RefusedError(self._grammar.failure)
+        if self._grammar.is_over:
+            raise _EndedError
+        allowed = scores.clone()
+        apply_grammars(allowed, [self._grammar])
+        if not allowed.amax(dim=-1).isfinite().all():
+            raise _RefusedError(NO_TOKEN_LEFT.reason)
+        return allowed
+
+
 class _TokenReporter(StoppingCriteria):
     """Sends an event for each token that `generate` samples, and stops it once the request is cancelled.
 
@@ -217,9 +280,15 @@ class _TokenReporter(StoppingCriteria):
     """
 
     def __init__(
-        self, request: Submit, end_ids: frozenset[int], exchange: Exchange, cancelled: Callable[[], bool]
+        self,
+        request: Submit,
+        end_ids: frozenset[int],
+        exchange: Exchange,
+        cancelled: Callable[[], bool],
+        grammar: RowGrammar | None,
     ) -> None:
         self._request = request
+        self._grammar = grammar
         self._end_ids = end_ids
         self._exchange = exchange
         self._cancelled = cancelled
@@ -244,6 +313,8 @@ class _TokenReporter(StoppingCriteria):
         if token in self._end_ids:
             scored = self._request.params.prompt_logprobs is not None
             self._last = TokenEvent(request_id, finish="stop", end_token=token, logprobs=logprobs if scored else ())
+        elif self._is_over_after(token):
+            self._last = TokenEvent(request_id, (token,), finish="stop", logprobs=logprobs)
         elif self._completion_tokens == self._request.params.max_tokens:
             self._last = TokenEvent(request_id, (token,), finish="length", logprobs=logprobs)
         else:
@@ -255,3 +326,10 @@ class _TokenReporter(StoppingCriteria):
         if alternatives is None:
             return ()
         return tuple(replace(each, rank=0) for each in _finite(self.logits.score(token, alternatives)))
+
+    def _is_over_after(self, token: int) -> bool:
+        """Move on in the grammar, and return whether it allows nothing more."""
+        if self._grammar is None:
+            return False
+        self._grammar.accept(token)
+        return self._grammar.is_over

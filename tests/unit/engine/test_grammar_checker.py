@@ -1,0 +1,150 @@
+"""Grammars are tried before anything is generated, where the worst of them harms nobody."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.engine import grammar_checker
+from app.engine.grammar_checker import GrammarChecker
+from app.errors import InvalidRequest
+from app.grammars.compiler import MAX_GRAMMAR_CHARS
+from app.types import Grammar
+from tests.unit.tiny_models import chatml_tokenizer, save
+
+
+@pytest.fixture
+async def checker(tmp_path: Path) -> AsyncIterator[GrammarChecker]:
+    tokenizer = chatml_tokenizer()
+    checker = GrammarChecker(str(save(tokenizer, tmp_path)), len(tokenizer))
+    yield checker
+    await checker.close()
+
+
+def schema(value: Any) -> Grammar:
+    return Grammar("json_schema", json.dumps(value))
+
+
+async def reason(checker: GrammarChecker, grammar: Grammar) -> str | None:
+    """Return why the grammar is refused; None if it is not."""
+    try:
+        await checker.check(grammar)
+    except InvalidRequest as error:
+        ((field, why),) = [(each["field"], each["reason"]) for each in (error.details or {})["errors"]]
+        assert "grammar" == field
+        return str(why)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("grammar", "words"),
+    [
+        (schema({"type": "array", "uniqueItems": True}), "uses `uniqueItems`, which"),
+        (schema({"properties": {"a": {"not": {}, "if": True}}}), "uses `if`, `not`, which"),
+        (schema({"oneOf": [{"type": "number"}, {"type": "integer"}]}), "`oneOf`"),
+        (schema({"$ref": "https://example.com/x"}), "`$ref` to another document"),
+        (schema({"$ref": "#/$defs/x"}), "`$ref` to a place"),
+        (schema({"$ref": "#"}), "cannot be satisfied"),
+        (schema({"enum": []}), "cannot be satisfied"),
+        (schema({"type": "integer", "minimum": 5, "maximum": 3}), "cannot be satisfied"),
+        (schema({"type": "text"}), "`type`"),
+        (schema({"type": "string", "format": "regex"}), "`format` regex"),
+        (schema({"minimum": 0, "exclusiveMinimum": True}), "`exclusiveMinimum` with a boolean"),
+        (schema({"type": "object", "minProperties": 3}), "`minProperties`"),
+        (schema({"type": "string", "pattern": "(?=a)b"}), "look-around"),
+        (schema({"type": "string", "pattern": "("}), "unclosed group"),
+        (Grammar("json_schema", "{"), "not valid JSON"),
+        (Grammar("regex", "a{2,1}"), "expression"),
+        (Grammar("regex", "("), "unclosed group"),
+        (Grammar("lark", "start: rule"), "rule that it does not define (line 1, column 8)"),
+        (Grammar("lark", "start: <|nobody|>"), "special token"),
+        (Grammar("lark", "no grammar at all"), "Lark"),
+    ],
+)
+async def test_what_cannot_be_enforced_is_refused_by_name(checker: GrammarChecker, grammar: Grammar, words: str):
+    found = await reason(checker, grammar)
+
+    assert found is not None
+    assert words in found
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        schema({"type": "object", "x-guidance": {"lenient": True}, "unknown": 1}),
+        schema({"type": "string", "format": "password"}),
+        schema(True),
+        Grammar("regex", "[a-z]+"),
+        Grammar("lark", 'start: "a"+ <|im_end|>'),
+        Grammar("lark", 'root ::= "a" | "b"'),
+    ],
+)
+async def test_what_can_be_enforced_passes(checker: GrammarChecker, grammar: Grammar):
+    assert await reason(checker, grammar) is None
+
+
+async def test_options_of_the_compiler_are_not_the_clients_to_choose(checker: GrammarChecker):
+    """Or a schema would be enforced in part only."""
+    assert await reason(checker, schema({"x-guidance": {"lenient": True}, "not": {}})) is not None
+
+
+def chain(depth: int) -> Grammar:
+    links = {f"a{n}": {"type": "array", "items": {"$ref": f"#/$defs/a{n + 1}"}} for n in range(depth)}
+    return schema({"$ref": "#/$defs/a0", "$defs": {**links, f"a{depth}": {"type": "string"}}})
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        chain(1500),
+        Grammar("lark", "start: a0\n" + "".join(f'a{n}: a{n + 1} "x"\n' for n in range(3000)) + 'a3000: "y"'),
+        Grammar("regex", "(" * 20_000 + ")" * 20_000),
+        Grammar("json_schema", '{"items":' * 5000 + "{}" + "}" * 5000),
+        Grammar("regex", "a" * (MAX_GRAMMAR_CHARS + 1)),
+    ],
+    ids=["references", "rules", "groups", "levels", "length"],
+)
+async def test_what_exhausts_the_compiler_is_refused_and_harms_nobody(checker: GrammarChecker, grammar: Grammar):
+    """Those that end the process, too; the next grammar is tried in another one."""
+    assert await reason(checker, grammar) is not None
+    assert await reason(checker, Grammar("regex", "a")) is None
+
+
+async def test_a_grammar_that_takes_too_long_is_refused_and_remembered(
+    checker: GrammarChecker, monkeypatch: pytest.MonkeyPatch
+):
+    """Another one does not have to wait for longer than that."""
+    assert await reason(checker, Grammar("regex", "a")) is None
+    monkeypatch.setattr(grammar_checker, "CHECK_SECONDS", 0.0)
+    hard = chain(20)
+    assert "takes too long to compile" == await reason(checker, hard)
+    monkeypatch.undo()
+
+    began = time.perf_counter()
+    assert "takes too long to compile" == await reason(checker, hard)
+    assert time.perf_counter() - began < 0.1
+    assert await reason(checker, Grammar("regex", "b")) is None
+
+
+async def test_a_known_grammar_needs_no_process(checker: GrammarChecker):
+    await checker.check(Grammar("regex", "a"))
+    await checker.close()
+
+    began = time.perf_counter()
+    await asyncio.gather(*(checker.check(Grammar("regex", "a")) for _ in range(50)))
+    assert time.perf_counter() - began < 0.1
+
+
+async def test_whoever_hangs_up_leaves_no_answer_behind_for_the_next(checker: GrammarChecker):
+    await checker.check(Grammar("regex", "a"))
+    impatient = asyncio.create_task(checker.check(schema({"not": {}})))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    impatient.cancel()
+    await asyncio.gather(impatient, return_exceptions=True)
+
+    assert await reason(checker, Grammar("regex", "b")) is None
