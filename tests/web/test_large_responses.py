@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 
@@ -15,7 +16,8 @@ from app.events import Delta, DetokenizedLogprob, Event, Finished, FinishedSampl
 from app.requests import GenerationRequest
 from app.types import FinishReason, Principal, Usage
 from app.web.http.json_encoding import encode_json, encode_logprobs, encode_segments
-from app.web.openai.response_objects import ChatLogprobsEncoder, chat_logprobs
+from app.web.openai.prompt_logprobs import ChatSampleLogprobs
+from app.web.openai.response_objects import chat_logprobs
 from tests.web.harness import AUTH, KEY, ScriptedService, make_web, until
 from tests.web.raw_requests import post
 from tests.web.raw_sockets import RawClient, statuses
@@ -127,13 +129,13 @@ async def test_its_objects_are_freed_while_it_is_generated():
         for start in range(0, count, PER_DELTA):
             yield Delta(logprobs=tuple(token(number) for number in range(start, start + PER_DELTA)))
 
-    encoders = defaultdict[int, ChatLogprobsEncoder](ChatLogprobsEncoder)
+    encoders = defaultdict[int, ChatSampleLogprobs](partial(ChatSampleLogprobs, None))
     tracemalloc.start()
     try:
         async for event in encode_logprobs(events(), encoders):
             assert isinstance(event, Delta)
             assert () == event.logprobs
-        size = sum(map(len, encode_segments(encoders[0].object())))
+        size = sum(map(len, encode_segments(encoders[0].completion.object())))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
