@@ -265,14 +265,20 @@ async def test_personal_data_is_masked_in_what_is_stored_whatever_the_filters_le
     """With both filters off the caller sees it, and the store does not."""
     text = "write to ann@example.com"
     async with conversing(pii={"input": "off", "output": "off"}) as (client, engine, _):
-        response = await client.responses.create(model=MODEL, input=text, instructions=text)
+        response = await client.responses.create(
+            model=MODEL,
+            input=text,
+            instructions=text,
+            metadata={"who": text},
+            tools=[{**ADD, "description": text, "strict": False}],
+        )
         shown = await client.responses.retrieve(response.id)
         items = await client.responses.input_items.list(response.id)
         await client.responses.create(model=MODEL, input="go on", previous_response_id=response.id)
 
     assert text == response.output_text
     assert ("write to [EMAIL]", "write to [EMAIL]") == (shown.output_text, shown.instructions)
-    assert "ann@example.com" not in items.model_dump_json()
+    assert "ann@example.com" not in items.model_dump_json() + shown.model_dump_json()
     assert ["write to [EMAIL]", "write to [EMAIL]", "go on"] == texts(engine.requests[1])
 
 
@@ -350,7 +356,7 @@ async def test_tools_and_format_reach_the_service():
     assert (Tool("add", "Add two numbers.", json.dumps(ADD["parameters"]), True),) == first.tools == second.tools
     assert (ToolChoice("required"), ToolChoice("required", "add")) == (first.tool_choice, second.tool_choice)
     assert (False, True) == (first.parallel_tool_calls, second.parallel_tool_calls)
-    assert Grammar("json_schema", json.dumps(schema)) == first.sampling.grammar
+    assert Grammar("json_schema", json.dumps(schema, separators=(",", ":"))) == first.sampling.grammar
 
 
 async def test_log_probabilities_stand_in_the_deltas_and_in_the_response():

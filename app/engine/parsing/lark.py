@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from app.grammars.schemas import enforceable_schema
+
 ANY_TEXT = "/(?s:.*)/"
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 """Between the parts of a JSON value; without a bound a model can write white space for ever."""
@@ -21,7 +23,13 @@ def escaped(text: str) -> str:
 
 
 def embedded_schema(schema: Mapping[str, Any], *, lenient: bool = False) -> str:
-    """Return a JSON Schema as an expression.  Args: lenient: whether keywords that are not known are left out."""
+    """Return a JSON Schema as an expression.
+
+    Args: lenient: whether keywords that are not known are left out.
+    Raises: GrammarError: it has a keyword that would not be enforced, and is not lenient.
+    """
+    if not lenient:
+        schema = enforceable_schema(dict(schema))
     # Options of the compiler are not the schema's to choose.
     options = {"whitespace_pattern": WHITESPACE} | ({"lenient": True} if lenient else {})
     return f"%json {json.dumps({**schema, 'x-guidance': options}, ensure_ascii=False)}"

@@ -19,6 +19,7 @@ from app.engine.parsing.families.llama import TAG
 from app.engine.parsing.lark import ANY_TEXT, LarkGrammar, embedded_schema, quoted
 from app.engine.parsing.reasoning import THOUGHTS
 from app.errors import InvalidRequest
+from app.grammars.schemas import GrammarError
 from app.requests import GenerationRequest
 from app.types import Grammar, Tool
 
@@ -50,6 +51,10 @@ def with_grammar(request: GenerationRequest, info: EngineInfo, *, inside: bool) 
         text = _ChatGrammar(info.chat_format, tools, request, inside=inside).render(own, forced=forced)
     except RecursionError:
         raise InvalidRequest.of_field("tools", "have a schema that is nested too deeply") from None
+    except GrammarError as error:
+        if own is not None and not forced:
+            raise InvalidRequest.of_field("grammar", str(error)) from None
+        raise InvalidRequest.of_field("tools", f"have a schema that {error}") from None
     return structs.replace(request, sampling=replace(request.sampling, grammar=Grammar("lark", text)))
 
 

@@ -139,17 +139,20 @@ def tool_fields(
     *,
     parallel: bool,
     names: tuple[str, str] = ("tools", "tool_choice"),
+    name_path: str = "function.name",
 ) -> dict[str, Any]:
     """Return the fields of a generation request that say what the model may call.
 
     Where it may call nothing, it is not told of the tools either.
 
-    Args: names: of the two fields, for errors.
+    Args:
+        names: of the two fields, for errors.
+        name_path: where in a definition its name stands, for errors.
     Raises: InvalidRequest: two tools have one name, the choice names none of them, or all are too large.
     """
     field, choice_field = names
     tools = [_tool(each) for each in definitions]
-    _check_tools(tools, field)
+    _check_tools(tools, field, name_path)
     chosen = chosen or ChosenTools("auto")
     known = {tool.name for tool in tools}
     if chosen.names is not None and not (chosen.names and known.issuperset(chosen.names)):
@@ -175,14 +178,13 @@ def _tool(definition: FunctionDefinition) -> Tool:
     )
 
 
-def _check_tools(tools: Iterable[Tool], field: str) -> None:
+def _check_tools(tools: Iterable[Tool], field: str, name_path: str) -> None:
     """Raises: InvalidRequest."""
     seen: set[str] = set()
     chars = 0
     for place, tool in enumerate(tools):
         if tool.name in seen:
-            path = f"{field}.{place}.function.name" if field == "tools" else f"{field}.{place}.name"
-            raise InvalidRequest.of_field(path, "is the name of another one too")
+            raise InvalidRequest.of_field(f"{field}.{place}.{name_path}", "is the name of another one too")
         seen.add(tool.name)
         chars += len(tool.parameters) + len(tool.description or "")
     if chars > MAX_TOOL_CHARS:

@@ -99,7 +99,7 @@ class ChatCompletionRequest(OpenAIFields):
         if self.tools:
             raise InvalidRequest.of_field("functions", "and tools are two forms of one field; send one of them")
         names = ("functions", "function_call")
-        return tool_fields(self.functions or (), self.function_call, parallel=False, names=names)
+        return tool_fields(self.functions or (), self.function_call, parallel=False, names=names, name_path="name")
 
     def _max_tokens(self) -> int | None:
         given = {value for value in (self.max_completion_tokens, self.max_tokens) if value is not None}

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
+from app.web.http.tool_definitions import ChosenTools
 from app.web.openai.responses.request_model import ResponseRequest
 
 
@@ -97,13 +98,22 @@ class InputItemList(TypedDict):
     has_more: bool
 
 
+def _choice_object(chosen: ChosenTools | None) -> str | dict[str, Any]:
+    """Return what the request says of the choice among its tools, as OpenAI writes it."""
+    if chosen is None:
+        return "auto"
+    named = [{"type": "function", "name": name} for name in chosen.names or ()]
+    if chosen.one:
+        return named[0]
+    return {"type": "allowed_tools", "mode": chosen.mode, "tools": named} if named else chosen.mode
+
+
 def described(body: ResponseRequest, *, model: str, stored: bool) -> dict[str, Any]:
     """Return the fields of a response object that are known before its generation.
 
     Args: stored: whether the response can be shown and continued later.
     """
     text = body.text.model_dump(by_alias=True, exclude_none=True) if body.text else {}
-    choice = body.tool_choice or "auto"
     return {
         "model": model,
         "instructions": body.instructions,
@@ -128,7 +138,7 @@ def described(body: ResponseRequest, *, model: str, stored: bool) -> dict[str, A
             }
             for tool in body.tools or ()
         ],
-        "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
+        "tool_choice": _choice_object(body.tool_choice),
         "text": {"format": {"type": "text"}, **text},
         "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
         "truncation": body.truncation or "disabled",

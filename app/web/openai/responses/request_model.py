@@ -1,40 +1,32 @@
 """The body of POST /v1/responses: each of OpenAI's fields is honoured, changes nothing, or is refused by its name."""
 
-import json
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, Tag, model_validator
+from pydantic import BeforeValidator, Field, StringConstraints
 
 from app.errors import InvalidRequest
-from app.types import Grammar, Tool, ToolChoice
-from app.web.http.errors import KIND
+from app.types import Grammar
 from app.web.http.json_body import StrictModel
 from app.web.http.sampling_params import SessionId, TokenCount, split_params
+from app.web.http.structured_output import ANY_OBJECT, json_grammar
+from app.web.http.template_kwargs import ReasoningEffort
+from app.web.http.tool_definitions import MAX_TOOLS, FunctionDefinition, ToolChoiceField, tool_fields
 from app.web.openai.request_model import Name
-from app.web.openai.responses.items import MAX_ITEMS, FunctionName, InputItem, ItemId, kind_by_type
+from app.web.openai.responses.items import MAX_ITEMS, InputItem, ItemId
 from app.web.openai.validators import Metadata, NeutralOnly
 
-MAX_TOOLS = 128
 LOGPROBS = "message.output_text.logprobs"
 _INCLUDABLE = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]
-_ANY_OBJECT = '{"type": "object"}'
 
 
-class FunctionTool(StrictModel):
+class FunctionTool(FunctionDefinition):
     """A function that the model may ask for."""
 
     type: Literal["function"]
-    name: FunctionName
-    description: Annotated[str, StringConstraints(max_length=32_768)] | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
     defer_loading: Annotated[Any, NeutralOnly(False)] = None
     allowed_callers: Annotated[Any, NeutralOnly(["direct"])] = None
     output_schema: Annotated[dict[str, Any] | None, Field()] = None
     async_: Annotated[Any, NeutralOnly(False), Field(alias="async")] = None
-
-    def to_tool(self) -> Tool:
-        return Tool(self.name, self.description, json.dumps(self.parameters or {}), bool(self.strict))
 
 
 def _only_functions(value: Any) -> Any:
@@ -43,40 +35,6 @@ def _only_functions(value: Any) -> Any:
         if isinstance(tool, dict) and tool.get("type") != "function":
             raise ValueError("may only hold tools of type function: this service runs no tools itself")
     return value
-
-
-class NamedFunction(StrictModel):
-    """Names a function of `tools`."""
-
-    type: Literal["function"]
-    name: FunctionName
-
-
-class AllowedTools(StrictModel):
-    """Narrows `tools` down to some of them."""
-
-    type: Literal["allowed_tools"]
-    mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedFunction], Field(min_length=1, max_length=MAX_TOOLS), BeforeValidator(_only_functions)]
-
-
-_kind_of_choice = kind_by_type({"function": "function", "allowed_tools": "allowed_tools"})
-
-
-def _choice_kind(value: Any) -> str:
-    return f"{KIND}mode" if isinstance(value, str) else _kind_of_choice(value)
-
-
-_ToolChoice = Annotated[
-    Annotated[Literal["auto", "none", "required"], Tag(f"{KIND}mode")]
-    | Annotated[NamedFunction, Tag(f"{KIND}function")]
-    | Annotated[AllowedTools, Tag(f"{KIND}allowed_tools")],
-    Discriminator(
-        _choice_kind,
-        custom_error_type="unsupported_kind",
-        custom_error_message="must be auto, none, required, a function by its name, or allowed_tools",
-    ),
-]
 
 
 class PlainText(StrictModel):
@@ -114,16 +72,16 @@ class TextSettings(StrictModel):
     def grammar(self) -> Grammar | None:
         match self.format:
             case JsonObject():
-                return Grammar("json_schema", _ANY_OBJECT)
+                return json_grammar("text.format", ANY_OBJECT)
             case JsonSchema(schema_=schema):
-                return Grammar("json_schema", json.dumps(schema))
+                return json_grammar("text.format.schema", schema)
         return None
 
 
 class ReasoningSettings(StrictModel):
     """How much a reasoning model thinks."""
 
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    effort: ReasoningEffort | None = None
     summary: Annotated[Any, NeutralOnly("auto", "detailed", "concise")] = None
     generate_summary: Annotated[Any, NeutralOnly("auto", "detailed", "concise")] = None
     context: Annotated[Any, NeutralOnly("auto")] = None
@@ -168,7 +126,7 @@ class ResponseRequest(StrictModel):
     include: Annotated[list[_INCLUDABLE], Field(max_length=8)] | None = None
     text: TextSettings | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS), BeforeValidator(_only_functions)] | None = None
-    tool_choice: _ToolChoice | None = None
+    tool_choice: ToolChoiceField = None
     parallel_tool_calls: bool | None = None
     reasoning: ReasoningSettings | None = None
     previous_response_id: ItemId | None = Field(None, description="Continues the conversation of this stored response.")
@@ -197,18 +155,6 @@ class ResponseRequest(StrictModel):
     moderation: Annotated[Any, NeutralOnly()] = None
     prompt: Annotated[Any, NeutralOnly()] = None
 
-    @model_validator(mode="after")
-    def _tools_are_known(self) -> Self:
-        names = [tool.name for tool in self.tools or ()]
-        if len(set(names)) != len(names):
-            raise ValueError("tools name a function twice")
-        chosen = self._chosen_names()
-        if not chosen <= set(names):
-            raise ValueError("tool_choice names a function that tools does not have")
-        if self.tool_choice == "required" and not names:
-            raise ValueError("tool_choice requires a call, but there are no tools")
-        return self
-
     @property
     def session_id(self) -> str | None:
         """The session that `conversation` names."""
@@ -229,18 +175,13 @@ class ResponseRequest(StrictModel):
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest.of_field("stream_options", "is only possible where stream is true")
 
-    def offered(self) -> tuple[tuple[Tool, ...], ToolChoice]:
-        """Return the tools that the model is shown, and how it may choose among them."""
-        tools = tuple(tool.to_tool() for tool in self.tools or ())
-        match self.tool_choice:
-            case AllowedTools(mode=mode):
-                allowed = self._chosen_names()
-                return tuple(tool for tool in tools if tool.name in allowed), ToolChoice(mode)
-            case NamedFunction(name=name):
-                return tools, ToolChoice("required", name)
-            case "none" | "required" as mode:
-                return tools, ToolChoice(mode)
-        return tools, ToolChoice()
+    def offered(self) -> dict[str, Any]:
+        """Return the request's fields that say what the model may call.
+
+        Raises: InvalidRequest: the tools or the choice among them are not valid.
+        """
+        parallel = self.parallel_tool_calls is not False
+        return tool_fields(self.tools or (), self.tool_choice, parallel=parallel, name_path="name")
 
     def sampling(self) -> dict[str, Any]:
         """Return the request's fields that say how it is sampled."""
@@ -254,11 +195,3 @@ class ResponseRequest(StrictModel):
             }
         )
         return {"sampling": sampling, "unset": unset}
-
-    def _chosen_names(self) -> set[str]:
-        match self.tool_choice:
-            case NamedFunction(name=name):
-                return {name}
-            case AllowedTools(tools=tools):
-                return {tool.name for tool in tools}
-        return set()

@@ -28,7 +28,7 @@ from app.events import Event, Finished, Started
 from app.generation.responses import ResponseStore, StoredResponse
 from app.generation.sessions import as_turns
 from app.requests import GenerationRequest
-from app.types import Message, Role
+from app.types import Message, Role, ToolCall
 from app.web.http.dependencies import CallerDep, RequestContext, RequestContextDep, ResponsesDep, bind_end_user
 from app.web.http.errors import GENERATION_ERRORS, error_responses
 from app.web.http.json_body import GeneratingRoute, StrictRoute
@@ -66,6 +66,10 @@ _EVENTS = (
 )
 
 
+_LABELS = ("instructions", "metadata", "tools", "text", "user", "safety_identifier", "prompt_cache_key")
+"""Fields of the object that repeat texts of the request."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Conversation:
     """What a request continues, and what is stored of it."""
@@ -83,11 +87,13 @@ class _Conversation:
         tenant, service = context.caller.tenant, context.container.service
         spoken = [message for message in self.new if message.role is not Role.SYSTEM]
         document = builder.object()
-        instructions = document["instructions"]
-        *new, answer, operator = await service.storable(
-            tenant, [*spoken, builder.message, Message(Role.SYSTEM, instructions or "")]
+        # The filter of calls' arguments masks within the strings of a JSON text.
+        labels = msgspec.json.encode({name: document[name] for name in _LABELS}).decode()
+        call = ToolCall("", "", labels)
+        *new, answer, request = await service.storable(
+            tenant, [*spoken, builder.message, Message(Role.ASSISTANT, "", tool_calls=(call,))]
         )
-        document["instructions"] = instructions and operator.content
+        document |= msgspec.json.decode(request.tool_calls[0].arguments)
         stored = StoredResponse(
             id=builder.id,
             turns=tuple(as_turns([*self.history, *new, answer])),
@@ -183,15 +189,13 @@ def _request(body: ResponseRequest, context: RequestContext, conversation: _Conv
     """Raises: InvalidRequest: the messages exceed the limit in total."""
     system = () if body.instructions is None else (Message(Role.SYSTEM, body.instructions),)
     messages = (*system, *conversation.history, *conversation.new)
-    check_length("input", sum(len(message.content) for message in conversation.new), context.max_prompt_chars)
-    tools, choice = body.offered()
+    check_length("input", sum(len(message.all_text) for message in conversation.new), context.max_prompt_chars)
     context.remember_grammar("text.format", beside_required_tools=True)
     return context.generation(
         **body.sampling(),
         messages=messages,
-        tools=tools,
-        tool_choice=choice,
-        parallel_tool_calls=body.parallel_tool_calls is not False,
+        **body.offered(),
+        reasoning_effort=body.reasoning and body.reasoning.effort,
         truncate_prompt=0 if body.truncation == "auto" else None,
         session_id=body.session_id,
         use_recommended=True,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from msgspec import structs
 
-from app.engine.base import ChatFormat, EngineInfo
+from app.engine.base import Capabilities, ChatFormat, EngineInfo
 from app.engine.echo import EchoEngine
 from app.engine.parsing.parsed_engine import ParsedEngine
 from app.engine.tokenizer.shown_tokens import show_token
@@ -37,7 +37,7 @@ class FormatEngine(ScriptedEngine):
 
     @property
     def info(self) -> EngineInfo:
-        return replace(super().info, chat_format=self._chat)
+        return replace(super().info, chat_format=self._chat, capabilities=Capabilities())
 
     def prompt_end(self, prompt_ids: Sequence[int]) -> str:
         return self._prompt_end
