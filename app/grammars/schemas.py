@@ -25,11 +25,22 @@ _OTHER_STANDARD_FORMATS: Final = frozenset(
 """Formats that JSON Schema defines and nothing here enforces; any other one is an annotation."""
 
 
-_NARROWER: Final = dict.fromkeys(("time", "date-time"), "^([0-9-]+[Tt ])?[0-9]{2}:[0-9]{2}:[0-5]") | {
-    "email": "^[^@]{1,64}@[^@]{1,189}$"
+_LEAP_YEAR: Final = "[0-9]{2}(0[48]|[2468][048]|[13579][26])|([02468][048]|[13579][26])00"
+_DAYS: Final = (
+    f"^([0-9]{{4}}-(0[13-9]|1[0-2])-|[0-9]{{4}}-02-([01][0-9]|2[0-8])|({_LEAP_YEAR})-02-29)",
+    "^([1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])-",
+)
+_WORD: Final = "[A-Za-z0-9_+-]"
+_LABEL: Final = "[A-Za-z0-9]([A-Za-z0-9-]{0,30}[A-Za-z0-9])?"
+_SECONDS: Final = "^([0-9-]+[Tt ])?[0-9]{2}:[0-9]{2}:[0-5]"
+_NARROWER: Final = {
+    "date": _DAYS,
+    "date-time": (*_DAYS, _SECONDS),
+    "time": (_SECONDS,),
+    "email": (rf"^{_WORD}{{1,16}}(\.{_WORD}{{1,15}}){{0,3}}@{_LABEL}(\.{_LABEL}){{0,5}}$",),
 }
-"""What the compiler's own expressions for formats leave out: a leap second is the last one of a day in UTC, and the
-parts of an address have lengths."""
+"""What the compiler's own expressions for formats leave out: days that a year does not have, the year 0, leap seconds,
+which are the last of a day in UTC.  Of addresses they would know no lengths; the form of ordinary ones does."""
 _ESCAPE_OR_CLASS: Final = re.compile(r"\\.|[\[\]]", re.DOTALL)
 _WHITE_SPACE: Final = r"\t\n\x0B\f\r "
 """The white space that every dialect of expressions has."""
@@ -58,10 +69,11 @@ def _rewrite(schema: Schema) -> Any:
         return schema
     _check(schema)
     written = dict(schema)
-    if isinstance(schema.get("format"), str) and schema["format"] not in ENFORCED_FORMATS:
+    if isinstance(schema.get("format"), str) and schema["format"] not in ENFORCED_FORMATS - {"email"}:
         del written["format"]
     if isinstance(schema.get("format"), str) and schema["format"] in _NARROWER:
-        written["allOf"] = [*schema.get("allOf", ()), {"pattern": _NARROWER[schema["format"]]}]
+        narrower = [{"pattern": pattern} for pattern in _NARROWER[schema["format"]]]
+        written["allOf"] = [*schema.get("allOf", ()), *narrower]
     if isinstance(schema.get("pattern"), str):
         written["pattern"] = plain_white_space(schema["pattern"])
     for key, value in schema.items():
