@@ -239,6 +239,6 @@ def _close_all() -> None:
         each.close()
 
 
-# An ordinary atexit function comes after the executors of all event loops have been shut down.  Of these the one that was
-# registered last is called first, so the executors' own module has to be imported before, as it is above.
+# An ordinary atexit function comes after the executors of all event loops have been shut down.  Of these the one that
+# was registered last is called first, so the executors' own module has to be imported before, as it is above.
 threading._register_atexit(_close_all)  # type: ignore[attr-defined]

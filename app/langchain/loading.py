@@ -82,6 +82,8 @@ def connect(
         AppError: no service answers, it refuses the key, or it has no such model.
     """
     secret = key.get_secret_value() if isinstance(key, SecretStr) else key
+    # Read from a file it may end with a line.
+    secret = secret.strip() if secret else None
     engine = ServiceEngine(base_url, secret, model=_one_name(model, model_id), timeout_seconds=timeout_seconds)
     return ThreadedEngine(engine, f"service {engine.base_url}")
 
