@@ -7,7 +7,7 @@ when nobody holds the object any more, and at the end of the process.
 import asyncio
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import Future
 from concurrent.futures import thread as _executors  # noqa: F401  # see the end of this module
 from contextlib import aclosing, suppress
@@ -85,6 +85,16 @@ class EngineThread:
         self.stop()
         if threading.current_thread() is not self._thread:
             self._thread.join(CLOSE_SECONDS)
+
+    def call(self, function: Callable[[], object]) -> None:
+        """Call a function on the engine's loop, in the order of such calls, and return at once.
+
+        Raises: RuntimeError: the model is closed.
+        """
+        try:
+            self.loop.call_soon_threadsafe(function)
+        except RuntimeError:
+            raise RuntimeError(CLOSED) from None
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         """Run a coroutine on the engine's loop.
@@ -173,7 +183,9 @@ class ThreadedEngine:
             with suppress(RuntimeError):  # the reader's loop has ended
                 here.call_soon_threadsafe(queue.put_nowait, item)
 
-        pump = await self._there(_begin(_pump(self._thread.engine, request, hand_over)))
+        engine, tasks = self._thread.engine, list[asyncio.Task[None]]()
+        # Without waiting for it: whoever is cancelled meanwhile would leave it running.
+        self._thread.call(lambda: tasks.append(asyncio.ensure_future(_pump(engine, request, hand_over))))
         try:
             while (item := await queue.get()) is not None:
                 if isinstance(item, asyncio.CancelledError):
@@ -183,7 +195,8 @@ class ThreadedEngine:
                 yield item
         finally:
             with suppress(RuntimeError):  # closed meanwhile, which has ended the stream too
-                await self._there(_end(pump))
+                self._thread.call(lambda: tasks[0].cancel())
+                await self._there(_ended(tasks))
 
     async def _there(self, work: Coroutine[Any, Any, T]) -> T:
         """Await a coroutine that runs on the engine's loop."""
@@ -203,13 +216,8 @@ def _is_running(loop: asyncio.AbstractEventLoop) -> bool:
     return asyncio.get_running_loop() is loop
 
 
-async def _begin(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-    return asyncio.create_task(work)
-
-
-async def _end(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.wait([task])
+async def _ended(tasks: list[asyncio.Task[None]]) -> None:
+    await asyncio.wait(tasks)
 
 
 async def _pump(engine: Generator, request: GenerationRequest, hand_over: Any) -> None:

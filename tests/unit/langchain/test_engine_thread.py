@@ -70,9 +70,10 @@ async def test_leaving_a_stream_early_closes_the_engines_before_it_returns():
             async for _ in pipeline.engine.stream(make_request("cancelled")):
                 pass
 
+        engine.waiting.clear()
         task = asyncio.create_task(read())
-        while "cancelled" not in engine.live:
-            await asyncio.sleep(0.01)
+        # The event is of the engine's loop.
+        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(engine.waiting.wait(), pipeline.engine.loop))
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
