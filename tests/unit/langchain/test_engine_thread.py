@@ -42,12 +42,12 @@ def test_sync_methods_work_without_any_loop(pipeline: EnginePipeline):
 def test_async_methods_work_on_one_loop_after_the_other(pipeline: EnginePipeline):
     """As `asyncio.run` makes them; and many calls at once on one."""
 
-    async def ask(text: str) -> tuple[str, str, list[str]]:
+    async def run(text: str) -> tuple[str, str, list[str]]:
         streamed = "".join([part async for part in pipeline.astream(text)])
         return await pipeline.ainvoke(text), streamed, await pipeline.abatch([text, text])
 
-    assert ("one", "one", ["one", "one"]) == asyncio.run(ask("one"))
-    assert ("two", "two", ["two", "two"]) == asyncio.run(ask("two"))
+    assert ("one", "one", ["one", "one"]) == asyncio.run(run("one"))
+    assert ("two", "two", ["two", "two"]) == asyncio.run(run("two"))
 
 
 async def test_sync_methods_work_within_a_running_loop(pipeline: EnginePipeline):
