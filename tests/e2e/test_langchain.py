@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 from langchain.agents import create_agent
-from langchain.agents.middleware import wrap_model_call
+from langchain.agents.middleware import AgentMiddleware
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, ToolMessage
@@ -41,7 +41,7 @@ SMALL: dict[str, Any] = {"threads": 1, "compile": "none"}
 
 
 class Verdict(BaseModel, extra="forbid"):
-    """Whether something is right.  A small model would write other properties without end where the schema allows them."""
+    """Whether it is right.  Where the schema allows other properties a small model writes them without end."""
 
     right: bool
 
@@ -194,6 +194,11 @@ async def test_a_request_that_cannot_be_answered_says_why(chat: EngineChat):
         await chat.ainvoke("word " * 5000)
 
 
+async def test_a_program_may_send_as_many_prompts_as_it_likes(loaded: EngineChat):
+    """More than the service lets one caller wait; nobody else is there."""
+    assert 150 == len(await loaded.llm.abatch(["The capital of France is"] * 150, max_tokens=1))
+
+
 def test_a_model_in_process_masks_nothing_unless_it_is_asked_to(loaded: EngineChat):
     """`filters=True` masks prompts and completions as the service does by default."""
     text = "My email address is jane.doe@example.com."
@@ -256,7 +261,7 @@ print(chat.llm.engine.engine.status().worker_pid)
 
 def test_a_script_of_three_lines_works_and_ends_with_all_that_it_started():
     """Without closing anything, without a warning, and without a process that stays."""
-    command = [sys.executable, "-W", "error", "-X", "dev", "-c", SCRIPT, str(MODEL)]
+    command = [sys.executable, "-W", "error", "-c", SCRIPT, str(MODEL)]
 
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
 
@@ -271,42 +276,55 @@ def chat_openai(service: Service) -> ChatOpenAI:
     return ChatOpenAI(**fields)
 
 
-async def test_langchain_openai_binds_tools_and_schemas(chat_openai: ChatOpenAI):
+def test_langchain_openai_binds_tools_and_schemas(chat_openai: ChatOpenAI):
     """LangChain's own class for OpenAI, unchanged."""
-    assert PARIS == (await chat_openai.bind_tools([add]).ainvoke(FRANCE, tool_choice="none")).content
+    assert PARIS == chat_openai.bind_tools([add]).invoke(FRANCE, tool_choice="none").content
     for method in ("json_schema", "function_calling"):
-        assert isinstance(await chat_openai.with_structured_output(Verdict, method=method).ainvoke(FRANCE), Verdict)
+        assert isinstance(chat_openai.with_structured_output(Verdict, method=method).invoke(FRANCE), Verdict)
 
 
-@wrap_model_call
-async def call_once(request: Any, handler: Any) -> Any:
-    """Let the model call a tool first and answer then, so that a round does not hang on what a small model knows."""
-    called = isinstance(request.messages[-1], ToolMessage)
-    return await handler(request.override(tool_choice="none" if called else "any"))
+class CallOnce(AgentMiddleware):
+    """Lets the model call a tool first and answer then, so that a round does not hang on what a small model knows."""
+
+    def wrap_model_call(self, request: Any, handler: Any) -> Any:
+        return handler(self._changed(request))
+
+    async def awrap_model_call(self, request: Any, handler: Any) -> Any:
+        return await handler(self._changed(request))
+
+    def _changed(self, request: Any) -> Any:
+        called = isinstance(request.messages[-1], ToolMessage)
+        return request.override(tool_choice="none" if called else "any")
 
 
-async def run_agent(model: BaseChatModel) -> None:
-    ran: list[bool] = []
-
+def agent_with(model: BaseChatModel) -> Any:
     @tool(args_schema=Switch)
     def switch(on: bool) -> str:
         """Switch the light."""
-        ran.append(on)
-        return "done"
+        return f"it is {on}"
 
-    agent: Any = create_agent(model, [switch], middleware=[call_once])
-    state = await agent.ainvoke({"messages": [("human", "Switch the light on.")]})
-
-    assert ["human", "ai", "tool", "ai"] == [message.type for message in state["messages"]]
-    assert 1 == len(ran)
-    assert state["messages"][1].tool_calls[0]["id"] == state["messages"][2].tool_call_id
-    assert state["messages"][3].content
+    return create_agent(model, [switch], middleware=[CallOnce()])
 
 
-async def test_an_agent_calls_a_tool_and_goes_on_with_its_result(chat: EngineChat):
-    """LangChain's agent, which runs on LangGraph."""
-    await run_agent(chat)
+def check_round(state: Any) -> None:
+    """Check that the tool was called, run, and its result taken."""
+    _, called, result, answer = state["messages"]
+    (call,) = called.tool_calls
+    assert ("tool", call["id"], f"it is {call['args']['on']}") == (result.type, result.tool_call_id, result.content)
+    assert ("ai", []) == (answer.type, answer.tool_calls)
+    assert answer.content
 
 
-async def test_the_same_agent_runs_with_langchain_openai(chat_openai: ChatOpenAI):
-    await run_agent(chat_openai)
+LIGHT = {"messages": [("human", "Switch the light on.")]}
+
+
+async def test_an_agent_calls_a_tool_and_continues_with_its_result(chat: EngineChat):
+    """LangChain's agent, which runs on LangGraph, sync and async."""
+    agent = agent_with(chat)
+
+    check_round(await agent.ainvoke(LIGHT))
+    check_round(await asyncio.to_thread(agent.invoke, LIGHT))
+
+
+def test_the_same_agent_runs_with_langchain_openai(chat_openai: ChatOpenAI):
+    check_round(agent_with(chat_openai).invoke(LIGHT))
