@@ -17,7 +17,6 @@ from app.engine.served_model import ServedModel
 from app.errors import DeadlineExceeded, InvalidRequest, ShuttingDown
 from app.events import Delta, Event, Finished, Started, join_tool_calls
 from app.generation.context_window import FittedPrompt, TokenBudget, fit_chat, fit_text, trimmable
-from app.generation.message_texts import map_texts
 from app.generation.metering import Admission, UsageRecorder
 from app.generation.parallel_sampling import merge_samples
 from app.generation.request_stats import RequestStats
@@ -34,6 +33,7 @@ from app.generation.sessions import (
 )
 from app.generation.template_options import resolve_template_options
 from app.privacy.filters import InputFilter
+from app.privacy.message_texts import map_texts
 from app.requests import GenerationRequest
 from app.telemetry import Metrics
 from app.types import EngineState, Message, Principal, Role, Tenant

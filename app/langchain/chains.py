@@ -16,7 +16,8 @@ from msgspec import structs
 from app.engine.base import Engine
 from app.events import Event
 from app.langchain.messages import from_langchain, to_langchain
-from app.langchain.models import EngineChat, EnginePipeline, is_observed
+from app.langchain.models import EngineChat, EnginePipeline
+from app.langchain.pipeline import is_observed
 from app.requests import GenerationRequest
 from app.types import Role
 

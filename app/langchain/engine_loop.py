@@ -4,11 +4,14 @@ import asyncio
 from concurrent.futures import Future
 from typing import Any
 
+from app.langchain.engine_thread import CLOSED
+
 
 def submit(work: Any, loop: asyncio.AbstractEventLoop | None) -> Future[Any]:
     """Run a coroutine on the engine's loop from another thread.
 
-    Raises: RuntimeError: no loop was given, or this is its own thread, where waiting for it would never end.
+    Raises: RuntimeError: no loop was given, or it is closed, or this is its own thread, where waiting would
+        never end.
     """
     try:
         running: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
@@ -19,4 +22,7 @@ def submit(work: Any, loop: asyncio.AbstractEventLoop | None) -> Future[Any]:
         raise RuntimeError(
             "a sync call on the engine's own event loop would wait for itself; use ainvoke, astream or aembed_query"
         )
+    if loop.is_closed():
+        work.close()
+        raise RuntimeError(CLOSED)
     return asyncio.run_coroutine_threadsafe(work, loop)

@@ -6,7 +6,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.generation.message_texts import TEXTS_AT_ONCE, map_texts
+from app.privacy.message_texts import TEXTS_AT_ONCE, map_texts
 from app.types import Message, Role, Tool, ToolCall
 
 
