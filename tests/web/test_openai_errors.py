@@ -174,7 +174,8 @@ async def test_a_path_that_is_not_served_is_refused_with_what_is(client, method,
 
     assert (404, "invalid_request_error", None, "not_found") == error_fields(reply)
     message = reply.json()["error"]["message"]
-    assert message.startswith(f"This service has no {path}; it has /v1/chat/completions, /v1/completions,")
+    assert message.startswith(f"This service has no {path}; it has ")
+    assert "/v1/chat/completions, /v1/completions," in message
     assert "/v1/models/{model}" in message
     assert "/v1/generate" not in message
 

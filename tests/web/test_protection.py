@@ -20,7 +20,8 @@ from tests.web.harness import (
     make_web,
 )
 
-RIGHT = {**BODIES, "/v1/generate/batch": BATCH, **OPENAI_BODIES, **RESPONSE_BODIES}
+EMBEDDING = {"/v1/embeddings": {"input": "hello"}}
+RIGHT = {**BODIES, "/v1/generate/batch": BATCH, **OPENAI_BODIES, **RESPONSE_BODIES, **EMBEDDING}
 GENERATING = set(RIGHT)
 """Only what occupies the model counts against a rate; lists, keys and figures are cheap, and polled by machines."""
 SILENT = {"/", "/health", "/readyz", "/metrics", "/status"}
@@ -124,7 +125,7 @@ async def test_malformed_requests_count_and_carry_the_rate_headers(path, content
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("path", sorted(GENERATING - {"/v1/generate/batch"}))
+@pytest.mark.parametrize("path", sorted(GENERATING - {"/v1/generate/batch", *EMBEDDING}))
 @pytest.mark.parametrize("kind", [RateLimited, QuotaExceeded])
 async def test_a_request_that_the_service_refuses_for_its_tokens_costs_a_request(path, stream, kind):
     """So a client that keeps sending is refused before any work is done; one that waits as it is told has a request."""

@@ -322,7 +322,7 @@ async def test_without_session_memory_there_are_no_sessions():
 
 
 async def test_status_needs_a_key_and_costs_no_request(client, web):
-    assert {"engine": {"state": "ready"}, "database": "ok"} == (await client.get("/status")).json()
+    assert {"engine": {"state": "ready"}, "database": "ok", "embeddings": {}} == (await client.get("/status")).json()
     async with web.client(nothing="") as stranger:
         assert 401 == (await stranger.get("/status")).status_code
 

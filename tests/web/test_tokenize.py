@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
+from app.engine.base import PreparedPrompt
+from app.requests import GenerationRequest
 from app.types import Role
 from tests.web.access import Running, running
+from tests.web.harness import MODEL, RecordingEngine, make_web
 
 CONTROL = 0x110000
 USER, ASSISTANT = (CONTROL + list(Role).index(role) for role in (Role.USER, Role.ASSISTANT))
@@ -87,3 +90,18 @@ async def test_only_a_known_caller_may_and_only_with_its_models(service: Running
         await admin.put("/v1/roles/free", json={"rights": {"models": ["another"]}})
         for path, body in (("/tokenize", {"prompt": "x"}), ("/detokenize", {"tokens": [104]})):
             assert 403 == (await user.post(path, json=body)).status_code
+
+
+async def test_a_text_beyond_the_window_is_refused_as_too_long():
+    """It is not encoded only to be counted."""
+
+    class LongEngine(RecordingEngine):
+        async def prepare(self, request: GenerationRequest) -> PreparedPrompt:
+            return PreparedPrompt(10_000, None, is_lower_bound=True)
+
+    web = await make_web(engines={MODEL: LongEngine()})
+    async with web.client() as client:
+        reply = await client.post("/tokenize", json={"prompt": "word " * 1000})
+
+    assert (400, "context_length_exceeded") == (reply.status_code, reply.json()["error"]["code"])
+    assert "at least 10000" in reply.json()["error"]["message"]

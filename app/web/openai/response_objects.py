@@ -9,6 +9,7 @@ from functools import lru_cache
 from itertools import count
 from typing import Any, Literal, NotRequired
 
+from msgspec import structs
 from typing_extensions import TypedDict
 
 from app import __version__
@@ -324,8 +325,12 @@ class TextLogprobs:
     def _prompt_alternatives(self, token: PromptLogprob) -> dict[str, Any] | None:
         if token.logprob is None:
             return None
-        listed = (*token.top[: self._echo], token)
-        return {each.text: exact_float(each.logprob) for each in listed if each.logprob is not None}
+        own, *others = (
+            DetokenizedLogprob(each.text, each.raw, each.logprob, token_id=each.token_id)
+            for each in (token, *token.top[: self._echo])
+            if each.logprob is not None
+        )
+        return _top_by_name(structs.replace(own, top=tuple(others)))
 
     def next_object(self, tokens: Sequence[DetokenizedLogprob]) -> dict[str, Any]:
         """Return the log-probabilities of the next tokens."""

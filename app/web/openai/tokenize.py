@@ -4,7 +4,7 @@ What is encoded is what the client sends and what the chat template makes of it:
 the history of a session are no part of it.  Nothing is generated, and no request is counted.
 """
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from fastapi import APIRouter
 from msgspec import structs
@@ -13,7 +13,15 @@ from typing_extensions import TypedDict
 
 from app.access.rights import check_rights
 from app.engine.served_model import ServedModel
-from app.errors import DeadlineExceeded, Forbidden, InternalError, InvalidRequest, ModelNotFound, Unauthorized
+from app.errors import (
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    Forbidden,
+    InternalError,
+    InvalidRequest,
+    ModelNotFound,
+    Unauthorized,
+)
 from app.requests import GenerationRequest, TemplateValue
 from app.web.http.dependencies import RequestContext, RequestContextDep
 from app.web.http.errors import error_responses
@@ -130,8 +138,7 @@ async def detokenize(body: DetokenizeRequest, context: RequestContextDep) -> Enc
 
 def _check_model(context: RequestContext, model: ServedModel) -> None:
     """Raises: Forbidden: the caller's role does not allow this model."""
-    others: dict[str, Any] = {"logprobs": False, "system_messages": False, "control_tokens": False}
-    check_rights(context.caller, model=model.name, **others)
+    check_rights(context.caller, model=model.name, logprobs=False, system_text=None, control_tokens=False)
 
 
 async def _encode(request: GenerationRequest, model: ServedModel, *, begins: bool | None) -> tuple[int, ...]:
@@ -141,7 +148,11 @@ async def _encode(request: GenerationRequest, model: ServedModel, *, begins: boo
     Raises: InvalidRequest: it cannot be encoded, or only elsewhere.
     """
     prepare = model.engine.prepare
-    ids = (await prepare(request)).prompt_ids
+    prepared = await prepare(request)
+    ids = prepared.prompt_ids
+    if prepared.is_lower_bound:
+        limit = model.engine.info.context_length
+        raise ContextLengthExceeded(prompt_tokens=prepared.prompt_tokens, max_tokens=0, limit=limit, counted=False)
     if ids is None:
         raise InvalidRequest("The tokenizer of this model is elsewhere.")
     if (not request.is_chat) == (not request.is_chat if begins is None else begins):

@@ -92,7 +92,8 @@ def test_a_template_that_cannot_be_used_ends_the_start(
 
 def test_the_templates_that_come_with_the_service_can_be_used() -> None:
     """The completion template changes nothing of a prompt."""
-    assert "{model_name}" in read_template(PROMPTS, "base_system", SYSTEM_VARIABLES)
+    assert "{model_name}" in read_template(PROMPTS, "base_system", SYSTEM_VARIABLES, model="tiny-chat")
+    assert "" == read_template(PROMPTS, "base_system", SYSTEM_VARIABLES, may_be_empty=True)
     assert "{prompt}" == read_template(PROMPTS, "completion", COMPLETION_VARIABLES)
 
 
