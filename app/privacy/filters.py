@@ -120,7 +120,7 @@ class _TextChannel:
         """Args: before: the text that it continues."""
         self._redactor, self._pool, self._tenant = redactor, pool, tenant
         self._stream = StreamRedactor(redactor, before)
-        self._tail = ""
+        self._tail = before[-CONTINUED_CHARS:]
         self._earlier: Counter[PiiKind] = Counter()
 
     @property
@@ -161,8 +161,8 @@ class _OutputFilter:
         )
         self._reasoning = _TextChannel(redactor, pool, request.tenant)
         self._calls: dict[int, JsonRedactor] = {}
-        self._reasons = False
-        """Whether the reasoning may have withheld text."""
+        self._reasons = self._speaks = False
+        """Whether the reasoning, and the answer, may have withheld text."""
         self._stops = StopBuffer(request.sampling.stop)
         self._logprobs = None if request.sampling.logprobs is None else _UnmaskedLogprobs()
         self.prompt = UnmaskedPrompt(redactor, request, pool)
@@ -186,6 +186,11 @@ class _OutputFilter:
         self._reasons = self._reasons or bool(delta.reasoning)
         if self._reasons and (delta.text or delta.tool_calls):
             reasoning, self._reasons = reasoning + self._reasoning.pause(), False
+        self._speaks = self._speaks or bool(delta.text)
+        if self._speaks and delta.tool_calls and isinstance(self._text, _TextChannel):
+            text, self._speaks = text + self._stops.feed(self._text.pause()) + self._stops.finish(), False
+            if self.stopped is not None:
+                return self._clean(delta, text, reasoning, ())
         calls = [await self._filtered_call(each) for each in delta.tool_calls]
         return self._clean(delta, text, reasoning, tuple(calls))
 

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -359,6 +360,41 @@ async def test_reasoning_comes_before_the_text_that_follows_it() -> None:
     assert ["so ", "jane.doe@", "[EMAIL] it is"] == [
         "".join(delta.reasoning for delta in part) for part in (deltas[:1], deltas[1:2], deltas[2:])
     ]
+
+
+async def deltas_after_filter(*deltas: Delta, stop: tuple[str, ...] = ()) -> list[Delta]:
+    engine = FilteredEngine(EventsEngine(*deltas), Redactor(), lambda kind, times: None)
+    request = make_request("x")
+    request = structs.replace(request, sampling=replace(request.sampling, stop=stop))
+    return deltas_of(await read(engine.stream(request)))
+
+
+@example(["so ", "jane.doe@", "example.com"])
+@example(["word", "EN"])
+@given(
+    st.lists(st.sampled_from(["so ", "jane.doe@", "example.com", " 4111 1111", " 1111 1111", "EN", "word"]), max_size=6)
+)
+async def test_text_comes_before_the_call_that_follows_it(parts: list[str]) -> None:
+    """Nothing of it is withheld any longer, and it is masked as a whole text is."""
+    texts = (Delta(text=part) for part in parts)
+    deltas = await deltas_after_filter(*texts, call("{", name="f"), call("}"), stop=("END",))
+    first = next(at for at, delta in enumerate(deltas) if delta.tool_calls)
+
+    assert Redactor().redact("".join(parts)).text == "".join(delta.text for delta in deltas[: first + 1])
+    assert not any(delta.text for delta in deltas[first + 1 :])
+
+
+async def test_an_entity_that_goes_on_behind_a_call_is_masked_from_there() -> None:
+    deltas = await deltas_after_filter(Delta(text="to jane.doe@"), call("{}", name="f"), Delta(text="example.com now"))
+
+    assert "to jane.doe@[EMAIL] now" == "".join(delta.text for delta in deltas)
+
+
+async def test_no_call_follows_a_stop_string_that_was_withheld() -> None:
+    """The text ends the completion, though only the call shows that it is complete."""
+    deltas = await deltas_after_filter(Delta(text="now END"), call("{}", name="f"), stop=("END",))
+
+    assert ("now ", []) == ("".join(delta.text for delta in deltas), [delta for delta in deltas if delta.tool_calls])
 
 
 async def test_json_that_a_grammar_demands_stays_json() -> None:
