@@ -1,7 +1,8 @@
 """Stored responses: conversations that a client continues by the id of any response in them.
 
 Unlike a session, a conversation may be continued from each of its responses.  So every stored response holds the turns
-up to itself; they are shared in memory.  What is stored is masked, as in sessions, and has their limits.
+up to itself; they are shared in memory.  What is stored is masked, as in sessions, and has their limits; those of one
+turn are none for what it is shown as, so this has a limit of its own.
 """
 
 import time
@@ -13,6 +14,9 @@ from app.config import ChatHistoryConfig
 from app.generation.sessions import Turn, newest_turns
 from app.generation.tenant_cache import TenantCache
 from app.types import Message, Tenant
+
+TENANT_BYTES = 64 * 1024 * 1024
+"""Documents and inputs of one tenant's responses in sum; the least recently used response goes first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,11 +56,24 @@ class ResponseStore(Protocol):
 class MemoryResponseStore:
     """Responses in this process; a restart forgets them."""
 
-    def __init__(self, config: ChatHistoryConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """Args: clock: seconds, for the time to live; never runs backwards."""
+    def __init__(
+        self,
+        config: ChatHistoryConfig,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        tenant_bytes: int = TENANT_BYTES,
+    ) -> None:
+        """Args:
+        clock: seconds, for the time to live; never runs backwards.
+        tenant_bytes: documents and inputs of one tenant's responses in sum.
+        """
         self._config = config
         self._responses = TenantCache[StoredResponse](
-            most=config.max_sessions, ttl_seconds=config.ttl_seconds, clock=clock
+            most=config.max_sessions,
+            ttl_seconds=config.ttl_seconds,
+            clock=clock,
+            most_bytes=tenant_bytes,
+            size=lambda response: len(response.document) + len(response.input_items),
         )
 
     async def read(self, tenant: Tenant, response_id: str) -> StoredResponse | None:

@@ -14,13 +14,25 @@ T = TypeVar("T")
 class TenantCache(Generic[T]):
     """Maps (tenant, name) to a value; what one tenant stores never evicts a value of another."""
 
-    def __init__(self, *, most: int, ttl_seconds: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        *,
+        most: int,
+        ttl_seconds: float,
+        clock: Callable[[], float],
+        most_bytes: int = 1,
+        size: Callable[[T], int] = lambda _: 0,
+    ) -> None:
         """Args:
         most: values of one tenant; the least recently used goes first.
         ttl_seconds: how long a value lives after it was put.
         clock: seconds; never runs backwards.
+        most_bytes: values of one tenant in sum; one alone always fits.
+        size: returns how many bytes of them a value is.
         """
-        self._most = most
+        self._capacity = most * most_bytes
+        # The larger share counts, of the number or of the bytes; so neither of them exceeds its limit.
+        self._share: Callable[[T], int] = lambda value: min(self._capacity, max(most_bytes, size(value) * most))
         self._ttl_seconds = ttl_seconds
         self._clock = clock
         self._tenants: OrderedDict[Tenant, TTLCache[str, T]] = OrderedDict()
@@ -46,7 +58,7 @@ class TenantCache(Generic[T]):
         self._drop_idle()
         values = self._tenants.get(tenant)
         if values is None:
-            values = self._tenants[tenant] = TTLCache(self._most, self._ttl_seconds, self._clock)
+            values = self._tenants[tenant] = TTLCache(self._capacity, self._ttl_seconds, self._clock, self._share)
         values[name] = value
         self._tenants.move_to_end(tenant)
 

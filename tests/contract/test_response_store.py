@@ -1,6 +1,7 @@
 """What every ResponseStore promises.  A store joins by adding a factory to `STORES`."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -9,8 +10,11 @@ from app.generation.responses import MemoryResponseStore, ResponseStore, StoredR
 from app.generation.sessions import Turn
 from app.types import Message, Role, Tenant
 
+TENANT_BYTES = 100
 Factory = Callable[[ChatHistoryConfig, Callable[[], float]], ResponseStore]
-STORES: dict[str, Factory] = {"memory": lambda config, clock: MemoryResponseStore(config, clock=clock)}
+STORES: dict[str, Factory] = {
+    "memory": lambda config, clock: MemoryResponseStore(config, clock=clock, tenant_bytes=TENANT_BYTES)
+}
 ANN, BOB = Tenant.owner("ann"), Tenant.owner("bob")
 LIMITS = ChatHistoryConfig(ttl_seconds=100, max_turns=3, max_bytes=60, max_sessions=2)
 
@@ -111,4 +115,19 @@ async def test_a_tenants_least_recently_used_response_goes_first(store: Response
 
     assert await store.read(ANN, "second") is None
     assert await store.read(ANN, "first") is not None
+    assert await store.read(BOB, "r") is not None
+
+
+async def test_what_is_shown_of_a_tenants_responses_is_bounded_in_bytes(store: ResponseStore):
+    """Documents and inputs together; one alone always fits, and nobody else loses any."""
+    large = replace(response("large", "one"), document=b"x" * 30, input_items=b"y" * 30)
+    await store.put(BOB, response("r", "one"))
+    await store.put(ANN, large)
+    await store.put(ANN, replace(large, id="next"))
+    after = [await store.read(ANN, name) is not None for name in ("large", "next")]
+    await store.put(ANN, replace(large, id="huge", document=b"x" * 1000))
+
+    assert [False, True] == after
+    assert await store.read(ANN, "next") is None
+    assert await store.read(ANN, "huge") is not None
     assert await store.read(BOB, "r") is not None
