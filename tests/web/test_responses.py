@@ -11,10 +11,10 @@ import openai
 import pytest
 from openai.types.responses import response_create_params as params
 
-from app.errors import EngineFailed
+from app.errors import EngineFailed, ServiceUnavailable
 from app.events import Delta, DetokenizedLogprob, Event, Finished, FinishedSample, Started, ToolCallDelta
 from app.requests import GenerationRequest
-from app.types import FinishReason, Grammar, Message, Principal, Role, Tool, ToolCall, ToolChoice, Usage
+from app.types import FinishReason, Grammar, Message, Principal, Role, Tenant, Tool, ToolCall, ToolChoice, Usage
 from app.web.openai.responses.request_model import ResponseRequest
 from tests.web.harness import KEY, MODEL, RecordingEngine, ScriptedService, Web, make_web
 
@@ -298,6 +298,7 @@ async def test_a_conversation_is_the_callers_session():
     assert 2 == len(session.turns)
     assert response.conversation is not None
     assert "chat-1" == response.conversation.id
+    assert response.store is False
 
 
 async def test_without_session_memory_a_response_is_answered_and_not_stored():
@@ -333,6 +334,92 @@ async def test_an_item_of_a_stored_response_may_be_sent_by_reference():
         Message(Role.ASSISTANT, "I add.", tool_calls=calls, reasoning="Let me see."),
         Message(Role.TOOL, "12", tool_call_id="call_1", name="add"),
     ) == service.requests[1].messages
+
+
+async def test_every_item_may_be_named_and_a_response_is_read_once_for_all_of_them(monkeypatch: pytest.MonkeyPatch):
+    """What a function returned too; an item named twice, or one that nobody could send, is refused."""
+    call = ToolCallDelta(position=0, id="c", name="no name of a function", arguments="{}")
+    service = EventService(events=(Delta(text="Hi"), Delta(tool_calls=(call,))))
+    web = await make_web(service)
+    store = web.container.responses
+    assert store is not None
+    reads = []
+    read = store.read
+
+    async def recorded(tenant: Tenant, response_id: str):
+        reads.append(response_id)
+        return await read(tenant, response_id)
+
+    monkeypatch.setattr(store, "read", recorded)
+    async with client_of(web) as client:
+        sent = [
+            {"type": "function_call", "call_id": "1", "name": "n" * 128, "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "1", "output": "12"},
+        ]
+        first = await client.responses.create(model=MODEL, input=sent)
+        listed = (await client.responses.input_items.list(first.id, order="asc")).data
+        said, called = ({"type": "item_reference", "id": item.id} for item in first.output)
+        reads.clear()
+        again = [{"type": "item_reference", "id": item.id} for item in listed]
+        await client.responses.create(model=MODEL, input=[*again, said])
+        before = list(reads)
+        for wrong in ([said, said], [called]):
+            with pytest.raises(openai.BadRequestError, match="input"):
+                await client.responses.create(model=MODEL, input=wrong)
+
+    assert [first.id] == before
+    assert (
+        Message(Role.ASSISTANT, "", tool_calls=(ToolCall("1", "n" * 128, "{}"),)),
+        Message(Role.TOOL, "12", tool_call_id="1", name="n" * 128),
+        Message(Role.ASSISTANT, "Hi"),
+    ) == service.requests[1].messages
+
+
+async def test_each_item_is_stored_with_its_own_text():
+    """Two messages of one answer stay two."""
+    call = ToolCallDelta(position=0, id="c", name="add", arguments="{}")
+    web = await make_web(EventService(events=(Delta(text="one"), Delta(tool_calls=(call,)), Delta(text="two"))))
+    async with client_of(web) as client:
+        sent = await client.responses.create(model=MODEL, input="x")
+        shown = await client.responses.retrieve(sent.id)
+
+    assert sent == shown
+    assert ["one", "two"] == [item.content[0].text for item in shown.output if item.type == "message"]
+
+
+async def test_instructions_count_for_the_limit_of_a_prompt():
+    async with conversing(security={"max_prompt_chars": 10}) as (client, _, _):
+        await client.responses.create(model=MODEL, input="x" * 5, instructions="y" * 5)
+        with pytest.raises(openai.APIStatusError, match="max_prompt_chars"):
+            await client.responses.create(model=MODEL, input="x" * 5, instructions="y" * 6)
+
+
+async def test_what_the_operator_says_in_the_input_is_listed_and_not_continued():
+    """As instructions are not."""
+    async with conversing() as (client, engine, _):
+        items = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "one"}]
+        first = await client.responses.create(model=MODEL, input=items)
+        listed = await client.responses.input_items.list(first.id, order="asc")
+        await client.responses.create(model=MODEL, input="two", previous_response_id=first.id)
+
+    assert ["system", "user"] == [item.role for item in listed.data]
+    assert Role.SYSTEM not in [message.role for message in engine.requests[1].messages]
+
+
+async def test_a_stream_that_cannot_be_stored_ends_once(monkeypatch: pytest.MonkeyPatch):
+    """With `response.failed`, and never with `response.completed` before it."""
+    web = await make_web(thinks_and_calls())
+
+    async def broken(tenant: Tenant, messages: Any) -> Any:
+        raise ServiceUnavailable("The filter failed.")
+
+    monkeypatch.setattr(web.service, "storable", broken)
+    async with client_of(web) as client:
+        events = [event async for event in await client.responses.create(model=MODEL, input="x", stream=True)]
+
+    ends = {"response.failed", "response.completed", "response.incomplete"}
+    assert ["response.failed"] == [event.type for event in events if event.type in ends]
+    assert list(range(len(events))) == [event.sequence_number for event in events]
 
 
 async def test_tools_and_format_reach_the_service():

@@ -5,9 +5,9 @@ from itertools import count
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
-from app.errors import InvalidRequest
+from app.errors import InvalidRequest, PromptTooLong
 from app.types import Message, Role, ToolCall
 from app.web.openai.responses.items import InputItem, ItemReference, assistant_items, input_items, resolved, to_messages
 
@@ -83,7 +83,58 @@ async def test_a_reference_stands_for_the_item_that_it_names():
     async def find(item_id: str):
         return known if item_id == "msg_1" else None
 
-    items = await resolved([ItemReference(type="item_reference", id="msg_1")], find)
+    items = await resolved([ItemReference(type="item_reference", id="msg_1")], find, 2)
     assert [known] == items
     with pytest.raises(InvalidRequest, match=r"input\.1\.id"):
-        await resolved([known, ItemReference(type="item_reference", id="msg_2")], find)
+        await resolved([known, ItemReference(type="item_reference", id="msg_2")], find, 0)
+
+
+async def test_references_cannot_make_a_request_larger_than_it_may_be():
+    """Each item is named once, and their characters count before all of them are looked for."""
+    (known,) = ITEMS.validate_python([{"type": "function_call", "call_id": "1", "name": "add", "arguments": "x" * 60}])
+    looked_for = []
+
+    async def find(item_id: str):
+        looked_for.append(item_id)
+        return known
+
+    references = [ItemReference(type="item_reference", id=f"fc_{number}") for number in range(9)]
+    with pytest.raises(InvalidRequest, match=r"input\.1\.id is named before"):
+        await resolved([references[0], references[0]], find, 0)
+    looked_for.clear()
+    with pytest.raises(PromptTooLong):
+        await resolved(references, find, 100)
+
+    assert ["fc_0", "fc_1"] == looked_for
+
+
+def test_reasoning_stays_before_what_it_led_to():
+    """Items of it that follow each other are one; without an answer behind it, it is a message by itself."""
+
+    def thought(text: str):
+        return {"type": "reasoning", "content": [{"type": "reasoning_text", "text": text}]}
+
+    items = ITEMS.validate_python(
+        [
+            *(thought("a"), thought("b"), {"role": "user", "content": "go on"}),
+            *(thought("c"), {"role": "assistant", "content": "Hi"}, thought("d")),
+            *({"type": "function_call_output", "call_id": "1", "output": "12"}, thought("e")),
+        ]
+    )
+
+    assert [
+        Message(Role.ASSISTANT, "", reasoning="a\nb"),
+        Message(Role.USER, "go on"),
+        Message(Role.ASSISTANT, "Hi", reasoning="c"),
+        Message(Role.ASSISTANT, "", reasoning="d"),
+        Message(Role.TOOL, "12", tool_call_id="1"),
+        Message(Role.ASSISTANT, "", reasoning="e"),
+    ] == to_messages(items)
+
+
+def test_a_call_may_have_any_name_that_a_tool_may_have():
+    call = {"type": "function_call", "call_id": "1", "name": "n" * 128, "arguments": "{}"}
+
+    assert "n" * 128 == to_messages(ITEMS.validate_python([call]))[0].tool_calls[0].name
+    with pytest.raises(ValidationError):
+        ITEMS.validate_python([{**call, "name": "n" * 129}])

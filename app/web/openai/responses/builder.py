@@ -2,14 +2,13 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from app.errors import AppError
-from app.events import Delta, Event, Finished, FinishedSample, Started, ToolCallDelta
+from app.events import Delta, DetokenizedLogprob, Event, Finished, FinishedSample, Started, ToolCallDelta
 from app.types import FinishReason, Message, Role, ToolCall, Usage
 from app.web.http.json_encoding import JsonArray
 from app.web.http.sse import frame
@@ -58,6 +57,11 @@ class _TextItem(_OpenItem):
     def event(self) -> str:
         return "response.reasoning_text" if self.is_reasoning else "response.output_text"
 
+    @property
+    def message(self) -> Message:
+        text = "".join(self.text)
+        return Message(Role.ASSISTANT, "", reasoning=text) if self.is_reasoning else Message(Role.ASSISTANT, text)
+
     def part(self, logprobs: Any = ()) -> dict[str, Any]:
         text = "".join(self.text)
         return {"type": "reasoning_text", "text": text} if self.is_reasoning else text_part(text, logprobs)
@@ -81,6 +85,10 @@ class _CallItem(_OpenItem):
     def call(self) -> ToolCall:
         return ToolCall(self.call_id, self.name, "".join(self.text))
 
+    @property
+    def message(self) -> Message:
+        return Message(Role.ASSISTANT, "", tool_calls=(self.call,))
+
     def object(self, status: str, logprobs: Any = ()) -> dict[str, Any]:
         return call_item(self.id, self.call, status)
 
@@ -98,6 +106,8 @@ class ResponseBuilder:
         self._open: _TextItem | _CallItem | None = None
         self._frames: list[bytes] = []
         self._numbers = 0
+        self._held_logprobs: tuple[DetokenizedLogprob, ...] = ()
+        """Of tokens without text of their own, before the first item."""
         self._ids: defaultdict[str, int] = defaultdict(int)
         self._finished: Finished | None = None
         self._error: AppError | None = None
@@ -116,8 +126,7 @@ class ResponseBuilder:
             case Delta():
                 if event.reasoning:
                     self._write(event.reasoning, is_reasoning=True)
-                if event.text or event.logprobs:
-                    self._write(event.text, event)
+                self._answer(event)
                 for part in event.tool_calls:
                     self._call(part)
             case Finished():
@@ -127,6 +136,9 @@ class ResponseBuilder:
         """End the response with an error, midway."""
         self._error = error
         self._open = None
+        # Frames that nobody has taken would end the stream a first time, where the response could not be stored.
+        self._numbers -= len(self._frames)
+        self._frames.clear()
         self._emit("response.failed", response=self.object())
 
     def take_frames(self) -> bytes:
@@ -145,6 +157,11 @@ class ResponseBuilder:
             tool_calls=tuple(item.call for item in self._items if isinstance(item, _CallItem)),
             reasoning="".join("".join(item.text) for item in texts if item.is_reasoning) or None,
         )
+
+    @property
+    def messages(self) -> list[Message]:
+        """Return each item of the output as a message of its own."""
+        return [item.message for item in self._items]
 
     def object(self, logprobs: Callable[[JsonArray], Any] | None = None) -> dict[str, Any]:
         """Return the response as it stands.  Args: logprobs: how they are put in; by default they are left out."""
@@ -186,12 +203,24 @@ class ResponseBuilder:
         cut = self._status() in ("incomplete", "failed") and item is self._items[-1]
         return "incomplete" if cut else "completed"
 
-    def _write(self, text: str, delta: Delta | None = None, *, is_reasoning: bool = False) -> None:
+    def _answer(self, delta: Delta) -> None:
+        """Write the answer's part of a delta; tokens without text begin no message."""
+        logprobs = self._held_logprobs + delta.logprobs
+        if delta.text or (logprobs and self._is_open(is_reasoning=False)):
+            self._write(delta.text, logprobs)
+            self._held_logprobs = ()
+        elif not self._items:
+            self._held_logprobs = logprobs
+
+    def _is_open(self, *, is_reasoning: bool) -> bool:
+        return isinstance(self._open, _TextItem) and self._open.is_reasoning is is_reasoning
+
+    def _write(self, text: str, logprobs: tuple[DetokenizedLogprob, ...] = (), *, is_reasoning: bool = False) -> None:
         item = self._text_item(is_reasoning=is_reasoning)
         item.text.append(text)
         fields: dict[str, Any] = {"content_index": 0, "delta": text}
         if not is_reasoning:
-            tokens = chat_logprobs(delta.logprobs)["content"] if delta and self._with_logprobs else []
+            tokens = chat_logprobs(logprobs)["content"] if self._with_logprobs else []
             item.logprobs.extend(tokens)
             item.has_logprobs = item.has_logprobs or bool(tokens)
             fields["logprobs"] = tokens
@@ -199,7 +228,7 @@ class ResponseBuilder:
 
     def _text_item(self, *, is_reasoning: bool) -> _TextItem:
         """Return the open item of this kind, or a new one behind all others."""
-        if isinstance(self._open, _TextItem) and self._open.is_reasoning is is_reasoning:
+        if isinstance(self._open, _TextItem) and self._is_open(is_reasoning=is_reasoning):
             return self._open
         self._close()
         kind = "rs" if is_reasoning else "msg"
@@ -209,13 +238,23 @@ class ResponseBuilder:
         return item
 
     def _call(self, part: ToolCallDelta) -> None:
-        if not (isinstance(self._open, _CallItem) and self._open.position == part.position):
-            self._close()
-            self._begin(_CallItem(self.new_id("fc"), len(self._items), part))
-        item = self._items[-1]
+        item = self._call_item(part)
         item.text.append(part.arguments)
         if part.arguments:
             self._emit("response.function_call_arguments.delta", **item.place, delta=part.arguments)
+
+    def _call_item(self, part: ToolCallDelta) -> _CallItem:
+        """Return the item that a part belongs to: a new one for a part with a name, else the last of its position."""
+        calls = [item for item in self._items if isinstance(item, _CallItem) and item.position == part.position]
+        if calls and part.name is None:
+            if calls[-1] is not self._open:
+                self._close()
+                self._open = calls[-1]
+            return calls[-1]
+        self._close()
+        item = _CallItem(self.new_id("fc"), len(self._items), part)
+        self._begin(item)
+        return item
 
     def _begin(self, item: _TextItem | _CallItem) -> None:
         self._items.append(item)
@@ -239,6 +278,7 @@ class ResponseBuilder:
     def _finish(self, finished: Finished) -> None:
         if not self._items:
             self._text_item(is_reasoning=False)
+            self._answer(Delta())
         self._finished = finished
         self._close()
         name = "response.incomplete" if self._status() == "incomplete" else "response.completed"
@@ -274,16 +314,15 @@ def _error_object(error: AppError) -> dict[str, Any]:
     return {"code": code, "message": shown["message"]}
 
 
-def masked_object(document: Mapping[str, Any], message: Message) -> dict[str, Any]:
-    """Return a response object with the texts of this message, which are masked, in place of its own."""
-    calls = iter(message.tool_calls)
+def masked_object(document: Mapping[str, Any], messages: Sequence[Message]) -> dict[str, Any]:
+    """Return a response object with masked texts in place of its own.  Args: messages: one for each of its items."""
     output = []
-    for item in document["output"]:
+    for item, message in zip(document["output"], messages, strict=True):
         match item["type"]:
             case "reasoning":
                 output.append({**item, "content": reasoning_item("", message.reasoning or "")["content"]})
             case "function_call":
-                output.append({**item, "arguments": replace(next(calls)).arguments})
+                output.append({**item, "arguments": message.tool_calls[0].arguments})
             case _:
                 output.append({**item, "content": [text_part(message.content)]})
     return {**document, "output": output}

@@ -10,6 +10,8 @@ from app.errors import InvalidRequest
 from app.types import Message, Role, ToolCall
 from app.web.http.errors import KIND
 from app.web.http.json_body import StrictModel
+from app.web.http.sampling_params import check_length
+from app.web.http.tool_definitions import ToolName
 from app.web.openai.validators import NeutralOnly
 
 MAX_ITEMS = 1024
@@ -17,7 +19,6 @@ MAX_ITEMS = 1024
 
 ItemId = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 CallId = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-FunctionName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 _Status = Literal["in_progress", "completed", "incomplete"]
 _TEXT_TYPES = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 
@@ -92,7 +93,7 @@ class FunctionCallItem(StrictModel):
 
     type: Literal["function_call"]
     call_id: CallId
-    name: FunctionName
+    name: ToolName
     arguments: str
     id: ItemId | None = None
     status: _Status | None = None
@@ -108,7 +109,7 @@ class FunctionCallOutputItem(StrictModel):
     call_id: CallId
     output: _Content
     id: ItemId | None = None
-    name: FunctionName | None = None
+    name: ToolName | None = None
     status: _Status | None = None
     namespace: Annotated[Any, NeutralOnly()] = None
     caller: Annotated[Any, NeutralOnly({"type": "direct"})] = None
@@ -161,17 +162,26 @@ Resolve = Callable[[str], Awaitable[Item | None]]
 """Finds an item of the caller's stored responses by its id."""
 
 
-async def resolved(items: Sequence[Item], resolve: Resolve) -> list[Item]:
+async def resolved(items: Sequence[Item], resolve: Resolve, max_chars: int) -> list[Item]:
     """Return the items with those in the place of references that these name.
 
-    Raises: InvalidRequest: an item that a reference names is not stored (any more).
+    Args: max_chars: of all items that are named, in sum.
+    Raises: InvalidRequest: what a reference names is not stored (any more), is named twice, or all are too long.
     """
-    found = []
+    found = list[Item]()
+    named = set[str]()
+    chars = 0
     for index, item in enumerate(items):
         if isinstance(item, ItemReference):
+            field = f"input.{index}.id"
+            if item.id in named:
+                raise InvalidRequest.of_field(field, "is named before")
+            named.add(item.id)
             known = await resolve(item.id)
             if known is None:
-                raise InvalidRequest.of_field(f"input.{index}.id", "names no item of a stored response of yours")
+                raise InvalidRequest.of_field(field, "names no item of a stored response of yours")
+            chars += sum(len(message.all_text) for message in to_messages([known]))
+            check_length("input", chars, max_chars)
             item = known
         found.append(item)
     return found
@@ -185,10 +195,17 @@ def to_messages(items: Sequence[Item]) -> list[Message]:
     messages: list[Message] = []
     names: dict[str, str] = {}
     reasoning: str | None = None
+
+    def flush() -> None:
+        nonlocal reasoning
+        if reasoning is not None:
+            messages.append(Message(Role.ASSISTANT, "", reasoning=reasoning))
+        reasoning = None
+
     for item in items:
         match item:
             case ReasoningItem():
-                reasoning = item.text or None
+                reasoning = "\n".join(filter(None, (reasoning, item.text))) or None
             case MessageItem(role="assistant"):
                 said = Message(Role.ASSISTANT, join_parts(item.content), reasoning=reasoning)
                 messages.append(said)
@@ -196,16 +213,19 @@ def to_messages(items: Sequence[Item]) -> list[Message]:
             case FunctionCallItem():
                 names[item.call_id] = item.name
                 call = ToolCall(item.call_id, item.name, item.arguments)
-                if reasoning is not None or not messages or messages[-1].role is not Role.ASSISTANT:
-                    messages.append(Message(Role.ASSISTANT, "", reasoning=reasoning))
-                    reasoning = None
+                flush()
+                if not messages or messages[-1].role is not Role.ASSISTANT:
+                    messages.append(Message(Role.ASSISTANT, ""))
                 messages[-1] = replace(messages[-1], tool_calls=(*messages[-1].tool_calls, call))
             case FunctionCallOutputItem():
+                flush()
                 name = item.name or names.get(item.call_id)
                 messages.append(Message(Role.TOOL, join_parts(item.output), tool_call_id=item.call_id, name=name))
             case MessageItem():
+                flush()
                 role = Role.SYSTEM if item.role == "developer" else Role(item.role)
                 messages.append(Message(role, join_parts(item.content)))
+    flush()
     return messages
 
 

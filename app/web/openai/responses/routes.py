@@ -3,6 +3,7 @@
 Another tenant's response gives the same 404 as one that does not exist, so ids cannot be probed.
 """
 
+import asyncio
 import re
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -12,7 +13,7 @@ from uuid import uuid4
 
 import msgspec
 from fastapi import APIRouter, Path, Query
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from starlette.responses import Response as HttpResponse
 
 from app.errors import (
@@ -28,7 +29,7 @@ from app.events import Event, Finished, Started
 from app.generation.responses import ResponseStore, StoredResponse
 from app.generation.sessions import as_turns
 from app.requests import GenerationRequest
-from app.types import Message, Role, ToolCall
+from app.types import Message, Role, Tenant, ToolCall
 from app.web.http.dependencies import CallerDep, RequestContext, RequestContextDep, ResponsesDep, bind_end_user
 from app.web.http.errors import GENERATION_ERRORS, error_responses
 from app.web.http.json_body import GeneratingRoute, StrictRoute
@@ -45,7 +46,7 @@ router = APIRouter(prefix="/v1/responses", tags=["openai"], route_class=Generati
 stored_router = APIRouter(prefix="/v1/responses", tags=["openai"], route_class=StrictRoute)
 
 _RESPONSE_ID = re.compile(r"resp_[0-9a-f]{32}")
-_ITEM_ID = re.compile(r"(?:msg|rs|fc)_([0-9a-f]{32})[0-9a-f]{3}")
+_ITEM_ID = re.compile(r"(?:msg|rs|fco?)_([0-9a-f]{32})[0-9a-f]{3,}")
 _ITEM: TypeAdapter[Item] = TypeAdapter(InputItem)
 _EVENTS = (
     "response.created",
@@ -85,19 +86,19 @@ class _Conversation:
         if self.store is None:
             return
         tenant, service = context.caller.tenant, context.container.service
-        spoken = [message for message in self.new if message.role is not Role.SYSTEM]
         document = builder.object()
         # The filter of calls' arguments masks within the strings of a JSON text.
         labels = msgspec.json.encode({name: document[name] for name in _LABELS}).decode()
         call = ToolCall("", "", labels)
-        *new, answer, request = await service.storable(
-            tenant, [*spoken, builder.message, Message(Role.ASSISTANT, "", tool_calls=(call,))]
-        )
+        request = Message(Role.ASSISTANT, "", tool_calls=(call,))
+        # The whole answer too: what no item shows by itself may be personal data where they are joined.
+        masked = await service.storable(tenant, [*self.new, builder.message, request, *builder.messages])
+        new, (answer, request, *items) = masked[: len(self.new)], masked[len(self.new) :]
         document |= msgspec.json.decode(request.tool_calls[0].arguments)
         stored = StoredResponse(
             id=builder.id,
             turns=tuple(as_turns([*self.history, *new, answer])),
-            document=msgspec.json.encode(masked_object(document, answer)),
+            document=msgspec.json.encode(masked_object(document, items)),
             input_items=msgspec.json.encode(input_items(new, builder.new_id)),
         )
         await self.store.put(tenant, stored)
@@ -117,7 +118,7 @@ async def create_response(body: ResponseRequest, context: RequestContextDep) -> 
     info = context.model_info(body.model)
     builder = ResponseBuilder(
         f"resp_{uuid4().hex}",
-        described(body, model=info.model, stored=conversation.store is not None or body.session_id is not None),
+        described(body, model=info.model, stored=conversation.store is not None),
         with_logprobs=body.logprobs is not None,
     )
     events = _followed(context.events(request), builder, conversation, context)
@@ -156,19 +157,42 @@ def _cache(event: Started | Finished) -> dict[str, str]:
     return {"X-Cache": event.cache.value.upper()}
 
 
+class _StoredItems:
+    """The items of a tenant's stored responses; a response is decoded once for all that name it."""
+
+    def __init__(self, store: ResponseStore | None, tenant: Tenant) -> None:
+        self._store, self._tenant = store, tenant
+        self._decoded: dict[str, dict[str, Any]] = {}
+
+    async def find(self, item_id: str) -> Item | None:
+        """Return an item by its id; None where none of that id is stored, or none that could be sent."""
+        found = _ITEM_ID.fullmatch(item_id)
+        if found is None:
+            return None
+        response_id = f"resp_{found[1]}"
+        if response_id not in self._decoded:
+            self._decoded[response_id] = await self._decode(response_id)
+        item = self._decoded[response_id].get(item_id)
+        try:
+            return None if item is None else _ITEM.validate_python(item)
+        except ValidationError:  # such as a call by a name that no function may have
+            return None
+
+    async def _decode(self, response_id: str) -> dict[str, Any]:
+        stored = None if self._store is None else await self._store.read(self._tenant, response_id)
+        if stored is None:
+            return {}
+        await asyncio.sleep(0)  # so that a request that names many responses holds up nobody
+        items = msgspec.json.decode(stored.document)["output"] + msgspec.json.decode(stored.input_items)
+        return {item["id"]: item for item in items}
+
+
 async def _conversation(body: ResponseRequest, context: RequestContext) -> _Conversation:
     """Raises: InvalidRequest, PreviousResponseNotFound: the request names something that is not stored."""
     store, tenant = context.container.responses, context.caller.tenant
 
-    async def find_item(item_id: str) -> Item | None:
-        found = _ITEM_ID.fullmatch(item_id)
-        stored = None if store is None or not found else await store.read(tenant, f"resp_{found[1]}")
-        if stored is None:
-            return None
-        items = msgspec.json.decode(stored.document)["output"] + msgspec.json.decode(stored.input_items)
-        return next((_ITEM.validate_python(item) for item in items if item["id"] == item_id), None)
-
-    new = tuple(to_messages(await resolved(body.input, find_item)))
+    items = _StoredItems(store, tenant)
+    new = tuple(to_messages(await resolved(body.input, items.find, context.max_prompt_chars)))
     history: tuple[Message, ...] = ()
     if body.previous_response_id is not None:
         previous = await _read(store, context, body.previous_response_id)
@@ -189,7 +213,8 @@ def _request(body: ResponseRequest, context: RequestContext, conversation: _Conv
     """Raises: InvalidRequest: the messages exceed the limit in total."""
     system = () if body.instructions is None else (Message(Role.SYSTEM, body.instructions),)
     messages = (*system, *conversation.history, *conversation.new)
-    check_length("input", sum(len(message.all_text) for message in conversation.new), context.max_prompt_chars)
+    chars = len(body.instructions or "") + sum(len(message.all_text) for message in conversation.new)
+    check_length("input", chars, context.max_prompt_chars)
     context.remember_grammar("text.format", beside_required_tools=True)
     return context.generation(
         **body.sampling(),
