@@ -48,7 +48,7 @@ CLIENTS = (
         ("ai@6.0.326", "@ai-sdk/openai@3.0.141", "@ai-sdk/openai-compatible@2.0.92", "zod@4.6.7"),
     ),
 )
-
+LM_EVAL = Client("../lm_eval_round.py", ("lm-eval[api]==0.4.13", "transformers==5.23.0", "jinja2>=3.1.6"))
 OPEN_WEBUI = Client("open_webui_page.py", ("open-webui==0.12.4", "torch==2.13.0"))
 """The program itself; torch is named for the wheel without CUDA, which is what machines without a GPU take."""
 PLAYWRIGHT = Client("open_webui_page.py", ("playwright==1.65.2",))

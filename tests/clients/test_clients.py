@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from tests.clients.environments import CLIENTS, Client, command
-from tests.e2e.conftest import KEY, Service
+from tests.clients.environments import CLIENTS, LM_EVAL, Client, command
+from tests.e2e.conftest import KEY, ROOT, Service, Start
 
 pytestmark = [pytest.mark.clients, pytest.mark.timeout(900)]
 
@@ -26,6 +26,18 @@ def test_a_client_talks_calls_tools_and_gets_structured_answers(client: Client, 
         "NO_PROXY": "127.0.0.1",
     }
     ran = subprocess.run(command(client), env=settings, capture_output=True, text=True, timeout=300)
+    sys.stdout.write(ran.stdout)
+
+    assert 0 == ran.returncode, f"{ran.stdout}\n{ran.stderr[-3000:]}"
+
+
+def test_lm_eval_finds_the_right_choices(start: Start) -> None:
+    """By log-likelihoods of choices, and of a text of several windows."""
+    service = start(PII__ENABLED="false", MODEL__DTYPE="float32")
+    arguments = ["--url", service.url, "--tokenizer", str(ROOT / "models" / "tiny-chat")]
+    settings = {"OPENAI_API_KEY": KEY, "PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
+
+    ran = subprocess.run([*command(LM_EVAL), *arguments], env=settings, capture_output=True, text=True, timeout=600)
     sys.stdout.write(ran.stdout)
 
     assert 0 == ran.returncode, f"{ran.stdout}\n{ran.stderr[-3000:]}"
