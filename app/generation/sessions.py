@@ -68,8 +68,8 @@ class SessionStore(Protocol):
     async def append(self, tenant: Tenant, session_id: str, turn: Turn) -> None:
         """Add a turn at the end and begin the time to live anew.
 
-        The oldest turns go where there are too many or too much text, the newest never; and the tenant's least recently
-        used session where there are too many.
+        One that begins with what a tool said goes on with the turn before it.  The oldest turns go where there are too
+        many or too much text, the newest never; and the tenant's least recently used session where there are too many.
         """
 
     async def delete(self, tenant: Tenant, session_id: str) -> bool:
@@ -181,8 +181,12 @@ class MemorySessionStore:
 
 
 def newest_turns(turns: Sequence[Turn], config: ChatHistoryConfig) -> tuple[Turn, ...]:
-    """Return the newest turns that the limits of a conversation allow, at least one."""
-    newest = tuple(turns[-config.max_turns :])
+    """Return the newest turns that the limits of a conversation allow, at least one.
+
+    What a tool said, and the answer to it, goes on with the turn that called it: an agent's loop counts as one turn, so
+    that it never loses the question that it is about.
+    """
+    newest = (whole_turns(turns) or tuple(turns[-1:]))[-config.max_turns :]
     sizes = [turn.text_bytes for turn in newest]
     first, total = 0, sum(sizes)
     while total > config.max_bytes and first < len(newest) - 1:

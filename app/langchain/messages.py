@@ -30,6 +30,9 @@ from app.types import Message, Role, ToolCall, Usage
 REASONING = "reasoning_content"
 """Where LangChain's messages of several providers have what the model thought, in `additional_kwargs`."""
 
+_REPEATED = frozenset(["tool_use", "tool_call", "function_call"])
+"""Content of other providers' answers that says again what stands in `tool_calls`."""
+
 
 class EventText(str):
     """A text that carries the event it comes from: what an LLM streams is a str and nothing else."""
@@ -179,23 +182,36 @@ def _assistant(message: Message) -> AIMessage:
 
 
 def from_langchain(message: BaseMessage) -> Message:
-    """Raises: ValueError: a kind of message that no chat template takes."""
+    """Raises: ValueError: a kind of message that no chat template takes, or content that is no text."""
+    text = _text(message)
     match message:
         case SystemMessage():
-            return Message(Role.SYSTEM, message.text, name=message.name)
+            return Message(Role.SYSTEM, text, name=message.name)
         case HumanMessage():
-            return Message(Role.USER, message.text, name=message.name)
+            return Message(Role.USER, text, name=message.name)
         case AIMessage():
             return Message(
                 Role.ASSISTANT,
-                message.text,
+                text,
                 tool_calls=_calls(message),
                 reasoning=message.additional_kwargs.get(REASONING),
                 name=message.name,
             )
         case ToolMessage():
-            return Message(Role.TOOL, message.text, tool_call_id=message.tool_call_id or None, name=message.name)
+            return Message(Role.TOOL, text, tool_call_id=message.tool_call_id or None, name=message.name)
     raise ValueError(f"messages of type {message.type} are not supported")
+
+
+def _text(message: BaseMessage) -> str:
+    """Return the text of a message, of which LangChain itself would leave out what is none.
+
+    Raises: ValueError: it holds something else.
+    """
+    for block in message.content if isinstance(message.content, list) else ():
+        kind = "text" if isinstance(block, str) else block.get("type")
+        if kind != "text" and not (isinstance(message, AIMessage) and kind in _REPEATED):
+            raise ValueError(f"content of the type {kind} is not supported, only text")
+    return str(message.text)
 
 
 def _calls(message: AIMessage) -> tuple[ToolCall, ...]:

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from app.config import ChatHistoryConfig
 from app.generation.sessions import MemorySessionStore, SessionStore, Turn
-from app.types import Message, Role, Tenant
+from app.types import Message, Role, Tenant, ToolCall
 
 Factory = Callable[[ChatHistoryConfig, "Clock"], SessionStore]
 STORES: dict[str, Factory] = {
@@ -110,6 +110,53 @@ async def test_too_much_text_drops_the_oldest_turns(factory: Factory, clock: Clo
 
     assert session is not None
     assert (wide,) == session.turns
+
+
+async def test_what_tools_say_goes_on_with_the_turn_that_called(factory: Factory, clock: Clock):
+    """However long an agent goes on, its question stays, and so do the turns before it that have room."""
+    store = factory(ChatHistoryConfig(max_turns=2), clock)
+    call = ToolCall("call_1", "look_up", "{}")
+    question, calls = Message(Role.USER, "?"), Message(Role.ASSISTANT, "", tool_calls=(call,))
+    step = (Message(Role.TOOL, "!", tool_call_id="call_1"), calls)
+
+    await store.append(ANN, "s", turn("gone"))
+    await store.append(ANN, "s", turn("before"))
+    await store.append(ANN, "s", Turn((question, calls)))
+    for _ in range(5):
+        await store.append(ANN, "s", Turn(step))
+    session = await store.read(ANN, "s")
+
+    assert session is not None
+    assert (turn("before"), Turn((question, calls, *step * 5))) == session.turns
+
+
+async def test_a_long_loop_keeps_its_question_over_the_limit_of_bytes(factory: Factory, clock: Clock):
+    """The turn is the newest, and never goes."""
+    store = factory(LIMITS, clock)
+    answer = Turn((Message(Role.TOOL, "x" * 50, tool_call_id="call_1"), Message(Role.ASSISTANT, "well")))
+
+    await store.append(ANN, "s", turn("one"))
+    for _ in range(3):
+        await store.append(ANN, "s", answer)
+    session = await store.read(ANN, "s")
+
+    assert session is not None
+    assert (Turn((*turn("one").messages, *answer.messages * 3)),) == session.turns
+
+
+async def test_what_a_tool_says_in_an_empty_session_is_stored_until_a_turn_follows(factory: Factory, clock: Clock):
+    """No session is without turns; what answers nothing goes as soon as there is another."""
+    store = factory(LIMITS, clock)
+    lone = Turn((Message(Role.TOOL, "!"), Message(Role.ASSISTANT, "well")))
+
+    await store.append(ANN, "s", lone)
+    only = await store.read(ANN, "s")
+    await store.append(ANN, "s", turn("one"))
+    after = await store.read(ANN, "s")
+
+    assert only is not None
+    assert after is not None
+    assert ((lone,), (turn("one"),)) == (only.turns, after.turns)
 
 
 async def test_the_newest_turn_is_kept_whatever_its_size(factory: Factory, clock: Clock):

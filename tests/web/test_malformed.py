@@ -301,6 +301,16 @@ async def test_many_errors_are_cut_to_a_few(client):
     assert 20 == len(reply.json()["details"]["errors"])
 
 
+async def test_very_many_errors_are_counted(client):
+    for route, kind in (("/v1/chat", "message"), ("/v1/chat/completions", "error")):
+        reply = await client.post(route, json={f"field{number}": CANARY for number in range(20_000)})
+
+        assert_refused(reply, [])
+        message = reply.json()[kind]
+        said = message if kind == "message" else message["message"]
+        assert "body: holds 20001 mistakes, too many to name them" == said
+
+
 @pytest.mark.parametrize(
     ("route", "fields", "field"),
     [

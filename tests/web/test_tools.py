@@ -153,6 +153,60 @@ async def test_what_is_wrong_with_tools_is_refused_by_name(web, client, path, gi
     assert [] == web.service.requests
 
 
+def conversation(call_id: str, name: str = "add", result_id: str | None = None) -> list[dict[str, Any]]:
+    call = {"id": call_id, "type": "function", "function": {"name": name, "arguments": "{}"}}
+    result = {"role": "tool", "tool_call_id": call_id if result_id is None else result_id, "content": "1"}
+    return [*CHAT["messages"], {"role": "assistant", "content": None, "tool_calls": [call]}, result]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("messages", "field"),
+    [
+        (conversation("anna@example.com", result_id="1"), "messages.1.tool_calls.0.id"),
+        (conversation("call Anna", result_id="1"), "messages.1.tool_calls.0.id"),
+        (conversation("1", result_id="anna@example.com"), "messages.2.tool_call_id"),
+        (conversation("1", result_id=""), "messages.2.tool_call_id"),
+        (conversation("1", result_id="1\n"), "messages.2.tool_call_id"),
+        (conversation("1", name="anna@example.com"), "messages.1.tool_calls.0.function.name"),
+        (conversation("1", name="call Anna"), "messages.1.tool_calls.0.function.name"),
+        (conversation("1", name="a" * 129), "messages.1.tool_calls.0.function.name"),
+    ],
+)
+async def test_ids_and_names_of_calls_hold_no_address_and_no_sentence(web, client, path, messages, field):
+    """The filters of personal data leave both alone."""
+    reply = await client.post(path, json={**CHAT, "messages": messages})
+
+    assert 400 == reply.status_code, reply.text
+    body = reply.json()
+    assert field == (body["error"]["param"] if path == CHATS else body["details"]["errors"][0]["field"])
+    assert "nna" not in reply.text
+    assert [] == web.service.requests
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "call_id",
+    [
+        "call_0123456789abcdefABCDEF01",
+        "abcdefgh1",
+        "chatcmpl-tool-0123456789abcdef",
+        "toolu_01A09q90qw90lq917835lq9",
+        "functions.add:0",
+        "call_1|fc_1",
+        "call_1__thought__Cs4BAdHtim9/+A==",
+        "0",
+    ],
+)
+async def test_ids_of_every_service_are_taken(web, client, path, call_id):
+    """A conversation may have begun elsewhere."""
+    reply = await client.post(path, json={**CHAT, "messages": conversation(call_id)})
+
+    assert 200 == reply.status_code, reply.text
+    _, called, result = web.service.requests[-1].messages
+    assert (call_id, call_id) == (called.tool_calls[0].id, result.tool_call_id)
+
+
 @pytest.mark.parametrize(
     ("given", "param"),
     [

@@ -23,6 +23,7 @@ _RESERVED = frozenset(
     return_assistant_tokens_mask""".split()
 )
 """Variables that are the service's own."""
+_TOO_DEEP = "The arguments of a call are nested too deep for the model's chat template."
 
 
 class ChatRenderer:
@@ -75,6 +76,8 @@ class ChatRenderer:
                 ) from None
             except UnicodeEncodeError:
                 raise InvalidRequest("The messages are not valid Unicode text.") from None
+            except RecursionError:
+                raise InvalidRequest(_TOO_DEEP) from None
             except TemplateRefusedError as refusal:
                 refusals.append(refusal)
         log.info("the chat template refused a conversation: %s", refusals[0])

@@ -10,13 +10,15 @@ from typing_extensions import TypedDict
 from app.events import Completion, ToolCallDelta
 from app.types import ToolCall
 from app.web.http.lenient import LenientModel
+from app.web.http.tool_definitions import ToolName
 
 MAX_CALLS = 128
 """Of one message."""
 
-CallId = Annotated[str, StringConstraints(max_length=256)]
-FunctionName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-"""Of a function that was called; whether a tool has that name is not asked."""
+AnsweredId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:|/+=-]{1,256}$")]
+"""The id of a call as any service makes it; no filter looks into ids, so none can be an address or a sentence."""
+CallId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:|/+=-]{0,256}$")]
+"""Of a call itself; empty where the client has none."""
 
 
 def _json_text(value: Any) -> Any:
@@ -27,7 +29,7 @@ def _json_text(value: Any) -> Any:
 class CalledFunction(LenientModel):
     """The function that a call names, and its arguments."""
 
-    name: FunctionName
+    name: ToolName
     arguments: Annotated[
         str | None, BeforeValidator(_json_text, json_schema_input_type=str | dict[str, Any] | None)
     ] = Field(None, description="JSON, as the model wrote it.")

@@ -22,7 +22,9 @@ IGNORED_FIELDS_HEADER = "X-Ignored-Fields"
 UNSUPPORTED = "unsupported_value"
 """pydantic's type of the error of a field that the service has, but cannot honour."""
 MAX_REPAIRS = 256
-"""Fields changed before a body is validated again; no client has so many."""
+"""Mistakes up to which a body is repaired; no client has so many, and each of them is paid for on the event loop."""
+MAX_LISTED = 8192
+"""Mistakes up to which they are listed, which pydantic does only for all of them at once: some 20 ms."""
 MAX_ROUNDS = 4
 """Validations of one body: leaving out a field may let another be seen."""
 MAX_NAMES = 20
@@ -51,8 +53,8 @@ def validated(schema: type[Schema], value: Any, *, ignored: list[str] | None) ->
         try:
             return schema.model_validate(value, from_attributes=True)
         except ValidationError as error:
-            found = error.errors(include_url=False, include_context=False, include_input=False)
-            if not rest or not _repair(value, found, ignored):
+            found = _mistakes(error)
+            if not rest or error.error_count() > MAX_REPAIRS or not _repair(value, found, ignored):
                 raise RequestValidationError([{**item, "loc": ("body", *item["loc"])} for item in found]) from None
     raise AssertionError("the last round returns or raises")
 
@@ -72,10 +74,18 @@ def ignored_fields_header(scope: Scope) -> list[tuple[bytes, bytes]]:
     return [(IGNORED_FIELDS_HEADER.lower().encode(), named.encode())]
 
 
+def _mistakes(error: ValidationError) -> Sequence[Any]:
+    """Return the first mistakes in a body, in pydantic's form; of far too many only their number."""
+    count = error.error_count()
+    if count > MAX_LISTED:
+        return [{"type": "value_error", "loc": (), "msg": f"holds {count} mistakes, too many to name them"}]
+    return error.errors(include_url=False, include_context=False, include_input=False)[:MAX_REPAIRS]
+
+
 def _repair(value: Any, found: Sequence[Any], ignored: list[str] | None) -> bool:
     """Change what was written in another form, and return whether there was any; adds what it ignores to `ignored`."""
     repaired = False
-    for item in found[:MAX_REPAIRS]:
+    for item in found:
         location = [part for part in item["loc"] if not str(part).startswith(KIND)]
         *outer, last = location or (None,)
         holder = _at(value, outer)

@@ -16,7 +16,7 @@ from app.web.http.json_body import GeneratingRoute, StrictModel
 from app.web.http.sampling_params import MAX_MESSAGES, SessionId, check_length
 from app.web.http.sse import streamed
 from app.web.http.template_kwargs import ReasoningEffort, TemplateKwargs, template_variables
-from app.web.http.tool_calls import Calls, ReasonedFields, ToolCallObject, reasoned_fields, to_calls
+from app.web.http.tool_calls import AnsweredId, Calls, ReasonedFields, ToolCallObject, reasoned_fields, to_calls
 from app.web.http.tool_definitions import ToolChoiceField, Tools, tool_fields
 from app.web.native.request_model import SamplingFields
 from app.web.native.schemas import (
@@ -40,9 +40,7 @@ class MessageFields(StrictModel):
         None, description="Empty or null only where an assistant calls, or a tool says nothing."
     )
     tool_calls: Calls | None = Field(None, description="What the assistant called; of no other role.")
-    tool_call_id: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = Field(
-        None, description="Required of the role tool, and of no other."
-    )
+    tool_call_id: AnsweredId | None = Field(None, description="Required of the role tool, and of no other.")
     name: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
     reasoning_content: str | None = Field(None, description="What the assistant thought before.")
 

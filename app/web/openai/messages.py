@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Field, StringConstraints, ValidationInfo, 
 
 from app.types import Message, Role, ToolCall
 from app.web.http.lenient import LenientModel
-from app.web.http.tool_calls import CalledFunction, Calls, to_calls
+from app.web.http.tool_calls import AnsweredId, CalledFunction, Calls, to_calls
 from app.web.openai.validators import NeutralOnly
 
 _ROLES = {"developer": Role.SYSTEM, "function": Role.TOOL}
@@ -65,9 +65,7 @@ class ChatMessage(LenientModel):
     content: Annotated[_Parts | None, BeforeValidator(_parts, json_schema_input_type=str | _Parts | None)] = Field(
         None, validate_default=True, description="May be null in a message of the assistant or a function."
     )
-    tool_call_id: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = Field(
-        None, description="Required of the role tool, and of no other."
-    )
+    tool_call_id: AnsweredId | None = Field(None, description="Required of the role tool, and of no other.")
     name: Annotated[str, StringConstraints(max_length=256)] | None = Field(
         None, description="Who speaks, or which function; the model sees it if its chat template shows it."
     )

@@ -276,3 +276,18 @@ def test_what_a_tenant_has_encoded_does_not_change_what_tools_are_encoded_to(loa
 
     assert expected == tokenizer.encode_chat(CONVERSATION, tools=[WEATHER], tenant=tenant)
     assert expected == tokenizer.encode_chat(CONVERSATION, tools=[WEATHER], tenant=tenant)
+
+
+@pytest.mark.parametrize("depth", [100, 600, 100_000])
+@pytest.mark.parametrize("family", [HERMES, MISTRAL])
+def test_arguments_that_are_nested_too_deep_are_refused(load: Load, family: Any, depth: int) -> None:
+    """Whether reading them, marking them or sending them to the template comes to its end first."""
+    tokenizer, _ = load(family)
+    deep = replace(CALL, arguments=f'{{"city": {"[" * depth}{"]" * depth}}}')
+    conversation = [QUESTION, replace(CALLS, tool_calls=(deep,)), RESULT]
+
+    if depth <= 100:
+        assert tokenizer.encode_chat(conversation)
+        return
+    with pytest.raises(InvalidRequest, match="arguments of a call are nested too deep"):
+        tokenizer.encode_chat(conversation)

@@ -74,6 +74,7 @@ async def serving(
     completion: str = "{prompt}",
     system: str = SYSTEM,
     sessions: bool = True,
+    max_turns: int = 50,
     defaults: SamplingDefaults | None = None,
     waiting_seconds: float = 30,
     **usage: Any,
@@ -98,7 +99,7 @@ async def serving(
     host = ModelHost(lambda name: model, MODEL)
     await host.load(MODEL)
     await engine.wait_ready()
-    store = MemorySessionStore(ChatHistoryConfig()) if sessions else None
+    store = MemorySessionStore(ChatHistoryConfig(max_turns=max_turns)) if sessions else None
     service = GenerationService(
         host=host,
         input_filter=input_filter,

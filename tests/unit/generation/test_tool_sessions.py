@@ -40,13 +40,14 @@ class CallingEngine(ScriptedEngine):
             Delta(tool_calls=(ToolCallDelta(arguments=arguments[half:]),), tokens=1),
         )
         self.renders_reasoning = True
+        self.answers = True
 
     @property
     def info(self) -> EngineInfo:
         return replace(super().info, renders_reasoning=self.renders_reasoning)
 
     def stream(self, request: GenerationRequest) -> Any:
-        answered = request.messages[-1].role is Role.TOOL
+        answered = self.answers and request.messages[-1].role is Role.TOOL
         self.texts, self.end = (("Sunny.",), FinishReason.STOP) if answered else (self.calling, FinishReason.TOOL_CALLS)
         return super().stream(request)
 
@@ -83,6 +84,19 @@ async def test_a_session_continues_with_the_result_of_a_call() -> None:
 
         await service.read(request(Message(Role.USER, "And Genf?")))
         assert [QUESTION, CALLS, RESULT, ANSWER, Message(Role.USER, "And Genf?")] == sent(engine)
+
+
+async def test_an_agents_loop_is_one_turn_of_its_session() -> None:
+    """More calls than the session may have turns: the model still sees the question, and no result is refused."""
+    engine = CallingEngine()
+    engine.answers = False
+    async with serving(engine, max_turns=2) as service:
+        await service.read(request(QUESTION))
+        for _ in range(4):
+            await service.read(request(RESULT))
+
+        assert [QUESTION, *[CALLS, RESULT] * 4] == sent(engine)
+        assert [QUESTION, *[CALLS, RESULT] * 4, CALLS] == await stored(service)
 
 
 async def test_a_conversation_with_calls_that_comes_again_is_recognised() -> None:

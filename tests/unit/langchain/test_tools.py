@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
 from pydantic import BaseModel
 
@@ -78,6 +78,34 @@ async def chat(engine: AnsweringEngine) -> EngineChat:
 def test_a_message_is_the_same_on_its_way_there_and_back(message: Message):
     """Calls with their ids, one that was cut among them, reasoning and names."""
     assert message == from_langchain(to_langchain(message))
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        (HumanMessage([{"type": "text", "text": "What is it?"}, IMAGE]), "image_url"),
+        (SystemMessage([IMAGE]), "image_url"),
+        (ToolMessage([IMAGE], tool_call_id="call_1"), "image_url"),
+        (AIMessage([{"type": "thinking", "thinking": "Hm."}, "Well."]), "thinking"),
+        (HumanMessage([{"type": "tool_use", "id": "call_1", "name": "add", "input": {}}]), "tool_use"),
+    ],
+)
+def test_content_that_is_no_text_is_refused_rather_than_left_out(message: BaseMessage, kind: str):
+    with pytest.raises(ValueError, match=f"content of the type {kind} is not supported, only text"):
+        from_langchain(message)
+
+
+def test_content_in_blocks_of_text_is_text():
+    """Also beside the calls that other providers' answers repeat there."""
+    blocks = ["a", {"type": "text", "text": "b"}]
+    use = {"type": "tool_use", "id": "call_1", "name": "add", "input": {"a": 1}}
+    called = AIMessage([*blocks, use], tool_calls=[{"name": "add", "args": {"a": 1}, "id": "call_1"}])
+
+    assert Message(Role.USER, "ab") == from_langchain(HumanMessage(blocks))
+    assert Message(Role.ASSISTANT, "ab", (CALL,)) == from_langchain(called)
 
 
 def test_langchains_messages_keep_their_calls():
