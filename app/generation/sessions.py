@@ -68,7 +68,7 @@ class SessionStore(Protocol):
     async def append(self, tenant: Tenant, session_id: str, turn: Turn) -> None:
         """Add a turn at the end and begin the time to live anew.
 
-        One that begins with what a tool said goes on with the turn before it.  The oldest turns go where there are too
+        One that begins with what a tool said continues the turn before it.  The oldest turns go where there are too
         many or too much text, the newest never; and the tenant's least recently used session where there are too many.
         """
 
@@ -183,7 +183,7 @@ class MemorySessionStore:
 def newest_turns(turns: Sequence[Turn], config: ChatHistoryConfig) -> tuple[Turn, ...]:
     """Return the newest turns that the limits of a conversation allow, at least one.
 
-    What a tool said, and the answer to it, goes on with the turn that called it: an agent's loop counts as one turn, so
+    What a tool said, and the answer to it, continues the turn that called it: an agent's loop counts as one turn, so
     that it never loses the question that it is about.
     """
     newest = (whole_turns(turns) or tuple(turns[-1:]))[-config.max_turns :]

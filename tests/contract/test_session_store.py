@@ -112,7 +112,7 @@ async def test_too_much_text_drops_the_oldest_turns(factory: Factory, clock: Clo
     assert (wide,) == session.turns
 
 
-async def test_what_tools_say_goes_on_with_the_turn_that_called(factory: Factory, clock: Clock):
+async def test_what_tools_say_continues_the_turn_that_called(factory: Factory, clock: Clock):
     """However long an agent goes on, its question stays, and so do the turns before it that have room."""
     store = factory(ChatHistoryConfig(max_turns=2), clock)
     call = ToolCall("call_1", "look_up", "{}")

@@ -100,7 +100,7 @@ def test_content_that_is_no_text_is_refused_rather_than_left_out(message: BaseMe
 
 def test_content_in_blocks_of_text_is_text():
     """Also beside the calls that other providers' answers repeat there."""
-    blocks = ["a", {"type": "text", "text": "b"}]
+    blocks: list[str | dict[str, Any]] = ["a", {"type": "text", "text": "b"}]
     use = {"type": "tool_use", "id": "call_1", "name": "add", "input": {"a": 1}}
     called = AIMessage([*blocks, use], tool_calls=[{"name": "add", "args": {"a": 1}, "id": "call_1"}])
 
