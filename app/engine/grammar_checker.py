@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import sys
@@ -10,17 +11,21 @@ from pathlib import Path
 
 import app
 from app.engine.base import EngineInfo
-from app.errors import EngineFailed, InvalidRequest
+from app.engine.deadline import deadline
+from app.engine.tenant_turns import TenantTurns
+from app.errors import EngineFailed, EngineNotReady, InvalidRequest
 from app.grammars.compiler import MAX_GRAMMAR_CHARS
 from app.requests import GenerationRequest
-from app.types import Grammar
+from app.types import Grammar, Tenant
 
-CHECK_SECONDS = 5.0
+CHECK_SECONDS = 2.0
 """A grammar that takes longer to compile is refused."""
 START_SECONDS = 60.0
 """For the process to read the vocabulary."""
 REMEMBERED = 1000
 """Grammars whose outcome is known without another look."""
+MAX_WAITING = 4
+"""Grammars of one tenant that may wait to be tried."""
 
 _ENVIRONMENT = frozenset(["PATH", "LANG", "SYSTEMROOT", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH"])
 _TOO_COMPLEX = "is too complex"
@@ -29,15 +34,24 @@ _TOO_COMPLEX = "is too complex"
 class GrammarChecker:
     """Tries grammars in a child process, which is started with the first of them; one for each loaded model."""
 
-    def __init__(self, tokenizer_folder: str, vocab_size: int) -> None:
-        """Args: vocab_size: width of the model's logits."""
+    def __init__(self, tokenizer_folder: str, vocab_size: int, *, waiting_seconds: float = 60.0) -> None:
+        """Args:
+        vocab_size: width of the model's logits.
+        waiting_seconds: how long a request may take until its grammar has been tried.
+        """
         self._command = (
             *(sys.executable, "-P", "-m", "app.grammars.checking_process"),
             *(str(Path(tokenizer_folder).absolute()), str(vocab_size)),
         )
-        self._outcomes: OrderedDict[Grammar, str | None] = OrderedDict()
-        self._turn = asyncio.Lock()
+        self._waiting_seconds = waiting_seconds
+        self._outcomes: OrderedDict[bytes, str | None] = OrderedDict()
+        """Why a grammar is refused, or None, by the grammar's digest."""
+        self._turns = TenantTurns(MAX_WAITING, "Too many grammars wait to be tried. Try again later.")
         self._process: asyncio.subprocess.Process | None = None
+        """The one that is ready and has no question to answer, or that of the check that has the turn."""
+        self._children: set[asyncio.subprocess.Process] = set()
+        """All that have not been ended, one that is being started among them."""
+        self._closed = False
 
     async def check_request(self, request: GenerationRequest, info: EngineInfo) -> None:
         """Return if the request has no grammar, or one that can be enforced.
@@ -46,79 +60,117 @@ class GrammarChecker:
         """
         if request.sampling.grammar is not None:
             info.capabilities.check(request)
-            await self.check(request.sampling.grammar)
+            await self.check(request.sampling.grammar, request.tenant)
 
-    async def check(self, grammar: Grammar) -> None:
+    async def check(self, grammar: Grammar, tenant: Tenant) -> None:
         """Return if the grammar can be enforced.
 
         Raises: InvalidRequest: it cannot; names the field `grammar` and says why.
             EngineFailed: it could not be tried.
+            EngineBusy, DeadlineExceeded: other grammars are being tried.
+            EngineNotReady: the model is being replaced or closed.
         """
         if len(grammar.text) > MAX_GRAMMAR_CHARS:
             raise InvalidRequest.of_field("grammar", f"is longer than {MAX_GRAMMAR_CHARS} characters")
-        if grammar not in self._outcomes:
-            async with self._turn:
-                if grammar not in self._outcomes:
-                    await self._try(grammar)
-        self._outcomes.move_to_end(grammar)
-        if (reason := self._outcomes[grammar]) is not None:
+        question = json.dumps([grammar.kind, grammar.text]).encode()
+        digest = hashlib.sha256(question).digest()
+        if digest not in self._outcomes:
+            limit = deadline(self._waiting_seconds, "The grammar waited too long to be tried.")
+            async with limit, self._turns.turn(tenant, digest):
+                if digest not in self._outcomes:
+                    self._remember(digest, await self._try(question))
+        self._outcomes.move_to_end(digest)
+        if (reason := self._outcomes[digest]) is not None:
             raise InvalidRequest.of_field("grammar", reason)
 
     async def close(self) -> None:
-        """Kill the process, if there is one, and wait for its end."""
-        process, self._process = self._process, None
-        if process is None:
-            return
+        """End the process, if there is one, and start no other."""
+        self._closed = True
+        self._process = None
+        for process in tuple(self._children):
+            await self._end(process)
+
+    def _remember(self, digest: bytes, outcome: str | None) -> None:
+        self._outcomes[digest] = outcome
+        if len(self._outcomes) > REMEMBERED:
+            self._outcomes.popitem(last=False)
+
+    async def _try(self, question: bytes) -> str | None:
+        """Return why a grammar cannot be enforced; None if it can."""
+        try:
+            process = await self._running()
+        except (OSError, EOFError, TimeoutError) as error:
+            self._refuse_if_closed()
+            raise EngineFailed("The grammar could not be tried; try again in a moment.") from error
+        try:
+            async with asyncio.timeout(CHECK_SECONDS):
+                return await _request(process, question)
+        except TimeoutError:
+            await self._end(process)
+            return "takes too long to compile"
+        except (OSError, EOFError):
+            await self._end(process)
+            self._refuse_if_closed()
+            # It may also have been killed by somebody else, so the next request tries again.
+            raise InvalidRequest.of_field("grammar", _TOO_COMPLEX) from None
+        except BaseException:
+            # Somebody hung up; the answer is still to come, and must not be taken for that to the next question.
+            await self._end(process)
+            raise
+
+    async def _running(self) -> asyncio.subprocess.Process:
+        """Return the process, which is ready for a question."""
+        self._refuse_if_closed()
+        if self._process is not None and self._process.returncode is None:
+            return self._process
+        if self._process is not None:
+            await self._end(self._process)
+        process = await self._launch()
+        try:
+            self._refuse_if_closed()
+            async with asyncio.timeout(START_SECONDS):
+                await _line(process)
+            self._refuse_if_closed()
+        except BaseException:
+            # What it has yet to say must not be taken for an answer.
+            await self._end(process)
+            raise
+        self._process = process
+        return process
+
+    async def _launch(self) -> asyncio.subprocess.Process:
+        inherited = {name: value for name, value in os.environ.items() if name in _ENVIRONMENT}
+        process = await asyncio.create_subprocess_exec(
+            *self._command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,  # a traceback could show the grammar
+            env=inherited | {"PYTHONPATH": str(Path(next(iter(app.__path__))).parent)},
+            start_new_session=True,
+        )
+        self._children.add(process)
+        return process
+
+    async def _end(self, process: asyncio.subprocess.Process) -> None:
+        """Kill a process and wait for its end."""
+        if self._process is process:
+            self._process = None
         with contextlib.suppress(ProcessLookupError):
             process.kill()
         if process.stdin is not None:
             process.stdin.close()
         await process.wait()
+        self._children.discard(process)
 
-    async def _try(self, grammar: Grammar) -> None:
-        try:
-            process = await self._running()
-        except (OSError, EOFError, TimeoutError) as error:
-            await self.close()
-            raise EngineFailed("The grammar could not be tried; try again in a moment.") from error
-        try:
-            async with asyncio.timeout(CHECK_SECONDS):
-                self._outcomes[grammar] = await _request(process, [grammar.kind, grammar.text])
-        except TimeoutError:
-            await self.close()
-            self._outcomes[grammar] = "takes too long to compile"
-        except (OSError, EOFError):
-            # It may also have been killed by somebody else, so the next request tries again.
-            await self.close()
-            raise InvalidRequest.of_field("grammar", _TOO_COMPLEX) from None
-        except BaseException:
-            # Somebody hung up; the answer is still to come, and must not be taken for that to the next question.
-            await self.close()
-            raise
-        if len(self._outcomes) > REMEMBERED:
-            self._outcomes.popitem(last=False)
-
-    async def _running(self) -> asyncio.subprocess.Process:
-        if self._process is None or self._process.returncode is not None:
-            await self.close()
-            inherited = {name: value for name, value in os.environ.items() if name in _ENVIRONMENT}
-            self._process = await asyncio.create_subprocess_exec(
-                *self._command,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.DEVNULL,  # a traceback could show the grammar
-                env=inherited | {"PYTHONPATH": str(Path(next(iter(app.__path__))).parent)},
-                start_new_session=True,
-            )
-            async with asyncio.timeout(START_SECONDS):
-                await _line(self._process)
-        return self._process
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise EngineNotReady("The model is being replaced or closed; try again in a moment.")
 
 
-async def _request(process: asyncio.subprocess.Process, question: list[str]) -> str | None:
+async def _request(process: asyncio.subprocess.Process, question: bytes) -> str | None:
     if process.stdin is None:
         raise EOFError
-    process.stdin.write(json.dumps(question).encode() + b"\n")
+    process.stdin.write(question + b"\n")
     await process.stdin.drain()
     answer: str | None = json.loads(await _line(process))
     return answer

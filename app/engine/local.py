@@ -234,7 +234,9 @@ class LocalEngine:
             raise WorkerLostError(f"The model's tokenizer cannot be loaded: {first_line(error)}.") from error
         await self._close_tokenizer()
         self._tokenizer = tokenizer
-        self._grammar_checker = GrammarChecker(ready.tokenizer_folder, ready.vocab_size)
+        self._grammar_checker = GrammarChecker(
+            ready.tokenizer_folder, ready.vocab_size, waiting_seconds=self._deadlines.waiting_seconds
+        )
         self._encoder = PromptEncoder(tokenizer, vocab_size=ready.vocab_size, seconds=self._deadlines.waiting_seconds)
         self._slots = ready.slots
         self._info = EngineInfo(

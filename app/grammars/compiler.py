@@ -19,6 +19,8 @@ MAX_GRAMMAR_CHARS: Final = 100_000
 WHITESPACE: Final = r"\x20|\n\x20{0,8}"
 """Between the parts of a JSON value: what people and programs write.  A small model that may write more white space
 writes little else."""
+TOO_COMPLEX: Final = "is too complex"
+"""The reason of a grammar that met one of `LIMITS`."""
 LIMITS: Final = LLParserLimits(
     initial_lexer_fuel=1_000_000,  # 20 ms at the library's own 50,000 in a millisecond
     step_lexer_fuel=200_000,  # 14 ms
@@ -103,7 +105,7 @@ def reason_of(message: str) -> str:
         said = _PARSER_ERROR.search(message)
         return f"has an expression that is not valid or not supported{f': {said[1]}' if said else ''}"
     if _TOO_LARGE.search(message):
-        return "is too complex"
+        return TOO_COMPLEX
     return f"cannot be enforced{place}"
 
 

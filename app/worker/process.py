@@ -268,6 +268,9 @@ def make_runner(loaded: LoadedModel, spec: ModelSpec) -> Runner:
             model_runner.cache.length,
         )
         loaded = dataclasses.replace(loaded, context_length=model_runner.cache.length)
+    if spec.embeddings != "none":
+        # A step is short, but a pass over long texts is not.
+        _watch_progress(loaded.pipeline.model)
     return BatchingRunner(loaded, model_runner, prefix_reuse=spec.prefix_reuse)
 
 

@@ -84,7 +84,7 @@ class BatchingRunner:
         self._decode_width = MIN_DECODE_WIDTH if loaded.device == "cpu" else max(MIN_DECODE_WIDTH, self.slots // 2)
         self._clock = clock
         self._live: dict[int, _LiveRequest] = {}
-        self._grammars = None if loaded.vocabulary is None else Grammars(loaded.vocabulary)
+        self._grammars = None if loaded.vocabulary is None else Grammars(loaded.vocabulary, loaded.end_ids)
         self._compiling: dict[int, Compilation] = {}
         """The live requests that the scheduler has not got yet."""
         self._pending_events: list[TokenEvent] = []
@@ -243,7 +243,10 @@ class BatchingRunner:
             return ()
         waiting = [each.sampler.grammar for each in live if each.sampler.grammar and not each.sampler.grammar.is_ready]
         seconds = LATE_SECONDS if len(waiting) < len(live) else ALL_LATE_SECONDS
-        self._grammars.wait_for_masks(waiting, seconds)
+        # A row that is known to be slow is waited for only where there is no other.
+        quick = [each for each in waiting if not each.slow]
+        if quick or len(waiting) == len(live):
+            self._grammars.wait_for_masks(quick or waiting, seconds)
         return {
             each.request.id for each in live if each.sampler.grammar is not None and not each.sampler.grammar.is_ready
         }

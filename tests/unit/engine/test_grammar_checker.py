@@ -11,10 +11,12 @@ import pytest
 
 from app.engine import grammar_checker
 from app.engine.grammar_checker import GrammarChecker
-from app.errors import InvalidRequest
+from app.errors import DeadlineExceeded, EngineNotReady, InvalidRequest
 from app.grammars.compiler import MAX_GRAMMAR_CHARS
-from app.types import Grammar
+from app.types import Grammar, Tenant
 from tests.unit.tiny_models import chatml_tokenizer, save
+
+TENANT = Tenant.owner("anna")
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def schema(value: Any) -> Grammar:
 async def reason(checker: GrammarChecker, grammar: Grammar) -> str | None:
     """Return why the grammar is refused; None if it is not."""
     try:
-        await checker.check(grammar)
+        await checker.check(grammar, TENANT)
     except InvalidRequest as error:
         ((field, why),) = [(each["field"], each["reason"]) for each in (error.details or {})["errors"]]
         assert "grammar" == field
@@ -131,20 +133,74 @@ async def test_a_grammar_that_takes_too_long_is_refused_and_remembered(
 
 
 async def test_a_known_grammar_needs_no_process(checker: GrammarChecker):
-    await checker.check(Grammar("regex", "a"))
+    await checker.check(Grammar("regex", "a"), TENANT)
     await checker.close()
 
     began = time.perf_counter()
-    await asyncio.gather(*(checker.check(Grammar("regex", "a")) for _ in range(50)))
+    await asyncio.gather(*(checker.check(Grammar("regex", "a"), TENANT) for _ in range(50)))
     assert time.perf_counter() - began < 0.1
 
 
 async def test_whoever_hangs_up_leaves_no_answer_behind_for_the_next(checker: GrammarChecker):
-    await checker.check(Grammar("regex", "a"))
-    impatient = asyncio.create_task(checker.check(schema({"not": {}})))
+    await checker.check(Grammar("regex", "a"), TENANT)
+    impatient = asyncio.create_task(checker.check(schema({"not": {}}), TENANT))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     impatient.cancel()
     await asyncio.gather(impatient, return_exceptions=True)
 
     assert await reason(checker, Grammar("regex", "b")) is None
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.05, 0.4])
+async def test_whoever_hangs_up_while_the_process_starts_leaves_nothing_behind_either(
+    checker: GrammarChecker, seconds: float
+):
+    """What the process says of itself is no answer to anybody's question."""
+    impatient = asyncio.create_task(checker.check(schema({"not": {}}), TENANT))
+    await asyncio.sleep(seconds)
+    impatient.cancel()
+    await asyncio.gather(impatient, return_exceptions=True)
+
+    assert await reason(checker, Grammar("regex", "b")) is None
+    assert "`not`" in str(await reason(checker, schema({"not": {}})))
+    assert await reason(checker, Grammar("regex", "c")) is None
+
+
+@pytest.mark.parametrize("started", [False, True])
+async def test_a_check_that_is_under_way_when_the_model_goes_is_the_services_fault(
+    checker: GrammarChecker, started: bool
+):
+    """Also while the process starts; and no process is started afterwards."""
+    if started:
+        await checker.check(Grammar("regex", "a"), TENANT)
+    under_way = [
+        asyncio.create_task(checker.check(each, TENANT)) for each in (chain(30), schema({"type": "null"}), schema(True))
+    ]
+    await asyncio.sleep(0 if started else 0.1)
+
+    await checker.close()
+
+    outcomes = await asyncio.wait_for(asyncio.gather(*under_way, return_exceptions=True), 5)
+    assert {EngineNotReady} == {type(each) for each in outcomes}
+    with pytest.raises(EngineNotReady):
+        await checker.check(Grammar("regex", "b"), TENANT)
+    assert not checker._children
+
+
+async def test_a_grammar_waits_no_longer_than_a_request_may(tmp_path: Path):
+    """The process takes longer to start."""
+    tokenizer = chatml_tokenizer()
+    checker = GrammarChecker(str(save(tokenizer, tmp_path)), len(tokenizer), waiting_seconds=0.02)
+
+    with pytest.raises(DeadlineExceeded, match="waited too long to be tried"):
+        await checker.check(Grammar("regex", "a"), TENANT)
+
+    await checker.close()
+
+
+async def test_of_a_grammar_only_the_outcome_is_kept(checker: GrammarChecker):
+    """A schema can hold personal data."""
+    await checker.check(schema({"const": "anna@example.com"}), TENANT)
+
+    assert "anna" not in repr(vars(checker))

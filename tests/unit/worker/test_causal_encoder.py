@@ -14,6 +14,7 @@ from app.types import SamplingParams
 from app.worker.embedding.causal import CausalEncoder
 from app.worker.embedding.embedding_runner import EmbeddingRunner
 from app.worker.execution.private_api import attention_implementation
+from app.worker.heartbeat import PROGRESS
 from app.worker.loading.loader import load
 from app.worker.loading.model_files import LoadError
 from app.worker.process import Runner, make_runner
@@ -62,6 +63,17 @@ def embed(runner: EmbeddingRunner) -> Tensor:
     while runner.busy:
         runner.step(report)
     return torch.stack([found[place] for place in range(len(INPUTS))])
+
+
+@pytest.mark.parametrize("engine", ["batching", "serial"])
+def test_a_pass_over_long_texts_shows_that_it_goes_on(folder: Path, engine: Literal["batching", "serial"]):
+    """Each part of the model is progress, so that nobody takes a long pass for one that hangs."""
+    _, embedder = loaded(folder, "mean", engine)
+    before = PROGRESS.count
+
+    embed(embedder)
+
+    assert PROGRESS.count - before > 10
 
 
 def generate(runner: Runner, between: EmbeddingRunner | None = None) -> list[int]:

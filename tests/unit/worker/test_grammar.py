@@ -12,7 +12,9 @@ import pytest
 import torch
 import transformers as hf
 from jsonschema_rs import validator_for
+from llguidance import LLParserLimits
 
+from app.grammars import compiler
 from app.grammars.compiler import create_matcher
 from app.grammars.vocabulary import UnsupportedVocabularyError, Vocabulary, load_vocabulary
 from app.ipc.messages import Submit, TokenEvent
@@ -306,9 +308,9 @@ def test_a_mask_that_takes_long_holds_up_no_other_row(
     expected = text_of(run(quick))
     compute = grammar_module.Grammars._compute
 
-    def slowly(self: Any, rows: Any) -> None:
+    def slowly(*given: Any) -> None:
         time.sleep(0.2)
-        compute(self, rows)
+        compute(*given)
 
     monkeypatch.setattr(grammar_module.Grammars, "_compute", slowly)
     submit(runner, grammar, 1)
@@ -372,6 +374,149 @@ def test_the_serial_runner_refuses_what_cannot_be_enforced(serial_model: LoadedM
     runner.submit(Submit(1, PROMPT, SamplingParams(grammar=Grammar("regex", "("))))
 
     assert last_of(run(runner)).invalid
+
+
+HUNGRY = Grammar("regex", "(.|\n)*[ab](.|\n){12}")
+"""Its lexer gets more states with each text."""
+
+
+@pytest.fixture
+def few_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the lexer have what one completion of 20 tokens needs, and not what several need together."""
+    limits = LLParserLimits(
+        initial_lexer_fuel=1_000_000, step_lexer_fuel=200_000, max_lexer_states=300, verbose_errors=False
+    )
+    monkeypatch.setattr(compiler, "LIMITS", limits)
+
+
+def letters(seed: int, count: int = 20) -> list[int]:
+    draw = random.Random(seed)
+    return [token_id(TOKENIZER, draw.choice("ac")) for _ in range(count)]
+
+
+@pytest.mark.usefixtures("few_states")
+def test_completions_do_not_use_up_a_grammar_for_those_that_follow(vocabulary: Vocabulary):
+    """Nor for those beside them; each goes on where it was, with a matcher of its own."""
+    grammars = grammar_module.Grammars(vocabulary)
+    rows = [grammars.row(grammars.compile(HUNGRY), (END,)) for _ in range(4)]
+    for tokens in zip(*map(letters, range(4)), strict=True):
+        grammars.begin_masks(rows)
+        while not all(row.is_ready for row in rows):
+            grammars.wait_for_masks(rows, 1)
+            grammars.begin_masks(rows)
+        for row, token in zip(rows, tokens, strict=True):
+            assert row.failure is None
+            assert row.bits[token // 8] >> token % 8 & 1
+            row.accept(token)
+
+    for seed in range(4, 24):
+        row = grammars.row(grammars.compile(HUNGRY), (END,))
+        for token in letters(seed):
+            grammars.compute_mask(row)
+            assert row.failure is None
+            row.accept(token)
+
+
+@pytest.mark.usefixtures("few_states")
+def test_a_completion_that_meets_the_limit_by_itself_fails_and_spoils_nothing(vocabulary: Vocabulary):
+    grammars = grammar_module.Grammars(vocabulary)
+    compilation = grammars.compile(HUNGRY)
+    row = grammars.row(compilation, (END,))
+    for token in letters(0, 90):
+        grammars.compute_mask(row)
+        if row.failure is not None:
+            break
+        row.accept(token)
+
+    assert "The completion cannot go on: its grammar is too complex." == row.failure
+    assert compilation is not grammars.compile(HUNGRY)
+
+
+def test_a_compiled_grammar_serves_eight_completions(vocabulary: Vocabulary):
+    grammars = grammar_module.Grammars(vocabulary)
+
+    compilations = [grammars.compile(HUNGRY) for _ in range(17)]
+
+    assert [8, 8, 1] == [each.uses for each in (compilations[0], compilations[8], compilations[16])]
+    assert 3 == len({id(each) for each in compilations})
+
+
+@pytest.mark.parametrize("kind", ["batching", "serial"])
+@pytest.mark.parametrize("part", ["create_matcher", "_thread_with_stack"])
+def test_a_compiler_that_breaks_fails_one_request_with_a_fixed_reason(
+    model: Any,
+    serial_model: LoadedModel,
+    vocabulary: Vocabulary,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    part: str,
+):
+    """Its message could quote the grammar."""
+    runner = SerialRunner(serial_model) if kind == "serial" else runner_for(model, vocabulary)
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("anna@example.com")
+
+    monkeypatch.setattr(grammar_module, part, fail)
+    runner.submit(Submit(1, PROMPT, SamplingParams(grammar=Grammar("regex", "a"))))
+    runner.submit(Submit(2, PROMPT, SamplingParams(max_tokens=2)))
+
+    events = run(runner)
+
+    assert ("The grammar cannot be enforced.", True) == (last_of(events, 1).error, last_of(events, 1).invalid)
+    assert last_of(events, 2).finish
+
+
+def test_an_end_token_that_writes_text_does_not_stand_inside_a_completion(model: Any, vocabulary: Vocabulary):
+    """Some models end with a token that the tokenizer does not call special."""
+    letter = token_id(TOKENIZER, "b")
+    runner = runner_for(model, vocabulary, end_ids=(letter,))
+    for number in range(4):
+        submit(runner, Grammar("regex", "[ab]{30}"), number, logit_bias=((letter, 9.0),))
+
+    events = run(runner)
+
+    assert [30] * 4 == [len(text_of(events, number)) for number in range(4)]
+    assert {"stop"} == {last_of(events, number).finish for number in range(4)}
+
+
+def test_end_tokens_that_no_mask_has_end_nothing(vocabulary: Vocabulary):
+    """The completion is over as if there were none."""
+    grammars = grammar_module.Grammars(vocabulary)
+    row = grammars.row(grammars.compile(Grammar("regex", "a")), (10**6,))
+    bits = torch.zeros(vocabulary.mask_bytes, dtype=torch.uint8).numpy()
+    bits[vocabulary.end // 8] |= 1 << vocabulary.end % 8
+
+    row.take_mask(bits)
+
+    assert row.is_over
+
+
+def test_a_row_that_is_known_to_be_slow_is_not_waited_for(runner: BatchingRunner, monkeypatch: pytest.MonkeyPatch):
+    """As long as there are others, which would be slower by the wait in each step."""
+    compute, wait = grammar_module.Grammars._compute, grammar_module.Grammars.wait_for_masks
+    waited_for_slow: list[bool] = []
+
+    def slowly(*given: Any) -> None:
+        time.sleep(0.1)
+        compute(*given)
+        for row in given[1]:
+            row.slow = True
+
+    def note(self: Any, rows: Any, seconds: float) -> None:
+        waited_for_slow.extend(row.slow for row in rows)
+        wait(self, rows, seconds)
+
+    monkeypatch.setattr(grammar_module.Grammars, "_compute", slowly)
+    monkeypatch.setattr(grammar_module.Grammars, "wait_for_masks", note)
+    submit(runner, Grammar("regex", "a{60}"), 1)
+    submit(runner, None, 2, max_tokens=400, ignore_eos=True)
+    events: list[TokenEvent] = []
+    while not any(event.finish for event in events):
+        runner.step(events.extend)
+
+    assert any(event.id == 1 and event.token_ids for event in events)
+    assert {False} == set(waited_for_slow)
 
 
 def wordpiece_tokenizer() -> hf.PreTrainedTokenizerFast:

@@ -58,7 +58,7 @@ class SerialRunner:
 
     def __init__(self, loaded: LoadedModel) -> None:
         self._model = loaded
-        self._grammars = None if loaded.vocabulary is None else Grammars(loaded.vocabulary)
+        self._grammars = None if loaded.vocabulary is None else Grammars(loaded.vocabulary, loaded.end_ids)
         self._compilations: dict[int, Compilation] = {}
         """Of the waiting requests that have a grammar."""
         self._waiting: deque[Submit] = deque()
