@@ -40,7 +40,7 @@ _NARROWER: Final = {
     "email": (rf"^{_WORD}{{1,16}}(\.{_WORD}{{1,15}}){{0,3}}@{_LABEL}(\.{_LABEL}){{0,5}}$",),
 }
 """What the compiler's own expressions for formats leave out: days that a year does not have, the year 0, leap seconds,
-which are the last of a day in UTC.  Of addresses they would know no lengths; the form of ordinary ones does."""
+which are the last of a day in UTC.  The form of ordinary addresses bounds the lengths of their parts."""
 _ESCAPE_OR_CLASS: Final = re.compile(r"\\.|[\[\]]", re.DOTALL)
 _WHITE_SPACE: Final = r"\t\n\x0B\f\r "
 """The white space that every dialect of expressions has."""

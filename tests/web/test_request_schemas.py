@@ -40,7 +40,7 @@ CROSS_FIELD = re.compile(
 """What no schema of single fields can say."""
 
 
-NOTHING = (None, "", [], {})
+NOTHING: tuple[Any, ...] = (None, "", [], {})
 """Values of a field that nobody knows which say nothing."""
 
 
