@@ -37,7 +37,7 @@ BODIES: Mapping[str, dict[str, Any]] = {"/v1/generate": GENERATE, "/v1/chat": CH
 """The native routes that stream."""
 OPENAI_BODIES: Mapping[str, dict[str, Any]] = {"/v1/chat/completions": CHAT, "/v1/completions": GENERATE}
 RESPONSE_BODIES: Mapping[str, dict[str, Any]] = {"/v1/responses": {"input": "hello"}}
-OPENAI_PATHS = (*OPENAI_BODIES, *RESPONSE_BODIES, "/v1/embeddings", "/v1/models")
+OPENAI_PATHS = (*OPENAI_BODIES, *RESPONSE_BODIES, "/v1/embeddings", "/v1/models", "/tokenize", "/detokenize")
 MODEL = "scripted"
 
 Step = str | Delta | float | BaseException

@@ -49,7 +49,7 @@ async def test_every_route_but_the_public_ones_needs_a_key(subtests):
                     assert 401 == reply.status_code
                     assert "Bearer" == reply.headers["www-authenticate"]
                     assert is_envelope(reply)
-    assert 27 == checked
+    assert 30 == checked
 
 
 async def test_generating_routes_are_limited_and_no_others(subtests):
@@ -68,7 +68,7 @@ async def test_generating_routes_are_limited_and_no_others(subtests):
             else:
                 assert not any(reply.status_code == 429 for reply in replies)
                 assert [None if path in SILENT else "2"] * 3 == left
-    assert 6 == checked
+    assert 7 == checked
 
 
 async def test_every_route_documents_its_errors(web):
