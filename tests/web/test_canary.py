@@ -88,6 +88,7 @@ def all_files(folder: Path) -> bytes:
     return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.timeout(400)
 async def test_neither_a_key_nor_an_address_is_found_anywhere(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     """Not in a log line, a table (but its digest), a metric, a traceback, a header or /openapi.json."""
     stop = configure_logging(LoggingConfig(level="DEBUG", file=tmp_path / "log"))

@@ -256,7 +256,7 @@ REASONS: list[tuple[str, bytes, list[tuple[str, str]]]] = [
     (
         "/v1/chat",
         body("/v1/chat", messages=[{}]),
-        [("messages.0.role", "Field required"), ("messages.0.content", "Field required")],
+        [("messages.0.role", "Field required")],
     ),
     ("/v1/chat/completions", body("/v1/chat/completions", messages=["x"]), [("messages.0", NO_OBJECT)]),
 ]
@@ -379,7 +379,14 @@ async def test_a_wrong_method_is_answered_with_all_right_ones_in_the_dialect_of_
 
 @pytest.mark.parametrize(
     "path",
-    ["/v1/embeddings", "/v1/responses/x", "/v1/responses/x/y", "/v1/models/a/b", "/v1/files", "/v1/chat/completions/"],
+    [
+        "/v1/audio/speech",
+        "/v1/responses/x",
+        "/v1/responses/x/y",
+        "/v1/models/a/b",
+        "/v1/files",
+        "/v1/chat/completions/",
+    ],
 )
 @pytest.mark.parametrize("headers", [AUTH, {"nothing": ""}], ids=["with a key", "without"])
 async def test_paths_of_openais_that_are_not_served_have_its_envelope(web, path, headers):

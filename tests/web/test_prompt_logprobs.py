@@ -87,14 +87,18 @@ async def test_a_chat_is_scored_whole(service: Running):
     assert ([], "") == (answer["choices"][0]["logprobs"]["content"], answer["choices"][0]["message"]["content"])
 
 
-async def test_the_service_s_own_system_message_is_withheld(service: Running):
+async def test_the_service_s_own_system_message_is_withheld(tmp_path: Path):
     """The caller's words behind it are scored, those of an earlier turn too."""
     messages = [
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "yo"},
         {"role": "user", "content": "so"},
     ]
-    answer = await post(service, CHATS, messages=messages, max_tokens=0, prompt_logprobs=1)
+    prompts = tmp_path / "prompts"
+    prompts.mkdir()
+    (prompts / "base_system.txt").write_text("You are a helpful assistant.")
+    async with running(tmp_path, app={"prompts_dir": prompts}) as service:
+        answer = await post(service, CHATS, messages=messages, max_tokens=0, prompt_logprobs=1)
 
     positions = answer["prompt_logprobs"]
     assert answer["usage"]["prompt_tokens"] == len(positions) > 20
