@@ -209,9 +209,9 @@ def test_errors_are_the_packages_own_classes(client: openai.OpenAI, base_url: st
 
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(
-            model=MODEL, messages=FRANCE, tools=[{"type": "function", "function": {"name": "f"}}]
+            model=MODEL, messages=FRANCE, tools=[{"type": "function", "function": {"name": "a name"}}]
         )
-    assert ("invalid_request_error", "tools") == (refused.value.type, refused.value.param)
+    assert ("invalid_request_error", "tools.0.function.name") == (refused.value.type, refused.value.param)
 
 
 def test_raw_responses_show_the_headers(client: openai.OpenAI) -> None:
