@@ -35,6 +35,15 @@ REASONS = re.compile(
             "maximum context length is",
             "is not possible with truncation disabled",
             "of the last turn, which is never cut",
+            # One of two fields, or a field that another one needs.
+            "needs either prompt or messages",
+            "is needed where add_generation_prompt is given",
+            "a part of the type text needs the field text",
+            "must be a text or a list of text parts",
+            # What only a look at the texts, or at what is stored, can tell.
+            "must not hold an empty text",
+            "names no stored response of yours",
+            "is not possible here: a stored response is complete",
         ]
     )
 )

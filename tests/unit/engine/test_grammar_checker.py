@@ -182,7 +182,9 @@ async def test_a_check_that_is_under_way_when_the_model_goes_is_the_services_fau
     await checker.close()
 
     outcomes = await asyncio.wait_for(asyncio.gather(*under_way, return_exceptions=True), 5)
-    assert {EngineNotReady} == {type(each) for each in outcomes}
+    # The first may have been answered by then.
+    assert [EngineNotReady, EngineNotReady] == [type(each) for each in outcomes[1:]]
+    assert outcomes[0] is None or isinstance(outcomes[0], EngineNotReady)
     with pytest.raises(EngineNotReady):
         await checker.check(Grammar("regex", "b"), TENANT)
     assert not checker._children
