@@ -38,7 +38,9 @@ REASONS = re.compile(
             # One of two fields, or a field that another one needs.
             "needs either prompt or messages",
             "is needed where add_generation_prompt is given",
-            "a part of the type text needs the field text",
+            "a part of the type [a-z_]+ needs the field",
+            "a message of the role [a-z]+ needs",
+            "names a model that (does not embed|only embeds)",
             "must be a text or a list of text parts",
             "belong to messages of the role assistant",
             "input_type needs texts",
