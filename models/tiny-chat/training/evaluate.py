@@ -138,7 +138,9 @@ def table(figures: list[Figure]) -> str:
     """The figures as a table in Markdown."""
     lines = ["| what | target | measured | cases |", "|---|---|---|---|"]
     for figure in figures:
-        measured = f"{figure.right / figure.count:.1%}{'' if figure.reached else ' (missed)'}"
+        # Rounded down: what misses its target must not look as if it had not.
+        share = figure.right * 1000 // figure.count / 10
+        measured = f"{share}%{'' if figure.reached else ' (missed)'}"
         lines.append(f"| {figure.name} | {figure.target:.0%} | {measured} | {figure.right} of {figure.count} |")
     return "\n".join(lines)
 
