@@ -4,7 +4,7 @@
 
 AppError
 ├── InvalidRequest            400  ├── ContextLengthExceeded ── InputTooLong  ├── PromptTooLong  ├── PiiBlocked
-│                                  ├── PreviousResponseNotFound
+│                                  ├── PreviousResponseNotFound  ├── ModelRefused
 ├── Unauthorized              401
 ├── Forbidden                 403
 ├── NotFound                  404  ├── ModelNotFound  ├── SessionNotFound  ├── KeyNotFound  ├── RoleNotFound
@@ -14,7 +14,7 @@ AppError
 ├── RateLimited               429
 ├── QuotaExceeded             429
 ├── ServiceUnavailable        503  ├── EngineNotReady  ├── EngineBusy  ├── EngineFailed  ├── ShuttingDown
-│                                  ├── StoreUnavailable
+│                                  ├── StoreUnavailable  ├── RegistryUnavailable
 ├── DeadlineExceeded          504
 ├── ClientDisconnected        499
 └── InternalError             500
@@ -108,6 +108,12 @@ class PiiBlocked(InvalidRequest):
     """Personal data was found and the policy is to refuse, not to mask."""
 
     code = "pii_blocked"
+
+
+class ModelRefused(InvalidRequest):
+    """A registry has this model, but not in a form that this service loads."""
+
+    code = "model_refused"
 
 
 class Unauthorized(AppError):
@@ -216,6 +222,10 @@ class StoreUnavailable(ServiceUnavailable):
     def __init__(self, fault: str = "does not answer") -> None:
         """Args: fault: what is wrong, as a continuation of "the database"."""
         super().__init__(f"The service's database {fault}; try again in a moment.", retry_after=2)
+
+
+class RegistryUnavailable(ServiceUnavailable):
+    """The registry of models cannot be reached, or answers with nothing that can be used."""
 
 
 class ShuttingDown(ServiceUnavailable):
