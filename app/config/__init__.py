@@ -3,6 +3,7 @@
 from app.config.access import DatabaseConfig, QuotaConfig, RateLimitConfig, UsageLogConfig
 from app.config.embeddings import EmbeddingsConfig
 from app.config.loading import load_settings
+from app.config.model import ModelConfig, ModelEntry, beside
 from app.config.section import Section
 from app.config.sections import (
     AppConfig,
@@ -10,7 +11,6 @@ from app.config.sections import (
     ChatHistoryConfig,
     DeadlineConfig,
     LoggingConfig,
-    ModelConfig,
     PiiConfig,
     SecurityConfig,
     Settings,
@@ -25,6 +25,7 @@ __all__ = [
     "EmbeddingsConfig",
     "LoggingConfig",
     "ModelConfig",
+    "ModelEntry",
     "PiiConfig",
     "QuotaConfig",
     "RateLimitConfig",
@@ -32,5 +33,6 @@ __all__ = [
     "SecurityConfig",
     "Settings",
     "UsageLogConfig",
+    "beside",
     "load_settings",
 ]

@@ -18,6 +18,7 @@ from app.config import Settings
 from app.embeddings import EmbeddingRequest, Embeddings
 from app.engine.base import EngineInfo
 from app.engine.host import ModelHost
+from app.engine.model_loader import ModelLoader
 from app.errors import Forbidden, NotFound
 from app.events import Event
 from app.generation.responses import ResponseStore
@@ -67,6 +68,7 @@ class Container:
     service: Service
     embeddings: EmbeddingService
     host: ModelHost
+    loader: ModelLoader
     sessions: SessionStore | None
     """None if session memory is switched off."""
     responses: ResponseStore | None

@@ -27,7 +27,7 @@ def find_folder(
         folder = Path(spec.name).expanduser().resolve()
         if not folder.is_dir():
             raise LoadError(f"there is no folder {folder}")
-        revision = None
+        revision = spec.revision
     else:
         if not HUB_ID.fullmatch(spec.name) or ".." in spec.name:
             raise LoadError("its name is not a hub id like owner/model")
