@@ -82,7 +82,7 @@ def create_app(
         builder.served,
         settings.model,
         loaded=[spec for name, spec in specs.items() if name in preloaded],
-        on_first_use=specs.values(),
+        configured=specs.values(),
         on_name=known_names.add,
     )
     admission = AdmissionControl(MemoryAdmissionStore(), access.quotas, on_refusal=metrics.rate_limited)

@@ -95,14 +95,14 @@ class ModelLoader:
         rules: ModelHosting,
         *,
         loaded: Iterable[LoadSpec] = (),
-        on_first_use: Iterable[LoadSpec] = (),
+        configured: Iterable[LoadSpec] = (),
         on_name: Callable[[str], None] = lambda name: None,
     ) -> None:
         """Args:
         build: makes everything of one model, without starting it.
         rules: how many models there may be, and for how long.
         loaded: those that the host starts with.
-        on_first_use: those that are loaded when a request names them.
+        configured: those that are loaded when a request names them.
         on_name: is called with the name of each model that is going to be loaded.
         """
         self._host = host
@@ -111,7 +111,8 @@ class ModelLoader:
         self._on_name = on_name
         self._specs = {spec.name: spec for spec in loaded}
         """What is loaded, without the models that only embed."""
-        self._known = {spec.name: spec for spec in on_first_use}
+        self.configured: Mapping[str, LoadSpec] = {spec.name: spec for spec in configured}
+        self._known = dict(self.configured)
         """What a request may have loaded by its name."""
         self._loads: dict[str, Load] = {}
         self._failures: dict[str, LoadFailure] = {}
@@ -142,13 +143,13 @@ class ModelLoader:
         """
         self._refuse_while_draining()
         if (load := self._loads.get(spec.name)) is not None and not load.task.done():
-            if load.spec != spec:
+            if not load.spec.is_same(spec):
                 raise Conflict("Another model of this name is being loaded; wait for it, or unload it.")
             return load
         if spec.name in self._host.loaded:
             model = self._host.find(spec.name)
             if model.engine.status().state is not EngineState.FAILED:
-                if self._specs.get(spec.name) != spec:
+                if (loaded := self._specs.get(spec.name)) is None or not loaded.is_same(spec):
                     raise Conflict("Another model of this name is loaded; unload it, or replace it.")
                 return _finished(spec, model)
         return self._begin(spec, None)
@@ -285,7 +286,9 @@ class ModelLoader:
         return model
 
     def _show(self, spec: LoadSpec, model: Served) -> None:
-        """Let requests have a model that serves."""
+        """Let requests have a model that serves; one of the configuration is also loaded on its first use again."""
+        if spec.name in self.configured:
+            self._known[spec.name] = self.configured[spec.name]
         if spec.name in self._host.loaded:
             old = self._host.switch(model)
             self._in_background(self._host.retire(old, self._rules.unload_grace_seconds))

@@ -27,6 +27,16 @@ class LoadSpec:
     hub_token: str | None = field(default=None, repr=False, compare=False)
     """For gated models of the hub, in place of the configured one; used for this load and then forgotten."""
 
+    def is_same(self, other: "LoadSpec") -> bool:
+        """Return whether both load the same model in the same way; a folder may be written in two ways."""
+        return (self.name, self._described()) == (other.name, other._described())
+
+    def _described(self) -> ModelConfig:
+        changes: dict[str, object] = {"served_name": None}
+        if self.config.source == "local":
+            changes["name"] = str(Path(self.config.name).resolve())
+        return self.config.model_copy(update=changes)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FetchedModel:

@@ -107,6 +107,16 @@ AdminDep = Annotated[Principal, Depends(_admin)]
 """A caller who may manage keys and roles and see everybody's usage."""
 
 
+async def _loading_caller(caller: CallerDep) -> Principal:
+    if not (caller.rights.load_models or caller.rights.manage_keys):
+        raise Forbidden("This needs an API key whose role may load models.")
+    return caller
+
+
+LoadModelsDep = Annotated[Principal, Depends(_loading_caller)]
+"""A caller who may load and unload models."""
+
+
 async def _access(container: ContainerDep) -> AccessControl:
     return container.access
 
