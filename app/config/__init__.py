@@ -3,6 +3,7 @@
 from app.config.access import DatabaseConfig, QuotaConfig, RateLimitConfig, UsageLogConfig
 from app.config.embeddings import EmbeddingsConfig
 from app.config.loading import load_settings
+from app.config.mlflow import MlflowConfig
 from app.config.model import ModelConfig, ModelEntry, beside
 from app.config.section import Section
 from app.config.sections import (
@@ -24,6 +25,7 @@ __all__ = [
     "DeadlineConfig",
     "EmbeddingsConfig",
     "LoggingConfig",
+    "MlflowConfig",
     "ModelConfig",
     "ModelEntry",
     "PiiConfig",

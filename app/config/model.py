@@ -1,5 +1,6 @@
 """Defines the settings of the models: the default one, those beside it, and when models come and go."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -79,7 +80,8 @@ class ModelConfig(ModelHosting):
     models:/name/version or models:/name@alias)."""
     source: ModelSource = "local"
     served_name: ServedName | None = None
-    """The name that clients see; unset is the model id, or the name of the folder without its path."""
+    """The name that clients see; unset is the model id, the name of the folder without its path, or that of the
+    registered model without its version."""
     device: DeviceName = "auto"
     dtype: DtypeName = "auto"
     """Compute type.  auto: the checkpoint's type on a GPU; on a CPU bfloat16 if both the checkpoint and the CPU use it,
@@ -140,11 +142,13 @@ class ModelConfig(ModelHosting):
 
     @property
     def public_name(self) -> str:
-        """The name that clients see: the configured one, the model id, or the name of the folder without its path."""
+        """The name that clients see: as configured, the model id, or the bare name of a folder or registered model."""
         if self.served_name is not None:
             return self.served_name
         if self.engine == "echo":
             return "echo"
+        if self.source == "mlflow":
+            return re.split("[/@]", self.name.removeprefix("models:/"))[0]
         return Path(self.name).resolve().name if self.source == "local" else self.name
 
 

@@ -1,7 +1,8 @@
 """The files of registered models on this machine: downloaded once, checked each time, never half.
 
-Below one folder for each registry: `<name>/<version>/` with the files, and `<name>/<version>.json`, which records them
-and stays when they are removed.  A version never changes, so other files under its number are refused.
+Below one folder for each registry: `<name>/<version>/` with the files, `<name>/<version>.json`, which records them and
+stays when they are removed, and `<name>/alias-<alias>.json` with the history of an alias.  A version never changes, so
+other files under its number are refused.
 """
 
 import asyncio
@@ -20,6 +21,7 @@ from pathlib import Path
 import msgspec
 
 from app.errors import ModelRefused, RegistryUnavailable
+from app.registry.alias_history import AliasHistory, read_history, write_history
 from app.registry.client import MlflowClient, RegistryServer
 from app.registry.download import Downloaded, DownloadedFile, Progress, digest
 from app.registry.downloader import Downloader
@@ -85,6 +87,14 @@ class ModelStore:
             downloaded = await self._download(version, artifact_uri, record, report)
             return self._path(version), replace(version, digest=digest(downloaded.files))
 
+    async def history(self, uri: ModelUri) -> AliasHistory:
+        """Return what became of the versions that a name has meant."""
+        return await asyncio.to_thread(read_history, self._history_path(uri))
+
+    async def record(self, uri: ModelUri, history: AliasHistory) -> None:
+        """Store the same.  Raises: RegistryUnavailable: it cannot be written."""
+        await asyncio.to_thread(write_history, self._history_path(uri), history)
+
     async def remove(self, version: ModelVersion) -> None:
         """Remove the files of a version, and leave their record."""
         async with self._turns.setdefault((version.name, version.version), asyncio.Lock()):
@@ -108,6 +118,9 @@ class ModelStore:
             await asyncio.to_thread(partial.remove)
         log.info("downloaded version %s of %s, %s", version.version, version.name, found)
         return downloaded
+
+    def _history_path(self, uri: ModelUri) -> Path:
+        return self._folder / uri.name / f"{uri.kind}-{uri.value}.json"
 
     def _path(self, version: ModelVersion) -> Path:
         return self._folder / version.name / version.version
