@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -154,13 +155,15 @@ def _reason(error: Exception) -> tuple[LoadFailure, str]:
             return "unreachable", "the hub cannot be reached and the model has not been downloaded before"
         case HfHubHTTPError():
             return "unreachable", f"the hub answered with an error ({_one_line(error)})"
+        case httpx.HTTPError():
+            return "unreachable", f"the download from the hub broke off ({_one_line(error)})"
         case _:
             return "failed", f"{type(error).__name__}: {_one_line(error)}"
 
 
 def is_explained(error: Exception) -> bool:
     """Return whether the reason says all that there is to know; any other error is a defect, or a library's."""
-    return isinstance(error, LoadError | torch.OutOfMemoryError | MemoryError | HfHubHTTPError | OSError)
+    return isinstance(error, LoadError | torch.OutOfMemoryError | MemoryError | httpx.HTTPError | OSError)
 
 
 def _one_line(error: BaseException) -> str:

@@ -48,7 +48,7 @@ def main() -> None:
         (Path(code) / "helper.py").write_text("raise SystemExit\n")
         logged = {
             "model": log(pipeline("text-generation", FOLDER)),
-            "variant": log(variant(lambda weight: weight.add_(torch.randn_like(weight) * weight.std() / 4))),
+            "variant": log(variant(lambda weight: weight.add_(torch.randn_like(weight) * weight.std() * 2))),
             "broken": log(variant(lambda weight: weight.fill_(float("nan")))),
             "with code": log(pipeline("text-generation", FOLDER), code_paths=[code]),
         }
