@@ -32,7 +32,7 @@ class Trial:
                 ended = await self._complete(model)
         except TimeoutError:
             raise _failed(f"it took more than {self._seconds:g} s") from None
-        except ShuttingDown:
+        except (ModelLoadFailed, ShuttingDown):
             raise
         except AppError as error:
             raise _failed(error.message.rstrip(".")) from error

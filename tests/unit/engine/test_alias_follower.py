@@ -220,13 +220,13 @@ async def test_files_that_another_model_uses_stay_until_it_is_gone(registry: Reg
         (
             "models:/chat/9",
             ModelNotFound,
-            "The model cannot be loaded: the registry has no models:/chat/9.",
+            "the registry has no models:/chat/9.",
             "not_found",
         ),
         (
             "s3://bucket",
             ModelRefused,
-            "The model cannot be loaded: its name must be models:/name/version",
+            "its name must be models:/name/version",
             "unsupported",
         ),
     ],
@@ -237,7 +237,7 @@ async def test_what_cannot_be_fetched_says_why(
     with pytest.raises(error) as refused:
         await registered(registry, tmp_path).fetch(uri, lambda progress: None)
 
-    assert str(refused.value).startswith(message)
+    assert str(refused.value).startswith(f"The model cannot be loaded: {message}")
     assert reason == refused.value.details["reason"]  # type: ignore[attr-defined]
 
 
