@@ -1,18 +1,14 @@
 """The trial of a new version: a prompt has to be completed, in time and with finite scores."""
 
-import asyncio
 import math
-from collections.abc import AsyncGenerator
 
 import pytest
 
-from app.engine.echo import EchoEngine
 from app.engine.served_model import ServedEncoder
 from app.engine.trial import Trial
 from app.errors import EngineFailed, ModelLoadFailed, ShuttingDown
-from app.events import Delta, DetokenizedLogprob, Event
+from app.events import Delta, DetokenizedLogprob
 from app.langchain.embeddings import EngineEmbeddings
-from app.requests import GenerationRequest
 from app.types import FinishReason
 from tests.unit.engine.scripted import ScriptedEngine
 from tests.unit.engine.served import serve
@@ -76,11 +72,7 @@ async def test_a_model_that_takes_too_long_fails():
 async def test_a_service_that_stops_proves_nothing_about_a_model():
     """The version is then tried again at the next start."""
 
-    class Stopping(EchoEngine):
-        async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-            await asyncio.sleep(0)
-            raise ShuttingDown
-            yield
+    engine = ScriptedEngine(error=ShuttingDown()).run_freely()
 
     with pytest.raises(ShuttingDown):
-        await TRIAL(serve("chat", Stopping()))
+        await TRIAL(serve("chat", engine))
