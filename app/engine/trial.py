@@ -60,6 +60,4 @@ class Trial:
 
 
 def _failed(reason: str) -> ModelLoadFailed:
-    return ModelLoadFailed(
-        f"The model fails mlflow.probe_prompt: {reason}.", details={"reason": "failed"}
-    )
+    return ModelLoadFailed(f"The model fails mlflow.probe_prompt: {reason}.", details={"reason": "failed"})

@@ -277,7 +277,7 @@ def test_a_model_of_the_hub_is_looked_for_on_this_machine_only(
             "models:/chat@production",
             "http://registry.test",
             0,
-            "ok       model: models:/chat@production comes from the",
+            "model: models:/chat@production comes from the",
         ),
         ("models:/chat@production", "", 1, "problem  model: mlflow.tracking_uri is not set"),
         ("models:/chat@production", "./mlruns", 1, "problem  model: mlflow.tracking_uri must begin with http://"),
