@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from app.worker.loading import memory_check
-from app.worker.loading.loader import load_failure
+from app.worker.loading.load_failure import load_failure
 from app.worker.loading.memory_check import check_memory, weights_bytes
 from app.worker.loading.model_files import LoadError, NoMemoryError, NoModelError, UnsupportedError
 from tests.unit.tiny_models import save_tiny_llama
