@@ -147,7 +147,7 @@ async def test_a_load_that_fails_says_why_and_leaves_no_process(client: httpx.As
     failed = await client.post(LOAD, json={"model_name": "pickled", "source": "local"})
     now = await state(client, "pickled")
 
-    assert (422, "unsupported") == (failed.status_code, failed.json()["details"]["reason"]), failed.text
+    assert (424, "unsupported") == (failed.status_code, failed.json()["details"]["reason"]), failed.text
     assert "safetensors" in failed.json()["message"]
     assert workers() <= before
     assert ("failed", "unsupported") == (now["state"], now["error_reason"])
@@ -169,7 +169,7 @@ async def test_a_gated_model_is_loaded_with_a_token_that_is_used_once(
     while engine.status().restarts < 1 or engine.status().state.value != "ready":  # noqa: ASYNC110  # it has no event
         await asyncio.sleep(0.05)
 
-    assert (422, "gated") == (refused.status_code, refused.json()["details"]["reason"])
+    assert (424, "gated") == (refused.status_code, refused.json()["details"]["reason"])
     assert ("ready", COMMIT) == (events[-1]["state"], events[-1]["revision"]), events[-1]
     assert {"Bearer hf_right"} == set(hub.authorizations)
     assert any(data.get("bytes_total") for data in events if data.get("stage") == "files")
@@ -182,4 +182,4 @@ async def test_a_gated_model_is_loaded_with_a_token_that_is_used_once(
 async def test_what_the_hub_does_not_have_is_named(client: httpx.AsyncClient):
     failed = await client.post(LOAD, json={"model_name": "org/absent", "source": "hub"})
 
-    assert (422, "not_found") == (failed.status_code, failed.json()["details"]["reason"]), failed.text
+    assert (424, "not_found") == (failed.status_code, failed.json()["details"]["reason"]), failed.text

@@ -113,7 +113,7 @@ async def test_only_a_role_that_may_load_models_does(roots: Path, path: str):
         ({"model_name": "third", "source": "local", "served_name": "a//b"}, 400),
         ({"model_name": "third", "source": "local", "trust_remote_code": True}, 400),
         ({"model_name": "third\n", "source": "local"}, 400),
-        ({"model_name": "absent", "source": "local"}, 422),
+        ({"model_name": "absent", "source": "local"}, 424),
         ({"model_name": "stranger"}, 404),
     ],
 )
