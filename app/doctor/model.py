@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from app.config import Settings
+from app.config import ModelConfig, ModelEntry, Settings
 from app.doctor.findings import Finding, megabytes, ok, problem, warning
 from app.doctor.machine import available_memory
 
@@ -18,10 +18,11 @@ def examine_model(settings: Settings) -> Iterator[Finding]:
     model = settings.model
     if model.engine == "echo":
         yield ok(SUBJECT, "none is loaded: the engine echo repeats prompts")
-    elif model.source == "local":
-        yield from _folder("model.name", Path(model.name))
     else:
-        yield from _hub(settings, model.name, model.revision)
+        yield from _files(settings, "model.name", model)
+    for number, entry in enumerate(settings.models):
+        if (entry.engine or model.engine) != "echo":
+            yield from _files(settings, f"models.{number}.name", entry)
     embeddings = settings.embeddings
     if embeddings.model and embeddings.source == "local":
         yield from _folder("embeddings.model", Path(embeddings.model))
@@ -29,6 +30,16 @@ def examine_model(settings: Settings) -> Iterator[Finding]:
         yield from _hub(settings, embeddings.model, embeddings.revision)
     if model.device == "cuda" and not Path("/dev/nvidiactl").exists():
         yield problem(SUBJECT, "there is no NVIDIA GPU here, which model.device asks for", "set model.device: auto")
+
+
+def _files(settings: Settings, key: str, model: ModelConfig | ModelEntry) -> Iterator[Finding]:
+    match model.source:
+        case "local":
+            yield from _folder(key, Path(model.name))
+        case "hub":
+            yield from _hub(settings, model.name, model.revision)
+        case "mlflow":
+            yield ok(SUBJECT, f"{model.name} is fetched from the registry when it is loaded")
 
 
 def _folder(key: str, folder: Path) -> Iterator[Finding]:
