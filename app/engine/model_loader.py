@@ -70,11 +70,14 @@ class Load:
         return WAITING if self.engine is None else self.engine.status().progress or LoadProgress("ready")
 
     async def wait(self) -> Served:
-        """Return the model once it serves; cancelling this leaves the load alone.
+        """Return the model once it serves; cancelling this leaves the load as it is.
 
-        Raises: ModelLoadFailed, InsufficientMemory, EngineBusy, ServiceUnavailable: it does not.
+        Raises: ModelLoadFailed, InsufficientMemory, EngineBusy, ServiceUnavailable: it does not; Conflict: it ended.
         """
-        return await asyncio.shield(self.task)
+        await asyncio.wait({self.task})
+        if self.task.cancelled():
+            raise Conflict("The model was unloaded before it was loaded.")
+        return self.task.result()
 
     async def updates(self) -> AsyncGenerator[LoadProgress, None]:
         """Yield the progress each time that it has changed, until the load has ended; `wait` then says how."""
@@ -189,8 +192,7 @@ class ModelLoader:
         if name not in self._host.loaded:
             raise ModelNotFound("This model is not loaded.")
         self._known.pop(name, None)
-        # A task of its own: whoever waits for it may go away.
-        await asyncio.shield(self._in_background(self._unload(name, grace)))
+        await self._unload(name, grace)
 
     async def ensure(self, name: str | None, allowed: Collection[str] | None = None) -> None:
         """Wait for a model that can be loaded on its first use, where the configuration says so.
@@ -219,10 +221,10 @@ class ModelLoader:
         seconds = self._rules.idle_seconds
         while seconds:
             await asyncio.sleep(min(max(seconds / 4, 0.05), 10.0))
-            for name in self._idle():
-                if time.monotonic() - self._host.use_of(name).last_at > seconds:
+            for name in tuple(self._specs):
+                if name in self._idle() and time.monotonic() - self._host.use_of(name).last_at > seconds:
                     log.info("a model without requests is unloaded: %s", name)
-                    await self._set_aside(name)
+                    await self._evict(name)
 
     def _refuse_while_draining(self) -> None:
         if self._host.draining:
@@ -266,13 +268,14 @@ class ModelLoader:
 
     async def _load(self, load: Load, try_out: TryOut | None) -> Served:
         async with self._in_turn:
-            set_aside = await self._make_room(load.spec.name)
+            evicted = await self._evict_idle(load.spec.name)
             try:
+                await self._host.wait_unloaded(load.spec.name)
                 return await self._start(load, try_out)
             except BaseException:
                 # A load that fails changes nothing.
-                for spec in set_aside:
-                    self._in_background(self._bring_back(spec))
+                for spec in evicted:
+                    self._in_background(self._reload(spec))
                 raise
 
     async def _start(self, load: Load, try_out: TryOut | None) -> Served:
@@ -286,7 +289,7 @@ class ModelLoader:
             await model.engine.wait_ready()
             if try_out is not None:
                 await try_out(model)
-            self._show(load.spec, model)
+            self._publish(load.spec, model)
         except BaseException as error:
             await model.engine.close()
             if isinstance(error, EngineFailed):
@@ -294,7 +297,7 @@ class ModelLoader:
             raise
         return model
 
-    def _show(self, spec: LoadSpec, model: Served) -> None:
+    def _publish(self, spec: LoadSpec, model: Served) -> None:
         """Let requests have a model that serves; one of the configuration is also loaded on its first use again."""
         if spec.name in self.configured:
             self._known[spec.name] = self.configured[spec.name]
@@ -305,12 +308,12 @@ class ModelLoader:
             self._host.put(model)
         self._specs[spec.name] = replace(spec, hub_token=None)
 
-    async def _make_room(self, name: str) -> list[LoadSpec]:
+    async def _evict_idle(self, name: str) -> list[LoadSpec]:
         """Unload idle models, least recently used first, until one more may be loaded; return what they were.
 
         Raises: EngineBusy: all are in use.
         """
-        set_aside: list[LoadSpec] = []
+        evicted: list[LoadSpec] = []
         most = self._rules.max_loaded
         while most is not None and len(self._specs.keys() - {name}) >= most:
             idle = [each for each in self._idle() if each != name]
@@ -319,33 +322,35 @@ class ModelLoader:
                 raise EngineBusy(reason, retry_after=BUSY_RETRY_SECONDS)
             victim = min(idle, key=lambda each: self._host.use_of(each).last_at)
             log.info("a model is unloaded to make room: %s", victim)
-            set_aside.append(self._specs[victim])
-            await self._set_aside(victim)
-        return set_aside
+            evicted.append(self._specs[victim])
+            await self._evict(victim)
+        return evicted
 
     def _idle(self) -> list[str]:
         """Return the models that nothing keeps loaded."""
-        kept = {self._host.default_name} if self._rules.required else set()
+        required = {self._host.default_name} if self._rules.required else set()
         return [
             name
             for name in self._specs
-            if name in self._host.loaded and name not in kept and name not in self._loads
+            if name in self._host.loaded and name not in required and name not in self._loads
             if not self._host.is_leased(name)
         ]
 
-    async def _set_aside(self, name: str) -> None:
+    async def _evict(self, name: str) -> None:
         """Unload an idle model, which a request can bring back."""
         self._known[name] = self._specs[name]
-        await asyncio.shield(self._in_background(self._unload(name, 0)))
+        await self._unload(name, 0)
 
-    async def _bring_back(self, spec: LoadSpec) -> None:
+    async def _reload(self, spec: LoadSpec) -> None:
         if spec.name not in self._host.loaded and not self._host.draining:
-            with suppress(AppError):  # logged, and kept as the model's failure
+            with suppress(AppError):  # logged, and remembered as the model's failure
                 await self.load(spec).wait()
 
     async def _unload(self, name: str, grace_seconds: float) -> None:
+        """Unload a model; no request gets it from the call on, and the unload goes on when its caller does not."""
+        model = self._host.begin_unload(name)
         self._specs.pop(name, None)
-        await self._host.unload(name, grace_seconds)
+        await asyncio.shield(self._in_background(self._host.finish_unload(model, grace_seconds)))
 
     def _in_background(self, work: Awaitable[None]) -> asyncio.Task[None]:
         async def run() -> None:

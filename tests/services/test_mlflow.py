@@ -165,7 +165,7 @@ async def test_a_model_comes_at_run_time_and_one_that_needs_code_is_refused(mlfl
         for number, words in refused.items():
             body = {"model_name": f"models:/{name}/{number}", "source": "mlflow"}
             reply = await http.post("/v1/models/load", json=body)
-            assert 422 == reply.status_code, reply.text
+            assert 424 == reply.status_code, reply.text
             assert words in reply.json()["message"]
         assert 1 == len(workers(service))
         assert [] == [*(tmp_path / "data" / "registry").glob("*/*/*")]

@@ -194,15 +194,15 @@ async def test_a_model_that_is_replaced_serves_until_the_new_one_does():
 async def test_requests_that_run_during_a_replacement_all_finish():
     async with service() as (loader, host, _):
 
-        async def ask(number: int) -> str:
+        async def send(number: int) -> str:
             await asyncio.sleep(number * 0.002)
             return (await generate(host, hello(f"r{number}")))[0][-1].finish_reason.value  # type: ignore[union-attr]
 
-        asking = [asyncio.create_task(ask(number)) for number in range(50)]
+        sending = [asyncio.create_task(send(number)) for number in range(50)]
         for number in range(5):
             await loader.replace(spec("a", revision=str(number))).wait()
 
-        assert {"stop"} == set(await asyncio.gather(*asking))
+        assert {"stop"} == set(await asyncio.gather(*sending))
 
 
 @pytest.mark.parametrize("fails", ["load", "try"])
@@ -226,8 +226,12 @@ async def test_an_unload_ends_a_load_that_is_under_way():
         workshop.slow.add("b")
         load = loader.load(spec("b"))
         await until(lambda: load.engine is not None)
+        waiting = asyncio.create_task(load.wait())
+        await asyncio.sleep(0)
         await loader.unload("b")
 
+        with pytest.raises(Conflict, match="unloaded before"):
+            await waiting
         assert load.task.cancelled()
         assert ["a"] == workshop.open
         with pytest.raises(ModelNotFound):
@@ -373,6 +377,32 @@ async def test_an_unloaded_model_stays_away_until_it_is_loaded_again():
         await loader.load(loader.configured["b"]).wait()
 
         assert ("a", "b") == host.loaded
+
+
+async def test_a_load_waits_for_the_unload_of_its_name():
+    async with service() as (loader, host, workshop):
+        await loader.load(spec("b")).wait()
+        workshop.engines[-1].may_close.clear()
+        unloading = asyncio.create_task(loader.unload("b"))
+        await until(lambda: "b" not in host.loaded)
+        loading = asyncio.create_task(loader.load(spec("b", revision="2")).wait())
+        await asyncio.sleep(0.02)
+        before = len(workshop.engines)
+        workshop.engines[-1].may_close.set()
+        await asyncio.gather(unloading, loading)
+
+        assert 2 == before
+        assert ("a", "b") == host.loaded
+
+
+async def test_a_model_that_is_replaced_is_closed_when_the_service_ends():
+    async with service() as (loader, host, workshop):
+        with host.lease(hello("one")):
+            await loader.replace(spec("a", revision="2")).wait()
+            await loader.close()
+            await host.close()
+
+        assert [] == workshop.open
 
 
 async def test_nothing_is_loaded_while_the_service_drains():
