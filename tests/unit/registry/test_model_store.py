@@ -241,6 +241,16 @@ async def test_what_a_killed_service_has_left_is_removed_by_the_next_download(
     await other.communicate()
 
 
+async def test_two_versions_are_downloaded_at_once(registry: Registry, store: ModelStore):
+    """Neither takes the folder of the other for one that was left behind."""
+    versions = [ModelVersion(name="chat", version=str(number)) for number in range(1, 5)]
+
+    fetched = await asyncio.gather(*(store.fetch(version) for version in versions))
+
+    assert 4 == len({folder for folder, _ in fetched})
+    assert 1 == len({version.digest for _, version in fetched})
+
+
 async def test_a_record_that_cannot_be_read_is_named(registry: Registry, store: ModelStore, tmp_path: Path):
     folder, _ = await store.fetch(VERSION)
     folder.with_name("1.json").write_text("{")
