@@ -384,7 +384,6 @@ def _load_error(error: EngineFailed) -> AppError:
             return InsufficientMemory(error.message, details=error.details)
         case "unreachable":
             return ServiceUnavailable(error.message, details=error.details)
-        case None:
-            return error
         case _:
-            return ModelLoadFailed(error.message, details=error.details)
+            # Without a reason: its process was killed.
+            return ModelLoadFailed(error.message, details={"reason": "failed", **error.details})

@@ -177,9 +177,3 @@ async def test_a_gated_model_is_loaded_with_a_token_that_is_used_once(
     assert used == len(hub.authorizations)
     assert 200 == (await generate(client, "org/gated")).status_code
     await client.post(UNLOAD, json={"model_name": "org/gated"})
-
-
-async def test_what_the_hub_does_not_have_is_named(client: httpx.AsyncClient):
-    failed = await client.post(LOAD, json={"model_name": "org/absent", "source": "hub"})
-
-    assert (424, "not_found") == (failed.status_code, failed.json()["details"]["reason"]), failed.text
