@@ -421,8 +421,12 @@ async def test_closing_ends_every_load():
         workshop.slow |= {"b", "c"}
         loads = [loader.load(spec(name)) for name in "bc"]
         await until(lambda: loads[0].engine is not None)
+        waiting = asyncio.create_task(loads[1].wait())
+        await asyncio.sleep(0)
         await loader.close()
 
+        with pytest.raises(ShuttingDown):
+            await waiting
         assert all(load.task.cancelled() for load in loads)
         assert ["a"] == workshop.open
 
