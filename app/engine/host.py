@@ -209,6 +209,7 @@ class ModelHost:
         self._refuse_while_draining()
         old = self.find(model.name)
         self._models[model.name] = model
+        self._use[model.name] = ModelUse()
         self._replaced.append(old)
         return old
 

@@ -7,14 +7,13 @@ Decides that each name has one load, what is unloaded to make room, and that a m
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 from app.config.model import ModelHosting
-from app.engine.base import HostedEngine, LoadProgress
 from app.engine.host import ModelHost
+from app.engine.model_load import FailedLoad, Load, finished_load, load_error
 from app.engine.model_source import LoadSpec
 from app.engine.served_model import Served
 from app.errors import (
@@ -24,69 +23,21 @@ from app.errors import (
     EngineBusy,
     EngineFailed,
     EngineNotReady,
-    InsufficientMemory,
     ModelLoadFailed,
     ModelNotFound,
-    ServiceUnavailable,
     ShuttingDown,
 )
 from app.types import EngineState
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 0.2
-"""How often the progress of a load is looked at."""
 RETRY_SECONDS = 30.0
 """How long a failed load answers for its model before a request begins another one."""
 BUSY_RETRY_SECONDS = 10.0
-WAITING = LoadProgress("waiting")
+
 
 TryOut = Callable[[Served], Awaitable[None]]
 """Tries a model that has been loaded, before any request gets it.  Raises: AppError: it is of no use."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoadFailure:
-    """Why a model could not be loaded."""
-
-    at: float
-    """By the monotonic clock."""
-    message: str
-    details: Mapping[str, Any]
-
-
-class Load:
-    """A load that is under way, or was."""
-
-    def __init__(self, spec: LoadSpec) -> None:
-        self.spec = spec
-        self.task: asyncio.Task[Served]
-        self.engine: HostedEngine | None = None
-        """Set once the load begins; other loads may come first."""
-
-    @property
-    def progress(self) -> LoadProgress:
-        """Return how far it has come."""
-        return WAITING if self.engine is None else self.engine.status().progress or LoadProgress("ready")
-
-    async def wait(self) -> Served:
-        """Return the model once it serves; cancelling this leaves the load as it is.
-
-        Raises: ModelLoadFailed, InsufficientMemory, EngineBusy, ServiceUnavailable: it does not; Conflict: it ended.
-        """
-        await asyncio.wait({self.task})
-        if self.task.cancelled():
-            raise Conflict("The model was unloaded before it was loaded.")
-        return self.task.result()
-
-    async def updates(self) -> AsyncGenerator[LoadProgress, None]:
-        """Yield the progress each time that it has changed, until the load has ended; `wait` then says how."""
-        last = None
-        while not self.task.done():
-            if (now := self.progress) != last:
-                last = now
-                yield now
-            await asyncio.wait({self.task}, timeout=LOOK_SECONDS)
 
 
 class ModelLoader:
@@ -119,7 +70,7 @@ class ModelLoader:
         self._known = dict(self.configured)
         """What a request may have loaded by its name."""
         self._loads: dict[str, Load] = {}
-        self._failures: dict[str, LoadFailure] = {}
+        self._failures: dict[str, FailedLoad] = {}
         """Why the last load of a model failed, until the next one."""
         self._in_turn = asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
@@ -141,7 +92,7 @@ class ModelLoader:
         return self._known
 
     @property
-    def failures(self) -> Mapping[str, LoadFailure]:
+    def failures(self) -> Mapping[str, FailedLoad]:
         """Return why the last loads of models failed, by their names."""
         return self._failures
 
@@ -160,7 +111,7 @@ class ModelLoader:
             if model.engine.status().state is not EngineState.FAILED:
                 if (loaded := self._specs.get(spec.name)) is None or not loaded.is_same(spec):
                     raise Conflict("Another model of this name is loaded; unload it, or replace it.")
-                return _finished(spec, model)
+                return finished_load(spec, model)
         return self._begin(spec, None)
 
     def replace(self, spec: LoadSpec, *, try_out: TryOut | None = None) -> Load:
@@ -206,15 +157,25 @@ class ModelLoader:
         if (load := self._load_of(name)) is not None:
             await asyncio.wait({load.task}, timeout=self._rules.first_use_seconds)
             if not load.task.done():
-                raise _still_loading(load)
+                raise load.still_loading()
+
+    async def end_loads(self) -> None:
+        """End all loads, since the service ends."""
+        loads = tuple(self._loads.values())
+        for load in loads:
+            load.end_error = ShuttingDown()
+            load.task.cancel()
+        if loads:
+            await asyncio.wait({load.task for load in loads})
 
     async def close(self) -> None:
-        """End all loads; what is loaded is the host's."""
-        tasks = [*(load.task for load in self._loads.values()), *self._background]
-        for task in tasks:
+        """End all loads and unloads; what is loaded is the host's."""
+        await self.end_loads()
+        background = tuple(self._background)
+        for task in background:
             task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        if background:
+            await asyncio.wait(background)
 
     async def watch_idle(self) -> None:
         """Unload models that have been idle for too long, until cancelled."""
@@ -233,7 +194,7 @@ class ModelLoader:
     def _begin_on_first_use(self, name: str) -> None:
         """Raises: EngineNotReady: a model is being loaded, or could not be."""
         if (load := self._load_of(name)) is not None:
-            raise _still_loading(load)
+            raise load.still_loading()
 
     def _load_of(self, name: str) -> Load | None:
         """Return the load of a model, which begins where it can be loaded on its first use; None for any other.
@@ -261,7 +222,7 @@ class ModelLoader:
         # Also retrieves it: whoever began the load may not have waited for it.
         error = None if load.task.cancelled() else load.task.exception()
         if isinstance(error, AppError):
-            self._failures[load.spec.name] = LoadFailure(time.monotonic(), error.message, error.details)
+            self._failures[load.spec.name] = FailedLoad(time.monotonic(), error.message, error.details)
             log.warning("%s: %s", load.spec.name, error.message)
         elif error is not None:
             log.error("%s could not be loaded", load.spec.name, exc_info=error)
@@ -293,7 +254,7 @@ class ModelLoader:
         except BaseException as error:
             await model.engine.close()
             if isinstance(error, EngineFailed):
-                raise _load_error(error) from error
+                raise load_error(error) from error
             raise
         return model
 
@@ -360,36 +321,3 @@ class ModelLoader:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return task
-
-
-def _finished(spec: LoadSpec, model: Served) -> Load:
-    async def found() -> Served:
-        return model
-
-    load = Load(spec)
-    load.engine = model.engine
-    load.task = asyncio.create_task(found())
-    return load
-
-
-def _still_loading(load: Load) -> EngineNotReady:
-    progress = load.progress
-    details = {"stage": progress.stage, "bytes_done": progress.bytes_done, "bytes_total": progress.bytes_total}
-    return EngineNotReady(
-        f"The model is being loaded ({progress.stage}).",
-        details={name: value for name, value in details.items() if value is not None},
-        retry_after=5,
-    )
-
-
-def _load_error(error: EngineFailed) -> AppError:
-    """Return what a failed load is to its caller."""
-    match error.details.get("reason"):
-        case "no_memory":
-            return InsufficientMemory(error.message, details=error.details)
-        case "unreachable":
-            return ServiceUnavailable(error.message, details=error.details)
-        case None:
-            return error
-        case _:
-            return ModelLoadFailed(error.message, details=error.details)

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import pytest_asyncio
 
+from app.engine import partial_downloads
 from tests.e2e.fake_hub import COMMIT, FakeHub, serving
 from tests.unit.tiny_models import save_tiny_llama
 from tests.web.access import Running, running
@@ -33,10 +34,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def hub(folder: Path) -> Iterator[FakeHub]:
     """A hub that the workers know by their environment, with a model that is gated."""
-    fake = FakeHub({"org/gated": folder / "roots" / "hub"}, gated={"org/gated": "hf_right"})
+    models = dict.fromkeys(("org/gated", "org/slow"), folder / "roots" / "hub")
+    fake = FakeHub(models, gated={"org/gated": "hf_right"}, slow={"org/slow"})
     with serving(fake) as hub, pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_ENDPOINT", hub.url)
         patch.setenv("HF_HUB_CACHE", str(folder / "cache"))
+        patch.setattr(partial_downloads, "hub_cache", lambda: folder / "cache")
         patch.delenv("HF_HUB_OFFLINE", raising=False)
         yield hub
 
@@ -153,6 +156,22 @@ async def test_a_load_that_fails_says_why_and_leaves_no_process(client: httpx.As
     assert ("failed", "unsupported") == (now["state"], now["error_reason"])
 
 
+async def test_a_load_that_is_ended_in_its_download_leaves_nothing(
+    client: httpx.AsyncClient, hub: FakeHub, folder: Path
+):
+    before = workers()
+    loading = asyncio.create_task(client.post(LOAD, json={"model_name": "org/slow", "source": "hub"}))
+    assert await asyncio.to_thread(hub.halted.wait, 100)
+    while not (part := list((folder / "cache").rglob("*.incomplete"))):  # noqa: ASYNC110  # it has no event
+        await asyncio.sleep(0.02)
+    ended = await client.post(UNLOAD, json={"model_name": "org/slow"})
+
+    assert (409, 200) == ((await loading).status_code, ended.status_code)
+    assert not part[0].exists()
+    assert [] == list((folder / "cache").rglob("*.incomplete"))
+    assert workers() <= before
+
+
 async def test_a_gated_model_is_loaded_with_a_token_that_is_used_once(
     client: httpx.AsyncClient, app: Running, hub: FakeHub
 ):
@@ -177,9 +196,3 @@ async def test_a_gated_model_is_loaded_with_a_token_that_is_used_once(
     assert used == len(hub.authorizations)
     assert 200 == (await generate(client, "org/gated")).status_code
     await client.post(UNLOAD, json={"model_name": "org/gated"})
-
-
-async def test_what_the_hub_does_not_have_is_named(client: httpx.AsyncClient):
-    failed = await client.post(LOAD, json={"model_name": "org/absent", "source": "hub"})
-
-    assert (424, "not_found") == (failed.status_code, failed.json()["details"]["reason"]), failed.text
