@@ -11,10 +11,11 @@ AppError
 ├── Conflict                  409
 ├── PayloadTooLarge           413
 ├── UnsupportedMediaType      415
+├── ModelLoadFailed           424  ├── ModelRefused
 ├── RateLimited               429
 ├── QuotaExceeded             429
 ├── ServiceUnavailable        503  ├── EngineNotReady  ├── EngineBusy  ├── EngineFailed  ├── ShuttingDown
-│                                  ├── StoreUnavailable
+│                                  ├── StoreUnavailable  ├── InsufficientMemory  ├── RegistryUnavailable
 ├── DeadlineExceeded          504
 ├── ClientDisconnected        499
 └── InternalError             500
@@ -179,6 +180,19 @@ class UnsupportedMediaType(AppError):
     status, code = 415, "unsupported_media_type"
 
 
+class ModelLoadFailed(AppError):
+    """A model cannot be loaded, and trying again would not help; `details["reason"]` says why in a word."""
+
+    status, code = 424, "model_load_failed"
+
+
+class ModelRefused(ModelLoadFailed):
+    """A registry has this model, but not in a form that this service loads."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, details={"reason": "unsupported"})
+
+
 class RateLimited(AppError):
     """This caller sent too much too fast; `retry_after` says when to come back."""
 
@@ -202,6 +216,13 @@ class EngineNotReady(ServiceUnavailable):
     """The model is still loading, or being started again."""
 
 
+class InsufficientMemory(ServiceUnavailable):
+    """A model does not fit into the memory that is free; `details` says how many bytes are needed and free."""
+
+    code = "insufficient_memory"
+    usual_retry_after = 30.0
+
+
 class EngineBusy(ServiceUnavailable):
     """The waiting line is full; the same request may succeed later."""
 
@@ -216,6 +237,13 @@ class StoreUnavailable(ServiceUnavailable):
     def __init__(self, fault: str = "does not answer") -> None:
         """Args: fault: what is wrong, as a continuation of "the database"."""
         super().__init__(f"The service's database {fault}; try again in a moment.", retry_after=2)
+
+
+class RegistryUnavailable(ServiceUnavailable):
+    """The registry of models cannot be reached, or answers with nothing that can be used."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, details={"reason": "unreachable"})
 
 
 class ShuttingDown(ServiceUnavailable):

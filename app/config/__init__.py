@@ -3,6 +3,8 @@
 from app.config.access import DatabaseConfig, QuotaConfig, RateLimitConfig, UsageLogConfig
 from app.config.embeddings import EmbeddingsConfig
 from app.config.loading import load_settings
+from app.config.mlflow import MlflowConfig
+from app.config.model import ModelConfig, ModelEntry, beside
 from app.config.section import Section
 from app.config.sections import (
     AppConfig,
@@ -10,7 +12,6 @@ from app.config.sections import (
     ChatHistoryConfig,
     DeadlineConfig,
     LoggingConfig,
-    ModelConfig,
     PiiConfig,
     SecurityConfig,
     Settings,
@@ -24,7 +25,9 @@ __all__ = [
     "DeadlineConfig",
     "EmbeddingsConfig",
     "LoggingConfig",
+    "MlflowConfig",
     "ModelConfig",
+    "ModelEntry",
     "PiiConfig",
     "QuotaConfig",
     "RateLimitConfig",
@@ -32,5 +35,6 @@ __all__ = [
     "SecurityConfig",
     "Settings",
     "UsageLogConfig",
+    "beside",
     "load_settings",
 ]

@@ -24,7 +24,7 @@ EMBEDDING = {"/v1/embeddings": {"input": "hello"}}
 RIGHT = {**BODIES, "/v1/generate/batch": BATCH, **OPENAI_BODIES, **RESPONSE_BODIES, **EMBEDDING}
 GENERATING = set(RIGHT)
 """Only what occupies the model counts against a rate; lists, keys and figures are cheap, and polled by machines."""
-SILENT = {"/", "/health", "/readyz", "/metrics", "/status"}
+SILENT = {"/", "/health", "/readyz", "/metrics", "/status", "/info"}
 """Probes and figures: their responses do not speak of limits."""
 
 
@@ -42,14 +42,14 @@ async def test_every_route_but_the_public_ones_needs_a_key(subtests):
         for method, path in operations(web.app):
             with subtests.test(f"{method} {path}"):
                 reply = await client.request(method, path, content=b"{not json")
-                if path in {"/", "/health", "/readyz", "/metrics"}:
+                if path in {"/", "/health", "/readyz", "/metrics", "/info"}:
                     assert 200 == reply.status_code
                 else:
                     checked += 1
                     assert 401 == reply.status_code
                     assert "Bearer" == reply.headers["www-authenticate"]
                     assert is_envelope(reply)
-    assert 30 == checked
+    assert 32 == checked
 
 
 async def test_generating_routes_are_limited_and_no_others(subtests):
@@ -263,7 +263,7 @@ async def test_public_paths_follow_the_settings():
     web = await make_web(security={"docs": False, "metrics_public": False})
     documented = await make_web(security={"docs": True})
 
-    assert {"/", "/health", "/readyz"} == public_paths(web.container)
+    assert {"/", "/health", "/readyz", "/info"} == public_paths(web.container)
     assert {"/docs", "/redoc", "/openapi.json", "/metrics"} < public_paths(documented.container)
     async with web.client(nothing="") as client:
         assert 401 == (await client.get("/metrics")).status_code

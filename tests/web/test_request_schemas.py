@@ -29,9 +29,11 @@ RIGHT: dict[str, dict[str, Any]] = {
     "/v1/keys/{key_id}/rotate": {},
     "/v1/roles/{name}": {},
     "/generate_apikey": {"username": "anna"},
+    "/v1/models/load": {"model_name": "a"},
+    "/v1/models/unload": {"model_name": "a"},
 }
 """Every path that takes a body, with the least that it takes."""
-GENERATING = [path for path in RIGHT if path.startswith("/v1/") and "key" not in path and "role" not in path]
+GENERATING = [path for path in RIGHT if path.startswith("/v1/") and not re.search("key|role|/models/", path)]
 NATIVE = ["/v1/generate", "/v1/generate/batch", "/v1/chat"]
 CROSS_FIELD = re.compile(
     "the last message must be the user's|this service takes at most|are two names of one field"

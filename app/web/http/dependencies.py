@@ -18,6 +18,8 @@ from app.config import Settings
 from app.embeddings import EmbeddingRequest, Embeddings
 from app.engine.base import EngineInfo
 from app.engine.host import ModelHost
+from app.engine.model_loader import ModelLoader
+from app.engine.registered_models import RegisteredModels
 from app.errors import Forbidden, NotFound
 from app.events import Event
 from app.generation.responses import ResponseStore
@@ -67,6 +69,9 @@ class Container:
     service: Service
     embeddings: EmbeddingService
     host: ModelHost
+    loader: ModelLoader
+    registered: RegisteredModels | None
+    """None if no registry is configured."""
     sessions: SessionStore | None
     """None if session memory is switched off."""
     responses: ResponseStore | None
@@ -103,6 +108,16 @@ async def _admin(caller: CallerDep) -> Principal:
 
 AdminDep = Annotated[Principal, Depends(_admin)]
 """A caller who may manage keys and roles and see everybody's usage."""
+
+
+async def _loading_caller(caller: CallerDep) -> Principal:
+    if not (caller.rights.load_models or caller.rights.manage_keys):
+        raise Forbidden("This needs an API key whose role may load models.")
+    return caller
+
+
+LoadModelsDep = Annotated[Principal, Depends(_loading_caller)]
+"""A caller who may load and unload models."""
 
 
 async def _access(container: ContainerDep) -> AccessControl:

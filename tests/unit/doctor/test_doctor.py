@@ -125,6 +125,17 @@ def replace_data_folder(folder: Path) -> None:
     (folder / "data").write_text("a file")
 
 
+def test_every_configured_model_is_examined(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Those too that are loaded on their first use; one of a registry needs its address."""
+    entries = [{"name": "absent"}, {"name": "models:/chat/3", "source": "mlflow"}]
+    monkeypatch.setenv("MODELS", json.dumps(entries))
+    said = examine(1)
+
+    assert "absent/config.json cannot be read" in said
+    assert "models.0.name" in said
+    assert "mlflow.tracking_uri is not set" in said
+
+
 def test_the_embedding_models_folder_is_examined_too(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("EMBEDDINGS__MODEL", "encoder")
     assert "encoder/config.json cannot be read" in examine(1)
@@ -266,6 +277,29 @@ def test_a_model_of_the_hub_is_looked_for_on_this_machine_only(
 ):
     for name, value in {"MODEL__SOURCE": "hub", "MODEL__NAME": model, **variables}.items():
         monkeypatch.setenv(name, value)
+
+    assert text in examine(code)
+
+
+@pytest.mark.parametrize(
+    ("name", "address", "code", "text"),
+    [
+        (
+            "models:/chat@production",
+            "http://registry.test",
+            0,
+            "model: models:/chat@production comes from the",
+        ),
+        ("models:/chat@production", "", 1, "problem  model: mlflow.tracking_uri is not set"),
+        ("models:/chat@production", "./mlruns", 1, "problem  model: mlflow.tracking_uri must begin with http://"),
+        ("chat", "http://registry.test", 1, "problem  model: model.name must be models:/name/version"),
+    ],
+)
+def test_a_model_of_a_registry_is_examined_without_asking_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, address: str, code: int, text: str
+):
+    for variable, value in {"MODEL__SOURCE": "mlflow", "MODEL__NAME": name, "MLFLOW_TRACKING_URI": address}.items():
+        monkeypatch.setenv(variable, value)
 
     assert text in examine(code)
 
