@@ -25,6 +25,7 @@ from app.engine.host import ModelHost
 from app.engine.local import LocalEngine
 from app.engine.parsing.parsed_engine import ParsedEngine
 from app.engine.persistent_cache import PersistentCacheEngine
+from app.engine.remote.engine import RemoteEngine
 from app.engine.served_model import SamplingDefaults, Served, ServedEncoder, ServedModel
 from app.errors import ConfigError, ModelNotFound
 from app.generation.embedding import EmbeddingService
@@ -215,9 +216,24 @@ def _build_model(
 def _engine(settings: Settings, name: str, interpreters: SpareInterpreters) -> Engine:
     if settings.model.engine == "echo":
         return EchoEngine(model=name, context_length=settings.model.max_model_len or 8192)
+    if settings.model.engine == "remote":
+        return _remote(settings, name)
     if settings.model.source == "local":
         _require_model("model.name", settings.model.name, "config.json")
     return LocalEngine(settings.model, settings.deadlines, interpreters=interpreters, **_supervision(settings))
+
+
+def _remote(settings: Settings, name: str) -> Engine:
+    if not settings.remote.base_urls:
+        raise ConfigError("configuration: remote.base_urls: model.engine is remote, and no server is named")
+    token = settings.hub_token
+    return RemoteEngine(
+        settings.remote,
+        settings.deadlines,
+        name=name,
+        max_model_len=settings.model.max_model_len,
+        hub_token=token.get_secret_value() if token else None,
+    )
 
 
 def _encoder(settings: Settings, interpreters: SpareInterpreters) -> EncoderEngine:
@@ -255,9 +271,10 @@ def _wrap(
 ) -> tuple[Engine, CachedEngine | None]:
     """Put the parser around the engine, the output filter around both, and the caches around all.
 
-    So the filter sees messages and not the model's marks, and nothing unfiltered is stored.
+    So the filter sees messages and not the model's marks, and nothing unfiltered is stored.  Another server parses its
+    own model's marks.
     """
-    engine, scope = filters.around(ParsedEngine(engine))
+    engine, scope = filters.around(engine if isinstance(engine, RemoteEngine) else ParsedEngine(engine))
     if not settings.cache.enabled:
         return engine, None
     if settings.cache.persistent:
@@ -337,4 +354,11 @@ def _watch(metrics: Metrics, host: ModelHost, sessions: SessionStore | None) -> 
         sessions=lambda: sessions.count() if sessions else 0,
         model_loaded=lambda: host.can_serve,
         engine_restarts=total(lambda model: model.engine.status().restarts),
+    )
+    metrics.watch_upstreams(
+        lambda: [
+            (model.name, each.number, each.ready, each.running, each.failures)
+            for model in host.models
+            for each in model.engine.status().upstreams
+        ]
     )

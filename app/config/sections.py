@@ -23,6 +23,7 @@ from pydantic_settings import (
 
 from app.config.access import DatabaseConfig, QuotaConfig, RateLimitConfig, UsageLogConfig
 from app.config.embeddings import EmbeddingPooling, EmbeddingsConfig
+from app.config.remote import RemoteConfig
 from app.config.section import Section
 
 KNOWN_DEFAULT_KEYS = frozenset(
@@ -126,9 +127,9 @@ class ModelConfig(Section):
     compiles nothing."""
     revision: str | None = None
     """Commit or tag of the model on the hub."""
-    engine: Literal["auto", "batching", "serial", "echo"] = "auto"
+    engine: Literal["auto", "batching", "serial", "echo", "remote"] = "auto"
     """batching uses continuous batching, serial runs one request at a time, echo needs no model and repeats the prompt;
-    auto is batching, or serial for a model that cannot be batched."""
+    auto is batching, or serial for a model that cannot be batched.  remote is another server, see section `remote`."""
     max_tokens: PositiveInt = 512
     """Default of max_tokens, the new tokens of a request (fewer when the context window is nearly full)."""
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
@@ -168,6 +169,8 @@ class ModelConfig(Section):
         """The name that clients see: the model id, or the name of the folder without its path."""
         if self.engine == "echo":
             return "echo"
+        if self.engine == "remote":
+            return self.name
         return Path(self.name).resolve().name if self.source == "local" else self.name
 
 
@@ -317,6 +320,7 @@ class Settings(BaseSettings):
 
     app: AppConfig = AppConfig()
     model: ModelConfig = ModelConfig()
+    remote: RemoteConfig = RemoteConfig()
     embeddings: EmbeddingsConfig = EmbeddingsConfig()
     deadlines: DeadlineConfig = DeadlineConfig()
     security: SecurityConfig = SecurityConfig()

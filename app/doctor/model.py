@@ -18,6 +18,8 @@ def examine_model(settings: Settings) -> Iterator[Finding]:
     model = settings.model
     if model.engine == "echo":
         yield ok(SUBJECT, "none is loaded: the engine echo repeats prompts")
+    elif model.engine == "remote":
+        yield from _remote(settings)
     elif model.source == "local":
         yield from _folder("model.name", Path(model.name))
     else:
@@ -29,6 +31,14 @@ def examine_model(settings: Settings) -> Iterator[Finding]:
         yield from _hub(settings, embeddings.model, embeddings.revision)
     if model.device == "cuda" and not Path("/dev/nvidiactl").exists():
         yield problem(SUBJECT, "there is no NVIDIA GPU here, which model.device asks for", "set model.device: auto")
+
+
+def _remote(settings: Settings) -> Iterator[Finding]:
+    servers = settings.remote.base_urls
+    if servers:
+        yield ok(SUBJECT, f"none is loaded: {len(servers)} other servers generate (remote.base_urls)")
+    else:
+        yield problem(SUBJECT, "model.engine is remote, and no server is named", "name it in remote.base_urls")
 
 
 def _folder(key: str, folder: Path) -> Iterator[Finding]:

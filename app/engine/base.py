@@ -81,8 +81,8 @@ class EngineInfo:
     logprob_shift: float | None = None
     """By how much int8 weights changed the log-probability of the likeliest token at load, on average; None where
     nothing is quantized."""
-    template_variables: tuple[str, ...] = ()
-    """Variables of the chat template that a request may set, sorted."""
+    template_variables: tuple[str, ...] | None = ()
+    """Variables of the chat template that a request may set, sorted; None where another service knows them."""
     renders_reasoning: bool = False
     """Whether the chat template shows what the assistant thought in earlier turns."""
     compiled: Literal["attention", "layers"] | None = None
@@ -112,6 +112,21 @@ class EngineInfo:
         return facts
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpstreamStatus:
+    """A snapshot of one of the servers that an engine sends its requests to."""
+
+    number: int
+    """Its place in the configuration, from 1."""
+    ready: bool
+    """Whether it gets requests."""
+    running: int
+    failures: int
+    """Requests so far that it could not be asked, or broke off."""
+    error: str | None = None
+    """What the last failure was; None since it serves."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
     """A snapshot for /status and /readyz."""
@@ -123,6 +138,7 @@ class EngineStatus:
     error: str | None = None
     worker_pid: int | None = None
     worker_rss_bytes: int | None = None
+    upstreams: tuple[UpstreamStatus, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +150,8 @@ class PreparedPrompt:
     """None where another service tokenizes, so that `prompt_tokens` may be an estimate, or where it is too long."""
     is_lower_bound: bool = False
     """Whether the prompt has `prompt_tokens` or more, too many in any case, and was not encoded."""
+    is_estimate: bool = False
+    """Whether `prompt_tokens` is a guess that is rather too high, since the tokenizer is not known here."""
 
 
 class TextDecoder(Protocol):

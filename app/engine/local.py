@@ -385,7 +385,7 @@ def _spec(config: ModelConfig) -> ModelSpec:
         revision=config.revision,
         max_model_len=config.max_model_len,
         threads=config.threads,
-        engine="auto" if config.engine == "echo" else config.engine,
+        engine="auto" if config.engine == "echo" or config.engine == "remote" else config.engine,
         max_batch_size=config.max_batch_size,
         prefix_reuse=config.prefix_reuse,
         embeddings=config.embeddings,
