@@ -124,6 +124,9 @@ class LiveStream:
         try:
             await self._relay()
         except AppError as error:
+            silent = isinstance(error, DeadlineExceeded) and not self.request.progress.generated
+            if self._upstream is not None and (silent or isinstance(error, EngineFailed)):
+                self._pool.failed(self._upstream, error.message)
             self._end(error)
         except Exception as error:  # noqa: BLE001  # it belongs to this request alone
             # Without its message, which could hold the text.
@@ -141,7 +144,6 @@ class LiveStream:
             if not clock.limit.expired():
                 raise
             if not self._completion.has_reason:
-                self._failed("it was silent for too long")
                 raise clock.error from None
         delta, finished = self._completion.finish(done=done)
         if (held := self._merger.feed(delta)) is not None:
@@ -164,21 +166,16 @@ class LiveStream:
                         if self._completion.matched:
                             return True
             except UnreadableStreamError as error:
-                self._failed(f"it sent {error}")
                 raise EngineFailed(f"The model's server sent {error} in place of an answer.") from None
             except (httpx.HTTPError, UpstreamError) as error:
                 if self._completion.has_reason:
                     return True
-                self._failed("its connection broke in the middle of an answer")
                 raise EngineFailed("The connection to the model's server broke in the middle of the answer.") from error
             return chunks.done
 
     def _take(self, chunk: Chunk, clock: _Clock) -> None:
         if chunk.error is not None:
-            error = self._pool.errors.of_stream(chunk.error)
-            if isinstance(error, EngineFailed):
-                self._failed("it failed in the middle of an answer")
-            raise error
+            raise self._pool.errors.of_stream(chunk.error)
         delta = self._completion.feed(chunk)
         if self._completion.has_reason:
             clock.ends()
@@ -186,10 +183,6 @@ class LiveStream:
             clock.generates()
         if (merged := self._merger.feed(delta)) is not None and not self._over:
             self._queue.put_nowait(merged)
-
-    def _failed(self, reason: str) -> None:
-        if self._upstream is not None:
-            self._pool.failed(self._upstream, reason)
 
     def _begin(self) -> None:
         if not self.started and not self._over:
