@@ -27,7 +27,7 @@ TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 """What is downloaded of a model whose weights are elsewhere."""
 Answer = TypeVar("Answer")
 TURN_TOKENS = 8
-"""Tokens that a chat template writes around a message."""
+"""Tokens that a chat template writes around a message, or a tokenizer around a text."""
 
 
 class PromptCounter(Protocol):
@@ -188,7 +188,7 @@ class ByteCounter:
             texts += [tool.name + (tool.description or "") + tool.parameters for tool in request.tools]
             tokens = TURN_TOKENS * (len(texts) + 1) + sum(map(self._estimate, texts))
         else:
-            tokens = self._estimate(request.text or "") + 1 if request.text else 0
+            tokens = self._estimate(request.text) + TURN_TOKENS if request.text else 0
         return PreparedPrompt(prompt_tokens=tokens, prompt_ids=None, is_estimate=True)
 
     def _estimate(self, text: str) -> int:

@@ -41,6 +41,8 @@ class Reply:
     headers: dict[str, str] = field(default_factory=dict)
     delay_seconds: float = 0.0
     """Before the first byte."""
+    drops: bool = False
+    """Whether the connection breaks in place of an answer."""
     resets: bool = False
     """Whether the connection breaks in place of its end."""
 
@@ -116,6 +118,8 @@ class ScriptedServer:
         return self.replies[min(len(self.received), len(self.replies)) - 1]
 
     async def _reply(self, reply: Reply, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if reply.drops:
+            return
         if reply.delay_seconds and await self._gone(reader, reply.delay_seconds):
             return
         headers = {"content-type": "text/event-stream", "connection": "close"} | reply.headers

@@ -8,8 +8,8 @@ import pytest
 from app.config import DeadlineConfig
 from app.errors import AppError, DeadlineExceeded, EngineFailed, InvalidRequest
 from app.events import Delta, Event, Finished, Started, join_tool_calls
-from app.requests import GenerationRequest
-from app.types import FinishReason, Message, Role, SamplingParams, Tenant, Tool, ToolCall, Usage
+from app.types import FinishReason, Tool, ToolCall, Usage
+from tests.unit.engine.remote.requests import make_request
 from tests.unit.engine.remote.scripted_server import (
     DONE,
     FOREVER,
@@ -57,16 +57,6 @@ BROKEN = {
     "an error as text": (Reply([event({"error": "out of memory"})]), "out of memory"),
     "an end that is none": (Reply([chunk("Hel", finish_reason="error"), DONE]), "broke this answer off"),
 }
-
-
-def make_request(name: str = "one", **fields: Any) -> GenerationRequest:
-    fields = {"messages": (Message(Role.USER, "Hello"),), "counted_tokens": 9, **fields}
-    return GenerationRequest(
-        id=name,
-        tenant=Tenant.owner("t"),
-        sampling=SamplingParams(**{"max_tokens": 20, **fields.pop("sampling", {})}),
-        **fields,
-    )
 
 
 async def answer(reply: Reply, **settings: Any) -> list[Event]:
