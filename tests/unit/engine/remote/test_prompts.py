@@ -50,10 +50,12 @@ async def test_a_tokenizer_that_is_here_is_exact(folder: Path):
         chat = await engine.prepare(make_request())
         text = await engine.prepare(make_request(messages=(), text="hello world"))
         ids = tuple(tokenizer.encode("hello world"))
-        rendered = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
+        rendered = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_dict=False
+        )
 
         assert PreparedPrompt(len(ids), ids) == text
-        assert PreparedPrompt(len(rendered["input_ids"]), None) == chat
+        assert PreparedPrompt(len(rendered), None) == chat
         assert "hello world" == await engine.detokenize(ids) == "".join(await engine.token_texts(ids))
         assert not engine.has_control_tokens(ids)
         assert isinstance(engine.hidden_token("<|im_end|>"), int)
