@@ -37,7 +37,7 @@ OUR_LOGGERS = ("app", "llm_service")
 """The service's own loggers and, by their names, all below them; they alone write lines of level DEBUG."""
 UVICORN_LOGGERS = ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi")
 QUIET_LOGGERS = [
-    *("alembic", "h2", "hpack", "httpcore", "httpx", "huggingface_hub", "langchain", "langchain_core"),
+    *("alembic", "httpcore", "httpx", "huggingface_hub", "langchain", "langchain_core"),
     *("langsmith", "sse_starlette", "transformers", "urllib3"),
 ]
 """Libraries whose lines below WARNING contain prompts, completions or addresses, or are of no use to an operator."""

@@ -30,10 +30,10 @@ WEATHER = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     },
 }
-ASKS_WEATHER = [{"role": "user", "content": "What is the weather in Paris?"}]
+ABOUT_WEATHER = [{"role": "user", "content": "What is the weather in Paris?"}]
 CALLED = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}
 RESULT = [
-    *ASKS_WEATHER,
+    *ABOUT_WEATHER,
     {"role": "assistant", "content": None, "tool_calls": [CALLED]},
     {"role": "tool", "tool_call_id": "call_1", "content": "18 degrees and sunny"},
 ]
@@ -49,7 +49,7 @@ REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "logprobs": (CHAT, {"messages": HI, "logprobs": True, "top_logprobs": 3}),
     "length": (CHAT, {"messages": HI, "max_tokens": 3}),
-    "tools": (CHAT, {"messages": ASKS_WEATHER, "tools": [WEATHER]}),
+    "tools": (CHAT, {"messages": ABOUT_WEATHER, "tools": [WEATHER]}),
     "required": (CHAT, {"messages": HI, "tools": [WEATHER], "tool_choice": "required"}),
     "result": (CHAT, {"messages": RESULT, "tools": [WEATHER]}),
     "schema": (CHAT, {"messages": HI, "response_format": FORMAT}),
@@ -172,7 +172,7 @@ async def test_a_stop_string_ends_the_answer_of_the_model_behind_both(chain: Cha
 
 
 async def test_a_session_lives_in_front_and_is_counted_exactly(chain: Chain):
-    """The service behind knows nothing of it; its history is part of the prompt, by the tokenizer of the model."""
+    """The service behind has no such session; its history is part of the prompt, by the tokenizer of the model."""
     async with chain.front.client() as client:
         first, second = [
             (await client.post(NATIVE, json={**GREEDY, "session_id": "s1", "messages": [message]})).json()

@@ -184,7 +184,7 @@ class RemoteEngine:
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.wait([self._watching])
-        self._tell()
+        self._notify()
         await self._pool.close()
         if self._counter is not None:
             self._counter.close()
@@ -246,7 +246,7 @@ class RemoteEngine:
             self._error = error.message
         except Exception as error:  # noqa: BLE001  # the probes have to go on
             log.error("the remote model cannot be described: %s", type(error).__name__)
-        self._tell()
+        self._notify()
 
     async def _describe(self, facts: Sequence[Facts]) -> None:
         lengths = [each.context_length for each in facts if each.context_length]
@@ -261,6 +261,8 @@ class RemoteEngine:
             unsupported.add("stop_token_ids")
         self._info = EngineInfo(
             model=self._name,
+            # Another model behind the same name must not be mistaken for this one by a cache.
+            revision=", ".join(sorted({each.model for each in facts})),
             engine="remote",
             context_length=context_length,
             capabilities=Capabilities(unsupported=tuple(sorted(unsupported - {"tools"}))),
@@ -286,7 +288,7 @@ class RemoteEngine:
             raise self._not_ready()
         return self._counter
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         self._probed.set()
         self._probed = asyncio.Event()
 

@@ -25,7 +25,7 @@ from app.types import Tenant
 
 TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 """What is downloaded of a model whose weights are elsewhere."""
-Answer = TypeVar("Answer")
+Decoded = TypeVar("Decoded")
 TURN_TOKENS = 8
 """Tokens that a chat template writes around a message, or a tokenizer around a text."""
 
@@ -121,7 +121,7 @@ class ServerCounter:
 
     async def prepare(self, request: GenerationRequest) -> PreparedPrompt:
         body = partial(_tokenize_body, request)
-        found = await self._ask(request, "/tokenize", body, _Tokens)
+        found = await self._call(request, "/tokenize", body, _Tokens)
         prepared = PreparedPrompt(prompt_tokens=found.count, prompt_ids=found.tokens)
         return _without_ids(prepared) if request.is_chat else prepared
 
@@ -132,7 +132,7 @@ class ServerCounter:
         def body(upstream: Upstream) -> dict[str, Any]:
             return {"model": _model(upstream), "tokens": tokens}
 
-        return (await self._ask(nobody, "/detokenize", body, _Text)).prompt
+        return (await self._call(nobody, "/detokenize", body, _Text)).prompt
 
     async def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         raise InvalidRequest.of_field(
@@ -142,13 +142,13 @@ class ServerCounter:
     def close(self) -> None:
         return
 
-    async def _ask(
+    async def _call(
         self,
         request: GenerationRequest,
         path: str,
         body: Callable[[Upstream], Mapping[str, Any]],
-        kind: type[Answer],
-    ) -> Answer:
+        kind: type[Decoded],
+    ) -> Decoded:
         content = await self._pool.fetch(request, path, body)
         try:
             return msgspec.json.decode(content, type=kind)

@@ -176,10 +176,16 @@ class Upstream:
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_SECONDS):
                 self.facts = await self._facts(name)
-        except (UpstreamError, TimeoutError, ProbeRefusedError) as error:
-            self.refuses = isinstance(error, ProbeRefusedError)
-            self._note(str(error) or "it did not answer in time")
-            self.breaker.is_open = True
+        except TimeoutError:
+            # One that has requests may be too busy with them to answer.
+            if not self.running:
+                self._give_up("it did not answer in time")
+            return
+        except (UpstreamError, ProbeRefusedError) as error:
+            self._give_up(str(error), refuses=isinstance(error, ProbeRefusedError))
+            return
+        except Exception as error:  # noqa: BLE001  # the probes of the others have to go on
+            self._give_up(f"its probe failed ({type(error).__name__})")
             return
         if self.breaker.is_open:
             log.info("upstream %d (%s) serves: %s", self.number, self.address, self.facts.server.name)
@@ -192,6 +198,11 @@ class Upstream:
             self._note(reason)
         else:
             self.error = reason
+
+    def _give_up(self, reason: str, *, refuses: bool = False) -> None:
+        self.refuses = refuses
+        self._note(reason)
+        self.breaker.is_open = True
 
     def _note(self, reason: str) -> None:
         if reason != self.error or not self.breaker.is_open:

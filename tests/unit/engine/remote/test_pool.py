@@ -125,7 +125,7 @@ async def test_a_request_that_a_server_has_worked_on_is_not_sent_again(first: Re
     assert not servers[1].received
 
 
-async def test_a_connection_that_breaks_before_the_answer_is_made_anew_once():
+async def test_a_connection_that_breaks_before_the_answer_is_replaced_once():
     """A kept one may have been closed at this moment; twice in a row is a failure."""
     server = ScriptedServer([Reply(drops=True), HELLO, Reply(drops=True)])
     async with engine_on(server) as engine:

@@ -213,10 +213,10 @@ async def test_calls_of_tools_have_one_position_id_and_name_each():
     events = await answer(Reply([*steps, END, DONE]), request=make_request(tools=(Tool("add"),)))
 
     parts = [part for delta in deltas_of(events) for part in delta.tool_calls]
-    *known, made = join_tool_calls(parts)
+    *known, third_call = join_tool_calls(parts)
     assert [ToolCall("a", "add", '{"x": 1}'), ToolCall("b", "sub", '{"y": 2}')] == known
-    assert ("now", "{}") == (made.name, made.arguments)
-    assert made.id
+    assert ("now", "{}") == (third_call.name, third_call.arguments)
+    assert third_call.id
     assert ["a", None, "b"] == [part.id for part in parts[:3]]
     assert FinishReason.TOOL_CALLS == finished_of(events).finish_reason
 
