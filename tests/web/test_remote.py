@@ -29,9 +29,8 @@ CHATS = "/v1/chat/completions"
 
 @asynccontextmanager
 async def web_on(*servers: ScriptedServer, **settings: Any) -> AsyncIterator[Web]:
-    sections = {"rate_limit": {"enabled": False}}
     async with engine_on(*servers, **settings) as engine:
-        yield await make_web(engines={"m": engine}, **sections)
+        yield await make_web(engines={"m": engine}, rate_limit={"enabled": False})
 
 
 async def test_the_configuration_makes_a_service_of_a_server(tmp_path: Path):
@@ -106,6 +105,7 @@ async def test_history_that_may_not_fit_is_left_out_by_the_estimate():
     models = Reply.json({"data": [CARD | {"max_model_len": 200}]})
     server = ScriptedServer(models=models)
     async with web_on(server, tokenizer="none") as web, web.client() as client:
+        reply: dict[str, Any] = {}
         for number in range(5):
             message = {"role": "user", "content": f"{number} " + "word " * 20}
             body = {"messages": [message], "session_id": "s", "max_tokens": 20}

@@ -199,7 +199,7 @@ def _top_token(token: TopToken) -> DetokenizedLogprob:
 def _token(
     text: str, raw: list[int] | None, logprob: float | None, top: tuple[DetokenizedLogprob, ...] = ()
 ) -> DetokenizedLogprob:
-    """Return a token.  One that is impossible has no score in some servers' JSON, which knows no infinity."""
+    """Return a token.  JSON has no infinity, so some servers write nothing for the score of an impossible one."""
     exact = bytes(raw) if raw and max(raw) < 256 and min(raw) >= 0 else text.encode()
     return DetokenizedLogprob(text=text, raw=exact, logprob=-9999.0 if logprob is None else logprob, top=top)
 
