@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 MAX_BODY_BYTES = 4_194_304
 """Of a response that is no stream; more is not read."""
 PROBE_TIMEOUT_SECONDS = 5.0
+_LISTLESS_STATUSES = frozenset([404, 405, 500, 501])
+"""Of a server that has no list of models, or cannot make one: it is taken at its configured word."""
 
 
 class ProbeRefusedError(Exception):
@@ -213,13 +215,12 @@ class Upstream:
         status, content = await self.fetch("GET", "/v1/models")
         if status in (401, 403):
             raise ProbeRefusedError("it refuses the configured key")
-        if status != 200:
+        if status in _LISTLESS_STATUSES and self._config.model is not None:
+            card = _Card(id=self._config.model)
+        elif status == 200:
+            card = self._card(_read_cards(content), name)
+        else:
             raise UpstreamError(f"its list of models has status {status}")
-        try:
-            cards = [card for card in msgspec.json.decode(content, type=_Cards).data if card.generates]
-        except msgspec.MsgspecError:
-            raise UpstreamError("its list of models is none of OpenAI's") from None
-        card = self._card(cards, name)
         configured = self._config.server
         server = detect_server(card.owned_by) if configured == "auto" else SERVERS[configured]
         context_length = card.longest
@@ -253,6 +254,13 @@ class Upstream:
             return False
         status, _ = await self.fetch("POST", "/tokenize", {"model": model, "prompt": "a"})
         return status == 200
+
+
+def _read_cards(content: bytes) -> list[_Card]:
+    try:
+        return [card for card in msgspec.json.decode(content, type=_Cards).data if card.generates]
+    except msgspec.MsgspecError:
+        raise UpstreamError("its list of models is none of OpenAI's") from None
 
 
 class _Defaults(msgspec.Struct):

@@ -167,6 +167,16 @@ async def test_the_model_has_the_name_that_the_server_knows():
         assert (expected, "m") == (server.received[0].body["model"], engine.info.model)
 
 
+@pytest.mark.parametrize("status", [404, 500])
+async def test_a_server_without_a_list_of_models_is_what_the_configuration_says(status: int):
+    """With the model's name there; without one nobody would know it."""
+    server = ScriptedServer(models=Reply(status=status))
+    async with engine_on(server, model="there", server="vllm") as engine:
+        await read(engine.stream(make_request(sampling={"top_k": 5})))
+
+    assert ("there", 5) == (server.received[0].body["model"], server.received[0].body["top_k"])
+
+
 async def test_a_chat_goes_as_messages_and_a_text_to_the_route_of_texts():
     """With its variables for the template where the server takes them, and its progress where that is told."""
     server = ScriptedServer([HELLO], models=cards(owned_by="vllm"))
