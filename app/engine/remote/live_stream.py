@@ -5,7 +5,7 @@ Decides which time limit holds, and what a response that is no stream of OpenAI'
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -146,8 +146,7 @@ class LiveStream:
             if not self._completion.has_reason:
                 raise clock.error from None
         delta, finished = self._completion.finish(done=done)
-        if (held := self._merger.feed(delta)) is not None:
-            self._queue.put_nowait(held)
+        self._merger.add(delta)
         self._finish(finished)
         if self._upstream is not None:
             self._upstream.breaker.succeeded()
@@ -160,10 +159,9 @@ class LiveStream:
             self._begin()
             chunks = _Chunks(response, clock.heard)
             try:
-                async with aclosing(chunks.read()) as objects:
-                    async for chunk in objects:
-                        self._take(chunk, clock)
-                        if self._completion.matched:
+                async with aclosing(chunks.read()) as parts:
+                    async for part in parts:
+                        if self._take(part, clock):
                             return True
             except UnreadableStreamError as error:
                 raise EngineFailed(f"The model's server sent {error} in place of an answer.") from None
@@ -173,16 +171,24 @@ class LiveStream:
                 raise EngineFailed("The connection to the model's server broke in the middle of the answer.") from error
             return chunks.done
 
-    def _take(self, chunk: Chunk, clock: _Clock) -> None:
-        if chunk.error is not None:
-            raise self._pool.errors.of_stream(chunk.error)
-        delta = self._completion.feed(chunk)
-        if self._completion.has_reason:
-            clock.ends()
-        elif delta.is_visible or delta.tokens:
-            clock.generates()
-        if (merged := self._merger.feed(delta)) is not None and not self._over:
-            self._queue.put_nowait(merged)
+    def _take(self, chunks: Iterable[Chunk], clock: _Clock) -> bool:
+        """Pass on what has arrived together, and return whether nothing more is wanted."""
+        try:
+            for chunk in chunks:
+                if chunk.error is not None:
+                    raise self._pool.errors.of_stream(chunk.error)
+                delta = self._completion.feed(chunk)
+                self._merger.add(delta)
+                if self._completion.matched:
+                    return True
+                if self._completion.has_reason:
+                    clock.ends()
+                elif delta.is_visible or delta.tokens:
+                    clock.generates()
+        finally:
+            if (merged := self._merger.take()) is not None and not self._over:
+                self._queue.put_nowait(merged)
+        return False
 
     def _begin(self) -> None:
         if not self.started and not self._over:
@@ -210,14 +216,14 @@ class _Chunks:
         self.done = False
         """Whether the server said that nothing more comes."""
 
-    async def read(self) -> AsyncGenerator[Chunk, None]:
-        """Yield the objects.
+    async def read(self) -> AsyncGenerator[Iterable[Chunk], None]:
+        """Yield the objects that arrive together.
 
         Raises: UnreadableStreamError: it is something else.  What httpx raises.
         """
         kind = self._response.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == "application/json":
-            yield read_chunk(await read_body(self._response))
+            yield [read_chunk(await read_body(self._response))]
             self.done = True
             return
         if kind not in ("", "text/event-stream"):
@@ -225,12 +231,15 @@ class _Chunks:
         lines = SseLines()
         async for part in self._response.aiter_raw():
             self._on_bytes()
-            for data in lines.feed(part):
-                if data == DONE:
-                    self.done = True
-                    return
-                yield read_chunk(data)
-        rest = lines.finish()
-        self.done = rest == DONE
-        if rest and not self.done:
-            yield read_chunk(rest)
+            yield self._objects(lines.feed(part))
+            if self.done:
+                return
+        if rest := lines.finish():
+            yield self._objects([rest])
+
+    def _objects(self, lines: Iterable[bytes]) -> Iterator[Chunk]:
+        for data in lines:
+            if data == DONE:
+                self.done = True
+                return
+            yield read_chunk(data)

@@ -1,4 +1,5 @@
-"""Merges the deltas of a request that does not stream, so that what stands around the engine handles few of them."""
+"""Merges deltas that arrive together, and those of a request that does not stream: what stands around the engine then
+handles few of them."""
 
 from app.events import Delta
 
@@ -7,21 +8,23 @@ LOGPROBS_PER_DELTA = 16
 
 
 class DeltaMerger:
-    """Lets the first delta through, and those that follow as one."""
+    """Collects deltas until they are to be sent."""
 
     def __init__(self, *, streams: bool) -> None:
-        """Args: streams: whether every delta is let through."""
+        """Args: streams: False lets the first text through, and what follows as one."""
         self._streams = streams
         self._begun = False
         self._held: list[Delta] = []
         self._scored = 0
 
-    def feed(self, delta: Delta) -> Delta | None:
-        """Return what is to be sent now; None for nothing yet."""
-        if not delta.is_visible and not delta.tokens:
-            return None
-        self._held.append(delta)
-        self._scored += len(delta.logprobs)
+    def add(self, delta: Delta) -> None:
+        """Append a delta."""
+        if delta.is_visible or delta.tokens:
+            self._held.append(delta)
+            self._scored += len(delta.logprobs)
+
+    def take(self) -> Delta | None:
+        """Return what is to be sent now that nothing more is there to be read; None for nothing yet."""
         if not (self._streams or not self._begun or self._scored >= LOGPROBS_PER_DELTA):
             return None
         return self.finish() if any(each.is_visible for each in self._held) else None
