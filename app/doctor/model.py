@@ -36,7 +36,7 @@ def examine_model(settings: Settings) -> Iterator[Finding]:
 def _remote(settings: Settings) -> Iterator[Finding]:
     servers = settings.remote.base_urls
     if servers:
-        yield ok(SUBJECT, f"none is loaded: {len(servers)} other servers generate (remote.base_urls)")
+        yield ok(SUBJECT, f"none is loaded: other servers generate ({len(servers)} in remote.base_urls)")
     else:
         yield problem(SUBJECT, "model.engine is remote, and no server is named", "name it in remote.base_urls")
 

@@ -97,6 +97,8 @@ class LiveStream:
         self._merger = DeltaMerger(streams=request.stream)
         self._queue: asyncio.Queue[Event | AppError] = asyncio.Queue()
         self._over = False
+        self._reported = False
+        """Whether the server has ended it with an error in its own words."""
         self._upstream: Upstream | None = None
         self._task = asyncio.create_task(self._run())
 
@@ -126,7 +128,8 @@ class LiveStream:
         except AppError as error:
             silent = isinstance(error, DeadlineExceeded) and not self.request.progress.generated
             if self._upstream is not None and (silent or isinstance(error, EngineFailed)):
-                self._pool.failed(self._upstream, error.message)
+                # What a server says may hold text of this request, which is nobody else's to read.
+                self._pool.failed(self._upstream, "it reported an error" if self._reported else error.message)
             self._end(error)
         except Exception as error:  # noqa: BLE001  # it belongs to this request alone
             # Without its message, which could hold the text.
@@ -176,6 +179,7 @@ class LiveStream:
         try:
             for chunk in chunks:
                 if chunk.error is not None:
+                    self._reported = True
                     raise self._pool.errors.of_stream(chunk.error)
                 delta = self._completion.feed(chunk)
                 self._merger.add(delta)
