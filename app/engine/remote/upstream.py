@@ -223,6 +223,9 @@ class Upstream:
             raise UpstreamError(f"its list of models has status {status}")
         configured = self._config.server
         server = detect_server(card.owned_by) if configured == "auto" else SERVERS[configured]
+        if self.is_ready and self.facts is not None and (card.id, server) == (self.facts.model, self.facts.server):
+            # It has served all the time: the rest is known.
+            return self.facts
         context_length = card.longest
         if server.name == "llama.cpp":
             context_length = await self._slot_length() or context_length

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -74,6 +75,8 @@ class ScriptedServer:
     others: dict[str, Reply] = field(default_factory=dict)
     """For other paths."""
     received: list[Received] = field(default_factory=list)
+    requests: Counter[str] = field(default_factory=Counter)
+    """Requests for each path."""
     hung_up: int = 0
     """Replies during which the client went away."""
     live: int = 0
@@ -110,6 +113,7 @@ class ScriptedServer:
         writer.close()
 
     def _choose(self, path: str, headers: dict[str, str], body: bytes) -> Reply:
+        self.requests[path] += 1
         if path == "/v1/models":
             return self.models
         if not path.endswith("completions"):

@@ -197,6 +197,35 @@ async def test_an_engine_waits_for_its_servers():
         await engine.close()
 
 
+async def test_a_server_that_serves_is_looked_at_now_and_then(monkeypatch: pytest.MonkeyPatch):
+    """So that nobody's request has to find out that it is gone; what does not change is asked once."""
+    monkeypatch.setattr("app.engine.remote.pool.HEALTH_SECONDS", 0.05)
+    tokenize = {"/tokenize": Reply.json({"count": 1})}
+    server = ScriptedServer(models=Reply.json({"data": [CARD | {"owned_by": "vllm"}]}), others=tokenize)
+    async with engine_on(server) as engine:
+        await until(lambda: server.requests["/v1/models"] > 3)
+        assert 1 == server.requests["/tokenize"]
+
+        await server.stop()
+        await until(lambda: engine.status().state is EngineState.UNRESPONSIVE)
+
+
+async def test_a_server_that_is_too_busy_for_a_probe_keeps_its_requests(monkeypatch: pytest.MonkeyPatch):
+    """An idle one that does not answer gets none."""
+    monkeypatch.setattr("app.engine.remote.pool.HEALTH_SECONDS", 0.05)
+    monkeypatch.setattr("app.engine.remote.upstream.PROBE_TIMEOUT_SECONDS", 0.1)
+    server = ScriptedServer([Reply([chunk("a"), 0.5, chunk("b", finish_reason="stop"), DONE])])
+    async with engine_on(server) as engine:
+        reading = asyncio.create_task(read(engine.stream(make_request())))
+        await until(lambda: bool(server.received))
+        server.models = Reply(delay_seconds=FOREVER)
+        before = server.requests["/v1/models"]
+        await until(lambda: server.requests["/v1/models"] > before + 2)
+        assert engine.status().upstreams[0].ready
+        assert "ab" == text_of(await reading)
+        await until(lambda: not engine.status().upstreams[0].ready)
+
+
 @pytest.mark.parametrize(
     ("models", "said"),
     [
