@@ -5,7 +5,7 @@ A request goes to another server only before any byte of an answer.
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from hashlib import sha256
 from typing import Any
@@ -53,7 +53,7 @@ class UpstreamPool:
         for upstream in self.upstreams:
             await upstream.close()
 
-    async def watch(self, on_probed: Callable[[], Any]) -> None:
+    async def watch(self, on_probed: Callable[[], Awaitable[None]]) -> None:
         """Probe for ever: servers that failed after a short pause, the others now and then.
 
         Args: on_probed: called, and awaited, after each round.
