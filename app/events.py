@@ -143,6 +143,8 @@ class ContextUsage(msgspec.Struct, frozen=True, kw_only=True):
     """Earlier turns of the conversation in the prompt."""
     turns_dropped: int
     """Earlier turns left out because they did not fit; the oldest go first."""
+    is_estimate: bool = False
+    """Whether `prompt_tokens`, by which they were fitted, is a guess that is rather too high."""
 
 
 class Finished(msgspec.Struct, frozen=True, kw_only=True, tag=True):

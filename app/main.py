@@ -137,12 +137,14 @@ def _specs(settings: Settings) -> dict[str, LoadSpec]:
 
     Raises: ConfigError: one is the name of two.
     """
-    configs = [settings.model, *(entry.config(settings.model) for entry in settings.models)]
+    configured = [(settings.model, settings.remote)]
+    configured += [(each.config(settings.model), each.remote or settings.remote) for each in settings.models]
     specs: dict[str, LoadSpec] = {}
-    for config in configs:
-        if config.public_name in specs:
-            raise ConfigError(f"configuration: models: two have the name {config.public_name}; set served_name")
-        specs[config.public_name] = LoadSpec(name=config.public_name, config=config)
+    for config, remote in configured:
+        name = config.public_name
+        if name in specs:
+            raise ConfigError(f"configuration: models: two have the name {name}; set served_name")
+        specs[name] = LoadSpec(name=name, config=config, remote=remote if config.engine == "remote" else None)
     return specs
 
 
@@ -240,4 +242,11 @@ def _watch(metrics: Metrics, host: ModelHost, sessions: SessionStore | None) -> 
         sessions=lambda: sessions.count() if sessions else 0,
         model_loaded=lambda: host.can_serve,
         engine_restarts=total(lambda model: model.engine.status().restarts),
+    )
+    metrics.watch_upstreams(
+        lambda: [
+            (model.name, each.number, each.ready, each.running, each.failures)
+            for model in host.models
+            for each in model.engine.status().upstreams
+        ]
     )

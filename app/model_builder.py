@@ -17,6 +17,7 @@ from app.engine.model_source import FetchModel, LoadSpec
 from app.engine.parsing.parsed_engine import ParsedEngine
 from app.engine.persistent_cache import PersistentCacheEngine
 from app.engine.registered_models import RegisteredModels
+from app.engine.remote.engine import RemoteEngine
 from app.engine.served_model import SamplingDefaults, Served, ServedEncoder, ServedModel
 from app.errors import ConfigError, ModelNotFound
 from app.generation.prompts import read_template
@@ -102,7 +103,7 @@ class ModelBuilder:
         if name not in specs:
             raise ModelNotFound("There is no such model.")
         config = specs[name].config
-        if config.engine != "echo" and config.source == "local":
+        if config.engine not in ("echo", "remote") and config.source == "local":
             _require_model("model.name", config.name, "config.json")
         return self.served(specs[name])
 
@@ -113,6 +114,8 @@ class ModelBuilder:
             return self._around(
                 EchoEngine(model=spec.name, context_length=config.max_model_len or 8192), spec.name, config
             )
+        if config.engine == "remote":
+            return self._around(self._remote(spec), spec.name, config)
         engine = LocalEngine(
             config,
             self._settings.deadlines,
@@ -122,6 +125,20 @@ class ModelBuilder:
             **_supervision(self._settings),
         )
         return self._around(engine, spec.name, config)
+
+    def _remote(self, spec: LoadSpec) -> Engine:
+        """Raises: ConfigError: no server is named."""
+        if spec.remote is None or not spec.remote.base_urls:
+            raise ConfigError(
+                f"configuration: remote.base_urls: the engine of {spec.name} is remote, and no server is named"
+            )
+        return RemoteEngine(
+            spec.remote,
+            self._settings.deadlines,
+            name=spec.name,
+            max_model_len=spec.config.max_model_len,
+            hub_token=_supervision(self._settings)["hub_token"],
+        )
 
     def _around(self, engine: Engine, name: str, config: ModelConfig) -> ServedModel:
         embeddings = EngineEmbeddings(embedder=engine, model=name) if _embeds(config, engine) else None
@@ -216,9 +233,10 @@ def _wrap(
 ) -> tuple[Engine, CachedEngine | None]:
     """Put the parser around the engine, the output filter around both, and the caches around all.
 
-    So the filter sees messages and not the model's marks, and nothing unfiltered is stored.
+    So the filter sees messages and not the model's marks, and nothing unfiltered is stored.  Another server parses its
+    own model's marks.
     """
-    engine, scope = filters.around(ParsedEngine(engine))
+    engine, scope = filters.around(engine if isinstance(engine, RemoteEngine) else ParsedEngine(engine))
     if not settings.cache.enabled:
         return engine, None
     if settings.cache.persistent:

@@ -71,6 +71,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     messages: tuple[Message, ...] = ()
     text: str | None = None
     prompt_ids: tuple[int, ...] | None = None
+    counted_tokens: Annotated[int, HARMLESS] = 0
+    """Length of a prompt that is encoded elsewhere, so that `prompt_ids` stays unset."""
     continue_final_message: bool = False
     """Continue the last message, which is the assistant's, where it breaks off."""
     tools: tuple[Tool, ...] = ()
@@ -122,7 +124,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def prompt_tokens(self) -> int:
         """Return the length of the encoded prompt; 0 before it is encoded."""
-        return len(self.prompt_ids or ())
+        return self.counted_tokens if self.prompt_ids is None else len(self.prompt_ids)
 
     @property
     def max_tokens(self) -> int | None:

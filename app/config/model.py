@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from app.config.embeddings import EmbeddingPooling
+from app.config.remote import RemoteConfig
 from app.config.section import Section
 
 ModelSource = Literal["local", "hub", "mlflow"]
@@ -22,7 +23,7 @@ DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 QuantizationName = Literal["none", "int8", "bitsandbytes-8bit", "bitsandbytes-4bit"]
 CompileName = Literal["auto", "none", "layers"]
-EngineName = Literal["auto", "batching", "serial", "echo"]
+EngineName = Literal["auto", "batching", "serial", "echo", "remote"]
 SERVED_NAME = r"^[A-Za-z0-9][A-Za-z0-9_:-]*(?:[./][A-Za-z0-9_:-]+)*$"
 """Letters, digits and signs of which no two are dots or slashes in a row: as roles name models, and never a path."""
 ServedName = Annotated[str, StringConstraints(pattern=SERVED_NAME, max_length=256)]
@@ -100,7 +101,7 @@ class ModelConfig(ModelHosting):
     """Commit or tag of the model on the hub."""
     engine: EngineName = "auto"
     """batching uses continuous batching, serial runs one request at a time, echo needs no model and repeats the prompt;
-    auto is batching, or serial for a model that cannot be batched."""
+    auto is batching, or serial for a model that cannot be batched.  remote is another server, see section `remote`."""
     max_tokens: PositiveInt = 512
     """Default of max_tokens, the new tokens of a request (fewer when the context window is nearly full)."""
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
@@ -144,6 +145,8 @@ class ModelConfig(ModelHosting):
     @property
     def own_name(self) -> str:
         """The name that the model brings: its id, the name of its folder, or its name in the registry."""
+        if self.engine == "remote":
+            return self.name
         match self.source:
             case "local":
                 return Path(self.name).resolve().name
@@ -183,14 +186,25 @@ class ModelEntry(Section):
     threads: NonNegativeInt | None = None
     tool_format: ToolFormatName | None = None
     reasoning_format: ReasoningFormatName | None = None
+    remote: RemoteConfig | None = None
+    """The servers of this model where its engine is remote; unset are those of section `remote`."""
+
+    @model_validator(mode="after")
+    def _is_remote_where_servers_are_named(self) -> Self:
+        if self.remote is not None and self.engine != "remote":
+            raise ValueError("remote needs engine: remote")
+        return self
 
     def config(self, defaults: ModelConfig) -> ModelConfig:
         """Return the whole configuration of the model."""
-        given = self.model_dump(exclude={"preload"}, exclude_none=True)
+        given = self.model_dump(exclude={"preload", "remote"}, exclude_none=True)
         return beside(defaults, **given)
 
 
 def beside(defaults: ModelConfig, **fields: Any) -> ModelConfig:
     """Return the configuration of another model than the default one, whose revision and name it does not share."""
-    own = {"revision": None, "served_name": None, "max_model_len": None, **fields}
+    own = {"revision": None, "served_name": None, "max_model_len": None}
+    if defaults.engine == "remote":
+        own["engine"] = "auto"
+    own |= fields
     return ModelConfig.model_validate(defaults.model_dump() | own)

@@ -25,6 +25,7 @@ from app.config.access import DatabaseConfig, QuotaConfig, RateLimitConfig, Usag
 from app.config.embeddings import EmbeddingsConfig
 from app.config.mlflow import MlflowConfig
 from app.config.model import ModelConfig, ModelEntry
+from app.config.remote import RemoteConfig
 from app.config.section import Section
 
 KNOWN_DEFAULT_KEYS = frozenset(
@@ -236,6 +237,7 @@ class Settings(BaseSettings):
     app: AppConfig = AppConfig()
     model: ModelConfig = ModelConfig()
     models: tuple[ModelEntry, ...] = ()
+    remote: RemoteConfig = RemoteConfig()
     embeddings: EmbeddingsConfig = EmbeddingsConfig()
     deadlines: DeadlineConfig = DeadlineConfig()
     security: SecurityConfig = SecurityConfig()

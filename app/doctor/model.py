@@ -20,6 +20,8 @@ def examine_model(settings: Settings) -> Iterator[Finding]:
     model = settings.model
     if model.engine == "echo":
         yield ok(SUBJECT, "none is loaded: the engine echo repeats prompts")
+    elif model.engine == "remote":
+        yield from _remote(settings)
     else:
         yield from _files(settings, "model.name", model)
     for number, entry in enumerate(settings.models):
@@ -54,6 +56,14 @@ def _registry(settings: Settings, key: str, name: str) -> Finding:
         advice = "set mlflow.tracking_uri or MLFLOW_TRACKING_URI to the address of the MLflow server"
         return problem(SUBJECT, f"mlflow.tracking_uri {reason if address else 'is not set'}", advice)
     return ok(SUBJECT, f"{name} comes from the registry at {address}; the start downloads it unless it is here")
+
+
+def _remote(settings: Settings) -> Iterator[Finding]:
+    servers = settings.remote.base_urls
+    if servers:
+        yield ok(SUBJECT, f"none is loaded: other servers generate ({len(servers)} in remote.base_urls)")
+    else:
+        yield problem(SUBJECT, "model.engine is remote, and no server is named", "name it in remote.base_urls")
 
 
 def _folder(key: str, folder: Path) -> Iterator[Finding]:

@@ -81,8 +81,8 @@ class EngineInfo:
     logprob_shift: float | None = None
     """By how much int8 weights changed the log-probability of the likeliest token at load, on average; None where
     nothing is quantized."""
-    template_variables: tuple[str, ...] = ()
-    """Variables of the chat template that a request may set, sorted."""
+    template_variables: tuple[str, ...] | None = ()
+    """Variables of the chat template that a request may set, sorted; None where another service knows them."""
     renders_reasoning: bool = False
     """Whether the chat template shows what the assistant thought in earlier turns."""
     compiled: Literal["attention", "layers"] | None = None
@@ -116,6 +116,21 @@ class EngineInfo:
         return facts
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpstreamStatus:
+    """A snapshot of one of the servers that an engine sends its requests to."""
+
+    number: int
+    """Its place in the configuration, from 1."""
+    ready: bool
+    """Whether it gets requests."""
+    running: int
+    failures: int
+    """Requests so far that it could not be asked, or broke off."""
+    error: str | None = None
+    """What the last failure was; None since it serves."""
+
+
 @dataclass(frozen=True, slots=True)
 class LoadProgress:
     """How far a load has come."""
@@ -144,6 +159,7 @@ class EngineStatus:
     device_total_bytes: int | None = None
     progress: LoadProgress | None = None
     """While the model is loaded."""
+    upstreams: tuple[UpstreamStatus, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +171,8 @@ class PreparedPrompt:
     """None where another service tokenizes, so that `prompt_tokens` may be an estimate, or where it is too long."""
     is_lower_bound: bool = False
     """Whether the prompt has `prompt_tokens` or more, too many in any case, and was not encoded."""
+    is_estimate: bool = False
+    """Whether `prompt_tokens` is a guess that is rather too high, since the tokenizer is not known here."""
 
 
 class TextDecoder(Protocol):

@@ -9,6 +9,7 @@ from pathlib import Path
 from msgspec import structs
 
 from app.config import ModelConfig
+from app.config.remote import RemoteConfig
 from app.engine.base import LoadProgress
 from app.engine.partial_downloads import remove_partial_downloads
 from app.errors import EngineFailed
@@ -26,6 +27,8 @@ class LoadSpec:
 
     name: str
     config: ModelConfig
+    remote: RemoteConfig | None = None
+    """The servers that run it, where its engine is remote."""
     hub_token: str | None = field(default=None, repr=False, compare=False)
     """For gated models of the hub, in place of the configured one; used for this load and then forgotten."""
 
@@ -143,7 +146,7 @@ def _spec(config: ModelConfig) -> ModelSpec:
         revision=config.revision,
         max_model_len=config.max_model_len,
         threads=config.threads,
-        engine="auto" if config.engine == "echo" else config.engine,
+        engine="auto" if config.engine == "echo" or config.engine == "remote" else config.engine,
         max_batch_size=config.max_batch_size,
         prefix_reuse=config.prefix_reuse,
         embeddings=config.embeddings,

@@ -90,11 +90,15 @@ async def fit_text(request: GenerationRequest, prepare: Prepare, budget: TokenBu
     if not prepared.prompt_tokens:
         raise InvalidRequest.of_field("prompt", "holds no token for this model")
     ids, prompt_tokens = prepared.prompt_ids, prepared.prompt_tokens
-    if ids is not None and request.truncate_prompt is not None:
-        ids = await _cut(request, ids, prepare, budget.most_prompt_tokens(request.truncate_prompt))
-        prompt_tokens = len(ids)
+    if request.truncate_prompt is not None and not prepared.is_lower_bound:
+        most = budget.most_prompt_tokens(request.truncate_prompt)
+        if ids is None and prompt_tokens > most:
+            raise InvalidRequest.of_field("truncate_prompt_tokens", "needs the model's tokenizer, which is elsewhere")
+        if ids is not None:
+            ids = await _cut(request, ids, prepare, most)
+            prompt_tokens = len(ids)
     return FittedPrompt(
-        request=structs.replace(request, prompt_ids=ids),
+        request=structs.replace(request, prompt_ids=ids, counted_tokens=prompt_tokens),
         prompt_tokens=prompt_tokens,
         max_tokens=budget.max_tokens(prompt_tokens, is_lower_bound=prepared.is_lower_bound),
     )
@@ -176,7 +180,9 @@ async def fit_chat(
         reason = f"is less than the {prompt_tokens} tokens of the last turn, which is never cut"
         raise InvalidRequest.of_field("truncate_prompt_tokens", reason)
     return FittedPrompt(
-        request=structs.replace(with_history(turns), prompt_ids=prepared[turns].prompt_ids),
+        request=structs.replace(
+            with_history(turns), prompt_ids=prepared[turns].prompt_ids, counted_tokens=prompt_tokens
+        ),
         prompt_tokens=prompt_tokens,
         max_tokens=budget.max_tokens(prompt_tokens, is_lower_bound=prepared[turns].is_lower_bound),
         new=tuple(new),
@@ -185,6 +191,7 @@ async def fit_chat(
             prompt_tokens=prompt_tokens,
             turns_kept=turns,
             turns_dropped=len(history) - turns,
+            is_estimate=prepared[turns].is_estimate,
         ),
     )
 

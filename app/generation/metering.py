@@ -11,7 +11,7 @@ from typing import Protocol
 from app.embeddings import EmbeddingRequest
 from app.engine.base import EngineInfo
 from app.errors import AppError, EngineBusy
-from app.events import Delta, Finished
+from app.events import Delta, Event, Finished
 from app.generation.context_window import FittedPrompt
 from app.generation.request_stats import RequestStats
 from app.requests import GenerationRequest
@@ -164,10 +164,13 @@ class UsageRecord:
         prompt = 1.0 if stats.computed_prompt else recorder.cached_prompt if seen else 0.0
         return math.ceil(prompt * self._prompt_tokens + generated + recorder.cached_completion * replayed)
 
-    def observe(self, delta: Delta) -> None:
-        """Keep the text that the caller receives, if texts are logged."""
-        if self._recorder.store_text:
-            self._completions[delta.index].append(delta.all_text)
+    def observe(self, event: Event) -> None:
+        """Keep the text that the caller receives, if texts are logged, and the prompt's length as the engine has it."""
+        if isinstance(event, Finished):
+            # Before that it may have been an estimate.
+            self._prompt_tokens = event.usage.prompt_tokens or self._prompt_tokens
+        elif isinstance(event, Delta) and self._recorder.store_text:
+            self._completions[event.index].append(event.all_text)
 
     def finish(self, finished: Finished) -> None:
         """Record that the response is complete: all that is left is to yield this event."""

@@ -109,9 +109,8 @@ class GenerationService:
                     with record.charge(run.stats, reservation):
                         async with aclosing(run.events()) as events:
                             async for event in events:
-                                if isinstance(event, Delta):
-                                    record.observe(event)
-                                elif isinstance(event, Started) and self.host.over:
+                                record.observe(event)
+                                if isinstance(event, Started) and self.host.over:
                                     # It reached its engine after all live requests had been aborted.
                                     raise ShuttingDown()
                                 if (visible := run.observe(event)) is not None:

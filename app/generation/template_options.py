@@ -22,6 +22,8 @@ def resolve_template_options(request: GenerationRequest, info: EngineInfo) -> Ge
     if not request.template_kwargs and request.reasoning_effort is None:
         return request
     reads = info.template_variables
+    if reads is None:
+        return request
     known = {name: value for name, value in request.template_kwargs if not _is_neutral(name, value, reads)}
     for name in known:
         if name not in reads:

@@ -9,9 +9,11 @@ from urllib.parse import urlsplit
 import httpx
 
 from app.engine.base import PreparedPrompt
+from app.engine.remote.chunks import DONE, Chunk, SseLines, UnreadableStreamError, read_chunk
+from app.engine.remote.wire import request_body, request_path
 from app.errors import DeadlineExceeded, ModelNotFound, ServiceUnavailable, Unauthorized
 from app.events import Event, Started
-from app.langchain.service_wire import StreamReader, error_from, request_body, sse_data
+from app.langchain.service_wire import StreamReader, error_from
 from app.requests import GenerationRequest
 
 CONNECT_SECONDS = 10.0
@@ -72,10 +74,9 @@ class ServiceEngine:
 
         Raises: AppError: what the service says of the request, or that it does not answer.
         """
-        path = "/v1/chat/completions" if request.is_chat else "/v1/completions"
         body = request_body(request, self.model)
         with self._explained():
-            async with self._opened.stream("POST", path, json=body) as response:
+            async with self._opened.stream("POST", request_path(request), json=body) as response:
                 if response.status_code != 200:
                     raise self._error(response, await response.aread())
                 yield Started(model=self.model)
@@ -107,7 +108,7 @@ class ServiceEngine:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Raises: ServiceUnavailable, DeadlineExceeded: in place of what httpx raises."""
+        """Raises: ServiceUnavailable, DeadlineExceeded: in place of what httpx and the reader of streams raise."""
         try:
             yield
         except httpx.ConnectError as error:
@@ -116,6 +117,8 @@ class ServiceEngine:
             ) from error
         except httpx.TimeoutException as error:
             raise DeadlineExceeded(f"The service at {self.base_url} did not answer in time.") from error
+        except UnreadableStreamError as error:
+            raise ServiceUnavailable(f"What answers at {self.base_url} sent {error} in place of an answer.") from error
         except httpx.HTTPError as error:
             raise ServiceUnavailable(f"The connection to {self.base_url} broke: {type(error).__name__}.") from error
 
@@ -124,11 +127,9 @@ def _generates(card: Mapping[str, Any]) -> bool:
     return "text" in card.get("architecture", {}).get("output_modalities", ["text"])
 
 
-async def _chunks(response: httpx.Response) -> AsyncIterator[Any]:
-    """Yield the objects of a stream.  Lines end where bytes say so: text may hold other characters that break lines."""
-    rest = b""
+async def _chunks(response: httpx.Response) -> AsyncIterator[Chunk]:
+    lines = SseLines()
     async for part in response.aiter_bytes():
-        *lines, rest = (rest + part).split(b"\n")
-        for line in lines:
-            if (chunk := sse_data(line)) is not None:
-                yield chunk
+        for data in lines.feed(part):
+            if data != DONE:
+                yield read_chunk(data)

@@ -1,9 +1,9 @@
-"""Translates requests to OpenAI's wire and its streams and errors back, for a service that runs elsewhere."""
+"""Translates the streams and errors of a service that runs elsewhere; `app.engine.remote` has the rest of its wire."""
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from app.engine.remote.chunks import CallPart, Choice, Chunk, FunctionPart, UsagePart, argument_text, logprobs_of
 from app.errors import (
     AppError,
     Conflict,
@@ -21,11 +21,12 @@ from app.errors import (
     Unauthorized,
     UnsupportedMediaType,
 )
-from app.events import CacheStatus, Delta, DetokenizedLogprob, Event, Finished, FinishedSample, ToolCallDelta
-from app.requests import RESOLVABLE, GenerationRequest
-from app.types import FinishReason, Grammar, Message, Role, SamplingParams, Tool, ToolChoice, Usage
+from app.events import CacheStatus, Delta, Finished, FinishedSample, ToolCallDelta
+from app.types import FinishReason, Usage
 
-_NEUTRAL = SamplingParams()
+MOST_ALTERNATIVES = 21
+"""To a token, at a position of a completion: as many as can be asked for, and the token itself."""
+
 _BY_CODE: Mapping[str, type[AppError]] = {
     "model_not_found": ModelNotFound,
     "insufficient_quota": QuotaExceeded,
@@ -45,77 +46,6 @@ _BY_STATUS: Mapping[int, type[AppError]] = {
 }
 
 
-def request_body(request: GenerationRequest, model: str) -> dict[str, Any]:
-    """Return the body of a streamed request; what the caller left open stays open, for the service to decide."""
-    body: dict[str, Any] = {"model": model, "stream": True, "stream_options": {"include_usage": True}}
-    if request.is_chat:
-        body["messages"] = list(map(_message, request.messages))
-        if request.tools:
-            body["tools"] = list(map(_tool, request.tools))
-            body["tool_choice"] = _choice(request.tool_choice)
-            body["parallel_tool_calls"] = request.parallel_tool_calls
-        if request.template_kwargs:
-            body["chat_template_kwargs"] = dict(request.template_kwargs)
-    else:
-        body["prompt"] = request.text or ""
-    return body | _sampling(request)
-
-
-def _sampling(request: GenerationRequest) -> dict[str, Any]:
-    params = request.sampling
-    fields = {name: getattr(params, name) for name in sorted(RESOLVABLE - request.unset)}
-    for name in ("seed", "presence_penalty", "frequency_penalty", "ignore_eos"):
-        if (value := getattr(params, name)) != getattr(_NEUTRAL, name):
-            fields[name] = value
-    if params.stop:
-        fields["stop"] = list(params.stop)
-    if params.stop_token_ids:
-        fields["stop_token_ids"] = list(params.stop_token_ids)
-    if params.logit_bias:
-        fields["logit_bias"] = {str(token_id): bias for token_id, bias in params.logit_bias}
-    if params.logprobs is not None:
-        fields |= (
-            {"logprobs": True, "top_logprobs": params.logprobs} if request.is_chat else {"logprobs": params.logprobs}
-        )
-    return fields | (_grammar(params.grammar) if params.grammar is not None else {})
-
-
-def _grammar(grammar: Grammar) -> dict[str, Any]:
-    if grammar.kind == "json_schema":
-        return {"structured_outputs": {"json": json.loads(grammar.text)}}
-    return {"structured_outputs": {"regex" if grammar.kind == "regex" else "grammar": grammar.text}}
-
-
-def _message(message: Message) -> dict[str, Any]:
-    fields: dict[str, Any] = {"role": message.role.value, "content": message.content}
-    if message.name is not None:
-        fields["name"] = message.name
-    if message.role is Role.TOOL and message.tool_call_id is not None:
-        fields["tool_call_id"] = message.tool_call_id
-    if message.reasoning is not None:
-        fields["reasoning_content"] = message.reasoning
-    if message.tool_calls:
-        fields["content"] = message.content or None
-        fields["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for call in message.tool_calls
-        ]
-    return fields
-
-
-def _tool(tool: Tool) -> dict[str, Any]:
-    function: dict[str, Any] = {"name": tool.name, "parameters": json.loads(tool.parameters)}
-    if tool.description is not None:
-        function["description"] = tool.description
-    if tool.strict:
-        function["strict"] = True
-    return {"type": "function", "function": function}
-
-
-def _choice(choice: ToolChoice) -> Any:
-    return choice.mode if choice.name is None else {"type": "function", "function": {"name": choice.name}}
-
-
 class StreamReader:
     """Turns the chunks of one stream into events."""
 
@@ -124,20 +54,20 @@ class StreamReader:
         self._cache = CacheStatus.HIT if cached else CacheStatus.BYPASS
         self._reason: FinishReason | None = None
         self._stop_reason: str | int | None = None
-        self._usage: Mapping[str, Any] = {}
+        self._usage = UsagePart()
 
-    def read(self, chunk: Mapping[str, Any]) -> Iterator[Delta]:
+    def read(self, chunk: Chunk) -> Iterator[Delta]:
         """Yield what a chunk says.
 
         Raises: AppError: it is an error, in place of the rest of the stream.
         """
-        if (error := chunk.get("error")) is not None:
-            raise error_from(_status_in_stream(error), {"error": error}, {})
-        self._usage = chunk.get("usage") or self._usage
-        for choice in chunk.get("choices", ()):
-            if (reason := choice.get("finish_reason")) is not None:
-                self._reason = FinishReason(reason)
-                self._stop_reason = choice.get("stop_reason")
+        if chunk.error is not None:
+            raise error_from(_status_in_stream(chunk.error), {"error": chunk.error}, {})
+        self._usage = chunk.usage or self._usage
+        for choice in chunk.choices or ():
+            if choice.finish_reason is not None:
+                self._reason = FinishReason(choice.finish_reason)
+                self._stop_reason = choice.stop_reason
             delta = _delta(choice)
             if delta.is_visible:
                 yield delta
@@ -149,17 +79,12 @@ class StreamReader:
         """
         if self._reason is None:
             raise ServiceUnavailable("The service's stream ended before its answer did; try again.")
-        details = self._usage.get("completion_tokens_details") or {}
-        usage = Usage(
-            self._usage.get("prompt_tokens", 0),
-            self._usage.get("completion_tokens", 0),
-            (self._usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0),
-        )
+        usage = Usage(self._usage.prompt_tokens, self._usage.completion_tokens, self._usage.cached_tokens)
         sample = FinishedSample(
             finish_reason=self._reason,
             completion_tokens=usage.completion_tokens,
             stop_reason=self._stop_reason,
-            reasoning_tokens=details.get("reasoning_tokens") or 0,
+            reasoning_tokens=self._usage.reasoning_tokens,
         )
         return Finished(samples=(sample,), usage=usage, cache=self._cache)
 
@@ -170,45 +95,24 @@ def _status_in_stream(error: Mapping[str, Any]) -> int:
     return by_code.get(str(error.get("code")), 400)
 
 
-def _delta(choice: Mapping[str, Any]) -> Delta:
-    delta = choice.get("delta") or {"content": choice.get("text")}
+def _delta(choice: Choice) -> Delta:
+    part = choice.part
     return Delta(
-        text=delta.get("content") or "",
-        reasoning=delta.get("reasoning_content") or "",
-        tool_calls=tuple(map(_call_delta, delta.get("tool_calls") or ())),
-        logprobs=tuple(_logprobs(choice.get("logprobs") or {})),
+        text=part.content or "",
+        reasoning=part.reasoning_content or "",
+        tool_calls=tuple(map(_call_delta, part.tool_calls or ())),
+        logprobs=logprobs_of(choice.logprobs, MOST_ALTERNATIVES),
     )
 
 
-def _call_delta(part: Mapping[str, Any]) -> ToolCallDelta:
-    function = part.get("function") or {}
+def _call_delta(part: CallPart) -> ToolCallDelta:
+    function = part.function or FunctionPart()
     return ToolCallDelta(
-        position=part["index"],
-        id=part.get("id"),
-        name=function.get("name"),
-        arguments=function.get("arguments") or "",
+        position=part.index or 0,
+        id=part.id,
+        name=function.name,
+        arguments=argument_text(function.arguments),
     )
-
-
-def _logprobs(logprobs: Mapping[str, Any]) -> Iterator[DetokenizedLogprob]:
-    """Yield the tokens of either route's object: a chat's has `content`, a completion's parallel lists."""
-    for token in logprobs.get("content") or ():
-        yield _chat_logprob(token, tuple(_chat_logprob(top) for top in token.get("top_logprobs") or ()))
-    tops = logprobs.get("top_logprobs") or ()
-    for number, text in enumerate(logprobs.get("tokens") or ()):
-        top = (tops[number] if number < len(tops) else None) or {}
-        yield _text_logprob(
-            text, logprobs["token_logprobs"][number], tuple(_text_logprob(*each) for each in top.items())
-        )
-
-
-def _chat_logprob(token: Mapping[str, Any], top: tuple[DetokenizedLogprob, ...] = ()) -> DetokenizedLogprob:
-    raw = bytes(token.get("bytes") or token["token"].encode())
-    return DetokenizedLogprob(text=token["token"], raw=raw, logprob=token["logprob"], top=top)
-
-
-def _text_logprob(text: str, logprob: float, top: tuple[DetokenizedLogprob, ...] = ()) -> DetokenizedLogprob:
-    return DetokenizedLogprob(text=text, raw=text.encode(), logprob=logprob, top=top)
 
 
 def error_from(status: int, body: Any, headers: Mapping[str, str]) -> AppError:
@@ -223,11 +127,3 @@ def error_from(status: int, body: Any, headers: Mapping[str, str]) -> AppError:
         details["errors"] = [{"field": field, "reason": message}]
     wait = headers.get("retry-after", "")
     return kind(message, details=details, retry_after=float(wait) if wait.isdigit() else None)
-
-
-def sse_data(line: bytes) -> Event | Any:
-    """Return the JSON value of a line of a stream; None for what is no data, and for the end mark."""
-    if not line.startswith(b"data:"):
-        return None
-    data = line.removeprefix(b"data:").strip()
-    return None if data == b"[DONE]" else json.loads(data)

@@ -5,13 +5,13 @@ scrape.
 """
 
 import asyncio
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cache
 from http import HTTPStatus
 from typing import Literal
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from app.telemetry.logs import dropped_lines
@@ -43,6 +43,28 @@ class _CounterFunction(Collector):
 
     def collect(self) -> Iterator[CounterMetricFamily]:
         yield CounterMetricFamily(self._name, self._text, value=self._read())
+
+
+Upstream = tuple[str, int, bool, int, int]
+"""The model, the number of one of its servers, whether that gets requests, how many it has, and how many it failed."""
+
+
+class _Upstreams(Collector):
+    """The servers that engines send requests to, read at each scrape."""
+
+    def __init__(self, read: Callable[[], Iterable[Upstream]]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[Metric]:
+        labels = ["model", "upstream"]
+        ready = GaugeMetricFamily("upstream_ready", "1 when a model's server gets requests", labels=labels)
+        running = GaugeMetricFamily("upstream_requests_running", "Requests at a model's server now", labels=labels)
+        failures = CounterMetricFamily("upstream_failures", "Requests that a model's server failed", labels=labels)
+        for model, number, is_ready, requests, failed in self._read():
+            ready.add_metric([model, str(number)], float(is_ready))
+            running.add_metric([model, str(number)], requests)
+            failures.add_metric([model, str(number)], failed)
+        yield from (ready, running, failures)
 
 
 class Metrics:
@@ -111,6 +133,10 @@ class Metrics:
         self._registry.register(
             _CounterFunction("engine_restarts", "Times a model's worker was replaced", engine_restarts)
         )
+
+    def watch_upstreams(self, read: Callable[[], Iterable[Upstream]]) -> None:
+        """Export the state of the servers that engines send requests to; call it once."""
+        self._registry.register(_Upstreams(read))
 
     def watch_connections(self, open_connections: Read) -> None:
         """Export the number of open connections of a server."""

@@ -37,7 +37,8 @@ REASONS = re.compile(
             "of the last turn, which is never cut",
             # One of two fields, or a field that another one needs.
             "needs either prompt or messages",
-            "is needed where add_generation_prompt is given",
+            "is needed where [a-z_]+ is given",
+            "is no variable of this model's chat template",
             "a part of the type [a-z_]+ needs the field",
             "a message of the role [a-z]+ needs",
             "names a model that (does not embed|only embeds)",

@@ -54,10 +54,32 @@ async def test_a_chat_is_encoded_without_what_the_client_did_not_send(service: R
     assert [USER, 104, 105, ASSISTANT, 121, 111] == answer["tokens"]
 
 
+async def test_tools_and_variables_of_the_template_are_part_of_a_chat():
+    """As they are where it is answered; others are refused as they are there."""
+    prepared: list[GenerationRequest] = []
+
+    class ToolEngine(RecordingEngine):
+        async def prepare(self, request: GenerationRequest) -> PreparedPrompt:
+            prepared.append(request)
+            return await super().prepare(request)
+
+    tool = {"type": "function", "function": {"name": "add"}}
+    web = await make_web(engines={MODEL: ToolEngine(template_variables=("enable_thinking",))})
+    async with web.client() as client:
+        body = {"messages": HI, "tools": [tool], "chat_template_kwargs": {"enable_thinking": False}}
+        assert 200 == (await client.post("/tokenize", json=body)).status_code
+        refused = await client.post("/tokenize", json=body | {"chat_template_kwargs": {"speed": 1}})
+
+    assert ["add"] == [each.name for each in prepared[0].tools]
+    assert (("enable_thinking", False),) == prepared[0].template_kwargs
+    assert (400, "chat_template_kwargs.speed") == (refused.status_code, refused.json()["error"]["param"])
+
+
 @pytest.mark.parametrize(
     ("path", "body", "field"),
     [
         ("/tokenize", {}, None),
+        ("/tokenize", {"prompt": "x", "tools": []}, "messages"),
         ("/tokenize", {"prompt": "x", "messages": HI}, None),
         ("/tokenize", {"prompt": "x", "add_generation_prompt": True}, "messages"),
         ("/tokenize", {"messages": []}, "messages"),

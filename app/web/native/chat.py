@@ -123,6 +123,8 @@ class ContextFields(TypedDict):
     prompt_tokens: int
     turns_kept: int
     turns_dropped: int
+    estimated: NotRequired[bool]
+    """True where `prompt_tokens` is an estimate, since the model's tokenizer is not known here."""
 
 
 class ChatResponse(TypedDict):
@@ -164,12 +166,13 @@ def _response(response: Response, request: GenerationRequest, request_id: str, l
 
 
 def _context(context: ContextUsage) -> ContextFields:
-    return {
+    fields: ContextFields = {
         "limit": context.limit,
         "prompt_tokens": context.prompt_tokens,
         "turns_kept": context.turns_kept,
         "turns_dropped": context.turns_dropped,
     }
+    return {**fields, "estimated": True} if context.is_estimate else fields
 
 
 @router.post("/chat", response_model=ChatResponse, responses=error_responses(*GENERATION_ERRORS) | streamed(*EVENTS))

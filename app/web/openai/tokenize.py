@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from typing_extensions import TypedDict
 
 from app.access.rights import check_rights
+from app.engine.base import EngineInfo
 from app.engine.served_model import ServedModel
 from app.errors import (
     ContextLengthExceeded,
@@ -22,12 +23,15 @@ from app.errors import (
     ModelNotFound,
     Unauthorized,
 )
+from app.generation.template_options import resolve_template_options
 from app.requests import GenerationRequest, TemplateValue
 from app.web.http.dependencies import RequestContext, RequestContextDep
 from app.web.http.errors import error_responses
 from app.web.http.json_body import StrictModel, StrictRoute
 from app.web.http.json_encoding import EncodedJsonResponse
 from app.web.http.sampling_params import MAX_MESSAGES, TokenId
+from app.web.http.template_kwargs import TemplateKwargs, template_variables
+from app.web.http.tool_definitions import Tools, tool_fields
 from app.web.openai.errors import ERROR_FORMAT
 from app.web.openai.messages import ChatMessage
 from app.web.openai.request_model import Name
@@ -59,6 +63,8 @@ class TokenizeRequest(StrictModel):
     add_generation_prompt: bool | None = Field(None, description="End where the assistant begins; true if left out.")
     continue_final_message: bool | None = Field(None, description="End where the last message, the assistant's, does.")
     return_token_strs: bool | None = None
+    tools: Tools | None = Field(None, description="Of the chat, whose template shows them to the model.")
+    chat_template_kwargs: TemplateKwargs = Field(None, description="Variables of the chat's template.")
 
     @model_validator(mode="after")
     def _has_one_prompt(self) -> Self:
@@ -73,21 +79,32 @@ class TokenizeRequest(StrictModel):
         """
         continues = bool(self.continue_final_message)
         if self.messages is None:
-            if self.add_generation_prompt is not None or self.continue_final_message is not None:
-                raise InvalidRequest.of_field("messages", "is needed where add_generation_prompt is given")
+            for name in ("add_generation_prompt", "continue_final_message", "tools", "chat_template_kwargs"):
+                if getattr(self, name) is not None:
+                    raise InvalidRequest.of_field("messages", f"is needed where {name} is given")
             return context.generation(model=self.model, text=self.prompt)
         if continues and self.add_generation_prompt:
             raise InvalidRequest.of_field("add_generation_prompt", "must be the opposite of continue_final_message")
         if continues and self.messages[-1].role != "assistant":
             raise InvalidRequest.of_field("continue_final_message", "needs a last message of the assistant")
-        open_end = self.add_generation_prompt is False and not continues
-        variables: tuple[tuple[str, TemplateValue], ...] = (("add_generation_prompt", False),) if open_end else ()
         return context.generation(
             model=self.model,
             messages=tuple(message.to_message() for message in self.messages),
             continue_final_message=continues,
-            template_kwargs=variables,
+            template_kwargs=template_variables(self.chat_template_kwargs),
+            **tool_fields([tool.function for tool in self.tools or ()], None, parallel=True),
         )
+
+    def in_template(self, request: GenerationRequest, info: EngineInfo) -> GenerationRequest:
+        """Return the request with the variables that the model's template reads.
+
+        Raises: InvalidRequest: it sets another one.
+        """
+        request = resolve_template_options(request, info)
+        if self.add_generation_prompt is not False or self.continue_final_message or self.messages is None:
+            return request
+        open_end: tuple[str, TemplateValue] = ("add_generation_prompt", False)
+        return structs.replace(request, template_kwargs=(*request.template_kwargs, open_end))
 
 
 class DetokenizeRequest(StrictModel):
@@ -121,6 +138,7 @@ async def tokenize(body: TokenizeRequest, context: RequestContextDep) -> Encoded
     request = body.to_generation(context)
     with context.container.host.lease(request) as model:
         _check_model(context, model)
+        request = body.in_template(request, model.engine.info)
         ids = await _encode(request, model, begins=body.add_special_tokens)
         texts = await model.engine.token_texts(ids) if body.return_token_strs else None
     limit = model.engine.info.context_length

@@ -42,7 +42,11 @@ def example(seed: int, index: int) -> Example:
     draw = rng.random()
     length = rng.randint(40, 200) if draw < 0.35 else rng.randint(200, 800)
     if draw > (0.93, 0.91, 0.88, 0.92, 0.94, 0.91)[phase]:
-        length = rng.randint(800, 2600) if draw < (0.985, 0.965, 0.93, 0.965, 0.975, 0.94)[phase] else rng.randint(2600, 5500)
+        length = (
+            rng.randint(800, 2600)
+            if draw < (0.985, 0.965, 0.93, 0.965, 0.975, 0.94)[phase]
+            else rng.randint(2600, 5500)
+        )
     if phase == TOOLS_PHASE:
         share = rng.random()
         if share < 0.45:

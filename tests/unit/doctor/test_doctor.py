@@ -144,6 +144,18 @@ def test_the_embedding_models_folder_is_examined_too(folder: Path, monkeypatch: 
     assert "encoder (" in examine(0)
 
 
+def test_an_engine_elsewhere_needs_an_address_and_no_model(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Which may hold no key, as what is said of it would."""
+    monkeypatch.setenv("MODEL__ENGINE", "remote")
+    assert "remote.base_urls" in examine(1)
+    monkeypatch.setenv("REMOTE__BASE_URLS", '["http://127.0.0.1:9/v1"]')
+    assert "other servers generate (1 in" in examine(0)
+    monkeypatch.setenv("REMOTE__BASE_URLS", '["http://user:sk-secret@127.0.0.1:9/v1"]')
+    said = examine(1)
+    assert "keys go into remote.api_key" in said
+    assert "sk-secret" not in said
+
+
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0"
 INDEX = json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}})
 

@@ -179,6 +179,7 @@ CHANGED: dict[str, Any] = {
     "messages": (Message(Role.USER, "Hi"),),
     "text": "Hi",
     "prompt_ids": (1, 2, 4),
+    "counted_tokens": 5,
     "continue_final_message": True,
     "echo": True,
     "hidden_tokens": 2,

@@ -2,8 +2,11 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 
+from app.engine.remote.chunks import Chunk
+from app.engine.remote.wire import request_body
 from app.errors import (
     AppError,
     DeadlineExceeded,
@@ -19,11 +22,15 @@ from app.errors import (
 )
 from app.events import CacheStatus, Delta, ToolCallDelta
 from app.langchain.service_engine import ServiceEngine
-from app.langchain.service_wire import StreamReader, error_from, request_body, sse_data
+from app.langchain.service_wire import StreamReader, error_from
 from app.requests import RESOLVABLE, GenerationRequest
 from app.types import FinishReason, Grammar, Message, Role, SamplingParams, Tenant, Tool, ToolCall, ToolChoice, Usage
 
 BASE: dict[str, Any] = {"model": "m", "stream": True, "stream_options": {"include_usage": True}}
+
+
+def chunk_of(fields: dict[str, Any]) -> Chunk:
+    return msgspec.convert(fields, Chunk)
 
 
 def request(**fields: Any) -> GenerationRequest:
@@ -122,7 +129,7 @@ def test_a_streams_chunks_are_the_events_that_they_came_from():
         {"choices": [], "usage": usage},
     ]
 
-    deltas = [delta for chunk in chunks for delta in reader.read(chunk)]
+    deltas = [delta for chunk in chunks for delta in reader.read(chunk_of(chunk))]
     finished = reader.finish()
 
     assert [
@@ -142,8 +149,8 @@ def test_log_probabilities_of_both_routes_are_read():
     chat = {"content": [{"token": "a", "bytes": [97], "logprob": -1.0, "top_logprobs": [top]}]}
     text = {"tokens": ["a"], "token_logprobs": [-1.0], "top_logprobs": [{"b": -2.0}]}
 
-    (of_chat,) = StreamReader(cached=False).read({"choices": [{"delta": {"content": "a"}, "logprobs": chat}]})
-    (of_text,) = StreamReader(cached=False).read({"choices": [{"text": "a", "logprobs": text}]})
+    (of_chat,) = StreamReader(cached=False).read(chunk_of({"choices": [{"delta": {"content": "a"}, "logprobs": chat}]}))
+    (of_text,) = StreamReader(cached=False).read(chunk_of({"choices": [{"text": "a", "logprobs": text}]}))
 
     assert of_chat == of_text
     assert ("a", b"a", -1.0, "b", -2.0) == (
@@ -164,7 +171,7 @@ def test_an_error_in_a_stream_is_raised_as_it_would_have_been_before():
     error = {"message": "too slow", "code": "deadline_exceeded", "param": None, "type": "server_error"}
 
     with pytest.raises(DeadlineExceeded, match="too slow"):
-        list(StreamReader(cached=False).read({"error": error}))
+        list(StreamReader(cached=False).read(chunk_of({"error": error})))
 
 
 @pytest.mark.parametrize(
@@ -195,14 +202,6 @@ def test_an_error_is_of_the_class_that_a_model_in_process_raises(status: int, co
 
 def test_an_answer_that_is_none_of_the_service_is_said_to_be_so():
     assert "status 502" in error_from(502, None, {}).message
-
-
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [(b'data: {"a": 1}\r', {"a": 1}), (b"data: [DONE]", None), (b": keep-alive", None), (b"", None)],
-)
-def test_lines_of_a_stream_are_read(line: bytes, expected: Any):
-    assert expected == sse_data(line)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:8000", "ftp://host", "http://", ""])
