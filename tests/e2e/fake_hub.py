@@ -4,7 +4,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -97,7 +97,8 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
             if halt:
                 self.wfile.write(content[: len(content) // 2])
                 hub.halted.set()
-                self.rfile.read(1)  # until the client is gone
+                with suppress(ConnectionError):
+                    self.rfile.read(1)  # until the client is gone
             elif self.command == "GET":
                 self.wfile.write(content)
 
