@@ -22,6 +22,7 @@ from pydantic_settings import (
 )
 
 from app.config.access import DatabaseConfig, QuotaConfig, RateLimitConfig, UsageLogConfig
+from app.config.compat import CompatConfig
 from app.config.embeddings import EmbeddingPooling, EmbeddingsConfig
 from app.config.section import Section
 
@@ -328,6 +329,7 @@ class Settings(BaseSettings):
     chat_history: ChatHistoryConfig = ChatHistoryConfig()
     pii: PiiConfig = PiiConfig()
     openai: OpenAIConfig = OpenAIConfig()
+    compat: CompatConfig = CompatConfig()
     logging: LoggingConfig = LoggingConfig()
     huggingface_token: Annotated[SecretStr | None, AfterValidator(_blank_is_unset)] = None
     """For gated models; also read from HF_TOKEN."""

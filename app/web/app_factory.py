@@ -8,6 +8,7 @@ from starlette.types import Lifespan
 
 from app import __version__
 from app.web.admin import documentation, health, keys, roles, usage
+from app.web.compat.routers import ROUTERS as COMPAT_ROUTERS
 from app.web.http.authentication import Authentication
 from app.web.http.cors import CrossOriginAccess
 from app.web.http.dependencies import Container
@@ -55,11 +56,13 @@ def build_app(container: Container, *, lifespan: Lifespan[FastAPI] | None = None
     )
     openai = [module.router for module in dialect]
     openai.append(openai_responses.stored_router)
-    for router in (*native, *openai, keys.seed_router, health.router, *([documentation.router] if docs else [])):
+    compat = COMPAT_ROUTERS if container.settings.compat.enabled else ()
+    for router in (*native, *openai, *compat, health.router, *([documentation.router] if docs else [])):
         app.include_router(router)
     openai_prefixes = (*openai_errors.PATH_PREFIXES, *_paths(openai))
     renderer = ErrorRenderer(
-        dict.fromkeys(openai_prefixes, openai_errors.ERROR_FORMAT) | dict.fromkeys(_paths(native), DEFAULT_FORMAT)
+        dict.fromkeys(openai_prefixes, openai_errors.ERROR_FORMAT)
+        | dict.fromkeys(_paths([*native, *compat]), DEFAULT_FORMAT)
     )
     renderer.register_handlers(app)
     app.renderer, app.public, app.always = renderer, public_paths(container), health.ALWAYS_PATHS

@@ -33,6 +33,7 @@ REASONS = re.compile(
             "names a token that the model does not have",
             "has [0-9]+ characters; this service takes at most",
             "maximum context length is",
+            "must be at most [0-9]+ on this route",
             "is not possible with truncation disabled",
             "of the last turn, which is never cut",
             # One of two fields, or a field that another one needs.

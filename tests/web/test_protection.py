@@ -11,6 +11,7 @@ from tests.web.harness import (
     BATCH,
     BODIES,
     CHAT,
+    COMPAT_BODIES,
     KEY,
     OPENAI_BODIES,
     RESPONSE_BODIES,
@@ -21,7 +22,7 @@ from tests.web.harness import (
 )
 
 EMBEDDING = {"/v1/embeddings": {"input": "hello"}}
-RIGHT = {**BODIES, "/v1/generate/batch": BATCH, **OPENAI_BODIES, **RESPONSE_BODIES, **EMBEDDING}
+RIGHT = {**BODIES, "/v1/generate/batch": BATCH, **OPENAI_BODIES, **RESPONSE_BODIES, **EMBEDDING, **COMPAT_BODIES}
 GENERATING = set(RIGHT)
 """Only what occupies the model counts against a rate; lists, keys and figures are cheap, and polled by machines."""
 SILENT = {"/", "/health", "/readyz", "/metrics", "/status"}
@@ -49,7 +50,7 @@ async def test_every_route_but_the_public_ones_needs_a_key(subtests):
                     assert 401 == reply.status_code
                     assert "Bearer" == reply.headers["www-authenticate"]
                     assert is_envelope(reply)
-    assert 30 == checked
+    assert 34 == checked
 
 
 async def test_generating_routes_are_limited_and_no_others(subtests):
@@ -68,7 +69,7 @@ async def test_generating_routes_are_limited_and_no_others(subtests):
             else:
                 assert not any(reply.status_code == 429 for reply in replies)
                 assert [None if path in SILENT else "2"] * 3 == left
-    assert 7 == checked
+    assert 11 == checked
 
 
 async def test_every_route_documents_its_errors(web):
@@ -125,7 +126,7 @@ async def test_malformed_requests_count_and_carry_the_rate_headers(path, content
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("path", sorted(GENERATING - {"/v1/generate/batch", *EMBEDDING}))
+@pytest.mark.parametrize("path", sorted(GENERATING - {"/v1/generate/batch", *EMBEDDING, *COMPAT_BODIES}))
 @pytest.mark.parametrize("kind", [RateLimited, QuotaExceeded])
 async def test_a_request_that_the_service_refuses_for_its_tokens_costs_a_request(path, stream, kind):
     """So a client that keeps sending is refused before any work is done; one that waits as it is told has a request."""

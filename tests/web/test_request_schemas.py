@@ -28,14 +28,20 @@ RIGHT: dict[str, dict[str, Any]] = {
     "/v1/keys/{key_id}": {},
     "/v1/keys/{key_id}/rotate": {},
     "/v1/roles/{name}": {},
+    "/generate": {"prompt": "a"},
+    "/predict": {"prompt": "a"},
+    "/predict/batch": {"prompts": ["a"]},
+    "/v1/stream": {"prompt": "a"},
     "/generate_apikey": {"username": "anna"},
 }
 """Every path that takes a body, with the least that it takes."""
 GENERATING = [path for path in RIGHT if path.startswith("/v1/") and "key" not in path and "role" not in path]
+GENERATING += ["/generate", "/predict", "/predict/batch"]
 NATIVE = ["/v1/generate", "/v1/generate/batch", "/v1/chat"]
 CROSS_FIELD = re.compile(
     "the last message must be the user's|this service takes at most|are two names of one field"
-    "|is not valid JSON of|must be a JSON Schema"
+    "|is not valid JSON of|must be a JSON Schema|must be at most [0-9]+ on this route"
+    "|is only possible where parameters and model_name are left out"
 )
 """What no schema of single fields can say."""
 

@@ -41,6 +41,7 @@ async def test_generate_answers_with_the_documented_fields(client):
     assert {
         "generated_text": "Hello",
         "prompt": "hello",
+        "output": "Hello",
         "model": MODEL,
         "tokens_generated": 2,
         "cached": False,
