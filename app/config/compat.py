@@ -22,6 +22,8 @@ class CompatConfig(Section):
     """The greatest `max_length` of such a request."""
     predict_top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
     """`top_p` there where a request names none."""
+    workers: PositiveInt = 1
+    """Processes that an older service was to start; this one is a single process, and more are only warned about."""
     health_status: Literal["healthy", "ok"] = "healthy"
     """What `status` of GET /health says."""
     health_needs_model: bool = False

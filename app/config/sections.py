@@ -18,16 +18,17 @@ from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    YamlConfigSettingsSource,
 )
 
 from app.config.access import DatabaseConfig, QuotaConfig, RateLimitConfig, UsageLogConfig
 from app.config.compat import CompatConfig
 from app.config.embeddings import EmbeddingPooling, EmbeddingsConfig
+from app.config.older_names import ConfigFile, OlderVariables, OwnVariables
 from app.config.section import Section
 
 KNOWN_DEFAULT_KEYS = frozenset(
-    ["change-me", "changeme", "change-me-in-env", "your-api-key-here", "your-secure-api-key-here", "your_key", "secret"]
+    """change-me changeme change-me-in-env your-api-key-here your-secure-api-key-here your-secret-api-key your_key
+    secret""".split()
 )
 """Keys from published examples, which protect nothing and are refused."""
 
@@ -363,6 +364,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Order the sources: arguments, environment, .env, YAML file."""
-        yaml_settings = YamlConfigSettingsSource(settings_cls)
-        return init_settings, env_settings, dotenv_settings, yaml_settings
+        """Order the sources: arguments, environment, .env, variables of older services, YAML file."""
+        dotenv = OwnVariables(settings_cls, dotenv_settings)
+        older = OlderVariables(settings_cls, dotenv)
+        return init_settings, env_settings, dotenv, older, ConfigFile(settings_cls)
