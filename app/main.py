@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import anyio
+import structlog
 from fastapi import FastAPI
 
 from app.access.access import AccessControl
 from app.access.admission import AdmissionControl
-from app.access.bootstrap_key import bootstrap_key
-from app.config import Settings
+from app.access.bootstrap_key import KEY_FILE, bootstrap_key
+from app.config import Settings, load_settings
 from app.engine.base import EncoderEngine, Engine
 from app.engine.cache import CachedEngine
 from app.engine.echo import EchoEngine
@@ -40,12 +41,14 @@ from app.privacy.filters import FilteredEngine, InputFilter
 from app.privacy.pool import RedactionPool
 from app.privacy.redactor import PiiKind, Redactor
 from app.stores.memory_admission import MemoryAdmissionStore
-from app.telemetry import Metrics, disable_foreign_tracing
+from app.telemetry import Metrics, configure_logging, disable_foreign_tracing
 from app.telemetry.metrics import Direction
 from app.web.app_factory import build_app
 from app.web.http.authentication import Keys
 from app.web.http.dependencies import Container, Service
 from app.web.http.rate_limits import FailedKeyLimiter
+
+_log = structlog.get_logger("llm_service")
 
 DEADLINE_MARGIN_SECONDS = 30.0
 """A worker has so much longer for a first token than the deadline, before it counts as stuck."""
@@ -338,3 +341,23 @@ def _watch(metrics: Metrics, host: ModelHost, sessions: SessionStore | None) -> 
         model_loaded=lambda: host.can_serve,
         engine_restarts=total(lambda model: model.engine.status().restarts),
     )
+
+
+def __getattr__(name: str) -> FastAPI:
+    """Build the application for `uvicorn app.main:app`, from the configuration of the folder that it is started in.
+
+    Only that server asks for this name, so an import of this module still reads nothing.
+
+    Raises: SystemExit: the configuration cannot be used.
+    """
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        settings = load_settings()
+        configure_logging(settings.logging)
+        app = create_app(settings)
+    except ConfigError as error:
+        raise SystemExit(f"llm-service: {error}") from None
+    if settings.security.api_key is None:
+        _log.info("the API key is in a file", path=str((settings.app.data_dir / KEY_FILE).resolve()))
+    return app
