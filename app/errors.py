@@ -11,10 +11,11 @@ AppError
 ├── Conflict                  409
 ├── PayloadTooLarge           413
 ├── UnsupportedMediaType      415
+├── ModelLoadFailed           422
 ├── RateLimited               429
 ├── QuotaExceeded             429
 ├── ServiceUnavailable        503  ├── EngineNotReady  ├── EngineBusy  ├── EngineFailed  ├── ShuttingDown
-│                                  ├── StoreUnavailable
+│                                  ├── StoreUnavailable  ├── InsufficientMemory
 ├── DeadlineExceeded          504
 ├── ClientDisconnected        499
 └── InternalError             500
@@ -179,6 +180,12 @@ class UnsupportedMediaType(AppError):
     status, code = 415, "unsupported_media_type"
 
 
+class ModelLoadFailed(AppError):
+    """A model cannot be loaded, and trying again would not help; `details["reason"]` says why in a word."""
+
+    status, code = 422, "model_load_failed"
+
+
 class RateLimited(AppError):
     """This caller sent too much too fast; `retry_after` says when to come back."""
 
@@ -200,6 +207,13 @@ class ServiceUnavailable(AppError):
 
 class EngineNotReady(ServiceUnavailable):
     """The model is still loading, or being started again."""
+
+
+class InsufficientMemory(ServiceUnavailable):
+    """A model does not fit into the memory that is free; `details` says how many bytes are needed and free."""
+
+    code = "insufficient_memory"
+    usual_retry_after = 30.0
 
 
 class EngineBusy(ServiceUnavailable):

@@ -7,8 +7,6 @@ import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
-from typing import Any, TypeGuard
 
 import anyio
 import structlog
@@ -19,39 +17,27 @@ from app.access.admission import AdmissionControl
 from app.access.bootstrap_key import KEY_FILE, bootstrap_key
 from app.config import Settings, load_settings
 from app.engine.base import EncoderEngine, Engine
-from app.engine.cache import CachedEngine
-from app.engine.echo import EchoEngine
-from app.engine.encoder import LocalEncoder
 from app.engine.host import ModelHost
-from app.engine.local import LocalEngine
-from app.engine.parsing.parsed_engine import ParsedEngine
-from app.engine.persistent_cache import PersistentCacheEngine
-from app.engine.served_model import SamplingDefaults, Served, ServedEncoder, ServedModel
-from app.errors import ConfigError, ModelNotFound
+from app.engine.model_loader import ModelLoader
+from app.engine.model_source import FetchModel, LoadSpec, no_registry
+from app.engine.served_model import Served
+from app.errors import ConfigError
 from app.generation.embedding import EmbeddingService
 from app.generation.metering import UsageRecorder
-from app.generation.prompts import read_template
 from app.generation.responses import MemoryResponseStore
 from app.generation.service import GenerationService
 from app.generation.sessions import MemorySessionStore, SessionStore
-from app.ipc.spare_interpreters import SpareInterpreters
-from app.langchain.chains import COMPLETION_VARIABLES, SYSTEM_VARIABLES, ModelChains
-from app.langchain.embeddings import EngineEmbeddings
-from app.privacy.filters import FilteredEngine, InputFilter
+from app.model_builder import Filters, ModelBuilder
 from app.privacy.pool import RedactionPool
 from app.privacy.redactor import PiiKind, Redactor
 from app.stores.memory_admission import MemoryAdmissionStore
 from app.telemetry import Metrics, configure_logging, disable_foreign_tracing
-from app.telemetry.metrics import Direction
 from app.web.app_factory import build_app
 from app.web.http.authentication import Keys
 from app.web.http.dependencies import Container, Service
 from app.web.http.rate_limits import FailedKeyLimiter
 
 _log = structlog.get_logger("llm_service")
-
-DEADLINE_MARGIN_SECONDS = 30.0
-"""A worker has so much longer for a first token than the deadline, before it counts as stuck."""
 
 REDACTION_PROCESSES = min(4, max(1, (os.cpu_count() or 1) // 2))
 """Most child processes that filter long texts."""
@@ -67,6 +53,7 @@ def create_app(
     service: Service | None = None,
     keys: Keys | None = None,
     sessions: SessionStore | None = None,
+    fetch: FetchModel = no_registry,
 ) -> FastAPI:
     """Build the application; nothing runs before its lifespan starts.
 
@@ -76,30 +63,31 @@ def create_app(
         service: what the routes that generate call.
         keys: knows whose an API key is.
         sessions: where conversations are stored.
+        fetch: brings the files of models whose source is a registry.
     Raises: ConfigError: a file that the settings name is missing or cannot be used.
     """
     disable_foreign_tracing(settings.langsmith)
-    names = _model_names(settings, engines, encoders)
-    metrics = Metrics(names)
+    specs = {} if engines else _specs(settings)
+    names = _model_names(settings, specs, engines, encoders)
+    known_names = {*names, *specs}
+    metrics = Metrics(known_names)
     redactor = _redactor(settings)
     pool = RedactionPool(redactor, REDACTION_PROCESSES)
-    filters = _Filters(settings, redactor, pool, metrics)
+    filters = Filters(settings, redactor, pool, metrics)
     access = _access(settings, filters, metrics)
-    build = partial(
-        _build_model,
-        engines=engines,
-        encoders=encoders,
-        settings=settings,
-        filters=filters,
-        metrics=metrics,
-        access=access,
-        interpreters=SpareInterpreters(
-            cache=settings.app.data_dir.absolute() / "compiled", enabled=settings.model.spare_worker
-        ),
-    )
-    host = ModelHost(build, default=names[0])
-    for name in names:
+    builder = ModelBuilder(settings, filters, metrics, access, fetch)
+    host = ModelHost(partial(builder.configured, specs=specs, engines=engines, encoders=encoders), default=names[0])
+    preloaded = [name for name in names if name not in specs or _preloads(settings, name)]
+    for name in preloaded:
         host.add(name)
+    loader = ModelLoader(
+        host,
+        builder.served,
+        settings.model,
+        loaded=[spec for name, spec in specs.items() if name in preloaded],
+        configured=specs.values(),
+        on_name=known_names.add,
+    )
     admission = AdmissionControl(MemoryAdmissionStore(), access.quotas, on_refusal=metrics.rate_limited)
     usage = _usage_recorder(settings, access)
     if sessions is None and settings.chat_history.enabled:
@@ -129,6 +117,7 @@ def create_app(
         service=generation,
         embeddings=embeddings,
         host=host,
+        loader=loader,
         sessions=sessions,
         responses=responses,
         keys=keys or access.authenticator,
@@ -140,14 +129,37 @@ def create_app(
     return build_app(container, lifespan=partial(_lifespan, pool=pool))
 
 
+def _specs(settings: Settings) -> dict[str, LoadSpec]:
+    """Return the configured models that generate, by their names, the default one first.
+
+    Raises: ConfigError: one is the name of two.
+    """
+    configs = [settings.model, *(entry.config(settings.model) for entry in settings.models)]
+    specs: dict[str, LoadSpec] = {}
+    for config in configs:
+        if config.public_name in specs:
+            raise ConfigError(f"configuration: models: two have the name {config.public_name}; set served_name")
+        specs[config.public_name] = LoadSpec(name=config.public_name, config=config)
+    return specs
+
+
+def _preloads(settings: Settings, name: str) -> bool:
+    """Return whether a configured model is loaded at the start."""
+    entries = {entry.config(settings.model).public_name: entry.preload for entry in settings.models}
+    return entries.get(name, settings.model.preload)
+
+
 def _model_names(
-    settings: Settings, engines: Mapping[str, Engine] | None, encoders: Mapping[str, EncoderEngine] | None
+    settings: Settings,
+    specs: Mapping[str, LoadSpec],
+    engines: Mapping[str, Engine] | None,
+    encoders: Mapping[str, EncoderEngine] | None,
 ) -> list[str]:
     """Return the names of all models, the default one first.
 
     Raises: ConfigError: one is the name of two.
     """
-    names = list(engines or [settings.model.public_name])
+    names = list(engines or specs)
     encoder = settings.embeddings.public_name
     names += list(encoders if encoders is not None else [encoder] if encoder else [])
     if len(set(names)) < len(names):
@@ -160,117 +172,21 @@ async def _lifespan(app: FastAPI, *, pool: RedactionPool) -> AsyncIterator[None]
     container: Container = app.state.container
     async with anyio.create_task_group() as background:
         background.start_soon(container.metrics.watch_event_loop)
+        background.start_soon(container.loader.watch_idle)
         try:
             await container.access.start()
             await container.host.start()
             yield
         finally:
             with anyio.CancelScope(shield=True):
+                await container.loader.close()
                 await container.host.close()
                 await container.access.close()
                 await pool.close()
             background.cancel_scope.cancel()
 
 
-def _build_model(
-    name: str,
-    *,
-    engines: Mapping[str, Engine] | None,
-    encoders: Mapping[str, EncoderEngine] | None,
-    settings: Settings,
-    filters: "_Filters",
-    metrics: Metrics,
-    access: AccessControl,
-    interpreters: SpareInterpreters,
-) -> Served:
-    """Build everything that belongs to one model.
-
-    Raises: ModelNotFound: nothing of this name is configured.
-    """
-    if name in (encoders if encoders is not None else (settings.embeddings.public_name or None,)):
-        encoder = encoders[name] if encoders is not None else _encoder(settings, interpreters)
-        return ServedEncoder(name=name, engine=encoder, embeddings=EngineEmbeddings(embedder=encoder, model=name))
-    if name not in (engines or (settings.model.public_name,)):
-        raise ModelNotFound("There is no such model.")
-    engine = engines[name] if engines else _engine(settings, name, interpreters)
-    embeddings = EngineEmbeddings(embedder=engine, model=name) if _embeds(settings, engine) else None
-    engine, cache = _wrap(engine, settings, filters, metrics, access)
-    read = partial(read_template, settings.app.prompts_dir, model=name)
-    return ServedModel(
-        name=name,
-        engine=engine,
-        chain=ModelChains(
-            engine,
-            name,
-            system=read("base_system", SYSTEM_VARIABLES, may_be_empty=True),
-            completion=read("completion", COMPLETION_VARIABLES, default="{prompt}"),
-        ),
-        cache=cache,
-        embeddings=embeddings,
-        defaults=SamplingDefaults(
-            max_tokens=settings.model.max_tokens,
-            temperature=settings.model.temperature,
-            openai_temperature=settings.openai.temperature,
-        ),
-    )
-
-
-def _engine(settings: Settings, name: str, interpreters: SpareInterpreters) -> Engine:
-    if settings.model.engine == "echo":
-        return EchoEngine(model=name, context_length=settings.model.max_model_len or 8192)
-    if settings.model.source == "local":
-        _require_model("model.name", settings.model.name, "config.json")
-    return LocalEngine(settings.model, settings.deadlines, interpreters=interpreters, **_supervision(settings))
-
-
-def _encoder(settings: Settings, interpreters: SpareInterpreters) -> EncoderEngine:
-    if settings.embeddings.source == "local":
-        # Older releases of sentence-transformers put the transformer's own file into a folder below.
-        _require_model("embeddings.model", settings.embeddings.model, "config.json", "modules.json")
-    return LocalEncoder(settings.embeddings, settings.deadlines, interpreters=interpreters, **_supervision(settings))
-
-
-def _embeds(settings: Settings, engine: Engine) -> TypeGuard[LocalEngine]:
-    return isinstance(engine, LocalEngine) and settings.model.embeddings != "none"
-
-
-def _require_model(key: str, folder: str, *files: str) -> None:
-    """Raises: ConfigError: none of the files is there; the worker would find out too, seconds later."""
-    if not any((Path(folder) / name).is_file() for name in files):
-        raise ConfigError(f"configuration: {key}: the folder {folder} holds no model (no {files[0]})")
-
-
-def _supervision(settings: Settings) -> dict[str, Any]:
-    """Return the settings of a worker process that do not depend on what it does."""
-    token = settings.hub_token
-    return {
-        "hub_token": token.get_secret_value() if token else None,
-        "hang_seconds": settings.model.hang_seconds,
-        # What a deadline allows must not count as stuck.
-        "stall_seconds": max(
-            settings.model.stall_seconds, settings.deadlines.first_token_seconds + DEADLINE_MARGIN_SECONDS
-        ),
-    }
-
-
-def _wrap(
-    engine: Engine, settings: Settings, filters: "_Filters", metrics: Metrics, access: AccessControl
-) -> tuple[Engine, CachedEngine | None]:
-    """Put the parser around the engine, the output filter around both, and the caches around all.
-
-    So the filter sees messages and not the model's marks, and nothing unfiltered is stored.
-    """
-    engine, scope = filters.around(ParsedEngine(engine))
-    if not settings.cache.enabled:
-        return engine, None
-    if settings.cache.persistent:
-        mask = filters.of_storage().mask if settings.pii.enabled and settings.pii.output == "off" else None
-        engine = PersistentCacheEngine(engine, access.response_cache, scope=scope, mask=mask)
-    cache = CachedEngine(engine, settings.cache, scope=scope, metrics=metrics)
-    return cache, cache
-
-
-def _access(settings: Settings, filters: "_Filters", metrics: Metrics) -> AccessControl:
+def _access(settings: Settings, filters: Filters, metrics: Metrics) -> AccessControl:
     configured = settings.security.api_key
     return AccessControl(
         settings,
@@ -298,36 +214,6 @@ def _redactor(settings: Settings) -> Redactor:
         return Redactor(kinds, phone_regions=pii.phone_regions)
     except ValueError as error:
         raise ConfigError(f"configuration: pii.phone_regions: {error}") from None
-
-
-class _Filters:
-    """Builds the filters of personal data, which share one pool; what is switched off is None or left out."""
-
-    def __init__(self, settings: Settings, redactor: Redactor, pool: RedactionPool, metrics: Metrics) -> None:
-        self._pii = settings.pii
-        self._redactor = redactor
-        self._pool = pool
-        self._metrics = metrics
-
-    def of_input(self) -> InputFilter | None:
-        if not self._pii.enabled or self._pii.input == "off":
-            return None
-        count = partial(self._count, "input")
-        return InputFilter(self._redactor, self._pii.input, count, pool=self._pool)
-
-    def of_storage(self) -> InputFilter:
-        """Return what masks stored and logged text, whatever `pii.input` and `pii.output` say."""
-        return InputFilter(self._redactor, "mask", lambda kind, count: None, pool=self._pool)
-
-    def around(self, engine: Engine) -> tuple[Engine, str]:
-        """Put the output filter around an engine.  Returns: the engine, the policy's name for the keys of caches."""
-        if not self._pii.enabled or self._pii.output == "off":
-            return engine, "unfiltered"
-        filtered = FilteredEngine(engine, self._redactor, partial(self._count, "output"), pool=self._pool)
-        return filtered, self._redactor.fingerprint
-
-    def _count(self, direction: Direction, kind: PiiKind, count: int) -> None:
-        self._metrics.pii(kind, direction, count)
 
 
 def _watch(metrics: Metrics, host: ModelHost, sessions: SessionStore | None) -> None:

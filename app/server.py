@@ -160,12 +160,21 @@ async def _serve(app: FastAPI, settings: Settings, config: uvicorn.Config, liste
     server = DrainingServer(config, container.host.drain, settings.app.shutdown_grace_seconds)
     port = listener.getsockname()[1]
     async with asyncio.TaskGroup() as background:
-        announcing = background.create_task(
-            announce_when_ready(container.host.default.engine.wait_ready, server, settings, port)
-        )
+        announcing = background.create_task(announce_when_ready(_default_ready(container), server, settings, port))
         await server.serve([listener])
         announcing.cancel()
     return 0 if announcing.cancelled() or announcing.result() else 1
+
+
+def _default_ready(container: Container) -> Callable[[], Awaitable[None]]:
+    """Return what waits for the default model; a service that does not need it waits for nothing."""
+    if container.settings.model.required:
+        return container.host.default.engine.wait_ready
+
+    async def at_once() -> None:
+        return
+
+    return at_once
 
 
 async def announce_when_ready(

@@ -4,6 +4,7 @@ from app.config.access import DatabaseConfig, QuotaConfig, RateLimitConfig, Usag
 from app.config.compat import CompatConfig
 from app.config.embeddings import EmbeddingsConfig
 from app.config.loading import load_settings
+from app.config.model import ModelConfig, ModelEntry, beside
 from app.config.section import Section
 from app.config.sections import (
     AppConfig,
@@ -11,7 +12,6 @@ from app.config.sections import (
     ChatHistoryConfig,
     DeadlineConfig,
     LoggingConfig,
-    ModelConfig,
     PiiConfig,
     SecurityConfig,
     Settings,
@@ -27,6 +27,7 @@ __all__ = [
     "EmbeddingsConfig",
     "LoggingConfig",
     "ModelConfig",
+    "ModelEntry",
     "PiiConfig",
     "QuotaConfig",
     "RateLimitConfig",
@@ -34,5 +35,6 @@ __all__ = [
     "SecurityConfig",
     "Settings",
     "UsageLogConfig",
+    "beside",
     "load_settings",
 ]

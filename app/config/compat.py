@@ -11,7 +11,8 @@ class CompatConfig(Section):
     """The routes of older services, which keep their clients working; docs/compat.md lists them."""
 
     enabled: bool = True
-    """False leaves them out: /generate, /predict, /predict/batch, /v1/stream and /generate_apikey."""
+    """False leaves them out: /generate, /predict, /predict/batch, /v1/stream, /load_model, /unload_model and
+    /generate_apikey."""
     generate_max_new_tokens: PositiveInt = 50
     """New tokens on /generate, where a plain request names no `max_new_tokens`."""
     generate_most_new_tokens: PositiveInt = 200

@@ -72,9 +72,9 @@ def _sections(given: Mapping[str, str]) -> dict[str, Any]:
         sections["logging"]["level"] = _LEVELS.get(level, level)
     elif given.get("DEBUG", "").lower() in _TRUE:
         sections["logging"] = {"level": "DEBUG"}
-    if name := given.get("MODEL_NAME"):
+    if model := given.get("MODEL_NAME"):
         # These services name a model of a hub, unless such a folder is here.
-        sections["model"]["source"] = "local" if Path(name).is_dir() else "hub"
+        sections["model"]["source"] = "local" if Path(model).is_dir() else "hub"
     return sections
 
 

@@ -22,7 +22,8 @@ from pydantic_settings import (
 
 from app.config.access import DatabaseConfig, QuotaConfig, RateLimitConfig, UsageLogConfig
 from app.config.compat import CompatConfig
-from app.config.embeddings import EmbeddingPooling, EmbeddingsConfig
+from app.config.embeddings import EmbeddingsConfig
+from app.config.model import ModelConfig, ModelEntry
 from app.config.older_names import ConfigFile, OlderVariables, OwnVariables
 from app.config.section import Section
 
@@ -89,90 +90,6 @@ class AppConfig(Section):
         return value
 
 
-ToolFormatName = Literal[
-    "auto",
-    "none",
-    "hermes",
-    "qwen_xml",
-    "llama",
-    "mistral",
-    "mistral_args",
-    "deepseek",
-    "deepseek_v31",
-    "gemma4",
-    "function_gemma",
-    "phi",
-    "harmony",
-]
-ReasoningFormatName = Literal["auto", "none", "think", "mistral", "gemma4", "harmony"]
-
-
-class ModelConfig(Section):
-    """The served model, its engine and its limits."""
-
-    name: str = "models/tiny-chat"
-    """A folder (source local) or a Hugging Face model id (source hub)."""
-    source: Literal["local", "hub"] = "local"
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Compute type.  auto: the checkpoint's type on a GPU; on a CPU bfloat16 if both the checkpoint and the CPU use it,
-    otherwise float32 (always float32 with int8)."""
-    quantization: Literal["none", "int8"] = "none"
-    """int8 quantizes the weights of linear layers on a CPU: a quarter of their float32 memory and faster decoding of
-    single requests, but log-probabilities change; /v1/models reports by how much."""
-    compile: Literal["auto", "none", "layers"] = "auto"
-    """Operators compiled for this machine when the model is loaded.  On a CPU, with a C++ compiler (two seconds at the
-    first start): auto compiles all layers of model families with a native decoder, linear layers and attention of
-    others, and nothing without a compiler; layers refuses a model without a native decoder.  In bfloat16 on a processor
-    with AMX, auto leaves linear layers to oneDNN.  On a GPU, layers compiles with torch.compile (a slower start); auto
-    compiles nothing."""
-    revision: str | None = None
-    """Commit or tag of the model on the hub."""
-    engine: Literal["auto", "batching", "serial", "echo"] = "auto"
-    """batching uses continuous batching, serial runs one request at a time, echo needs no model and repeats the prompt;
-    auto is batching, or serial for a model that cannot be batched."""
-    max_tokens: PositiveInt = 512
-    """Default of max_tokens, the new tokens of a request (fewer when the context window is nearly full)."""
-    temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
-    """Default temperature; 0 is greedy."""
-    max_model_len: PositiveInt | None = None
-    """Context window in tokens; unset is the model's own, which is also the maximum."""
-    max_batch_size: PositiveInt | None = None
-    """Sequences decoded in one batch; unset takes what fits in memory, 32 at most."""
-    prefix_reuse: bool = True
-    """Prefix caching: reuse KV cache of the same tenant, as for the next turn of a conversation."""
-    max_waiting: NonNegativeInt = 64
-    """Completions of one tenant that may wait for the model while no other tenant's do; further ones get 503."""
-    max_waiting_tokens: PositiveInt = 65_536
-    """Prompt tokens of those in total; a single request may always wait."""
-    embeddings: EmbeddingPooling = "none"
-    """Whether the chat model embeds texts, too: by the mean of its tokens' hidden states, or by the last one.  Its
-    layers are then not compiled, since that leaves no hidden states to read: on a CPU it decodes more slowly."""
-    threads: NonNegativeInt = 0
-    """CPU threads of the model; 0 is one per core."""
-    hang_seconds: Annotated[float, Field(ge=5)] = 30
-    """A worker that gives no sign of life for so long is killed and started again; after 3 s it gets no requests."""
-    stall_seconds: PositiveFloat = 120
-    """The same for a worker that lives, has requests and makes no progress; at least
-    `deadlines.first_token_seconds` and 30 s."""
-    tool_format: ToolFormatName = "auto"
-    """How the model writes calls of tools.  auto: as its chat template shows, hermes for a template that shows none;
-    none leaves them in the text."""
-    reasoning_format: ReasoningFormatName = "auto"
-    """How the model marks what it thinks before it answers.  auto: as its chat template and its tokens show; none
-    leaves it in the text."""
-    spare_worker: bool = True
-    """Keep a process whose libraries are imported for the next worker: about 260 MB, and a worker that died is replaced
-    in one second instead of five."""
-
-    @property
-    def public_name(self) -> str:
-        """The name that clients see: the model id, or the name of the folder without its path."""
-        if self.engine == "echo":
-            return "echo"
-        return Path(self.name).resolve().name if self.source == "local" else self.name
-
-
 class DeadlineConfig(Section):
     """Time limits of a request in seconds; exceeding one ends it with 504."""
 
@@ -213,6 +130,8 @@ class SecurityConfig(Section):
     such as 127.0.0.1."""
     metrics_public: bool = True
     """Serve /metrics without a key."""
+    status_public: bool = True
+    """Answer GET /status without a key with what tells nothing of processes, requests and errors; with one in full."""
 
     @field_validator("api_key")
     @classmethod
@@ -319,6 +238,7 @@ class Settings(BaseSettings):
 
     app: AppConfig = AppConfig()
     model: ModelConfig = ModelConfig()
+    models: tuple[ModelEntry, ...] = ()
     embeddings: EmbeddingsConfig = EmbeddingsConfig()
     deadlines: DeadlineConfig = DeadlineConfig()
     security: SecurityConfig = SecurityConfig()

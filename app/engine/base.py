@@ -90,6 +90,8 @@ class EngineInfo:
     chat_format: ChatFormat = ChatFormat()
     embedding: EmbeddingInfo | None = None
     """How it embeds texts; None: not at all."""
+    origin: str = ""
+    """Digest of where its files come from: keeps two models apart that had the same name one after the other."""
 
     def check_tokens(self, field: str, token_ids: Sequence[int]) -> None:
         """Raises: InvalidRequest: one of them is no token of the model; the field is named."""
@@ -105,11 +107,23 @@ class EngineInfo:
                 facts["unsupported"] = self.capabilities.unsupported
             elif each.name == "chat_format":
                 facts |= {"tool_format": self.chat_format.tools, "reasoning_format": self.chat_format.reasoning}
+            elif each.name == "origin":
+                continue
             elif each.name == "embedding":
                 facts["embedding"] = None if self.embedding is None else asdict(self.embedding)
             else:
                 facts[each.name] = getattr(self, each.name)
         return facts
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """How far a load has come."""
+
+    stage: str
+    bytes_done: int | None = None
+    bytes_total: int | None = None
+    """Of this stage; None where it is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +137,13 @@ class EngineStatus:
     error: str | None = None
     worker_pid: int | None = None
     worker_rss_bytes: int | None = None
+    slots: int | None = None
+    """Requests that run at once; None before it is loaded."""
+    device_bytes: int | None = None
+    """Memory that the model took on a GPU when it was loaded."""
+    device_total_bytes: int | None = None
+    progress: LoadProgress | None = None
+    """While the model is loaded."""
 
 
 @dataclass(frozen=True, slots=True)

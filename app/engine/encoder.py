@@ -44,6 +44,7 @@ class LocalEncoder:
             stall_seconds=stall_seconds,
             backoff_seconds=backoff_seconds,
         )
+        self._ready: Ready | None = None
         self._info: EngineInfo | None = None
         self._tokenizer: EncoderTokenizer | None = None
         self._threads = EncodingThreads(deadlines.waiting_seconds)
@@ -58,7 +59,7 @@ class LocalEncoder:
 
     def status(self) -> EngineStatus:
         """Return where the engine stands now; never blocks and never raises."""
-        return engine_status(self._worker, running=self._queue.running, waiting=self._queue.waiting)
+        return engine_status(self._worker, running=self._queue.running, waiting=self._queue.waiting, ready=self._ready)
 
     async def start(self) -> None:
         """Begin to load the model and return at once; `wait_ready` reports the outcome."""
@@ -116,6 +117,7 @@ class LocalEncoder:
             self._tokenizer = await asyncio.to_thread(EncoderTokenizer, ready.tokenizer_folder)
         except Exception as error:
             raise WorkerLostError(f"The model's tokenizer cannot be loaded: {first_line(error)}.") from error
+        self._ready = ready
         self._info = EngineInfo(
             model=self._config.public_name,
             revision=ready.revision,

@@ -5,12 +5,22 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from app.embeddings import EmbeddingRequest
 from app.engine.served_model import EmbeddingChain, Served, ServedEncoder, ServedModel
 from app.errors import InvalidRequest, ModelNotFound, ShuttingDown
 from app.requests import GenerationRequest
 from app.types import EngineState
+
+
+@dataclass(slots=True)
+class ModelUse:
+    """How a loaded model has been used."""
+
+    requests: int = 0
+    last_at: float = field(default_factory=time.monotonic)
+    """When the last request ended or, before there was one, when it was loaded; by the monotonic clock."""
 
 
 class ModelHost:
@@ -29,9 +39,15 @@ class ModelHost:
         self._started: set[str] = set()
         self._unloading: dict[str, asyncio.Event] = {}
         """Model -> set once it is gone and its name is free again."""
-        self._leases: dict[str, str] = {}
+        self._leases: dict[str, Served] = {}
         """Request id -> model, of each sample of each live request."""
-        self._leases_per_model: Counter[str] = Counter()
+        self._leases_per_model: Counter[int] = Counter()
+        """By the model's identity: one may have another's name while that one is drained."""
+        self._use: dict[str, ModelUse] = {}
+        self._replaced: list[Served] = []
+        """Models that are drained while another has their name."""
+        self.on_absent: Callable[[str], None] = lambda name: None
+        """Is called with the name of a model that a request wants and that is not loaded; may raise EngineNotReady."""
         self._released = asyncio.Event()
         """Set, and replaced, each time a model has lost its last lease."""
         self.draining = False
@@ -84,12 +100,32 @@ class ModelHost:
             raise ModelNotFound(_missing([each for each in self.loaded if allowed is None or each in allowed]))
         return self._models[name]
 
+    def use_of(self, name: str) -> "ModelUse":
+        """Return how a model has been used since it was loaded."""
+        return self._use.setdefault(name, ModelUse())
+
+    def is_leased(self, name: str) -> bool:
+        """Return whether a request holds a model now."""
+        model = self._models.get(name)
+        return model is not None and id(model) in self._leases_per_model
+
+    def _find_wanted(self, model: str | None, allowed: Collection[str] | None) -> Served:
+        """Return a model as `find` does, and let one that can be loaded on its first use be loaded."""
+        try:
+            return self.find(model, allowed=allowed)
+        except ModelNotFound:
+            name = self.default_name if model is None else model
+            if not self.draining and (allowed is None or name in allowed):
+                self.on_absent(name)
+            raise
+
     def find_generating(self, model: str | None, *, allowed: Collection[str] | None = None) -> ServedModel:
         """Return a model that generates.
 
-        Raises: ModelNotFound: no such model is loaded; InvalidRequest: it only embeds.
+        Raises: ModelNotFound: no such model is loaded; InvalidRequest: it only embeds; EngineNotReady: it is being
+            loaded.
         """
-        found = self.find(model, allowed=allowed)
+        found = self._find_wanted(model, allowed)
         if isinstance(found, ServedEncoder):
             raise InvalidRequest.of_field("model", "names a model that only embeds texts; send it to /v1/embeddings")
         return found
@@ -99,12 +135,13 @@ class ModelHost:
     ) -> tuple[Served, EmbeddingChain]:
         """Return a model that embeds, for None the first that does and nothing else, or the default one.
 
-        Raises: ModelNotFound: no such model is loaded; InvalidRequest: it does not embed, or none does.
+        Raises: ModelNotFound: no such model is loaded; InvalidRequest: it does not embed, or none does; EngineNotReady:
+            it is being loaded.
         """
         if model is None:
             encoders = (each.name for each in self.models if isinstance(each, ServedEncoder))
             model = next((name for name in encoders if name not in self._unloading), None)
-        found = self.find(model, allowed=allowed)
+        found = self._find_wanted(model, allowed)
         if found.embeddings is None:
             able = (each.name for each in self.models if each.embeddings is not None)
             others = ", ".join(name for name in able if allowed is None or name in allowed)
@@ -150,8 +187,45 @@ class ModelHost:
                 raise
         return model
 
+    def put(self, model: Served) -> None:
+        """Take over a model that has been started and serves, under its name.
+
+        Raises: ShuttingDown; ValueError: another one has its name.
+        """
+        self._refuse_while_draining()
+        if model.name in self._models:
+            raise ValueError("a model of this name is loaded already")
+        self._models[model.name] = model
+        self._started.add(model.name)
+
+    def switch(self, model: Served) -> Served:
+        """Put a model that serves in the place of the one of its name, and return that one for `retire`.
+
+        Each new request gets the new model; those that run end on the old one.
+
+        Raises: ModelNotFound: no model of this name is loaded; ShuttingDown.
+        """
+        self._refuse_while_draining()
+        old = self.find(model.name)
+        self._models[model.name] = model
+        self._replaced.append(old)
+        return old
+
+    async def retire(self, model: Served, grace_seconds: float) -> None:
+        """Drain and close a model that was replaced, as `unload` does."""
+        try:
+            await self._drain(model, grace_seconds)
+        finally:
+            self._replaced.remove(model)
+
+    async def _drain(self, model: Served, grace_seconds: float) -> None:
+        if not await self._released_within(grace_seconds, model):
+            await self._abort(model)
+        await model.engine.close()
+
     def _remove(self, name: str) -> None:
         self._models.pop(name, None)
+        self._use.pop(name, None)
         self._started.discard(name)
         if (unloading := self._unloading.pop(name, None)) is not None:
             unloading.set()
@@ -164,9 +238,7 @@ class ModelHost:
         model = self.find(name)
         self._unloading[name] = asyncio.Event()
         try:
-            if not await self._released_within(grace_seconds, name):
-                await self._abort(name)
-            await model.engine.close()
+            await self._drain(model, grace_seconds)
         finally:
             self._remove(name)
 
@@ -202,16 +274,19 @@ class ModelHost:
 
     @contextmanager
     def _lease(self, model: Served, ids: tuple[str, ...]) -> Iterator[None]:
-        self._leases.update(dict.fromkeys(ids, model.name))
-        self._leases_per_model[model.name] += 1
+        use = self.use_of(model.name)
+        use.requests += 1
+        self._leases.update(dict.fromkeys(ids, model))
+        self._leases_per_model[id(model)] += 1
         try:
             yield
         finally:
+            use.last_at = time.monotonic()
             for each in ids:
                 del self._leases[each]
-            self._leases_per_model[model.name] -= 1
-            if not self._leases_per_model[model.name]:
-                del self._leases_per_model[model.name]
+            self._leases_per_model[id(model)] -= 1
+            if not self._leases_per_model[id(model)]:
+                del self._leases_per_model[id(model)]
                 self._released.set()
                 self._released = asyncio.Event()
 
@@ -225,25 +300,25 @@ class ModelHost:
         """End every live request with FinishReason.ABORT; nothing starts after it."""
         self.draining = self.over = True
         self._released.set()
-        for name in tuple(self._models):
-            await self._abort(name)
+        for model in (*self._models.values(), *self._replaced):
+            await self._abort(model)
 
     async def close(self) -> None:
         """Stop every engine; live requests end with FinishReason.ABORT."""
         self.draining = True
-        for model in tuple(self._models.values()):
+        for model in (*self._models.values(), *self._replaced):
             await model.engine.close()
 
-    async def _abort(self, name: str) -> None:
-        for request_id, model in tuple(self._leases.items()):
-            if model == name:
-                await self._models[name].engine.abort(request_id)
+    async def _abort(self, model: Served) -> None:
+        for request_id, leased in tuple(self._leases.items()):
+            if leased is model:
+                await model.engine.abort(request_id)
 
-    async def _released_within(self, seconds: float, name: str | None = None) -> bool:
+    async def _released_within(self, seconds: float, model: Served | None = None) -> bool:
         """Wait until a model, or all of them, have no lease left; return False when the time is over first."""
 
         def leased() -> bool:
-            return bool(self._leases_per_model) if name is None else name in self._leases_per_model
+            return bool(self._leases_per_model) if model is None else id(model) in self._leases_per_model
 
         try:
             async with asyncio.timeout(seconds):

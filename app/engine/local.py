@@ -18,6 +18,7 @@ from app.engine.base import Capabilities, EngineInfo, EngineStatus, PreparedProm
 from app.engine.embedding_queue import EmbeddingQueue
 from app.engine.grammar_checker import GrammarChecker
 from app.engine.live_request import LiveRequest
+from app.engine.model_source import FetchModel, WorkerLauncher, no_registry, show_fetch
 from app.engine.parsing.detection import detect_format
 from app.engine.stop_strings import with_stop_tokens
 from app.engine.tokenizer.detokenize import detokenize
@@ -26,10 +27,10 @@ from app.engine.worker_status import engine_status, first_line, not_ready
 from app.errors import ContextLengthExceeded, EngineBusy, EngineFailed, InvalidRequest
 from app.events import Event, Started
 from app.fair_share import fits_share
-from app.ipc.messages import Embedded, ModelSpec, Ready, Submit, TokenEvent
+from app.ipc.messages import Embedded, Ready, Submit, TokenEvent
 from app.ipc.spare_interpreters import SpareInterpreters
 from app.ipc.supervisor import Launch, Supervisor
-from app.ipc.worker_process import WorkerLostError, WorkerProcess
+from app.ipc.worker_process import WorkerLostError
 from app.requests import GenerationRequest
 from app.types import EngineState, FinishReason
 
@@ -67,6 +68,8 @@ class LocalEngine:
         deadlines: DeadlineConfig,
         *,
         hub_token: str | None = None,
+        load_token: str | None = None,
+        fetch: FetchModel = no_registry,
         interpreters: SpareInterpreters | None = None,
         hang_seconds: float = 30.0,
         stall_seconds: float = 120.0,
@@ -79,6 +82,8 @@ class LocalEngine:
             config: what to load, and how many requests may wait.
             deadlines: how long a request may take.
             hub_token: for gated models of the hub; goes to the worker by environment.
+            load_token: in its place for the first load alone; goes by a pipe.
+            fetch: brings the files of a model whose source is a registry.
             interpreters: where the worker's process comes from; by default each is started when it is needed.
             hang_seconds: a worker without a sign of life for so long is killed and started again.
             stall_seconds: the same for one that lives, has work and makes no progress.
@@ -89,13 +94,18 @@ class LocalEngine:
         self._deadlines = deadlines
         self._interpreters = interpreters or SpareInterpreters(enabled=False)
         self._started = False
+        self._launcher = WorkerLauncher(
+            config, self._interpreters, hub_token=hub_token, load_token=load_token, fetch=fetch
+        )
         self._worker = Supervisor(
-            launch or partial(WorkerProcess.launch, _spec(config), hub_token, self._interpreters),
+            launch or self._launcher,
             self,
             hang_seconds=hang_seconds,
             stall_seconds=stall_seconds,
             backoff_seconds=backoff_seconds,
         )
+        self._launcher.report = show_fetch(self._worker)
+        self._ready: Ready | None = None
         self._info: EngineInfo | None = None
         self._tokenizer: ModelTokenizer | None = None
         self._encoder: PromptEncoder | None = None
@@ -127,6 +137,7 @@ class LocalEngine:
             self._worker,
             running=running + self._embeddings.running,
             waiting=len(self._live) - running + self._embeddings.waiting,
+            ready=self._ready,
         )
 
     async def start(self) -> None:
@@ -213,6 +224,7 @@ class LocalEngine:
     async def close(self) -> None:
         """Stop for good: live streams end with FinishReason.ABORT, and no process or task is left."""
         await self._worker.close()
+        await self._launcher.close()
         if self._started:
             self._started = False
             await self._interpreters.close()
@@ -238,6 +250,8 @@ class LocalEngine:
             ready.tokenizer_folder, ready.vocab_size, waiting_seconds=self._deadlines.waiting_seconds
         )
         self._encoder = PromptEncoder(tokenizer, vocab_size=ready.vocab_size, seconds=self._deadlines.waiting_seconds)
+        self._launcher.on_ready(ready)
+        self._ready = ready
         self._slots = ready.slots
         self._info = EngineInfo(
             model=self._config.public_name,
@@ -258,6 +272,7 @@ class LocalEngine:
             compiled=ready.compiled,
             chat_format=detect_format(tokenizer.traits, self._config),
             embedding=ready.embedding,
+            origin=self._launcher.origin,
         )
         await self._interpreters.prepare()
 
@@ -372,24 +387,6 @@ class LocalEngine:
 
 def _tokens(requests: Sequence[GenerationRequest]) -> int:
     return sum(each.prompt_tokens for each in requests if each.sampling.sample == 0)
-
-
-def _spec(config: ModelConfig) -> ModelSpec:
-    return ModelSpec(
-        name=config.name,
-        source=config.source,
-        device=config.device,
-        dtype=config.dtype,
-        quantization=config.quantization,
-        compile=config.compile,
-        revision=config.revision,
-        max_model_len=config.max_model_len,
-        threads=config.threads,
-        engine="auto" if config.engine == "echo" else config.engine,
-        max_batch_size=config.max_batch_size,
-        prefix_reuse=config.prefix_reuse,
-        embeddings=config.embeddings,
-    )
 
 
 def _tokenizer_class() -> Callable[..., ModelTokenizer]:

@@ -3,16 +3,18 @@
 import os
 from pathlib import Path
 
-from app.engine.base import EngineStatus
+from app.engine.base import EngineStatus, LoadProgress
 from app.errors import EngineNotReady
+from app.ipc.messages import Ready
 from app.ipc.supervisor import Supervisor
 from app.types import EngineState
 
 LOADING_RETRY_SECONDS = 5.0
 
 
-def engine_status(worker: Supervisor, *, running: int, waiting: int) -> EngineStatus:
-    """Return where an engine stands now."""
+def engine_status(worker: Supervisor, *, running: int, waiting: int, ready: Ready | None) -> EngineStatus:
+    """Return where an engine stands now.  Args: ready: what the worker said when it had loaded its model."""
+    loading = worker.progress if worker.state is EngineState.LOADING else None
     return EngineStatus(
         state=worker.state,
         running=running,
@@ -21,6 +23,10 @@ def engine_status(worker: Supervisor, *, running: int, waiting: int) -> EngineSt
         error=worker.error,
         worker_pid=worker.worker_pid,
         worker_rss_bytes=_rss_bytes(worker.worker_pid),
+        slots=ready.slots if ready else None,
+        device_bytes=ready.device_bytes if ready else None,
+        device_total_bytes=ready.device_total_bytes if ready else None,
+        progress=LoadProgress(loading.stage, loading.bytes_done, loading.bytes_total) if loading else None,
     )
 
 
@@ -28,7 +34,7 @@ def not_ready(worker: Supervisor) -> EngineNotReady:
     """Return the error for a request that comes while the worker cannot serve it."""
     match worker.state:
         case EngineState.LOADING | EngineState.READY:
-            message = f"The model is still loading ({worker.stage})."
+            message = f"The model is still loading ({worker.progress.stage})."
             return EngineNotReady(message, retry_after=LOADING_RETRY_SECONDS)
         case EngineState.UNRESPONSIVE:
             return EngineNotReady("The model's worker does not respond.", retry_after=LOADING_RETRY_SECONDS)

@@ -45,13 +45,15 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True):
-    """The first line on the worker's standard input, as JSON.  Secrets are passed in the environment instead."""
+    """The first line on the worker's standard input, as JSON; a pipe, which no other process can read."""
 
     endpoint: str
     """Address of the socket that the API process listens on."""
     folder: str
     """Private to the two processes; the worker saves the tokenizer in it."""
     model: ModelSpec
+    hub_token: str | None = None
+    """For this load alone: unlike what is in the environment, no spare process and no later start has it."""
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True, array_like=True):
@@ -92,9 +94,12 @@ class Shutdown(msgspec.Struct, tag=True, frozen=True, array_like=True):
 
 
 class Loading(msgspec.Struct, tag=True, frozen=True, array_like=True):
-    """The load has reached this stage."""
+    """How far the load has come."""
 
     stage: str
+    bytes_done: int | None = None
+    bytes_total: int | None = None
+    """Of this stage, as far as it is known."""
 
 
 class Warned(msgspec.Struct, tag=True, frozen=True, array_like=True):
@@ -129,14 +134,27 @@ class Ready(msgspec.Struct, tag=True, frozen=True, array_like=True):
     """By how much quantization changes log-probabilities, on average; None where there is none."""
     compiled: Compiled | None = None
     """Operators compiled for this machine."""
+    folder: str | None = None
+    """Where its files are."""
+    device_bytes: int | None = None
+    """Memory that it takes on a GPU, the KV cache included."""
+    device_total_bytes: int | None = None
+    """Memory of that GPU."""
     embedding: EmbeddingInfo | None = None
     """How it embeds texts; None: not at all."""
+
+
+LoadFailure = Literal["not_found", "gated", "unreachable", "unsupported", "bad_file", "no_memory", "failed"]
 
 
 class LoadFailed(msgspec.Struct, tag=True, frozen=True, array_like=True):
     """The model cannot be loaded; the worker waits to be killed."""
 
     message: str
+    reason: LoadFailure = "failed"
+    needed_bytes: int | None = None
+    free_bytes: int | None = None
+    """Of memory, where it lacks."""
 
 
 class TokenEvent(msgspec.Struct, frozen=True, array_like=True):

@@ -7,9 +7,9 @@ the ids of the requests in flight and forwards the worker's messages to a listen
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
-from app.errors import EngineFailed
+from app.errors import AppError, EngineFailed
 from app.ipc.liveness import HEARTBEAT_SECONDS, Liveness
 from app.ipc.messages import (
     Cancel,
@@ -88,8 +88,10 @@ class Supervisor:
         self.state = EngineState.LOADING
         self.error: str | None = None
         """Why the last worker ended; None while one serves."""
-        self.stage = "process"
-        """The stage of the load."""
+        self.failure: LoadFailed | None = None
+        """Why the model cannot be loaded, where the worker says so."""
+        self.progress = Loading("process")
+        """How far the load has come."""
         self.restarts = 0
         self._launch = launch
         self._listener = listener
@@ -121,9 +123,16 @@ class Supervisor:
         """
         while self.state is not EngineState.READY:
             if self.state in (EngineState.FAILED, EngineState.CLOSED):
-                raise EngineFailed(self.error or "The engine is closed.")
+                raise EngineFailed(self.error or "The engine is closed.", details=self._failure_details())
             self._state_changed.clear()
             await self._state_changed.wait()
+
+    def _failure_details(self) -> dict[str, Any]:
+        failure = self.failure
+        if failure is None or self.state is not EngineState.FAILED:
+            return {}
+        details = {"reason": failure.reason, "needed_bytes": failure.needed_bytes, "free_bytes": failure.free_bytes}
+        return {name: value for name, value in details.items() if value is not None}
 
     def submit(self, request: Submit | Embed) -> None:
         """Send the worker a request; it is in flight until an event ends it.  Only while READY."""
@@ -134,6 +143,10 @@ class Supervisor:
         """Cancel a request that is in flight; others are ignored."""
         if request_id in self._in_flight:
             self._send(Cancel(request_id))
+
+    def show_progress(self, stage: str, bytes_done: int | None = None, bytes_total: int | None = None) -> None:
+        """Say how far a start has come before there is a worker."""
+        self.progress = Loading(stage, bytes_done, bytes_total)
 
     async def close(self) -> None:
         """Stop the worker for good; further calls wait for the same shutdown."""
@@ -172,6 +185,10 @@ class Supervisor:
             worker = self._worker = await self._launch()
         except OSError as error:
             return self._on_lost(f"The model's worker could not be started ({error.strerror}).")
+        except AppError as error:
+            # Its files could not be fetched.
+            self.failure = LoadFailed(error.message, error.details.get("reason", "failed"))
+            return self._on_lost(error.message)
         except Exception:
             log.exception("the model's worker could not be started")
             return self._on_lost("The model's worker could not be started; the log says why.")
@@ -237,11 +254,12 @@ class Supervisor:
                     self._listener.on_event(event)
             case Embedded():
                 self._listener.on_embedded(message)
-            case Loading(stage=stage):
-                self.stage = stage
+            case Loading():
+                self.progress = message
             case Warned(line=line):
                 log.warning("%s", line)
             case LoadFailed(message=reason):
+                self.failure = message
                 raise WorkerLostError(reason)
             case Ready():
                 await self._listener.on_ready(message)

@@ -66,7 +66,7 @@ class WorkerLink(Protocol):
 class WorkerProcess:
     """A worker in a child process."""
 
-    def __init__(self, interpreter: Interpreter, spec: ModelSpec) -> None:
+    def __init__(self, interpreter: Interpreter, spec: ModelSpec, load_token: str | None = None) -> None:
         """Bind a socket in the interpreter's folder and tell it what to load; use `launch` instead."""
         self._interpreter = interpreter
         self._context = zmq.Context()
@@ -87,18 +87,28 @@ class WorkerProcess:
         self._descriptor = int(self._socket.getsockopt(zmq.FD))
         self._loop.add_reader(self._descriptor, self._read)
         self._exit_task = asyncio.create_task(self._watch(), name="worker socket")
-        start = Start(endpoint=endpoint, folder=str(interpreter.folder), model=spec)
+        start = Start(endpoint=endpoint, folder=str(interpreter.folder), model=spec, hub_token=load_token)
         interpreter.write(msgspec.json.encode(start) + b"\n")
 
     @classmethod
-    async def launch(cls, spec: ModelSpec, hub_token: str | None, interpreters: SpareInterpreters) -> Self:
+    async def launch(
+        cls,
+        spec: ModelSpec,
+        hub_token: str | None,
+        interpreters: SpareInterpreters,
+        *,
+        load_token: str | None = None,
+    ) -> Self:
         """Start a worker that loads `spec`.
 
+        Args:
+            hub_token: the configured one, which is in the environment.
+            load_token: in its place for this start; stands in no environment and on no command line.
         Raises: OSError: no process could be started.
         """
         interpreter = await interpreters.take(worker_environment(os.environ, spec, hub_token))
         try:
-            return cls(interpreter, spec)
+            return cls(interpreter, spec, load_token)
         except zmq.ZMQError as error:
             await interpreter.stop(0)
             # The system's limit on such a path is about 100 bytes; TMPDIR decides most of it.

@@ -7,7 +7,7 @@ from fastapi.routing import APIRoute
 from starlette.types import Lifespan
 
 from app import __version__
-from app.web.admin import documentation, health, keys, roles, usage
+from app.web.admin import documentation, health, keys, models, roles, usage
 from app.web.compat.routers import ROUTERS as COMPAT_ROUTERS
 from app.web.http.authentication import Authentication
 from app.web.http.cors import CrossOriginAccess
@@ -45,7 +45,7 @@ def build_app(container: Container, *, lifespan: Lifespan[FastAPI] | None = None
         lifespan=lifespan,
     )
     app.state.container = container
-    native = [module.router for module in (generate, batch, chat, sessions, keys, roles, usage)]
+    native = [module.router for module in (generate, batch, chat, sessions, keys, roles, usage, models)]
     dialect = (
         openai_chat,
         openai_completions,
@@ -65,7 +65,8 @@ def build_app(container: Container, *, lifespan: Lifespan[FastAPI] | None = None
         | dict.fromkeys(_paths([*native, *compat]), DEFAULT_FORMAT)
     )
     renderer.register_handlers(app)
-    app.renderer, app.public, app.always = renderer, public_paths(container), health.ALWAYS_PATHS
+    app.renderer, app.always = renderer, health.ALWAYS_PATHS
+    app.public, app.optional = public_paths(container), optional_paths(container)
     _add_middlewares(app, container, renderer)
     return app
 
@@ -83,6 +84,7 @@ def _add_middlewares(app: FastAPI, container: Container, renderer: ErrorRenderer
         failed_keys=container.failed_keys,
         metrics=container.metrics,
         public=public_paths(container),
+        optional=optional_paths(container),
     )
     app.add_middleware(DrainGate, host=container.host, always=health.ALWAYS_PATHS)
     app.add_middleware(HeadChecks)
@@ -99,3 +101,8 @@ def public_paths(container: Container) -> frozenset[str]:
     metrics = {"/metrics"} if security.metrics_public else set()
     docs = documentation.PUBLIC_PATHS if container.settings.serves_docs else frozenset()
     return health.PUBLIC_PATHS | metrics | docs
+
+
+def optional_paths(container: Container) -> frozenset[str]:
+    """Return the exact paths that need no key, but say more to a caller with one."""
+    return frozenset(["/status"] if container.settings.security.status_public else [])

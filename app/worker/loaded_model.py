@@ -1,6 +1,7 @@
 """A model in memory, as the loader hands it to a runner."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import TextGenerationPipeline
 
@@ -34,3 +35,5 @@ class LoadedModel:
     """By how much quantization changed log-probabilities, on average; None where there is none."""
     vocabulary: Vocabulary | None = None
     """What its tokens write, for grammars; None where that cannot be told, so that no grammar can be enforced."""
+    folder: Path | None = None
+    """Where its files are."""

@@ -9,6 +9,7 @@ import gc
 import logging
 import os
 import signal
+import threading
 from collections.abc import Callable
 from typing import Any, NoReturn, Protocol
 
@@ -23,8 +24,6 @@ from app.ipc.messages import (
     Embedded,
     Exchange,
     FromWorker,
-    LoadFailed,
-    Loading,
     ModelSpec,
     Ready,
     Shutdown,
@@ -50,7 +49,8 @@ from app.worker.heartbeat import PROGRESS
 from app.worker.loaded_model import LoadedModel
 from app.worker.loading.kv_memory import kv_cache_bytes
 from app.worker.loading.load_log import LoadLog
-from app.worker.loading.loader import is_explained, load, load_reason
+from app.worker.loading.load_progress import ProgressReporter
+from app.worker.loading.loader import is_explained, load, load_failure
 from app.worker.loading.model_files import LoadError
 from app.worker.scheduling.batching_runner import BatchingRunner
 
@@ -182,8 +182,12 @@ def serve(start: Start) -> None:
     socket = context.socket(zmq.PAIR)
     socket.connect(start.endpoint)
 
+    # Threads of a download report their progress; only one at a time may use the socket.
+    sending = threading.Lock()
+
     def send(message: FromWorker) -> None:
-        socket.send(encode(message))
+        with sending:
+            socket.send(encode(message))
 
     torch.set_num_threads(start.model.threads or usable_cores())
     try:
@@ -191,7 +195,7 @@ def serve(start: Start) -> None:
     except Exception as error:
         if not is_explained(error):
             log.exception("the model could not be loaded")
-        send(LoadFailed(load_reason(error)))
+        send(load_failure(error))
         _wait_to_be_killed()
     # The objects of the load live as long as the process; a full garbage collection over them would delay a step by a
     # fifth of a second.
@@ -206,17 +210,18 @@ def _load(start: Start, send: Callable[[FromWorker], None]) -> tuple[Ready, Runn
     """Load the model and let it show that it works, sending each stage and every warning."""
     spec, folder = start.model, _tokenizer_folder(start)
     with LoadLog() as warnings:
+        progress = ProgressReporter(send)
 
         def begin(stage: str) -> None:
             warnings.flush_to(lambda line: send(Warned(line)))
-            send(Loading(stage))
+            progress.begin(stage)
 
         try:
             if spec.task == "embed":
                 encoder = load_encoder(spec, folder, on_stage=begin)
                 _watch_progress(encoder.model)
                 return _encoder_ready(folder, encoder), None, EmbeddingRunner(encoder, spec.max_batch_tokens)
-            loaded = load(spec, folder, on_stage=begin)
+            loaded = load(spec, folder, on_stage=begin, hub_token=start.hub_token, on_bytes=progress.show)
             attention = private_api.attention_implementation(loaded.pipeline.model)
             runner = make_runner(loaded, spec)
             begin("first token")
@@ -336,6 +341,9 @@ def _ready(tokenizer_folder: str, loaded: LoadedModel, runner: Runner) -> Ready:
         rules=loaded.rules.digest,
         logprob_shift=loaded.logprob_shift,
         compiled=runner.compiled,
+        folder=None if loaded.folder is None else str(loaded.folder),
+        device_bytes=torch.cuda.memory_reserved() if loaded.device == "cuda" else None,
+        device_total_bytes=torch.cuda.mem_get_info()[1] if loaded.device == "cuda" else None,
     )
 
 

@@ -11,6 +11,7 @@ from app import __version__
 from app.access.database import head_revision
 from app.access.key_format import id_of
 from app.cli import cli, serve_only
+from app.config import Settings
 
 
 def test_a_configuration_file_that_was_asked_for_has_to_be_there():
@@ -139,8 +140,13 @@ def test_an_unknown_key_or_role_is_an_error_of_one_line(folder: Path):
 
 def test_the_level_of_the_log_can_be_named_at_the_start(monkeypatch: pytest.MonkeyPatch):
     """By the script `serve` too, which is the command of that name."""
-    started = []
-    monkeypatch.setattr("app.server.run", lambda settings: started.append(settings) or 0)
+    started: list[Settings] = []
+
+    def run(settings: Settings) -> int:
+        started.append(settings)
+        return 0
+
+    monkeypatch.setattr("app.server.run", run)
     monkeypatch.setattr("sys.argv", ["serve", "--log-level", "debug", "--port", "9000"])
 
     with pytest.raises(SystemExit) as ended:

@@ -1,6 +1,6 @@
 """Variables and configuration files of older services: what they mean here, and that the service's own names win."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,7 @@ Load = Callable[..., Settings]
 
 
 @pytest.fixture
-def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
+def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
     """Load settings with variables in the environment, and texts of .env and config.yml."""
 
     def load(environment: dict[str, str] | None = None, *, dotenv: str = "", yaml: str = "") -> Settings:

@@ -13,7 +13,18 @@ from app.engine.echo import EchoEngine
 from app.types import EngineState
 from app.web.admin.health import Readiness
 from app.web.http.private_api import served_methods
-from tests.web.harness import AUTH, CHAT, GENERATE, MODEL, ScriptedService, Web, is_envelope, make_web
+from tests.web.harness import (
+    AUTH,
+    CHAT,
+    GENERATE,
+    MODEL,
+    LoadingEngine,
+    RecordingEngine,
+    ScriptedService,
+    Web,
+    is_envelope,
+    make_web,
+)
 
 
 @pytest.mark.parametrize("given", ["abc", "A.b_c-9", "x" * 128])
@@ -228,13 +239,35 @@ async def test_health_is_always_well_and_readiness_follows_the_engine(state, sta
         health, ready = await client.get("/health"), await client.get("/readyz")
 
     loaded = state is EngineState.READY
-    assert (200, {"status": "healthy", "model_loaded": loaded, "model_name": MODEL}) == (
-        health.status_code,
-        health.json(),
-    )
+    known = {"status": "healthy", "service": "LLM service", "api_status": "running", "gpu_status": "unavailable"}
+    known |= {"model_status": "loaded" if loaded else word, "model_loaded": loaded, "model_name": MODEL}
+    assert 200 == health.status_code
+    assert known.items() <= health.json().items()
+    assert {"timestamp", "uptime_seconds"} == health.json().keys() - known.keys()
     assert (status, {"status": word}) == (ready.status_code, ready.json())
     TypeAdapter(Readiness).validate_json(ready.content, strict=True, extra="forbid")
     assert ("retry-after" in ready.headers) is (status == 503)
+
+
+async def test_health_speaks_as_an_older_service_where_it_is_configured():
+    """Its words; and a pod whose readiness is read there gets no requests before its model serves."""
+    compat = {"health_status": "ok", "health_needs_model": True}
+    web = await make_web(app={"name": "LLM-Generator"}, compat=compat)
+    loading = await make_web(engines={MODEL: LoadingEngine(model=MODEL)}, compat=compat)
+    async with web.client(nothing="") as client, loading.client(nothing="") as early:
+        well, not_yet = await client.get("/health"), await early.get("/health")
+
+    assert (200, "ok", "LLM-Generator") == (well.status_code, well.json()["status"], well.json()["service"])
+    assert (503, "loading") == (not_yet.status_code, not_yet.json()["model_status"])
+    assert int(not_yet.headers["retry-after"]) >= 1
+
+
+async def test_health_says_whether_the_model_is_on_a_gpu():
+    web = await make_web(engines={MODEL: RecordingEngine(device="cuda:0")})
+    async with web.client() as client:
+        health, status = (await client.get("/health")).json(), (await client.get("/status")).json()
+
+    assert ("available", "cuda: model loaded on GPU") == (health["gpu_status"], status["status"])
 
 
 async def test_the_front_page_says_where_to_go(client):

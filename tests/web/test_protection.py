@@ -25,7 +25,7 @@ EMBEDDING = {"/v1/embeddings": {"input": "hello"}}
 RIGHT = {**BODIES, "/v1/generate/batch": BATCH, **OPENAI_BODIES, **RESPONSE_BODIES, **EMBEDDING, **COMPAT_BODIES}
 GENERATING = set(RIGHT)
 """Only what occupies the model counts against a rate; lists, keys and figures are cheap, and polled by machines."""
-SILENT = {"/", "/health", "/readyz", "/metrics", "/status"}
+SILENT = {"/", "/health", "/readyz", "/metrics", "/status", "/info"}
 """Probes and figures: their responses do not speak of limits."""
 
 
@@ -43,14 +43,14 @@ async def test_every_route_but_the_public_ones_needs_a_key(subtests):
         for method, path in operations(web.app):
             with subtests.test(f"{method} {path}"):
                 reply = await client.request(method, path, content=b"{not json")
-                if path in {"/", "/health", "/readyz", "/metrics"}:
+                if path in {"/", "/health", "/readyz", "/metrics", "/status", "/info"}:
                     assert 200 == reply.status_code
                 else:
                     checked += 1
                     assert 401 == reply.status_code
                     assert "Bearer" == reply.headers["www-authenticate"]
                     assert is_envelope(reply)
-    assert 34 == checked
+    assert 37 == checked
 
 
 async def test_generating_routes_are_limited_and_no_others(subtests):
@@ -245,7 +245,7 @@ async def test_anything_but_one_right_key_is_401_and_never_500(subtests):
 
 @pytest.mark.parametrize(
     "path",
-    ["//health", "/health/", "/health/../status", "/Health", "/v1", "/nowhere", "/docs/", "/docs/x", "/status%2f"],
+    ["//health", "/health/", "/health/../v1/models", "/Health", "/v1", "/nowhere", "/docs/", "/docs/x", "/status%2f"],
 )
 async def test_only_the_exact_public_paths_are_public(web, path):
     async with web.client(nothing="") as client:
@@ -257,14 +257,14 @@ async def test_the_host_header_opens_nothing(web, host):
     async with web.client(nothing="") as client:
         # One that is no name is refused before the key is looked for.
         expected = 401 if host == "health" else 400
-        assert expected == (await client.get("/status", headers={"Host": host})).status_code
+        assert expected == (await client.get("/v1/models", headers={"Host": host})).status_code
 
 
 async def test_public_paths_follow_the_settings():
     web = await make_web(security={"docs": False, "metrics_public": False})
     documented = await make_web(security={"docs": True})
 
-    assert {"/", "/health", "/readyz"} == public_paths(web.container)
+    assert {"/", "/health", "/readyz", "/info"} == public_paths(web.container)
     assert {"/docs", "/redoc", "/openapi.json", "/metrics"} < public_paths(documented.container)
     async with web.client(nothing="") as client:
         assert 401 == (await client.get("/metrics")).status_code
@@ -289,7 +289,7 @@ async def test_right_keys_do_not_count_as_failures():
     async with web.client() as client:
         assert [200] * 5 == [(await client.get("/status")).status_code for _ in range(5)]
     async with web.client(nothing="") as stranger:
-        assert 401 == (await stranger.get("/status")).status_code
+        assert 401 == (await stranger.get("/v1/models")).status_code
 
 
 async def test_while_draining_only_probes_are_answered(web, client):

@@ -32,6 +32,11 @@ class GenerateBody(StrictModel):
         return self
 
     @property
+    def model(self) -> str | None:
+        """Return the name of the model under the name that it has on other routes."""
+        return self.model_name
+
+    @property
     def has_parameters(self) -> bool:
         """Return whether it is a request of the service that nests its parameters."""
         return self.parameters is not None or self.model_name is not None

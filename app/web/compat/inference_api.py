@@ -1,30 +1,42 @@
-"""LLM Inference API: `parameters` on POST /generate, with log-probabilities of every token, and POST /generate_apikey.
+"""LLM Inference API: `parameters` on POST /generate, POST /load_model, /unload_model and /generate_apikey.
 
 Its POST /generate shares the path with another system's; `generate.py` tells the two apart.
 """
 
+import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, SecretStr, StringConstraints
 from starlette.responses import Response as HttpResponse
 from typing_extensions import TypedDict
 
+from app.config import ModelConfig, beside
+from app.config.model import DeviceName
+from app.engine.model_source import LoadSpec
+from app.engine.served_model import ServedModel
+from app.engine.source_policy import check_source
 from app.errors import (
+    Conflict,
     Forbidden,
+    InsufficientMemory,
     InternalError,
     InvalidRequest,
+    ModelLoadFailed,
+    ModelNotFound,
     RateLimited,
     RoleNotFound,
+    ServiceUnavailable,
     StoreUnavailable,
     Unauthorized,
 )
 from app.events import DetokenizedLogprob, Response
 from app.web.compat.completion_fields import Temperature, completion_request
-from app.web.http.dependencies import AccessDep, AdminDep, RequestContext
+from app.web.http.dependencies import AccessDep, AdminDep, Container, ContainerDep, LoadModelsDep, RequestContext
 from app.web.http.errors import error_responses
 from app.web.http.json_body import StrictModel, StrictRoute
 from app.web.http.json_encoding import (
@@ -37,6 +49,8 @@ from app.web.http.json_encoding import (
 from app.web.http.owner_name import OwnerName
 from app.web.http.sampling_params import SampleCount, StopTexts, TokenCount, TopP
 from app.web.http.sse import collect_response
+
+LoadableName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._/@:~ +-]{1,512}$")]
 
 router = APIRouter(tags=["compat"], route_class=StrictRoute)
 
@@ -120,6 +134,78 @@ def _has_logprobs(context: RequestContext, model: str | None) -> bool:
 
 def _completions(response: Response, encoders: defaultdict[int, _TokensEncoder]) -> list[dict[str, Any]]:
     return [{"text": each.text, "tokens": encoders[index].tokens} for index, each in enumerate(response.completions)]
+
+
+class LoadModel(StrictModel):
+    """What to load; a model that the configuration names, a folder, or a model of the hub."""
+
+    model_name: LoadableName
+    device: DeviceName | None = None
+    hf_token: Annotated[SecretStr, Field(min_length=1, max_length=512)] | None = Field(
+        None, description="For a gated model: used for this load and then forgotten."
+    )
+
+
+class ModelMessage(TypedDict):
+    """What has been done, in the language of this system."""
+
+    message: str
+
+
+_LOAD_ERRORS = (InvalidRequest, Unauthorized, Forbidden, ModelNotFound, Conflict, RateLimited, InternalError)
+
+
+@router.post(
+    "/load_model",
+    response_model=ModelMessage,
+    responses=error_responses(*_LOAD_ERRORS, ModelLoadFailed, InsufficientMemory, ServiceUnavailable),
+)
+async def load_model(body: LoadModel, caller: LoadModelsDep, container: ContainerDep) -> ModelMessage:
+    """Load a model, for callers who may, and return once it can serve requests."""
+    spec = await _spec(body, container)
+    await container.loader.load(spec).wait()
+    return {"message": f"Modelo {spec.name} carregado com sucesso."}
+
+
+@router.post("/unload_model", response_model=ModelMessage, responses=error_responses(*_LOAD_ERRORS))
+async def unload_model(caller: LoadModelsDep, container: ContainerDep) -> ModelMessage:
+    """Unload the model that was loaded last, for callers who may, once its requests have ended."""
+    host = container.host
+    generating = [each.name for each in host.models if isinstance(each, ServedModel) and each.name in host.loaded]
+    if not generating:
+        raise ModelNotFound("No model is loaded.")
+    await container.loader.unload(generating[-1])
+    return {"message": f"Modelo {generating[-1]} descarregado com sucesso."}
+
+
+async def _spec(body: LoadModel, container: Container) -> LoadSpec:
+    """Raises: Forbidden: it may not be loaded; ModelLoadFailed: there is no such folder."""
+    settings = container.settings
+    defaults = settings.model
+    own = {} if body.device is None else {"device": body.device}
+    token = body.hf_token.get_secret_value() if body.hf_token is not None else None
+    known = container.loader.known.get(body.model_name)
+    if known is None and body.model_name in (defaults.public_name, defaults.name):
+        token = token or (settings.hub_token.get_secret_value() if settings.hub_token else None)
+        known = LoadSpec(name=defaults.public_name, config=defaults)
+    if known is not None:
+        return LoadSpec(name=known.name, config=known.config.model_copy(update=own), hub_token=token or known.hub_token)
+    # A thread: the folder may be on a slow disk.
+    return await asyncio.to_thread(_checked_spec, body.model_name, defaults, own, token)
+
+
+def _checked_spec(name: str, defaults: ModelConfig, own: Mapping[str, Any], token: str | None) -> LoadSpec:
+    source = "local" if _is_folder(name, defaults.roots) else "hub"
+    config = check_source(beside(defaults, name=name, source=source, **own), defaults)
+    return LoadSpec(name=config.public_name, config=config, hub_token=token)
+
+
+def _is_folder(name: str, roots: Sequence[Path]) -> bool:
+    """Return whether a name is that of a folder; outside of the roots nothing is looked up."""
+    if name.startswith(("/", ".")) or ".." in name:
+        return True
+    within = any(Path(name).absolute().is_relative_to(root.absolute()) for root in roots)
+    return within or any((root / name).is_dir() for root in roots)
 
 
 class GenerateApiKey(StrictModel):

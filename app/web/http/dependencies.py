@@ -18,6 +18,7 @@ from app.config import Settings
 from app.embeddings import EmbeddingRequest, Embeddings
 from app.engine.base import EngineInfo
 from app.engine.host import ModelHost
+from app.engine.model_loader import ModelLoader
 from app.errors import Forbidden, NotFound
 from app.events import Event
 from app.generation.responses import ResponseStore
@@ -67,6 +68,7 @@ class Container:
     service: Service
     embeddings: EmbeddingService
     host: ModelHost
+    loader: ModelLoader
     sessions: SessionStore | None
     """None if session memory is switched off."""
     responses: ResponseStore | None
@@ -95,6 +97,15 @@ CallerDep = Annotated[Principal, Depends(_caller)]
 """The principal that the authentication middleware identified."""
 
 
+async def _caller_if_known(request: Request) -> Principal | None:
+    principal: Principal | None = getattr(request.state, "principal", None)
+    return principal
+
+
+CallerIfKnownDep = Annotated[Principal | None, Depends(_caller_if_known)]
+"""The caller of a route that needs no key; None for one that sent none."""
+
+
 async def _admin(caller: CallerDep) -> Principal:
     if not caller.rights.manage_keys:
         raise Forbidden("This needs an API key whose role may manage keys.")
@@ -103,6 +114,16 @@ async def _admin(caller: CallerDep) -> Principal:
 
 AdminDep = Annotated[Principal, Depends(_admin)]
 """A caller who may manage keys and roles and see everybody's usage."""
+
+
+async def _loading_caller(caller: CallerDep) -> Principal:
+    if not (caller.rights.load_models or caller.rights.manage_keys):
+        raise Forbidden("This needs an API key whose role may load models.")
+    return caller
+
+
+LoadModelsDep = Annotated[Principal, Depends(_loading_caller)]
+"""A caller who may load and unload models."""
 
 
 async def _access(container: ContainerDep) -> AccessControl:

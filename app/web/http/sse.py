@@ -168,6 +168,25 @@ class EventStream(SseResponse):
             self._reading.exception()
 
 
+class FrameStream(SseResponse):
+    """Streams frames that somebody else's work produces; the work goes on when the client hangs up."""
+
+    def __init__(self, frames: AsyncIterator[bytes], *, ping_seconds: float = PING_SECONDS) -> None:
+        super().__init__(
+            frames,
+            headers={"Cache-Control": "no-store"},
+            ping=ping_seconds,
+            ping_message_factory=lambda: _KEEP_ALIVE,
+            send_timeout=SEND_TIMEOUT_SECONDS,
+            sep="\n",
+        )
+        del self.headers["Connection"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with suppress(SendTimeoutError):
+            await super().__call__(scope, receive, send)
+
+
 def frame(data: Mapping[str, Any], name: str | None = None) -> bytes:
     """Return one server-sent event."""
     head = f"event: {name}\ndata: ".encode() if name else b"data: "

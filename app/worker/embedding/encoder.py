@@ -94,7 +94,7 @@ def pad_right(token_ids: Sequence[Sequence[int]], pad_id: int, device: str) -> t
 def load_encoder(spec: ModelSpec, tokenizer_folder: str, on_stage: Callable[[str], None]) -> LoadedEncoder:
     """Load the model and save its tokenizer in `tokenizer_folder`.
 
-    Raises: LoadError: this service cannot run it.  Other errors as they come; `load_reason` formats them.
+    Raises: LoadError: this service cannot run it.  Other errors as they come; `load_failure` formats them.
     """
     on_stage("files")
     folder, revision = find_folder(spec, HUB_FILES, HUB_IGNORED_FILES)

@@ -12,8 +12,12 @@ UNKNOWN_BYTES = 4 * 1024**3
 
 def kv_cache_bytes(device: str) -> int:
     """Return how many bytes the KV cache may take on a device, beside what is in use now."""
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else min(_available_bytes(), cgroup_bytes())
-    return int(free * SHARE[device])
+    return int(free_bytes(device) * SHARE[device])
+
+
+def free_bytes(device: str) -> int:
+    """Return how many bytes are free on a device."""
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else min(_available_bytes(), cgroup_bytes())
 
 
 def _available_bytes() -> int:

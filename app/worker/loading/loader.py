@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from app.grammars.vocabulary import UnsupportedVocabularyError, Vocabulary, load_vocabulary
-from app.ipc.messages import ModelSpec
+from app.ipc.messages import LoadFailed, LoadFailure, ModelSpec
 from app.worker.execution.executor_selection import native_linears_unavailable
 from app.worker.execution.private_api import cpu_has_bfloat16
 from app.worker.execution.quantization import (
@@ -44,8 +44,12 @@ from app.worker.execution.torch.int8_linear import int8_linear
 from app.worker.loaded_model import LoadedModel
 from app.worker.loading.context_length import derive_context_length
 from app.worker.loading.generation_settings import GENERATION_FILE, read_generation_settings
+from app.worker.loading.load_progress import OnBytes, weights_progress
+from app.worker.loading.memory_check import check_memory
 from app.worker.loading.model_files import (
     LoadError,
+    NoMemoryError,
+    UnsupportedError,
     check_files,
     one_line,
     stored_numbers,
@@ -70,21 +74,33 @@ PROBE_SECONDS = 0.5
 """Processor time for one of them; others take less than a thousandth of it."""
 
 
-def load(spec: ModelSpec, tokenizer_folder: str, on_stage: Callable[[str], None]) -> LoadedModel:
+def load(
+    spec: ModelSpec,
+    tokenizer_folder: str,
+    on_stage: Callable[[str], None],
+    *,
+    hub_token: str | None = None,
+    on_bytes: OnBytes = lambda done, total: None,
+) -> LoadedModel:
     """Load the model and save its tokenizer in `tokenizer_folder`.
 
+    Args:
+        hub_token: for the hub, in place of the environment's.
+        on_bytes: is called with the bytes of a stage that are done and that there are, from any thread.
     Raises: LoadError: this service cannot run it.  Other errors (out of memory, a damaged file) as they come;
-        `load_reason` formats them in one line.
+        `load_failure` formats them in one line.
     """
     on_stage("files")
-    folder, revision = find_folder(spec)
+    folder, revision = find_folder(spec, hub_token=hub_token, on_bytes=on_bytes)
     config = within_deadline("configuration", partial(_config, spec, folder))
     device = choose_device(spec.device)
     on_stage("tokenizer")
     tokenizer = within_deadline("tokenizer", partial(load_tokenizer, folder, tokenizer_folder))
     on_stage("weights")
     context_length = derive_context_length(config, spec.max_model_len)
-    model = _model(folder, config, choose_dtype(spec, device, config))
+    dtype = choose_dtype(spec, device, config)
+    check_memory(folder, dtype, device)
+    model = _model(folder, config, dtype, on_bytes)
     vocab_size = model.get_input_embeddings().num_embeddings
     sample_ids = _sample_ids(tokenizer, vocab_size, context_length)
     parameters = sum(weight.numel() for weight in model.parameters())
@@ -96,6 +112,7 @@ def load(spec: ModelSpec, tokenizer_folder: str, on_stage: Callable[[str], None]
     check_scores(text_generation.model, sample_ids[:MAX_PROBE_TOKENS])
     return LoadedModel(
         pipeline=text_generation,
+        folder=folder,
         revision=revision,
         device=device,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -112,26 +129,33 @@ def load(spec: ModelSpec, tokenizer_folder: str, on_stage: Callable[[str], None]
     )
 
 
-def load_reason(error: Exception) -> str:
-    """Format an error as one line that an operator can act on."""
+def load_failure(error: Exception) -> LoadFailed:
+    """Return what the parent is told of an error: one line that an operator can act on, and the reason in a word."""
+    kind, reason = _reason(error)
+    message = f"The model cannot be loaded: {reason}."
+    if isinstance(error, NoMemoryError):
+        return LoadFailed(message, kind, error.needed_bytes, error.free_bytes)
+    return LoadFailed(message, kind)
+
+
+def _reason(error: Exception) -> tuple[LoadFailure, str]:
     match error:
         case LoadError():
-            reason = one_line(error, MAX_REASON_CHARS).rstrip(". ")
+            return error.reason, one_line(error, MAX_REASON_CHARS).rstrip(". ")
         case torch.OutOfMemoryError() | MemoryError():
-            reason = "it does not fit into memory"
+            return "no_memory", "it does not fit into memory"
         case GatedRepoError():
-            reason = "it is gated: accept its terms on the hub and set HF_TOKEN"
+            return "gated", "it is gated: accept its terms on the hub and set HF_TOKEN"
         case RevisionNotFoundError():
-            reason = "the hub has no such revision of it"
+            return "not_found", "the hub has no such revision of it"
         case RepositoryNotFoundError():
-            reason = "the hub has no such model, or it is private and HF_TOKEN is missing or has no access"
+            return "not_found", "the hub has no such model, or it is private and HF_TOKEN is missing or has no access"
         case OfflineModeIsEnabled() | LocalEntryNotFoundError():
-            reason = "the hub cannot be reached and the model has not been downloaded before"
+            return "unreachable", "the hub cannot be reached and the model has not been downloaded before"
         case HfHubHTTPError():
-            reason = f"the hub answered with an error ({_one_line(error)})"
+            return "unreachable", f"the hub answered with an error ({_one_line(error)})"
         case _:
-            reason = f"{type(error).__name__}: {_one_line(error)}"
-    return f"The model cannot be loaded: {reason}."
+            return "failed", f"{type(error).__name__}: {_one_line(error)}"
 
 
 def is_explained(error: Exception) -> bool:
@@ -151,15 +175,15 @@ def _config(spec: ModelSpec, folder: Path) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, return_dict=True)
     except Exception as error:
         if "trust_remote_code" in str(error):
-            raise LoadError("config.json: it needs Python code of its own, which is never run") from None
+            raise UnsupportedError("config.json: it needs Python code of its own, which is never run") from None
         raise LoadError(f"config.json: {_one_line(error)}") from error
     if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise LoadError(f"config.json: {config.model_type} is not a decoder-only language model")
+        raise UnsupportedError(f"config.json: {config.model_type} is not a decoder-only language model")
     known: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     names = {kind.__name__ for kind in (known if isinstance(known, tuple) else (known,))}
     named = config.architectures or [*names]
     if not any(name in names or name.endswith(("ForCausalLM", "LMHeadModel")) for name in named):
-        raise LoadError(f"config.json: {', '.join(named)[:100]} is not a decoder-only language model")
+        raise UnsupportedError(f"config.json: {', '.join(named)[:100]} is not a decoder-only language model")
     if (folder / GENERATION_FILE).exists():
         try:
             GenerationConfig.from_pretrained(folder, local_files_only=True)
@@ -181,14 +205,16 @@ def load_tokenizer(folder: Path, save_in: str, adapt: Callable[[Any], None] | No
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         if "custom code" in str(error) or "trust_remote_code" in str(error):
-            raise LoadError("tokenizer_config.json: it needs Python code of its own, which is never run") from None
+            raise UnsupportedError(
+                "tokenizer_config.json: it needs Python code of its own, which is never run"
+            ) from None
         if not (folder / "tokenizer.json").is_file():
             if (missing := missing_package(folder, error)) is not None:
-                raise LoadError(missing) from error
-            raise LoadError("it has no tokenizer.json, and no tokenizer that one can be made of") from error
+                raise UnsupportedError(missing) from error
+            raise UnsupportedError("it has no tokenizer.json, and no tokenizer that one can be made of") from error
         raise LoadError(f"tokenizer.json: cannot be read ({_one_line(error)})") from error
     if not getattr(tokenizer, "is_fast", False):
-        raise LoadError("its tokenizer has no fast form (tokenizer.json)")
+        raise UnsupportedError("its tokenizer has no fast form (tokenizer.json)")
     # Neither is used here; padding to a billion tokens would be, by what is probed next.
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
@@ -224,24 +250,25 @@ def _check_expressions(tokenizer: Any) -> None:
             raise LoadError(f"tokenizer.json: its expressions take too long to split {len(probe)} characters")
 
 
-def _model(folder: Path, config: Any, dtype: torch.dtype | str) -> Any:
+def _model(folder: Path, config: Any, dtype: torch.dtype | str, on_bytes: OnBytes) -> Any:
     """Return the model with the weights of the files, all of them and no others.
 
     Raises: LoadError: they are not the ones that the configuration describes.
     """
     check_size(config, stored_numbers(folder))
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            trust_remote_code=False,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            # Reported, with their names and shapes, by `check_loading`.
-            ignore_mismatched_sizes=True,
-        )
+        with weights_progress(folder, on_bytes):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                trust_remote_code=False,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                # Reported, with their names and shapes, by `check_loading`.
+                ignore_mismatched_sizes=True,
+            )
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
@@ -285,7 +312,7 @@ def choose_device(requested: str) -> str:
     if requested == "auto":
         return next(name for name, usable in available.items() if usable)
     if not available[requested]:
-        raise LoadError(f"this machine has no usable device {requested}")
+        raise UnsupportedError(f"this machine has no usable device {requested}")
     return requested
 
 
@@ -305,12 +332,12 @@ def choose_dtype(spec: ModelSpec, device: str, config: Any) -> torch.dtype | str
 def _quantize(model: Any, sample_ids: list[int], device: str, spec: ModelSpec) -> float:
     """Quantize to int8 and return by how much that changes log-probabilities."""
     if device != "cpu":
-        raise LoadError(f"int8 is for processors and not for {device}; choose dtype bfloat16 or float16 there")
+        raise UnsupportedError(f"int8 is for processors and not for {device}; choose dtype bfloat16 or float16 there")
     quantize = round_to_int8 if _has_native_int8(model, spec) else int8_linear
     try:
         return round(quantize_linears(model, torch.tensor([sample_ids]), quantize), 4)
     except QuantizationError as error:
-        raise LoadError(f"int8 is not available here: {error}") from None
+        raise UnsupportedError(f"int8 is not available here: {error}") from None
 
 
 def _has_native_int8(model: Any, spec: ModelSpec) -> bool:

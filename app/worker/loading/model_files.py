@@ -9,10 +9,12 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from safetensors import SafetensorError, safe_open
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+from app.ipc.messages import LoadFailure
 
 JSON_BYTES = 64 * 1024**2
 """Largest JSON file that is read; a real configuration has kilobytes, an index of thousands of tensors a megabyte."""
@@ -36,6 +38,33 @@ _LAYER_NUMBER = re.compile(r"\.(\d+)\.")
 class LoadError(Exception):
     """The model cannot be served; the message is one line for the operator."""
 
+    reason: ClassVar[LoadFailure] = "bad_file"
+
+
+class UnsupportedError(LoadError):
+    """Nothing is wrong with the model, but it is of a kind that is not served here."""
+
+    reason = "unsupported"
+
+
+class NoModelError(LoadError):
+    """There is no model of this name."""
+
+    reason = "not_found"
+
+
+class NoMemoryError(LoadError):
+    """The weights do not fit into the memory that is free."""
+
+    reason = "no_memory"
+
+    def __init__(self, *, needed_bytes: int, free_bytes: int, device: str) -> None:
+        where = "memory" if device == "cpu" else f"memory of {device}"
+        super().__init__(
+            f"it needs {needed_bytes / 1e9:,.2f} GB of {where} for its weights, and {free_bytes / 1e9:,.2f} GB are free"
+        )
+        self.needed_bytes, self.free_bytes = needed_bytes, free_bytes
+
 
 def one_line(text: object, limit: int) -> str:
     """Return a text as one line without signs that a terminal obeys; names in a model's files may hold any."""
@@ -49,9 +78,9 @@ def check_files(folder: Path) -> None:
     Raises: LoadError: one of them cannot be used; the message names the file and the field.
     """
     if (folder / "adapter_config.json").exists():
-        raise LoadError("it is an adapter for another model, not a whole one")
+        raise UnsupportedError("it is an adapter for another model, not a whole one")
     if not (folder / "config.json").is_file():
-        raise LoadError(f"{folder} has no config.json")
+        raise NoModelError(f"{folder} has no config.json")
     config = read_json(folder / "config.json")
     _check_config(config)
     for name in OPTIONAL_FILES:
@@ -122,7 +151,7 @@ def weight_files(folder: Path) -> list[Path]:
     if not (folder / INDEX).is_file():
         if any(folder.glob("*.safetensors")):
             raise LoadError(f"it has neither {WEIGHTS} nor {INDEX}")
-        raise LoadError("it has no weights in the safetensors format, and no other is read")
+        raise UnsupportedError("it has no weights in the safetensors format, and no other is read")
     shards = read_json(folder / INDEX).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
         raise LoadError(f"{INDEX}: weight_map must be an object with the name of a file for each tensor")
@@ -238,7 +267,9 @@ def _check_quantization(quantization: Any) -> None:
     if not isinstance(method, str):
         raise LoadError("config.json: quantization_config.quant_method must name a method")
     if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        raise LoadError(f"config.json: quantization_config.quant_method is {_quoted(method)}, which is not supported")
+        raise UnsupportedError(
+            f"config.json: quantization_config.quant_method is {_quoted(method)}, which is not supported"
+        )
 
 
 def _check_layers(config: dict[str, Any], names: list[str]) -> None:

@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from app.ipc.messages import ModelSpec
 from app.worker.loaded_model import LoadedModel
 from app.worker.loading import loader
-from app.worker.loading.loader import load, load_reason
+from app.worker.loading.loader import load, load_failure
 from app.worker.loading.model_files import LoadError
 from tests.unit.tiny_models import chatml_tokenizer, save_tiny_llama
 
@@ -183,7 +183,7 @@ RESPONSE = httpx.Response(403, request=httpx.Request("GET", "https://hub.invalid
 )
 def test_a_failed_load_is_told_in_one_line(error: Exception, words: str):
     """Each kind of failure names what the operator can do."""
-    reason = load_reason(error)
+    reason = load_failure(error).message
 
     assert words in reason
     assert "\n" not in reason

@@ -24,7 +24,7 @@ from app.types import SamplingParams
 from app.worker.execution.serial.serial_runner import SerialRunner
 from app.worker.loaded_model import LoadedModel
 from app.worker.loading.load_log import LoadLog
-from app.worker.loading.loader import load, load_reason
+from app.worker.loading.loader import load, load_failure
 from app.worker.loading.model_files import JSON_BYTES, LoadError
 from app.worker.loading.stage_deadline import within_deadline
 from app.worker.process import make_runner
@@ -312,7 +312,7 @@ def test_a_lie_is_refused_in_one_line(tmp_path: Path, damage: Damage, reason: st
     with pytest.raises(LoadError, match=reason) as refusal:
         load_folder(folder)
 
-    message = load_reason(refusal.value)
+    message = load_failure(refusal.value).message
     assert "\n" not in message
     assert len(message) < 700
     assert time.monotonic() - started < 30
@@ -333,7 +333,7 @@ def test_layers_are_counted_by_the_name_that_the_family_gives_them(tmp_path: Pat
 
 def test_a_reason_ends_with_one_full_stop():
     """Some are sentences of another part."""
-    assert load_reason(LoadError("its first token failed: The model failed.")).endswith("The model failed.")
+    assert load_failure(LoadError("its first token failed: The model failed.")).message.endswith("The model failed.")
 
 
 BUILDS = FAMILIES | {name: build for name, (build, _) in NOT_BATCHABLE.items()}
@@ -483,7 +483,7 @@ def test_names_in_the_files_write_no_lines_and_no_colours(tmp_path: Path):
     with pytest.raises(LoadError) as refusal:
         load_folder(folder)
 
-    message = load_reason(refusal.value)
+    message = load_failure(refusal.value).message
     assert "x ?[31mmodel is ready" in message
     assert message.isprintable()
 

@@ -1,0 +1,184 @@
+"""Defines the settings of the models: the default one, those beside it, and when models come and go."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    StringConstraints,
+    model_validator,
+)
+
+from app.config.embeddings import EmbeddingPooling
+from app.config.section import Section
+
+ModelSource = Literal["local", "hub", "mlflow"]
+DeviceName = Literal["auto", "cpu", "cuda", "mps"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+QuantizationName = Literal["none", "int8"]
+CompileName = Literal["auto", "none", "layers"]
+EngineName = Literal["auto", "batching", "serial", "echo"]
+SERVED_NAME = r"^[A-Za-z0-9][A-Za-z0-9_:-]*(?:[./][A-Za-z0-9_:-]+)*$"
+"""Letters, digits and signs of which no two are dots or slashes in a row: as roles name models, and never a path."""
+ServedName = Annotated[str, StringConstraints(pattern=SERVED_NAME, max_length=256)]
+
+ToolFormatName = Literal[
+    "auto",
+    "none",
+    "hermes",
+    "qwen_xml",
+    "llama",
+    "mistral",
+    "mistral_args",
+    "deepseek",
+    "deepseek_v31",
+    "gemma4",
+    "function_gemma",
+    "phi",
+    "harmony",
+]
+ReasoningFormatName = Literal["auto", "none", "think", "mistral", "gemma4", "harmony"]
+
+
+class ModelHosting(Section):
+    """When models are loaded and unloaded, and which ones a request may bring in."""
+
+    preload: bool = True
+    """Load the default model when the service starts, and not on its first use."""
+    required: bool = True
+    """Whether the service needs its default model: without it /readyz says 503, and a load that fails ends the start.
+    It is then never evicted."""
+    roots: tuple[Path, ...] = (Path("models"),)
+    """Folders below which a model may be loaded at run time; empty allows none."""
+    allowed: tuple[str, ...] = ()
+    """Patterns such as google/* of what may be loaded at run time: hub ids, folders below their root, registry URIs.
+    Empty allows any."""
+    max_loaded: PositiveInt | None = None
+    """Models loaded at once; for one more, the idle one that was used least recently is unloaded.  Unset: memory is the
+    only limit."""
+    idle_seconds: NonNegativeFloat = 0
+    """A model without a request for so long is unloaded, and loaded again when it is asked for; 0 keeps it."""
+    first_use: Literal["refuse", "wait"] = "refuse"
+    """What a request gets that names a model which is yet to be loaded: 503 with the progress while it loads, or its
+    response once it has."""
+    first_use_seconds: PositiveFloat = 120
+    """How long such a request waits before it gets 503 as well."""
+    unload_grace_seconds: NonNegativeFloat = 30
+    """How long running requests of a model may take before an unload ends them."""
+
+
+class ModelConfig(ModelHosting):
+    """The served model, its engine and its limits."""
+
+    name: str = "models/tiny-chat"
+    """A folder (source local), a Hugging Face model id (source hub) or the URI of a model in a registry (source mlflow:
+    models:/name/version or models:/name@alias)."""
+    source: ModelSource = "local"
+    served_name: ServedName | None = None
+    """The name that clients see; unset is the model id, or the name of the folder without its path."""
+    device: DeviceName = "auto"
+    dtype: DtypeName = "auto"
+    """Compute type.  auto: the checkpoint's type on a GPU; on a CPU bfloat16 if both the checkpoint and the CPU use it,
+    otherwise float32 (always float32 with int8)."""
+    quantization: QuantizationName = "none"
+    """int8 quantizes the weights of linear layers on a CPU: a quarter of their float32 memory and faster decoding of
+    single requests, but log-probabilities change; /v1/models reports by how much."""
+    compile: CompileName = "auto"
+    """Operators compiled for this machine when the model is loaded.  On a CPU, with a C++ compiler (two seconds at the
+    first start): auto compiles all layers of model families with a native decoder, linear layers and attention of
+    others, and nothing without a compiler; layers refuses a model without a native decoder.  In bfloat16 on a processor
+    with AMX, auto leaves linear layers to oneDNN.  On a GPU, layers compiles with torch.compile (a slower start); auto
+    compiles nothing."""
+    revision: str | None = None
+    """Commit or tag of the model on the hub."""
+    engine: EngineName = "auto"
+    """batching uses continuous batching, serial runs one request at a time, echo needs no model and repeats the prompt;
+    auto is batching, or serial for a model that cannot be batched."""
+    max_tokens: PositiveInt = 512
+    """Default of max_tokens, the new tokens of a request (fewer when the context window is nearly full)."""
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
+    """Default temperature; 0 is greedy."""
+    max_model_len: PositiveInt | None = None
+    """Context window in tokens; unset is the model's own, which is also the maximum."""
+    max_batch_size: PositiveInt | None = None
+    """Sequences decoded in one batch; unset takes what fits in memory, 32 at most."""
+    prefix_reuse: bool = True
+    """Prefix caching: reuse KV cache of the same tenant, as for the next turn of a conversation."""
+    max_waiting: NonNegativeInt = 64
+    """Completions of one tenant that may wait for the model while no other tenant's do; further ones get 503."""
+    max_waiting_tokens: PositiveInt = 65_536
+    """Prompt tokens of those in total; a single request may always wait."""
+    embeddings: EmbeddingPooling = "none"
+    """Whether the chat model embeds texts, too: by the mean of its tokens' hidden states, or by the last one.  Its
+    layers are then not compiled, since that leaves no hidden states to read: on a CPU it decodes more slowly."""
+    threads: NonNegativeInt = 0
+    """CPU threads of the model; 0 is one per core."""
+    hang_seconds: Annotated[float, Field(ge=5)] = 30
+    """A worker that gives no sign of life for so long is killed and started again; after 3 s it gets no requests."""
+    stall_seconds: PositiveFloat = 120
+    """The same for a worker that lives, has requests and makes no progress; at least
+    `deadlines.first_token_seconds` and 30 s."""
+    tool_format: ToolFormatName = "auto"
+    """How the model writes calls of tools.  auto: as its chat template shows, hermes for a template that shows none;
+    none leaves them in the text."""
+    reasoning_format: ReasoningFormatName = "auto"
+    """How the model marks what it thinks before it answers.  auto: as its chat template and its tokens show; none
+    leaves it in the text."""
+    spare_worker: bool = True
+    """Keep a process whose libraries are imported for the next worker: about 260 MB, and a worker that died is replaced
+    in one second instead of five."""
+
+    @model_validator(mode="after")
+    def _loads_what_it_needs(self) -> Self:
+        if self.required and not self.preload:
+            raise ValueError("preload: false needs required: false, since the service is ready without this model then")
+        return self
+
+    @property
+    def public_name(self) -> str:
+        """The name that clients see: the configured one, the model id, or the name of the folder without its path."""
+        if self.served_name is not None:
+            return self.served_name
+        if self.engine == "echo":
+            return "echo"
+        return Path(self.name).resolve().name if self.source == "local" else self.name
+
+
+class ModelEntry(Section):
+    """One more model, loaded on its first use; what is unset is taken from section `model`."""
+
+    name: str
+    """A folder, a hub id or a registry URI, as `model.name`."""
+    source: ModelSource = "local"
+    served_name: ServedName | None = None
+    revision: str | None = None
+    preload: bool = False
+    """Load it when the service starts, as `model.preload`."""
+    device: DeviceName | None = None
+    dtype: DtypeName | None = None
+    quantization: QuantizationName | None = None
+    compile: CompileName | None = None
+    engine: EngineName | None = None
+    max_tokens: PositiveInt | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    max_model_len: PositiveInt | None = None
+    max_batch_size: PositiveInt | None = None
+    embeddings: EmbeddingPooling | None = None
+    threads: NonNegativeInt | None = None
+    tool_format: ToolFormatName | None = None
+    reasoning_format: ReasoningFormatName | None = None
+
+    def config(self, defaults: ModelConfig) -> ModelConfig:
+        """Return the whole configuration of the model."""
+        given = self.model_dump(exclude={"preload"}, exclude_none=True)
+        return beside(defaults, **given)
+
+
+def beside(defaults: ModelConfig, **fields: Any) -> ModelConfig:
+    """Return the configuration of another model than the default one, whose revision and name it does not share."""
+    own = {"revision": None, "served_name": None, "max_model_len": None, **fields}
+    return ModelConfig.model_validate(defaults.model_dump() | own)

@@ -1,0 +1,381 @@
+"""Loads and unloads models while the service runs.
+
+Decides that each name has one load, what is unloaded to make room, and that a model is visible only once it serves.
+`host.py` holds what is loaded; the worker processes load.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+from app.config.model import ModelHosting
+from app.engine.base import HostedEngine, LoadProgress
+from app.engine.host import ModelHost
+from app.engine.model_source import LoadSpec
+from app.engine.served_model import Served
+from app.errors import (
+    AppError,
+    Conflict,
+    EngineBusy,
+    EngineFailed,
+    EngineNotReady,
+    InsufficientMemory,
+    ModelLoadFailed,
+    ModelNotFound,
+    ServiceUnavailable,
+    ShuttingDown,
+)
+from app.types import EngineState
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.2
+"""How often the progress of a load is looked at."""
+RETRY_SECONDS = 30.0
+"""How long a failed load answers for its model before a request begins another one."""
+BUSY_RETRY_SECONDS = 10.0
+WAITING = LoadProgress("waiting")
+
+TryOut = Callable[[Served], Awaitable[None]]
+"""Tries a model that has been loaded, before any request gets it.  Raises: AppError: it is of no use."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFailure:
+    """Why a model could not be loaded."""
+
+    at: float
+    """By the monotonic clock."""
+    message: str
+    details: Mapping[str, Any]
+
+
+class Load:
+    """A load that is under way, or was."""
+
+    def __init__(self, spec: LoadSpec) -> None:
+        self.spec = spec
+        self.task: asyncio.Task[Served]
+        self.engine: HostedEngine | None = None
+        """Set once the load begins; other loads may come first."""
+
+    @property
+    def progress(self) -> LoadProgress:
+        """Return how far it has come."""
+        return WAITING if self.engine is None else self.engine.status().progress or LoadProgress("ready")
+
+    async def wait(self) -> Served:
+        """Return the model once it serves; cancelling this leaves the load alone.
+
+        Raises: ModelLoadFailed, InsufficientMemory, EngineBusy, ServiceUnavailable: it does not.
+        """
+        return await asyncio.shield(self.task)
+
+    async def updates(self) -> AsyncGenerator[LoadProgress, None]:
+        """Yield the progress each time that it has changed, until the load has ended; `wait` then says how."""
+        last = None
+        while not self.task.done():
+            if (now := self.progress) != last:
+                last = now
+                yield now
+            await asyncio.wait({self.task}, timeout=LOOK_SECONDS)
+
+
+class ModelLoader:
+    """Loads models into a host, and unloads them; lives as long as the application."""
+
+    def __init__(
+        self,
+        host: ModelHost,
+        build: Callable[[LoadSpec], Served],
+        rules: ModelHosting,
+        *,
+        loaded: Iterable[LoadSpec] = (),
+        configured: Iterable[LoadSpec] = (),
+        on_name: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        """Args:
+        build: makes everything of one model, without starting it.
+        rules: how many models there may be, and for how long.
+        loaded: those that the host starts with.
+        configured: those that are loaded when a request names them.
+        on_name: is called with the name of each model that is going to be loaded.
+        """
+        self._host = host
+        self._build = build
+        self._rules = rules
+        self._on_name = on_name
+        self._specs = {spec.name: spec for spec in loaded}
+        """What is loaded, without the models that only embed."""
+        self.configured: Mapping[str, LoadSpec] = {spec.name: spec for spec in configured}
+        self._known = dict(self.configured)
+        """What a request may have loaded by its name."""
+        self._loads: dict[str, Load] = {}
+        self._failures: dict[str, LoadFailure] = {}
+        """Why the last load of a model failed, until the next one."""
+        self._in_turn = asyncio.Lock()
+        self._background: set[asyncio.Task[None]] = set()
+        host.on_absent = self._begin_on_first_use
+
+    @property
+    def loads(self) -> Mapping[str, Load]:
+        """Return the loads that are under way, by the names of their models."""
+        return self._loads
+
+    @property
+    def known(self) -> Mapping[str, LoadSpec]:
+        """Return what a request may have loaded by its name, loaded or not."""
+        return self._known
+
+    @property
+    def failures(self) -> Mapping[str, LoadFailure]:
+        """Return why the last loads of models failed, by their names."""
+        return self._failures
+
+    def load(self, spec: LoadSpec) -> Load:
+        """Begin to load a model; any number of calls with the same one share a load.
+
+        Raises: Conflict: another model of this name is loaded, or is being loaded; ShuttingDown.
+        """
+        self._refuse_while_draining()
+        if (load := self._loads.get(spec.name)) is not None and not load.task.done():
+            if not load.spec.is_same(spec):
+                raise Conflict("Another model of this name is being loaded; wait for it, or unload it.")
+            return load
+        if spec.name in self._host.loaded:
+            model = self._host.find(spec.name)
+            if model.engine.status().state is not EngineState.FAILED:
+                if (loaded := self._specs.get(spec.name)) is None or not loaded.is_same(spec):
+                    raise Conflict("Another model of this name is loaded; unload it, or replace it.")
+                return _finished(spec, model)
+        return self._begin(spec, None)
+
+    def replace(self, spec: LoadSpec, *, try_out: TryOut | None = None) -> Load:
+        """Begin to load a model beside the one of its name, which serves until the new one can, and then ends.
+
+        No request fails for it.  If the load or `try_out` fails, the old model stays.  Without an old one it is an
+        ordinary load.
+
+        Raises: Conflict: a model of this name is being loaded; ShuttingDown.
+        """
+        self._refuse_while_draining()
+        if (load := self._loads.get(spec.name)) is not None and not load.task.done():
+            raise Conflict("A model of this name is being loaded; wait for it.")
+        return self._begin(spec, try_out)
+
+    async def unload(self, name: str, grace_seconds: float | None = None) -> None:
+        """Unload a model as `ModelHost.unload` does, or end its load; it stays away until it is loaded again.
+
+        Args: grace_seconds: how long live requests may take; None is what is configured.
+        Raises: ModelNotFound: no such model is loaded or being loaded.
+        """
+        grace = self._rules.unload_grace_seconds if grace_seconds is None else grace_seconds
+        if (load := self._loads.get(name)) is not None:
+            load.task.cancel()
+            await asyncio.wait({load.task})
+            if name not in self._host.loaded:
+                self._known.pop(name, None)
+                return
+        if name not in self._host.loaded:
+            raise ModelNotFound("This model is not loaded.")
+        self._known.pop(name, None)
+        # A task of its own: whoever waits for it may go away.
+        await asyncio.shield(self._in_background(self._unload(name, grace)))
+
+    async def ensure(self, name: str | None, allowed: Collection[str] | None = None) -> None:
+        """Wait for a model that can be loaded on its first use, where the configuration says so.
+
+        Raises: EngineNotReady: it takes longer than a request may wait.  ModelLoadFailed and others of `Load.wait`.
+        """
+        name = self._host.default_name if name is None else name
+        may_use = allowed is None or name in allowed
+        if self._rules.first_use != "wait" or name in self._host.loaded or not may_use:
+            return
+        if (load := self._load_of(name)) is not None:
+            await asyncio.wait({load.task}, timeout=self._rules.first_use_seconds)
+            if not load.task.done():
+                raise _still_loading(load)
+
+    async def close(self) -> None:
+        """End all loads; what is loaded is the host's."""
+        tasks = [*(load.task for load in self._loads.values()), *self._background]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    async def watch_idle(self) -> None:
+        """Unload models that have been idle for too long, until cancelled."""
+        seconds = self._rules.idle_seconds
+        while seconds:
+            await asyncio.sleep(min(max(seconds / 4, 0.05), 10.0))
+            for name in self._idle():
+                if time.monotonic() - self._host.use_of(name).last_at > seconds:
+                    log.info("a model without requests is unloaded: %s", name)
+                    await self._set_aside(name)
+
+    def _refuse_while_draining(self) -> None:
+        if self._host.draining:
+            raise ShuttingDown()
+
+    def _begin_on_first_use(self, name: str) -> None:
+        """Raises: EngineNotReady: a model is being loaded, or could not be."""
+        if (load := self._load_of(name)) is not None:
+            raise _still_loading(load)
+
+    def _load_of(self, name: str) -> Load | None:
+        """Return the load of a model, which begins where it can be loaded on its first use; None for any other.
+
+        Raises: EngineNotReady: it failed a moment ago.
+        """
+        if (load := self._loads.get(name)) is not None or name not in self._known:
+            return load
+        failure = self._failures.get(name)
+        if failure is not None and time.monotonic() - failure.at < RETRY_SECONDS:
+            raise EngineNotReady(failure.message, details=failure.details, retry_after=RETRY_SECONDS)
+        return self.load(self._known[name])
+
+    def _begin(self, spec: LoadSpec, try_out: TryOut | None) -> Load:
+        load = self._loads[spec.name] = Load(spec)
+        self._failures.pop(spec.name, None)
+        self._on_name(spec.name)
+        load.task = asyncio.create_task(self._load(load, try_out), name="load of a model")
+        load.task.add_done_callback(lambda task: self._end(load))
+        return load
+
+    def _end(self, load: Load) -> None:
+        if self._loads.get(load.spec.name) is load:
+            del self._loads[load.spec.name]
+        # Also retrieves it: whoever began the load may not have waited for it.
+        error = None if load.task.cancelled() else load.task.exception()
+        if isinstance(error, AppError):
+            self._failures[load.spec.name] = LoadFailure(time.monotonic(), error.message, error.details)
+            log.warning("%s: %s", load.spec.name, error.message)
+        elif error is not None:
+            log.error("%s could not be loaded", load.spec.name, exc_info=error)
+
+    async def _load(self, load: Load, try_out: TryOut | None) -> Served:
+        async with self._in_turn:
+            set_aside = await self._make_room(load.spec.name)
+            try:
+                return await self._start(load, try_out)
+            except BaseException:
+                # A load that fails changes nothing.
+                for spec in set_aside:
+                    self._in_background(self._bring_back(spec))
+                raise
+
+    async def _start(self, load: Load, try_out: TryOut | None) -> Served:
+        model = self._build(load.spec)
+        load.engine = model.engine
+        try:
+            await model.engine.start()
+            await model.engine.wait_ready()
+            if try_out is not None:
+                await try_out(model)
+            self._show(load.spec, model)
+        except BaseException as error:
+            await model.engine.close()
+            if isinstance(error, EngineFailed):
+                raise _load_error(error) from error
+            raise
+        return model
+
+    def _show(self, spec: LoadSpec, model: Served) -> None:
+        """Let requests have a model that serves; one of the configuration is also loaded on its first use again."""
+        if spec.name in self.configured:
+            self._known[spec.name] = self.configured[spec.name]
+        if spec.name in self._host.loaded:
+            old = self._host.switch(model)
+            self._in_background(self._host.retire(old, self._rules.unload_grace_seconds))
+        else:
+            self._host.put(model)
+        self._specs[spec.name] = replace(spec, hub_token=None)
+
+    async def _make_room(self, name: str) -> list[LoadSpec]:
+        """Unload idle models, least recently used first, until one more may be loaded; return what they were.
+
+        Raises: EngineBusy: all are in use.
+        """
+        set_aside: list[LoadSpec] = []
+        most = self._rules.max_loaded
+        while most is not None and len(self._specs.keys() - {name}) >= most:
+            idle = [each for each in self._idle() if each != name]
+            if not idle:
+                reason = f"{most} models are loaded (model.max_loaded), and none of them may be unloaded now."
+                raise EngineBusy(reason, retry_after=BUSY_RETRY_SECONDS)
+            victim = min(idle, key=lambda each: self._host.use_of(each).last_at)
+            log.info("a model is unloaded to make room: %s", victim)
+            set_aside.append(self._specs[victim])
+            await self._set_aside(victim)
+        return set_aside
+
+    def _idle(self) -> list[str]:
+        """Return the models that nothing keeps loaded."""
+        kept = {self._host.default_name} if self._rules.required else set()
+        return [
+            name
+            for name in self._specs
+            if name in self._host.loaded and name not in kept and name not in self._loads
+            if not self._host.is_leased(name)
+        ]
+
+    async def _set_aside(self, name: str) -> None:
+        """Unload an idle model, which a request can bring back."""
+        self._known[name] = self._specs[name]
+        await asyncio.shield(self._in_background(self._unload(name, 0)))
+
+    async def _bring_back(self, spec: LoadSpec) -> None:
+        if spec.name not in self._host.loaded and not self._host.draining:
+            with suppress(AppError):  # logged, and kept as the model's failure
+                await self.load(spec).wait()
+
+    async def _unload(self, name: str, grace_seconds: float) -> None:
+        self._specs.pop(name, None)
+        await self._host.unload(name, grace_seconds)
+
+    def _in_background(self, work: Awaitable[None]) -> asyncio.Task[None]:
+        async def run() -> None:
+            await work
+
+        task = asyncio.create_task(run(), name="unload of a model")
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
+
+
+def _finished(spec: LoadSpec, model: Served) -> Load:
+    async def found() -> Served:
+        return model
+
+    load = Load(spec)
+    load.engine = model.engine
+    load.task = asyncio.create_task(found())
+    return load
+
+
+def _still_loading(load: Load) -> EngineNotReady:
+    progress = load.progress
+    details = {"stage": progress.stage, "bytes_done": progress.bytes_done, "bytes_total": progress.bytes_total}
+    return EngineNotReady(
+        f"The model is being loaded ({progress.stage}).",
+        details={name: value for name, value in details.items() if value is not None},
+        retry_after=5,
+    )
+
+
+def _load_error(error: EngineFailed) -> AppError:
+    """Return what a failed load is to its caller."""
+    match error.details.get("reason"):
+        case "no_memory":
+            return InsufficientMemory(error.message, details=error.details)
+        case "unreachable":
+            return ServiceUnavailable(error.message, details=error.details)
+        case None:
+            return error
+        case _:
+            return ModelLoadFailed(error.message, details=error.details)

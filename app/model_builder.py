@@ -1,0 +1,189 @@
+"""Builds everything that belongs to one model: the engine, its wrappers, the chain over it, and the defaults."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from app.access.access import AccessControl
+from app.config import ModelConfig, Settings
+from app.engine.base import EncoderEngine, Engine
+from app.engine.cache import CachedEngine
+from app.engine.echo import EchoEngine
+from app.engine.encoder import LocalEncoder
+from app.engine.local import LocalEngine
+from app.engine.model_source import FetchModel, LoadSpec
+from app.engine.parsing.parsed_engine import ParsedEngine
+from app.engine.persistent_cache import PersistentCacheEngine
+from app.engine.served_model import SamplingDefaults, Served, ServedEncoder, ServedModel
+from app.errors import ConfigError, ModelNotFound
+from app.generation.prompts import read_template
+from app.ipc.spare_interpreters import SpareInterpreters
+from app.langchain.chains import COMPLETION_VARIABLES, SYSTEM_VARIABLES, ModelChains
+from app.langchain.embeddings import EngineEmbeddings
+from app.privacy.filters import FilteredEngine, InputFilter
+from app.privacy.pool import RedactionPool
+from app.privacy.redactor import PiiKind, Redactor
+from app.telemetry import Metrics
+from app.telemetry.metrics import Direction
+
+DEADLINE_MARGIN_SECONDS = 30.0
+"""A worker has so much longer for a first token than the deadline, before it counts as stuck."""
+
+
+class Filters:
+    """Builds the filters of personal data, which share one pool; what is switched off is None or left out."""
+
+    def __init__(self, settings: Settings, redactor: Redactor, pool: RedactionPool, metrics: Metrics) -> None:
+        self._pii = settings.pii
+        self._redactor = redactor
+        self._pool = pool
+        self._metrics = metrics
+
+    def of_input(self) -> InputFilter | None:
+        if not self._pii.enabled or self._pii.input == "off":
+            return None
+        count = partial(self._count, "input")
+        return InputFilter(self._redactor, self._pii.input, count, pool=self._pool)
+
+    def of_storage(self) -> InputFilter:
+        """Return what masks stored and logged text, whatever `pii.input` and `pii.output` say."""
+        return InputFilter(self._redactor, "mask", lambda kind, count: None, pool=self._pool)
+
+    def around(self, engine: Engine) -> tuple[Engine, str]:
+        """Put the output filter around an engine.  Returns: the engine, the policy's name for the keys of caches."""
+        if not self._pii.enabled or self._pii.output == "off":
+            return engine, "unfiltered"
+        filtered = FilteredEngine(engine, self._redactor, partial(self._count, "output"), pool=self._pool)
+        return filtered, self._redactor.fingerprint
+
+    def _count(self, direction: Direction, kind: PiiKind, count: int) -> None:
+        self._metrics.pii(kind, direction, count)
+
+
+class ModelBuilder:
+    """Builds everything that belongs to one model."""
+
+    def __init__(
+        self, settings: Settings, filters: Filters, metrics: Metrics, access: AccessControl, fetch: FetchModel
+    ) -> None:
+        self._settings = settings
+        self._filters = filters
+        self._metrics = metrics
+        self._access = access
+        self._fetch = fetch
+        self._interpreters = SpareInterpreters(
+            cache=settings.app.data_dir.absolute() / "compiled", enabled=settings.model.spare_worker
+        )
+
+    def configured(
+        self,
+        name: str,
+        *,
+        specs: Mapping[str, LoadSpec],
+        engines: Mapping[str, Engine] | None,
+        encoders: Mapping[str, EncoderEngine] | None,
+    ) -> Served:
+        """Build a model of the configuration, or around an engine that was passed in its place.
+
+        Raises: ModelNotFound: nothing of this name is configured.  ConfigError: its folder holds no model.
+        """
+        if name in (encoders if encoders is not None else (self._settings.embeddings.public_name or None,)):
+            encoder = encoders[name] if encoders is not None else self._encoder()
+            return ServedEncoder(name=name, engine=encoder, embeddings=EngineEmbeddings(embedder=encoder, model=name))
+        if engines and name in engines:
+            return self._around(engines[name], name, self._settings.model)
+        if name not in specs:
+            raise ModelNotFound("There is no such model.")
+        config = specs[name].config
+        if config.engine != "echo" and config.source == "local":
+            _require_model("model.name", config.name, "config.json")
+        return self.served(specs[name])
+
+    def served(self, spec: LoadSpec) -> Served:
+        """Build a model that generates."""
+        config = spec.config.model_copy(update={"served_name": spec.name})
+        if config.engine == "echo":
+            return self._around(
+                EchoEngine(model=spec.name, context_length=config.max_model_len or 8192), spec.name, config
+            )
+        engine = LocalEngine(
+            config,
+            self._settings.deadlines,
+            load_token=spec.hub_token,
+            fetch=self._fetch,
+            interpreters=self._interpreters,
+            **_supervision(self._settings),
+        )
+        return self._around(engine, spec.name, config)
+
+    def _around(self, engine: Engine, name: str, config: ModelConfig) -> ServedModel:
+        embeddings = EngineEmbeddings(embedder=engine, model=name) if _embeds(config, engine) else None
+        engine, cache = _wrap(engine, self._settings, self._filters, self._metrics, self._access)
+        read = partial(read_template, self._settings.app.prompts_dir, model=name)
+        return ServedModel(
+            name=name,
+            engine=engine,
+            chain=ModelChains(
+                engine,
+                name,
+                system=read("base_system", SYSTEM_VARIABLES, may_be_empty=True),
+                completion=read("completion", COMPLETION_VARIABLES, default="{prompt}"),
+            ),
+            cache=cache,
+            embeddings=embeddings,
+            defaults=SamplingDefaults(
+                max_tokens=config.max_tokens,
+                temperature=config.temperature,
+                openai_temperature=self._settings.openai.temperature,
+            ),
+        )
+
+    def _encoder(self) -> EncoderEngine:
+        settings = self._settings
+        if settings.embeddings.source == "local":
+            # Older releases of sentence-transformers put the transformer's own file into a folder below.
+            _require_model("embeddings.model", settings.embeddings.model, "config.json", "modules.json")
+        return LocalEncoder(
+            settings.embeddings, settings.deadlines, interpreters=self._interpreters, **_supervision(settings)
+        )
+
+
+def _embeds(config: ModelConfig, engine: Engine) -> TypeGuard[LocalEngine]:
+    return isinstance(engine, LocalEngine) and config.embeddings != "none"
+
+
+def _require_model(key: str, folder: str, *files: str) -> None:
+    """Raises: ConfigError: none of the files is there; the worker would find out too, seconds later."""
+    if not any((Path(folder) / name).is_file() for name in files):
+        raise ConfigError(f"configuration: {key}: the folder {folder} holds no model (no {files[0]})")
+
+
+def _supervision(settings: Settings) -> dict[str, Any]:
+    """Return the settings of a worker process that do not depend on what it does."""
+    token = settings.hub_token
+    return {
+        "hub_token": token.get_secret_value() if token else None,
+        "hang_seconds": settings.model.hang_seconds,
+        # What a deadline allows must not count as stuck.
+        "stall_seconds": max(
+            settings.model.stall_seconds, settings.deadlines.first_token_seconds + DEADLINE_MARGIN_SECONDS
+        ),
+    }
+
+
+def _wrap(
+    engine: Engine, settings: Settings, filters: Filters, metrics: Metrics, access: AccessControl
+) -> tuple[Engine, CachedEngine | None]:
+    """Put the parser around the engine, the output filter around both, and the caches around all.
+
+    So the filter sees messages and not the model's marks, and nothing unfiltered is stored.
+    """
+    engine, scope = filters.around(ParsedEngine(engine))
+    if not settings.cache.enabled:
+        return engine, None
+    if settings.cache.persistent:
+        mask = filters.of_storage().mask if settings.pii.enabled and settings.pii.output == "off" else None
+        engine = PersistentCacheEngine(engine, access.response_cache, scope=scope, mask=mask)
+    cache = CachedEngine(engine, settings.cache, scope=scope, metrics=metrics)
+    return cache, cache
