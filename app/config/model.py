@@ -1,5 +1,6 @@
 """Defines the settings of the models: the default one, those beside it, and when models come and go."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -79,7 +80,8 @@ class ModelConfig(ModelHosting):
     models:/name/version or models:/name@alias)."""
     source: ModelSource = "local"
     served_name: ServedName | None = None
-    """The name that clients see; unset is the model id, or the name of the folder without its path."""
+    """The name that clients see; unset is the model id, the name of the folder without its path, or the name in the
+    registry."""
     device: DeviceName = "auto"
     dtype: DtypeName = "auto"
     """Compute type.  auto: the checkpoint's type on a GPU; on a CPU bfloat16 if both the checkpoint and the CPU use it,
@@ -139,13 +141,22 @@ class ModelConfig(ModelHosting):
         return self
 
     @property
+    def own_name(self) -> str:
+        """The name that the model brings: its id, the name of its folder, or its name in the registry."""
+        match self.source:
+            case "local":
+                return Path(self.name).resolve().name
+            case "mlflow":
+                return re.split("[/@]", self.name.removeprefix("models:/"), maxsplit=1)[0]
+            case _:
+                return self.name
+
+    @property
     def public_name(self) -> str:
-        """The name that clients see: the configured one, the model id, or the name of the folder without its path."""
+        """The name that clients see: the configured one, or else the model's own."""
         if self.served_name is not None:
             return self.served_name
-        if self.engine == "echo":
-            return "echo"
-        return Path(self.name).resolve().name if self.source == "local" else self.name
+        return "echo" if self.engine == "echo" else self.own_name
 
 
 class ModelEntry(Section):

@@ -156,6 +156,7 @@ class ModelHost:
         """
         if name not in self._models:
             self._models[name] = self._build(name)
+            self._use[name] = ModelUse()
         return self._models[name]
 
     async def start(self) -> None:
@@ -197,6 +198,7 @@ class ModelHost:
             raise ValueError("a model of this name is loaded already")
         self._models[model.name] = model
         self._started.add(model.name)
+        self._use[model.name] = ModelUse()
 
     def switch(self, model: Served) -> Served:
         """Put a model that serves in the place of the one of its name, and return that one for `retire`.

@@ -45,6 +45,8 @@ COMPAT_BODIES: Mapping[str, dict[str, Any]] = {
 }
 """The routes of older services that generate."""
 OPENAI_PATHS = (*OPENAI_BODIES, *RESPONSE_BODIES, "/v1/embeddings", "/v1/models", "/tokenize", "/detokenize")
+LOADING_PATHS = ("/v1/models/load", "/v1/models/unload")
+"""Below a path of OpenAI's, in the service's own words."""
 MODEL = "scripted"
 
 Step = str | Delta | float | BaseException
@@ -296,10 +298,15 @@ async def started(app: FastAPI) -> AsyncIterator[None]:
         await running
 
 
+def speaks_openai(path: str) -> bool:
+    """Return whether errors of a path have OpenAI's envelope."""
+    return path.startswith(OPENAI_PATHS) and path not in LOADING_PATHS
+
+
 def is_envelope(response: httpx.Response) -> bool:
     """Return whether a response is the complete error envelope of its path's dialect, with the right request id."""
     body = response.json()
-    if response.request.url.path.startswith(OPENAI_PATHS):
+    if speaks_openai(response.request.url.path):
         return set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
     return set(body) == {"error", "message", "details", "timestamp", "request_id"} and (
         body["request_id"] == response.headers["x-request-id"]

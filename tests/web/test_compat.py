@@ -2,13 +2,16 @@
 
 import json
 import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from app.engine.echo import EchoEngine
-from tests.web.access import running
+from tests.web.access import Running, running
 from tests.web.harness import (
     COMPAT_BODIES,
     KEY,
@@ -187,7 +190,7 @@ async def test_generate_also_names_its_text_output(client):
     assert (MODEL, "Hello", False) == (reply["model"], reply["output"], reply["cached"])
 
 
-@pytest.mark.parametrize("path", [*COMPAT_BODIES, "/generate_apikey"])
+@pytest.mark.parametrize("path", [*COMPAT_BODIES, "/load_model", "/unload_model", "/generate_apikey"])
 async def test_without_these_routes_their_paths_are_those_of_nothing(path):
     web = await make_web(compat={"enabled": False})
     async with web.client() as client:
@@ -256,3 +259,68 @@ async def test_what_a_service_never_took_is_refused_in_the_envelope(client, path
     reply = await client.post(path, json=body)
 
     assert (400, True) == (reply.status_code, is_envelope(reply))
+
+
+@pytest.fixture
+def roots(tmp_path: Path) -> Path:
+    """A folder from which models may be loaded, with one in it."""
+    (tmp_path / "roots" / "third").mkdir(parents=True)
+    return tmp_path / "roots"
+
+
+@asynccontextmanager
+async def loading_service(roots: Path) -> AsyncIterator[tuple[Running, httpx.AsyncClient]]:
+    """Run the application with the echo engine, which loads whatever it is told to."""
+    async with running(roots.parent / "data", model={"roots": [str(roots)]}) as app, app.client() as client:
+        yield app, client
+
+
+@pytest.mark.parametrize("name", ["third", "owner/model"])
+async def test_a_model_is_loaded_generates_and_is_unloaded(roots: Path, name: str):
+    """From a folder or the hub; the one that was loaded last is the current one."""
+    async with loading_service(roots) as (_, client):
+        loaded = await client.post("/load_model", json={"model_name": name, "device": "cpu", "hf_token": None})
+        again = await client.post("/load_model", json={"model_name": name})
+        body = {"model_name": name, "prompt": "hello", "parameters": {}}
+        served = await client.post("/generate", json=body)
+        unloaded = await client.post("/unload_model")
+        after = await client.post("/generate", json=body)
+        default = await client.post("/generate", json={"prompt": "hello"})
+
+    assert (200, {"message": f"Modelo {name} carregado com sucesso."}) == (loaded.status_code, loaded.json())
+    assert loaded.json() == again.json()
+    assert (200, "hello") == (served.status_code, served.json()["completions"][0]["text"])
+    assert (200, {"message": f"Modelo {name} descarregado com sucesso."}) == (unloaded.status_code, unloaded.json())
+    assert (404, 200) == (after.status_code, default.status_code)
+
+
+async def test_the_default_model_can_be_unloaded_and_loaded_again(roots: Path):
+    async with loading_service(roots) as (_, client):
+        unloaded = await client.post("/unload_model")
+        without = [await client.post("/generate", json={"prompt": "hello"}), await client.post("/unload_model")]
+        loaded = await client.post("/load_model", json={"model_name": "echo"})
+        again = await client.post("/generate", json={"prompt": "hello"})
+
+    assert {"message": "Modelo echo descarregado com sucesso."} == unloaded.json()
+    assert [404, 404] == [reply.status_code for reply in without]
+    assert (200, 200) == (loaded.status_code, again.status_code)
+
+
+@pytest.mark.parametrize("name", ["/etc", "../roots/third", ".", "missing/../third", "https://example.com/a"])
+async def test_nothing_else_than_the_rules_allow_is_loaded(roots: Path, name: str):
+    async with loading_service(roots) as (_, client):
+        reply = await client.post("/load_model", json={"model_name": name})
+
+    assert (403, True) == (reply.status_code, is_envelope(reply))
+
+
+@pytest.mark.parametrize("path", ["/load_model", "/unload_model"])
+async def test_only_a_role_that_may_load_models_loads_and_unloads(roots: Path, path: str):
+    async with loading_service(roots) as (app, client):
+        async with app.client(await app.key()) as other:
+            refused = await other.post(path, json={"model_name": "third"})
+        await client.put("/v1/roles/loader", json={"rights": {"load_models": True}})
+        async with app.client(await app.key(role="loader")) as loader:
+            granted = await loader.post(path, json={"model_name": "third"})
+
+    assert (403, 200) == (refused.status_code, granted.status_code)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from pydantic import TypeAdapter
@@ -239,7 +240,12 @@ async def test_health_is_always_well_and_readiness_follows_the_engine(state, sta
         health, ready = await client.get("/health"), await client.get("/readyz")
 
     loaded = state is EngineState.READY
-    known = {"status": "healthy", "service": "LLM service", "api_status": "running", "gpu_status": "unavailable"}
+    known: dict[str, Any] = {
+        "status": "healthy",
+        "service": "LLM service",
+        "api_status": "running",
+        "gpu_status": "unavailable",
+    }
     known |= {"model_status": "loaded" if loaded else word, "model_loaded": loaded, "model_name": MODEL}
     assert 200 == health.status_code
     assert known.items() <= health.json().items()

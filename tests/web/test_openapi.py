@@ -26,11 +26,11 @@ from tests.web.harness import (
     BODIES,
     MODEL,
     OPENAI_BODIES,
-    OPENAI_PATHS,
     ScriptedService,
     Web,
     frames,
     make_web,
+    speaks_openai,
 )
 
 GENERATING = {**BODIES, "/v1/generate/batch": BATCH, **OPENAI_BODIES}
@@ -71,7 +71,7 @@ async def test_every_error_is_documented_with_the_envelope_of_its_path(web):
     """And every schema that is named is there."""
     document = web.app.openapi()
     for path, operations in document["paths"].items():
-        name = "OpenAIErrorResponse" if path.startswith(OPENAI_PATHS) else "ErrorBody"
+        name = "OpenAIErrorResponse" if speaks_openai(path) else "ErrorBody"
         for operation in operations.values():
             for status, response in operation["responses"].items():
                 if status[0] in "45" and (path, status) != ("/readyz", "503"):

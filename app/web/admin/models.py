@@ -1,6 +1,7 @@
 """POST /v1/models/load and /v1/models/unload: models come and go at run time, for callers who may load them."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 from typing import Annotated, Literal
@@ -12,7 +13,7 @@ from starlette.responses import Response as HttpResponse
 
 from app.config import ModelConfig, beside
 from app.config.embeddings import EmbeddingPooling
-from app.config.model import CompileName, DeviceName, DtypeName, QuantizationName, ServedName
+from app.config.model import SERVED_NAME, CompileName, DeviceName, DtypeName, QuantizationName, ServedName
 from app.engine.model_loader import Load
 from app.engine.model_source import LoadSpec
 from app.engine.model_states import ModelState, State, model_state
@@ -153,8 +154,11 @@ async def _spec(body: LoadModel, container: Container) -> LoadSpec:
     settings = container.settings.model
     # A thread: the folder may be on a slow disk.
     config = await asyncio.to_thread(check_source, body.config(settings), settings)
+    name = config.served_name or config.own_name
+    if not re.fullmatch(SERVED_NAME, name):
+        raise InvalidRequest.of_field("served_name", "is needed, since the model's own name has other signs")
     token = body.hf_token.get_secret_value() if body.hf_token is not None else None
-    return LoadSpec(name=config.public_name, config=config, hub_token=token)
+    return LoadSpec(name=name, config=config, hub_token=token)
 
 
 async def _frames(load: Load, container: Container, request_id: str) -> AsyncIterator[bytes]:

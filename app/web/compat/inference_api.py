@@ -21,6 +21,7 @@ from app.engine.model_source import LoadSpec
 from app.engine.served_model import ServedModel
 from app.engine.source_policy import check_source
 from app.errors import (
+    AppError,
     Conflict,
     Forbidden,
     InsufficientMemory,
@@ -50,7 +51,7 @@ from app.web.http.owner_name import OwnerName
 from app.web.http.sampling_params import SampleCount, StopTexts, TokenCount, TopP
 from app.web.http.sse import collect_response
 
-LoadableName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._/@:~ +-]{1,512}$")]
+LoadableName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._/@:~ +-]{1,200}$")]
 
 router = APIRouter(tags=["compat"], route_class=StrictRoute)
 
@@ -162,9 +163,21 @@ _LOAD_ERRORS = (InvalidRequest, Unauthorized, Forbidden, ModelNotFound, Conflict
 )
 async def load_model(body: LoadModel, caller: LoadModelsDep, container: ContainerDep) -> ModelMessage:
     """Load a model, for callers who may, and return once it can serve requests."""
-    spec = await _spec(body, container)
-    await container.loader.load(spec).wait()
-    return {"message": f"Modelo {spec.name} carregado com sucesso."}
+    name = body.model_name
+    if not _serves(name, body.device, container):
+        spec = await _spec(body, container)
+        name = spec.name
+        await container.loader.load(spec).wait()
+    return {"message": f"Modelo {name} carregado com sucesso."}
+
+
+def _serves(name: str, device: str | None, container: Container) -> bool:
+    """Return whether a model is loaded already, on the device that is asked for."""
+    try:
+        info = container.host.find_generating(name).engine.info
+    except AppError:
+        return False
+    return device in (None, "auto") or (info.device or "").partition(":")[0] == device
 
 
 @router.post("/unload_model", response_model=ModelMessage, responses=error_responses(*_LOAD_ERRORS))
@@ -197,15 +210,19 @@ async def _spec(body: LoadModel, container: Container) -> LoadSpec:
 def _checked_spec(name: str, defaults: ModelConfig, own: Mapping[str, Any], token: str | None) -> LoadSpec:
     source = "local" if _is_folder(name, defaults.roots) else "hub"
     config = check_source(beside(defaults, name=name, source=source, **own), defaults)
-    return LoadSpec(name=config.public_name, config=config, hub_token=token)
+    return LoadSpec(name=config.own_name, config=config, hub_token=token)
 
 
 def _is_folder(name: str, roots: Sequence[Path]) -> bool:
     """Return whether a name is that of a folder; outside of the roots nothing is looked up."""
     if name.startswith(("/", ".")) or ".." in name:
         return True
-    within = any(Path(name).absolute().is_relative_to(root.absolute()) for root in roots)
-    return within or any((root / name).is_dir() for root in roots)
+    if any(Path(name).absolute().is_relative_to(root.absolute()) for root in roots):
+        return True
+    try:
+        return any((root / name).is_dir() for root in roots)
+    except OSError:  # the name is longer than that of any folder
+        return False
 
 
 class GenerateApiKey(StrictModel):
