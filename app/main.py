@@ -226,6 +226,7 @@ def _watch(metrics: Metrics, host: ModelHost, sessions: SessionStore | None) -> 
         sessions=lambda: sessions.count() if sessions else 0,
         model_loaded=lambda: host.can_serve,
         engine_restarts=total(lambda model: model.engine.status().restarts),
+        gpu_memory_bytes=total(lambda model: model.engine.status().device_bytes or 0),
     )
 
 

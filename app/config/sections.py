@@ -125,6 +125,9 @@ class SecurityConfig(Section):
     """Wrong or missing keys per minute and address before the response 401 becomes 429."""
     cors_origins: tuple[str, ...] = ()
     """Origins that may call from a browser (CORS)."""
+    allowed_hosts: tuple[Annotated[str, Field(pattern=r"^(\*\.)?[a-z0-9.:\[\]-]+$")], ...] = ()
+    """Names, in lower case, that the header Host may have, *.example.com for all below one; empty: any.  Probes and
+    metrics are served under any."""
     docs: bool | None = None
     """Serve /docs, /redoc and /openapi.json without a key; unset: only where `app.host` is this machine's own address,
     such as 127.0.0.1."""

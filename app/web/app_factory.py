@@ -87,7 +87,7 @@ def _add_middlewares(app: FastAPI, container: Container, renderer: ErrorRenderer
         optional=optional_paths(container),
     )
     app.add_middleware(DrainGate, host=container.host, always=health.ALWAYS_PATHS)
-    app.add_middleware(HeadChecks)
+    app.add_middleware(HeadChecks, hosts=security.allowed_hosts, any_host=health.ALWAYS_PATHS)
     app.add_middleware(ErrorBoundary, renderer=renderer)
     app.add_middleware(BodyLimits, max_bytes=security.max_body_bytes, timeout_seconds=security.body_timeout_seconds)
     if security.cors_origins:

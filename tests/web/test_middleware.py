@@ -4,6 +4,7 @@ import re
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
+from uuid import UUID
 
 import pytest
 from pydantic import TypeAdapter
@@ -53,7 +54,7 @@ async def test_any_other_request_id_is_replaced(client, given):
     reply = await client.get("/health", headers=[(b"X-Request-ID", given)])
 
     assert 200 == reply.status_code
-    assert re.fullmatch(r"req_[0-9a-f]{32}", reply.headers["x-request-id"])
+    UUID(reply.headers["x-request-id"])
 
 
 @pytest.mark.parametrize("headers", [AUTH, {"Authorization": f"Bearer {AUTH['X-API-Key']}"}])
@@ -63,14 +64,14 @@ async def test_a_key_in_the_header_of_the_request_id_is_not_repeated(web, log_li
         for given in (AUTH["X-API-Key"], new_key()):
             reply = await client.get("/health", headers={"X-Request-ID": given})
 
-            assert reply.headers["x-request-id"].startswith("req_")
+            UUID(reply.headers["x-request-id"])
             assert given not in str(log_lines)
 
 
 async def test_two_request_ids_are_none(client):
     reply = await client.get("/health", headers=[("X-Request-ID", "a"), ("X-Request-ID", "b")])
 
-    assert reply.headers["x-request-id"].startswith("req_")
+    UUID(reply.headers["x-request-id"])
 
 
 @pytest.mark.parametrize(
@@ -255,6 +256,20 @@ async def test_health_is_always_well_and_readiness_follows_the_engine(state, sta
     assert ("retry-after" in ready.headers) is (status == 503)
 
 
+async def test_only_hosts_that_are_listed_are_answered_except_for_probes():
+    web = await make_web(security={"allowed_hosts": ["llm.example", "*.example.org"]})
+    async with web.client() as client:
+
+        async def status(host: str, path: str = "/v1/models") -> int:
+            return (await client.get(path, headers={"Host": host})).status_code
+
+        for host in ("llm.example", "LLM.example:8000", "a.example.org", "a.b.example.org:443"):
+            assert 200 == await status(host)
+        for host in ("evil.example", "llm.example.evil", "example.org", "10.0.0.7:8000", ""):
+            assert 400 == await status(host)
+        assert [200] * 3 == [await status("10.0.0.7:8000", path) for path in ("/health", "/readyz", "/metrics")]
+
+
 async def test_health_speaks_as_an_older_service_where_it_is_configured():
     """Its words; and a pod whose readiness is read there gets no requests before its model serves."""
     compat = {"health_status": "ok", "health_needs_model": True}
@@ -296,3 +311,16 @@ async def test_figures_are_prometheus_text(web, client):
 
 def figures(web: Web) -> str:
     return web.metrics.render()[0].decode()
+
+
+async def test_errors_are_counted_by_their_codes(web, client):
+    await client.post("/v1/generate", json={"prompt": 3})
+    await client.get("/nowhere")
+    await client.get("/nowhere")
+    async with web.client(nothing="") as stranger:
+        await stranger.get("/v1/models")
+    figures = web.metrics.render()[0].decode()
+
+    for line in ('error="validation_error"} 1.0', 'error="not_found"} 2.0', 'error="unauthorized"} 1.0'):
+        assert f"errors_total{{{line}" in figures
+    assert "api_requests_total 4.0" in figures
