@@ -103,11 +103,11 @@ async def test_each_route_has_the_default_and_the_limit_of_its_service(path, fie
             await client.post(path, json={**prompt, **fields}) for fields in ({}, {field: most}, {field: most + 1})
         ]
 
-    def made(reply: httpx.Response) -> int:
+    def generated_chars(reply: httpx.Response) -> int:
         body = reply.json()["results"][0] if "batch" in path else reply.json()
         return len(body["generated_text"]) - (3000 if path == "/generate" else 0)
 
-    assert [default, most] == [made(reply) for reply in replies[:2]]
+    assert [default, most] == [generated_chars(reply) for reply in replies[:2]]
     assert (400, "validation_error") == (replies[2].status_code, replies[2].json()["error"])
     assert f"{field} must be at most {most} " in replies[2].json()["message"]
 
