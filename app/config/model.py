@@ -20,7 +20,7 @@ from app.config.section import Section
 ModelSource = Literal["local", "hub", "mlflow"]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-QuantizationName = Literal["none", "int8"]
+QuantizationName = Literal["none", "int8", "bitsandbytes-8bit", "bitsandbytes-4bit"]
 CompileName = Literal["auto", "none", "layers"]
 EngineName = Literal["auto", "batching", "serial", "echo"]
 SERVED_NAME = r"^[A-Za-z0-9][A-Za-z0-9_:-]*(?:[./][A-Za-z0-9_:-]+)*$"
@@ -88,7 +88,8 @@ class ModelConfig(ModelHosting):
     otherwise float32 (always float32 with int8)."""
     quantization: QuantizationName = "none"
     """int8 quantizes the weights of linear layers on a CPU: a quarter of their float32 memory and faster decoding of
-    single requests, but log-probabilities change; /v1/models reports by how much."""
+    single requests, but log-probabilities change; /v1/models reports by how much.  On CUDA the two of bitsandbytes do,
+    with its package installed.  A checkpoint that is quantized already needs none of them."""
     compile: CompileName = "auto"
     """Operators compiled for this machine when the model is loaded.  On a CPU, with a C++ compiler (two seconds at the
     first start): auto compiles all layers of model families with a native decoder, linear layers and attention of

@@ -19,6 +19,7 @@ from app.engine.model_source import LoadSpec
 from app.engine.served_model import Served
 from app.errors import (
     AppError,
+    ConfigError,
     Conflict,
     EngineBusy,
     EngineFailed,
@@ -270,7 +271,10 @@ class ModelLoader:
                 raise
 
     async def _start(self, load: Load, try_out: TryOut | None) -> Served:
-        model = self._build(load.spec)
+        try:
+            model = self._build(load.spec)
+        except ConfigError as error:
+            raise ModelLoadFailed(f"The model cannot be loaded: {error}.", details={"reason": "failed"}) from error
         load.engine = model.engine
         try:
             await model.engine.start()

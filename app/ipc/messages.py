@@ -23,7 +23,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     source: Literal["local", "hub"]
     device: Literal["auto", "cpu", "cuda", "mps"]
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
-    quantization: Literal["none", "int8"] = "none"
+    quantization: Literal["none", "int8", "bitsandbytes-8bit", "bitsandbytes-4bit"] = "none"
     compile: Compile = "auto"
     revision: str | None
     max_model_len: int | None

@@ -14,6 +14,7 @@ from msgspec import structs
 from pydantic import SecretStr
 
 from app.config import DeadlineConfig, ModelConfig
+from app.config.model import ModelHosting
 from app.engine.base import PreparedPrompt
 from app.engine.local import LocalEngine
 from app.engine.parsing.parsed_engine import ParsedEngine
@@ -31,7 +32,8 @@ ALIASES: Mapping[str, str] = {"max_new_tokens": "max_tokens", "max_completion_to
 """Other names of sampling parameters, as transformers and OpenAI have them."""
 CALL_ARGUMENTS = frozenset(field.name for field in fields(SamplingParams)) - {"sample", "prompt_logprobs"}
 """Sampling parameters that a caller may set; LangChain has no place for the results of the other two."""
-MODEL_ARGUMENTS = frozenset(ModelConfig.model_fields) - {"name", "source", "max_tokens", "temperature", "spare_worker"}
+_OF_A_SERVICE = {"name", "source", "served_name", "max_tokens", "temperature", "spare_worker"}
+MODEL_ARGUMENTS = frozenset(ModelConfig.model_fields) - ModelHosting.model_fields.keys() - _OF_A_SERVICE
 """Settings of the section `model` that `from_model_id` takes."""
 _PATIENT = DeadlineConfig(waiting_seconds=86_400, first_token_seconds=86_400, total_seconds=86_400)
 """A program waits for its own batches; it is not one of many callers."""

@@ -48,9 +48,10 @@ from app.worker.execution.torch.torch_executor import create_torch_runner
 from app.worker.heartbeat import PROGRESS
 from app.worker.loaded_model import LoadedModel
 from app.worker.loading.kv_memory import kv_cache_bytes
+from app.worker.loading.load_failure import is_explained, load_failure
 from app.worker.loading.load_log import LoadLog
 from app.worker.loading.load_progress import ProgressReporter
-from app.worker.loading.loader import is_explained, load, load_failure
+from app.worker.loading.loader import load
 from app.worker.loading.model_files import LoadError
 from app.worker.scheduling.batching_runner import BatchingRunner
 

@@ -168,6 +168,18 @@ async def test_a_model_that_a_role_does_not_allow_is_not_loaded_for_its_keys(roo
     assert ("echo",) == names
 
 
+async def test_a_model_that_a_request_may_have_loaded_is_listed(roots: Path):
+    async with service(roots) as (app, client):
+        before = (await client.get("/v1/models")).json()["data"]
+        alone = (await client.get("/v1/models/second")).json()
+        await app.container.loader.load(app.container.loader.configured["second"]).wait()
+        after = (await client.get("/v1/models")).json()["data"]
+
+    assert [("echo", "loaded"), ("second", "unloaded")] == [(card["id"], card["status"]["value"]) for card in before]
+    assert before[1] == alone
+    assert ["loaded", "loaded"] == [card["status"]["value"] for card in after]
+
+
 async def test_probes_and_figures_load_nothing(roots: Path):
     async with service(roots, first_use="wait") as (app, client):
         for path in ("/", "/health", "/readyz", "/info", "/status", "/metrics", "/v1/models", "/v1/models/second"):

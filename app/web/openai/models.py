@@ -90,21 +90,26 @@ class ModelList(TypedDict):
 
 @router.get("", responses=_ERRORS)
 async def models(container: ContainerDep) -> ModelList:
-    """List the models."""
-    return {"object": "list", "data": [_card(name, container) for name in container.host.names]}
+    """List the models, those too that are loaded when a request names them."""
+    names = dict.fromkeys([*container.host.names, *container.loader.known])
+    return {"object": "list", "data": [_card(name, container) for name in names]}
 
 
 # A model of the hub has a slash in its name.
 @router.get("/{model:path}", responses=_ERRORS)
 async def model(model: str, container: ContainerDep, caller: CallerDep) -> ModelCard:
     """Describe one model."""
-    container.host.find(model, allowed=caller.rights.models)
+    if model not in container.loader.known or model in container.host.names:
+        container.host.find(model, allowed=caller.rights.models)
     return _card(model, container)
 
 
 def _card(name: str, container: Container) -> ModelCard:
-    served = container.host.find(name)
-    state, info = served.engine.status().state, _info(served.engine)
+    served = next((each for each in container.host.models if each.name == name), None)
+    state = EngineState.CLOSED if served is None else served.engine.status().state
+    if served is None and name in container.loader.loads:
+        state = EngineState.LOADING
+    info = None if served is None else _info(served.engine)
     output = "embeddings" if isinstance(served, ServedEncoder) else "text"
     card: ModelCard = {
         "id": name,

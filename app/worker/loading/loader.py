@@ -12,25 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     pipeline,
 )
 
 from app.grammars.vocabulary import UnsupportedVocabularyError, Vocabulary, load_vocabulary
-from app.ipc.messages import LoadFailed, LoadFailure, ModelSpec
+from app.ipc.messages import ModelSpec
 from app.worker.execution.executor_selection import native_linears_unavailable
 from app.worker.execution.private_api import cpu_has_bfloat16
 from app.worker.execution.quantization import (
@@ -44,26 +37,24 @@ from app.worker.execution.torch.int8_linear import int8_linear
 from app.worker.loaded_model import LoadedModel
 from app.worker.loading.context_length import derive_context_length
 from app.worker.loading.generation_settings import GENERATION_FILE, read_generation_settings
+from app.worker.loading.load_failure import first_words
 from app.worker.loading.load_progress import OnBytes, weights_progress
 from app.worker.loading.memory_check import check_memory
 from app.worker.loading.model_files import (
     LoadError,
-    NoMemoryError,
     UnsupportedError,
     check_files,
-    one_line,
     stored_numbers,
     tensor_shape,
 )
 from app.worker.loading.model_folder import find_folder
+from app.worker.loading.quantized_checkpoints import bitsandbytes_config, check_quantization
 from app.worker.loading.stage_deadline import within_deadline
 from app.worker.loading.tokenizer_packages import missing_package
 from app.worker.loading.weight_checks import check_finite, check_loading, check_scores, check_size
 
 log = logging.getLogger(__name__)
 
-MAX_REASON_CHARS, MAX_DETAIL_CHARS = 700, 300
-"""Of the line that says why a model cannot be loaded, and of a library's own words in it."""
 MAX_PROBE_TOKENS = 24
 """Tokens of the text whose scores are checked."""
 PROBES = tuple(
@@ -94,13 +85,14 @@ def load(
     folder, revision = find_folder(spec, hub_token=hub_token, on_bytes=on_bytes)
     config = within_deadline("configuration", partial(_config, spec, folder))
     device = choose_device(spec.device)
+    check_quantization(getattr(config, "quantization_config", None), spec.quantization, device)
     on_stage("tokenizer")
     tokenizer = within_deadline("tokenizer", partial(load_tokenizer, folder, tokenizer_folder))
     on_stage("weights")
     context_length = derive_context_length(config, spec.max_model_len)
     dtype = choose_dtype(spec, device, config)
-    check_memory(folder, dtype, device)
-    model = _model(folder, config, dtype, on_bytes)
+    check_memory(folder, dtype, device, spec.quantization)
+    model = _model(folder, config, dtype, on_bytes, bitsandbytes_config(spec.quantization, dtype))
     vocab_size = model.get_input_embeddings().num_embeddings
     sample_ids = _sample_ids(tokenizer, vocab_size, context_length)
     parameters = sum(weight.numel() for weight in model.parameters())
@@ -108,7 +100,9 @@ def load(
     settings = read_generation_settings(folder, model, tokenizer, vocab_size)
     # The model's own sampling defaults would fill in whatever a request leaves open.
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
-    text_generation = pipeline("text-generation", model=model, tokenizer=tokenizer, device=device)
+    # Quantized weights are where they were made.
+    place = None if getattr(model, "hf_device_map", None) else device
+    text_generation = pipeline("text-generation", model=model, tokenizer=tokenizer, device=place)
     check_scores(text_generation.model, sample_ids[:MAX_PROBE_TOKENS])
     return LoadedModel(
         pipeline=text_generation,
@@ -129,44 +123,6 @@ def load(
     )
 
 
-def load_failure(error: Exception) -> LoadFailed:
-    """Return what the parent is told of an error: one line that an operator can act on, and the reason in a word."""
-    kind, reason = _reason(error)
-    message = f"The model cannot be loaded: {reason}."
-    if isinstance(error, NoMemoryError):
-        return LoadFailed(message, kind, error.needed_bytes, error.free_bytes)
-    return LoadFailed(message, kind)
-
-
-def _reason(error: Exception) -> tuple[LoadFailure, str]:
-    match error:
-        case LoadError():
-            return error.reason, one_line(error, MAX_REASON_CHARS).rstrip(". ")
-        case torch.OutOfMemoryError() | MemoryError():
-            return "no_memory", "it does not fit into memory"
-        case GatedRepoError():
-            return "gated", "it is gated: accept its terms on the hub and set HF_TOKEN"
-        case RevisionNotFoundError():
-            return "not_found", "the hub has no such revision of it"
-        case RepositoryNotFoundError():
-            return "not_found", "the hub has no such model, or it is private and HF_TOKEN is missing or has no access"
-        case OfflineModeIsEnabled() | LocalEntryNotFoundError():
-            return "unreachable", "the hub cannot be reached and the model has not been downloaded before"
-        case HfHubHTTPError():
-            return "unreachable", f"the hub answered with an error ({_one_line(error)})"
-        case _:
-            return "failed", f"{type(error).__name__}: {_one_line(error)}"
-
-
-def is_explained(error: Exception) -> bool:
-    """Return whether the reason says all that there is to know; any other error is a defect, or a library's."""
-    return isinstance(error, LoadError | torch.OutOfMemoryError | MemoryError | HfHubHTTPError | OSError)
-
-
-def _one_line(error: BaseException) -> str:
-    return one_line(error, MAX_DETAIL_CHARS).rstrip(". ")
-
-
 def _config(spec: ModelSpec, folder: Path) -> Any:
     """Return the model's configuration, once all small files have been checked."""
     check_files(folder)
@@ -176,7 +132,7 @@ def _config(spec: ModelSpec, folder: Path) -> Any:
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise UnsupportedError("config.json: it needs Python code of its own, which is never run") from None
-        raise LoadError(f"config.json: {_one_line(error)}") from error
+        raise LoadError(f"config.json: {first_words(error)}") from error
     if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedError(f"config.json: {config.model_type} is not a decoder-only language model")
     known: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -188,7 +144,7 @@ def _config(spec: ModelSpec, folder: Path) -> Any:
         try:
             GenerationConfig.from_pretrained(folder, local_files_only=True)
         except Exception as error:
-            raise LoadError(f"{GENERATION_FILE}: {_one_line(error)}") from error
+            raise LoadError(f"{GENERATION_FILE}: {first_words(error)}") from error
     return config
 
 
@@ -212,7 +168,7 @@ def load_tokenizer(folder: Path, save_in: str, adapt: Callable[[Any], None] | No
             if (missing := missing_package(folder, error)) is not None:
                 raise UnsupportedError(missing) from error
             raise UnsupportedError("it has no tokenizer.json, and no tokenizer that one can be made of") from error
-        raise LoadError(f"tokenizer.json: cannot be read ({_one_line(error)})") from error
+        raise LoadError(f"tokenizer.json: cannot be read ({first_words(error)})") from error
     if not getattr(tokenizer, "is_fast", False):
         raise UnsupportedError("its tokenizer has no fast form (tokenizer.json)")
     # Neither is used here; padding to a billion tokens would be, by what is probed next.
@@ -229,7 +185,7 @@ def _vocabulary(folder: str, vocab_size: int) -> Vocabulary | None:
     try:
         return load_vocabulary(folder, vocab_size)
     except UnsupportedVocabularyError as error:
-        log.warning("tokenizer.json: no grammar can be enforced with it (%s)", _one_line(error))
+        log.warning("tokenizer.json: no grammar can be enforced with it (%s)", first_words(error))
         return None
 
 
@@ -250,9 +206,12 @@ def _check_expressions(tokenizer: Any) -> None:
             raise LoadError(f"tokenizer.json: its expressions take too long to split {len(probe)} characters")
 
 
-def _model(folder: Path, config: Any, dtype: torch.dtype | str, on_bytes: OnBytes) -> Any:
+def _model(
+    folder: Path, config: Any, dtype: torch.dtype | str, on_bytes: OnBytes, quantization: BitsAndBytesConfig | None
+) -> Any:
     """Return the model with the weights of the files, all of them and no others.
 
+    Args: quantization: how they are quantized as they are loaded.
     Raises: LoadError: they are not the ones that the configuration describes.
     """
     check_size(config, stored_numbers(folder))
@@ -266,6 +225,7 @@ def _model(folder: Path, config: Any, dtype: torch.dtype | str, on_bytes: OnByte
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
+                **({"quantization_config": quantization} if quantization is not None else {}),
                 # Reported, with their names and shapes, by `check_loading`.
                 ignore_mismatched_sizes=True,
             )
@@ -275,7 +235,9 @@ def _model(folder: Path, config: Any, dtype: torch.dtype | str, on_bytes: OnByte
         if "can't allocate memory" in str(error):
             raise LoadError("config.json: describes a model that does not fit into memory") from error
         what = "quantization_config" if getattr(config, "quantization_config", None) else "it and the weights"
-        raise LoadError(f"config.json: {what} cannot be loaded ({type(error).__name__}: {_one_line(error)})") from error
+        raise LoadError(
+            f"config.json: {what} cannot be loaded ({type(error).__name__}: {first_words(error)})"
+        ) from error
     model, info = loaded
     check_loading(model, info, partial(tensor_shape, folder))
     check_finite(model)
@@ -291,7 +253,7 @@ def _sample_ids(tokenizer: Any, vocab_size: int, context_length: int) -> list[in
     try:
         ids: list[int] = tokenizer(SAMPLE_TEXT, add_special_tokens=True).input_ids
     except Exception as error:  # noqa: BLE001  # a vocabulary of few words, without one for the unknown
-        log.warning("tokenizer.json cannot encode every text: %s", _one_line(error))
+        log.warning("tokenizer.json cannot encode every text: %s", first_words(error))
         ids = []
     if max(ids, default=0) >= vocab_size:
         raise LoadError(

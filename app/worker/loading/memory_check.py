@@ -8,6 +8,7 @@ from safetensors import safe_open
 
 from app.worker.loading.kv_memory import free_bytes
 from app.worker.loading.model_files import NoMemoryError, weight_files
+from app.worker.loading.quantized_checkpoints import BITSANDBYTES
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Formats that are converted to the type in which the model computes, and their bytes."""
@@ -15,13 +16,15 @@ SMALL_BYTES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}
 """Others, if they have more than one byte; those of packed numbers are kept as they are."""
 
 
-def check_memory(folder: Path, dtype: torch.dtype | str, device: str) -> None:
+def check_memory(folder: Path, dtype: torch.dtype | str, device: str, quantization: str = "none") -> None:
     """Compare the weights as they will be in memory with what is free.
 
-    Args: dtype: the type to compute in; "auto" is that of the files.
+    Args:
+        dtype: the type to compute in; "auto" is that of the files.
+        quantization: `model.quantization`; what bitsandbytes leaves as it is does not count.
     Raises: NoMemoryError: they do not fit.
     """
-    needed, free = weights_bytes(folder, dtype), free_bytes(device)
+    needed, free = weights_bytes(folder, dtype) * BITSANDBYTES.get(quantization, 16) // 16, free_bytes(device)
     if needed > free:
         raise NoMemoryError(needed_bytes=needed, free_bytes=free, device=device)
 

@@ -149,6 +149,8 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
+        if any(folder.glob("*.gguf")):
+            raise UnsupportedError("its weights are a GGUF file, which is not read; take the model's safetensors")
         if any(folder.glob("*.safetensors")):
             raise LoadError(f"it has neither {WEIGHTS} nor {INDEX}")
         raise UnsupportedError("it has no weights in the safetensors format, and no other is read")

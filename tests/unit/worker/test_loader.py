@@ -21,7 +21,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from app.ipc.messages import ModelSpec
 from app.worker.loaded_model import LoadedModel
 from app.worker.loading import loader
-from app.worker.loading.loader import load, load_failure
+from app.worker.loading.load_failure import load_failure
+from app.worker.loading.loader import load
 from app.worker.loading.model_files import LoadError
 from tests.unit.tiny_models import chatml_tokenizer, save_tiny_llama
 

@@ -23,8 +23,9 @@ from app.ipc.messages import Submit, TokenEvent
 from app.types import SamplingParams
 from app.worker.execution.serial.serial_runner import SerialRunner
 from app.worker.loaded_model import LoadedModel
+from app.worker.loading.load_failure import load_failure
 from app.worker.loading.load_log import LoadLog
-from app.worker.loading.loader import load, load_failure
+from app.worker.loading.loader import load
 from app.worker.loading.model_files import JSON_BYTES, LoadError
 from app.worker.loading.stage_deadline import within_deadline
 from app.worker.process import make_runner

@@ -1,0 +1,82 @@
+"""`python -m app models` against a service on a loopback socket."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from app.cli import cli
+from tests.web.access import ADMIN_KEY, running
+from tests.web.harness import ScriptedService, Web
+
+Run = Callable[..., Awaitable[str]]
+
+
+@pytest.fixture
+async def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_lines: list[object]) -> AsyncIterator[Run]:
+    """Run commands against a service with the echo engine, which may load what is below `roots` and prints no log."""
+    (tmp_path / "roots" / "third").mkdir(parents=True)
+    monkeypatch.setenv("APP__DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("LLM_SERVICE_API_KEY", ADMIN_KEY)
+    async with (
+        running(tmp_path / "data", model={"roots": [str(tmp_path / "roots")]}) as app,
+        Web(app.app, ScriptedService()).listening() as port,
+    ):
+
+        async def run(*arguments: str, code: int = 0) -> str:
+            at = ["--url", f"http://127.0.0.1:{port}"]
+            ended = await asyncio.to_thread(CliRunner().invoke, cli, ["models", *arguments, *at])
+            assert code == ended.exit_code, ended.output
+            return ended.output
+
+        yield run
+
+
+async def test_models_are_loaded_listed_and_unloaded(run: Run):
+    """For people and for programs."""
+    before = json.loads(await run("list", "--json"))
+    loaded = await run("load", "third", "--source", "local", "--served-name", "third")
+    table = await run("list")
+    unloaded = await run("unload", "third", "--grace-seconds", "1")
+    again = json.loads(await run("load", "third", "--source", "local", "--served-name", "other", "--json"))
+
+    assert [("echo", "ready")] == [(model["name"], model["state"]) for model in before]
+    assert "third is loaded" in loaded
+    assert "third" in table
+    assert "third is unloaded" in unloaded
+    assert ("other", "ready") == (again["name"], again["state"])
+
+
+async def test_what_the_service_refuses_ends_the_command_with_its_words(run: Run):
+    assert "model.roots" in await run("load", "/etc", "--source", "local", code=1)
+    assert "not loaded" in await run("unload", "stranger", code=1)
+
+
+async def test_a_wrong_key_and_a_service_that_is_not_there_are_told_apart(run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LLM_SERVICE_API_KEY", "not-the-key")
+
+    assert "key" in await run("list", code=1)
+    gone = await asyncio.to_thread(CliRunner().invoke, cli, ["models", "list", "--url", "http://127.0.0.1:9"])
+    assert (1, True) == (gone.exit_code, "no service answers at http://127.0.0.1:9" in gone.output)
+
+
+async def test_the_key_is_the_one_that_the_first_start_made(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "data").mkdir(exist_ok=True)
+    (tmp_path / "data" / "api_key").write_text(f"{ADMIN_KEY}\n")
+    monkeypatch.delenv("LLM_SERVICE_API_KEY")
+
+    assert "echo" in await run("list")
+
+
+async def test_a_token_comes_from_the_environment_and_from_nowhere_else(run: Run, monkeypatch: pytest.MonkeyPatch):
+    for name in ("HF_TOKEN", "HUGGINGFACE_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+
+    assert "needs HF_TOKEN in the environment" in await run("load", "third", "--source", "local", "--hub-token", code=2)
+    monkeypatch.setenv("HF_TOKEN", "hf_canary")
+    assert "hf_canary" not in await run(
+        "load", "third", "--source", "local", "--served-name", "third", "--hub-token", "--json"
+    )
