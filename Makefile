@@ -26,7 +26,7 @@ PYTHON_PROBLEM = $(strip $(shell \
 NEED_PYTHON = $(if $(PYTHON_PROBLEM),$(error Needs Python 3.11, 3.12 or 3.13, but $(PYTHON_PROBLEM). Name another with PYTHON=python3.12))
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-native check check-all format-check lint type-check imports lock-check format lock bench bench-overhead bench-access soak test-long test-clients chaos fuzz \
+.PHONY: help install run test test-native check check-all format-check lint type-check imports lock-check format lock bench bench-overhead bench-access soak test-long test-clients mlflow-server chaos fuzz \
 	build-docker run-docker stop-docker logs clean
 
 help: ## List the commands
@@ -40,6 +40,9 @@ run: $(VENV)/.installed ## Start the service, after installing it if need be (AR
 
 test: $(VENV)/.installed-dev ## Run the tests and measure coverage (ARGS="tests/unit -k cache --no-cov")
 	@$(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --cov=app --cov-report=term --cov-report=html $(ARGS)
+
+mlflow-server: $(VENV)/.installed-dev ## Install the MLflow server that some tests start, in .cache (850 MB); without it they are skipped
+	@$(PY) -m tests.services.mlflow_server
 
 test-native: $(VENV)/.installed-dev ## Run the C++ tests of the kernels under sanitizers (needs g++, clang, libomp)
 	@$(PY) -m tests.native.run

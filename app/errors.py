@@ -11,11 +11,11 @@ AppError
 ├── Conflict                  409
 ├── PayloadTooLarge           413
 ├── UnsupportedMediaType      415
-├── ModelLoadFailed           422
+├── ModelLoadFailed           422  ├── ModelRefused
 ├── RateLimited               429
 ├── QuotaExceeded             429
 ├── ServiceUnavailable        503  ├── EngineNotReady  ├── EngineBusy  ├── EngineFailed  ├── ShuttingDown
-│                                  ├── StoreUnavailable  ├── InsufficientMemory
+│                                  ├── StoreUnavailable  ├── InsufficientMemory  ├── RegistryUnavailable
 ├── DeadlineExceeded          504
 ├── ClientDisconnected        499
 └── InternalError             500
@@ -186,6 +186,13 @@ class ModelLoadFailed(AppError):
     status, code = 422, "model_load_failed"
 
 
+class ModelRefused(ModelLoadFailed):
+    """A registry has this model, but not in a form that this service loads."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, details={"reason": "unsupported"})
+
+
 class RateLimited(AppError):
     """This caller sent too much too fast; `retry_after` says when to come back."""
 
@@ -230,6 +237,13 @@ class StoreUnavailable(ServiceUnavailable):
     def __init__(self, fault: str = "does not answer") -> None:
         """Args: fault: what is wrong, as a continuation of "the database"."""
         super().__init__(f"The service's database {fault}; try again in a moment.", retry_after=2)
+
+
+class RegistryUnavailable(ServiceUnavailable):
+    """The registry of models cannot be reached, or answers with nothing that can be used."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, details={"reason": "unreachable"})
 
 
 class ShuttingDown(ServiceUnavailable):

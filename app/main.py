@@ -16,18 +16,21 @@ from app.access.access import AccessControl
 from app.access.admission import AdmissionControl
 from app.access.bootstrap_key import KEY_FILE, bootstrap_key
 from app.config import Settings, load_settings
+from app.engine.alias_follower import AliasFollower
 from app.engine.base import EncoderEngine, Engine
 from app.engine.host import ModelHost
 from app.engine.model_loader import ModelLoader
 from app.engine.model_source import FetchModel, LoadSpec, no_registry
+from app.engine.registered_models import RegisteredModels
 from app.engine.served_model import Served
+from app.engine.trial import Trial
 from app.errors import ConfigError
 from app.generation.embedding import EmbeddingService
 from app.generation.metering import UsageRecorder
 from app.generation.responses import MemoryResponseStore
 from app.generation.service import GenerationService
 from app.generation.sessions import MemorySessionStore, SessionStore
-from app.model_builder import Filters, ModelBuilder
+from app.model_builder import Filters, ModelBuilder, registered_models
 from app.privacy.pool import RedactionPool
 from app.privacy.redactor import PiiKind, Redactor
 from app.stores.memory_admission import MemoryAdmissionStore
@@ -75,7 +78,8 @@ def create_app(
     pool = RedactionPool(redactor, REDACTION_PROCESSES)
     filters = Filters(settings, redactor, pool, metrics)
     access = _access(settings, filters, metrics)
-    builder = ModelBuilder(settings, filters, metrics, access, fetch)
+    registered = registered_models(settings, specs.values())
+    builder = ModelBuilder(settings, filters, metrics, access, registered.fetch if registered else fetch)
     host = ModelHost(partial(builder.configured, specs=specs, engines=engines, encoders=encoders), default=names[0])
     preloaded = [name for name in names if name not in specs or _preloads(settings, name)]
     for name in preloaded:
@@ -118,6 +122,7 @@ def create_app(
         embeddings=embeddings,
         host=host,
         loader=loader,
+        registered=registered,
         sessions=sessions,
         responses=responses,
         keys=keys or access.authenticator,
@@ -126,7 +131,8 @@ def create_app(
         failed_keys=FailedKeyLimiter(settings.security.failed_keys_per_minute, on_refusal=metrics.rate_limited),
         metrics=metrics,
     )
-    return build_app(container, lifespan=partial(_lifespan, pool=pool))
+    follower = None if registered is None else _follower(settings, registered, loader, host)
+    return build_app(container, lifespan=partial(_lifespan, pool=pool, follower=follower))
 
 
 def _specs(settings: Settings) -> dict[str, LoadSpec]:
@@ -168,11 +174,13 @@ def _model_names(
 
 
 @asynccontextmanager
-async def _lifespan(app: FastAPI, *, pool: RedactionPool) -> AsyncIterator[None]:
+async def _lifespan(app: FastAPI, *, pool: RedactionPool, follower: AliasFollower | None) -> AsyncIterator[None]:
     container: Container = app.state.container
     async with anyio.create_task_group() as background:
         background.start_soon(container.metrics.watch_event_loop)
         background.start_soon(container.loader.watch_idle)
+        if follower is not None:
+            background.start_soon(follower.watch)
         try:
             await container.access.start()
             await container.host.start()
@@ -184,6 +192,15 @@ async def _lifespan(app: FastAPI, *, pool: RedactionPool) -> AsyncIterator[None]
                 await container.access.close()
                 await pool.close()
             background.cancel_scope.cancel()
+
+
+def _follower(settings: Settings, registered: RegisteredModels, loader: ModelLoader, host: ModelHost) -> AliasFollower:
+    trial = Trial(
+        settings.mlflow.probe_prompt,
+        max_tokens=settings.mlflow.probe_tokens,
+        seconds=settings.deadlines.total_seconds,
+    )
+    return AliasFollower(registered, loader, host, poll_seconds=settings.mlflow.poll_seconds, try_out=trial)
 
 
 def _access(settings: Settings, filters: Filters, metrics: Metrics) -> AccessControl:

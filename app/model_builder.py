@@ -1,12 +1,13 @@
 """Builds everything that belongs to one model: the engine, its wrappers, the chain over it, and the defaults."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from app.access.access import AccessControl
 from app.config import ModelConfig, Settings
+from app.config.mlflow import tracking_uri_problem
 from app.engine.base import EncoderEngine, Engine
 from app.engine.cache import CachedEngine
 from app.engine.echo import EchoEngine
@@ -15,6 +16,7 @@ from app.engine.local import LocalEngine
 from app.engine.model_source import FetchModel, LoadSpec
 from app.engine.parsing.parsed_engine import ParsedEngine
 from app.engine.persistent_cache import PersistentCacheEngine
+from app.engine.registered_models import RegisteredModels
 from app.engine.served_model import SamplingDefaults, Served, ServedEncoder, ServedModel
 from app.errors import ConfigError, ModelNotFound
 from app.generation.prompts import read_template
@@ -24,6 +26,10 @@ from app.langchain.embeddings import EngineEmbeddings
 from app.privacy.filters import FilteredEngine, InputFilter
 from app.privacy.pool import RedactionPool
 from app.privacy.redactor import PiiKind, Redactor
+from app.registry.client import RegistryServer
+from app.registry.downloader import Downloader
+from app.registry.model_store import ModelStore
+from app.registry.model_uri import parse_model_uri
 from app.telemetry import Metrics
 from app.telemetry.metrics import Direction
 
@@ -147,6 +153,39 @@ class ModelBuilder:
         return LocalEncoder(
             settings.embeddings, settings.deadlines, interpreters=self._interpreters, **_supervision(settings)
         )
+
+
+def registered_models(settings: Settings, specs: Iterable[LoadSpec]) -> RegisteredModels | None:
+    """Return the models of the configured registry; None without one.
+
+    Args: specs: the configured models.
+    Raises: ConfigError: one of them is to come from the registry, and its name or the registry's address is no use.
+    """
+    names = [spec.config.name for spec in specs if spec.config.source == "mlflow"]
+    for name in names:
+        try:
+            parse_model_uri(name)
+        except ValueError as error:
+            raise ConfigError(f"configuration: model.name: {error}") from None
+    uri = settings.where_registry
+    if not uri or (reason := tracking_uri_problem(uri)) is not None:
+        if names:
+            raise ConfigError(f"configuration: mlflow.tracking_uri: {reason if uri else 'is needed by source: mlflow'}")
+        return None
+    username, password, token = (
+        None if secret is None else secret.get_secret_value()
+        for secret in (
+            settings.mlflow_tracking_username,
+            settings.mlflow_tracking_password,
+            settings.mlflow_tracking_token,
+        )
+    )
+    limits = settings.mlflow
+    server = RegistryServer(
+        tracking_uri=uri, timeout_seconds=limits.timeout_seconds, username=username, password=password, token=token
+    )
+    downloader = Downloader(max_bytes=limits.max_bytes, total_seconds=limits.download_seconds)
+    return RegisteredModels(ModelStore(server, settings.app.data_dir.absolute() / "registry", downloader))
 
 
 def _embeds(config: ModelConfig, engine: Engine) -> TypeGuard[LocalEngine]:

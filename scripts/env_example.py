@@ -16,6 +16,12 @@ HEADER = """\
 
 # postgresql://user:password@host/name, for several replicas; without it the database is a file in the data folder.
 # DATABASE_URL=
+
+# The MLflow server whose registered models are loaded, and who we are there: a name and a password, or a token.
+# MLFLOW_TRACKING_URI=
+# MLFLOW_TRACKING_USERNAME=
+# MLFLOW_TRACKING_PASSWORD=
+# MLFLOW_TRACKING_TOKEN=
 """
 
 

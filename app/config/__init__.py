@@ -4,6 +4,7 @@ from app.config.access import DatabaseConfig, QuotaConfig, RateLimitConfig, Usag
 from app.config.compat import CompatConfig
 from app.config.embeddings import EmbeddingsConfig
 from app.config.loading import load_settings
+from app.config.mlflow import MlflowConfig
 from app.config.model import ModelConfig, ModelEntry, beside
 from app.config.section import Section
 from app.config.sections import (
@@ -26,6 +27,7 @@ __all__ = [
     "DeadlineConfig",
     "EmbeddingsConfig",
     "LoggingConfig",
+    "MlflowConfig",
     "ModelConfig",
     "ModelEntry",
     "PiiConfig",

@@ -59,11 +59,13 @@ class OlderVariables(PydanticBaseSettingsSource):
         given = self._dotenv.older | environment
         if "name" in self.current_state.get("model", {}):
             given.pop("MODEL_NAME", None)  # with the source that would come with it
-        return _sections(given)
+        state = self.current_state
+        registry = state.get("mlflow_tracking_uri") or state.get("mlflow", {}).get("tracking_uri")
+        return _sections(given, in_registry=bool(registry))
 
 
-def _sections(given: Mapping[str, str]) -> dict[str, Any]:
-    """Return the sections that older variables stand for."""
+def _sections(given: Mapping[str, str], *, in_registry: bool) -> dict[str, Any]:
+    """Return the sections that older variables stand for.  Args: in_registry: whether a registry has the model."""
     sections: dict[str, dict[str, Any]] = {}
     for name, (section, key) in _KEYS.items():
         if name in given:
@@ -73,9 +75,16 @@ def _sections(given: Mapping[str, str]) -> dict[str, Any]:
     elif given.get("DEBUG", "").lower() in _TRUE:
         sections["logging"] = {"level": "DEBUG"}
     if model := given.get("MODEL_NAME"):
-        # These services name a model of a hub, unless such a folder is here.
-        sections["model"]["source"] = "local" if Path(model).is_dir() else "hub"
+        if Path(model).is_dir():
+            sections["model"]["source"] = "local"
+        else:
+            sections["model"] = _registered(model) if in_registry else {"name": model, "source": "hub"}
     return sections
+
+
+def _registered(name: str, stage: str = "Production") -> dict[str, str]:
+    """Return the keys of a registered model, at the stage at which the older service took it."""
+    return {"name": name if name.startswith("models:/") else f"models:/{name}/{stage}", "source": "mlflow"}
 
 
 class ConfigFile(YamlConfigSettingsSource):
@@ -106,4 +115,7 @@ def _translated(data: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in keys.items():
             here, name = _FILE_KEYS.get((section, key), (section, key))
             sections.setdefault(here, {})[name] = value
+    registry = sections.get("mlflow", {})
+    if name := registry.pop("model_name", None):
+        sections.setdefault("model", {}).update(_registered(name, registry.pop("model_stage", "Production")))
     return sections

@@ -23,6 +23,7 @@ from pydantic_settings import (
 from app.config.access import DatabaseConfig, QuotaConfig, RateLimitConfig, UsageLogConfig
 from app.config.compat import CompatConfig
 from app.config.embeddings import EmbeddingsConfig
+from app.config.mlflow import MlflowConfig
 from app.config.model import ModelConfig, ModelEntry
 from app.config.older_names import ConfigFile, OlderVariables, OwnVariables
 from app.config.section import Section
@@ -254,12 +255,19 @@ class Settings(BaseSettings):
     pii: PiiConfig = PiiConfig()
     openai: OpenAIConfig = OpenAIConfig()
     compat: CompatConfig = CompatConfig()
+    mlflow: MlflowConfig = MlflowConfig()
     logging: LoggingConfig = LoggingConfig()
     huggingface_token: Annotated[SecretStr | None, AfterValidator(_blank_is_unset)] = None
     """For gated models; also read from HF_TOKEN."""
     hf_token: Annotated[SecretStr | None, AfterValidator(_blank_is_unset)] = None
     database_url: Annotated[SecretStr | None, AfterValidator(_blank_is_unset)] = None
     """Alias of `database.url`, with precedence over it."""
+    mlflow_tracking_uri: str = ""
+    """The variable of MLflow's own client; `mlflow.tracking_uri` takes precedence."""
+    mlflow_tracking_username: Annotated[SecretStr | None, AfterValidator(_blank_is_unset)] = None
+    mlflow_tracking_password: Annotated[SecretStr | None, AfterValidator(_blank_is_unset)] = None
+    mlflow_tracking_token: Annotated[SecretStr | None, AfterValidator(_blank_is_unset)] = None
+    """Instead of a name and a password."""
     langsmith: bool = False
     """Allow LangSmith tracing, which sends prompts and completions to its service if its own variables enable it."""
 
@@ -268,6 +276,11 @@ class Settings(BaseSettings):
         """The URL of the database: the configured one, or a file in the data folder."""
         given = self.database_url or self.database.url
         return given.get_secret_value() if given else f"sqlite:///{self.app.data_dir / 'service.db'}"
+
+    @property
+    def where_registry(self) -> str:
+        """The address of the MLflow server; empty for none."""
+        return self.mlflow.tracking_uri or self.mlflow_tracking_uri
 
     @property
     def serves_docs(self) -> bool:

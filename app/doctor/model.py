@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from app.config import Settings
+from app.config.mlflow import tracking_uri_problem
 from app.doctor.findings import Finding, megabytes, ok, problem, warning
 from app.doctor.machine import available_memory
+from app.registry.model_uri import parse_model_uri
 
 SUBJECT = "model"
 _POINTER = b"version https://git-lfs"
@@ -20,6 +22,8 @@ def examine_model(settings: Settings) -> Iterator[Finding]:
         yield ok(SUBJECT, "none is loaded: the engine echo repeats prompts")
     elif model.source == "local":
         yield from _folder("model.name", Path(model.name))
+    elif model.source == "mlflow":
+        yield _registry(settings, model.name)
     else:
         yield from _hub(settings, model.name, model.revision)
     embeddings = settings.embeddings
@@ -29,6 +33,18 @@ def examine_model(settings: Settings) -> Iterator[Finding]:
         yield from _hub(settings, embeddings.model, embeddings.revision)
     if model.device == "cuda" and not Path("/dev/nvidiactl").exists():
         yield problem(SUBJECT, "there is no NVIDIA GPU here, which model.device asks for", "set model.device: auto")
+
+
+def _registry(settings: Settings, name: str) -> Finding:
+    try:
+        parse_model_uri(name)
+    except ValueError as error:
+        return problem(SUBJECT, f"model.name {error}", "name a registered model")
+    address = settings.where_registry
+    if not address or (reason := tracking_uri_problem(address)) is not None:
+        advice = "set mlflow.tracking_uri or MLFLOW_TRACKING_URI to the address of the MLflow server"
+        return problem(SUBJECT, f"mlflow.tracking_uri {reason if address else 'is not set'}", advice)
+    return ok(SUBJECT, f"{name} comes from the registry at {address}; the start downloads it unless it is here")
 
 
 def _folder(key: str, folder: Path) -> Iterator[Finding]:

@@ -123,6 +123,11 @@ class ModelLoader:
         host.on_absent = self._begin_on_first_use
 
     @property
+    def loaded(self) -> Mapping[str, LoadSpec]:
+        """Return what is loaded, or was when the service started, without the models that only embed."""
+        return self._specs
+
+    @property
     def loads(self) -> Mapping[str, Load]:
         """Return the loads that are under way, by the names of their models."""
         return self._loads

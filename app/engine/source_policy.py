@@ -12,11 +12,11 @@ from typing import NoReturn
 from app.config import ModelConfig
 from app.config.model import ModelHosting
 from app.errors import Forbidden, ModelLoadFailed
+from app.registry.model_uri import parse_model_uri
 
 FIELD = "model_name"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 REVISION = re.compile(r"[A-Za-z0-9][\w./-]*", re.ASCII)
-REGISTRY_URI = re.compile(r"models:/[A-Za-z0-9][\w. -]*(/[1-9][0-9]*|@[A-Za-z][\w-]*)", re.ASCII)
 MAX_LINKS = 10_000
 """Entries of a folder that are looked at; a model has far fewer."""
 
@@ -34,11 +34,19 @@ def check_source(config: ModelConfig, rules: ModelHosting) -> ModelConfig:
         root, folder = _folder(config.name, rules.roots)
         _check_allowed(folder.relative_to(root).as_posix(), rules.allowed)
         return config.model_copy(update={"name": str(folder)})
-    pattern, kind = (HUB_ID, "hub id like owner/model") if config.source == "hub" else (REGISTRY_URI, "registry URI")
-    if not pattern.fullmatch(config.name):
-        _refuse(f"is not a {kind}")
+    if config.source == "mlflow":
+        _check_registry_uri(config.name)
+    elif not HUB_ID.fullmatch(config.name):
+        _refuse("is not a hub id like owner/model")
     _check_allowed(config.name, rules.allowed)
     return config
+
+
+def _check_registry_uri(name: str) -> None:
+    try:
+        parse_model_uri(name)
+    except ValueError as error:
+        _refuse(str(error))
 
 
 def _check_allowed(name: str, patterns: Sequence[str]) -> None:

@@ -67,10 +67,14 @@ def command(client: Client) -> list[str]:
     return ["node", str(folder / program.name)]
 
 
+def is_installed(client: Client) -> bool:
+    """Return whether a client's environment is here."""
+    return (_folder(client) / "installed").exists()
+
+
 def installed(client: Client) -> Path:
-    """Return the folder of a client's environment; equal packages share one."""
-    digest = hashlib.sha256(repr((client.packages, sys.version_info[:2])).encode()).hexdigest()[:12]
-    folder = CACHE / digest
+    """Return the folder of a client's environment, after installing it if need be; equal packages share one."""
+    folder = _folder(client)
     CACHE.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{folder}.lock"):
         if not (folder / "installed").exists():
@@ -79,6 +83,11 @@ def installed(client: Client) -> Path:
             install(folder, client.packages)
             (folder / "installed").touch()
     return folder
+
+
+def _folder(client: Client) -> Path:
+    digest = hashlib.sha256(repr((client.packages, sys.version_info[:2])).encode()).hexdigest()[:12]
+    return CACHE / digest
 
 
 def _install_python(folder: Path, packages: tuple[str, ...]) -> None:

@@ -10,6 +10,8 @@ import pytest
 from app.access.background import BackgroundGroup
 from app.access.database import Database
 from tests.services.disks import Disk, LimitedWrites, small_disk
+from tests.services.mlflow_server import MlflowServer, has_server
+from tests.services.mlflow_server import running as mlflow_running
 from tests.services.postgres import Postgres, binaries, running
 
 _numbers = count()
@@ -25,6 +27,18 @@ def postgres() -> Iterator[Postgres]:
             pytest.fail(reason)
         pytest.skip(reason)
     with running(programs) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def mlflow() -> Iterator[MlflowServer]:
+    """One server for all tests; its absence is a skip or a failure as that of Postgres."""
+    if not has_server():
+        reason = "the MLflow server is not installed (make mlflow-server)"
+        if os.environ.get("REQUIRE_SERVICES"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with mlflow_running() as server:
         yield server
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No variable of this machine reaches a test."""
     for name in list(os.environ):
-        if "__" in name or name in ("HF_TOKEN", "HUGGINGFACE_TOKEN", "LANGSMITH"):
+        if "__" in name or name in ("HF_TOKEN", "HUGGINGFACE_TOKEN", "LANGSMITH") or name.startswith("MLFLOW_"):
             monkeypatch.delenv(name)
 
 
@@ -72,6 +72,11 @@ def test_without_any_file_the_defaults_serve_the_embedded_model(files: tuple[Pat
         ("security: {api_key: with a space}", "security.api_key: an API key needs 8 to 512 letters"),
         ("pii: {entities: [mail]}", "pii.entities.0: Input should be 'email'"),
         ("rate_limit: {requests_per_minute: -1}", "rate_limit.requests_per_minute"),
+        ("mlflow: {tracking_uri: 'sqlite:///x'}", "mlflow.tracking_uri: must begin with http:// or https://"),
+        ("mlflow: {tracking_uri: '/var/mlruns'}", "mlflow.tracking_uri: must begin with http:// or https://"),
+        ("mlflow: {tracking_uri: 'http://me:pw@server'}", "mlflow.tracking_uri: must hold no name or password"),
+        ("mlflow: {tracking_uri: 'http://server/?x=1'}", "mlflow.tracking_uri: must be an address without ?"),
+        ("mlflow: {tracking_uri: 'http://server:99999'}", "mlflow.tracking_uri: this is no address"),
     ],
 )
 def test_a_wrong_configuration_stops_the_start_with_key_and_reason(
@@ -162,6 +167,8 @@ def test_secrets_never_show_in_messages_or_reprs(files: tuple[Path, Path], monke
     """Neither an error about a neighbour nor the settings' own repr prints a key or a token."""
     monkeypatch.setenv("SECURITY__API_KEY", "canary-key-1234")
     monkeypatch.setenv("HF_TOKEN", "canary-token-1234")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "canary-password")
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "canary-token")
     settings = load_settings(*files)
     monkeypatch.setenv("SECURITY__API_KEY", "canary")
     monkeypatch.setenv("SECURITY__MAX_PROMPT_CHARS", "canary-too")
@@ -173,6 +180,15 @@ def test_secrets_never_show_in_messages_or_reprs(files: tuple[Path, Path], monke
     assert "canary" not in repr(settings)
     assert settings.hub_token is not None
     assert "canary-token-1234" == settings.hub_token.get_secret_value()
+
+
+def test_the_variable_of_mlflow_gives_way_to_our_own(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is read as MLflow's own client reads it; what it says matters only where a model comes from a registry."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///of-another-program")
+    assert "sqlite:///of-another-program" == load_settings(*files).where_registry
+
+    files[0].write_text("mlflow: {tracking_uri: 'https://registry.test/mlflow'}")
+    assert "https://registry.test/mlflow" == load_settings(*files).where_registry
 
 
 def test_an_empty_variable_is_an_unset_one(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

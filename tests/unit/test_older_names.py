@@ -85,6 +85,21 @@ def test_a_model_that_is_a_folder_is_local(load: Load, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("environment", "dotenv"),
+    [
+        ({"MODEL_NAME": "chat", "MLFLOW_TRACKING_URI": "http://localhost:5000"}, ""),
+        ({"MODEL_NAME": "chat"}, "MLFLOW_TRACKING_URI=http://localhost:5000"),
+        ({"MODEL_NAME": "models:/chat/Production"}, "MLFLOW__TRACKING_URI=http://localhost:5000"),
+    ],
+)
+def test_beside_a_registry_a_model_is_its_production_version(load: Load, environment, dotenv):
+    settings = load(environment, dotenv=dotenv)
+
+    assert ("mlflow", "models:/chat/Production") == (settings.model.source, settings.model.name)
+    assert ("chat", "http://localhost:5000") == (settings.model.public_name, settings.where_registry)
+
+
+@pytest.mark.parametrize(
     ("environment", "level"),
     [
         ({"DEBUG": "true"}, "DEBUG"),
@@ -120,12 +135,15 @@ def test_the_file_of_an_older_service_is_understood(load: Load):
     yaml = """
 api: {host: "127.0.0.5", port: 8001, workers: 2}
 model: {max_tokens: 1024, default_max_length: 60, batch_size: 4}
+mlflow: {tracking_uri: "http://localhost:5000", model_name: custom-llm, model_stage: Staging}
 logging: {level: WARNING}
 """
     settings = load(yaml=yaml)
 
     assert ("127.0.0.5", 8001, 2) == (settings.app.host, settings.app.port, settings.compat.workers)
     assert (1024, 60) == (settings.compat.predict_most_length, settings.compat.predict_max_length)
+    assert ("mlflow", "models:/custom-llm/Staging") == (settings.model.source, settings.model.name)
+    assert "http://localhost:5000" == settings.where_registry
     assert (4, 512, "WARNING") == (settings.model.max_batch_size, settings.model.max_tokens, settings.logging.level)
 
 

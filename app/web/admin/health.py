@@ -92,6 +92,22 @@ class Status(TypedDict):
     """`ok`, or what is wrong with it."""
 
 
+class RegistryFacts(TypedDict):
+    """What the registry says of a model that comes from it."""
+
+    name: str
+    version: str
+    alias: str | None
+    stage: str | None
+    run_id: str | None
+    metrics: dict[str, float]
+    tags: dict[str, str]
+    digest: str | None
+    """Of its files."""
+    refused_version: str | None
+    """The version that the alias means by now, and that failed when it was to take over."""
+
+
 class ModelFacts(TypedDict):
     """One model, loaded or not."""
 
@@ -111,6 +127,7 @@ class ModelFacts(TypedDict):
     progress: dict[str, Any] | None
     error_reason: str | None
     """Why its last load failed, in a word; /status, which needs a key, says more."""
+    registry: RegistryFacts | None
 
 
 class Info(TypedDict):
@@ -242,7 +259,10 @@ async def status(container: ContainerDep, caller: CallerIfKnownDep) -> JSONRespo
 @router.get("/info")
 async def info(request: Request, container: ContainerDep) -> Info:
     """Describe the service and every model; needs no key, so it names no paths, processes or messages."""
-    states = [asdict(each) for each in model_states(container.host, container.loader)]
+    states = [
+        asdict(each) | {"registry": container.registered and container.registered.facts(each.revision)}
+        for each in model_states(container.host, container.loader)
+    ]
     shown = [{name: state[name] for name in ModelFacts.__annotations__} for state in states]
     return {
         "name": request.app.title,

@@ -19,6 +19,7 @@ from app.embeddings import EmbeddingRequest, Embeddings
 from app.engine.base import EngineInfo
 from app.engine.host import ModelHost
 from app.engine.model_loader import ModelLoader
+from app.engine.registered_models import RegisteredModels
 from app.errors import Forbidden, NotFound
 from app.events import Event
 from app.generation.responses import ResponseStore
@@ -69,6 +70,8 @@ class Container:
     embeddings: EmbeddingService
     host: ModelHost
     loader: ModelLoader
+    registered: RegisteredModels | None
+    """None if no registry is configured."""
     sessions: SessionStore | None
     """None if session memory is switched off."""
     responses: ResponseStore | None

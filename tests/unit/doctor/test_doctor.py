@@ -270,6 +270,29 @@ def test_a_model_of_the_hub_is_looked_for_on_this_machine_only(
     assert text in examine(code)
 
 
+@pytest.mark.parametrize(
+    ("name", "address", "code", "text"),
+    [
+        (
+            "models:/chat@production",
+            "http://registry.test",
+            0,
+            "ok       model: models:/chat@production comes from the",
+        ),
+        ("models:/chat@production", "", 1, "problem  model: mlflow.tracking_uri is not set"),
+        ("models:/chat@production", "./mlruns", 1, "problem  model: mlflow.tracking_uri must begin with http://"),
+        ("chat", "http://registry.test", 1, "problem  model: model.name must be models:/name/version"),
+    ],
+)
+def test_a_model_of_a_registry_is_examined_without_asking_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, address: str, code: int, text: str
+):
+    for variable, value in {"MODEL__SOURCE": "mlflow", "MODEL__NAME": name, "MLFLOW_TRACKING_URI": address}.items():
+        monkeypatch.setenv(variable, value)
+
+    assert text in examine(code)
+
+
 def test_limits_of_the_machine_are_looked_at(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """Room on the disk, memory, open files, the clock, a GPU that is asked for, a folder that executes nothing."""
     limits = {resource.RLIMIT_NOFILE: (64, 256), resource.RLIMIT_FSIZE: (1_000_000, resource.RLIM_INFINITY)}
