@@ -11,7 +11,7 @@ AppError
 ├── Conflict                  409
 ├── PayloadTooLarge           413
 ├── UnsupportedMediaType      415
-├── ModelLoadFailed           422  ├── ModelRefused
+├── ModelLoadFailed           424  ├── ModelRefused
 ├── RateLimited               429
 ├── QuotaExceeded             429
 ├── ServiceUnavailable        503  ├── EngineNotReady  ├── EngineBusy  ├── EngineFailed  ├── ShuttingDown
@@ -183,7 +183,7 @@ class UnsupportedMediaType(AppError):
 class ModelLoadFailed(AppError):
     """A model cannot be loaded, and trying again would not help; `details["reason"]` says why in a word."""
 
-    status, code = 422, "model_load_failed"
+    status, code = 424, "model_load_failed"
 
 
 class ModelRefused(ModelLoadFailed):

@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -157,13 +158,20 @@ def server_config(app: FastAPI, settings: Settings, **options: Any) -> ServerCon
 async def _serve(app: FastAPI, settings: Settings, config: uvicorn.Config, listener: socket.socket) -> int:
     container: Container = app.state.container
     await container.access.open()
-    server = DrainingServer(config, container.host.drain, settings.app.shutdown_grace_seconds)
+    server = DrainingServer(config, partial(_drain, container), settings.app.shutdown_grace_seconds)
     port = listener.getsockname()[1]
     async with asyncio.TaskGroup() as background:
         announcing = background.create_task(announce_when_ready(_default_ready(container), server, settings, port))
         await server.serve([listener])
         announcing.cancel()
     return 0 if announcing.cancelled() or announcing.result() else 1
+
+
+async def _drain(container: Container, grace_seconds: float) -> None:
+    """Let running requests finish, and end the loads of models, which nobody would use any more."""
+    async with asyncio.TaskGroup() as draining:
+        draining.create_task(container.host.drain(grace_seconds))
+        draining.create_task(container.loader.end_loads())
 
 
 def _default_ready(container: Container) -> Callable[[], Awaitable[None]]:

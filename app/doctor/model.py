@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from app.config import Settings
+from app.config import ModelConfig, ModelEntry, Settings
 from app.config.mlflow import tracking_uri_problem
 from app.doctor.findings import Finding, megabytes, ok, problem, warning
 from app.doctor.machine import available_memory
@@ -20,12 +20,11 @@ def examine_model(settings: Settings) -> Iterator[Finding]:
     model = settings.model
     if model.engine == "echo":
         yield ok(SUBJECT, "none is loaded: the engine echo repeats prompts")
-    elif model.source == "local":
-        yield from _folder("model.name", Path(model.name))
-    elif model.source == "mlflow":
-        yield _registry(settings, model.name)
     else:
-        yield from _hub(settings, model.name, model.revision)
+        yield from _files(settings, "model.name", model)
+    for number, entry in enumerate(settings.models):
+        if (entry.engine or model.engine) != "echo":
+            yield from _files(settings, f"models.{number}.name", entry)
     embeddings = settings.embeddings
     if embeddings.model and embeddings.source == "local":
         yield from _folder("embeddings.model", Path(embeddings.model))
@@ -35,11 +34,21 @@ def examine_model(settings: Settings) -> Iterator[Finding]:
         yield problem(SUBJECT, "there is no NVIDIA GPU here, which model.device asks for", "set model.device: auto")
 
 
-def _registry(settings: Settings, name: str) -> Finding:
+def _files(settings: Settings, key: str, model: ModelConfig | ModelEntry) -> Iterator[Finding]:
+    match model.source:
+        case "local":
+            yield from _folder(key, Path(model.name))
+        case "hub":
+            yield from _hub(settings, model.name, model.revision)
+        case "mlflow":
+            yield _registry(settings, key, model.name)
+
+
+def _registry(settings: Settings, key: str, name: str) -> Finding:
     try:
         parse_model_uri(name)
     except ValueError as error:
-        return problem(SUBJECT, f"model.name {error}", "name a registered model")
+        return problem(SUBJECT, f"{key} {error}", "name a registered model")
     address = settings.where_registry
     if not address or (reason := tracking_uri_problem(address)) is not None:
         advice = "set mlflow.tracking_uri or MLFLOW_TRACKING_URI to the address of the MLflow server"

@@ -76,7 +76,10 @@ class AliasFollower:
     async def _follow(self, spec: LoadSpec, uri: ModelUri, serving: ModelVersion) -> None:
         """Raises: AppError: it could not be done now."""
         number = await self._models.find_version(uri)
-        if number in (serving.version, self._models.refused(uri)):
+        if number == self._models.refused(uri):
+            return
+        await self._models.clear_refused(uri)
+        if number == serving.version:
             return
         log.info("%s is version %s now, in place of %s", uri, number, serving.version)
         try:

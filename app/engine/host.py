@@ -171,8 +171,7 @@ class ModelHost:
 
         Raises: ModelNotFound, ConfigError: it cannot be built; ShuttingDown.
         """
-        while (unloading := self._unloading.get(name)) is not None:
-            await unloading.wait()
+        await self.wait_unloaded(name)
         if self.draining:
             raise ShuttingDown()
         model = self.add(name)
@@ -210,6 +209,7 @@ class ModelHost:
         self._refuse_while_draining()
         old = self.find(model.name)
         self._models[model.name] = model
+        self._use[model.name] = ModelUse()
         self._replaced.append(old)
         return old
 
@@ -221,9 +221,11 @@ class ModelHost:
             self._replaced.remove(model)
 
     async def _drain(self, model: Served, grace_seconds: float) -> None:
-        if not await self._released_within(grace_seconds, model):
-            await self._abort(model)
-        await model.engine.close()
+        try:
+            if not await self._released_within(grace_seconds, model):
+                await self._abort(model)
+        finally:
+            await model.engine.close()
 
     def _remove(self, name: str) -> None:
         self._models.pop(name, None)
@@ -237,12 +239,28 @@ class ModelHost:
 
         Raises: ModelNotFound: no such model is loaded.
         """
+        await self.finish_unload(self.begin_unload(name), grace_seconds)
+
+    def begin_unload(self, name: str) -> Served:
+        """Refuse new requests of a model from now on, and return it for `finish_unload`.
+
+        Raises: ModelNotFound: no such model is loaded.
+        """
         model = self.find(name)
         self._unloading[name] = asyncio.Event()
+        return model
+
+    async def finish_unload(self, model: Served, grace_seconds: float) -> None:
+        """Drain and close a model whose unload has begun, and free its name."""
         try:
             await self._drain(model, grace_seconds)
         finally:
-            self._remove(name)
+            self._remove(model.name)
+
+    async def wait_unloaded(self, name: str) -> None:
+        """Wait for the end of an unload, if one has begun."""
+        while (unloading := self._unloading.get(name)) is not None:
+            await unloading.wait()
 
     @contextmanager
     def lease(self, request: GenerationRequest, *, allowed: Collection[str] | None = None) -> Iterator[ServedModel]:

@@ -7,14 +7,13 @@ Decides that each name has one load, what is unloaded to make room, and that a m
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 from app.config.model import ModelHosting
-from app.engine.base import HostedEngine, LoadProgress
 from app.engine.host import ModelHost
+from app.engine.model_load import FailedLoad, Load, finished_load, load_error
 from app.engine.model_source import LoadSpec
 from app.engine.served_model import Served
 from app.errors import (
@@ -24,66 +23,21 @@ from app.errors import (
     EngineBusy,
     EngineFailed,
     EngineNotReady,
-    InsufficientMemory,
     ModelLoadFailed,
     ModelNotFound,
-    ServiceUnavailable,
     ShuttingDown,
 )
 from app.types import EngineState
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 0.2
-"""How often the progress of a load is looked at."""
 RETRY_SECONDS = 30.0
 """How long a failed load answers for its model before a request begins another one."""
 BUSY_RETRY_SECONDS = 10.0
-WAITING = LoadProgress("waiting")
+
 
 TryOut = Callable[[Served], Awaitable[None]]
 """Tries a model that has been loaded, before any request gets it.  Raises: AppError: it is of no use."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoadFailure:
-    """Why a model could not be loaded."""
-
-    at: float
-    """By the monotonic clock."""
-    message: str
-    details: Mapping[str, Any]
-
-
-class Load:
-    """A load that is under way, or was."""
-
-    def __init__(self, spec: LoadSpec) -> None:
-        self.spec = spec
-        self.task: asyncio.Task[Served]
-        self.engine: HostedEngine | None = None
-        """Set once the load begins; other loads may come first."""
-
-    @property
-    def progress(self) -> LoadProgress:
-        """Return how far it has come."""
-        return WAITING if self.engine is None else self.engine.status().progress or LoadProgress("ready")
-
-    async def wait(self) -> Served:
-        """Return the model once it serves; cancelling this leaves the load alone.
-
-        Raises: ModelLoadFailed, InsufficientMemory, EngineBusy, ServiceUnavailable: it does not.
-        """
-        return await asyncio.shield(self.task)
-
-    async def updates(self) -> AsyncGenerator[LoadProgress, None]:
-        """Yield the progress each time that it has changed, until the load has ended; `wait` then says how."""
-        last = None
-        while not self.task.done():
-            if (now := self.progress) != last:
-                last = now
-                yield now
-            await asyncio.wait({self.task}, timeout=LOOK_SECONDS)
 
 
 class ModelLoader:
@@ -116,7 +70,7 @@ class ModelLoader:
         self._known = dict(self.configured)
         """What a request may have loaded by its name."""
         self._loads: dict[str, Load] = {}
-        self._failures: dict[str, LoadFailure] = {}
+        self._failures: dict[str, FailedLoad] = {}
         """Why the last load of a model failed, until the next one."""
         self._in_turn = asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
@@ -138,7 +92,7 @@ class ModelLoader:
         return self._known
 
     @property
-    def failures(self) -> Mapping[str, LoadFailure]:
+    def failures(self) -> Mapping[str, FailedLoad]:
         """Return why the last loads of models failed, by their names."""
         return self._failures
 
@@ -157,7 +111,7 @@ class ModelLoader:
             if model.engine.status().state is not EngineState.FAILED:
                 if (loaded := self._specs.get(spec.name)) is None or not loaded.is_same(spec):
                     raise Conflict("Another model of this name is loaded; unload it, or replace it.")
-                return _finished(spec, model)
+                return finished_load(spec, model)
         return self._begin(spec, None)
 
     def replace(self, spec: LoadSpec, *, try_out: TryOut | None = None) -> Load:
@@ -189,8 +143,7 @@ class ModelLoader:
         if name not in self._host.loaded:
             raise ModelNotFound("This model is not loaded.")
         self._known.pop(name, None)
-        # A task of its own: whoever waits for it may go away.
-        await asyncio.shield(self._in_background(self._unload(name, grace)))
+        await self._unload(name, grace)
 
     async def ensure(self, name: str | None, allowed: Collection[str] | None = None) -> None:
         """Wait for a model that can be loaded on its first use, where the configuration says so.
@@ -204,25 +157,35 @@ class ModelLoader:
         if (load := self._load_of(name)) is not None:
             await asyncio.wait({load.task}, timeout=self._rules.first_use_seconds)
             if not load.task.done():
-                raise _still_loading(load)
+                raise load.still_loading()
+
+    async def end_loads(self) -> None:
+        """End all loads, since the service ends."""
+        loads = tuple(self._loads.values())
+        for load in loads:
+            load.end_error = ShuttingDown()
+            load.task.cancel()
+        if loads:
+            await asyncio.wait({load.task for load in loads})
 
     async def close(self) -> None:
-        """End all loads; what is loaded is the host's."""
-        tasks = [*(load.task for load in self._loads.values()), *self._background]
-        for task in tasks:
+        """End all loads and unloads; what is loaded is the host's."""
+        await self.end_loads()
+        background = tuple(self._background)
+        for task in background:
             task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        if background:
+            await asyncio.wait(background)
 
     async def watch_idle(self) -> None:
         """Unload models that have been idle for too long, until cancelled."""
         seconds = self._rules.idle_seconds
         while seconds:
             await asyncio.sleep(min(max(seconds / 4, 0.05), 10.0))
-            for name in self._idle():
-                if time.monotonic() - self._host.use_of(name).last_at > seconds:
+            for name in tuple(self._specs):
+                if name in self._idle() and time.monotonic() - self._host.use_of(name).last_at > seconds:
                     log.info("a model without requests is unloaded: %s", name)
-                    await self._set_aside(name)
+                    await self._evict(name)
 
     def _refuse_while_draining(self) -> None:
         if self._host.draining:
@@ -231,7 +194,7 @@ class ModelLoader:
     def _begin_on_first_use(self, name: str) -> None:
         """Raises: EngineNotReady: a model is being loaded, or could not be."""
         if (load := self._load_of(name)) is not None:
-            raise _still_loading(load)
+            raise load.still_loading()
 
     def _load_of(self, name: str) -> Load | None:
         """Return the load of a model, which begins where it can be loaded on its first use; None for any other.
@@ -259,20 +222,21 @@ class ModelLoader:
         # Also retrieves it: whoever began the load may not have waited for it.
         error = None if load.task.cancelled() else load.task.exception()
         if isinstance(error, AppError):
-            self._failures[load.spec.name] = LoadFailure(time.monotonic(), error.message, error.details)
+            self._failures[load.spec.name] = FailedLoad(time.monotonic(), error.message, error.details)
             log.warning("%s: %s", load.spec.name, error.message)
         elif error is not None:
             log.error("%s could not be loaded", load.spec.name, exc_info=error)
 
     async def _load(self, load: Load, try_out: TryOut | None) -> Served:
         async with self._in_turn:
-            set_aside = await self._make_room(load.spec.name)
+            evicted = await self._evict_idle(load.spec.name)
             try:
+                await self._host.wait_unloaded(load.spec.name)
                 return await self._start(load, try_out)
             except BaseException:
                 # A load that fails changes nothing.
-                for spec in set_aside:
-                    self._in_background(self._bring_back(spec))
+                for spec in evicted:
+                    self._in_background(self._reload(spec))
                 raise
 
     async def _start(self, load: Load, try_out: TryOut | None) -> Served:
@@ -286,15 +250,15 @@ class ModelLoader:
             await model.engine.wait_ready()
             if try_out is not None:
                 await try_out(model)
-            self._show(load.spec, model)
+            self._publish(load.spec, model)
         except BaseException as error:
             await model.engine.close()
             if isinstance(error, EngineFailed):
-                raise _load_error(error) from error
+                raise load_error(error) from error
             raise
         return model
 
-    def _show(self, spec: LoadSpec, model: Served) -> None:
+    def _publish(self, spec: LoadSpec, model: Served) -> None:
         """Let requests have a model that serves; one of the configuration is also loaded on its first use again."""
         if spec.name in self.configured:
             self._known[spec.name] = self.configured[spec.name]
@@ -305,12 +269,12 @@ class ModelLoader:
             self._host.put(model)
         self._specs[spec.name] = replace(spec, hub_token=None)
 
-    async def _make_room(self, name: str) -> list[LoadSpec]:
+    async def _evict_idle(self, name: str) -> list[LoadSpec]:
         """Unload idle models, least recently used first, until one more may be loaded; return what they were.
 
         Raises: EngineBusy: all are in use.
         """
-        set_aside: list[LoadSpec] = []
+        evicted: list[LoadSpec] = []
         most = self._rules.max_loaded
         while most is not None and len(self._specs.keys() - {name}) >= most:
             idle = [each for each in self._idle() if each != name]
@@ -319,33 +283,35 @@ class ModelLoader:
                 raise EngineBusy(reason, retry_after=BUSY_RETRY_SECONDS)
             victim = min(idle, key=lambda each: self._host.use_of(each).last_at)
             log.info("a model is unloaded to make room: %s", victim)
-            set_aside.append(self._specs[victim])
-            await self._set_aside(victim)
-        return set_aside
+            evicted.append(self._specs[victim])
+            await self._evict(victim)
+        return evicted
 
     def _idle(self) -> list[str]:
         """Return the models that nothing keeps loaded."""
-        kept = {self._host.default_name} if self._rules.required else set()
+        required = {self._host.default_name} if self._rules.required else set()
         return [
             name
             for name in self._specs
-            if name in self._host.loaded and name not in kept and name not in self._loads
+            if name in self._host.loaded and name not in required and name not in self._loads
             if not self._host.is_leased(name)
         ]
 
-    async def _set_aside(self, name: str) -> None:
+    async def _evict(self, name: str) -> None:
         """Unload an idle model, which a request can bring back."""
         self._known[name] = self._specs[name]
-        await asyncio.shield(self._in_background(self._unload(name, 0)))
+        await self._unload(name, 0)
 
-    async def _bring_back(self, spec: LoadSpec) -> None:
+    async def _reload(self, spec: LoadSpec) -> None:
         if spec.name not in self._host.loaded and not self._host.draining:
-            with suppress(AppError):  # logged, and kept as the model's failure
+            with suppress(AppError):  # logged, and remembered as the model's failure
                 await self.load(spec).wait()
 
     async def _unload(self, name: str, grace_seconds: float) -> None:
+        """Unload a model; no request gets it from the call on, and the unload goes on when its caller does not."""
+        model = self._host.begin_unload(name)
         self._specs.pop(name, None)
-        await self._host.unload(name, grace_seconds)
+        await asyncio.shield(self._in_background(self._host.finish_unload(model, grace_seconds)))
 
     def _in_background(self, work: Awaitable[None]) -> asyncio.Task[None]:
         async def run() -> None:
@@ -355,36 +321,3 @@ class ModelLoader:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return task
-
-
-def _finished(spec: LoadSpec, model: Served) -> Load:
-    async def found() -> Served:
-        return model
-
-    load = Load(spec)
-    load.engine = model.engine
-    load.task = asyncio.create_task(found())
-    return load
-
-
-def _still_loading(load: Load) -> EngineNotReady:
-    progress = load.progress
-    details = {"stage": progress.stage, "bytes_done": progress.bytes_done, "bytes_total": progress.bytes_total}
-    return EngineNotReady(
-        f"The model is being loaded ({progress.stage}).",
-        details={name: value for name, value in details.items() if value is not None},
-        retry_after=5,
-    )
-
-
-def _load_error(error: EngineFailed) -> AppError:
-    """Return what a failed load is to its caller."""
-    match error.details.get("reason"):
-        case "no_memory":
-            return InsufficientMemory(error.message, details=error.details)
-        case "unreachable":
-            return ServiceUnavailable(error.message, details=error.details)
-        case None:
-            return error
-        case _:
-            return ModelLoadFailed(error.message, details=error.details)

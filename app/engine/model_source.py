@@ -1,5 +1,6 @@
 """Where a model's files are: what a load names, how a registry hands them over, how a worker is started on them."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -9,6 +10,7 @@ from msgspec import structs
 
 from app.config import ModelConfig
 from app.engine.base import LoadProgress
+from app.engine.partial_downloads import remove_partial_downloads
 from app.errors import EngineFailed
 from app.ipc.messages import ModelSpec, Ready
 from app.ipc.spare_interpreters import SpareInterpreters
@@ -84,6 +86,8 @@ class WorkerLauncher:
         self.report: Report = lambda progress: None
         """Is called with the progress of a fetch."""
         self._uri = config.name if config.source == "mlflow" else None
+        self._downloads = config.name if config.source == "hub" else None
+        """The model of the hub that a worker may be downloading now."""
         self._spec = _spec(config)
         self._interpreters = interpreters
         self._hub_token = hub_token
@@ -102,11 +106,14 @@ class WorkerLauncher:
 
     def on_ready(self, ready: Ready) -> None:
         """Note where the files are: after a load with a token of its own, later workers have only them."""
+        self._downloads = None
         if self._pins and ready.folder is not None:
             self._spec = _of_folder(self._spec, ready.folder, ready.revision)
 
     async def close(self) -> None:
-        """Give back fetched files; no worker is started after that."""
+        """Give back fetched files, and remove what a download leaves that was cut short; no worker lives any more."""
+        if self._downloads is not None:
+            await asyncio.to_thread(remove_partial_downloads, self._downloads)
         fetched, self._fetched = self._fetched, None
         if fetched is not None:
             await fetched.release()

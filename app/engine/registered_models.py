@@ -95,6 +95,12 @@ class RegisteredModels:
         await self._store.record(uri, AliasHistory(serving=history.serving, refused=number, reason=reason))
         await self._discard(ModelVersion(name=uri.name, version=number))
 
+    async def clear_refused(self, uri: ModelUri) -> None:
+        """Note that a name means another version than the one that failed; should it come back, it is tried again."""
+        if self._refused.pop(uri, None) is not None:
+            history = await self._store.history(uri)
+            await self._store.record(uri, AliasHistory(serving=history.serving))
+
     async def _choose(self, uri: ModelUri) -> ModelVersion:
         history = await self._store.history(uri)
         try:

@@ -11,27 +11,23 @@ import logging
 import os
 import shutil
 import stat
-import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
-from app.errors import ModelRefused, RegistryUnavailable
+from app.errors import ModelRefused
 from app.registry.alias_history import AliasHistory, read_history, write_history
 from app.registry.client import MlflowClient, RegistryServer
 from app.registry.download import Downloaded, DownloadedFile, Progress, digest
 from app.registry.downloader import Downloader
 from app.registry.model_uri import ModelUri
+from app.registry.partial_folder import PartialFolder
 from app.registry.version import ModelVersion
 
 log = logging.getLogger(__name__)
-
-PARTIAL = ".partial-"
-READ_BYTES = 1024**2
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,7 +99,7 @@ class ModelStore:
     async def _download(
         self, version: ModelVersion, artifact_uri: str, record: Record | None, report: Callable[[Progress], None]
     ) -> Downloaded:
-        partial = await asyncio.to_thread(_PartialFolder, self._path(version))
+        partial = await asyncio.to_thread(PartialFolder, self._path(version))
         try:
             downloaded = await self._downloader.run(self._server, artifact_uri, partial.path, report)
             found = digest(downloaded.files)
@@ -153,51 +149,6 @@ class ModelStore:
         written.write_bytes(msgspec.json.encode(record))
         written.replace(self._record_path(version))
         partial.rename(path)
-
-
-class _PartialFolder:
-    """A private folder beside the one that a download becomes; locked, so that a later service may remove the rest."""
-
-    def __init__(self, target: Path) -> None:
-        """Create it, and remove what downloads that were killed have left.
-
-        Raises: RegistryUnavailable: nothing can be written there.
-        """
-        try:
-            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for left in target.parent.glob(f"{PARTIAL}*"):
-                _remove_unlocked(left)
-            self.path = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=target.parent))
-            self._lock = _lock(self.path)
-        except OSError as error:
-            raise RegistryUnavailable(f"The model cannot be stored in {target.parent} ({error.strerror}).") from None
-
-    def remove(self) -> None:
-        """Remove it, unless it has become the model's own; unlock it."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
-
-
-def _lock(folder: Path) -> int:
-    """Return a descriptor that holds the lock of a folder.  Raises: OSError: another process holds it."""
-    import fcntl  # not at the top: Windows has none, and serves at least the echo engine
-
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _remove_unlocked(folder: Path) -> None:
-    with suppress(OSError):
-        descriptor = _lock(folder)
-        try:
-            shutil.rmtree(folder)
-        finally:
-            os.close(descriptor)
 
 
 def _is_intact(folder: Path, record: Record) -> bool:

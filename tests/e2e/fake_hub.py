@@ -19,6 +19,10 @@ class FakeHub:
     models: dict[str, Path]
     gated: dict[str, str] = field(default_factory=dict)
     """Model -> the token that opens it."""
+    slow: set[str] = field(default_factory=set)
+    """Models whose weights come to a halt in the middle."""
+    halted: threading.Event = field(default_factory=threading.Event)
+    """Set once they have."""
     url: str = ""
     authorizations: list[str] = field(default_factory=list)
     """Every Authorization header that came."""
@@ -80,14 +84,21 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
             else:
                 content = path.read_bytes()
                 headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
-                self._send(200, content, headers)
+                halt = name in hub.slow and file.endswith(".safetensors") and self.command == "GET"
+                self._send(200, content, headers, halt=halt)
 
-        def _send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
+        def _send(
+            self, status: int, content: bytes, headers: dict[str, str] | None = None, *, halt: bool = False
+        ) -> None:
             self.send_response(status)
             for name, value in {**(headers or {}), "Content-Length": str(len(content))}.items():
                 self.send_header(name, value)
             self.end_headers()
-            if self.command == "GET":
+            if halt:
+                self.wfile.write(content[: len(content) // 2])
+                hub.halted.set()
+                self.rfile.read(1)  # until the client is gone
+            elif self.command == "GET":
                 self.wfile.write(content)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

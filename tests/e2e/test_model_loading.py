@@ -12,6 +12,7 @@ import psutil
 import pytest
 import pytest_asyncio
 
+from app.engine import partial_downloads
 from tests.e2e.fake_hub import COMMIT, FakeHub, serving
 from tests.unit.tiny_models import save_tiny_llama
 from tests.web.access import Running, running
@@ -33,10 +34,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def hub(folder: Path) -> Iterator[FakeHub]:
     """A hub that the workers know by their environment, with a model that is gated."""
-    fake = FakeHub({"org/gated": folder / "roots" / "hub"}, gated={"org/gated": "hf_right"})
+    models = dict.fromkeys(("org/gated", "org/slow"), folder / "roots" / "hub")
+    fake = FakeHub(models, gated={"org/gated": "hf_right"}, slow={"org/slow"})
     with serving(fake) as hub, pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_ENDPOINT", hub.url)
         patch.setenv("HF_HUB_CACHE", str(folder / "cache"))
+        patch.setattr(partial_downloads, "hub_cache", lambda: folder / "cache")
         patch.delenv("HF_HUB_OFFLINE", raising=False)
         yield hub
 
@@ -77,7 +80,7 @@ async def generate(client: httpx.AsyncClient, model: str, **fields: Any) -> http
 
 
 async def test_ten_loads_of_one_model_are_one_process_and_delay_nobody(client: httpx.AsyncClient):
-    """The progress is told while probes are answered as fast as ever."""
+    """The progress is events while probes are answered as fast as ever."""
     body = {"model_name": "one", "source": "local"}
     before, slowest = workers(), 0.0
     streaming = asyncio.create_task(client.post(LOAD, json={**body, "stream": True}))
@@ -89,11 +92,11 @@ async def test_ten_loads_of_one_model_are_one_process_and_delay_nobody(client: h
         assert 200 == health.status_code
         await asyncio.sleep(0.01)
     replies = [task.result() for task in loading]
-    told = [(name, json.loads(data)) for name, data in frames((await streaming).text)]
+    events = [(name, json.loads(data)) for name, data in frames((await streaming).text)]
 
     assert {(200, "ready")} == {(reply.status_code, reply.json()["state"]) for reply in replies}
-    assert "done" == told[-1][0]
-    stages = [data["stage"] for name, data in told if name == "progress"]
+    assert "done" == events[-1][0]
+    stages = [data["stage"] for name, data in events if name == "progress"]
     assert (
         {"process", "weights"}
         <= {*stages}
@@ -106,21 +109,21 @@ async def test_ten_loads_of_one_model_are_one_process_and_delay_nobody(client: h
 
 
 async def test_a_model_is_replaced_without_a_failed_request(client: httpx.AsyncClient):
-    old, asked, stop = (await state(client, "one"))["requests"], [], asyncio.Event()
+    old, statuses, stop = (await state(client, "one"))["requests"], [], asyncio.Event()
 
-    async def ask() -> None:
+    async def send() -> None:
         while not stop.is_set():
-            asked.append((await generate(client, "one", max_tokens=5)).status_code)
+            statuses.append((await generate(client, "one", max_tokens=5)).status_code)
 
-    asking = [asyncio.create_task(ask()) for _ in range(3)]
+    sending = [asyncio.create_task(send()) for _ in range(3)]
     body = {"model_name": "two", "source": "local", "served_name": "one", "replace": True}
     replaced = await client.post(LOAD, json=body)
     stop.set()
-    await asyncio.gather(*asking)
+    await asyncio.gather(*sending)
 
     assert 200 == replaced.status_code, replaced.text
-    assert {200} == set(asked)
-    assert len(asked) > 3
+    assert {200} == set(statuses)
+    assert len(statuses) > 3
     assert old > 0
 
 
@@ -147,10 +150,26 @@ async def test_a_load_that_fails_says_why_and_leaves_no_process(client: httpx.As
     failed = await client.post(LOAD, json={"model_name": "pickled", "source": "local"})
     now = await state(client, "pickled")
 
-    assert (422, "unsupported") == (failed.status_code, failed.json()["details"]["reason"]), failed.text
+    assert (424, "unsupported") == (failed.status_code, failed.json()["details"]["reason"]), failed.text
     assert "safetensors" in failed.json()["message"]
     assert workers() <= before
     assert ("failed", "unsupported") == (now["state"], now["error_reason"])
+
+
+async def test_a_load_that_is_ended_in_its_download_leaves_nothing(
+    client: httpx.AsyncClient, hub: FakeHub, folder: Path
+):
+    before = workers()
+    loading = asyncio.create_task(client.post(LOAD, json={"model_name": "org/slow", "source": "hub"}))
+    assert await asyncio.to_thread(hub.halted.wait, 100)
+    while not (part := list((folder / "cache").rglob("*.incomplete"))):  # noqa: ASYNC110  # it has no event
+        await asyncio.sleep(0.02)
+    ended = await client.post(UNLOAD, json={"model_name": "org/slow"})
+
+    assert (409, 200) == ((await loading).status_code, ended.status_code)
+    assert not part[0].exists()
+    assert [] == list((folder / "cache").rglob("*.incomplete"))
+    assert workers() <= before
 
 
 async def test_a_gated_model_is_loaded_with_a_token_that_is_used_once(
@@ -160,7 +179,7 @@ async def test_a_gated_model_is_loaded_with_a_token_that_is_used_once(
     body = {"model_name": "org/gated", "source": "hub", "revision": COMMIT}
     refused = await client.post(LOAD, json=body)
     loading = await client.post(LOAD, json={**body, "hf_token": "hf_right", "stream": True})
-    told = [json.loads(data) for name, data in frames(loading.text)]
+    events = [json.loads(data) for name, data in frames(loading.text)]
     engine = app.container.host.find("org/gated").engine
     worker = psutil.Process(engine.status().worker_pid)
     shown = [*worker.cmdline(), *worker.environ().values()]
@@ -169,17 +188,11 @@ async def test_a_gated_model_is_loaded_with_a_token_that_is_used_once(
     while engine.status().restarts < 1 or engine.status().state.value != "ready":  # noqa: ASYNC110  # it has no event
         await asyncio.sleep(0.05)
 
-    assert (422, "gated") == (refused.status_code, refused.json()["details"]["reason"])
-    assert ("ready", COMMIT) == (told[-1]["state"], told[-1]["revision"]), told[-1]
+    assert (424, "gated") == (refused.status_code, refused.json()["details"]["reason"])
+    assert ("ready", COMMIT) == (events[-1]["state"], events[-1]["revision"]), events[-1]
     assert {"Bearer hf_right"} == set(hub.authorizations)
-    assert any(data.get("bytes_total") for data in told if data.get("stage") == "files")
+    assert any(data.get("bytes_total") for data in events if data.get("stage") == "files")
     assert not any("hf_right" in text for text in shown)
     assert used == len(hub.authorizations)
     assert 200 == (await generate(client, "org/gated")).status_code
     await client.post(UNLOAD, json={"model_name": "org/gated"})
-
-
-async def test_what_the_hub_does_not_have_is_named(client: httpx.AsyncClient):
-    failed = await client.post(LOAD, json={"model_name": "org/absent", "source": "hub"})
-
-    assert (422, "not_found") == (failed.status_code, failed.json()["details"]["reason"]), failed.text

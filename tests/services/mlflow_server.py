@@ -68,6 +68,11 @@ class MlflowServer:
         """Let an alias mean a version."""
         self._post("registered-models/alias", name=name, alias=alias, version=version)
 
+    def move(self, name: str, version: str, stage: str) -> None:
+        """Put a version into a stage."""
+        options = {"version": version, "stage": stage, "archive_existing_versions": False}
+        self._post("model-versions/transition-stage", name=name, **options)
+
     def _post(self, path: str, **body: Any) -> Mapping[str, Any]:
         reply = self.http.post(path, json=body)
         assert reply.status_code == 200, reply.text

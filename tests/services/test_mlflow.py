@@ -1,7 +1,6 @@
 """Models from a real MLflow server: served, followed by their alias while requests run, and refused."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -97,7 +96,10 @@ async def traffic(http: httpx.AsyncClient, callers: int) -> AsyncIterator[list[t
 async def test_an_alias_is_followed_without_a_failed_request_and_a_broken_version_stays_out(
     mlflow: MlflowServer, tmp_path: Path
 ):
-    """Requests run all the time: over the switch, over a version that cannot be loaded, and over the next switch."""
+    """Requests run all the time, over the switch and over a version that cannot be loaded.
+
+    At the next start the registry does not answer, and the version that served last does.
+    """
     name = mlflow.create()
     first = mlflow.register(name, "model", team="search")
     mlflow.point(name, "production", first)
@@ -129,10 +131,6 @@ async def test_an_alias_is_followed_without_a_failed_request_and_a_broken_versio
             assert "The model cannot be loaded" in reported["last_error"]
             assert after == await chat(http)
 
-            mlflow.point(name, "production", first)
-            await until(http, lambda model: model["registry"]["version"] == first)
-            assert before == await chat(http)
-
             async with asyncio.timeout(60):
                 while len(workers(service)) > 1:  # noqa: ASYNC110  # another process' work
                     await asyncio.sleep(0.2)
@@ -141,35 +139,15 @@ async def test_an_alias_is_followed_without_a_failed_request_and_a_broken_versio
         assert 20 < len(replies)
         assert not {*old_workers} & {*workers(service)}
         [registry_folder] = (tmp_path / "data" / "registry").iterdir()
-        assert [first] == [path.name for path in (registry_folder / name).iterdir() if path.is_dir()]
-
-    assert "canary-password" not in service.output.read_text()
-
-
-async def test_after_a_restart_the_last_version_serves_though_the_registry_is_down_or_its_alias_broken(
-    mlflow: MlflowServer, tmp_path: Path
-):
-    """What failed once is not loaded again at the next start, and what served needs no registry."""
-    name = mlflow.create()
-    good = mlflow.register(name, "model")
-    mlflow.point(name, "production", good)
-    configured = settings(mlflow, f"models:/{name}@production")
-    async with serving(None, tmp_path, **configured) as service, service.client() as http:
-        broken = mlflow.register(name, "broken")
-        mlflow.point(name, "production", broken)
-        await until(http, lambda model: model["registry"]["refused_version"] == broken)
-
-    async with serving(None, tmp_path, **configured) as service, service.client() as http:
-        found = await until(http, lambda model: model["registry"]["refused_version"] == broken)
-        assert good == found["registry"]["version"]
+        assert [second] == [path.name for path in (registry_folder / name).iterdir() if path.is_dir()]
 
     with mlflow.stalled():
         configured["MLFLOW__TIMEOUT_SECONDS"] = "1"
-        started = time.monotonic()
         async with serving(None, tmp_path, **configured) as service, service.client() as http:
-            assert (good, "ready") == ((found := await model_info(http))["registry"]["version"], found["state"])
-            assert await chat(http)
-            assert time.monotonic() - started < 60
+            assert second == (await model_info(http))["registry"]["version"]
+            assert after == await chat(http)
+
+    assert "canary-password" not in service.output.read_text()
 
 
 async def test_a_model_comes_at_run_time_and_one_that_needs_code_is_refused(mlflow: MlflowServer, tmp_path: Path):
@@ -187,12 +165,13 @@ async def test_a_model_comes_at_run_time_and_one_that_needs_code_is_refused(mlfl
         for number, words in refused.items():
             body = {"model_name": f"models:/{name}/{number}", "source": "mlflow"}
             reply = await http.post("/v1/models/load", json=body)
-            assert 422 == reply.status_code, reply.text
+            assert 424 == reply.status_code, reply.text
             assert words in reply.json()["message"]
         assert 1 == len(workers(service))
         assert [] == [*(tmp_path / "data" / "registry").glob("*/*/*")]
 
-        body = {"model_name": f"models:/{name}/{version}", "source": "mlflow"}
+        mlflow.move(name, version, "Production")
+        body = {"model_name": f"models:/{name}/Production", "source": "mlflow"}
         loaded = await http.post("/v1/models/load", json=body)
         assert (200, name) == (loaded.status_code, loaded.json()["name"])
         reply = await http.post("/v1/chat", json=PROMPT | {"model": name})

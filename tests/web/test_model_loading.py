@@ -113,7 +113,7 @@ async def test_only_a_role_that_may_load_models_does(roots: Path, path: str):
         ({"model_name": "third", "source": "local", "served_name": "a//b"}, 400),
         ({"model_name": "third", "source": "local", "trust_remote_code": True}, 400),
         ({"model_name": "third\n", "source": "local"}, 400),
-        ({"model_name": "absent", "source": "local"}, 422),
+        ({"model_name": "absent", "source": "local"}, 424),
         ({"model_name": "stranger"}, 404),
     ],
 )
@@ -171,12 +171,12 @@ async def test_a_model_that_a_role_does_not_allow_is_not_loaded_for_its_keys(roo
 async def test_a_model_that_a_request_may_have_loaded_is_listed(roots: Path):
     async with service(roots) as (app, client):
         before = (await client.get("/v1/models")).json()["data"]
-        alone = (await client.get("/v1/models/second")).json()
+        single = (await client.get("/v1/models/second")).json()
         await app.container.loader.load(app.container.loader.configured["second"]).wait()
         after = (await client.get("/v1/models")).json()["data"]
 
     assert [("echo", "loaded"), ("second", "unloaded")] == [(card["id"], card["status"]["value"]) for card in before]
-    assert before[1] == alone
+    assert before[1] == single
     assert ["loaded", "loaded"] == [card["status"]["value"] for card in after]
 
 

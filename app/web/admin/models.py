@@ -14,7 +14,7 @@ from starlette.responses import Response as HttpResponse
 from app.config import ModelConfig, beside
 from app.config.embeddings import EmbeddingPooling
 from app.config.model import SERVED_NAME, CompileName, DeviceName, DtypeName, QuantizationName, ServedName
-from app.engine.model_loader import Load
+from app.engine.model_load import Load
 from app.engine.model_source import LoadSpec
 from app.engine.model_states import ModelState, State, model_state
 from app.engine.source_policy import check_source

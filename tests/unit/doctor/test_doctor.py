@@ -125,6 +125,17 @@ def replace_data_folder(folder: Path) -> None:
     (folder / "data").write_text("a file")
 
 
+def test_every_configured_model_is_examined(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Those too that are loaded on their first use; one of a registry needs its address."""
+    entries = [{"name": "absent"}, {"name": "models:/chat/3", "source": "mlflow"}]
+    monkeypatch.setenv("MODELS", json.dumps(entries))
+    said = examine(1)
+
+    assert "absent/config.json cannot be read" in said
+    assert "models.0.name" in said
+    assert "mlflow.tracking_uri is not set" in said
+
+
 def test_the_embedding_models_folder_is_examined_too(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("EMBEDDINGS__MODEL", "encoder")
     assert "encoder/config.json cannot be read" in examine(1)
@@ -277,7 +288,7 @@ def test_a_model_of_the_hub_is_looked_for_on_this_machine_only(
             "models:/chat@production",
             "http://registry.test",
             0,
-            "ok       model: models:/chat@production comes from the",
+            "model: models:/chat@production comes from the",
         ),
         ("models:/chat@production", "", 1, "problem  model: mlflow.tracking_uri is not set"),
         ("models:/chat@production", "./mlruns", 1, "problem  model: mlflow.tracking_uri must begin with http://"),

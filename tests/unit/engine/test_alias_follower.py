@@ -156,6 +156,22 @@ async def test_a_version_that_fails_stays_out_and_is_tried_once(
         registry.add("3")
         registry.aliases["production"] = "3"
         await model.until(lambda facts: facts["version"] == "3")
+        assert model.facts["refused_version"] is None
+
+
+async def test_a_version_that_failed_is_tried_again_once_the_alias_had_left_it(registry: Registry, tmp_path: Path):
+    sound = dict(registry.files)
+    async with hosted(registered(registry, tmp_path)) as model:
+        _refused_by_name(registry)
+        registry.add("2")
+        registry.aliases["production"] = "2"
+        await model.until(lambda facts: facts["refused_version"] == "2")
+        registry.aliases["production"] = "1"
+        await model.until(lambda facts: facts["refused_version"] is None)
+
+        registry.files = sound
+        registry.aliases["production"] = "2"
+        await model.until(lambda facts: facts["version"] == "2")
 
 
 async def test_a_registry_that_is_down_ends_nothing_and_is_logged_once(

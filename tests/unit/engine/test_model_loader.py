@@ -1,8 +1,9 @@
 """Models come and go while the service runs: one load a name, nothing left of a failed one, room made by last use."""
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
@@ -155,22 +156,25 @@ REASONS = [
     ("gated", ModelLoadFailed),
     ("not_found", ModelLoadFailed),
     ("bad_file", ModelLoadFailed),
+    (None, ModelLoadFailed),
 ]
+"""What a worker says, and what it is to the caller; a worker that was killed says nothing."""
 
 
 @pytest.mark.parametrize(("reason", "kind"), REASONS)
-async def test_a_load_that_fails_names_the_reason_and_leaves_nothing(reason: str, kind: type[Exception]):
+async def test_a_load_that_fails_names_the_reason_and_leaves_nothing(reason: str | None, kind: type[Exception]):
+    details = {} if reason is None else {"reason": reason, "needed_bytes": 5}
     async with service() as (loader, host, workshop):
-        workshop.errors["b"] = EngineFailed("It cannot be loaded.", details={"reason": reason, "needed_bytes": 5})
+        workshop.errors["b"] = EngineFailed("It cannot be loaded.", details=details)
         with pytest.raises(kind) as failure:
             await loader.load(spec("b")).wait()
 
         assert isinstance(failure.value, ModelLoadFailed | InsufficientMemory)
-        assert {"reason": reason, "needed_bytes": 5} == failure.value.details
+        assert {"reason": "failed", **details} == failure.value.details
         assert ["a"] == workshop.open
         assert ("a",) == host.names
         (state,) = [state for state in model_states(host, loader) if state.name == "b"]
-        assert ("failed", reason) == (state.state, state.error_reason)
+        assert ("failed", reason or "failed") == (state.state, state.error_reason)
 
 
 async def test_a_model_that_is_replaced_serves_until_the_new_one_does():
@@ -194,15 +198,15 @@ async def test_a_model_that_is_replaced_serves_until_the_new_one_does():
 async def test_requests_that_run_during_a_replacement_all_finish():
     async with service() as (loader, host, _):
 
-        async def ask(number: int) -> str:
+        async def send(number: int) -> str:
             await asyncio.sleep(number * 0.002)
             return (await generate(host, hello(f"r{number}")))[0][-1].finish_reason.value  # type: ignore[union-attr]
 
-        asking = [asyncio.create_task(ask(number)) for number in range(50)]
+        sending = [asyncio.create_task(send(number)) for number in range(50)]
         for number in range(5):
             await loader.replace(spec("a", revision=str(number))).wait()
 
-        assert {"stop"} == set(await asyncio.gather(*asking))
+        assert {"stop"} == set(await asyncio.gather(*sending))
 
 
 @pytest.mark.parametrize("fails", ["load", "try"])
@@ -226,8 +230,12 @@ async def test_an_unload_ends_a_load_that_is_under_way():
         workshop.slow.add("b")
         load = loader.load(spec("b"))
         await until(lambda: load.engine is not None)
+        waiting = asyncio.create_task(load.wait())
+        await asyncio.sleep(0)
         await loader.unload("b")
 
+        with pytest.raises(Conflict, match="unloaded before"):
+            await waiting
         assert load.task.cancelled()
         assert ["a"] == workshop.open
         with pytest.raises(ModelNotFound):
@@ -375,6 +383,32 @@ async def test_an_unloaded_model_stays_away_until_it_is_loaded_again():
         assert ("a", "b") == host.loaded
 
 
+async def test_a_load_waits_for_the_unload_of_its_name():
+    async with service() as (loader, host, workshop):
+        await loader.load(spec("b")).wait()
+        workshop.engines[-1].may_close.clear()
+        unloading = asyncio.create_task(loader.unload("b"))
+        await until(lambda: "b" not in host.loaded)
+        loading = asyncio.create_task(loader.load(spec("b", revision="2")).wait())
+        await asyncio.sleep(0.02)
+        before = len(workshop.engines)
+        workshop.engines[-1].may_close.set()
+        await asyncio.gather(unloading, loading)
+
+        assert 2 == before
+        assert ("a", "b") == host.loaded
+
+
+async def test_a_model_that_is_replaced_is_closed_when_the_service_ends():
+    async with service() as (loader, host, workshop):
+        with host.lease(hello("one")):
+            await loader.replace(spec("a", revision="2")).wait()
+            await loader.close()
+            await host.close()
+
+        assert [] == workshop.open
+
+
 async def test_nothing_is_loaded_while_the_service_drains():
     async with service("b") as (loader, host, _workshop):
         await host.drain(0)
@@ -387,10 +421,72 @@ async def test_closing_ends_every_load():
         workshop.slow |= {"b", "c"}
         loads = [loader.load(spec(name)) for name in "bc"]
         await until(lambda: loads[0].engine is not None)
+        waiting = asyncio.create_task(loads[1].wait())
+        await asyncio.sleep(0)
         await loader.close()
 
+        with pytest.raises(ShuttingDown):
+            await waiting
         assert all(load.task.cancelled() for load in loads)
         assert ["a"] == workshop.open
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_whatever_comes_together_every_request_has_a_model_that_lives(seed: int):
+    """Loads that fail, replacements, unloads, evictions and requests in any order, sixty at a time."""
+    chance = random.Random(seed)  # repeatable, not secret
+    async with service("b", "c", max_loaded=2, first_use="wait", idle_seconds=0.02) as (loader, host, workshop):
+        walk = Walk(loader, host, workshop, chance)
+        watching = asyncio.create_task(loader.watch_idle())
+        running = [asyncio.create_task(walk.step(number)) for number in range(60)]
+        await asyncio.wait_for(asyncio.gather(*running), 60)
+        watching.cancel()
+        while loader.loads or set(host.names) != set(host.loaded):  # noqa: ASYNC110  # it has no event
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.02)
+
+        assert sorted(host.loaded) == sorted(workshop.open)
+        assert {"a"} <= set(host.loaded)
+        assert len(host.loaded) <= 2
+
+
+class Walk:
+    """Does one thing after another with the models of a service."""
+
+    def __init__(self, loader: ModelLoader, host: ModelHost, workshop: Workshop, chance: random.Random) -> None:
+        self.loader, self.host, self.workshop, self.chance = loader, host, workshop, chance
+
+    async def step(self, number: int) -> None:
+        """Wait a moment, and do one of the things; refusals are as they should be."""
+        name = self.chance.choice("abc")
+        do = self.chance.choice([self.generate] * 4 + [self.load, self.replace, self.unload, self.fail])
+        await asyncio.sleep(self.chance.random() * 0.2)
+        with suppress(ModelLoadFailed, ModelNotFound, EngineNotReady, EngineBusy, Conflict):
+            await do(name, number)
+
+    async def generate(self, name: str, number: int) -> None:
+        await self.loader.ensure(name)
+        with self.host.lease(hello(f"r{number}", model=name)) as model:
+            for _ in range(5):
+                await asyncio.sleep(self.chance.random() * 0.01)
+                assert model.engine.status().state is EngineState.READY
+
+    async def load(self, name: str, number: int) -> None:
+        await self.loader.load(spec(name)).wait()
+
+    async def replace(self, name: str, number: int) -> None:
+        await self.loader.replace(spec(name, revision=str(number))).wait()
+
+    async def unload(self, name: str, number: int) -> None:
+        if name != "a":
+            await self.loader.unload(name, 5)
+
+    async def fail(self, name: str, number: int) -> None:
+        self.workshop.errors[name] = EngineFailed("No.", details={"reason": "bad_file"})
+        try:
+            await self.replace(name, number)
+        finally:
+            self.workshop.errors.pop(name, None)
 
 
 async def test_a_token_is_for_one_load_only():

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from app.errors import AppError, ModelRefused, RegistryUnavailable
+from app.errors import AppError, ModelNotFound, ModelRefused, RegistryUnavailable
 from app.registry.client import RegistryServer
 from app.registry.download import Progress
 from app.registry.downloader import Downloader
@@ -135,49 +135,24 @@ async def test_versions_and_registries_have_folders_of_their_own(registry: Regis
     assert 3 == len(folders)
 
 
-def _longer(registry: Registry) -> None:
+def _refused(registry: Registry) -> None:
+    registry.files["MLmodel"] = b"flavors: {sklearn: {}}"
+
+
+def _half_way(registry: Registry) -> None:
     registry.listed["model"] = [{"path": "model.safetensors", "is_dir": False, "file_size": 10}]
-
-
-def _shorter(registry: Registry) -> None:
-    registry.listed["model"] = [{"path": "model.safetensors", "is_dir": False, "file_size": 10_000}]
 
 
 def _gone(registry: Registry) -> None:
     registry.replies["/model.safetensors"] = lambda params: (404, {}, b'{"error_code": "RESOURCE_DOES_NOT_EXIST"}')
 
 
-def _broken(registry: Registry) -> None:
-    registry.replies["/model.safetensors"] = lambda params: (200, {"Content-Length": "7000"}, b"weights")
-
-
-def _too_large(registry: Registry) -> None:
-    registry.listed["model"] = [{"path": "model.safetensors", "is_dir": False, "file_size": 10**6 + 1}]
-
-
-def _long_description(registry: Registry) -> None:
-    registry.files["MLmodel"] = b" " * (2**20 + 1)
-
-
-def _no_description(registry: Registry) -> None:
-    del registry.files["MLmodel"]
-
-
-def _climbing(registry: Registry) -> None:
-    registry.listed["model"] = [{"path": "../../../x.safetensors", "is_dir": False, "file_size": 1}]
-
-
 @pytest.mark.parametrize(
     ("damage", "error", "words"),
     [
-        (_longer, ModelRefused, "model.safetensors: is longer than the 10 bytes"),
-        (_shorter, RegistryUnavailable, "model.safetensors: ended after 7000 of 10000 bytes"),
-        (_gone, AppError, "has no such model"),
-        (_broken, RegistryUnavailable, "RemoteProtocolError"),
-        (_too_large, ModelRefused, r"bytes; at most 1000000 are downloaded \(mlflow.max_bytes\)"),
-        (_long_description, ModelRefused, "MLmodel: has more than 1048576 bytes"),
-        (_no_description, ModelRefused, "It has no MLmodel file"),
-        (_climbing, ModelRefused, "leads elsewhere"),
+        (_refused, ModelRefused, "this model has 'sklearn'"),
+        (_half_way, ModelRefused, "is longer than the 10 bytes"),
+        (_gone, ModelNotFound, "has no such model"),
     ],
 )
 async def test_a_download_that_fails_says_why_and_leaves_nothing(
@@ -188,34 +163,13 @@ async def test_a_download_that_fails_says_why_and_leaves_nothing(
     error: type[AppError],
     words: str,
 ):
+    """The error is that of the process which downloads."""
     damage(registry)
 
     with pytest.raises(error, match=words):
         await store.fetch(VERSION)
 
     assert set() == stored(tmp_path / "registry")
-
-
-async def test_a_file_whose_connection_broke_is_downloaded_again(registry: Registry, store: ModelStore):
-    whole = registry.files["model/model.safetensors"]
-    replies = iter([(200, {"Content-Length": "7000"}, b"weights"), (200, {}, whole)])
-    registry.replies["/model.safetensors"] = lambda params: next(replies)
-
-    folder, _ = await store.fetch(VERSION)
-
-    assert whole == (folder / "model.safetensors").read_bytes()
-
-
-async def test_a_model_that_does_not_fit_on_the_disk_is_refused_before_the_download(
-    registry: Registry, server: RegistryServer, tmp_path: Path
-):
-    registry.listed["model"] = [{"path": "model.safetensors", "is_dir": False, "file_size": 10**18}]
-    store = ModelStore(server, tmp_path / "registry", Downloader(max_bytes=10**19, total_seconds=30))
-
-    with pytest.raises(RegistryUnavailable, match="and the disk of the data folder has"):
-        await store.fetch(VERSION)
-
-    assert 0 == downloads(registry)
 
 
 async def test_a_folder_that_cannot_be_written_to_is_named(registry: Registry, server: RegistryServer, tmp_path: Path):
@@ -285,6 +239,16 @@ async def test_what_a_killed_service_has_left_is_removed_by_the_next_download(
     assert (False, True) == (left.exists(), used.exists())
     other.kill()
     await other.communicate()
+
+
+async def test_two_versions_are_downloaded_at_once(registry: Registry, store: ModelStore):
+    """Neither takes the folder of the other for one that was left behind."""
+    versions = [ModelVersion(name="chat", version=str(number)) for number in range(1, 5)]
+
+    fetched = await asyncio.gather(*(store.fetch(version) for version in versions))
+
+    assert 4 == len({folder for folder, _ in fetched})
+    assert 1 == len({version.digest for _, version in fetched})
 
 
 async def test_a_record_that_cannot_be_read_is_named(registry: Registry, store: ModelStore, tmp_path: Path):

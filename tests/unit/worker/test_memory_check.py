@@ -29,10 +29,10 @@ def test_a_model_that_does_not_fit_says_what_it_needs_and_what_is_free(tmp_path:
     monkeypatch.setattr(memory_check, "free_bytes", lambda device: 10**9)
     with pytest.raises(NoMemoryError) as failure:
         check_memory(save_weights(tmp_path, "F32", 10**9, 4), "auto", "cpu")
-    told = load_failure(failure.value)
+    sent = load_failure(failure.value)
 
-    assert ("no_memory", 4 * 10**9, 10**9) == (told.reason, told.needed_bytes, told.free_bytes)
-    assert "it needs 4.00 GB of memory for its weights, and 1.00 GB are free" in told.message
+    assert ("no_memory", 4 * 10**9, 10**9) == (sent.reason, sent.needed_bytes, sent.free_bytes)
+    assert "it needs 4.00 GB of memory for its weights, and 1.00 GB are free" in sent.message
 
 
 def test_a_model_that_fits_passes(tmp_path: Path):
