@@ -34,7 +34,8 @@ log = logging.getLogger(__name__)
 RETRY_SECONDS = 30.0
 """How long a failed load answers for its model before a request begins another one."""
 BUSY_RETRY_SECONDS = 10.0
-
+MAX_FAILURES = 100
+"""Failed loads that are remembered."""
 
 TryOut = Callable[[Served], Awaitable[None]]
 """Tries a model that has been loaded, before any request gets it.  Raises: AppError: it is of no use."""
@@ -223,6 +224,8 @@ class ModelLoader:
         error = None if load.task.cancelled() else load.task.exception()
         if isinstance(error, AppError):
             self._failures[load.spec.name] = FailedLoad(time.monotonic(), error.message, error.details)
+            if len(self._failures) > MAX_FAILURES:
+                del self._failures[next(iter(self._failures))]
             log.warning("%s: %s", load.spec.name, error.message)
         elif error is not None:
             log.error("%s could not be loaded", load.spec.name, exc_info=error)

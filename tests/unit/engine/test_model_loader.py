@@ -11,7 +11,7 @@ import pytest
 from app.config import ModelConfig
 from app.engine.base import EngineStatus, LoadProgress
 from app.engine.host import ModelHost
-from app.engine.model_loader import ModelLoader
+from app.engine.model_loader import MAX_FAILURES, ModelLoader
 from app.engine.model_source import LoadSpec
 from app.engine.model_states import model_states
 from app.engine.served_model import Served
@@ -175,6 +175,17 @@ async def test_a_load_that_fails_names_the_reason_and_leaves_nothing(reason: str
         assert ("a",) == host.names
         (state,) = [state for state in model_states(host, loader) if state.name == "b"]
         assert ("failed", reason or "failed") == (state.state, state.error_reason)
+
+
+async def test_a_bounded_number_of_failed_loads_is_remembered():
+    async with service() as (loader, host, workshop):
+        for number in range(MAX_FAILURES + 1):
+            workshop.errors[f"b{number}"] = EngineFailed("No.", details={"reason": "gated"})
+            with pytest.raises(ModelLoadFailed):
+                await loader.load(spec(f"b{number}")).wait()
+
+        assert ("b1", MAX_FAILURES) == (next(iter(loader.failures)), len(loader.failures))
+        assert MAX_FAILURES + 1 == len(model_states(host, loader))
 
 
 async def test_a_model_that_is_replaced_serves_until_the_new_one_does():
