@@ -81,6 +81,8 @@ class Grammar:
     kind: Literal["json_schema", "regex", "lark"]
     text: str
     """A JSON Schema as JSON text, a regular expression, or a grammar in llguidance's dialect of Lark."""
+    json_marks: tuple[str, ...] = ()
+    """What begins JSON in a completion that is free text otherwise."""
 
     @property
     def is_json(self) -> bool:

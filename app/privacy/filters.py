@@ -21,7 +21,7 @@ from app.engine.stop_strings import StopBuffer, hidden_stops, with_stop_tokens
 from app.engine.wrapper import EngineWrapper
 from app.errors import InvalidRequest, PiiBlocked, ServiceUnavailable
 from app.events import Delta, Event, Finished, Started, ToolCallDelta, finish
-from app.privacy.json_redactor import JsonRedactor
+from app.privacy.json_redactor import JsonRedactor, TaggedRedactor
 from app.privacy.pool import RedactionPool
 from app.privacy.redactor import CONTINUED_CHARS, PiiKind, Redaction, Redactor, StreamRedactor
 from app.privacy.unmasked_prompt import UnmaskedPrompt
@@ -153,12 +153,14 @@ class _OutputFilter:
 
     def __init__(self, redactor: Redactor, request: GenerationRequest, pool: RedactionPool) -> None:
         self._json = partial(JsonRedactor, redactor, pool, request.tenant)
+        self._text: _TextChannel | JsonRedactor | TaggedRedactor
         grammar = request.sampling.grammar
-        self._text: _TextChannel | JsonRedactor = (
-            self._json()
-            if grammar is not None and grammar.is_json
-            else _TextChannel(redactor, pool, request.tenant, _continued_text(request))
-        )
+        if grammar is not None and grammar.is_json:
+            self._text = self._json()
+        elif grammar is not None and grammar.json_marks:
+            self._text = TaggedRedactor(redactor, pool, request.tenant, grammar.json_marks)
+        else:
+            self._text = _TextChannel(redactor, pool, request.tenant, _continued_text(request))
         self._reasoning = _TextChannel(redactor, pool, request.tenant)
         self._calls: dict[int, JsonRedactor] = {}
         self._reasons = self._speaks = False

@@ -11,7 +11,7 @@ import asyncio
 import json
 import re
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Literal
 
 from app.privacy.pool import RedactionPool
@@ -39,15 +39,15 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 class JsonRedactor:
     """Redacts one JSON text that comes in deltas; the joined output is the same for every chunking."""
 
-    def __init__(self, redactor: Redactor, pool: RedactionPool, tenant: Hashable) -> None:
-        """Args: pool: redacts with `redactor`, as whose turn `tenant` says."""
+    def __init__(self, redactor: Redactor, pool: RedactionPool, tenant: Hashable, context: str = "") -> None:
+        """Args: pool: redacts with `redactor`, as whose turn `tenant` says; context: the text in front of the JSON."""
         self._redactor, self._pool, self._tenant = redactor, pool, tenant
         self._mode: Literal["outside", "string", "text"] = "outside"
         self._held = ""
         """The beginning of a word or an escape that is not complete."""
         self._value_may_follow = True
         self._stream = StreamRedactor(redactor)
-        self._context = ""
+        self._context = context
         """The end of what was written so far."""
         self._counts: Counter[PiiKind] = Counter()
         self._strings = 0
@@ -142,6 +142,123 @@ def _encoded(characters: str) -> str:
     """Return characters as they stand in a string of JSON."""
     written = json.dumps(characters, ensure_ascii=False)[1:-1]
     return _SURROGATE.sub(lambda half: f"\\u{ord(half[0]):04x}", written)
+
+
+class TaggedRedactor:
+    """Redacts free text in which each of certain marks is followed by one JSON value, as structural tags have it.
+
+    The joined output is the same for every chunking.
+    """
+
+    def __init__(self, redactor: Redactor, pool: RedactionPool, tenant: Hashable, marks: Sequence[str]) -> None:
+        """Args: as `JsonRedactor` takes them; marks: what begins JSON, none of them empty."""
+        self._redactor, self._pool, self._tenant = redactor, pool, tenant
+        self._marks = sorted(marks, key=len, reverse=True)
+        self._mark = re.compile("|".join(map(re.escape, self._marks)))
+        self._text = StreamRedactor(redactor)
+        self._json: JsonRedactor | None = None
+        self._value = _ValueEnd()
+        self._held = ""
+        """The end of the text that may be the beginning of a mark."""
+        self._context = ""
+        self._earlier: Counter[PiiKind] = Counter()
+
+    @property
+    def counts(self) -> dict[PiiKind, int]:
+        """Return how many entities of each kind were replaced so far; kinds without any are absent."""
+        current = self._text if self._json is None else self._json
+        return dict(self._earlier + Counter(current.counts))
+
+    async def feed(self, delta: str) -> str:
+        """Consume the next delta and return the text that may be sent now.
+
+        Raises: RedactionFailedError: it cannot be redacted.
+        """
+        rest, self._held = self._held + delta, ""
+        written = ""
+        while rest:
+            part, rest = await (self._free(rest) if self._json is None else self._tagged(self._json, rest))
+            self._context = (self._context + part)[-CONTEXT_CHARS:]
+            written += part
+            if self._held:
+                break
+        return written
+
+    def finish(self, *, cut: bool = False) -> str:
+        """End the text and return what is withheld.
+
+        Args: cut: whether the text breaks off: an entity that may have begun at its end is then left out.
+        """
+        if self._json is not None:
+            return self._json.finish(cut=cut)
+        held, self._held = self._held, ""
+        return self._text.feed(held) + self._text.finish(cut=cut)
+
+    async def _free(self, rest: str) -> tuple[str, str]:
+        """Take free text, as far as the end of a mark.  Returns: what to write, and the rest."""
+        found = self._mark.search(rest)
+        begin = len(rest) if found is None else found.start()
+        held = self._begun_mark(rest, begin)
+        if held is not None:
+            self._held, found, rest = rest[held:], None, rest[:held]
+        end = len(rest) if found is None else found.end()
+        written = await self._pool.feed(self._tenant, self._text, rest[:end])
+        if found is None:
+            return written, ""
+        written += self._text.finish()
+        self._earlier.update(self._text.counts)
+        context = (self._context + written)[-CONTEXT_CHARS:]
+        self._json, self._value = JsonRedactor(self._redactor, self._pool, self._tenant, context), _ValueEnd()
+        return written, rest[end:]
+
+    def _begun_mark(self, rest: str, end: int) -> int | None:
+        """Return where a mark may begin, at `end` or before, that later text would complete; None if none does."""
+        longest = len(self._marks[0])
+        for start in range(max(0, len(rest) - longest + 1), min(end + 1, len(rest))):
+            if any(len(mark) > len(rest) - start and mark.startswith(rest[start:]) for mark in self._marks):
+                return start
+        return None
+
+    async def _tagged(self, value: JsonRedactor, rest: str) -> tuple[str, str]:
+        """Take the next part of a JSON value.  Returns: what to write, and the rest."""
+        end = self._value.find(rest)
+        if end is None:
+            return await value.feed(rest), ""
+        written = await value.feed(rest[:end]) + value.finish()
+        self._earlier.update(value.counts)
+        self._json, self._text = None, StreamRedactor(self._redactor, self._context + written)
+        return written, rest[end:]
+
+
+class _ValueEnd:
+    """Finds where one JSON value ends in a text that comes in deltas."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._in_string = self._escaped = self._in_scalar = False
+
+    def find(self, delta: str) -> int | None:
+        """Return how many characters of the next delta belong to the value; None while it may go on."""
+        for i, character in enumerate(delta):
+            if self._in_string:
+                self._in_string = self._escaped or character != '"'
+                self._escaped = character == "\\" and not self._escaped
+                closed = not self._in_string
+            elif character in "{[" or (self._depth and character in "]}"):
+                self._depth += 1 if character in "{[" else -1
+                closed = True
+            elif self._depth:
+                self._in_string, closed = character == '"', False
+            elif self._in_scalar or character not in ' \t\r\n"':
+                # A bare number or word at the top ends with the first character that cannot be in it.
+                if not (character.isalnum() or character in "+-."):
+                    return i
+                self._in_scalar, closed = True, False
+            else:
+                self._in_string, closed = character == '"', False
+            if closed and not self._depth:
+                return i + 1
+        return None
 
 
 async def redact_json(

@@ -202,7 +202,8 @@ def tag_grammar(field: str, structures: list[TaggedStructure], triggers: list[st
             raise InvalidRequest.of_field(f"{field}.structures.{number}.begin", "begins with none of the triggers")
         grammar = structure.definition
         tags.append(StructTag(trigger=trigger, begin=structure.begin, grammar=grammar, end=structure.end))
-    return _bounded(field, Grammar("lark", StructTag.to_grammar(tags, assume_special=False)))
+    marks = tuple(dict.fromkeys(structure.begin for structure in structures))
+    return _bounded(field, Grammar("lark", StructTag.to_grammar(tags, assume_special=False), json_marks=marks))
 
 
 def _encoded(value: Any) -> str:

@@ -10,15 +10,17 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import exchanges
 import word_lists
 from documents import STORY_REQUESTS, story_turn
 from knowledge import CAPITALS, UNKNOWN
+from turns import Tool
 from user_facts import ATTRIBUTES, Attribute, right_answer, unknown_answer
 from word_lists import listed
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 SYSTEM_PROMPTS = [
     "",
@@ -37,6 +39,10 @@ class Case:
     """A conversation, or a plain text to continue."""
     right: Callable[[str, int], bool]
     """Takes the answer and its number of tokens."""
+    tools: tuple[Tool, ...] = ()
+    """What the conversation may call."""
+    begun: str = ""
+    """What the answer begins with, as if a grammar had dictated it; `right` gets what follows."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class Suite:
     cases: tuple[Case, ...]
 
 
-def _is(expected: str, answer: str, _tokens: int) -> bool:
+def is_text(expected: str, answer: str, _tokens: int) -> bool:
     return answer.strip() == expected
 
 
@@ -68,7 +74,7 @@ def _anything(_answer: str, _tokens: int) -> bool:
     return True
 
 
-def _chat(rng: random.Random, *contents: str) -> tuple[Message, ...]:
+def chat_of(rng: random.Random, *contents: str) -> tuple[Message, ...]:
     """Messages of user and assistant in turn, behind one of the system prompts or none."""
     system = rng.choice(SYSTEM_PROMPTS)
     messages = [{"role": "system", "content": system}] if system else []
@@ -92,7 +98,7 @@ def _exchanges(rng: random.Random, count: int) -> Iterator[str]:
         yield from maker(rng)
 
 
-def _stated_fact(rng: random.Random, label: str) -> tuple[Attribute, str, str, list[str]]:
+def stated_fact(rng: random.Random, label: str) -> tuple[Attribute, str, str, list[str]]:
     """A held-out value: the attribute, the kind of pet, the value, and the exchange that tells it."""
     attribute, kind = ATTRIBUTES[label], rng.choice(["dog", "cat", "parrot"])
     if label == "email":
@@ -111,26 +117,26 @@ def _question(rng: random.Random, attribute: Attribute, kind: str) -> str:
 
 
 def _recall(rng: random.Random, label: str, between: int) -> Case:
-    attribute, kind, value, fact_turns = _stated_fact(rng, label)
+    attribute, kind, value, fact_turns = stated_fact(rng, label)
     before = list(_exchanges(rng, rng.randint(0, 2))) if between else []
     contents = [*before, *fact_turns, *_exchanges(rng, between), _question(rng, attribute, kind)]
-    return Case(_chat(rng, *contents), partial(_is, right_answer(attribute, kind, value)))
+    return Case(chat_of(rng, *contents), partial(is_text, right_answer(attribute, kind, value)))
 
 
 def _several(rng: random.Random) -> Case:
     labels = rng.sample(["name", "colour", "number", "pet", "email"], 4)
-    facts = [_stated_fact(rng, label) for label in labels]
+    facts = [stated_fact(rng, label) for label in labels]
     attribute, kind, value, _ = rng.choice(facts)
     contents = [text for *_, exchange in facts for text in exchange]
     return Case(
-        _chat(rng, *contents, _question(rng, attribute, kind)), partial(_is, right_answer(attribute, kind, value))
+        chat_of(rng, *contents, _question(rng, attribute, kind)), partial(is_text, right_answer(attribute, kind, value))
     )
 
 
 def _corrected(rng: random.Random) -> Case:
     label = rng.choice(["name", "colour", "number", "email"])
-    _, _, _, first = _stated_fact(rng, label)
-    attribute, kind, value, _ = _stated_fact(rng, label)
+    _, _, _, first = stated_fact(rng, label)
+    attribute, kind, value, _ = stated_fact(rng, label)
     again = f"{rng.choice(['Actually, ', 'Sorry, ', 'No, '])}my {attribute.label} is {value}."
     reply = attribute.acknowledgements.split("|")[1].format(v=value)
     contents = [
@@ -141,7 +147,7 @@ def _corrected(rng: random.Random) -> Case:
         *_exchanges(rng, rng.randint(0, 2)),
         _question(rng, attribute, kind),
     ]
-    return Case(_chat(rng, *contents), partial(_is, right_answer(attribute, kind, value)))
+    return Case(chat_of(rng, *contents), partial(is_text, right_answer(attribute, kind, value)))
 
 
 def _never_stated(rng: random.Random) -> Case:
@@ -150,9 +156,9 @@ def _never_stated(rng: random.Random) -> Case:
     request = rng.choice([a for a in attribute.questions.split("|") if "pet" not in a])
     contents = list(_exchanges(rng, rng.randint(0, 3)))
     for label in others[: rng.randint(0, 2)]:
-        contents += _stated_fact(rng, label)[3]
+        contents += stated_fact(rng, label)[3]
     question = exchanges.casual(rng, request).format(k="dog")
-    return Case(_chat(rng, *contents, question), partial(_is, unknown_answer(attribute, "dog")))
+    return Case(chat_of(rng, *contents, question), partial(is_text, unknown_answer(attribute, "dog")))
 
 
 def _masked(rng: random.Random) -> Case:
@@ -165,16 +171,16 @@ def _masked(rng: random.Random) -> Case:
         *_exchanges(rng, rng.randint(0, 2)),
         _question(rng, attribute, ""),
     ]
-    return Case(_chat(rng, *contents), partial(_is, right_answer(attribute, "", mark)))
+    return Case(chat_of(rng, *contents), partial(is_text, right_answer(attribute, "", mark)))
 
 
 def _long_history(rng: random.Random) -> Case:
     """A name, about 1,500 tokens of other turns, then the question."""
-    attribute, kind, value, fact_turns = _stated_fact(rng, "name")
+    attribute, kind, value, fact_turns = stated_fact(rng, "name")
     contents = list(fact_turns)
     while sum(len(text) + 16 for text in contents) < 3900:
         contents += _exchanges(rng, 1)
-    return Case(_chat(rng, *contents, "What is my name?"), partial(_is, right_answer(attribute, kind, value)))
+    return Case(chat_of(rng, *contents, "What is my name?"), partial(is_text, right_answer(attribute, kind, value)))
 
 
 def _phrase(rng: random.Random) -> Case:
@@ -193,7 +199,7 @@ def _phrase(rng: random.Random) -> Case:
     rng.shuffle(parts)
     text = " ".join(parts)
     request = rng.choice(["Repeat after me: ", "Say: ", "Repeat: ", "Please repeat: ", "Repeat after me:\n"])
-    return Case(_chat(rng, request + text), partial(_is, text))
+    return Case(chat_of(rng, request + text), partial(is_text, text))
 
 
 FIXED_PHRASES = [
@@ -249,12 +255,12 @@ def _sums(rng: random.Random) -> Iterator[Case]:
             request = rng.choice(
                 ["What is {a} plus {b}?", "{a} + {b}", "What is {a} + {b}?", "How much is {a} plus {b}?"]
             )
-            yield Case(_chat(rng, request.format(a=a, b=b)), partial(_has, f"is {a + b}."))
+            yield Case(chat_of(rng, request.format(a=a, b=b)), partial(_has, f"is {a + b}."))
             if a >= b:
                 request = rng.choice(
                     ["What is {a} minus {b}?", "{a} - {b}", "What is {a} - {b}?", "How much is {a} minus {b}?"]
                 )
-                yield Case(_chat(rng, request.format(a=a, b=b)), partial(_has, f"is {a - b}."))
+                yield Case(chat_of(rng, request.format(a=a, b=b)), partial(_has, f"is {a - b}."))
 
 
 def suites(seed: int) -> list[Suite]:
@@ -266,7 +272,7 @@ def suites(seed: int) -> list[Suite]:
         for label in ("name", "colour", "number", "pet", "email") for between in (0, 1)
     ]  # fmt: skip
     capitals = [
-        Case(_chat(rng, rng.choice(exchanges.CAPITAL_QUESTIONS[:6]).format(c=country)), partial(_has, f"is {city}."))
+        Case(chat_of(rng, rng.choice(exchanges.CAPITAL_QUESTIONS[:6]).format(c=country)), partial(_has, f"is {city}."))
         for country, city in CAPITALS.items()
     ]
     plain_capitals = [Case(f"The capital of {c} is", partial(_begins, f" {city}")) for c, city in CAPITALS.items()]
@@ -280,13 +286,13 @@ def suites(seed: int) -> list[Suite]:
         Suite(f"capitals of {len(CAPITALS)} countries", 0.98, tuple(capitals)),
         Suite("sums and differences of numbers to 20", 0.90, tuple(_sums(rng))),
         Suite("repeats a phrase", 0.95, tuple(_phrase(rng) for _ in range(100))),
-        Suite("repeats given strings", 1.0, tuple(Case(_chat(rng, f"{request} {p}"), partial(_is, p)) for p in FIXED_PHRASES for request in ("Say:", "Repeat after me:"))),
-        Suite("counts from 1 to N", 0.95, tuple(Case(_chat(rng, f"Count from 1 to {n}"), partial(_is, ", ".join(map(str, range(1, n + 1))))) for n in (5, 10, 12, 17, 20, 30, 40, 50))),
-        Suite("greetings, thanks, what it is and can do", 0.95, tuple(Case(_chat(rng, request), partial(_has, part)) for request, part in ITSELF.items() for _ in range(3))),
-        Suite("admits what it does not know", 0.90, tuple(Case(_chat(rng, request), partial(_is, UNKNOWN)) for request in OUT_OF_REACH for _ in range(2))),
-        Suite("tells a story of 60 to 200 tokens", 0.95, tuple(Case(_chat(rng, rng.choice(STORY_REQUESTS)), _story) for _ in range(40))),
+        Suite("repeats given strings", 1.0, tuple(Case(chat_of(rng, f"{request} {p}"), partial(is_text, p)) for p in FIXED_PHRASES for request in ("Say:", "Repeat after me:"))),
+        Suite("counts from 1 to N", 0.95, tuple(Case(chat_of(rng, f"Count from 1 to {n}"), partial(is_text, ", ".join(map(str, range(1, n + 1))))) for n in (5, 10, 12, 17, 20, 30, 40, 50))),
+        Suite("greetings, thanks, what it is and can do", 0.95, tuple(Case(chat_of(rng, request), partial(_has, part)) for request, part in ITSELF.items() for _ in range(3))),
+        Suite("admits what it does not know", 0.90, tuple(Case(chat_of(rng, request), partial(is_text, UNKNOWN)) for request in OUT_OF_REACH for _ in range(2))),
+        Suite("tells a story of 60 to 200 tokens", 0.95, tuple(Case(chat_of(rng, rng.choice(STORY_REQUESTS)), _story) for _ in range(40))),
         Suite("continues the beginning of a story", 0.95, tuple(Case(start, lambda answer, n: n >= 20) for start in STORY_STARTS)),
         Suite("continues \"The capital of France is\" and others", 0.95, tuple(plain_capitals)),
-        Suite("odd prompts end, in a chat", 1.0, tuple(Case(_chat(rng, request), _anything) for request in ODD for _ in range(2))),
+        Suite("odd prompts end, in a chat", 1.0, tuple(Case(chat_of(rng, request), _anything) for request in ODD for _ in range(2))),
         Suite("odd prompts end, in plain text", 1.0, tuple(Case(text, _anything) for text in PLAIN)),
     ]  # fmt: skip

@@ -2,9 +2,12 @@
 
     python models/tiny-chat/training/train.py --out models/tiny-chat
 
-The learning rate rises for 100 steps, stays, and falls to zero over the last `--decay` steps.  Then come `--polish`
-steps from the weights as they were saved, at a lower rate that falls to zero, on the last part of the text.  A run can
-be ended early: the checkpoint of any step before the fall, resumed with a smaller `--steps`, gives what that smaller
+There are five stages.  In the first the learning rate rises for 100 steps, stays, and falls to zero over the last
+`--decay` steps.  Then come `--polish` steps from the weights as they were saved, at a lower rate that falls to zero, on
+text that has more of what goes wrong longest, then `--tools` steps on text with tools and JSON, `--strange` steps
+with tools of stranger names, and `--settle` steps with more of what these displaced.  `--start` and `--stage` begin with a later stage, from weights that those before have made.
+
+A stage can be ended early: the checkpoint of any step before its fall, resumed with fewer steps, gives what that smaller
 number would have given from the start.  The same seed, steps and machine kind give the same weights; other processors
 round differently.
 """
@@ -20,20 +23,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from corpus import LAST_FROM, Example, example
+from corpus import LAST_FROM, SETTLING_FROM, STRANGE_TOOLS_FROM, TOOLS_FROM, example
 from model_card import write_card
 from optimizers import make_optimizers
-from tokenization import CONTEXT_TOKENS, END_OF_TEXT, PAD, TURN_END, Encoder, make_tokenizer
+from tokenization import CHAT_TEMPLATE, CONTEXT_TOKENS, END_OF_TEXT, PAD, TURN_END, Encoder, make_tokenizer
 from torch import Tensor
 from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from turns import Example
 
 VOCABULARY = 1536
 POOL_EXAMPLES = 2048
 BATCH_TOKENS = 4096
 WARMUP_STEPS = 100
-LEARNING_RATE = 2e-3
-POLISH_RATE = 5e-4
+CHECKPOINT_STEPS = 100
+FIRST, POLISH, TOOLS, STRANGE, SETTLE = "first", "polish", "tools", "strange", "settle"
+LEARNING_RATES = {FIRST: 2e-3, POLISH: 5e-4, TOOLS: 1.5e-3, STRANGE: 1.2e-3, SETTLE: 1.2e-3}
+FIRST_POOLS = {
+    FIRST: 0,
+    POLISH: LAST_FROM // POOL_EXAMPLES,
+    TOOLS: TOOLS_FROM // POOL_EXAMPLES,
+    STRANGE: STRANGE_TOOLS_FROM // POOL_EXAMPLES,
+    SETTLE: SETTLING_FROM // POOL_EXAMPLES,
+}
+BFLOAT16 = {TOOLS, STRANGE, SETTLE}
+"""Stages whose products are computed in bfloat16: twice as fast on processors that have it, and the loss is the same.
+The weights and their optimizers stay in float32."""
 
 
 def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
@@ -91,87 +106,104 @@ def batches_from(encoder: Encoder, seed: int, pool: int, skip: int) -> Iterator[
         pool, skip = pool + 1, 0
 
 
-def loss_of(model: LlamaForCausalLM, batch: list[Row]) -> Tensor:
+def loss_of(model: LlamaForCausalLM, batch: list[Row], *, bfloat16: bool) -> Tensor:
     """Mean cross-entropy in nats of the tokens that the model learns to write."""
     longest = max(len(ids) for ids, _ in batch)
     ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in batch])
     learnt = torch.tensor([mask + [False] * (longest - len(mask)) for _, mask in batch])
     # Padding is on the right, behind everything that is learnt, so the causal mask is enough.
-    hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
-    wanted = learnt[:, 1:]
-    return functional.cross_entropy(model.lm_head(hidden[wanted]), ids[:, 1:][wanted])
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
+        wanted = learnt[:, 1:]
+        return functional.cross_entropy(model.lm_head(hidden[wanted]), ids[:, 1:][wanted])
 
 
-def rate_at(step: int, steps: int, decay: int) -> float:
-    """The learning rate of a step as a share of the highest."""
-    return min(1.0, (step + 1) / WARMUP_STEPS, max(0.0, (steps - step) / decay))
+@dataclass(frozen=True)
+class Stage:
+    """A number of steps on one part of the text, with optimizers of its own."""
+
+    name: str
+    steps: int
+    decay: int
+    """Steps at the end over which the learning rate falls to zero."""
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of a step."""
+        share = min(1.0, (step + 1) / WARMUP_STEPS, max(0.0, (self.steps - step) / self.decay))
+        return LEARNING_RATES[self.name] * share
 
 
 @dataclass
 class Progress:
-    """How far training has come; kept in the checkpoint."""
+    """How far a stage has come; kept in the checkpoint."""
 
-    step: int = 0
-    pool: int = 0
+    stage: str
+    pool: int
     batch: int = 0
     """The next batch is this one of this pool."""
+    step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    """Of this stage and those before."""
 
 
-def polish(model: LlamaForCausalLM, encoder: Encoder, arguments: argparse.Namespace, done: Progress) -> Progress:
-    """Run the last steps, on what goes wrong longest, with new optimizers."""
-    optimizers = make_optimizers(model, POLISH_RATE)
-    batches = batches_from(encoder, arguments.seed, LAST_FROM // POOL_EXAMPLES, 0)
-    begun, tokens = time.monotonic() - done.seconds, done.tokens
-    for step in range(arguments.polish):
-        _, _, batch = next(batches)
-        loss = take_step(model, optimizers, POLISH_RATE * rate_at(step, arguments.polish, arguments.polish), batch)
-        tokens += sum(len(ids) for ids, _ in batch)
-        if step % 25 == 0:
-            print(f"polish {step:4d}  loss {loss:.3f}", flush=True)
-    return Progress(done.step + arguments.polish, tokens=tokens, seconds=time.monotonic() - begun)
+def train(
+    model: LlamaForCausalLM, encoder: Encoder, stage: Stage, before: Progress | None, arguments: argparse.Namespace
+) -> Progress:
+    """Run the steps of a stage; returns what they took, earlier stages and runs included.
 
-
-def train(model: LlamaForCausalLM, encoder: Encoder, arguments: argparse.Namespace) -> Progress:
-    """Run the steps; returns what they took, earlier runs included.
-
-    Leaves a checkpoint every 250 steps while the rate is constant.
+    Leaves a checkpoint now and then while the rate does not fall.
     """
-    optimizers = make_optimizers(model, LEARNING_RATE)
-    done = Progress()
-    checkpoint = arguments.out / "checkpoint.pt"
-    if arguments.resume:
-        saved = torch.load(checkpoint)
-        done = Progress(**saved["progress"])
-        model.load_state_dict(saved["model"])
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+    optimizers = make_optimizers(model, LEARNING_RATES[stage.name])
+    done = Progress(stage.name, FIRST_POOLS[stage.name])
+    if before is not None:
+        done.tokens, done.seconds = before.tokens, before.seconds
+    checkpoint = arguments.out / f"checkpoint-{stage.name}.pt"
+    if arguments.resume and checkpoint.exists():
+        done = restore(checkpoint, model, optimizers)
     batches = batches_from(encoder, arguments.seed, done.pool, done.batch)
     begun, shown = time.monotonic() - done.seconds, 0.0
-    for step in range(done.step, arguments.steps):
+    for step in range(done.step, stage.steps):
         pool, place, batch = next(batches)
-        rate = LEARNING_RATE * rate_at(step, arguments.steps, arguments.decay)
-        loss = take_step(model, optimizers, rate, batch)
+        loss = take_step(model, optimizers, stage.rate_at(step), batch, bfloat16=stage.name in BFLOAT16)
         tokens = done.tokens + sum(len(ids) for ids, _ in batch)
-        done = Progress(step + 1, pool, place + 1, tokens, time.monotonic() - begun)
+        done = Progress(stage.name, pool, place + 1, step + 1, tokens, time.monotonic() - begun)
         shown = 0.95 * shown + 0.05 * loss if shown else loss
         if step % 25 == 0:
-            print(f"step {step:5d}  loss {shown:.3f}  {tokens / done.seconds:,.0f} tokens/s", flush=True)
-        if step % 250 == 249 and step < arguments.steps - arguments.decay:
-            state = {
-                "model": model.state_dict(),
-                "optimizers": [o.state_dict() for o in optimizers],
-                "progress": asdict(done),
-            }
-            torch.save(state, checkpoint.with_suffix(".new"))
-            checkpoint.with_suffix(".new").replace(checkpoint)
+            print(f"{stage.name} {step:5d}  loss {shown:.3f}  {tokens / done.seconds:,.0f} tokens/s", flush=True)
+        if done.step % CHECKPOINT_STEPS == 0 and step < stage.steps - stage.decay:
+            keep(checkpoint, model, optimizers, done)
     return done
 
 
-def take_step(model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], rate: float, batch: list[Row]) -> float:
+def keep(checkpoint: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], done: Progress) -> None:
+    """Replace the checkpoint."""
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    torch.save(
+        {"model": model.state_dict(), "optimizers": states, "progress": asdict(done)}, checkpoint.with_suffix(".new")
+    )
+    checkpoint.with_suffix(".new").replace(checkpoint)
+
+
+def restore(checkpoint: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer]) -> Progress:
+    """Load a checkpoint into the model and its optimizers; returns how far it had come."""
+    saved = torch.load(checkpoint)
+    model.load_state_dict(saved["model"])
+    for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    return Progress(**saved["progress"])
+
+
+def take_step(
+    model: LlamaForCausalLM,
+    optimizers: list[torch.optim.Optimizer],
+    rate: float,
+    batch: list[Row],
+    *,
+    bfloat16: bool,
+) -> float:
     """Learn from one batch at a learning rate; returns the loss before."""
-    loss = loss_of(model, batch)
+    loss = loss_of(model, batch, bfloat16=bfloat16)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
@@ -190,6 +222,11 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     tokenizer.save_pretrained(out)
 
 
+def load(folder: Path) -> LlamaForCausalLM:
+    """Load saved weights for further training."""
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+
+
 def read_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -199,9 +236,19 @@ def read_arguments() -> argparse.Namespace:
         "--decay", type=int, default=700, help="steps at the end over which the learning rate falls to zero"
     )
     parser.add_argument("--polish", type=int, default=300, help="steps after that, on the text's last part")
+    parser.add_argument("--tools", type=int, default=700, help="steps after that, on text with tools and JSON")
+    parser.add_argument("--tools-decay", type=int, default=300, help="steps of these over which the rate falls")
+    parser.add_argument("--strange", type=int, default=700, help="steps after that, on tools with stranger names")
+    parser.add_argument("--strange-decay", type=int, default=500, help="steps of these over which the rate falls")
+    parser.add_argument("--settle", type=int, default=1000, help="steps after that, with more of what tools displaced")
+    parser.add_argument("--settle-decay", type=int, default=700, help="steps of these over which the rate falls")
+    parser.add_argument("--start", type=Path, help="folder of weights to train further")
+    parser.add_argument(
+        "--stage", choices=(FIRST, POLISH, TOOLS, STRANGE, SETTLE), default=FIRST, help="the stage to begin with"
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the text and of the first weights")
     parser.add_argument("--threads", type=int, default=2, help="processor cores to use")
-    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in the folder")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in the folder")
     return parser.parse_args()
 
 
@@ -210,32 +257,56 @@ def all_text(one: Example) -> str:
     return one.given + one.text or "\n".join(turn.content for turn in one.turns)
 
 
+def run_stages(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> Progress:
+    """Run the stages from the chosen one on and save after each; returns what they took."""
+    stages = [
+        Stage(FIRST, arguments.steps, arguments.decay),
+        Stage(POLISH, arguments.polish, arguments.polish),
+        Stage(TOOLS, arguments.tools, arguments.tools_decay),
+        Stage(STRANGE, arguments.strange, arguments.strange_decay),
+        Stage(SETTLE, arguments.settle, arguments.settle_decay),
+    ]
+    begin = [stage.name for stage in stages].index(arguments.stage)
+    model = make_model(tokenizer) if arguments.start is None else load(arguments.start)
+    done: Progress | None = None
+    for stage in stages[begin:]:
+        done = train(model, Encoder(tokenizer), stage, done, arguments)
+        save(model, tokenizer, arguments.out)
+        model = load(arguments.out)
+    assert done is not None
+    return done
+
+
 def main() -> None:
     """Train and write the folder."""
     arguments = read_arguments()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer((all_text(example(arguments.seed, i)) for i in range(12_000)), VOCABULARY)
-    model = make_model(tokenizer)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters", flush=True)
-    done = train(model, Encoder(tokenizer), arguments)
-    save(model, tokenizer, arguments.out)
-    model = LlamaForCausalLM.from_pretrained(arguments.out, dtype=torch.float32, attn_implementation="sdpa")
-    done = polish(model, Encoder(tokenizer), arguments, done)
-    save(model, tokenizer, arguments.out)
+    if arguments.start is None:
+        tokenizer = make_tokenizer((all_text(example(arguments.seed, i)) for i in range(12_000)), VOCABULARY)
+    else:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(arguments.start), local_files_only=True)
+        tokenizer.chat_template = CHAT_TEMPLATE
+    done = run_stages(arguments, tokenizer)
     write_card(
         arguments.out,
-        parameters=model.num_parameters() / 1e6,
         vocabulary=len(tokenizer),
         seed=arguments.seed,
         steps=arguments.steps,
         decay=arguments.decay,
         polish=arguments.polish,
+        tools=arguments.tools,
+        tools_decay=arguments.tools_decay,
+        strange=arguments.strange,
+        strange_decay=arguments.strange_decay,
+        settle=arguments.settle,
+        settle_decay=arguments.settle_decay,
         tokens=done.tokens / 1e6,
         minutes=done.seconds / 60,
     )
-    (arguments.out / "checkpoint.pt").unlink(missing_ok=True)
+    for checkpoint in arguments.out.glob("checkpoint-*.pt"):
+        checkpoint.unlink()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import json
 
-import llm
 import scenario as s
 from llm.default_plugins.openai_models import Chat
 
@@ -23,7 +22,10 @@ def get_weather(city: str) -> str:
     return s.TOOL_RESULT
 
 
-s.check("answer from the tool", s.TOOL_RESULT, model.chain(s.TOOL_QUESTION, tools=[get_weather]).text())
+s.check(
+    "answer from the tool",
+    s.TOOL_RESULT,
+    model.chain(s.TOOL_QUESTION, tools=[get_weather], options={"temperature": 0}).text(),
+)
 record = json.loads(model.prompt(s.RECORD_QUESTION, schema=s.RECORD_SCHEMA, temperature=0, stream=False).text())
 s.check_record(record["name"], record["age"])
-assert isinstance(model, llm.Model)

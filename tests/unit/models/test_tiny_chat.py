@@ -16,7 +16,21 @@ def test_the_embedded_model_is_small_and_of_the_promised_shape() -> None:
     assert [] == [file.name for file in MODEL.iterdir() if file.suffix in (".bin", ".pt", ".pkl")]
 
 
-SHORT = {"recall: a name 1,500 tokens ago"}
+SHORT = {
+    "recall: a name 1,500 tokens ago",
+    "sums and differences of numbers to 20",
+    "continues the beginning of a story",
+    "calls a tool for the weather",
+    "calls a tool to add, under another name",
+    "calls a tool for a capital, under another name",
+    "calls a tool for the weather, under another name",
+    "calls the right one of three functions of one string, names made up",
+    "calls a tool twice in one turn",
+    "answers by itself what no offered tool is for",
+    "JSON object of what was told before",
+    "fills in the arguments of a dictated call",
+    "answers in a dictated object",
+}
 """Figures that are known to fall short of their target; a better model takes lines away here and adds none."""
 
 
@@ -25,6 +39,6 @@ def test_the_embedded_models_card_marks_what_falls_short_and_nothing_else_does()
     card = (MODEL / "README.md").read_text()
     rows = re.findall(r"^\| (.+?) \| ([\d.]+)% \| ([\d.]+)%(.*?) \|", card, re.MULTILINE)
 
-    assert 30 == len(rows)
+    assert 46 == len(rows)
     assert SHORT == {name for name, _, _, mark in rows if mark == " (missed)"}
     assert SHORT == {name for name, target, measured, _ in rows if float(measured) < float(target)}

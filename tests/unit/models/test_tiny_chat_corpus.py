@@ -2,15 +2,18 @@
 
 import random
 import re
+from typing import Any
 
 import pytest
-from corpus import LAST_FROM, LATE_FROM, Example, example
+from corpus import LAST_FROM, LATE_FROM, TOOLS_FROM, example
 from tokenization import END_OF_TEXT, TURN_END, Encoder, make_tokenizer
 from train import all_text
 from transformers import PreTrainedTokenizerFast
+from turns import Example
 from word_lists import FIRST_NAMES, is_held_out, made_up_name
 
-EXAMPLES = [example(1, i) for i in range(300)]
+NUMBERS = [*range(200), *range(TOOLS_FROM, TOOLS_FROM + 200)]
+EXAMPLES = [example(1, i) for i in NUMBERS]
 
 
 @pytest.fixture(scope="module")
@@ -18,21 +21,25 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer(map(all_text, EXAMPLES), vocabulary=512)
 
 
-def messages(one: Example) -> list[dict[str, str]]:
-    return [{"role": turn.role, "content": turn.content} for turn in one.turns]
+def templated(tokenizer: Any, one: Example, last: int | None = None, **settings: bool) -> list[int]:
+    """The tokens of the first `last` turns by the chat template."""
+    tools = [tool.schema() for tool in one.tools] or None
+    messages = [turn.message() for turn in one.turns[:last]]
+    ids = tokenizer.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=False, **settings)
+    return list(ids)
 
 
 def test_the_same_seed_gives_the_same_text():
     """Example number i depends on the seed and on i alone."""
-    again = [example(1, i) for i in reversed(range(300))]
+    again = [example(1, i) for i in reversed(NUMBERS)]
 
     assert EXAMPLES == again[::-1]
     assert EXAMPLES[:20] != [example(2, i) for i in range(20)]
 
 
 def test_held_out_names_are_never_told_in_training():
-    """No name that a user tells for training belongs to the part kept for measuring."""
-    examples = [example(1, start + i) for start in (0, LATE_FROM, LAST_FROM) for i in range(400)]
+    """No name that a user tells for training belongs to the part parts for measuring."""
+    examples = [example(1, start + i) for start in (0, LATE_FROM, LAST_FROM, TOOLS_FROM) for i in range(400)]
     stated = [name for one in examples for name in re.findall(r"(?i:my name is) ([A-Z][a-z]+)[.!]", all_text(one))]
 
     made_up = [name for name in stated if name not in FIRST_NAMES]
@@ -54,19 +61,35 @@ def test_a_conversation_is_trained_on_the_tokens_that_the_chat_template_gives(to
     chats = [one for one in EXAMPLES if one.turns]
 
     for one, (ids, _) in zip(chats, Encoder(tokenizer).encode(chats), strict=True):
-        expected = tokenizer.apply_chat_template(messages(one), tokenize=True, return_dict=False)
-        assert expected[:2048] == ids
+        assert templated(tokenizer, one)[:2048] == ids
+    assert 20 < sum(bool(one.tools) for one in chats)
 
 
 def test_the_question_before_an_answer_is_trained_as_a_generation_prompt(tokenizer: PreTrainedTokenizerFast):
     """The tokens before the first learnt answer are the prompt that asks for it."""
-    chats = [one for one in EXAMPLES if one.turns and one.turns[-1].learn and len(one.turns) <= 3]
+    chats = [one for one in EXAMPLES if one.turns and not any(turn.dictated for turn in one.turns)]
+    first_answers = [next((i for i, turn in enumerate(one.turns) if turn.learn), None) for one in chats]
 
+    for one, first, (ids, learnt) in zip(chats, first_answers, Encoder(tokenizer).encode(chats), strict=True):
+        if first is not None and len(ids) < 2048:
+            assert templated(tokenizer, one, first, add_generation_prompt=True) == ids[: learnt.index(True)]
+
+
+def test_what_a_grammar_dictates_is_read_and_not_learnt(tokenizer: PreTrainedTokenizerFast):
+    """Of an answer whose form is dictated the model learns exactly the rest."""
+    chats = [one for one in EXAMPLES if any(turn.dictated for turn in one.turns)]
     for one, (ids, learnt) in zip(chats, Encoder(tokenizer).encode(chats), strict=True):
-        expected = tokenizer.apply_chat_template(
-            messages(one)[:-1], tokenize=True, add_generation_prompt=True, return_dict=False
+        shown = "".join(
+            str(tokenizer.decode([token])) if each else "\0" for token, each in zip(ids, learnt, strict=True)
         )
-        assert expected == ids[: learnt.index(True)]
+        for turn in one.turns:
+            if turn.dictated and turn.content.isascii() and len(ids) < 2048:
+                parts, at = [], 0
+                for first, last in [*turn.dictated, (len(turn.content), len(turn.content))]:
+                    parts.append(turn.content[at:first])
+                    at = last
+                assert re.search("\0+".join(map(re.escape, parts)) + re.escape(TURN_END), shown)
+    assert len(chats) > 10
 
 
 def test_everything_learnt_ends_with_an_end_token(tokenizer: PreTrainedTokenizerFast):
@@ -76,9 +99,10 @@ def test_everything_learnt_ends_with_an_end_token(tokenizer: PreTrainedTokenizer
             assert learnt[-1]
             assert tokenizer.convert_tokens_to_ids(END_OF_TEXT) == ids[-1]
         elif len(ids) < 2048:
-            ends = [i for i in range(len(ids)) if learnt[i] and (i + 1 == len(ids) or not learnt[i + 1])]
+            end = tokenizer.convert_tokens_to_ids(TURN_END)
+            ends = [i for i, token in enumerate(ids) if learnt[i] and token == end]
             assert sum(turn.learn for turn in one.turns) == len(ends)
-            assert {tokenizer.convert_tokens_to_ids(TURN_END)} == {ids[i] for i in ends} or not ends
+            assert not any(learnt[i + 1] for i in ends)
 
 
 def test_control_tokens_typed_by_a_user_stay_text(tokenizer: PreTrainedTokenizerFast):

@@ -20,6 +20,7 @@ from app.privacy.pool import INLINE_CHARS, RedactionPool
 from app.privacy.redactor import PiiKind, Redactor, StreamRedactor
 from app.requests import GenerationRequest
 from app.types import FinishReason, Grammar, SamplingParams, Tenant, ToolCall, Usage
+from app.web.http.structured_output import TaggedStructure, tag_grammar
 from tests.unit.event_streams import deltas_of, finished_of, logprobs_of, read, text_of
 
 CANARY = "jane.doe@example.com"
@@ -405,6 +406,17 @@ async def test_json_that_a_grammar_demands_stays_json() -> None:
     completion = await completion_of(*(Delta(text=mark, tokens=1) for mark in text), grammar=grammar)
 
     assert {"n": 4111111111111111, "s": "[CARD]", "m": "[EMAIL]"} == json.loads(completion.text)
+
+
+async def test_json_behind_a_structural_tag_stays_json() -> None:
+    """The free text around it is masked as any."""
+    tags = [TaggedStructure(begin="<f>", schema={}, end="</f>")]
+    text = 'To jane.doe@example.com: <f>{"n": 4111111111111111, "s": "4111 1111 1111 1111"}</f> 4111 1111 1111 1111'
+
+    grammar = tag_grammar("response_format", tags, ["<f"])
+    completion = await completion_of(*(Delta(text=mark, tokens=1) for mark in text), grammar=grammar)
+
+    assert 'To [EMAIL]: <f>{"n": 4111111111111111, "s": "[CARD]"}</f> [CARD]' == completion.text
 
 
 async def test_stop_strings_end_the_text_alone() -> None:

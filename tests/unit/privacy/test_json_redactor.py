@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from app.privacy.json_redactor import JsonRedactor, redact_json
+from app.privacy.json_redactor import JsonRedactor, TaggedRedactor, redact_json
 from app.privacy.pool import RedactionPool
 from app.privacy.redactor import PiiKind, Redactor
 
@@ -123,3 +123,55 @@ async def test_entities_are_counted_over_all_strings():
     found = await redact_json(POOL, REDACTOR, "t", f'["{MAIL}", {{"a": "{MAIL} {CARD}"}}]')
 
     assert {PiiKind.EMAIL: 2, PiiKind.CARD: 1} == found.counts
+
+
+async def redacted_with_tags(text: str, size: int, *, cut: bool = False) -> str:
+    stream = TaggedRedactor(REDACTOR, POOL, "t", ["<call>", "<call>id=", "<f="])
+    parts = [await stream.feed(text[at : at + size]) for at in range(0, len(text), size)]
+    return "".join([*parts, stream.finish(cut=cut)])
+
+
+@given(values=st.lists(VALUES, min_size=1, max_size=3), size=st.integers(1, 9))
+@example(values=[{"phone": 15550100999, "to": MAIL}, 15550100999], size=4)
+@example(values=["<call>", {"a": '} </call> \\"'}], size=1)
+def test_json_behind_a_mark_stays_json_and_the_text_around_it_is_redacted(values: list[Any], size: int):
+    """The same for every chunking; a mark inside a string begins nothing."""
+    text = "".join(f"I ask {MAIL}: <call>{json.dumps(value)}</call>\n" for value in values) + f"<cal {MAIL}"
+
+    whole = asyncio.run(redacted_with_tags(text, len(text)))
+
+    assert whole == asyncio.run(redacted_with_tags(text, size))
+    assert MAIL not in whole
+    decoder, rest = json.JSONDecoder(), whole
+    for value in values:
+        rest = rest.removeprefix("I ask [EMAIL]: <call>")
+        found, end = decoder.raw_decode(rest)
+        assert type(found) is type(value)
+        rest = rest[end:].removeprefix("</call>\n")
+    assert rest == "<cal [EMAIL]"
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+async def test_the_longest_mark_that_fits_is_the_one(size: int):
+    """A shorter one that begins like it waits for what comes."""
+    assert (
+        await redacted_with_tags('<call>id={"n": 15550100999} 555-010-0999', size)
+        == '<call>id={"n": 15550100999} [PHONE]'
+    )
+
+
+@pytest.mark.parametrize("size", [1, 100])
+async def test_tagged_json_that_is_cut_shows_no_beginning_of_an_entity(size: int):
+    """Neither in the JSON nor behind it."""
+    assert await redacted_with_tags('<f={"to": "jane.doe@exam', size, cut=True) == '<f={"to": "'
+    assert await redacted_with_tags("<f=1> to jane.doe@exam", size, cut=True) == "<f=1> to "
+
+
+async def test_entities_are_counted_in_the_text_and_in_its_json():
+    """Those of earlier parts among them."""
+    stream = TaggedRedactor(REDACTOR, POOL, "t", ["<f="])
+
+    await stream.feed(f'{MAIL} <f=["{MAIL}"]> {MAIL} ')
+    stream.finish()
+
+    assert stream.counts == {PiiKind.EMAIL: 3}
