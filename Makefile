@@ -26,7 +26,7 @@ PYTHON_PROBLEM = $(strip $(shell \
 NEED_PYTHON = $(if $(PYTHON_PROBLEM),$(error Needs Python 3.11, 3.12 or 3.13, but $(PYTHON_PROBLEM). Name another with PYTHON=python3.12))
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-native check format-check lint type-check imports lock-check format lock bench bench-overhead bench-access soak test-long test-clients mlflow-server chaos fuzz \
+.PHONY: help install run test test-native check check-all format-check lint type-check imports lock-check format lock bench bench-overhead bench-access soak test-long test-clients mlflow-server chaos fuzz \
 	build-docker run-docker stop-docker logs clean
 
 help: ## List the commands
@@ -50,7 +50,9 @@ test-native: $(VENV)/.installed-dev ## Run the C++ tests of the kernels under sa
 # In the order of cost.
 check: lock-check format-check lint imports type-check ## Run every check that is not a test
 
-lock-check: $(VENV)/.installed-dev ## Is the lock in step with pyproject.toml and constraints.txt?
+check-all: check test ## Run every check, and the tests
+
+lock-check: $(VENV)/.installed-dev ## Is the lock in step with pyproject.toml, constraints.txt and requirements.txt?
 	@$(PY) scripts/check_lock.py
 
 format-check: $(VENV)/.installed-dev ## Is the code formatted?
@@ -151,12 +153,15 @@ $(POETRY):
 	@.cache/poetry/bin/pip install $(QUIET) 'poetry>=2.3,<3' poetry-plugin-export poetry-plugin-pypi-mirror
 
 # poetry does not read pip's settings: the plugin hands it the index that pip uses and keeps that address out of poetry.lock.
-lock: $(POETRY) ## Renew poetry.lock and constraints.txt after a change of pyproject.toml (ARGS=--regenerate takes newer versions)
+lock: $(POETRY) ## Renew poetry.lock, constraints.txt and requirements.txt after a change of pyproject.toml (ARGS=--regenerate takes newer versions)
 	@index=$${PIP_INDEX_URL:-$$(.cache/poetry/bin/pip config get global.index-url 2>/dev/null \
 		|| .cache/poetry/bin/python -c 'from pip._internal.models.index import PyPI; print(PyPI.simple_url)')}; \
 	export POETRY_PYPI_MIRROR_URL=$${index%/}/ POETRY_VIRTUALENVS_CREATE=false; \
 	$(POETRY) lock --no-interaction $(ARGS) && \
 	{ echo "# Made from poetry.lock by \`make lock\`: not to be edited."; \
 	  $(POETRY) export --format constraints.txt --all-extras --without-hashes --without-urls; } > constraints.txt.new && \
-	mv constraints.txt.new constraints.txt
+	mv constraints.txt.new constraints.txt && \
+	{ echo "# Made from poetry.lock by \`make lock\`: not to be edited."; \
+	  $(POETRY) export --format requirements.txt --without-hashes --without-urls; } > requirements.txt.new && \
+	mv requirements.txt.new requirements.txt
 	@.cache/poetry/bin/python scripts/check_lock.py

@@ -9,12 +9,13 @@ from contextlib import asynccontextmanager
 from functools import partial
 
 import anyio
+import structlog
 from fastapi import FastAPI
 
 from app.access.access import AccessControl
 from app.access.admission import AdmissionControl
-from app.access.bootstrap_key import bootstrap_key
-from app.config import Settings
+from app.access.bootstrap_key import KEY_FILE, bootstrap_key
+from app.config import Settings, load_settings
 from app.engine.alias_follower import AliasFollower
 from app.engine.base import EncoderEngine, Engine
 from app.engine.host import ModelHost
@@ -33,11 +34,13 @@ from app.model_builder import Filters, ModelBuilder, registered_models
 from app.privacy.pool import RedactionPool
 from app.privacy.redactor import PiiKind, Redactor
 from app.stores.memory_admission import MemoryAdmissionStore
-from app.telemetry import Metrics, disable_foreign_tracing
+from app.telemetry import Metrics, configure_logging, disable_foreign_tracing
 from app.web.app_factory import build_app
 from app.web.http.authentication import Keys
 from app.web.http.dependencies import Container, Service
 from app.web.http.rate_limits import FailedKeyLimiter
+
+_log = structlog.get_logger("llm_service")
 
 REDACTION_PROCESSES = min(4, max(1, (os.cpu_count() or 1) // 2))
 """Most child processes that filter long texts."""
@@ -242,6 +245,7 @@ def _watch(metrics: Metrics, host: ModelHost, sessions: SessionStore | None) -> 
         sessions=lambda: sessions.count() if sessions else 0,
         model_loaded=lambda: host.can_serve,
         engine_restarts=total(lambda model: model.engine.status().restarts),
+        gpu_memory_bytes=total(lambda model: model.engine.status().device_bytes or 0),
     )
     metrics.watch_upstreams(
         lambda: [
@@ -250,3 +254,23 @@ def _watch(metrics: Metrics, host: ModelHost, sessions: SessionStore | None) -> 
             for each in model.engine.status().upstreams
         ]
     )
+
+
+def __getattr__(name: str) -> FastAPI:
+    """Build the application for `uvicorn app.main:app`, from the configuration of the folder that it is started in.
+
+    Only that server asks for this name, so an import of this module still reads nothing.
+
+    Raises: SystemExit: the configuration cannot be used.
+    """
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        settings = load_settings()
+        configure_logging(settings.logging)
+        app = create_app(settings)
+    except ConfigError as error:
+        raise SystemExit(f"llm-service: {error}") from None
+    if settings.security.api_key is None:
+        _log.info("the API key is in a file", path=str((settings.app.data_dir / KEY_FILE).resolve()))
+    return app

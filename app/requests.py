@@ -90,6 +90,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     sampling: SamplingParams = SamplingParams()
     unset: frozenset[str] = frozenset()
     """Names of the sampling parameters that the caller left open; `resolve_params` fills them in."""
+    default_max_tokens: Annotated[int | None, HARMLESS] = None
+    """What `max_tokens` is where it is unset, before the service's own default."""
     use_recommended: Annotated[bool, HARMLESS] = False
     """Whether what is unset follows the model's own generation config before the service's defaults, as in vLLM."""
     echo: bool = False

@@ -127,6 +127,7 @@ def run(settings: Settings) -> int:
         key_file = settings.app.data_dir / KEY_FILE
         first_start = settings.security.api_key is None and not key_file.exists()
         app = create_app(settings)
+        warn_of_workers(settings)
         if first_start:
             print(f"\nYour API key, made now and kept in {key_file.resolve()}:\n\n  {key_file.read_text()}", flush=True)
         config = server_config(app, settings, timeout_graceful_shutdown=math.ceil(_FLUSH_SECONDS))
@@ -135,6 +136,12 @@ def run(settings: Settings) -> int:
     finally:
         stop_logging()
         listener.close()
+
+
+def warn_of_workers(settings: Settings) -> None:
+    """Log that several processes were asked for, where they were."""
+    if settings.compat.workers > 1:
+        log.warning("one process serves, which batches all requests; start replicas for more", workers=1)
 
 
 def server_config(app: FastAPI, settings: Settings, **options: Any) -> ServerConfig:
@@ -205,7 +212,7 @@ def how_to_use(settings: Settings, port: int) -> str:
     url = f"http://{shown}:{port}"
     key_file = (settings.app.data_dir / KEY_FILE).resolve()
     if settings.security.api_key:
-        where, key = "the one you set as SECURITY__API_KEY", "'X-API-Key: YOUR-KEY'"
+        where, key = "the one you set as SECURITY__API_KEY or API_KEY", "'X-API-Key: YOUR-KEY'"
     else:
         where, key = f"in {key_file}", f'"X-API-Key: $(cat {shlex.quote(str(key_file))})"'
     return "\n".join(

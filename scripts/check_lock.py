@@ -1,4 +1,4 @@
-"""Say whether pyproject.toml, poetry.lock and constraints.txt still belong together.
+"""Say whether pyproject.toml, poetry.lock, constraints.txt and requirements.txt still belong together.
 
 Needs nothing but Python, so that it can run before anything is installed.  `make lock` puts right whatever it finds.
 """
@@ -51,7 +51,7 @@ def read_pins(text: str) -> tuple[set[tuple[str, str]], list[str]]:
     return pins, odd
 
 
-def problems(pyproject: dict[str, Any], lock: dict[str, Any], constraints: str) -> list[str]:
+def problems(pyproject: dict[str, Any], lock: dict[str, Any], constraints: str, requirements: str) -> list[str]:
     """One sentence for each thing that is out of step."""
     found = []
     if lock["metadata"]["content-hash"] != content_hash(pyproject):
@@ -64,10 +64,18 @@ def problems(pyproject: dict[str, Any], lock: dict[str, Any], constraints: str) 
     # poetry names a package's index only when that is not the public one; such an address works on one network only.
     found += [f"poetry.lock takes {p['name']} from {p['source'].get('url')}" for p in lock["package"] if "source" in p]
 
-    pins, odd = read_pins(constraints)
-    found += [f"constraints.txt: not an exact pin: {line}" for line in odd]
-    found += [f"constraints.txt lacks {name}=={version} of poetry.lock" for name, version in sorted(locked - pins)]
-    found += [f"constraints.txt has {name}=={version}, poetry.lock has not" for name, version in sorted(pins - locked)]
+    found += _differences("constraints.txt", constraints, locked)
+    needed = {(p["name"], p["version"]) for p in lock["package"] if "main" in p["groups"] and not p["optional"]}
+    found += _differences("requirements.txt", requirements, needed)
+    return found
+
+
+def _differences(file: str, text: str, locked: set[tuple[str, str]]) -> list[str]:
+    """One sentence for each line that a file of pins has or lacks against the lock."""
+    pins, odd = read_pins(text)
+    found = [f"{file}: not an exact pin: {line}" for line in odd]
+    found += [f"{file} lacks {name}=={version} of poetry.lock" for name, version in sorted(locked - pins)]
+    found += [f"{file} has {name}=={version}, poetry.lock has not" for name, version in sorted(pins - locked)]
     return found
 
 
@@ -75,12 +83,12 @@ def main(root: Path = ROOT) -> int:
     found = problems(
         tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8")),
         tomllib.loads((root / "poetry.lock").read_text(encoding="utf-8")),
-        (root / "constraints.txt").read_text(encoding="utf-8"),
+        *((root / name).read_text(encoding="utf-8") for name in ("constraints.txt", "requirements.txt")),
     )
     for problem in found:
         print(problem, file=sys.stderr)
     if found:
-        print("Run `make lock` and commit poetry.lock and constraints.txt.", file=sys.stderr)
+        print("Run `make lock` and commit poetry.lock, constraints.txt and requirements.txt.", file=sys.stderr)
     return 1 if found else 0
 
 

@@ -6,8 +6,13 @@ from collections.abc import Generator
 import pytest
 from hypothesis import HealthCheck, settings
 
+from app.config.older_names import OLDER_VARIABLES
+
 # Read by torch when it is imported.  Models this small are slower on several threads, and two tests run at once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Read by the settings, and set on many machines for something else.
+for _name in OLDER_VARIABLES:
+    os.environ.pop(_name, None)
 settings.register_profile("service", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("service")
 

@@ -1,5 +1,6 @@
 """Defines `python -m app serve` and registers the other command groups."""
 
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -36,14 +37,18 @@ def serve(
     config: ConfigOption = CONFIG,
     host: Annotated[str | None, typer.Option(help="Address to listen on; overrides the configuration.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; overrides the configuration.")] = None,
+    log_level: Annotated[
+        str | None, typer.Option(help="DEBUG, INFO, WARNING or ERROR; overrides the configuration.")
+    ] = None,
 ) -> None:
     """Serve the configured model over HTTP until Ctrl-C."""
     # Imported late: --help must not import the whole service.
     from app import server
 
     listen: dict[str, Any] = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
+    logging = {} if log_level is None else {"level": log_level.upper()}
     try:
-        settings = load_settings(existing(config), app=listen)
+        settings = load_settings(existing(config), app=listen, logging=logging)
         code = server.run(settings)
     except ConfigError as error:
         typer.echo(f"llm-service: {error}", err=True)
@@ -54,3 +59,8 @@ def serve(
 def main() -> None:
     """Run the command line; the entry point of the installed script."""
     cli()
+
+
+def serve_only() -> None:
+    """Run `serve` with the arguments of the script of that name."""
+    cli(["serve", *sys.argv[1:]])

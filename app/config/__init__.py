@@ -1,6 +1,7 @@
 """The configuration: typed settings and their loader.  Nothing is read at import."""
 
 from app.config.access import DatabaseConfig, QuotaConfig, RateLimitConfig, UsageLogConfig
+from app.config.compat import CompatConfig
 from app.config.embeddings import EmbeddingsConfig
 from app.config.loading import load_settings
 from app.config.mlflow import MlflowConfig
@@ -21,6 +22,7 @@ __all__ = [
     "AppConfig",
     "CacheConfig",
     "ChatHistoryConfig",
+    "CompatConfig",
     "DatabaseConfig",
     "DeadlineConfig",
     "EmbeddingsConfig",

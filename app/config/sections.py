@@ -18,18 +18,20 @@ from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    YamlConfigSettingsSource,
 )
 
 from app.config.access import DatabaseConfig, QuotaConfig, RateLimitConfig, UsageLogConfig
+from app.config.compat import CompatConfig
 from app.config.embeddings import EmbeddingsConfig
 from app.config.mlflow import MlflowConfig
 from app.config.model import ModelConfig, ModelEntry
+from app.config.older_names import ConfigFile, OlderVariables, OwnVariables
 from app.config.remote import RemoteConfig
 from app.config.section import Section
 
 KNOWN_DEFAULT_KEYS = frozenset(
-    ["change-me", "changeme", "change-me-in-env", "your-api-key-here", "your-secure-api-key-here", "your_key", "secret"]
+    """change-me changeme change-me-in-env your-api-key-here your-secure-api-key-here your-secret-api-key your_key
+    secret""".split()
 )
 """Keys from published examples, which protect nothing and are refused."""
 
@@ -125,11 +127,16 @@ class SecurityConfig(Section):
     """Wrong or missing keys per minute and address before the response 401 becomes 429."""
     cors_origins: tuple[str, ...] = ()
     """Origins that may call from a browser (CORS)."""
+    allowed_hosts: tuple[Annotated[str, Field(pattern=r"^(\*\.)?[a-z0-9.:\[\]-]+$")], ...] = ()
+    """Names, in lower case, that the header Host may have, *.example.com for all below one; empty: any.  Probes and
+    metrics are served under any."""
     docs: bool | None = None
     """Serve /docs, /redoc and /openapi.json without a key; unset: only where `app.host` is this machine's own address,
     such as 127.0.0.1."""
     metrics_public: bool = True
     """Serve /metrics without a key."""
+    status_public: bool = True
+    """Answer GET /status without a key with what tells nothing of processes, requests and errors; with one in full."""
 
     @field_validator("api_key")
     @classmethod
@@ -249,6 +256,7 @@ class Settings(BaseSettings):
     chat_history: ChatHistoryConfig = ChatHistoryConfig()
     pii: PiiConfig = PiiConfig()
     openai: OpenAIConfig = OpenAIConfig()
+    compat: CompatConfig = CompatConfig()
     mlflow: MlflowConfig = MlflowConfig()
     logging: LoggingConfig = LoggingConfig()
     huggingface_token: Annotated[SecretStr | None, AfterValidator(_blank_is_unset)] = None
@@ -294,6 +302,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Order the sources: arguments, environment, .env, YAML file."""
-        yaml_settings = YamlConfigSettingsSource(settings_cls)
-        return init_settings, env_settings, dotenv_settings, yaml_settings
+        """Order the sources: arguments, environment, .env, variables of older services, YAML file."""
+        dotenv = OwnVariables(settings_cls, dotenv_settings)
+        older = OlderVariables(settings_cls, dotenv)
+        return init_settings, env_settings, dotenv, older, ConfigFile(settings_cls)

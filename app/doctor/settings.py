@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from app.config import Section, Settings, load_settings
+from app.config.older_names import OLDER_VARIABLES
 from app.doctor.findings import Finding, ok, problem, warning
 from app.errors import ConfigError
 
@@ -42,7 +43,7 @@ def _variables() -> frozenset[str]:
             names |= {f"{name}__{key}".upper() for key in kind.model_fields}
         else:
             names.add(name.upper())
-    return frozenset(names)
+    return frozenset(names) | OLDER_VARIABLES
 
 
 def _misspelt(environment: Mapping[str, str], variables: frozenset[str]) -> Iterator[Finding]:

@@ -262,7 +262,9 @@ def _system_text(request: GenerationRequest) -> str | None:
 def _budget(request: GenerationRequest, model: ServedModel) -> TokenBudget:
     info = model.engine.info
     recommended = dict(info.recommended).get("max_tokens") if request.use_recommended else None
-    default = model.defaults.max_tokens if recommended is None else int(recommended)
+    default = request.default_max_tokens
+    if default is None:
+        default = model.defaults.max_tokens if recommended is None else int(recommended)
     return TokenBudget(limit=info.context_length, requested=request.max_tokens, default=default)
 
 

@@ -188,6 +188,9 @@ def worker_environment(parent: Mapping[str, str], spec: ModelSpec, hub_token: st
         "TRANSFORMERS_VERBOSITY": "warning",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    # The name that older releases of transformers had for it.
+    if "TRANSFORMERS_CACHE" in environment and not environment.keys() & {"HF_HOME", "HF_HUB_CACHE"}:
+        environment["HF_HUB_CACHE"] = environment["TRANSFORMERS_CACHE"]
     if spec.source == "local":
         environment |= {"HF_HUB_OFFLINE": "1"}
     elif hub_token is not None:

@@ -15,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from app.telemetry.logs import dropped_lines
+from app.telemetry.recent_rate import RecentRate
 
 Direction = Literal["input", "output"]
 Read = Callable[[], float]
@@ -67,6 +68,12 @@ class _Upstreams(Collector):
         yield from (ready, running, failures)
 
 
+def _value(counter: Counter) -> float:
+    """Return what a counter without labels has counted."""
+    (family,) = counter.collect()
+    return float(family.samples[0].value)
+
+
 class Metrics:
     """The application's Prometheus metrics, in a registry of their own; safe to call from any thread."""
 
@@ -91,6 +98,8 @@ class Metrics:
         self._http_seconds = histogram(
             "http_request_duration_seconds", "Time to the last byte", _REQUEST_SECONDS, "method", "endpoint"
         )
+        self._errors = counter("errors_total", "Requests answered with an error, by its code", "error")
+        self._watch_totals()
         self._generated = counter("tokens_generated_total", "Tokens generated", "model")
         self._prompts = counter("prompt_tokens_total", "Tokens of prompts read", "model")
         self._texts = counter("texts_embedded_total", "Texts embedded", "model")
@@ -113,6 +122,16 @@ class Metrics:
             buckets=_LAG_SECONDS,
         )
 
+    def _watch_totals(self) -> None:
+        """Export what dashboards of older services plot: figures of all requests together."""
+        self._requests = Counter("api_requests_total", "Requests answered, all together", registry=self._registry)
+        self._request_seconds = Counter("request_seconds", "Time of all requests together", registry=None)
+        self._rate = RecentRate()
+        mean = Gauge("api_request_duration_seconds", "Mean time of a request", registry=self._registry)
+        mean.set_function(lambda: _value(self._request_seconds) / max(1.0, _value(self._requests)))
+        rate = Gauge("tokens_per_second", "Tokens generated per second in the last minute", registry=self._registry)
+        rate.set_function(self._rate.per_second)
+
     def watch(
         self,
         *,
@@ -121,6 +140,7 @@ class Metrics:
         sessions: Read,
         model_loaded: Read,
         engine_restarts: Read,
+        gpu_memory_bytes: Read = lambda: 0,
     ) -> None:
         """Export figures that other objects count; call it once."""
         for name, text, read in (
@@ -128,6 +148,7 @@ class Metrics:
             ("requests_waiting", "Requests waiting for the model", requests_waiting),
             ("sessions", "Chat sessions stored", sessions),
             ("model_loaded", "1 when the model can answer", model_loaded),
+            ("gpu_memory_usage_bytes", "Memory that models took on a GPU when they were loaded", gpu_memory_bytes),
         ):
             Gauge(name, text, registry=self._registry).set_function(read)
         self._registry.register(
@@ -146,11 +167,20 @@ class Metrics:
         """Args: reason: one of the server's own words, never what a client sent."""
         self._connections_closed(reason).inc()
 
-    def http_done(self, method: str, endpoint: str | None, status: int, seconds: float) -> None:
-        """Args: endpoint: the route's template, None where no route matched; all of these share one series."""
+    def http_done(
+        self, method: str, endpoint: str | None, status: int, seconds: float, error: str | None = None
+    ) -> None:
+        """Args:
+        endpoint: the route's template, None where no route matched; all of these share one series.
+        error: the code of the error that was answered, one of the service's own.
+        """
         method, endpoint = self._known_endpoint(method, endpoint)
         self._http(method, endpoint, str(status) if status in STATUSES else OTHER).inc()
         self._http_seconds(method, endpoint).observe(seconds)
+        self._requests.inc()
+        self._request_seconds.inc(seconds)
+        if error is not None:
+            self._errors(error).inc()
 
     def first_token(self, model: str, seconds: float) -> None:
         self._first(self._known_model(model)).observe(seconds)
@@ -161,6 +191,7 @@ class Metrics:
     def generated(self, model: str, prompt_tokens: int, completion_tokens: int) -> None:
         self._prompts(self._known_model(model)).inc(prompt_tokens)
         self._generated(self._known_model(model)).inc(completion_tokens)
+        self._rate.add(completion_tokens)
 
     def embedded(self, model: str, tokens: int, texts: int) -> None:
         """Args: tokens: of all texts."""

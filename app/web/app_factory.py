@@ -8,6 +8,7 @@ from starlette.types import Lifespan
 
 from app import __version__
 from app.web.admin import documentation, health, keys, models, roles, usage
+from app.web.compat.routers import ROUTERS as COMPAT_ROUTERS
 from app.web.http.authentication import Authentication
 from app.web.http.cors import CrossOriginAccess
 from app.web.http.dependencies import Container
@@ -55,14 +56,17 @@ def build_app(container: Container, *, lifespan: Lifespan[FastAPI] | None = None
     )
     openai = [module.router for module in dialect]
     openai.append(openai_responses.stored_router)
-    for router in (*native, *openai, keys.seed_router, health.router, *([documentation.router] if docs else [])):
+    compat = COMPAT_ROUTERS if container.settings.compat.enabled else ()
+    for router in (*native, *openai, *compat, health.router, *([documentation.router] if docs else [])):
         app.include_router(router)
     openai_prefixes = (*openai_errors.PATH_PREFIXES, *_paths(openai))
     renderer = ErrorRenderer(
-        dict.fromkeys(openai_prefixes, openai_errors.ERROR_FORMAT) | dict.fromkeys(_paths(native), DEFAULT_FORMAT)
+        dict.fromkeys(openai_prefixes, openai_errors.ERROR_FORMAT)
+        | dict.fromkeys(_paths([*native, *compat]), DEFAULT_FORMAT)
     )
     renderer.register_handlers(app)
-    app.renderer, app.public, app.always = renderer, public_paths(container), health.ALWAYS_PATHS
+    app.renderer, app.always = renderer, health.ALWAYS_PATHS
+    app.public, app.optional = public_paths(container), optional_paths(container)
     _add_middlewares(app, container, renderer)
     return app
 
@@ -80,9 +84,10 @@ def _add_middlewares(app: FastAPI, container: Container, renderer: ErrorRenderer
         failed_keys=container.failed_keys,
         metrics=container.metrics,
         public=public_paths(container),
+        optional=optional_paths(container),
     )
     app.add_middleware(DrainGate, host=container.host, always=health.ALWAYS_PATHS)
-    app.add_middleware(HeadChecks)
+    app.add_middleware(HeadChecks, hosts=security.allowed_hosts, any_host=health.ALWAYS_PATHS)
     app.add_middleware(ErrorBoundary, renderer=renderer)
     app.add_middleware(BodyLimits, max_bytes=security.max_body_bytes, timeout_seconds=security.body_timeout_seconds)
     if security.cors_origins:
@@ -96,3 +101,8 @@ def public_paths(container: Container) -> frozenset[str]:
     metrics = {"/metrics"} if security.metrics_public else set()
     docs = documentation.PUBLIC_PATHS if container.settings.serves_docs else frozenset()
     return health.PUBLIC_PATHS | metrics | docs
+
+
+def optional_paths(container: Container) -> frozenset[str]:
+    """Return the exact paths that need no key, but say more to a caller with one."""
+    return frozenset(["/status"] if container.settings.security.status_public else [])

@@ -33,6 +33,7 @@ REASONS = re.compile(
             "names a token that the model does not have",
             "has [0-9]+ characters; this service takes at most",
             "maximum context length is",
+            "must be at most [0-9]+ on this route",
             "is not possible with truncation disabled",
             "of the last turn, which is never cut",
             # One of two fields, or a field that another one needs.
@@ -57,10 +58,14 @@ REASONS = re.compile(
             "is the name of another one too",
             "have different values",
             "is not supported for this model",
+            "is not supported: this model's chat template",
             "is needed, since the model's own name has other signs",
             "is not possible with stream",
             # What only a look at the texts, or at what is stored, can tell.
             "must not hold an empty text",
+            "content must not be empty",
+            "is not valid JSON of at most",
+            "must be a JSON Schema, which is an object",
             "names no stored response of yours",
             "names no item of a stored response of yours",
             "is not possible here: a stored response is complete",
@@ -86,6 +91,8 @@ def filter_failure(context: HookContext, failure: Exception, case: Case[Any], re
         return False  # a revoked key stays in the list, with its state
     if type(failure).__name__ == "RejectedPositiveData" and response.status_code == 424:
         return False  # there is no model of this name to load
+    if response.status_code == 413:
+        return False  # refused for its length, before anything of it is looked at
     if type(failure).__name__ != "RejectedPositiveData" or response.status_code != 400:
         return True
     if _has_integral_float(case.body) and NO_INTEGER.search(response.text):

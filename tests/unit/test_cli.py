@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from app import __version__
 from app.access.database import head_revision
 from app.access.key_format import id_of
-from app.cli import cli
+from app.cli import cli, serve_only
+from app.config import Settings
 
 
 def test_a_configuration_file_that_was_asked_for_has_to_be_there():
@@ -135,3 +136,21 @@ def test_an_unknown_key_or_role_is_an_error_of_one_line(folder: Path):
 
     assert "llm-service: There is no key of this id.\n" == run("keys", "revoke", "nobody", code=1)
     assert "llm-service: There is no role of this name.\n" == run("keys", "create", "--role", "x", code=1)
+
+
+def test_the_level_of_the_log_can_be_named_at_the_start(monkeypatch: pytest.MonkeyPatch):
+    """By the script `serve` too, which is the command of that name."""
+    started: list[Settings] = []
+
+    def run(settings: Settings) -> int:
+        started.append(settings)
+        return 0
+
+    monkeypatch.setattr("app.server.run", run)
+    monkeypatch.setattr("sys.argv", ["serve", "--log-level", "debug", "--port", "9000"])
+
+    with pytest.raises(SystemExit) as ended:
+        serve_only()
+
+    assert 0 == ended.value.code
+    assert ("DEBUG", 9000) == (started[0].logging.level, started[0].app.port)

@@ -37,6 +37,13 @@ BODIES: Mapping[str, dict[str, Any]] = {"/v1/generate": GENERATE, "/v1/chat": CH
 """The native routes that stream."""
 OPENAI_BODIES: Mapping[str, dict[str, Any]] = {"/v1/chat/completions": CHAT, "/v1/completions": GENERATE}
 RESPONSE_BODIES: Mapping[str, dict[str, Any]] = {"/v1/responses": {"input": "hello"}}
+COMPAT_BODIES: Mapping[str, dict[str, Any]] = {
+    "/generate": GENERATE,
+    "/predict": GENERATE,
+    "/predict/batch": BATCH,
+    "/v1/stream": GENERATE,
+}
+"""The routes of older services that generate."""
 OPENAI_PATHS = (*OPENAI_BODIES, *RESPONSE_BODIES, "/v1/embeddings", "/v1/models", "/tokenize", "/detokenize")
 LOADING_PATHS = ("/v1/models/load", "/v1/models/unload")
 """Below a path of OpenAI's, in the service's own words."""

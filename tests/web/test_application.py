@@ -166,7 +166,7 @@ async def test_status_and_metrics_report_what_was_done(client: Client) -> None:
         status = (await http.get("/status")).json()
         metrics = (await http.get("/metrics")).text
 
-    assert ("ready", "cpu", 1) == (status["status"], status["model"]["device"], status["sessions"])
+    assert ("ready", "cpu", 1) == (status["state"], status["model"]["device"], status["sessions"])
     assert {"hits": 1, "misses": 3} == {name: status["cache"][name] for name in ("hits", "misses")}
     assert status["uptime_seconds"] >= 0
     assert 0 == status["engine"]["waiting"]

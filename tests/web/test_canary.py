@@ -13,6 +13,7 @@ from app.engine.echo import EchoEngine
 from app.requests import GenerationRequest
 from app.telemetry import configure_logging
 from tests.web.access import Running, running
+from tests.web.harness import COMPAT_BODIES
 
 ADDRESS = "canary.jones@example.com"
 GENERATING = (
@@ -22,8 +23,11 @@ GENERATING = (
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/responses",
+    *COMPAT_BODIES,
 )
 """Where the engine breaks."""
+UNLOADS = "/unload_model"
+"""Would end the model that all others need, and takes no body."""
 
 
 class FailingEngine(EchoEngine):
@@ -65,6 +69,8 @@ async def drive(service: Running, key: str) -> list[str]:
     right += [{"role": ADDRESS, "owner": ADDRESS}, {"rights": {"models": [ADDRESS]}}]
     async with service.client(key) as http:
         for path, operations in schema["paths"].items():
+            if path == UNLOADS:
+                continue
             for method, operation in operations.items():
                 content = operation.get("requestBody", {}).get("content", {}).get("application/json")
                 bodies: list[Any] = [None]
@@ -157,6 +163,8 @@ async def test_no_refusal_repeats_what_stands_in_the_wrong_place(tmp_path: Path,
             key = await service.key(role="admin")
             async with service.client(key) as http:
                 for path, operations in service.app.openapi()["paths"].items():
+                    if path == UNLOADS:
+                        continue
                     for secret in (CARD, key):
                         for method in (*operations, "put", "brew"):
                             for where in ("none", secret):

@@ -3,6 +3,8 @@
 import re
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import Any
+from uuid import UUID
 
 import pytest
 from pydantic import TypeAdapter
@@ -13,7 +15,18 @@ from app.engine.echo import EchoEngine
 from app.types import EngineState
 from app.web.admin.health import Readiness
 from app.web.http.private_api import served_methods
-from tests.web.harness import AUTH, CHAT, GENERATE, MODEL, ScriptedService, Web, is_envelope, make_web
+from tests.web.harness import (
+    AUTH,
+    CHAT,
+    GENERATE,
+    MODEL,
+    LoadingEngine,
+    RecordingEngine,
+    ScriptedService,
+    Web,
+    is_envelope,
+    make_web,
+)
 
 
 @pytest.mark.parametrize("given", ["abc", "A.b_c-9", "x" * 128])
@@ -41,7 +54,7 @@ async def test_any_other_request_id_is_replaced(client, given):
     reply = await client.get("/health", headers=[(b"X-Request-ID", given)])
 
     assert 200 == reply.status_code
-    assert re.fullmatch(r"req_[0-9a-f]{32}", reply.headers["x-request-id"])
+    UUID(reply.headers["x-request-id"])
 
 
 @pytest.mark.parametrize("headers", [AUTH, {"Authorization": f"Bearer {AUTH['X-API-Key']}"}])
@@ -51,14 +64,14 @@ async def test_a_key_in_the_header_of_the_request_id_is_not_repeated(web, log_li
         for given in (AUTH["X-API-Key"], new_key()):
             reply = await client.get("/health", headers={"X-Request-ID": given})
 
-            assert reply.headers["x-request-id"].startswith("req_")
+            UUID(reply.headers["x-request-id"])
             assert given not in str(log_lines)
 
 
 async def test_two_request_ids_are_none(client):
     reply = await client.get("/health", headers=[("X-Request-ID", "a"), ("X-Request-ID", "b")])
 
-    assert reply.headers["x-request-id"].startswith("req_")
+    UUID(reply.headers["x-request-id"])
 
 
 @pytest.mark.parametrize(
@@ -228,13 +241,54 @@ async def test_health_is_always_well_and_readiness_follows_the_engine(state, sta
         health, ready = await client.get("/health"), await client.get("/readyz")
 
     loaded = state is EngineState.READY
-    assert (200, {"status": "healthy", "model_loaded": loaded, "model_name": MODEL}) == (
-        health.status_code,
-        health.json(),
-    )
+    known: dict[str, Any] = {
+        "status": "healthy",
+        "service": "LLM service",
+        "api_status": "running",
+        "gpu_status": "unavailable",
+    }
+    known |= {"model_status": "loaded" if loaded else word, "model_loaded": loaded, "model_name": MODEL}
+    assert 200 == health.status_code
+    assert known.items() <= health.json().items()
+    assert {"timestamp", "uptime_seconds"} == health.json().keys() - known.keys()
     assert (status, {"status": word}) == (ready.status_code, ready.json())
     TypeAdapter(Readiness).validate_json(ready.content, strict=True, extra="forbid")
     assert ("retry-after" in ready.headers) is (status == 503)
+
+
+async def test_only_hosts_that_are_listed_are_answered_except_for_probes():
+    web = await make_web(security={"allowed_hosts": ["llm.example", "*.example.org"]})
+    async with web.client() as client:
+
+        async def status(host: str, path: str = "/v1/models") -> int:
+            return (await client.get(path, headers={"Host": host})).status_code
+
+        for host in ("llm.example", "LLM.example:8000", "a.example.org", "a.b.example.org:443"):
+            assert 200 == await status(host)
+        for host in ("evil.example", "llm.example.evil", "example.org", "10.0.0.7:8000", ""):
+            assert 400 == await status(host)
+        assert [200] * 3 == [await status("10.0.0.7:8000", path) for path in ("/health", "/readyz", "/metrics")]
+
+
+async def test_health_speaks_as_an_older_service_where_it_is_configured():
+    """Its words; and a pod whose readiness is read there gets no requests before its model serves."""
+    compat = {"health_status": "ok", "health_needs_model": True}
+    web = await make_web(app={"name": "LLM-Generator"}, compat=compat)
+    loading = await make_web(engines={MODEL: LoadingEngine(model=MODEL)}, compat=compat)
+    async with web.client(nothing="") as client, loading.client(nothing="") as early:
+        well, not_yet = await client.get("/health"), await early.get("/health")
+
+    assert (200, "ok", "LLM-Generator") == (well.status_code, well.json()["status"], well.json()["service"])
+    assert (503, "loading") == (not_yet.status_code, not_yet.json()["model_status"])
+    assert int(not_yet.headers["retry-after"]) >= 1
+
+
+async def test_health_says_whether_the_model_is_on_a_gpu():
+    web = await make_web(engines={MODEL: RecordingEngine(device="cuda:0")})
+    async with web.client() as client:
+        health, status = (await client.get("/health")).json(), (await client.get("/status")).json()
+
+    assert ("available", "cuda: model loaded on GPU") == (health["gpu_status"], status["status"])
 
 
 async def test_the_front_page_says_where_to_go(client):
@@ -257,3 +311,16 @@ async def test_figures_are_prometheus_text(web, client):
 
 def figures(web: Web) -> str:
     return web.metrics.render()[0].decode()
+
+
+async def test_errors_are_counted_by_their_codes(web, client):
+    await client.post("/v1/generate", json={"prompt": 3})
+    await client.get("/nowhere")
+    await client.get("/nowhere")
+    async with web.client(nothing="") as stranger:
+        await stranger.get("/v1/models")
+    figures = web.metrics.render()[0].decode()
+
+    for line in ('error="validation_error"} 1.0', 'error="not_found"} 2.0', 'error="unauthorized"} 1.0'):
+        assert f"errors_total{{{line}" in figures
+    assert "api_requests_total 4.0" in figures

@@ -11,6 +11,7 @@ from tests.web.harness import (
     BATCH,
     BODIES,
     CHAT,
+    COMPAT_BODIES,
     KEY,
     OPENAI_BODIES,
     RESPONSE_BODIES,
@@ -21,7 +22,7 @@ from tests.web.harness import (
 )
 
 EMBEDDING = {"/v1/embeddings": {"input": "hello"}}
-RIGHT = {**BODIES, "/v1/generate/batch": BATCH, **OPENAI_BODIES, **RESPONSE_BODIES, **EMBEDDING}
+RIGHT = {**BODIES, "/v1/generate/batch": BATCH, **OPENAI_BODIES, **RESPONSE_BODIES, **EMBEDDING, **COMPAT_BODIES}
 GENERATING = set(RIGHT)
 """Only what occupies the model counts against a rate; lists, keys and figures are cheap, and polled by machines."""
 SILENT = {"/", "/health", "/readyz", "/metrics", "/status", "/info"}
@@ -42,14 +43,14 @@ async def test_every_route_but_the_public_ones_needs_a_key(subtests):
         for method, path in operations(web.app):
             with subtests.test(f"{method} {path}"):
                 reply = await client.request(method, path, content=b"{not json")
-                if path in {"/", "/health", "/readyz", "/metrics", "/info"}:
+                if path in {"/", "/health", "/readyz", "/metrics", "/status", "/info"}:
                     assert 200 == reply.status_code
                 else:
                     checked += 1
                     assert 401 == reply.status_code
                     assert "Bearer" == reply.headers["www-authenticate"]
                     assert is_envelope(reply)
-    assert 32 == checked
+    assert 37 == checked
 
 
 async def test_generating_routes_are_limited_and_no_others(subtests):
@@ -68,7 +69,7 @@ async def test_generating_routes_are_limited_and_no_others(subtests):
             else:
                 assert not any(reply.status_code == 429 for reply in replies)
                 assert [None if path in SILENT else "2"] * 3 == left
-    assert 7 == checked
+    assert 11 == checked
 
 
 async def test_every_route_documents_its_errors(web):
@@ -125,7 +126,7 @@ async def test_malformed_requests_count_and_carry_the_rate_headers(path, content
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("path", sorted(GENERATING - {"/v1/generate/batch", *EMBEDDING}))
+@pytest.mark.parametrize("path", sorted(GENERATING - {"/v1/generate/batch", *EMBEDDING, *COMPAT_BODIES}))
 @pytest.mark.parametrize("kind", [RateLimited, QuotaExceeded])
 async def test_a_request_that_the_service_refuses_for_its_tokens_costs_a_request(path, stream, kind):
     """So a client that keeps sending is refused before any work is done; one that waits as it is told has a request."""
@@ -244,7 +245,7 @@ async def test_anything_but_one_right_key_is_401_and_never_500(subtests):
 
 @pytest.mark.parametrize(
     "path",
-    ["//health", "/health/", "/health/../status", "/Health", "/v1", "/nowhere", "/docs/", "/docs/x", "/status%2f"],
+    ["//health", "/health/", "/health/../v1/models", "/Health", "/v1", "/nowhere", "/docs/", "/docs/x", "/status%2f"],
 )
 async def test_only_the_exact_public_paths_are_public(web, path):
     async with web.client(nothing="") as client:
@@ -256,7 +257,7 @@ async def test_the_host_header_opens_nothing(web, host):
     async with web.client(nothing="") as client:
         # One that is no name is refused before the key is looked for.
         expected = 401 if host == "health" else 400
-        assert expected == (await client.get("/status", headers={"Host": host})).status_code
+        assert expected == (await client.get("/v1/models", headers={"Host": host})).status_code
 
 
 async def test_public_paths_follow_the_settings():
@@ -288,7 +289,7 @@ async def test_right_keys_do_not_count_as_failures():
     async with web.client() as client:
         assert [200] * 5 == [(await client.get("/status")).status_code for _ in range(5)]
     async with web.client(nothing="") as stranger:
-        assert 401 == (await stranger.get("/status")).status_code
+        assert 401 == (await stranger.get("/v1/models")).status_code
 
 
 async def test_while_draining_only_probes_are_answered(web, client):

@@ -41,6 +41,7 @@ async def test_generate_answers_with_the_documented_fields(client):
     assert {
         "generated_text": "Hello",
         "prompt": "hello",
+        "output": "Hello",
         "model": MODEL,
         "tokens_generated": 2,
         "cached": False,
@@ -321,10 +322,29 @@ async def test_without_session_memory_there_are_no_sessions():
     assert is_envelope(reply)
 
 
-async def test_status_needs_a_key_and_costs_no_request(client, web):
-    assert {"engine": {"state": "ready"}, "database": "ok", "embeddings": {}} == (await client.get("/status")).json()
+async def test_status_in_full_needs_a_key(client, web):
+    """Without one it tells nothing of queues, processes and errors; and a wrong one is wrong here too."""
+    full = (await client.get("/status")).json()
+    async with web.client(nothing="") as stranger:
+        public = await stranger.get("/status")
+    async with web.client(**{"X-API-Key": "wrong"}) as guesser:
+        assert 401 == (await guesser.get("/status")).status_code
+
+    assert ("cpu: model loaded on CPU", "ready") == (full["status"], full["state"])
+    assert {"engine": {"state": "ready"}, "database": "ok", "embeddings": {}}.items() <= full.items()
+    assert {"status", "state", "uptime_seconds", "model", "cache"} == public.json().keys()
+    assert ("cpu: model loaded on CPU", {"model": MODEL, "device": "cpu"}) == (
+        public.json()["status"],
+        public.json()["model"],
+    )
+
+
+async def test_status_can_be_kept_to_those_with_a_key():
+    web = await make_web(security={"status_public": False})
     async with web.client(nothing="") as stranger:
         assert 401 == (await stranger.get("/status")).status_code
+    async with web.client() as client:
+        assert 200 == (await client.get("/status")).status_code
 
 
 async def test_a_listed_origin_may_call_from_a_browser_and_no_other():

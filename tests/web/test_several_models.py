@@ -100,7 +100,7 @@ async def test_a_default_model_that_is_unloaded_makes_the_service_unready_and_no
         listed = (await client.get("/v1/models")).json()["data"]
         status = (await client.get("/status")).json()
 
-    assert ("unloaded", NAMES[0]) == (status["status"], status["model"]["model"])
+    assert ("unloaded", "model unloaded", NAMES[0]) == (status["state"], status["status"], status["model"]["model"])
     assert (503, {"status": "unloaded"}) == (ready.status_code, ready.json())
     assert int(ready.headers["retry-after"]) >= 1
     assert (200, False, NAMES[0]) == (health.status_code, health.json()["model_loaded"], health.json()["model_name"])

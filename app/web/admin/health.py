@@ -1,7 +1,9 @@
 """Liveness, readiness, status and metrics of the service; these routes report and never load a model."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import Any, Literal, NotRequired, cast
 
 from fastapi import APIRouter, Request, Response
@@ -9,10 +11,10 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from typing_extensions import TypedDict
 
 from app.engine.model_states import State, model_states
-from app.errors import InternalError, Unauthorized
+from app.errors import AppError, InternalError, Unauthorized
 from app.types import EngineState
 from app.web.admin.models import ModelStateResponse
-from app.web.http.dependencies import ContainerDep
+from app.web.http.dependencies import CallerIfKnownDep, Container, ContainerDep
 from app.web.http.errors import error_responses
 
 PUBLIC_PATHS = frozenset(["/", "/health", "/readyz", "/info"])
@@ -36,9 +38,18 @@ class About(TypedDict):
 class Health(TypedDict):
     """The process lives."""
 
-    status: Literal["healthy"]
+    status: Literal["healthy", "ok"]
+    """As `compat.health_status` configures it; it tells of the process and not of the model."""
+    service: str
+    api_status: Literal["running"]
+    model_status: str
+    """`loaded`, or why the model cannot serve a request now."""
     model_loaded: bool
     model_name: str
+    gpu_status: Literal["available", "unavailable"]
+    """Whether the model is on a GPU."""
+    timestamp: str
+    uptime_seconds: float
 
 
 class Readiness(TypedDict):
@@ -49,10 +60,25 @@ class Readiness(TypedDict):
     """What is wrong with the database, while there is something; the model serves all the same."""
 
 
+class PublicStatus(TypedDict):
+    """The part of the state that every caller may know."""
+
+    status: str
+    """Device and model in words, such as `cuda: model loaded on GPU`."""
+    state: str
+    """The state of the model in a word, as /readyz has it."""
+    uptime_seconds: float
+    model: dict[str, Any]
+    cache: dict[str, Any] | None
+
+
 class Status(TypedDict):
     """The state of the service; what stands in the objects depends on the engine."""
 
     status: str
+    """Device and model in words, such as `cuda: model loaded on GPU`."""
+    state: str
+    """The state of the model in a word, as /readyz has it."""
     uptime_seconds: float
     model: dict[str, Any]
     engine: dict[str, Any] | None
@@ -126,11 +152,28 @@ async def about(request: Request) -> About:
     return {"name": app.title, "version": app.version, "links": links}
 
 
-@router.get("/health")
-async def health(container: ContainerDep) -> Health:
-    """Return 200 while the process lives, whatever the model's state."""
-    loaded = container.host.can_serve
-    return {"status": "healthy", "model_loaded": loaded, "model_name": container.host.default_name}
+@router.get(
+    "/health",
+    response_model=Health,
+    responses={503: {"model": Health, "description": "Only if so configured: no request would be served now."}},
+)
+async def health(container: ContainerDep) -> JSONResponse:
+    """Return 200 while the process lives, whatever the model's state, unless `compat.health_needs_model` is set."""
+    host, compat = container.host, container.settings.compat
+    device = _device(container)
+    body: Health = {
+        "status": compat.health_status,
+        "service": container.settings.app.name,
+        "api_status": "running",
+        "model_status": "loaded" if host.can_serve else _state(container),
+        "model_loaded": host.can_serve,
+        "model_name": host.default_name,
+        "gpu_status": "available" if device not in (None, "cpu") else "unavailable",
+        "timestamp": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "uptime_seconds": _uptime(container),
+    }
+    reason = _unready(container) if compat.health_needs_model else None
+    return JSONResponse(body) if reason is None else JSONResponse(body, 503, headers=_retry_after(reason))
 
 
 @router.get(
@@ -140,31 +183,77 @@ async def health(container: ContainerDep) -> Health:
 )
 async def readyz(container: ContainerDep) -> JSONResponse:
     """Return 200 if a request sent now would be served, or the service does not need its default model."""
-    state = container.host.state
-    if container.host.draining or state is EngineState.CLOSED:
-        return _not_ready("draining")
-    if container.settings.model.required:
-        if state is None:
-            return _not_ready("unloaded")
-        if state is not EngineState.READY:
-            return _not_ready(state.value)
+    if (reason := _unready(container)) is not None:
+        return JSONResponse({"status": reason}, 503, headers=_retry_after(reason))
     # A fault of the database is no reason to send nothing here: replicas share it, and cached keys are served.
     fault = container.access.database.breaker.fault
     return JSONResponse({"status": "ready"} | ({"database": fault.value} if fault else {}))
 
 
-def _not_ready(status: str) -> JSONResponse:
-    return JSONResponse({"status": status}, 503, headers={"Retry-After": str(_RETRY_SECONDS[status])})
+def _unready(container: Container) -> str | None:
+    """Return why a request sent now would not be served; None if it would be, or need not be."""
+    state = _state(container)
+    if state == "draining":
+        return state
+    return state if container.settings.model.required and state != "ready" else None
 
 
-@router.get("/status", responses=error_responses(Unauthorized, InternalError) | {200: {"model": Status}})
-async def status(container: ContainerDep) -> Mapping[str, Any]:
-    """Report the state of the model, its queue, the cache and the database."""
+def _state(container: Container) -> str:
+    """Return the state of the default model in a word."""
+    state = container.host.state
+    if container.host.draining or state is EngineState.CLOSED:
+        return "draining"
+    return "unloaded" if state is None else state.value
+
+
+def _retry_after(reason: str) -> Mapping[str, str]:
+    return {"Retry-After": str(_RETRY_SECONDS[reason])}
+
+
+def _device(container: Container) -> str | None:
+    """Return the device of the default model; None until it is loaded."""
+    try:
+        return container.host.default.engine.info.device
+    except AppError:
+        return None
+
+
+def _uptime(container: Container) -> float:
+    return max(0.0, round(time.time() - container.host.since, 1))
+
+
+def _in_words(container: Container) -> str:
+    """Return device and model in words."""
+    device, state = _device(container), _state(container)
+    if device is None or state != "ready":
+        return f"model {state}"
+    kind = device.partition(":")[0]
+    return f"{kind}: model loaded on {'CPU' if kind == 'cpu' else 'GPU'}"
+
+
+@router.get(
+    "/status",
+    response_model=Status | PublicStatus,
+    responses=error_responses(Unauthorized, InternalError) | {200: {"model": Status | PublicStatus}},
+)
+async def status(container: ContainerDep, caller: CallerIfKnownDep) -> JSONResponse:
+    """Report the state of the model, its queue, the cache and the database; without a key, of model and cache only."""
+    figures = dict(container.service.status())
+    shown = {**figures, "status": _in_words(container), "state": _state(container)}
+    if caller is None:
+        public = {name: shown.get(name) for name in PublicStatus.__annotations__}
+        model = {"model": container.host.default_name, "device": _device(container)}
+        return JSONResponse(public | {"uptime_seconds": _uptime(container), "model": model})
     fault = container.access.database.breaker.fault
-    database = fault.value if fault else "ok"
-    models = [asdict(each) for each in model_states(container.host, container.loader)]
-    figures = {"embeddings": container.embeddings.status(), "models": models, "database": database}
-    return {**container.service.status(), **figures}
+    models = [ModelStateResponse.of(each).model_dump() for each in model_states(container.host, container.loader)]
+    return JSONResponse(
+        shown
+        | {
+            "embeddings": container.embeddings.status(),
+            "models": models,
+            "database": fault.value if fault else "ok",
+        }
+    )
 
 
 @router.get("/info")

@@ -25,13 +25,13 @@ from app.errors import (
 from app.web.http.dependencies import AccessDep, AdminDep
 from app.web.http.errors import error_responses
 from app.web.http.json_body import StrictModel, StrictRoute
+from app.web.http.owner_name import OwnerName
 
 MAX_PAGE = 200
 MAX_SECONDS = 100 * 366 * 86_400
 MAX_LIMIT = 10**15
 
 router = APIRouter(prefix="/v1/keys", tags=["keys"], route_class=StrictRoute)
-seed_router = APIRouter(tags=["keys"], route_class=StrictRoute)
 
 _ERRORS = error_responses(
     InvalidRequest, Unauthorized, Forbidden, KeyNotFound, RoleNotFound, RateLimited, InternalError, StoreUnavailable
@@ -39,8 +39,6 @@ _ERRORS = error_responses(
 
 KeyPath = Annotated[str, Path(pattern=r"^[0-9A-Za-z]{1,64}$")]
 RoleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
-OwnerName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._ -]{1,128}$")]
-"""No e-mail address: the name appears in every usage report."""
 _Limit = Annotated[int, Field(ge=0, le=MAX_LIMIT)] | None
 _Seconds = Annotated[int, Field(ge=1, le=MAX_SECONDS)]
 
@@ -189,25 +187,6 @@ async def rotate_key(key_id: KeyPath, body: RotateKey, caller: AdminDep, access:
     """Rotate a key's secret; the new one is shown in this response only, the old one stays valid for a while."""
     record, key = await access.keys.rotate(key_id, timedelta(seconds=body.overlap_seconds))
     return NewKeyResponse.of(record, key=key)
-
-
-class GenerateApiKey(StrictModel):
-    """The owner of the new key."""
-
-    username: OwnerName
-
-
-class GeneratedApiKey(BaseModel):
-    """The secret of the new key."""
-
-    api_key: str
-
-
-@seed_router.post("/generate_apikey", response_model=GeneratedApiKey, responses=_ERRORS)
-async def generate_apikey(body: GenerateApiKey, caller: AdminDep, access: AccessDep) -> GeneratedApiKey:
-    """Create a key of the role standard, in the format of an older service."""
-    _, key = await access.keys.create(role="standard", owner=body.username)
-    return GeneratedApiKey(api_key=key)
 
 
 def _expiry(seconds: int | None) -> datetime | None:

@@ -30,19 +30,34 @@ class Authentication:
     """
 
     def __init__(
-        self, app: ASGIApp, *, keys: Keys, failed_keys: FailedKeyLimiter, metrics: Metrics, public: Collection[str]
+        self,
+        app: ASGIApp,
+        *,
+        keys: Keys,
+        failed_keys: FailedKeyLimiter,
+        metrics: Metrics,
+        public: Collection[str],
+        optional: Collection[str] = (),
     ) -> None:
-        """Args: public: exact paths that need no key; every other one does, whether it exists or not."""
+        """Args:
+        public: exact paths that need no key; every other one does, whether it exists or not.
+        optional: exact paths that tell more to whom sends a key; a wrong one is refused there too.
+        """
         self.app = app
         self.keys = keys
         self.failed_keys = failed_keys
         self.metrics = metrics
         self.public = frozenset(public)
+        self.optional = frozenset(optional)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in self.public:
+        if scope["type"] == "http" and not self._passes_unknown(scope):
             await self._identify(scope)
         await self.app(scope, receive, send)
+
+    def _passes_unknown(self, scope: Scope) -> bool:
+        path = scope["path"]
+        return path in self.public or (path in self.optional and not has_credentials(scope["headers"]))
 
     async def _identify(self, scope: Scope) -> None:
         key = presented_key(scope["headers"])
@@ -50,8 +65,15 @@ class Authentication:
         if principal is None:
             self.metrics.auth_failed()
             self.failed_keys.take_failure(scope)
-            raise Unauthorized("Send a valid API key, as `X-API-Key: <key>` or `Authorization: Bearer <key>`.")
+            raise Unauthorized(
+                "Invalid API key, or none: send one as `X-API-Key: <key>` or `Authorization: Bearer <key>`."
+            )
         scope["state"]["principal"] = principal
+
+
+def has_credentials(headers: Collection[tuple[bytes, bytes]]) -> bool:
+    """Return whether a client has sent anything by which it wants to be known."""
+    return any(name in (b"x-api-key", b"authorization") for name, _ in headers)
 
 
 def presented_key(headers: Collection[tuple[bytes, bytes]]) -> bytes | None:

@@ -100,6 +100,15 @@ CallerDep = Annotated[Principal, Depends(_caller)]
 """The principal that the authentication middleware identified."""
 
 
+async def _caller_if_known(request: Request) -> Principal | None:
+    principal: Principal | None = getattr(request.state, "principal", None)
+    return principal
+
+
+CallerIfKnownDep = Annotated[Principal | None, Depends(_caller_if_known)]
+"""The caller of a route that needs no key; None for one that sent none."""
+
+
 async def _admin(caller: CallerDep) -> Principal:
     if not caller.rights.manage_keys:
         raise Forbidden("This needs an API key whose role may manage keys.")

@@ -53,6 +53,8 @@ _QUOTES_NO_INPUT = frozenset(
 )
 """pydantic's error types whose message quotes nothing of the input; of any other only the field is named."""
 
+ERROR_CODE = "error_code"
+"""Key in a request's state: the code of the error that is its response."""
 KIND = "kind:"
 """Begins the tags of unions, which pydantic puts into locations between the names of fields."""
 
@@ -142,6 +144,7 @@ class ErrorRenderer:
     def response(self, scope: Scope, error: AppError, headers: Mapping[str, str] | None = None) -> Response:
         """Return the response to a request that failed before its response began."""
         error_format = self.format_of(scope["path"])
+        scope["state"][ERROR_CODE] = error.code
         return JSONResponse(
             error_format.body(error, path=scope["path"], request_id=scope["state"]["request_id"]),
             status_code=error.status,

@@ -35,7 +35,7 @@ from app.errors import (
 from app.telemetry import Metrics
 from app.telemetry.metrics import METHODS, OTHER, UNMATCHED
 from app.types import Principal
-from app.web.http.errors import ErrorRenderer, as_app_error
+from app.web.http.errors import ERROR_CODE, ErrorRenderer, as_app_error
 from app.web.http.private_api import route_path
 from app.web.http.rate_limits import rate_headers
 from app.web.http.security_headers import security_headers
@@ -93,7 +93,8 @@ class RequestLog:
         principal: Principal | None = scope["state"].get("principal")
         # A method that the route is not served by would make series that say nothing.
         served = method in self.served.get(route, ())
-        self.metrics.http_done(method, route if served else None, status, seconds)
+        error: str | None = scope["state"].get(ERROR_CODE)
+        self.metrics.http_done(method, route if served else None, status, seconds, error)
         self._log.info(
             f"{method} {route} - {status}",
             method=method,
@@ -115,7 +116,7 @@ def _request_id(scope: Scope) -> str:
     given = [value for name, value in scope["headers"] if name == b"x-request-id"]
     if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]) and not _holds_key(given[0], scope):
         return str(given[0], "ascii")
-    return f"req_{uuid4().hex}"
+    return str(uuid4())
 
 
 def _holds_key(request_id: bytes, scope: Scope) -> bool:
@@ -193,12 +194,20 @@ class HeadChecks:
     HEAD is answered by the route of GET, as HTTP has it; the router knows only the methods that routes name.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *, hosts: Collection[str] = (), any_host: Collection[str] = ()) -> None:
+        """Args:
+        hosts: names that the header Host may have, in lower case, *.name for all below one; none: any.
+        any_host: exact paths for which it may be any, as probes send an address.
+        """
         self.app = app
+        self.hosts = hosts
+        self.any_host = frozenset(any_host)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             _check_head(scope)
+            if self.hosts and scope["path"] not in self.any_host:
+                _check_host(scope, self.hosts)
             if scope["method"] == "HEAD":
                 await self._get(scope, receive, send)
                 return
@@ -229,6 +238,14 @@ def _check_head(scope: Scope) -> None:
     hosts = [value for name, value in headers if name == b"host"]
     if len(hosts) > 1 or (not hosts and scope["http_version"] == "1.1") or not all(map(_HOST.fullmatch, hosts)):
         raise InvalidRequest.of_field("Host", "must be given once, as a name or address")
+
+
+def _check_host(scope: Scope, hosts: Collection[str]) -> None:
+    """Raises: InvalidRequest: the request is for a host that is not listed."""
+    given = next((str(value, "ascii") for name, value in scope["headers"] if name == b"host"), "").lower()
+    name = re.sub(r":[0-9]*$", "", given)
+    if not any(name == host or (host.startswith("*.") and name.endswith(host[1:])) for host in hosts):
+        raise InvalidRequest.of_field("Host", "names a host for which this service does not answer")
 
 
 class DrainGate:

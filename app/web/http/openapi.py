@@ -56,6 +56,8 @@ class DocumentedApp(FastAPI):
     renderer: ErrorRenderer
     public: Collection[str]
     """Exact paths that need no key."""
+    optional: Collection[str]
+    """Exact paths that need no key, but say more to a caller with one."""
     always: Collection[str]
     """Exact paths that are served while the service drains."""
 
@@ -75,7 +77,8 @@ class DocumentedApp(FastAPI):
 
     def _complete(self, path: str, operation: dict[str, Any]) -> None:
         public = path in self.public
-        operation["security"] = [] if public else [{name: []} for name in _SCHEMES]
+        schemes: list[dict[str, Any]] = [{name: []} for name in _SCHEMES]
+        operation["security"] = [] if public else [{}, *schemes] if path in self.optional else schemes
         error_format = self.renderer.format_of(path)
         responses: dict[str, Any] = operation["responses"]
         # The status of a wrong body or parameter is 400 here.

@@ -359,7 +359,7 @@ class GuardedProtocol(HttpToolsProtocol):
             serving.disconnected = True
             serving.message_event.set()
         if serving is None or not serving.response_started:
-            request_id = f"req_{uuid4().hex}"
+            request_id = str(uuid4())
             body = JSONResponse(envelope(error, request_id))
             headers = [*self.server_state.default_headers, *body.raw_headers, (b"connection", b"close")]
             headers += [(b"x-request-id", request_id.encode()), *security_headers(body.raw_headers)]

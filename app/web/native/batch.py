@@ -1,6 +1,6 @@
 """POST /v1/generate/batch: completes many plain texts."""
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -8,15 +8,13 @@ from pydantic import AfterValidator, Field, StringConstraints, WithJsonSchema
 from starlette.responses import Response as HttpResponse
 from typing_extensions import TypedDict
 
-from app.errors import ModelNotFound, QuotaExceeded, RateLimited, ServiceUnavailable
 from app.events import Event, Response
-from app.generation.batch import generate_each
 from app.requests import GenerationRequest
 from app.web.http.dependencies import RequestContextDep
 from app.web.http.errors import GENERATION_ERRORS, ErrorBody, as_app_error, envelope, error_responses
 from app.web.http.json_body import GeneratingRoute
 from app.web.http.sampling_params import MAX_PROMPTS, check_length
-from app.web.http.sse import cancel_on_disconnect
+from app.web.http.several_prompts import generate_all
 from app.web.native.generate import GenerateResponse, generate_response
 from app.web.native.request_model import SamplingFields
 from app.web.native.schemas import Logprobs, generate_encoded, json_response
@@ -67,23 +65,12 @@ async def generate_batch(body: BatchRequest, context: RequestContextDep) -> Http
         events, encoded[request.id] = generate_encoded(context, request)
         return events
 
-    outcomes = await cancel_on_disconnect(context.request, generate_each(events, requests))
-    _raise_if_all_were_refused(outcomes)
-    for outcome in outcomes:
-        if isinstance(outcome, RateLimited | QuotaExceeded):
-            context.admitted.refuse(outcome)
+    outcomes = await generate_all(context, events, requests)
     results = [
         _result(outcome, request, context.request_id, encoded[request.id])
         for outcome, request in zip(outcomes, requests, strict=True)
     ]
     return json_response({"results": results, "request_id": context.request_id}, requests[0])
-
-
-def _raise_if_all_were_refused(outcomes: Sequence[Response | Exception]) -> None:
-    """Raise the error that refused every prompt, so that clients and load balancers see its status and retry."""
-    first = outcomes[0]
-    if isinstance(first, ServiceUnavailable | ModelNotFound) and all(type(first) is type(each) for each in outcomes):
-        raise first
 
 
 def _result(

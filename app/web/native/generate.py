@@ -1,6 +1,6 @@
 """POST /v1/generate: completes a plain text."""
 
-from typing import Annotated
+from typing import Annotated, NotRequired
 
 from fastapi import APIRouter
 from pydantic import StringConstraints
@@ -41,6 +41,8 @@ class GenerateResponse(TypedDict):
     generated_text: str
     """The first of `completions`."""
     prompt: str
+    output: NotRequired[str]
+    """Another name of `generated_text`; left out in a batch."""
     model: str
     tokens_generated: int
     cached: bool
@@ -73,4 +75,10 @@ def generate_response(
 async def generate(body: GenerateRequest, context: RequestContextDep) -> HttpResponse:
     """Complete a text: as one response, or with `stream` as events `delta`... and `done` or `error`."""
     check_length("prompt", len(body.prompt), context.max_prompt_chars)
-    return await respond(context, body.to_request(context, text=body.prompt), generate_response)
+    return await respond(context, body.to_request(context, text=body.prompt), _with_output)
+
+
+def _with_output(
+    response: Response, request: GenerationRequest, request_id: str, logprobs: Logprobs
+) -> GenerateResponse:
+    return {**generate_response(response, request, request_id, logprobs), "output": response.text}

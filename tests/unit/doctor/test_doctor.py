@@ -219,7 +219,7 @@ def readable(name: str) -> Callable[[Path], None]:
         (readable("log"), {"LOGGING__FILE": "log"}, "log file", "others on this machine can read log"),
         (lambda folder: (folder / "data").chmod(0o777), {}, "data folder", "others may change"),
         (row_from_the_future, {}, "clock", "ahead of this machine's clock"),
-        (lambda folder: None, {"MODEL_NAME": "x"}, "configuration", "MODEL_NAME is not read"),
+        (lambda folder: None, {"MODEL_DEVICE": "cpu"}, "configuration", "MODEL_DEVICE is not read"),
         (lambda folder: None, {"DATABASE_URI": "x"}, "configuration", "DATABASE_URI is not read"),
     ],
 )

@@ -62,6 +62,14 @@ def test_a_local_model_never_reaches_the_hub():
     assert "1" == hub["HF_HUB_DISABLE_TELEMETRY"]
 
 
+def test_the_older_name_of_the_folder_of_downloads_counts_where_no_newer_one_is_set():
+    older = {"TRANSFORMERS_CACHE": "/older"}
+
+    assert "/older" == worker_environment(older, HUB, None)["HF_HUB_CACHE"]
+    assert "HF_HUB_CACHE" not in worker_environment({**older, "HF_HOME": "/newer"}, HUB, None)
+    assert "/newer" == worker_environment({**older, "HF_HUB_CACHE": "/newer"}, HUB, None)["HF_HUB_CACHE"]
+
+
 def test_how_threads_wait_is_the_operators_choice():
     """They do not spin, unless the service was started with another word."""
     assert "8000" == worker_environment({}, LOCAL, None)["GOMP_SPINCOUNT"]

@@ -39,7 +39,9 @@ def test_every_method_changes_its_own_series() -> None:
         sessions=lambda: 6,
         model_loaded=lambda: 1,
         engine_restarts=lambda: 2,
+        gpu_memory_bytes=lambda: 8,
     )
+    metrics.http_done("GET", "/status", 401, 0.04, "unauthorized")
     scraped = figures(metrics)
 
     assert {
@@ -61,6 +63,11 @@ def test_every_method_changes_its_own_series() -> None:
         "sessions": 6,
         "model_loaded": 1,
         "engine_restarts_total": 2,
+        "gpu_memory_usage_bytes": 8,
+        "api_requests_total": 2,
+        "api_request_duration_seconds": 0.03,
+        "tokens_per_second": 3 / 60,
+        'errors_total{error="unauthorized"}': 1,
     }.items() <= scraped.items()
 
 
