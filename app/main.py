@@ -3,6 +3,7 @@
 `create_app` reads nothing but its settings and the files they name.
 """
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -27,6 +28,7 @@ from app.engine.parsing.parsed_engine import ParsedEngine
 from app.engine.persistent_cache import PersistentCacheEngine
 from app.engine.served_model import SamplingDefaults, Served, ServedEncoder, ServedModel
 from app.errors import ConfigError, ModelNotFound
+from app.generation.batch_runner import BatchRunner
 from app.generation.embedding import EmbeddingService
 from app.generation.metering import UsageRecorder
 from app.generation.prompts import read_template
@@ -42,10 +44,13 @@ from app.privacy.redactor import PiiKind, Redactor
 from app.stores.memory_admission import MemoryAdmissionStore
 from app.telemetry import Metrics, disable_foreign_tracing
 from app.telemetry.metrics import Direction
+from app.types import EngineState
 from app.web.app_factory import build_app
 from app.web.http.authentication import Keys
 from app.web.http.dependencies import Container, Service
+from app.web.http.openapi import DocumentedApp
 from app.web.http.rate_limits import FailedKeyLimiter
+from app.web.openai.batch_routes import BatchRoutes
 
 DEADLINE_MARGIN_SECONDS = 30.0
 """A worker has so much longer for a first token than the deadline, before it counts as stuck."""
@@ -128,6 +133,7 @@ def create_app(
         host=host,
         sessions=sessions,
         responses=responses,
+        batches=_batch_runner(settings, access, host) if settings.batches.enabled else None,
         keys=keys or access.authenticator,
         access=access,
         admission=admission,
@@ -153,16 +159,23 @@ def _model_names(
 
 
 @asynccontextmanager
-async def _lifespan(app: FastAPI, *, pool: RedactionPool) -> AsyncIterator[None]:
+async def _lifespan(app: DocumentedApp, *, pool: RedactionPool) -> AsyncIterator[None]:
     container: Container = app.state.container
     async with anyio.create_task_group() as background:
         background.start_soon(container.metrics.watch_event_loop)
+        running: asyncio.Task[None] | None = None
         try:
             await container.access.start()
             await container.host.start()
+            if container.batches is not None:
+                routes = BatchRoutes(app, max_body_bytes=container.settings.security.max_body_bytes)
+                running = asyncio.create_task(container.batches.run(routes))
             yield
         finally:
             with anyio.CancelScope(shield=True):
+                if running is not None:
+                    running.cancel()
+                    await asyncio.wait([running])
                 await container.host.close()
                 await container.access.close()
                 await pool.close()
@@ -275,6 +288,26 @@ def _access(settings: Settings, filters: "_Filters", metrics: Metrics) -> Access
         bootstrap_key=None if configured else bootstrap_key(settings.app.data_dir),
         mask=partial(filters.of_storage().mask, _LOG_TENANT),
         on_drop=metrics.log_rows_dropped,
+    )
+
+
+def _batch_runner(settings: Settings, access: AccessControl, host: ModelHost) -> BatchRunner:
+    def ready() -> list[Served]:
+        return [model for model in host.models if model.engine.status().state is EngineState.READY]
+
+    def parallel() -> int:
+        # A model that serves its requests in their order would serve all lines before the next live one.
+        ordered = all(model.engine.info.capabilities.priority for model in ready())
+        return settings.batches.parallel_lines if ordered else 1
+
+    return BatchRunner(
+        access.batches,
+        access.batch_lines,
+        content=lambda batch: access.files.content(batch.tenant, batch.input_file_id),
+        principal_of=access.verifier.principal_of,
+        parallel=parallel,
+        can_run=lambda: not host.draining and bool(ready()),
+        config=settings.batches,
     )
 
 

@@ -22,6 +22,7 @@ from pydantic_settings import (
 )
 
 from app.config.access import DatabaseConfig, QuotaConfig, RateLimitConfig, UsageLogConfig
+from app.config.batches import BatchesConfig
 from app.config.embeddings import EmbeddingPooling, EmbeddingsConfig
 from app.config.section import Section
 
@@ -326,6 +327,7 @@ class Settings(BaseSettings):
     database: DatabaseConfig = DatabaseConfig()
     cache: CacheConfig = CacheConfig()
     chat_history: ChatHistoryConfig = ChatHistoryConfig()
+    batches: BatchesConfig = BatchesConfig()
     pii: PiiConfig = PiiConfig()
     openai: OpenAIConfig = OpenAIConfig()
     logging: LoggingConfig = LoggingConfig()
