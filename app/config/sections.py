@@ -182,6 +182,14 @@ class DeadlineConfig(Section):
     total_seconds: PositiveFloat = 300
     """From when the engine accepts the request, running or waiting, until the last token."""
 
+    def times(self, factor: float) -> "DeadlineConfig":
+        """Return deadlines that are so many times as long."""
+        return DeadlineConfig(
+            waiting_seconds=factor * self.waiting_seconds,
+            first_token_seconds=factor * self.first_token_seconds,
+            total_seconds=factor * self.total_seconds,
+        )
+
 
 class SecurityConfig(Section):
     """Authentication, and limits of what is read from a client."""
