@@ -10,7 +10,7 @@ Sequences of the background take part in every step only while there are no othe
 of several, with few tokens, and give up their slots to them.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from collections.abc import Sequence as TokenIds
 from dataclasses import dataclass, field, replace
@@ -238,24 +238,18 @@ class Scheduler:
 
     def _next_tenant(self, skipped: set[str]) -> str | None:
         """Return the tenant that gets the next slot: by its first priority, then fewest slots, then virtual time."""
-        slots = self._slots_by_tenant()
+        slots = Counter(sequence.tenant for sequence in self.running)
         waiting = [tenant for tenant in self._waiting if tenant not in skipped]
         return min(
             waiting,
             key=lambda t: (
                 self._waiting[t][0].priority,
-                slots.get(t, 0),
+                slots[t],
                 self._virtual_time[t],
                 self._waiting[t][0].request_id,
             ),
             default=None,
         )
-
-    def _slots_by_tenant(self) -> dict[str, int]:
-        slots: dict[str, int] = {}
-        for sequence in self.running:
-            slots[sequence.tenant] = slots.get(sequence.tenant, 0) + 1
-        return slots
 
     def _should_wait(self, sequence: Sequence, cached: int) -> bool:
         """Return whether a running sequence is computing more of a shared prefix than is cached, to be copied soon."""
@@ -277,19 +271,20 @@ class Scheduler:
     def _preemption_victim(self, tenant: str) -> Sequence | None:
         """Return whose slot a tenant gets where none is free: one of the tenant with most, if it has two more.
 
-        A sequence of the background gives its slot to any that is not.
+        A sequence of the background gives its slot to any other, and gets none of theirs.
         """
         if self._has_free_slot():
             return None
         background = [s for s in self.running if s.is_background]
-        if background and not self._waiting[tenant][0].is_background:
+        if not self._waiting[tenant][0].is_background and background:
             return max(background, key=lambda s: s.request_id)
-        slots = self._slots_by_tenant()
-        richest = max(slots, key=lambda each: (slots[each], self._virtual_time[each]))
-        if slots[richest] < slots.get(tenant, 0) + 2:
+        preemptible = background if self._waiting[tenant][0].is_background else self.running
+        slots = Counter(s.tenant for s in preemptible)
+        richest = max(slots, key=lambda each: (slots[each], self._virtual_time[each]), default=None)
+        if richest is None or slots[richest] < slots[tenant] + 2:
             return None
         # The youngest of the least urgent: it has the least to compute again when its turn comes back.
-        return max((s for s in self.running if s.tenant == richest), key=lambda s: (s.priority, s.request_id))
+        return max((s for s in preemptible if s.tenant == richest), key=lambda s: (s.priority, s.request_id))
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's slot away; it is the first of its tenant and priority to get one again."""
