@@ -55,7 +55,11 @@ class AccessControl:
         self.quotas = Quotas(self.database, settings.quota)
         self.reports = Reports(self.database)
         self.response_cache = ResponseCache(self.database, settings.cache.ttl_seconds)
-        self.files = FileStore(self.database, max_stored_bytes=settings.batches.max_stored_bytes)
+        self.files = FileStore(
+            self.database,
+            max_file_bytes=settings.batches.max_file_bytes,
+            max_stored_bytes=settings.batches.max_stored_bytes,
+        )
         self.batches = BatchStore(self.database)
         self.batch_lines = BatchLines(self.database)
         self._retention = timedelta(days=settings.batches.retention_days)

@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from app.access import tables
 from app.access.database import Database
 from app.batches import NewFile, Page, StoredFile
-from app.errors import FileNotFound, StorageExceeded, StoreUnavailable
+from app.errors import FileNotFound, PayloadTooLarge, StorageExceeded, StoreUnavailable
 from app.types import Tenant
 
 CHUNK_BYTES = 256 * 1024
@@ -34,16 +34,18 @@ _files, _chunks, _lines = tables.files, tables.file_chunks, tables.batch_lines
 class FileStore:
     """The files of all tenants."""
 
-    def __init__(self, database: Database, *, max_stored_bytes: int) -> None:
-        """Args: max_stored_bytes: what the uploads of one tenant may take."""
+    def __init__(self, database: Database, *, max_file_bytes: int, max_stored_bytes: int) -> None:
+        """Args: max_stored_bytes: what the uploads of one tenant may take in sum."""
         self._db = database
+        self._most_of_file = max_file_bytes
         self._most = max_stored_bytes
 
     async def write(self, tenant: Tenant, content: AsyncIterator[bytes], describe: Callable[[], NewFile]) -> StoredFile:
         """Store a file while it is received; one that does not arrive whole leaves nothing.
 
         Args: describe: is called once all of the content has come, and may raise what is wrong with it.
-        Raises: StorageExceeded: the tenant's files would take more than they may.  StoreUnavailable.
+        Raises: PayloadTooLarge, StorageExceeded: it, or the tenant's files in sum, would take more than they may.
+            StoreUnavailable.
         """
         file_id, created = f"file-{uuid4().hex}", datetime.now(UTC)
         values = {"id": file_id, "tenant": str(tenant), "purpose": "", "filename": "", "created": created}
@@ -68,6 +70,9 @@ class FileStore:
             async with self._db.begin() as connection:
                 await connection.execute(insert(_chunks).values(file_id=file_id, number=number, data=data))
             size, number = size + len(data), number + 1
+            if size > self._most_of_file:
+                limit = self._most_of_file
+                raise PayloadTooLarge(f"The file is longer than {limit} bytes.", details={"limit": limit})
         return size
 
     async def _refuse_excess(self, connection: AsyncConnection, tenant: Tenant, more: int) -> None:

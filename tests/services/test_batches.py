@@ -35,7 +35,7 @@ async def upload(database: Database, *parts: bytes, tenant: Tenant = ANNA, expir
 
 
 def store_of(database: Database, *, most: int = 10**7) -> FileStore:
-    return FileStore(database, max_stored_bytes=most)
+    return FileStore(database, max_file_bytes=10**6, max_stored_bytes=most)
 
 
 async def begun(database: Database, count: int = 0, *, tenant: Tenant = ANNA) -> Batch:

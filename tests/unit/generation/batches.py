@@ -99,7 +99,7 @@ class FakeBatches:
 
     async def claim(self, batch_id: str, owner: str, count: int, until: datetime) -> Sequence[ClaimedLine]:
         self._refuse()
-        claimed = []
+        claimed: list[ClaimedLine] = []
         for number, line in self.lines[batch_id].items():
             lapsed = line.state == "running" and line.lease < datetime.now(UTC)
             if (line.state == "waiting" or lapsed) and len(claimed) < count:
