@@ -48,9 +48,11 @@ def form(content: bytes, *, purpose: str = "batch", **fields: str) -> bytes:
 @asynccontextmanager
 async def openai(app: Running) -> AsyncIterator[AsyncOpenAI]:
     """OpenAI's client, on a socket."""
-    async with Web(app=app.app, service=ScriptedService()).listening() as port:
-        async with AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=ADMIN_KEY, max_retries=0) as client:
-            yield client
+    async with (
+        Web(app=app.app, service=ScriptedService()).listening() as port,
+        AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=ADMIN_KEY, max_retries=0) as client,
+    ):
+        yield client
 
 
 async def create(http: httpx.AsyncClient, content: bytes) -> dict[str, Any]:
