@@ -37,7 +37,16 @@ BODIES: Mapping[str, dict[str, Any]] = {"/v1/generate": GENERATE, "/v1/chat": CH
 """The native routes that stream."""
 OPENAI_BODIES: Mapping[str, dict[str, Any]] = {"/v1/chat/completions": CHAT, "/v1/completions": GENERATE}
 RESPONSE_BODIES: Mapping[str, dict[str, Any]] = {"/v1/responses": {"input": "hello"}}
-OPENAI_PATHS = (*OPENAI_BODIES, *RESPONSE_BODIES, "/v1/embeddings", "/v1/models", "/tokenize", "/detokenize")
+STORED_PATHS = ("/v1/files", "/v1/batches")
+OPENAI_PATHS = (
+    *OPENAI_BODIES,
+    *RESPONSE_BODIES,
+    *STORED_PATHS,
+    "/v1/embeddings",
+    "/v1/models",
+    "/tokenize",
+    "/detokenize",
+)
 MODEL = "scripted"
 
 Step = str | Delta | float | BaseException

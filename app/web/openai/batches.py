@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request
 from pydantic import StringConstraints
+from starlette.responses import Response as HttpResponse
 from typing_extensions import TypedDict
 
 from app.access.batches import BatchStore
@@ -268,7 +269,7 @@ _RESULTS: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.get("/{batch_id}/results", response_class=JsonLines, responses=_ERRORS | _RESULTS)
+@router.get("/{batch_id}/results", response_class=HttpResponse, responses=_ERRORS | _RESULTS)
 async def batch_results(batch_id: BatchId, caller: CallerDep, store: StoreDep, container: ContainerDep) -> JsonLines:
     """Return all results that there are, in the order of the requests, whether the batch has ended or not."""
     await store.read(caller.tenant, batch_id)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response as HttpResponse
 from starlette.responses import StreamingResponse
 from typing_extensions import TypedDict
 
@@ -211,7 +212,7 @@ class JsonLines(StreamingResponse):
     media_type = JSON_LINES
 
 
-@router.get("/{file_id}/content", response_class=JsonLines, responses=_ERRORS | _CONTENT)
+@router.get("/{file_id}/content", response_class=HttpResponse, responses=_ERRORS | _CONTENT)
 async def file_content(file_id: FileId, caller: CallerDep, files: FilesDep) -> JsonLines:
     """Return the content of a file."""
     await files.read(caller.tenant, file_id)
