@@ -59,6 +59,7 @@ _FORM = {
                     "type": "object",
                     "required": ["file", "purpose"],
                     "additionalProperties": False,
+                    "dependentRequired": {_ANCHOR: [_SECONDS], _SECONDS: [_ANCHOR]},
                     "properties": {
                         "file": {"type": "string", "format": "binary", "description": "One request in each line."},
                         "purpose": {"type": "string", "const": PURPOSE},
