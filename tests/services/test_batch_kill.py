@@ -12,7 +12,7 @@ import pytest
 
 from tests.services.process import ServiceProcess, serving
 
-SETTINGS = {"BATCHES__LEASE_SECONDS": "1", "CACHE__ENABLED": "false"}
+SETTINGS: dict[str, Any] = {"BATCHES__LEASE_SECONDS": "1", "CACHE__ENABLED": "false"}
 CHAT = "/v1/chat/completions"
 
 
@@ -91,3 +91,17 @@ async def test_several_services_share_a_batch_and_one_that_dies_leaves_its_lines
         done = await answered(two, batch_id, 41)
         found = await ids_of(two, done["output"])
     assert [f"c{number}" for number in range(40)] == found
+
+
+@pytest.mark.timeout(300)
+async def test_a_service_that_is_stopped_gives_its_lines_back(sqlite_url: str, tmp_path: Path):
+    """Those that do not finish in the grace period, too: the next start waits for no lease."""
+    settings = SETTINGS | {"BATCHES__LEASE_SECONDS": "600", "APP__SHUTDOWN_GRACE_SECONDS": "0"}
+    async with serving(sqlite_url, tmp_path, **settings) as service:
+        batch_id = await create(service, 30)
+        await answered(service, batch_id, 5)
+        assert 0 == await asyncio.to_thread(service.stop)
+    async with serving(sqlite_url, tmp_path, **settings) as service:
+        done = await answered(service, batch_id, 31)
+        found = await ids_of(service, done["output"])
+    assert [f"c{number}" for number in range(30)] == found
