@@ -8,8 +8,9 @@ AppError
 ├── Unauthorized              401
 ├── Forbidden                 403
 ├── NotFound                  404  ├── ModelNotFound  ├── SessionNotFound  ├── KeyNotFound  ├── RoleNotFound
+│                                  ├── FileNotFound  ├── BatchNotFound
 ├── Conflict                  409
-├── PayloadTooLarge           413
+├── PayloadTooLarge           413  ├── StorageExceeded
 ├── UnsupportedMediaType      415
 ├── ModelLoadFailed           424  ├── ModelRefused
 ├── RateLimited               429
@@ -162,6 +163,14 @@ class RoleNotFound(NotFound):
     """There is no role of this name."""
 
 
+class FileNotFound(NotFound):
+    """The caller has no file of this id."""
+
+
+class BatchNotFound(NotFound):
+    """The caller has no batch of this id."""
+
+
 class Conflict(AppError):
     """What is there already does not allow this."""
 
@@ -172,6 +181,18 @@ class PayloadTooLarge(AppError):
     """The body is longer than the service reads."""
 
     status, code = 413, "payload_too_large"
+
+
+class StorageExceeded(PayloadTooLarge):
+    """The caller's stored files take as much as they may."""
+
+    code = "storage_exceeded"
+
+    def __init__(self, *, limit: int, stored: int) -> None:
+        super().__init__(
+            f"Your files take {stored} bytes, and may take {limit} (batches.max_stored_bytes). Delete some of them.",
+            details={"limit": limit, "stored": stored},
+        )
 
 
 class UnsupportedMediaType(AppError):

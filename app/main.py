@@ -3,6 +3,7 @@
 `create_app` reads nothing but its settings and the files they name.
 """
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -25,6 +26,7 @@ from app.engine.registered_models import RegisteredModels
 from app.engine.served_model import Served
 from app.engine.trial import Trial
 from app.errors import ConfigError
+from app.generation.batch_runner import BatchRunner
 from app.generation.embedding import EmbeddingService
 from app.generation.metering import UsageRecorder
 from app.generation.responses import MemoryResponseStore
@@ -35,10 +37,13 @@ from app.privacy.pool import RedactionPool
 from app.privacy.redactor import PiiKind, Redactor
 from app.stores.memory_admission import MemoryAdmissionStore
 from app.telemetry import Metrics, configure_logging, disable_foreign_tracing
+from app.types import EngineState
 from app.web.app_factory import build_app
 from app.web.http.authentication import Keys
 from app.web.http.dependencies import Container, Service
+from app.web.http.openapi import DocumentedApp
 from app.web.http.rate_limits import FailedKeyLimiter
+from app.web.openai.batch_routes import BatchRoutes
 
 _log = structlog.get_logger("llm_service")
 
@@ -125,6 +130,7 @@ def create_app(
         registered=registered,
         sessions=sessions,
         responses=responses,
+        batches=_batch_runner(settings, access, host) if settings.batches.enabled else None,
         keys=keys or access.authenticator,
         access=access,
         admission=admission,
@@ -176,19 +182,26 @@ def _model_names(
 
 
 @asynccontextmanager
-async def _lifespan(app: FastAPI, *, pool: RedactionPool, follower: AliasFollower | None) -> AsyncIterator[None]:
+async def _lifespan(app: DocumentedApp, *, pool: RedactionPool, follower: AliasFollower | None) -> AsyncIterator[None]:
     container: Container = app.state.container
     async with anyio.create_task_group() as background:
         background.start_soon(container.metrics.watch_event_loop)
         background.start_soon(container.loader.watch_idle)
         if follower is not None:
             background.start_soon(follower.watch)
+        running: asyncio.Task[None] | None = None
         try:
             await container.access.start()
             await container.host.start()
+            if container.batches is not None:
+                routes = BatchRoutes(app, max_body_bytes=container.settings.security.max_body_bytes)
+                running = asyncio.create_task(container.batches.run(routes))
             yield
         finally:
             with anyio.CancelScope(shield=True):
+                if running is not None:
+                    running.cancel()
+                    await asyncio.wait([running])
                 await container.loader.close()
                 await container.host.close()
                 await container.access.close()
@@ -213,6 +226,26 @@ def _access(settings: Settings, filters: Filters, metrics: Metrics) -> AccessCon
         bootstrap_key=None if configured else bootstrap_key(settings.app.data_dir),
         mask=partial(filters.of_storage().mask, _LOG_TENANT),
         on_drop=metrics.log_rows_dropped,
+    )
+
+
+def _batch_runner(settings: Settings, access: AccessControl, host: ModelHost) -> BatchRunner:
+    def ready() -> list[Served]:
+        return [model for model in host.models if model.engine.status().state is EngineState.READY]
+
+    def parallel() -> int:
+        # A model that serves its requests in their order would serve all lines before the next live one.
+        ordered = all(model.engine.info.capabilities.priority for model in ready())
+        return settings.batches.parallel_lines if ordered else 1
+
+    return BatchRunner(
+        access.batches,
+        access.batch_lines,
+        content=lambda batch: access.files.content(batch.tenant, batch.input_file_id),
+        principal_of=access.verifier.principal_of,
+        parallel=parallel,
+        can_run=lambda: not host.draining and bool(ready()),
+        config=settings.batches,
     )
 
 

@@ -124,6 +124,11 @@ class FinishReason(StrEnum):
         return self in (FinishReason.STOP, FinishReason.TOOL_CALLS, FinishReason.LENGTH)
 
 
+BACKGROUND_PRIORITY = 1 << 16
+"""From this number on a request's priority is that of batches: the model computes it where nothing else is to do, and
+now and then beside the rest.  No caller can name such a number."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """Sampling parameters.  Defaults are neutral: they leave the model's distribution as it is."""

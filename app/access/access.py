@@ -3,10 +3,14 @@
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 
 from app.access.authenticator import Authenticator
 from app.access.background import BackgroundGroup, periodic
+from app.access.batch_lines import BatchLines
+from app.access.batches import BatchStore
 from app.access.database import Database
+from app.access.files import FileStore
 from app.access.key_verifier import KeyVerifier
 from app.access.keys import KeyStore
 from app.access.limits import configured
@@ -24,7 +28,7 @@ RETENTION_SECONDS = 3600.0
 
 
 class AccessControl:
-    """Keys, roles, quotas, the inference log and the persistent response cache."""
+    """Keys, roles, quotas, the inference log, files and batches, and the persistent response cache."""
 
     def __init__(
         self,
@@ -51,6 +55,14 @@ class AccessControl:
         self.quotas = Quotas(self.database, settings.quota)
         self.reports = Reports(self.database)
         self.response_cache = ResponseCache(self.database, settings.cache.ttl_seconds)
+        self.files = FileStore(
+            self.database,
+            max_file_bytes=settings.batches.max_file_bytes,
+            max_stored_bytes=settings.batches.max_stored_bytes,
+        )
+        self.batches = BatchStore(self.database)
+        self.batch_lines = BatchLines(self.database)
+        self._retention = timedelta(days=settings.batches.retention_days)
         self.log = UsageLog(self.database, settings.usage_log, mask=mask, on_drop=on_drop)
         self._bootstrap_key = bootstrap_key
         self._opened = False
@@ -80,6 +92,7 @@ class AccessControl:
         self._background.spawn(periodic(USED_SECONDS, self.note_used))
         self._background.spawn(periodic(RETENTION_SECONDS, self.log.delete_old))
         self._background.spawn(periodic(RETENTION_SECONDS, self.response_cache.delete_expired))
+        self._background.spawn(periodic(RETENTION_SECONDS, self.delete_old_batches))
 
     async def close(self) -> None:
         """Write what is queued, end what runs beside the requests, and close the database."""
@@ -88,6 +101,14 @@ class AccessControl:
             await self.note_used()
         await self._background.close()
         await self.database.close()
+
+    async def delete_old_batches(self) -> None:
+        """Delete files whose time is over, and batches that ended long ago.
+
+        Raises: StoreUnavailable: the database does not answer.
+        """
+        await self.files.delete_expired()
+        await self.batches.delete_old(datetime.now(UTC) - self._retention)
 
     async def note_used(self) -> None:
         """Write down when keys were last used.

@@ -66,12 +66,24 @@ class KeyVerifier:
             return self._admin(await self._roles.read(ADMIN))
         found = await self._keys.find(claim.key_id)
         expires = _good_until(found, claim.digest, datetime.now(UTC))
-        if found is None or expires is None:
-            return None
+        return None if found is None or expires is None else VerifiedKey(self._principal(found), expires)
+
+    async def principal_of(self, key_id: str) -> Principal | None:
+        """Return the owner of a key that was presented earlier; None if it is revoked by now, or past its time.
+
+        Raises: StoreUnavailable: the database does not answer.
+        """
+        if key_id == CONFIGURED_ID:
+            return None if self._configured is None else self._admin(await self._roles.read(ADMIN)).principal
+        found = await self._keys.find(key_id)
+        good = found is not None and found.record.good_at(datetime.now(UTC))
+        return self._principal(found) if found is not None and good else None
+
+    def _principal(self, found: KeyWithRole) -> Principal:
         key, role = found.record, found.role
         limits = resolve(self._defaults, key.limits, role.limits)
         tenant = Tenant.owner(key.owner) if key.owner else Tenant.key(key.id)
-        return VerifiedKey(Principal(key.id, tenant, role.name, limits, role.rights), expires)
+        return Principal(key.id, tenant, role.name, limits, role.rights)
 
     def vouch(self, claim: KeyClaim) -> VerifiedKey | None:
         """Verify a key without the database: only the configured one can be."""

@@ -125,3 +125,69 @@ completion_cache = Table(
     Column("answer", LargeBinary, nullable=False),
     Column("expires", UtcDateTime, nullable=False, index=True),
 )
+
+files = Table(
+    "files",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("tenant", String(160), nullable=False),
+    Column("purpose", String(32), nullable=False),
+    Column("filename", String(256), nullable=False),
+    Column("size", BigInteger),  # NULL: it is still being uploaded
+    Column("batch_id", String(64), index=True),  # whose results it shows; NULL: its content is in file_chunks
+    Column("holds_failed", Boolean),  # of those the failed ones
+    Column("created", UtcDateTime, nullable=False),
+    Column("expires", UtcDateTime, nullable=False, index=True),
+    Index("ix_files_tenant_created", "tenant", "created"),
+)
+
+file_chunks = Table(
+    "file_chunks",
+    metadata,
+    Column("file_id", String(64), primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("data", LargeBinary, nullable=False),
+)
+
+batches = Table(
+    "batches",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("tenant", String(160), nullable=False),
+    Column("key_id", String(64), nullable=False),
+    Column("endpoint", String(64), nullable=False),
+    Column("input_file_id", String(64), nullable=False),
+    Column("completion_window", String(16), nullable=False),
+    Column("labels", JSON),  # its metadata
+    Column("status", String(16), nullable=False, index=True),
+    Column("created", UtcDateTime, nullable=False),
+    Column("expires", UtcDateTime, nullable=False),
+    Column("started", UtcDateTime),
+    Column("finalizing", UtcDateTime),
+    Column("cancelling", UtcDateTime),
+    Column("ended", UtcDateTime),
+    Column("errors", JSON, nullable=False),
+    Column("total", Integer, nullable=False),
+    Column("completed", Integer, nullable=False),
+    Column("failed", Integer, nullable=False),
+    Column("output_file_id", String(64)),
+    Column("error_file_id", String(64)),
+    Column("owner", String(64)),  # the process that validates it
+    Column("lease", UtcDateTime),
+    Index("ix_batches_tenant_created", "tenant", "created"),
+)
+
+batch_lines = Table(
+    "batch_lines",
+    metadata,
+    Column("batch_id", String(64), primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("custom_id", String(512), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("request", LargeBinary),  # NULL once there is a result
+    Column("result", LargeBinary),
+    Column("attempts", Integer, nullable=False),
+    Column("owner", String(64)),  # the process that answers it, until its lease ends
+    Column("lease", UtcDateTime),
+    Index("ix_batch_lines_state", "batch_id", "state", "number"),
+)

@@ -21,6 +21,7 @@ from pydantic_settings import (
 )
 
 from app.config.access import DatabaseConfig, QuotaConfig, RateLimitConfig, UsageLogConfig
+from app.config.batches import BatchesConfig
 from app.config.compat import CompatConfig
 from app.config.embeddings import EmbeddingsConfig
 from app.config.mlflow import MlflowConfig
@@ -101,6 +102,14 @@ class DeadlineConfig(Section):
     """From the model's start until the first token."""
     total_seconds: PositiveFloat = 300
     """From when the engine accepts the request, running or waiting, until the last token."""
+
+    def times(self, factor: float) -> "DeadlineConfig":
+        """Return deadlines that are so many times as long."""
+        return DeadlineConfig(
+            waiting_seconds=factor * self.waiting_seconds,
+            first_token_seconds=factor * self.first_token_seconds,
+            total_seconds=factor * self.total_seconds,
+        )
 
 
 class SecurityConfig(Section):
@@ -254,6 +263,7 @@ class Settings(BaseSettings):
     database: DatabaseConfig = DatabaseConfig()
     cache: CacheConfig = CacheConfig()
     chat_history: ChatHistoryConfig = ChatHistoryConfig()
+    batches: BatchesConfig = BatchesConfig()
     pii: PiiConfig = PiiConfig()
     openai: OpenAIConfig = OpenAIConfig()
     compat: CompatConfig = CompatConfig()

@@ -32,12 +32,14 @@ from app.ipc.spare_interpreters import SpareInterpreters
 from app.ipc.supervisor import Launch, Supervisor
 from app.ipc.worker_process import WorkerLostError
 from app.requests import GenerationRequest
-from app.types import EngineState, FinishReason
+from app.types import BACKGROUND_PRIORITY, EngineState, FinishReason
 
 log = logging.getLogger(__name__)
 
 BUSY_RETRY_SECONDS = (1.0, 30.0)
 """Bounds of the Retry-After of a refused request."""
+BACKGROUND_PATIENCE = 12
+"""As many times the deadlines of others those of the background are: it waits for all of them, again and again."""
 PROMPT_END_TOKENS = 64
 """Last tokens of a prompt that decide how a completion begins: a turn's header, and what the template puts behind."""
 
@@ -316,8 +318,10 @@ class LocalEngine:
             raise not_ready(self._worker)
         self._refuse_misfit(request)
         self._refuse_too_many(request)
+        background = request.priority >= BACKGROUND_PRIORITY
+        deadlines = self._deadlines.times(BACKGROUND_PATIENCE) if background else self._deadlines
         live = LiveRequest(
-            next(self._numbers), request, self.tokenizer, self._deadlines, self._forget, self.info.stop_strings
+            next(self._numbers), request, self.tokenizer, deadlines, self._forget, self.info.stop_strings
         )
         self._live[live.number] = live
         self._worker.submit(
@@ -325,7 +329,7 @@ class LocalEngine:
                 id=live.number,
                 prompt_ids=request.prompt_ids or (),
                 params=with_stop_tokens(request.sampling, live.hidden_stops),
-                tenant=str(request.tenant),
+                tenant=_share_of(request),
                 adapter=request.adapter,
                 priority=request.priority,
             )
@@ -383,6 +387,14 @@ class LocalEngine:
         self._worker.cancel(live.number)
         if live.started_at is not None:
             self._completion_rate.add(asyncio.get_running_loop().time())
+
+
+def _share_of(request: GenerationRequest) -> str:
+    """Return as whose a request takes its turn: what a tenant's batches compute counts not against its live requests.
+
+    No tenant's text begins so.
+    """
+    return f"batch {request.tenant}" if request.priority >= BACKGROUND_PRIORITY else str(request.tenant)
 
 
 def _tokens(requests: Sequence[GenerationRequest]) -> int:

@@ -17,16 +17,22 @@ from app.web.http.middleware import BodyLimits, DrainGate, ErrorBoundary, HeadCh
 from app.web.http.openapi import DESCRIPTION, DocumentedApp
 from app.web.http.private_api import served_methods
 from app.web.native import batch, chat, generate, sessions
+from app.web.openai import batches as openai_batches
 from app.web.openai import chat as openai_chat
 from app.web.openai import completions as openai_completions
 from app.web.openai import embeddings as openai_embeddings
 from app.web.openai import errors as openai_errors
+from app.web.openai import files as openai_files
 from app.web.openai import models as openai_models
 from app.web.openai import tokenize as openai_tokenize
 from app.web.openai.responses import routes as openai_responses
 
+UPLOAD_PATHS = ("/v1/files", "/v1/batches")
+FORM_BYTES = 16 * 1024
+"""Bytes of a form around its file."""
 
-def build_app(container: Container, *, lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
+
+def build_app(container: Container, *, lifespan: Lifespan[FastAPI] | None = None) -> DocumentedApp:
     """Return the application around the objects of the container."""
     docs = container.settings.serves_docs
     app = DocumentedApp(
@@ -51,11 +57,13 @@ def build_app(container: Container, *, lifespan: Lifespan[FastAPI] | None = None
         openai_completions,
         openai_embeddings,
         openai_responses,
+        openai_files,
+        openai_batches,
         openai_models,
         openai_tokenize,
     )
     openai = [module.router for module in dialect]
-    openai.append(openai_responses.stored_router)
+    openai += [openai_responses.stored_router, openai_files.upload_router, openai_batches.creating_router]
     compat = COMPAT_ROUTERS if container.settings.compat.enabled else ()
     for router in (*native, *openai, *compat, health.router, *([documentation.router] if docs else [])):
         app.include_router(router)
@@ -89,7 +97,12 @@ def _add_middlewares(app: FastAPI, container: Container, renderer: ErrorRenderer
     app.add_middleware(DrainGate, host=container.host, always=health.ALWAYS_PATHS)
     app.add_middleware(HeadChecks, hosts=security.allowed_hosts, any_host=health.ALWAYS_PATHS)
     app.add_middleware(ErrorBoundary, renderer=renderer)
-    app.add_middleware(BodyLimits, max_bytes=security.max_body_bytes, timeout_seconds=security.body_timeout_seconds)
+    app.add_middleware(
+        BodyLimits,
+        max_bytes=security.max_body_bytes,
+        timeout_seconds=security.body_timeout_seconds,
+        uploads=dict.fromkeys(UPLOAD_PATHS, container.settings.batches.max_file_bytes + FORM_BYTES),
+    )
     if security.cors_origins:
         app.add_middleware(CrossOriginAccess, origins=security.cors_origins)
     app.add_middleware(RequestLog, metrics=container.metrics, served=served_methods(app))

@@ -69,6 +69,10 @@ REASONS = re.compile(
             "names no stored response of yours",
             "names no item of a stored response of yours",
             "is not possible here: a stored response is complete",
+            "names no file of yours",
+            "The url of the first line must be",
+            "The body is not the form of an upload",
+            "must be one file, sent with its name",
         ]
     )
 )

@@ -44,7 +44,16 @@ COMPAT_BODIES: Mapping[str, dict[str, Any]] = {
     "/v1/stream": GENERATE,
 }
 """The routes of older services that generate."""
-OPENAI_PATHS = (*OPENAI_BODIES, *RESPONSE_BODIES, "/v1/embeddings", "/v1/models", "/tokenize", "/detokenize")
+STORED_PATHS = ("/v1/files", "/v1/batches")
+OPENAI_PATHS = (
+    *OPENAI_BODIES,
+    *RESPONSE_BODIES,
+    *STORED_PATHS,
+    "/v1/embeddings",
+    "/v1/models",
+    "/tokenize",
+    "/detokenize",
+)
 LOADING_PATHS = ("/v1/models/load", "/v1/models/unload")
 """Below a path of OpenAI's, in the service's own words."""
 MODEL = "scripted"

@@ -384,7 +384,7 @@ async def test_a_wrong_method_is_answered_with_all_right_ones_in_the_dialect_of_
         "/v1/responses/x",
         "/v1/responses/x/y",
         "/v1/models/a/b",
-        "/v1/files",
+        "/v1/uploads",
         "/v1/chat/completions/",
     ],
 )

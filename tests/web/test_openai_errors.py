@@ -168,7 +168,7 @@ async def test_the_path_decides_the_dialect(web, path, openai):
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
-@pytest.mark.parametrize("path", ["/v1/moderations", "/v1/audio/transcriptions", "/v1/files", "/v1/nothing_like_it"])
+@pytest.mark.parametrize("path", ["/v1/moderations", "/v1/audio/transcriptions", "/v1/uploads", "/v1/nothing_like_it"])
 async def test_a_path_that_is_not_served_is_refused_with_what_is(client, method, path):
     reply = await client.request(method, path)
 

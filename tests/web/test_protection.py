@@ -15,6 +15,7 @@ from tests.web.harness import (
     KEY,
     OPENAI_BODIES,
     RESPONSE_BODIES,
+    STORED_PATHS,
     ScriptedService,
     frames,
     is_envelope,
@@ -24,7 +25,9 @@ from tests.web.harness import (
 EMBEDDING = {"/v1/embeddings": {"input": "hello"}}
 RIGHT = {**BODIES, "/v1/generate/batch": BATCH, **OPENAI_BODIES, **RESPONSE_BODIES, **EMBEDDING, **COMPAT_BODIES}
 GENERATING = set(RIGHT)
-"""Only what occupies the model counts against a rate; lists, keys and figures are cheap, and polled by machines."""
+COUNTED = {("POST", path) for path in (*GENERATING, *STORED_PATHS)}
+"""Only what occupies the model, or a disk, counts against a rate; lists, keys and figures are cheap, and polled by
+machines."""
 SILENT = {"/", "/health", "/readyz", "/metrics", "/status", "/info"}
 """Probes and figures: their responses do not speak of limits."""
 
@@ -50,7 +53,7 @@ async def test_every_route_but_the_public_ones_needs_a_key(subtests):
                     assert 401 == reply.status_code
                     assert "Bearer" == reply.headers["www-authenticate"]
                     assert is_envelope(reply)
-    assert 37 == checked
+    assert 47 == checked
 
 
 async def test_generating_routes_are_limited_and_no_others(subtests):
@@ -62,14 +65,14 @@ async def test_generating_routes_are_limited_and_no_others(subtests):
             async with web.client() as client:
                 replies = [await client.request(method, path, json=BODIES.get(path)) for _ in range(3)]
             left = [reply.headers.get("x-ratelimit-remaining-requests") for reply in replies]
-            if path in GENERATING:
+            if (method, path) in COUNTED:
                 checked += 1
                 assert [False, False, True] == [reply.status_code == 429 for reply in replies]
                 assert ["1", "0", "0"] == left
             else:
                 assert not any(reply.status_code == 429 for reply in replies)
                 assert [None if path in SILENT else "2"] * 3 == left
-    assert 11 == checked
+    assert 13 == checked
 
 
 async def test_every_route_documents_its_errors(web):

@@ -22,6 +22,7 @@ from app.engine.model_loader import ModelLoader
 from app.engine.registered_models import RegisteredModels
 from app.errors import Forbidden, NotFound
 from app.events import Event
+from app.generation.batch_runner import BatchRunner
 from app.generation.responses import ResponseStore
 from app.generation.sessions import SessionStore
 from app.requests import GenerationRequest, Origin
@@ -36,6 +37,8 @@ ADMITTED = "admitted"
 """Key in a generating request's state: the `Admitted` that it is."""
 GRAMMAR_FIELD = "grammar_field"
 """Key in a generating request's state: the field that its grammar comes from, as `remember_grammar` takes it."""
+BASE_PRIORITY = "base_priority"
+"""Key in a generating request's state: what is added to the priority that its body names; 0 where it is not there."""
 
 
 class Service(Protocol):
@@ -76,6 +79,8 @@ class Container:
     """None if session memory is switched off."""
     responses: ResponseStore | None
     """None under the same condition."""
+    batches: BatchRunner | None
+    """None if batches are switched off."""
     keys: Keys
     access: AccessControl
     admission: AdmissionControl
@@ -154,6 +159,15 @@ async def _responses(container: ContainerDep) -> ResponseStore:
 ResponsesDep = Annotated[ResponseStore, Depends(_responses)]
 
 
+async def _batches(container: ContainerDep) -> BatchRunner:
+    if container.batches is None:
+        raise NotFound("Files and batches are switched off on this service.")
+    return container.batches
+
+
+BatchesDep = Annotated[BatchRunner, Depends(_batches)]
+
+
 def bind_end_user(request: Request, name: str | None) -> None:
     """Add a hash of the caller's end user to the request's log line; the name itself is never logged."""
     if name is not None:
@@ -187,12 +201,23 @@ class RequestContext:
             id=f"gen_{uuid4().hex}",
             tenant=self.caller.tenant,
             origin=self._origin,
-            **fields,
+            **{**fields, "priority": self._base_priority + fields.get("priority", 0)},
         )
 
     def embedding(self, **fields: Any) -> EmbeddingRequest:
         """Return a request of this caller for vectors."""
-        return EmbeddingRequest(id=f"embd_{uuid4().hex}", tenant=self.caller.tenant, origin=self._origin, **fields)
+        return EmbeddingRequest(
+            id=f"embd_{uuid4().hex}",
+            tenant=self.caller.tenant,
+            origin=self._origin,
+            priority=self._base_priority,
+            **fields,
+        )
+
+    @property
+    def _base_priority(self) -> int:
+        base: int = self.request.scope["state"].get(BASE_PRIORITY, 0)
+        return base
 
     @property
     def _origin(self) -> Origin:

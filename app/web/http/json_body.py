@@ -6,7 +6,7 @@ Messages never echo what was refused.
 
 import json
 import math
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from email.message import Message
 from typing import Any, ClassVar, NoReturn, get_type_hints
 
@@ -63,12 +63,10 @@ class StrictRoute(APIRoute):
         return handle
 
 
-class GeneratingRoute(APIRoute):
-    """A route that admits its caller, decodes and validates the body, and then calls `endpoint(body, context)`.
+class AdmittedRoute(APIRoute):
+    """A route that admits its caller before it reads the body, as one request against the caller's rate limits.
 
-    Admission before the body costs a refused caller no work of ours, and lets even the response to a malformed body
-    carry the rate headers.  FastAPI documents the route from the endpoint's signature; its dependencies are not solved
-    for each request, which would cost as much as everything else at the edge together.
+    That costs a refused caller no work of ours, and lets even the response to a malformed body carry the rate headers.
     """
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -84,11 +82,32 @@ class GeneratingRoute(APIRoute):
             await super().handle(scope, receive, send)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except AppError as error:
+                admitted: Admitted = request.scope["state"][ADMITTED]
+                admitted.refuse(error)
+                raise
+
+        return handle
+
+
+class GeneratingRoute(AdmittedRoute):
+    """A route that admits its caller, decodes and validates the body, and then calls `endpoint(body, context)`.
+
+    FastAPI documents the route from the endpoint's signature; its dependencies are not solved for each request, which
+    would cost as much as everything else at the edge together.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         endpoint: Callable[..., Coroutine[Any, Any, Response]] = self.endpoint
         schema: type[StrictModel] = get_type_hints(endpoint)["body"]
 
         async def handle(request: Request) -> Response:
-            _require_json(request)
+            require_json(request)
             admitted: Admitted = request.scope["state"][ADMITTED]
             try:
                 body = _validated(schema, parse(await _read(request)), request)
@@ -134,18 +153,25 @@ async def _read(request: Request) -> bytes:
 
     Raises: ClientDisconnect: the client hung up while it sent it.
     """
-    parts: list[bytes] = []
+    return b"".join([part async for part in received(request)])
+
+
+async def received(request: Request) -> AsyncIterator[bytes]:
+    """Yield the body as it arrives.
+
+    Raises: ClientDisconnect: the client hung up while it sent it.
+    """
     while True:
         message = await request.receive()
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
-        parts.append(message.get("body", b""))
+        yield message.get("body", b"")
         if not message.get("more_body", False):
-            return b"".join(parts)
+            return
 
 
 async def _decoded(request: Request) -> ParsedRequest:
-    _require_json(request)
+    require_json(request)
     decoded = ParsedRequest(request.scope, request.receive)
     try:
         decoded.parsed = parse(await decoded.body())
@@ -154,7 +180,8 @@ async def _decoded(request: Request) -> ParsedRequest:
     return decoded
 
 
-def _require_json(request: Request) -> None:
+def require_json(request: Request) -> None:
+    """Raises: UnsupportedMediaType: the body is not said to be JSON in UTF-8."""
     types = request.headers.getlist("content-type")
     if types != ["application/json"]:
         message = Message()

@@ -17,6 +17,7 @@ import re
 import sys
 import time
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from uuid import uuid4
 
 import structlog
@@ -276,17 +277,25 @@ class BodyLimits:
     occupy it.
     """
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int, timeout_seconds: float) -> None:
-        """Args: timeout_seconds: from the end of the head until the last byte of the body."""
+    def __init__(
+        self, app: ASGIApp, *, max_bytes: int, timeout_seconds: float, uploads: Mapping[str, int] = MappingProxyType({})
+    ) -> None:
+        """Args:
+        timeout_seconds: from the end of the head until the last byte of the body.
+        uploads: exact path -> its own `max_bytes`; as many times as that is more, a body may take longer.
+        """
         self.app = app
         self.max_bytes = max_bytes
         self.timeout_seconds = timeout_seconds
+        self.uploads = dict(uploads)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        body = _Body(receive, _announced_bytes(scope["headers"]), self)
+        most = self.uploads.get(scope["path"], self.max_bytes)
+        seconds = self.timeout_seconds * max(1.0, most / self.max_bytes)
+        body = _Body(receive, _announced_bytes(scope["headers"]), most, seconds)
 
         async def send_and_close(message: Message) -> None:
             if message["type"] == "http.response.start" and not body.complete:
@@ -299,15 +308,16 @@ class BodyLimits:
 class _Body:
     """Measures one request's body while it is received."""
 
-    def __init__(self, receive: Receive, announced: int | None, limits: BodyLimits) -> None:
+    def __init__(self, receive: Receive, announced: int | None, max_bytes: int, seconds: float) -> None:
         self.complete = announced == 0
         """Whether all of it has been received; one of no bytes is read only by those who want to."""
         self._receive = receive
         self._size = 0
         self._announced = announced or 0
-        self._limits = limits
+        self._max_bytes = max_bytes
+        self._seconds = seconds
         self._ended = False
-        self._deadline = asyncio.get_running_loop().time() + limits.timeout_seconds
+        self._deadline = asyncio.get_running_loop().time() + seconds
 
     async def receive(self) -> Message:
         if self._ended:
@@ -317,7 +327,7 @@ class _Body:
             async with asyncio.timeout_at(self._deadline):
                 message = await self._receive()
         except TimeoutError:
-            raise BodyTooSlow(f"The body did not arrive within {self._limits.timeout_seconds:g} seconds.") from None
+            raise BodyTooSlow(f"The body did not arrive within {self._seconds:g} seconds.") from None
         self._size += len(message.get("body", b""))
         self._check_size(self._size)
         self._ended = not message.get("more_body", False)
@@ -325,8 +335,8 @@ class _Body:
         return message
 
     def _check_size(self, size: int) -> None:
-        limit = self._limits.max_bytes
-        if size > limit:
+        if size > self._max_bytes:
+            limit = self._max_bytes
             raise PayloadTooLarge(f"The body is longer than {limit} bytes.", details={"limit": limit})
 
 

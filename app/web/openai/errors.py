@@ -15,7 +15,7 @@ from app.errors import (
     is_plain_name,
 )
 
-_WITHOUT_VERSION = ("/chat/completions", "/completions", "/embeddings", "/models", "/responses")
+_WITHOUT_VERSION = ("/batches", "/chat/completions", "/completions", "/embeddings", "/files", "/models", "/responses")
 PATH_PREFIXES = ("/v1", *_WITHOUT_VERSION)
 """Errors at these paths and below them have this envelope, except below the paths of other dialects.
 

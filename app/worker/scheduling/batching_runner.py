@@ -154,6 +154,7 @@ class BatchingRunner:
             prefill_tokens=self._prefill_budget(),
             decode_width=self._decode_width,
             scoring=ScoringBudget(self._max_scored, self._step_time.scored_token_cost),
+            background_tokens=self._background_budget(),
         )
         events += [TokenEvent(each.request_id, cached_tokens=each.cached_tokens) for each in planned.started]
         for copy in planned.copies:
@@ -181,6 +182,11 @@ class BatchingRunner:
                 self._pending_events.append(TokenEvent(request_id, error=f"The grammar {error}.", invalid=True))
             else:
                 self._scheduler.add(live.sequence)
+
+    def _background_budget(self) -> int:
+        """Return how many tokens of the background a step with others may hold."""
+        decodes = sum(each.uncomputed_tokens == 1 for each in self._scheduler.running if not each.is_background)
+        return self._step_time.prefill_token_budget(min(decodes, self._decode_width))
 
     def _prefill_budget(self) -> int:
         decodes = sum(sequence.uncomputed_tokens == 1 for sequence in self._scheduler.running)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from app.types import BACKGROUND_PRIORITY
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
@@ -28,6 +30,11 @@ class Sequence:
     scored_tokens: int | None = None
     """Tokens of the prompt, from the first, whose logits have been read for the log-probability of the next one; None
     where no log-probabilities of the prompt are wanted."""
+
+    @property
+    def is_background(self) -> bool:
+        """Whether it is computed where nothing else is to do."""
+        return self.priority >= BACKGROUND_PRIORITY
 
     @property
     def is_scoring(self) -> bool:

@@ -5,12 +5,15 @@ computes the result, and reports it with `mark_computed`; sequences come with `a
 
 Tenants share the model by start-time fair queueing (Goyal, Vin and Cheng 1996): each has a virtual time that grows with
 the tokens computed for it, the lowest goes first, and a tenant that comes back starts at the lowest of those present.
+
+Sequences of the background take part in every step only while there are no others.  Beside others they do in one step
+of several, with few tokens, and give up their slots to them.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from collections.abc import Sequence as TokenIds
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from app.worker.scheduling.schedule import (
     UNLIMITED_SCORING,
@@ -27,6 +30,12 @@ MIN_PREFILL_CHUNK = 16
 """A smaller chunk of a long prompt is not worth a place in a step."""
 PREFILL_INTERVAL = 3
 """A tenant that decodes more sequences than another has its prompts computed only in every so many steps."""
+BACKGROUND_INTERVAL = 10
+"""Beside others the background takes part in one of so many steps."""
+BACKGROUND_TOKENS = 4
+"""Tokens of it that such a step may hold however few the others have in it."""
+BACKGROUND_PREFILL_TOKENS = 128
+"""Prompt tokens of a step that holds nothing else: whoever comes meanwhile waits for its end."""
 
 
 @dataclass(slots=True)
@@ -114,7 +123,12 @@ class Scheduler:
         return sequence
 
     def schedule(
-        self, *, prefill_tokens: int, decode_width: int | None = None, scoring: ScoringBudget = UNLIMITED_SCORING
+        self,
+        *,
+        prefill_tokens: int,
+        decode_width: int | None = None,
+        scoring: ScoringBudget = UNLIMITED_SCORING,
+        background_tokens: int = BACKGROUND_TOKENS,
     ) -> Schedule:
         """Assign free slots and choose what the next step computes.
 
@@ -122,18 +136,28 @@ class Scheduler:
             prefill_tokens: how many prompt tokens the step may hold beside the decode tokens, >= 1.
             decode_width: bound on decode tokens where one tenant has many and another few; None is no limit.
             scoring: bound on prompt tokens whose logits are all needed.
+            background_tokens: bound on tokens of the background beside others, of prompts and of completions.
         """
         self._step += 1
         copies, started = self._admit()
-        queues = self._decode_queues()
-        fewest = min((len(queues.get(tenant, ())) for tenant in self._slots_by_tenant()), default=0)
-        ahead = {tenant for tenant, queue in queues.items() if len(queue) > fewest}
-        # Where all have more than an equal share, a shorter step would only make all of them wait for their turns.
-        limited = decode_width is not None and ahead and fewest * len(queues) <= decode_width
-        decodes = self._select_decodes(queues, decode_width if limited else None)
+        running = self.running
+        chosen = [sequence for sequence in running if not sequence.is_background]
+        if not chosen:
+            chosen, prefill_tokens = running, min(prefill_tokens, BACKGROUND_PREFILL_TOKENS)
+        decodes, ahead = self._decodes(chosen, decode_width)
+        paused = ahead if self._step % PREFILL_INTERVAL else ()
+        chunks = list(self._prefill_chunks([s for s in chosen if s.tenant not in paused], prefill_tokens, scoring))
+        if len(chosen) < len(running) and self._step % BACKGROUND_INTERVAL == 0:
+            budget = min(background_tokens, max(BACKGROUND_TOKENS, len(decodes) + sum(each.count for each in chunks)))
+            background = sorted((s for s in running if s.is_background), key=lambda s: s.last_step)
+            beside = [sequence for sequence in background if sequence.uncomputed_tokens == 1][:budget]
+            scored = sum(each.count for each in chunks if each.sequence.is_scoring)
+            left = replace(scoring, max_tokens=scoring.max_tokens - scored)
+            decodes += beside
+            if len(beside) < budget:
+                chunks += self._prefill_chunks(background, budget - len(beside), left)
         tokens = [ScheduledTokens(sequence, 1) for sequence in sorted(decodes, key=_slot_of)]
-        tokens += self._prefill_chunks(prefill_tokens, ahead if self._step % PREFILL_INTERVAL else (), scoring)
-        return Schedule(tokens, copies, started)
+        return Schedule(tokens + chunks, copies, started)
 
     def mark_computed(self, computed: Iterable[ScheduledTokens]) -> None:
         """Record that these tokens of a schedule have been computed."""
@@ -144,13 +168,19 @@ class Scheduler:
             if sequence.tenant in self._virtual_time:
                 self._virtual_time[sequence.tenant] += scheduled.count
 
-    def _decode_queues(self) -> dict[str, deque[Sequence]]:
-        """Return the sequences that can decode a token, by tenant, least recently computed first."""
+    def _decodes(self, sequences: Collection[Sequence], width: int | None) -> tuple[list[Sequence], set[str]]:
+        """Choose the sequences that decode a token, least recently computed first.
+
+        Returns: them, and the tenants that decode more sequences than another.
+        """
         queues: dict[str, deque[Sequence]] = {}
-        decoding = (s for s in self.running if s.uncomputed_tokens == 1)
-        for sequence in sorted(decoding, key=lambda s: s.last_step):
+        for sequence in sorted((s for s in sequences if s.uncomputed_tokens == 1), key=lambda s: s.last_step):
             queues.setdefault(sequence.tenant, deque()).append(sequence)
-        return queues
+        fewest = min((len(queues.get(tenant, ())) for tenant in {s.tenant for s in sequences}), default=0)
+        ahead = {tenant for tenant, queue in queues.items() if len(queue) > fewest}
+        # Where all have more than an equal share, a shorter step would only make all of them wait for their turns.
+        limited = width is not None and ahead and fewest * len(queues) <= width
+        return self._select_decodes(queues, width if limited else None), ahead
 
     def _select_decodes(self, queues: Mapping[str, deque[Sequence]], width: int | None) -> list[Sequence]:
         """Choose up to `width` sequences round-robin over the tenants; all where there is no limit."""
@@ -164,11 +194,11 @@ class Scheduler:
         return selected
 
     def _prefill_chunks(
-        self, budget: float, paused_tenants: Collection[str], scoring: ScoringBudget
+        self, sequences: Collection[Sequence], budget: float, scoring: ScoringBudget
     ) -> Iterator[ScheduledTokens]:
         """Spend the budget on the tenants with the lowest virtual time first, a whole prompt at a time if it fits."""
         scored = scoring.max_tokens
-        unfinished = [s for s in self.running if s.uncomputed_tokens > 1 and s.tenant not in paused_tenants]
+        unfinished = [s for s in sequences if s.uncomputed_tokens > 1]
         for sequence in sorted(unfinished, key=lambda s: (self._virtual_time[s.tenant], s.request_id)):
             cost = scoring.token_cost if sequence.is_scoring else 1
             count = min(sequence.uncomputed_tokens, max(1, int(budget / cost)))
@@ -208,24 +238,18 @@ class Scheduler:
 
     def _next_tenant(self, skipped: set[str]) -> str | None:
         """Return the tenant that gets the next slot: by its first priority, then fewest slots, then virtual time."""
-        slots = self._slots_by_tenant()
+        slots = Counter(sequence.tenant for sequence in self.running)
         waiting = [tenant for tenant in self._waiting if tenant not in skipped]
         return min(
             waiting,
             key=lambda t: (
                 self._waiting[t][0].priority,
-                slots.get(t, 0),
+                slots[t],
                 self._virtual_time[t],
                 self._waiting[t][0].request_id,
             ),
             default=None,
         )
-
-    def _slots_by_tenant(self) -> dict[str, int]:
-        slots: dict[str, int] = {}
-        for sequence in self.running:
-            slots[sequence.tenant] = slots.get(sequence.tenant, 0) + 1
-        return slots
 
     def _should_wait(self, sequence: Sequence, cached: int) -> bool:
         """Return whether a running sequence is computing more of a shared prefix than is cached, to be copied soon."""
@@ -245,15 +269,22 @@ class Scheduler:
         return any(slot.sequence is None for slot in self._slots)
 
     def _preemption_victim(self, tenant: str) -> Sequence | None:
-        """Return whose slot a tenant gets where none is free: one of the tenant with most, if it has two more."""
+        """Return whose slot a tenant gets where none is free: one of the tenant with most, if it has two more.
+
+        A sequence of the background gives its slot to any other, and gets none of theirs.
+        """
         if self._has_free_slot():
             return None
-        slots = self._slots_by_tenant()
-        richest = max(slots, key=lambda each: (slots[each], self._virtual_time[each]))
-        if slots[richest] < slots.get(tenant, 0) + 2:
+        background = [s for s in self.running if s.is_background]
+        if not self._waiting[tenant][0].is_background and background:
+            return max(background, key=lambda s: s.request_id)
+        preemptible = background if self._waiting[tenant][0].is_background else self.running
+        slots = Counter(s.tenant for s in preemptible)
+        richest = max(slots, key=lambda each: (slots[each], self._virtual_time[each]), default=None)
+        if richest is None or slots[richest] < slots[tenant] + 2:
             return None
         # The youngest of the least urgent: it has the least to compute again when its turn comes back.
-        return max((s for s in self.running if s.tenant == richest), key=lambda s: (s.priority, s.request_id))
+        return max((s for s in preemptible if s.tenant == richest), key=lambda s: (s.priority, s.request_id))
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's slot away; it is the first of its tenant and priority to get one again."""

@@ -1,7 +1,10 @@
 """The batching runner: a completion is what the model itself generates, whatever else is in the batch."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count
+from statistics import median
 from typing import Any
 
 import pytest
@@ -9,9 +12,10 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from transformers import AutoModelForCausalLM
 
 from app.ipc.messages import Compile, Submit, TokenEvent
-from app.types import SamplingParams
+from app.types import BACKGROUND_PRIORITY, SamplingParams
 from app.worker.execution.base import UnsupportedModelError
 from app.worker.execution.executor_selection import select_executor
 from app.worker.execution.model_runner import ModelRunner
@@ -328,3 +332,41 @@ class AnyOrder(RuleBasedStateMachine):
 
 AnyOrder.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
 test_any_order = AnyOrder.TestCase
+
+
+@pytest.mark.soak
+def test_a_request_beside_the_background_takes_little_longer():
+    """At most 1.3 times the processor time of the steps that it takes without it, with eight lines of batches."""
+    model = AutoModelForCausalLM.from_pretrained("models/tiny-chat", dtype=torch.float32).eval()
+    model_runner = create_torch_runner(model, length=512, slots=16, free_bytes=10**9)
+    facts = replace(loaded(model), vocab_size=model.config.vocab_size, context_length=512)
+    runner, numbers = BatchingRunner(facts, model_runner, prefix_reuse=True), count(1)
+
+    def add(tokens: int, new: int, tenant: str, priority: int) -> int:
+        number = next(numbers)
+        prompt = tuple((7 * number + 3 * n) % 200 + 5 for n in range(tokens))
+        runner.submit(Submit(number, prompt, SamplingParams(max_tokens=new), tenant, priority=priority))
+        return number
+
+    def seconds() -> float:
+        live, events, began = add(40, 48, "a", 0), list[TokenEvent](), time.thread_time()
+        while not any(event.id == live and event.finish for event in events):
+            runner.step(events.extend)
+        return time.thread_time() - began
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so that this thread's time is all of it
+    try:
+        taken: dict[bool, list[float]] = {False: [], True: []}
+        for _ in range(6):
+            taken[False] += [seconds() for _ in range(4)]
+            lines = [add(60 + 10 * n, 300, "batch a", BACKGROUND_PRIORITY) for n in range(8)]
+            for _ in range(20):
+                runner.step(lambda events: None)
+            taken[True] += [seconds() for _ in range(4)]
+            for line in lines:
+                runner.cancel(line)
+            runner.step(lambda events: None)
+    finally:
+        torch.set_num_threads(threads)
+    assert median(taken[True]) <= 1.3 * median(taken[False])

@@ -7,9 +7,16 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from app.types import BACKGROUND_PRIORITY
 from app.worker.scheduling import scheduler as scheduler_module
 from app.worker.scheduling.schedule import Schedule, Sequence
-from app.worker.scheduling.scheduler import Scheduler, common_prefix_length
+from app.worker.scheduling.scheduler import (
+    BACKGROUND_INTERVAL,
+    BACKGROUND_PREFILL_TOKENS,
+    BACKGROUND_TOKENS,
+    Scheduler,
+    common_prefix_length,
+)
 
 VOCABULARY = 4
 """Few tokens, so that prefixes are shared by accident too."""
@@ -310,9 +317,10 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(
         tokens=st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=60),
         tenant=st.sampled_from(["", "b", "c"]),
+        priority=st.sampled_from([0, 0, BACKGROUND_PRIORITY]),
     )
-    def add(self, tokens: list[int], tenant: str) -> None:
-        self.machine.add(tokens, tenant)
+    def add(self, tokens: list[int], tenant: str, priority: int) -> None:
+        self.machine.add(tokens, tenant, priority=priority)
 
     @rule(data=st.data(), more=st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=9))
     @precondition(lambda self: self.machine.live)
@@ -331,7 +339,9 @@ class AnyOrder(RuleBasedStateMachine):
         counts = [each.count for each in schedule.tokens]
         assert bool(schedule.tokens) == bool(self.machine.live)
         assert len(set(ids_in(schedule))) == len(schedule.tokens)
-        assert sum(counts) <= budget + len(counts)
+        background = [each.count for each in schedule.tokens if each.sequence.is_background]
+        assert sum(counts) - sum(background) <= budget + len(counts)
+        assert sum(background) <= budget + len(counts) + BACKGROUND_TOKENS
 
     @invariant()
     def slots_have_one_sequence_each(self) -> None:
@@ -341,10 +351,67 @@ class AnyOrder(RuleBasedStateMachine):
         assert set(self.machine.live) == {n for n in range(200) if n in self.machine.scheduler}
 
     def teardown(self) -> None:
-        for sequence in list(self.machine.live.values()):
+        # The background may wait for all others.
+        for sequence in sorted(self.machine.live.values(), key=lambda each: each.is_background):
             self.machine.finish(sequence, completion_tokens=len(sequence.token_ids) - sequence.prompt_tokens + 1)
         assert 0 == len(self.machine.scheduler)
 
 
 AnyOrder.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 test_any_order = AnyOrder.TestCase
+
+
+def test_the_background_takes_part_in_every_step_while_there_is_nothing_else():
+    """It decodes as anything else does, with shorter chunks of prompts, so that whoever comes does not wait long."""
+    machine = Machine(slots=4)
+    sequences = [machine.add(range(200), tenant=name, priority=BACKGROUND_PRIORITY) for name in "abc"]
+    first = machine.step(prefill_tokens=1000)
+    assert BACKGROUND_PREFILL_TOKENS == sum(each.count for each in first.tokens)
+    while any(sequence.uncomputed_tokens > 1 for sequence in sequences):
+        machine.step(prefill_tokens=1000)
+    assert [1, 2, 3] == ids_in(machine.step())
+
+
+def test_beside_others_the_background_has_few_tokens_in_few_steps():
+    """It goes on all the same, however long the others stay."""
+    machine = Machine(slots=32)
+    background = [machine.add(range(n, n + 40), "batch", priority=BACKGROUND_PRIORITY) for n in range(20)]
+    for _ in range(20):
+        machine.step(prefill_tokens=1000)
+    before = [len(sequence.token_ids) for sequence in background]
+    live = machine.add(range(10), "a")
+    steps = [machine.step(prefill_tokens=1000) for _ in range(10 * BACKGROUND_INTERVAL)]
+    beside = [sum(each.count for each in step.tokens if each.sequence is not live) for step in steps]
+    assert all(live.request_id in ids_in(step) for step in steps)
+    assert [BACKGROUND_TOKENS] * 10 == [count for count in beside if count]
+    assert 10 * BACKGROUND_TOKENS == sum(len(each.token_ids) for each in background) - sum(before)
+
+
+def test_a_live_request_gets_the_slot_of_one_of_the_background_at_once():
+    """Which goes on where it was as soon as there is a slot again."""
+    machine = Machine(slots=2)
+    background = [machine.add(range(n, n + 20), "a", priority=BACKGROUND_PRIORITY) for n in range(2)]
+    for _ in range(5):
+        machine.step(prefill_tokens=1000)
+    live = [machine.add(range(50, 60), "a"), machine.add(range(60, 70), "a")]
+    assert {each.request_id for each in live} == set(ids_in(machine.step(prefill_tokens=1000)))
+    waiting = machine.add(range(70, 80), "batch", priority=BACKGROUND_PRIORITY)
+    for _ in range(2 * BACKGROUND_INTERVAL):
+        machine.step(prefill_tokens=1000)
+    assert [None] * 3 == [each.slot for each in (*background, waiting)]
+    for each in live:
+        machine.remove(each.request_id)
+    machine.step(prefill_tokens=1000)
+    assert 2 == sum(each.slot is not None for each in (*background, waiting))
+
+
+def test_prompts_of_the_background_are_computed_beside_others_too():
+    """A chunk at a time, within what such a step may hold."""
+    machine = Machine(slots=4)
+    live = machine.add(range(10), "a")
+    machine.step(prefill_tokens=1000)
+    background = machine.add(range(100, 130), "batch", priority=BACKGROUND_PRIORITY)
+    for _ in range(30 * BACKGROUND_INTERVAL):
+        machine.step(prefill_tokens=1000)
+    assert background.computed_tokens >= 30
+    assert len(live.token_ids) > 30 * BACKGROUND_INTERVAL

@@ -1,0 +1,202 @@
+"""Batches in the database: created, listed and cancelled by their tenant, and moved on by whichever process runs them.
+
+A batch changes its status by one conditional UPDATE, so of several processes one does it.  Its lines are in
+`batch_lines.py`.
+"""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+from uuid import uuid4
+
+from sqlalchemy import ColumnElement, delete, exists, func, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from app.access import tables
+from app.access.database import Database
+from app.access.files import paged
+from app.batches import Batch, BatchError, BatchStatus, NewBatch, Page, dumped
+from app.errors import BatchNotFound, Conflict
+from app.types import Tenant
+
+ENDED_AT_ONCE = 10
+"""Batches deleted in one transaction, with all of their lines."""
+
+_batches, _lines, _files = tables.batches, tables.batch_lines, tables.files
+_ACTIVE = (BatchStatus.IN_PROGRESS, BatchStatus.FINALIZING, BatchStatus.CANCELLING)
+
+
+class BatchStore:
+    """The batches of all tenants."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    async def create(self, new: NewBatch) -> Batch:
+        """Store a batch whose file is still to be validated."""
+        values = {name: getattr(new, name) for name in "key_id endpoint input_file_id completion_window".split()}
+        values |= {"id": f"batch_{uuid4().hex}", "tenant": str(new.tenant), "labels": new.metadata, "errors": []}
+        values |= {"status": BatchStatus.VALIDATING, "created": datetime.now(UTC), "expires": new.expires}
+        async with self._db.begin() as connection:
+            await connection.execute(insert(_batches).values(**values, total=0, completed=0, failed=0))
+        return await self.read(new.tenant, values["id"])
+
+    async def read(self, tenant: Tenant, batch_id: str) -> Batch:
+        """Raises: BatchNotFound."""
+        async with self._db.read() as connection:
+            return _batch(await _row(connection, _batches.c.tenant == str(tenant), batch_id))
+
+    async def list(self, tenant: Tenant, page: Page) -> tuple[Sequence[Batch], bool]:
+        """Return a page of the tenant's batches, and whether more follow.
+
+        Raises: BatchNotFound: there is no batch to begin behind.
+        """
+        own = _batches.c.tenant == str(tenant)
+        query = select(_batches).where(own).limit(page.limit + 1)
+        async with self._db.read() as connection:
+            last = None if page.after is None else await _row(connection, own, page.after)
+            rows = (await connection.execute(paged(query, _batches, page, last))).mappings().all()
+        return [_batch(row) for row in rows[: page.limit]], len(rows) > page.limit
+
+    async def unfinished(self, tenant: Tenant) -> int:
+        """Return how many of the tenant's batches have not ended."""
+        own = (_batches.c.tenant == str(tenant)) & _batches.c.status.in_((BatchStatus.VALIDATING, *_ACTIVE))
+        async with self._db.read() as connection:
+            return int(await connection.scalar(select(func.count()).select_from(_batches).where(own)) or 0)
+
+    async def cancel(self, tenant: Tenant, batch_id: str) -> Batch:
+        """Begin to cancel a batch; one that is being cancelled stays as it is.
+
+        Raises: BatchNotFound.  Conflict: it has ended.
+        """
+        batch = await self.read(tenant, batch_id)
+        if not await self._begin_cancel(batch_id):
+            batch = await self.read(tenant, batch_id)
+            if batch.status not in (BatchStatus.CANCELLING, BatchStatus.CANCELLED):
+                raise Conflict(f"The batch cannot be cancelled: its status is {batch.status}.")
+        return await self.read(tenant, batch_id)
+
+    async def revoke(self, batch_id: str, error: BatchError) -> None:
+        """Begin to cancel a batch whose key is good no more."""
+        await self._begin_cancel(batch_id, errors=dumped((error,)))
+
+    async def _begin_cancel(self, batch_id: str, **values: Any) -> bool:
+        running = (BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS)
+        values |= {"cancelling": datetime.now(UTC)}
+        return await self._move(batch_id, running, BatchStatus.CANCELLING, **values)
+
+    async def claim_validating(self, owner: str, until: datetime) -> Batch | None:
+        """Return a batch whose file this process is to validate, for as long as its lease lasts; it has no lines."""
+        now = datetime.now(UTC)
+        free = (_batches.c.status == BatchStatus.VALIDATING) & (_batches.c.lease.is_(None) | (_batches.c.lease < now))
+        async with self._db.begin() as connection:
+            first = select(_batches.c.id).where(free).order_by(_batches.c.created).limit(1)
+            found = (await connection.execute(first.with_for_update(skip_locked=True))).scalar()
+            if found is None:
+                return None
+            change = update(_batches).where(_batches.c.id == found, free).values(owner=owner, lease=until)
+            row = (await connection.execute(change.returning(*_batches.c))).mappings().first()
+            # What a validation that did not end has added.
+            await connection.execute(delete(_lines).where(_lines.c.batch_id == found))
+        return None if row is None else _batch(row)
+
+    async def begin(self, batch_id: str, total: int) -> bool:
+        """Let the lines of a validated batch be answered; return False where it was cancelled meanwhile."""
+        values = {"total": total, "started": datetime.now(UTC), "owner": None, "lease": None}
+        return await self._move(batch_id, (BatchStatus.VALIDATING,), BatchStatus.IN_PROGRESS, **values)
+
+    async def fail(self, batch_id: str, errors: Sequence[BatchError]) -> None:
+        """End a batch whose file cannot be answered."""
+        values = {"errors": dumped(tuple(errors)), "ended": datetime.now(UTC), "owner": None, "lease": None}
+        if await self._move(batch_id, (BatchStatus.VALIDATING,), BatchStatus.FAILED, **values):
+            async with self._db.begin() as connection:
+                await connection.execute(delete(_lines).where(_lines.c.batch_id == batch_id))
+
+    async def active(self) -> Sequence[Batch]:
+        """Return the batches that have lines to answer, or are to be ended, oldest first."""
+        query = select(_batches).where(_batches.c.status.in_(_ACTIVE)).order_by(_batches.c.created, _batches.c.id)
+        async with self._db.read() as connection:
+            return [_batch(row) for row in (await connection.execute(query)).mappings()]
+
+    async def expire(self, batch_id: str) -> None:
+        """Stop answering the lines of a batch whose time is over."""
+        now = datetime.now(UTC)
+        await self._move(batch_id, (BatchStatus.IN_PROGRESS,), BatchStatus.FINALIZING, finalizing=now)
+
+    async def end(self, batch: Batch, status: BatchStatus, *, file_expires: datetime) -> bool:
+        """End a batch once no line of it is being answered, and show its results as files.
+
+        Returns: whether it has ended; False while another process answers a line, or lines are left of one that is to
+            be complete.
+        """
+        async with self._db.begin() as connection:
+            if status is BatchStatus.COMPLETED:
+                blocked = (_batches.c.completed + _batches.c.failed) < _batches.c.total
+            else:
+                mine = (_lines.c.batch_id == batch.id) & (_lines.c.state == "running")
+                blocked = exists().where(mine, _lines.c.lease >= datetime.now(UTC))
+            now = datetime.now(UTC)
+            values: dict[str, Any] = {"status": status, "ended": now}
+            if status is BatchStatus.COMPLETED:
+                values["finalizing"] = now
+            which = (_batches.c.id == batch.id) & (_batches.c.status == batch.status) & ~blocked
+            if (await connection.execute(update(_batches).where(which).values(**values))).rowcount == 0:
+                return False
+            files = {
+                "output_file_id": await _add_file(connection, batch, failed=False, expires=file_expires),
+                "error_file_id": await _add_file(connection, batch, failed=True, expires=file_expires),
+            }
+            await connection.execute(update(_batches).where(_batches.c.id == batch.id).values(**files))
+            left = (_lines.c.batch_id == batch.id) & _lines.c.request.is_not(None)
+            await connection.execute(update(_lines).where(left).values(request=None, owner=None, lease=None))
+        return True
+
+    async def _move(self, batch_id: str, before: Sequence[BatchStatus], status: BatchStatus, **values: Any) -> bool:
+        """Change the status, if it is one of those before; return whether it was."""
+        which = (_batches.c.id == batch_id) & _batches.c.status.in_(before)
+        async with self._db.begin() as connection:
+            changed = await connection.execute(update(_batches).where(which).values(status=status, **values))
+        return changed.rowcount > 0
+
+    async def delete_old(self, before: datetime) -> None:
+        """Delete the batches that ended before a moment, with their lines and files.
+
+        Raises: StoreUnavailable: the database does not answer.
+        """
+        count = ENDED_AT_ONCE
+        while count == ENDED_AT_ONCE:
+            async with self._db.begin() as connection:
+                old = select(_batches.c.id).where(_batches.c.ended < before).limit(ENDED_AT_ONCE)
+                ids = (await connection.execute(old)).scalars().all()
+                count = len(ids)
+                await connection.execute(delete(_lines).where(_lines.c.batch_id.in_(ids)))
+                await connection.execute(delete(_files).where(_files.c.batch_id.in_(ids)))
+                await connection.execute(delete(_batches).where(_batches.c.id.in_(ids)))
+
+
+async def _add_file(connection: AsyncConnection, batch: Batch, *, failed: bool, expires: datetime) -> str | None:
+    """Show the results of a batch that failed, or that did not, as a file; return its id, None where there are none."""
+    state: ColumnElement[bool] = _lines.c.state == ("failed" if failed else "completed")
+    shown = (_lines.c.batch_id == batch.id) & state & _lines.c.result.is_not(None)
+    size = await connection.scalar(select(func.sum(func.length(_lines.c.result))).where(shown))
+    if size is None:
+        return None
+    kind = "error" if failed else "output"
+    values = {"id": f"file-{uuid4().hex}", "tenant": batch.tenant, "purpose": "batch_output", "size": int(size)}
+    values |= {"filename": f"{batch.id}_{kind}.jsonl", "batch_id": batch.id, "holds_failed": failed}
+    await connection.execute(insert(_files).values(**values, created=datetime.now(UTC), expires=expires))
+    return str(values["id"])
+
+
+async def _row(connection: AsyncConnection, own: ColumnElement[bool], batch_id: str) -> Any:
+    row = (await connection.execute(select(_batches).where(own, _batches.c.id == batch_id))).mappings().first()
+    if row is None:
+        raise BatchNotFound("You have no batch of this id; it may have been deleted after its time.")
+    return row
+
+
+def _batch(row: Any) -> Batch:
+    names = set(Batch.__dataclass_fields__) - {"metadata", "status", "errors"}
+    errors = tuple(BatchError(each["code"], each["message"], each["line"]) for each in row["errors"])
+    values = {name: row[name] for name in names}
+    return Batch(metadata=row["labels"], status=BatchStatus(row["status"]), errors=errors, **values)
