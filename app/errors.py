@@ -7,7 +7,8 @@ AppError
 │                                  ├── PreviousResponseNotFound
 ├── Unauthorized              401
 ├── Forbidden                 403
-├── NotFound                  404  ├── ModelNotFound  ├── SessionNotFound  ├── KeyNotFound  ├── RoleNotFound
+├── NotFound                  404  ├── ModelNotFound  ├── AdapterNotFound  ├── SessionNotFound  ├── KeyNotFound
+│                                  ├── RoleNotFound
 ├── Conflict                  409
 ├── PayloadTooLarge           413
 ├── UnsupportedMediaType      415
@@ -135,6 +136,10 @@ class NotFound(AppError):
 
 class ModelNotFound(NotFound):
     """The named model is not loaded."""
+
+
+class AdapterNotFound(NotFound):
+    """The named adapter is not loaded."""
 
 
 class SessionNotFound(NotFound):

@@ -17,6 +17,7 @@ from app.access.access import AccessControl
 from app.access.admission import AdmissionControl
 from app.access.bootstrap_key import bootstrap_key
 from app.config import Settings
+from app.engine.adapters import AdapterRegistry
 from app.engine.base import EncoderEngine, Engine
 from app.engine.cache import CachedEngine
 from app.engine.echo import EchoEngine
@@ -94,7 +95,7 @@ def create_app(
             cache=settings.app.data_dir.absolute() / "compiled", enabled=settings.model.spare_worker
         ),
     )
-    host = ModelHost(build, default=names[0])
+    host = ModelHost(build, default=names[0], adapters=AdapterRegistry(settings.adapters))
     for name in names:
         host.add(name)
     admission = AdmissionControl(MemoryAdmissionStore(), access.quotas, on_refusal=metrics.rate_limited)
@@ -191,6 +192,7 @@ def _build_model(
         raise ModelNotFound("There is no such model.")
     engine = engines[name] if engines else _engine(settings, name, interpreters)
     embeddings = EngineEmbeddings(embedder=engine, model=name) if _embeds(settings, engine) else None
+    adapters = engine if isinstance(engine, LocalEngine) else None
     engine, cache = _wrap(engine, settings, filters, metrics, access)
     read = partial(read_template, settings.app.prompts_dir, model=name)
     return ServedModel(
@@ -204,6 +206,7 @@ def _build_model(
         ),
         cache=cache,
         embeddings=embeddings,
+        adapters=adapters,
         defaults=SamplingDefaults(
             max_tokens=settings.model.max_tokens,
             temperature=settings.model.temperature,

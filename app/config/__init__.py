@@ -1,6 +1,7 @@
 """The configuration: typed settings and their loader.  Nothing is read at import."""
 
 from app.config.access import DatabaseConfig, QuotaConfig, RateLimitConfig, UsageLogConfig
+from app.config.adapters import AdaptersConfig
 from app.config.embeddings import EmbeddingsConfig
 from app.config.loading import load_settings
 from app.config.section import Section
@@ -17,6 +18,7 @@ from app.config.sections import (
 )
 
 __all__ = [
+    "AdaptersConfig",
     "AppConfig",
     "CacheConfig",
     "ChatHistoryConfig",

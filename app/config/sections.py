@@ -22,6 +22,7 @@ from pydantic_settings import (
 )
 
 from app.config.access import DatabaseConfig, QuotaConfig, RateLimitConfig, UsageLogConfig
+from app.config.adapters import AdaptersConfig
 from app.config.embeddings import EmbeddingPooling, EmbeddingsConfig
 from app.config.section import Section
 
@@ -318,6 +319,7 @@ class Settings(BaseSettings):
     app: AppConfig = AppConfig()
     model: ModelConfig = ModelConfig()
     embeddings: EmbeddingsConfig = EmbeddingsConfig()
+    adapters: AdaptersConfig = AdaptersConfig()
     deadlines: DeadlineConfig = DeadlineConfig()
     security: SecurityConfig = SecurityConfig()
     rate_limit: RateLimitConfig = RateLimitConfig()

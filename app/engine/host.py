@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 from app.embeddings import EmbeddingRequest
+from app.engine.adapters import Adapter, AdapterRegistry
 from app.engine.served_model import EmbeddingChain, Served, ServedEncoder, ServedModel
-from app.errors import InvalidRequest, ModelNotFound, ShuttingDown
+from app.errors import Conflict, InvalidRequest, ModelNotFound, ShuttingDown
 from app.requests import GenerationRequest
 from app.types import EngineState
 
@@ -16,12 +17,16 @@ from app.types import EngineState
 class ModelHost:
     """Holds the served models by their public names; lives as long as the application."""
 
-    def __init__(self, build: Callable[[str], Served], default: str) -> None:
+    def __init__(
+        self, build: Callable[[str], Served], default: str, *, adapters: AdapterRegistry | None = None
+    ) -> None:
         """Args:
         build: makes everything of one model by its name, without starting it; raises ModelNotFound for another name.
         default: serves requests that name no model.
+        adapters: holds the adapters of the models; their names may stand for those of their models.
         """
         self._build = build
+        self.adapters = adapters or AdapterRegistry()
         self.default_name = default
         self.since = int(time.time())
         """When the host was created, in seconds since 1970."""
@@ -48,6 +53,16 @@ class ModelHost:
     def loaded(self) -> tuple[str, ...]:
         """Return the names of the models that take requests, the default one first."""
         return tuple(name for name in self.names if name not in self._unloading)
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """Return the names of the adapters whose models take requests."""
+        # Another model may have taken the name of the one that an adapter is for.
+        return tuple(
+            each.name
+            for each in self.adapters.adapters
+            if self._models.get(each.model) is each.served and each.model not in self._unloading
+        )
 
     @property
     def default(self) -> ServedModel:
@@ -80,8 +95,11 @@ class ModelHost:
         Raises: ModelNotFound: no such model is loaded.
         """
         name = self.default_name if model is None else model
+        if name not in self._models and name in self.adapter_names:
+            name = self.adapters.model_of(name)
         if name not in self._models or name in self._unloading:
-            raise ModelNotFound(_missing([each for each in self.loaded if allowed is None or each in allowed]))
+            usable = (*self.loaded, *self.adapter_names)
+            raise ModelNotFound(_missing([each for each in usable if allowed is None or each in allowed]))
         return self._models[name]
 
     def find_generating(self, model: str | None, *, allowed: Collection[str] | None = None) -> ServedModel:
@@ -105,6 +123,8 @@ class ModelHost:
             encoders = (each.name for each in self.models if isinstance(each, ServedEncoder))
             model = next((name for name in encoders if name not in self._unloading), None)
         found = self.find(model, allowed=allowed)
+        if model is not None and found.name != model:
+            raise InvalidRequest.of_field("model", "names an adapter; texts are embedded by models without one")
         if found.embeddings is None:
             able = (each.name for each in self.models if each.embeddings is not None)
             others = ", ".join(name for name in able if allowed is None or name in allowed)
@@ -151,7 +171,7 @@ class ModelHost:
         return model
 
     def _remove(self, name: str) -> None:
-        self._models.pop(name, None)
+        self.adapters.forget_model(self._models.pop(name, None))
         self._started.discard(name)
         if (unloading := self._unloading.pop(name, None)) is not None:
             unloading.set()
@@ -170,17 +190,30 @@ class ModelHost:
         finally:
             self._remove(name)
 
+    async def load_adapter(self, name: str, source: str, model: str | None) -> Adapter:
+        """Load an adapter of a model, or of the default one for None, under a name of its own.
+
+        Raises: ModelNotFound: no such model is loaded; ShuttingDown; Conflict: a model has this name; others as
+            `AdapterRegistry.load`.
+        """
+        self._refuse_while_draining()
+        served = self.find_generating(model)
+        if name in self._models:
+            raise Conflict("A model has this name; give the adapter another one.")
+        return await self.adapters.load(name, source, served)
+
     @contextmanager
     def lease(self, request: GenerationRequest, *, allowed: Collection[str] | None = None) -> Iterator[ServedModel]:
-        """Hold a model for one request.
+        """Hold a model, and the adapter that the request names, for one request.
 
         Args: allowed: as `find` takes it.
         Raises: ShuttingDown: the service takes no new work; ModelNotFound: no such model is loaded; InvalidRequest: it
-            does not generate.
+            does not generate, or the adapter is for another model; AdapterNotFound.
         """
         self._refuse_while_draining()
-        model = self.find_generating(request.model, allowed=allowed)
-        with self._lease(model, request.sample_ids):
+        adapter = self.adapters.named_by(request)
+        model = self.find_generating(adapter.model if adapter else request.model, allowed=allowed)
+        with self._lease(model, request.sample_ids), self.adapters.lease(adapter, request.sample_ids):
             yield model
 
     @contextmanager

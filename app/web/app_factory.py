@@ -7,7 +7,7 @@ from fastapi.routing import APIRoute
 from starlette.types import Lifespan
 
 from app import __version__
-from app.web.admin import documentation, health, keys, roles, usage
+from app.web.admin import adapters, documentation, health, keys, roles, usage
 from app.web.http.authentication import Authentication
 from app.web.http.cors import CrossOriginAccess
 from app.web.http.dependencies import Container
@@ -44,7 +44,7 @@ def build_app(container: Container, *, lifespan: Lifespan[FastAPI] | None = None
         lifespan=lifespan,
     )
     app.state.container = container
-    native = [module.router for module in (generate, batch, chat, sessions, keys, roles, usage)]
+    native = [module.router for module in (generate, batch, chat, sessions, adapters, keys, roles, usage)]
     dialect = (
         openai_chat,
         openai_completions,

@@ -105,6 +105,16 @@ AdminDep = Annotated[Principal, Depends(_admin)]
 """A caller who may manage keys and roles and see everybody's usage."""
 
 
+async def _loader(caller: CallerDep) -> Principal:
+    if not caller.rights.load_models:
+        raise Forbidden("This needs an API key whose role may load models.")
+    return caller
+
+
+LoaderDep = Annotated[Principal, Depends(_loader)]
+"""A caller who may load and unload models and adapters."""
+
+
 async def _access(container: ContainerDep) -> AccessControl:
     return container.access
 

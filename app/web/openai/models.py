@@ -71,7 +71,8 @@ class ModelCard(TypedDict):
     created: int
     owned_by: str
     root: str
-    parent: None
+    parent: str | None
+    """Of an adapter: the model that it is applied to."""
     max_model_len: int | None
     quantization: Quantization | None
     permission: list[Any]
@@ -91,7 +92,8 @@ class ModelList(TypedDict):
 @router.get("", responses=_ERRORS)
 async def models(container: ContainerDep) -> ModelList:
     """List the models."""
-    return {"object": "list", "data": [_card(name, container) for name in container.host.names]}
+    names = (*container.host.names, *container.host.adapter_names)
+    return {"object": "list", "data": [_card(name, container) for name in names]}
 
 
 # A model of the hub has a slash in its name.
@@ -103,23 +105,23 @@ async def model(model: str, container: ContainerDep, caller: CallerDep) -> Model
 
 
 def _card(name: str, container: Container) -> ModelCard:
-    served = container.host.find(name)
+    served, adapter = container.host.find(name), container.host.adapters.get(name)
     state, info = served.engine.status().state, _info(served.engine)
     output = "embeddings" if isinstance(served, ServedEncoder) else "text"
     card: ModelCard = {
         "id": name,
         "object": "model",
-        "created": container.host.since,
+        "created": adapter.since if adapter else container.host.since,
         "owned_by": "llm-service",
-        "root": name,
-        "parent": None,
+        "root": adapter.source if adapter else name,
+        "parent": adapter.model if adapter else None,
         "max_model_len": info.context_length if info else None,
         "quantization": _quantization(info),
         "permission": [],
         "architecture": {"input_modalities": ["text"], "output_modalities": [output]},
         "status": {"value": _STATUS[state], "failed": state is EngineState.FAILED},
     }
-    if info is not None and info.embedding is not None:
+    if info is not None and info.embedding is not None and adapter is None:
         card["embedding"] = _embedding(info.embedding)
     return card
 

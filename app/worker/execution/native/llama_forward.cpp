@@ -6,10 +6,15 @@
 // LLMK_LM_HEAD_TYPE that of the output projection.  Hidden states are float32 whatever the type of weights.
 
 #include <cmath>
+#include <initializer_list>
+#include <vector>
 
 #include "abi.h"
 #include "attention.h"
 #include "gemm_packed.h"
+#include "lora.h"
+
+typedef WeightTraits<LLMK_WEIGHT_TYPE>::activation activation_t;
 
 extern "C" {
 
@@ -39,6 +44,11 @@ struct DecoderModel {
     int32_t num_threads;
 };
 
+// An adapter's weights for one layer.
+struct LoraLayer {
+    LoraWeights<activation_t> q, k, v, o, gate, up, down;
+};
+
 struct ForwardBatch {
     int64_t num_tokens;
     // (tokens, hidden_size): embeddings on entry; the residual stream.
@@ -54,6 +64,10 @@ struct ForwardBatch {
     float* logits;
     // num_tokens * llmk_workspace_size() floats.
     float* workspace;
+    // (tokens,) the layers of each token's adapter, null for a token without one; null where no token has one.
+    const LoraLayer* const* adapters;
+    // The highest rank of any of them.
+    int64_t adapter_rank;
 };
 }
 
@@ -66,7 +80,6 @@ constexpr int64_t KEY_SIZE = NUM_KV_HEADS * HEAD_SIZE;
 constexpr int64_t QKV_SIZE = QUERY_SIZE + 2 * KEY_SIZE;
 
 typedef LLMK_WEIGHT_TYPE weight_t;
-typedef WeightTraits<weight_t>::activation activation_t;
 static_assert(std::is_same_v<activation_t, WeightTraits<LLMK_LM_HEAD_TYPE>::activation>,
               "the layers and the output projection take the same activations");
 
@@ -111,6 +124,10 @@ class ForwardPass {
         for (int64_t token = 0; token < count; token++) end_key_.push_back(batch.positions[token] + 1);
         begin_key_.resize(count);
         segments_ = split_segments(batch.slots, end_key_.data(), count);
+        if (batch.adapters) {
+            adapters_.assign(batch.adapters, batch.adapters + count);
+            reduced_.resize(count * MAX_SHARED_INPUT * batch.adapter_rank);
+        }
     }
 
     static int64_t workspace_size(const DecoderModel& model) {
@@ -124,7 +141,10 @@ class ForwardPass {
         for (int64_t index = 0; index < model_.num_layers; index++) {
             const DecoderLayer& layer = model_.layers[index];
             norm_tokens(layer.attention_norm, count);
+            reduce(index, normed_, model_.hidden_size, count, {&LoraLayer::q, &LoraLayer::k, &LoraLayer::v});
             linear<false>(normed_, layer.qkv, model_.hidden_size, QKV_SIZE, count, qkv_, model_.num_threads);
+            expand(index, qkv_, QKV_SIZE, count,
+                   {{&LoraLayer::q, QUERY_SIZE}, {&LoraLayer::k, KEY_SIZE}, {&LoraLayer::v, KEY_SIZE}});
             rotate_and_write_kv(layer);
             const bool last = index + 1 == model_.num_layers;
             if (last && batch_.num_logits == 0) return;
@@ -134,10 +154,15 @@ class ForwardPass {
                 compact_tokens();
                 count = batch_.num_logits;
             }
+            reduce(index, attended_, QUERY_SIZE, count, {&LoraLayer::o});
             add_linear(attended_, layer.o, QUERY_SIZE, count);
+            expand(index, batch_.hidden_states, model_.hidden_size, count, {{&LoraLayer::o, model_.hidden_size}});
             norm_tokens(layer.mlp_norm, count);
-            swiglu(layer, count);
+            reduce(index, normed_, model_.hidden_size, count, {&LoraLayer::gate, &LoraLayer::up});
+            swiglu(index, count);
+            reduce(index, gated_, model_.intermediate_size, count, {&LoraLayer::down});
             add_linear(gated_, layer.down, model_.intermediate_size, count);
+            expand(index, batch_.hidden_states, model_.hidden_size, count, {{&LoraLayer::down, model_.hidden_size}});
         }
         norm_tokens(model_.final_norm, count);
         linear<false>(normed_, model_.lm_head, model_.hidden_size, model_.vocab_size, count, batch_.logits,
@@ -145,6 +170,57 @@ class ForwardPass {
     }
 
   private:
+    // Linear layers that read the same input: queries, keys and values.
+    static constexpr int64_t MAX_SHARED_INPUT = 3;
+
+    typedef LoraWeights<activation_t> LoraLayer::*LoraMember;
+
+    // A linear layer, and how many of the outputs that lie side by side are its own.
+    struct LoraOutput {
+        LoraMember member;
+        int64_t size;
+    };
+
+    const LoraLayer* adapter_of(int64_t token, int64_t layer) const {
+        return adapters_.empty() || !adapters_[token] ? nullptr : adapters_[token] + layer;
+    }
+
+    float* reduced(int64_t token, int64_t place) {
+        return reduced_.data() + (token * MAX_SHARED_INPUT + place) * batch_.adapter_rank;
+    }
+
+    // Multiply x with the `down` weights of linear layers that read it; ends with a barrier.
+    void reduce(int64_t layer, const activation_t* x, int64_t depth, int64_t count,
+                std::initializer_list<LoraMember> members) {
+        if (adapters_.empty()) return;
+        const int64_t places = members.size();
+#pragma omp for
+        for (int64_t task = 0; task < count * places; task++) {
+            const int64_t token = task / places, place = task % places;
+            if (const LoraLayer* adapter = adapter_of(token, layer))
+                reduce_ranks(x + token * depth, adapter->*members.begin()[place], depth, reduced(token, place));
+        }
+    }
+
+    // Add the products with the `up` weights to outputs that lie side by side; ends with a barrier.
+    void expand(int64_t layer, float* out, int64_t stride, int64_t count, std::initializer_list<LoraOutput> outputs) {
+        if (adapters_.empty()) return;
+#pragma omp for
+        for (int64_t token = 0; token < count; token++) {
+            const LoraLayer* adapter = adapter_of(token, layer);
+            if (!adapter) continue;
+            float* to = out + token * stride;
+            int64_t place = 0;
+            for (const LoraOutput& output : outputs) {
+                const LoraWeights<activation_t> weights = adapter->*output.member;
+                for (int64_t at = 0; at < output.size; at += LANES)
+                    store(to + at, expand_ranks(load(to + at), reduced(token, place), weights, output.size, at));
+                to += output.size;
+                place++;
+            }
+        }
+    }
+
     void norm_tokens(const float* weight, int64_t count) {
 #pragma omp for
         for (int64_t token = 0; token < count; token++)
@@ -207,6 +283,7 @@ class ForwardPass {
         for (int64_t index = 0; index < batch_.num_logits; index++) {
             const int64_t token = batch_.logits_indices[index];
             if (token == index) continue;
+            if (!adapters_.empty()) adapters_[index] = adapters_[token];
             std::copy_n(attended_ + token * QUERY_SIZE, QUERY_SIZE, attended_ + index * QUERY_SIZE);
             std::copy_n(batch_.hidden_states + token * model_.hidden_size, model_.hidden_size,
                         batch_.hidden_states + index * model_.hidden_size);
@@ -220,7 +297,8 @@ class ForwardPass {
 
     // gated = silu(gate) * up.  The panels of up follow those of gate; intermediate_size is a multiple of NR, so that a
     // panel of each makes a pair.
-    void swiglu(const DecoderLayer& layer, int64_t count) {
+    void swiglu(int64_t index, int64_t count) {
+        const DecoderLayer& layer = model_.layers[index];
         const int64_t depth = model_.hidden_size, inner = model_.intermediate_size;
         constexpr int64_t MAX_GROUP = WeightTraits<weight_t>::max_tokens;
         parallel_for_tiles(inner / NR, count, model_.num_threads, [&](int64_t panel, int64_t begin, int64_t end) {
@@ -232,8 +310,12 @@ class ForwardPass {
                 for (int64_t row = 0; row < tokens; row++)
                     for (int64_t lane = 0; lane < NR; lane += LANES) {
                         const float* from = sums + 2 * row * NR + lane;
-                        const f32x8 gate = layer.gate_up.apply_scale_and_bias(load(from), first + lane);
-                        const f32x8 up = layer.gate_up.apply_scale_and_bias(load(from + NR), inner + first + lane);
+                        f32x8 gate = layer.gate_up.apply_scale_and_bias(load(from), first + lane);
+                        f32x8 up = layer.gate_up.apply_scale_and_bias(load(from + NR), inner + first + lane);
+                        if (const LoraLayer* adapter = adapter_of(token + row, index)) {
+                            gate = expand_ranks(gate, reduced(token + row, 0), adapter->gate, inner, first + lane);
+                            up = expand_ranks(up, reduced(token + row, 1), adapter->up, inner, first + lane);
+                        }
                         store(gated_ + (token + row) * inner + first + lane, silu(gate) * up);
                     }
             });
@@ -246,6 +328,10 @@ class ForwardPass {
     std::vector<TokenSegment> segments_;
     float *qkv_, *queries_;
     activation_t *normed_, *attended_, *gated_;
+    // The layers of each token's adapter; empty where no token has one.
+    std::vector<const LoraLayer*> adapters_;
+    // (tokens, MAX_SHARED_INPUT, adapter_rank) inputs of the `up` weights.
+    std::vector<float> reduced_;
 };
 
 }  // namespace
@@ -286,11 +372,25 @@ extern "C" const int64_t* llmk_layout_decoder_model() {
     return layout;
 }
 
+extern "C" const int64_t* llmk_layout_lora_weights() {
+    typedef LoraWeights<activation_t> T;
+    static const int64_t layout[] = {3, sizeof(T), LLMK_FIELD(T, down), LLMK_FIELD(T, up), LLMK_FIELD(T, rank)};
+    return layout;
+}
+
+extern "C" const int64_t* llmk_layout_lora_layer() {
+    typedef LoraLayer T;
+    static const int64_t layout[] = {7, sizeof(T), LLMK_FIELD(T, q), LLMK_FIELD(T, k), LLMK_FIELD(T, v),
+                                     LLMK_FIELD(T, o), LLMK_FIELD(T, gate), LLMK_FIELD(T, up), LLMK_FIELD(T, down)};
+    return layout;
+}
+
 extern "C" const int64_t* llmk_layout_forward_batch() {
     typedef ForwardBatch T;
-    static const int64_t layout[] = {10, sizeof(T), LLMK_FIELD(T, num_tokens), LLMK_FIELD(T, hidden_states),
+    static const int64_t layout[] = {12, sizeof(T), LLMK_FIELD(T, num_tokens), LLMK_FIELD(T, hidden_states),
                                      LLMK_FIELD(T, cos), LLMK_FIELD(T, sin), LLMK_FIELD(T, slots),
                                      LLMK_FIELD(T, positions), LLMK_FIELD(T, logits_indices),
-                                     LLMK_FIELD(T, num_logits), LLMK_FIELD(T, logits), LLMK_FIELD(T, workspace)};
+                                     LLMK_FIELD(T, num_logits), LLMK_FIELD(T, logits), LLMK_FIELD(T, workspace),
+                                     LLMK_FIELD(T, adapters), LLMK_FIELD(T, adapter_rank)};
     return layout;
 }
