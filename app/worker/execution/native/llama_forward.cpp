@@ -126,7 +126,8 @@ class ForwardPass {
         segments_ = split_segments(batch.slots, end_key_.data(), count);
         if (batch.adapters) {
             adapters_.assign(batch.adapters, batch.adapters + count);
-            reduced_.resize(count * MAX_SHARED_INPUT * batch.adapter_rank);
+            reduced_.resize(count * reduced_stride());
+            group_by_adapter(count);
         }
     }
 
@@ -141,9 +142,9 @@ class ForwardPass {
         for (int64_t index = 0; index < model_.num_layers; index++) {
             const DecoderLayer& layer = model_.layers[index];
             norm_tokens(layer.attention_norm, count);
-            reduce(index, normed_, model_.hidden_size, count, {&LoraLayer::q, &LoraLayer::k, &LoraLayer::v});
+            reduce(index, normed_, model_.hidden_size, {&LoraLayer::q, &LoraLayer::k, &LoraLayer::v});
             linear<false>(normed_, layer.qkv, model_.hidden_size, QKV_SIZE, count, qkv_, model_.num_threads);
-            expand(index, qkv_, QKV_SIZE, count,
+            expand(index, qkv_, QKV_SIZE,
                    {{&LoraLayer::q, QUERY_SIZE}, {&LoraLayer::k, KEY_SIZE}, {&LoraLayer::v, KEY_SIZE}});
             rotate_and_write_kv(layer);
             const bool last = index + 1 == model_.num_layers;
@@ -154,15 +155,15 @@ class ForwardPass {
                 compact_tokens();
                 count = batch_.num_logits;
             }
-            reduce(index, attended_, QUERY_SIZE, count, {&LoraLayer::o});
+            reduce(index, attended_, QUERY_SIZE, {&LoraLayer::o});
             add_linear(attended_, layer.o, QUERY_SIZE, count);
-            expand(index, batch_.hidden_states, model_.hidden_size, count, {{&LoraLayer::o, model_.hidden_size}});
+            expand(index, batch_.hidden_states, model_.hidden_size, {{&LoraLayer::o, model_.hidden_size}});
             norm_tokens(layer.mlp_norm, count);
-            reduce(index, normed_, model_.hidden_size, count, {&LoraLayer::gate, &LoraLayer::up});
+            reduce(index, normed_, model_.hidden_size, {&LoraLayer::gate, &LoraLayer::up});
             swiglu(index, count);
-            reduce(index, gated_, model_.intermediate_size, count, {&LoraLayer::down});
+            reduce(index, gated_, model_.intermediate_size, {&LoraLayer::down});
             add_linear(gated_, layer.down, model_.intermediate_size, count);
-            expand(index, batch_.hidden_states, model_.hidden_size, count, {{&LoraLayer::down, model_.hidden_size}});
+            expand(index, batch_.hidden_states, model_.hidden_size, {{&LoraLayer::down, model_.hidden_size}});
         }
         norm_tokens(model_.final_norm, count);
         linear<false>(normed_, model_.lm_head, model_.hidden_size, model_.vocab_size, count, batch_.logits,
@@ -176,46 +177,61 @@ class ForwardPass {
     typedef LoraWeights<activation_t> LoraLayer::*LoraMember;
 
     // A linear layer, and how many of the outputs that lie side by side are its own.
-    struct LoraOutput {
+    struct LoraTarget {
         LoraMember member;
-        int64_t size;
+        int64_t outputs;
     };
 
-    const LoraLayer* adapter_of(int64_t token, int64_t layer) const {
-        return adapters_.empty() || !adapters_[token] ? nullptr : adapters_[token] + layer;
+    // Consecutive tokens, up to LORA_TOKENS, that have one adapter.
+    struct LoraGroup {
+        const LoraLayer* layers;
+        int64_t begin, end;
+    };
+
+    void group_by_adapter(int64_t count) {
+        groups_.clear();
+        for (int64_t token = 0; token < count; token++) {
+            const LoraLayer* layers = adapters_[token];
+            if (!groups_.empty() && groups_.back().layers == layers && groups_.back().end == token &&
+                token - groups_.back().begin < LORA_TOKENS)
+                groups_.back().end++;
+            else if (layers)
+                groups_.push_back({layers, token, token + 1});
+        }
     }
 
+    int64_t reduced_stride() const { return MAX_SHARED_INPUT * batch_.adapter_rank; }
+
     float* reduced(int64_t token, int64_t place) {
-        return reduced_.data() + (token * MAX_SHARED_INPUT + place) * batch_.adapter_rank;
+        return reduced_.data() + token * reduced_stride() + place * batch_.adapter_rank;
     }
 
     // Multiply x with the `down` weights of linear layers that read it; ends with a barrier.
-    void reduce(int64_t layer, const activation_t* x, int64_t depth, int64_t count,
-                std::initializer_list<LoraMember> members) {
+    void reduce(int64_t layer, const activation_t* x, int64_t depth, std::initializer_list<LoraMember> members) {
         if (adapters_.empty()) return;
-        const int64_t places = members.size();
+        const int64_t places = members.size(), tasks = groups_.size() * places;
 #pragma omp for
-        for (int64_t task = 0; task < count * places; task++) {
-            const int64_t token = task / places, place = task % places;
-            if (const LoraLayer* adapter = adapter_of(token, layer))
-                reduce_ranks(x + token * depth, adapter->*members.begin()[place], depth, reduced(token, place));
+        for (int64_t task = 0; task < tasks; task++) {
+            const LoraGroup group = groups_[task / places];
+            const int64_t place = task % places;
+            reduce_ranks(x + group.begin * depth, group.layers[layer].*members.begin()[place], depth,
+                         group.end - group.begin, reduced(group.begin, place), reduced_stride());
         }
     }
 
     // Add the products with the `up` weights to outputs that lie side by side; ends with a barrier.
-    void expand(int64_t layer, float* out, int64_t stride, int64_t count, std::initializer_list<LoraOutput> outputs) {
+    void expand(int64_t layer, float* out, int64_t stride, std::initializer_list<LoraTarget> targets) {
         if (adapters_.empty()) return;
+        const int64_t tasks = groups_.size();
 #pragma omp for
-        for (int64_t token = 0; token < count; token++) {
-            const LoraLayer* adapter = adapter_of(token, layer);
-            if (!adapter) continue;
-            float* to = out + token * stride;
+        for (int64_t task = 0; task < tasks; task++) {
+            const LoraGroup group = groups_[task];
+            float* to = out + group.begin * stride;
             int64_t place = 0;
-            for (const LoraOutput& output : outputs) {
-                const LoraWeights<activation_t> weights = adapter->*output.member;
-                for (int64_t at = 0; at < output.size; at += LANES)
-                    store(to + at, expand_ranks(load(to + at), reduced(token, place), weights, output.size, at));
-                to += output.size;
+            for (const LoraTarget& target : targets) {
+                expand_ranks(reduced(group.begin, place), reduced_stride(), group.layers[layer].*target.member,
+                             0, target.outputs, group.end - group.begin, {to, stride});
+                to += target.outputs;
                 place++;
             }
         }
@@ -280,13 +296,16 @@ class ForwardPass {
     // Move the tokens whose logits are needed to the front.
     void compact_tokens() {
 #pragma omp single
-        for (int64_t index = 0; index < batch_.num_logits; index++) {
-            const int64_t token = batch_.logits_indices[index];
-            if (token == index) continue;
-            if (!adapters_.empty()) adapters_[index] = adapters_[token];
-            std::copy_n(attended_ + token * QUERY_SIZE, QUERY_SIZE, attended_ + index * QUERY_SIZE);
-            std::copy_n(batch_.hidden_states + token * model_.hidden_size, model_.hidden_size,
-                        batch_.hidden_states + index * model_.hidden_size);
+        {
+            for (int64_t index = 0; index < batch_.num_logits; index++) {
+                const int64_t token = batch_.logits_indices[index];
+                if (token == index) continue;
+                if (!adapters_.empty()) adapters_[index] = adapters_[token];
+                std::copy_n(attended_ + token * QUERY_SIZE, QUERY_SIZE, attended_ + index * QUERY_SIZE);
+                std::copy_n(batch_.hidden_states + token * model_.hidden_size, model_.hidden_size,
+                            batch_.hidden_states + index * model_.hidden_size);
+            }
+            if (!adapters_.empty()) group_by_adapter(batch_.num_logits);
         }
     }
 
@@ -309,17 +328,32 @@ class ForwardPass {
                                 tokens, sums);
                 for (int64_t row = 0; row < tokens; row++)
                     for (int64_t lane = 0; lane < NR; lane += LANES) {
-                        const float* from = sums + 2 * row * NR + lane;
-                        f32x8 gate = layer.gate_up.apply_scale_and_bias(load(from), first + lane);
-                        f32x8 up = layer.gate_up.apply_scale_and_bias(load(from + NR), inner + first + lane);
-                        if (const LoraLayer* adapter = adapter_of(token + row, index)) {
-                            gate = expand_ranks(gate, reduced(token + row, 0), adapter->gate, inner, first + lane);
-                            up = expand_ranks(up, reduced(token + row, 1), adapter->up, inner, first + lane);
-                        }
-                        store(gated_ + (token + row) * inner + first + lane, silu(gate) * up);
+                        float* gate = sums + 2 * row * NR + lane;
+                        store(gate, layer.gate_up.apply_scale_and_bias(load(gate), first + lane));
+                        store(gate + NR, layer.gate_up.apply_scale_and_bias(load(gate + NR), inner + first + lane));
+                    }
+                if (!adapters_.empty()) expand_gate_up(index, token, tokens, first, sums);
+                for (int64_t row = 0; row < tokens; row++)
+                    for (int64_t lane = 0; lane < NR; lane += LANES) {
+                        const float* gate = sums + 2 * row * NR + lane;
+                        store(gated_ + (token + row) * inner + first + lane, silu(load(gate)) * load(gate + NR));
                     }
             });
         });
+    }
+
+    // Add what adapters do to sums (tokens, 2, NR) of gate and up, the outputs from `first` on.
+    void expand_gate_up(int64_t layer, int64_t begin, int64_t tokens, int64_t first, float* sums) {
+        auto group = std::lower_bound(groups_.begin(), groups_.end(), begin,
+                                      [](const LoraGroup& each, int64_t token) { return each.end <= token; });
+        for (; group != groups_.end() && group->begin < begin + tokens; group++) {
+            const int64_t from = std::max(begin, group->begin), to = std::min(begin + tokens, group->end);
+            float* out = sums + 2 * (from - begin) * NR;
+            const LoraLayer& adapter = group->layers[layer];
+            expand_ranks(reduced(from, 0), reduced_stride(), adapter.gate, first, NR, to - from, {out, 2 * NR});
+            expand_ranks(reduced(from, 1), reduced_stride(), adapter.up, first, NR, to - from,
+                         {out + NR, 2 * NR});
+        }
     }
 
     const DecoderModel& model_;
@@ -330,6 +364,7 @@ class ForwardPass {
     activation_t *normed_, *attended_, *gated_;
     // The layers of each token's adapter; empty where no token has one.
     std::vector<const LoraLayer*> adapters_;
+    std::vector<LoraGroup> groups_;
     // (tokens, MAX_SHARED_INPUT, adapter_rank) inputs of the `up` weights.
     std::vector<float> reduced_;
 };

@@ -1,6 +1,7 @@
 // Low-rank adapters (LoRA): what single tokens get in addition to a linear layer, out += (x down^T) up.
 //
-// Every sum is accumulated in one order, so that the bits of a token's result do not depend on the batch.
+// Tokens with the same adapter share the loads of its weights.  Every sum is accumulated in one order, so that the bits
+// of a token's result do not depend on the batch.
 
 #pragma once
 
@@ -14,40 +15,99 @@ namespace {
 // What an adapter adds to one linear layer; Python mirrors this structure.
 template <class Weight>
 struct LoraWeights {
-    // (rank, inputs), and (rank, outputs) with the adapter's scale; null with rank 0.
+    // (rank, inputs), and (outputs / LANES, rank, LANES) with the adapter's scale: both are read from end to end, however
+    // the outputs are divided.  Null with rank 0.
     const Weight *down, *up;
     int64_t rank;
 };
 
-// Ranks whose dot products share the loads of the activations.
-constexpr int64_t RANK_GROUP = 4;
+// Consecutive tokens of one adapter that are computed together.
+constexpr int64_t LORA_TOKENS = 4;
 
-template <int RANKS, class Weight>
-inline void dot_products(const Weight* x, const Weight* rows, int64_t depth, float* out) {
-    f32x8 sums[RANKS] = {};
+// reduced (TOKENS, RANKS) = x (TOKENS, depth) times some rows of `down`
+template <int TOKENS, int RANKS, class Weight>
+inline void reduce_kernel(const Weight* x, const Weight* rows, int64_t depth, float* reduced, int64_t stride) {
+    f32x8 sums[TOKENS][RANKS] = {};
     for (int64_t at = 0; at < depth; at += LANES) {
-        const f32x8 vector = load(x + at);
-        for (int rank = 0; rank < RANKS; rank++) sums[rank] += vector * load(rows + rank * depth + at);
+        f32x8 weights[RANKS];
+        for (int rank = 0; rank < RANKS; rank++) weights[rank] = load(rows + rank * depth + at);
+        for (int token = 0; token < TOKENS; token++) {
+            const f32x8 vector = load(x + token * depth + at);
+            for (int rank = 0; rank < RANKS; rank++) sums[token][rank] += vector * weights[rank];
+        }
     }
-    for (int rank = 0; rank < RANKS; rank++) out[rank] = reduce_sum(sums[rank]);
+    for (int token = 0; token < TOKENS; token++)
+        for (int rank = 0; rank < RANKS; rank++) reduced[token * stride + rank] = reduce_sum(sums[token][rank]);
 }
 
-// reduced (rank,) = x (depth,) down^T
-template <class Weight>
-void reduce_ranks(const Weight* x, LoraWeights<Weight> weights, int64_t depth, float* reduced) {
+template <int TOKENS, int RANKS, class Weight>
+void reduce_ranks_of(const Weight* x, LoraWeights<Weight> weights, int64_t depth, float* reduced, int64_t stride) {
     int64_t rank = 0;
-    for (; rank + RANK_GROUP <= weights.rank; rank += RANK_GROUP)
-        dot_products<RANK_GROUP>(x, weights.down + rank * depth, depth, reduced + rank);
-    for (; rank < weights.rank; rank++) dot_products<1>(x, weights.down + rank * depth, depth, reduced + rank);
+    for (; rank + RANKS <= weights.rank; rank += RANKS)
+        reduce_kernel<TOKENS, RANKS>(x, weights.down + rank * depth, depth, reduced + rank, stride);
+    for (; rank < weights.rank; rank++)
+        reduce_kernel<TOKENS, 1>(x, weights.down + rank * depth, depth, reduced + rank, stride);
 }
 
-// sums + reduced up, of the LANES outputs from `output` on
+// reduced (tokens, rank), rows of which are `stride` apart, = x (tokens, depth) down^T
 template <class Weight>
-inline f32x8 expand_ranks(f32x8 sums, const float* reduced, LoraWeights<Weight> weights, int64_t outputs,
-                          int64_t output) {
-    for (int64_t rank = 0; rank < weights.rank; rank++)
-        sums += load(weights.up + rank * outputs + output) * reduced[rank];
-    return sums;
+void reduce_ranks(const Weight* x, LoraWeights<Weight> weights, int64_t depth, int64_t tokens, float* reduced,
+                  int64_t stride) {
+    if (tokens == LORA_TOKENS) return reduce_ranks_of<LORA_TOKENS, 2>(x, weights, depth, reduced, stride);
+    for (int64_t token = 0; token < tokens; token++)
+        reduce_ranks_of<1, 4>(x + token * depth, weights, depth, reduced + token * stride, stride);
+}
+
+// A view of some tokens' outputs, rows of which are `stride` apart.
+struct LoraOutput {
+    float* at;
+    int64_t stride;
+};
+
+// out (TOKENS, VECTORS * LANES) += reduced (TOKENS, rank) times some outputs of `up`
+template <int TOKENS, int VECTORS, class Weight>
+inline void expand_kernel(const float* reduced, int64_t reduced_stride, const Weight* up, int64_t rank,
+                          LoraOutput out) {
+    f32x8 sums[TOKENS][VECTORS];
+    for (int token = 0; token < TOKENS; token++)
+        for (int vector = 0; vector < VECTORS; vector++)
+            sums[token][vector] = load(out.at + token * out.stride + vector * LANES);
+    for (int64_t row = 0; row < rank; row++) {
+        f32x8 weights[VECTORS];
+        for (int vector = 0; vector < VECTORS; vector++)
+            weights[vector] = load(up + (vector * rank + row) * LANES);
+        for (int token = 0; token < TOKENS; token++) {
+            const float factor = reduced[token * reduced_stride + row];
+            for (int vector = 0; vector < VECTORS; vector++) sums[token][vector] += weights[vector] * factor;
+        }
+    }
+    for (int token = 0; token < TOKENS; token++)
+        for (int vector = 0; vector < VECTORS; vector++)
+            store(out.at + token * out.stride + vector * LANES, sums[token][vector]);
+}
+
+template <int TOKENS, int VECTORS, class Weight>
+void expand_ranks_of(const float* reduced, int64_t reduced_stride, LoraWeights<Weight> weights, int64_t first,
+                     int64_t width, LoraOutput out) {
+    const Weight* up = weights.up + first * weights.rank;
+    int64_t at = 0;
+    for (; at + VECTORS * LANES <= width; at += VECTORS * LANES)
+        expand_kernel<TOKENS, VECTORS>(reduced, reduced_stride, up + at * weights.rank, weights.rank,
+                                       {out.at + at, out.stride});
+    for (; at < width; at += LANES)
+        expand_kernel<TOKENS, 1>(reduced, reduced_stride, up + at * weights.rank, weights.rank,
+                                 {out.at + at, out.stride});
+}
+
+// out (tokens, width) += reduced (tokens, rank) up, of the outputs from `first` on; both are multiples of LANES.
+template <class Weight>
+void expand_ranks(const float* reduced, int64_t reduced_stride, LoraWeights<Weight> weights, int64_t first,
+                  int64_t width, int64_t tokens, LoraOutput out) {
+    if (tokens == LORA_TOKENS)
+        return expand_ranks_of<LORA_TOKENS, 2>(reduced, reduced_stride, weights, first, width, out);
+    for (int64_t token = 0; token < tokens; token++)
+        expand_ranks_of<1, 4>(reduced + token * reduced_stride, reduced_stride, weights, first, width,
+                              {out.at + token * out.stride, out.stride});
 }
 
 }  // namespace

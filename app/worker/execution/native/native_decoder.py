@@ -176,8 +176,8 @@ class NativeDecoder:
         self._workspace_size: int = self._library.llmk_workspace_size(ctypes.byref(self._model))
         """Floats for each token."""
         self._workspace = torch.empty(0)
-        self._adapters: dict[LoraAdapter, ctypes.Array[_LoraLayer]] = {}
-        """The tables of the adapters that a batch has had."""
+        self._adapters: dict[LoraAdapter, tuple[ctypes.Array[_LoraLayer], list[Tensor]]] = {}
+        """Of the adapters that a batch has had: the layers, and the weights that they point to."""
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Compute a forward pass and return the logits of the wanted tokens, (wanted, vocabulary) float32."""
@@ -217,17 +217,21 @@ class NativeDecoder:
         for begin, end, adapter in batch.adapters:
             if adapter not in self._adapters:
                 self._adapters[adapter] = self._adapter_layers(adapter)
-            pointers[begin:end] = [ctypes.addressof(self._adapters[adapter])] * (end - begin)
+            layers, _ = self._adapters[adapter]
+            pointers[begin:end] = [ctypes.addressof(layers)] * (end - begin)
         return pointers
 
-    def _adapter_layers(self, adapter: LoraAdapter) -> "ctypes.Array[_LoraLayer]":
+    def _adapter_layers(self, adapter: LoraAdapter) -> "tuple[ctypes.Array[_LoraLayer], list[Tensor]]":
+        packed: list[Tensor] = []
         layers = (_LoraLayer * len(self._body.layers))()
         for index, layer in enumerate(layers):
             for (field, *_), name in zip(_LoraLayer._fields_, LINEARS, strict=True):
                 if (weights := adapter.layers.get(f"model.layers.{index}.{name}")) is not None:
-                    down, up = weights
-                    setattr(layer, field, _LoraWeights(down.data_ptr(), up.data_ptr(), len(down)))
-        return layers
+                    rank = len(weights.down)
+                    up = weights.up.view(rank, -1, LANES).transpose(0, 1).contiguous()
+                    packed.append(up)
+                    setattr(layer, field, _LoraWeights(weights.down.data_ptr(), up.data_ptr(), rank))
+        return layers, packed
 
     def _layer(self, index: int, weights: LayerWeights, cache: KVCache) -> _DecoderLayer:
         layer = self._body.layers[index]
