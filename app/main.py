@@ -26,7 +26,7 @@ from app.engine.host import ModelHost
 from app.engine.local import LocalEngine
 from app.engine.parsing.parsed_engine import ParsedEngine
 from app.engine.persistent_cache import PersistentCacheEngine
-from app.engine.served_model import SamplingDefaults, Served, ServedEncoder, ServedModel
+from app.engine.served_model import AdapterEngine, SamplingDefaults, Served, ServedEncoder, ServedModel
 from app.errors import ConfigError, ModelNotFound
 from app.generation.embedding import EmbeddingService
 from app.generation.metering import UsageRecorder
@@ -192,7 +192,7 @@ def _build_model(
         raise ModelNotFound("There is no such model.")
     engine = engines[name] if engines else _engine(settings, name, interpreters)
     embeddings = EngineEmbeddings(embedder=engine, model=name) if _embeds(settings, engine) else None
-    adapters = engine if isinstance(engine, LocalEngine) else None
+    adapters = engine if isinstance(engine, AdapterEngine) else None
     engine, cache = _wrap(engine, settings, filters, metrics, access)
     read = partial(read_template, settings.app.prompts_dir, model=name)
     return ServedModel(

@@ -14,6 +14,8 @@ PICKLED_WEIGHTS = "adapter_model.bin"
 class AdapterFiles:
     """The files of an adapter, with every link in their paths resolved."""
 
+    folder: str
+    """Relative to the root that it is below."""
     config: Path
     weights: Path
 
@@ -30,10 +32,12 @@ def find_adapter_files(source: str, roots: Iterable[Path]) -> AdapterFiles:
     allowed = [root.resolve() for root in roots]
     if not allowed:
         raise InvalidRequest("No adapter can be loaded: this service has no folder for them (adapters.roots).")
-    folder = next(filter(None, (_below(root / source, root) for root in allowed)), None)
-    if folder is None or not folder.is_dir():
-        raise _refused("names no folder below adapters.roots")
-    return AdapterFiles(*(_file(folder / name, allowed) for name in (CONFIG, WEIGHTS)))
+    for root in allowed:
+        folder = _below(root / source, root)
+        if folder is not None and folder.is_dir():
+            files = (_file(folder / name, allowed) for name in (CONFIG, WEIGHTS))
+            return AdapterFiles(str(folder.relative_to(root)), *files)
+    raise _refused("names no folder below adapters.roots")
 
 
 def _below(path: Path, root: Path) -> Path | None:

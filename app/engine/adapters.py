@@ -23,7 +23,7 @@ class Adapter:
 
     name: str
     source: str
-    """Where it was loaded from, as the caller named it."""
+    """The folder that it was loaded from, relative to its root: others need not know where that is."""
     served: ServedModel
     """The model that it is for."""
     facts: AdapterLoaded
@@ -101,7 +101,7 @@ class AdapterRegistry:
         try:
             files = await asyncio.to_thread(find_adapter_files, source, self.config.roots)
             facts = await served.adapters.load_adapter(files, self.config.max_rank)
-            adapter = self._adapters[name] = Adapter(name, source, served, facts)
+            adapter = self._adapters[name] = Adapter(name, files.folder, served, facts)
         finally:
             self._loading.remove(name)
         return adapter

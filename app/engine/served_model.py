@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from app.embeddings import EmbeddingRequest, Embeddings, EncodedInputs
 from app.engine.adapter_source import AdapterFiles
@@ -26,6 +26,7 @@ class Chain(Protocol):
         """
 
 
+@runtime_checkable
 class AdapterEngine(Protocol):
     """The part of an engine that takes adapters."""
 

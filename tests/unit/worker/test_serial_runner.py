@@ -173,6 +173,8 @@ def test_a_prompt_that_the_model_cannot_read_ends_only_its_request(model: Loaded
 class BrokenPipeline:
     """Raises in place of an completion."""
 
+    model = torch.nn.Module()
+
     def __init__(self, error: Exception) -> None:
         self.error = error
 

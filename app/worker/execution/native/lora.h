@@ -21,6 +21,16 @@ struct LoraWeights {
     int64_t rank;
 };
 
+// sums + a * b, rounded once wherever the processor can.  GCC may widen products of several vectors to one and leaves
+// those outside of a fused operation: the bits would depend on how many tokens a kernel has.
+inline f32x8 multiply_add(f32x8 a, f32x8 b, f32x8 sums) {
+#if defined(__FMA__)
+    return (f32x8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sums);
+#else
+    return sums + a * b;
+#endif
+}
+
 // Consecutive tokens of one adapter that are computed together.
 constexpr int64_t LORA_TOKENS = 4;
 
@@ -30,10 +40,14 @@ inline void reduce_kernel(const Weight* x, const Weight* rows, int64_t depth, fl
     f32x8 sums[TOKENS][RANKS] = {};
     for (int64_t at = 0; at < depth; at += LANES) {
         f32x8 weights[RANKS];
-        for (int rank = 0; rank < RANKS; rank++) weights[rank] = load(rows + rank * depth + at);
+        for (int rank = 0; rank < RANKS; rank++) {
+            // The rows of the next call: a decode step takes as long as reading the weights.
+            __builtin_prefetch(rows + (RANKS + rank) * depth + at);
+            weights[rank] = load(rows + rank * depth + at);
+        }
         for (int token = 0; token < TOKENS; token++) {
             const f32x8 vector = load(x + token * depth + at);
-            for (int rank = 0; rank < RANKS; rank++) sums[token][rank] += vector * weights[rank];
+            for (int rank = 0; rank < RANKS; rank++) sums[token][rank] = multiply_add(vector, weights[rank], sums[token][rank]);
         }
     }
     for (int token = 0; token < TOKENS; token++)
@@ -54,8 +68,10 @@ template <class Weight>
 void reduce_ranks(const Weight* x, LoraWeights<Weight> weights, int64_t depth, int64_t tokens, float* reduced,
                   int64_t stride) {
     if (tokens == LORA_TOKENS) return reduce_ranks_of<LORA_TOKENS, 2>(x, weights, depth, reduced, stride);
-    for (int64_t token = 0; token < tokens; token++)
-        reduce_ranks_of<1, 4>(x + token * depth, weights, depth, reduced + token * stride, stride);
+    int64_t token = 0;
+    for (; token + 2 <= tokens; token += 2)
+        reduce_ranks_of<2, 4>(x + token * depth, weights, depth, reduced + token * stride, stride);
+    if (token < tokens) reduce_ranks_of<1, 4>(x + token * depth, weights, depth, reduced + token * stride, stride);
 }
 
 // A view of some tokens' outputs, rows of which are `stride` apart.
@@ -74,11 +90,14 @@ inline void expand_kernel(const float* reduced, int64_t reduced_stride, const We
             sums[token][vector] = load(out.at + token * out.stride + vector * LANES);
     for (int64_t row = 0; row < rank; row++) {
         f32x8 weights[VECTORS];
-        for (int vector = 0; vector < VECTORS; vector++)
+        for (int vector = 0; vector < VECTORS; vector++) {
+            __builtin_prefetch(up + ((VECTORS + vector) * rank + row) * LANES);
             weights[vector] = load(up + (vector * rank + row) * LANES);
+        }
         for (int token = 0; token < TOKENS; token++) {
-            const float factor = reduced[token * reduced_stride + row];
-            for (int vector = 0; vector < VECTORS; vector++) sums[token][vector] += weights[vector] * factor;
+            const f32x8 factor = broadcast(reduced[token * reduced_stride + row]);
+            for (int vector = 0; vector < VECTORS; vector++)
+                sums[token][vector] = multiply_add(weights[vector], factor, sums[token][vector]);
         }
     }
     for (int token = 0; token < TOKENS; token++)
@@ -105,7 +124,11 @@ void expand_ranks(const float* reduced, int64_t reduced_stride, LoraWeights<Weig
                   int64_t width, int64_t tokens, LoraOutput out) {
     if (tokens == LORA_TOKENS)
         return expand_ranks_of<LORA_TOKENS, 2>(reduced, reduced_stride, weights, first, width, out);
-    for (int64_t token = 0; token < tokens; token++)
+    int64_t token = 0;
+    for (; token + 2 <= tokens; token += 2)
+        expand_ranks_of<2, 4>(reduced + token * reduced_stride, reduced_stride, weights, first, width,
+                              {out.at + token * out.stride, out.stride});
+    if (token < tokens)
         expand_ranks_of<1, 4>(reduced + token * reduced_stride, reduced_stride, weights, first, width,
                               {out.at + token * out.stride, out.stride});
 }
