@@ -1,5 +1,6 @@
 """Where the files of adapters may lie: below the folders that the configuration names, and nowhere else."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +28,14 @@ def find_adapter_files(source: str, roots: Iterable[Path]) -> AdapterFiles:
     Raises: InvalidRequest: it is not below a root, or holds no adapter in safetensors; nothing outside of the roots is
         told apart from what does not exist.
     """
-    if "\0" in source or ".." in Path(source).parts:
+    if ".." in Path(source).parts:
         raise _refused("must not hold '..'")
     allowed = [root.resolve() for root in roots]
     if not allowed:
         raise InvalidRequest("No adapter can be loaded: this service has no folder for them (adapters.roots).")
     for root in allowed:
         folder = _below(root / source, root)
-        if folder is not None and folder.is_dir():
+        if folder is not None and os.path.isdir(folder):  # Path's own raises for a name that is too long
             files = (_file(folder / name, allowed) for name in (CONFIG, WEIGHTS))
             return AdapterFiles(str(folder.relative_to(root)), *files)
     raise _refused("names no folder below adapters.roots")
@@ -44,7 +45,7 @@ def _below(path: Path, root: Path) -> Path | None:
     """Return a path without links; None where it leads out of the root."""
     try:
         resolved = path.resolve()
-    except (OSError, RuntimeError):  # a name that is too long, or links in a circle
+    except (OSError, RuntimeError, ValueError):  # too long, links in a circle, a NUL
         return None
     return resolved if resolved.is_relative_to(root) else None
 
