@@ -1,6 +1,5 @@
 """Where the files of adapters may lie: below the folders that the configuration names, and nowhere else."""
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,17 +34,17 @@ def find_adapter_files(source: str, roots: Iterable[Path]) -> AdapterFiles:
         raise InvalidRequest("No adapter can be loaded: this service has no folder for them (adapters.roots).")
     for root in allowed:
         folder = _below(root / source, root)
-        if folder is not None and os.path.isdir(folder):  # Path's own raises for a name that is too long
-            files = (_file(folder / name, allowed) for name in (CONFIG, WEIGHTS))
+        if folder is not None and folder.is_dir():
+            files = [_file(folder / name, allowed) for name in (CONFIG, WEIGHTS)]
             return AdapterFiles(str(folder.relative_to(root)), *files)
     raise _refused("names no folder below adapters.roots")
 
 
 def _below(path: Path, root: Path) -> Path | None:
-    """Return a path without links; None where it leads out of the root."""
+    """Return a path without links; None where it leads out of the root, or to nothing."""
     try:
-        resolved = path.resolve()
-    except (OSError, RuntimeError, ValueError):  # too long, links in a circle, a NUL
+        resolved = path.resolve(strict=True)
+    except (OSError, RuntimeError, ValueError):  # missing, too long, links in a circle, a NUL
         return None
     return resolved if resolved.is_relative_to(root) else None
 

@@ -28,10 +28,12 @@ RIGHT: dict[str, dict[str, Any]] = {
     "/v1/keys/{key_id}": {},
     "/v1/keys/{key_id}/rotate": {},
     "/v1/roles/{name}": {},
+    "/v1/adapters/load": {"adapter_name": "a", "source": "a"},
+    "/v1/adapters/unload": {"adapter_name": "a"},
     "/generate_apikey": {"username": "anna"},
 }
 """Every path that takes a body, with the least that it takes."""
-GENERATING = [path for path in RIGHT if path.startswith("/v1/") and "key" not in path and "role" not in path]
+GENERATING = [path for path in RIGHT if path.startswith("/v1/") and not re.search("key|role|adapter", path)]
 NATIVE = ["/v1/generate", "/v1/generate/batch", "/v1/chat"]
 CROSS_FIELD = re.compile(
     "the last message must be the user's|this service takes at most|are two names of one field"

@@ -185,7 +185,7 @@ async def test_what_cannot_be_named_is_refused(tokenizer, tmp_path):
 async def test_a_load_that_cannot_be_is_refused_and_leaves_the_name_free(tokenizer, tmp_path):
     async with hosted(tokenizer, tmp_path, max_loaded=2) as it:
         it.workers.link.refuses = "adapter_config.json: use_dora is not supported"
-        with pytest.raises(InvalidRequest, match="cannot be loaded: .* use_dora is not supported"):
+        with pytest.raises(InvalidRequest, match=r"cannot be loaded: .*use_dora"):
             await it.load("mine", "a")
         it.workers.link.refuses = None
         with pytest.raises(InvalidRequest, match=r"\.\."):

@@ -165,7 +165,7 @@ def test_pickled_weights_are_never_read(folder: Path, model: Any) -> None:
 
 def test_ranks_and_alphas_of_single_layers_are_those_of_peft(tmp_path: Path) -> None:
     build = FAMILIES["llama"]
-    settings = {
+    settings: dict[str, Any] = {
         "rank_pattern": {"k_proj": 2, "layers.1.mlp.up_proj": 7},
         "alpha_pattern": {"k_proj": 3, "layers.0.self_attn.q_proj": 5},
     }
