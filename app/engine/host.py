@@ -95,19 +95,17 @@ class ModelHost:
         Raises: ModelNotFound: no such model is loaded.
         """
         name = self.default_name if model is None else model
-        if name not in self._models and name in self.adapter_names:
-            name = self.adapters.model_of(name)
         if name not in self._models or name in self._unloading:
             usable = (*self.loaded, *self.adapter_names)
             raise ModelNotFound(_missing([each for each in usable if allowed is None or each in allowed]))
         return self._models[name]
 
     def find_generating(self, model: str | None, *, allowed: Collection[str] | None = None) -> ServedModel:
-        """Return a model that generates.
+        """Return a model that generates, by its own name or that of one of its adapters.
 
         Raises: ModelNotFound: no such model is loaded; InvalidRequest: it only embeds.
         """
-        found = self.find(model, allowed=allowed)
+        found = self.find(self._base_of(model), allowed=allowed)
         if isinstance(found, ServedEncoder):
             raise InvalidRequest.of_field("model", "names a model that only embeds texts; send it to /v1/embeddings")
         return found
@@ -122,15 +120,19 @@ class ModelHost:
         if model is None:
             encoders = (each.name for each in self.models if isinstance(each, ServedEncoder))
             model = next((name for name in encoders if name not in self._unloading), None)
-        found = self.find(model, allowed=allowed)
-        if model is not None and found.name != model:
+        if model in self.adapter_names:
             raise InvalidRequest.of_field("model", "names an adapter; texts are embedded by models without one")
+        found = self.find(model, allowed=allowed)
         if found.embeddings is None:
             able = (each.name for each in self.models if each.embeddings is not None)
             others = ", ".join(name for name in able if allowed is None or name in allowed)
             known = f"these do: {others}" if others else "no model of this service does"
             raise InvalidRequest.of_field("model", f"names a model that does not embed texts; {known}")
         return found, found.embeddings
+
+    def _base_of(self, name: str | None) -> str | None:
+        """Return the model of an adapter, and any other name as it is."""
+        return name if name is None or name not in self.adapter_names else self.adapters.model_of(name)
 
     def add(self, name: str) -> Served:
         """Build a model, once for any number of callers, and start it with the host.
@@ -212,7 +214,7 @@ class ModelHost:
         """
         self._refuse_while_draining()
         adapter = self.adapters.named_by(request)
-        model = self.find_generating(adapter.model if adapter else request.model, allowed=allowed)
+        model = self.find_generating(adapter.name if adapter else request.model, allowed=allowed)
         with self._lease(model, request.sample_ids), self.adapters.lease(adapter, request.sample_ids):
             yield model
 

@@ -202,7 +202,7 @@ RULES = re.compile(
     "is only possible where|must be the opposite of|needs a last message|must be n: this|is not possible with logprobs"
     "|names no stored response|only possible with tools|does not embed|nothing is asked of the prompt"
     "|names a token that the model does not have|needs either prompt or messages"
-    "|must not hold an empty text|is needed where|must leave a token"
+    "|takes no adapters|must not hold an empty text|is needed where|must leave a token"
 )
 """Rules about two fields."""
 

@@ -100,12 +100,14 @@ async def models(container: ContainerDep) -> ModelList:
 @router.get("/{model:path}", responses=_ERRORS)
 async def model(model: str, container: ContainerDep, caller: CallerDep) -> ModelCard:
     """Describe one model."""
-    container.host.find(model, allowed=caller.rights.models)
+    if model not in container.host.adapter_names:
+        container.host.find(model, allowed=caller.rights.models)
     return _card(model, container)
 
 
 def _card(name: str, container: Container) -> ModelCard:
-    served, adapter = container.host.find(name), container.host.adapters.get(name)
+    adapter = container.host.adapters.get(name)
+    served = adapter.served if adapter else container.host.find(name)
     state, info = served.engine.status().state, _info(served.engine)
     output = "embeddings" if isinstance(served, ServedEncoder) else "text"
     card: ModelCard = {

@@ -318,6 +318,15 @@ async def test_whoever_stops_waiting_for_a_load_leaves_nothing_behind(tokenizer,
         assert it.host.adapter_names == ("mine",)
 
 
+async def test_an_adapters_name_unloads_no_model(tokenizer, tmp_path):
+    async with hosted(tokenizer, tmp_path) as it:
+        await it.load("mine", "a")
+        with pytest.raises(ModelNotFound):
+            await it.host.unload("mine", 0)
+
+        assert it.host.loaded == ("base", "other")
+
+
 async def test_the_adapters_of_a_model_go_with_it(tokenizer, tmp_path):
     async with hosted(tokenizer, tmp_path) as it:
         await it.load("mine", "a")
