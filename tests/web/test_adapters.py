@@ -134,9 +134,9 @@ async def test_only_keys_that_may_load_models_load_and_unload_adapters(web: Web,
     taken = await load(web)
     keys.rights = Rights()
     async with web.client() as client:
-        kept = await client.post("/v1/adapters/unload", json={"adapter_name": "mine"})
+        unchanged = await client.post("/v1/adapters/unload", json={"adapter_name": "mine"})
 
-    assert [403, 200, 403] == [reply.status_code for reply in (refused, taken, kept)]
+    assert [403, 200, 403] == [reply.status_code for reply in (refused, taken, unchanged)]
     assert refused.json()["error"] == "forbidden"
     assert not engine.unloaded
 

@@ -53,7 +53,7 @@ def scores(model: Any, ids: Sequence[int]) -> torch.Tensor:
 def mixed_passes(
     runner: ModelRunner, adapters: Sequence[LoraAdapter | None], rows: Sequence[int] = range(6)
 ) -> list[tuple[int, int, torch.Tensor]]:
-    """Compute rows with these adapters together: prompts, then single tokens beside a chunk, then single tokens.
+    """Compute rows with these adapters in one batch: prompts, then single tokens beside a chunk, then single tokens.
 
     Returns: row, length and logits of each of the last two passes.
     """
@@ -78,7 +78,7 @@ def test_a_batchs_rows_have_the_scores_of_pefts_merged_models(family: str, compi
     """Ranks 4, 16 and 64, rank-stabilized or not, all linear layers or some, files in three types; one row has none."""
     build, names = FAMILIES[family], TARGETS.get(family, [*ATTENTION, *MLP])
     some, others = {"target_modules": names[:1]}, {"target_modules": names[-2:]}
-    made = [
+    built = [
         adapted(build, tmp_path / "a", seed=1, r=4, lora_alpha=8, target_modules=names),
         adapted(build, tmp_path / "b", seed=2, r=16, lora_alpha=4, use_rslora=True, dtype=torch.float16, **some),
         adapted(build, tmp_path / "c", seed=3, r=64, dtype=torch.bfloat16, **others),
@@ -87,11 +87,11 @@ def test_a_batchs_rows_have_the_scores_of_pefts_merged_models(family: str, compi
     who = [0, 3, 1, 2, 0, 3]
     runner = model_runner(make(build), compiled)
 
-    found = mixed_passes(runner, [made[each][0] for each in who])
+    found = mixed_passes(runner, [built[each][0] for each in who])
 
     assert len(found) == 12
     for row, length, logits in found:
-        expected = scores(made[who[row]][1], IDS[row][:length])
+        expected = scores(built[who[row]][1], IDS[row][:length])
         assert (logits - expected).norm() <= 1e-5 * expected.norm()
 
 
@@ -105,11 +105,11 @@ def test_native_layers_give_a_token_the_same_bits_beside_any_others(kind: str, t
     runner = model_runner(make(build), "layers")
     assert isinstance(runner.executor, NativeDecoderExecutor)
     who = [adapters[0], None, adapters[1], adapters[0], adapters[0], None]
-    together = {(row, length): logits for row, length, logits in mixed_passes(runner, who)}
-    alone = {(row, length): logits for own in range(6) for row, length, logits in mixed_passes(runner, who, [own])}
+    batched = {(row, length): logits for row, length, logits in mixed_passes(runner, who)}
+    single = {(row, length): logits for own in range(6) for row, length, logits in mixed_passes(runner, who, [own])}
 
-    assert together.keys() == alone.keys()
-    assert all(torch.equal(logits, alone[place]) for place, logits in together.items())
+    assert batched.keys() == single.keys()
+    assert all(torch.equal(logits, single[place]) for place, logits in batched.items())
 
 
 def test_native_layers_in_bfloat16_are_as_near_to_exact_scores_as_torch(tmp_path: Path) -> None:
@@ -183,10 +183,10 @@ def submit(runner: Any, number: int, prompt: Sequence[int], adapter: LoraAdapter
 def test_completions_are_those_of_the_merged_models(compiled: Compile | None, tmp_path: Path) -> None:
     """One tenant sends the same prompts with two adapters and with none, which start one after the other."""
     build = FAMILIES["llama"]
-    made = [adapted(build, tmp_path / str(seed), seed=seed, r=8) for seed in (1, 2)]
-    models = [*made, (None, make(build))]
+    built = [adapted(build, tmp_path / str(seed), seed=seed, r=8) for seed in (1, 2)]
+    models = [*built, (None, make(build))]
     runner, events = runner_for(make(build), slots=4, compiled=compiled), list[TokenEvent]()
-    for adapter, _ in made:
+    for adapter, _ in built:
         runner.add_adapter(adapter)
 
     for number in range(9):
