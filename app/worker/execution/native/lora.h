@@ -24,7 +24,7 @@ struct LoraWeights {
 // sums + a * b, rounded once wherever the processor can.  GCC may widen products of several vectors to one and leaves
 // those outside of a fused operation: the bits would depend on how many tokens a kernel has.
 inline f32x8 multiply_add(f32x8 a, f32x8 b, f32x8 sums) {
-#if defined(__FMA__)
+#if defined(__FMA__) && defined(__AVX2__)
     return (f32x8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sums);
 #else
     return sums + a * b;
