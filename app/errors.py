@@ -7,8 +7,8 @@ AppError
 │                                  ├── PreviousResponseNotFound
 ├── Unauthorized              401
 ├── Forbidden                 403
-├── NotFound                  404  ├── ModelNotFound  ├── SessionNotFound  ├── KeyNotFound  ├── RoleNotFound
-│                                  ├── FileNotFound  ├── BatchNotFound
+├── NotFound                  404  ├── ModelNotFound  ├── AdapterNotFound  ├── SessionNotFound  ├── KeyNotFound
+│                                  ├── RoleNotFound  ├── FileNotFound  ├── BatchNotFound
 ├── Conflict                  409
 ├── PayloadTooLarge           413  ├── StorageExceeded
 ├── UnsupportedMediaType      415
@@ -137,6 +137,10 @@ class NotFound(AppError):
 
 class ModelNotFound(NotFound):
     """The named model is not loaded."""
+
+
+class AdapterNotFound(NotFound):
+    """The named adapter is not loaded."""
 
 
 class SessionNotFound(NotFound):

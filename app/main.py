@@ -17,6 +17,7 @@ from app.access.access import AccessControl
 from app.access.admission import AdmissionControl
 from app.access.bootstrap_key import KEY_FILE, bootstrap_key
 from app.config import Settings, load_settings
+from app.engine.adapters import AdapterRegistry
 from app.engine.alias_follower import AliasFollower
 from app.engine.base import EncoderEngine, Engine
 from app.engine.host import ModelHost
@@ -85,7 +86,11 @@ def create_app(
     access = _access(settings, filters, metrics)
     registered = registered_models(settings, specs.values())
     builder = ModelBuilder(settings, filters, metrics, access, registered.fetch if registered else fetch)
-    host = ModelHost(partial(builder.configured, specs=specs, engines=engines, encoders=encoders), default=names[0])
+    host = ModelHost(
+        partial(builder.configured, specs=specs, engines=engines, encoders=encoders),
+        default=names[0],
+        adapters=AdapterRegistry(settings.adapters),
+    )
     preloaded = [name for name in names if name not in specs or _preloads(settings, name)]
     for name in preloaded:
         host.add(name)

@@ -18,7 +18,7 @@ from app.engine.parsing.parsed_engine import ParsedEngine
 from app.engine.persistent_cache import PersistentCacheEngine
 from app.engine.registered_models import RegisteredModels
 from app.engine.remote.engine import RemoteEngine
-from app.engine.served_model import SamplingDefaults, Served, ServedEncoder, ServedModel
+from app.engine.served_model import AdapterEngine, SamplingDefaults, Served, ServedEncoder, ServedModel
 from app.errors import ConfigError, ModelNotFound
 from app.generation.prompts import read_template
 from app.ipc.spare_interpreters import SpareInterpreters
@@ -142,6 +142,7 @@ class ModelBuilder:
 
     def _around(self, engine: Engine, name: str, config: ModelConfig) -> ServedModel:
         embeddings = EngineEmbeddings(embedder=engine, model=name) if _embeds(config, engine) else None
+        adapters = engine if isinstance(engine, AdapterEngine) else None
         engine, cache = _wrap(engine, self._settings, self._filters, self._metrics, self._access)
         read = partial(read_template, self._settings.app.prompts_dir, model=name)
         return ServedModel(
@@ -155,6 +156,7 @@ class ModelBuilder:
             ),
             cache=cache,
             embeddings=embeddings,
+            adapters=adapters,
             defaults=SamplingDefaults(
                 max_tokens=config.max_tokens,
                 temperature=config.temperature,

@@ -101,6 +101,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     n: Annotated[int, HARMLESS] = 1
     """Samples of one prompt.  An engine gets one request for each, distinguished by `sampling.sample`."""
     adapter: str | None = None
+    """Name of a LoRA adapter; `model` may name one, too."""
+    adapter_digest: str | None = None
+    """Of the weights behind that name; set when the request is taken."""
     model: Annotated[str | None, HARMLESS] = None
     """The name that chose the engine; the engine's own description stands in the cache key."""
     priority: Annotated[int, HARMLESS] = 0

@@ -1,6 +1,7 @@
 """The configuration: typed settings and their loader.  Nothing is read at import."""
 
 from app.config.access import DatabaseConfig, QuotaConfig, RateLimitConfig, UsageLogConfig
+from app.config.adapters import AdaptersConfig
 from app.config.batches import BatchesConfig
 from app.config.compat import CompatConfig
 from app.config.embeddings import EmbeddingsConfig
@@ -20,6 +21,7 @@ from app.config.sections import (
 )
 
 __all__ = [
+    "AdaptersConfig",
     "AppConfig",
     "BatchesConfig",
     "CacheConfig",

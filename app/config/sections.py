@@ -21,6 +21,7 @@ from pydantic_settings import (
 )
 
 from app.config.access import DatabaseConfig, QuotaConfig, RateLimitConfig, UsageLogConfig
+from app.config.adapters import AdaptersConfig
 from app.config.batches import BatchesConfig
 from app.config.compat import CompatConfig
 from app.config.embeddings import EmbeddingsConfig
@@ -255,6 +256,7 @@ class Settings(BaseSettings):
     models: tuple[ModelEntry, ...] = ()
     remote: RemoteConfig = RemoteConfig()
     embeddings: EmbeddingsConfig = EmbeddingsConfig()
+    adapters: AdaptersConfig = AdaptersConfig()
     deadlines: DeadlineConfig = DeadlineConfig()
     security: SecurityConfig = SecurityConfig()
     rate_limit: RateLimitConfig = RateLimitConfig()

@@ -12,7 +12,7 @@ from app.engine.embedding_queue import EmbeddingQueue
 from app.engine.tokenizer.encoder_tokenizer import EncoderTokenizer
 from app.engine.tokenizer.prepare import EncodingThreads
 from app.engine.worker_status import engine_status, first_line, not_ready
-from app.ipc.messages import Embedded, ModelSpec, Ready, TokenEvent
+from app.ipc.messages import AdapterFailed, AdapterLoaded, Embedded, ModelSpec, Ready, TokenEvent
 from app.ipc.spare_interpreters import SpareInterpreters
 from app.ipc.supervisor import Launch, Supervisor
 from app.ipc.worker_process import WorkerLostError, WorkerProcess
@@ -139,6 +139,9 @@ class LocalEncoder:
     def on_embedded(self, embedded: Embedded) -> None:
         """Route vectors to their request."""
         self._queue.on_embedded(embedded)
+
+    def on_adapter(self, answer: AdapterLoaded | AdapterFailed) -> None:
+        """Ignore it: an encoder is never told to load an adapter."""
 
     def on_unresponsive(self) -> None:
         """Fail every live request now."""

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from app.embeddings import EmbeddingRequest
+from app.engine.adapters import Adapter, AdapterRegistry
 from app.engine.served_model import EmbeddingChain, Served, ServedEncoder, ServedModel
-from app.errors import InvalidRequest, ModelNotFound, ShuttingDown
+from app.errors import Conflict, InvalidRequest, ModelNotFound, ShuttingDown
 from app.requests import GenerationRequest
 from app.types import EngineState
 
@@ -26,12 +27,16 @@ class ModelUse:
 class ModelHost:
     """Holds the served models by their public names; lives as long as the application."""
 
-    def __init__(self, build: Callable[[str], Served], default: str) -> None:
+    def __init__(
+        self, build: Callable[[str], Served], default: str, *, adapters: AdapterRegistry | None = None
+    ) -> None:
         """Args:
         build: makes everything of one model by its name, without starting it; raises ModelNotFound for another name.
         default: serves requests that name no model.
+        adapters: holds the adapters of the models; their names may stand for those of their models.
         """
         self._build = build
+        self.adapters = adapters or AdapterRegistry()
         self.default_name = default
         self.since = int(time.time())
         """When the host was created, in seconds since 1970."""
@@ -66,6 +71,16 @@ class ModelHost:
         return tuple(name for name in self.names if name not in self._unloading)
 
     @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """Return the names of the adapters whose models take requests."""
+        # Another model may have taken the name of the one that an adapter is for.
+        return tuple(
+            each.name
+            for each in self.adapters.adapters
+            if self._models.get(each.model) is each.served and each.model not in self._unloading
+        )
+
+    @property
     def default(self) -> ServedModel:
         """Return the default model.
 
@@ -97,7 +112,8 @@ class ModelHost:
         """
         name = self.default_name if model is None else model
         if name not in self._models or name in self._unloading:
-            raise ModelNotFound(_missing([each for each in self.loaded if allowed is None or each in allowed]))
+            usable = (*self.loaded, *self.adapter_names)
+            raise ModelNotFound(_missing([each for each in usable if allowed is None or each in allowed]))
         return self._models[name]
 
     def use_of(self, name: str) -> "ModelUse":
@@ -120,12 +136,12 @@ class ModelHost:
             raise
 
     def find_generating(self, model: str | None, *, allowed: Collection[str] | None = None) -> ServedModel:
-        """Return a model that generates.
+        """Return a model that generates, by its own name or that of one of its adapters.
 
         Raises: ModelNotFound: no such model is loaded; InvalidRequest: it only embeds; EngineNotReady: it is being
             loaded.
         """
-        found = self._find_wanted(model, allowed)
+        found = self._find_wanted(self._base_of(model), allowed)
         if isinstance(found, ServedEncoder):
             raise InvalidRequest.of_field("model", "names a model that only embeds texts; send it to /v1/embeddings")
         return found
@@ -141,6 +157,8 @@ class ModelHost:
         if model is None:
             encoders = (each.name for each in self.models if isinstance(each, ServedEncoder))
             model = next((name for name in encoders if name not in self._unloading), None)
+        if model in self.adapter_names:
+            raise InvalidRequest.of_field("model", "names an adapter; texts are embedded by models without one")
         found = self._find_wanted(model, allowed)
         if found.embeddings is None:
             able = (each.name for each in self.models if each.embeddings is not None)
@@ -148,6 +166,10 @@ class ModelHost:
             known = f"these do: {others}" if others else "no model of this service does"
             raise InvalidRequest.of_field("model", f"names a model that does not embed texts; {known}")
         return found, found.embeddings
+
+    def _base_of(self, name: str | None) -> str | None:
+        """Return the model of an adapter, and any other name as it is."""
+        return name if name is None or name not in self.adapter_names else self.adapters.model_of(name)
 
     def add(self, name: str) -> Served:
         """Build a model, once for any number of callers, and start it with the host.
@@ -202,7 +224,8 @@ class ModelHost:
     def switch(self, model: Served) -> Served:
         """Put a model that serves in the place of the one of its name, and return that one for `retire`.
 
-        Each new request gets the new model; those that run end on the old one.
+        Each new request gets the new model; those that run end on the old one.  Adapters of the old one are gone: they
+        were made for its weights.
 
         Raises: ModelNotFound: no model of this name is loaded; ShuttingDown.
         """
@@ -211,6 +234,7 @@ class ModelHost:
         self._models[model.name] = model
         self._use[model.name] = ModelUse()
         self._replaced.append(old)
+        self.adapters.forget_model(old)
         return old
 
     async def retire(self, model: Served, grace_seconds: float) -> None:
@@ -228,7 +252,7 @@ class ModelHost:
             await model.engine.close()
 
     def _remove(self, name: str) -> None:
-        self._models.pop(name, None)
+        self.adapters.forget_model(self._models.pop(name, None))
         self._use.pop(name, None)
         self._started.discard(name)
         if (unloading := self._unloading.pop(name, None)) is not None:
@@ -262,17 +286,30 @@ class ModelHost:
         while (unloading := self._unloading.get(name)) is not None:
             await unloading.wait()
 
+    async def load_adapter(self, name: str, source: str, model: str | None) -> Adapter:
+        """Load an adapter of a model, or of the default one for None, under a name of its own.
+
+        Raises: ModelNotFound: no such model is loaded; ShuttingDown; Conflict: a model has this name; others as
+            `AdapterRegistry.load`.
+        """
+        self._refuse_while_draining()
+        served = self.find_generating(model)
+        if name in self._models:
+            raise Conflict("A model has this name; give the adapter another one.")
+        return await self.adapters.load(name, source, served)
+
     @contextmanager
     def lease(self, request: GenerationRequest, *, allowed: Collection[str] | None = None) -> Iterator[ServedModel]:
-        """Hold a model for one request.
+        """Hold a model, and the adapter that the request names, for one request.
 
         Args: allowed: as `find` takes it.
         Raises: ShuttingDown: the service takes no new work; ModelNotFound: no such model is loaded; InvalidRequest: it
-            does not generate.
+            does not generate, or the adapter is for another model; AdapterNotFound.
         """
         self._refuse_while_draining()
-        model = self.find_generating(request.model, allowed=allowed)
-        with self._lease(model, request.sample_ids):
+        adapter = self.adapters.named_by(request)
+        model = self.find_generating(adapter.name if adapter else request.model, allowed=allowed)
+        with self._lease(model, request.sample_ids), self.adapters.lease(adapter, request.sample_ids):
             yield model
 
     @contextmanager

@@ -14,6 +14,7 @@ from itertools import count
 
 from app.config import DeadlineConfig, ModelConfig
 from app.embeddings import EmbeddingRequest, Embeddings, EncodedInputs
+from app.engine.adapter_source import AdapterFiles
 from app.engine.base import Capabilities, EngineInfo, EngineStatus, PreparedPrompt, Tokenizer
 from app.engine.embedding_queue import EmbeddingQueue
 from app.engine.grammar_checker import GrammarChecker
@@ -23,11 +24,12 @@ from app.engine.parsing.detection import detect_format
 from app.engine.stop_strings import with_stop_tokens
 from app.engine.tokenizer.detokenize import detokenize
 from app.engine.tokenizer.prepare import ModelTokenizer, PromptEncoder
+from app.engine.worker_adapters import WorkerAdapters
 from app.engine.worker_status import engine_status, first_line, not_ready
 from app.errors import ContextLengthExceeded, EngineBusy, EngineFailed, InvalidRequest
 from app.events import Event, Started
 from app.fair_share import fits_share
-from app.ipc.messages import Embedded, Ready, Submit, TokenEvent
+from app.ipc.messages import AdapterFailed, AdapterLoaded, Embedded, Ready, Submit, TokenEvent
 from app.ipc.spare_interpreters import SpareInterpreters
 from app.ipc.supervisor import Launch, Supervisor
 from app.ipc.worker_process import WorkerLostError
@@ -116,6 +118,7 @@ class LocalEngine:
         self._numbers = count(1)
         self._live: dict[int, LiveRequest] = {}
         self._completion_rate = CompletionRate()
+        self._adapters = WorkerAdapters(self._worker, self._numbers)
         self._embeddings = EmbeddingQueue(self._worker, self._numbers, deadlines, config.max_waiting_tokens)
 
     @property
@@ -216,6 +219,17 @@ class LocalEngine:
         """Return the vectors of prepared texts; cancelling this ends the request within a pass."""
         return await self._embeddings.run(request, self.info)
 
+    async def load_adapter(self, files: AdapterFiles, max_rank: int) -> AdapterLoaded:
+        """Load an adapter and return what it is.
+
+        Raises: InvalidRequest: it cannot be used with this model.  EngineNotReady, EngineFailed.
+        """
+        return await self._adapters.load(files, max_rank)
+
+    def unload_adapter(self, digest: str) -> None:
+        """Let go of an adapter that was loaded once."""
+        self._adapters.unload(digest)
+
     async def abort(self, request_id: str) -> None:
         """End a request now: its stream closes with FinishReason.ABORT.  Unknown ids are ignored."""
         self._embeddings.abort(request_id)
@@ -264,7 +278,9 @@ class LocalEngine:
             context_length=ready.context_length,
             vocab_size=ready.vocab_size,
             parameters=ready.parameters,
-            capabilities=Capabilities(unsupported=ready.unsupported, priority=ready.runner == "batching"),
+            capabilities=Capabilities(
+                unsupported=ready.unsupported, adapters=True, priority=ready.runner == "batching"
+            ),
             recommended=ready.recommended,
             stop_strings=ready.stop_strings,
             rules=ready.rules,
@@ -276,6 +292,7 @@ class LocalEngine:
             embedding=ready.embedding,
             origin=self._launcher.origin,
         )
+        self._adapters.on_ready()
         await self._interpreters.prepare()
 
     def on_event(self, event: TokenEvent) -> None:
@@ -295,6 +312,10 @@ class LocalEngine:
         """Route vectors to their request."""
         self._embeddings.on_embedded(embedded)
 
+    def on_adapter(self, answer: AdapterLoaded | AdapterFailed) -> None:
+        """Take the worker's answer to a load."""
+        self._adapters.on_answer(answer)
+
     def on_unresponsive(self) -> None:
         """Fail every live request now; the worker is told to drop them, which it reads if it comes back."""
         self._embeddings.on_unresponsive()
@@ -304,12 +325,14 @@ class LocalEngine:
     def on_lost(self) -> None:
         """Fail every live request: the worker that ran them is gone."""
         self._embeddings.on_lost()
+        self._adapters.on_lost()
         for live in tuple(self._live.values()):
             live.fail(EngineFailed("The model's worker failed during this request. Try again."))
 
     def on_close(self) -> None:
         """Finish every live request with the text that it has."""
         self._embeddings.on_close()
+        self._adapters.on_lost()
         for live in tuple(self._live.values()):
             live.end(FinishReason.ABORT)
 
@@ -330,7 +353,7 @@ class LocalEngine:
                 prompt_ids=request.prompt_ids or (),
                 params=with_stop_tokens(request.sampling, live.hidden_stops),
                 tenant=_share_of(request),
-                adapter=request.adapter,
+                adapter=request.adapter_digest,
                 priority=request.priority,
             )
         )
@@ -368,6 +391,7 @@ class LocalEngine:
         if prompt_tokens == 0:
             raise InvalidRequest("The prompt is empty.")
         self.info.capabilities.check(request)
+        self._adapters.check(request.adapter_digest)
         if prompt_tokens + max_tokens > limit:
             raise ContextLengthExceeded(prompt_tokens=prompt_tokens, max_tokens=max_tokens, limit=limit)
         if any(live.request.id == request.id for live in self._live.values()):

@@ -2,12 +2,14 @@
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from app.embeddings import EmbeddingRequest, Embeddings, EncodedInputs
+from app.engine.adapter_source import AdapterFiles
 from app.engine.base import EncoderEngine, Engine
 from app.engine.cache import CachedEngine
 from app.events import Event
+from app.ipc.messages import AdapterLoaded
 from app.requests import GenerationRequest
 
 
@@ -22,6 +24,20 @@ class Chain(Protocol):
 
         Raises: AppError: as `Engine.stream` does.
         """
+
+
+@runtime_checkable
+class AdapterEngine(Protocol):
+    """The part of an engine that takes adapters."""
+
+    async def load_adapter(self, files: AdapterFiles, max_rank: int) -> AdapterLoaded:
+        """Load an adapter and return what it is.
+
+        Raises: InvalidRequest: it cannot be used with this model.  EngineNotReady, EngineFailed.
+        """
+
+    def unload_adapter(self, digest: str) -> None:
+        """Let go of an adapter that was loaded once."""
 
 
 class EmbeddingChain(Protocol):
@@ -61,6 +77,8 @@ class ServedModel:
     """Its figures are reported; the engine contains it already."""
     embeddings: EmbeddingChain | None = None
     """None: the model does not embed texts."""
+    adapters: AdapterEngine | None = None
+    """None: the model takes no adapters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

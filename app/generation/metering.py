@@ -105,6 +105,7 @@ class UsageRecord:
         self._created = datetime.now(UTC)
         self._began = time.monotonic()
         self._info: EngineInfo | None = None
+        self._adapter: str | None = None
         self._stats: RequestStats | None = None
         self._prompt_tokens = 0
         self._counted = False
@@ -123,6 +124,7 @@ class UsageRecord:
     def begin(self, info: EngineInfo, fitted: FittedPrompt) -> None:
         """Note the model and the prompt as it was fitted: filtered, and without the history of its session."""
         self._info, self._prompt_tokens = info, fitted.prompt_tokens
+        self._adapter = fitted.request.adapter
         if self._recorder.store_text:
             texts = [message.all_text for message in fitted.new] or [fitted.request.text or ""]
             self._prompt = "\n\n".join(texts)
@@ -198,7 +200,7 @@ class UsageRecord:
             route=request.origin.route,
             model=info.model if info else None,
             revision=info.revision if info else None,
-            adapter=request.adapter,
+            adapter=self._adapter,
             prompt_tokens=self._prompt_tokens,
             completion_tokens=stats.generated + stats.replayed if stats else 0,
             charged_tokens=self._charged,

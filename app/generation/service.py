@@ -96,6 +96,7 @@ class GenerationService:
         Raises: AppError: in place of Started if the request is wrong or cannot be taken, later if it breaks.
         """
         with self._usage.record(request, principal) as record, self._lease(request, principal) as model:
+            request = self.host.adapters.resolve(request)
             request = resolve_template_options(request, model.engine.info)
             self._check_rights(request, principal, model)
             budget = _budget(request, model)
@@ -129,7 +130,7 @@ class GenerationService:
         ids = request.prompt_ids
         self._admission.check_rights(
             principal,
-            model=model.name,
+            model=request.adapter or model.name,
             logprobs=request.sampling.logprobs is not None or request.sampling.prompt_logprobs is not None,
             system_text=_system_text(request),
             control_tokens=ids is not None and model.engine.has_control_tokens(ids),
@@ -298,6 +299,7 @@ class _Run:
         self._request = request
         self._fitted = fitted
         self._model = model
+        self._name = request.adapter or model.name
         self._keeps_reasoning = info.renders_reasoning
         self._samples = request.samples()
         self.stats = RequestStats(model.name, metrics, self._samples)
@@ -335,7 +337,7 @@ class _Run:
             case Started():
                 # The output filter has set one that it changed.
                 prompt = None if self._request.is_chat else event.prompt or self._request.text
-                return structs.replace(event, model=self._model.name, prompt=prompt)
+                return structs.replace(event, model=self._name, prompt=prompt)
             case Finished():
                 self._finished = event
         return None
@@ -357,7 +359,7 @@ class _Run:
             raise RuntimeError("the engine ended without its last event")
         return structs.replace(
             self._finished,
-            model=self._model.name,
+            model=self._name,
             session_id=self._request.session_id,
             context=self._fitted.context,
         )

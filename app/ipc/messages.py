@@ -65,6 +65,7 @@ class Submit(msgspec.Struct, tag=True, frozen=True, array_like=True):
     tenant: str = ""
     """Tenants share the model fairly, and never reuse the KV cache of another."""
     adapter: str | None = None
+    """The digest of an adapter that is loaded."""
     priority: int = 0
     """Lower is served first."""
 
@@ -81,6 +82,23 @@ class Embed(msgspec.Struct, tag=True, frozen=True, array_like=True):
     prompt_tokens: int = 0
     """Tokens at the beginning of each text that are not pooled."""
     priority: int = 0
+
+
+class LoadAdapter(msgspec.Struct, tag=True, frozen=True, array_like=True):
+    """Read an adapter's weights; answered by one `AdapterLoaded` or `AdapterFailed`."""
+
+    id: int
+    config_file: str
+    weights_file: str
+    max_rank: int
+    digest: str | None = None
+    """Of the files as they were read before; where they have changed since, they are refused."""
+
+
+class UnloadAdapter(msgspec.Struct, tag=True, frozen=True, array_like=True):
+    """Free an adapter's weights; requests that still use them end."""
+
+    digest: str
 
 
 class Cancel(msgspec.Struct, tag=True, frozen=True, array_like=True):
@@ -144,6 +162,25 @@ class Ready(msgspec.Struct, tag=True, frozen=True, array_like=True):
     """How it embeds texts; None: not at all."""
 
 
+class AdapterLoaded(msgspec.Struct, tag=True, frozen=True, array_like=True):
+    """An adapter's weights are in memory."""
+
+    id: int
+    digest: str
+    """Of everything that decides what it computes; requests name it by this."""
+    rank: int
+    parameters: int
+    base: str | None
+    """The model that its configuration says it was made for; nothing follows from that."""
+
+
+class AdapterFailed(msgspec.Struct, tag=True, frozen=True, array_like=True):
+    """An adapter cannot be used with this model; the message is one line for whoever loads it."""
+
+    id: int
+    message: str
+
+
 LoadFailure = Literal["not_found", "gated", "unreachable", "unsupported", "bad_file", "no_memory", "failed"]
 
 
@@ -202,8 +239,8 @@ class Embedded(msgspec.Struct, tag=True, frozen=True, array_like=True):
 Exchange = Callable[[list[TokenEvent]], None]
 """Sends the events of a step and handles the messages that arrived; may call the runner's `submit` and `cancel`."""
 
-ToWorker = Submit | Embed | Cancel | Shutdown
-FromWorker = Loading | Warned | Ready | LoadFailed | Step | Embedded
+ToWorker = Submit | Embed | LoadAdapter | UnloadAdapter | Cancel | Shutdown
+FromWorker = Loading | Warned | Ready | LoadFailed | AdapterLoaded | AdapterFailed | Step | Embedded
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_worker = msgspec.msgpack.Decoder[ToWorker](ToWorker).decode

@@ -12,10 +12,13 @@ from typing import Any, NoReturn, Protocol
 from app.errors import AppError, EngineFailed
 from app.ipc.liveness import HEARTBEAT_SECONDS, Liveness
 from app.ipc.messages import (
+    AdapterFailed,
+    AdapterLoaded,
     Cancel,
     Embed,
     Embedded,
     FromWorker,
+    LoadAdapter,
     LoadFailed,
     Loading,
     Ready,
@@ -24,6 +27,7 @@ from app.ipc.messages import (
     Submit,
     TokenEvent,
     ToWorker,
+    UnloadAdapter,
     Warned,
 )
 from app.ipc.worker_process import WorkerLink, WorkerLostError
@@ -55,6 +59,9 @@ class Listener(Protocol):
 
     def on_embedded(self, embedded: Embedded) -> None:
         """Some texts of a request have been embedded."""
+
+    def on_adapter(self, answer: AdapterLoaded | AdapterFailed) -> None:
+        """An adapter has been loaded, or cannot be."""
 
     def on_unresponsive(self) -> None:
         """The worker gives no sign of life; whoever waits for it should not any longer."""
@@ -138,6 +145,10 @@ class Supervisor:
         """Send the worker a request; it is in flight until an event ends it.  Only while READY."""
         self._in_flight.add(request.id)
         self._send(request)
+
+    def send(self, message: LoadAdapter | UnloadAdapter) -> None:
+        """Send a message that begins no request; it is lost where no worker runs."""
+        self._send(message)
 
     def cancel(self, request_id: int) -> None:
         """Cancel a request that is in flight; others are ignored."""
@@ -254,6 +265,8 @@ class Supervisor:
                     self._listener.on_event(event)
             case Embedded():
                 self._listener.on_embedded(message)
+            case AdapterLoaded() | AdapterFailed():
+                self._listener.on_adapter(message)
             case Loading():
                 self.progress = message
             case Warned(line=line):

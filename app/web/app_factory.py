@@ -7,7 +7,7 @@ from fastapi.routing import APIRoute
 from starlette.types import Lifespan
 
 from app import __version__
-from app.web.admin import documentation, health, keys, models, roles, usage
+from app.web.admin import adapters, documentation, health, keys, models, roles, usage
 from app.web.compat.routers import ROUTERS as COMPAT_ROUTERS
 from app.web.http.authentication import Authentication
 from app.web.http.cors import CrossOriginAccess
@@ -51,7 +51,7 @@ def build_app(container: Container, *, lifespan: Lifespan[FastAPI] | None = None
         lifespan=lifespan,
     )
     app.state.container = container
-    native = [module.router for module in (generate, batch, chat, sessions, keys, roles, usage, models)]
+    native = [module.router for module in (generate, batch, chat, sessions, adapters, keys, roles, usage, models)]
     dialect = (
         openai_chat,
         openai_completions,

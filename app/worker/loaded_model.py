@@ -1,11 +1,13 @@
 """A model in memory, as the loader hands it to a runner."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import TextGenerationPipeline
 
 from app.grammars.vocabulary import Vocabulary
+from app.worker.execution.linear_modules import LinearShape
 from app.worker.sampling.generation_rules import NO_RULES, GenerationRules
 
 
@@ -33,6 +35,8 @@ class LoadedModel:
     """Texts that end a completion, with them in it."""
     logprob_shift: float | None = None
     """By how much quantization changed log-probabilities, on average; None where there is none."""
+    linears: Mapping[str, LinearShape] = field(default_factory=dict)
+    """The linear layers that an adapter may be for, by their paths, as the model was loaded."""
     vocabulary: Vocabulary | None = None
     """What its tokens write, for grammars; None where that cannot be told, so that no grammar can be enforced."""
     folder: Path | None = None

@@ -24,6 +24,7 @@ from app.ipc.messages import (
     Embedded,
     Exchange,
     FromWorker,
+    LoadAdapter,
     ModelSpec,
     Ready,
     Shutdown,
@@ -31,17 +32,20 @@ from app.ipc.messages import (
     Step,
     Submit,
     TokenEvent,
+    UnloadAdapter,
     Warned,
     decode_to_worker,
     encode,
 )
 from app.types import SamplingParams
+from app.worker.adapters import AdapterLoader
 from app.worker.embedding.causal import CausalEncoder
 from app.worker.embedding.embedding_runner import EmbeddingRunner
 from app.worker.embedding.encoder import LoadedEncoder, load_encoder
 from app.worker.execution import private_api
 from app.worker.execution.base import ExecutorUnavailableError, UnsupportedModelError
 from app.worker.execution.executor_selection import pack_quantized_linears, select_executor
+from app.worker.execution.lora import LoraAdapter
 from app.worker.execution.serial.serial_runner import SerialRunner
 from app.worker.execution.torch.int8_linear import has_integer_linears
 from app.worker.execution.torch.torch_executor import create_torch_runner
@@ -88,6 +92,12 @@ class Runner(Protocol):
     def submit(self, request: Submit) -> None:
         """Take a request; one that cannot run gets an error event in the next step."""
 
+    def add_adapter(self, adapter: LoraAdapter) -> None:
+        """Let requests use an adapter."""
+
+    def remove_adapter(self, digest: str) -> None:
+        """End what still uses an adapter, and let go of its weights."""
+
     def cancel(self, request_id: int) -> None:
         """End a request within a token, with an event; unknown ids are ignored."""
 
@@ -99,10 +109,15 @@ class Worker:
     """The loop between the socket and what the model does: it generates, embeds, or both in turn."""
 
     def __init__(
-        self, socket: "zmq.Socket[bytes]", runner: Runner | None = None, embedder: EmbeddingRunner | None = None
+        self,
+        socket: "zmq.Socket[bytes]",
+        runner: Runner | None = None,
+        embedder: EmbeddingRunner | None = None,
+        adapters: AdapterLoader | None = None,
     ) -> None:
-        """Args: runner, embedder: None where the model does not do that."""
+        """Args: runner, embedder, adapters: None where the model does not do that."""
         self._socket = socket
+        self._adapters = adapters
         self._runner = runner
         self._embedder = embedder
         self._stopping = False
@@ -156,6 +171,11 @@ class Worker:
                     self._submit(self._embedder, request)
                 case Cancel(id=request_id):
                     self._cancel(request_id)
+                case LoadAdapter() as message if self._adapters is not None:
+                    self._socket.send(encode(self._adapters.load(message)))
+                    PROGRESS.tick()
+                case UnloadAdapter() as message if self._adapters is not None:
+                    self._adapters.unload(message)
                 case Shutdown():
                     self._stopping = True
                     for request_id in tuple(self._live):
@@ -192,7 +212,7 @@ def serve(start: Start) -> None:
 
     torch.set_num_threads(start.model.threads or usable_cores())
     try:
-        ready, runner, embedder = _load(start, send)
+        ready, runner, embedder, adapters = _load(start, send)
     except Exception as error:
         if not is_explained(error):
             log.exception("the model could not be loaded")
@@ -203,11 +223,13 @@ def serve(start: Start) -> None:
     gc.collect()
     gc.freeze()
     send(ready)
-    Worker(socket, runner, embedder).run()
+    Worker(socket, runner, embedder, adapters).run()
     context.destroy(linger=1000)
 
 
-def _load(start: Start, send: Callable[[FromWorker], None]) -> tuple[Ready, Runner | None, EmbeddingRunner | None]:
+def _load(
+    start: Start, send: Callable[[FromWorker], None]
+) -> tuple[Ready, Runner | None, EmbeddingRunner | None, AdapterLoader | None]:
     """Load the model and let it show that it works, sending each stage and every warning."""
     spec, folder = start.model, _tokenizer_folder(start)
     with LoadLog() as warnings:
@@ -221,17 +243,18 @@ def _load(start: Start, send: Callable[[FromWorker], None]) -> tuple[Ready, Runn
             if spec.task == "embed":
                 encoder = load_encoder(spec, folder, on_stage=begin)
                 _watch_progress(encoder.model)
-                return _encoder_ready(folder, encoder), None, EmbeddingRunner(encoder, spec.max_batch_tokens)
+                return _encoder_ready(folder, encoder), None, EmbeddingRunner(encoder, spec.max_batch_tokens), None
             loaded = load(spec, folder, on_stage=begin, hub_token=start.hub_token, on_bytes=progress.show)
             attention = private_api.attention_implementation(loaded.pipeline.model)
             runner = make_runner(loaded, spec)
             begin("first token")
             _verify_first_token(runner)
-            ready = _ready(folder, loaded, runner)
+            ready, adapters = _ready(folder, loaded, runner), AdapterLoader(loaded, runner)
             if spec.embeddings == "none":
-                return ready, runner, None
+                return ready, runner, None, adapters
             causal = CausalEncoder(loaded, spec.embeddings, attention=attention if runner.name == "batching" else None)
-            return structs.replace(ready, embedding=causal.info), runner, EmbeddingRunner(causal, spec.max_batch_tokens)
+            embedder = EmbeddingRunner(causal, spec.max_batch_tokens)
+            return structs.replace(ready, embedding=causal.info), runner, embedder, adapters
         finally:
             warnings.flush_to(lambda line: send(Warned(line)))
 

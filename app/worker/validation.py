@@ -1,5 +1,7 @@
 """Request checks that every runner makes, and the client's message when a request fails later."""
 
+from collections.abc import Container
+
 import torch
 
 from app.ipc.messages import Submit
@@ -7,12 +9,15 @@ from app.types import SamplingParams
 from app.worker.loaded_model import LoadedModel
 
 
-def check_request(request: Submit, model: LoadedModel) -> None:
+def check_request(request: Submit, model: LoadedModel, adapters: Container[str] = ()) -> None:
     """Repeat the checks of the API process: a bad token id would end every request in its batch.
 
+    Args: adapters: the digests of those that are loaded.
     Raises: ValueError: the model cannot run it; the message is for the client.
     """
     prompt, params = request.prompt_ids, request.params
+    if request.adapter is not None and request.adapter not in adapters:
+        raise ValueError("The adapter of this request is no longer loaded.")
     if not prompt:
         raise ValueError("The prompt holds no token.")
     if not all(0 <= token < model.vocab_size for token in (*prompt, *params.stop_token_ids)):

@@ -47,7 +47,64 @@ struct TestLayer {
     }
 };
 
+// What an adapter adds to one linear layer; with rank 0 nothing.
+struct TestLora {
+    int64_t inputs, outputs, rank;
+    std::vector<float> down = random_floats(rank * inputs), up = random_floats(rank * outputs);
+    std::vector<activation_t> narrow_down = narrow_all<activation_t>(down), packed_up;
+
+    TestLora(int64_t inputs, int64_t outputs, int64_t rank) : inputs(inputs), outputs(outputs), rank(rank) {
+        for (int64_t first = 0; first < outputs; first += LANES)
+            for (int64_t row = 0; row < rank; row++)
+                for (int64_t lane = 0; lane < LANES; lane++)
+                    packed_up.push_back(narrow<activation_t>(up[row * outputs + first + lane]));
+    }
+
+    LoraWeights<activation_t> weights() const {
+        return {rank ? narrow_down.data() : nullptr, rank ? packed_up.data() : nullptr, rank};
+    }
+
+    void add(const Vector& x, double* out) const {
+        for (int64_t row = 0; row < rank; row++) {
+            double reduced = 0;
+            for (int64_t at = 0; at < inputs; at++) reduced += x[at] * down[row * inputs + at];
+            for (int64_t at = 0; at < outputs; at++) out[at] += reduced * up[row * outputs + at];
+        }
+    }
+};
+
+struct TestLoraLayer {
+    TestLora q, k, v, o, gate, up, down;
+
+    // Only queries, outputs of attention and `up` where it is not complete.
+    TestLoraLayer(int64_t rank, bool complete)
+        : q(HIDDEN, QUERY_SIZE, rank),
+          k(HIDDEN, KEY_SIZE, complete ? rank + 1 : 0),
+          v(HIDDEN, KEY_SIZE, complete ? rank : 0),
+          o(QUERY_SIZE, HIDDEN, rank),
+          gate(HIDDEN, INNER, complete ? rank : 0),
+          up(HIDDEN, INNER, rank),
+          down(INNER, HIDDEN, complete ? rank + 2 : 0) {}
+
+    LoraLayer layer() const {
+        return {q.weights(), k.weights(), v.weights(), o.weights(), gate.weights(), up.weights(), down.weights()};
+    }
+};
+
+constexpr int64_t ADAPTER_RANK = 10;
+
+struct TestAdapter {
+    std::vector<TestLoraLayer> tests;
+    std::vector<LoraLayer> layers;
+
+    TestAdapter(int64_t rank, bool complete) {
+        for (int64_t index = 0; index < LAYERS; index++) tests.emplace_back(rank, complete);
+        for (const TestLoraLayer& layer : tests) layers.push_back(layer.layer());
+    }
+};
+
 struct TestModel {
+    TestAdapter first{3, true}, second{8, false};
     std::vector<TestLayer> layers;
     TestLinear<LLMK_LM_HEAD_TYPE> lm_head{HIDDEN, VOCABULARY, false};
     std::vector<float> final_norm = random_norm(HIDDEN);
@@ -60,6 +117,11 @@ struct TestModel {
 struct Token {
     int64_t slot, position;
     bool needs_logits;
+
+    // The slots have an adapter each, but for the middle one.
+    const TestAdapter* adapter(const TestModel& model) const {
+        return slot == 0 ? &model.first : slot == 2 ? &model.second : nullptr;
+    }
 };
 
 double angle(int64_t position, int64_t element) {
@@ -87,8 +149,14 @@ void add(Vector& x, const Vector& more) {
 }
 
 // One token through one layer; its keys and values are stored for the tokens after it.
-void reference_layer(TestLayer& layer, const Token& token, Vector& x) {
-    Vector qkv = layer.qkv.reference(norm(x.data(), layer.attention_norm));
+void reference_layer(TestLayer& layer, const TestLoraLayer* adapter, const Token& token, Vector& x) {
+    const Vector attention_input = norm(x.data(), layer.attention_norm);
+    Vector qkv = layer.qkv.reference(attention_input);
+    if (adapter) {
+        adapter->q.add(attention_input, qkv.data());
+        adapter->k.add(attention_input, qkv.data() + QUERY_SIZE);
+        adapter->v.add(attention_input, qkv.data() + QUERY_SIZE + KEY_SIZE);
+    }
     for (int64_t head = 0; head < NUM_HEADS + NUM_KV_HEADS; head++) {
         double* states = qkv.data() + head * HEAD_SIZE;
         if (layer.last) {
@@ -110,14 +178,21 @@ void reference_layer(TestLayer& layer, const Token& token, Vector& x) {
         attended.insert(attended.end(), part.begin(), part.end());
     }
     add(x, layer.o.reference(attended));
-    const Vector gate_up = layer.gate_up.reference(norm(x.data(), layer.mlp_norm));
+    if (adapter) adapter->o.add(attended, x.data());
+    const Vector mlp_input = norm(x.data(), layer.mlp_norm);
+    Vector gate_up = layer.gate_up.reference(mlp_input);
+    if (adapter) {
+        adapter->gate.add(mlp_input, gate_up.data());
+        adapter->up.add(mlp_input, gate_up.data() + INNER);
+    }
     Vector gated;
     for (int64_t at = 0; at < INNER; at++)
         gated.push_back(gate_up[at] / (1 + std::exp(-gate_up[at])) * gate_up[INNER + at]);
     add(x, layer.down.reference(gated));
+    if (adapter) adapter->down.add(gated, x.data());
 }
 
-void check_pass(TestModel& model, const std::vector<Token>& tokens, int threads) {
+void check_pass(TestModel& model, const std::vector<Token>& tokens, int threads, bool adapted) {
     std::vector<DecoderLayer> layers;
     for (TestLayer& layer : model.layers) layers.push_back(layer.layer());
     const DecoderModel decoder{layers.data(),
@@ -135,6 +210,7 @@ void check_pass(TestModel& model, const std::vector<Token>& tokens, int threads)
     std::vector<float> hidden = random_floats(count * HIDDEN), cos, sin;
     std::vector<int64_t> slots, positions, indices;
     std::vector<Vector> expected;
+    std::vector<const LoraLayer*> adapters;
     for (int64_t index = 0; index < count; index++) {
         const Token& token = tokens[index];
         slots.push_back(token.slot);
@@ -144,7 +220,10 @@ void check_pass(TestModel& model, const std::vector<Token>& tokens, int threads)
             sin.push_back(float(std::sin(angle(token.position, at))));
         }
         Vector x(hidden.begin() + index * HIDDEN, hidden.begin() + (index + 1) * HIDDEN);
-        for (TestLayer& layer : model.layers) reference_layer(layer, token, x);
+        const TestAdapter* adapter = adapted ? token.adapter(model) : nullptr;
+        adapters.push_back(adapter ? adapter->layers.data() : nullptr);
+        for (int64_t layer = 0; layer < LAYERS; layer++)
+            reference_layer(model.layers[layer], adapter ? &adapter->tests[layer] : nullptr, token, x);
         if (!token.needs_logits) continue;
         indices.push_back(index);
         expected.push_back(model.lm_head.reference(norm(x.data(), model.final_norm)));
@@ -160,7 +239,9 @@ void check_pass(TestModel& model, const std::vector<Token>& tokens, int threads)
                              indices.data(),
                              int64_t(indices.size()),
                              logits.data(),
-                             workspace.data()};
+                             workspace.data(),
+                             adapted ? adapters.data() : nullptr,
+                             adapted ? ADAPTER_RANK : 0};
     llmk_forward(&decoder, &batch);
     for (size_t index = 0; index < expected.size(); index++) {
         const double error = relative_error(logits.data() + index * VOCABULARY, expected[index]);
@@ -183,12 +264,15 @@ std::vector<Token> operator+(std::vector<Token> left, const std::vector<Token>& 
 }  // namespace
 
 int main() {
-    for (int threads : {1, 3}) {
-        TestModel model;
-        // Without logits only keys and values are computed.
-        check_pass(model, segment(0, 0, 9, false), threads);
-        check_pass(model, segment(0, 9, 10, true) + segment(2, 0, 140, true), threads);
-        check_pass(model, segment(0, 10, 11, true) + segment(2, 140, 141, false) + segment(1, 0, 5, true), threads);
-        check_pass(model, segment(0, 11, 12, true) + segment(1, 5, 6, true) + segment(2, 141, 142, true), threads);
-    }
+    for (int threads : {1, 3})
+        for (bool adapted : {false, true}) {
+            TestModel model;
+            // Without logits only keys and values are computed.
+            check_pass(model, segment(0, 0, 9, false), threads, adapted);
+            check_pass(model, segment(0, 9, 10, true) + segment(2, 0, 140, true), threads, adapted);
+            check_pass(model, segment(0, 10, 11, true) + segment(2, 140, 141, false) + segment(1, 0, 5, true), threads,
+                       adapted);
+            check_pass(model, segment(0, 11, 12, true) + segment(1, 5, 6, true) + segment(2, 141, 142, true), threads,
+                       adapted);
+        }
 }

@@ -33,13 +33,17 @@ RIGHT: dict[str, dict[str, Any]] = {
     "/predict": {"prompt": "a"},
     "/predict/batch": {"prompts": ["a"]},
     "/v1/stream": {"prompt": "a"},
+    "/v1/adapters/load": {"adapter_name": "a", "source": "a"},
+    "/v1/adapters/unload": {"adapter_name": "a"},
     "/generate_apikey": {"username": "anna"},
     "/load_model": {"model_name": "a"},
     "/v1/models/load": {"model_name": "a"},
     "/v1/models/unload": {"model_name": "a"},
 }
 """Every path that takes a body, with the least that it takes."""
-GENERATING = [path for path in RIGHT if path.startswith("/v1/") and not re.search("key|role|batches|/models/", path)]
+GENERATING = [
+    path for path in RIGHT if path.startswith("/v1/") and not re.search("key|role|batches|adapter|/models/", path)
+]
 GENERATING += ["/generate", "/predict", "/predict/batch"]
 NATIVE = ["/v1/generate", "/v1/generate/batch", "/v1/chat"]
 CROSS_FIELD = re.compile(
@@ -216,7 +220,7 @@ RULES = re.compile(
     "is only possible where|must be the opposite of|needs a last message|must be n: this|is not possible with logprobs"
     "|names no stored response|only possible with tools|does not embed|nothing is asked of the prompt"
     "|names a token that the model does not have|needs either prompt or messages"
-    "|must not hold an empty text|is needed where|must leave a token|names no file of yours"
+    "|takes no adapters|must not hold an empty text|is needed where|must leave a token|names no file of yours"
 )
 """Rules about two fields."""
 

@@ -5,7 +5,7 @@ thread, which costs more than the function itself.
 """
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Annotated, Any, Protocol
 from uuid import uuid4
@@ -131,7 +131,7 @@ async def _loading_caller(caller: CallerDep) -> Principal:
 
 
 LoadModelsDep = Annotated[Principal, Depends(_loading_caller)]
-"""A caller who may load and unload models."""
+"""A caller who may load and unload models and adapters."""
 
 
 async def _access(container: ContainerDep) -> AccessControl:
@@ -245,11 +245,15 @@ class RequestContext:
         return self.container.settings.openai.unknown_fields == "ignore"
 
     def model_info(self, model: str | None) -> EngineInfo:
-        """Return the description of a model that generates, or of the default one for None.
+        """Return the description of a model that generates, or of the default one for None; of one with an adapter that
+        has this name, under this name.
 
         Raises: ModelNotFound; InvalidRequest: it only embeds; EngineNotReady: it is not loaded yet.
         """
-        return self.container.host.find_generating(model, allowed=self.caller.rights.models).engine.info
+        host = self.container.host
+        info = host.find_generating(model, allowed=self.caller.rights.models).engine.info
+        adapter = host.adapters.get(model)
+        return info if adapter is None else replace(info, model=adapter.name, revision=adapter.facts.digest)
 
     def events(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Generate for this caller.

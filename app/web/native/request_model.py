@@ -51,6 +51,9 @@ class SamplingFields(StructuredFields):
     stream: bool | None = None
     cache: bool | None = Field(None, description="false bypasses the response cache.")
     model: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
+    adapter: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = Field(
+        None, description="A LoRA adapter of the model; model may name one, too."
+    )
     n: SampleCount | None = Field(None, description="Number of completions.")
     num_return_sequences: SampleCount | None = Field(None, description="Another name of n.")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
@@ -108,6 +111,7 @@ class SamplingFields(StructuredFields):
             unset=unset,
             n=self._one_of("n", "num_return_sequences") or 1,
             model=self.model,
+            adapter=self.adapter,
             cache=self.cache is not False and context.may_cache,
             stream=bool(self.stream),
             truncate_prompt=0 if self.truncation == "auto" else None,

@@ -71,7 +71,8 @@ class ModelCard(TypedDict):
     created: int
     owned_by: str
     root: str
-    parent: None
+    parent: str | None
+    """Of an adapter: the model that it is applied to."""
     max_model_len: int | None
     quantization: Quantization | None
     permission: list[Any]
@@ -90,8 +91,8 @@ class ModelList(TypedDict):
 
 @router.get("", responses=_ERRORS)
 async def models(container: ContainerDep) -> ModelList:
-    """List the models, those too that are loaded when a request names them."""
-    names = dict.fromkeys([*container.host.names, *container.loader.known])
+    """List the models and their adapters, those models too that are loaded when a request names them."""
+    names = dict.fromkeys([*container.host.names, *container.loader.known, *container.host.adapter_names])
     return {"object": "list", "data": [_card(name, container) for name in names]}
 
 
@@ -99,13 +100,15 @@ async def models(container: ContainerDep) -> ModelList:
 @router.get("/{model:path}", responses=_ERRORS)
 async def model(model: str, container: ContainerDep, caller: CallerDep) -> ModelCard:
     """Describe one model."""
-    if model not in container.loader.known or model in container.host.names:
-        container.host.find(model, allowed=caller.rights.models)
+    host = container.host
+    if model not in host.adapter_names and (model not in container.loader.known or model in host.names):
+        host.find(model, allowed=caller.rights.models)
     return _card(model, container)
 
 
 def _card(name: str, container: Container) -> ModelCard:
-    served = next((each for each in container.host.models if each.name == name), None)
+    adapter = container.host.adapters.get(name)
+    served = adapter.served if adapter else next((each for each in container.host.models if each.name == name), None)
     state = EngineState.CLOSED if served is None else served.engine.status().state
     if served is None and name in container.loader.loads:
         state = EngineState.LOADING
@@ -114,17 +117,17 @@ def _card(name: str, container: Container) -> ModelCard:
     card: ModelCard = {
         "id": name,
         "object": "model",
-        "created": container.host.since,
+        "created": adapter.since if adapter else container.host.since,
         "owned_by": "llm-service",
-        "root": name,
-        "parent": None,
+        "root": adapter.source if adapter else name,
+        "parent": adapter.model if adapter else None,
         "max_model_len": info.context_length if info else None,
         "quantization": _quantization(info),
         "permission": [],
         "architecture": {"input_modalities": ["text"], "output_modalities": [output]},
         "status": {"value": _STATUS[state], "failed": state is EngineState.FAILED},
     }
-    if info is not None and info.embedding is not None:
+    if info is not None and info.embedding is not None and adapter is None:
         card["embedding"] = _embedding(info.embedding)
     return card
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from app.ipc.messages import Compiled
+from app.worker.execution.lora import LoraAdapter
 from app.worker.execution.packed_batch import PackedBatch
 
 
@@ -27,6 +28,9 @@ class Executor(Protocol):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Write the batch's keys and values to their slots and return the logits, (wanted, vocab)."""
+
+    def forget_adapter(self, adapter: LoraAdapter) -> None:
+        """Let go of the weights of an adapter that no batch will have any more."""
 
 
 class OptionalExecutor(Executor, Protocol):

@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -77,3 +77,26 @@ def _as_linear(layer: Conv1D) -> nn.Linear:
     linear = nn.Linear(inputs, outputs, device="meta")
     linear.weight, linear.bias = nn.Parameter(layer.weight.T, requires_grad=False), layer.bias
     return linear
+
+
+class LinearShape(NamedTuple):
+    """The size of a linear layer."""
+
+    inputs: int
+    outputs: int
+
+
+def linear_shapes(model: Any) -> dict[str, LinearShape]:
+    """Return the linear layers that compute every token, by their paths, before any of them is replaced.
+
+    Without the output projection, which computes only the tokens whose logits are wanted, and without experts.
+    """
+    shapes: dict[str, LinearShape] = {}
+    for path, module in model.named_modules():
+        if module is model.get_output_embeddings() or "experts" in path.split("."):
+            continue
+        if isinstance(module, nn.Linear):
+            shapes[path] = LinearShape(module.in_features, module.out_features)
+        elif isinstance(module, Conv1D):
+            shapes[path] = LinearShape(module.nx, module.nf)
+    return shapes

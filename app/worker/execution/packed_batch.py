@@ -7,6 +7,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from app.worker.execution.lora import AdapterSpan, LoraAdapter
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -16,6 +18,7 @@ class Segment:
     start: int
     """Position of the first token."""
     token_ids: Sequence[int]
+    adapter: LoraAdapter | None = None
 
     @property
     def end(self) -> int:
@@ -43,10 +46,16 @@ class PackedBatch:
         """(1, tokens) each."""
         self.slots = on_device[2]
         """(tokens,)"""
-        ends = accumulate(len(segment.token_ids) for segment in segments)
+        ends = list(accumulate(len(segment.token_ids) for segment in segments))
         indices = [index for end, count in zip(ends, wanted, strict=True) for index in range(end - count, end)]
         self.logit_indices = torch.tensor(indices, dtype=torch.long).to(device)
         """(wanted,) the tokens whose logits are needed, ascending."""
+        self.adapters = [
+            AdapterSpan(end - len(segment.token_ids), end, segment.adapter)
+            for end, segment in zip(ends, segments, strict=True)
+            if segment.adapter is not None
+        ]
+        """The tokens that have one, ascending."""
         self._key_ranges: dict[int | None, tuple[Tensor, Tensor]] = {}
 
     @property

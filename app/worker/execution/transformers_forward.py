@@ -12,6 +12,7 @@ from transformers import AttentionInterface
 from app.ipc.messages import Compiled
 from app.worker.execution.base import UnsupportedModelError
 from app.worker.execution.kv_cache import KVCache
+from app.worker.execution.lora import LoraAdapter, LoraHooks
 from app.worker.execution.packed_batch import PackedBatch
 
 ATTENTION = "kv cache slots"
@@ -29,20 +30,26 @@ class TransformersForward:
         """Switch the model's attention to the KV cache."""
         self.model = model
         self.cache = cache
+        self._lora = LoraHooks(model)
         model.set_attn_implementation(ATTENTION)
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Compute a batch and return the logits of the wanted tokens, (wanted, vocab)."""
         wanted = len(batch.logit_indices)
-        logits: Tensor = self.model(
-            input_ids=batch.token_ids,
-            position_ids=batch.positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            # The logits of one token at least: some models cannot compute none.
-            logits_to_keep=batch.logit_indices if wanted else 1,
-        ).logits[0]
+        with self._lora.applied(batch.adapters, batch.size):
+            logits: Tensor = self.model(
+                input_ids=batch.token_ids,
+                position_ids=batch.positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                # The logits of one token at least: some models cannot compute none.
+                logits_to_keep=batch.logit_indices if wanted else 1,
+            ).logits[0]
         return logits[:wanted]
+
+    def forget_adapter(self, adapter: LoraAdapter) -> None:
+        """Let go of an adapter's weights."""
+        self._lora.forget(adapter)
 
 
 def _attend(

@@ -25,6 +25,7 @@ from transformers import (
 from app.grammars.vocabulary import UnsupportedVocabularyError, Vocabulary, load_vocabulary
 from app.ipc.messages import ModelSpec
 from app.worker.execution.executor_selection import native_linears_unavailable
+from app.worker.execution.linear_modules import linear_shapes
 from app.worker.execution.private_api import cpu_has_bfloat16
 from app.worker.execution.quantization import (
     MAX_SAMPLE_TOKENS,
@@ -96,6 +97,7 @@ def load(
     vocab_size = model.get_input_embeddings().num_embeddings
     sample_ids = _sample_ids(tokenizer, vocab_size, context_length)
     parameters = sum(weight.numel() for weight in model.parameters())
+    linears = linear_shapes(model)
     logprob_shift = _quantize(model, sample_ids, device, spec) if spec.quantization == "int8" else None
     settings = read_generation_settings(folder, model, tokenizer, vocab_size)
     # The model's own sampling defaults would fill in whatever a request leaves open.
@@ -119,6 +121,7 @@ def load(
         rules=settings.rules,
         stop_strings=settings.stop_strings,
         logprob_shift=logprob_shift,
+        linears=linears,
         vocabulary=_vocabulary(tokenizer_folder, vocab_size),
     )
 

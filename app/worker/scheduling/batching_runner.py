@@ -15,6 +15,7 @@ from torch import Tensor
 
 from app.ipc.messages import Exchange, Submit, TokenEvent
 from app.types import TokenLogprob
+from app.worker.execution.lora import LoraAdapter
 from app.worker.execution.model_runner import ModelRunner
 from app.worker.execution.packed_batch import Segment
 from app.worker.loaded_model import LoadedModel
@@ -84,6 +85,7 @@ class BatchingRunner:
         self._decode_width = MIN_DECODE_WIDTH if loaded.device == "cpu" else max(MIN_DECODE_WIDTH, self.slots // 2)
         self._clock = clock
         self._live: dict[int, _LiveRequest] = {}
+        self._adapters: dict[str, LoraAdapter] = {}
         self._grammars = None if loaded.vocabulary is None else Grammars(loaded.vocabulary, loaded.end_ids)
         self._compiling: dict[int, Compilation] = {}
         """The live requests that the scheduler has not got yet."""
@@ -107,7 +109,7 @@ class BatchingRunner:
     def submit(self, request: Submit) -> None:
         """Take a request; one that the model cannot run gets an error event in the next step."""
         try:
-            check_request(request, self._loaded)
+            check_request(request, self._loaded, self._adapters)
             ends = end_ids(request.params, self._loaded)
             sampler = SequenceSampler(
                 request.params,
@@ -134,6 +136,18 @@ class BatchingRunner:
             self._compiling[request.id] = self._grammars.compile(request.params.grammar)
         else:
             self._scheduler.add(sequence)
+
+    def add_adapter(self, adapter: LoraAdapter) -> None:
+        """Let requests use an adapter."""
+        self._adapters[adapter.digest] = adapter
+
+    def remove_adapter(self, digest: str) -> None:
+        """End what still uses an adapter, and let go of its weights."""
+        for request_id, live in tuple(self._live.items()):
+            if live.request.adapter == digest:
+                self.cancel(request_id)
+        if (adapter := self._adapters.pop(digest, None)) is not None:
+            self._model_runner.executor.forget_adapter(adapter)
 
     def cancel(self, request_id: int) -> None:
         """End a request before the next step."""
@@ -220,7 +234,7 @@ class BatchingRunner:
         constrained = [each.sampler.grammar for each in live if each.sampler.grammar is not None]
         if constrained and self._grammars is not None:
             self._grammars.begin_masks(constrained)
-        logits = self._model_runner.forward([_segment(each) for each in tokens], wanted)
+        logits = self._model_runner.forward([self._segment(each) for each in tokens], wanted)
         ends = list(accumulate(wanted))
         rows = [end - 1 for each, end in zip(tokens, ends, strict=True) if each.completes]
         late = self._late(live) if constrained else ()
@@ -242,6 +256,13 @@ class BatchingRunner:
             for each, token in zip(live, sampled, strict=True)
             if each.request.id in self._live
         ]
+
+    def _segment(self, scheduled: ScheduledTokens) -> Segment:
+        sequence = scheduled.sequence
+        assert sequence.slot is not None  # noqa: S101  # the schedule gave it one
+        start = sequence.computed_tokens
+        adapter = None if sequence.adapter is None else self._adapters[sequence.adapter]
+        return Segment(sequence.slot, start, sequence.token_ids[start : start + scheduled.count], adapter)
 
     def _late(self, live: Sequence[_LiveRequest]) -> Collection[int]:
         """Return the requests whose masks are not known, and that nobody else should have to wait for."""
@@ -334,10 +355,3 @@ def _known_outcome(grammar: RowGrammar | None) -> SamplingFailure | _Ended | Non
     if grammar.failure is not None:
         return SamplingFailure(grammar.failure, invalid=True)
     return _Ended() if grammar.is_over else None
-
-
-def _segment(scheduled: ScheduledTokens) -> Segment:
-    sequence = scheduled.sequence
-    assert sequence.slot is not None  # noqa: S101  # the schedule gave it one
-    start = sequence.computed_tokens
-    return Segment(sequence.slot, start, sequence.token_ids[start : start + scheduled.count])

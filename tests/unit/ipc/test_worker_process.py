@@ -29,6 +29,7 @@ from app.types import SamplingParams
 from app.worker.embedding.embedding_runner import EmbeddingRunner
 from app.worker.embedding.encoder import pad_right
 from app.worker.embedding.pooling import Head
+from app.worker.execution.lora import LoraAdapter
 from app.worker.heartbeat import PROGRESS
 from app.worker.process import Worker
 
@@ -111,6 +112,12 @@ class CountingRunner:
                 return
             exchange([TokenEvent(request.id, (token,))])
         exchange([TokenEvent(request.id, finish="length")])
+
+    def add_adapter(self, adapter: LoraAdapter) -> None:
+        raise NotImplementedError
+
+    def remove_adapter(self, digest: str) -> None:
+        raise NotImplementedError
 
 
 class LengthEncoder:

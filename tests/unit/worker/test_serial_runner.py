@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from transformers import GenerationConfig, TextGenerationPipeline
+from transformers import AutoModelForCausalLM, GenerationConfig, TextGenerationPipeline
 
 from app.ipc.messages import ModelSpec, Submit, TokenEvent
 from app.types import SamplingParams
@@ -18,6 +18,7 @@ from app.worker.loading.loader import load
 from app.worker.sampling import prompt_scoring
 from tests.unit.tiny_models import save_tiny_llama
 from tests.unit.worker.families import CONTEXT, NOT_BATCHABLE, VOCABULARY, make
+from tests.unit.worker.lora_adapters import merged, read, save_adapter
 
 PROMPT = (5, 6, 7, 8)
 SPEC = ModelSpec(name="", source="local", device="cpu", dtype="auto", revision=None, max_model_len=None, threads=0)
@@ -173,6 +174,8 @@ def test_a_prompt_that_the_model_cannot_read_ends_only_its_request(model: Loaded
 class BrokenPipeline:
     """Raises in place of an completion."""
 
+    model = torch.nn.Module()
+
     def __init__(self, error: Exception) -> None:
         self.error = error
 
@@ -293,3 +296,31 @@ def test_any_model_that_is_served_alone_is_scored(name: str, model: LoadedModel)
     assert tokens[1:] == tuple(score.token_id for score in scores)
     for row, score in zip(reference(single, tokens), scores, strict=False):
         assert score.logprob == pytest.approx(float(row[score.token_id]), abs=1e-4)
+
+
+def test_an_adapter_gives_what_generate_does_with_pefts_merged_model(tmp_path: Path):
+    """Between two requests without one; removed, it is refused."""
+    folder = save_tiny_llama(tmp_path / "llama")
+    base = replace(
+        load(msgspec.structs.replace(SPEC, name=str(folder)), str(folder / "saved"), on_stage=lambda stage: None),
+        end_ids=(),
+    )
+    adapter_folder = save_adapter(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter", r=4)
+    adapter = read(adapter_folder, base.pipeline.model)
+    reference: Any = merged(AutoModelForCausalLM.from_pretrained(folder), adapter_folder)
+    runner, params = SerialRunner(base), SamplingParams(max_tokens=12)
+    runner.add_adapter(adapter)
+
+    for number, digest in enumerate((None, adapter.digest, None)):
+        runner.submit(Submit(number, PROMPT, params, adapter=digest))
+    events = run(runner)
+    runner.remove_adapter(adapter.digest)
+    runner.submit(Submit(3, PROMPT, params, adapter=adapter.digest))
+
+    said = [[token for event in events if event.id == number for token in event.token_ids] for number in range(3)]
+    plain = generate(base, max_new_tokens=12, do_sample=False)
+    with torch.inference_mode():
+        whole = reference.generate(torch.tensor([PROMPT]), max_new_tokens=12, do_sample=False)
+    assert [plain, whole[0, len(PROMPT) :].tolist(), plain] == said
+    assert said[0] != said[1]
+    assert "no longer loaded" in str(run(runner)[-1].error)

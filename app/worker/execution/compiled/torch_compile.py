@@ -8,6 +8,7 @@ into.  Packed linear layers are not compiled: those are a CPU's, where compiling
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
@@ -20,6 +21,7 @@ from app.ipc.messages import Compiled
 from app.worker.execution import private_api
 from app.worker.execution.base import Executor, ExecutorUnavailableError
 from app.worker.execution.kv_cache import KVCache
+from app.worker.execution.lora import LoraAdapter
 from app.worker.execution.packed_batch import PackedBatch
 
 ATTENTION = "compiled kv cache slots"
@@ -77,7 +79,13 @@ class TorchCompileExecutor:
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Compute a batch and return the logits of the wanted tokens, (wanted, vocab)."""
-        return self._inner.forward(batch)
+        # Compiled code would skip the hooks: a batch with adapters runs the layers as they were.
+        with torch.compiler.set_stance("force_eager") if batch.adapters else nullcontext():
+            return self._inner.forward(batch)
+
+    def forget_adapter(self, adapter: LoraAdapter) -> None:
+        """Let go of an adapter's weights."""
+        self._inner.forget_adapter(adapter)
 
 
 def _decoder_layers(model: Any) -> Iterator[nn.Module]:

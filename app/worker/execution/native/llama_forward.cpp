@@ -6,10 +6,15 @@
 // LLMK_LM_HEAD_TYPE that of the output projection.  Hidden states are float32 whatever the type of weights.
 
 #include <cmath>
+#include <initializer_list>
+#include <vector>
 
 #include "abi.h"
 #include "attention.h"
 #include "gemm_packed.h"
+#include "lora.h"
+
+typedef WeightTraits<LLMK_WEIGHT_TYPE>::activation activation_t;
 
 extern "C" {
 
@@ -39,6 +44,11 @@ struct DecoderModel {
     int32_t num_threads;
 };
 
+// An adapter's weights for one layer.
+struct LoraLayer {
+    LoraWeights<activation_t> q, k, v, o, gate, up, down;
+};
+
 struct ForwardBatch {
     int64_t num_tokens;
     // (tokens, hidden_size): embeddings on entry; the residual stream.
@@ -54,6 +64,10 @@ struct ForwardBatch {
     float* logits;
     // num_tokens * llmk_workspace_size() floats.
     float* workspace;
+    // (tokens,) the layers of each token's adapter, null for a token without one; null where no token has one.
+    const LoraLayer* const* adapters;
+    // The highest rank of any of them.
+    int64_t adapter_rank;
 };
 }
 
@@ -66,7 +80,6 @@ constexpr int64_t KEY_SIZE = NUM_KV_HEADS * HEAD_SIZE;
 constexpr int64_t QKV_SIZE = QUERY_SIZE + 2 * KEY_SIZE;
 
 typedef LLMK_WEIGHT_TYPE weight_t;
-typedef WeightTraits<weight_t>::activation activation_t;
 static_assert(std::is_same_v<activation_t, WeightTraits<LLMK_LM_HEAD_TYPE>::activation>,
               "the layers and the output projection take the same activations");
 
@@ -111,6 +124,11 @@ class ForwardPass {
         for (int64_t token = 0; token < count; token++) end_key_.push_back(batch.positions[token] + 1);
         begin_key_.resize(count);
         segments_ = split_segments(batch.slots, end_key_.data(), count);
+        if (batch.adapters) {
+            adapters_.assign(batch.adapters, batch.adapters + count);
+            reduced_.resize(count * reduced_stride());
+            group_by_adapter(count);
+        }
     }
 
     static int64_t workspace_size(const DecoderModel& model) {
@@ -124,7 +142,10 @@ class ForwardPass {
         for (int64_t index = 0; index < model_.num_layers; index++) {
             const DecoderLayer& layer = model_.layers[index];
             norm_tokens(layer.attention_norm, count);
+            reduce(index, normed_, model_.hidden_size, {&LoraLayer::q, &LoraLayer::k, &LoraLayer::v});
             linear<false>(normed_, layer.qkv, model_.hidden_size, QKV_SIZE, count, qkv_, model_.num_threads);
+            expand(index, qkv_, QKV_SIZE,
+                   {{&LoraLayer::q, QUERY_SIZE}, {&LoraLayer::k, KEY_SIZE}, {&LoraLayer::v, KEY_SIZE}});
             rotate_and_write_kv(layer);
             const bool last = index + 1 == model_.num_layers;
             if (last && batch_.num_logits == 0) return;
@@ -134,10 +155,15 @@ class ForwardPass {
                 compact_tokens();
                 count = batch_.num_logits;
             }
+            reduce(index, attended_, QUERY_SIZE, {&LoraLayer::o});
             add_linear(attended_, layer.o, QUERY_SIZE, count);
+            expand(index, batch_.hidden_states, model_.hidden_size, {{&LoraLayer::o, model_.hidden_size}});
             norm_tokens(layer.mlp_norm, count);
-            swiglu(layer, count);
+            reduce(index, normed_, model_.hidden_size, {&LoraLayer::gate, &LoraLayer::up});
+            swiglu(index, count);
+            reduce(index, gated_, model_.intermediate_size, {&LoraLayer::down});
             add_linear(gated_, layer.down, model_.intermediate_size, count);
+            expand(index, batch_.hidden_states, model_.hidden_size, {{&LoraLayer::down, model_.hidden_size}});
         }
         norm_tokens(model_.final_norm, count);
         linear<false>(normed_, model_.lm_head, model_.hidden_size, model_.vocab_size, count, batch_.logits,
@@ -145,6 +171,72 @@ class ForwardPass {
     }
 
   private:
+    // Linear layers that read the same input: queries, keys and values.
+    static constexpr int64_t MAX_SHARED_INPUT = 3;
+
+    typedef LoraWeights<activation_t> LoraLayer::*LoraMember;
+
+    // A linear layer, and how many of the outputs that lie side by side are its own.
+    struct LoraTarget {
+        LoraMember member;
+        int64_t outputs;
+    };
+
+    // Consecutive tokens, up to LORA_TOKENS, that have one adapter.
+    struct LoraGroup {
+        const LoraLayer* layers;
+        int64_t begin, end;
+    };
+
+    void group_by_adapter(int64_t count) {
+        groups_.clear();
+        for (int64_t token = 0; token < count; token++) {
+            const LoraLayer* layers = adapters_[token];
+            if (!groups_.empty() && groups_.back().layers == layers && groups_.back().end == token &&
+                token - groups_.back().begin < LORA_TOKENS)
+                groups_.back().end++;
+            else if (layers)
+                groups_.push_back({layers, token, token + 1});
+        }
+    }
+
+    int64_t reduced_stride() const { return MAX_SHARED_INPUT * batch_.adapter_rank; }
+
+    float* reduced(int64_t token, int64_t place) {
+        return reduced_.data() + token * reduced_stride() + place * batch_.adapter_rank;
+    }
+
+    // Multiply x with the `down` weights of linear layers that read it; ends with a barrier.
+    void reduce(int64_t layer, const activation_t* x, int64_t depth, std::initializer_list<LoraMember> members) {
+        if (adapters_.empty()) return;
+        const int64_t places = members.size(), tasks = groups_.size() * places;
+#pragma omp for
+        for (int64_t task = 0; task < tasks; task++) {
+            const LoraGroup group = groups_[task / places];
+            const int64_t place = task % places;
+            reduce_ranks(x + group.begin * depth, group.layers[layer].*members.begin()[place], depth,
+                         group.end - group.begin, reduced(group.begin, place), reduced_stride());
+        }
+    }
+
+    // Add the products with the `up` weights to outputs that lie side by side; ends with a barrier.
+    void expand(int64_t layer, float* out, int64_t stride, std::initializer_list<LoraTarget> targets) {
+        if (adapters_.empty()) return;
+        const int64_t tasks = groups_.size();
+#pragma omp for
+        for (int64_t task = 0; task < tasks; task++) {
+            const LoraGroup group = groups_[task];
+            float* to = out + group.begin * stride;
+            int64_t place = 0;
+            for (const LoraTarget& target : targets) {
+                expand_ranks(reduced(group.begin, place), reduced_stride(), group.layers[layer].*target.member,
+                             0, target.outputs, group.end - group.begin, {to, stride});
+                to += target.outputs;
+                place++;
+            }
+        }
+    }
+
     void norm_tokens(const float* weight, int64_t count) {
 #pragma omp for
         for (int64_t token = 0; token < count; token++)
@@ -204,12 +296,16 @@ class ForwardPass {
     // Move the tokens whose logits are needed to the front.
     void compact_tokens() {
 #pragma omp single
-        for (int64_t index = 0; index < batch_.num_logits; index++) {
-            const int64_t token = batch_.logits_indices[index];
-            if (token == index) continue;
-            std::copy_n(attended_ + token * QUERY_SIZE, QUERY_SIZE, attended_ + index * QUERY_SIZE);
-            std::copy_n(batch_.hidden_states + token * model_.hidden_size, model_.hidden_size,
-                        batch_.hidden_states + index * model_.hidden_size);
+        {
+            for (int64_t index = 0; index < batch_.num_logits; index++) {
+                const int64_t token = batch_.logits_indices[index];
+                if (token == index) continue;
+                if (!adapters_.empty()) adapters_[index] = adapters_[token];
+                std::copy_n(attended_ + token * QUERY_SIZE, QUERY_SIZE, attended_ + index * QUERY_SIZE);
+                std::copy_n(batch_.hidden_states + token * model_.hidden_size, model_.hidden_size,
+                            batch_.hidden_states + index * model_.hidden_size);
+            }
+            if (!adapters_.empty()) group_by_adapter(batch_.num_logits);
         }
     }
 
@@ -220,7 +316,8 @@ class ForwardPass {
 
     // gated = silu(gate) * up.  The panels of up follow those of gate; intermediate_size is a multiple of NR, so that a
     // panel of each makes a pair.
-    void swiglu(const DecoderLayer& layer, int64_t count) {
+    void swiglu(int64_t index, int64_t count) {
+        const DecoderLayer& layer = model_.layers[index];
         const int64_t depth = model_.hidden_size, inner = model_.intermediate_size;
         constexpr int64_t MAX_GROUP = WeightTraits<weight_t>::max_tokens;
         parallel_for_tiles(inner / NR, count, model_.num_threads, [&](int64_t panel, int64_t begin, int64_t end) {
@@ -231,13 +328,32 @@ class ForwardPass {
                                 tokens, sums);
                 for (int64_t row = 0; row < tokens; row++)
                     for (int64_t lane = 0; lane < NR; lane += LANES) {
-                        const float* from = sums + 2 * row * NR + lane;
-                        const f32x8 gate = layer.gate_up.apply_scale_and_bias(load(from), first + lane);
-                        const f32x8 up = layer.gate_up.apply_scale_and_bias(load(from + NR), inner + first + lane);
-                        store(gated_ + (token + row) * inner + first + lane, silu(gate) * up);
+                        float* gate = sums + 2 * row * NR + lane;
+                        store(gate, layer.gate_up.apply_scale_and_bias(load(gate), first + lane));
+                        store(gate + NR, layer.gate_up.apply_scale_and_bias(load(gate + NR), inner + first + lane));
+                    }
+                if (!adapters_.empty()) expand_gate_up(index, token, tokens, first, sums);
+                for (int64_t row = 0; row < tokens; row++)
+                    for (int64_t lane = 0; lane < NR; lane += LANES) {
+                        const float* gate = sums + 2 * row * NR + lane;
+                        store(gated_ + (token + row) * inner + first + lane, silu(load(gate)) * load(gate + NR));
                     }
             });
         });
+    }
+
+    // Add what adapters do to sums (tokens, 2, NR) of gate and up, the outputs from `first` on.
+    void expand_gate_up(int64_t layer, int64_t begin, int64_t tokens, int64_t first, float* sums) {
+        auto group = std::lower_bound(groups_.begin(), groups_.end(), begin,
+                                      [](const LoraGroup& each, int64_t token) { return each.end <= token; });
+        for (; group != groups_.end() && group->begin < begin + tokens; group++) {
+            const int64_t from = std::max(begin, group->begin), to = std::min(begin + tokens, group->end);
+            float* out = sums + 2 * (from - begin) * NR;
+            const LoraLayer& adapter = group->layers[layer];
+            expand_ranks(reduced(from, 0), reduced_stride(), adapter.gate, first, NR, to - from, {out, 2 * NR});
+            expand_ranks(reduced(from, 1), reduced_stride(), adapter.up, first, NR, to - from,
+                         {out + NR, 2 * NR});
+        }
     }
 
     const DecoderModel& model_;
@@ -246,6 +362,11 @@ class ForwardPass {
     std::vector<TokenSegment> segments_;
     float *qkv_, *queries_;
     activation_t *normed_, *attended_, *gated_;
+    // The layers of each token's adapter; empty where no token has one.
+    std::vector<const LoraLayer*> adapters_;
+    std::vector<LoraGroup> groups_;
+    // (tokens, MAX_SHARED_INPUT, adapter_rank) inputs of the `up` weights.
+    std::vector<float> reduced_;
 };
 
 }  // namespace
@@ -286,11 +407,25 @@ extern "C" const int64_t* llmk_layout_decoder_model() {
     return layout;
 }
 
+extern "C" const int64_t* llmk_layout_lora_weights() {
+    typedef LoraWeights<activation_t> T;
+    static const int64_t layout[] = {3, sizeof(T), LLMK_FIELD(T, down), LLMK_FIELD(T, up), LLMK_FIELD(T, rank)};
+    return layout;
+}
+
+extern "C" const int64_t* llmk_layout_lora_layer() {
+    typedef LoraLayer T;
+    static const int64_t layout[] = {7, sizeof(T), LLMK_FIELD(T, q), LLMK_FIELD(T, k), LLMK_FIELD(T, v),
+                                     LLMK_FIELD(T, o), LLMK_FIELD(T, gate), LLMK_FIELD(T, up), LLMK_FIELD(T, down)};
+    return layout;
+}
+
 extern "C" const int64_t* llmk_layout_forward_batch() {
     typedef ForwardBatch T;
-    static const int64_t layout[] = {10, sizeof(T), LLMK_FIELD(T, num_tokens), LLMK_FIELD(T, hidden_states),
+    static const int64_t layout[] = {12, sizeof(T), LLMK_FIELD(T, num_tokens), LLMK_FIELD(T, hidden_states),
                                      LLMK_FIELD(T, cos), LLMK_FIELD(T, sin), LLMK_FIELD(T, slots),
                                      LLMK_FIELD(T, positions), LLMK_FIELD(T, logits_indices),
-                                     LLMK_FIELD(T, num_logits), LLMK_FIELD(T, logits), LLMK_FIELD(T, workspace)};
+                                     LLMK_FIELD(T, num_logits), LLMK_FIELD(T, logits), LLMK_FIELD(T, workspace),
+                                     LLMK_FIELD(T, adapters), LLMK_FIELD(T, adapter_rank)};
     return layout;
 }

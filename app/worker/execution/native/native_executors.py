@@ -9,6 +9,7 @@ from app.ipc.messages import Compiled
 from app.worker.execution.base import AttentionBackend, Executor
 from app.worker.execution.kv_cache import KVCache
 from app.worker.execution.linear_modules import replace_linears
+from app.worker.execution.lora import LoraAdapter
 from app.worker.execution.native.attention import NativeAttentionBackend, common_shape
 from app.worker.execution.native.decoder_weights import DecoderWeights
 from app.worker.execution.native.native_decoder import NativeDecoder, check_supported
@@ -55,6 +56,11 @@ class NativeDecoderExecutor:
             raise RuntimeError("the native decoder is not installed")
         return self._decoder.forward(batch)
 
+    def forget_adapter(self, adapter: LoraAdapter) -> None:
+        """Let go of an adapter's weights."""
+        if self._decoder is not None:
+            self._decoder.forget_adapter(adapter)
+
 
 class NativeAttentionExecutor:
     """Runs another executor with native attention over the KV cache."""
@@ -81,6 +87,10 @@ class NativeAttentionExecutor:
     def forward(self, batch: PackedBatch) -> Tensor:
         """Compute a batch and return the logits of the wanted tokens, (wanted, vocab)."""
         return self._inner.forward(batch)
+
+    def forget_adapter(self, adapter: LoraAdapter) -> None:
+        """Let go of an adapter's weights."""
+        self._inner.forget_adapter(adapter)
 
 
 def pack_native_linears(model: Any) -> int:

@@ -24,6 +24,7 @@ from transformers import (
 
 from app.ipc.messages import Exchange, Submit, TokenEvent
 from app.types import SamplingParams, TokenLogprob
+from app.worker.execution.lora import AdapterSpan, LoraAdapter, LoraHooks
 from app.worker.execution.serial.raw_logits import LastLogits, score_prompt
 from app.worker.loaded_model import LoadedModel
 from app.worker.sampling.grammar import Compilation, Grammars, RowGrammar, apply_grammars
@@ -58,6 +59,8 @@ class SerialRunner:
 
     def __init__(self, loaded: LoadedModel) -> None:
         self._model = loaded
+        self._adapters: dict[str, LoraAdapter] = {}
+        self._lora = LoraHooks(loaded.pipeline.model)
         self._grammars = None if loaded.vocabulary is None else Grammars(loaded.vocabulary, loaded.end_ids)
         self._compilations: dict[int, Compilation] = {}
         """Of the waiting requests that have a grammar."""
@@ -66,7 +69,7 @@ class SerialRunner:
         """The number of each tenant's last turn, the oldest first."""
         self._turn_numbers = count()
         self._pending_events: list[TokenEvent] = []
-        self._running: int | None = None
+        self._running: Submit | None = None
         self._cancelled = False
 
     @property
@@ -88,7 +91,7 @@ class SerialRunner:
     def submit(self, request: Submit) -> None:
         """Take a request; one that the model cannot run gets an error event in the next step."""
         try:
-            check_request(request, self._model)
+            check_request(request, self._model, self._adapters)
         except ValueError as error:
             self._pending_events.append(TokenEvent(request.id, error=str(error), invalid=True))
         else:
@@ -96,9 +99,21 @@ class SerialRunner:
             if request.params.grammar is not None and self._grammars is not None:
                 self._compilations[request.id] = self._grammars.compile(request.params.grammar)
 
+    def add_adapter(self, adapter: LoraAdapter) -> None:
+        """Let requests use an adapter."""
+        self._adapters[adapter.digest] = adapter
+
+    def remove_adapter(self, digest: str) -> None:
+        """End what still uses an adapter, and let go of its weights; of a running request, after its token."""
+        for request in (*self._waiting, *filter(None, [self._running])):
+            if request.adapter == digest:
+                self.cancel(request.id)
+        if (adapter := self._adapters.pop(digest, None)) is not None:
+            self._lora.forget(adapter)
+
     def cancel(self, request_id: int) -> None:
         """End a request: the running one after its current token, a waiting one at once."""
-        if request_id == self._running:
+        if self._running is not None and request_id == self._running.id:
             self._cancelled = True
             return
         for request in self._waiting:
@@ -117,7 +132,7 @@ class SerialRunner:
         if not self._waiting:
             return
         request = self._take_next()
-        self._running, self._cancelled = request.id, False
+        self._running, self._cancelled = request, False
         try:
             exchange([TokenEvent(request.id)])
             exchange([self._generate(request, exchange)])
@@ -146,14 +161,15 @@ class SerialRunner:
             grammar = self._grammar(request, ends)
             reporter = _TokenReporter(request, ends, exchange, lambda: self._cancelled, grammar)
             torch.manual_seed(_seed(request.params))
-            if request.params.prompt_logprobs is not None:
-                self._score(request, exchange)
-            if not self._cancelled and not request.params.max_tokens:
-                return TokenEvent(request.id, finish="length")
-            if not self._cancelled:
-                reads = request.params.logprobs is not None
-                with reporter.logits.of(self._model.pipeline.model) if reads else nullcontext():
-                    self._forward(request, reporter, grammar)
+            with self._lora.applied(self._spans(request)):
+                if request.params.prompt_logprobs is not None:
+                    self._score(request, exchange)
+                if not self._cancelled and not request.params.max_tokens:
+                    return TokenEvent(request.id, finish="length")
+                if not self._cancelled:
+                    reads = request.params.logprobs is not None
+                    with reporter.logits.of(self._model.pipeline.model) if reads else nullcontext():
+                        self._forward(request, reporter, grammar)
         except torch.AcceleratorError:
             raise
         except NoTokenError:
@@ -166,6 +182,10 @@ class SerialRunner:
             log.exception("a request failed")
             return TokenEvent(request.id, error=failure_reason(error))
         return reporter.last_event()
+
+    def _spans(self, request: Submit) -> list[AdapterSpan]:
+        """Return the adapter of all the request's tokens, if it has one."""
+        return [] if request.adapter is None else [AdapterSpan(0, 0, self._adapters[request.adapter])]
 
     def _score(self, request: Submit, exchange: Exchange) -> None:
         """Send the log-probabilities of the prompt, until it is cancelled.

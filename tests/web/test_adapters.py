@@ -1,0 +1,192 @@
+"""Adapters through the routes: who may load one, how requests name one, and what the lists say."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+from msgspec import structs
+
+from app.engine.adapter_source import AdapterFiles
+from app.engine.base import Capabilities
+from app.events import Event
+from app.ipc.messages import AdapterLoaded
+from app.requests import GenerationRequest
+from app.types import Rights
+from tests.unit.engine.test_adapter_source import make_adapter
+from tests.web.harness import BATCH, BODIES, OPENAI_BODIES, RESPONSE_BODIES, OneKey, RecordingEngine, Web, make_web
+
+RIGHT = {**BODIES, "/v1/generate/batch": BATCH, **OPENAI_BODIES, **RESPONSE_BODIES}
+every_route = pytest.mark.parametrize("path", RIGHT)
+
+
+class AdaptedEngine(RecordingEngine):
+    """Takes any adapter, whose digest is the name of its folder, and echoes as without one."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(model, capabilities=Capabilities(adapters=True))
+        self.unloaded: list[str] = []
+        self.named: list[tuple[str | None, str | None]] = []
+        """Name and digest of the adapter of each request."""
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        self.named.append((request.adapter, request.adapter_digest))
+        async with aclosing(super().stream(structs.replace(request, adapter=None))) as events:
+            async for event in events:
+                yield event
+
+    async def load_adapter(self, files: AdapterFiles, max_rank: int) -> AdapterLoaded:
+        return AdapterLoaded(1, files.folder, 4, 1000, "someone/base")
+
+    def unload_adapter(self, digest: str) -> None:
+        self.unloaded.append(digest)
+
+
+@pytest.fixture
+def engine() -> AdaptedEngine:
+    return AdaptedEngine("base")
+
+
+@pytest.fixture
+async def web(engine: AdaptedEngine, tmp_path: Any) -> Web:
+    make_adapter(tmp_path / "team" / "a")
+    return await make_web(
+        engines={"base": engine, "plain": RecordingEngine("plain")}, adapters={"roots": [str(tmp_path)]}
+    )
+
+
+async def load(web: Web, **fields: Any) -> Any:
+    async with web.client() as client:
+        return await client.post("/v1/adapters/load", json={"adapter_name": "mine", "source": "team/a", **fields})
+
+
+async def test_a_loaded_adapter_is_listed_under_its_model(web: Web, tmp_path: Any):
+    """With vLLM's `parent` and `root`; nobody is told where the roots are."""
+    reply = await load(web)
+    async with web.client() as client:
+        listed = (await client.get("/v1/models")).json()["data"]
+        card = (await client.get("/v1/models/mine")).json()
+
+    expected = {"adapter_name": "mine", "state": "loaded", "model": "base", "source": "team/a", "digest": "team/a"}
+    assert (200, {**expected, "rank": 4, "parameters": 1000, "trained_on": "someone/base"}) == (
+        reply.status_code,
+        reply.json(),
+    )
+    assert [("base", None), ("plain", None), ("mine", "base")] == [(each["id"], each["parent"]) for each in listed]
+    assert card == listed[-1]
+    assert (card["root"], card["max_model_len"]) == ("team/a", listed[0]["max_model_len"])
+    assert str(tmp_path) not in str(listed)
+
+
+@every_route
+async def test_a_request_names_an_adapter_as_its_model(web: Web, engine: AdaptedEngine, path: str):
+    """On each route; the response names it, too."""
+    await load(web)
+    async with web.client() as client:
+        reply = await client.post(path, json={**RIGHT[path], "model": "mine"})
+
+    assert reply.status_code == 200, reply.text
+    body = reply.json()
+    assert (body["results"][0] if "results" in body else body)["model"] == "mine"
+    assert engine.named == [("mine", "team/a")]
+
+
+@pytest.mark.parametrize("path", [*BODIES, "/v1/generate/batch"])
+async def test_native_routes_have_a_field_for_it(web: Web, engine: AdaptedEngine, path: str):
+    await load(web)
+    async with web.client() as client:
+        for fields in ({}, {"model": "base"}):
+            reply = await client.post(path, json={**RIGHT[path], **fields, "adapter": "mine", "cache": False})
+            assert reply.status_code == 200
+        other = await client.post(path, json={**RIGHT[path], "adapter": "mine", "model": "plain"})
+        missing = await client.post(path, json={**RIGHT[path], "adapter": "theirs"})
+
+    assert engine.named == [("mine", "team/a")] * 2
+    failures = [reply.json().get("results", [reply.json()])[0] for reply in (other, missing)]
+    assert "another model" in str(failures[0])
+    assert "not loaded" in str(failures[1])
+
+
+async def test_the_model_and_its_adapters_share_no_cached_response(web: Web, engine: AdaptedEngine, tmp_path: Any):
+    """Nor do two adapters that have one name after the other."""
+    make_adapter(tmp_path / "b")
+    await load(web)
+    async with web.client() as client:
+
+        async def cached(model: str) -> bool:
+            body = {"prompt": "hello", "temperature": 0, "model": model}
+            return bool((await client.post("/v1/generate", json=body)).json()["cached"])
+
+        assert [False, False, True, True] == [await cached(model) for model in ("base", "mine", "base", "mine")]
+        gone = await client.post("/v1/adapters/unload", json={"adapter_name": "mine"})
+        assert (200, "unloaded") == (gone.status_code, gone.json()["state"])
+        await load(web, source="b")
+        assert [False, True] == [await cached("mine"), await cached("mine")]
+    assert ["team/a"] == engine.unloaded
+
+
+async def test_only_keys_that_may_load_models_load_and_unload_adapters(web: Web, engine: AdaptedEngine):
+    keys = web.container.keys
+    assert isinstance(keys, OneKey)
+    keys.rights = Rights(load_models=False, manage_keys=True)
+    refused = await load(web)
+    keys.rights = Rights(load_models=True)
+    taken = await load(web)
+    keys.rights = Rights()
+    async with web.client() as client:
+        unchanged = await client.post("/v1/adapters/unload", json={"adapter_name": "mine"})
+
+    assert [403, 200, 403] == [reply.status_code for reply in (refused, taken, unchanged)]
+    assert refused.json()["error"] == "forbidden"
+    assert not engine.unloaded
+
+
+async def test_a_role_for_some_models_uses_an_adapter_only_if_it_names_it(web: Web):
+    """The right to its base model is not enough: an adapter may be another customer's."""
+    await load(web)
+    keys = web.container.keys
+    assert isinstance(keys, OneKey)
+    statuses = []
+    for models in (("base",), ("mine",), ("base", "mine")):
+        keys.rights = Rights(models=models)
+        async with web.client() as client:
+            for fields in ({"model": "mine"}, {"adapter": "mine"}, {"model": "base"}):
+                statuses.append((await client.post("/v1/generate", json={"prompt": "a", **fields})).status_code)
+
+    assert statuses == [403, 403, 200, 200, 200, 403, 200, 200, 200]
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "words"),
+    [
+        ({"source": "../team/a"}, 400, "must not hold"),
+        ({"source": "/etc"}, 400, "below adapters.roots"),
+        ({"model": "plain"}, 400, "takes no adapters"),
+        ({"model": "absent"}, 404, "not loaded"),
+        ({"adapter_name": "plain"}, 409, "has this name"),
+        ({"adapter_name": "a b"}, 400, "adapter_name"),
+        ({"adapter_name": "../x"}, 400, "adapter_name"),
+        ({"scale": 2}, 400, "scale"),
+    ],
+)
+async def test_a_load_that_cannot_be_says_why(web: Web, fields: dict[str, Any], status: int, words: str):
+    reply = await load(web, **fields)
+
+    assert status == reply.status_code
+    assert words in reply.text
+
+
+async def test_texts_are_not_embedded_with_an_adapter(web: Web):
+    await load(web)
+    async with web.client() as client:
+        reply = await client.post("/v1/embeddings", json={"input": "hello", "model": "mine"})
+
+    assert reply.status_code == 400
+    assert "names an adapter" in reply.text
+
+
+async def test_an_adapter_that_is_not_loaded_cannot_be_unloaded(web: Web):
+    async with web.client() as client:
+        reply = await client.post("/v1/adapters/unload", json={"adapter_name": "mine"})
+
+    assert (404, "not_found") == (reply.status_code, reply.json()["error"])
