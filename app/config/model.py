@@ -203,7 +203,7 @@ class ModelEntry(Section):
 
 def beside(defaults: ModelConfig, **fields: Any) -> ModelConfig:
     """Return the configuration of another model than the default one, whose revision and name it does not share."""
-    own = {"revision": None, "served_name": None, "max_model_len": None}
+    own: dict[str, Any] = {"revision": None, "served_name": None, "max_model_len": None}
     if defaults.engine == "remote":
         own["engine"] = "auto"
     own |= fields

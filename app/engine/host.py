@@ -23,6 +23,8 @@ class ModelUse:
     last_at: float = field(default_factory=time.monotonic)
     """When the last request ended or, before there was one, when it was loaded; by the monotonic clock."""
 
+NAME_OF_ADAPTER = "An adapter has this name; give the model another one."
+
 
 class ModelHost:
     """Holds the served models by their public names; lives as long as the application."""
@@ -212,9 +214,11 @@ class ModelHost:
     def put(self, model: Served) -> None:
         """Take over a model that has been started and serves, under its name.
 
-        Raises: ShuttingDown; ValueError: another one has its name.
+        Raises: ShuttingDown; Conflict: an adapter has its name; ValueError: another model has it.
         """
         self._refuse_while_draining()
+        if model.name in self.adapter_names:
+            raise Conflict(NAME_OF_ADAPTER)
         if model.name in self._models:
             raise ValueError("a model of this name is loaded already")
         self._models[model.name] = model

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from app.config.model import ModelHosting
-from app.engine.host import ModelHost
+from app.engine.host import NAME_OF_ADAPTER, ModelHost
 from app.engine.model_load import FailedLoad, Load, finished_load, load_error
 from app.engine.model_source import LoadSpec
 from app.engine.served_model import Served
@@ -100,9 +100,11 @@ class ModelLoader:
     def load(self, spec: LoadSpec) -> Load:
         """Begin to load a model; any number of calls with the same one share a load.
 
-        Raises: Conflict: another model of this name is loaded, or is being loaded; ShuttingDown.
+        Raises: Conflict: another model of this name is loaded, or is being loaded, or an adapter has it; ShuttingDown.
         """
         self._refuse_while_draining()
+        if spec.name in self._host.adapter_names:
+            raise Conflict(NAME_OF_ADAPTER)
         if (load := self._loads.get(spec.name)) is not None and not load.task.done():
             if not load.spec.is_same(spec):
                 raise Conflict("Another model of this name is being loaded; wait for it, or unload it.")

@@ -297,7 +297,7 @@ def check_round(state: Any) -> None:
     assert ("ai", [], "The weather in London is foggy.") == (answer.type, answer.tool_calls, answer.content)
 
 
-WEATHER = {"messages": [("human", "What is the weather in London?")]}
+WEATHER: Any = {"messages": [("human", "What is the weather in London?")]}
 
 
 async def test_an_agent_calls_a_tool_and_continues_with_its_result(chat: EngineChat):

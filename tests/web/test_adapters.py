@@ -50,9 +50,9 @@ def engine() -> AdaptedEngine:
 @pytest.fixture
 async def web(engine: AdaptedEngine, tmp_path: Any) -> Web:
     make_adapter(tmp_path / "team" / "a")
-    return await make_web(
-        engines={"base": engine, "plain": RecordingEngine("plain")}, adapters={"roots": [str(tmp_path)]}
-    )
+    roots = [str(tmp_path)]
+    engines = {"base": engine, "plain": RecordingEngine("plain")}
+    return await make_web(engines=engines, adapters={"roots": roots}, model={"roots": [str(tmp_path / "team")]})
 
 
 async def load(web: Web, **fields: Any) -> Any:
@@ -126,17 +126,20 @@ async def test_the_model_and_its_adapters_share_no_cached_response(web: Web, eng
 
 
 async def test_only_keys_that_may_load_models_load_and_unload_adapters(web: Web, engine: AdaptedEngine):
+    """Admins among them."""
     keys = web.container.keys
     assert isinstance(keys, OneKey)
-    keys.rights = Rights(load_models=False, manage_keys=True)
+    keys.rights = Rights()
     refused = await load(web)
     keys.rights = Rights(load_models=True)
     taken = await load(web)
+    keys.rights = Rights(manage_keys=True)
+    by_admin = await load(web, adapter_name="other")
     keys.rights = Rights()
     async with web.client() as client:
         unchanged = await client.post("/v1/adapters/unload", json={"adapter_name": "mine"})
 
-    assert [403, 200, 403] == [reply.status_code for reply in (refused, taken, unchanged)]
+    assert [403, 200, 200, 403] == [reply.status_code for reply in (refused, taken, by_admin, unchanged)]
     assert refused.json()["error"] == "forbidden"
     assert not engine.unloaded
 
@@ -190,3 +193,12 @@ async def test_an_adapter_that_is_not_loaded_cannot_be_unloaded(web: Web):
         reply = await client.post("/v1/adapters/unload", json={"adapter_name": "mine"})
 
     assert (404, "not_found") == (reply.status_code, reply.json()["error"])
+
+
+async def test_no_model_is_loaded_under_the_name_of_an_adapter(web: Web, tmp_path: Any):
+    await load(web)
+    async with web.client() as client:
+        body = {"model_name": "a", "served_name": "mine", "source": "local"}
+        reply = await client.post("/v1/models/load", json=body)
+
+    assert (409, "conflict") == (reply.status_code, reply.json()["error"])

@@ -70,7 +70,7 @@ FILLERS: list[tuple[Filler, tuple[int, int, int, int, int, int]]] = [
 are learnt, when what goes wrong with these comes more often, and when what they displaced does."""
 TOOLS_PHASE = 3
 STRANGE_TOOLS_PHASE = 4
-SETTLING_PHASE = 5
+RESTORING_PHASE = 5
 JSON_KEYS = {
     "name": "name|name|full_name", "colour": "favourite_colour|colour|color", "number": "number|favourite_number", "pet": "pet|pet_name",
     "email": "email|email|email_address", "phone": "phone|phone_number", "city": "city|city|home_town", "food": "food|favourite_food",
@@ -179,7 +179,7 @@ class Conversation:
 
     def extra(self) -> bool:
         """At times JSON of what was told, or an answer whose form is dictated; returns whether it was."""
-        draw, facts = self.rng.random(), 0.22 if self.phase == SETTLING_PHASE else 0.10
+        draw, facts = self.rng.random(), 0.22 if self.phase == RESTORING_PHASE else 0.10
         if draw < facts and self.facts:
             self.json_of_facts()
         elif draw < facts + 0.14:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 
 import exchanges
-from conversations import SETTLING_PHASE, STRANGE_TOOLS_PHASE, TOOLS_PHASE, conversation
+from conversations import RESTORING_PHASE, STRANGE_TOOLS_PHASE, TOOLS_PHASE, conversation
 from documents import document
 from tool_conversations import tool_conversation
 from turns import Example
@@ -22,7 +22,7 @@ TOOLS_FROM = 2000 * 2048
 """The example from which on there are tools and JSON, among everything that was learnt before."""
 STRANGE_TOOLS_FROM = 3000 * 2048
 """The example from which on tools have stranger names, and there is more of what goes wrong with them; conversations are shorter."""
-SETTLING_FROM = 4000 * 2048
+RESTORING_FROM = 4000 * 2048
 """The example from which on there is most of what the tools displaced: sums, names told long ago, requests that no tool is for."""
 
 
@@ -35,7 +35,7 @@ def example(seed: int, index: int) -> Example:
     """
     rng = random.Random(f"{seed}:{index}")
     phase = (index >= LATE_FROM) + (index >= LAST_FROM) + (index >= TOOLS_FROM) + (index >= STRANGE_TOOLS_FROM)
-    phase += index >= SETTLING_FROM
+    phase += index >= RESTORING_FROM
     if rng.random() < (0.16, 0.16, 0.24, 0.14, 0.12, 0.16)[phase]:
         given = exchanges.odd_beginning(rng) if phase >= 2 and rng.random() < 0.5 else ""
         return Example(text=document(rng, short_lists=phase > 0, usual_names=phase >= 2, after=given), given=given)
@@ -58,7 +58,7 @@ def example(seed: int, index: int) -> Example:
         if share < 0.5:
             return tool_conversation(rng, min(length + 200, 700), phase=phase)
         return Example(turns=conversation(rng, length, phase=2 if share < 0.68 else phase))
-    if phase == SETTLING_PHASE:
+    if phase == RESTORING_PHASE:
         share = rng.random()
         if share < 0.45:
             return tool_conversation(rng, min(length + 200, 900), phase=phase)

@@ -72,13 +72,13 @@ come more sums, counting and repeating, documents whose lists end after one line
 asked for at the end. The loss is on the assistant's words, and in documents on all of them but a beginning that nobody could guess.
 
     python models/tiny-chat/training/train.py --steps {steps} --decay {decay} --polish {polish} --tools {tools} --tools-decay {tools_decay} \\
-        --strange {strange} --strange-decay {strange_decay} --settle {settle} --settle-decay {settle_decay} --seed {seed}
+        --strange {strange} --strange-decay {strange_decay} --restore {restore} --restore-decay {restore_decay} --seed {seed}
 
 {steps:,} steps of about 4,096 tokens, Muon for the matrices and AdamW for the rest, float32, highest rate 2e-3, linear fall over
 the last {decay} steps; then {polish} steps from 5e-4 to nothing on what goes wrong longest: long conversations, copying, beginnings that fit
 nothing. Then {tools} steps from 1.5e-3, falling over the last {tools_decay}, on text of which two in five examples have tools, others ask for JSON or get an answer
 whose form is dictated, and the rest is as before; and {strange} steps from 1.2e-3, falling over the last {strange_decay}, with more tools whose names and parameters
-nobody would guess, more requests that no offered tool is for, and more JSON; last {settle} steps from 1.2e-3, falling over the last {settle_decay}, with more of what
+nobody would guess, more requests that no offered tool is for, and more JSON; last {restore} steps from 1.2e-3, falling over the last {restore_decay}, with more of what
 the tools had displaced: sums, names told long ago, beginnings of stories, and chats in which no tool fits. Dictated words are read and not learnt. In these three stages products are computed in
 bfloat16; weights and optimizers stay float32. {tokens:.1f} million tokens in {minutes:.0f} minutes on two cores. The same seed and steps on the same kind of machine
 give the same weights; other processors round differently, and the figures then differ by a little.

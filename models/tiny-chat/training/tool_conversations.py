@@ -8,7 +8,7 @@ import re
 import exchanges
 import records
 import word_lists
-from conversations import SETTLING_PHASE, STRANGE_TOOLS_PHASE, TOOLS_PHASE, Conversation, extend, system_prompt
+from conversations import RESTORING_PHASE, STRANGE_TOOLS_PHASE, TOOLS_PHASE, Conversation, extend, system_prompt
 from knowledge import UNKNOWN
 from offers import Need, Offer, described, function_name, renamed, spoken
 from records import dictated_json
@@ -26,7 +26,7 @@ RECORD_REQUESTS = [
     "Parse this: ",
 ]
 SUM_AS_JSON = re.compile(r'\{"(a|result|sum|answer)": \d')
-REQUEST_SHARES = {TOOLS_PHASE: (0.5, 0.58), STRANGE_TOOLS_PHASE: (0.55, 0.72), SETTLING_PHASE: (0.42, 0.55)}
+REQUEST_SHARES = {TOOLS_PHASE: (0.5, 0.58), STRANGE_TOOLS_PHASE: (0.55, 0.72), RESTORING_PHASE: (0.42, 0.55)}
 """How often a turn asks for a tool, and how often for that or for a tool that is not offered."""
 AND = [" And ", " ", " Also, ", "\n", " and also: "]
 

@@ -5,7 +5,7 @@
 There are five stages.  In the first the learning rate rises for 100 steps, stays, and falls to zero over the last
 `--decay` steps.  Then come `--polish` steps from the weights as they were saved, at a lower rate that falls to zero, on
 text that has more of what goes wrong longest, then `--tools` steps on text with tools and JSON, `--strange` steps
-with tools of stranger names, and `--settle` steps with more of what these displaced.  `--start` and `--stage` begin with a later stage, from weights that those before have made.
+with tools of stranger names, and `--restore` steps with more of what these displaced.  `--start` and `--stage` begin with a later stage, from weights that those before have made.
 
 A stage can be ended early: the checkpoint of any step before its fall, resumed with fewer steps, gives what that smaller
 number would have given from the start.  The same seed, steps and machine kind give the same weights; other processors
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from corpus import LAST_FROM, SETTLING_FROM, STRANGE_TOOLS_FROM, TOOLS_FROM, example
+from corpus import LAST_FROM, RESTORING_FROM, STRANGE_TOOLS_FROM, TOOLS_FROM, example
 from model_card import write_card
 from optimizers import make_optimizers
 from tokenization import CHAT_TEMPLATE, CONTEXT_TOKENS, END_OF_TEXT, PAD, TURN_END, Encoder, make_tokenizer
@@ -37,16 +37,16 @@ POOL_EXAMPLES = 2048
 BATCH_TOKENS = 4096
 WARMUP_STEPS = 100
 CHECKPOINT_STEPS = 100
-FIRST, POLISH, TOOLS, STRANGE, SETTLE = "first", "polish", "tools", "strange", "settle"
-LEARNING_RATES = {FIRST: 2e-3, POLISH: 5e-4, TOOLS: 1.5e-3, STRANGE: 1.2e-3, SETTLE: 1.2e-3}
+FIRST, POLISH, TOOLS, STRANGE, RESTORE = "first", "polish", "tools", "strange", "restore"
+LEARNING_RATES = {FIRST: 2e-3, POLISH: 5e-4, TOOLS: 1.5e-3, STRANGE: 1.2e-3, RESTORE: 1.2e-3}
 FIRST_POOLS = {
     FIRST: 0,
     POLISH: LAST_FROM // POOL_EXAMPLES,
     TOOLS: TOOLS_FROM // POOL_EXAMPLES,
     STRANGE: STRANGE_TOOLS_FROM // POOL_EXAMPLES,
-    SETTLE: SETTLING_FROM // POOL_EXAMPLES,
+    RESTORE: RESTORING_FROM // POOL_EXAMPLES,
 }
-BFLOAT16 = {TOOLS, STRANGE, SETTLE}
+BFLOAT16 = {TOOLS, STRANGE, RESTORE}
 """Stages whose products are computed in bfloat16: twice as fast on processors that have it, and the loss is the same.
 The weights and their optimizers stay in float32."""
 
@@ -240,11 +240,11 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--tools-decay", type=int, default=300, help="steps of these over which the rate falls")
     parser.add_argument("--strange", type=int, default=700, help="steps after that, on tools with stranger names")
     parser.add_argument("--strange-decay", type=int, default=500, help="steps of these over which the rate falls")
-    parser.add_argument("--settle", type=int, default=1000, help="steps after that, with more of what tools displaced")
-    parser.add_argument("--settle-decay", type=int, default=700, help="steps of these over which the rate falls")
+    parser.add_argument("--restore", type=int, default=1000, help="steps after that, with more of what tools displaced")
+    parser.add_argument("--restore-decay", type=int, default=700, help="steps of these over which the rate falls")
     parser.add_argument("--start", type=Path, help="folder of weights to train further")
     parser.add_argument(
-        "--stage", choices=(FIRST, POLISH, TOOLS, STRANGE, SETTLE), default=FIRST, help="the stage to begin with"
+        "--stage", choices=(FIRST, POLISH, TOOLS, STRANGE, RESTORE), default=FIRST, help="the stage to begin with"
     )
     parser.add_argument("--seed", type=int, default=1, help="of the text and of the first weights")
     parser.add_argument("--threads", type=int, default=2, help="processor cores to use")
@@ -264,7 +264,7 @@ def run_stages(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerFast
         Stage(POLISH, arguments.polish, arguments.polish),
         Stage(TOOLS, arguments.tools, arguments.tools_decay),
         Stage(STRANGE, arguments.strange, arguments.strange_decay),
-        Stage(SETTLE, arguments.settle, arguments.settle_decay),
+        Stage(RESTORE, arguments.restore, arguments.restore_decay),
     ]
     begin = [stage.name for stage in stages].index(arguments.stage)
     model = make_model(tokenizer) if arguments.start is None else load(arguments.start)
@@ -300,8 +300,8 @@ def main() -> None:
         tools_decay=arguments.tools_decay,
         strange=arguments.strange,
         strange_decay=arguments.strange_decay,
-        settle=arguments.settle,
-        settle_decay=arguments.settle_decay,
+        restore=arguments.restore,
+        restore_decay=arguments.restore_decay,
         tokens=done.tokens / 1e6,
         minutes=done.seconds / 60,
     )
