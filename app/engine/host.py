@@ -23,6 +23,7 @@ class ModelUse:
     last_at: float = field(default_factory=time.monotonic)
     """When the last request ended or, before there was one, when it was loaded; by the monotonic clock."""
 
+
 NAME_OF_ADAPTER = "An adapter has this name; give the model another one."
 
 
@@ -88,7 +89,8 @@ class ModelHost:
 
         Raises: ModelNotFound: it is not loaded.
         """
-        return self.find_generating(None)
+        # Whoever asks how it is does not have it loaded.
+        return _generating(self.find(None))
 
     @property
     def models(self) -> tuple[Served, ...]:
@@ -144,9 +146,7 @@ class ModelHost:
             loaded.
         """
         found = self._find_wanted(self._base_of(model), allowed)
-        if isinstance(found, ServedEncoder):
-            raise InvalidRequest.of_field("model", "names a model that only embeds texts; send it to /v1/embeddings")
-        return found
+        return _generating(found)
 
     def find_embedding(
         self, model: str | None, *, allowed: Collection[str] | None = None
@@ -388,6 +388,13 @@ class ModelHost:
         except TimeoutError:
             return False
         return not leased()
+
+
+def _generating(model: Served) -> ServedModel:
+    """Raises: InvalidRequest: it only embeds."""
+    if isinstance(model, ServedEncoder):
+        raise InvalidRequest.of_field("model", "names a model that only embeds texts; send it to /v1/embeddings")
+    return model
 
 
 def _missing(names: Collection[str]) -> str:

@@ -97,11 +97,8 @@ async def test_ten_loads_of_one_model_are_one_process_and_delay_nobody(client: h
     assert {(200, "ready")} == {(reply.status_code, reply.json()["state"]) for reply in replies}
     assert "done" == events[-1][0]
     stages = [data["stage"] for name, data in events if name == "progress"]
-    assert (
-        {"process", "weights"}
-        <= {*stages}
-        <= {*("waiting", "process", "files", "tokenizer", "weights", "first token", "ready")}
-    )
+    # A stage that is over before anybody looks is not told.
+    assert {"process"} <= {*stages} <= {"waiting", "process", "files", "tokenizer", "weights", "first token", "ready"}
     assert 200 == (await generate(client, "one")).status_code
     # The other one, if there is one, is the spare that waits for a worker to die.
     assert 1 <= len(workers() - before) <= 2
@@ -114,6 +111,7 @@ async def test_a_model_is_replaced_without_a_failed_request(client: httpx.AsyncC
     async def send() -> None:
         while not stop.is_set():
             statuses.append((await generate(client, "one", max_tokens=5)).status_code)
+            await asyncio.sleep(0.02)  # the new worker starts on the same processor
 
     sending = [asyncio.create_task(send()) for _ in range(3)]
     body = {"model_name": "two", "source": "local", "served_name": "one", "replace": True}

@@ -24,7 +24,8 @@ REASONS = re.compile(
             "needs include_usage",
             "tool_call_id belongs to a message of the role tool, and to no other",
             "the last message must be the user's",
-            "messages must end with the user's in a session",
+            "messages must end with the user's (or a tool's )?in a session",
+            "names a model that takes no adapters",
             "n must be 1 in a session",
             "min_tokens is more than max_tokens",
             # The model, and the configured limits.

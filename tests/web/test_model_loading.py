@@ -250,3 +250,12 @@ async def test_a_model_that_is_loaded_at_run_time_is_a_label_of_the_metrics(root
         metrics = (await client.get("/metrics")).text
 
     assert 'prompt_tokens_total{model="third"}' in metrics
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/readyz", "/status", "/info", "/metrics", "/v1/models"])
+async def test_a_probe_or_a_list_loads_no_model(roots: Path, path: str):
+    """A model that waits for its first use waits on."""
+    async with service(roots, preload=False, required=False, first_use="refuse") as (app, client):
+        await client.get(path)
+
+        assert ({}, ()) == (app.container.loader.loads, app.container.host.names)

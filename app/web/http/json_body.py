@@ -153,7 +153,11 @@ async def _read(request: Request) -> bytes:
 
     Raises: ClientDisconnect: the client hung up while it sent it.
     """
-    return b"".join([part async for part in received(request)])
+    parts, more = [], True
+    while more:
+        part, more = await _next_part(request)
+        parts.append(part)
+    return b"".join(parts)
 
 
 async def received(request: Request) -> AsyncIterator[bytes]:
@@ -161,13 +165,18 @@ async def received(request: Request) -> AsyncIterator[bytes]:
 
     Raises: ClientDisconnect: the client hung up while it sent it.
     """
-    while True:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        yield message.get("body", b"")
-        if not message.get("more_body", False):
-            return
+    more = True
+    while more:
+        part, more = await _next_part(request)
+        yield part
+
+
+async def _next_part(request: Request) -> tuple[bytes, bool]:
+    """Return the next bytes of the body, and whether more follow.  Raises: ClientDisconnect."""
+    message = await request.receive()
+    if message["type"] == "http.disconnect":
+        raise ClientDisconnect
+    return message.get("body", b""), message.get("more_body", False)
 
 
 async def _decoded(request: Request) -> ParsedRequest:

@@ -98,7 +98,7 @@ def load(
     sample_ids = _sample_ids(tokenizer, vocab_size, context_length)
     parameters = sum(weight.numel() for weight in model.parameters())
     linears = linear_shapes(model)
-    logprob_shift = _quantize(model, sample_ids, device, spec) if spec.quantization == "int8" else None
+    logprob_shift = _quantize(model, sample_ids, spec) if spec.quantization == "int8" else None
     settings = read_generation_settings(folder, model, tokenizer, vocab_size)
     # The model's own sampling defaults would fill in whatever a request leaves open.
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
@@ -294,10 +294,8 @@ def choose_dtype(spec: ModelSpec, device: str, config: Any) -> torch.dtype | str
     return "auto" if checkpoint_dtype == torch.bfloat16 and cpu_has_bfloat16() and not native_int8 else torch.float32
 
 
-def _quantize(model: Any, sample_ids: list[int], device: str, spec: ModelSpec) -> float:
+def _quantize(model: Any, sample_ids: list[int], spec: ModelSpec) -> float:
     """Quantize to int8 and return by how much that changes log-probabilities."""
-    if device != "cpu":
-        raise UnsupportedError(f"int8 is for processors and not for {device}; choose dtype bfloat16 or float16 there")
     quantize = round_to_int8 if _has_native_int8(model, spec) else int8_linear
     try:
         return round(quantize_linears(model, torch.tensor([sample_ids]), quantize), 4)

@@ -37,6 +37,8 @@ def check_quantization(saved: Any, setting: str, device: str) -> None:
         if setting != "none":
             raise UnsupportedError(f"its weights are quantized already, so that {setting} is not possible")
         check_method(_method(saved), device)
+    elif setting == "int8" and device != "cpu":
+        raise UnsupportedError(f"int8 is for processors and not for {device}; choose dtype bfloat16 or float16 there")
     elif setting in BITSANDBYTES:
         check_method("bitsandbytes", device)
 

@@ -41,6 +41,12 @@ def sha256sum(folder: Path) -> bytes:
     return subprocess.run([program, *names], cwd=folder, capture_output=True, check=True).stdout
 
 
+def download_processes() -> list[psutil.Process]:
+    """Return the children that download; others may be left of other tests."""
+    children = [each for each in psutil.Process().children() if each.status() != psutil.STATUS_ZOMBIE]
+    return [each for each in children if "app.registry.download_process" in each.cmdline()]
+
+
 async def beginning(fetching: asyncio.Task[object], registry: Registry) -> None:
     """Wait until a download has requested the weights."""
     while not downloads(registry):  # another process' work
@@ -211,7 +217,7 @@ async def test_a_download_that_is_cancelled_leaves_no_process_and_no_file(
     with pytest.raises(asyncio.CancelledError):
         await fetching
 
-    assert [] == [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    assert [] == download_processes()
     assert set() == stored(tmp_path / "registry")
 
 
@@ -270,7 +276,7 @@ async def test_credentials_reach_the_download_by_environment_only(
 
     fetching = asyncio.create_task(store.fetch(VERSION))
     await beginning(fetching, registry)
-    [child] = psutil.Process().children()
+    [child] = download_processes()
     command, environment = child.cmdline(), child.environ()
     folder, _ = await fetching
 
@@ -285,7 +291,7 @@ async def test_a_download_that_dies_is_a_failure(registry: Registry, store: Mode
     _slowly(registry)
     fetching = asyncio.create_task(store.fetch(VERSION))
     await beginning(fetching, registry)
-    [child] = psutil.Process().children()
+    [child] = download_processes()
     child.kill()
 
     with pytest.raises(RegistryUnavailable, match="ended too early"):

@@ -244,7 +244,7 @@ def test_other_layers_are_left_to_torch(
         ("llama_forward.cpp", "* factor *", "*", torch.float32),
         ("llama_forward.cpp", "first * cos[left] -", "0.0f / 0.0f -", torch.float32),
         ("llama_forward.cpp", "linear<true>(x", "linear<false>(x", torch.float32),
-        ("llama_forward.cpp", "silu(gate) * up)", "gate * up)", torch.float32),
+        ("llama_forward.cpp", "silu(load(gate)) * load", "load(gate) * load", torch.float32),
         ("gemm_packed.h", "right * factor;", "right;", torch.float32),
         ("attention_decode.h", "scale * load(q + at)", "load(q + at)", torch.bfloat16),
         ("bf16.h", "pairs[panel], factor);", "pairs[panel], factor << 16);", torch.bfloat16),
