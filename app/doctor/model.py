@@ -25,7 +25,7 @@ def examine_model(settings: Settings) -> Iterator[Finding]:
     else:
         yield from _files(settings, "model.name", model)
     for number, entry in enumerate(settings.models):
-        if (entry.engine or model.engine) != "echo":
+        if entry.config(model).engine not in ("echo", "remote"):
             yield from _files(settings, f"models.{number}.name", entry)
     embeddings = settings.embeddings
     if embeddings.model and embeddings.source == "local":
