@@ -28,7 +28,7 @@ def read_template(
     Raises: ConfigError: the file is missing, not UTF-8, empty, or names a variable that is not known.
     """
     own = folder / model.replace("/", "--") / f"{name}.txt"
-    path = own if model and own.is_file() else folder / f"{name}.txt"
+    path = own if model and _is_file(own) else folder / f"{name}.txt"
     if default is not None and not path.exists():
         return default
     try:
@@ -44,6 +44,13 @@ def read_template(
         known = ", ".join(sorted(variables))
         raise ConfigError(f"prompt {path}: unknown variable {', '.join(unknown)}; known: {known}")
     return template
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a model's name may be longer than that of a file
+        return False
 
 
 def _fields(template: str) -> Iterator[str]:

@@ -201,3 +201,9 @@ async def test_braces_in_a_users_text_are_data(text: str) -> None:
         await encoded(engine, Message(Role.SYSTEM, "{echo}"), user),
         await encoded(engine, Message(Role.SYSTEM, text), user),
     ] == engine.prompts
+
+
+def test_a_model_whose_name_is_too_long_for_a_folder_has_the_usual_prompt():
+    usual = read_template(PROMPTS, "completion", COMPLETION_VARIABLES)
+
+    assert usual == read_template(PROMPTS, "completion", COMPLETION_VARIABLES, model="a" * 300)
