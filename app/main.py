@@ -5,7 +5,7 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -86,22 +86,9 @@ def create_app(
     access = _access(settings, filters, metrics)
     registered = registered_models(settings, specs.values())
     builder = ModelBuilder(settings, filters, metrics, access, registered.fetch if registered else fetch)
-    host = ModelHost(
-        partial(builder.configured, specs=specs, engines=engines, encoders=encoders),
-        default=names[0],
-        adapters=AdapterRegistry(settings.adapters),
-    )
-    preloaded = [name for name in names if name not in specs or _preloads(settings, name)]
-    for name in preloaded:
-        host.add(name)
-    loader = ModelLoader(
-        host,
-        builder.served,
-        settings.model,
-        loaded=[spec for name, spec in specs.items() if name in preloaded],
-        configured=specs.values(),
-        on_name=known_names.add,
-    )
+    build = partial(builder.configured, specs=specs, engines=engines, encoders=encoders)
+    host = ModelHost(build, default=names[0], adapters=AdapterRegistry(settings.adapters))
+    loader = _loader(settings, host, builder, names, specs, on_name=known_names.add)
     admission = AdmissionControl(MemoryAdmissionStore(), access.quotas, on_refusal=metrics.rate_limited)
     usage = _usage_recorder(settings, access)
     if sessions is None and settings.chat_history.enabled:
@@ -160,6 +147,29 @@ def _specs(settings: Settings) -> dict[str, LoadSpec]:
             raise ConfigError(f"configuration: models: two have the name {name}; set served_name")
         specs[name] = LoadSpec(name=name, config=config, remote=remote if config.engine == "remote" else None)
     return specs
+
+
+def _loader(
+    settings: Settings,
+    host: ModelHost,
+    builder: ModelBuilder,
+    names: Collection[str],
+    specs: Mapping[str, LoadSpec],
+    *,
+    on_name: Callable[[str], None],
+) -> ModelLoader:
+    """Add the models that are loaded at the start to the host, and return what loads the others."""
+    preloaded = [name for name in names if name not in specs or _preloads(settings, name)]
+    for name in preloaded:
+        host.add(name)
+    return ModelLoader(
+        host,
+        builder.served,
+        settings.model,
+        loaded=[spec for name, spec in specs.items() if name in preloaded],
+        configured=specs.values(),
+        on_name=on_name,
+    )
 
 
 def _preloads(settings: Settings, name: str) -> bool:
