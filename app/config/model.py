@@ -112,6 +112,8 @@ class ModelConfig(ModelHosting):
     """Sequences decoded in one batch; unset takes what fits in memory, 32 at most."""
     prefix_reuse: bool = True
     """Prefix caching: reuse KV cache of the same tenant, as for the next turn of a conversation."""
+    prefix_cache_bytes: NonNegativeInt = 1024**3
+    """Memory for prefixes that the KV cache has no room for any more, at most; less where less is free, 0 is none."""
     max_waiting: NonNegativeInt = 64
     """Completions of one tenant that may wait for the model while no other tenant's do; further ones get 503."""
     max_waiting_tokens: PositiveInt = 65_536

@@ -149,5 +149,6 @@ def _spec(config: ModelConfig) -> ModelSpec:
         engine="auto" if config.engine == "echo" or config.engine == "remote" else config.engine,
         max_batch_size=config.max_batch_size,
         prefix_reuse=config.prefix_reuse,
+        prefix_cache_bytes=config.prefix_cache_bytes,
         embeddings=config.embeddings,
     )

@@ -64,5 +64,9 @@ class RequestStats:
 
     def close(self, prompt_tokens: int) -> None:
         """Report what the engine generated, whether it was read to its end or not."""
-        if self.generated or self.computed_prompt:
-            self._metrics.generated(self._model, prompt_tokens if self.computed_prompt else 0, self.generated)
+        if self.computed_prompt:
+            # The other samples copy the prompt of the first, which the request had computed itself.
+            cached = next(each.progress.cached for each in self._samples if not each.progress.shares_prompt)
+            self._metrics.generated(self._model, prompt_tokens, self.generated, cached_tokens=cached)
+        elif self.generated:
+            self._metrics.generated(self._model, 0, self.generated)

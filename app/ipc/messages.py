@@ -32,6 +32,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Sequences in the KV cache at once; None takes as many as fit into memory, 32 at most."""
     prefix_reuse: bool = True
     """Whether the KV cache of one request may serve another of the same tenant."""
+    prefix_cache_bytes: int = 0
+    """Memory for prefixes beyond the KV cache slots, at most."""
     threads: int
     """CPU threads; 0 uses one for each usable core."""
     task: Literal["generate", "embed"] = "generate"

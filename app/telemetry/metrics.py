@@ -102,6 +102,7 @@ class Metrics:
         self._watch_totals()
         self._generated = counter("tokens_generated_total", "Tokens generated", "model")
         self._prompts = counter("prompt_tokens_total", "Tokens of prompts read", "model")
+        self._cached = counter("prompt_tokens_cached_total", "Those of them that were in the KV cache already", "model")
         self._texts = counter("texts_embedded_total", "Texts embedded", "model")
         self._first = histogram("time_to_first_token_seconds", "Wait for the first token", _TOKEN_SECONDS, "model")
         self._gap = histogram("inter_token_latency_seconds", "Time between tokens", _TOKEN_SECONDS, "model")
@@ -188,8 +189,10 @@ class Metrics:
     def token_gap(self, model: str, seconds: float) -> None:
         self._gap(self._known_model(model)).observe(seconds)
 
-    def generated(self, model: str, prompt_tokens: int, completion_tokens: int) -> None:
+    def generated(self, model: str, prompt_tokens: int, completion_tokens: int, *, cached_tokens: int = 0) -> None:
+        """Args: cached_tokens: those of the prompt that did not have to be computed."""
         self._prompts(self._known_model(model)).inc(prompt_tokens)
+        self._cached(self._known_model(model)).inc(cached_tokens)
         self._generated(self._known_model(model)).inc(completion_tokens)
         self._rate.add(completion_tokens)
 

@@ -274,12 +274,10 @@ def make_runner(loaded: LoadedModel, spec: ModelSpec) -> Runner:
         raise LoadError("model.compile: layers leaves no hidden states to read, and model.embeddings needs them")
     if spec.engine == "serial":
         return _serial_runner(loaded)
+    free = kv_cache_bytes(loaded.device)
     try:
         model_runner = create_torch_runner(
-            loaded.pipeline.model,
-            length=loaded.context_length,
-            slots=spec.max_batch_size,
-            free_bytes=kv_cache_bytes(loaded.device),
+            loaded.pipeline.model, length=loaded.context_length, slots=spec.max_batch_size, free_bytes=free
         )
     except UnsupportedModelError as error:
         if spec.engine == "batching" or spec.compile == "layers":
@@ -300,7 +298,13 @@ def make_runner(loaded: LoadedModel, spec: ModelSpec) -> Runner:
     if spec.embeddings != "none":
         # A step is short, but a pass over long texts is not.
         _watch_progress(loaded.pipeline.model)
-    return BatchingRunner(loaded, model_runner, prefix_reuse=spec.prefix_reuse)
+    left = max(0, free - model_runner.cache.total_bytes)
+    return BatchingRunner(
+        loaded,
+        model_runner,
+        prefix_reuse=spec.prefix_reuse,
+        prefix_cache_bytes=min(spec.prefix_cache_bytes, left),
+    )
 
 
 def _serial_runner(loaded: LoadedModel) -> SerialRunner:

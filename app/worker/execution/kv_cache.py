@@ -39,14 +39,20 @@ class KVCache(Cache):
         """Whether the attention function itself calls `write`, and `update` returns its arguments."""
         self._device = torch.device(device)
         self._storage: dict[int, tuple[Tensor, Tensor]] = {}
+        self._blocks: list[tuple[Tensor, Tensor]] = []
+        """The slots' keys or values, and the prefix cache's: (blocks, KV heads, tokens of a block, head size)."""
         self._batch: PackedBatch | None = None
         self._layer = 0
 
     @property
     def bytes_per_token(self) -> int:
         """Size of one token's keys and values in all layers that have computed something."""
-        sizes = (tensor.numel() * tensor.element_size() for pair in self._storage.values() for tensor in pair)
-        return sum(sizes) // (self.slots * self.length)
+        return self.total_bytes // (self.slots * self.length)
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all slots in all layers that have computed something."""
+        return sum(tensor.numel() * tensor.element_size() for pair in self._storage.values() for tensor in pair)
 
     def pack(self, segments: Sequence[Segment], wanted: Sequence[int]) -> PackedBatch:
         """Return the batch of the next forward pass, which has to follow.
@@ -68,6 +74,31 @@ class KVCache(Cache):
         for pair in self._storage.values():
             for tensor in pair:
                 tensor[target, :, :count] = tensor[source, :, :count]
+
+    def add_prefix_cache(self, max_bytes: int, block_tokens: int) -> int:
+        """Allocate the blocks of the prefix cache; every layer must have computed something.
+
+        Returns: how many there are.
+        """
+        count = max_bytes // max(1, self.bytes_per_token * block_tokens)
+        for storage in (tensor for pair in self._storage.values() for tensor in pair) if count else ():
+            _, heads, _, size = storage.shape
+            self._blocks.append((storage, _zeros((count, heads, block_tokens, size), storage)))
+        return count
+
+    @torch.inference_mode()
+    def save_prefix(self, slot: int, start: int, blocks: Sequence[int]) -> None:
+        """Copy the keys and values of a slot, from the token `start` on, to blocks of the prefix cache."""
+        index = torch.tensor(blocks, device=self._device)
+        for storage, stored in self._blocks:
+            stored.index_copy_(0, index, _in_blocks(storage[slot, :, start:], len(blocks), stored.shape[2]))
+
+    @torch.inference_mode()
+    def restore_prefix(self, blocks: Sequence[int], slot: int) -> None:
+        """Copy blocks of the prefix cache to the beginning of a slot."""
+        index = torch.tensor(blocks, device=self._device)
+        for storage, stored in self._blocks:
+            torch.index_select(stored, 0, index, out=_in_blocks(storage[slot], len(blocks), stored.shape[2]))
 
     @torch.inference_mode()
     def clear_slot(self, slot: int) -> None:
@@ -156,6 +187,11 @@ def _spec(query: Tensor, keys: Tensor, values: Tensor, window: int | None, softc
         sliding_window=window,
         softcap=softcap,
     )
+
+
+def _in_blocks(states: Tensor, count: int, tokens: int) -> Tensor:
+    """Return the first tokens of `states`, (KV heads, tokens, size), as (count, KV heads, tokens of a block, size)."""
+    return states[:, : count * tokens].unflatten(1, (count, tokens)).transpose(0, 1)
 
 
 def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:

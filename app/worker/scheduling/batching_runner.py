@@ -24,7 +24,16 @@ from app.worker.sampling.prompt_scoring import max_scored_tokens, score_tokens
 from app.worker.sampling.sampler import Sampled, SamplingFailure, SequenceSampler, sample
 from app.worker.sampling.sampling_ops import gather_rows
 from app.worker.scheduling import schedule
-from app.worker.scheduling.schedule import Schedule, ScheduledTokens, ScoringBudget
+from app.worker.scheduling.prefix_tree import BLOCK_TOKENS
+from app.worker.scheduling.schedule import (
+    KVMove,
+    PrefixCopy,
+    PrefixRestore,
+    PrefixSave,
+    Schedule,
+    ScheduledTokens,
+    ScoringBudget,
+)
 from app.worker.scheduling.scheduler import Scheduler
 from app.worker.scheduling.step_time import StepTimeModel
 from app.worker.validation import check_request, end_ids, failure_reason
@@ -69,17 +78,20 @@ class BatchingRunner:
         model_runner: ModelRunner,
         *,
         prefix_reuse: bool = True,
+        prefix_cache_bytes: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Args:
         prefix_reuse: whether the KV cache of one request may serve another of the same tenant.
+        prefix_cache_bytes: memory for what slots would lose that are needed again.
         clock: seconds; measures steps.
         """
         self.slots = model_runner.cache.slots
         self.compiled = model_runner.compiled
         self._loaded = loaded
         self._model_runner = model_runner
-        self._scheduler = Scheduler(self.slots, prefix_reuse=prefix_reuse)
+        blocks = model_runner.cache.add_prefix_cache(prefix_cache_bytes if prefix_reuse else 0, BLOCK_TOKENS)
+        self._scheduler = Scheduler(self.slots, prefix_reuse=prefix_reuse, prefix_blocks=blocks)
         self._step_time = StepTimeModel()
         self._max_scored = max_scored_tokens(model_runner.vocab_size, loaded.device)
         self._decode_width = MIN_DECODE_WIDTH if loaded.device == "cpu" else max(MIN_DECODE_WIDTH, self.slots // 2)
@@ -171,11 +183,21 @@ class BatchingRunner:
             background_tokens=self._background_budget(),
         )
         events += [TokenEvent(each.request_id, cached_tokens=each.cached_tokens) for each in planned.started]
-        for copy in planned.copies:
-            self._model_runner.cache.copy_prefix(copy.source, copy.target, copy.count)
+        for move in planned.moves:
+            self._move(move)
         if planned.tokens:
             events += self._compute(planned)
         exchange(events)
+
+    def _move(self, move: KVMove) -> None:
+        cache = self._model_runner.cache
+        match move:
+            case PrefixCopy(source, target, count):
+                cache.copy_prefix(source, target, count)
+            case PrefixSave(slot, start, blocks):
+                cache.save_prefix(slot, start, blocks)
+            case PrefixRestore(blocks, slot):
+                cache.restore_prefix(blocks, slot)
 
     def _take_compiled(self) -> None:
         """Hand the requests whose grammar is compiled to the scheduler; wait a moment if there is nothing else."""

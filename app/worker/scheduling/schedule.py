@@ -1,4 +1,4 @@
-"""The data of one model step: how many tokens of which sequences, and which prefixes are copied first."""
+"""The data of one model step: how many tokens of which sequences, and what is copied in the KV cache first."""
 
 from dataclasses import dataclass
 
@@ -98,11 +98,31 @@ UNLIMITED_SCORING = ScoringBudget(1 << 62)
 
 @dataclass(frozen=True, slots=True)
 class PrefixCopy:
-    """A copy of the first `count` tokens' keys and values from one slot to another, made before the step."""
+    """A copy of the first `count` tokens' keys and values from one slot to another."""
 
     source: int
     target: int
     count: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixSave:
+    """A copy of keys and values from a slot, from the token `start` on, to blocks of the prefix cache."""
+
+    slot: int
+    start: int
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixRestore:
+    """A copy of blocks of the prefix cache to the beginning of a slot."""
+
+    blocks: tuple[int, ...]
+    slot: int
+
+
+KVMove = PrefixCopy | PrefixSave | PrefixRestore
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +131,7 @@ class Schedule:
 
     tokens: list[ScheduledTokens]
     """Decode tokens first, by slot; then prefill chunks.  Empty if there is nothing to do."""
-    copies: list[PrefixCopy]
+    moves: list[KVMove]
+    """Made before the step, in this order."""
     started: list[Sequence]
     """Sequences that got a slot for the first time."""

@@ -12,17 +12,17 @@ of several, with few tokens, and give up their slots to them.
 
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from collections.abc import Sequence as TokenIds
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from app.worker.scheduling.schedule import (
     UNLIMITED_SCORING,
-    PrefixCopy,
+    KVMove,
     Schedule,
     ScheduledTokens,
     ScoringBudget,
     Sequence,
 )
+from app.worker.scheduling.slots import Slots, common_prefix_length
 
 MIN_SHARED_PREFIX = 32
 """Waiting for another sequence to compute a shared prefix pays from this many tokens on."""
@@ -38,35 +38,16 @@ BACKGROUND_PREFILL_TOKENS = 128
 """Prompt tokens of a step that holds nothing else: whoever comes meanwhile waits for its end."""
 
 
-@dataclass(slots=True)
-class _Slot:
-    """A KV cache slot; what its last sequence left there stays usable as a prefix until the slot is needed."""
-
-    index: int
-    sequence: Sequence | None = None
-    owner: tuple[str, str | None] | None = None
-    """Tenant and adapter of the tokens that are cached here."""
-    cached_ids: list[int] = field(default_factory=list)
-    """Tokens whose keys and values are still there after the sequence has left."""
-    freed_at: int = 0
-    """The step in which the sequence left; the slot that was freed first is reused first."""
-
-    def computed_prefix(self) -> tuple[list[int], int]:
-        """Return token ids, and how many of them are computed here."""
-        if self.sequence is None:
-            return self.cached_ids, len(self.cached_ids)
-        return self.sequence.token_ids, self.sequence.computed_tokens
-
-
 class Scheduler:
     """Holds the waiting queues, the KV cache slots and the tenants' shares."""
 
-    def __init__(self, slots: int, *, prefix_reuse: bool = True) -> None:
+    def __init__(self, slots: int, *, prefix_reuse: bool = True, prefix_blocks: int = 0) -> None:
         """Args:
         slots: sequences that can be in the KV cache at once, >= 1.
         prefix_reuse: whether a sequence may start from what another of its tenant and adapter left or is computing.
+        prefix_blocks: blocks of the prefix cache, for what slots that are needed again would lose.
         """
-        self._slots = [_Slot(index) for index in range(slots)]
+        self._slots = Slots(slots, prefix_reuse=prefix_reuse, prefix_blocks=prefix_blocks)
         self._prefix_reuse = prefix_reuse
         self._sequences: dict[int, Sequence] = {}
         self._waiting: dict[str, deque[Sequence]] = {}
@@ -89,13 +70,12 @@ class Scheduler:
     def pending_prefills(self) -> int:
         """How many sequences have a slot, or could get a free one, and not all of their prompt computed."""
         unfinished = sum(s.uncomputed_tokens > 1 for s in self.running)
-        free = sum(slot.sequence is None for slot in self._slots)
-        return unfinished + min(free, sum(map(len, self._waiting.values())))
+        return unfinished + min(self._slots.free, sum(map(len, self._waiting.values())))
 
     @property
     def running(self) -> list[Sequence]:
         """The sequences that have slots, by slot."""
-        return [slot.sequence for slot in self._slots if slot.sequence is not None]
+        return self._slots.running
 
     def add(self, sequence: Sequence) -> None:
         """Append a sequence to its tenant's waiting queue, behind those of the same priority."""
@@ -117,7 +97,7 @@ class Scheduler:
             self._waiting[sequence.tenant].remove(sequence)
             self._drop_empty_queue(sequence.tenant)
         else:
-            self._free(sequence, discard=discard)
+            self._slots.release(sequence, step=self._step, discard=discard)
         if all(other.tenant != sequence.tenant for other in self._sequences.values()):
             del self._virtual_time[sequence.tenant]
         return sequence
@@ -139,7 +119,7 @@ class Scheduler:
             background_tokens: bound on tokens of the background beside others, of prompts and of completions.
         """
         self._step += 1
-        copies, started = self._admit()
+        moves, started = self._admit()
         running = self.running
         chosen = [sequence for sequence in running if not sequence.is_background]
         if not chosen:
@@ -157,7 +137,7 @@ class Scheduler:
             if len(beside) < budget:
                 chunks += self._prefill_chunks(background, budget - len(beside), left)
         tokens = [ScheduledTokens(sequence, 1) for sequence in sorted(decodes, key=_slot_of)]
-        return Schedule(tokens + chunks, copies, started)
+        return Schedule(tokens + chunks, moves, started)
 
     def mark_computed(self, computed: Iterable[ScheduledTokens]) -> None:
         """Record that these tokens of a schedule have been computed."""
@@ -211,30 +191,30 @@ class Scheduler:
             if budget < MIN_PREFILL_CHUNK:
                 return
 
-    def _admit(self) -> tuple[list[PrefixCopy], list[Sequence]]:
+    def _admit(self) -> tuple[list[KVMove], list[Sequence]]:
         """Move waiting sequences into slots, preempting where a tenant has too many."""
-        copies: list[PrefixCopy] = []
+        moves: list[KVMove] = []
         started: list[Sequence] = []
         skipped: set[str] = set()
         while (tenant := self._next_tenant(skipped)) is not None:
             sequence, victim = self._waiting[tenant][0], self._preemption_victim(tenant)
-            if victim is None and not self._has_free_slot():
+            if victim is None and not self._slots.free:
                 skipped.add(tenant)
                 continue
-            source, shared = self._longest_cached_prefix(sequence)
-            if self._should_wait(sequence, shared):
+            prefix = self._slots.longest_prefix(sequence)
+            if self._should_wait(sequence, prefix.count):
                 skipped.add(tenant)
                 continue
             if victim is not None:
                 self._preempt(victim)
             self._waiting[tenant].popleft()
             self._drop_empty_queue(tenant)
-            copies += self._assign_slot(sequence, source, shared)
+            moves += self._slots.start(sequence, prefix)
             if not sequence.started:
                 sequence.started = True
                 sequence.cached_tokens = sequence.computed_tokens
                 started.append(sequence)
-        return copies, started
+        return moves, started
 
     def _next_tenant(self, skipped: set[str]) -> str | None:
         """Return the tenant that gets the next slot: by its first priority, then fewest slots, then virtual time."""
@@ -265,15 +245,12 @@ class Scheduler:
                 return True
         return False
 
-    def _has_free_slot(self) -> bool:
-        return any(slot.sequence is None for slot in self._slots)
-
     def _preemption_victim(self, tenant: str) -> Sequence | None:
         """Return whose slot a tenant gets where none is free: one of the tenant with most, if it has two more.
 
         A sequence of the background gives its slot to any other, and gets none of theirs.
         """
-        if self._has_free_slot():
+        if self._slots.free:
             return None
         background = [s for s in self.running if s.is_background]
         if not self._waiting[tenant][0].is_background and background:
@@ -288,47 +265,10 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's slot away; it is the first of its tenant and priority to get one again."""
-        self._free(sequence)
+        self._slots.release(sequence, step=self._step)
         sequence.computed_tokens = 0
         queue = self._waiting.setdefault(sequence.tenant, deque())
         queue.insert(sum(other.priority < sequence.priority for other in queue), sequence)
-
-    def _assign_slot(self, sequence: Sequence, source: _Slot | None, shared: int) -> list[PrefixCopy]:
-        """Give a sequence a free slot, with the prefix that it shares with `source`."""
-        free = sorted(
-            (slot for slot in self._slots if slot.sequence is None),
-            key=lambda slot: (len(slot.cached_ids) > 0, slot.freed_at),
-        )
-        target = free[0]
-        copies: list[PrefixCopy] = []
-        if source is not None:
-            # A slot that would lose much more than it gives is copied from, as long as another can be had.
-            in_place = source.sequence is None and (len(source.cached_ids) <= 2 * shared or len(free) == 1)
-            if in_place:
-                target = source
-            elif target is not source:
-                copies.append(PrefixCopy(source.index, target.index, shared))
-        target.sequence, target.owner, target.cached_ids = sequence, sequence.cache_owner, []
-        sequence.slot, sequence.computed_tokens = target.index, shared
-        return copies
-
-    def _longest_cached_prefix(self, sequence: Sequence) -> tuple[_Slot | None, int]:
-        """Return the slot of the same owner that shares the longest computed prefix, and its length in tokens."""
-        best, length = None, 0
-        for slot in self._slots if self._prefix_reuse else ():
-            if slot.owner == sequence.cache_owner:
-                token_ids, computed = slot.computed_prefix()
-                # The last token is always computed: the next one is sampled from its logits.
-                shared = min(common_prefix_length(token_ids, sequence.token_ids), computed, sequence.reusable_tokens)
-                if shared > length:
-                    best, length = slot, shared
-        return best, length
-
-    def _free(self, sequence: Sequence, *, discard: bool = False) -> None:
-        slot = next(slot for slot in self._slots if slot.sequence is sequence)
-        reusable = self._prefix_reuse and not discard
-        slot.cached_ids = sequence.token_ids[: sequence.computed_tokens] if reusable else []
-        slot.sequence, slot.freed_at, sequence.slot = None, self._step, None
 
     def _drop_empty_queue(self, tenant: str) -> None:
         if not self._waiting[tenant]:
@@ -337,18 +277,3 @@ class Scheduler:
 
 def _slot_of(sequence: Sequence) -> int:
     return -1 if sequence.slot is None else sequence.slot
-
-
-def common_prefix_length(one: TokenIds[int], other: TokenIds[int]) -> int:
-    """Return how many tokens two sequences share from the first on."""
-    low, high = 0, min(len(one), len(other))
-    if one[:high] == other[:high]:
-        return high
-    # Slices are compared in C; a loop over tokens would take milliseconds for a full queue of long prompts.
-    while high - low > 1:
-        middle = (low + high) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle
-    return low

@@ -17,6 +17,7 @@ def test_one_request_waits_once_and_each_sample_has_its_inter_token_latencies():
     metrics, samples = Metrics(["m"]), complete("x", n=2).samples()
     stats = RequestStats("m", metrics, samples)
 
+    samples[0].progress.cached = 3
     for index in (1, 0, 0, 1, 1):
         samples[index].progress.generated += 1
         stats.observe(Delta(text="a", tokens=1, index=index))
@@ -25,6 +26,7 @@ def test_one_request_waits_once_and_each_sample_has_its_inter_token_latencies():
     shown = figures(metrics)
     assert (1, 3) == (shown["time_to_first_token_seconds_count"], shown["inter_token_latency_seconds_count"])
     assert (5, 5) == (shown["prompt_tokens_total"], shown["tokens_generated_total"])
+    assert 3 == shown["prompt_tokens_cached_total"]
     assert (5, 0) == (stats.generated, stats.replayed)
     assert stats.first_token_seconds is not None
 

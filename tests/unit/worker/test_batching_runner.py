@@ -22,6 +22,7 @@ from app.worker.execution.model_runner import ModelRunner
 from app.worker.execution.packed_batch import Segment
 from app.worker.execution.torch.torch_executor import create_torch_runner
 from app.worker.scheduling.batching_runner import BatchingRunner
+from app.worker.scheduling.prefix_tree import BLOCK_TOKENS
 from tests.unit.worker.families import CONTEXT, FAMILIES, NOT_BATCHABLE, VOCABULARY, loaded, make
 
 NEW = 24
@@ -34,13 +35,24 @@ def llama() -> Any:
 
 
 def runner_for(
-    model: Any, slots: int = 4, *, reuse: bool = True, end_ids: tuple[int, ...] = (), compiled: Compile | None = None
+    model: Any,
+    slots: int = 4,
+    *,
+    reuse: bool = True,
+    end_ids: tuple[int, ...] = (),
+    compiled: Compile | None = None,
+    prefix_cache_bytes: int = 0,
 ) -> BatchingRunner:
     """Args: compiled: the setting that selects an executor; None leaves all to the torch way."""
     model_runner = create_torch_runner(model, length=CONTEXT, slots=slots, free_bytes=10**9)
     if compiled is not None:
         select_executor(model_runner, compiled)
-    return BatchingRunner(replace(loaded(model), end_ids=end_ids), model_runner, prefix_reuse=reuse)
+    return BatchingRunner(
+        replace(loaded(model), end_ids=end_ids),
+        model_runner,
+        prefix_reuse=reuse,
+        prefix_cache_bytes=prefix_cache_bytes,
+    )
 
 
 def run(runner: BatchingRunner) -> list[TokenEvent]:
@@ -137,6 +149,25 @@ def test_prefix_reuse_changes_no_completion(llama: Any):
         completions.append(prompt)
         assert reuse == (reused > 0)
     assert completions[0] == completions[1]
+
+
+@pytest.mark.parametrize("compiled", [None, "auto"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_the_prefix_cache_changes_no_completion(family: str, compiled: Compile | None):
+    """Conversations that take turns in one slot start where they ended, and say what they say alone."""
+    model = make(FAMILIES[family])
+    runner = runner_for(model, slots=1, compiled=compiled, prefix_cache_bytes=10**6)
+    alone = runner_for(make(FAMILIES[family]), slots=1, reuse=False)
+    conversations = {n: [(5 * n + 3 * i) % VOCABULARY for i in range(20)] for n in range(3)}
+    for turn in range(3):
+        for number, tokens in conversations.items():
+            request = 10 * turn + number
+            submit(runner, tokens, request, max_tokens=6)
+            events = run(runner)
+            assert events[0].cached_tokens >= bool(turn) * (len(tokens) - 2 - BLOCK_TOKENS)
+            completion = completion_of(events, request)
+            assert completion == complete(alone, tokens, max_tokens=6)
+            tokens += [*completion, turn]
 
 
 def test_nothing_is_reused_for_another_tenant(llama: Any):

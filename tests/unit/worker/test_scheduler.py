@@ -8,15 +8,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from app.types import BACKGROUND_PRIORITY
-from app.worker.scheduling import scheduler as scheduler_module
-from app.worker.scheduling.schedule import Schedule, Sequence
+from app.worker.scheduling import slots as slots_module
+from app.worker.scheduling.prefix_tree import BLOCK_TOKENS, PrefixTree
+from app.worker.scheduling.schedule import KVMove, PrefixCopy, PrefixRestore, PrefixSave, Schedule, Sequence
 from app.worker.scheduling.scheduler import (
     BACKGROUND_INTERVAL,
     BACKGROUND_PREFILL_TOKENS,
     BACKGROUND_TOKENS,
     Scheduler,
-    common_prefix_length,
 )
+from app.worker.scheduling.slots import common_prefix_length
 
 VOCABULARY = 4
 """Few tokens, so that prefixes are shared by accident too."""
@@ -25,8 +26,10 @@ VOCABULARY = 4
 class Machine:
     """A scheduler with a model that only records, for each slot, the tokens whose keys it would contain."""
 
-    def __init__(self, slots: int, *, prefix_reuse: bool = True) -> None:
-        self.scheduler = Scheduler(slots, prefix_reuse=prefix_reuse)
+    def __init__(self, slots: int, *, prefix_reuse: bool = True, prefix_blocks: int = 0) -> None:
+        self.scheduler = Scheduler(slots, prefix_reuse=prefix_reuse, prefix_blocks=prefix_blocks)
+        self.blocks: list[list[int]] = [[] for _ in range(prefix_blocks)]
+        self.block_owners: list[object] = [None] * prefix_blocks
         self.slots: list[list[int]] = [[] for _ in range(slots)]
         self.owners: list[object] = [None] * slots
         self.live: dict[int, Sequence] = {}
@@ -48,10 +51,8 @@ class Machine:
     def step(self, prefill_tokens: int = 8, decode_width: int | None = None) -> Schedule:
         """Run one step as the runner would, checking that the prefixes it reuses are really there."""
         schedule = self.scheduler.schedule(prefill_tokens=prefill_tokens, decode_width=decode_width)
-        for copy in schedule.copies:
-            assert len(self.slots[copy.source]) >= copy.count
-            self.slots[copy.target] = self.slots[copy.source][: copy.count]
-            self.owners[copy.target] = self.owners[copy.source]
+        for move in schedule.moves:
+            self._move(move)
         for scheduled in schedule.tokens:
             sequence = scheduled.sequence
             slot = sequence.slot
@@ -68,6 +69,22 @@ class Machine:
         for sequence in completed:
             sequence.token_ids.append(sequence.request_id % VOCABULARY)
         return schedule
+
+    def _move(self, move: KVMove) -> None:
+        match move:
+            case PrefixCopy(source, target, count):
+                assert len(self.slots[source]) >= count
+                self.slots[target], self.owners[target] = self.slots[source][:count], self.owners[source]
+            case PrefixSave(slot, start, blocks):
+                for number, block in enumerate(blocks):
+                    begin = start + number * BLOCK_TOKENS
+                    self.blocks[block] = self.slots[slot][begin : begin + BLOCK_TOKENS]
+                    self.block_owners[block] = self.owners[slot]
+                    assert BLOCK_TOKENS == len(self.blocks[block])
+            case PrefixRestore(blocks, slot):
+                assert 1 == len({self.block_owners[block] for block in blocks})
+                self.slots[slot] = [token for block in blocks for token in self.blocks[block]]
+                self.owners[slot] = self.block_owners[blocks[0]]
 
     def finish(self, sequence: Sequence, completion_tokens: int = 1) -> None:
         """Run until a sequence has so many completion tokens, then remove it."""
@@ -265,7 +282,7 @@ def test_waiting_costs_nothing_while_no_slot_is_free(monkeypatch: pytest.MonkeyP
     machine.add([1, 2, 3])
     machine.step()
     machine.add([1, 2, 3, 0])
-    monkeypatch.setattr(scheduler_module, "common_prefix_length", lambda *ids: pytest.fail("compared in vain"))
+    monkeypatch.setattr(slots_module, "common_prefix_length", lambda *ids: pytest.fail("compared in vain"))
     assert [1] == ids_in(machine.step())
 
 
@@ -299,6 +316,57 @@ def test_prompts_of_two_tenants_are_computed_in_turn():
     assert 4 >= steps
 
 
+def test_what_a_slot_loses_is_found_again():
+    """Conversations that take turns in too few slots each start where they ended, but for a part of a block."""
+    machine = Machine(slots=2, prefix_blocks=1000)
+    prompts = {name: [number, *range(100)] for number, name in enumerate("abcdef")}
+    for turn in range(3):
+        for name, tokens in prompts.items():
+            sequence = machine.add(tokens, name)
+            machine.finish(sequence, completion_tokens=20)
+            assert sequence.cached_tokens >= bool(turn) * (len(tokens) - 20 - BLOCK_TOKENS)
+            prompts[name] = [*sequence.token_ids, *[turn] * 19]
+
+
+def test_a_shared_beginning_is_computed_once_though_its_slots_were_needed():
+    """All conversations of a tenant with one system prompt start behind it, and it is stored once."""
+    machine, system = Machine(slots=1, prefix_blocks=20), list(range(10 * BLOCK_TOKENS))
+    for number in range(8):
+        sequence = machine.add([*system, *[number] * 40])
+        machine.finish(sequence)
+        assert sequence.cached_tokens >= len(system) * bool(number)
+        machine.finish(machine.add([-number] * 30, "another"))
+
+
+@pytest.mark.parametrize(("tenant", "adapter"), [("b", None), ("a", "poet")])
+def test_the_prefix_cache_is_never_another_tenants_or_adapters(tenant: str, adapter: str | None):
+    machine = Machine(slots=1, prefix_blocks=100)
+    machine.finish(machine.add(range(100), "a"))
+    machine.finish(machine.add(range(200, 300), "a"))
+    other = machine.add(range(100), tenant, adapter=adapter)
+    machine.finish(other)
+    again = machine.add(range(100), "a")
+    machine.finish(again)
+    assert (0, 96) == (other.cached_tokens, again.cached_tokens)
+
+
+def test_the_prefix_used_least_recently_makes_room():
+    """From its end: what others begin with stays."""
+    tree = PrefixTree(4)
+    owner, long, other = ("a", None), list(range(3 * BLOCK_TOKENS)), [-1] * 2 * BLOCK_TOKENS
+    tree.insert(owner, long)
+    _, added = tree.insert(owner, other)
+    assert (2, 2, 4) == (len(added), len(tree.match(owner, long)), len(tree))
+    assert 2 == len(tree.match(owner, other))
+
+
+def test_a_prefix_longer_than_all_blocks_is_stored_as_far_as_it_goes():
+    tree = PrefixTree(3)
+    tokens = list(range(10 * BLOCK_TOKENS))
+    assert (0, 3) == (tree.insert(("a", None), tokens)[0], len(tree.match(("a", None), tokens)))
+    assert [] == tree.insert(("b", None), tokens, keep=tree.match(("a", None), tokens))[1]
+
+
 @pytest.mark.parametrize("shared", [0, 1, 2, 5, 63, 64])
 def test_common_prefix_length_counts_the_shared_prefix(shared: int):
     """As a loop over the tokens would."""
@@ -312,7 +380,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.machine = Machine(slots=3)
+        self.machine = Machine(slots=3, prefix_blocks=5)
 
     @rule(
         tokens=st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=60),

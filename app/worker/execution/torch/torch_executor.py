@@ -38,7 +38,9 @@ def create_torch_runner(model: Any, *, length: int, slots: int | None, free_byte
         slots: sequences at once; None takes 32, or fewer where they do not fit.
         free_bytes: memory that the KV cache may take.
 
-    Raises: UnsupportedModelError: the model has to be served another way; it is left as it was.
+    Raises:
+        UnsupportedModelError: the model has to be served another way; it is left as it was.
+        torch.OutOfMemoryError, MemoryError: there is no memory left for its KV cache.
     """
     original: str | None = None
     try:
@@ -56,7 +58,10 @@ def create_torch_runner(model: Any, *, length: int, slots: int | None, free_byte
         raise UnsupportedModelError(f"its forward pass fails over KV cache slots ({type(error).__name__})") from error
     length = min(length, max(MIN_LENGTH, free_bytes // max(1, bytes_per_token)))
     fitting = max(1, free_bytes // max(1, bytes_per_token * length))
-    return torch_runner(model, slots=min(slots or MAX_SLOTS, fitting), length=length)
+    runner = torch_runner(model, slots=min(slots or MAX_SLOTS, fitting), length=length)
+    # A layer's keys and values get their memory in its first pass.
+    runner.reference_logits()
+    return runner
 
 
 def torch_runner(model: Any, *, slots: int, length: int) -> ModelRunner:

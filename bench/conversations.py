@@ -1,0 +1,105 @@
+"""Compare the first token of a conversation's tenth turn with that of its first, with more conversations than rows.
+
+    python -m bench.conversations [--shape 135m|tiny] [--sessions 64] [--rows 32] [--turns 10]
+
+The conversations take turns, so that each finds another in its place; all begin with the same system text.  Every turn
+is measured in a runner with the prefix cache and in one without, one after the other.  Prints a table for
+docs/performance.md.
+"""
+
+import argparse
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from app.ipc.messages import ModelSpec, Submit, TokenEvent
+from app.types import SamplingParams
+from app.worker.loading.loader import load
+from app.worker.process import Runner, make_runner, usable_cores
+from bench.machine import describe
+from bench.process import ROOT
+from bench.words import token_ids
+
+SYSTEM, QUESTION, ANSWER = 100, 40, 16
+"""Tokens."""
+CACHE_BYTES = {"with": 2 * 1024**3, "without": 0}
+
+
+class Conversations:
+    """All conversations over one runner."""
+
+    def __init__(self, runner: Runner, sessions: int) -> None:
+        draw = random.Random(1)
+        system = token_ids(draw, SYSTEM)
+        self._runner = runner
+        self._draws = [random.Random(number) for number in range(sessions)]
+        self._prompts = [list(system) for _ in range(sessions)]
+        self._requests = 0
+
+    def turn(self) -> float:
+        """Give each its next turn, one after the other; return the median time to the first token, in seconds."""
+        return statistics.median(self._answer(number) for number in range(len(self._prompts)))
+
+    def _answer(self, number: int) -> float:
+        prompt, events = self._prompts[number], list[TokenEvent]()
+        prompt += token_ids(self._draws[number], QUESTION)
+        self._requests += 1
+        params = SamplingParams(max_tokens=ANSWER, temperature=0.0, ignore_eos=True)
+        began = time.perf_counter()
+        self._runner.submit(Submit(self._requests, tuple(prompt), params))
+        while not any(event.token_ids for event in events):
+            self._runner.step(events.extend)
+        first = time.perf_counter() - began
+        while self._runner.busy:
+            self._runner.step(events.extend)
+        prompt += [token for event in events for token in event.token_ids]
+        return first
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--shape", default="135m")
+    arguments.add_argument("--sessions", type=int, default=64)
+    arguments.add_argument("--rows", type=int, default=32)
+    arguments.add_argument("--turns", type=int, default=10)
+    given = arguments.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        command = (sys.executable, "-m", "bench.model", str(model), "--shape", given.shape)
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        import torch
+
+        torch.set_num_threads(usable_cores())
+        runners = {name: _runner(model, given.rows, size) for name, size in CACHE_BYTES.items()}
+        conversations = {name: Conversations(runner, given.sessions) for name, runner in runners.items()}
+        times: dict[str, list[float]] = {name: [] for name in CACHE_BYTES}
+        for turn in range(given.turns):
+            for name, each in conversations.items():
+                times[name].append(each.turn())
+                print(f"turn {turn + 1}, {name} the cache: {times[name][-1] * 1000:.1f} ms", file=sys.stderr)
+    print(f"{describe()}\n\n| prefix cache | turn 1, ms | turn {given.turns}, ms | ratio |\n|---|---|---|---|")
+    for name, each in times.items():
+        print(f"| {name} | {each[0] * 1000:.1f} | {each[-1] * 1000:.1f} | {each[-1] / each[0]:.2f} |")
+
+
+def _runner(model: Path, rows: int, cache_bytes: int) -> Runner:
+    spec = ModelSpec(
+        name=str(model),
+        source="local",
+        device="auto",
+        dtype="auto",
+        revision=None,
+        max_model_len=None,
+        max_batch_size=rows,
+        threads=0,
+        prefix_cache_bytes=cache_bytes,
+    )
+    return make_runner(load(spec, str(model), on_stage=lambda _: None), spec)
+
+
+if __name__ == "__main__":
+    main()
