@@ -35,26 +35,26 @@ class PrefixTree:
         self._use(path)
         return [self._blocks[edge] for edge in path]
 
-    def insert(self, owner: Owner, token_ids: TokenIds[int], *, keep: Collection[int] = ()) -> tuple[int, list[int]]:
+    def insert(self, owner: Owner, token_ids: TokenIds[int], *, protected: Collection[int] = ()) -> tuple[int, list[int]]:
         """Store a prefix, as far as it fills blocks and there is room.
 
-        Args: keep: blocks that stay.
+        Args: protected: blocks that stay.
         Returns: the token that the new blocks begin with, and the blocks, to be written in this order.
         """
         path = list(self._walk(owner, token_ids))
         self._use(path)
         start, added = len(path) * BLOCK_TOKENS, list[int]()
-        kept = {*keep, *(self._blocks[edge] for edge in path)}
+        pinned = {*protected, *(self._blocks[edge] for edge in path)}
         parent: Owner | int = self._blocks[path[-1]] if path else owner
         for first in range(start, len(token_ids) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
-            block = self._take_block(kept)
+            block = self._take_block(pinned)
             if block is None:
                 break
             edge = (parent, tuple(token_ids[first : first + BLOCK_TOKENS]))
             self._blocks[edge] = parent = block
             path.append(edge)
             added.append(block)
-            kept.add(block)
+            pinned.add(block)
         self._use(path)
         return start, added
 
@@ -74,11 +74,11 @@ class PrefixTree:
         for edge in reversed(path):
             self._blocks.move_to_end(edge)
 
-    def _take_block(self, kept: Collection[int]) -> int | None:
+    def _take_block(self, pinned: Collection[int]) -> int | None:
         """Return a block that is free, or else the one used least recently; None where that one stays."""
         if self._free:
             return self._free.pop()
         oldest = next(iter(self._blocks), None)
-        if oldest is None or self._blocks[oldest] in kept:
+        if oldest is None or self._blocks[oldest] in pinned:
             return None
         return self._blocks.pop(oldest)

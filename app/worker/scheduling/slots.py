@@ -116,11 +116,11 @@ class Slots:
 
     def _save(self, slot: Slot, prefix: CachedPrefix) -> Iterator[KVMove]:
         """Store in the prefix cache what a slot is about to lose."""
-        kept = prefix.count if slot is prefix.slot else 0
-        if slot.owner is None or len(slot.cached_ids) < kept + BLOCK_TOKENS:
+        remaining = prefix.count if slot is prefix.slot else 0
+        if slot.owner is None or len(slot.cached_ids) < remaining + BLOCK_TOKENS:
             return
         # The blocks of the prefix are read after these are written.
-        start, blocks = self._prefixes.insert(slot.owner, slot.cached_ids, keep=prefix.blocks)
+        start, blocks = self._prefixes.insert(slot.owner, slot.cached_ids, protected=prefix.blocks)
         if blocks:
             yield PrefixSave(slot.index, start, tuple(blocks))
 

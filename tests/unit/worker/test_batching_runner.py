@@ -154,10 +154,10 @@ def test_prefix_reuse_changes_no_completion(llama: Any):
 @pytest.mark.parametrize("compiled", [None, "auto"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_the_prefix_cache_changes_no_completion(family: str, compiled: Compile | None):
-    """Conversations that take turns in one slot start where they ended, and say what they say alone."""
+    """Conversations that take turns in one slot start where they ended and complete the same."""
     model = make(FAMILIES[family])
     runner = runner_for(model, slots=1, compiled=compiled, prefix_cache_bytes=10**6)
-    alone = runner_for(make(FAMILIES[family]), slots=1, reuse=False)
+    single = runner_for(make(FAMILIES[family]), slots=1, reuse=False)
     conversations = {n: [(5 * n + 3 * i) % VOCABULARY for i in range(20)] for n in range(3)}
     for turn in range(3):
         for number, tokens in conversations.items():
@@ -166,7 +166,7 @@ def test_the_prefix_cache_changes_no_completion(family: str, compiled: Compile |
             events = run(runner)
             assert events[0].cached_tokens >= bool(turn) * (len(tokens) - 2 - BLOCK_TOKENS)
             completion = completion_of(events, request)
-            assert completion == complete(alone, tokens, max_tokens=6)
+            assert completion == complete(single, tokens, max_tokens=6)
             tokens += [*completion, turn]
 
 
