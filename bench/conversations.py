@@ -10,18 +10,16 @@ docs/performance.md.
 import argparse
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from app.ipc.messages import ModelSpec, Submit, TokenEvent
+from app.ipc.messages import Submit, TokenEvent
 from app.types import SamplingParams
-from app.worker.loading.loader import load
-from app.worker.process import Runner, make_runner, usable_cores
+from app.worker.process import Runner
 from bench.machine import describe
-from bench.process import ROOT
+from bench.runners import load_runner, make_model
 from bench.words import token_ids
 
 SYSTEM, QUESTION, ANSWER = 100, 40, 16
@@ -68,13 +66,11 @@ def main() -> None:
     arguments.add_argument("--turns", type=int, default=10)
     given = arguments.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder) / "model"
-        command = (sys.executable, "-m", "bench.model", str(model), "--shape", given.shape)
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        import torch
-
-        torch.set_num_threads(usable_cores())
-        runners = {name: _runner(model, given.rows, size) for name, size in CACHE_BYTES.items()}
+        model = make_model(Path(folder), given.shape)
+        runners = {
+            name: load_runner(model, max_batch_size=given.rows, prefix_cache_bytes=size)
+            for name, size in CACHE_BYTES.items()
+        }
         conversations = {name: Conversations(runner, given.sessions) for name, runner in runners.items()}
         times: dict[str, list[float]] = {name: [] for name in CACHE_BYTES}
         for turn in range(given.turns):
@@ -82,23 +78,8 @@ def main() -> None:
                 times[name].append(each.turn())
                 print(f"turn {turn + 1}, {name} the cache: {times[name][-1] * 1000:.1f} ms", file=sys.stderr)
     print(f"{describe()}\n\n| prefix cache | turn 1, ms | turn {given.turns}, ms | ratio |\n|---|---|---|---|")
-    for name, each in times.items():
-        print(f"| {name} | {each[0] * 1000:.1f} | {each[-1] * 1000:.1f} | {each[-1] / each[0]:.2f} |")
-
-
-def _runner(model: Path, rows: int, cache_bytes: int) -> Runner:
-    spec = ModelSpec(
-        name=str(model),
-        source="local",
-        device="auto",
-        dtype="auto",
-        revision=None,
-        max_model_len=None,
-        max_batch_size=rows,
-        threads=0,
-        prefix_cache_bytes=cache_bytes,
-    )
-    return make_runner(load(spec, str(model), on_stage=lambda _: None), spec)
+    for name, spent in times.items():
+        print(f"| {name} | {spent[0] * 1000:.1f} | {spent[-1] * 1000:.1f} | {spent[-1] / spent[0]:.2f} |")
 
 
 if __name__ == "__main__":

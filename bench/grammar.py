@@ -9,7 +9,6 @@ import argparse
 import json
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,11 +16,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from app.ipc.messages import ModelSpec, Submit, TokenEvent
+from app.ipc.messages import Submit, TokenEvent
 from app.types import Grammar, SamplingParams
-from app.worker.loading.loader import load
-from app.worker.process import Runner, make_runner, usable_cores
-from bench.process import ROOT
+from app.worker.process import Runner
+from bench.runners import load_runner, make_model
 from bench.words import token_ids
 
 ROWS, PROMPT = 32, 16
@@ -83,23 +81,9 @@ def main() -> None:
     arguments.add_argument("--processor-time", action="store_true", help="for a machine that others use, too")
     given = arguments.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder) / "model"
-        command = (sys.executable, "-m", "bench.model", str(model), "--shape", given.shape)
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        import torch
-
-        torch.set_num_threads(given.threads or usable_cores())
-        spec = ModelSpec(
-            name=str(model),
-            source="local",
-            device="auto",
-            dtype="auto",
-            revision=None,
-            max_model_len=None,
-            threads=0,
-            compile="none" if given.torch_only else "auto",
-        )
-        runner = make_runner(load(spec, folder, on_stage=lambda _: None), spec)
+        model = make_model(Path(folder), given.shape)
+        compiled = "none" if given.torch_only else "auto"
+        runner = load_runner(model, threads=given.threads, compile=compiled)
         clock = time.process_time if given.processor_time else time.perf_counter
         step = partial(step_seconds, tokens=given.tokens, clock=clock)
         found = measure(runner, given.rounds, step, lambda line: print(line, file=sys.stderr))

@@ -114,6 +114,10 @@ class ModelConfig(ModelHosting):
     """Prefix caching: reuse KV cache of the same tenant, as for the next turn of a conversation."""
     prefix_cache_bytes: NonNegativeInt = 1024**3
     """Memory for prefixes that the KV cache has no room for any more, at most; less where less is free, 0 is none."""
+    speculation: Literal["none", "ngram"] = "none"
+    """Speculative decoding: ngram guesses next tokens from where the last three stood before in prompt or answer, as in
+    edited code and quotations, and computes them in one step.  Answers stay the same; a few tokens at once get faster,
+    many answers at once do not.  Without effect on a model that cannot be batched."""
     max_waiting: NonNegativeInt = 64
     """Completions of one tenant that may wait for the model while no other tenant's do; further ones get 503."""
     max_waiting_tokens: PositiveInt = 65_536

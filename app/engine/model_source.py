@@ -150,5 +150,6 @@ def _spec(config: ModelConfig) -> ModelSpec:
         max_batch_size=config.max_batch_size,
         prefix_reuse=config.prefix_reuse,
         prefix_cache_bytes=config.prefix_cache_bytes,
+        speculation=config.speculation,
         embeddings=config.embeddings,
     )

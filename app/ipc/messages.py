@@ -34,6 +34,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the KV cache of one request may serve another of the same tenant."""
     prefix_cache_bytes: int = 0
     """Memory for prefixes beyond the KV cache slots, at most."""
+    speculation: Literal["none", "ngram"] = "none"
+    """How next tokens are guessed."""
     threads: int
     """CPU threads; 0 uses one for each usable core."""
     task: Literal["generate", "embed"] = "generate"

@@ -273,7 +273,7 @@ def make_runner(loaded: LoadedModel, spec: ModelSpec) -> Runner:
     if spec.compile == "layers" and spec.embeddings != "none":
         raise LoadError("model.compile: layers leaves no hidden states to read, and model.embeddings needs them")
     if spec.engine == "serial":
-        return _serial_runner(loaded)
+        return _serial_runner(loaded, spec)
     free = kv_cache_bytes(loaded.device)
     try:
         model_runner = create_torch_runner(
@@ -283,7 +283,7 @@ def make_runner(loaded: LoadedModel, spec: ModelSpec) -> Runner:
         if spec.engine == "batching" or spec.compile == "layers":
             raise LoadError(f"it cannot be batched: {error}") from None
         log.warning("the model is served one request at a time: %s", error)
-        return _serial_runner(loaded)
+        return _serial_runner(loaded, spec)
     try:
         select_executor(model_runner, spec.compile, keep_layers=spec.embeddings != "none")
     except ExecutorUnavailableError as error:
@@ -304,10 +304,13 @@ def make_runner(loaded: LoadedModel, spec: ModelSpec) -> Runner:
         model_runner,
         prefix_reuse=spec.prefix_reuse,
         prefix_cache_bytes=min(spec.prefix_cache_bytes, left),
+        speculation=spec.speculation == "ngram",
     )
 
 
-def _serial_runner(loaded: LoadedModel) -> SerialRunner:
+def _serial_runner(loaded: LoadedModel, spec: ModelSpec) -> SerialRunner:
+    if spec.speculation != "none":
+        log.warning("model.speculation is without effect: the model is served one request at a time")
     model = loaded.pipeline.model
     if loaded.logprob_shift is not None and not has_integer_linears(model):
         # Its weights are rounded to int8 and still stored as floats.

@@ -191,7 +191,8 @@ def _spec(query: Tensor, keys: Tensor, values: Tensor, window: int | None, softc
 
 def _in_blocks(states: Tensor, count: int, tokens: int) -> Tensor:
     """Return the first tokens of `states`, (KV heads, tokens, size), as (count, KV heads, tokens of a block, size)."""
-    return states[:, : count * tokens].unflatten(1, (count, tokens)).transpose(0, 1)
+    heads, _, size = states.shape
+    return states[:, : count * tokens].view(heads, count, tokens, size).transpose(0, 1)
 
 
 def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:

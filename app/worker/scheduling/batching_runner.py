@@ -6,7 +6,7 @@ sequences, the model runner computes logits, the sampler chooses tokens.
 
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -35,6 +35,7 @@ from app.worker.scheduling.schedule import (
     ScoringBudget,
 )
 from app.worker.scheduling.scheduler import Scheduler
+from app.worker.scheduling.speculation import MIN_DRAFT, STEP_DRAFTS, NgramDrafter
 from app.worker.scheduling.step_time import StepTimeModel
 from app.worker.validation import check_request, end_ids, failure_reason
 
@@ -61,6 +62,8 @@ class _LiveRequest:
     request: Submit
     sampler: SequenceSampler
     end_ids: frozenset[int]
+    drafter: NgramDrafter | None = None
+    """Guesses its next tokens, where that is asked for."""
 
     @property
     def completion_tokens(self) -> int:
@@ -79,11 +82,13 @@ class BatchingRunner:
         *,
         prefix_reuse: bool = True,
         prefix_cache_bytes: int = 0,
+        speculation: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Args:
         prefix_reuse: whether the KV cache of one request may serve another of the same tenant.
         prefix_cache_bytes: memory for what slots would lose that are needed again.
+        speculation: whether next tokens are guessed from a sequence's own text.
         clock: seconds; measures steps.
         """
         self.slots = model_runner.cache.slots
@@ -95,6 +100,7 @@ class BatchingRunner:
         self._step_time = StepTimeModel()
         self._max_scored = max_scored_tokens(model_runner.vocab_size, loaded.device)
         self._decode_width = MIN_DECODE_WIDTH if loaded.device == "cpu" else max(MIN_DECODE_WIDTH, self.slots // 2)
+        self._speculation = speculation
         self._clock = clock
         self._live: dict[int, _LiveRequest] = {}
         self._adapters: dict[str, LoraAdapter] = {}
@@ -143,7 +149,9 @@ class BatchingRunner:
             priority=request.priority,
             scored_tokens=None if request.params.prompt_logprobs is None else 0,
         )
-        self._live[request.id] = _LiveRequest(sequence, request, sampler, ends)
+        # A grammar's mask is known for one token at a time.
+        drafter = NgramDrafter() if self._speculation and request.params.grammar is None else None
+        self._live[request.id] = _LiveRequest(sequence, request, sampler, ends, drafter)
         if request.params.grammar is not None and self._grammars is not None:
             self._compiling[request.id] = self._grammars.compile(request.params.grammar)
         else:
@@ -186,7 +194,7 @@ class BatchingRunner:
         for move in planned.moves:
             self._move(move)
         if planned.tokens:
-            events += self._compute(planned)
+            events += self._compute(self._with_drafts(planned) if self._speculation else planned)
         exchange(events)
 
     def _move(self, move: KVMove) -> None:
@@ -231,8 +239,27 @@ class BatchingRunner:
             return self._step_time.prefill_token_budget(min(decodes, self._decode_width))
         return self._step_time.prefill_token_budget(decodes, self._scheduler.pending_prefills)
 
+    def _with_drafts(self, planned: Schedule) -> Schedule:
+        """Add guesses to the sequences that decode, as many as a step may hold."""
+        decodes = [each for each in planned.tokens if each.sequence.uncomputed_tokens == 1]
+        share = STEP_DRAFTS // max(1, len(decodes))
+        if share < MIN_DRAFT:
+            return planned
+        drafted = [replace(each, draft=self._draft(each.sequence, share)) for each in decodes]
+        others = [each for each in planned.tokens if each.sequence.uncomputed_tokens > 1]
+        # One token each first, then several, as the KV cache takes them.
+        return replace(planned, tokens=[*sorted(drafted, key=lambda each: bool(each.draft)), *others])
+
+    def _draft(self, sequence: schedule.Sequence, limit: int) -> tuple[int, ...]:
+        live = self._live[sequence.request_id]
+        if live.drafter is None or sequence.is_background:
+            return ()
+        wanted = live.request.params.max_tokens - live.completion_tokens - 1
+        room = self._model_runner.cache.length - len(sequence.token_ids)
+        return live.drafter.propose(sequence.token_ids, min(limit, wanted, room))
+
     def _compute(self, planned: Schedule) -> list[TokenEvent]:
-        began, tokens = self._clock(), sum(each.count for each in planned.tokens)
+        began, tokens = self._clock(), sum(each.count + len(each.draft) for each in planned.tokens)
         scored = sum(len(each.scored) for each in planned.tokens)
         try:
             events = self._forward_and_sample(planned.tokens)
@@ -258,7 +285,7 @@ class BatchingRunner:
             self._grammars.begin_masks(constrained)
         logits = self._model_runner.forward([self._segment(each) for each in tokens], wanted)
         ends = list(accumulate(wanted))
-        rows = [end - 1 for each, end in zip(tokens, ends, strict=True) if each.completes]
+        rows = [end - 1 - len(each.draft) for each, end in zip(tokens, ends, strict=True) if each.completes]
         late = self._late(live) if constrained else ()
         rows = [row for row, each in zip(rows, live, strict=True) if each.request.id not in late]
         live = [each for each in live if each.request.id not in late]
@@ -273,18 +300,51 @@ class BatchingRunner:
             tokens = [replace(each, count=each.count - (each.sequence.request_id in late)) for each in tokens]
         self._scheduler.mark_computed(tokens)
         events = [self._report_scores(request_id, found) for request_id, found in scored.items()]
-        return events + [
+        events += [
             self._append(each, token)
             for each, token in zip(live, sampled, strict=True)
             if each.request.id in self._live
         ]
+        drafts = {each.sequence.request_id: each.draft for each in tokens if each.draft}
+        return events + self._accept_drafts(logits, rows, live, drafts) if drafts else events
+
+    def _accept_drafts(
+        self, logits: Tensor, rows: Sequence[int], live: Sequence[_LiveRequest], drafts: Mapping[int, tuple[int, ...]]
+    ) -> list[TokenEvent]:
+        """Sample behind the guessed tokens for as long as each is the one that was sampled.
+
+        Args: rows: of the logits that the tokens before the guesses were sampled from, one for each of `live`.
+        """
+        events: list[TokenEvent] = []
+        agreeing = [(each, row) for each, row in zip(live, rows, strict=True) if each.request.id in drafts]
+        drafted, accepted = [each for each, _ in agreeing], 0
+        right = dict.fromkeys(drafts, 0)
+        while agreeing := [
+            (each, row)
+            for each, row in agreeing
+            if each.request.id in self._live
+            and accepted < len(drafts[each.request.id])
+            and each.sequence.token_ids[-1] == drafts[each.request.id][accepted]
+        ]:
+            accepted += 1
+            self._scheduler.mark_computed([ScheduledTokens(each.sequence, 1) for each, _ in agreeing])
+            sampled = self._sample(logits, [row + accepted for _, row in agreeing], [each for each, _ in agreeing])
+            events += [self._append(each, token) for (each, _), token in zip(agreeing, sampled, strict=True)]
+            right |= {each.request.id: accepted for each, _ in agreeing}
+        for each in drafted:
+            if each.drafter is not None:
+                number = each.request.id
+                length = len(each.sequence.token_ids)
+                each.drafter.learn(proposed=len(drafts[number]), accepted=right[number], length=length)
+        return events
 
     def _segment(self, scheduled: ScheduledTokens) -> Segment:
         sequence = scheduled.sequence
         assert sequence.slot is not None  # noqa: S101  # the schedule gave it one
         start = sequence.computed_tokens
         adapter = None if sequence.adapter is None else self._adapters[sequence.adapter]
-        return Segment(sequence.slot, start, sequence.token_ids[start : start + scheduled.count], adapter)
+        token_ids = [*sequence.token_ids[start : start + scheduled.count], *scheduled.draft]
+        return Segment(sequence.slot, start, token_ids, adapter)
 
     def _late(self, live: Sequence[_LiveRequest]) -> Collection[int]:
         """Return the requests whose masks are not known, and that nobody else should have to wait for."""

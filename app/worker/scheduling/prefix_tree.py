@@ -35,16 +35,16 @@ class PrefixTree:
         self._use(path)
         return [self._blocks[edge] for edge in path]
 
-    def insert(self, owner: Owner, token_ids: TokenIds[int], *, protected: Collection[int] = ()) -> tuple[int, list[int]]:
+    def insert(self, owner: Owner, token_ids: TokenIds[int], *, keep: Collection[int] = ()) -> tuple[int, list[int]]:
         """Store a prefix, as far as it fills blocks and there is room.
 
-        Args: protected: blocks that stay.
+        Args: keep: blocks that stay.
         Returns: the token that the new blocks begin with, and the blocks, to be written in this order.
         """
         path = list(self._walk(owner, token_ids))
         self._use(path)
         start, added = len(path) * BLOCK_TOKENS, list[int]()
-        pinned = {*protected, *(self._blocks[edge] for edge in path)}
+        pinned = {*keep, *(self._blocks[edge] for edge in path)}
         parent: Owner | int = self._blocks[path[-1]] if path else owner
         for first in range(start, len(token_ids) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
             block = self._take_block(pinned)

@@ -63,6 +63,8 @@ class ScheduledTokens:
 
     sequence: Sequence
     count: int
+    draft: tuple[int, ...] = ()
+    """Guesses of the tokens after them, computed in the same step."""
 
     @property
     def completes(self) -> bool:
@@ -80,7 +82,7 @@ class ScheduledTokens:
     @property
     def wanted_logits(self) -> int:
         """After how many of its last tokens the logits are needed."""
-        return len(self.scored) + self.completes
+        return len(self.scored) + self.completes + len(self.draft)
 
 
 @dataclass(frozen=True, slots=True)

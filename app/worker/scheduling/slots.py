@@ -120,7 +120,7 @@ class Slots:
         if slot.owner is None or len(slot.cached_ids) < remaining + BLOCK_TOKENS:
             return
         # The blocks of the prefix are read after these are written.
-        start, blocks = self._prefixes.insert(slot.owner, slot.cached_ids, protected=prefix.blocks)
+        start, blocks = self._prefixes.insert(slot.owner, slot.cached_ids, keep=prefix.blocks)
         if blocks:
             yield PrefixSave(slot.index, start, tuple(blocks))
 

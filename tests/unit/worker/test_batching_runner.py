@@ -42,6 +42,7 @@ def runner_for(
     end_ids: tuple[int, ...] = (),
     compiled: Compile | None = None,
     prefix_cache_bytes: int = 0,
+    speculation: bool = False,
 ) -> BatchingRunner:
     """Args: compiled: the setting that selects an executor; None leaves all to the torch way."""
     model_runner = create_torch_runner(model, length=CONTEXT, slots=slots, free_bytes=10**9)
@@ -52,6 +53,7 @@ def runner_for(
         model_runner,
         prefix_reuse=reuse,
         prefix_cache_bytes=prefix_cache_bytes,
+        speculation=speculation,
     )
 
 
@@ -168,6 +170,55 @@ def test_the_prefix_cache_changes_no_completion(family: str, compiled: Compile |
             completion = completion_of(events, request)
             assert completion == complete(single, tokens, max_tokens=6)
             tokens += [*completion, turn]
+
+
+REPETITIVE = [*range(10, 20), *range(10, 20), *range(10, 16)]
+SETTINGS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 0.3, "seed": 5, "logprobs": 2},
+    {"temperature": 1.0, "seed": 6, "top_p": 0.9, "top_k": 20},
+    {"temperature": 0.0, "repetition_penalty": 1.3, "min_tokens": 20},
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_speculation_changes_no_token_and_no_logprob(family: str):
+    """Whatever the settings, beside one another."""
+    found = []
+    for speculation in (False, True):
+        runner = runner_for(make(FAMILIES[family]), end_ids=(3,), speculation=speculation)
+        for number, settings_ in enumerate(SETTINGS):
+            submit(runner, REPETITIVE, number, max_tokens=30, **settings_)
+        events = run(runner)
+        completions = [completion_of(events, number) for number in range(len(SETTINGS))]
+        logprobs = [each.logprob for event in events if event.id == 1 for each in event.logprobs]
+        endings = [ending_of(events, number) for number in range(len(SETTINGS))]
+        found.append((completions, endings, logprobs))
+    assert found[0][:2] == found[1][:2]
+    assert found[0][2] == pytest.approx(found[1][2], abs=1e-4)
+
+
+def test_text_that_repeats_takes_fewer_steps_with_speculation(llama: Any):
+    """The greedy completion of this model comes back to what it said before."""
+    runner, events, steps = runner_for(llama, speculation=True), list[TokenEvent](), 0
+    submit(runner, REPETITIVE, 1, max_tokens=30)
+    while runner.busy:
+        runner.step(events.extend)
+        steps += 1
+    assert 30 == len(completion_of(events, 1))
+    assert steps < 22
+
+
+def test_guesses_end_where_the_completion_does(llama: Any):
+    """At its last token, at its stop token, and at the end of the KV cache."""
+    most = CONTEXT - len(REPETITIVE)
+    expected = complete(runner_for(llama), REPETITIVE, max_tokens=most)
+    for tokens in (1, 2, 5, most):
+        guessed = complete(runner_for(llama, speculation=True), REPETITIVE, max_tokens=tokens)
+        assert expected[:tokens] == guessed
+    stop = expected[4]
+    plain, guessing = (runner_for(llama, end_ids=(stop,), speculation=each) for each in (False, True))
+    assert complete(plain, REPETITIVE, max_tokens=30) == complete(guessing, REPETITIVE, max_tokens=30)
 
 
 def test_nothing_is_reused_for_another_tenant(llama: Any):

@@ -364,7 +364,7 @@ def test_a_prefix_longer_than_all_blocks_is_stored_as_far_as_it_goes():
     tree = PrefixTree(3)
     tokens = list(range(10 * BLOCK_TOKENS))
     assert (0, 3) == (tree.insert(("a", None), tokens)[0], len(tree.match(("a", None), tokens)))
-    assert [] == tree.insert(("b", None), tokens, protected=tree.match(("a", None), tokens))[1]
+    assert [] == tree.insert(("b", None), tokens, keep=tree.match(("a", None), tokens))[1]
 
 
 @pytest.mark.parametrize("shared", [0, 1, 2, 5, 63, 64])
