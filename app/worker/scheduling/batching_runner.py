@@ -255,8 +255,8 @@ class BatchingRunner:
         if live.drafter is None or sequence.is_background:
             return ()
         wanted = live.request.params.max_tokens - live.completion_tokens - 1
-        room = self._model_runner.cache.length - len(sequence.token_ids)
-        return live.drafter.propose(sequence.token_ids, min(limit, wanted, room))
+        free = self._model_runner.cache.length - len(sequence.token_ids)
+        return live.drafter.propose(sequence.token_ids, min(limit, wanted, free))
 
     def _compute(self, planned: Schedule) -> list[TokenEvent]:
         began, tokens = self._clock(), sum(each.count + len(each.draft) for each in planned.tokens)
