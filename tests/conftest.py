@@ -1,5 +1,6 @@
 """What all tests share: a machine with busy cores is no reason to fail a property, and reports cross processes."""
 
+import gc
 import os
 from collections.abc import Generator
 
@@ -15,6 +16,12 @@ for _name in OLDER_VARIABLES:
     os.environ.pop(_name, None)
 settings.register_profile("service", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("service")
+
+
+def pytest_collection_finish() -> None:
+    """Leave modules and test items out of the garbage collector's rounds: they stay until the end, and are many."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
