@@ -8,14 +8,16 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from app.config.older_names import OLDER_VARIABLES
+from tests.examples import QUICK, THOROUGH
 
 # Read by torch when it is imported.  Models this small are slower on several threads, and two tests run at once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Read by the settings, and set on many machines for something else.
 for _name in OLDER_VARIABLES:
     os.environ.pop(_name, None)
-settings.register_profile("service", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("service")
+settings.register_profile(QUICK, max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(THOROUGH, settings.get_profile(QUICK), max_examples=100)
+settings.load_profile(QUICK)
 
 
 def pytest_collection_finish() -> None:

@@ -45,6 +45,18 @@ GENERATING = [
     path for path in RIGHT if path.startswith("/v1/") and not re.search("key|role|batches|adapter|/models/", path)
 ]
 GENERATING += ["/generate", "/predict", "/predict/batch"]
+QUICK = {
+    "/v1/chat",
+    "/v1/chat/completions",
+    "/v1/responses",
+    "/v1/batches",
+    "/v1/embeddings",
+    "/v1/keys",
+    "/v1/models/load",
+    "/predict",
+    "/tokenize",
+}
+"""Paths whose fields are those of the others, too."""
 NATIVE = ["/v1/generate", "/v1/generate/batch", "/v1/chat"]
 CROSS_FIELD = re.compile(
     "the last message must be the user's|this service takes at most|are two names of one field"
@@ -191,7 +203,9 @@ async def client_of(path: str, folder: Path) -> AsyncIterator[httpx.AsyncClient]
             yield client
 
 
-@pytest.mark.parametrize("path", RIGHT)
+@pytest.mark.parametrize(
+    "path", [path if path in QUICK else pytest.param(path, marks=pytest.mark.soak) for path in RIGHT]
+)
 async def test_each_field_takes_exactly_what_its_schema_says(tmp_path, path):
     """Types, bounds on both sides, null; a body without the field, and one with a field more."""
     found = await document()
