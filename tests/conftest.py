@@ -20,6 +20,13 @@ settings.register_profile(THOROUGH, settings.get_profile(QUICK), max_examples=10
 settings.load_profile(QUICK)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Measure no coverage where the same lines run for example after example: it takes as long as the test itself."""
+    for item in items:
+        if item.get_closest_marker("hypothesis"):
+            item.add_marker(pytest.mark.no_cover)
+
+
 def pytest_collection_finish() -> None:
     """Leave modules and test items out of the garbage collector's rounds: they stay until the end, and are many."""
     gc.collect()

@@ -15,6 +15,9 @@ from app.telemetry import configure_logging
 from tests.web.access import Running, running
 from tests.web.harness import COMPAT_BODIES
 
+# What it runs again and again is measured by other tests.
+pytestmark = pytest.mark.no_cover
+
 ADDRESS = "canary.jones@example.com"
 GENERATING = (
     "/v1/generate",

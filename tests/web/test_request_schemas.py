@@ -14,6 +14,9 @@ from tests.web.access import running
 from tests.web.harness import make_web
 from tests.web.malformed import WRONG_BATCHES, WRONG_CHATS, WRONG_FIELDS, WRONG_TEXTS
 
+# What it runs again and again is measured by other tests.
+pytestmark = pytest.mark.no_cover
+
 RIGHT: dict[str, dict[str, Any]] = {
     "/v1/generate": {"prompt": "a"},
     "/v1/generate/batch": {"prompts": ["a"]},
