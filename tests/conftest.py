@@ -20,6 +20,7 @@ settings.register_profile(THOROUGH, settings.get_profile(QUICK), max_examples=10
 settings.load_profile(QUICK)
 
 
+@pytest.hookimpl(trylast=True)  # after Hypothesis has marked what is its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Measure no coverage where the same lines run for example after example: it takes as long as the test itself."""
     for item in items:

@@ -15,9 +15,6 @@ from app.types import SamplingParams
 from app.web.http.private_api import served_methods
 from tests.web.harness import AUTH, BATCH, BODIES, LOADING_PATHS, OPENAI_BODIES, is_envelope, make_web
 from tests.web.malformed import (
-
-# What it runs again and again is measured by other tests.
-pytestmark = pytest.mark.no_cover
     CANARY,
     JSON,
     OTHER_FORMS,
@@ -28,6 +25,9 @@ pytestmark = pytest.mark.no_cover
     WRONG_TEXTS,
     WRONG_TYPES,
 )
+
+# What it runs again and again is measured by other tests.
+pytestmark = pytest.mark.no_cover
 
 ROUTES = [*BODIES, "/v1/generate/batch"]
 EVERY_ROUTE = [*ROUTES, *OPENAI_BODIES]
