@@ -12,7 +12,7 @@ from schemathesis import Case, HookContext, Response
 
 OWN_REASONS = {
     "/v1/chat$": ["the last message must be the user's", "content must not be empty"],
-    "/v1/chat": [
+    "/v1/(chat|responses)": [
         "must be the opposite of continue_final_message",
         "needs a last message of the assistant",
         "tool_call_id belongs to a message of the role tool, and to no other",
@@ -26,19 +26,15 @@ OWN_REASONS = {
         "are two forms of one field",
         "is no variable of this model's chat template",
         "is not supported: this model's chat template",
+        "names a function that is not among",
+        "is the name of another one too",
+        "is only possible with",
+        "of the last turn, which is never cut",
     ],
     "/v1/(chat/)?completions": [
         "must be n: this service returns all answers that it makes",
         "needs include_usage",
         "nothing is asked of the prompt",
-    ],
-    "/v1/(chat|responses)": [
-        "names a function that is not among",
-        "is the name of another one too",
-        "is only possible with",
-        "is required where",
-        "is not possible with truncation disabled",
-        "of the last turn, which is never cut",
     ],
     "/v1/responses": [
         "name two conversations",
@@ -77,6 +73,8 @@ REASONS = [
     "have different values",
     "is only possible where",
     "is not possible together with",
+    "is not possible with truncation disabled",
+    "is required where",
     "min_tokens is more than max_tokens",
     # The model, and the configured limits.
     "holds no token for this model",
@@ -116,12 +114,12 @@ def filter_failure(context: HookContext, failure: Exception, case: Case[Any], re
     """Return whether a finding counts."""
     if type(failure).__name__ == "UseAfterFree" and case.path.startswith("/v1/keys/"):
         return False  # a revoked key stays in the list, with its state
+    if response.status_code == 413 and type(failure).__name__ in ("RejectedPositiveData", "AcceptedNegativeData"):
+        return False  # refused for its length, before anything of it is looked at
     if type(failure).__name__ != "RejectedPositiveData":
         return True
     if response.status_code == 424:
         return not re.search("/v1/models/load$|/load_model$", case.path)  # there is no model of this name to load
-    if response.status_code == 413:
-        return False  # refused for its length, before anything of it is looked at
     if response.status_code != 400:
         return True
     if _has_integral_float(case.body) and NO_INTEGER.search(response.text):
