@@ -81,8 +81,8 @@ bench-overhead: $(VENV)/.installed-dev ## Measure what the service costs beside 
 soak: $(VENV)/.installed-dev ## Keep the service busy and see that nothing is left behind (MINUTES=30)
 	@$(PY) -m bench.soak --minutes $(MINUTES) $(ARGS)
 
-test-long: $(VENV)/.installed-dev ## The tests that take minutes: kills and races of the database at full length, compiled layers
-	@$(PY) -m pytest --no-cov -m soak $(ARGS)
+test-long: $(VENV)/.installed-dev ## The tests that take minutes: whole sweeps, kills and races at full length, MLflow, many examples
+	@$(PY) -m pytest --no-cov --hypothesis-profile=thorough -m "soak or hypothesis" $(ARGS)
 
 chaos: $(VENV)/.installed-dev ## Kill, suspend, fill and lock what the service depends on, at random moments, for minutes
 	@$(PY) -m pytest --no-cov -m chaos $(ARGS)

@@ -52,7 +52,8 @@ class OlderVariables(PydanticBaseSettingsSource):
         self._dotenv = dotenv
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        raise NotImplementedError  # all values are read at once
+        """Return no value: `__call__` returns all of them at once."""
+        return None, field_name, False
 
     def __call__(self) -> dict[str, Any]:
         environment = {name: value for name in OLDER_VARIABLES if (value := os.environ.get(name))}

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import count
 
@@ -11,7 +12,7 @@ from app.engine.base import Capabilities, EngineInfo, EngineStatus
 from app.engine.embedding_queue import EmbeddingQueue
 from app.engine.tokenizer.encoder_tokenizer import EncoderTokenizer
 from app.engine.tokenizer.prepare import EncodingThreads
-from app.engine.worker_status import engine_status, first_line, not_ready
+from app.engine.worker_status import engine_info, engine_status, first_line, not_ready
 from app.ipc.messages import AdapterFailed, AdapterLoaded, Embedded, ModelSpec, Ready, TokenEvent
 from app.ipc.spare_interpreters import SpareInterpreters
 from app.ipc.supervisor import Launch, Supervisor
@@ -118,17 +119,9 @@ class LocalEncoder:
         except Exception as error:
             raise WorkerLostError(f"The model's tokenizer cannot be loaded: {first_line(error)}.") from error
         self._ready = ready
-        self._info = EngineInfo(
-            model=self._config.public_name,
-            revision=ready.revision,
-            engine=ready.runner,
-            device=ready.device,
-            dtype=ready.dtype,
-            context_length=ready.context_length,
-            vocab_size=ready.vocab_size,
-            parameters=ready.parameters,
+        self._info = replace(
+            engine_info(self._config.public_name, ready),
             capabilities=Capabilities(priority=True),
-            embedding=ready.embedding,
         )
         await self._interpreters.prepare()
 

@@ -9,6 +9,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import count
 
@@ -25,7 +26,7 @@ from app.engine.stop_strings import with_stop_tokens
 from app.engine.tokenizer.detokenize import detokenize
 from app.engine.tokenizer.prepare import ModelTokenizer, PromptEncoder
 from app.engine.worker_adapters import WorkerAdapters
-from app.engine.worker_status import engine_status, first_line, not_ready
+from app.engine.worker_status import engine_info, engine_status, first_line, not_ready
 from app.errors import ContextLengthExceeded, EngineBusy, EngineFailed, InvalidRequest
 from app.events import Event, Started
 from app.fair_share import fits_share
@@ -269,15 +270,8 @@ class LocalEngine:
         self._launcher.on_ready(ready)
         self._ready = ready
         self._slots = ready.slots
-        self._info = EngineInfo(
-            model=self._config.public_name,
-            revision=ready.revision,
-            engine=ready.runner,
-            device=ready.device,
-            dtype=ready.dtype,
-            context_length=ready.context_length,
-            vocab_size=ready.vocab_size,
-            parameters=ready.parameters,
+        self._info = replace(
+            engine_info(self._config.public_name, ready),
             capabilities=Capabilities(
                 unsupported=ready.unsupported, adapters=True, priority=ready.runner == "batching"
             ),
@@ -289,7 +283,6 @@ class LocalEngine:
             logprob_shift=ready.logprob_shift,
             compiled=ready.compiled,
             chat_format=detect_format(tokenizer.traits, self._config),
-            embedding=ready.embedding,
             origin=self._launcher.origin,
         )
         self._adapters.on_ready()

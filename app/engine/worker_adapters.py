@@ -1,4 +1,4 @@
-"""The adapters that a model's worker holds, and what a worker that replaces it is told to load again."""
+"""The adapters that a model's worker has loaded, and what a worker that replaces it is told to load again."""
 
 import asyncio
 import logging
@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class _Held:
-    """An adapter that the worker holds, or that it will hold once it runs again."""
+class _InUse:
+    """An adapter that the worker has loaded, or will load again once it runs."""
 
     message: LoadAdapter
     users: int = 1
@@ -34,7 +34,7 @@ class WorkerAdapters:
         self._worker = worker
         self._numbers = numbers
         self._pending: dict[int, asyncio.Future[AdapterLoaded]] = {}
-        self._held: dict[str, _Held] = {}
+        self._in_use: dict[str, _InUse] = {}
         self._reloading: dict[int, str] = {}
 
     async def load(self, files: AdapterFiles, max_rank: int) -> AdapterLoaded:
@@ -54,36 +54,36 @@ class WorkerAdapters:
             self._pending[message.id] = answer = asyncio.get_running_loop().create_future()
             answer.add_done_callback(self._drop)
             raise
-        self._hold(loaded, message)
+        self._add(loaded, message)
         return loaded
 
     def unload(self, digest: str) -> None:
         """Let go of an adapter that was loaded once; the last one frees its memory."""
-        held = self._held[digest]
-        held.users -= 1
-        if not held.users:
-            del self._held[digest]
+        adapter = self._in_use[digest]
+        adapter.users -= 1
+        if not adapter.users:
+            del self._in_use[digest]
             self._worker.send(UnloadAdapter(digest))
 
     def check(self, digest: str | None) -> None:
         """Raises: EngineFailed: the adapter could not be loaded again after the worker was replaced."""
-        if digest is not None and (digest not in self._held or self._held[digest].failed):
+        if digest is not None and (digest not in self._in_use or self._in_use[digest].failed):
             raise EngineFailed("This adapter was lost when the model's worker was replaced; load it again.")
 
     def on_ready(self) -> None:
         """Load all adapters again: the worker is a new one."""
         self._reloading.clear()
-        for digest, held in self._held.items():
-            held.failed = False
+        for digest, adapter in self._in_use.items():
+            adapter.failed = False
             number = next(self._numbers)
             self._reloading[number] = digest
-            self._worker.send(LoadAdapter(number, *_files(held.message), held.message.max_rank, digest))
+            self._worker.send(LoadAdapter(number, *_files(adapter.message), adapter.message.max_rank, digest))
 
     def on_answer(self, message: AdapterLoaded | AdapterFailed) -> None:
         """Take the worker's answer to a load."""
         if (digest := self._reloading.pop(message.id, None)) is not None:
-            if isinstance(message, AdapterFailed) and digest in self._held:
-                self._held[digest].failed = True
+            if isinstance(message, AdapterFailed) and digest in self._in_use:
+                self._in_use[digest].failed = True
                 log.error("an adapter could not be loaded again: %s", message.message)
             return
         answer = self._pending.pop(message.id, None)
@@ -101,17 +101,17 @@ class WorkerAdapters:
                 answer.set_exception(EngineFailed("The model's worker failed while it loaded the adapter. Try again."))
         self._pending.clear()
 
-    def _hold(self, loaded: AdapterLoaded, message: LoadAdapter) -> None:
-        if (held := self._held.get(loaded.digest)) is None:
-            self._held[loaded.digest] = _Held(message)
+    def _add(self, loaded: AdapterLoaded, message: LoadAdapter) -> None:
+        if (adapter := self._in_use.get(loaded.digest)) is None:
+            self._in_use[loaded.digest] = _InUse(message)
         else:
-            held.users += 1
-            held.failed = False
+            adapter.users += 1
+            adapter.failed = False
 
     def _drop(self, answer: "asyncio.Future[AdapterLoaded]") -> None:
         if answer.cancelled() or answer.exception() is not None:
             return
-        if (digest := answer.result().digest) not in self._held:
+        if (digest := answer.result().digest) not in self._in_use:
             self._worker.send(UnloadAdapter(digest))
 
 

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from app.engine.base import EngineStatus, LoadProgress
+from app.engine.base import EngineInfo, EngineStatus, LoadProgress
 from app.errors import EngineNotReady
 from app.ipc.messages import Ready
 from app.ipc.supervisor import Supervisor
@@ -27,6 +27,21 @@ def engine_status(worker: Supervisor, *, running: int, waiting: int, ready: Read
         device_bytes=ready.device_bytes if ready else None,
         device_total_bytes=ready.device_total_bytes if ready else None,
         progress=LoadProgress(loading.stage, loading.bytes_done, loading.bytes_total) if loading else None,
+    )
+
+
+def engine_info(model: str, ready: Ready) -> EngineInfo:
+    """Return the facts about a loaded model that hold for every kind.  Args: model: its public name."""
+    return EngineInfo(
+        model=model,
+        revision=ready.revision,
+        engine=ready.runner,
+        device=ready.device,
+        dtype=ready.dtype,
+        context_length=ready.context_length,
+        vocab_size=ready.vocab_size,
+        parameters=ready.parameters,
+        embedding=ready.embedding,
     )
 
 

@@ -4,6 +4,7 @@ An object made so owns its engine, which closes with it; one made of an engine l
 """
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -26,11 +27,12 @@ _LANGCHAIN = frozenset(["callbacks", "metadata", "name", "tags", "verbose"])
 _SAMPLING = CALL_ARGUMENTS | ALIASES.keys() | {"do_sample"}
 
 
-class ClosesEngine:
+class ClosesEngine(ABC):
     """`close`, `with` and `async with` for a model that may own its engine."""
 
+    @abstractmethod
     def _owned_engine(self) -> ThreadedEngine | None:
-        raise NotImplementedError
+        """Return the engine that was made for this object; None where there is none."""
 
     def close(self) -> None:
         """Close the engine that was made for this object, and wait for that; a second call does nothing."""

@@ -24,7 +24,7 @@ from app.registry.client import MlflowClient, RegistryServer
 from app.registry.download import Downloaded, DownloadedFile, Progress, digest
 from app.registry.downloader import Downloader
 from app.registry.model_uri import ModelUri
-from app.registry.partial_folder import PartialFolder
+from app.registry.partial_folder import partial_folder
 from app.registry.version import ModelVersion
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class ModelStore:
     async def _download(
         self, version: ModelVersion, artifact_uri: str, record: Record | None, report: Callable[[Progress], None]
     ) -> Downloaded:
-        partial = await asyncio.to_thread(PartialFolder, self._path(version))
+        partial = await asyncio.to_thread(partial_folder, self._path(version))
         try:
             downloaded = await self._downloader.run(self._server, artifact_uri, partial.path, report)
             found = digest(downloaded.files)

@@ -35,22 +35,6 @@ FORM_BYTES = 16 * 1024
 def build_app(container: Container, *, lifespan: Lifespan[FastAPI] | None = None) -> DocumentedApp:
     """Return the application around the objects of the container."""
     docs = container.settings.serves_docs
-    app = DocumentedApp(
-        title=container.settings.app.name,
-        version=__version__,
-        description=DESCRIPTION,
-        openapi_url=documentation.OPENAPI_PATH if docs else None,
-        # Its own pages load their scripts from other hosts.
-        docs_url=None,
-        redoc_url=None,
-        swagger_ui_oauth2_redirect_url=None,
-        # A redirect would contain the client's Host header.
-        redirect_slashes=False,
-        # Its log records contain what clients sent.
-        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
-        lifespan=lifespan,
-    )
-    app.state.container = container
     native = [module.router for module in (generate, batch, chat, sessions, adapters, keys, roles, usage, models)]
     dialect = (
         openai_chat,
@@ -65,8 +49,25 @@ def build_app(container: Container, *, lifespan: Lifespan[FastAPI] | None = None
     openai = [module.router for module in dialect]
     openai += [openai_responses.stored_router, openai_files.upload_router, openai_batches.creating_router]
     compat = COMPAT_ROUTERS if container.settings.compat.enabled else ()
-    for router in (*native, *openai, *compat, health.router, *([documentation.router] if docs else [])):
-        app.include_router(router)
+    routers = (*native, *openai, *compat, health.router, *([documentation.router] if docs else []))
+    app = DocumentedApp(
+        title=container.settings.app.name,
+        version=__version__,
+        description=DESCRIPTION,
+        # The routes themselves: `include_router` would analyse every endpoint again, for each application.
+        routes=[route for router in routers for route in router.routes],
+        openapi_url=documentation.OPENAPI_PATH if docs else None,
+        # Its own pages load their scripts from other hosts.
+        docs_url=None,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+        # A redirect would contain the client's Host header.
+        redirect_slashes=False,
+        # Its log records contain what clients sent.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
+        lifespan=lifespan,
+    )
+    app.state.container = container
     openai_prefixes = (*openai_errors.PATH_PREFIXES, *_paths(openai))
     renderer = ErrorRenderer(
         dict.fromkeys(openai_prefixes, openai_errors.ERROR_FORMAT)

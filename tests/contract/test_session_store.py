@@ -5,13 +5,13 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from app.config import ChatHistoryConfig
 from app.generation.sessions import MemorySessionStore, SessionStore, Turn
 from app.types import Message, Role, Tenant, ToolCall
+from tests.examples import examples
 
 Factory = Callable[[ChatHistoryConfig, "Clock"], SessionStore]
 STORES: dict[str, Factory] = {
@@ -335,6 +335,7 @@ TENANTS = st.sampled_from(OWNERS)
 IDS = st.sampled_from(["1", "2", "b/1"])
 
 
+@pytest.mark.hypothesis
 def test_a_tenant_only_ever_reads_what_it_wrote(factory: Factory):
     """Whatever is written, read, deleted and waited for: a tenant sees its own whole turns, within the limits."""
 
@@ -387,4 +388,4 @@ def test_a_tenant_only_ever_reads_what_it_wrote(factory: Factory):
             for tenant, summaries in listed.items():
                 assert all((tenant, summary.session_id) in self.written for summary in summaries)
 
-    run_state_machine_as_test(Model, settings=settings(max_examples=30, stateful_step_count=20, deadline=None))
+    run_state_machine_as_test(Model, settings=examples(30, stateful_step_count=20))

@@ -1,6 +1,7 @@
 """A real service: its own process, a real socket, the embedded model."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -107,13 +108,34 @@ def serve(port: int) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where services find the kernels that others of them compiled, in whichever process of the tests."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def take_over(libraries: Path, folder: Path) -> None:
+    """Copy the libraries that a folder lacks; one is there whole or not at all."""
+    for library in libraries.glob("*.so"):
+        if not (folder / library.name).exists():
+            part = folder / f"{library.name}.{os.getpid()}"
+            shutil.copy(library, part)
+            part.replace(folder / library.name)
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory, compiled: Path) -> Iterator[Start]:
     """Start a service with settings given as SECTION__KEY; all are stopped at the end."""
     services: list[Service] = []
 
     def start(*, wait: bool = True, command: Sequence[str] = (), **settings: str) -> Service:
         """Args: command: a program that runs the one named after it, such as a shell that sets limits first."""
         folder = tmp_path_factory.mktemp("service")
+        own = folder / "data" / "compiled"
+        own.mkdir(mode=0o700, parents=True)
+        take_over(compiled, own)
         port = free_port()
         given = {"SECURITY__API_KEY": KEY, "RATE_LIMIT__ENABLED": "false", **settings}
         log = folder / "log"
@@ -132,6 +154,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
         services.append(service)
         if wait:
             wait_for(lambda: ready(service), 60)
+            take_over(own, compiled)
         return service
 
     yield start

@@ -171,7 +171,7 @@ class Chaos:
 @pytest.mark.parametrize(
     ("kinds", "seed"),
     [
-        pytest.param(("suspend", "hang up"), 1, id="short"),
+        pytest.param(("suspend", "hang up"), 1, marks=pytest.mark.soak, id="short"),
         pytest.param(KINDS * 6, 2, id="long", marks=pytest.mark.chaos),
     ],
 )

@@ -30,7 +30,14 @@ REFUSED: dict[str, tuple[Damage, str]] = {
 }
 
 
-@pytest.mark.parametrize(("damage", "reason"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        # A template's time takes twelve seconds to run out.
+        pytest.param(*case, id=name, marks=pytest.mark.soak if name == "template" else ())
+        for name, case in REFUSED.items()
+    ],
+)
 def test_a_faulty_model_ends_the_start_with_its_reason(tmp_path: Path, damage: Damage, reason: str):
     """In one line, with an exit code that is not 0 and without a traceback."""
     folder = lying_llama(tmp_path / "model", damage)

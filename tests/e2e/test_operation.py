@@ -214,7 +214,7 @@ def logged_rows(service: Service) -> dict[str, str | None]:
         return dict(database.execute("SELECT request_id, finish_reason FROM inference_log").fetchall())
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.soak)])
 def test_a_second_signal_ends_every_stream_with_a_last_event_and_loses_no_row(
     start: Start, sent: signal.Signals
 ) -> None:
@@ -298,7 +298,9 @@ def test_a_third_signal_kills_the_service_where_a_forced_stop_does_not_end(start
     wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, 15)
 
 
-@pytest.mark.parametrize("state", ["streaming", "suspended", "loading"])
+@pytest.mark.parametrize(
+    "state", ["suspended", *(pytest.param(each, marks=pytest.mark.soak) for each in ("streaming", "loading"))]
+)
 def test_a_second_signal_leaves_no_folder_of_a_worker(start: Start, temporary: Path, state: str) -> None:
     """The stop is cut short; the worker and its folder still go."""
     service = start(MODEL__COMPILE="none", TMPDIR=str(temporary), wait=state != "loading")

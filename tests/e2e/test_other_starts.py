@@ -48,7 +48,7 @@ def answers(url: str, path: str = "/readyz") -> bool:
 
 def test_uvicorn_starts_the_whole_service_and_stops_it(tmp_path: Path):
     """A request that runs when the signal comes is answered."""
-    with uvicorn(tmp_path, "--host", "127.0.0.1") as (url, log, process):
+    with uvicorn(tmp_path, "--host", "127.0.0.1", MODEL__COMPILE="none") as (url, log, process):
         wait_for(lambda: answers(url), 60)
         reply = httpx.post(
             f"{url}/v1/generate",

@@ -4,13 +4,14 @@ import random
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from stdnum import iban, luhn
 
 from app.config import PiiConfig
 from app.privacy.patterns import PHONE_REGIONS
 from app.privacy.redactor import PiiKind, StreamRedactor
+from tests.examples import examples
 from tests.privacy.corpus import Sample, default_redactor, samples, table
 
 PERSONAL, HARMLESS = samples("personal"), samples("harmless")
@@ -50,7 +51,7 @@ def test_harmless_texts_of_the_corpus_pass_unchanged() -> None:
     assert len(changed) <= 0.02 * len(HARMLESS), changed
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.lists(st.sampled_from(TEXTS), min_size=1, max_size=3), st.sampled_from(["\n", " ", ", ", ""]), st.integers())
 def test_texts_of_the_corpus_streamed_in_any_chunks_equal_the_whole(texts: list[str], glue: str, seed: int) -> None:
     """Text and counts; the redacted text is not redacted any further."""

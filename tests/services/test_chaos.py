@@ -38,7 +38,15 @@ async def break_and_mend(fault: str, disk: Disk, service: ServiceProcess, draw: 
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("rounds", [1, pytest.param(60, marks=pytest.mark.chaos)])
+@pytest.mark.parametrize(
+    ("disk", "rounds"),
+    [
+        ("limited writes", 1),
+        pytest.param("small disk", 1, marks=pytest.mark.soak),
+        *(pytest.param(kind, 60, marks=pytest.mark.chaos) for kind in ("limited writes", "small disk")),
+    ],
+    indirect=["disk"],
+)
 async def test_whatever_breaks_under_load_nothing_acknowledged_is_lost(disk: Disk, tmp_path: Path, rounds: int):
     """Keys and charges never; rows of the log but for those of the last moment before the process was killed.  There is
     no status but 200, 201 and 503, and the file is whole in the end."""

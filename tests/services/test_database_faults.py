@@ -84,10 +84,15 @@ def become_folder(path: Path) -> None:
     ("spoil", "reasons"),
     [
         (truncate, ("malformed", "damaged")),
-        (flip_bytes, ("malformed", "damaged")),
-        (flip_one_table, ("malformed", "damaged")),
-        (become_text, ("not a database",)),
         (become_folder, ("Is a directory",)),
+        *(
+            pytest.param(*case, marks=pytest.mark.soak)
+            for case in (
+                (flip_bytes, ("malformed", "damaged")),
+                (flip_one_table, ("malformed", "damaged")),
+                (become_text, ("not a database",)),
+            )
+        ),
     ],
 )
 def test_a_spoilt_database_stops_the_start_with_a_line_that_says_what_to_do(

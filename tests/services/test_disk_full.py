@@ -166,7 +166,16 @@ async def test_a_service_that_is_stopped_on_a_full_disk_says_what_it_could_not_w
         assert 20 == json.loads(lost)["items"]
 
 
-@pytest.mark.parametrize("bootstrap", [False, True])
+@pytest.mark.parametrize(
+    ("disk", "bootstrap"),
+    [
+        ("small disk", True),
+        ("limited writes", False),
+        pytest.param("small disk", False, marks=pytest.mark.soak),
+        pytest.param("limited writes", True, marks=pytest.mark.soak),
+    ],
+    indirect=["disk"],
+)
 def test_a_start_without_room_ends_with_a_line_and_the_next_one_with_room_serves(
     disk: Disk, tmp_path: Path, bootstrap: bool
 ):

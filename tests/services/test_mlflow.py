@@ -14,7 +14,7 @@ from tests.services.mlflow_server import MlflowServer
 from tests.services.process import ROOT, ServiceProcess, serving
 
 # The server's first start and the logging of five models take most of it.
-pytestmark = [pytest.mark.services, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.services, pytest.mark.soak, pytest.mark.timeout(400)]
 
 PROMPT = {
     "messages": [{"role": "user", "content": "What is the capital of France?"}],

@@ -23,6 +23,9 @@ from tests.web.access import running
 from tests.web.harness import MODEL, Web, is_envelope, make_web, until
 from tests.web.test_connections import post
 
+# What it runs again and again is measured by other tests.
+pytestmark = pytest.mark.no_cover
+
 KEY = "every-route-key"
 CANARY = "jane.doe@example.com"
 

@@ -26,6 +26,9 @@ from tests.web.malformed import (
     WRONG_TYPES,
 )
 
+# What it runs again and again is measured by other tests.
+pytestmark = pytest.mark.no_cover
+
 ROUTES = [*BODIES, "/v1/generate/batch"]
 EVERY_ROUTE = [*ROUTES, *OPENAI_BODIES]
 RIGHT = {**BODIES, "/v1/generate/batch": BATCH, **OPENAI_BODIES}

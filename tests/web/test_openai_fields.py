@@ -23,6 +23,9 @@ from app.web.openai.chat import ChatCompletionRequest
 from app.web.openai.completions import CompletionRequest
 from tests.web.harness import CHAT, GENERATE, MODEL
 
+# What it runs again and again is measured by other tests.
+pytestmark = pytest.mark.no_cover
+
 CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
 BODIES = {CHATS: CHAT, TEXTS: GENERATE}
 TYPES = {

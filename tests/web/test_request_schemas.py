@@ -14,6 +14,9 @@ from tests.web.access import running
 from tests.web.harness import make_web
 from tests.web.malformed import WRONG_BATCHES, WRONG_CHATS, WRONG_FIELDS, WRONG_TEXTS
 
+# What it runs again and again is measured by other tests.
+pytestmark = pytest.mark.no_cover
+
 RIGHT: dict[str, dict[str, Any]] = {
     "/v1/generate": {"prompt": "a"},
     "/v1/generate/batch": {"prompts": ["a"]},
@@ -45,6 +48,18 @@ GENERATING = [
     path for path in RIGHT if path.startswith("/v1/") and not re.search("key|role|batches|adapter|/models/", path)
 ]
 GENERATING += ["/generate", "/predict", "/predict/batch"]
+QUICK = {
+    "/v1/chat",
+    "/v1/chat/completions",
+    "/v1/responses",
+    "/v1/batches",
+    "/v1/embeddings",
+    "/v1/keys",
+    "/v1/models/load",
+    "/predict",
+    "/tokenize",
+}
+"""Paths whose fields are those of the others, too."""
 NATIVE = ["/v1/generate", "/v1/generate/batch", "/v1/chat"]
 CROSS_FIELD = re.compile(
     "the last message must be the user's|this service takes at most|are two names of one field"
@@ -191,7 +206,9 @@ async def client_of(path: str, folder: Path) -> AsyncIterator[httpx.AsyncClient]
             yield client
 
 
-@pytest.mark.parametrize("path", RIGHT)
+@pytest.mark.parametrize(
+    "path", [path if path in QUICK else pytest.param(path, marks=pytest.mark.soak) for path in RIGHT]
+)
 async def test_each_field_takes_exactly_what_its_schema_says(tmp_path, path):
     """Types, bounds on both sides, null; a body without the field, and one with a field more."""
     found = await document()

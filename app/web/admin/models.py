@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.encoders import jsonable_encoder
-from pydantic import BaseModel, Field, PositiveInt, SecretStr, StringConstraints
+from pydantic import BaseModel, Field, PositiveInt, StringConstraints
 from starlette.responses import Response as HttpResponse
 
 from app.config import ModelConfig, beside
@@ -18,30 +18,17 @@ from app.engine.model_load import Load
 from app.engine.model_source import LoadSpec
 from app.engine.model_states import ModelState, State, model_state
 from app.engine.source_policy import check_source
-from app.errors import (
-    Conflict,
-    Forbidden,
-    InsufficientMemory,
-    InternalError,
-    InvalidRequest,
-    ModelLoadFailed,
-    ModelNotFound,
-    RateLimited,
-    ServiceUnavailable,
-    Unauthorized,
-)
+from app.errors import InvalidRequest, ModelNotFound
 from app.web.http.dependencies import Container, ContainerDep, LoadModelsDep
-from app.web.http.errors import as_app_error, envelope, error_responses
+from app.web.http.errors import as_app_error, envelope
 from app.web.http.json_body import StrictModel, StrictRoute
+from app.web.http.model_loading import LOAD_ERRORS, UNLOAD_ERRORS, HubToken, revealed
 from app.web.http.sse import FrameStream, frame, streamed
 
 MAX_GRACE_SECONDS = 3600
 MAX_NUMBER = 2**31 - 1
 
 router = APIRouter(prefix="/v1/models", tags=["models"], route_class=StrictRoute)
-
-_ERRORS = error_responses(InvalidRequest, Unauthorized, Forbidden, ModelNotFound, Conflict, RateLimited, InternalError)
-_LOAD_ERRORS = _ERRORS | error_responses(ModelLoadFailed, InsufficientMemory, ServiceUnavailable)
 
 ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._/@:~ +-]{1,512}$")]
 _Revision = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._/-]{1,256}$")]
@@ -57,7 +44,7 @@ class LoadModel(StrictModel):
     source: Literal["hub", "local", "mlflow"] | None = None
     served_name: ServedName | None = Field(None, description="The name that requests use; null: the id or the folder.")
     revision: _Revision | None = Field(None, description="Commit, branch or tag on the hub.")
-    hf_token: Annotated[SecretStr, Field(min_length=1, max_length=512)] | None = Field(
+    hf_token: HubToken | None = Field(
         None, description="For a gated model of the hub: used for this load and then forgotten."
     )
     device: DeviceName | None = None
@@ -123,7 +110,7 @@ class ModelStateResponse(BaseModel):
 @router.post(
     "/load",
     response_model=ModelStateResponse,
-    responses=_LOAD_ERRORS | streamed("progress", "done", "error"),
+    responses=LOAD_ERRORS | streamed("progress", "done", "error"),
 )
 async def load_model(
     body: LoadModel, caller: LoadModelsDep, request: Request, container: ContainerDep
@@ -138,7 +125,7 @@ async def load_model(
     return _state(spec.name, container)
 
 
-@router.post("/unload", response_model=ModelStateResponse, responses=_ERRORS)
+@router.post("/unload", response_model=ModelStateResponse, responses=UNLOAD_ERRORS)
 async def unload_model(body: UnloadModel, caller: LoadModelsDep, container: ContainerDep) -> ModelStateResponse:
     """Unload a model once its running requests have ended, or end its load; requests that name it get 404."""
     await container.loader.unload(body.model_name, body.grace_seconds)
@@ -157,8 +144,7 @@ async def _spec(body: LoadModel, container: Container) -> LoadSpec:
     name = config.served_name or config.own_name
     if not re.fullmatch(SERVED_NAME, name):
         raise InvalidRequest.of_field("served_name", "is needed, since the model's own name has other signs")
-    token = body.hf_token.get_secret_value() if body.hf_token is not None else None
-    return LoadSpec(name=name, config=config, hub_token=token)
+    return LoadSpec(name=name, config=config, hub_token=revealed(body.hf_token))
 
 
 async def _frames(load: Load, container: Container, request_id: str) -> AsyncIterator[bytes]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel, Field, SecretStr, StringConstraints
+from pydantic import BaseModel, Field, StringConstraints
 from starlette.responses import Response as HttpResponse
 from typing_extensions import TypedDict
 
@@ -22,16 +22,12 @@ from app.engine.served_model import ServedModel
 from app.engine.source_policy import check_source
 from app.errors import (
     AppError,
-    Conflict,
     Forbidden,
-    InsufficientMemory,
     InternalError,
     InvalidRequest,
-    ModelLoadFailed,
     ModelNotFound,
     RateLimited,
     RoleNotFound,
-    ServiceUnavailable,
     StoreUnavailable,
     Unauthorized,
 )
@@ -47,6 +43,7 @@ from app.web.http.json_encoding import (
     encode_logprobs,
     exact_float,
 )
+from app.web.http.model_loading import LOAD_ERRORS, UNLOAD_ERRORS, HubToken, revealed
 from app.web.http.owner_name import OwnerName
 from app.web.http.sampling_params import SampleCount, StopTexts, TokenCount, TopP
 from app.web.http.sse import collect_response
@@ -142,9 +139,7 @@ class LoadModel(StrictModel):
 
     model_name: LoadableName
     device: DeviceName | None = None
-    hf_token: Annotated[SecretStr, Field(min_length=1, max_length=512)] | None = Field(
-        None, description="For a gated model: used for this load and then forgotten."
-    )
+    hf_token: HubToken | None = Field(None, description="For a gated model: used for this load and then forgotten.")
 
 
 class ModelMessage(TypedDict):
@@ -153,14 +148,7 @@ class ModelMessage(TypedDict):
     message: str
 
 
-_LOAD_ERRORS = (InvalidRequest, Unauthorized, Forbidden, ModelNotFound, Conflict, RateLimited, InternalError)
-
-
-@router.post(
-    "/load_model",
-    response_model=ModelMessage,
-    responses=error_responses(*_LOAD_ERRORS, ModelLoadFailed, InsufficientMemory, ServiceUnavailable),
-)
+@router.post("/load_model", response_model=ModelMessage, responses=LOAD_ERRORS)
 async def load_model(body: LoadModel, caller: LoadModelsDep, container: ContainerDep) -> ModelMessage:
     """Load a model, for callers who may, and return once it can serve requests."""
     name = body.model_name
@@ -180,7 +168,7 @@ def _serves(name: str, device: str | None, container: Container) -> bool:
     return device in (None, "auto") or (info.device or "").partition(":")[0] == device
 
 
-@router.post("/unload_model", response_model=ModelMessage, responses=error_responses(*_LOAD_ERRORS))
+@router.post("/unload_model", response_model=ModelMessage, responses=UNLOAD_ERRORS)
 async def unload_model(caller: LoadModelsDep, container: ContainerDep) -> ModelMessage:
     """Unload the model that was loaded last, for callers who may, once its requests have ended."""
     host = container.host
@@ -196,10 +184,10 @@ async def _spec(body: LoadModel, container: Container) -> LoadSpec:
     settings = container.settings
     defaults = settings.model
     own = {} if body.device is None else {"device": body.device}
-    token = body.hf_token.get_secret_value() if body.hf_token is not None else None
+    token = revealed(body.hf_token)
     known = container.loader.known.get(body.model_name)
     if known is None and body.model_name in (defaults.public_name, defaults.name):
-        token = token or (settings.hub_token.get_secret_value() if settings.hub_token else None)
+        token = token or revealed(settings.hub_token)
         known = LoadSpec(name=defaults.public_name, config=defaults)
     if known is not None:
         return LoadSpec(name=known.name, config=known.config.model_copy(update=own), hub_token=token or known.hub_token)

@@ -14,24 +14,17 @@ from typing import Any, Protocol
 import torch
 from tokenizers import normalizers
 from torch import Tensor
-from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel, AutoModelForTextEncoding
+from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING, AutoModel, AutoModelForTextEncoding
 
 from app.embeddings import EmbeddingInfo
 from app.ipc.messages import ModelSpec
 from app.worker.embedding.pooling import Head
 from app.worker.embedding.sentence_modules import SentenceModules, read_sentence_modules
 from app.worker.loading.loader import choose_device, choose_dtype, load_tokenizer
-from app.worker.loading.model_files import (
-    CONTEXT_FIELDS,
-    LoadError,
-    check_files,
-    one_line,
-    stored_numbers,
-    tensor_shape,
-)
+from app.worker.loading.model_files import CONTEXT_FIELDS, LoadError, one_line
 from app.worker.loading.model_folder import HUB_FILES, find_folder
+from app.worker.loading.pretrained import load_config, load_weights
 from app.worker.loading.stage_deadline import within_deadline
-from app.worker.loading.weight_checks import check_finite, check_loading, check_size
 
 log = logging.getLogger(__name__)
 
@@ -125,13 +118,7 @@ def load_encoder(spec: ModelSpec, tokenizer_folder: str, on_stage: Callable[[str
 
 
 def _config(folder: Path) -> Any:
-    check_files(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, return_dict=True)
-    except Exception as error:
-        if "trust_remote_code" in str(error):
-            raise LoadError("config.json: it needs Python code of its own, which is never run") from None
-        raise LoadError(f"config.json: {one_line(error, MAX_REASON_CHARS)}") from error
+    config = load_config(folder)
     if _class(config) is None:
         raise LoadError(f"config.json: {config.model_type} is no model of texts alone")
     # One that generates would keep what only generation needs.
@@ -150,31 +137,9 @@ def _class(config: Any) -> Any:
 def _model(folder: Path, config: Any, dtype: torch.dtype | str) -> Any:
     """Return the model with the weights of the files; a pooler, which nothing here uses, is left out."""
     kind = _class(config)
-    check_size(config, stored_numbers(folder), kind)
-    try:
-        loaded: Any = kind.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            trust_remote_code=False,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **_without_pooler(config, kind),
-        )
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:
-        raise LoadError(
-            f"config.json: it and the weights cannot be loaded ({one_line(error, MAX_REASON_CHARS)})"
-        ) from error
-    model, info = loaded
-    unexpected = {name for name in info["unexpected_keys"] if POOLER not in name}
-    check_loading(model, {**info, "unexpected_keys": unexpected}, partial(tensor_shape, folder))
-    check_finite(model)
-    model.eval()
-    return model
+    return load_weights(
+        kind, folder, config, dtype, unused=lambda name: POOLER in name, **_without_pooler(config, kind)
+    )
 
 
 def _without_pooler(config: Any, kind: Any) -> dict[str, Any]:

@@ -12,15 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    GenerationConfig,
-    pipeline,
-)
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 from app.grammars.vocabulary import UnsupportedVocabularyError, Vocabulary, load_vocabulary
 from app.ipc.messages import ModelSpec
@@ -39,20 +31,15 @@ from app.worker.loaded_model import LoadedModel
 from app.worker.loading.context_length import derive_context_length
 from app.worker.loading.generation_settings import GENERATION_FILE, read_generation_settings
 from app.worker.loading.load_failure import first_words
-from app.worker.loading.load_progress import OnBytes, weights_progress
+from app.worker.loading.load_progress import OnBytes
 from app.worker.loading.memory_check import check_memory
-from app.worker.loading.model_files import (
-    LoadError,
-    UnsupportedError,
-    check_files,
-    stored_numbers,
-    tensor_shape,
-)
+from app.worker.loading.model_files import LoadError, UnsupportedError
 from app.worker.loading.model_folder import find_folder
+from app.worker.loading.pretrained import load_config, load_weights
 from app.worker.loading.quantized_checkpoints import bitsandbytes_config, check_quantization
 from app.worker.loading.stage_deadline import within_deadline
 from app.worker.loading.tokenizer_packages import missing_package
-from app.worker.loading.weight_checks import check_finite, check_loading, check_scores, check_size
+from app.worker.loading.weight_checks import check_scores
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +80,9 @@ def load(
     context_length = derive_context_length(config, spec.max_model_len)
     dtype = choose_dtype(spec, device, config)
     check_memory(folder, dtype, device, spec.quantization)
-    model = _model(folder, config, dtype, on_bytes, bitsandbytes_config(spec.quantization, dtype))
+    bits = bitsandbytes_config(spec.quantization, dtype)
+    quantized: dict[str, Any] = {"quantization_config": bits} if bits is not None else {}
+    model = load_weights(AutoModelForCausalLM, folder, config, dtype, on_bytes=on_bytes, **quantized)
     vocab_size = model.get_input_embeddings().num_embeddings
     sample_ids = _sample_ids(tokenizer, vocab_size, context_length)
     parameters = sum(weight.numel() for weight in model.parameters())
@@ -127,15 +116,8 @@ def load(
 
 
 def _config(spec: ModelSpec, folder: Path) -> Any:
-    """Return the model's configuration, once all small files have been checked."""
-    check_files(folder)
-    try:
-        # Whatever the file says of `return_dict`: the scores are read by their name.
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, return_dict=True)
-    except Exception as error:
-        if "trust_remote_code" in str(error):
-            raise UnsupportedError("config.json: it needs Python code of its own, which is never run") from None
-        raise LoadError(f"config.json: {first_words(error)}") from error
+    """Return the configuration of a model that is served.  Raises: LoadError."""
+    config = load_config(folder)
     if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedError(f"config.json: {config.model_type} is not a decoder-only language model")
     known: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -207,45 +189,6 @@ def _check_expressions(tokenizer: Any) -> None:
             slow = True
         if slow:
             raise LoadError(f"tokenizer.json: its expressions take too long to split {len(probe)} characters")
-
-
-def _model(
-    folder: Path, config: Any, dtype: torch.dtype | str, on_bytes: OnBytes, quantization: BitsAndBytesConfig | None
-) -> Any:
-    """Return the model with the weights of the files, all of them and no others.
-
-    Args: quantization: how they are quantized as they are loaded.
-    Raises: LoadError: they are not the ones that the configuration describes.
-    """
-    check_size(config, stored_numbers(folder))
-    try:
-        with weights_progress(folder, on_bytes):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                trust_remote_code=False,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-                **({"quantization_config": quantization} if quantization is not None else {}),
-                # Reported, with their names and shapes, by `check_loading`.
-                ignore_mismatched_sizes=True,
-            )
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:
-        if "can't allocate memory" in str(error):
-            raise LoadError("config.json: describes a model that does not fit into memory") from error
-        what = "quantization_config" if getattr(config, "quantization_config", None) else "it and the weights"
-        raise LoadError(
-            f"config.json: {what} cannot be loaded ({type(error).__name__}: {first_words(error)})"
-        ) from error
-    model, info = loaded
-    check_loading(model, info, partial(tensor_shape, folder))
-    check_finite(model)
-    model.eval()
-    return model
 
 
 def _sample_ids(tokenizer: Any, vocab_size: int, context_length: int) -> list[int]:

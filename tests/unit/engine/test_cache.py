@@ -19,6 +19,7 @@ from app.engine.echo import EchoEngine
 from app.events import CacheStatus, Delta, Event
 from app.requests import HARMLESS, GenerationRequest, Origin, Progress, keyed_fields
 from app.types import FinishReason, Grammar, Message, Role, SamplingParams, Tenant, Tool, ToolChoice, Usage
+from tests.examples import examples
 from tests.unit.engine.scripted import REQUEST, ScriptedEngine, make_request
 from tests.unit.event_streams import finished_of, logprobs_of, read, started_of, text_of
 
@@ -162,7 +163,7 @@ OTHER_PARAMS = st.builds(
 
 
 @pytest.mark.parametrize("name", [each.name for each in fields(SamplingParams)])
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(mine=OTHER_PARAMS, other=OTHER_PARAMS)
 def test_every_sampling_parameter_is_in_the_key(name: str, mine: SamplingParams, other: SamplingParams):
     """Change one and only one: another key, exactly if it really is another value."""

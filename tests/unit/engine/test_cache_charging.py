@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from app.config import CacheConfig
@@ -16,6 +16,7 @@ from app.errors import EngineFailed
 from app.events import CacheStatus, Delta, Event, Finished, Started, finish
 from app.requests import GenerationRequest
 from app.types import FinishReason, Usage
+from tests.examples import examples
 from tests.unit.engine.scripted import ScriptedEngine, make_request
 from tests.unit.event_streams import finished_of
 
@@ -164,7 +165,7 @@ async def run(operations: list[tuple[str, int]]) -> Cached:
 
 @given(OPERATIONS)
 @example([("join", 0), ("withheld", 0), ("join", 0), ("end", 0), ("read", 1)])
-@settings(max_examples=150, deadline=None)
+@examples(150)
 def test_whatever_joins_leaves_and_ends_each_token_is_charged_once(operations: list[tuple[str, int]]):
     """All that was generated, to nobody who was not there, and each prompt to one request."""
     cached = asyncio.run(run(operations))

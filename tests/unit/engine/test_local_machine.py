@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 
-from hypothesis import settings
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -23,6 +23,7 @@ from app.errors import AppError, EngineBusy, EngineNotReady
 from app.events import Delta, Event, Finished
 from app.requests import GenerationRequest
 from app.types import EngineState
+from tests.examples import examples
 from tests.unit.engine.fake_worker import FakeWorkers, make_request
 from tests.unit.event_streams import deltas_of, read_into
 from tests.unit.tiny_models import chatml_tokenizer, save
@@ -217,6 +218,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert len([number for number in link.open if number not in link.cancelled]) <= len(self.live)
 
 
+@pytest.mark.hypothesis
 def test_every_request_gets_exactly_one_outcome():
     """Random lives of clients and workers."""
-    run_state_machine_as_test(EngineMachine, settings=settings(max_examples=60, stateful_step_count=40, deadline=None))
+    run_state_machine_as_test(EngineMachine, settings=examples(60, stateful_step_count=40))

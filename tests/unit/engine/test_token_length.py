@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
@@ -15,6 +15,7 @@ from app.engine.tokenizer.prepare import PromptEncoder
 from app.engine.tokenizer.token_length import TokenLength, TooManyTokensError, longest_token_bytes
 from app.requests import GenerationRequest
 from app.types import Message, Role, Tenant
+from tests.examples import examples
 from tests.unit.tiny_models import chatml_tokenizer, llama_tokenizer, save
 
 TINY_CHAT = Path(__file__).parents[3] / "models" / "tiny-chat"
@@ -36,7 +37,7 @@ def byte_level(**changes: Any) -> Tokenizer:
 
 @pytest.mark.parametrize("make", [chatml_tokenizer, llama_tokenizer], ids=["byte level", "byte fallback"])
 @given(text=st.text(max_size=200))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_no_text_has_fewer_tokens_than_its_bytes_say(make: Any, text: str) -> None:
     """So a refusal by this bound is never wrong."""
     backend = make().backend_tokenizer

@@ -6,10 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from app.privacy.redactor import PiiKind, PiiMatch, Redactor, StreamRedactor
+from tests.examples import examples
 
 REDACTOR = Redactor()
 GERMAN = Redactor(phone_regions=["DE"])
@@ -108,7 +109,7 @@ TEXTS = st.lists(FRAGMENTS, max_size=9).map("".join)
 UNBROKEN = st.tuples(
     st.sampled_from(["a", "1", "@", "a@", "a@b.", "1:", "eyJ", "sk-", ".", "\u200b", "a\u200b", "é"]), TEXTS
 ).map(lambda parts: (parts[0] * 5000)[:5000] + parts[1])
-FIVE_HUNDRED = settings(max_examples=500, deadline=None)
+FIVE_HUNDRED = examples(500)
 
 
 def chunks_of(text: str, sizes: Sequence[int]) -> Iterator[str]:
@@ -215,7 +216,7 @@ def test_matches_are_sorted_and_disjoint_and_explain_the_redacted_text(text: str
     assert REDACTOR.redact(text).text == by_hand
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(UNBROKEN, st.integers(90, 900))
 def test_the_buffer_is_bounded_in_texts_without_a_delimiter(text: str, size: int) -> None:
     """5,000 characters without one: the same result, and at most the longest entity is withheld."""

@@ -7,11 +7,12 @@ import string
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from app.telemetry import Metrics
 from app.telemetry.metrics import MAX_ENDPOINTS, METHODS, STATUSES
+from tests.examples import examples
 
 
 def figures(metrics: Metrics) -> dict[str, float]:
@@ -95,7 +96,7 @@ def test_two_applications_do_not_share_their_metrics() -> None:
 
 
 @given(st.integers(0, 1000), st.text(), st.text())
-@settings(max_examples=20, deadline=None)
+@examples(20)
 def test_no_method_path_or_status_can_make_more_series_than_their_bound(seed: int, method: str, path: str) -> None:
     """Raw paths given by mistake among them: so many pairs, so many statuses each, whatever comes."""
     metrics, draw = Metrics([]), random.Random(seed)

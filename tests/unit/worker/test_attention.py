@@ -29,6 +29,11 @@ BF16 = torch.bfloat16
 pytestmark = pytest.mark.usefixtures("compiler")
 
 
+def full_length(*values: Any) -> Any:
+    """A case that `make test-long` runs: each shape takes seconds to compile."""
+    return pytest.param(*values, marks=pytest.mark.soak)
+
+
 def selected(model: Any) -> ModelRunner:
     """A runner with the executor that is selected by default."""
     runner = create_torch_runner(model, length=CONTEXT, slots=2, free_bytes=10**9)
@@ -67,8 +72,9 @@ def attended(shape: Shape, q: Tensor, keys: Tensor, values: Tensor, places: list
 @pytest.mark.parametrize(
     "shape",
     [
-        *(Shape(1, 1, 8), Shape(2, 1, 48), Shape(3, 3, 64), Shape(1, 7, 80), Shape(2, 4, 128), Shape(1, 16, 256)),
-        *(Shape(1, 2, 24, BF16), Shape(3, 3, 64, BF16), Shape(1, 7, 80, BF16), Shape(2, 13, 128, BF16)),
+        *(Shape(1, 1, 8), Shape(3, 3, 64), Shape(1, 2, 24, BF16), Shape(1, 7, 80, BF16)),
+        *map(full_length, (Shape(2, 1, 48), Shape(1, 7, 80), Shape(2, 4, 128), Shape(1, 16, 256))),
+        *map(full_length, (Shape(3, 3, 64, BF16), Shape(2, 13, 128, BF16))),
     ],
     ids=str,
 )
@@ -114,7 +120,11 @@ def test_bfloat16_needs_no_avx512_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("window", [LENGTH, 37, 150])
-@pytest.mark.parametrize("shape", [Shape(3, 3, 64, BF16), Shape(1, 7, 80, BF16), Shape(2, 1, 128, BF16)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [Shape(1, 7, 80, BF16), *map(full_length, (Shape(3, 3, 64, BF16), Shape(2, 1, 128, BF16)))],
+    ids=str,
+)
 @pytest.mark.parametrize("flag", [None, "-mno-avx512bf16"])
 def test_the_bits_of_a_token_do_not_depend_on_its_batch(
     flag: str | None, shape: Shape, window: int, monkeypatch: pytest.MonkeyPatch
@@ -143,8 +153,9 @@ def test_the_bits_of_a_token_do_not_depend_on_its_batch(
         assert torch.equal(found[0], other)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, BF16])
-@pytest.mark.parametrize("size", [8, 16])
+@pytest.mark.parametrize(
+    ("size", "dtype"), [(8, torch.float32), (16, BF16), full_length(8, BF16), full_length(16, torch.float32)]
+)
 def test_softmax_is_right_for_extreme_scores(size: int, dtype: torch.dtype) -> None:
     """Equal scores have equal weights, one far above the others takes all, and none overflows; in decode attention
     (head size 8) and prefill attention (16)."""
@@ -163,8 +174,9 @@ def test_softmax_is_right_for_extreme_scores(size: int, dtype: torch.dtype) -> N
     assert torch.allclose(out[:, 0, 0].float(), expected, rtol=1e-6 if dtype == torch.float32 else 5e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, BF16])
-@pytest.mark.parametrize("size", [16, 32])
+@pytest.mark.parametrize(
+    ("size", "dtype"), [(16, torch.float32), (32, BF16), full_length(16, BF16), full_length(32, torch.float32)]
+)
 def test_nan_stays_in_its_slot(size: int, dtype: torch.dtype) -> None:
     """The runner finds it in that slot's logits and ends that sequence only; keys past the end are not read."""
     shape = Shape(2, 2, size, dtype)

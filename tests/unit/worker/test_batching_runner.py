@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from transformers import AutoModelForCausalLM
@@ -23,6 +22,7 @@ from app.worker.execution.packed_batch import Segment
 from app.worker.execution.torch.torch_executor import create_torch_runner
 from app.worker.scheduling.batching_runner import BatchingRunner
 from app.worker.scheduling.prefix_tree import BLOCK_TOKENS
+from tests.examples import examples
 from tests.unit.worker.families import CONTEXT, FAMILIES, NOT_BATCHABLE, VOCABULARY, loaded, make
 
 NEW = 24
@@ -412,7 +412,7 @@ class AnyOrder(RuleBasedStateMachine):
             assert ending in ("length", "abort") or not prompt
 
 
-AnyOrder.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+AnyOrder.TestCase.settings = examples(25, stateful_step_count=25)
 test_any_order = AnyOrder.TestCase
 
 

@@ -52,7 +52,7 @@ KINDS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+@pytest.fixture(params=[1, pytest.param(2, marks=pytest.mark.soak)], ids=["one thread", "two threads"])
 def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -242,12 +242,17 @@ def test_other_layers_are_left_to_torch(
     ("source", "right", "wrong", "dtype"),
     [
         ("llama_forward.cpp", "* factor *", "*", torch.float32),
-        ("llama_forward.cpp", "first * cos[left] -", "0.0f / 0.0f -", torch.float32),
-        ("llama_forward.cpp", "linear<true>(x", "linear<false>(x", torch.float32),
-        ("llama_forward.cpp", "silu(load(gate)) * load", "load(gate) * load", torch.float32),
-        ("gemm_packed.h", "right * factor;", "right;", torch.float32),
         ("attention_decode.h", "scale * load(q + at)", "load(q + at)", torch.bfloat16),
-        ("bf16.h", "pairs[panel], factor);", "pairs[panel], factor << 16);", torch.bfloat16),
+        *(
+            pytest.param(*case, marks=pytest.mark.soak)
+            for case in (
+                ("llama_forward.cpp", "first * cos[left] -", "0.0f / 0.0f -", torch.float32),
+                ("llama_forward.cpp", "linear<true>(x", "linear<false>(x", torch.float32),
+                ("llama_forward.cpp", "silu(load(gate)) * load", "load(gate) * load", torch.float32),
+                ("gemm_packed.h", "right * factor;", "right;", torch.float32),
+                ("bf16.h", "pairs[panel], factor);", "pairs[panel], factor << 16);", torch.bfloat16),
+            )
+        ),
     ],
 )
 def test_a_wrong_kernel_is_not_used(source: str, right: str, wrong: str, dtype: torch.dtype, source_dir: Path) -> None:

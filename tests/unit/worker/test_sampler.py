@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
     LogitsProcessorList,
@@ -24,6 +24,7 @@ from app.types import SamplingParams
 from app.worker.sampling.penalties import apply_repetition_penalty
 from app.worker.sampling.sampler import NO_TOKEN, NO_TOKEN_LEFT, Sampled, SamplingFailure, SequenceSampler, sample
 from app.worker.sampling.sampling_ops import SamplingDraw
+from tests.examples import examples
 
 GRID = 200
 LAST = 1 - 2**-53
@@ -113,7 +114,7 @@ def naive(
     return {each: weights[each] / total for each in nucleus}
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(
     seed=st.integers(0, 2**32),
     vocab=st.sampled_from([1, 2, 7, 60, 255, 256, 257, 511, 512, 513, 700, 5000]),
@@ -311,7 +312,7 @@ def results_of(
     return sampled
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(order=st.permutations(range(len(ROWS))), size=st.integers(1, len(ROWS)))
 def test_a_row_is_sampled_as_if_it_were_alone(order: list[int], size: int):
     """The same tokens and log-probabilities in any company and at any place of the batch."""

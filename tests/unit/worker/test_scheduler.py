@@ -3,7 +3,6 @@
 from collections.abc import Sequence as Tokens
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -18,6 +17,7 @@ from app.worker.scheduling.scheduler import (
     Scheduler,
 )
 from app.worker.scheduling.slots import common_prefix_length
+from tests.examples import examples
 
 VOCABULARY = 4
 """Few tokens, so that prefixes are shared by accident too."""
@@ -425,7 +425,7 @@ class AnyOrder(RuleBasedStateMachine):
         assert 0 == len(self.machine.scheduler)
 
 
-AnyOrder.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+AnyOrder.TestCase.settings = examples(60, stateful_step_count=40)
 test_any_order = AnyOrder.TestCase
 
 
