@@ -5,8 +5,8 @@ nothing unfiltered is stored.  Where there is no output filter, a response with 
 could only be replayed as it was.  A store that is slow or away is a miss, never a failed request, and a filter that is
 slow keeps no response waiting for its end.
 
-Where the store has claims, one of several processes generates a response and the others wait for it, for a bounded time.
-Who waits gets the whole response at once.
+Where the store has claims, one of several processes generates a response, and the others wait for it so long and get it
+as a whole.
 """
 
 import asyncio

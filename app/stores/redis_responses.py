@@ -10,7 +10,7 @@ from app.errors import SessionUnreadable
 from app.generation.responses import TENANT_BYTES, StoredResponse
 from app.generation.sessions import Turn, newest_turns
 from app.stores.encryption import Encryption, UnreadableValue
-from app.stores.redis_connection import RedisConnection
+from app.stores.redis_connection import RedisConnection, Script
 from app.stores.tenant_scripts import DELETE, PRELUDE, digest, key_part, microseconds
 from app.types import Tenant
 
@@ -40,6 +40,7 @@ use(id)
 if redis.call('HSTRLEN', at('info', id), 'value') > tonumber(ARGV[3]) then return '' end
 return redis.call('HGET', at('info', id), 'value') or ''
 """
+_PUT_SCRIPT, _READ_SCRIPT, _DELETE_SCRIPT = (Script(PRELUDE + body) for body in (_PUT, _READ, DELETE))
 
 
 class _Stored(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -72,11 +73,11 @@ class RedisResponseStore:
         self._encryption = encryption
         self._tenant_bytes = tenant_bytes
         self._wall_clock = wall_clock
-        self._put, self._read = connection.script(PRELUDE + _PUT), connection.script(PRELUDE + _READ)
-        self._delete = connection.script(PRELUDE + DELETE)
 
     async def read(self, tenant: Tenant, response_id: str) -> StoredResponse | None:
-        found = await self._read([self._base(tenant)], [key_part(response_id), self._now, MAX_RESPONSE_BYTES])
+        found = await self._connection.evaluate(
+            _READ_SCRIPT, [self._base(tenant)], [key_part(response_id), self._now, MAX_RESPONSE_BYTES]
+        )
         if found is None:
             return None
         try:
@@ -93,10 +94,14 @@ class RedisResponseStore:
         shown = len(response.document) + len(response.input_items)
         limits = (int(self._config.ttl_seconds * 1e6), self._config.max_sessions, self._tenant_bytes)
         stored = self._encryption.encrypt(value, _place(tenant, response.id))
-        await self._put([self._base(tenant)], [key_part(response.id), self._now, *limits, shown, stored])
+        await self._connection.evaluate(
+            _PUT_SCRIPT, [self._base(tenant)], [key_part(response.id), self._now, *limits, shown, stored]
+        )
 
     async def delete(self, tenant: Tenant, response_id: str) -> bool:
-        deleted: int = await self._delete([self._base(tenant)], [key_part(response_id), self._now])
+        deleted: int = await self._connection.evaluate(
+            _DELETE_SCRIPT, [self._base(tenant)], [key_part(response_id), self._now]
+        )
         return deleted > 0
 
     def _base(self, tenant: Tenant) -> str:

@@ -1,8 +1,7 @@
 """Sessions in Redis, shared by all replicas: turns are appended whole, in one step of the server.
 
-A session is a list of turns, each encoded and encrypted for itself, a list of their sizes, by which the server trims the
-first, and a hash with its dates.  Where Redis does not answer, so does no session: a conversation is never forgotten in
-silence.
+A session is a list of turns, each encoded and encrypted for itself, a list of their sizes, by which the server trims
+the first, and a hash with its dates.  Where Redis does not answer there is an error and not an empty session.
 """
 
 import asyncio
@@ -19,7 +18,7 @@ from app.config import ChatHistoryConfig
 from app.errors import SessionTakenOver, SessionUnreadable, StoreUnavailable
 from app.generation.sessions import Session, SessionSummary, Turn, whole_turns
 from app.stores.encryption import Encryption, UnreadableValue
-from app.stores.redis_connection import RedisConnection
+from app.stores.redis_connection import RedisConnection, Script
 from app.stores.redis_turns import LEASE_SECONDS, HeldTurn, RedisTurns
 from app.stores.tenant_scripts import COUNT, DELETE, PRELUDE, date_of, digest, key_part, microseconds
 from app.types import Role, Tenant
@@ -89,6 +88,8 @@ for _, record in ipairs(redis.call('ZREVRANGE', base .. ':changed', 0, -1)) do
 end
 return found
 """
+_APPEND_SCRIPT, _DELETE_SCRIPT = Script(PRELUDE + _FENCE + _APPEND), Script(PRELUDE + _FENCE + DELETE)
+_READ_SCRIPT, _LIST_SCRIPT, _COUNT_SCRIPT = (Script(PRELUDE + body) for body in (_READ, _LIST, COUNT))
 _ENCODER, _DECODER = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(Turn)
 
 
@@ -113,9 +114,6 @@ class RedisSessionStore:
         self._encryption = encryption
         self._wall_clock = wall_clock
         self._turns = RedisTurns(connection, lease_seconds=lease_seconds)
-        self._append, self._read = connection.script(PRELUDE + _FENCE + _APPEND), connection.script(PRELUDE + _READ)
-        self._delete, self._list = connection.script(PRELUDE + _FENCE + DELETE), connection.script(PRELUDE + _LIST)
-        self._tenant_count = connection.script(PRELUDE + COUNT)
         self._locks: WeakValueDictionary[tuple[Tenant, str], asyncio.Lock] = WeakValueDictionary()
         self._held: dict[tuple[Tenant, str], HeldTurn] = {}
         """The turns that run in this process."""
@@ -125,7 +123,9 @@ class RedisSessionStore:
 
     async def read(self, tenant: Tenant, session_id: str) -> Session | None:
         session = key_part(session_id)
-        found = await self._read([self._base(tenant)], [session, self._now, MAX_SESSION_BYTES])
+        found = await self._connection.evaluate(
+            _READ_SCRIPT, [self._base(tenant)], [session, self._now, MAX_SESSION_BYTES]
+        )
         if found is None:
             return None
         created, updated, left, stored = found
@@ -143,7 +143,8 @@ class RedisSessionStore:
         name = self._encryption.encrypt(session_id.encode(), _place("name", tenant, session))
         limits = (self._config.max_turns, self._config.max_bytes, self._config.max_sessions)
         sized = [part for turn in turns for part in (_size(turn), self._encoded(turn, tenant, session))]
-        done = await self._append(
+        done = await self._connection.evaluate(
+            _APPEND_SCRIPT,
             [self._base(tenant)],
             [session, self._now, *self._fence(tenant, session_id), self._ttl, *limits, name, *sized],
         )
@@ -153,13 +154,13 @@ class RedisSessionStore:
 
     async def delete(self, tenant: Tenant, session_id: str) -> bool:
         arguments = [key_part(session_id), self._now, *self._fence(tenant, session_id)]
-        deleted: int = await self._delete([self._base(tenant)], arguments)
+        deleted: int = await self._connection.evaluate(_DELETE_SCRIPT, [self._base(tenant)], arguments)
         if deleted < 0:
             raise SessionTakenOver()
         return deleted > 0
 
     async def list(self, tenant: Tenant) -> Sequence[SessionSummary]:
-        found = await self._list([self._base(tenant)], ["", self._now])
+        found = await self._connection.evaluate(_LIST_SCRIPT, [self._base(tenant)], ["", self._now])
         summaries = (self._summary(tenant, *each) for each in found)
         return [summary for summary in summaries if summary is not None]
 
@@ -179,12 +180,11 @@ class RedisSessionStore:
 
     async def refresh_count(self) -> None:
         """Count the sessions of all tenants.  Raises: StoreUnavailable: Redis does not answer."""
-        now = time.time()
-        await self._connection.run(lambda client: client.zremrangebyscore(self._tenants, "-inf", now))
-        bases = await self._connection.run(lambda client: client.zrange(self._tenants, 0, -1))
+        await self._connection.execute("ZREMRANGEBYSCORE", self._tenants, "-inf", time.time())
+        bases = await self._connection.execute("ZRANGE", self._tenants, 0, -1)
         count = 0
         for base in bases:
-            count += await self._tenant_count([base.decode()], ["", self._now])
+            count += await self._connection.evaluate(_COUNT_SCRIPT, [base.decode()], ["", self._now])
         self._count = count
 
     async def _list_tenant(self, base: str) -> None:
@@ -193,7 +193,7 @@ class RedisSessionStore:
             return
         until = time.time() + self._config.ttl_seconds + COUNT_SECONDS
         with suppress(StoreUnavailable):
-            await self._connection.run(lambda client: client.zadd(self._tenants, {base: until}))
+            await self._connection.execute("ZADD", self._tenants, until, base)
             self._listed[base] = True
 
     def _base(self, tenant: Tenant) -> str:

@@ -1,9 +1,9 @@
-"""The turn lock of sessions across replicas: one turn at a time, first come, first served, and none that stays for ever.
+"""The turn lock of sessions across replicas: one turn at a time, first come, first served.
 
 Whoever holds a session has a token in Redis, which is its fence: what it stores is refused once another has taken the
 session.  The lock lasts for a lease that is renewed while the turn runs, so that of a dead replica ends by itself.
-Waiters stand in a line in Redis, one for each replica and session, and ask until it is their turn; one that stops asking
-loses its place.
+Waiters stand in a line in Redis, one for each replica and session, and ask until it is their turn; one that stops
+asking loses its place.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager, suppress
 from uuid import uuid4
 
 from app.errors import StoreUnavailable
-from app.stores.redis_connection import RedisConnection
+from app.stores.redis_connection import RedisConnection, Script
 
 LEASE_SECONDS = 5.0
 FENCE_SECONDS = 600.0
@@ -34,7 +34,7 @@ local function leave(waiter)
   redis.call('HDEL', asked, waiter)
 end
 """
-_TAKE = (
+_TAKE = Script(
     _PRELUDE
     + """
 local lease, fence, patience = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
@@ -56,7 +56,7 @@ redis.call('PEXPIRE', lock, fence / 1000)
 return time
 """
 )
-_RENEW = (
+_RENEW = Script(
     _PRELUDE
     + """
 if redis.call('HGET', lock, 'owner') ~= token then return 0 end
@@ -65,7 +65,7 @@ redis.call('PEXPIRE', lock, ARGV[4] / 1000)
 return time
 """
 )
-_RELEASE = (
+_RELEASE = Script(
     _PRELUDE
     + """
 leave(token)
@@ -96,7 +96,7 @@ class RedisTurns:
 
     def __init__(self, connection: RedisConnection, *, lease_seconds: float = LEASE_SECONDS) -> None:
         self._lease_seconds = lease_seconds
-        self._take, self._renew, self._release = map(connection.script, (_TAKE, _RENEW, _RELEASE))
+        self._connection = connection
         self._times = (int(lease_seconds * 1e6), int(max(FENCE_SECONDS, lease_seconds) * 1e6))
         self._releasing: set[asyncio.Task[None]] = set()
 
@@ -121,7 +121,8 @@ class RedisTurns:
 
     async def _wait(self, base: str, session: str, token: str) -> HeldTurn:
         pause = SHORTEST_PAUSE_SECONDS
-        while not (redis_time := await self._take([base], [session, token, *self._times, int(PATIENCE_SECONDS * 1e6)])):
+        arguments = [session, token, *self._times, int(PATIENCE_SECONDS * 1e6)]
+        while not (redis_time := await self._connection.evaluate(_TAKE, [base], arguments)):
             await asyncio.sleep(pause)
             pause = min(LONGEST_PAUSE_SECONDS, pause * 1.5)
         return HeldTurn(token, redis_time)
@@ -131,7 +132,7 @@ class RedisTurns:
         while True:
             await asyncio.sleep(self._lease_seconds / 3)
             with suppress(StoreUnavailable):
-                redis_time = await self._renew([base], [session, held.token, *self._times])
+                redis_time = await self._connection.evaluate(_RENEW, [base], [session, held.token, *self._times])
                 if not redis_time:
                     return
                 held.see(redis_time)
@@ -144,4 +145,4 @@ class RedisTurns:
 
     async def _free(self, base: str, session: str, token: str) -> None:
         with suppress(StoreUnavailable):  # the lease ends by itself
-            await self._release([base], [session, token])
+            await self._connection.evaluate(_RELEASE, [base], [session, token])

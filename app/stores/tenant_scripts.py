@@ -1,8 +1,8 @@
-"""What the Lua scripts of sessions and stored responses share: the records of a tenant, with their order and their time.
+"""What the Lua scripts of sessions and stored responses share: a tenant's records, with their order and their time.
 
 All keys of a tenant begin with one name, which is the script's only declared key, and in a cluster are on one server.
-Its records are hashes, found by a digest of their id; the names of keys tell nothing of tenants and ids.  Two sorted sets
-hold their order by the last change and by the last use, by rank and not by time, so that no two are equal.
+Its records are hashes, found by a digest of their id; the names of keys tell nothing of tenants and ids.  Two sorted
+sets hold their order by the last change and by the last use, by rank and not by time, so that no two are equal.
 """
 
 from datetime import UTC, datetime, timedelta
