@@ -268,11 +268,11 @@ class EngineFailed(ServiceUnavailable):
 
 
 class StoreUnavailable(ServiceUnavailable):
-    """The database does not answer, or cannot be read or written."""
+    """The database, or Redis, does not answer, or cannot be read or written."""
 
-    def __init__(self, fault: str = "does not answer") -> None:
-        """Args: fault: what is wrong, as a continuation of "the database"."""
-        super().__init__(f"The service's database {fault}; try again in a moment.", retry_after=2)
+    def __init__(self, fault: str = "does not answer", *, store: str = "database") -> None:
+        """Args: fault: what is wrong, as a continuation of the store's name."""
+        super().__init__(f"The service's {store} {fault}; try again in a moment.", retry_after=2)
 
 
 class RegistryUnavailable(ServiceUnavailable):

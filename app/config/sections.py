@@ -28,6 +28,7 @@ from app.config.embeddings import EmbeddingsConfig
 from app.config.mlflow import MlflowConfig
 from app.config.model import ModelConfig, ModelEntry
 from app.config.older_names import ConfigFile, OlderVariables, OwnVariables
+from app.config.redis import RedisConfig
 from app.config.remote import RemoteConfig
 from app.config.section import Section
 
@@ -263,6 +264,7 @@ class Settings(BaseSettings):
     quota: QuotaConfig = QuotaConfig()
     usage_log: UsageLogConfig = UsageLogConfig()
     database: DatabaseConfig = DatabaseConfig()
+    redis: RedisConfig = RedisConfig()
     cache: CacheConfig = CacheConfig()
     chat_history: ChatHistoryConfig = ChatHistoryConfig()
     batches: BatchesConfig = BatchesConfig()
