@@ -1,5 +1,7 @@
 """Defines the settings of Redis, which several processes share so that they behave as one."""
 
+import base64
+import binascii
 from typing import Annotated
 
 from pydantic import Field, PositiveFloat, PositiveInt, SecretStr, field_validator
@@ -11,6 +13,8 @@ SCHEMES = (
     *("valkey", "valkeys"),
 )
 """Of the URL: those of redis-py, and of the `limits` library for Sentinel and Cluster; Valkey's are the first two."""
+
+KEY_BYTES = 32
 
 
 class RedisConfig(Section):
@@ -34,10 +38,26 @@ class RedisConfig(Section):
     lease_seconds: Annotated[float, Field(ge=1)] = 20
     """Time after which what a dead process held is free again."""
 
-    @field_validator("url", "password", "sentinel_password")
+    encryption_key: SecretStr | None = None
+    """Encrypts what is stored of texts: 32 bytes in base64.  Of several, parted by commas, the first encrypts, and all
+    decrypt."""
+
+    @property
+    def encryption_keys(self) -> tuple[bytes, ...]:
+        """The keys themselves, the one that encrypts first."""
+        return _keys(self.encryption_key.get_secret_value()) if self.encryption_key else ()
+
+    @field_validator("url", "password", "sentinel_password", "encryption_key")
     @classmethod
     def _blank_is_unset(cls, value: SecretStr | None) -> SecretStr | None:
         return value if value is not None and value.get_secret_value() else None
+
+    @field_validator("encryption_key")
+    @classmethod
+    def _usable_keys(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            _keys(value.get_secret_value())
+        return value
 
     @field_validator("url")
     @classmethod
@@ -45,3 +65,14 @@ class RedisConfig(Section):
         if value is not None and value.get_secret_value().partition("://")[0].lower() not in SCHEMES:
             raise ValueError(f"the URL begins with one of {', '.join(f'{scheme}://' for scheme in SCHEMES)}")
         return value
+
+
+def _keys(text: str) -> tuple[bytes, ...]:
+    """Raises: ValueError: one is not 32 bytes in base64."""
+    try:
+        keys = tuple(base64.b64decode(part.strip(), altchars=b"-_", validate=True) for part in text.split(","))
+    except (binascii.Error, ValueError):
+        keys = ()
+    if not keys or any(len(key) != KEY_BYTES for key in keys):
+        raise ValueError("a key is 32 random bytes in base64, as `openssl rand -base64 32` writes them")
+    return keys

@@ -175,8 +175,17 @@ class CacheConfig(Section):
     size: PositiveInt = 100
     """Stored completions; the least recently used is evicted first."""
     ttl_seconds: PositiveFloat = 3600
-    persistent: bool = False
-    """Also store completions in the database: they survive a restart and are shared by replicas."""
+    persistent: Literal["auto", "off", "database", "redis"] = "auto"
+    """Also store completions in the database or in Redis: they survive a restart and are shared by replicas.  With
+    Redis, one replica generates what several are asked for.  auto is Redis where `redis.url` is set."""
+    wait_seconds: PositiveFloat = 30
+    """How long a request waits for the same one on another replica, before it is generated here, too."""
+
+    @field_validator("persistent", mode="before")
+    @classmethod
+    def _switch(cls, value: object) -> object:
+        switched = {"true": "database", "false": "off"}
+        return switched.get(str(value).lower(), value)
 
 
 class ChatHistoryConfig(Section):
@@ -292,6 +301,13 @@ class Settings(BaseSettings):
         """The URL of the database: the configured one, or a file in the data folder."""
         given = self.database_url or self.database.url
         return given.get_secret_value() if given else f"sqlite:///{self.app.data_dir / 'service.db'}"
+
+    @property
+    def cache_store(self) -> Literal["off", "database", "redis"]:
+        """Where completions are stored beside the memory of each process."""
+        if self.cache.persistent != "auto":
+            return self.cache.persistent if self.cache.enabled else "off"
+        return "redis" if self.cache.enabled and self.redis.url else "off"
 
     @property
     def where_registry(self) -> str:

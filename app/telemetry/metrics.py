@@ -107,6 +107,7 @@ class Metrics:
         self._gap = histogram("inter_token_latency_seconds", "Time between tokens", _TOKEN_SECONDS, "model")
         self._hits = total("cache_hits_total", "Answers from the response cache")
         self._misses = total("cache_misses_total", "Answers that the cache did not have")
+        self._unreadable = total("cache_unreadable_total", "Stored answers that could not be read")
         self._pii = counter("pii_matches_total", "Personal data found", "kind", "direction")
         self._rate_limited = total("rate_limited_total", "Requests refused with 429")
         self._auth_failures = total("auth_failures_total", "Requests with a wrong or no API key")
@@ -207,6 +208,9 @@ class Metrics:
 
     def cache_miss(self) -> None:
         self._misses.inc()
+
+    def cache_unreadable(self) -> None:
+        self._unreadable.inc()
 
     def rate_limited(self) -> None:
         self._rate_limited.inc()

@@ -13,6 +13,7 @@ from tests.services.disks import Disk, LimitedWrites, small_disk
 from tests.services.mlflow_server import MlflowServer, has_server
 from tests.services.mlflow_server import running as mlflow_running
 from tests.services.postgres import Postgres, binaries, running
+from tests.services.redis_connections import RedisConnections
 from tests.services.redis_server import RedisServer, program
 from tests.services.redis_server import running as redis_running
 
@@ -62,6 +63,14 @@ def redis(redis_server: RedisServer) -> RedisServer:
     """The same, empty; a test that kills it starts it again."""
     redis_server.flush()
     return redis_server
+
+
+@pytest.fixture
+async def redis_connections(redis: RedisServer) -> AsyncIterator[RedisConnections]:
+    """Connections to it, which are closed when the test ends."""
+    connections = RedisConnections(redis.url)
+    yield connections
+    await connections.close()
 
 
 @pytest.fixture

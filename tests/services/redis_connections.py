@@ -18,7 +18,7 @@ class RedisConnections:
 
     def new(self, prefix: str | None = None, **settings: Any) -> RedisConnection:
         """Return a new one.  Args: prefix: of the keys; None is one that nobody else has."""
-        given: dict[str, Any] = {"url": self._url, "timeout_seconds": 0.5} | settings
+        given: dict[str, Any] = {"url": self._url, "timeout_seconds": 0.25} | settings
         connection = RedisConnection(RedisConfig(**given, key_prefix=prefix or f"test{next(_numbers)}"))
         self._open.append(connection)
         return connection
