@@ -53,6 +53,8 @@ class History:
             await periodic(COUNT_SECONDS, self.sessions.refresh_count)
 
     async def close(self) -> None:
-        """Write what is being written."""
+        """Write what is being written, and end what runs in the background."""
+        if isinstance(self.sessions, RedisSessionStore):
+            await self.sessions.close()
         if self.cache is not None:
             await self.cache.close()

@@ -19,7 +19,7 @@ from app.errors import SessionTakenOver, SessionUnreadable, StoreUnavailable
 from app.generation.sessions import Session, SessionSummary, Turn, whole_turns
 from app.stores.encryption import Encryption, UnreadableValue
 from app.stores.redis_connection import RedisConnection, Script
-from app.stores.redis_turns import LEASE_SECONDS, HeldTurn, RedisTurns
+from app.stores.redis_turns import LEASE_SECONDS, RedisTurns
 from app.stores.tenant_scripts import COUNT, DELETE, PRELUDE, date_of, digest, key_part, microseconds
 from app.types import Role, Tenant
 
@@ -115,8 +115,8 @@ class RedisSessionStore:
         self._wall_clock = wall_clock
         self._turns = RedisTurns(connection, lease_seconds=lease_seconds)
         self._locks: WeakValueDictionary[tuple[Tenant, str], asyncio.Lock] = WeakValueDictionary()
-        self._held: dict[tuple[Tenant, str], HeldTurn] = {}
-        """The turns that run in this process."""
+        self._held: dict[tuple[Tenant, str], str] = {}
+        """The tokens of the turns that run in this process."""
         self._tenants = connection.key("session-tenants", "all")
         self._listed = TTLCache[str, bool](MAX_TENANTS, min(COUNT_SECONDS, config.ttl_seconds / 2))
         self._count = 0
@@ -168,8 +168,8 @@ class RedisSessionStore:
     async def turn(self, tenant: Tenant, session_id: str) -> AsyncIterator[None]:
         # In this process asyncio's lock is fair; whoever has it stands in the line of the replicas.
         lock = self._locks.setdefault((tenant, session_id), asyncio.Lock())
-        async with lock, self._turns.hold(self._base(tenant), key_part(session_id)) as held:
-            self._held[tenant, session_id] = held
+        async with lock, self._turns.hold(self._base(tenant), key_part(session_id)) as token:
+            self._held[tenant, session_id] = token
             try:
                 yield
             finally:
@@ -177,6 +177,10 @@ class RedisSessionStore:
 
     def count(self) -> int:
         return self._count
+
+    async def close(self) -> None:
+        """End what this process still does for turns that are over."""
+        await self._turns.close()
 
     async def refresh_count(self) -> None:
         """Count the sessions of all tenants.  Raises: StoreUnavailable: Redis does not answer."""
@@ -200,8 +204,7 @@ class RedisSessionStore:
         return self._connection.key("sessions", key_part(str(tenant)))
 
     def _fence(self, tenant: Tenant, session_id: str) -> tuple[str, int]:
-        held = self._held.get((tenant, session_id))
-        return ("", 0) if held is None else (held.token, held.latest)
+        return self._held.get((tenant, session_id), ""), self._turns.latest
 
     @property
     def _now(self) -> int:

@@ -8,8 +8,9 @@ asking loses its place.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 from uuid import uuid4
 
 from app.errors import StoreUnavailable
@@ -21,8 +22,9 @@ FENCE_SECONDS = 600.0
 PATIENCE_SECONDS = 1.0
 """A waiter that has not asked for so long is gone."""
 SHORTEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.01, 0.1
+RETRY_SECONDS = 0.5
 LATE_SECONDS = 1.0
-"""A command that Redis runs later than this after it was sent changes nothing: its sender has given up."""
+"""A command that Redis runs later than this after it was sent takes and stores nothing: its sender has given up."""
 
 _PRELUDE = """
 local base, id, token = KEYS[1], ARGV[1], ARGV[2]
@@ -37,7 +39,8 @@ end
 _TAKE = Script(
     _PRELUDE
     + """
-local lease, fence, patience = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
+local lease, fence, patience, latest = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+if latest > 0 and time > latest then return -time end
 local last = redis.call('ZRANGE', line, -1, -1, 'WITHSCORES')[2]
 redis.call('ZADD', line, 'NX', tonumber(last or '0') + 1, token)
 redis.call('HSET', asked, token, time)
@@ -74,35 +77,20 @@ if redis.call('HGET', lock, 'owner') == token then redis.call('UNLINK', lock) en
 )
 
 
-class HeldTurn:
-    """A session that a replica holds."""
-
-    def __init__(self, token: str, redis_time: int) -> None:
-        self.token = token
-        self.see(redis_time)
-
-    def see(self, redis_time: int) -> None:
-        """Note what time it is for Redis, in microseconds."""
-        self._ahead = redis_time / 1e6 - time.monotonic()
-
-    @property
-    def latest(self) -> int:
-        """Return until when, in Redis' microseconds, a command that is sent now may still change something."""
-        return int((time.monotonic() + self._ahead + LATE_SECONDS) * 1e6)
-
-
 class RedisTurns:
     """Holds sessions for one replica; of its own requests one at a time asks for a session."""
 
     def __init__(self, connection: RedisConnection, *, lease_seconds: float = LEASE_SECONDS) -> None:
         self._lease_seconds = lease_seconds
         self._connection = connection
+        self._ahead: float | None = None
+        """Redis' clock less this process' own, as last seen."""
         self._times = (int(lease_seconds * 1e6), int(max(FENCE_SECONDS, lease_seconds) * 1e6))
         self._releasing: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
-    async def hold(self, base: str, session: str) -> AsyncIterator[HeldTurn]:
-        """Hold a session.
+    async def hold(self, base: str, session: str) -> AsyncIterator[str]:
+        """Hold a session; yields the token, which is its fence.
 
         Args: base: the name that all keys of its tenant begin with.
         Raises: StoreUnavailable: Redis does not answer.
@@ -110,39 +98,70 @@ class RedisTurns:
         token = uuid4().hex
         renewing: asyncio.Task[None] | None = None
         try:
-            held = await self._wait(base, session, token)
-            renewing = asyncio.create_task(self._keep(base, session, held))
-            yield held
+            await self._wait(base, session, token)
+            renewing = asyncio.create_task(self._keep(base, session, token))
+            yield token
         finally:
             if renewing is not None:
                 renewing.cancel()
             # Whoever is cancelled here would leave the session locked.
-            await asyncio.shield(self._begin_release(base, session, token))
+            await asyncio.shield(self._spawn(self._free(base, session, token)))
 
-    async def _wait(self, base: str, session: str, token: str) -> HeldTurn:
+    async def close(self) -> None:
+        """Leave what could not be freed yet to its lease."""
+        for task in self._releasing:
+            task.cancel()
+        await asyncio.gather(*self._releasing, return_exceptions=True)
+
+    @property
+    def latest(self) -> int:
+        """Return until when, in Redis' microseconds, a command that is sent now may change something; 0: unknown."""
+        return 0 if self._ahead is None else int((time.monotonic() + self._ahead + LATE_SECONDS) * 1e6)
+
+    def _see(self, redis_time: int) -> None:
+        self._ahead = redis_time / 1e6 - time.monotonic()
+
+    async def _wait(self, base: str, session: str, token: str) -> None:
         pause = SHORTEST_PAUSE_SECONDS
         arguments = [session, token, *self._times, int(PATIENCE_SECONDS * 1e6)]
-        while not (redis_time := await self._connection.evaluate(_TAKE, [base], arguments)):
-            await asyncio.sleep(pause)
-            pause = min(LONGEST_PAUSE_SECONDS, pause * 1.5)
-        return HeldTurn(token, redis_time)
+        while True:
+            redis_time = await self._connection.evaluate(_TAKE, [base], [*arguments, self.latest])
+            if redis_time:
+                self._see(abs(redis_time))
+            if redis_time > 0:
+                return
+            if not redis_time:  # else Redis' clock has been set, and the next attempt counts with that
+                await asyncio.sleep(pause)
+                pause = min(LONGEST_PAUSE_SECONDS, pause * 1.5)
 
-    async def _keep(self, base: str, session: str, held: HeldTurn) -> None:
+    async def _keep(self, base: str, session: str, token: str) -> None:
         """Renew the lease until cancelled, or until another has taken the session."""
         while True:
             await asyncio.sleep(self._lease_seconds / 3)
             with suppress(StoreUnavailable):
-                redis_time = await self._connection.evaluate(_RENEW, [base], [session, held.token, *self._times])
+                redis_time = await self._connection.evaluate(_RENEW, [base], [session, token, *self._times])
                 if not redis_time:
                     return
-                held.see(redis_time)
+                self._see(redis_time)
 
-    def _begin_release(self, base: str, session: str, token: str) -> asyncio.Task[None]:
-        task = asyncio.create_task(self._free(base, session, token))
+    async def _free(self, base: str, session: str, token: str) -> None:
+        with suppress(StoreUnavailable):
+            await self._connection.evaluate(_RELEASE, [base], [session, token])
+            return
+        self._spawn(self._free_later(base, session, token))
+
+    async def _free_later(self, base: str, session: str, token: str) -> None:
+        """Try again while the lease lasts, so that the session is free as soon as Redis is back."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._lease_seconds):
+                while True:
+                    await asyncio.sleep(RETRY_SECONDS)
+                    with suppress(StoreUnavailable):
+                        await self._connection.evaluate(_RELEASE, [base], [session, token])
+                        return
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
         self._releasing.add(task)
         task.add_done_callback(self._releasing.discard)
         return task
-
-    async def _free(self, base: str, session: str, token: str) -> None:
-        with suppress(StoreUnavailable):  # the lease ends by itself
-            await self._connection.evaluate(_RELEASE, [base], [session, token])

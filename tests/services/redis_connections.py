@@ -1,11 +1,14 @@
 """Connections of a test to a Redis, as several replicas have them."""
 
 from itertools import count
-from typing import Any
+
+from pydantic import SecretStr
 
 from app.config import RedisConfig
 from app.stores.redis_connection import RedisConnection
 
+PATIENCE_SECONDS = 5.0
+"""Longer than a service may wait: a busy machine is no outage."""
 _numbers = count()
 
 
@@ -16,10 +19,10 @@ class RedisConnections:
         self._url = url
         self._open: list[RedisConnection] = []
 
-    def new(self, prefix: str | None = None, **settings: Any) -> RedisConnection:
+    def new(self, prefix: str | None = None, *, timeout_seconds: float = PATIENCE_SECONDS) -> RedisConnection:
         """Return a new one.  Args: prefix: of the keys; None is one that nobody else has."""
-        given: dict[str, Any] = {"url": self._url, "timeout_seconds": 0.25} | settings
-        connection = RedisConnection(RedisConfig(**given, key_prefix=prefix or f"test{next(_numbers)}"))
+        config = RedisConfig(url=SecretStr(self._url), key_prefix=prefix or f"test{next(_numbers)}")
+        connection = RedisConnection(config.model_copy(update={"timeout_seconds": timeout_seconds}))
         self._open.append(connection)
         return connection
 
