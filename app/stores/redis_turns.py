@@ -123,7 +123,7 @@ class RedisTurns:
 
     async def _wait(self, base: str, session: str, token: str) -> None:
         pause = SHORTEST_PAUSE_SECONDS
-        arguments = [session, token, *self._times, int(PATIENCE_SECONDS * 1e6)]
+        arguments = (session, token, *self._times, int(PATIENCE_SECONDS * 1e6))
         while True:
             redis_time = await self._connection.evaluate(_TAKE, [base], [*arguments, self.latest])
             if redis_time:

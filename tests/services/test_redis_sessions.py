@@ -2,57 +2,49 @@
 
 import asyncio
 import base64
-import itertools
-import multiprocessing
 import os
 import random
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from pydantic import SecretStr
 from redis import Redis
 
-from app.config import ChatHistoryConfig, RedisConfig
 from app.engine.echo import EchoEngine
 from app.errors import SessionTakenOver, SessionUnreadable
-from app.generation.sessions import Turn
-from app.stores.encryption import Encryption
-from app.stores.redis_connection import RedisConnection
 from app.stores.redis_sessions import RedisSessionStore
 from app.stores.tenant_scripts import key_part
-from app.types import Message, Role, Tenant
+from app.types import Tenant
+from tests.services.process import serving
 from tests.services.redis_connections import RedisConnections
+from tests.services.redis_replicas import (
+    ANN,
+    LEASE_SECONDS,
+    PREFIX,
+    Replicas,
+    store_of,
+    take_one_turn,
+    take_turns,
+    turn,
+)
 from tests.services.redis_server import RedisServer
+from tests.services.slow_proxy import slow_proxy
 from tests.web.access import ADMIN_KEY, Running, running
 from tests.web.harness import until
 
 pytestmark = pytest.mark.services
 
-ANN, BOB = Tenant.owner("ann"), Tenant.owner("bob")
-LEASE_SECONDS = 0.5
-PREFIX = "replicas"
-
-
-def store_of(connection: RedisConnection, *keys: bytes) -> RedisSessionStore:
-    config = ChatHistoryConfig(max_turns=10_000, max_bytes=10_000_000)
-    return RedisSessionStore(connection, config, Encryption(keys), lease_seconds=LEASE_SECONDS)
+BOB = Tenant.owner("bob")
 
 
 @pytest.fixture
 def store(redis_connections: RedisConnections) -> RedisSessionStore:
     return store_of(redis_connections.new(PREFIX))
-
-
-def turn(word: str) -> Turn:
-    return Turn((Message(Role.USER, word), Message(Role.ASSISTANT, f"re {word}")))
 
 
 async def chat(service: Running, word: str, session_id: str | None = "s", key: str = ADMIN_KEY) -> httpx.Response:
@@ -117,13 +109,13 @@ async def test_replicas_take_turns_in_the_order_in_which_they_came(redis_connect
     stores = [store_of(redis_connections.new(PREFIX)) for _ in range(3)]
     order: list[int] = []
 
-    async def take_turns(number: int) -> None:
+    async def hold_often(number: int) -> None:
         for _ in range(4):
             async with stores[number].turn(ANN, "s"):
                 order.append(number)
                 await asyncio.sleep(0.02)
 
-    await asyncio.gather(*(take_turns(number) for number in range(3) for _ in range(2)))
+    await asyncio.gather(*(hold_often(number) for number in range(3) for _ in range(2)))
 
     assert all(len(set(order[start : start + 3])) == 3 for start in range(0, 18, 3)), order
 
@@ -149,60 +141,6 @@ async def _append_in_turn(store: RedisSessionStore, word: str) -> None:
 # --- Replicas that die ---
 
 
-def _replica(url: str, pipe: Connection, first: int) -> None:
-    """Take one turn after another, and say so after each; runs until it is killed."""
-
-    async def run() -> None:
-        store = store_of(RedisConnection(RedisConfig(url=SecretStr(url), key_prefix=PREFIX, timeout_seconds=0.25)))
-        for number in itertools.count(first):
-            async with store.turn(ANN, "s"):
-                await store.read(ANN, "s")
-                await asyncio.sleep(0.003)
-                await store.append(ANN, "s", *(turn(f"{number}{part}") for part in "ab"))
-            pipe.send(number)
-
-    asyncio.run(run())
-
-
-def _stalled_replica(url: str, pipe: Connection) -> None:
-    """Begin a turn, wait until told to go on, and say what became of it."""
-
-    async def run() -> None:
-        store = store_of(RedisConnection(RedisConfig(url=SecretStr(url), key_prefix=PREFIX, timeout_seconds=0.25)))
-        try:
-            async with store.turn(ANN, "s"):
-                pipe.send("begun")
-                await asyncio.to_thread(pipe.recv)
-                await store.append(ANN, "s", turn("late"))
-            pipe.send("stored")
-        except SessionTakenOver:
-            pipe.send("taken over")
-
-    asyncio.run(run())
-
-
-class Replicas:
-    """Processes that each have a store."""
-
-    def __init__(self) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([__name__])
-        self._started: list[BaseProcess] = []
-
-    def start(self, target: Any, *arguments: Any) -> tuple[BaseProcess, Connection]:
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=target, args=(arguments[0], theirs, *arguments[1:]), daemon=True)
-        process.start()
-        theirs.close()
-        self._started.append(process)
-        return process, ours
-
-    def kill(self) -> None:
-        for process in self._started:
-            process.kill()
-            process.join(10)
-
-
 @pytest.fixture
 def replicas() -> Iterator[Replicas]:
     made = Replicas()
@@ -218,7 +156,7 @@ async def test_a_replica_killed_in_a_turn_leaves_neither_half_a_turn_nor_a_lock(
     confirmed = -1
     draw = random.Random(7)
     for _ in range(times):
-        process, pipe = replicas.start(_replica, redis.url, confirmed + 1)
+        process, pipe = replicas.start(take_turns, redis.url, confirmed + 1)
         confirmed = await asyncio.to_thread(pipe.recv)
         await asyncio.sleep(draw.random() * 0.03)
         process.kill()
@@ -240,7 +178,7 @@ async def test_a_replica_that_stood_still_cannot_store_what_is_too_late(
     redis: RedisServer, store: RedisSessionStore, replicas: Replicas
 ):
     """Its lease ended and another has taken the session since: one of the two turns is stored, and it is told."""
-    process, pipe = replicas.start(_stalled_replica, redis.url)
+    process, pipe = replicas.start(take_one_turn, redis.url)
     await asyncio.to_thread(pipe.recv)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGSTOP)
@@ -256,7 +194,62 @@ async def test_a_replica_that_stood_still_cannot_store_what_is_too_late(
     assert (turn("in time"),) == session.turns
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+async def test_a_conversation_outlives_services_that_are_killed_in_its_turns(redis: RedisServer, tmp_path: Path):
+    """25 times: whatever was answered is there once, and the other service goes on with it when the lease is over."""
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        folder.mkdir()
+    url = f"sqlite:///{tmp_path / 'service.db'}"
+    answered: list[str] = []
+    unknown: set[str] = set()
+    async with serving(url, folders[1], REDIS__URL=redis.url) as survivor, survivor.client() as http:
+        for number in range(25):
+            async with serving(url, folders[0], REDIS__URL=redis.url) as victim, victim.client() as doomed:
+
+                async def talk(client: httpx.AsyncClient, word: str) -> None:
+                    body = {"messages": [{"role": "user", "content": word}], "session_id": "s", "max_tokens": 30}
+                    try:
+                        reply = await client.post("/v1/chat", json=body)
+                    except httpx.TransportError:
+                        unknown.add(word)
+                        return
+                    assert 200 == reply.status_code, reply.text
+                    answered.append(word)
+
+                talking = [asyncio.create_task(talk(doomed, f"{number}-{word}")) for word in range(20)]
+                await asyncio.sleep(random.random() * 0.2)
+                victim.kill()
+                await asyncio.gather(*talking)
+                await talk(http, f"{number}-after")
+        shown = (await http.get("/v1/sessions/s")).json()["messages"]
+
+    words = [message["content"] for message in shown if message["role"] == "user"]
+    assert len(words) == len(set(words))
+    assert set(answered[-20:]) <= set(words) <= set(answered) | unknown
+    assert [message["role"] for message in shown] == ["user", "assistant"] * (len(shown) // 2)
+
+
 # --- A Redis that goes away ---
+
+
+@pytest.mark.parametrize(("seconds", "status"), [(0.05, 200), (0.4, 503)])
+async def test_a_slow_redis_is_waited_for_within_bounds(
+    seconds: float, status: int, redis: RedisServer, tmp_path: Path
+):
+    """A reply that comes too late is none, and the request is refused soon."""
+    async with slow_proxy(redis.port) as proxy:
+        url = f"redis://127.0.0.1:{proxy.port}/0"
+        async with running(tmp_path, redis={"url": url, "timeout_seconds": 0.25}) as service:
+            proxy.seconds = seconds
+            began = time.monotonic()
+            reply = await chat(service, "one")
+            took = time.monotonic() - began
+            proxy.seconds = 0
+
+    assert status == reply.status_code
+    assert took < 1.5
 
 
 async def test_without_redis_a_session_is_refused_and_everything_else_goes_on(redis: RedisServer, tmp_path: Path):
@@ -343,10 +336,10 @@ def everything(redis: RedisServer) -> tuple[bytes, bytes]:
         return b"\n".join(names), repr([readers[client.type(name)](client, name) for name in names]).encode()
 
 
-KEYS = [base64.b64encode(bytes([number]) * 32).decode() for number in range(2)]
+KEYS = [bytes([number]) * 32 for number in range(2)]
 
 
-@pytest.mark.parametrize("key", [None, KEYS[0]], ids=["plain", "encrypted"])
+@pytest.mark.parametrize("key", [None, base64.b64encode(KEYS[0]).decode()], ids=["plain", "encrypted"])
 async def test_no_secret_stands_in_a_name_and_with_a_key_no_text_at_all(
     key: str | None, redis: RedisServer, tmp_path: Path
 ):
@@ -376,7 +369,7 @@ async def test_what_is_moved_to_another_tenant_or_written_by_a_stranger_is_no_co
     redis: RedisServer, redis_connections: RedisConnections
 ):
     """With a key nobody can put words into a session, neither plain nor from another session."""
-    store = store_of(redis_connections.new(PREFIX), b"k" * 32)
+    store = store_of(redis_connections.new(PREFIX), KEYS[0])
     plain = store_of(redis_connections.new(PREFIX))
     await store.append(ANN, "s", turn("hers"))
     await store.append(BOB, "s", turn("his"))
@@ -396,32 +389,39 @@ async def test_what_is_moved_to_another_tenant_or_written_by_a_stranger_is_no_co
     assert ["s"] == [each.session_id for each in await store.list(ANN)]
 
 
-@pytest.mark.parametrize("garbage", [b"", b"\x80\x04\x95garbage.", b"\x00\x81\xa8messages\x90", b"\x00" + b"x" * 1000])
-async def test_a_session_that_cannot_be_read_says_so_and_can_be_deleted(
-    garbage: bytes, redis: RedisServer, tmp_path: Path
-):
+GARBAGE = [b"", b"\x80\x04\x95garbage.", b"\x00\x81\xa8messages\x90", b"\x00" + b"x" * 1000]
+"""Nothing, a pickle, a turn without messages, and no msgpack."""
+
+
+async def test_a_session_that_cannot_be_read_says_so_and_can_be_deleted(redis: RedisServer, tmp_path: Path):
     """It is no empty conversation: the client learns that something is lost."""
-    async with running(tmp_path, redis={"url": redis.url}) as service:
-        await chat(service, "one")
-        with direct(redis) as client:
-            (key,) = client.scan_iter("*:turns:*")
-            client.lset(key, 0, garbage)
-        refused = await chat(service, "two")
-        async with service.client() as http:
-            shown = await http.get("/v1/sessions/s")
+    async with running(tmp_path, redis={"url": redis.url}) as service, service.client() as http:
+        for garbage in GARBAGE:
+            await chat(service, "one")
+            with direct(redis) as client:
+                (key,) = client.scan_iter("*:turns:*")
+                client.lset(key, 0, garbage)
+            refused, shown = await chat(service, "two"), await http.get("/v1/sessions/s")
             deleted = await http.delete("/v1/sessions/s")
-        again = await chat(service, "three")
+            again = await chat(service, "three")
 
-    assert [(409, "session_unreadable")] * 2 == [(each.status_code, each.json()["error"]) for each in (refused, shown)]
-    assert (204, 200, 0) == (deleted.status_code, again.status_code, again.json()["context"]["turns_kept"])
+            for reply in (refused, shown):
+                assert (409, "session_unreadable") == (reply.status_code, reply.json()["error"])
+            assert (204, 200, 0) == (deleted.status_code, again.status_code, again.json()["context"]["turns_kept"])
 
 
-async def test_keys_are_rotated_without_losing_a_conversation(redis: RedisServer, tmp_path: Path):
+async def test_keys_are_rotated_without_losing_a_conversation(redis_connections: RedisConnections):
     """The new key stands first; once nothing old is left, the old one may go."""
-    words = []
-    for keys in (KEYS[0], f"{KEYS[1]},{KEYS[0]}", KEYS[1]):
-        async with running(tmp_path / str(len(words)), redis={"url": redis.url, "encryption_key": keys}) as service:
-            replies = [await chat(service, f"word{len(words)}", name) for name in ("s", f"s{len(words)}")]
-            words.append([reply.status_code for reply in replies])
+    connection = redis_connections.new(PREFIX)
+    old, both, new = store_of(connection, KEYS[0]), store_of(connection, *reversed(KEYS)), store_of(connection, KEYS[1])
+    await old.append(ANN, "s", turn("old"))
+    await both.append(ANN, "s", turn("new"))
+    await both.append(ANN, "later", turn("new"))
+    session, later = await both.read(ANN, "s"), await new.read(ANN, "later")
 
-    assert [[200, 200], [200, 200], [409, 200]] == words
+    assert session is not None
+    assert later is not None
+    assert ((turn("old"), turn("new")), (turn("new"),)) == (session.turns, later.turns)
+    for store in (old, new):
+        with pytest.raises(SessionUnreadable):
+            await store.read(ANN, "s")

@@ -22,7 +22,9 @@ from app.errors import (
     NotFound,
     PreviousResponseNotFound,
     RateLimited,
+    SessionUnreadable,
     ShuttingDown,
+    StoreUnavailable,
     Unauthorized,
 )
 from app.events import Event, Finished, Started
@@ -231,7 +233,10 @@ def _request(body: ResponseRequest, context: RequestContext, conversation: _Conv
     )
 
 
-_ERRORS = error_responses(InvalidRequest, Unauthorized, NotFound, RateLimited, InternalError, error_format=ERROR_FORMAT)
+_ERRORS = error_responses(
+    *(InvalidRequest, Unauthorized, NotFound, SessionUnreadable, RateLimited, InternalError, StoreUnavailable),
+    error_format=ERROR_FORMAT,
+)
 ResponsePath = Annotated[str, Path(max_length=128)]
 
 
