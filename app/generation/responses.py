@@ -55,6 +55,9 @@ class ResponseStore(Protocol):
     async def delete(self, tenant: Tenant, response_id: str) -> bool:
         """Forget the response; return whether there was one.  Those that continue it stay."""
 
+    def check(self) -> None:
+        """Raises: StoreUnavailable: nothing can be stored now, as far as is known; never blocks."""
+
 
 class MemoryResponseStore:
     """Responses in this process; a restart forgets them."""
@@ -88,3 +91,6 @@ class MemoryResponseStore:
 
     async def delete(self, tenant: Tenant, response_id: str) -> bool:
         return self._responses.delete(tenant, response_id)
+
+    def check(self) -> None:
+        """Memory is always there."""

@@ -104,6 +104,10 @@ class RedisResponseStore:
         )
         return deleted > 0
 
+    def check(self) -> None:
+        if self._connection.fault is not None:
+            raise self._connection.unavailable()
+
     def _base(self, tenant: Tenant) -> str:
         return self._connection.key("responses", key_part(str(tenant)))
 

@@ -73,10 +73,10 @@ class Replica:
             lease_seconds=LEASE_SECONDS,
         )
         self.unreadable = 0
-        below = PersistentCacheEngine(
+        self.below = PersistentCacheEngine(
             self.engine, self.store, scope="", claims=self.store, on_unreadable=self._count, **options
         )
-        self.cached = CachedEngine(below, CacheConfig())
+        self.cached = CachedEngine(self.below, CacheConfig())
 
     def _count(self) -> None:
         self.unreadable += 1
@@ -247,3 +247,18 @@ async def test_events_that_are_no_whole_answer_are_a_miss(events: list[Event], r
 
     assert not finished_of(answer).cached
     assert 1 == replica.unreadable
+
+
+async def test_a_request_that_waits_can_be_aborted(redis: RedisServer, redis_connections: RedisConnections):
+    """It ends at once, and nothing is generated."""
+    with Redis(port=redis.port) as client:
+        client.set(f"{name_of(redis)}:claim", "token of another", px=10_000)
+    async with replicas(redis_connections, 1) as (replica,):
+        waiting = asyncio.create_task(read(replica.below.stream(REQUEST)))
+        await asyncio.sleep(0.05)
+        await replica.below.abort(REQUEST.id)
+        async with asyncio.timeout(2):
+            (last,) = await waiting
+
+    assert FinishReason.ABORT is finished_of([last]).finish_reason
+    assert 0 == replica.engine.calls

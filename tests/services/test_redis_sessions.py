@@ -259,6 +259,7 @@ async def test_without_redis_a_session_is_refused_and_everything_else_goes_on(re
         redis.kill()
         refused, alone = await chat(service, "two"), await chat(service, "two", None)
         async with service.client() as http:
+            responses = [await http.post("/v1/responses", json={"input": "x", "store": keep}) for keep in (True, False)]
             others = [
                 await http.get("/v1/sessions"),
                 await http.get("/v1/sessions/s"),
@@ -271,6 +272,7 @@ async def test_without_redis_a_session_is_refused_and_everything_else_goes_on(re
         words = await said(service)
 
     assert (503, 200) == (refused.status_code, alone.status_code)
+    assert [503, 200] == [each.status_code for each in responses]
     assert "2" == refused.headers["retry-after"]
     assert "Redis" in refused.json()["message"]
     assert [503] * 3 == [each.status_code for each in others]

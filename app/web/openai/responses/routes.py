@@ -202,6 +202,8 @@ async def _conversation(body: ResponseRequest, context: RequestContext) -> _Conv
             raise PreviousResponseNotFound()
         history = previous.messages
     keeps = body.store is not False and body.conversation is None
+    if keeps and store is not None:
+        store.check()  # rather than after the generation
     return _Conversation(store if keeps else None, history, new)
 
 
