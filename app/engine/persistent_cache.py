@@ -119,6 +119,7 @@ class PersistentCacheEngine(EngineWrapper):
         try:
             stored = await self._find(request, key)
             if self._replaying[request.id]:
+                self._give_up(key)
                 yield finish(FinishReason.ABORT, Usage(request.prompt_tokens, 0))
                 return
             if stored:
@@ -186,8 +187,11 @@ class PersistentCacheEngine(EngineWrapper):
                         shared = await self._put(request.tenant, key, generated, cut=event.samples[0].breaks_off)
                     yield event
         finally:
-            if self._claims is not None:
-                self._claims.give_up(key, shared=shared)
+            self._give_up(key, shared=shared)
+
+    def _give_up(self, key: bytes, *, shared: bool = True) -> None:
+        if self._claims is not None:
+            self._claims.give_up(key, shared=shared)
 
     async def _put(self, tenant: Tenant, key: bytes, events: list[Event], *, cut: bool) -> bool:
         """Store a response; return whether it may be stored."""

@@ -85,7 +85,7 @@ class RedisResponseCache:
     async def claim(self, key: bytes, *, replacing: bool = False) -> Claim:
         token = uuid4().hex
         try:
-            arguments = [token, self._lease_ms, int(replacing), _NOT_STORABLE]
+            arguments = (token, self._lease_ms, int(replacing), _NOT_STORABLE)
             claimed = await self._connection.evaluate(_CLAIM, [self._name(key)], arguments)
         except StoreUnavailable:
             return Claim.NONE

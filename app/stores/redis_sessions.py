@@ -118,7 +118,7 @@ class RedisSessionStore:
         self._held: dict[tuple[Tenant, str], str] = {}
         """The tokens of the turns that run in this process."""
         self._tenants = connection.key("session-tenants", "all")
-        self._listed = TTLCache[str, bool](MAX_TENANTS, min(COUNT_SECONDS, config.ttl_seconds / 2))
+        self._listed: TTLCache[str, bool] = TTLCache(MAX_TENANTS, min(COUNT_SECONDS, config.ttl_seconds / 2))
         self._count = 0
 
     async def read(self, tenant: Tenant, session_id: str) -> Session | None:
@@ -131,12 +131,12 @@ class RedisSessionStore:
         created, updated, left, stored = found
         try:
             turns = [self._decoded(each, tenant, session) for each in stored]
-            dates = [date_of(int(date)) for date in (created, updated)]
+            dates = date_of(int(created)), date_of(int(updated))
         except (UnreadableValue, ValueError, OverflowError):
             raise SessionUnreadable() from None
         if not turns:
             raise SessionUnreadable()
-        return Session(session_id, whole_turns(turns) or tuple(turns[-1:]), *dates, expires_in_seconds=left / 1e6)
+        return Session(session_id, whole_turns(turns) or tuple(turns[-1:]), *dates, left / 1e6)
 
     async def append(self, tenant: Tenant, session_id: str, *turns: Turn) -> None:
         session = key_part(session_id)
@@ -153,7 +153,7 @@ class RedisSessionStore:
         await self._list_tenant(self._base(tenant))
 
     async def delete(self, tenant: Tenant, session_id: str) -> bool:
-        arguments = [key_part(session_id), self._now, *self._fence(tenant, session_id)]
+        arguments = (key_part(session_id), self._now, *self._fence(tenant, session_id))
         deleted: int = await self._connection.evaluate(_DELETE_SCRIPT, [self._base(tenant)], arguments)
         if deleted < 0:
             raise SessionTakenOver()

@@ -15,7 +15,7 @@ from redis import Redis
 from app.config import CacheConfig, RedisConfig
 from app.engine.cache import CachedEngine, cache_key
 from app.engine.echo import EchoEngine
-from app.engine.persistent_cache import PersistentCacheEngine
+from app.engine.persistent_cache import Claim, PersistentCacheEngine
 from app.events import Delta, Event, Started, finish
 from app.requests import GenerationRequest, Progress
 from app.stores.encryption import Encryption
@@ -81,31 +81,31 @@ class Replica:
     def _count(self) -> None:
         self.unreadable += 1
 
-    async def ask(self, number: int = 0, **changes: Any) -> list[Event]:
+    async def send(self, number: int = 0, **changes: Any) -> list[Event]:
         request = structs.replace(REQUEST, id=f"r{number}", progress=Progress(), **changes)
         return await read(self.cached.stream(request))
 
 
 @asynccontextmanager
 async def replicas(connections: RedisConnections, count: int = 3, **options: Any) -> AsyncIterator[list[Replica]]:
-    made = [Replica(connections, **options) for _ in range(count)]
-    for each in made:
+    group = [Replica(connections, **options) for _ in range(count)]
+    for each in group:
         await each.engine.start()
-    yield made
-    for each in made:
+    yield group
+    for each in group:
         await each.store.close()
 
 
 async def test_fifty_equal_requests_over_three_replicas_are_one_generation(redis_connections: RedisConnections):
     """All get the whole answer; another tenant's is another."""
-    async with replicas(redis_connections) as made:
-        answers = await asyncio.gather(*(made[number % 3].ask(number) for number in range(50)))
-        calls = sum(each.engine.calls for each in made)
-        await made[0].ask(tenant=Tenant.owner("other"))
+    async with replicas(redis_connections) as group:
+        answers = await asyncio.gather(*(group[number % 3].send(number) for number in range(50)))
+        calls = sum(each.engine.calls for each in group)
+        await group[0].send(tenant=Tenant.owner("other"))
 
     assert {"hello there"} == {text_of(answer) for answer in answers}
     assert 1 == calls
-    assert 2 == sum(each.engine.calls for each in made)
+    assert 2 == sum(each.engine.calls for each in group)
 
 
 async def test_real_services_generate_once_for_all(redis: RedisServer, tmp_path: Path):
@@ -128,9 +128,9 @@ async def test_real_services_generate_once_for_all(redis: RedisServer, tmp_path:
 async def test_whoever_stops_waiting_stops_nobody_else(redis_connections: RedisConnections):
     """Neither the generation nor the others that wait for it."""
     async with replicas(redis_connections, delay=0.03) as (leader, one, other):
-        leading = asyncio.create_task(leader.ask())
+        leading = asyncio.create_task(leader.send())
         await until(lambda: leader.engine.calls == 1)
-        waiting = [asyncio.create_task(each.ask()) for each in (one, other)]
+        waiting = [asyncio.create_task(each.send()) for each in (one, other)]
         await asyncio.sleep(0.1)
         waiting[0].cancel()
         answers = await asyncio.gather(leading, waiting[1])
@@ -142,9 +142,9 @@ async def test_whoever_stops_waiting_stops_nobody_else(redis_connections: RedisC
 async def test_another_generates_when_the_first_is_left_by_its_clients(redis_connections: RedisConnections):
     """One of those that wait, and the rest go on waiting for that."""
     async with replicas(redis_connections, delay=0.03) as (leader, one, other):
-        leading = asyncio.create_task(leader.ask())
+        leading = asyncio.create_task(leader.send())
         await until(lambda: leader.engine.calls == 1)
-        waiting = [asyncio.create_task(each.ask()) for each in (one, other)]
+        waiting = [asyncio.create_task(each.send()) for each in (one, other)]
         await asyncio.sleep(0.1)
         leading.cancel()
         answers = await asyncio.gather(*waiting)
@@ -165,8 +165,8 @@ async def test_another_generates_soon_after_a_replica_died(redis: RedisServer, r
         client.set(f"{name_of(redis)}:claim", "token of the dead", px=int(LEASE_SECONDS * 1000))
     async with replicas(redis_connections, 1) as (alive,):
         async with asyncio.timeout(LEASE_SECONDS + 2):
-            answer = await alive.ask()
-        again = await alive.ask()
+            answer = await alive.send()
+        again = await alive.send()
 
     assert [False, True] == [finished_of(each).cached for each in (answer, again)]
     assert 1 == alive.engine.calls
@@ -175,9 +175,9 @@ async def test_another_generates_soon_after_a_replica_died(redis: RedisServer, r
 async def test_a_wait_for_another_replica_is_bounded(redis_connections: RedisConnections):
     """Then it is generated here, too."""
     async with replicas(redis_connections, 2, delay=0.1, wait_seconds=0.2) as (slow, other):
-        leading = asyncio.create_task(slow.ask())
+        leading = asyncio.create_task(slow.send())
         await until(lambda: slow.engine.calls == 1)
-        following = asyncio.create_task(other.ask())
+        following = asyncio.create_task(other.send())
         await until(lambda: other.engine.calls == 1)
         answers = await asyncio.gather(leading, following)
 
@@ -190,21 +190,21 @@ async def test_nobody_waits_for_an_answer_that_cannot_be_stored(redis_connection
     async def mask(tenant: Tenant, text: str, *, cut: bool = False) -> str:
         return "masked"
 
-    async with replicas(redis_connections, 3, mask=mask) as made:
-        first = asyncio.create_task(made[0].ask())
-        await until(lambda: made[0].engine.calls == 1)
-        others = [asyncio.create_task(each.ask()) for each in made[1:]]
+    async with replicas(redis_connections, 3, mask=mask) as group:
+        first = asyncio.create_task(group[0].send())
+        await until(lambda: group[0].engine.calls == 1)
+        others = [asyncio.create_task(each.send()) for each in group[1:]]
         await first
-        await until(lambda: [1, 1, 1] == [each.engine.calls for each in made])
+        await until(lambda: [1, 1, 1] == [each.engine.calls for each in group])
         await asyncio.gather(*others)
 
 
 async def test_redis_away_is_a_miss_also_for_those_that_wait(redis: RedisServer, redis_connections: RedisConnections):
     """Everyone generates for itself, and waits no longer than for any reply of Redis."""
     async with replicas(redis_connections, 2, delay=0.1, timeout_seconds=0.2) as (leader, other):
-        leading = asyncio.create_task(leader.ask())
+        leading = asyncio.create_task(leader.send())
         await until(lambda: leader.engine.calls == 1)
-        following = asyncio.create_task(other.ask())
+        following = asyncio.create_task(other.send())
         await asyncio.sleep(0.05)
         with redis.stalled():
             await until(lambda: other.engine.calls == 1, 5)
@@ -225,9 +225,9 @@ async def test_what_cannot_be_read_is_a_miss_and_counted_and_replaced(
     with Redis(port=redis.port) as client:
         client.set(name_of(redis), garbage)
     async with replicas(redis_connections, 2) as (one, other):
-        answers = [await one.ask()]
+        answers = [await one.send()]
         await one.store.close()
-        answers.append(await other.ask())
+        answers.append(await other.send())
 
     assert [False, True] == [finished_of(answer).cached for answer in answers]
     assert 1 == one.unreadable
@@ -243,7 +243,7 @@ async def test_events_that_are_no_whole_answer_are_a_miss(events: list[Event], r
     async with replicas(redis_connections, 1) as (replica,):
         replica.store.put(cache_key(REQUEST, replica.engine.info, ""), msgspec.msgpack.encode(events))
         await replica.store.close()
-        answer = await replica.ask()
+        answer = await replica.send()
 
     assert not finished_of(answer).cached
     assert 1 == replica.unreadable
@@ -262,3 +262,25 @@ async def test_a_request_that_waits_can_be_aborted(redis: RedisServer, redis_con
 
     assert FinishReason.ABORT is finished_of([last]).finish_reason
     assert 0 == replica.engine.calls
+
+
+async def test_a_request_aborted_as_it_claims_keeps_nobody_waiting(
+    redis_connections: RedisConnections, monkeypatch: pytest.MonkeyPatch
+):
+    """Its claim ends with it."""
+    async with replicas(redis_connections, 2) as (one, other):
+        claim = one.store.claim
+
+        async def claim_and_abort(key: bytes, *, replacing: bool = False) -> Claim:
+            claimed = await claim(key, replacing=replacing)
+            await one.below.abort(REQUEST.id)
+            return claimed
+
+        monkeypatch.setattr(one.store, "claim", claim_and_abort)
+        (last,) = await read(one.below.stream(REQUEST))
+        async with asyncio.timeout(2):
+            answer = await other.send()
+
+    assert FinishReason.ABORT is finished_of([last]).finish_reason
+    assert 0 == one.engine.calls
+    assert not finished_of(answer).cached

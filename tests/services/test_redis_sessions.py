@@ -69,7 +69,7 @@ async def test_a_conversation_that_alternates_between_replicas_loses_and_doubles
     async with running(tmp_path / "a", **given) as one, running(tmp_path / "b", **given) as other:
         for number in range(10):
             assert 200 == (await chat((one, other)[number % 2], f"word{number}")).status_code
-        kept = (await chat(one, "word10")).json()["context"]["turns_kept"]
+        turns = (await chat(one, "word10")).json()["context"]["turns_kept"]
         in_order = await said(other)
         replies = await asyncio.gather(
             *(chat((one, other)[number % 2], f"word{number}", "parallel") for number in range(20))
@@ -79,7 +79,7 @@ async def test_a_conversation_that_alternates_between_replicas_loses_and_doubles
             listed = (await http.get("/v1/sessions")).json()["sessions"]
             deleted = [(await http.delete("/v1/sessions/s")).status_code for _ in range(2)]
 
-    assert 10 == kept
+    assert 10 == turns
     assert [f"word{number}" for number in range(11)] == in_order
     assert {200} == {reply.status_code for reply in replies}
     assert sorted(f"word{number}" for number in range(20)) == sorted(parallel)
@@ -143,9 +143,9 @@ async def _append_in_turn(store: RedisSessionStore, word: str) -> None:
 
 @pytest.fixture
 def replicas() -> Iterator[Replicas]:
-    made = Replicas()
-    yield made
-    made.kill()
+    processes = Replicas()
+    yield processes
+    processes.kill()
 
 
 @pytest.mark.parametrize("times", [3, pytest.param(25, marks=pytest.mark.soak)])
@@ -197,7 +197,7 @@ async def test_a_replica_that_stood_still_cannot_store_what_is_too_late(
 @pytest.mark.soak
 @pytest.mark.timeout(600)
 async def test_a_conversation_outlives_services_that_are_killed_in_its_turns(redis: RedisServer, tmp_path: Path):
-    """25 times: whatever was answered is there once, and the other service goes on with it when the lease is over."""
+    """25 times: whatever was answered is there once, and the other service continues it when the lease is over."""
     folders = [tmp_path / name for name in "ab"]
     for folder in folders:
         folder.mkdir()
@@ -253,11 +253,11 @@ async def test_a_slow_redis_is_waited_for_within_bounds(
 
 
 async def test_without_redis_a_session_is_refused_and_everything_else_goes_on(redis: RedisServer, tmp_path: Path):
-    """And afterwards without a restart; an empty Redis knows no session, so the next turn begins a new one."""
+    """And afterwards without a restart; an empty Redis has no session, so the next turn begins a new one."""
     async with running(tmp_path, redis={"url": redis.url, "probe_seconds": 0.1}) as service:
         assert 200 == (await chat(service, "one")).status_code
         redis.kill()
-        refused, alone = await chat(service, "two"), await chat(service, "two", None)
+        refused, without = await chat(service, "two"), await chat(service, "two", None)
         async with service.client() as http:
             responses = [await http.post("/v1/responses", json={"input": "x", "store": keep}) for keep in (True, False)]
             others = [
@@ -271,7 +271,7 @@ async def test_without_redis_a_session_is_refused_and_everything_else_goes_on(re
                 await asyncio.sleep(0.05)
         words = await said(service)
 
-    assert (503, 200) == (refused.status_code, alone.status_code)
+    assert (503, 200) == (refused.status_code, without.status_code)
     assert [503, 200] == [each.status_code for each in responses]
     assert "2" == refused.headers["retry-after"]
     assert "Redis" in refused.json()["message"]
@@ -320,7 +320,7 @@ async def test_a_turn_during_which_redis_was_emptied_is_refused(redis: RedisServ
 
 @contextmanager
 def direct(redis: RedisServer) -> Iterator[Redis]:
-    """A client that knows nothing of the stores."""
+    """A client beside the stores."""
     with Redis(port=redis.port) as client:
         yield client
 
