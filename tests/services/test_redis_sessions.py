@@ -197,7 +197,7 @@ async def test_a_replica_that_stood_still_cannot_store_what_is_too_late(
 @pytest.mark.soak
 @pytest.mark.timeout(600)
 async def test_a_conversation_outlives_services_that_are_killed_in_its_turns(redis: RedisServer, tmp_path: Path):
-    """25 times: whatever was answered is there once, and the other service continues it when the lease is over."""
+    """Five times: whatever was answered is there once, and the other service continues it when the lease is over."""
     folders = [tmp_path / name for name in "ab"]
     for folder in folders:
         folder.mkdir()
@@ -205,7 +205,7 @@ async def test_a_conversation_outlives_services_that_are_killed_in_its_turns(red
     answered: list[str] = []
     unknown: set[str] = set()
     async with serving(url, folders[1], REDIS__URL=redis.url) as survivor, survivor.client() as http:
-        for number in range(25):
+        for number in range(5):
             async with serving(url, folders[0], REDIS__URL=redis.url) as victim, victim.client() as doomed:
 
                 async def talk(client: httpx.AsyncClient, word: str) -> None:
@@ -327,7 +327,7 @@ def direct(redis: RedisServer) -> Iterator[Redis]:
 
 def everything(redis: RedisServer) -> tuple[bytes, bytes]:
     """Return the names of all keys, and all that is stored under them."""
-    readers: dict[bytes, Callable[[Redis, bytes], Any]] = {
+    readers: dict[object, Callable[[Redis, bytes], Any]] = {
         b"string": lambda client, key: client.get(key),
         b"list": lambda client, key: client.lrange(key, 0, -1),
         b"hash": lambda client, key: client.hgetall(key),
@@ -402,7 +402,7 @@ async def test_a_session_that_cannot_be_read_says_so_and_can_be_deleted(redis: R
             await chat(service, "one")
             with direct(redis) as client:
                 (key,) = client.scan_iter("*:turns:*")
-                client.lset(key, 0, garbage)
+                client.execute_command("LSET", key, 0, garbage)
             refused, shown = await chat(service, "two"), await http.get("/v1/sessions/s")
             deleted = await http.delete("/v1/sessions/s")
             again = await chat(service, "three")
