@@ -37,6 +37,7 @@ from app.model_builder import Filters, ModelBuilder, registered_models
 from app.privacy.pool import RedactionPool
 from app.privacy.redactor import PiiKind, Redactor
 from app.stores.memory_admission import MemoryAdmissionStore
+from app.stores.redis_stores import RedisStores
 from app.telemetry import Metrics, configure_logging, disable_foreign_tracing
 from app.types import EngineState
 from app.web.app_factory import build_app
@@ -76,6 +77,7 @@ def create_app(
     Raises: ConfigError: a file that the settings name is missing or cannot be used.
     """
     disable_foreign_tracing(settings.langsmith)
+    _refuse_processes_apart(settings)
     specs = {} if engines else _specs(settings)
     names = _model_names(settings, specs, engines, encoders)
     known_names = {*names, *specs}
@@ -89,7 +91,9 @@ def create_app(
     build = partial(builder.configured, specs=specs, engines=engines, encoders=encoders)
     host = ModelHost(build, default=names[0], adapters=AdapterRegistry(settings.adapters))
     loader = _loader(settings, host, builder, names, specs, on_name=known_names.add)
-    admission = AdmissionControl(MemoryAdmissionStore(), access.quotas, on_refusal=metrics.rate_limited)
+    redis = RedisStores(settings) if settings.redis.url else None
+    limits = redis.admission if redis else MemoryAdmissionStore()
+    admission = AdmissionControl(limits, access.quotas, on_refusal=metrics.rate_limited)
     usage = _usage_recorder(settings, access)
     if sessions is None and settings.chat_history.enabled:
         sessions = MemorySessionStore(settings.chat_history)
@@ -113,6 +117,8 @@ def create_app(
         waiting_seconds=settings.deadlines.waiting_seconds,
     )
     _watch(metrics, host, sessions)
+    if redis is not None:
+        metrics.watch_redis(away=lambda: redis.connection.fault is not None)
     container = Container(
         settings=settings,
         service=generation,
@@ -126,11 +132,33 @@ def create_app(
         keys=keys or access.authenticator,
         access=access,
         admission=admission,
-        failed_keys=FailedKeyLimiter(settings.security.failed_keys_per_minute, on_refusal=metrics.rate_limited),
+        failed_keys=FailedKeyLimiter(
+            settings.security.failed_keys_per_minute,
+            on_refusal=metrics.rate_limited,
+            shared=redis.failed_keys if redis else None,
+            processes=settings.processes,
+        ),
+        redis=redis.connection if redis else None,
         metrics=metrics,
     )
     follower = None if registered is None else _follower(settings, registered, loader, host)
-    return build_app(container, lifespan=partial(_lifespan, pool=pool, follower=follower))
+    return build_app(container, lifespan=partial(_lifespan, pool=pool, follower=follower, redis=redis))
+
+
+def _refuse_processes_apart(settings: Settings) -> None:
+    """Raises: ConfigError: several processes that know nothing of one another would not behave as one."""
+    if settings.processes == 1 or settings.redis.url:
+        return
+    if settings.chat_history.enabled:
+        wrong = "would each remember other conversations and grant the whole rate limits"
+    elif settings.rate_limit.per_process:
+        return
+    else:
+        wrong = "would each grant the whole rate limits"
+    raise ConfigError(
+        f"configuration: {settings.processes} processes (app.workers times redis.replicas) {wrong}: set redis.url, or "
+        "chat_history.enabled: false and rate_limit.per_process: true"
+    )
 
 
 def _specs(settings: Settings) -> dict[str, LoadSpec]:
@@ -197,7 +225,9 @@ def _model_names(
 
 
 @asynccontextmanager
-async def _lifespan(app: DocumentedApp, *, pool: RedactionPool, follower: AliasFollower | None) -> AsyncIterator[None]:
+async def _lifespan(
+    app: DocumentedApp, *, pool: RedactionPool, follower: AliasFollower | None, redis: RedisStores | None
+) -> AsyncIterator[None]:
     container: Container = app.state.container
     async with anyio.create_task_group() as background:
         background.start_soon(container.metrics.watch_event_loop)
@@ -205,6 +235,9 @@ async def _lifespan(app: DocumentedApp, *, pool: RedactionPool, follower: AliasF
         if follower is not None:
             background.start_soon(follower.watch)
         running: asyncio.Task[None] | None = None
+        if redis is not None:
+            background.start_soon(redis.run)
+            await redis.connection.open()
         try:
             await container.access.start()
             await container.host.start()
@@ -221,6 +254,8 @@ async def _lifespan(app: DocumentedApp, *, pool: RedactionPool, follower: AliasF
                 await container.host.close()
                 await container.access.close()
                 await pool.close()
+                if redis is not None:
+                    await redis.close()
             background.cancel_scope.cancel()
 
 
