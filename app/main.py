@@ -37,7 +37,7 @@ from app.privacy.pool import RedactionPool
 from app.privacy.redactor import PiiKind, Redactor
 from app.stores.history import History
 from app.stores.memory_admission import MemoryAdmissionStore
-from app.stores.redis_connection import RedisConnection
+from app.stores.redis_stores import RedisStores
 from app.telemetry import Metrics, configure_logging, disable_foreign_tracing
 from app.types import EngineState
 from app.web.app_factory import build_app
@@ -77,6 +77,7 @@ def create_app(
     Raises: ConfigError: a file that the settings name is missing, or something in them cannot be used.
     """
     disable_foreign_tracing(settings.langsmith)
+    _refuse_processes_apart(settings)
     specs = {} if engines else _specs(settings)
     names = _model_names(settings, specs, engines, encoders)
     known_names = {*names, *specs}
@@ -86,8 +87,8 @@ def create_app(
     filters = Filters(settings, redactor, pool, metrics)
     access = _access(settings, filters, metrics)
     registered = registered_models(settings, specs.values())
-    redis = RedisConnection(settings.redis) if settings.redis.url else None
-    history = History.of(settings, redis, sessions)
+    redis = RedisStores(settings) if settings.redis.url else None
+    history = History.of(settings, redis.connection if redis else None, sessions)
     builder = ModelBuilder(
         settings,
         filters,
@@ -99,7 +100,8 @@ def create_app(
     build = partial(builder.configured, specs=specs, engines=engines, encoders=encoders)
     host = ModelHost(build, default=names[0], adapters=AdapterRegistry(settings.adapters))
     loader = _loader(settings, host, builder, names, specs, on_name=known_names.add)
-    admission = AdmissionControl(MemoryAdmissionStore(), access.quotas, on_refusal=metrics.rate_limited)
+    limits = redis.admission if redis else MemoryAdmissionStore()
+    admission = AdmissionControl(limits, access.quotas, on_refusal=metrics.rate_limited)
     usage = _usage_recorder(settings, access)
     generation: Service = service or GenerationService(
         host=host,
@@ -120,6 +122,8 @@ def create_app(
         waiting_seconds=settings.deadlines.waiting_seconds,
     )
     _watch(metrics, host, history.sessions)
+    if redis is not None:
+        metrics.watch_redis(away=lambda: redis.connection.fault is not None)
     container = Container(
         settings=settings,
         service=generation,
@@ -133,11 +137,33 @@ def create_app(
         keys=keys or access.authenticator,
         access=access,
         admission=admission,
-        failed_keys=FailedKeyLimiter(settings.security.failed_keys_per_minute, on_refusal=metrics.rate_limited),
+        failed_keys=FailedKeyLimiter(
+            settings.security.failed_keys_per_minute,
+            on_refusal=metrics.rate_limited,
+            shared=redis.failed_keys if redis else None,
+            processes=settings.processes,
+        ),
+        redis=redis.connection if redis else None,
         metrics=metrics,
     )
     follower = None if registered is None else _follower(settings, registered, loader, host)
     return build_app(container, lifespan=partial(_lifespan, pool=pool, follower=follower, redis=redis, history=history))
+
+
+def _refuse_processes_apart(settings: Settings) -> None:
+    """Raises: ConfigError: several processes that know nothing of one another would not behave as one."""
+    if settings.processes == 1 or settings.redis.url:
+        return
+    if settings.chat_history.enabled:
+        wrong = "would each remember other conversations and grant the whole rate limits"
+    elif settings.rate_limit.per_process:
+        return
+    else:
+        wrong = "would each grant the whole rate limits"
+    raise ConfigError(
+        f"configuration: {settings.processes} processes (app.workers times redis.replicas) {wrong}: set redis.url, or "
+        "chat_history.enabled: false and rate_limit.per_process: true"
+    )
 
 
 def _specs(settings: Settings) -> dict[str, LoadSpec]:
@@ -209,7 +235,7 @@ async def _lifespan(
     *,
     pool: RedactionPool,
     follower: AliasFollower | None,
-    redis: RedisConnection | None,
+    redis: RedisStores | None,
     history: History,
 ) -> AsyncIterator[None]:
     container: Container = app.state.container
@@ -217,12 +243,12 @@ async def _lifespan(
         background.start_soon(container.metrics.watch_event_loop)
         background.start_soon(container.loader.watch_idle)
         background.start_soon(history.watch)
-        if redis is not None:
-            await redis.open()
-            background.start_soon(redis.watch)
         if follower is not None:
             background.start_soon(follower.watch)
         running: asyncio.Task[None] | None = None
+        if redis is not None:
+            background.start_soon(redis.run)
+            await redis.connection.open()
         try:
             await container.access.start()
             await container.host.start()
@@ -239,9 +265,9 @@ async def _lifespan(
                 await container.host.close()
                 await container.access.close()
                 await history.close()
+                await pool.close()
                 if redis is not None:
                     await redis.close()
-                await pool.close()
             background.cancel_scope.cancel()
 
 

@@ -61,6 +61,8 @@ class AppConfig(Section):
     """Address to listen on; 0.0.0.0 makes the service reachable from other machines."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """TCP port; 0 takes a free one."""
+    workers: Annotated[int, Field(ge=1, le=64)] = 1
+    """API processes on this machine; more than one need Redis, and each loads models of its own."""
     data_dir: Path = Path("data")
     """Folder of the embedded database, the first API key and compiled kernels; created when missing."""
     prompts_dir: Path = Path("prompts")
@@ -308,6 +310,11 @@ class Settings(BaseSettings):
         if self.cache.persistent != "auto":
             return self.cache.persistent if self.cache.enabled else "off"
         return "redis" if self.cache.enabled and self.redis.url else "off"
+
+    @property
+    def processes(self) -> int:
+        """The number of API processes of all replicas."""
+        return self.redis.replicas * self.app.workers
 
     @property
     def where_registry(self) -> str:

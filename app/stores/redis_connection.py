@@ -7,6 +7,7 @@ The stores of this package are its callers.  What an outage means for a request 
 import asyncio
 import hashlib
 from collections.abc import Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NoReturn, TypeVar
@@ -111,8 +112,25 @@ class RedisConnection:
         Args: keys: all of one owner.
         Raises: StoreUnavailable: as for `execute`.
         """
+        return await self.execute(*self._call(script, keys, args))
+
+    def post(self, script: Script, keys: Sequence[str], args: Sequence[Word] = ()) -> None:
+        """Run a script before whatever is sent next, and wait for nothing; while Redis is away it is not run."""
+        self.post_command(*self._call(script, keys, args))
+
+    def post_command(self, *words: Word) -> None:
+        """Send one command before whatever is sent next, and wait for nothing; while Redis is away it is not sent."""
+        if not self.breaker.open:
+            self._queue.submit(words).add_done_callback(self._note)
+
+    def _note(self, reply: asyncio.Future[Any]) -> None:
+        if not reply.cancelled() and (error := reply.exception()) is not None:
+            with suppress(StoreUnavailable):
+                self._fail(error)
+
+    def _call(self, script: Script, keys: Sequence[str], args: Sequence[Word]) -> tuple[Word, ...]:
         self._scripts[script.digest] = script
-        return await self.execute("EVALSHA", script.digest, len(keys), *keys, *args)
+        return ("EVALSHA", script.digest, len(keys), *keys, *args)
 
     def unavailable(self) -> StoreUnavailable:
         """Return the error of who does not even try while Redis is away."""
@@ -177,7 +195,7 @@ class RedisConnection:
         except (exceptions.RedisError, exceptions.RedisClusterException, OSError) as error:
             self._fail(error)
 
-    def _fail(self, error: Exception) -> NoReturn:
+    def _fail(self, error: BaseException) -> NoReturn:
         """Report an error to the breaker.  Raises: StoreUnavailable."""
         word = str(error).partition(" ")[0]
         away = Fault.AWAY if word in _REFUSALS else None

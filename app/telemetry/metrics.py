@@ -160,6 +160,12 @@ class Metrics:
         """Export the state of the servers that engines send requests to; call it once."""
         self._registry.register(_Upstreams(read))
 
+    def watch_redis(self, *, away: Read) -> None:
+        """Export whether Redis, and with it what all processes share, cannot be reached; call it once."""
+        text = "1 while each process enforces its share of the rate limits alone, because Redis is away"
+        Gauge("ratelimit_degraded", text, registry=self._registry).set_function(away)
+        Gauge("redis_up", "1 while Redis answers", registry=self._registry).set_function(lambda: 1 - away())
+
     def watch_connections(self, open_connections: Read) -> None:
         """Export the number of open connections of a server."""
         self._connections_open.set_function(open_connections)
