@@ -23,7 +23,7 @@ PATIENCE_SECONDS = 1.0
 """A waiter that has not asked for so long is gone."""
 SHORTEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.01, 0.1
 RETRY_SECONDS = 0.5
-LATE_SECONDS = 1.0
+LATE_SECONDS = 0.5
 """A command that Redis runs later than this after it was sent takes and stores nothing: its sender has given up."""
 
 _PRELUDE = """
@@ -118,16 +118,18 @@ class RedisTurns:
         """Return until when, in Redis' microseconds, a command that is sent now may change something; 0: unknown."""
         return 0 if self._ahead is None else int((time.monotonic() + self._ahead + LATE_SECONDS) * 1e6)
 
-    def _see(self, redis_time: int) -> None:
-        self._ahead = redis_time / 1e6 - time.monotonic()
+    def _see(self, redis_time: int, sent: float) -> None:
+        # By when it was sent, and not by when the reply was read: a busy process must not take itself for late.
+        self._ahead = redis_time / 1e6 - sent
 
     async def _wait(self, base: str, session: str, token: str) -> None:
         pause = SHORTEST_PAUSE_SECONDS
         arguments = (session, token, *self._times, int(PATIENCE_SECONDS * 1e6))
         while True:
+            sent = time.monotonic()
             redis_time = await self._connection.evaluate(_TAKE, [base], [*arguments, self.latest])
             if redis_time:
-                self._see(abs(redis_time))
+                self._see(abs(redis_time), sent)
             if redis_time > 0:
                 return
             if not redis_time:  # else Redis' clock has been set, and the next attempt counts with that
@@ -138,11 +140,12 @@ class RedisTurns:
         """Renew the lease until cancelled, or until another has taken the session."""
         while True:
             await asyncio.sleep(self._lease_seconds / 3)
+            sent = time.monotonic()
             with suppress(StoreUnavailable):
                 redis_time = await self._connection.evaluate(_RENEW, [base], [session, token, *self._times])
                 if not redis_time:
                     return
-                self._see(redis_time)
+                self._see(redis_time, sent)
 
     async def _free(self, base: str, session: str, token: str) -> None:
         with suppress(StoreUnavailable):

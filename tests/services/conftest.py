@@ -9,11 +9,14 @@ import pytest
 
 from app.access.background import BackgroundGroup
 from app.access.database import Database
+from app.config import RedisConfig
+from app.stores import redis_stores, redis_turns
+from app.stores.redis_connection import RedisConnection
 from tests.services.disks import Disk, LimitedWrites, small_disk
 from tests.services.mlflow_server import MlflowServer, has_server
 from tests.services.mlflow_server import running as mlflow_running
 from tests.services.postgres import Postgres, binaries, running
-from tests.services.redis_connections import RedisConnections
+from tests.services.redis_connections import PATIENCE_SECONDS, RedisConnections
 from tests.services.redis_server import RedisServer, program
 from tests.services.redis_server import running as redis_running
 
@@ -63,6 +66,18 @@ def redis(redis_server: RedisServer) -> RedisServer:
     """The same, empty; a test that kills it starts it again."""
     redis_server.flush()
     return redis_server
+
+
+@pytest.fixture
+def patient_redis(redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> RedisServer:
+    """The same for services that wait longer for it than they may: a busy machine is no outage."""
+
+    def connection(config: RedisConfig) -> RedisConnection:
+        return RedisConnection(config.model_copy(update={"timeout_seconds": PATIENCE_SECONDS}))
+
+    monkeypatch.setattr(redis_stores, "RedisConnection", connection)
+    monkeypatch.setattr(redis_turns, "LATE_SECONDS", PATIENCE_SECONDS)
+    return redis
 
 
 @pytest.fixture

@@ -108,10 +108,10 @@ async def test_fifty_equal_requests_over_three_replicas_are_one_generation(redis
     assert 2 == sum(each.engine.calls for each in group)
 
 
-async def test_real_services_generate_once_for_all(redis: RedisServer, tmp_path: Path):
+async def test_real_services_generate_once_for_all(patient_redis: RedisServer, tmp_path: Path):
     """As requests, whole and streamed."""
     engines = [CountingEngine(token_delay_seconds=0.01) for _ in range(2)]
-    given: dict[str, Any] = {"redis": {"url": redis.url}}
+    given: dict[str, Any] = {"redis": {"url": patient_redis.url}}
     body: dict[str, Any] = {"prompt": "hello there", "temperature": 0, "max_tokens": 20, "cache": True}
     async with (
         running(tmp_path / "a", engine=engines[0], **given) as one,

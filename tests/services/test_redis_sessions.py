@@ -62,10 +62,10 @@ async def said(service: Running, session_id: str = "s") -> list[str]:
 
 
 async def test_a_conversation_that_alternates_between_replicas_loses_and_doubles_nothing(
-    redis: RedisServer, tmp_path: Path
+    patient_redis: RedisServer, tmp_path: Path
 ):
     """Each replica knows what was said to the other; turns at the same time are one after the other."""
-    given: dict[str, Any] = {"redis": {"url": redis.url}}
+    given: dict[str, Any] = {"redis": {"url": patient_redis.url}}
     async with running(tmp_path / "a", **given) as one, running(tmp_path / "b", **given) as other:
         for number in range(10):
             assert 200 == (await chat((one, other)[number % 2], f"word{number}")).status_code
@@ -87,8 +87,8 @@ async def test_a_conversation_that_alternates_between_replicas_loses_and_doubles
     assert [204, 404] == deleted
 
 
-async def test_a_stored_response_is_continued_on_another_replica(redis: RedisServer, tmp_path: Path):
-    given: dict[str, Any] = {"redis": {"url": redis.url}}
+async def test_a_stored_response_is_continued_on_another_replica(patient_redis: RedisServer, tmp_path: Path):
+    given: dict[str, Any] = {"redis": {"url": patient_redis.url}}
     async with running(tmp_path / "a", **given) as one, running(tmp_path / "b", **given) as other:
         async with one.client() as http:
             first = (await http.post("/v1/responses", json={"input": "first"})).json()
@@ -343,10 +343,10 @@ KEYS = [bytes([number]) * 32 for number in range(2)]
 
 @pytest.mark.parametrize("key", [None, base64.b64encode(KEYS[0]).decode()], ids=["plain", "encrypted"])
 async def test_no_secret_stands_in_a_name_and_with_a_key_no_text_at_all(
-    key: str | None, redis: RedisServer, tmp_path: Path
+    key: str | None, patient_redis: RedisServer, tmp_path: Path
 ):
     """Texts, ids of sessions, owners and API keys, in sessions, stored responses and the cache."""
-    redis_settings = {"url": redis.url} | ({"encryption_key": key} if key else {})
+    redis_settings = {"url": patient_redis.url} | ({"encryption_key": key} if key else {})
     async with running(tmp_path, redis=redis_settings) as service:
         caller = await service.key(owner="canary-owner")
         replies = [await chat(service, "canary-text", "canary-session", caller)]
@@ -355,8 +355,8 @@ async def test_no_secret_stands_in_a_name_and_with_a_key_no_text_at_all(
             replies.append(await http.post("/v1/responses", json=body))
             cached = {"prompt": "canary-prompt", "temperature": 0}
             replies += [await http.post("/v1/generate", json=cached)]
-        await until(lambda: b":cache:" in everything(redis)[0])
-        names, values = everything(redis)
+        await until(lambda: b":cache:" in everything(patient_redis)[0])
+        names, values = everything(patient_redis)
 
     assert [200] * 3 == [reply.status_code for reply in replies]
     assert b"canary" not in names
@@ -395,12 +395,12 @@ GARBAGE = [b"", b"\x80\x04\x95garbage.", b"\x00\x81\xa8messages\x90", b"\x00" + 
 """Nothing, a pickle, a turn without messages, and no msgpack."""
 
 
-async def test_a_session_that_cannot_be_read_says_so_and_can_be_deleted(redis: RedisServer, tmp_path: Path):
+async def test_a_session_that_cannot_be_read_says_so_and_can_be_deleted(patient_redis: RedisServer, tmp_path: Path):
     """It is no empty conversation: the client learns that something is lost."""
-    async with running(tmp_path, redis={"url": redis.url}) as service, service.client() as http:
+    async with running(tmp_path, redis={"url": patient_redis.url}) as service, service.client() as http:
         for garbage in GARBAGE:
             await chat(service, "one")
-            with direct(redis) as client:
+            with direct(patient_redis) as client:
                 (key,) = client.scan_iter("*:turns:*")
                 client.execute_command("LSET", key, 0, garbage)
             refused, shown = await chat(service, "two"), await http.get("/v1/sessions/s")
