@@ -116,12 +116,12 @@ async def test_a_busy_process_does_not_take_its_own_delay_for_an_outage(redis: R
     """An answer that has come while the event loop did something else is read."""
     async with connected(redis.url) as connection:
         await count(connection)
-        asking = asyncio.create_task(timed(connection))
+        waiting = asyncio.create_task(timed(connection))
         for _ in range(3):
             await asyncio.sleep(0)
         time.sleep(0.3)  # noqa: ASYNC251  # what this is about
 
-        assert (await asking)[0]
+        assert (await waiting)[0]
         assert connection.fault is None
 
 
