@@ -77,7 +77,7 @@ def create_app(
     Raises: ConfigError: a file that the settings name is missing, or something in them cannot be used.
     """
     disable_foreign_tracing(settings.langsmith)
-    _refuse_processes_apart(settings)
+    require_shared_state(settings)
     specs = {} if engines else _specs(settings)
     names = _model_names(settings, specs, engines, encoders)
     known_names = {*names, *specs}
@@ -150,8 +150,8 @@ def create_app(
     return build_app(container, lifespan=partial(_lifespan, pool=pool, follower=follower, redis=redis, history=history))
 
 
-def _refuse_processes_apart(settings: Settings) -> None:
-    """Raises: ConfigError: several processes that know nothing of one another would not behave as one."""
+def require_shared_state(settings: Settings) -> None:
+    """Raises: ConfigError: several processes that share no state would not behave as one."""
     if settings.processes == 1 or settings.redis.url:
         return
     if settings.chat_history.enabled:

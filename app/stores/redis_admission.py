@@ -88,9 +88,10 @@ class RedisAdmissionStore:
                 await self.leave(place)
             raise
         refused = _REFUSALS[number]
+        first = refused is not Refusal.REQUESTS
         levels = Levels(
-            rates.requests and rates.requests.outcome(float(requests), 1, granted=refused is not Refusal.REQUESTS),
-            rates.tokens and rates.tokens.outcome(float(tokens), 0, granted=True),
+            rates.requests.outcome(float(requests), 1, granted=first) if rates.requests else None,
+            rates.tokens.outcome(float(tokens), 0, granted=True) if rates.tokens else None,
         )
         if refused or not parallel:
             return Decision(levels, refused=refused)

@@ -70,7 +70,7 @@ class RedisConnection:
         self._queue = CommandQueue(self._send)
         self._scripts: dict[str, Script] = {}
         """By their digests."""
-        self._made: Client | None = None
+        self._opened: Client | None = None
         self.breaker = CircuitBreaker(self._probe, store="Redis", probe_seconds=config.probe_seconds)
 
     @property
@@ -150,7 +150,7 @@ class RedisConnection:
     async def close(self) -> None:
         """Wait for the replies that are to come, and close all connections."""
         await self._queue.close()
-        client, self._made = self._made, None
+        client, self._opened = self._opened, None
         if client is not None:
             await client.aclose()
             sentinels = getattr(getattr(client, "connection_pool", None), "sentinel_manager", None)
@@ -159,9 +159,9 @@ class RedisConnection:
 
     @property
     def _client(self) -> Client:
-        if self._made is None:
-            self._made = make_client(self._url, self._config, max_connections=_CONNECTIONS)
-        return self._made
+        if self._opened is None:
+            self._opened = make_client(self._url, self._config, max_connections=_CONNECTIONS)
+        return self._opened
 
     async def _send(self, commands: Sequence[Sequence[Word]]) -> Sequence[Any]:
         """Raises: what redis-py raises; TimeoutError."""

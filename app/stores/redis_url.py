@@ -125,13 +125,13 @@ def make_client(url: RedisUrl, config: RedisConfig, *, max_connections: int) -> 
         options |= {"ssl": True, **dict(url.options)}
     if url.kind == "cluster":
         nodes = [ClusterNode(host, port) for host, port in url.hosts]
-        return RedisCluster(startup_nodes=nodes, cluster_error_retry_attempts=1, **options)
+        return RedisCluster(startup_nodes=nodes, **options)
     options["db"] = url.database
     if url.kind == "sentinel":
         secret = config.sentinel_password
         own = {name: value for name, value in options.items() if name not in ("username", "password", "db")}
         own |= {"password": secret.get_secret_value()} if secret else {}
-        sentinels = Sentinel(url.hosts, sentinel_kwargs=own, **options)
+        sentinels = Sentinel(url.hosts, sentinel_kwargs=own, **options)  # type: ignore[no-untyped-call]
         client: Redis = sentinels.master_for(url.service)
         return client
     if url.path:

@@ -55,12 +55,12 @@ async def state(replica: Running) -> tuple[str, str, bool]:
 
 async def stores(stack: AsyncExitStack, *urls: str, lease_seconds: float = 20) -> list[RedisAdmissionStore]:
     """Return the stores of as many processes."""
-    made = []
+    opened = []
     for url in urls:
         connection = RedisConnection(patient(url))
         stack.push_async_callback(connection.close)
-        made.append(RedisAdmissionStore(connection, lease_seconds=lease_seconds))
-    return made
+        opened.append(RedisAdmissionStore(connection, lease_seconds=lease_seconds))
+    return opened
 
 
 def test_three_processes_in_a_race_admit_exactly_what_the_limit_allows(redis: RedisServer):
@@ -248,10 +248,10 @@ async def test_a_request_that_is_cancelled_while_it_asks_keeps_no_place(redis: R
     rates = Rates(parallel_requests=1)
     async with AsyncExitStack() as stack:
         (store,) = await stores(stack, redis.url)
-        asking = asyncio.create_task(store.admit("k", rates))
+        waiting = asyncio.create_task(store.admit("k", rates))
         await asyncio.sleep(0)
-        asking.cancel()
-        await asyncio.wait([asking])
+        waiting.cancel()
+        await asyncio.wait([waiting])
 
         assert (await store.admit("k", rates)).refused is None
 
