@@ -9,7 +9,7 @@ AppError
 ├── Forbidden                 403
 ├── NotFound                  404  ├── ModelNotFound  ├── AdapterNotFound  ├── SessionNotFound  ├── KeyNotFound
 │                                  ├── RoleNotFound  ├── FileNotFound  ├── BatchNotFound
-├── Conflict                  409
+├── Conflict                  409  ├── SessionUnreadable
 ├── PayloadTooLarge           413  ├── StorageExceeded
 ├── UnsupportedMediaType      415
 ├── ModelLoadFailed           424  ├── ModelRefused
@@ -17,6 +17,7 @@ AppError
 ├── QuotaExceeded             429
 ├── ServiceUnavailable        503  ├── EngineNotReady  ├── EngineBusy  ├── EngineFailed  ├── ShuttingDown
 │                                  ├── StoreUnavailable  ├── InsufficientMemory  ├── RegistryUnavailable
+│                                  ├── SessionTakenOver
 ├── DeadlineExceeded          504
 ├── ClientDisconnected        499
 └── InternalError             500
@@ -181,6 +182,16 @@ class Conflict(AppError):
     status, code = 409, "conflict"
 
 
+class SessionUnreadable(Conflict):
+    """A stored conversation is damaged, or encrypted with a key that this service does not have."""
+
+    code = "session_unreadable"
+
+    def __init__(self, what: str = "session") -> None:
+        """Args: what: is stored; a session or a response."""
+        super().__init__(f"The stored {what} cannot be read. Delete it, or begin a new one.")
+
+
 class PayloadTooLarge(AppError):
     """The body is longer than the service reads."""
 
@@ -257,11 +268,11 @@ class EngineFailed(ServiceUnavailable):
 
 
 class StoreUnavailable(ServiceUnavailable):
-    """The database does not answer, or cannot be read or written."""
+    """The database, or Redis, does not answer, or cannot be read or written."""
 
-    def __init__(self, fault: str = "does not answer") -> None:
-        """Args: fault: what is wrong, as a continuation of "the database"."""
-        super().__init__(f"The service's database {fault}; try again in a moment.", retry_after=2)
+    def __init__(self, fault: str = "does not answer", *, store: str = "database") -> None:
+        """Args: fault: what is wrong, as a continuation of the store's name."""
+        super().__init__(f"The service's {store} {fault}; try again in a moment.", retry_after=2)
 
 
 class RegistryUnavailable(ServiceUnavailable):
@@ -269,6 +280,16 @@ class RegistryUnavailable(ServiceUnavailable):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, details={"reason": "unreachable"})
+
+
+class SessionTakenOver(ServiceUnavailable):
+    """This service did not get on with a turn for so long that another replica has taken the session."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Another request has taken over the session meanwhile, so this turn is not stored; send it again.",
+            retry_after=1,
+        )
 
 
 class ShuttingDown(ServiceUnavailable):

@@ -30,13 +30,14 @@ from app.errors import ConfigError
 from app.generation.batch_runner import BatchRunner
 from app.generation.embedding import EmbeddingService
 from app.generation.metering import UsageRecorder
-from app.generation.responses import MemoryResponseStore
 from app.generation.service import GenerationService
-from app.generation.sessions import MemorySessionStore, SessionStore
+from app.generation.sessions import SessionStore
 from app.model_builder import Filters, ModelBuilder, registered_models
 from app.privacy.pool import RedactionPool
 from app.privacy.redactor import PiiKind, Redactor
+from app.stores.history import History
 from app.stores.memory_admission import MemoryAdmissionStore
+from app.stores.redis_stores import RedisStores
 from app.telemetry import Metrics, configure_logging, disable_foreign_tracing
 from app.types import EngineState
 from app.web.app_factory import build_app
@@ -73,9 +74,10 @@ def create_app(
         keys: knows whose an API key is.
         sessions: where conversations are stored.
         fetch: brings the files of models whose source is a registry.
-    Raises: ConfigError: a file that the settings name is missing or cannot be used.
+    Raises: ConfigError: a file that the settings name is missing, or something in them cannot be used.
     """
     disable_foreign_tracing(settings.langsmith)
+    require_shared_state(settings)
     specs = {} if engines else _specs(settings)
     names = _model_names(settings, specs, engines, encoders)
     known_names = {*names, *specs}
@@ -85,20 +87,27 @@ def create_app(
     filters = Filters(settings, redactor, pool, metrics)
     access = _access(settings, filters, metrics)
     registered = registered_models(settings, specs.values())
-    builder = ModelBuilder(settings, filters, metrics, access, registered.fetch if registered else fetch)
+    redis = RedisStores(settings) if settings.redis.url else None
+    history = History.of(settings, redis.connection if redis else None, sessions)
+    builder = ModelBuilder(
+        settings,
+        filters,
+        metrics,
+        access,
+        registered.fetch if registered else fetch,
+        shared_cache=history.cache,
+    )
     build = partial(builder.configured, specs=specs, engines=engines, encoders=encoders)
     host = ModelHost(build, default=names[0], adapters=AdapterRegistry(settings.adapters))
     loader = _loader(settings, host, builder, names, specs, on_name=known_names.add)
-    admission = AdmissionControl(MemoryAdmissionStore(), access.quotas, on_refusal=metrics.rate_limited)
+    limits = redis.admission if redis else MemoryAdmissionStore()
+    admission = AdmissionControl(limits, access.quotas, on_refusal=metrics.rate_limited)
     usage = _usage_recorder(settings, access)
-    if sessions is None and settings.chat_history.enabled:
-        sessions = MemorySessionStore(settings.chat_history)
-    responses = MemoryResponseStore(settings.chat_history) if settings.chat_history.enabled else None
     generation: Service = service or GenerationService(
         host=host,
         input_filter=filters.of_input(),
         storage_filter=filters.of_storage() if settings.pii.enabled else None,
-        sessions=sessions,
+        sessions=history.sessions,
         metrics=metrics,
         admission=admission,
         usage=usage,
@@ -112,7 +121,9 @@ def create_app(
         usage=usage,
         waiting_seconds=settings.deadlines.waiting_seconds,
     )
-    _watch(metrics, host, sessions)
+    _watch(metrics, host, history.sessions)
+    if redis is not None:
+        metrics.watch_redis(away=lambda: redis.connection.fault is not None)
     container = Container(
         settings=settings,
         service=generation,
@@ -120,17 +131,39 @@ def create_app(
         host=host,
         loader=loader,
         registered=registered,
-        sessions=sessions,
-        responses=responses,
+        sessions=history.sessions,
+        responses=history.responses,
         batches=_batch_runner(settings, access, host) if settings.batches.enabled else None,
         keys=keys or access.authenticator,
         access=access,
         admission=admission,
-        failed_keys=FailedKeyLimiter(settings.security.failed_keys_per_minute, on_refusal=metrics.rate_limited),
+        failed_keys=FailedKeyLimiter(
+            settings.security.failed_keys_per_minute,
+            on_refusal=metrics.rate_limited,
+            shared=redis.failed_keys if redis else None,
+            processes=settings.processes,
+        ),
+        redis=redis.connection if redis else None,
         metrics=metrics,
     )
     follower = None if registered is None else _follower(settings, registered, loader, host)
-    return build_app(container, lifespan=partial(_lifespan, pool=pool, follower=follower))
+    return build_app(container, lifespan=partial(_lifespan, pool=pool, follower=follower, redis=redis, history=history))
+
+
+def require_shared_state(settings: Settings) -> None:
+    """Raises: ConfigError: several processes that share no state would not behave as one."""
+    if settings.processes == 1 or settings.redis.url:
+        return
+    if settings.chat_history.enabled:
+        wrong = "would each remember other conversations and grant the whole rate limits"
+    elif settings.rate_limit.per_process:
+        return
+    else:
+        wrong = "would each grant the whole rate limits"
+    raise ConfigError(
+        f"configuration: {settings.processes} processes (app.workers times redis.replicas) {wrong}: set redis.url, or "
+        "chat_history.enabled: false and rate_limit.per_process: true"
+    )
 
 
 def _specs(settings: Settings) -> dict[str, LoadSpec]:
@@ -197,14 +230,25 @@ def _model_names(
 
 
 @asynccontextmanager
-async def _lifespan(app: DocumentedApp, *, pool: RedactionPool, follower: AliasFollower | None) -> AsyncIterator[None]:
+async def _lifespan(
+    app: DocumentedApp,
+    *,
+    pool: RedactionPool,
+    follower: AliasFollower | None,
+    redis: RedisStores | None,
+    history: History,
+) -> AsyncIterator[None]:
     container: Container = app.state.container
     async with anyio.create_task_group() as background:
         background.start_soon(container.metrics.watch_event_loop)
         background.start_soon(container.loader.watch_idle)
+        background.start_soon(history.watch)
         if follower is not None:
             background.start_soon(follower.watch)
         running: asyncio.Task[None] | None = None
+        if redis is not None:
+            background.start_soon(redis.run)
+            await redis.connection.open()
         try:
             await container.access.start()
             await container.host.start()
@@ -220,7 +264,10 @@ async def _lifespan(app: DocumentedApp, *, pool: RedactionPool, follower: AliasF
                 await container.loader.close()
                 await container.host.close()
                 await container.access.close()
+                await history.close()
                 await pool.close()
+                if redis is not None:
+                    await redis.close()
             background.cancel_scope.cancel()
 
 

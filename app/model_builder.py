@@ -31,6 +31,7 @@ from app.registry.client import RegistryServer
 from app.registry.downloader import Downloader
 from app.registry.model_store import ModelStore
 from app.registry.model_uri import parse_model_uri
+from app.stores.redis_response_cache import RedisResponseCache
 from app.telemetry import Metrics
 from app.telemetry.metrics import Direction
 
@@ -72,13 +73,22 @@ class ModelBuilder:
     """Builds everything that belongs to one model."""
 
     def __init__(
-        self, settings: Settings, filters: Filters, metrics: Metrics, access: AccessControl, fetch: FetchModel
+        self,
+        settings: Settings,
+        filters: Filters,
+        metrics: Metrics,
+        access: AccessControl,
+        fetch: FetchModel,
+        *,
+        shared_cache: RedisResponseCache | None = None,
     ) -> None:
+        """Args: shared_cache: takes the place of the database's."""
         self._settings = settings
         self._filters = filters
         self._metrics = metrics
         self._access = access
         self._fetch = fetch
+        self._shared_cache = shared_cache
         self._interpreters = SpareInterpreters(
             cache=settings.app.data_dir.absolute() / "compiled", enabled=settings.model.spare_worker
         )
@@ -143,7 +153,7 @@ class ModelBuilder:
     def _around(self, engine: Engine, name: str, config: ModelConfig) -> ServedModel:
         embeddings = EngineEmbeddings(embedder=engine, model=name) if _embeds(config, engine) else None
         adapters = engine if isinstance(engine, AdapterEngine) else None
-        engine, cache = _wrap(engine, self._settings, self._filters, self._metrics, self._access)
+        engine, cache = self._wrap(engine)
         read = partial(read_template, self._settings.app.prompts_dir, model=name)
         return ServedModel(
             name=name,
@@ -163,6 +173,30 @@ class ModelBuilder:
                 openai_temperature=self._settings.openai.temperature,
             ),
         )
+
+    def _wrap(self, engine: Engine) -> tuple[Engine, CachedEngine | None]:
+        """Put the parser around the engine, the output filter around both, and the caches around all.
+
+        So the filter sees messages and not the model's marks, and nothing unfiltered is stored.  Another server parses
+        its own model's marks.
+        """
+        settings = self._settings
+        engine, scope = self._filters.around(engine if isinstance(engine, RemoteEngine) else ParsedEngine(engine))
+        if not settings.cache.enabled:
+            return engine, None
+        if settings.cache_store != "off":
+            unmasked = settings.pii.enabled and settings.pii.output == "off"
+            engine = PersistentCacheEngine(
+                engine,
+                self._shared_cache or self._access.response_cache,
+                scope=scope,
+                claims=self._shared_cache,
+                wait_seconds=settings.cache.wait_seconds,
+                mask=self._filters.of_storage().mask if unmasked else None,
+                on_unreadable=self._metrics.cache_unreadable,
+            )
+        cache = CachedEngine(engine, settings.cache, scope=scope, metrics=self._metrics)
+        return cache, cache
 
     def _encoder(self) -> EncoderEngine:
         settings = self._settings
@@ -228,21 +262,3 @@ def _supervision(settings: Settings) -> dict[str, Any]:
             settings.model.stall_seconds, settings.deadlines.first_token_seconds + DEADLINE_MARGIN_SECONDS
         ),
     }
-
-
-def _wrap(
-    engine: Engine, settings: Settings, filters: Filters, metrics: Metrics, access: AccessControl
-) -> tuple[Engine, CachedEngine | None]:
-    """Put the parser around the engine, the output filter around both, and the caches around all.
-
-    So the filter sees messages and not the model's marks, and nothing unfiltered is stored.  Another server parses its
-    own model's marks.
-    """
-    engine, scope = filters.around(engine if isinstance(engine, RemoteEngine) else ParsedEngine(engine))
-    if not settings.cache.enabled:
-        return engine, None
-    if settings.cache.persistent:
-        mask = filters.of_storage().mask if settings.pii.enabled and settings.pii.output == "off" else None
-        engine = PersistentCacheEngine(engine, access.response_cache, scope=scope, mask=mask)
-    cache = CachedEngine(engine, settings.cache, scope=scope, metrics=metrics)
-    return cache, cache

@@ -7,13 +7,16 @@ import asyncio
 import errno
 import gc
 import math
+import multiprocessing
 import shlex
 import signal
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from multiprocessing.context import SpawnProcess
 from types import FrameType
 from typing import Any
 
@@ -21,10 +24,11 @@ import structlog
 import uvicorn
 from fastapi import FastAPI
 
-from app.access.bootstrap_key import KEY_FILE
+from app.access.bootstrap_key import KEY_FILE, bootstrap_key
 from app.config import Settings
 from app.errors import AppError, ConfigError
-from app.main import create_app
+from app.ipc.api_processes import ApiProcesses
+from app.main import create_app, require_shared_state
 from app.telemetry import configure_logging
 from app.web.http.connections import ConnectionGuard, ConnectionLimits, raise_file_limit
 from app.web.http.dependencies import Container
@@ -87,6 +91,12 @@ class DrainingServer(uvicorn.Server):
         # A signal interrupts the loop anywhere, so the work itself waits for the loop's next turn.
         self._loop.call_soon_threadsafe(self._begin_stop, signal.Signals(sig).name, self._signals == 2)
 
+    def end(self, sentinel: int) -> None:
+        """Stop as after a signal: the process that started this one is gone.  Args: sentinel: says so, and is read."""
+        asyncio.get_running_loop().remove_reader(sentinel)
+        self._signals += 1
+        self._begin_stop("parent gone", False)
+
     def _begin_stop(self, reason: str, forced: bool) -> None:
         log.info("stopping now" if forced else "draining", signal=reason)
         grace, flush = (0.0, _FORCED_FLUSH_SECONDS) if forced else (self._grace_seconds, _FLUSH_SECONDS)
@@ -117,29 +127,72 @@ class DrainingServer(uvicorn.Server):
 
 
 def run(settings: Settings) -> int:
-    """Serve until a signal; return the exit code.
+    """Serve until a signal, in this process or in as many as configured; return the exit code.
 
     Raises: ConfigError: the port is taken, or a file that the service needs is missing.
     """
     listener = _bind(settings.app.host, settings.app.port)
     stop_logging = configure_logging(settings.logging)
     try:
-        key_file = settings.app.data_dir / KEY_FILE
-        first_start = settings.security.api_key is None and not key_file.exists()
-        app = create_app(settings)
         warn_of_workers(settings)
-        if first_start:
-            print(f"\nYour API key, made now and kept in {key_file.resolve()}:\n\n  {key_file.read_text()}", flush=True)
-        config = server_config(app, settings, timeout_graceful_shutdown=math.ceil(_FLUSH_SECONDS))
-        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-            return runner.run(_serve(app, settings, config, listener))
+        if settings.app.workers == 1:
+            return _serve_here(settings, listener)
+        require_shared_state(settings)
+        with _announced_key(settings):
+            if settings.security.api_key is None:
+                bootstrap_key(settings.app.data_dir)
+        return ApiProcesses(partial(_start_process, settings, listener), settings.app.workers).run()
     finally:
         stop_logging()
         listener.close()
 
 
+def _serve_here(settings: Settings, listener: socket.socket, *, number: int = 0) -> int:
+    """Serve in this process.  Args: number: only 0 tells the terminal how to use the service."""
+    with _announced_key(settings):
+        app = create_app(settings)
+    config = server_config(app, settings, timeout_graceful_shutdown=math.ceil(_FLUSH_SECONDS))
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        return runner.run(_serve(app, settings, config, listener, number=number))
+
+
+@contextmanager
+def _announced_key(settings: Settings) -> Iterator[None]:
+    """Print the first key, if the block makes it."""
+    key_file = settings.app.data_dir / KEY_FILE
+    first_start = settings.security.api_key is None and not key_file.exists()
+    yield
+    if first_start:
+        print(f"\nYour API key, made now and kept in {key_file.resolve()}:\n\n  {key_file.read_text()}", flush=True)
+
+
+def _start_process(settings: Settings, listener: socket.socket, number: int) -> SpawnProcess:
+    """Start one of several processes that accept connections of one socket."""
+    # Only what was set: models among several take what they do not say from elsewhere.
+    given = settings.model_dump(exclude_unset=True)
+    process = multiprocessing.get_context("spawn").Process(target=_run_process, args=(given, listener, number))
+    process.start()
+    return process
+
+
+def _run_process(given: dict[str, Any], listener: socket.socket, number: int) -> None:
+    """Serve until a signal, or until the process that started this one is gone."""
+    settings = Settings(**given)
+    stop_logging = configure_logging(settings.logging)
+    try:
+        code = _serve_here(settings, listener, number=number)
+    except ConfigError as error:
+        print(f"llm-service: {error}", file=sys.stderr, flush=True)
+        code = 2
+    finally:
+        stop_logging()
+    sys.exit(code)
+
+
 def warn_of_workers(settings: Settings) -> None:
-    """Log that several processes were asked for, where they were."""
+    """Log what several processes cost, and that an older configuration asked for them."""
+    if settings.app.workers > 1 and settings.model.engine not in ("echo", "remote"):
+        log.warning("each process loads models of its own; one would batch all requests", workers=settings.app.workers)
     if settings.compat.workers > 1:
         log.warning("one process serves, which batches all requests; start replicas for more", workers=1)
 
@@ -155,13 +208,19 @@ def server_config(app: FastAPI, settings: Settings, **options: Any) -> ServerCon
     return ServerConfig(app, guard, trusted_proxies=settings.app.trusted_proxies, **options)
 
 
-async def _serve(app: FastAPI, settings: Settings, config: uvicorn.Config, listener: socket.socket) -> int:
+async def _serve(
+    app: FastAPI, settings: Settings, config: uvicorn.Config, listener: socket.socket, *, number: int
+) -> int:
     container: Container = app.state.container
     await container.access.open()
     server = DrainingServer(config, partial(_drain, container), settings.app.shutdown_grace_seconds)
     port = listener.getsockname()[1]
+    if (parent := multiprocessing.parent_process()) is not None:
+        asyncio.get_running_loop().add_reader(parent.sentinel, server.end, parent.sentinel)
     async with asyncio.TaskGroup() as background:
-        announcing = background.create_task(announce_when_ready(_default_ready(container), server, settings, port))
+        announcing = background.create_task(
+            announce_when_ready(_default_ready(container), server, settings, port, quiet=number > 0)
+        )
         await server.serve([listener])
         announcing.cancel()
     return 0 if announcing.cancelled() or announcing.result() else 1
@@ -186,9 +245,17 @@ def _default_ready(container: Container) -> Callable[[], Awaitable[None]]:
 
 
 async def announce_when_ready(
-    wait_ready: Callable[[], Awaitable[None]], server: DrainingServer, settings: Settings, port: int
+    wait_ready: Callable[[], Awaitable[None]],
+    server: DrainingServer,
+    settings: Settings,
+    port: int,
+    *,
+    quiet: bool = False,
 ) -> bool:
-    """Print how to use the service once it answers; stop the server and return False if the model cannot be loaded."""
+    """Print how to use the service once it answers; stop the server and return False if the model cannot be loaded.
+
+    Args: quiet: another process prints it.
+    """
     try:
         await wait_ready()
         await server.listening.wait()
@@ -201,7 +268,8 @@ async def announce_when_ready(
     # Objects alive now live as long as the process: a full collection that visits them pauses all streams for 0.1 s.
     gc.collect()
     gc.freeze()
-    print(how_to_use(settings, port), flush=True)
+    if not quiet:
+        print(how_to_use(settings, port), flush=True)
     return True
 
 

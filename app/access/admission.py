@@ -49,6 +49,14 @@ class Rates:
             parallel_requests=limits.parallel_requests,
         )
 
+    def share(self, parts: int) -> "Rates":
+        """Return one of so many equal parts; what is limited stays so, and to one at least."""
+        return Rates(
+            requests=self.requests and self.requests.share(parts),
+            tokens=self.tokens and self.tokens.share(parts),
+            parallel_requests=self.parallel_requests and max(1, self.parallel_requests // parts),
+        )
+
 
 NO_RATES = Rates()
 _rates_of = lru_cache(maxsize=1024)(Rates.of)
@@ -84,8 +92,9 @@ class Decision:
 class AdmissionStore(Protocol):
     """Requests, minute tokens and parallel places of every key.
 
-    Each method is one atomic step.  The methods that return something (`leave`, `return_tokens`) take effect even when
-    the task that awaits them is cancelled meanwhile.
+    Each method is one atomic step.  The methods that return something (`leave`, `return_tokens`) never fail, and take
+    effect even when the task that awaits them is cancelled meanwhile.  Those that take something raise
+    `StoreUnavailable` where the store cannot be reached, and the policy is to refuse then.
     """
 
     async def admit(self, key_id: str, rates: Rates) -> Decision:
@@ -101,11 +110,11 @@ class AdmissionStore(Protocol):
     async def take_tokens(self, key_id: str, bucket: Bucket, tokens: int) -> BucketState:
         """Take so many minute tokens, or none."""
 
-    async def return_tokens(self, key_id: str, bucket: Bucket, tokens: int) -> None:
-        """Put minute tokens back."""
+    async def return_tokens(self, key_id: str, bucket: Bucket, tokens: int, *, local: bool = False) -> None:
+        """Put minute tokens back.  Args: local: as `BucketState.local` said when they were taken."""
 
     async def peek(self, key_id: str, rates: Rates) -> Levels:
-        """Return the levels, and take nothing."""
+        """Return the levels as far as they are known, and take nothing; never fails."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +196,7 @@ class Admitted:
         elif isinstance(error, EngineBusy):
             self._refusals.charge(self._key_id, RefusalCost.BUSY * min(self._answers, MAX_ANSWERS_CHARGED))
         if error.retry_after is not None:
-            error.retry_after = max(error.retry_after, _until_one(self._rates.requests, self._requests))
+            error.retry_after = max(error.retry_after, _until_one(self._requests))
 
     async def limits(self) -> Sequence[LimitState]:
         """Return the requests left after this one, and the tokens left now."""
@@ -248,6 +257,7 @@ class AdmissionControl:
             RateLimited: a rate limit is reached, or too many requests of this key or of its tenant run.
             ServiceUnavailable: so many requests of other tenants run that there is no place for this body.
             QuotaExceeded: this month's tokens are used up.
+            StoreUnavailable: Redis does not answer, and the policy is to refuse then.
         """
         occupied = _Occupied(self._places, principal.tenant, self._on_refusal)
         try:
@@ -303,11 +313,10 @@ class AdmissionControl:
         Raises: on entering, and then nothing is taken:
             RateLimited: so many tokens a minute are not left, or never will be.
             QuotaExceeded: so many tokens of the month are not left.
-            StoreUnavailable: the database does not answer, and the policy is to refuse then.
+            StoreUnavailable: the database, or Redis, does not answer, and the policy is to refuse then.
         """
         bucket = _rates_of(principal.limits).tokens
-        if bucket:
-            await self._take_tokens(principal.key_id, bucket, tokens)
+        taken = await self._take_tokens(principal.key_id, bucket, tokens) if bucket else None
         reservation = Reservation(counted=False)
         quota: QuotaReservation | None = None
         try:
@@ -317,8 +326,9 @@ class AdmissionControl:
         finally:
             # Neither step can be cut off by a cancellation: the store promises that, and the commit is queued at once.
             try:
-                if bucket and tokens > reservation.used:
-                    await self._store.return_tokens(principal.key_id, bucket, tokens - reservation.used)
+                if bucket and taken and tokens > reservation.used:
+                    unused = tokens - reservation.used
+                    await self._store.return_tokens(principal.key_id, bucket, unused, local=taken.local)
             finally:
                 if quota is not None:
                     await self._quotas.commit(quota, reservation.used)
@@ -328,7 +338,7 @@ class AdmissionControl:
         rates = _rates_of(principal.limits)
         return () if rates == NO_RATES else _limit_states(rates, await self._store.peek(principal.key_id, rates))
 
-    async def _take_tokens(self, key_id: str, bucket: Bucket, tokens: int) -> None:
+    async def _take_tokens(self, key_id: str, bucket: Bucket, tokens: int) -> BucketState:
         if tokens > bucket.capacity:
             raise RateLimited(
                 f"The request could take {tokens} tokens, and this API key has {bucket.capacity} a minute. "
@@ -338,15 +348,16 @@ class AdmissionControl:
         taken = await self._store.take_tokens(key_id, bucket, tokens)
         if not taken.granted:
             raise self._too_many("tokens", taken.retry_in)
+        return taken
 
     def _refusal(self, refused: Refusal, rates: Rates, levels: Levels) -> RateLimited:
-        next_request = _until_one(rates.requests, levels.requests)
+        next_request = _until_one(levels.requests)
         if refused is Refusal.PARALLEL:
             self._on_refusal()
             message = f"This API key has {rates.parallel_requests} requests running, as many as it may."
             return RateLimited(message, retry_after=max(PARALLEL_RETRY_SECONDS, next_request))
         if refused is Refusal.TOKENS:
-            return self._too_many("tokens", max(_until_one(rates.tokens, levels.tokens), next_request))
+            return self._too_many("tokens", max(_until_one(levels.tokens), next_request))
         return self._too_many("requests", next_request)
 
     def _too_many(self, kind: str, retry_after: float) -> RateLimited:
@@ -354,11 +365,9 @@ class AdmissionControl:
         return RateLimited(f"Too many {kind} with this API key; wait and try again.", retry_after=retry_after)
 
 
-def _until_one(bucket: Bucket | None, state: BucketState | None) -> float:
+def _until_one(state: BucketState | None) -> float:
     """Return the seconds until a bucket holds one token."""
-    if bucket is None or state is None:
-        return 0.0
-    return max(0.0, state.full_in - (bucket.capacity - 1) / bucket.per_second)
+    return state.next_in if state else 0.0
 
 
 def _limit_states(rates: Rates, levels: Levels) -> list[LimitState]:

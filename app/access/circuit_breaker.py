@@ -1,4 +1,4 @@
-"""The circuit breaker of the database: while it is known to be away, requests fail at once."""
+"""The circuit breaker of the database, and of Redis: while one is known to be away, requests fail at once."""
 
 import asyncio
 import logging
@@ -22,8 +22,18 @@ class CircuitBreaker:
     now and then, so that no request has to.
     """
 
-    def __init__(self, probe: Callable[[], Awaitable[object]], *, probe_seconds: float = PROBE_SECONDS) -> None:
-        """Args: probe: a short transaction; raises StoreUnavailable if the database does not answer."""
+    def __init__(
+        self,
+        probe: Callable[[], Awaitable[object]],
+        *,
+        store: str = "The database",
+        probe_seconds: float = PROBE_SECONDS,
+    ) -> None:
+        """Args:
+        probe: a short transaction; raises StoreUnavailable if the database does not answer.
+        store: what the log calls it.
+        """
+        self._store = store
         self._probe = probe
         self._probe_seconds = probe_seconds
         self._trouble = asyncio.Event()
@@ -46,7 +56,7 @@ class CircuitBreaker:
     def trip(self, fault: Fault = Fault.AWAY) -> None:
         """Open: the database failed, or did not answer in its time."""
         if fault is not self.fault:
-            log.warning("The database %s", fault)
+            log.warning("%s %s", self._store, fault)
         self.fault = fault
         self.degraded = not fault.only_writes
         self._trouble.set()
@@ -59,7 +69,7 @@ class CircuitBreaker:
         self.degraded = False
         if self.fault is None or wrote or not self.fault.only_writes:
             if self.fault is not None:
-                log.warning("The database works again")
+                log.warning("%s works again", self._store)
             self.fault = None
             self._trouble.clear()
 
@@ -78,5 +88,5 @@ class CircuitBreaker:
                 continue
             except Exception:
                 # It answers; whatever is wrong beyond that, the requests themselves report.
-                log.exception("the probe of the database failed")
+                log.exception("the probe failed: %s", self._store)
             self.reset()

@@ -1,4 +1,4 @@
-"""What is wrong with a database that fails, as the drivers of SQLite and Postgres say it."""
+"""What is wrong with a database that fails: as words for all, and as the drivers of SQLite and Postgres say it."""
 
 import sqlite3
 from enum import StrEnum
@@ -12,11 +12,13 @@ class Fault(StrEnum):
     FULL = "has no room left on its disk"
     READ_ONLY = "cannot be written"
     DAMAGED = "is damaged"
+    NO_MEMORY = "has no memory left"
+    REFUSED = "refuses the user or the password"
 
     @property
     def only_writes(self) -> bool:
         """Return whether transactions that only read succeed all the same."""
-        return self in (Fault.LOCKED, Fault.FULL, Fault.READ_ONLY)
+        return self in (Fault.LOCKED, Fault.FULL, Fault.READ_ONLY, Fault.NO_MEMORY)
 
 
 _SQLITE = {

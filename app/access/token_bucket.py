@@ -18,6 +18,10 @@ class BucketState:
     """Seconds until the bucket is full again."""
     retry_in: float
     """Seconds until the attempt would be granted; 0 if it was."""
+    next_in: float
+    """Seconds until there is one whole token."""
+    local: bool = False
+    """Whether it is a bucket of this process alone, while one that all share cannot be reached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +42,18 @@ class Bucket:
         """
         granted = level >= cost
         left = min(float(self.capacity), level - cost) if granted else level
-        return left, BucketState(
+        return left, self.outcome(left, cost, granted=granted)
+
+    def outcome(self, left: float, cost: int, *, granted: bool) -> BucketState:
+        """Return what came of an attempt to take `cost` tokens.  Args: left: the level after it."""
+        return BucketState(
             granted=granted,
             remaining=math.floor(left),
             full_in=(self.capacity - left) / self.per_second,
             retry_in=0.0 if granted else (cost - left) / self.per_second,
+            next_in=max(0.0, (1 - left) / self.per_second),
         )
+
+    def share(self, parts: int) -> "Bucket":
+        """Return one of so many equal parts; it holds one token at least."""
+        return Bucket(max(1, self.capacity // parts), self.per_second / parts)

@@ -16,7 +16,7 @@ _STYLES = {Level.OK: "green", Level.WARNING: "yellow", Level.PROBLEM: "bold red"
 
 
 def doctor(config: ConfigOption = CONFIG, as_json: JsonOption = False) -> None:
-    """Examine configuration, data, database, model and machine, and say what to do; fails if there is a problem."""
+    """Examine configuration, data, databases, model and machine, and say what to do; fails if there is a problem."""
     findings = asyncio.run(examine(existing(config)))
     if as_json:
         print_json(findings)

@@ -8,6 +8,7 @@ from app.config.embeddings import EmbeddingsConfig
 from app.config.loading import load_settings
 from app.config.mlflow import MlflowConfig
 from app.config.model import ModelConfig, ModelEntry, beside
+from app.config.redis import RedisConfig
 from app.config.section import Section
 from app.config.sections import (
     AppConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "PiiConfig",
     "QuotaConfig",
     "RateLimitConfig",
+    "RedisConfig",
     "Section",
     "SecurityConfig",
     "Settings",

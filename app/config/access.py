@@ -22,6 +22,10 @@ class RateLimitConfig(Section):
     """Prompt and completion tokens: both the refill of a minute and the capacity of the bucket."""
     parallel_requests: NonNegativeInt = 0
     """Concurrent requests."""
+    on_outage: Literal["share", "closed"] = "share"
+    """While Redis is away: share lets each process grant its part of the limits, closed refuses requests (503)."""
+    per_process: bool = False
+    """Acknowledges that several processes without Redis each grant the whole limits."""
 
 
 class QuotaConfig(Section):

@@ -28,6 +28,7 @@ from app.config.embeddings import EmbeddingsConfig
 from app.config.mlflow import MlflowConfig
 from app.config.model import ModelConfig, ModelEntry
 from app.config.older_names import ConfigFile, OlderVariables, OwnVariables
+from app.config.redis import RedisConfig
 from app.config.remote import RemoteConfig
 from app.config.section import Section
 
@@ -60,6 +61,8 @@ class AppConfig(Section):
     """Address to listen on; 0.0.0.0 makes the service reachable from other machines."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """TCP port; 0 takes a free one."""
+    workers: Annotated[int, Field(ge=1, le=64)] = 1
+    """API processes on this machine; more than one need Redis, and each loads models of its own."""
     data_dir: Path = Path("data")
     """Folder of the embedded database, the first API key and compiled kernels; created when missing."""
     prompts_dir: Path = Path("prompts")
@@ -174,8 +177,17 @@ class CacheConfig(Section):
     size: PositiveInt = 100
     """Stored completions; the least recently used is evicted first."""
     ttl_seconds: PositiveFloat = 3600
-    persistent: bool = False
-    """Also store completions in the database: they survive a restart and are shared by replicas."""
+    persistent: Literal["auto", "off", "database", "redis"] = "auto"
+    """Also store completions in the database or in Redis: they survive a restart and are shared by replicas.  With
+    Redis, one replica generates what several are asked for.  auto is Redis where `redis.url` is set."""
+    wait_seconds: PositiveFloat = 30
+    """How long a request waits for the same one on another replica, before it is generated here, too."""
+
+    @field_validator("persistent", mode="before")
+    @classmethod
+    def _switch(cls, value: object) -> object:
+        switched = {"true": "database", "false": "off"}
+        return switched.get(str(value).lower(), value)
 
 
 class ChatHistoryConfig(Section):
@@ -263,6 +275,7 @@ class Settings(BaseSettings):
     quota: QuotaConfig = QuotaConfig()
     usage_log: UsageLogConfig = UsageLogConfig()
     database: DatabaseConfig = DatabaseConfig()
+    redis: RedisConfig = RedisConfig()
     cache: CacheConfig = CacheConfig()
     chat_history: ChatHistoryConfig = ChatHistoryConfig()
     batches: BatchesConfig = BatchesConfig()
@@ -290,6 +303,18 @@ class Settings(BaseSettings):
         """The URL of the database: the configured one, or a file in the data folder."""
         given = self.database_url or self.database.url
         return given.get_secret_value() if given else f"sqlite:///{self.app.data_dir / 'service.db'}"
+
+    @property
+    def cache_store(self) -> Literal["off", "database", "redis"]:
+        """Where completions are stored beside the memory of each process."""
+        if self.cache.persistent != "auto":
+            return self.cache.persistent if self.cache.enabled else "off"
+        return "redis" if self.cache.enabled and self.redis.url else "off"
+
+    @property
+    def processes(self) -> int:
+        """The number of API processes of all replicas."""
+        return self.redis.replicas * self.app.workers
 
     @property
     def where_registry(self) -> str:

@@ -1,8 +1,8 @@
 """Examines an installation and says in one line each what is well, what is not, and what to do about it.
 
-Reads and measures.  Changes nothing but a probe file that it removes, and writes to the database what that holds
-already.  Works beside a running service and where nothing runs.  No finding quotes the value of a secret, a command
-line or an environment variable.
+Reads and measures.  Changes nothing but a probe file that it removes and a key in Redis that expires, and writes to the
+database what that holds already.  Works beside a running service and where nothing runs.  No finding quotes a secret, a
+command line or an environment variable's value.
 """
 
 from collections.abc import Awaitable, Callable, Iterable
@@ -14,6 +14,7 @@ from app.doctor.findings import Finding, Level, problem, warning
 from app.doctor.machine import examine_machine
 from app.doctor.model import examine_model
 from app.doctor.network import examine_network
+from app.doctor.redis import examine_redis
 from app.doctor.settings import examine_configuration
 from app.doctor.storage import examine_storage
 
@@ -30,6 +31,7 @@ async def examine(config: Path) -> list[Finding]:
         findings += _safely("network", examine_network, settings)
         findings += _safely("storage", examine_storage, settings)
         findings += await _safely_async("database", examine_database, settings)
+        findings += await _safely_async("redis", examine_redis, settings)
         findings += _safely("model", examine_model, settings)
     return [*findings, *examine_machine()]
 

@@ -38,10 +38,16 @@ class StoredResponse:
 
 
 class ResponseStore(Protocol):
-    """Keeps responses.  `tests/contract/test_response_store.py` holds every store to the same promises."""
+    """Keeps responses.  `tests/contract/test_response_store.py` holds every store to the same promises.
+
+    Every method raises StoreUnavailable where the store is on another machine and does not answer.
+    """
 
     async def read(self, tenant: Tenant, response_id: str) -> StoredResponse | None:
-        """Return the response, None where this tenant has none of that id (or no longer)."""
+        """Return the response, None where this tenant has none of that id (or no longer).
+
+        Raises: SessionUnreadable: what is stored of it is damaged, or cannot be decrypted.
+        """
 
     async def put(self, tenant: Tenant, response: StoredResponse) -> None:
         """Store a response with the newest turns that the limits of a conversation allow."""
@@ -49,8 +55,8 @@ class ResponseStore(Protocol):
     async def delete(self, tenant: Tenant, response_id: str) -> bool:
         """Forget the response; return whether there was one.  Those that continue it stay."""
 
-    def count(self) -> int:
-        """Return how many responses of all tenants are stored here; never blocks."""
+    def check(self) -> None:
+        """Raises: StoreUnavailable: nothing can be stored now, as far as is known; never blocks."""
 
 
 class MemoryResponseStore:
@@ -86,5 +92,5 @@ class MemoryResponseStore:
     async def delete(self, tenant: Tenant, response_id: str) -> bool:
         return self._responses.delete(tenant, response_id)
 
-    def count(self) -> int:
-        return len(self._responses)
+    def check(self) -> None:
+        """Memory is always there."""

@@ -246,8 +246,7 @@ class GenerationService:
         # Where output is not filtered this still prevents personal data from being stored, and lets a client's resent
         # conversation, which is masked too before it is compared, be recognised.
         (stored,) = await self.storable(request.tenant, [completion])
-        for turn in as_turns([*new, stored]):
-            await self.sessions.append(request.tenant, request.session_id, turn)
+        await self.sessions.append(request.tenant, request.session_id, *as_turns([*new, stored]))
 
 
 def _system_text(request: GenerationRequest) -> str | None:

@@ -60,16 +60,24 @@ class SessionSummary:
 
 
 class SessionStore(Protocol):
-    """Keeps sessions.  `tests/contract/test_session_store.py` holds every store to the same promises."""
+    """Keeps sessions.  `tests/contract/test_session_store.py` holds every store to the same promises.
+
+    Every method but `count` raises StoreUnavailable where the store is on another machine and does not answer.
+    """
 
     async def read(self, tenant: Tenant, session_id: str) -> Session | None:
-        """Return the session, None where this tenant has none of that id (or no longer)."""
+        """Return the session, None where this tenant has none of that id (or no longer).
 
-    async def append(self, tenant: Tenant, session_id: str, turn: Turn) -> None:
-        """Add a turn at the end and begin the time to live anew.
+        Raises: SessionUnreadable: what is stored of it is damaged, or cannot be decrypted.
+        """
+
+    async def append(self, tenant: Tenant, session_id: str, *turns: Turn) -> None:
+        """Add turns at the end, all of them or none, and begin the time to live anew.
 
         One that begins with what a tool said continues the turn before it.  The oldest turns go where there are too
         many or too much text, the newest never; and the tenant's least recently used session where there are too many.
+
+        Raises: SessionTakenOver: another replica has begun a turn in the session since this one's began.
         """
 
     async def delete(self, tenant: Tenant, session_id: str) -> bool:
@@ -82,7 +90,7 @@ class SessionStore(Protocol):
         """Hold the session for one turn; others wait, first come, first served."""
 
     def count(self) -> int:
-        """Return how many sessions of all tenants are stored here; never blocks."""
+        """Return how many sessions of all tenants are stored, as far as is known; never blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,9 +150,9 @@ class MemorySessionStore:
             expires_in_seconds=max(0.0, stored.expires - self._clock()),
         )
 
-    async def append(self, tenant: Tenant, session_id: str, turn: Turn) -> None:
+    async def append(self, tenant: Tenant, session_id: str, *turns: Turn) -> None:
         before = self._sessions.get(tenant, session_id)
-        turns = newest_turns((*before.turns, turn) if before else (turn,), self._config)
+        turns = newest_turns((*before.turns, *turns) if before else turns, self._config)
         now = self._wall_clock()
         self._sessions.put(
             tenant,

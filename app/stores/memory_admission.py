@@ -44,7 +44,7 @@ class MemoryAdmissionStore:
     async def take_tokens(self, key_id: str, bucket: Bucket, tokens: int) -> BucketState:
         return self._tokens.take(key_id, bucket, tokens)
 
-    async def return_tokens(self, key_id: str, bucket: Bucket, tokens: int) -> None:
+    async def return_tokens(self, key_id: str, bucket: Bucket, tokens: int, *, local: bool = False) -> None:
         self._tokens.take(key_id, bucket, -tokens)
 
     async def peek(self, key_id: str, rates: Rates) -> Levels:

@@ -108,6 +108,7 @@ class Metrics:
         self._gap = histogram("inter_token_latency_seconds", "Time between tokens", _TOKEN_SECONDS, "model")
         self._hits = total("cache_hits_total", "Answers from the response cache")
         self._misses = total("cache_misses_total", "Answers that the cache did not have")
+        self._unreadable = total("cache_unreadable_total", "Stored answers that could not be read")
         self._pii = counter("pii_matches_total", "Personal data found", "kind", "direction")
         self._rate_limited = total("rate_limited_total", "Requests refused with 429")
         self._auth_failures = total("auth_failures_total", "Requests with a wrong or no API key")
@@ -160,6 +161,12 @@ class Metrics:
         """Export the state of the servers that engines send requests to; call it once."""
         self._registry.register(_Upstreams(read))
 
+    def watch_redis(self, *, away: Read) -> None:
+        """Export whether Redis, and with it what all processes share, cannot be reached; call it once."""
+        text = "1 while each process enforces its share of the rate limits alone, because Redis is away"
+        Gauge("ratelimit_degraded", text, registry=self._registry).set_function(away)
+        Gauge("redis_up", "1 while Redis answers", registry=self._registry).set_function(lambda: 1 - away())
+
     def watch_connections(self, open_connections: Read) -> None:
         """Export the number of open connections of a server."""
         self._connections_open.set_function(open_connections)
@@ -210,6 +217,9 @@ class Metrics:
 
     def cache_miss(self) -> None:
         self._misses.inc()
+
+    def cache_unreadable(self) -> None:
+        self._unreadable.inc()
 
     def rate_limited(self) -> None:
         self._rate_limited.inc()

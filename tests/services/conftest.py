@@ -1,4 +1,4 @@
-"""Both databases, each test with an empty one of its own; Postgres is skipped where the machine has none."""
+"""Both databases and Redis, each test with an empty one of its own; the servers that a machine lacks skip tests."""
 
 import os
 from collections.abc import AsyncIterator, Iterator
@@ -9,10 +9,16 @@ import pytest
 
 from app.access.background import BackgroundGroup
 from app.access.database import Database
+from app.config import RedisConfig
+from app.stores import redis_stores, redis_turns
+from app.stores.redis_connection import RedisConnection
 from tests.services.disks import Disk, LimitedWrites, small_disk
 from tests.services.mlflow_server import MlflowServer, has_server
 from tests.services.mlflow_server import running as mlflow_running
 from tests.services.postgres import Postgres, binaries, running
+from tests.services.redis_connections import PATIENCE_SECONDS, RedisConnections
+from tests.services.redis_server import RedisServer, program
+from tests.services.redis_server import running as redis_running
 
 _numbers = count()
 
@@ -40,6 +46,46 @@ def mlflow() -> Iterator[MlflowServer]:
         pytest.skip(reason)
     with mlflow_running() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[RedisServer]:
+    """One server for all tests; its absence is a skip or a failure as that of Postgres."""
+    found = program()
+    if found is None:
+        reason = "there is no Redis on this machine (Debian: apt-get install redis-server)"
+        if os.environ.get("REQUIRE_SERVICES"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with redis_running(found) as server:
+        yield server
+
+
+@pytest.fixture
+def redis(redis_server: RedisServer) -> RedisServer:
+    """The same, empty; a test that kills it starts it again."""
+    redis_server.flush()
+    return redis_server
+
+
+@pytest.fixture
+def patient_redis(redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> RedisServer:
+    """The same for services that wait longer for it than they may: a busy machine is no outage."""
+
+    def connection(config: RedisConfig) -> RedisConnection:
+        return RedisConnection(config.model_copy(update={"timeout_seconds": PATIENCE_SECONDS}))
+
+    monkeypatch.setattr(redis_stores, "RedisConnection", connection)
+    monkeypatch.setattr(redis_turns, "LATE_SECONDS", PATIENCE_SECONDS)
+    return redis
+
+
+@pytest.fixture
+async def redis_connections(redis: RedisServer) -> AsyncIterator[RedisConnections]:
+    """Connections to it, which are closed when the test ends."""
+    connections = RedisConnections(redis.url)
+    yield connections
+    await connections.close()
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from app.access.database import Database
 from tests.services.disks import small_disk
 from tests.services.postgres import Postgres
 from tests.services.process import as_ordinary_user, environment, serving
+from tests.services.redis_server import RedisServer
 
 
 def examine(
@@ -136,3 +137,20 @@ def test_postgres_is_examined_up_and_down(postgres: Postgres, postgres_url: str,
     assert "problem  database: Postgres on 127.0.0.1" in away
     assert "does not answer" in away
     assert "tests@" not in empty + current + away
+
+
+@pytest.mark.services
+def test_redis_is_asked_and_what_is_wrong_with_it_is_said(tmp_path: Path, redis: RedisServer):
+    """Without a password of its URL; and several processes without one are a problem."""
+    found = examine(tmp_path, 0, REDIS__URL=redis.url)
+    redis.command("CONFIG", "SET", "requirepass", "secret")
+    try:
+        refused = examine(tmp_path, 1, REDIS__URL=redis.url, REDIS__PASSWORD="canary-password")
+    finally:
+        redis.restart()
+    missing = examine(tmp_path, 1, REDIS__REPLICAS="3")
+
+    assert f"Redis at 127.0.0.1:{redis.port} answers and can be written" in found
+    assert "refuses the user or the password. To do: set REDIS__PASSWORD" in refused
+    assert "canary" not in refused
+    assert "3 processes (app.workers times redis.replicas) share nothing" in missing

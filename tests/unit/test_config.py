@@ -2,6 +2,7 @@
 
 import os
 import re
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,8 @@ def test_without_any_file_the_defaults_serve_the_embedded_model(files: tuple[Pat
         ("security: {api_key: with a space}", "security.api_key: an API key needs 8 to 512 letters"),
         ("pii: {entities: [mail]}", "pii.entities.0: Input should be 'email'"),
         ("rate_limit: {requests_per_minute: -1}", "rate_limit.requests_per_minute"),
+        ("redis: {encryption_key: canary}", "redis.encryption_key: a key is 32 random bytes in base64"),
+        ("redis: {encryption_key: 'QUFB'}", "redis.encryption_key: a key is 32 random bytes in base64"),
         ("mlflow: {tracking_uri: 'sqlite:///x'}", "mlflow.tracking_uri: must begin with http:// or https://"),
         ("mlflow: {tracking_uri: '/var/mlruns'}", "mlflow.tracking_uri: must begin with http:// or https://"),
         ("mlflow: {tracking_uri: 'http://me:pw@server'}", "mlflow.tracking_uri: must hold no name or password"),
@@ -167,6 +170,7 @@ def test_secrets_never_show_in_messages_or_reprs(files: tuple[Path, Path], monke
     """Neither an error about a neighbour nor the settings' own repr prints a key or a token."""
     monkeypatch.setenv("SECURITY__API_KEY", "canary-key-1234")
     monkeypatch.setenv("HF_TOKEN", "canary-token-1234")
+    monkeypatch.setenv("REDIS__ENCRYPTION_KEY", b64encode(b"canary".ljust(32)).decode())
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "canary-password")
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "canary-token")
     settings = load_settings(*files)
@@ -178,6 +182,8 @@ def test_secrets_never_show_in_messages_or_reprs(files: tuple[Path, Path], monke
 
     assert "canary" not in str(refused.value)
     assert "canary" not in repr(settings)
+    assert b64encode(b"canary").decode()[:8] not in repr(settings)
+    assert (b"canary".ljust(32),) == settings.redis.encryption_keys
     assert settings.hub_token is not None
     assert "canary-token-1234" == settings.hub_token.get_secret_value()
 
@@ -230,3 +236,23 @@ def test_env_example_is_made_from_the_config_file() -> None:
 def test_config_yml_shows_every_key_at_its_default(files: tuple[Path, Path]) -> None:
     """The shipped file changes nothing, so it can be read as the list of defaults."""
     assert load_settings(files[0], None).model_dump() == load_settings(ROOT / "config.yml", None).model_dump()
+
+
+@pytest.mark.parametrize(
+    ("yaml", "store"),
+    [
+        ("", "off"),
+        ("redis: {url: 'redis://a'}", "redis"),
+        ("{redis: {url: 'redis://a'}, cache: {persistent: false}}", "off"),
+        ("{redis: {url: 'redis://a'}, cache: {persistent: database}}", "database"),
+        ("{redis: {url: 'redis://a'}, cache: {enabled: false}}", "off"),
+        ("cache: {persistent: true}", "database"),
+        ("cache: {persistent: off}", "off"),
+        ("cache: {enabled: false, persistent: database}", "off"),
+    ],
+)
+def test_answers_are_stored_beside_memory_in_one_place(files: tuple[Path, Path], yaml: str, store: str) -> None:
+    """In Redis where there is one, unless something else is said; `true` is the database, as it was."""
+    files[0].write_text(yaml)
+
+    assert store == load_settings(*files).cache_store

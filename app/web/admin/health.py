@@ -58,6 +58,8 @@ class Readiness(TypedDict):
     status: Literal["ready", "loading", "unresponsive", "restarting", "draining", "failed", "unloaded"]
     database: NotRequired[str]
     """What is wrong with the database, while there is something; the model serves all the same."""
+    redis: NotRequired[str]
+    """The same of Redis."""
 
 
 class PublicStatus(TypedDict):
@@ -90,6 +92,11 @@ class Status(TypedDict):
     sessions: int | None
     database: str
     """`ok`, or what is wrong with it."""
+    redis: str | None
+    """The same; null if none is configured."""
+    rate_limits: Literal["process", "shared", "share", "closed"]
+    """Who enforces them: this process alone, all together in Redis, or, while that is away, this process its share of
+    them; closed: nobody, and limited requests are refused."""
 
 
 class RegistryFacts(TypedDict):
@@ -187,7 +194,22 @@ async def readyz(container: ContainerDep) -> JSONResponse:
         return JSONResponse({"status": reason}, 503, headers=_retry_after(reason))
     # A fault of the database is no reason to send nothing here: replicas share it, and cached keys are served.
     fault = container.access.database.breaker.fault
-    return JSONResponse({"status": "ready"} | ({"database": fault.value} if fault else {}))
+    redis = container.redis.fault if container.redis else None
+    faults = {"database": fault, "redis": redis}
+    return JSONResponse({"status": "ready"} | {name: each.value for name, each in faults.items() if each})
+
+
+def _redis_in_words(container: Container) -> str | None:
+    if container.redis is None:
+        return None
+    return container.redis.fault.value if container.redis.fault else "ok"
+
+
+def _rate_limits(container: Container) -> str:
+    """Return who enforces the rate limits now."""
+    if container.redis is None:
+        return "process"
+    return container.settings.rate_limit.on_outage if container.redis.fault else "shared"
 
 
 def _unready(container: Container) -> str | None:
@@ -252,6 +274,8 @@ async def status(container: ContainerDep, caller: CallerIfKnownDep) -> JSONRespo
             "embeddings": container.embeddings.status(),
             "models": models,
             "database": fault.value if fault else "ok",
+            "redis": _redis_in_words(container),
+            "rate_limits": _rate_limits(container),
         }
     )
 

@@ -64,7 +64,7 @@ class Authentication:
         principal = await self.keys.authenticate(key) if key is not None else None
         if principal is None:
             self.metrics.auth_failed()
-            self.failed_keys.take_failure(scope)
+            await self.failed_keys.take_failure(scope)
             raise Unauthorized(
                 "Invalid API key, or none: send one as `X-API-Key: <key>` or `Authorization: Bearer <key>`."
             )

@@ -26,6 +26,7 @@ from app.generation.batch_runner import BatchRunner
 from app.generation.responses import ResponseStore
 from app.generation.sessions import SessionStore
 from app.requests import GenerationRequest, Origin
+from app.stores.redis_connection import RedisConnection
 from app.telemetry import Metrics
 from app.types import Message, Principal, Tenant
 from app.web.http.authentication import Keys
@@ -85,6 +86,8 @@ class Container:
     access: AccessControl
     admission: AdmissionControl
     failed_keys: FailedKeyLimiter
+    redis: RedisConnection | None
+    """None if no Redis is configured."""
     metrics: Metrics
 
 

@@ -31,6 +31,7 @@ GENERATION_ERRORS: tuple[type[AppError], ...] = (
     errors.Unauthorized,
     errors.Forbidden,
     errors.ModelNotFound,
+    errors.SessionUnreadable,
     errors.PayloadTooLarge,
     errors.UnsupportedMediaType,
     errors.RateLimited,

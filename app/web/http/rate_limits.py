@@ -8,15 +8,18 @@ import ipaddress
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from slowapi import Limiter
 from starlette.requests import Request
 from starlette.types import Scope
 
 from app.access.admission import AdmissionControl, LimitState
-from app.errors import RateLimited
+from app.access.token_bucket import Bucket, BucketState
+from app.errors import RateLimited, StoreUnavailable
 from app.web.http.token_bucket import STORAGE_URI, STRATEGY, BucketLimit, TokenBucketRateLimiter
 
 LIMIT_STATES = "limit_states"
@@ -54,24 +57,39 @@ async def rate_headers(scope: Scope) -> list[tuple[bytes, bytes]]:
     ]
 
 
+class AddressBuckets(Protocol):
+    """Buckets of addresses that several processes share."""
+
+    async def take(self, address: str, bucket: Bucket) -> BucketState:
+        """Take one token if there is one.  Raises: StoreUnavailable: they cannot be reached."""
+
+
 class FailedKeyLimiter:
-    """Limits the attempts with a wrong key, or none, that an address has."""
+    """Limits the attempts with a wrong key, or none, that an address has.
+
+    Where several processes share the limit, each grants its part of it while the others cannot be reached.
+    """
 
     def __init__(
         self,
         failed_keys_per_minute: int,
         *,
         on_refusal: Callable[[], None],
+        shared: AddressBuckets | None = None,
+        processes: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Args:
         on_refusal: is called for every request refused for its rate.
+        shared: counts for all processes; None: each counts for itself.
+        processes: that share the limit.
         clock: seconds that never go back.
         """
         self._on_refusal = on_refusal
-        self._limit = BucketLimit(
-            burst=failed_keys_per_minute, per_minute=failed_keys_per_minute, namespace="failed-keys"
-        )
+        self._shared = shared
+        self._whole = Bucket(failed_keys_per_minute, failed_keys_per_minute / 60)
+        part = self._whole.share(processes if shared else 1)
+        self._limit = BucketLimit(burst=part.capacity, per_minute=part.per_second * 60, namespace="failed-keys")
         self.limiter = Limiter(
             key_func=caller_address,
             strategy=STRATEGY,
@@ -81,18 +99,15 @@ class FailedKeyLimiter:
             config_filename=str(_NO_SETTINGS),
         )
 
-    def take_failure(self, scope: Scope) -> None:
+    async def take_failure(self, scope: Scope) -> None:
         """Count one attempt without a valid key.
 
         Raises: RateLimited: this address has had too many.
         """
-        strategy = self.limiter.limiter
-        if not isinstance(strategy, TokenBucketRateLimiter):
-            raise TypeError(f"slowapi chose {type(strategy).__name__}")
-        state = strategy.take(self._limit, client_address(scope))
+        state = await self._take(client_address(scope))
         if state.granted:
             return
-        shown = LimitState("requests", self._limit.amount, state.remaining, state.full_in)
+        shown = LimitState("requests", self._whole.capacity, state.remaining, state.full_in)
 
         async def states() -> Sequence[LimitState]:
             return (shown,)
@@ -100,6 +115,15 @@ class FailedKeyLimiter:
         scope["state"][LIMIT_STATES] = states
         self._on_refusal()
         raise RateLimited("Too many attempts without a valid API key.", retry_after=state.retry_in)
+
+    async def _take(self, address: str) -> BucketState:
+        if self._shared is not None:
+            with suppress(StoreUnavailable):
+                return await self._shared.take(address, self._whole)
+        strategy = self.limiter.limiter
+        if not isinstance(strategy, TokenBucketRateLimiter):
+            raise TypeError(f"slowapi chose {type(strategy).__name__}")
+        return strategy.take(self._limit, address)
 
 
 def caller_address(request: Request) -> str:

@@ -9,7 +9,16 @@ from typing import Annotated, NotRequired
 from fastapi import APIRouter, Path, Response
 from pydantic import BaseModel
 
-from app.errors import DeadlineExceeded, InternalError, InvalidRequest, RateLimited, SessionNotFound, Unauthorized
+from app.errors import (
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    RateLimited,
+    SessionNotFound,
+    SessionUnreadable,
+    StoreUnavailable,
+    Unauthorized,
+)
 from app.generation.sessions import Session, SessionSummary, turn_within
 from app.types import Message, Role
 from app.web.http.dependencies import CallerDep, ContainerDep, SessionsDep
@@ -20,7 +29,9 @@ from app.web.http.tool_calls import ReasonedFields, tool_call_objects
 
 router = APIRouter(prefix="/v1/sessions", tags=["sessions"], route_class=StrictRoute)
 
-_ERRORS = error_responses(InvalidRequest, Unauthorized, SessionNotFound, RateLimited, InternalError)
+_ERRORS = error_responses(
+    InvalidRequest, Unauthorized, SessionNotFound, SessionUnreadable, RateLimited, InternalError, StoreUnavailable
+)
 
 SessionPath = Annotated[SessionId, Path()]
 

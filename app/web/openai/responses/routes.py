@@ -22,7 +22,9 @@ from app.errors import (
     NotFound,
     PreviousResponseNotFound,
     RateLimited,
+    SessionUnreadable,
     ShuttingDown,
+    StoreUnavailable,
     Unauthorized,
 )
 from app.events import Event, Finished, Started
@@ -200,6 +202,8 @@ async def _conversation(body: ResponseRequest, context: RequestContext) -> _Conv
             raise PreviousResponseNotFound()
         history = previous.messages
     keeps = body.store is not False and body.conversation is None
+    if keeps and store is not None:
+        store.check()  # rather than after the generation
     return _Conversation(store if keeps else None, history, new)
 
 
@@ -231,7 +235,10 @@ def _request(body: ResponseRequest, context: RequestContext, conversation: _Conv
     )
 
 
-_ERRORS = error_responses(InvalidRequest, Unauthorized, NotFound, RateLimited, InternalError, error_format=ERROR_FORMAT)
+_ERRORS = error_responses(
+    *(InvalidRequest, Unauthorized, NotFound, SessionUnreadable, RateLimited, InternalError, StoreUnavailable),
+    error_format=ERROR_FORMAT,
+)
 ResponsePath = Annotated[str, Path(max_length=128)]
 
 
