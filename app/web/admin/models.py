@@ -114,6 +114,10 @@ class ModelStateResponse(BaseModel):
     progress: LoadProgressFields | None
     last_error: str | None
     error_reason: str | None
+    adapters: list[str]
+    """Those that requests can name."""
+    refused_adapters: dict[str, str]
+    """Adapters of its name that it could not be loaded with, and why."""
 
     @classmethod
     def of(cls, state: ModelState) -> "ModelStateResponse":

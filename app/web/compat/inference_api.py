@@ -101,11 +101,16 @@ class _TokensEncoder(LogprobsEncoder):
 
 
 async def complete(
-    context: RequestContext, prompt: str, model: str | None, parameters: GenerationParameters
+    context: RequestContext,
+    prompt: str,
+    parameters: GenerationParameters,
+    *,
+    model: str | None,
+    adapter: str | None,
 ) -> HttpResponse:
     """Complete a prompt; the response has the log-probability of every token, as far as there is one."""
     began = time.perf_counter()
-    scored = context.caller.rights.raw_logprobs and _has_logprobs(context, model)
+    scored = context.caller.rights.raw_logprobs and _has_logprobs(context, model, adapter)
     request = completion_request(
         context,
         prompt,
@@ -117,6 +122,7 @@ async def complete(
             "logprobs": 0 if scored else None,
         },
         model=model,
+        adapter=adapter,
         n=parameters.num_return_sequences or 1,
         stream=False,
     )
@@ -128,9 +134,9 @@ async def complete(
     )
 
 
-def _has_logprobs(context: RequestContext, model: str | None) -> bool:
+def _has_logprobs(context: RequestContext, model: str | None, adapter: str | None) -> bool:
     """Raises: as `RequestContext.model_info`."""
-    return "logprobs" not in context.model_info(model).capabilities.unsupported
+    return "logprobs" not in context.model_info(model, adapter).capabilities.unsupported
 
 
 def _completions(response: Response, encoders: defaultdict[int, _TokensEncoder]) -> list[dict[str, Any]]:
