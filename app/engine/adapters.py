@@ -131,7 +131,7 @@ class AdapterRegistry:
             raise AdapterNotFound("This adapter is not loaded. GET /v1/models lists those that are.")
         if model in (None, adapter, entry.model):
             return adapter
-        if model is not None and self.knows(model):
+        if self.knows(model):
             raise InvalidRequest.of_field("adapter", "and model name two different adapters; leave one of them out")
         raise InvalidRequest.of_field("adapter", "is for another model than the one that this request names")
 
