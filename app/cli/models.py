@@ -38,9 +38,13 @@ def load(
     source: Annotated[str | None, typer.Option(help="hub, local or mlflow.")] = None,
     served_name: Annotated[str | None, typer.Option(help="The name that requests use.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit, branch or tag on the hub.")] = None,
+    engine: Annotated[str | None, typer.Option(help="auto, batching, serial or echo.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     quantization: Annotated[str | None, typer.Option(help="none or a method, see docs/models.md.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="generate, or embed for an encoder; what a folder's files say if left out.")
+    ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Take the place of the model of this name.")] = False,
     hub_token: Annotated[
         bool, typer.Option("--hub-token", help="Send HF_TOKEN of the environment for this load, for a gated model.")
@@ -54,9 +58,11 @@ def load(
         "source": source,
         "served_name": served_name,
         "revision": revision,
+        "engine": engine,
         "device": device,
         "dtype": dtype,
         "quantization": quantization,
+        "task": task,
         "hf_token": _hub_token() if hub_token else None,
     }
     body = {"model_name": model, "replace": replace, "stream": True}

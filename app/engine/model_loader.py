@@ -16,7 +16,7 @@ from app.engine.adapters import PreparedAdapters
 from app.engine.host import NAME_OF_ADAPTER, ModelHost
 from app.engine.model_load import FailedLoad, Load, finished_load, load_error
 from app.engine.model_source import LoadSpec
-from app.engine.served_model import Served
+from app.engine.served_model import Served, ServedEncoder
 from app.errors import (
     AppError,
     ConfigError,
@@ -102,9 +102,11 @@ class ModelLoader:
     def load(self, spec: LoadSpec) -> Load:
         """Begin to load a model; any number of calls with the same one share a load.
 
-        Raises: Conflict: another model of this name is loaded, or is being loaded, or an adapter has it; ShuttingDown.
+        Raises: Conflict: another model of this name is loaded, or is being loaded, or an adapter has it, or the default
+            model is to be one that only embeds; ShuttingDown.
         """
         self._refuse_while_draining()
+        self._refuse_other_task(spec)
         if self._host.adapters.knows(spec.name):
             raise Conflict(NAME_OF_ADAPTER)
         if (load := self._loads.get(spec.name)) is not None and not load.task.done():
@@ -125,9 +127,10 @@ class ModelLoader:
         No request fails for it.  If the load or `try_out` fails, the old model stays.  Without an old one it is an
         ordinary load.
 
-        Raises: Conflict: a model of this name is being loaded; ShuttingDown.
+        Raises: Conflict: a model of this name is being loaded, or the old one does something else; ShuttingDown.
         """
         self._refuse_while_draining()
+        self._refuse_other_task(spec)
         if (load := self._loads.get(spec.name)) is not None and not load.task.done():
             raise Conflict("A model of this name is being loaded; wait for it.")
         return self._begin(spec, try_out)
@@ -197,6 +200,14 @@ class ModelLoader:
     def _refuse_while_draining(self) -> None:
         if self._host.draining:
             raise ShuttingDown()
+
+    def _refuse_other_task(self, spec: LoadSpec) -> None:
+        """Raises: Conflict: requests of the name's model could not be served by this one."""
+        embeds = spec.task == "embed"
+        if embeds and spec.name == self._host.default_name:
+            raise Conflict("The default model generates; give this one, which only embeds texts, another name.")
+        if spec.name in self._host.loaded and isinstance(self._host.find(spec.name), ServedEncoder) != embeds:
+            raise Conflict("A model of this name that does something else is loaded; unload it first.")
 
     def _begin_on_first_use(self, name: str) -> None:
         """Raises: EngineNotReady: a model is being loaded, or could not be."""

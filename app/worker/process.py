@@ -242,7 +242,7 @@ def _load(
 
         try:
             if spec.task == "embed":
-                encoder = load_encoder(spec, folder, on_stage=begin)
+                encoder = load_encoder(spec, folder, on_stage=begin, hub_token=start.hub_token, on_bytes=progress.show)
                 _watch_progress(encoder.model)
                 return encoder_ready(folder, encoder), None, EmbeddingRunner(encoder, spec.max_batch_tokens), None
             loaded = load(spec, folder, on_stage=begin, hub_token=start.hub_token, on_bytes=progress.show)

@@ -69,5 +69,6 @@ def encoder_ready(tokenizer_folder: str, encoder: LoadedEncoder) -> Ready:
         context_length=encoder.info.max_tokens,
         vocab_size=encoder.vocab_size,
         parameters=encoder.parameters,
+        folder=str(encoder.folder),
         embedding=encoder.info,
     )

@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 
 from app.config import ModelConfig, beside
 from app.config.model import DeviceName
-from app.engine.model_source import LoadSpec
+from app.engine.model_source import LoadSpec, task_of
 from app.engine.served_model import ServedModel
 from app.engine.source_policy import check_source
 from app.errors import (
@@ -216,7 +216,8 @@ async def _spec(body: LoadModel, container: Container) -> LoadSpec:
 def _checked_spec(name: str, defaults: ModelConfig, own: Mapping[str, Any], token: str | None) -> LoadSpec:
     source = "local" if _is_folder(name, defaults.roots) else "hub"
     config = check_source(beside(defaults, name=name, source=source, **own), defaults)
-    return LoadSpec(name=config.own_name, config=config, hub_token=token)
+    task = task_of(Path(config.name)) if source == "local" else "generate"
+    return LoadSpec(name=config.own_name, config=config, task=task, hub_token=token)
 
 
 def _is_folder(name: str, roots: Sequence[Path]) -> bool:

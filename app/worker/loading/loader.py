@@ -92,7 +92,7 @@ def load(
     on_stage("weights")
     context_length = derive_context_length(config, spec.max_model_len)
     dtype = choose_dtype(spec, device, config)
-    check_memory(folder, dtype, device, spec.quantization)
+    check_memory(folder, dtype, device, spec.quantization, config=config, context_length=context_length)
     model = _model(folder, config, dtype, on_bytes, bitsandbytes_config(spec.quantization, dtype))
     vocab_size = model.get_input_embeddings().num_embeddings
     sample_ids = _sample_ids(tokenizer, vocab_size, context_length)

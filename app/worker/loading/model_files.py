@@ -54,14 +54,15 @@ class NoModelError(LoadError):
 
 
 class NoMemoryError(LoadError):
-    """The weights do not fit into the memory that is free."""
+    """The model does not fit into the memory that is free."""
 
     reason = "no_memory"
 
-    def __init__(self, *, needed_bytes: int, free_bytes: int, device: str) -> None:
+    def __init__(self, *, needed_bytes: int, free_bytes: int, weights_bytes: int, device: str) -> None:
         where = "memory" if device == "cpu" else f"memory of {device}"
         super().__init__(
-            f"it needs {needed_bytes / 1e9:,.2f} GB of {where} for its weights, and {free_bytes / 1e9:,.2f} GB are free"
+            f"it needs {needed_bytes / 1e9:,.2f} GB of {where} ({weights_bytes / 1e9:,.2f} for its weights, the rest "
+            f"to compute a request), and {free_bytes / 1e9:,.2f} GB are free"
         )
         self.needed_bytes, self.free_bytes = needed_bytes, free_bytes
 
