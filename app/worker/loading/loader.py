@@ -7,6 +7,7 @@ no adapters, nothing but decoder-only language models.
 import logging
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,12 @@ from app.worker.loading.model_files import (
     LoadError,
     UnsupportedError,
     check_files,
+    gguf_file,
     stored_numbers,
     tensor_shape,
 )
 from app.worker.loading.model_folder import find_folder
-from app.worker.loading.quantized_checkpoints import bitsandbytes_config, check_quantization
+from app.worker.loading.quantized_checkpoints import bitsandbytes_config, check_method, check_quantization, gguf_numbers
 from app.worker.loading.stage_deadline import within_deadline
 from app.worker.loading.tokenizer_packages import missing_package
 from app.worker.loading.weight_checks import check_finite, check_loading, check_scores, check_size
@@ -84,8 +86,10 @@ def load(
     """
     on_stage("files")
     folder, revision = find_folder(spec, hub_token=hub_token, on_bytes=on_bytes)
-    config = within_deadline("configuration", partial(_config, spec, folder))
     device = choose_device(spec.device)
+    if gguf_file(folder) is not None:
+        check_method("gguf", device)
+    config = within_deadline("configuration", partial(_config, folder))
     check_quantization(getattr(config, "quantization_config", None), spec.quantization, device)
     on_stage("tokenizer")
     tokenizer = within_deadline("tokenizer", partial(load_tokenizer, folder, tokenizer_folder))
@@ -126,12 +130,14 @@ def load(
     )
 
 
-def _config(spec: ModelSpec, folder: Path) -> Any:
+def _config(folder: Path) -> Any:
     """Return the model's configuration, once all small files have been checked."""
     check_files(folder)
     try:
         # Whatever the file says of `return_dict`: the scores are read by their name.
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, return_dict=True)
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True, return_dict=True, **_packed(folder)
+        )
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise UnsupportedError("config.json: it needs Python code of its own, which is never run") from None
@@ -151,6 +157,12 @@ def _config(spec: ModelSpec, folder: Path) -> Any:
     return config
 
 
+def _packed(folder: Path) -> dict[str, str]:
+    """Return transformers' argument that names the GGUF file of a folder; nothing where it has ordinary weights."""
+    packed = gguf_file(folder)
+    return {} if packed is None else {"gguf_file": packed.name}
+
+
 def load_tokenizer(folder: Path, save_in: str, adapt: Callable[[Any], None] | None = None) -> Any:
     """Return the tokenizer of a folder, and save it where the parent reads it.
 
@@ -158,7 +170,9 @@ def load_tokenizer(folder: Path, save_in: str, adapt: Callable[[Any], None] | No
     Raises: LoadError: there is none that can be used.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True, **_packed(folder)
+        )
     except BaseException as error:
         # The Rust library panics on some files, which is no Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -167,7 +181,7 @@ def load_tokenizer(folder: Path, save_in: str, adapt: Callable[[Any], None] | No
             raise UnsupportedError(
                 "tokenizer_config.json: it needs Python code of its own, which is never run"
             ) from None
-        if not (folder / "tokenizer.json").is_file():
+        if not (folder / "tokenizer.json").is_file() and gguf_file(folder) is None:
             if (missing := missing_package(folder, error)) is not None:
                 raise UnsupportedError(missing) from error
             raise UnsupportedError("it has no tokenizer.json, and no tokenizer that one can be made of") from error
@@ -217,15 +231,16 @@ def _model(
     Args: quantization: how they are quantized as they are loaded.
     Raises: LoadError: they are not the ones that the configuration describes.
     """
-    check_size(config, stored_numbers(folder))
+    packed = gguf_file(folder)
+    check_size(config, stored_numbers(folder) if packed is None else gguf_numbers(packed))
     try:
-        with weights_progress(folder, on_bytes):
+        with weights_progress(folder, on_bytes) if packed is None else nullcontext():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
                 trust_remote_code=False,
-                use_safetensors=True,
+                **({"use_safetensors": True} if packed is None else _packed(folder)),
                 local_files_only=True,
                 output_loading_info=True,
                 **({"quantization_config": quantization} if quantization is not None else {}),
@@ -242,7 +257,7 @@ def _model(
             f"config.json: {what} cannot be loaded ({type(error).__name__}: {first_words(error)})"
         ) from error
     model, info = loaded
-    check_loading(model, info, partial(tensor_shape, folder))
+    check_loading(model, info, partial(tensor_shape, folder) if packed is None else lambda name: ())
     check_finite(model)
     model.eval()
     return model

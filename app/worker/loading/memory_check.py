@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 
 from app.worker.loading.kv_memory import SHARE, free_bytes
-from app.worker.loading.model_files import NoMemoryError, weight_files
-from app.worker.loading.quantized_checkpoints import BITSANDBYTES
+from app.worker.loading.model_files import NoMemoryError, gguf_file, weight_files
+from app.worker.loading.quantized_checkpoints import BITSANDBYTES, gguf_numbers
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Formats that are converted to the type in which the model computes, and their bytes."""
@@ -61,6 +61,9 @@ def kv_bytes_per_token(config: Any, dtype: torch.dtype | str) -> int:
 
 def weights_bytes(folder: Path, dtype: torch.dtype | str) -> int:
     """Return the bytes that the weights take in memory."""
+    if (packed := gguf_file(folder)) is not None:
+        # transformers computes with it as with ordinary weights.
+        return gguf_numbers(packed) * (dtype.itemsize if isinstance(dtype, torch.dtype) else FLOATS["F32"])
     total = 0
     for path in weight_files(folder):
         with safe_open(path, "pt") as tensors:
