@@ -69,16 +69,16 @@ class AdapterResponse(BaseModel):
 
     @classmethod
     def of(cls, entry: AdapterEntry, state: AdapterState) -> "AdapterResponse":
-        facts = entry.adapter.facts if entry.adapter is not None else None
+        facts = None if entry.adapter is None else entry.adapter.facts
         return cls(
             adapter_name=entry.name,
             state=state,
             model=entry.model,
             source=entry.shown_source,
-            digest=facts and facts.digest,
-            rank=facts and facts.rank,
-            parameters=facts and facts.parameters,
-            trained_on=facts and facts.base,
+            digest=None if facts is None else facts.digest,
+            rank=None if facts is None else facts.rank,
+            parameters=None if facts is None else facts.parameters,
+            trained_on=None if facts is None else facts.base,
             problem=entry.problem,
         )
 

@@ -180,9 +180,10 @@ async def _task(body: LoadModel, config: ModelConfig) -> Task:
 
     Raises: InvalidRequest: a model that only embeds cannot be loaded as the request says.
     """
-    task = body.task
-    if task is None:
-        task = "generate" if config.source != "local" else await asyncio.to_thread(task_of, Path(config.name))
+    found: Task = "generate"
+    if body.task is None and config.source == "local":
+        found = await asyncio.to_thread(task_of, Path(config.name))
+    task = body.task or found
     if task == "embed":
         for name in GENERATES_ONLY:
             if getattr(body, name) is not None:

@@ -50,13 +50,16 @@ def check_memory(
 def kv_bytes_per_token(config: Any, dtype: torch.dtype | str) -> int:
     """Return the bytes of a token's keys and values in all layers; 0 if a configuration does not say how many."""
     text = None if config is None else config.get_text_config(decoder=True)
-    heads, layers = (getattr(text, name, None) for name in ("num_attention_heads", "num_hidden_layers"))
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    size = getattr(text, "head_dim", None) or (getattr(text, "hidden_size", None) or 0) // (heads or 1)
-    if not all(isinstance(each, int) and each > 0 for each in (layers, kv_heads, size)):
-        return 0
+    heads = _whole(text, "num_attention_heads")
+    layers, kv_heads = _whole(text, "num_hidden_layers"), _whole(text, "num_key_value_heads") or heads
+    size = _whole(text, "head_dim") or _whole(text, "hidden_size") // max(heads, 1)
     kind = dtype if isinstance(dtype, torch.dtype) else getattr(text, "dtype", None)
-    return 2 * int(layers) * int(kv_heads) * int(size) * (kind.itemsize if isinstance(kind, torch.dtype) else 2)
+    return 2 * layers * kv_heads * size * (kind.itemsize if isinstance(kind, torch.dtype) else 2)
+
+
+def _whole(config: Any, name: str) -> int:
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) else 0
 
 
 def weights_bytes(folder: Path, dtype: torch.dtype | str) -> int:

@@ -1,5 +1,6 @@
 """Quantized models: what a checkpoint needs that was saved quantized, and bitsandbytes for one that was not."""
 
+import importlib
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,8 +62,8 @@ def gguf_numbers(path: Path) -> int:
     Raises: UnsupportedError: the package that reads it is missing; LoadError: it is damaged.
     """
     check_method("gguf", "cpu")
-    import gguf
-
+    # By its name: the package is optional, and has no types.
+    gguf = importlib.import_module("gguf")
     try:
         return sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(str(path)).tensors)
     except Exception as error:

@@ -231,9 +231,9 @@ async def test_a_key_that_may_use_an_adapter_only_has_its_model_loaded(tmp_path:
     preload = AdapterPreload(name="its", source="one", model="b")
     async with service(tmp_path, preload, first_use="wait") as it:
         await it.loader.ensure("its", allowed=("other",))
-        assert ("a",) == it.host.loaded
+        assert ["a"] == [*it.host.loaded]
         await it.loader.ensure("its", allowed=("its",))
-        assert ("a", "b") == it.host.loaded
+        assert ["a", "b"] == [*it.host.loaded]
 
 
 async def test_a_model_that_was_evicted_comes_back_with_its_adapters(tmp_path: Path):
@@ -241,7 +241,7 @@ async def test_a_model_that_was_evicted_comes_back_with_its_adapters(tmp_path: P
         await it.loader.load(spec("b")).wait()
         await it.host.load_adapter("its", "one", "b")
         await it.loader.load(spec("c")).wait()
-        assert ("a", "c") == it.host.loaded
+        assert ["a", "c"] == [*it.host.loaded]
         assert () == it.host.adapter_names
 
         await it.loader.ensure("its")
