@@ -98,7 +98,7 @@ def create_app(
         shared_cache=history.cache,
     )
     build = partial(builder.configured, specs=specs, engines=engines, encoders=encoders)
-    host = ModelHost(build, default=names[0], adapters=AdapterRegistry(settings.adapters))
+    host = ModelHost(build, default=names[0], adapters=_adapters(settings, names[0], known_names))
     loader = _loader(settings, host, builder, names, specs, on_name=known_names.add)
     limits = redis.admission if redis else MemoryAdmissionStore()
     admission = AdmissionControl(limits, access.quotas, on_refusal=metrics.rate_limited)
@@ -205,6 +205,19 @@ def _loader(
     )
 
 
+def _adapters(settings: Settings, default_model: str, models: Collection[str]) -> AdapterRegistry:
+    """Return the registry of adapters, with those of the configuration.
+
+    Raises: ConfigError: one has the name of a model, or is for a model that is not configured.
+    """
+    for each in settings.adapters.preload:
+        if each.name in models:
+            raise ConfigError(f"configuration: adapters.preload: {each.name} is the name of a model, too")
+        if each.model is not None and each.model not in models:
+            raise ConfigError(f"configuration: adapters.preload: no model of the name {each.model} is configured")
+    return AdapterRegistry(settings.adapters, default_model=default_model)
+
+
 def _preloads(settings: Settings, name: str) -> bool:
     """Return whether a configured model is loaded at the start."""
     entries = {entry.config(settings.model).public_name: entry.preload for entry in settings.models}
@@ -252,6 +265,7 @@ async def _lifespan(
         try:
             await container.access.start()
             await container.host.start()
+            background.start_soon(container.host.load_adapters)
             if container.batches is not None:
                 routes = BatchRoutes(app, max_body_bytes=container.settings.security.max_body_bytes)
                 running = asyncio.create_task(container.batches.run(routes))

@@ -106,8 +106,7 @@ class ModelBuilder:
         Raises: ModelNotFound: nothing of this name is configured.  ConfigError: its folder holds no model.
         """
         if name in (encoders if encoders is not None else (self._settings.embeddings.public_name or None,)):
-            encoder = encoders[name] if encoders is not None else self._encoder()
-            return ServedEncoder(name=name, engine=encoder, embeddings=EngineEmbeddings(embedder=encoder, model=name))
+            return _served_encoder(name, encoders[name] if encoders is not None else self._encoder())
         if engines and name in engines:
             return self._around(engines[name], name, self._settings.model)
         if name not in specs:
@@ -118,7 +117,9 @@ class ModelBuilder:
         return self.served(specs[name])
 
     def served(self, spec: LoadSpec) -> Served:
-        """Build a model that generates."""
+        """Build a model, whatever it is loaded for."""
+        if spec.task == "embed":
+            return _served_encoder(spec.name, self._encoder_of(spec))
         config = spec.config.model_copy(update={"served_name": spec.name})
         if config.engine == "echo":
             return self._around(
@@ -206,6 +207,31 @@ class ModelBuilder:
         return LocalEncoder(
             settings.embeddings, settings.deadlines, interpreters=self._interpreters, **_supervision(settings)
         )
+
+    def _encoder_of(self, spec: LoadSpec) -> EncoderEngine:
+        """Return the engine of an encoder beside the configured one, whose limits it shares."""
+        config = spec.config
+        own = {
+            "model": config.name,
+            "source": config.source,
+            "device": config.device,
+            "dtype": config.dtype,
+            "revision": config.revision,
+            "max_tokens": config.max_model_len,
+            "matryoshka": None,
+        }
+        return LocalEncoder(
+            self._settings.embeddings.model_copy(update=own),
+            self._settings.deadlines,
+            name=spec.name,
+            load_token=spec.hub_token,
+            interpreters=self._interpreters,
+            **_supervision(self._settings),
+        )
+
+
+def _served_encoder(name: str, encoder: EncoderEngine) -> ServedEncoder:
+    return ServedEncoder(name=name, engine=encoder, embeddings=EngineEmbeddings(embedder=encoder, model=name))
 
 
 def registered_models(settings: Settings, specs: Iterable[LoadSpec]) -> RegisteredModels | None:

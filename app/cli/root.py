@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from app import __version__
-from app.cli import db, keys, models, roles, usage
+from app.cli import adapters, db, keys, models, roles, usage
 from app.cli.doctor import doctor
 from app.cli.terminal import CONFIG, ConfigOption, existing
 from app.config import load_settings
@@ -16,6 +16,7 @@ cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 cli.add_typer(keys.cli, name="keys")
 cli.add_typer(roles.cli, name="roles")
 cli.add_typer(models.cli, name="models")
+cli.add_typer(adapters.cli, name="adapters")
 cli.add_typer(db.cli, name="db")
 cli.command("usage")(usage.usage)
 cli.command("doctor")(doctor)

@@ -210,7 +210,8 @@ class ModelEntry(Section):
 def beside(defaults: ModelConfig, **fields: Any) -> ModelConfig:
     """Return the configuration of another model than the default one, whose revision and name it does not share."""
     own: dict[str, Any] = {"revision": None, "served_name": None, "max_model_len": None}
-    if defaults.engine == "remote":
+    if defaults.engine in ("remote", "echo"):
+        # Neither says anything of how another model is computed.
         own["engine"] = "auto"
     own |= fields
     return ModelConfig.model_validate(defaults.model_dump() | own)

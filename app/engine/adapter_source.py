@@ -40,6 +40,22 @@ def find_adapter_files(source: str, roots: Iterable[Path]) -> AdapterFiles:
     raise _refused("names no folder below adapters.roots")
 
 
+def find_configured_files(source: str, roots: Iterable[Path]) -> AdapterFiles:
+    """Find the files of an adapter that the configuration names; blocking.
+
+    It is the operator's own choice and may lie anywhere.
+
+    Args: source: a folder relative to one of the roots or to the working directory, or an absolute path.
+    Raises: InvalidRequest: it holds no adapter in safetensors.
+    """
+    candidates = [root / source for root in roots] + [Path(source).expanduser()]
+    folder = next((each.resolve() for each in candidates if each.is_dir()), None)
+    if folder is None:
+        raise _refused("names no folder")
+    files = [_file(folder / name, [Path("/")], where="") for name in (CONFIG, WEIGHTS)]
+    return AdapterFiles(folder.name, *files)
+
+
 def _below(path: Path, root: Path) -> Path | None:
     """Return a path without links; None where it leads out of the root, or to nothing."""
     try:
@@ -49,14 +65,14 @@ def _below(path: Path, root: Path) -> Path | None:
     return resolved if resolved.is_relative_to(root) else None
 
 
-def _file(path: Path, roots: Iterable[Path]) -> Path:
+def _file(path: Path, roots: Iterable[Path], where: str = " below adapters.roots") -> Path:
     """Return a file of an adapter; links may lead to another folder below a root, as the hub's cache has them."""
     resolved = next(filter(None, (_below(path, root) for root in roots)), None)
     if resolved is not None and resolved.is_file():
         return resolved
     if path.name == WEIGHTS and (path.parent / PICKLED_WEIGHTS).exists():
         raise _refused(f"holds {PICKLED_WEIGHTS}, which is pickled and never read; save the adapter as {WEIGHTS}")
-    raise _refused(f"holds no file {path.name} below adapters.roots")
+    raise _refused(f"holds no file {path.name}{where}")
 
 
 def _refused(reason: str) -> InvalidRequest:

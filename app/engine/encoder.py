@@ -10,13 +10,14 @@ from app.config import DeadlineConfig, EmbeddingsConfig
 from app.embeddings import EmbeddingRequest, Embeddings, EncodedInputs
 from app.engine.base import Capabilities, EngineInfo, EngineStatus
 from app.engine.embedding_queue import EmbeddingQueue
+from app.engine.model_source import WorkerLauncher
 from app.engine.tokenizer.encoder_tokenizer import EncoderTokenizer
 from app.engine.tokenizer.prepare import EncodingThreads
 from app.engine.worker_status import engine_info, engine_status, first_line, not_ready
 from app.ipc.messages import AdapterFailed, AdapterLoaded, Embedded, ModelSpec, Ready, TokenEvent
 from app.ipc.spare_interpreters import SpareInterpreters
 from app.ipc.supervisor import Launch, Supervisor
-from app.ipc.worker_process import WorkerLostError, WorkerProcess
+from app.ipc.worker_process import WorkerLostError
 
 
 class LocalEncoder:
@@ -27,19 +28,25 @@ class LocalEncoder:
         config: EmbeddingsConfig,
         deadlines: DeadlineConfig,
         *,
+        name: str | None = None,
         hub_token: str | None = None,
+        load_token: str | None = None,
         interpreters: SpareInterpreters | None = None,
         hang_seconds: float = 30.0,
         stall_seconds: float = 120.0,
         backoff_seconds: float = 1.0,
         launch: Launch | None = None,
     ) -> None:
-        """Prepare; `start` begins.  The arguments are those of `LocalEngine`."""
-        self._config = config
+        """Prepare; `start` begins.
+
+        Args: name: that clients see; None is the model's own.  The others are those of `LocalEngine`.
+        """
+        self._name = name or config.public_name
         self._interpreters = interpreters or SpareInterpreters(enabled=False)
         self._started = False
+        self._launcher = WorkerLauncher(_spec(config), self._interpreters, hub_token=hub_token, load_token=load_token)
         self._worker = Supervisor(
-            launch or partial(WorkerProcess.launch, _spec(config), hub_token, self._interpreters),
+            launch or self._launcher,
             self,
             hang_seconds=hang_seconds,
             stall_seconds=stall_seconds,
@@ -103,6 +110,7 @@ class LocalEncoder:
     async def close(self) -> None:
         """Stop for good: live requests end, and no process or task is left."""
         await self._worker.close()
+        await self._launcher.close()
         if self._started:
             self._started = False
             await self._interpreters.close()
@@ -118,9 +126,10 @@ class LocalEncoder:
             self._tokenizer = await asyncio.to_thread(EncoderTokenizer, ready.tokenizer_folder)
         except Exception as error:
             raise WorkerLostError(f"The model's tokenizer cannot be loaded: {first_line(error)}.") from error
+        self._launcher.on_ready(ready)
         self._ready = ready
         self._info = replace(
-            engine_info(self._config.public_name, ready),
+            engine_info(self._name, ready),
             capabilities=Capabilities(priority=True),
         )
         await self._interpreters.prepare()

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from app.embeddings import EmbeddingRequest
-from app.engine.adapters import Adapter, AdapterRegistry
+from app.engine.adapters import AdapterEntry, AdapterRegistry, PreparedAdapters
 from app.engine.served_model import EmbeddingChain, Served, ServedEncoder, ServedModel
-from app.errors import Conflict, InvalidRequest, ModelNotFound, ShuttingDown
+from app.errors import AppError, Conflict, InvalidRequest, ModelNotFound, ShuttingDown
 from app.requests import GenerationRequest
 from app.types import EngineState
 
@@ -56,6 +56,8 @@ class ModelHost:
         """Models that are drained while another has their name."""
         self.on_absent: Callable[[str], None] = lambda name: None
         """Is called with the name of a model that a request wants and that is not loaded; may raise EngineNotReady."""
+        self.is_reserved: Callable[[str], bool] = lambda name: False
+        """Whether a name is that of a model which a request may have loaded."""
         self._released = asyncio.Event()
         """Set, and replaced, each time a model has lost its last lease."""
         self.draining = False
@@ -130,23 +132,24 @@ class ModelHost:
         return model is not None and id(model) in self._leases_per_model
 
     def _find_wanted(self, model: str | None, allowed: Collection[str] | None) -> Served:
-        """Return a model as `find` does, and let one that can be loaded on its first use be loaded."""
+        """Return a model, by its own name or an adapter's, and let one be loaded that can be on its first use."""
+        base = self.adapters.base_of(model)
         try:
-            return self.find(model, allowed=allowed)
+            return self.find(base, allowed=allowed)
         except ModelNotFound:
-            name = self.default_name if model is None else model
-            if not self.draining and (allowed is None or name in allowed):
-                self.on_absent(name)
+            if not self.draining and (allowed is None or (model or self.default_name) in allowed):
+                self.on_absent(base or self.default_name)
             raise
 
     def find_generating(self, model: str | None, *, allowed: Collection[str] | None = None) -> ServedModel:
         """Return a model that generates, by its own name or that of one of its adapters.
 
-        Raises: ModelNotFound: no such model is loaded; InvalidRequest: it only embeds; EngineNotReady: it is being
-            loaded.
+        Raises: ModelNotFound: no such model is loaded; InvalidRequest: it only embeds; EngineNotReady: it, or the
+            adapter, is being loaded; AdapterNotFound: the model could not be loaded with this adapter.
         """
-        found = self._find_wanted(self._base_of(model), allowed)
-        return _generating(found)
+        found = _generating(self._find_wanted(model, allowed))
+        self.adapters.check(model, found)
+        return found
 
     def find_embedding(
         self, model: str | None, *, allowed: Collection[str] | None = None
@@ -159,7 +162,7 @@ class ModelHost:
         if model is None:
             encoders = (each.name for each in self.models if isinstance(each, ServedEncoder))
             model = next((name for name in encoders if name not in self._unloading), None)
-        if model in self.adapter_names:
+        if model is not None and self.adapters.knows(model):
             raise InvalidRequest.of_field("model", "names an adapter; texts are embedded by models without one")
         found = self._find_wanted(model, allowed)
         if found.embeddings is None:
@@ -168,10 +171,6 @@ class ModelHost:
             known = f"these do: {others}" if others else "no model of this service does"
             raise InvalidRequest.of_field("model", f"names a model that does not embed texts; {known}")
         return found, found.embeddings
-
-    def _base_of(self, name: str | None) -> str | None:
-        """Return the model of an adapter, and any other name as it is."""
-        return name if name is None or name not in self.adapter_names else self.adapters.model_of(name)
 
     def add(self, name: str) -> Served:
         """Build a model, once for any number of callers, and start it with the host.
@@ -211,30 +210,50 @@ class ModelHost:
                 raise
         return model
 
-    def put(self, model: Served) -> None:
+    async def load_adapters(self) -> None:
+        """Load the configured adapters of the models that the host starts with, as soon as each model serves."""
+        async with asyncio.TaskGroup() as models:
+            for model in tuple(self._models.values()):
+                models.create_task(self._load_adapters_of(model))
+
+    async def _load_adapters_of(self, model: Served) -> None:
+        if not self.adapters.of_model(model.name):
+            return
+        try:
+            await model.engine.wait_ready()
+        except AppError:  # the model is reported as failed
+            return
+        prepared = await self.adapters.prepare(model)
+        if self._models.get(model.name) is model:
+            self.adapters.adopt(model, prepared)
+
+    def put(self, model: Served, adapters: PreparedAdapters | None = None) -> None:
         """Take over a model that has been started and serves, under its name.
 
+        Args: adapters: those that were prepared for it.
         Raises: ShuttingDown; Conflict: an adapter has its name; ValueError: another model has it.
         """
         self._refuse_while_draining()
-        if model.name in self.adapter_names:
+        if self.adapters.knows(model.name):
             raise Conflict(NAME_OF_ADAPTER)
         if model.name in self._models:
             raise ValueError("a model of this name is loaded already")
+        self.adapters.adopt(model, adapters or {})
         self._models[model.name] = model
         self._started.add(model.name)
         self._use[model.name] = ModelUse()
 
-    def switch(self, model: Served) -> Served:
+    def switch(self, model: Served, adapters: PreparedAdapters | None = None) -> Served:
         """Put a model that serves in the place of the one of its name, and return that one for `retire`.
 
-        Each new request gets the new model; those that run end on the old one.  Adapters of the old one are gone: they
-        were made for its weights.
+        Each new request gets the new model, and its adapters; those that run end on the old one.
 
+        Args: adapters: those that were prepared for the new one; others of the old one end with it.
         Raises: ModelNotFound: no model of this name is loaded; ShuttingDown.
         """
         self._refuse_while_draining()
         old = self.find(model.name)
+        self.adapters.adopt(model, adapters or {})
         self._models[model.name] = model
         self._use[model.name] = ModelUse()
         self._replaced.append(old)
@@ -290,17 +309,21 @@ class ModelHost:
         while (unloading := self._unloading.get(name)) is not None:
             await unloading.wait()
 
-    async def load_adapter(self, name: str, source: str, model: str | None) -> Adapter:
+    async def load_adapter(self, name: str, source: str, model: str | None) -> AdapterEntry:
         """Load an adapter of a model, or of the default one for None, under a name of its own.
 
         Raises: ModelNotFound: no such model is loaded; ShuttingDown; Conflict: a model has this name; others as
             `AdapterRegistry.load`.
         """
         self._refuse_while_draining()
-        served = self.find_generating(model)
-        if name in self._models:
+        if name in self._models or self.is_reserved(name):
             raise Conflict("A model has this name; give the adapter another one.")
-        return await self.adapters.load(name, source, served)
+        served = self.find_generating(model)
+        entry = await self.adapters.load(name, source, served)
+        if self._models.get(served.name) is not served or served.name in self._unloading:
+            await self.adapters.unload(name)
+            raise Conflict("The model was replaced or unloaded while the adapter was read; load the adapter again.")
+        return entry
 
     @contextmanager
     def lease(self, request: GenerationRequest, *, allowed: Collection[str] | None = None) -> Iterator[ServedModel]:
@@ -311,8 +334,9 @@ class ModelHost:
             does not generate, or the adapter is for another model; AdapterNotFound.
         """
         self._refuse_while_draining()
-        adapter = self.adapters.named_by(request)
-        model = self.find_generating(adapter.name if adapter else request.model, allowed=allowed)
+        named = self.adapters.named_by(request.model, request.adapter)
+        model = self.find_generating(named or request.model, allowed=allowed)
+        adapter = self.adapters.get(named)
         with self._lease(model, request.sample_ids), self.adapters.lease(adapter, request.sample_ids):
             yield model
 

@@ -20,7 +20,7 @@ from app.engine.base import Capabilities, EngineInfo, EngineStatus, PreparedProm
 from app.engine.embedding_queue import EmbeddingQueue
 from app.engine.grammar_checker import GrammarChecker
 from app.engine.live_request import LiveRequest
-from app.engine.model_source import FetchModel, WorkerLauncher, no_registry, show_fetch
+from app.engine.model_source import FetchModel, WorkerLauncher, model_spec, no_registry, show_fetch
 from app.engine.parsing.detection import detect_format
 from app.engine.stop_strings import with_stop_tokens
 from app.engine.tokenizer.detokenize import detokenize
@@ -100,7 +100,12 @@ class LocalEngine:
         self._interpreters = interpreters or SpareInterpreters(enabled=False)
         self._started = False
         self._launcher = WorkerLauncher(
-            config, self._interpreters, hub_token=hub_token, load_token=load_token, fetch=fetch
+            model_spec(config),
+            self._interpreters,
+            uri=config.name if config.source == "mlflow" else None,
+            hub_token=hub_token,
+            load_token=load_token,
+            fetch=fetch,
         )
         self._worker = Supervisor(
             launch or self._launcher,

@@ -12,10 +12,11 @@ from contextlib import suppress
 from dataclasses import replace
 
 from app.config.model import ModelHosting
+from app.engine.adapters import PreparedAdapters
 from app.engine.host import NAME_OF_ADAPTER, ModelHost
 from app.engine.model_load import FailedLoad, Load, finished_load, load_error
 from app.engine.model_source import LoadSpec
-from app.engine.served_model import Served
+from app.engine.served_model import Served, ServedEncoder
 from app.errors import (
     AppError,
     ConfigError,
@@ -76,6 +77,7 @@ class ModelLoader:
         self._in_turn = asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
         host.on_absent = self._begin_on_first_use
+        host.is_reserved = lambda name: name in self._known or name in self._loads
 
     @property
     def loaded(self) -> Mapping[str, LoadSpec]:
@@ -100,10 +102,12 @@ class ModelLoader:
     def load(self, spec: LoadSpec) -> Load:
         """Begin to load a model; any number of calls with the same one share a load.
 
-        Raises: Conflict: another model of this name is loaded, or is being loaded, or an adapter has it; ShuttingDown.
+        Raises: Conflict: another model of this name is loaded, or is being loaded, or an adapter has it, or the default
+            model is to be one that only embeds; ShuttingDown.
         """
         self._refuse_while_draining()
-        if spec.name in self._host.adapter_names:
+        self._refuse_other_task(spec)
+        if self._host.adapters.knows(spec.name):
             raise Conflict(NAME_OF_ADAPTER)
         if (load := self._loads.get(spec.name)) is not None and not load.task.done():
             if not load.spec.is_same(spec):
@@ -123,9 +127,10 @@ class ModelLoader:
         No request fails for it.  If the load or `try_out` fails, the old model stays.  Without an old one it is an
         ordinary load.
 
-        Raises: Conflict: a model of this name is being loaded; ShuttingDown.
+        Raises: Conflict: a model of this name is being loaded, or the old one does something else; ShuttingDown.
         """
         self._refuse_while_draining()
+        self._refuse_other_task(spec)
         if (load := self._loads.get(spec.name)) is not None and not load.task.done():
             raise Conflict("A model of this name is being loaded; wait for it.")
         return self._begin(spec, try_out)
@@ -146,6 +151,7 @@ class ModelLoader:
         if name not in self._host.loaded:
             raise ModelNotFound("This model is not loaded.")
         self._known.pop(name, None)
+        self._host.adapters.forget_entries(name)
         await self._unload(name, grace)
 
     async def ensure(self, name: str | None, allowed: Collection[str] | None = None) -> None:
@@ -153,8 +159,9 @@ class ModelLoader:
 
         Raises: EngineNotReady: it takes longer than a request may wait.  ModelLoadFailed and others of `Load.wait`.
         """
-        name = self._host.default_name if name is None else name
-        may_use = allowed is None or name in allowed
+        named = self._host.default_name if name is None else name
+        may_use = allowed is None or named in allowed
+        name = self._host.adapters.base_of(named) or named
         if self._rules.first_use != "wait" or name in self._host.loaded or not may_use:
             return
         if (load := self._load_of(name)) is not None:
@@ -193,6 +200,14 @@ class ModelLoader:
     def _refuse_while_draining(self) -> None:
         if self._host.draining:
             raise ShuttingDown()
+
+    def _refuse_other_task(self, spec: LoadSpec) -> None:
+        """Raises: Conflict: requests of the name's model could not be served by this one."""
+        embeds = spec.task == "embed"
+        if embeds and spec.name == self._host.default_name:
+            raise Conflict("The default model generates; give this one, which only embeds texts, another name.")
+        if spec.name in self._host.loaded and isinstance(self._host.find(spec.name), ServedEncoder) != embeds:
+            raise Conflict("A model of this name that does something else is loaded; unload it first.")
 
     def _begin_on_first_use(self, name: str) -> None:
         """Raises: EngineNotReady: a model is being loaded, or could not be."""
@@ -255,7 +270,9 @@ class ModelLoader:
             await model.engine.wait_ready()
             if try_out is not None:
                 await try_out(model)
-            self._publish(load.spec, model)
+            # No await between the two: what is loaded or unloaded meanwhile is among the prepared ones.
+            adapters = await self._host.adapters.prepare(model)
+            self._publish(load.spec, model, adapters)
         except BaseException as error:
             await model.engine.close()
             if isinstance(error, EngineFailed):
@@ -263,15 +280,15 @@ class ModelLoader:
             raise
         return model
 
-    def _publish(self, spec: LoadSpec, model: Served) -> None:
+    def _publish(self, spec: LoadSpec, model: Served, adapters: PreparedAdapters) -> None:
         """Let requests have a model that serves; one of the configuration is also loaded on its first use again."""
         if spec.name in self.configured:
             self._known[spec.name] = self.configured[spec.name]
         if spec.name in self._host.loaded:
-            old = self._host.switch(model)
+            old = self._host.switch(model, adapters)
             self._in_background(self._host.retire(old, self._rules.unload_grace_seconds))
         else:
-            self._host.put(model)
+            self._host.put(model, adapters)
         self._specs[spec.name] = replace(spec, hub_token=None)
 
     async def _evict_idle(self, name: str) -> list[LoadSpec]:

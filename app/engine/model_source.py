@@ -1,10 +1,13 @@
 """Where a model's files are: what a load names, how a registry hands them over, how a worker is started on them."""
 
 import asyncio
+import json
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from typing import Literal
 
 from msgspec import structs
 
@@ -19,6 +22,30 @@ from app.ipc.supervisor import Supervisor
 from app.ipc.worker_process import WorkerLink, WorkerProcess
 
 Report = Callable[[LoadProgress], None]
+Task = Literal["generate", "embed"]
+MODULES, CONFIG = "modules.json", "config.json"
+"""The files that say what a folder's model is for: the first one only an encoder's of sentence-transformers has."""
+CONFIG_BYTES = 1024**2
+"""Largest configuration that is looked at here; the worker reads any."""
+_WITHOUT_HEAD = re.compile(r"\w+(?<!LMHead)(Model|ForMaskedLM|ForPreTraining)")
+"""Classes of models that generate nothing."""
+
+
+def task_of(folder: Path) -> Task:
+    """Return what the model of a folder is for, as far as its files say it; reads the file system."""
+    if (folder / MODULES).is_file():
+        return "embed"
+    try:
+        if (folder / CONFIG).stat().st_size > CONFIG_BYTES:
+            return "generate"
+        config = json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return "generate"  # its load says what is wrong
+    named = config.get("architectures") if isinstance(config, dict) else None
+    if not isinstance(named, list) or not named:
+        return "generate"
+    without = all(isinstance(name, str) and _WITHOUT_HEAD.fullmatch(name) for name in named)
+    return "embed" if without else "generate"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +54,8 @@ class LoadSpec:
 
     name: str
     config: ModelConfig
+    task: Task = "generate"
+    """What it is loaded for; of a model that embeds `config` says the source, the device and the type."""
     remote: RemoteConfig | None = None
     """The servers that run it, where its engine is remote."""
     hub_token: str | None = field(default=None, repr=False, compare=False)
@@ -34,7 +63,7 @@ class LoadSpec:
 
     def is_same(self, other: "LoadSpec") -> bool:
         """Return whether both load the same model in the same way; a folder may be written in two ways."""
-        return (self.name, self._described()) == (other.name, other._described())
+        return (self.name, self.task, self._described()) == (other.name, other.task, other._described())
 
     def _described(self) -> ModelConfig:
         changes: dict[str, object] = {"served_name": None}
@@ -73,25 +102,28 @@ class WorkerLauncher:
 
     def __init__(
         self,
-        config: ModelConfig,
+        spec: ModelSpec,
         interpreters: SpareInterpreters,
         *,
+        uri: str | None = None,
         hub_token: str | None = None,
         load_token: str | None = None,
         fetch: FetchModel = no_registry,
     ) -> None:
         """Args:
+        uri: where the model is in a registry; None for one whose files are where `spec` says.
         hub_token: the configured one.
         load_token: in its place, for the first start alone.
-        fetch: brings the files of a model whose source is a registry.
+        fetch: brings the files of a model of a registry.
         """
-        self.origin = sha256(repr((config.source, config.name, config.revision)).encode()).hexdigest()[:16]
+        source = "mlflow" if uri is not None else spec.source
+        self.origin = sha256(repr((source, spec.name, spec.revision)).encode()).hexdigest()[:16]
         self.report: Report = lambda progress: None
         """Is called with the progress of a fetch."""
-        self._uri = config.name if config.source == "mlflow" else None
-        self._downloads = config.name if config.source == "hub" else None
+        self._uri = uri
+        self._downloads = spec.name if source == "hub" else None
         """The model of the hub that a worker may be downloading now."""
-        self._spec = _spec(config)
+        self._spec = spec
         self._interpreters = interpreters
         self._hub_token = hub_token
         self._load_token = load_token
@@ -135,7 +167,8 @@ def _of_folder(spec: ModelSpec, folder: str, revision: str | None) -> ModelSpec:
     return structs.replace(spec, source="local", name=folder, revision=revision)
 
 
-def _spec(config: ModelConfig) -> ModelSpec:
+def model_spec(config: ModelConfig) -> ModelSpec:
+    """Return what a worker is told to load of a model that generates."""
     return ModelSpec(
         name=config.name,
         source="local" if config.source == "mlflow" else config.source,

@@ -1,7 +1,7 @@
 """What every model of the service does now, for people and their tools."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from app.engine.base import EngineInfo, EngineStatus, LoadProgress
@@ -52,6 +52,10 @@ class ModelState:
     last_error: str | None = None
     error_reason: str | None = None
     """Why its last load failed, in a word."""
+    adapters: tuple[str, ...] = ()
+    """Those that requests can name."""
+    refused_adapters: Mapping[str, str] = field(default_factory=dict)
+    """Adapters of its name that it could not be loaded with, and why."""
 
 
 def model_states(host: ModelHost, loader: ModelLoader) -> list[ModelState]:
@@ -93,6 +97,9 @@ def _figures(model: Served, host: ModelHost) -> Iterator[tuple[str, Any]]:
     yield "restarts", status.restarts
     yield "progress", status.progress
     yield "last_error", status.error
+    adapters = host.adapters.of_model(model.name)
+    yield "adapters", tuple(each.name for each in adapters if each.name in host.adapter_names)
+    yield "refused_adapters", {each.name: each.problem for each in adapters if each.problem is not None}
 
 
 def _info(model: Served) -> EngineInfo | None:

@@ -19,7 +19,6 @@ from msgspec import structs
 
 from app.ipc.messages import (
     Cancel,
-    Compiled,
     Embed,
     Embedded,
     Exchange,
@@ -41,7 +40,7 @@ from app.types import SamplingParams
 from app.worker.adapters import AdapterLoader
 from app.worker.embedding.causal import CausalEncoder
 from app.worker.embedding.embedding_runner import EmbeddingRunner
-from app.worker.embedding.encoder import LoadedEncoder, load_encoder
+from app.worker.embedding.encoder import load_encoder
 from app.worker.execution import private_api
 from app.worker.execution.base import ExecutorUnavailableError, UnsupportedModelError
 from app.worker.execution.executor_selection import pack_quantized_linears, select_executor
@@ -51,39 +50,21 @@ from app.worker.execution.torch.int8_linear import has_integer_linears
 from app.worker.execution.torch.torch_executor import create_torch_runner
 from app.worker.heartbeat import PROGRESS
 from app.worker.loaded_model import LoadedModel
+from app.worker.loading.adapter_files import AdapterTarget
 from app.worker.loading.kv_memory import kv_cache_bytes
 from app.worker.loading.load_failure import is_explained, load_failure
 from app.worker.loading.load_log import LoadLog
 from app.worker.loading.load_progress import ProgressReporter
 from app.worker.loading.loader import load
 from app.worker.loading.model_files import LoadError
+from app.worker.ready import DescribedRunner, encoder_ready, model_ready
 from app.worker.scheduling.batching_runner import BatchingRunner
 
 log = logging.getLogger(__name__)
 
 
-class Runner(Protocol):
-    """Generates tokens for several requests on one model."""
-
-    @property
-    def name(self) -> str:
-        """Its name in `EngineInfo.engine`."""
-
-    @property
-    def slots(self) -> int:
-        """Requests that run at once; more wait in the runner."""
-
-    @property
-    def context_length(self) -> int:
-        """Tokens that fit a request; fewer than the model's where the memory is small."""
-
-    @property
-    def unsupported(self) -> tuple[str, ...]:
-        """Fields of `SamplingParams` that it cannot honour."""
-
-    @property
-    def compiled(self) -> Compiled | None:
-        """Operators compiled for this machine."""
+class Runner(DescribedRunner, Protocol):
+    """Generates tokens for several requests on one model; more than its slots wait in it."""
 
     @property
     def busy(self) -> bool:
@@ -103,6 +84,10 @@ class Runner(Protocol):
 
     def step(self, exchange: Exchange) -> None:
         """Generate for a while, calling `exchange` after each step; an ordinary failure ends only its own request."""
+
+
+LOOK_MILLISECONDS = 5
+"""How often a worker without requests looks whether an adapter has been read."""
 
 
 class Worker:
@@ -127,7 +112,9 @@ class Worker:
         """Serve until Shutdown; a fatal error of the runner is raised."""
         while not self._stopping:
             if not self._is_busy(self._runner) and not self._is_busy(self._embedder):
-                self._socket.poll()
+                # What a thread reads wakes up nobody.
+                reads = self._adapters is not None and self._adapters.busy
+                self._socket.poll(LOOK_MILLISECONDS if reads else None)
             self._receive()
             if self._runner is not None and self._runner.busy:
                 self._runner.step(self._exchange)
@@ -163,8 +150,12 @@ class Worker:
             self._live.difference_update(event.id for event in events if event.finish or event.error)
 
     def _receive(self) -> None:
+        if self._adapters is not None and self._adapters.busy:
+            self._take_adapters(self._adapters)
         while self._socket.poll(0):
             match decode_to_worker(self._socket.recv()):
+                case Submit() as request if self._adapters is not None and self._adapters.hold_back(request):
+                    self._live.add(request.id)
                 case Submit() as request:
                     self._submit(self._runner, request)
                 case Embed() as request:
@@ -172,14 +163,21 @@ class Worker:
                 case Cancel(id=request_id):
                     self._cancel(request_id)
                 case LoadAdapter() as message if self._adapters is not None:
-                    self._socket.send(encode(self._adapters.load(message)))
-                    PROGRESS.tick()
+                    self._adapters.begin(message)
                 case UnloadAdapter() as message if self._adapters is not None:
                     self._adapters.unload(message)
                 case Shutdown():
                     self._stopping = True
                     for request_id in tuple(self._live):
                         self._cancel(request_id)
+
+    def _take_adapters(self, adapters: AdapterLoader) -> None:
+        """Report the adapters that have been read, and let the requests run that waited for them."""
+        for answer in adapters.finished():
+            self._socket.send(encode(answer))
+            PROGRESS.tick()
+        for request in adapters.released():
+            self._submit(self._runner, request)
 
     def _submit(self, work: Any, request: Submit | Embed) -> None:
         self._live.add(request.id)
@@ -189,6 +187,9 @@ class Worker:
             work.submit(request)
 
     def _cancel(self, request_id: int) -> None:
+        if self._adapters is not None and self._adapters.give_up(request_id):
+            self._send([TokenEvent(request_id, finish="abort")])
+            return
         for work in (self._runner, self._embedder):
             if work is not None:
                 work.cancel(request_id)
@@ -241,15 +242,16 @@ def _load(
 
         try:
             if spec.task == "embed":
-                encoder = load_encoder(spec, folder, on_stage=begin)
+                encoder = load_encoder(spec, folder, on_stage=begin, hub_token=start.hub_token, on_bytes=progress.show)
                 _watch_progress(encoder.model)
-                return _encoder_ready(folder, encoder), None, EmbeddingRunner(encoder, spec.max_batch_tokens), None
+                return encoder_ready(folder, encoder), None, EmbeddingRunner(encoder, spec.max_batch_tokens), None
             loaded = load(spec, folder, on_stage=begin, hub_token=start.hub_token, on_bytes=progress.show)
             attention = private_api.attention_implementation(loaded.pipeline.model)
             runner = make_runner(loaded, spec)
             begin("first token")
             _verify_first_token(runner)
-            ready, adapters = _ready(folder, loaded, runner), AdapterLoader(loaded, runner)
+            target = AdapterTarget(loaded.linears, loaded.pipeline.model.dtype, loaded.device)
+            ready, adapters = model_ready(folder, loaded, runner), AdapterLoader(target, runner)
             if spec.embeddings == "none":
                 return ready, runner, None, adapters
             causal = CausalEncoder(loaded, spec.embeddings, attention=attention if runner.name == "batching" else None)
@@ -353,41 +355,3 @@ def _verify_first_token(runner: Runner) -> None:
     for event in events:
         if event.error:
             raise LoadError(f"it was loaded, but its first token failed: {event.error}")
-
-
-def _ready(tokenizer_folder: str, loaded: LoadedModel, runner: Runner) -> Ready:
-    return Ready(
-        tokenizer_folder=tokenizer_folder,
-        runner=runner.name,
-        slots=runner.slots,
-        revision=loaded.revision,
-        device=loaded.device,
-        dtype=loaded.dtype,
-        context_length=runner.context_length,
-        vocab_size=loaded.vocab_size,
-        parameters=loaded.parameters,
-        unsupported=runner.unsupported,
-        recommended=loaded.recommended,
-        stop_strings=loaded.stop_strings,
-        rules=loaded.rules.digest,
-        logprob_shift=loaded.logprob_shift,
-        compiled=runner.compiled,
-        folder=None if loaded.folder is None else str(loaded.folder),
-        device_bytes=torch.cuda.memory_reserved() if loaded.device == "cuda" else None,
-        device_total_bytes=torch.cuda.mem_get_info()[1] if loaded.device == "cuda" else None,
-    )
-
-
-def _encoder_ready(tokenizer_folder: str, encoder: LoadedEncoder) -> Ready:
-    return Ready(
-        tokenizer_folder=tokenizer_folder,
-        runner="encoder",
-        slots=1,
-        revision=encoder.revision,
-        device=encoder.device,
-        dtype=encoder.dtype,
-        context_length=encoder.info.max_tokens,
-        vocab_size=encoder.vocab_size,
-        parameters=encoder.parameters,
-        embedding=encoder.info,
-    )

@@ -425,6 +425,4 @@ def test_a_tenant_only_ever_reads_what_it_wrote(factory: Factory, request: pytes
             for tenant, summaries in listed.items():
                 assert all((tenant, summary.session_id) in self.written for summary in summaries)
 
-    run_state_machine_as_test(
-        Model, settings=examples(30 if factory is memory else 10, stateful_step_count=20)
-    )
+    run_state_machine_as_test(Model, settings=examples(30 if factory is memory else 10, stateful_step_count=20))

@@ -14,6 +14,7 @@ import pytest_asyncio
 
 from app.engine import partial_downloads
 from tests.e2e.fake_hub import COMMIT, FakeHub, serving
+from tests.unit.tiny_encoders import SIZE, save_tiny_bert, save_tiny_encoder
 from tests.unit.tiny_models import save_tiny_llama
 from tests.web.access import Running, running
 from tests.web.harness import frames
@@ -28,6 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("loading")
     for name in ("one", "two", "hub"):
         save_tiny_llama(folder / "roots" / name, max_position_embeddings=100_000)
+    save_tiny_encoder(folder / "roots" / "encoder")
+    save_tiny_bert(folder / "hub-encoder")
     return folder
 
 
@@ -35,7 +38,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hub(folder: Path) -> Iterator[FakeHub]:
     """A hub that the workers know by their environment, with a model that is gated."""
     models = dict.fromkeys(("org/gated", "org/slow"), folder / "roots" / "hub")
-    fake = FakeHub(models, gated={"org/gated": "hf_right"}, slow={"org/slow"})
+    models["org/encoder"] = folder / "hub-encoder"
+    fake = FakeHub(models, gated={"org/gated": "hf_right", "org/encoder": "hf_right"}, slow={"org/slow"})
     with serving(fake) as hub, pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_ENDPOINT", hub.url)
         patch.setenv("HF_HUB_CACHE", str(folder / "cache"))
@@ -198,3 +202,50 @@ async def test_a_gated_model_is_loaded_with_a_token_that_is_used_once(
     assert used == len(hub.authorizations)
     assert 200 == (await generate(client, "org/gated")).status_code
     await client.post(UNLOAD, json={"model_name": "org/gated"})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"model_name": "encoder", "source": "local"},
+        {"model_name": "org/encoder", "source": "hub", "task": "embed", "hf_token": "hf_right"},
+    ],
+)
+async def test_an_encoder_is_loaded_embeds_and_is_unloaded(
+    client: httpx.AsyncClient, app: Running, body: dict[str, Any]
+):
+    """As any other model: chosen by its name, listed with what it does, and its process is gone afterwards."""
+    name = body["model_name"]
+    loaded = await client.post(LOAD, json=body)
+    vectors = await client.post("/v1/embeddings", json={"input": ["the cat", "a dog"], "model": name})
+    wrong = await generate(client, name)
+    pid = app.container.host.find(name).engine.status().worker_pid
+    unloaded = await client.post(UNLOAD, json={"model_name": name})
+    after = await client.post("/v1/embeddings", json={"input": "the cat", "model": name})
+
+    assert (200, "embed", "ready") == (loaded.status_code, loaded.json().get("task"), loaded.json().get("state"))
+    assert (200, name) == (vectors.status_code, vectors.json().get("model")), vectors.text
+    assert [SIZE, SIZE] == [len(each["embedding"]) for each in vectors.json()["data"]]
+    assert (400, "only embeds" in wrong.text) == (wrong.status_code, True)
+    assert pid is not None
+    assert not psutil.pid_exists(pid)
+    assert ("unloaded", 404) == (unloaded.json()["state"], after.status_code)
+
+
+async def test_the_list_of_models_is_whole_while_one_is_unloaded(client: httpx.AsyncClient):
+    """Whoever asks gets 200 with all the others, and of the one that goes its card or 404."""
+    for name in ("one", "two"):
+        await client.post(LOAD, json={"model_name": name, "source": "local"})
+    unloading = asyncio.create_task(client.post(UNLOAD, json={"model_name": "one"}))
+    lists, cards = [], []
+    while not unloading.done():
+        lists.append(await client.get("/v1/models"))
+        cards.append(await client.get("/v1/models/one"))
+        await asyncio.sleep(0.005)
+
+    assert 200 == (await unloading).status_code
+    assert len(lists) > 3
+    assert {200} == {reply.status_code for reply in lists}
+    assert all("two" in {card["id"] for card in reply.json()["data"]} for reply in lists)
+    assert {200, 404} >= {reply.status_code for reply in cards}
+    await client.post(UNLOAD, json={"model_name": "two"})

@@ -1,20 +1,35 @@
 """Adapters through the routes: who may load one, how requests name one, and what the lists say."""
 
+import re
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+import httpx
 import pytest
 from msgspec import structs
 
 from app.engine.adapter_source import AdapterFiles
 from app.engine.base import Capabilities
+from app.errors import ConfigError
 from app.events import Event
 from app.ipc.messages import AdapterLoaded
 from app.requests import GenerationRequest
 from app.types import Rights
 from tests.unit.engine.test_adapter_source import make_adapter
-from tests.web.harness import BATCH, BODIES, OPENAI_BODIES, RESPONSE_BODIES, OneKey, RecordingEngine, Web, make_web
+from tests.web.harness import (
+    BATCH,
+    BODIES,
+    CHAT,
+    GENERATE,
+    OPENAI_BODIES,
+    RESPONSE_BODIES,
+    OneKey,
+    RecordingEngine,
+    Web,
+    is_envelope,
+    make_web,
+)
 
 RIGHT = {**BODIES, "/v1/generate/batch": BATCH, **OPENAI_BODIES, **RESPONSE_BODIES}
 every_route = pytest.mark.parametrize("path", RIGHT)
@@ -68,7 +83,8 @@ async def test_a_loaded_adapter_is_listed_under_its_model(web: Web, tmp_path: An
         card = (await client.get("/v1/models/mine")).json()
 
     expected = {"adapter_name": "mine", "state": "loaded", "model": "base", "source": "team/a", "digest": "team/a"}
-    assert (200, {**expected, "rank": 4, "parameters": 1000, "trained_on": "someone/base"}) == (
+    facts = {"rank": 4, "parameters": 1000, "trained_on": "someone/base", "problem": None}
+    assert (200, {**expected, **facts}) == (
         reply.status_code,
         reply.json(),
     )
@@ -91,20 +107,39 @@ async def test_a_request_names_an_adapter_as_its_model(web: Web, engine: Adapted
     assert engine.named == [("mine", "team/a")]
 
 
-@pytest.mark.parametrize("path", [*BODIES, "/v1/generate/batch"])
-async def test_native_routes_have_a_field_for_it(web: Web, engine: AdaptedEngine, path: str):
+@pytest.mark.parametrize("path", [*RIGHT, "/generate", "/v1/stream"])
+async def test_a_request_names_an_adapter_in_a_field_of_its_own(web: Web, engine: AdaptedEngine, path: str):
+    """On each route that takes a model's name; what contradicts the model is refused, and so is a name of none."""
     await load(web)
+    await load(web, adapter_name="second")
+    body, model = RIGHT.get(path, GENERATE), "model_name" if path == "/generate" else "model"
     async with web.client() as client:
-        for fields in ({}, {"model": "base"}):
-            reply = await client.post(path, json={**RIGHT[path], **fields, "adapter": "mine", "cache": False})
-            assert reply.status_code == 200
-        other = await client.post(path, json={**RIGHT[path], "adapter": "mine", "model": "plain"})
-        missing = await client.post(path, json={**RIGHT[path], "adapter": "theirs"})
 
-    assert engine.named == [("mine", "team/a")] * 2
-    failures = [reply.json().get("results", [reply.json()])[0] for reply in (other, missing)]
-    assert "another model" in str(failures[0])
-    assert "not loaded" in str(failures[1])
+        async def send(**fields: Any) -> httpx.Response:
+            headers = {"Cache-Control": "no-cache"}
+            return await client.post(path, json={**body, **fields}, headers=headers)
+
+        taken = [await send(adapter="mine", **named) for named in ({}, {model: "base"}, {model: "mine"})]
+        by_model = await send(**{model: "mine"})
+        refused = [await send(adapter="mine", **{model: name}) for name in ("plain", "second", "absent")]
+        missing = await send(adapter="theirs")
+
+    assert [200] * 4 == [reply.status_code for reply in (*taken, by_model)]
+    assert engine.named == [("mine", "team/a")] * 4
+    assert [400] * 3 == [reply.status_code for reply in refused]
+    assert ["another model", "two different adapters", "another model"] == [
+        next((words for words in ("another model", "two different adapters") if words in reply.text), "")
+        for reply in refused
+    ]
+    assert all("adapter" in reply.text and is_envelope(reply) for reply in refused)
+    assert 404 == missing.status_code
+    # What a client sees does not depend on where it names the adapter.
+    assert [shape(by_model)] * 3 == [shape(reply) for reply in taken]
+
+
+def shape(reply: httpx.Response) -> str:
+    """Return the body of a response without what is new in each."""
+    return re.sub(r'"([a-z_]*id|created|created_at|completed_at|[a-z_]*time[a-z_]*)":("[^"]*"|[0-9.]+)', "", reply.text)
 
 
 async def test_the_model_and_its_adapters_share_no_cached_response(web: Web, engine: AdaptedEngine, tmp_path: Any):
@@ -177,6 +212,59 @@ async def test_a_load_that_cannot_be_says_why(web: Web, fields: dict[str, Any], 
 
     assert status == reply.status_code
     assert words in reply.text
+
+
+async def test_adapters_are_listed_for_those_who_may_load_them(web: Web):
+    await load(web)
+    keys = web.container.keys
+    assert isinstance(keys, OneKey)
+    replies = []
+    for rights in (Rights(load_models=True), Rights()):
+        keys.rights = rights
+        async with web.client() as client:
+            replies.append(await client.get("/v1/adapters"))
+
+    assert [200, 403] == [reply.status_code for reply in replies]
+    assert [("mine", "loaded", "base")] == [
+        (each["adapter_name"], each["state"], each["model"]) for each in replies[0].json()["adapters"]
+    ]
+
+
+async def test_a_configured_adapter_is_listed_before_it_is_loaded_and_503_until_then(
+    engine: AdaptedEngine, tmp_path: Any
+):
+    """Nobody is told where its folder is."""
+    make_adapter(tmp_path / "a")
+    preload = [{"name": "mine", "source": str(tmp_path / "a")}]
+    web = await make_web(engines={"base": engine}, adapters={"preload": preload})
+    path, body = "/v1/chat/completions", {**CHAT, "model": "mine"}
+    async with web.client() as client:
+        early = await client.post(path, json=body)
+        before = (await client.get("/v1/models")).json()["data"]
+        await web.host.load_adapters()
+        later = await client.post(path, json=body)
+        listed = (await client.get("/v1/adapters")).json()["adapters"]
+
+    assert ((503, "2"), 200) == ((early.status_code, early.headers["retry-after"]), later.status_code)
+    assert ["base", "mine"] == [card["id"] for card in before]
+    assert ("mine", "loaded") == (listed[0]["adapter_name"], listed[0]["state"])
+    assert str(tmp_path) not in str([before, listed])
+
+
+@pytest.mark.parametrize(
+    ("preload", "words"),
+    [
+        ([{"name": "base", "source": "a"}], "name of a model"),
+        ([{"name": "mine", "source": "a", "model": "absent"}], "no model of the name absent"),
+        ([{"name": "mine", "source": "a"}, {"name": "mine", "source": "b"}], "two adapters of one name"),
+        ([{"name": "../x", "source": "a"}], "name"),
+    ],
+)
+async def test_a_configured_adapter_that_cannot_be_ends_the_start(
+    engine: AdaptedEngine, preload: list[dict[str, str]], words: str
+):
+    with pytest.raises(ConfigError, match=words):
+        await make_web(engines={"base": engine}, adapters={"preload": preload})
 
 
 async def test_texts_are_not_embedded_with_an_adapter(web: Web):

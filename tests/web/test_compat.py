@@ -268,16 +268,26 @@ def roots(tmp_path: Path) -> Path:
     return tmp_path / "roots"
 
 
+KNOWN = [
+    {"name": "third", "served_name": "third", "engine": "echo"},
+    {"name": "owner/model", "served_name": "owner/model", "source": "hub", "engine": "echo"},
+]
+"""What is loaded without a worker; anything else would be computed."""
+
+
 @asynccontextmanager
 async def loading_service(roots: Path) -> AsyncIterator[tuple[Running, httpx.AsyncClient]]:
-    """Run the application with the echo engine, which loads whatever it is told to."""
-    async with running(roots.parent / "data", model={"roots": [str(roots)]}) as app, app.client() as client:
+    """Run the application with the echo engine, which is told to load what it knows."""
+    async with (
+        running(roots.parent / "data", model={"roots": [str(roots)]}, models=KNOWN) as app,
+        app.client() as client,
+    ):
         yield app, client
 
 
 @pytest.mark.parametrize("name", ["third", "owner/model"])
 async def test_a_model_is_loaded_generates_and_is_unloaded(roots: Path, name: str):
-    """From a folder or the hub; the one that was loaded last is the current one."""
+    """The one that was loaded last is the current one."""
     async with loading_service(roots) as (_, client):
         loaded = await client.post("/load_model", json={"model_name": name, "device": "cpu", "hf_token": None})
         again = await client.post("/load_model", json={"model_name": name})

@@ -26,9 +26,9 @@ async def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_lines: list[o
         Web(app.app, ScriptedService()).listening() as port,
     ):
 
-        async def run(*arguments: str, code: int = 0) -> str:
+        async def run(*arguments: str, code: int = 0, group: str = "models") -> str:
             at = ["--url", f"http://127.0.0.1:{port}"]
-            ended = await asyncio.to_thread(CliRunner().invoke, cli, ["models", *arguments, *at])
+            ended = await asyncio.to_thread(CliRunner().invoke, cli, [group, *arguments, *at])
             assert code == ended.exit_code, ended.output
             return ended.output
 
@@ -38,10 +38,11 @@ async def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_lines: list[o
 async def test_models_are_loaded_listed_and_unloaded(run: Run):
     """For people and for programs."""
     before = json.loads(await run("list", "--json"))
-    loaded = await run("load", "third", "--source", "local", "--served-name", "third")
+    loaded = await run("load", "third", "--source", "local", "--served-name", "third", "--engine", "echo")
     table = await run("list")
     unloaded = await run("unload", "third", "--grace-seconds", "1")
-    again = json.loads(await run("load", "third", "--source", "local", "--served-name", "other", "--json"))
+    others = ("--source", "local", "--served-name", "other", "--engine", "echo")
+    again = json.loads(await run("load", "third", *others, "--json"))
 
     assert [("echo", "ready")] == [(model["name"], model["state"]) for model in before]
     assert "third is loaded" in loaded
@@ -78,5 +79,12 @@ async def test_a_token_comes_from_the_environment_and_from_nowhere_else(run: Run
     assert "needs HF_TOKEN in the environment" in await run("load", "third", "--source", "local", "--hub-token", code=2)
     monkeypatch.setenv("HF_TOKEN", "hf_canary")
     assert "hf_canary" not in await run(
-        "load", "third", "--source", "local", "--served-name", "third", "--hub-token", "--json"
+        "load", "third", "--source", "local", "--engine", "echo", "--served-name", "third", "--hub-token", "--json"
     )
+
+
+async def test_adapters_are_listed_and_refusals_end_the_command(run: Run):
+    """They are loaded and unloaded by the same commands, of models that take some."""
+    assert [] == json.loads(await run("list", "--json", group="adapters"))
+    assert "takes no adapters" in await run("load", "mine", "a", "--model", "echo", group="adapters", code=1)
+    assert "not loaded" in await run("unload", "mine", group="adapters", code=1)

@@ -10,11 +10,14 @@ from typing import Any
 import httpx
 import pytest
 
+from app.config import ModelConfig, beside
+from tests.unit.tiny_encoders import write
 from tests.web.access import Running, running
 from tests.web.harness import frames, is_envelope, until
 
 LOAD, UNLOAD = "/v1/models/load", "/v1/models/unload"
-SECOND = {"name": "unused", "served_name": "second"}
+SECOND = {"name": "unused", "served_name": "second", "engine": "echo"}
+THIRD = {"model_name": "third", "source": "local", "engine": "echo"}
 
 
 @pytest.fixture
@@ -38,7 +41,7 @@ async def generate(client: httpx.AsyncClient, model: str) -> httpx.Response:
 async def test_a_model_is_loaded_serves_and_is_unloaded(roots: Path):
     async with service(roots) as (_, client):
         before = await generate(client, "third")
-        loaded = await client.post(LOAD, json={"model_name": "third", "source": "local"})
+        loaded = await client.post(LOAD, json=THIRD)
         served = await generate(client, "third")
         listed = [card["id"] for card in (await client.get("/v1/models")).json()["data"]]
         unloaded = await client.post(UNLOAD, json={"model_name": "third"})
@@ -53,7 +56,7 @@ async def test_a_model_is_loaded_serves_and_is_unloaded(roots: Path):
 
 async def test_a_load_is_told_as_events(roots: Path):
     async with service(roots) as (_, client):
-        body = {"model_name": "third", "source": "local", "stream": True}
+        body = {**THIRD, "stream": True}
         done = frames((await client.post(LOAD, json=body)).text)
         taken = await client.post(LOAD, json={**body, "dtype": "float16"})
 
@@ -65,7 +68,7 @@ async def test_a_load_is_told_as_events(roots: Path):
 
 async def test_a_load_that_fails_is_told_as_an_event(roots: Path):
     async with service(roots, max_loaded=1) as (_, client):
-        sent = await client.post(LOAD, json={"model_name": "third", "source": "local", "stream": True})
+        sent = await client.post(LOAD, json={**THIRD, "stream": True})
 
     name, data = frames(sent.text)[-1]
     assert 200 == sent.status_code
@@ -76,8 +79,8 @@ async def test_a_load_that_fails_is_told_as_an_event(roots: Path):
 async def test_a_model_takes_the_place_of_another_of_its_name(roots: Path):
     (roots / "newer").mkdir()
     async with service(roots) as (_, client):
-        await client.post(LOAD, json={"model_name": "third", "source": "local"})
-        newer = {"model_name": "newer", "source": "local", "served_name": "third"}
+        await client.post(LOAD, json=THIRD)
+        newer = {**THIRD, "model_name": "newer", "served_name": "third"}
         refused = await client.post(LOAD, json=newer)
         replaced = await client.post(LOAD, json={**newer, "replace": True})
 
@@ -130,7 +133,7 @@ async def test_what_may_not_be_loaded_is_refused_before_any_work(roots: Path, bo
 
 async def test_a_token_for_the_hub_is_in_no_response_and_no_log_line(roots: Path, log_lines: list[Any]):
     async with service(roots) as (_, client):
-        body = {"model_name": "third", "source": "local", "hf_token": "hf_canary"}
+        body = {**THIRD, "hf_token": "hf_canary"}
         sent = [await client.post(LOAD, json=body), await client.post(LOAD, json={**body, "hf_token": 5})]
         sent += [await client.get(path) for path in ("/status", "/info")]
 
@@ -192,7 +195,7 @@ async def test_probes_and_figures_load_nothing(roots: Path):
 
 async def test_info_needs_no_key_and_says_nothing_secret(roots: Path):
     async with service(roots) as (app, client):
-        await client.post(LOAD, json={"model_name": "third", "source": "local"})
+        await client.post(LOAD, json=THIRD)
         await generate(client, "third")
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app.app), base_url="http://test") as nobody:
             info = (await nobody.get("/info")).json()
@@ -245,7 +248,7 @@ async def test_an_unload_of_what_is_not_loaded_is_404(roots: Path):
 
 async def test_a_model_that_is_loaded_at_run_time_is_a_label_of_the_metrics(roots: Path):
     async with service(roots) as (_, client):
-        await client.post(LOAD, json={"model_name": "third", "source": "local"})
+        await client.post(LOAD, json=THIRD)
         await generate(client, "third")
         metrics = (await client.get("/metrics")).text
 
@@ -259,3 +262,40 @@ async def test_a_probe_or_a_list_loads_no_model(roots: Path, path: str):
         await client.get(path)
 
         assert ({}, ()) == (app.container.loader.loads, app.container.host.names)
+
+
+def test_a_model_beside_an_echo_is_none():
+    """Unless that is asked for: whoever loads a model wants its answers."""
+    echo = ModelConfig(engine="echo")
+
+    assert "auto" == beside(echo, name="folder").engine
+    assert "echo" == beside(echo, name="folder", engine="echo").engine
+    assert "serial" == beside(ModelConfig(engine="serial"), name="folder").engine
+
+
+@pytest.mark.parametrize(
+    ("files", "fields", "status", "words"),
+    [
+        ({"modules.json": []}, {"quantization": "int8"}, 400, "quantization"),
+        ({"modules.json": []}, {"engine": "echo"}, 400, "only embeds"),
+        ({"config.json": {"architectures": ["BertModel"]}}, {"max_batch_size": 3}, 400, "max_batch_size"),
+        ({}, {"task": "embed", "compile": "none"}, 400, "compile"),
+        ({"modules.json": []}, {"served_name": "echo"}, 409, "The default model generates"),
+        ({"modules.json": []}, {"served_name": "other", "replace": True}, 409, "does something else"),
+        ({"modules.json": []}, {"served_name": "other"}, 409, "does something else"),
+        ({}, {"source": "mlflow", "model_name": "models:/a/1", "task": "embed"}, 400, "of a registry"),
+    ],
+)
+async def test_an_encoder_is_not_loaded_as_a_model_that_generates(
+    roots: Path, files: dict[str, Any], fields: dict[str, Any], status: int, words: str
+):
+    """Nor under the name of one; what a folder holds its files say."""
+    for name, content in files.items():
+        write(roots / "third" / name, content)
+    (roots / "other").mkdir()
+    async with service(roots) as (_, client):
+        await client.post(LOAD, json={**THIRD, "model_name": "other"})
+        reply = await client.post(LOAD, json={"model_name": "third", "source": "local", **fields})
+
+    assert status == reply.status_code, reply.text
+    assert words in reply.text

@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 from fastapi import APIRouter
 from pydantic import BaseModel, Field, StringConstraints
 
-from app.engine.adapters import Adapter
+from app.config.adapters import AdapterName
+from app.engine.adapters import AdapterEntry
 from app.errors import (
     AdapterNotFound,
     Conflict,
@@ -27,8 +28,6 @@ router = APIRouter(prefix="/v1/adapters", tags=["adapters"], route_class=StrictR
 
 _REFUSALS = (InvalidRequest, Unauthorized, Forbidden, Conflict, RateLimited, InternalError, EngineNotReady)
 
-AdapterName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]{0,255}$")]
-
 
 class LoadAdapterRequest(StrictModel):
     """An adapter in PEFT's format: adapter_config.json and adapter_model.safetensors."""
@@ -48,44 +47,66 @@ class UnloadAdapterRequest(StrictModel):
     adapter_name: AdapterName
 
 
+AdapterState = Literal["loaded", "unloaded", "failed"]
+
+
 class AdapterResponse(BaseModel):
-    """An adapter."""
+    """An adapter; what only its files say is null while it is not loaded."""
 
     adapter_name: str
-    state: Literal["loaded", "unloaded"]
+    state: AdapterState
     model: str
     """The model that it is applied to."""
     source: str
-    digest: str
+    digest: str | None
     """SHA-256 of its configuration and its weights."""
-    rank: int
-    parameters: int
+    rank: int | None
+    parameters: int | None
     trained_on: str | None
     """The model that its configuration names; nothing follows from that but a look at the sizes of the layers."""
+    problem: str | None
+    """Why the model that serves now does not have it."""
 
     @classmethod
-    def of(cls, adapter: Adapter, state: Literal["loaded", "unloaded"]) -> "AdapterResponse":
-        facts = adapter.facts
+    def of(cls, entry: AdapterEntry, state: AdapterState) -> "AdapterResponse":
+        facts = None if entry.adapter is None else entry.adapter.facts
         return cls(
-            adapter_name=adapter.name,
+            adapter_name=entry.name,
             state=state,
-            model=adapter.model,
-            source=adapter.source,
-            digest=facts.digest,
-            rank=facts.rank,
-            parameters=facts.parameters,
-            trained_on=facts.base,
+            model=entry.model,
+            source=entry.shown_source,
+            digest=None if facts is None else facts.digest,
+            rank=None if facts is None else facts.rank,
+            parameters=None if facts is None else facts.parameters,
+            trained_on=None if facts is None else facts.base,
+            problem=entry.problem,
         )
+
+
+class AdapterList(BaseModel):
+    """All adapters."""
+
+    adapters: list[AdapterResponse]
+
+
+@router.get("", responses=error_responses(Unauthorized, Forbidden, RateLimited, InternalError))
+async def adapters(caller: LoadModelsDep, container: ContainerDep) -> AdapterList:
+    """List the adapters, also those that are loaded with their model, or that it could not be loaded with."""
+    return AdapterList(adapters=[AdapterResponse.of(entry, _state(entry)) for entry in container.host.adapters.entries])
 
 
 @router.post("/load", responses=error_responses(*_REFUSALS, ModelNotFound, EngineFailed, ShuttingDown))
 async def load(body: LoadAdapterRequest, caller: LoadModelsDep, container: ContainerDep) -> AdapterResponse:
     """Load an adapter; requests can name it as soon as this is answered."""
-    adapter = await container.host.load_adapter(body.adapter_name, body.source, body.model)
-    return AdapterResponse.of(adapter, "loaded")
+    entry = await container.host.load_adapter(body.adapter_name, body.source, body.model)
+    return AdapterResponse.of(entry, "loaded")
 
 
 @router.post("/unload", responses=error_responses(*_REFUSALS, AdapterNotFound))
 async def unload(body: UnloadAdapterRequest, caller: LoadModelsDep, container: ContainerDep) -> AdapterResponse:
     """Unload an adapter: requests that use it may end within adapters.grace_seconds; its memory is free afterwards."""
     return AdapterResponse.of(await container.host.adapters.unload(body.adapter_name), "unloaded")
+
+
+def _state(entry: AdapterEntry) -> AdapterState:
+    return "loaded" if entry.adapter is not None else "failed" if entry.problem is not None else "unloaded"

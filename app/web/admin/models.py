@@ -4,6 +4,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Request
@@ -15,7 +16,7 @@ from app.config import ModelConfig, beside
 from app.config.embeddings import EmbeddingPooling
 from app.config.model import SERVED_NAME, CompileName, DeviceName, DtypeName, QuantizationName, ServedName
 from app.engine.model_load import Load
-from app.engine.model_source import LoadSpec
+from app.engine.model_source import LoadSpec, Task, task_of
 from app.engine.model_states import ModelState, State, model_state
 from app.engine.source_policy import check_source
 from app.errors import InvalidRequest, ModelNotFound
@@ -27,6 +28,8 @@ from app.web.http.sse import FrameStream, frame, streamed
 
 MAX_GRACE_SECONDS = 3600
 MAX_NUMBER = 2**31 - 1
+GENERATES_ONLY = ("engine", "quantization", "compile", "embeddings", "max_batch_size")
+"""Fields that a model which only embeds does not have."""
 
 router = APIRouter(prefix="/v1/models", tags=["models"], route_class=StrictRoute)
 
@@ -47,11 +50,17 @@ class LoadModel(StrictModel):
     hf_token: HubToken | None = Field(
         None, description="For a gated model of the hub: used for this load and then forgotten."
     )
+    engine: Literal["auto", "batching", "serial", "echo"] | None = Field(
+        None, description="How it is computed; echo repeats the prompt, to try clients."
+    )
     device: DeviceName | None = None
     dtype: DtypeName | None = None
     quantization: QuantizationName | None = None
     compile: CompileName | None = None
     embeddings: EmbeddingPooling | None = None
+    task: Task | None = Field(
+        None, description="What it is for: null is what the files of a folder say, and to generate for other sources."
+    )
     max_model_len: _Number | None = None
     max_batch_size: _Number | None = None
     replace: bool = Field(False, description="Take the place of a model of this name as soon as the new one serves.")
@@ -59,7 +68,8 @@ class LoadModel(StrictModel):
 
     def config(self, defaults: ModelConfig) -> ModelConfig:
         """Return the configuration of the model."""
-        fields = self.model_dump(exclude={"model_name", "hf_token", "replace", "stream"}, exclude_none=True)
+        unrelated = {"model_name", "hf_token", "task", "replace", "stream"}
+        fields = self.model_dump(exclude=unrelated, exclude_none=True)
         return beside(defaults, name=self.model_name, **fields)
 
 
@@ -101,6 +111,10 @@ class ModelStateResponse(BaseModel):
     progress: LoadProgressFields | None
     last_error: str | None
     error_reason: str | None
+    adapters: list[str]
+    """Those that requests can name."""
+    refused_adapters: dict[str, str]
+    """Adapters of its name that it could not be loaded with, and why."""
 
     @classmethod
     def of(cls, state: ModelState) -> "ModelStateResponse":
@@ -144,7 +158,25 @@ async def _spec(body: LoadModel, container: Container) -> LoadSpec:
     name = config.served_name or config.own_name
     if not re.fullmatch(SERVED_NAME, name):
         raise InvalidRequest.of_field("served_name", "is needed, since the model's own name has other signs")
-    return LoadSpec(name=name, config=config, hub_token=revealed(body.hf_token))
+    return LoadSpec(name=name, config=config, task=await _task(body, config), hub_token=revealed(body.hf_token))
+
+
+async def _task(body: LoadModel, config: ModelConfig) -> Task:
+    """Return what a model is loaded for.
+
+    Raises: InvalidRequest: a model that only embeds cannot be loaded as the request says.
+    """
+    found: Task = "generate"
+    if body.task is None and config.source == "local":
+        found = await asyncio.to_thread(task_of, Path(config.name))
+    task = body.task or found
+    if task == "embed":
+        for name in GENERATES_ONLY:
+            if getattr(body, name) is not None:
+                raise InvalidRequest.of_field(name, "is for models that generate, and this one only embeds texts")
+        if config.source == "mlflow":
+            raise InvalidRequest.of_field("task", "must be generate for a model of a registry")
+    return task
 
 
 async def _frames(load: Load, container: Container, request_id: str) -> AsyncIterator[bytes]:

@@ -12,7 +12,7 @@ from app.web.compat.microservice import ContinuedText, continue_text
 from app.web.http.dependencies import RequestContextDep
 from app.web.http.errors import GENERATION_ERRORS, error_responses
 from app.web.http.json_body import GeneratingRoute, StrictModel
-from app.web.http.sampling_params import TokenCount
+from app.web.http.sampling_params import AdapterField, TokenCount
 
 router = APIRouter(tags=["compat"], route_class=GeneratingRoute)
 
@@ -22,13 +22,14 @@ class GenerateBody(StrictModel):
 
     prompt: Prompt
     model_name: ModelName | None = None
+    adapter: AdapterField = None
     parameters: GenerationParameters | None = None
-    max_new_tokens: TokenCount | None = Field(None, description="Only without the two fields above.")
+    max_new_tokens: TokenCount | None = Field(None, description="Only without the three fields above.")
 
     @model_validator(mode="after")
     def _is_of_one_service(self) -> Self:
         if self.has_parameters and self.max_new_tokens is not None:
-            raise ValueError("max_new_tokens is only possible where parameters and model_name are left out")
+            raise ValueError("max_new_tokens is only possible where parameters, model_name and adapter are left out")
         return self
 
     @property
@@ -39,7 +40,7 @@ class GenerateBody(StrictModel):
     @property
     def has_parameters(self) -> bool:
         """Return whether it is a request of the service that nests its parameters."""
-        return self.parameters is not None or self.model_name is not None
+        return self.parameters is not None or self.model_name is not None or self.adapter is not None
 
     @property
     def answers(self) -> int:
@@ -56,5 +57,6 @@ async def generate(body: GenerateBody, context: RequestContextDep) -> HttpRespon
     them the prompt and its continuation as one text."""
     check_prompt(context, "prompt", body.prompt)
     if body.has_parameters:
-        return await complete(context, body.prompt, body.model_name, body.parameters or GenerationParameters())
+        parameters = body.parameters or GenerationParameters()
+        return await complete(context, body.prompt, parameters, model=body.model_name, adapter=body.adapter)
     return await continue_text(context, body.prompt, body.max_new_tokens)

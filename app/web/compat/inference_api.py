@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 
 from app.config import ModelConfig, beside
 from app.config.model import DeviceName
-from app.engine.model_source import LoadSpec
+from app.engine.model_source import LoadSpec, task_of
 from app.engine.served_model import ServedModel
 from app.engine.source_policy import check_source
 from app.errors import (
@@ -98,11 +98,16 @@ class _TokensEncoder(LogprobsEncoder):
 
 
 async def complete(
-    context: RequestContext, prompt: str, model: str | None, parameters: GenerationParameters
+    context: RequestContext,
+    prompt: str,
+    parameters: GenerationParameters,
+    *,
+    model: str | None,
+    adapter: str | None,
 ) -> HttpResponse:
     """Complete a prompt; the response has the log-probability of every token, as far as there is one."""
     began = time.perf_counter()
-    scored = context.caller.rights.raw_logprobs and _has_logprobs(context, model)
+    scored = context.caller.rights.raw_logprobs and _has_logprobs(context, model, adapter)
     request = completion_request(
         context,
         prompt,
@@ -114,6 +119,7 @@ async def complete(
             "logprobs": 0 if scored else None,
         },
         model=model,
+        adapter=adapter,
         n=parameters.num_return_sequences or 1,
         stream=False,
     )
@@ -125,9 +131,9 @@ async def complete(
     )
 
 
-def _has_logprobs(context: RequestContext, model: str | None) -> bool:
+def _has_logprobs(context: RequestContext, model: str | None, adapter: str | None) -> bool:
     """Raises: as `RequestContext.model_info`."""
-    return "logprobs" not in context.model_info(model).capabilities.unsupported
+    return "logprobs" not in context.model_info(model, adapter).capabilities.unsupported
 
 
 def _completions(response: Response, encoders: defaultdict[int, _TokensEncoder]) -> list[dict[str, Any]]:
@@ -198,7 +204,8 @@ async def _spec(body: LoadModel, container: Container) -> LoadSpec:
 def _checked_spec(name: str, defaults: ModelConfig, own: Mapping[str, Any], token: str | None) -> LoadSpec:
     source = "local" if _is_folder(name, defaults.roots) else "hub"
     config = check_source(beside(defaults, name=name, source=source, **own), defaults)
-    return LoadSpec(name=config.own_name, config=config, hub_token=token)
+    task = task_of(Path(config.name)) if source == "local" else "generate"
+    return LoadSpec(name=config.own_name, config=config, task=task, hub_token=token)
 
 
 def _is_folder(name: str, roots: Sequence[Path]) -> bool:

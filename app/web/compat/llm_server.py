@@ -12,7 +12,7 @@ from app.web.compat.completion_fields import ModelName, Prompt, Temperature, che
 from app.web.http.dependencies import RequestContextDep
 from app.web.http.errors import GENERATION_ERRORS, envelope, error_responses
 from app.web.http.json_body import GeneratingRoute, StrictModel
-from app.web.http.sampling_params import StopTexts, TokenCount, TopP
+from app.web.http.sampling_params import AdapterField, StopTexts, TokenCount, TopP
 from app.web.http.sse import EventStream, frame, streamed, wait_for_start
 
 _END = b"data: [DONE]\n\n"
@@ -30,6 +30,7 @@ class StreamRequest(StrictModel):
     top_k: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     stop: StopTexts = None
     model: ModelName | None = None
+    adapter: AdapterField = None
 
 
 class NamelessStreamEncoder:
@@ -78,6 +79,7 @@ async def stream(body: StreamRequest, context: RequestContextDep) -> HttpRespons
             "stop": tuple(body.stop) if body.stop else None,
         },
         model=body.model,
+        adapter=body.adapter,
         stream=True,
     )
     events = context.events(request)

@@ -247,16 +247,27 @@ class RequestContext:
         """Return whether fields that cannot be honoured are left out and named."""
         return self.container.settings.openai.unknown_fields == "ignore"
 
-    def model_info(self, model: str | None) -> EngineInfo:
-        """Return the description of a model that generates, or of the default one for None; of one with an adapter that
-        has this name, under this name.
+    def model_info(self, model: str | None, adapter: str | None = None) -> EngineInfo:
+        """Return the description of a model that generates, or of the default one for None; of one with an adapter,
+        which either of the two may name, under the adapter's name.
 
-        Raises: ModelNotFound; InvalidRequest: it only embeds; EngineNotReady: it is not loaded yet.
+        Raises: ModelNotFound, AdapterNotFound; InvalidRequest: it only embeds, or the two names contradict each other;
+            EngineNotReady: it is not loaded yet.
         """
         host = self.container.host
-        info = host.find_generating(model, allowed=self.caller.rights.models).engine.info
-        adapter = host.adapters.get(model)
-        return info if adapter is None else replace(info, model=adapter.name, revision=adapter.facts.digest)
+        named = host.adapters.named_by(model, adapter)
+        info = host.find_generating(named or model, allowed=self.caller.rights.models).engine.info
+        loaded = host.adapters.get(named)
+        return info if loaded is None else replace(info, model=loaded.name, revision=loaded.facts.digest)
+
+    async def ensure_model(self, model: str | None, adapter: str | None = None) -> None:
+        """Let a request wait for the model that it names, where the configuration says so.
+
+        Raises: AdapterNotFound, InvalidRequest: the adapter is none, or none of the model; others as
+            `ModelLoader.ensure`.
+        """
+        named = self.container.host.adapters.named_by(model, adapter)
+        await self.container.loader.ensure(named or model, self.caller.rights.models)
 
     def events(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Generate for this caller.

@@ -20,8 +20,7 @@ from starlette.types import Receive, Scope, Send
 from app.access.admission import AdmissionControl, Admitted
 from app.config import Settings
 from app.errors import AppError, ClientDisconnected, InvalidRequest, UnsupportedMediaType
-from app.types import Principal
-from app.web.http.dependencies import ADMITTED, Container, RequestContext
+from app.web.http.dependencies import ADMITTED, RequestContext
 from app.web.http.private_api import ParsedRequest, takes_body
 from app.web.http.rate_limits import LIMIT_STATES, show_limits
 from app.web.http.validation import name_ignored, validated
@@ -112,8 +111,9 @@ class GeneratingRoute(AdmittedRoute):
             try:
                 body = _validated(schema, parse(await _read(request)), request)
                 admitted.expect(body.answers)
-                await _ensure_model(body, request)
-                return await endpoint(body, RequestContext(request, request.app.state.container))
+                context = RequestContext(request, request.app.state.container)
+                await context.ensure_model(getattr(body, "model", None), getattr(body, "adapter", None))
+                return await endpoint(body, context)
             except ClientDisconnect:
                 raise ClientDisconnected("The client hung up while it sent its body.") from None
             except AppError as error:
@@ -121,13 +121,6 @@ class GeneratingRoute(AdmittedRoute):
                 raise
 
         return handle
-
-
-async def _ensure_model(body: StrictModel, request: Request) -> None:
-    """Let a request wait for the model that it names, where the configuration says so."""
-    principal: Principal = request.scope["state"]["principal"]
-    container: Container = request.app.state.container
-    await container.loader.ensure(getattr(body, "model", None), principal.rights.models)
 
 
 def _most_body_bytes(scope: Scope, most: int) -> int:

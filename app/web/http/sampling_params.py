@@ -34,6 +34,10 @@ Truncation = Annotated[
     Literal["auto", "disabled"] | None,
     Field(description="auto: the beginning of a prompt that is too long goes, of a chat whole turns."),
 ]
+AdapterField = Annotated[
+    Annotated[str, StringConstraints(min_length=1, max_length=256)] | None,
+    Field(description="A LoRA adapter of the model; model may name one, too."),
+]
 MAX_STOPS = 16
 
 

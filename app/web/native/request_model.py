@@ -9,6 +9,7 @@ from app.requests import GenerationRequest
 from app.web.http.dependencies import RequestContext
 from app.web.http.sampling_params import (
     MAX_TOKENS,
+    AdapterField,
     LogitBias,
     Penalty,
     SampleCount,
@@ -51,9 +52,7 @@ class SamplingFields(StructuredFields):
     stream: bool | None = None
     cache: bool | None = Field(None, description="false bypasses the response cache.")
     model: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
-    adapter: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = Field(
-        None, description="A LoRA adapter of the model; model may name one, too."
-    )
+    adapter: AdapterField = None
     n: SampleCount | None = Field(None, description="Number of completions.")
     num_return_sequences: SampleCount | None = Field(None, description="Another name of n.")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(

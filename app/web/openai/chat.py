@@ -186,7 +186,7 @@ def _choice(
 async def chat_completions(body: ChatCompletionRequest, context: RequestContextDep) -> HttpResponse:
     """Reply to a conversation as OpenAI does: as one response, or with `stream` as chunks."""
     bind_end_user(context.request, body.safety_identifier or body.user)
-    metadata = new_metadata("chatcmpl", context, body.model, service_tier=body.service_tier and "default")
+    metadata = new_metadata("chatcmpl", context, body.model, body.adapter, service_tier=body.service_tier and "default")
     request = body.to_generation(context)
     choices = ChatChoiceEncoder(with_logprobs=bool(body.logprobs), as_functions=body.uses_functions)
     chunks = ChunkStreamEncoder(metadata, choices, n=request.n, stream_usage=body.stream_usage)

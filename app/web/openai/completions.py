@@ -115,7 +115,7 @@ def _choice(
 async def completions(body: CompletionRequest, context: RequestContextDep) -> HttpResponse:
     """Complete one or several prompts as OpenAI does: as one response, or with `stream` as chunks."""
     bind_end_user(context.request, body.safety_identifier or body.user)
-    metadata = new_metadata("cmpl", context, body.model)
+    metadata = new_metadata("cmpl", context, body.model, body.adapter)
     requests = body.to_requests(context)
     choices = TextChoiceEncoder(logprobs=body.logprobs, echo=bool(body.echo))
     chunks = ChunkStreamEncoder(metadata, choices, n=body.n or 1, stream_usage=body.stream_usage)

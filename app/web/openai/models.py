@@ -92,7 +92,7 @@ class ModelList(TypedDict):
 @router.get("", responses=_ERRORS)
 async def models(container: ContainerDep) -> ModelList:
     """List the models and their adapters, those models too that are loaded when a request names them."""
-    names = dict.fromkeys([*container.host.names, *container.loader.known, *container.host.adapter_names])
+    names = dict.fromkeys([*container.host.names, *container.loader.known, *_adapter_names(container)])
     return {"object": "list", "data": [_card(name, container) for name in names]}
 
 
@@ -101,25 +101,35 @@ async def models(container: ContainerDep) -> ModelList:
 async def model(model: str, container: ContainerDep, caller: CallerDep) -> ModelCard:
     """Describe one model."""
     host = container.host
-    if model not in host.adapter_names and (model not in container.loader.known or model in host.names):
+    if model not in _adapter_names(container) and (model not in container.loader.known or model in host.names):
         host.find(model, allowed=caller.rights.models)
     return _card(model, container)
 
 
+def _adapter_names(container: Container) -> list[str]:
+    """Return the adapters of the models that are loaded, or that a request can have loaded."""
+    models = {*container.host.loaded, *container.loader.known}
+    return [each.name for each in container.host.adapters.entries if each.model in models]
+
+
 def _card(name: str, container: Container) -> ModelCard:
-    adapter = container.host.adapters.get(name)
-    served = adapter.served if adapter else next((each for each in container.host.models if each.name == name), None)
+    adapter = next((each for each in container.host.adapters.entries if each.name == name), None)
+    model = adapter.model if adapter else name
+    served = next((each for each in container.host.models if each.name == model), None)
     state = EngineState.CLOSED if served is None else served.engine.status().state
-    if served is None and name in container.loader.loads:
+    if served is None and model in container.loader.loads:
         state = EngineState.LOADING
+    if adapter is not None and adapter.problem is not None:
+        state = EngineState.FAILED
+    since = adapter.adapter.since if adapter and adapter.adapter else container.host.since
     info = None if served is None else _info(served.engine)
     output = "embeddings" if isinstance(served, ServedEncoder) else "text"
     card: ModelCard = {
         "id": name,
         "object": "model",
-        "created": adapter.since if adapter else container.host.since,
+        "created": since,
         "owned_by": "llm-service",
-        "root": adapter.source if adapter else name,
+        "root": adapter.shown_source if adapter else name,
         "parent": adapter.model if adapter else None,
         "max_model_len": info.context_length if info else None,
         "quantization": _quantization(info),

@@ -13,6 +13,7 @@ from app.web.http.dependencies import RequestContext
 from app.web.http.json_body import StrictModel
 from app.web.http.sampling_params import (
     MAX_TOKENS,
+    AdapterField,
     LogitBias,
     Penalty,
     SampleCount,
@@ -55,6 +56,7 @@ class OpenAIFields(NeutralFields, GuidedFields):
     may_ignore_fields: ClassVar[bool] = True
 
     model: Name | None = None
+    adapter: AdapterField = None
     max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = Field(
         None, description="0 generates nothing, where something is asked of the prompt."
     )
@@ -167,7 +169,8 @@ class OpenAIFields(NeutralFields, GuidedFields):
             }
         )
         if context.ignores_unknown_fields:
-            sampling, unset, ignored = supported_params(sampling, unset, context.model_info(self.model).capabilities)
+            capabilities = context.model_info(self.model, self.adapter).capabilities
+            sampling, unset, ignored = supported_params(sampling, unset, capabilities)
             name_ignored(context.request.scope, ignored)
         return context.generation(
             sampling=sampling,
@@ -175,6 +178,7 @@ class OpenAIFields(NeutralFields, GuidedFields):
             use_recommended=True,
             n=self.n or 1,
             model=self.model,
+            adapter=self.adapter,
             cache=context.may_cache,
             cache_random=False,
             stream=bool(self.stream),

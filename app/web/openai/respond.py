@@ -21,13 +21,13 @@ from app.web.openai.stream_encoder import ChunkStreamEncoder, was_aborted
 
 
 def new_metadata(
-    prefix: str, context: RequestContext, model: str | None, *, service_tier: str | None = None
+    prefix: str, context: RequestContext, model: str | None, adapter: str | None, *, service_tier: str | None = None
 ) -> ObjectMetadata:
     """Return the metadata of a new response, with a fresh id.
 
-    Raises: ModelNotFound; EngineNotReady: the model is not loaded yet.
+    Raises: as `RequestContext.model_info`.
     """
-    info = context.model_info(model)
+    info = context.model_info(model, adapter)
     return ObjectMetadata(
         id=f"{prefix}-{uuid4().hex}",
         model=info.model,

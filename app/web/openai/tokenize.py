@@ -4,6 +4,8 @@ What is encoded is what the client sends and what the chat template makes of it:
 the history of a session are no part of it.  Nothing is generated, and no request is counted.
 """
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Annotated, Self
 
 from fastapi import APIRouter
@@ -17,6 +19,7 @@ from app.engine.served_model import ServedModel
 from app.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,
+    EngineNotReady,
     Forbidden,
     InternalError,
     InvalidRequest,
@@ -45,6 +48,7 @@ _ERRORS = error_responses(
     ModelNotFound,
     InternalError,
     DeadlineExceeded,
+    EngineNotReady,
     error_format=ERROR_FORMAT,
 )
 
@@ -136,8 +140,7 @@ class DetokenizedPrompt(TypedDict):
 async def tokenize(body: TokenizeRequest, context: RequestContextDep) -> EncodedJsonResponse:
     """Encode a text or a chat as the model reads it."""
     request = body.to_generation(context)
-    with context.container.host.lease(request) as model:
-        _check_model(context, model)
+    async with _leased(request, context) as model:
         request = body.in_template(request, model.engine.info)
         ids = await _encode(request, model, begins=body.add_special_tokens)
         texts = await model.engine.token_texts(ids) if body.return_token_strs else None
@@ -148,15 +151,24 @@ async def tokenize(body: TokenizeRequest, context: RequestContextDep) -> Encoded
 @router.post("/detokenize", response_model=DetokenizedPrompt, responses=_ERRORS)
 async def detokenize(body: DetokenizeRequest, context: RequestContextDep) -> EncodedJsonResponse:
     """Return the text of tokens."""
-    with context.container.host.lease(context.generation(model=body.model)) as model:
-        _check_model(context, model)
+    async with _leased(context.generation(model=body.model), context) as model:
         model.engine.info.check_tokens("tokens", body.tokens)
         return EncodedJsonResponse({"prompt": await model.engine.detokenize(body.tokens, control_tokens=True)})
 
 
-def _check_model(context: RequestContext, model: ServedModel) -> None:
-    """Raises: Forbidden: the caller's role does not allow this model."""
-    check_rights(context.caller, model=model.name, logprobs=False, system_text=None, control_tokens=False)
+@asynccontextmanager
+async def _leased(request: GenerationRequest, context: RequestContext) -> AsyncIterator[ServedModel]:
+    """Hold the model that a request names, once it is loaded where that may be waited for.
+
+    Raises: Forbidden: the caller's role does not allow this model; others as `ModelLoader.ensure` and
+        `ModelHost.lease`.
+    """
+    await context.ensure_model(request.model)
+    host, rights = context.container.host, context.caller.rights
+    with host.lease(request, allowed=rights.models) as model:
+        name = host.adapters.named_by(request.model, None) or model.name
+        check_rights(context.caller, model=name, logprobs=False, system_text=None, control_tokens=False)
+        yield model
 
 
 async def _encode(request: GenerationRequest, model: ServedModel, *, begins: bool | None) -> tuple[int, ...]:

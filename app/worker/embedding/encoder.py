@@ -20,7 +20,9 @@ from app.embeddings import EmbeddingInfo
 from app.ipc.messages import ModelSpec
 from app.worker.embedding.pooling import Head
 from app.worker.embedding.sentence_modules import SentenceModules, read_sentence_modules
+from app.worker.loading.load_progress import OnBytes
 from app.worker.loading.loader import choose_device, choose_dtype, load_tokenizer
+from app.worker.loading.memory_check import check_memory
 from app.worker.loading.model_files import CONTEXT_FIELDS, LoadError, one_line
 from app.worker.loading.model_folder import HUB_FILES, find_folder
 from app.worker.loading.pretrained import load_config, load_weights
@@ -46,6 +48,8 @@ class LoadedEncoder:
     model: Any
     head: Head
     info: EmbeddingInfo
+    folder: Path
+    """Where its files are."""
     revision: str | None
     device: str
     vocab_size: int
@@ -84,13 +88,23 @@ def pad_right(token_ids: Sequence[Sequence[int]], pad_id: int, device: str) -> t
     return torch.tensor(padded).to(device), mask.to(device)
 
 
-def load_encoder(spec: ModelSpec, tokenizer_folder: str, on_stage: Callable[[str], None]) -> LoadedEncoder:
+def load_encoder(
+    spec: ModelSpec,
+    tokenizer_folder: str,
+    on_stage: Callable[[str], None],
+    *,
+    hub_token: str | None = None,
+    on_bytes: OnBytes = lambda done, total: None,
+) -> LoadedEncoder:
     """Load the model and save its tokenizer in `tokenizer_folder`.
 
+    Args:
+        hub_token: for the hub, in place of the environment's.
+        on_bytes: is called with the bytes of a download that are done and that there are, from any thread.
     Raises: LoadError: this service cannot run it.  Other errors as they come; `load_failure` formats them.
     """
     on_stage("files")
-    folder, revision = find_folder(spec, HUB_FILES, HUB_IGNORED_FILES)
+    folder, revision = find_folder(spec, HUB_FILES, HUB_IGNORED_FILES, hub_token=hub_token, on_bytes=on_bytes)
     modules = within_deadline("modules", partial(read_sentence_modules, folder))
     config = within_deadline("configuration", partial(_config, modules.transformer))
     device = choose_device(spec.device)
@@ -98,7 +112,9 @@ def load_encoder(spec: ModelSpec, tokenizer_folder: str, on_stage: Callable[[str
     adapt = _lowercase if modules.lowercase else None
     tokenizer = within_deadline("tokenizer", partial(load_tokenizer, modules.transformer, tokenizer_folder, adapt))
     on_stage("weights")
-    model = _model(modules.transformer, config, choose_dtype(spec, device, config)).to(device)
+    dtype = choose_dtype(spec, device, config)
+    check_memory(modules.transformer, dtype, device)
+    model = _model(modules.transformer, config, dtype).to(device)
     for module in modules.head.steps:
         if hasattr(module, "linear"):
             module.linear.to(device)
@@ -107,6 +123,7 @@ def load_encoder(spec: ModelSpec, tokenizer_folder: str, on_stage: Callable[[str
         model=model,
         head=modules.head,
         info=_info(spec, modules, _max_tokens(spec, modules, tokenizer, model), config),
+        folder=folder,
         revision=revision,
         device=device,
         vocab_size=model.get_input_embeddings().num_embeddings,

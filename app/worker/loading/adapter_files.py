@@ -87,12 +87,13 @@ def read_adapter(
         raise LoadError(f"{WEIGHTS}: is damaged or incomplete ({one_line(error, MAX_NAME_CHARS)})") from None
     except OSError as error:
         raise LoadError(f"{WEIGHTS}: cannot be read ({error.strerror})") from None
-    digest = sha256(json.dumps(content, sort_keys=True).encode() + data).hexdigest()
+    digest = sha256(json.dumps(content, sort_keys=True).encode())
+    digest.update(data)  # without a copy, which would hold up the other threads
     pairs = _pairs(tensors)
     for path, (down, up) in pairs.items():
         _check_shapes(path, down, up, target.linears, config, max_rank)
     scaled = {path: (down, up.float().T * config.scale(path, len(down))) for path, (down, up) in pairs.items()}
-    adapter = LoraAdapter(digest, _in_one_buffer(scaled, target))
+    adapter = LoraAdapter(digest.hexdigest(), _in_one_buffer(scaled, target))
     _check_finite(adapter)
     return adapter, content.get("base_model_name_or_path")
 

@@ -97,7 +97,7 @@ def _end_ids(folder: Path, tokenizer: Any, vocab_size: int) -> set[int]:
     Raises: LoadError: one is no token id, or the model has none of them.
     """
     generation = read_json(folder / GENERATION_FILE) if (folder / GENERATION_FILE).exists() else {}
-    config = read_json(folder / "config.json")
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     text = config.get("text_config")
     found: set[int] = set()
     unknown: list[str] = []

@@ -33,10 +33,10 @@ from app.worker.loading.generation_settings import GENERATION_FILE, read_generat
 from app.worker.loading.load_failure import first_words
 from app.worker.loading.load_progress import OnBytes
 from app.worker.loading.memory_check import check_memory
-from app.worker.loading.model_files import LoadError, UnsupportedError
+from app.worker.loading.model_files import LoadError, UnsupportedError, gguf_file
 from app.worker.loading.model_folder import find_folder
-from app.worker.loading.pretrained import load_config, load_weights
-from app.worker.loading.quantized_checkpoints import bitsandbytes_config, check_quantization
+from app.worker.loading.pretrained import gguf_argument, load_config, load_weights
+from app.worker.loading.quantized_checkpoints import bitsandbytes_config, check_method, check_quantization
 from app.worker.loading.stage_deadline import within_deadline
 from app.worker.loading.tokenizer_packages import missing_package
 from app.worker.loading.weight_checks import check_scores
@@ -71,15 +71,17 @@ def load(
     """
     on_stage("files")
     folder, revision = find_folder(spec, hub_token=hub_token, on_bytes=on_bytes)
-    config = within_deadline("configuration", partial(_config, spec, folder))
     device = choose_device(spec.device)
+    if gguf_file(folder) is not None:
+        check_method("gguf", device)
+    config = within_deadline("configuration", partial(_config, folder))
     check_quantization(getattr(config, "quantization_config", None), spec.quantization, device)
     on_stage("tokenizer")
     tokenizer = within_deadline("tokenizer", partial(load_tokenizer, folder, tokenizer_folder))
     on_stage("weights")
     context_length = derive_context_length(config, spec.max_model_len)
     dtype = choose_dtype(spec, device, config)
-    check_memory(folder, dtype, device, spec.quantization)
+    check_memory(folder, dtype, device, spec.quantization, config=config, context_length=context_length)
     bits = bitsandbytes_config(spec.quantization, dtype)
     quantized: dict[str, Any] = {"quantization_config": bits} if bits is not None else {}
     model = load_weights(AutoModelForCausalLM, folder, config, dtype, on_bytes=on_bytes, **quantized)
@@ -115,7 +117,7 @@ def load(
     )
 
 
-def _config(spec: ModelSpec, folder: Path) -> Any:
+def _config(folder: Path) -> Any:
     """Return the configuration of a model that is served.  Raises: LoadError."""
     config = load_config(folder)
     if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -140,7 +142,9 @@ def load_tokenizer(folder: Path, save_in: str, adapt: Callable[[Any], None] | No
     Raises: LoadError: there is none that can be used.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True, **gguf_argument(folder)
+        )
     except BaseException as error:
         # The Rust library panics on some files, which is no Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -149,7 +153,7 @@ def load_tokenizer(folder: Path, save_in: str, adapt: Callable[[Any], None] | No
             raise UnsupportedError(
                 "tokenizer_config.json: it needs Python code of its own, which is never run"
             ) from None
-        if not (folder / "tokenizer.json").is_file():
+        if not (folder / "tokenizer.json").is_file() and gguf_file(folder) is None:
             if (missing := missing_package(folder, error)) is not None:
                 raise UnsupportedError(missing) from error
             raise UnsupportedError("it has no tokenizer.json, and no tokenizer that one can be made of") from error

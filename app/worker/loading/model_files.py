@@ -54,14 +54,15 @@ class NoModelError(LoadError):
 
 
 class NoMemoryError(LoadError):
-    """The weights do not fit into the memory that is free."""
+    """The model does not fit into the memory that is free."""
 
     reason = "no_memory"
 
-    def __init__(self, *, needed_bytes: int, free_bytes: int, device: str) -> None:
+    def __init__(self, *, needed_bytes: int, free_bytes: int, weights_bytes: int, device: str) -> None:
         where = "memory" if device == "cpu" else f"memory of {device}"
         super().__init__(
-            f"it needs {needed_bytes / 1e9:,.2f} GB of {where} for its weights, and {free_bytes / 1e9:,.2f} GB are free"
+            f"it needs {needed_bytes / 1e9:,.2f} GB of {where} ({weights_bytes / 1e9:,.2f} for its weights, the rest "
+            f"to compute a request), and {free_bytes / 1e9:,.2f} GB are free"
         )
         self.needed_bytes, self.free_bytes = needed_bytes, free_bytes
 
@@ -79,6 +80,8 @@ def check_files(folder: Path) -> None:
     """
     if (folder / "adapter_config.json").exists():
         raise UnsupportedError("it is an adapter for another model, not a whole one")
+    if gguf_file(folder) is not None:
+        return  # it holds the configuration, too
     if not (folder / "config.json").is_file():
         raise NoModelError(f"{folder} has no config.json")
     config = read_json(folder / "config.json")
@@ -141,6 +144,19 @@ def _read_json(path: Path) -> Any:
     return content
 
 
+def gguf_file(folder: Path) -> Path | None:
+    """Return the GGUF file of a folder without other weights; None where there is none.
+
+    Raises: LoadError: there are several, of which one would have to be chosen.
+    """
+    if (folder / WEIGHTS).exists() or (folder / INDEX).exists():
+        return None
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) > 1:
+        raise LoadError(f"it has {len(files)} GGUF files; keep the one to load, or take the model's safetensors")
+    return files[0] if files else None
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Return the files that hold the weights, as the index names them where there is one.
 
@@ -149,8 +165,6 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
-        if any(folder.glob("*.gguf")):
-            raise UnsupportedError("its weights are a GGUF file, which is not read; take the model's safetensors")
         if any(folder.glob("*.safetensors")):
             raise LoadError(f"it has neither {WEIGHTS} nor {INDEX}")
         raise UnsupportedError("it has no weights in the safetensors format, and no other is read")

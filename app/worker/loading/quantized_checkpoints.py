@@ -1,18 +1,21 @@
 """Quantized models: what a checkpoint needs that was saved quantized, and bitsandbytes for one that was not."""
 
+import importlib
 import importlib.util
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import BitsAndBytesConfig
 
-from app.worker.loading.model_files import UnsupportedError
+from app.worker.loading.model_files import LoadError, UnsupportedError
 
 PACKAGES: Mapping[str, Mapping[str, str]] = {
     "awq": {"gptqmodel": "gptqmodel", "accelerate": "accelerate"},
     "bitsandbytes": {"bitsandbytes": "bitsandbytes", "accelerate": "accelerate"},
     "compressed-tensors": {"compressed_tensors": "compressed-tensors"},
     "fp8": {"accelerate": "accelerate"},
+    "gguf": {"gguf": "gguf"},
     "gptq": {"gptqmodel": "gptqmodel", "optimum": "optimum"},
     "hqq": {"hqq": "hqq", "accelerate": "accelerate"},
     "mxfp4": {"accelerate": "accelerate", "kernels": "kernels"},
@@ -51,6 +54,20 @@ def check_method(method: str, device: str) -> None:
     if lacking:
         names = " and ".join(lacking)
         raise UnsupportedError(f"its quantization {method} needs {names}, not installed here (pip install {names})")
+
+
+def gguf_numbers(path: Path) -> int:
+    """Return how many numbers the tensors of a GGUF file have together.
+
+    Raises: UnsupportedError: the package that reads it is missing; LoadError: it is damaged.
+    """
+    check_method("gguf", "cpu")
+    # By its name: the package is optional, and has no types.
+    gguf = importlib.import_module("gguf")
+    try:
+        return sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(str(path)).tensors)
+    except Exception as error:
+        raise LoadError(f"{path.name}: is damaged or incomplete ({type(error).__name__})") from error
 
 
 def bitsandbytes_config(setting: str, dtype: Any) -> BitsAndBytesConfig | None:

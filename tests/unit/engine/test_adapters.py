@@ -338,15 +338,6 @@ async def test_the_adapters_of_a_model_go_with_it(tokenizer, tmp_path):
             await it.read(named("1", model="mine"))
 
 
-async def test_a_model_that_is_replaced_takes_its_adapters_with_it(tokenizer, tmp_path):
-    """They were made for its weights, and the new one's worker has none of them."""
-    async with hosted(tokenizer, tmp_path) as it:
-        await it.load("mine", "a")
-        old = it.host.switch(structs_replaced(serve("base", EchoEngine()), None))
-
-        assert (old.name, it.host.adapter_names) == ("base", ())
-
-
 async def test_no_model_gets_the_name_of_an_adapter(tokenizer, tmp_path):
     """Its requests would reach the adapter."""
     async with hosted(tokenizer, tmp_path) as it:

@@ -26,6 +26,7 @@ from app.ipc.messages import (
 )
 from app.ipc.worker_process import worker_environment
 from app.types import SamplingParams
+from app.worker.adapters import AdapterLoader
 from app.worker.embedding.embedding_runner import EmbeddingRunner
 from app.worker.embedding.encoder import pad_right
 from app.worker.embedding.pooling import Head
@@ -91,6 +92,7 @@ class CountingRunner:
     def __init__(self) -> None:
         self.waiting: list[Submit] = []
         self.cancelled: set[int] = set()
+        self.adapters: list[str] = []
 
     @property
     def busy(self) -> bool:
@@ -114,10 +116,11 @@ class CountingRunner:
         exchange([TokenEvent(request.id, finish="length")])
 
     def add_adapter(self, adapter: LoraAdapter) -> None:
-        raise NotImplementedError
+        self.adapters.append(adapter.digest)
 
     def remove_adapter(self, digest: str) -> None:
-        raise NotImplementedError
+        if digest in self.adapters:
+            self.adapters.remove(digest)
 
 
 class LengthEncoder:
@@ -137,13 +140,18 @@ class LengthEncoder:
 class Loop:
     """A worker's loop in a thread, and the parent's end of its socket."""
 
-    def __init__(self, runner: CountingRunner | None = None, embedder: EmbeddingRunner | None = None) -> None:
+    def __init__(
+        self,
+        runner: CountingRunner | None = None,
+        embedder: EmbeddingRunner | None = None,
+        adapters: AdapterLoader | None = None,
+    ) -> None:
         self.context = zmq.Context()
         self.socket = self.context.socket(zmq.PAIR)
         self.socket.bind("inproc://channel")
         self.theirs = self.context.socket(zmq.PAIR)
         self.theirs.connect("inproc://channel")
-        self.thread = threading.Thread(target=Worker(self.theirs, runner, embedder).run)
+        self.thread = threading.Thread(target=Worker(self.theirs, runner, embedder, adapters).run)
         self.thread.start()
 
     def send(self, message: ToWorker) -> None:
@@ -164,8 +172,12 @@ class Loop:
 
 
 @contextmanager
-def running(runner: CountingRunner | None = None, embedder: EmbeddingRunner | None = None) -> Iterator[Loop]:
-    loop = Loop(runner, embedder)
+def running(
+    runner: CountingRunner | None = None,
+    embedder: EmbeddingRunner | None = None,
+    adapters: AdapterLoader | None = None,
+) -> Iterator[Loop]:
+    loop = Loop(runner, embedder, adapters)
     yield loop
     loop.send(Shutdown())
     loop.thread.join(10)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, MambaConfig
 
 from app.worker.loading import memory_check
 from app.worker.loading.load_failure import load_failure
-from app.worker.loading.memory_check import check_memory, weights_bytes
+from app.worker.loading.memory_check import check_memory, kv_bytes_per_token, weights_bytes
 from app.worker.loading.model_files import LoadError, NoMemoryError, NoModelError, UnsupportedError
 from tests.unit.tiny_models import save_tiny_llama
 
@@ -31,8 +32,29 @@ def test_a_model_that_does_not_fit_says_what_it_needs_and_what_is_free(tmp_path:
         check_memory(save_weights(tmp_path, "F32", 10**9, 4), "auto", "cpu")
     sent = load_failure(failure.value)
 
-    assert ("no_memory", 4 * 10**9, 10**9) == (sent.reason, sent.needed_bytes, sent.free_bytes)
-    assert "it needs 4.00 GB of memory for its weights, and 1.00 GB are free" in sent.message
+    assert ("no_memory", 4.2 * 10**9, 10**9) == (sent.reason, sent.needed_bytes, sent.free_bytes)
+    assert "it needs 4.20 GB of memory (4.00 for its weights, the rest to compute a request)" in sent.message
+    assert "and 1.00 GB are free" in sent.message
+
+
+def test_what_a_request_needs_beside_the_weights_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One slot of the KV cache, which may have 0.4 of what the weights leave on a processor, and a margin."""
+    folder = save_weights(tmp_path, "F32", 1000, 4)
+    config = LlamaConfig(num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, hidden_size=64)
+    assert 2 * 4 * 2 * 8 * 4 == kv_bytes_per_token(config, torch.float32)
+    assert 2 * 4 * 2 * 8 * 2 == kv_bytes_per_token(config, torch.bfloat16)
+    assert 0 == kv_bytes_per_token(None, torch.float32)
+    assert 0 == kv_bytes_per_token(MambaConfig(), torch.float32)
+
+    def needed(context_length: int) -> int:
+        with pytest.raises(NoMemoryError) as failure:
+            check_memory(folder, "auto", "cpu", config=config, context_length=context_length)
+        return failure.value.needed_bytes
+
+    config.dtype = torch.float32
+    monkeypatch.setattr(memory_check, "free_bytes", lambda device: 4000)
+    assert 4200 + int(512 * 100 / 0.4) == needed(100)
+    assert 4200 + int(512 * 2048 / 0.4) == needed(10**6)
 
 
 def test_a_model_that_fits_passes(tmp_path: Path):

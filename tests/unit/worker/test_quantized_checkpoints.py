@@ -123,8 +123,18 @@ def test_the_settings_of_bitsandbytes_are_its_two_kinds():
     assert bitsandbytes_config("int8", torch.float32) is None
 
 
-def test_a_gguf_file_is_refused_by_name(tmp_path: Path):
+def test_a_gguf_file_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Which is named; with it transformers makes ordinary weights of the file."""
+    monkeypatch.setattr(quantized_checkpoints, "_is_installed", lambda module: False)
     folder = save_tiny_llama(tmp_path)
     (folder / "model.safetensors").rename(folder / "model-Q4_K_M.gguf")
-    with pytest.raises(LoadError, match="GGUF"):
+    with pytest.raises(UnsupportedError, match=r"needs gguf, not installed here \(pip install gguf\)"):
+        load_folder(folder)
+
+
+def test_of_several_gguf_files_none_is_chosen(tmp_path: Path):
+    folder = save_tiny_llama(tmp_path)
+    (folder / "model.safetensors").rename(folder / "model-Q4_K_M.gguf")
+    (folder / "model-Q8_0.gguf").touch()
+    with pytest.raises(LoadError, match="2 GGUF files"):
         load_folder(folder)

@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, StringConstraints
 from app.errors import InvalidRequest
 from app.types import Grammar
 from app.web.http.json_body import StrictModel
-from app.web.http.sampling_params import SessionId, TokenCount, split_params
+from app.web.http.sampling_params import AdapterField, SessionId, TokenCount, split_params
 from app.web.http.structured_output import ANY_OBJECT, json_grammar
 from app.web.http.template_kwargs import ReasoningEffort
 from app.web.http.tool_definitions import MAX_TOOLS, FunctionDefinition, ToolChoiceField, tool_fields
@@ -118,6 +118,7 @@ class ResponseRequest(StrictModel):
 
     input: Annotated[_Items, BeforeValidator(_as_items, json_schema_input_type=_Text | _Items)]
     model: Name | None = None
+    adapter: AdapterField = None
     instructions: str | None = Field(None, description="A system message of this response only.")
     max_output_tokens: TokenCount | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None

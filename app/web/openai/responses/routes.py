@@ -117,7 +117,7 @@ async def create_response(body: ResponseRequest, context: RequestContextDep) -> 
     body.check()
     conversation = await _conversation(body, context)
     request = _request(body, context, conversation)
-    info = context.model_info(body.model)
+    info = context.model_info(body.model, body.adapter)
     builder = ResponseBuilder(
         f"resp_{uuid4().hex}",
         described(body, model=info.model, stored=conversation.store is not None),
@@ -229,6 +229,7 @@ def _request(body: ResponseRequest, context: RequestContext, conversation: _Conv
         session_id=body.session_id,
         use_recommended=True,
         model=body.model,
+        adapter=body.adapter,
         cache=context.may_cache,
         cache_random=False,
         stream=bool(body.stream),
