@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-MAX_TOGETHER = 8
+MAX_SHARED_TOKENS = 8
 """Single tokens of one adapter that share a product with those of other adapters, each of which is computed as often as
 the one that has most; more are computed by themselves."""
 MIN_RANK = 8
@@ -91,14 +91,14 @@ class _Part:
 class _Reduction:
     """The first half of what adapters add to layers that may read the same input, for one part of the batch."""
 
-    def __init__(self, down: Tensor, ranks: Sequence[int], part: _Part) -> None:
+    def __init__(self, down: Tensor, ranks: list[int], part: _Part) -> None:
         """Args: down: (adapters, ranks of all these layers, inputs)"""
         self._down = down.mT
         self._ranks = ranks
         self._part = part
         self._shape = part.count, part.each, down.shape[2]
         self._buffer = down.new_empty((part.count, part.each, sum(ranks))) if part.each >= 0 else None
-        self._reduced: Sequence[Tensor] = () if self._buffer is None else self._buffer.split(ranks, -1)
+        self._reduced: Sequence[Tensor] = () if self._buffer is None else torch.split(self._buffer, ranks, -1)
         self._input: Tensor | None = None
 
     def reduce(self, x: Tensor) -> Sequence[Tensor]:
@@ -106,7 +106,7 @@ class _Reduction:
         if self._input is not x:
             rows = self._part.rows_of(x if x.is_contiguous() else x.contiguous(), self._shape).to(self._down.dtype)
             if self._buffer is None:
-                self._reduced = torch.bmm(rows, self._down).split(self._ranks, -1)
+                self._reduced = torch.split(torch.bmm(rows, self._down), self._ranks, -1)
             else:
                 torch.bmm(rows, self._down, out=self._buffer)
             self._input = x
@@ -148,7 +148,7 @@ class _StackedLayers(NamedTuple):
     """What several adapters add to layers that may read the same input; zeros where an adapter leaves one alone."""
 
     paths: Sequence[str]
-    ranks: Sequence[int]
+    ranks: list[int]
     down: Tensor
     """(adapters, ranks of all layers, inputs)"""
     ups: Sequence[Tensor]
@@ -211,7 +211,7 @@ class LoraStack:
         ups = [
             down.new_zeros((len(down), rank, len(layer[0].up.T))) for rank, layer in zip(ranks, present, strict=True)
         ]
-        for layer, up, part in zip(each, ups, down.split(ranks, 1), strict=True):
+        for layer, up, part in zip(each, ups, torch.split(down, ranks, 1), strict=True):
             for number, weights in enumerate(layer):
                 if weights is not None:
                     part[number, : len(weights.down)] = weights.down
@@ -317,7 +317,7 @@ def _runs(singles: Mapping[int, Sequence[int]]) -> list[list[int]]:
     runs: list[list[int]] = []
     shared = False
     for index in sorted(singles):
-        few = len(singles[index]) <= MAX_TOGETHER
+        few = len(singles[index]) <= MAX_SHARED_TOKENS
         if shared and few and runs[-1][-1] == index - 1:
             runs[-1].append(index)
         else:
