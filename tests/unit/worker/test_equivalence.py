@@ -201,7 +201,7 @@ def test_float32_models_are_compared_in_one_pass_of_each_kind(monkeypatch: pytes
     assert 0 == create_torch_runner(make(FAMILIES["llama"]), length=CONTEXT, slots=2, free_bytes=FREE).noise
 
 
-@pytest.mark.parametrize(("noise", "share", "is_equal"), [(0, 0.1, False), (0.1, 0.1, True), (9, 0.4, False)])
+@pytest.mark.parametrize(("noise", "share", "is_equal"), [(0, 0.1, False), (0.1, 0.1, True), (9, 0.6, False)])
 def test_another_way_of_execution_may_be_as_far_off_as_rounding_and_no_farther(
     noise: float, share: float, is_equal: bool
 ) -> None:
