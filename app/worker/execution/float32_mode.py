@@ -28,7 +28,7 @@ class Float32Mode(TorchFunctionMode):
     """Lets torch compute in float32 wherever a model computes in 16 bits."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._buffer = torch.empty(0)
 
     def __torch_function__(
