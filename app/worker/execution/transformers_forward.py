@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 from app.ipc.messages import Compiled
 from app.worker.execution.base import UnsupportedModelError
 from app.worker.execution.kv_cache import KVCache
-from app.worker.execution.lora import LoraAdapter, LoraHooks
+from app.worker.execution.lora import LoraAdapter, LoraLayers
 from app.worker.execution.packed_batch import PackedBatch
 
 ATTENTION = "kv cache slots"
@@ -30,7 +30,7 @@ class TransformersForward:
         """Switch the model's attention to the KV cache."""
         self.model = model
         self.cache = cache
-        self._lora = LoraHooks(model)
+        self._lora = LoraLayers(model)
         model.set_attn_implementation(ATTENTION)
 
     def forward(self, batch: PackedBatch) -> Tensor:

@@ -21,7 +21,8 @@ from app.worker.execution.native.attention import NativeAttention
 from app.worker.execution.native.native_build import CompileError
 from app.worker.execution.native.native_executors import NativeAttentionExecutor
 from app.worker.execution.packed_batch import Segment
-from app.worker.execution.torch.torch_executor import create_torch_runner, torch_runner
+from app.worker.execution.torch.equivalence import torch_runner
+from app.worker.execution.torch.torch_executor import create_torch_runner
 from tests.unit.worker.families import CONTEXT, FAMILIES, VOCABULARY, make
 
 LENGTH = 200

@@ -21,7 +21,8 @@ from app.worker.execution.native.native_executors import NativeDecoderExecutor
 from app.worker.execution.native.packed_linear import NativeLinear
 from app.worker.execution.packed_batch import Segment
 from app.worker.execution.quantization import quantize_linears, round_to_int8
-from app.worker.execution.torch.torch_executor import create_torch_runner, torch_runner
+from app.worker.execution.torch.equivalence import torch_runner
+from app.worker.execution.torch.torch_executor import create_torch_runner
 from tests.unit.worker.families import CONTEXT, FAMILIES, VOCABULARY, make
 
 pytestmark = pytest.mark.usefixtures("compiler")

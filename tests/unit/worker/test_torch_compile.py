@@ -17,7 +17,7 @@ from app.worker.execution.executor_selection import install_verified
 from app.worker.execution.model_runner import ModelRunner
 from app.worker.execution.native import native_build
 from app.worker.execution.packed_batch import Segment
-from app.worker.execution.torch.torch_executor import torch_runner
+from app.worker.execution.torch.equivalence import torch_runner
 from app.worker.loading.loader import load
 from app.worker.loading.model_files import LoadError
 from app.worker.process import Runner, make_runner

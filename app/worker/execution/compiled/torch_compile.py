@@ -79,7 +79,7 @@ class TorchCompileExecutor:
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Compute a batch and return the logits of the wanted tokens, (wanted, vocab)."""
-        # Compiled code would skip the hooks: a batch with adapters runs the layers as they were.
+        # Compiled code would skip what adapters add: a batch with adapters runs the layers as they were.
         with torch.compiler.set_stance("force_eager") if batch.adapters else nullcontext():
             return self._inner.forward(batch)
 

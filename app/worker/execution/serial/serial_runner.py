@@ -24,7 +24,7 @@ from transformers import (
 
 from app.ipc.messages import Exchange, Submit, TokenEvent
 from app.types import SamplingParams, TokenLogprob
-from app.worker.execution.lora import AdapterSpan, LoraAdapter, LoraHooks
+from app.worker.execution.lora import AdapterSpan, LoraAdapter, LoraLayers
 from app.worker.execution.serial.raw_logits import LastLogits, score_prompt
 from app.worker.loaded_model import LoadedModel
 from app.worker.sampling.grammar import Compilation, Grammars, RowGrammar, apply_grammars
@@ -60,7 +60,7 @@ class SerialRunner:
     def __init__(self, loaded: LoadedModel) -> None:
         self._model = loaded
         self._adapters: dict[str, LoraAdapter] = {}
-        self._lora = LoraHooks(loaded.pipeline.model)
+        self._lora = LoraLayers(loaded.pipeline.model)
         self._grammars = None if loaded.vocabulary is None else Grammars(loaded.vocabulary, loaded.end_ids)
         self._compilations: dict[int, Compilation] = {}
         """Of the waiting requests that have a grammar."""

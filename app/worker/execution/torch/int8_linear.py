@@ -5,6 +5,8 @@ others 2022 without their outlier columns), so that a token's output does not de
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,6 +39,10 @@ class Int8Linear(nn.Module):
         out = self._weights.multiply(scaled, 1 / self._steps, self._steps + 1)
         out *= peaks
         return self._with_bias(out, x)
+
+    def with_exact_inputs(self, x: Tensor) -> Tensor:
+        """Multiply the same rounded weights with activations that are not rounded, in float32."""
+        return self._with_bias(functional.linear(x.float(), self._weights.dequantized()), x)
 
     def in_floats(self, x: Tensor) -> Tensor:
         """Compute the same without integers, slowly."""
@@ -78,3 +84,16 @@ def int8_linear(linear: nn.Linear) -> Int8Linear:
 def has_integer_linears(model: Any) -> bool:
     """Return whether a model computes in integers, where a last-bit difference can become 1 %."""
     return any(isinstance(module, Int8Linear) for module in model.modules())
+
+
+@contextmanager
+def float_linears(model: Any) -> Iterator[None]:
+    """Let a model's integer layers compute in floats, so that no last-bit difference becomes 1 %."""
+    layers = [module for module in model.modules() if isinstance(module, Int8Linear)]
+    try:
+        for layer in layers:
+            vars(layer)["forward"] = layer.with_exact_inputs
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
