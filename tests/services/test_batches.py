@@ -14,7 +14,18 @@ from app.access.batch_lines import BatchLines
 from app.access.batches import BatchStore
 from app.access.database import Database
 from app.access.files import FileStore
-from app.batches import Batch, BatchError, BatchStatus, InputLine, LineResult, NewBatch, NewFile, Page, StoredFile
+from app.batches import (
+    Batch,
+    BatchError,
+    BatchStatus,
+    BatchUsage,
+    InputLine,
+    LineResult,
+    NewBatch,
+    NewFile,
+    Page,
+    StoredFile,
+)
 from app.errors import BatchNotFound, Conflict, FileNotFound, InvalidRequest, StorageExceeded
 from app.types import Tenant
 
