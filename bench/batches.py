@@ -148,31 +148,31 @@ def measure_beside(port: int, requests: int, draw: random.Random, lines: int) ->
 
 
 def run(arguments: argparse.Namespace, port: int) -> tuple[Figures, Figures]:
-    """Return the medians alone and beside a batch."""
+    """Return the medians baseline and beside a batch."""
     draw = random.Random(0)
-    alone, beside = list[Figures](), list[Figures]()
+    baseline, beside = list[Figures](), list[Figures]()
     measure(port, 3, draw)
     for number in range(arguments.rounds):
-        alone.append(measure(port, arguments.requests, draw))
+        baseline.append(measure(port, arguments.requests, draw))
         beside.append(measure_beside(port, arguments.requests, draw, arguments.lines))
         print(
-            f"round {number + 1}: {alone[-1].total_ms:.0f} ms alone, {beside[-1].total_ms:.0f} ms beside the batch",
+            f"round {number + 1}: {baseline[-1].total_ms:.0f} ms baseline, {beside[-1].total_ms:.0f} ms beside the batch",
             file=sys.stderr,
             flush=True,
         )
-    return Figures.median(alone), Figures.median(beside)
+    return Figures.median(baseline), Figures.median(beside)
 
 
-def as_markdown(alone: Figures, beside: Figures) -> str:
+def as_markdown(baseline: Figures, beside: Figures) -> str:
     """Return the table, and whether the target is met."""
     rows = [
-        ("whole response, ms", alone.total_ms, beside.total_ms),
-        ("first token, ms", alone.first_token_ms, beside.first_token_ms),
-        ("between tokens, ms", alone.between_ms, beside.between_ms),
+        ("whole response, ms", baseline.total_ms, beside.total_ms),
+        ("first token, ms", baseline.first_token_ms, beside.first_token_ms),
+        ("between tokens, ms", baseline.between_ms, beside.between_ms),
     ]
-    lines = ["| a live request | alone | beside a batch | ratio |", "|---|---|---|---|"]
+    lines = ["| a live request | baseline | beside a batch | ratio |", "|---|---|---|---|"]
     lines += [f"| {name} | {one:.1f} | {other:.1f} | {other / one:.2f} |" for name, one, other in rows]
-    ratio = beside.total_ms / alone.total_ms
+    ratio = beside.total_ms / baseline.total_ms
     verdict = "met" if ratio <= TARGET else "missed"
     lines += ["", f"Target {TARGET}: {verdict}.  The batch answered {beside.lines_per_second:.1f} lines/s meanwhile."]
     return "\n".join(lines)
@@ -203,8 +203,8 @@ def main() -> None:
         settings = {"MODEL__NAME": str(model), "MODEL__SOURCE": "local", "MODEL__SPARE_WORKER": "false", **DEADLINES}
         environment = our_environment(folder, settings)
         with serving(our_command(port), port, environment, "/readyz", folder / "service.log"):
-            alone, beside = run(arguments, port)
-    print(f"{machine.describe()}\n\n{as_markdown(alone, beside)}")
+            baseline, beside = run(arguments, port)
+    print(f"{machine.describe()}\n\n{as_markdown(baseline, beside)}")
 
 
 if __name__ == "__main__":

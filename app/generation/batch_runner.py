@@ -276,8 +276,8 @@ class BatchRunner:
         return False
 
     def _output_lifetime(self, batch: Batch) -> timedelta:
-        kept = timedelta(days=self._config.retention_days)
-        return kept if batch.output_lifetime is None else min(kept, timedelta(seconds=batch.output_lifetime))
+        retention = timedelta(days=self._config.retention_days)
+        return retention if batch.output_lifetime is None else min(retention, timedelta(seconds=batch.output_lifetime))
 
     async def _give_up(self, routes: LineRoutes, batch: Batch) -> None:
         while lines := await self._lines.unanswered(batch.id, GIVEN_UP_AT_ONCE):
