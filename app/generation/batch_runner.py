@@ -174,10 +174,10 @@ class BatchRunner:
                 self._woken.clear()
                 wait = POLL_SECONDS
                 try:
-                    await self._count()
                     if self._can_run():
                         await self._validate_next()
                         await self._start_lines(routes, group)
+                    await self._count()
                 except Exception as error:  # noqa: BLE001  # the next turn may do better
                     _report(error)
                     wait = RETRY_SECONDS

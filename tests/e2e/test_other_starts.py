@@ -20,13 +20,13 @@ pytestmark = pytest.mark.e2e
 @contextmanager
 def uvicorn(folder: Path, *arguments: str, **settings: str) -> Iterator[tuple[str, Path, subprocess.Popen[str]]]:
     """Run `uvicorn app.main:app` in a folder, and yield its address, its log and its process."""
-    with started(folder, ["-m", "uvicorn", "app.main:app", *arguments], **settings) as service:
+    with started(folder, ["-m", "uvicorn", "app.main:app", *arguments], None, **settings) as service:
         yield service
 
 
 @contextmanager
 def started(
-    folder: Path, arguments: list[str], cwd: Path | None = None, **settings: str
+    folder: Path, arguments: list[str], cwd: Path | None, **settings: str
 ) -> Iterator[tuple[str, Path, subprocess.Popen[str]]]:
     """Run Python with these arguments, and a port."""
     port, log = free_port(), folder / "log"

@@ -129,7 +129,10 @@ async def test_openais_client_pages_through_batches(tmp_path: Path):
         file = await client.files.create(file=("in.jsonl", lines_of([chat()])), purpose="batch")
         for number in range(5):
             await client.batches.create(
-                input_file_id=file.id, endpoint=CHAT, completion_window="24h", metadata={"number": str(number)}
+                input_file_id=file.id,
+                endpoint="/v1/chat/completions",
+                completion_window="24h",
+                metadata={"number": str(number)},
             )
         found = [each.metadata async for each in client.batches.list(limit=2)]
     assert [{"number": str(number)} for number in (4, 3, 2, 1, 0)] == found
