@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, WithJsonSchema
 from starlette.responses import Response as HttpResponse
 from typing_extensions import TypedDict
 
@@ -55,6 +55,10 @@ class OutputExpiresAfter(StrictModel):
     """From their creation, which is the end of the batch."""
 
 
+# Written out: a reference inside of the schema of a body leads nowhere in the document of all routes.
+_EXPIRES_SCHEMA = {"anyOf": [OutputExpiresAfter.model_json_schema(), {"type": "null"}], "default": None}
+
+
 class BatchRequest(StrictModel):
     """OpenAI's fields."""
 
@@ -62,7 +66,7 @@ class BatchRequest(StrictModel):
     endpoint: Endpoint
     completion_window: Literal["24h"]
     metadata: Metadata = None
-    output_expires_after: OutputExpiresAfter | None = None
+    output_expires_after: Annotated[OutputExpiresAfter | None, WithJsonSchema(_EXPIRES_SCHEMA)] = None
 
 
 _BODY = {
