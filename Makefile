@@ -161,7 +161,9 @@ lock: $(POETRY) ## Renew poetry.lock, constraints.txt and requirements.txt after
 	{ echo "# Made from poetry.lock by \`make lock\`: not to be edited."; \
 	  $(POETRY) export --format constraints.txt --all-extras --without-hashes --without-urls; } > constraints.txt.new && \
 	mv constraints.txt.new constraints.txt && \
-	{ echo "# Made from poetry.lock by \`make lock\`: not to be edited."; \
-	  $(POETRY) export --format requirements.txt --without-hashes --without-urls; } > requirements.txt.new && \
+	{ echo "# Made from poetry.lock by \`make lock\`: not to be edited.  torch asks for the CUDA libraries itself where it needs them."; \
+	  echo "-c constraints.txt"; \
+	  $(POETRY) export --format requirements.txt --without-hashes --without-urls | grep -Ev '^(nvidia-|cuda-|triton==)'; } \
+		> requirements.txt.new && \
 	mv requirements.txt.new requirements.txt
 	@.cache/poetry/bin/python scripts/check_lock.py

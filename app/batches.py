@@ -1,5 +1,6 @@
 """Files and batches: requests that a caller sends in a file, and that are answered when nobody else needs the model."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -61,6 +62,18 @@ class BatchError:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BatchUsage:
+    """Tokens of the responses of a batch, as its routes counted them."""
+
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    """Of the input, what was in the KV cache."""
+    output_tokens: int = 0
+    reasoning_tokens: int = 0
+    """Of the output."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """A batch as its owner sees it."""
 
@@ -85,6 +98,11 @@ class Batch:
     total: int = 0
     completed: int = 0
     failed: int = 0
+    model: str | None = None
+    """Of the first response."""
+    usage: BatchUsage = BatchUsage()
+    output_lifetime: int | None = None
+    """Seconds after which what it writes expires; None: when its retention ends."""
     output_file_id: str | None = None
     error_file_id: str | None = None
 
@@ -100,6 +118,7 @@ class NewBatch:
     completion_window: str
     metadata: dict[str, str] | None
     expires: datetime
+    output_lifetime: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +151,19 @@ class LineResult:
     content: bytes
     failed: bool = False
     """Whether it belongs in the error file."""
+    model: str | None = None
+    """The model that responded, where one did."""
+    usage: BatchUsage = BatchUsage()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchCounts:
+    """What the store holds of batches, all tenants together."""
+
+    batches: Mapping[str, int]
+    """By status."""
+    lines: Mapping[str, int]
+    """`waiting` and `running` ones of batches in progress; `completed` and `failed` ones of all that are kept."""
 
 
 @dataclass(frozen=True, slots=True)

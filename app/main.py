@@ -133,7 +133,7 @@ def create_app(
         registered=registered,
         sessions=history.sessions,
         responses=history.responses,
-        batches=_batch_runner(settings, access, host) if settings.batches.enabled else None,
+        batches=_batch_runner(settings, access, host, metrics) if settings.batches.enabled else None,
         keys=keys or access.authenticator,
         access=access,
         admission=admission,
@@ -305,7 +305,7 @@ def _access(settings: Settings, filters: Filters, metrics: Metrics) -> AccessCon
     )
 
 
-def _batch_runner(settings: Settings, access: AccessControl, host: ModelHost) -> BatchRunner:
+def _batch_runner(settings: Settings, access: AccessControl, host: ModelHost, metrics: Metrics) -> BatchRunner:
     def ready() -> list[Served]:
         return [model for model in host.models if model.engine.status().state is EngineState.READY]
 
@@ -314,7 +314,7 @@ def _batch_runner(settings: Settings, access: AccessControl, host: ModelHost) ->
         ordered = all(model.engine.info.capabilities.priority for model in ready())
         return settings.batches.parallel_lines if ordered else 1
 
-    return BatchRunner(
+    runner = BatchRunner(
         access.batches,
         access.batch_lines,
         content=lambda batch: access.files.content(batch.tenant, batch.input_file_id),
@@ -323,6 +323,8 @@ def _batch_runner(settings: Settings, access: AccessControl, host: ModelHost) ->
         can_run=lambda: not host.draining and bool(ready()),
         config=settings.batches,
     )
+    metrics.watch_batches(lambda: runner.counts.batches, lambda: runner.counts.lines)
+    return runner
 
 
 def _usage_recorder(settings: Settings, access: AccessControl) -> UsageRecorder:

@@ -85,6 +85,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     truncate_prompt: Annotated[int | None, HARMLESS] = None
     """Tokens that the prompt may have; what is over goes from its beginning, of a chat by whole turns.  0 allows what
     the context window does; None refuses a prompt that is too long.  What is left of it stands in `prompt_ids`."""
+    most_prompt_tokens: Annotated[int | None, HARMLESS] = None
+    """Tokens that a plain prompt may have; a longer one is refused, whatever the context window takes."""
     reasoning_effort: str | None = None
     """How long the model is to think, in OpenAI's words; becomes a variable of the template where that has one."""
     sampling: SamplingParams = SamplingParams()

@@ -101,10 +101,10 @@ class Ours(Peer):
         return our_environment(setup.folder, {**_thread_settings(setup), **settings, **DEADLINES})
 
     def completion(self, setup: Setup, prompt: str, max_tokens: int) -> Post:
-        return self._post("/v1/generate", {"prompt": prompt}, max_tokens)
+        return self.post("/v1/generate", {"prompt": prompt}, max_tokens)
 
     def chat(self, setup: Setup, session: str, turns: Sequence[Message], max_tokens: int) -> Post:
-        return self._post("/v1/chat", {"session_id": session, "messages": turns[-1:]}, max_tokens)
+        return self.post("/v1/chat", {"session_id": session, "messages": turns[-1:]}, max_tokens)
 
     def parse(self, name: str, data: str) -> StreamEvent:
         payload = json.loads(data)
@@ -115,7 +115,8 @@ class Ours(Peer):
                 return StreamEvent(usage=_usage(payload["usage"]))
         return StreamEvent(error=data)
 
-    def _post(self, path: str, fields: Mapping[str, Any], max_tokens: int) -> Post:
+    def post(self, path: str, fields: Mapping[str, Any], max_tokens: int) -> Post:
+        """Return a greedy, streamed request."""
         sampling = {"max_tokens": max_tokens, "temperature": 0, "stream": True, "cache": False, "ignore_eos": True}
         return Post(path, {**fields, **sampling}, {"X-API-Key": KEY})
 

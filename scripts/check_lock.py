@@ -15,6 +15,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+CONSTRAINED = "-c constraints.txt"
+"""The line of requirements.txt that leaves what it does not name to constraints.txt."""
+CUDA = re.compile(r"(nvidia|cuda)-.*|triton")
+"""Packages that torch asks for itself where its wheel is one with CUDA; named in requirements.txt, they would be
+installed on machines without a GPU too."""
 PIN = re.compile(r"(?P<name>[a-z0-9-]+)==(?P<version>[^\s;]+)(\s*;.*)?")
 
 
@@ -66,7 +71,12 @@ def problems(pyproject: dict[str, Any], lock: dict[str, Any], constraints: str, 
 
     found += _differences("constraints.txt", constraints, locked)
     needed = {(p["name"], p["version"]) for p in lock["package"] if "main" in p["groups"] and not p["optional"]}
-    found += _differences("requirements.txt", requirements, needed)
+    needed = {(name, version) for name, version in needed if not CUDA.fullmatch(name)}
+    lines = requirements.splitlines()
+    if CONSTRAINED not in lines:
+        found.append(f"requirements.txt lacks the line {CONSTRAINED}")
+    pinned = "\n".join(line for line in lines if line != CONSTRAINED)
+    found += _differences("requirements.txt", pinned, needed)
     return found
 
 

@@ -5,11 +5,12 @@ result is stored only by the process that holds the claim, so no line has two.
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-from sqlalchemy import Connection, and_, insert, or_, select, update
+from sqlalchemy import Connection, and_, func, insert, or_, select, update
 
 from app.access import tables
 from app.access.database import Database
@@ -103,8 +104,9 @@ def _store(connection: Connection, *, line: ClaimedLine, owner: str, result: Lin
     if connection.execute(update(_lines).where(_claimed(line, owner)).values(_ended(result))).rowcount == 0:
         return False
     counter = _batches.c.failed if result.failed else _batches.c.completed
-    counted = update(_batches).where(_batches.c.id == line.batch_id).values({counter: counter + 1})
-    connection.execute(counted)
+    values = {counter: counter + 1, _batches.c.model: func.coalesce(_batches.c.model, result.model)}
+    values |= {_batches.c[name]: _batches.c[name] + count for name, count in asdict(result.usage).items()}
+    connection.execute(update(_batches).where(_batches.c.id == line.batch_id).values(values))
     return True
 
 

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from app.access import tables
 from app.access.database import Database
 from app.access.files import paged
-from app.batches import Batch, BatchError, BatchStatus, NewBatch, Page, dumped
+from app.batches import Batch, BatchCounts, BatchError, BatchStatus, BatchUsage, NewBatch, Page, dumped
 from app.errors import BatchNotFound, Conflict
 from app.types import Tenant
 
@@ -36,6 +36,7 @@ class BatchStore:
         """Store a batch whose file is still to be validated."""
         values = {name: getattr(new, name) for name in "key_id endpoint input_file_id completion_window".split()}
         values |= {"id": f"batch_{uuid4().hex}", "tenant": str(new.tenant), "labels": new.metadata, "errors": []}
+        values |= {"output_lifetime": new.output_lifetime}
         values |= {"status": BatchStatus.VALIDATING, "created": datetime.now(UTC), "expires": new.expires}
         async with self._db.begin() as connection:
             await connection.execute(insert(_batches).values(**values, total=0, completed=0, failed=0))
@@ -63,6 +64,21 @@ class BatchStore:
         own = (_batches.c.tenant == str(tenant)) & _batches.c.status.in_((BatchStatus.VALIDATING, *_ACTIVE))
         async with self._db.read() as connection:
             return int(await connection.scalar(select(func.count()).select_from(_batches).where(own)) or 0)
+
+    async def counts(self) -> BatchCounts:
+        """Return how many batches and lines there are, of all tenants."""
+        figures = [func.count(), *(func.sum(_batches.c[name]) for name in ("total", "completed", "failed"))]
+        by_status = select(_batches.c.status, *figures).group_by(_batches.c.status)
+        running = select(func.count()).select_from(_lines.join(_batches, _batches.c.id == _lines.c.batch_id))
+        running = running.where(_batches.c.status == BatchStatus.IN_PROGRESS, _lines.c.state == "running")
+        async with self._db.read() as connection:
+            rows = (await connection.execute(by_status)).all()
+            answering = int(await connection.scalar(running) or 0)
+        completed, failed = (sum(int(row[column]) for row in rows) for column in (3, 4))
+        left = sum(int(row[2] - row[3] - row[4]) for row in rows if row[0] == BatchStatus.IN_PROGRESS)
+        lines = {"waiting": max(0, left - answering), "running": answering, "completed": completed, "failed": failed}
+        batches = {str(status): 0 for status in BatchStatus} | {row[0]: int(row[1]) for row in rows}
+        return BatchCounts(batches=batches, lines=lines)
 
     async def cancel(self, tenant: Tenant, batch_id: str) -> Batch:
         """Begin to cancel a batch; one that is being cancelled stays as it is.
@@ -196,7 +212,8 @@ async def _row(connection: AsyncConnection, own: ColumnElement[bool], batch_id: 
 
 
 def _batch(row: Any) -> Batch:
-    names = set(Batch.__dataclass_fields__) - {"metadata", "status", "errors"}
+    names = set(Batch.__dataclass_fields__) - {"metadata", "status", "errors", "usage"}
+    usage = BatchUsage(**{name: row[name] for name in BatchUsage.__dataclass_fields__})
     errors = tuple(BatchError(each["code"], each["message"], each["line"]) for each in row["errors"])
     values = {name: row[name] for name in names}
-    return Batch(metadata=row["labels"], status=BatchStatus(row["status"]), errors=errors, **values)
+    return Batch(metadata=row["labels"], status=BatchStatus(row["status"]), errors=errors, usage=usage, **values)

@@ -170,6 +170,12 @@ batches = Table(
     Column("total", Integer, nullable=False),
     Column("completed", Integer, nullable=False),
     Column("failed", Integer, nullable=False),
+    Column("model", String(255)),  # of the first response
+    Column("input_tokens", BigInteger, nullable=False, server_default="0"),
+    Column("cached_tokens", BigInteger, nullable=False, server_default="0"),
+    Column("output_tokens", BigInteger, nullable=False, server_default="0"),
+    Column("reasoning_tokens", BigInteger, nullable=False, server_default="0"),
+    Column("output_lifetime", Integer),  # seconds
     Column("output_file_id", String(64)),
     Column("error_file_id", String(64)),
     Column("owner", String(64)),  # the process that validates it

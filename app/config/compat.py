@@ -21,6 +21,8 @@ class CompatConfig(Section):
     """New tokens on /predict and /predict/batch where a request names no `max_length`."""
     predict_most_length: PositiveInt = 2048
     """The greatest `max_length` of such a request."""
+    predict_most_prompt_tokens: PositiveInt = 2048
+    """Tokens that a prompt there may have."""
     predict_top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
     """`top_p` there where a request names none."""
     workers: PositiveInt = 1

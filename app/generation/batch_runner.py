@@ -16,7 +16,7 @@ from uuid import uuid4
 
 import structlog
 
-from app.batches import Batch, BatchError, BatchStatus, ClaimedLine, InputLine, LineResult
+from app.batches import Batch, BatchCounts, BatchError, BatchStatus, ClaimedLine, InputLine, LineResult
 from app.config import BatchesConfig
 from app.errors import (
     AppError,
@@ -37,6 +37,8 @@ POLL_SECONDS = 2.0
 RETRY_SECONDS = 1.0
 """Pause after a refusal that says no time of its own, and between two attempts to reach the store."""
 MOST_RETRY_SECONDS = 30.0
+COUNT_SECONDS = 10.0
+"""How old the counts of batches and lines may be."""
 MAX_ATTEMPTS = 5
 """Attempts of a line that ended with the process that ran it, or with a failure that it may have caused itself."""
 GIVEN_UP_AT_ONCE = 500
@@ -65,6 +67,9 @@ class BatchStore(Protocol):
 
     async def revoke(self, batch_id: str, error: BatchError) -> None:
         """Begin to cancel a batch whose key is good no more."""
+
+    async def counts(self) -> BatchCounts:
+        """Return how many batches and lines there are, of all tenants."""
 
     async def expire(self, batch_id: str) -> None:
         """Stop answering the lines of a batch whose time is over."""
@@ -153,6 +158,9 @@ class BatchRunner:
         """Batch -> when a line of it may be tried again, by the loop's clock."""
         self._principals: dict[str, tuple[Principal | None, float]] = {}
         self._woken = asyncio.Event()
+        self.counts = BatchCounts(batches={}, lines={})
+        """All batches and lines of the store, empty before they were counted."""
+        self._count_due = 0.0
 
     def wake(self) -> None:
         """Look for work at once: something has been created, cancelled or has ended."""
@@ -169,6 +177,7 @@ class BatchRunner:
                     if self._can_run():
                         await self._validate_next()
                         await self._start_lines(routes, group)
+                    await self._count()
                 except Exception as error:  # noqa: BLE001  # the next turn may do better
                     _report(error)
                     wait = RETRY_SECONDS
@@ -186,6 +195,11 @@ class BatchRunner:
 
     async def _renew(self) -> None:
         await self._lines.renew(self._owner, list(self._running.values()), self._lease)
+
+    async def _count(self) -> None:
+        if (now := asyncio.get_running_loop().time()) >= self._count_due:
+            self._count_due = now + COUNT_SECONDS
+            self.counts = await self._batches.counts()
 
     @property
     def _lease(self) -> datetime:
@@ -242,7 +256,7 @@ class BatchRunner:
 
     async def _has_lines(self, routes: LineRoutes, batch: Batch) -> bool:
         """Return whether lines of a batch are to be answered; move it on where none are."""
-        expires = datetime.now(UTC) + timedelta(days=self._config.retention_days)
+        expires = datetime.now(UTC) + self._output_lifetime(batch)
         if batch.status is BatchStatus.CANCELLING:
             own = [task for task, line in self._running.items() if line.batch_id == batch.id]
             for task in own:
@@ -260,6 +274,10 @@ class BatchRunner:
         else:
             return True
         return False
+
+    def _output_lifetime(self, batch: Batch) -> timedelta:
+        retention = timedelta(days=self._config.retention_days)
+        return retention if batch.output_lifetime is None else min(retention, timedelta(seconds=batch.output_lifetime))
 
     async def _give_up(self, routes: LineRoutes, batch: Batch) -> None:
         while lines := await self._lines.unanswered(batch.id, GIVEN_UP_AT_ONCE):

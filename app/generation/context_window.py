@@ -84,12 +84,15 @@ class FittedPrompt:
 async def fit_text(request: GenerationRequest, prepare: Prepare, budget: TokenBudget) -> FittedPrompt:
     """Encode a plain prompt and return it with the tokens that may follow; what is to be cut off goes first.
 
-    Raises: ContextLengthExceeded; InvalidRequest: the prompt encodes to nothing.
+    Raises: ContextLengthExceeded; InvalidRequest: the prompt encodes to nothing, or to more than the request allows.
     """
     prepared = await prepare(request)
     if not prepared.prompt_tokens:
         raise InvalidRequest.of_field("prompt", "holds no token for this model")
     ids, prompt_tokens = prepared.prompt_ids, prepared.prompt_tokens
+    if request.most_prompt_tokens is not None and prompt_tokens > request.most_prompt_tokens:
+        most = request.most_prompt_tokens
+        raise InvalidRequest.of_field("prompt", f"has {prompt_tokens} tokens, and this route takes at most {most}")
     if request.truncate_prompt is not None and not prepared.is_lower_bound:
         most = budget.most_prompt_tokens(request.truncate_prompt)
         if ids is None and prompt_tokens > most:

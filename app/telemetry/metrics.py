@@ -5,7 +5,7 @@ scrape.
 """
 
 import asyncio
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cache
 from http import HTTPStatus
 from typing import Literal
@@ -20,6 +20,8 @@ from app.telemetry.recent_rate import RecentRate
 Direction = Literal["input", "output"]
 Read = Callable[[], float]
 """Returns a figure at each scrape; must not block."""
+ReadEach = Callable[[], Mapping[str, float]]
+"""Returns a figure for each value of a label; must not block."""
 
 METHODS = frozenset(["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
 STATUSES = frozenset(map(int, HTTPStatus)) | {499}
@@ -44,6 +46,19 @@ class _CounterFunction(Collector):
 
     def collect(self) -> Iterator[CounterMetricFamily]:
         yield CounterMetricFamily(self._name, self._text, value=self._read())
+
+
+class _GaugeFunction(Collector):
+    """A gauge with one label, whose series are read at each scrape."""
+
+    def __init__(self, name: str, text: str, label: str, read: ReadEach) -> None:
+        self._name, self._text, self._label, self._read = name, text, label, read
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        gauge = GaugeMetricFamily(self._name, self._text, labels=[self._label])
+        for value, figure in self._read().items():
+            gauge.add_metric([value], figure)
+        yield gauge
 
 
 Upstream = tuple[str, int, bool, int, int]
@@ -166,6 +181,14 @@ class Metrics:
         text = "1 while each process enforces its share of the rate limits alone, because Redis is away"
         Gauge("ratelimit_degraded", text, registry=self._registry).set_function(away)
         Gauge("redis_up", "1 while Redis answers", registry=self._registry).set_function(lambda: 1 - away())
+
+    def watch_batches(self, batches: ReadEach, lines: ReadEach) -> None:
+        """Export how many batches and lines there are, by their state; call it once."""
+        for name, text, label, read in (
+            ("batches", "Batches that the database holds, by status; the same in all replicas", "status", batches),
+            ("batch_lines", "Lines of these batches, by state; the same in all replicas", "state", lines),
+        ):
+            self._registry.register(_GaugeFunction(name, text, label, read))
 
     def watch_connections(self, open_connections: Read) -> None:
         """Export the number of open connections of a server."""

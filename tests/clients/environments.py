@@ -24,7 +24,7 @@ class Client:
 
     @property
     def is_javascript(self) -> bool:
-        return self.program.endswith(".mjs")
+        return self.program.endswith((".mjs", ".cjs"))
 
     @property
     def name(self) -> str:
@@ -48,6 +48,8 @@ CLIENTS = (
         ("ai@6.0.326", "@ai-sdk/openai@3.0.141", "@ai-sdk/openai-compatible@2.0.92", "zod@4.6.7"),
     ),
 )
+AXIOS = Client("predict_axios.cjs", ("axios@1.21.1",))
+"""The client in JavaScript that an older service printed."""
 LM_EVAL = Client("../lm_eval_round.py", ("lm-eval[api]==0.4.13", "transformers==5.23.0", "jinja2>=3.1.6"))
 OPEN_WEBUI = Client("open_webui_page.py", ("open-webui==0.12.4", "torch==2.13.0"))
 """The program itself; torch is named for the wheel without CUDA, which is what machines without a GPU take."""

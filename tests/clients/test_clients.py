@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.clients.environments import CLIENTS, LM_EVAL, Client, command
+from tests.clients.environments import AXIOS, CLIENTS, LM_EVAL, Client, command
 from tests.e2e.conftest import KEY, ROOT, Service, Start
 
 pytestmark = [pytest.mark.clients, pytest.mark.timeout(900)]
@@ -29,6 +29,16 @@ def test_a_client_talks_calls_tools_and_gets_structured_answers(client: Client, 
     sys.stdout.write(ran.stdout)
 
     assert 0 == ran.returncode, f"{ran.stdout}\n{ran.stderr[-3000:]}"
+
+
+def test_the_client_in_javascript_that_an_older_service_printed_prints_a_text(service: Service) -> None:
+    """With axios, as it was printed."""
+    settings = {"PATH": os.environ["PATH"], "URL": service.url, "KEY": KEY}
+
+    ran = subprocess.run(command(AXIOS), env=settings, capture_output=True, text=True, timeout=60)
+
+    assert (0, "") == (ran.returncode, ran.stderr)
+    assert ran.stdout.strip() not in ("", "undefined")
 
 
 def test_lm_eval_finds_the_right_choices(start: Start) -> None:

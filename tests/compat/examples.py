@@ -281,7 +281,9 @@ PYTHON = """
 import os
 
 import requests
+import json
 
+# Configuration
 API_URL = os.environ["URL"]
 API_KEY = os.environ["KEY"]
 
@@ -290,6 +292,7 @@ headers = {
     "Content-Type": "application/json"
 }
 
+# Single prediction
 response = requests.post(
     f"{API_URL}/predict",
     headers=headers,
@@ -319,7 +322,9 @@ async function generateText(prompt) {
   return response.json();
 }
 
+// Usage
 generateText("Write a haiku about programming:")
-  .then(result => console.log(`Generated: ${result.generated_text}`));
+  .then(result => console.log(result.generated_text));
 """
-"""CustomLLM Inference API: its client in JavaScript, with the platform's own fetch."""
+"""CustomLLM Inference API: its client in JavaScript with the platform's own fetch; as it was printed, with axios, it is
+in `tests/clients/programs`."""

@@ -15,7 +15,7 @@ from tests.e2e.conftest import KEY, ROOT, Service
 
 pytestmark = pytest.mark.e2e
 
-PAGES = ("README.md", "docs/langchain.md")
+PAGES = ("README.md", "docs/langchain.md", "docs/batches.md")
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.conftest import KEY, environment, free_port, wait_for
+from tests.e2e.conftest import KEY, ROOT, environment, free_port, wait_for
 
 pytestmark = pytest.mark.e2e
 
@@ -20,11 +20,20 @@ pytestmark = pytest.mark.e2e
 @contextmanager
 def uvicorn(folder: Path, *arguments: str, **settings: str) -> Iterator[tuple[str, Path, subprocess.Popen[str]]]:
     """Run `uvicorn app.main:app` in a folder, and yield its address, its log and its process."""
+    with started(folder, ["-m", "uvicorn", "app.main:app", *arguments], None, **settings) as service:
+        yield service
+
+
+@contextmanager
+def started(
+    folder: Path, arguments: list[str], cwd: Path | None, **settings: str
+) -> Iterator[tuple[str, Path, subprocess.Popen[str]]]:
+    """Run Python with these arguments, and a port."""
     port, log = free_port(), folder / "log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "uvicorn", "app.main:app", "--port", str(port), *arguments],
-            cwd=folder,
+            [sys.executable, *arguments, "--port", str(port)],
+            cwd=cwd or folder,
             env=environment(folder / "data", API_KEY=KEY, **settings),
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -87,3 +96,24 @@ def test_uvicorn_says_in_one_line_what_is_wrong_with_the_configuration(tmp_path:
     assert code != 0
     assert "llm-service: configuration: model.name: the folder /nowhere holds no model" in log.read_text()
     assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        (["start_api.py", "--log-level", "INFO"], ROOT / "serving"),
+        (["-m", "serving.api.main"], None),
+        (["-m", "uvicorn", "serving.api.main:app", "--host", "127.0.0.1"], None),
+    ],
+    ids=["start_api.py", "module", "uvicorn"],
+)
+def test_the_commands_of_an_older_service_start_this_one(arguments: list[str], folder: Path | None, tmp_path: Path):
+    """With the key of its variable; a signal ends it."""
+    with started(tmp_path, arguments, folder, MODEL__ENGINE="echo") as (url, log, process):
+        wait_for(lambda: answers(url), 60)
+        reply = httpx.post(f"{url}/predict", json={"prompt": "Hello"}, headers={"Authorization": f"Bearer {KEY}"})
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(30)
+
+    assert (200, "Hello") == (reply.status_code, reply.json()["generated_text"]), log.read_text()
+    assert code in (0, -signal.SIGTERM)

@@ -14,7 +14,18 @@ from app.access.batch_lines import BatchLines
 from app.access.batches import BatchStore
 from app.access.database import Database
 from app.access.files import FileStore
-from app.batches import Batch, BatchError, BatchStatus, InputLine, LineResult, NewBatch, NewFile, Page, StoredFile
+from app.batches import (
+    Batch,
+    BatchError,
+    BatchStatus,
+    BatchUsage,
+    InputLine,
+    LineResult,
+    NewBatch,
+    NewFile,
+    Page,
+    StoredFile,
+)
 from app.errors import BatchNotFound, Conflict, FileNotFound, InvalidRequest, StorageExceeded
 from app.types import Tenant
 
@@ -184,6 +195,22 @@ async def test_a_line_that_is_given_back_is_claimed_again(database: Database):
         attempts.append(line.attempts)
         await lines.give_back(line, ME, counted=counted)
     assert [1, 1, 2] == attempts
+
+
+async def test_a_batch_has_the_usage_of_its_responses_and_the_model_of_the_first(database: Database):
+    """A result that is not stored counts nothing; all tenants' lines are counted by state."""
+    batch, batches, lines = await begun(database, 4), BatchStore(database), BatchLines(database)
+    await create(database, tenant=BERT)
+    usage = BatchUsage(input_tokens=7, cached_tokens=3, output_tokens=5, reasoning_tokens=1)
+    claimed = await lines.claim(batch.id, ME, 3, LATER)
+    for line, model in zip(claimed[:2], ("m", "n"), strict=True):
+        result = LineResult(content=b"x\n", model=model, usage=usage)
+        assert [True, False] == [await lines.store(line, owner, result) for owner in (ME, OTHER)]
+    found, counts = await batches.read(ANNA, batch.id), await batches.counts()
+    doubled = BatchUsage(input_tokens=14, cached_tokens=6, output_tokens=10, reasoning_tokens=2)
+    assert ("m", doubled) == (found.model, found.usage)
+    assert {"waiting": 1, "running": 1, "completed": 2, "failed": 0} == counts.lines
+    assert {"in_progress": 1, "validating": 1} == {name: count for name, count in counts.batches.items() if count}
 
 
 async def test_the_results_are_files_once_the_batch_has_ended(database: Database):

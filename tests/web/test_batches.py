@@ -123,6 +123,84 @@ async def test_openais_client_uploads_runs_and_reads_a_batch(tmp_path: Path):
         assert 404 == (await http.get(f"/v1/files/{file.id}")).status_code
 
 
+async def test_openais_client_pages_through_batches(tmp_path: Path):
+    """The newest first, each once, with its own metadata."""
+    async with running(tmp_path) as app, openai(app) as client:
+        file = await client.files.create(file=("in.jsonl", lines_of([chat()])), purpose="batch")
+        for number in range(5):
+            await client.batches.create(
+                input_file_id=file.id,
+                endpoint="/v1/chat/completions",
+                completion_window="24h",
+                metadata={"number": str(number)},
+            )
+        found = [each.metadata async for each in client.batches.list(limit=2)]
+    assert [{"number": str(number)} for number in (4, 3, 2, 1, 0)] == found
+
+
+async def test_what_a_batch_writes_expires_when_its_creator_said(tmp_path: Path):
+    """Counted from the end of the batch; never later than everything else of a batch."""
+    async with running(tmp_path, batches={"retention_days": 1}) as app, openai(app) as client, app.client() as http:
+        file = await client.files.create(file=("in.jsonl", lines_of([chat(), chat(max_tokens=-1)])), purpose="batch")
+        lifetimes = []
+        for seconds in (7200, 30 * 24 * 3600, 3599):
+            given = {"input_file_id": file.id, "endpoint": CHAT, "completion_window": "24h"}
+            policy = {"anchor": "created_at", "seconds": seconds}
+            created = await http.post("/v1/batches", json=given | {"output_expires_after": policy})
+            if created.status_code != 200:
+                lifetimes.append(created.json()["error"]["param"])
+                continue
+            done = await ended(http, created.json()["id"])
+            files = [await client.files.retrieve(done[name]) for name in ("output_file_id", "error_file_id")]
+            lifetimes += [(each.expires_at or 0) - each.created_at for each in files]
+    assert [7200, 7200, 24 * 3600, 24 * 3600, "output_expires_after.seconds"] == lifetimes
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, chat("hello " * 40)),
+        ("/v1/completions", {"prompt": "hello " * 40, "max_tokens": 9}),
+        ("/v1/responses", {"input": "hello " * 40, "max_output_tokens": 20}),
+    ],
+)
+async def test_a_batch_sums_up_the_tokens_of_its_responses(tmp_path: Path, path: str, body: dict[str, Any]):
+    """As each response counts them, whatever names its route has for them; lines that failed have none."""
+    async with running(tmp_path) as app, openai(app) as client, app.client() as http:
+        batch = await create(http, lines_of([body, body | {"user": "u"}, body | {"model": "absent"}], path))
+        assert (0, None) == (batch["usage"]["total_tokens"], batch["model"])
+        await ended(http, batch["id"])
+        done = await client.batches.retrieve(batch["id"])
+        found = (await results(http, batch["id"])).values()
+    usages = [each["response"]["body"]["usage"] for each in found if each["response"]["status_code"] == 200]
+    assert done.usage is not None
+    assert ("echo", 2) == (done.model, len(usages))
+    assert 0 < sum(usage["total_tokens"] for usage in usages) == done.usage.total_tokens
+    names = ("output_tokens", "completion_tokens")
+    assert sum(usage.get(name, 0) for usage in usages for name in names) == done.usage.output_tokens
+    details = [usage.get("prompt_tokens_details") or usage.get("input_tokens_details") for usage in usages]
+    assert sum(each["cached_tokens"] for each in details) == done.usage.input_tokens_details.cached_tokens
+
+
+async def test_metrics_say_how_many_batches_and_lines_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(batch_runner, "COUNT_SECONDS", 0)
+    expected = {
+        'batches{status="completed"} 1.0',
+        'batches{status="failed"} 1.0',
+        'batches{status="in_progress"} 0.0',
+        'batch_lines{state="completed"} 3.0',
+        'batch_lines{state="failed"} 1.0',
+        'batch_lines{state="waiting"} 0.0',
+        'batch_lines{state="running"} 0.0',
+    }
+    async with running(tmp_path) as app, app.client() as http:
+        for content in (lines_of([chat("a"), chat("b"), chat("c"), chat(max_tokens=-1)]), lines_of([chat()]) + b"\n{"):
+            await ended(http, (await create(http, content))["id"])
+        await asyncio.sleep(0.2)
+        found = set((await http.get("/metrics")).text.splitlines())
+    assert set() == expected - found
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [

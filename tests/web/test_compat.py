@@ -97,7 +97,7 @@ async def test_a_plain_generate_answers_with_the_prompt_and_its_continuation(cli
 )
 async def test_each_route_has_the_default_and_the_limit_of_its_service(path, field, default, most, settings):
     web = await make_web(engines={MODEL: EchoEngine(model=MODEL)}, compat=settings)
-    prompt = {"prompts": ["x" * 3000]} if "batch" in path else {"prompt": "x" * 3000}
+    prompt = {"prompts": ["x" * 2048]} if "batch" in path else {"prompt": "x" * 2048}
     async with web.client() as client:
         replies = [
             await client.post(path, json={**prompt, **fields}) for fields in ({}, {field: most}, {field: most + 1})
@@ -105,11 +105,28 @@ async def test_each_route_has_the_default_and_the_limit_of_its_service(path, fie
 
     def generated_chars(reply: httpx.Response) -> int:
         body = reply.json()["results"][0] if "batch" in path else reply.json()
-        return len(body["generated_text"]) - (3000 if path == "/generate" else 0)
+        return len(body["generated_text"]) - (2048 if path == "/generate" else 0)
 
     assert [default, most] == [generated_chars(reply) for reply in replies[:2]]
     assert (400, "validation_error") == (replies[2].status_code, replies[2].json()["error"])
     assert f"{field} must be at most {most} " in replies[2].json()["message"]
+
+
+async def test_predict_takes_prompts_of_so_many_tokens_and_no_more():
+    """2048 of them unless it is configured otherwise; of many prompts each by itself."""
+    configured = await make_web(engines={MODEL: EchoEngine(model=MODEL)}, compat={"predict_most_prompt_tokens": 5})
+    usual = await make_web(engines={MODEL: EchoEngine(model=MODEL, context_length=4096)})
+    async with configured.client() as client:
+        few, many = [await client.post("/predict", json={"prompt": "x" * count}) for count in (5, 6)]
+        batch = await client.post("/predict/batch", json={"prompts": ["x" * 6, "x" * 5]})
+        elsewhere = await client.post("/v1/generate", json={"prompt": "x" * 6})
+    async with usual.client() as client:
+        codes = [(await client.post("/predict", json={"prompt": "x" * n})).status_code for n in (2048, 2049)]
+
+    assert [200, 400, 200] == [reply.status_code for reply in (few, many, elsewhere)]
+    assert ("validation_error", True) == (many.json()["error"], "prompt has 6 tokens" in many.json()["message"])
+    assert ["error", "generated_text"] == [next(iter(each)) for each in batch.json()["results"]]
+    assert [200, 400] == codes
 
 
 async def test_a_default_number_of_tokens_gives_way_to_a_long_prompt():

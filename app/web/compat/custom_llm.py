@@ -49,6 +49,7 @@ class PredictFields(StrictModel):
                 "stop": tuple(self.stop_tokens) if self.stop_tokens else None,
             },
             default_max_tokens=limits.predict_max_length,
+            most_prompt_tokens=limits.predict_most_prompt_tokens,
             stream=False,
         )
 

@@ -5,7 +5,7 @@ from uuid import uuid4
 
 import msgspec
 
-from app.batches import Batch, ClaimedLine, LineResult
+from app.batches import Batch, BatchUsage, ClaimedLine, LineResult
 from app.errors import AppError, InvalidRequest, PayloadTooLarge
 from app.generation.batch_runner import LineOutcome
 from app.types import Principal
@@ -23,6 +23,42 @@ class _Delivery(msgspec.Struct):
     stream: Any = None
 
 
+class _Details(msgspec.Struct):
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
+
+
+class _Usage(msgspec.Struct):
+    """Both sets of names that the routes have for the same counts."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    prompt_tokens_details: _Details | None = None
+    completion_tokens_details: _Details | None = None
+    input_tokens: int = 0
+    output_tokens: int = 0
+    input_tokens_details: _Details | None = None
+    output_tokens_details: _Details | None = None
+
+    def counts(self) -> BatchUsage:
+        read = self.prompt_tokens_details or self.input_tokens_details or _Details()
+        written = self.completion_tokens_details or self.output_tokens_details or _Details()
+        return BatchUsage(
+            input_tokens=self.prompt_tokens + self.input_tokens,
+            cached_tokens=read.cached_tokens,
+            output_tokens=self.completion_tokens + self.output_tokens,
+            reasoning_tokens=written.reasoning_tokens,
+        )
+
+
+class _Answer(msgspec.Struct):
+    """The part of a response that a batch sums up."""
+
+    model: str | None = None
+    usage: _Usage | None = None
+
+
+_answers = msgspec.json.Decoder(_Answer)
 _delivery = msgspec.json.Decoder(_Delivery)
 
 
@@ -71,7 +107,11 @@ def _new_id() -> str:
 
 def _outcome(line: ClaimedLine, response: InProcessResponse, request_id: str) -> LineOutcome:
     body = {"status_code": response.status, "request_id": request_id, "body": msgspec.Raw(response.body)}
-    result = LineResult(content=_line(line.custom_id, request_id, body, None), failed=response.status != 200)
+    content = _line(line.custom_id, request_id, body, None)
+    if response.status != 200:
+        return LineOutcome(LineResult(content=content, failed=True), response.error)
+    answer = _answers.decode(response.body)
+    result = LineResult(content=content, model=answer.model, usage=(answer.usage or _Usage()).counts())
     return LineOutcome(result, response.error)
 
 

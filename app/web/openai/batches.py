@@ -8,12 +8,12 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request
-from pydantic import StringConstraints
+from pydantic import Field, StringConstraints, WithJsonSchema
 from starlette.responses import Response as HttpResponse
 from typing_extensions import TypedDict
 
 from app.access.batches import BatchStore
-from app.batches import Batch, BatchStatus, NewBatch, NewFile, Page, dumped
+from app.batches import Batch, BatchStatus, BatchUsage, NewBatch, NewFile, Page, dumped
 from app.errors import Conflict, FileNotFound, InvalidRequest, PayloadTooLarge, RateLimited
 from app.generation.batch_input import endpoint_of
 from app.types import Principal
@@ -23,7 +23,16 @@ from app.web.http.json_body import AdmittedRoute, StrictModel, StrictRoute, pars
 from app.web.http.validation import validated
 from app.web.openai.batch_routes import ENDPOINTS
 from app.web.openai.errors import ERROR_FORMAT
-from app.web.openai.files import JSON_LINES, PURPOSE, UPLOAD_ERRORS, JsonLines, connected, expiry
+from app.web.openai.files import (
+    JSON_LINES,
+    LEAST_LIFETIME,
+    MOST_LIFETIME,
+    PURPOSE,
+    UPLOAD_ERRORS,
+    JsonLines,
+    connected,
+    expiry,
+)
 from app.web.openai.validators import Metadata
 
 Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"]
@@ -38,6 +47,18 @@ router = APIRouter(prefix="/v1/batches", tags=["openai"], route_class=StrictRout
 BatchId = Annotated[str, Path(max_length=64)]
 
 
+class OutputExpiresAfter(StrictModel):
+    """When the output and error files expire."""
+
+    anchor: Literal["created_at"]
+    seconds: Annotated[int, Field(ge=LEAST_LIFETIME, le=MOST_LIFETIME)]
+    """From their creation, which is the end of the batch."""
+
+
+# Written out: a reference inside of the schema of a body leads nowhere in the document of all routes.
+_EXPIRES_SCHEMA = {"anyOf": [OutputExpiresAfter.model_json_schema(), {"type": "null"}], "default": None}
+
+
 class BatchRequest(StrictModel):
     """OpenAI's fields."""
 
@@ -45,6 +66,7 @@ class BatchRequest(StrictModel):
     endpoint: Endpoint
     completion_window: Literal["24h"]
     metadata: Metadata = None
+    output_expires_after: Annotated[OutputExpiresAfter | None, WithJsonSchema(_EXPIRES_SCHEMA)] = None
 
 
 _BODY = {
@@ -83,6 +105,28 @@ class RequestCounts(TypedDict):
     failed: int
 
 
+class CachedTokens(TypedDict):
+    """Of the input."""
+
+    cached_tokens: int
+
+
+class ReasoningTokens(TypedDict):
+    """Of the output."""
+
+    reasoning_tokens: int
+
+
+class UsageObject(TypedDict):
+    """Tokens of all responses up to now."""
+
+    input_tokens: int
+    input_tokens_details: CachedTokens
+    output_tokens: int
+    output_tokens_details: ReasoningTokens
+    total_tokens: int
+
+
 class BatchObject(TypedDict):
     """OpenAI's batch object."""
 
@@ -93,6 +137,7 @@ class BatchObject(TypedDict):
     input_file_id: str
     completion_window: str
     status: BatchStatus
+    model: str | None
     output_file_id: str | None
     error_file_id: str | None
     created_at: int
@@ -105,6 +150,7 @@ class BatchObject(TypedDict):
     cancelling_at: int | None
     cancelled_at: int | None
     request_counts: RequestCounts
+    usage: UsageObject
     metadata: dict[str, str] | None
 
 
@@ -133,6 +179,7 @@ def _object(batch: Batch) -> BatchObject:
         "input_file_id": batch.input_file_id,
         "completion_window": batch.completion_window,
         "status": batch.status,
+        "model": batch.model,
         "output_file_id": batch.output_file_id,
         "error_file_id": batch.error_file_id,
         "created_at": int(batch.created.timestamp()),
@@ -145,7 +192,18 @@ def _object(batch: Batch) -> BatchObject:
         "cancelling_at": _seconds(batch.cancelling),
         "cancelled_at": ended[BatchStatus.CANCELLED],
         "request_counts": {"total": batch.total, "completed": batch.completed, "failed": batch.failed},
+        "usage": _usage(batch.usage),
         "metadata": batch.metadata,
+    }
+
+
+def _usage(usage: BatchUsage) -> UsageObject:
+    return {
+        "input_tokens": usage.input_tokens,
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "output_tokens": usage.output_tokens,
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "total_tokens": usage.input_tokens + usage.output_tokens,
     }
 
 
@@ -181,6 +239,7 @@ async def create_batch(
         completion_window=given.completion_window,
         metadata=given.metadata,
         expires=datetime.now(UTC) + WINDOW,
+        output_lifetime=given.output_expires_after.seconds if given.output_expires_after else None,
     )
     batch = await store.create(new)
     batches.wake()

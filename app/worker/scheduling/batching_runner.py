@@ -229,11 +229,10 @@ class BatchingRunner:
 
     def _background_budget(self) -> int:
         """Return how many tokens of the background a step with others may hold."""
-        decodes = sum(each.uncomputed_tokens == 1 for each in self._scheduler.running if not each.is_background)
-        return self._step_time.prefill_token_budget(min(decodes, self._decode_width))
+        return self._step_time.prefill_token_budget(min(self._scheduler.decoding, self._decode_width))
 
     def _prefill_budget(self) -> int:
-        decodes = sum(sequence.uncomputed_tokens == 1 for sequence in self._scheduler.running)
+        decodes = self._scheduler.decoding
         if self._scheduler.tenants > 1:
             # One tenant's many prompts must not slow down the streams of the others.
             return self._step_time.prefill_token_budget(min(decodes, self._decode_width))

@@ -63,14 +63,29 @@ class Scheduler:
 
     @property
     def tenants(self) -> int:
-        """How many tenants have sequences."""
-        return len(self._virtual_time)
+        """How many tenants have sequences, those of the background apart where there are others."""
+        return len({sequence.tenant for sequence in self._foreground})
 
     @property
     def pending_prefills(self) -> int:
-        """How many sequences have a slot, or could get a free one, and not all of their prompt computed."""
-        unfinished = sum(s.uncomputed_tokens > 1 for s in self.running)
-        return unfinished + min(self._slots.free, sum(map(len, self._waiting.values())))
+        """How many sequences have a slot, or could get one, and not all of their prompt computed.
+
+        Here too, and in `decoding`, the background counts only while there is nothing else.
+        """
+        sequences = self._foreground
+        unfinished = sum(s.slot is not None and s.uncomputed_tokens > 1 for s in sequences)
+        taken = sum(s.slot is not None for s in sequences)
+        return unfinished + min(self._slots.count - taken, len(sequences) - taken)
+
+    @property
+    def decoding(self) -> int:
+        """How many sequences have their prompt computed."""
+        return sum(s.slot is not None and s.uncomputed_tokens == 1 for s in self._foreground)
+
+    @property
+    def _foreground(self) -> list[Sequence]:
+        sequences = list(self._sequences.values())
+        return [sequence for sequence in sequences if not sequence.is_background] or sequences
 
     @property
     def running(self) -> list[Sequence]:

@@ -51,6 +51,7 @@ class Slots:
         prefix_reuse: whether a sequence may start from what another of its tenant and adapter left or is computing.
         prefix_blocks: blocks of the prefix cache, for what slots that are needed again would lose.
         """
+        self.count = count
         self._slots = [Slot(index) for index in range(count)]
         self._prefix_reuse = prefix_reuse
         self._prefixes = PrefixTree(prefix_blocks)

@@ -176,6 +176,7 @@ def test_every_sampling_parameter_is_in_the_key(name: str, mine: SamplingParams,
 
 CHANGED: dict[str, Any] = {
     "default_max_tokens": 9,
+    "most_prompt_tokens": 90,
     "id": "other",
     "tenant": Tenant.owner("bob"),
     "messages": (Message(Role.USER, "Hi"),),

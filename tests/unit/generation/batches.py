@@ -1,11 +1,12 @@
 """A store of batches in memory, and routes that answer lines as a test says: what a batch runner works with."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
-from app.batches import Batch, BatchError, BatchStatus, ClaimedLine, InputLine, LineResult
+from app.batches import Batch, BatchCounts, BatchError, BatchStatus, ClaimedLine, InputLine, LineResult
 from app.config import BatchesConfig
 from app.errors import AppError, StoreUnavailable
 from app.generation.batch_runner import BatchRunner, LineOutcome
@@ -80,6 +81,10 @@ class FakeBatches:
         self._refuse()
         active = (BatchStatus.IN_PROGRESS, BatchStatus.FINALIZING, BatchStatus.CANCELLING)
         return [batch for batch in self.batches.values() if batch.status in active]
+
+    async def counts(self) -> BatchCounts:
+        lines = Counter(line.state for lines in self.lines.values() for line in lines.values())
+        return BatchCounts(batches=Counter(batch.status for batch in self.batches.values()), lines=lines)
 
     async def revoke(self, batch_id: str, error: BatchError) -> None:
         self.change(batch_id, status=BatchStatus.CANCELLING, errors=(error,))

@@ -455,6 +455,22 @@ def test_beside_others_the_background_has_few_tokens_in_few_steps():
     assert 10 * BACKGROUND_TOKENS == sum(len(each.token_ids) for each in background) - sum(before)
 
 
+def test_the_background_does_not_count_among_those_who_share_a_step_with_a_live_request():
+    """Its rows, its prompts and its tenant make no prompt of a live request come in smaller pieces."""
+    machine = Machine(slots=4)
+    for number in range(3):
+        machine.add(range(number, number + 20), f"batch {number}", priority=BACKGROUND_PRIORITY)
+    for _ in range(5):
+        machine.step(prefill_tokens=1000)
+    machine.add(range(60), "batch 0", priority=BACKGROUND_PRIORITY)
+    counts = machine.scheduler
+    assert (3, 3, 1) == (counts.tenants, counts.decoding, counts.pending_prefills)
+    machine.add(range(30, 60), "a")
+    assert (1, 0, 1) == (counts.tenants, counts.decoding, counts.pending_prefills)
+    machine.step(prefill_tokens=1000)
+    assert (1, 1, 0) == (counts.tenants, counts.decoding, counts.pending_prefills)
+
+
 def test_a_live_request_gets_the_slot_of_one_of_the_background_at_once():
     """Which goes on where it was as soon as there is a slot again."""
     machine = Machine(slots=2)

@@ -1,0 +1,1 @@
+"""The module that the older service started with."""
