@@ -1,6 +1,5 @@
 """Real servers with a small model, and the service in front of each as a process of its own."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ UPSTREAM_KEY = "upstream-key-1234"
 
 
 def setup_of(folder: Path, model: Path, **facts: Path) -> Setup:
-    return Setup(model=model, dtype="float32", threads=len(os.sched_getaffinity(0)), folder=folder, system="", **facts)
+    return Setup(model=model, dtype="float32", threads=1, folder=folder, system="", **facts)
 
 
 @pytest.fixture(scope="session")
