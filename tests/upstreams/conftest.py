@@ -22,6 +22,7 @@ VLLM_OPTIONS = (
     *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--api-key", "upstream-key-1234"),
 )
 UPSTREAM_KEY = "upstream-key-1234"
+Count = Callable[..., float]
 
 
 def setup_of(folder: Path, model: Path, **facts: Path) -> Setup:
@@ -79,12 +80,11 @@ def direct(vllm: Server) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture
-def running(direct: httpx.Client) -> Callable[[], float]:
-    """How many requests vLLM has now, by its own metrics."""
+def count(direct: httpx.Client) -> Count:
+    """Adds up vLLM's own metrics whose names begin so."""
 
-    def count() -> float:
+    def add(*names: str) -> float:
         lines = direct.get("/metrics").text.splitlines()
-        names = ("vllm:num_requests_running", "vllm:num_requests_waiting{")
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(names))
 
-    return count
+    return add
