@@ -1,14 +1,14 @@
 """Measure what the service costs in front of another server, beside LiteLLM's proxy in the same run.
 
-    python -m bench.remote [--rounds 3] [--vllm FOLDER] [--litellm FOLDER] [--together]
+    python -m bench.remote [--rounds 3] [--vllm FOLDER] [--litellm FOLDER] [--shared]
 
-The upstream serves a Llama of 135 M parameters (`bench.model`); it is another instance of this service, or vLLM.  It is
-asked for streams of chats by itself, through this service with default settings (limits, filters of personal data,
-logs; prompts counted by the upstream's tokenizer) and through LiteLLM, in turns, one asleep while the other is
-measured.  Each ratio is the median over the rounds.
+The upstream serves a Llama (`bench.model`); it is another instance of this service, or vLLM.  It is asked for streams of
+chats by itself, through this service with default settings (limits, filters of personal data, logs) and through
+LiteLLM, in turns, one asleep while the other is measured.  Each ratio is the median over the rounds.  Prompts are
+counted by the model's tokenizer here or, with --count server, by the upstream's route /tokenize.
 
 The upstream has the first half of the processors for itself, and the clients share the other half with whatever stands
-in front, as they do where the upstream is another machine.  With --together all share all processors: what stands in
+in front, as they do where the upstream is another machine.  With --shared all share all processors: what stands in
 front then takes its time from the model.
 """
 
@@ -80,16 +80,16 @@ class Figures:
 async def measure(target: Target, clients: int, tokens: int, seed: str) -> Figures:
     """Ask for one answer after the other, then for many at once; no two prompts of a run are alike."""
     draw = random.Random(f"{target.title} {seed}")
-    alone = [await ask(target, draw, SINGLE_TOKENS) for _ in range(SINGLE_REQUESTS)]
+    single = [await send_chat(target, draw, SINGLE_TOKENS) for _ in range(SINGLE_REQUESTS)]
     began, busy = time.perf_counter(), target.server.cpu_seconds()
-    together = await asyncio.gather(*(ask(target, draw, tokens) for _ in range(clients)))
+    answers = await asyncio.gather(*(send_chat(target, draw, tokens) for _ in range(clients)))
     lasted, busy = time.perf_counter() - began, target.server.cpu_seconds() - busy
-    generated = sum(each.completion_tokens for each in together)
-    first = statistics.median(each.first_token for each in alone)
+    generated = sum(each.completion_tokens for each in answers)
+    first = statistics.median(each.first_token for each in single)
     return Figures(generated / lasted, 1000 * first, 1000 * busy / generated)
 
 
-async def ask(target: Target, draw: random.Random, tokens: int) -> TimedResponse:
+async def send_chat(target: Target, draw: random.Random, tokens: int) -> TimedResponse:
     """Return one answer.  Raises: RuntimeError: it is not as long as requested."""
     prompt = text(draw, PROMPT_WORDS)
     answer = await send(target.server.port, target.post(prompt, tokens), target.parse.parse)
@@ -112,7 +112,9 @@ async def compare(targets: Sequence[Target], clients: int, tokens: int, rounds: 
         for target in [*targets[turn:], *targets[:turn]]:
             if target is not upstream:
                 target.server.resume()
-            found[target].append(await measure(target, clients, tokens, str(number)))
+            figures = await measure(target, clients, tokens, str(number))
+            print(f"{target.title}: {figures}", file=sys.stderr, flush=True)
+            found[target].append(figures)
             if target is not upstream:
                 target.server.pause()
     return found
@@ -136,7 +138,7 @@ def upstream_server(setup: Setup) -> Iterator[Target]:
 
 
 @contextmanager
-def our_front(folder: Path, upstream: Target) -> Iterator[Target]:
+def our_front(folder: Path, upstream: Target, tokenizer: str) -> Iterator[Target]:
     """Run this service in front of it."""
     port, data = free_port(), folder / "front"
     data.mkdir()
@@ -147,6 +149,7 @@ def our_front(folder: Path, upstream: Target) -> Iterator[Target]:
         "MODEL__NAME": NAME,
         "REMOTE__BASE_URLS": json.dumps([f"http://127.0.0.1:{upstream.server.port}/v1"]),
         "REMOTE__API_KEY": KEY,
+        "REMOTE__TOKENIZER": tokenizer,
     }
     environment, log = our_environment(data, settings), folder / "front.log"
     with serving(our_command(port), port, environment, "/readyz", log, READY_SECONDS) as server:
@@ -216,11 +219,12 @@ def main() -> None:
     parser.add_argument("--shape", default="135m", help="of the model, as `bench.model` has them")
     parser.add_argument("--vllm", type=_folder, help="a virtual environment with vLLM, which is then the upstream")
     parser.add_argument("--litellm", type=_folder, help="a virtual environment with litellm[proxy]")
-    parser.add_argument("--together", action="store_true", help="let all share all processors")
+    parser.add_argument("--count", choices=["here", "server"], default="here", help="where prompts are counted")
+    parser.add_argument("--shared", action="store_true", help="let all share all processors")
     arguments = parser.parse_args()
     stop_on_sigterm()
     cpus = sorted(os.sched_getaffinity(0))
-    half = cpus if arguments.together or len(cpus) < 2 else cpus[: len(cpus) // 2]
+    half = cpus if arguments.shared or len(cpus) < 2 else cpus[: len(cpus) // 2]
     model = MODEL.with_name(f"llama-{arguments.shape}")
     dtype: Any = subprocess.run(
         [sys.executable, "-m", "bench.model", str(model), "--shape", arguments.shape],
@@ -235,8 +239,10 @@ def main() -> None:
         # Whatever is started next inherits it.
         os.sched_setaffinity(0, half)
         targets = [stack.enter_context(upstream_server(setup))]
-        os.sched_setaffinity(0, cpus if arguments.together else cpus[len(half) :] or cpus)
-        targets.append(stack.enter_context(our_front(folder, targets[0])))
+        os.sched_setaffinity(0, cpus if arguments.shared else cpus[len(half) :] or cpus)
+        targets.append(
+            stack.enter_context(our_front(folder, targets[0], str(model) if arguments.count == "here" else "server"))
+        )
         if arguments.litellm:
             targets.append(stack.enter_context(litellm_front(folder, arguments.litellm, targets[0])))
         else:

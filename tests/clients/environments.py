@@ -114,8 +114,8 @@ def _install_python(folder: Path, client: Client) -> None:
     *first, last = client.packages
     subprocess.run([*pip, *first], check=True)
     subprocess.run([*pip, "--no-deps", last], check=True)
-    asked = [python, "-c", _REQUIREMENTS, last.partition("==")[0], *client.without]
-    wanted = subprocess.run(asked, check=True, capture_output=True, text=True).stdout.splitlines()
+    listing = [python, "-c", _REQUIREMENTS, last.partition("==")[0], *client.without]
+    wanted = subprocess.run(listing, check=True, capture_output=True, text=True).stdout.splitlines()
     subprocess.run([*pip, *first, *wanted], check=True)
 
 

@@ -22,6 +22,7 @@ VLLM_OPTIONS = (
     *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--api-key", "upstream-key-1234"),
 )
 UPSTREAM_KEY = "upstream-key-1234"
+TINY = ROOT / "models" / "tiny-chat"
 Count = Callable[..., float]
 
 
@@ -49,19 +50,20 @@ def before_vllm(vllm: Server, start: Start) -> Service:
 
 
 @pytest.fixture(scope="session")
-def before_transformers(tmp_path_factory: pytest.TempPathFactory, start: Start) -> Iterator[Service]:
-    """The service in front of `transformers serve` with the embedded model."""
-    folder, model, port = tmp_path_factory.mktemp("transformers"), ROOT / "models" / "tiny-chat", free_port()
-    setup, peer = setup_of(folder, model), TransformersServe()
-    with serving(peer.command(setup, port), port, peer.environment(setup), "/health", folder / "log", READY_SECONDS):
-        yield in_front(
-            start,
-            port,
-            REMOTE__SERVER="transformers",
-            REMOTE__MODEL=str(model),
-            REMOTE__TOKENIZER=str(model),
-            MODEL__MAX_MODEL_LEN="2048",
-        )
+def transformers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`transformers serve` with the embedded model."""
+    folder, port, peer = tmp_path_factory.mktemp("transformers"), free_port(), TransformersServe()
+    setup = setup_of(folder, TINY)
+    command, environment = peer.command(setup, port), peer.environment(setup)
+    with serving(command, port, environment, "/health", folder / "log", READY_SECONDS) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def before_transformers(transformers: Server, start: Start) -> Service:
+    """The service in front of `transformers serve`."""
+    remote = {"REMOTE__SERVER": "transformers", "REMOTE__MODEL": str(TINY), "REMOTE__TOKENIZER": str(TINY)}
+    return in_front(start, transformers.port, MODEL__MAX_MODEL_LEN="2048", **remote)
 
 
 def in_front(start: Start, *ports: int, **settings: str) -> Service:

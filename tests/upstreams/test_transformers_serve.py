@@ -10,7 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.conftest import Service, Start, wait_for
+from bench.process import Server
+from tests.e2e.conftest import Service, wait_for
+from tests.upstreams.conftest import TINY
 
 pytestmark = [pytest.mark.upstreams, pytest.mark.timeout(1800)]
 
@@ -20,16 +22,15 @@ GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 30}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 
 
-def test_an_answer_and_its_usage_are_those_of_the_model_itself(before_transformers: Service, start: Start):
-    """As this service computes it, in float32; the prompt is counted exactly by the model's tokenizer here."""
-    local = start(MODEL__DTYPE="float32", PII__ENABLED="false", CACHE__ENABLED="false")
-    answers = []
-    for service in (before_transformers, local):
-        answer = service.client.post("/v1/chat", json=GREEDY | {"messages": HI}).json()
-        answers.append((answer["message"]["content"], answer["usage"]["prompt_tokens"]))
-        assert answer["usage"]["prompt_tokens"] == answer["context"]["prompt_tokens"]
+def test_an_answer_and_its_usage_are_its_own(before_transformers: Service, transformers: Server):
+    """The prompt is counted exactly, by the model's tokenizer here."""
+    answer = before_transformers.client.post("/v1/chat", json=GREEDY | {"messages": HI}).json()
+    body = GREEDY | {"messages": HI, "model": str(TINY)}
+    direct = httpx.post(f"http://127.0.0.1:{transformers.port}{CHAT}", json=body, timeout=120).json()
 
-    assert answers[1] == answers[0]
+    assert direct["choices"][0]["message"]["content"] == answer["message"]["content"]
+    assert direct["usage"]["completion_tokens"] == answer["usage"]["completion_tokens"]
+    assert direct["usage"]["prompt_tokens"] == answer["usage"]["prompt_tokens"] == answer["context"]["prompt_tokens"]
 
 
 def test_a_stream_says_what_the_whole_answer_does(before_transformers: Service):
