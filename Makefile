@@ -96,8 +96,9 @@ test-clients: $(VENV)/.installed-dev ## Install real clients, OpenAI's to Open W
 test-vllm: $(VENV)/.installed-bench ## Install vLLM's CPU build in .cache (3 GB) and try the service in front of it and of `transformers serve`
 	@REQUIRE_SERVICES=1 $(PY) -m pytest --no-cov -m upstreams $(ARGS)
 
-bench-remote: $(VENV)/.installed-dev ## Measure what the service costs in front of another server, beside LiteLLM (ARGS="--vllm" puts vLLM behind)
-	@$(PY) -m bench.remote $(ARGS)
+bench-remote: $(VENV)/.installed-dev ## Measure what the service costs in front of another server, beside LiteLLM's proxy (installed in .cache)
+	@litellm=$$($(PY) -m tests.upstreams.environments litellm) || echo "LiteLLM's proxy cannot be installed here." >&2; \
+	$(PY) -m bench.remote $${litellm:+--litellm "$$litellm"} $(ARGS)
 
 bench-access: $(VENV)/.installed-dev ## Measure what keys, limits, quotas and the log cost a request
 	@$(PY) -m bench.access $(ARGS)

@@ -2,8 +2,8 @@
 
     python -m bench.remote [--rounds 3] [--vllm FOLDER] [--litellm FOLDER] [--shared]
 
-The upstream serves a Llama (`bench.model`); it is another instance of this service, or vLLM.  It is asked for streams of
-chats by itself, through this service with default settings (limits, filters of personal data, logs) and through
+The upstream serves a Llama (`bench.model`); it is another instance of this service, or vLLM.  It is asked for streams
+of chats by itself, through this service with default settings (limits, filters of personal data, logs) and through
 LiteLLM, in turns, one asleep while the other is measured.  Each ratio is the median over the rounds.  Prompts are
 counted by the model's tokenizer here or, with --count server, by the upstream's route /tokenize.
 

@@ -37,6 +37,4 @@ def _name_it_vllm(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    known = {"vllm": vllm, "litellm": litellm}
-    for name in sys.argv[1:] or known:
-        print(f"{name} is in {known[name]()}")  # noqa: T201
+    print({"vllm": vllm, "litellm": litellm}[sys.argv[1]]())  # noqa: T201
