@@ -5,6 +5,8 @@
 set -euo pipefail
 role=${1:?usage: ray-node.sh head | HEAD_ADDRESS}
 
+# Without it whoever reaches a port of Ray runs programs here: `ray get-auth-token --generate`, the same on all hosts.
+export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
 # NCCL and Gloo have to agree on the network card; Ray workers inherit these.
 export VLLM_HOST_IP=${VLLM_HOST_IP:?the address of this host on the network of the cluster}
 if [ "$role" = head ]; then

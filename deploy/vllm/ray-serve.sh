@@ -8,6 +8,6 @@ model=${1:?$usage} gpus=${2:?$usage} hosts=${3:?$usage}
 shift 3
 
 : "${UPSTREAM_KEY:?the key between the service and vLLM}"
-export VLLM_API_KEY=$UPSTREAM_KEY
+export VLLM_API_KEY=$UPSTREAM_KEY RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
 exec vllm serve "$model" --host "${HOST:-127.0.0.1}" --port "${PORT:-8001}" --distributed-executor-backend ray \
     --tensor-parallel-size "$gpus" --pipeline-parallel-size "$hosts" --enable-prompt-tokens-details "$@"
