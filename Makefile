@@ -26,7 +26,7 @@ PYTHON_PROBLEM = $(strip $(shell \
 NEED_PYTHON = $(if $(PYTHON_PROBLEM),$(error Needs Python 3.11, 3.12 or 3.13, but $(PYTHON_PROBLEM). Name another with PYTHON=python3.12))
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-native check check-all format-check lint type-check imports lock-check format lock bench bench-overhead bench-access soak test-long test-clients mlflow-server chaos fuzz \
+.PHONY: help install run test test-native check check-all format-check lint type-check imports lock-check format lock bench bench-overhead bench-remote bench-access soak test-long test-clients test-vllm mlflow-server chaos fuzz \
 	build-docker run-docker stop-docker logs clean
 
 help: ## List the commands
@@ -92,6 +92,13 @@ fuzz: $(VENV)/.installed-dev ## Send the service thousands of requests, made of 
 
 test-clients: $(VENV)/.installed-dev ## Install real clients, OpenAI's to Open WebUI, in .cache and try them (needs node and chromium)
 	@$(PY) -m pytest --no-cov -m clients $(ARGS)
+
+test-vllm: $(VENV)/.installed-bench ## Install vLLM's CPU build in .cache (3 GB) and try the service in front of it and of `transformers serve`
+	@REQUIRE_SERVICES=1 $(PY) -m pytest --no-cov -m upstreams $(ARGS)
+
+bench-remote: $(VENV)/.installed-dev ## Measure what the service costs in front of another server, beside LiteLLM's proxy (installed in .cache)
+	@litellm=$$($(PY) -m tests.upstreams.environments litellm) || echo "LiteLLM's proxy cannot be installed here." >&2; \
+	$(PY) -m bench.remote $${litellm:+--litellm "$$litellm"} $(ARGS)
 
 bench-access: $(VENV)/.installed-dev ## Measure what keys, limits, quotas and the log cost a request
 	@$(PY) -m bench.access $(ARGS)

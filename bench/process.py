@@ -88,19 +88,27 @@ class Server:
 
 
 @contextmanager
-def serving(command: list[str], port: int, environment: Mapping[str, str], ready: str, log: Path) -> Iterator[Server]:
+def serving(
+    command: list[str],
+    port: int,
+    environment: Mapping[str, str],
+    ready: str,
+    log: Path,
+    seconds: float = READY_SECONDS,
+) -> Iterator[Server]:
     """Run a server until the block ends.
 
+    Args: seconds: how long it may take to come up.
     Raises: ServerFailed: it did not come up.
     """
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=log.parent, env=environment, stdout=output, stderr=subprocess.STDOUT)
     server = Server(process, port, log)
     try:
-        until = time.monotonic() + READY_SECONDS
+        until = time.monotonic() + seconds
         while not server.is_ready(ready):
             if time.monotonic() > until:
-                raise ServerFailed(f"nothing answers after {READY_SECONDS:.0f} s; its log is {log}")
+                raise ServerFailed(f"nothing answers after {seconds:.0f} s; its log is {log}")
             time.sleep(0.2)
         yield server
     finally:

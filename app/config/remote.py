@@ -10,7 +10,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, SecretStr, field_validat
 from app.config.section import Section
 from app.types import SamplingParams
 
-ServerName = Literal["auto", "llm-service", "vllm", "sglang", "tgi", "llama.cpp", "ollama", "openai"]
+ServerName = Literal["auto", "llm-service", "vllm", "sglang", "tgi", "llama.cpp", "ollama", "transformers", "openai"]
 
 REFUSABLE = frozenset(each.name for each in fields(SamplingParams)) - {"max_tokens", "sample"} | {"tools"}
 """What a server may lack."""

@@ -21,6 +21,8 @@ class Client:
     """Its file in `programs/`."""
     packages: tuple[str, ...]
     """From the Python package index or, for a program in JavaScript, from npm's."""
+    without: tuple[str, ...] = ()
+    """What its last package asks for and works without, or has already."""
 
     @property
     def is_javascript(self) -> bool:
@@ -55,6 +57,16 @@ OPEN_WEBUI = Client("open_webui_page.py", ("open-webui==0.12.4", "torch==2.13.0"
 """The program itself; torch is named for the wheel without CUDA, which is what machines without a GPU take."""
 PLAYWRIGHT = Client("open_webui_page.py", ("playwright==1.65.2",))
 """What types into its page, in the system's own Chromium."""
+_REQUIREMENTS = """
+import sys
+from importlib.metadata import requires
+from pip._vendor.packaging.requirements import Requirement
+name, *without = sys.argv[1:]
+for each in map(Requirement, requires(name) or ()):
+    if each.name not in without and (each.marker is None or each.marker.evaluate({"extra": ""})):
+        print(str(each).partition(";")[0])
+"""
+"""Prints what a package asks for on this machine, but for some packages."""
 
 
 def command(client: Client) -> list[str]:
@@ -82,25 +94,35 @@ def installed(client: Client) -> Path:
         if not (folder / "installed").exists():
             shutil.rmtree(folder, ignore_errors=True)
             install = _install_javascript if client.is_javascript else _install_python
-            install(folder, client.packages)
+            install(folder, client)
             (folder / "installed").touch()
     return folder
 
 
 def _folder(client: Client) -> Path:
-    digest = hashlib.sha256(repr((client.packages, sys.version_info[:2])).encode()).hexdigest()[:12]
+    facts = (client.packages, sys.version_info[:2], *filter(None, [client.without]))
+    digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
     return CACHE / digest
 
 
-def _install_python(folder: Path, packages: tuple[str, ...]) -> None:
-    """Make a virtual environment with these packages."""
+def _install_python(folder: Path, client: Client) -> None:
+    """Make a virtual environment with the client's packages."""
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, *packages], check=True)
+    python = str(folder / "bin" / "python")
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    if not client.without:
+        subprocess.run([*pip, *client.packages], check=True)
+        return
+    *first, last = client.packages
+    subprocess.run([*pip, *first], check=True)
+    subprocess.run([*pip, "--no-deps", last], check=True)
+    listing = [python, "-c", _REQUIREMENTS, last.partition("==")[0], *client.without]
+    wanted = subprocess.run(listing, check=True, capture_output=True, text=True).stdout.splitlines()
+    subprocess.run([*pip, *first, *wanted], check=True)
 
 
-def _install_javascript(folder: Path, packages: tuple[str, ...]) -> None:
+def _install_javascript(folder: Path, client: Client) -> None:
     folder.mkdir(parents=True)
     npm = shutil.which("npm")
     assert npm is not None, "needs npm"
-    subprocess.run([npm, "install", "--silent", "--no-audit", "--no-fund", *packages], cwd=folder, check=True)
+    subprocess.run([npm, "install", "--silent", "--no-audit", "--no-fund", *client.packages], cwd=folder, check=True)

@@ -226,6 +226,12 @@ class RemoteEngine:
         missing = "is not supported for this model"
         if request.tools and "tools" in self._config.unsupported:
             raise InvalidRequest.of_field("tools", missing)
+        if (
+            request.tools
+            and request.tool_choice.mode != "auto"
+            and not all(each.forces_tools for each in self._servers)
+        ):
+            raise InvalidRequest.of_field("tool_choice", "must be auto for this model")
         if request.continue_final_message and not all(server.continues for server in self._servers):
             raise InvalidRequest.of_field("continue_final_message", missing)
         if not request.sampling.max_tokens and not all(server.reads_prompts for server in self._servers):

@@ -19,6 +19,13 @@ BUSY_STATUSES = frozenset([429, 503])
 """It takes no more now: too many requests, or it is loading or shutting down."""
 GATEWAY_STATUSES = frozenset([502, 504])
 """What stands in front of it does not reach it."""
+_GENERATION_FAILED = 424
+"""What TGI calls a failure of its own."""
+
+
+def is_fault(status: int) -> bool:
+    """Return whether a server that answers so has failed itself."""
+    return (status >= 500 and status not in BUSY_STATUSES) or status == _GENERATION_FAILED
 
 
 class UpstreamError(Exception):
@@ -54,7 +61,7 @@ class ErrorReader:
             return EngineFailed("The model's server refuses this service's key; its operator has to correct that.")
         if status == 404:
             return EngineFailed("The model's server does not have this model or this route.")
-        if 400 <= status < 500:
+        if 400 <= status < 500 and not is_fault(status):
             return self._refusal(status, error)
         return EngineFailed(f"The model's server failed with status {status}. Try again.")
 

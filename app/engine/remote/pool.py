@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from app.config.remote import RemoteConfig
-from app.engine.remote.failures import BUSY_STATUSES, GATEWAY_STATUSES, ErrorReader, UpstreamError
+from app.engine.remote.failures import BUSY_STATUSES, GATEWAY_STATUSES, ErrorReader, UpstreamError, is_fault
 from app.engine.remote.upstream import Upstream, read_body
 from app.errors import AppError, EngineNotReady
 from app.requests import GenerationRequest
@@ -142,7 +142,7 @@ class UpstreamPool:
         status = response.status_code
         if status in _LOST_STATUSES:
             self.failed(upstream, f"it answered with status {status}", for_certain=True)
-        elif status >= 500 and status not in BUSY_STATUSES:
+        elif is_fault(status):
             self.failed(upstream, f"it answered with status {status}")
         try:
             content = await read_body(response)

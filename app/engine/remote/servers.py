@@ -17,6 +17,7 @@ _OPENAI: Final = frozenset(
     ]
 )
 _VLLM: Final = _OPENAI | {"top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids"}
+_TRANSFORMERS: Final = frozenset(["max_tokens", "temperature", "top_p", "stop", "seed", "sample"])
 _LLAMA: Final = _OPENAI | {"top_k", "min_p", "repetition_penalty", "ignore_eos"}
 
 
@@ -50,6 +51,10 @@ class Server:
     """Whether it can continue the last message."""
     reads_prompts: bool = False
     """Whether it takes a request for no token at all."""
+    forces_tools: bool = True
+    """Whether a request may say that a tool must be called, or none."""
+    lists_model: bool = True
+    """Whether its list of models has the one that it serves; otherwise the configuration has to name that."""
 
     @property
     def grammars(self) -> frozenset[str]:
@@ -108,6 +113,8 @@ SERVERS: Final[Mapping[str, Server]] = {
         ),
         Server(name="tgi", sampling=_OPENAI - {"logit_bias"}, neutral=(("top_p", None),)),
         Server(name="ollama", sampling=_OPENAI - {"logit_bias"}),
+        # Takes many more fields and ignores them; its list is of the hub's folder on its disk.
+        Server(name="transformers", sampling=_TRANSFORMERS, forces_tools=False, lists_model=False),
         Server(name="openai"),
     )
 }

@@ -215,7 +215,7 @@ class Upstream:
         status, content = await self.fetch("GET", "/v1/models")
         if status in (401, 403):
             raise ProbeRefusedError("it refuses the configured key")
-        if status in _LISTLESS_STATUSES and self._config.model is not None:
+        if self._config.model is not None and (status in _LISTLESS_STATUSES or (status == 200 and self._is_listless)):
             card = _Card(id=self._config.model)
         elif status == 200:
             card = self._card(_read_cards(content), name)
@@ -231,6 +231,11 @@ class Upstream:
             context_length = await self._slot_length() or context_length
         tokenizes = self._config.tokenizer in ("auto", "server") and await self._tokenizes(server, card.id)
         return Facts(model=card.id, server=server, context_length=context_length, tokenizes=tokenizes)
+
+    @property
+    def _is_listless(self) -> bool:
+        configured = self._config.server
+        return configured != "auto" and not SERVERS[configured].lists_model
 
     def _card(self, cards: list[_Card], name: str) -> _Card:
         wanted = self._config.model

@@ -1,7 +1,10 @@
 """Which of several servers gets a request, and what happens while one is away."""
 
 import asyncio
+import socket
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -102,6 +105,34 @@ async def test_a_request_goes_on_to_the_next_server_where_one_cannot_be_reached(
         assert (EngineState.READY, 1) == (status.state, status.upstreams[0].failures)
         await servers[0].start()
         await until(lambda: engine.status().upstreams[0].ready)
+
+
+async def test_a_server_that_takes_no_connection_is_given_up_after_the_time_to_connect():
+    """Its host drops what is sent to it: nothing is refused, and nothing answers."""
+    servers = [ScriptedServer(), ScriptedServer()]
+    async with engine_on(*servers, connect_seconds=0.2) as engine:
+        await until(lambda: all(each.ready for each in engine.status().upstreams))
+        await servers[0].stop()
+        with full_listener(servers[0].port):
+            async with asyncio.timeout(2):
+                assert "Hello" == text_of(await read(engine.stream(make_request())))
+
+            assert [False, True] == [each.ready for each in engine.status().upstreams]
+
+
+@contextmanager
+def full_listener(port: int) -> Iterator[None]:
+    """Listen on a port with a queue that is full, so that further connections get no answer."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
+        listener.listen(0)
+        for _ in range(3):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(("127.0.0.1", port))
+        yield
 
 
 @pytest.mark.parametrize("first", [FULL, Reply.json({}, 429), Reply(status=502), Reply(status=401), Reply(status=404)])

@@ -7,7 +7,7 @@ import pytest
 from app.engine.remote.servers import SERVERS
 from app.engine.remote.wire import request_body
 from app.errors import InvalidRequest
-from app.types import Grammar, Message, Role, SamplingParams, Tool
+from app.types import Grammar, Message, Role, SamplingParams, Tool, ToolChoice
 from tests.unit.engine.remote.requests import make_request
 from tests.unit.engine.remote.scripted_server import CARD, HELLO, Reply, ScriptedServer, engine_on
 from tests.unit.event_streams import finished_of, read
@@ -51,6 +51,7 @@ async def test_a_server_is_known_by_its_list_of_models(owner: str | None, expect
         "llama.cpp": NEUTRAL | {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0},
         "tgi": {"temperature": 0.0, "max_tokens": 20},
         "ollama": NEUTRAL,
+        "transformers": NEUTRAL,
         "openai": NEUTRAL,
     }.items(),
 )
@@ -177,6 +178,30 @@ async def test_a_server_without_a_list_of_models_is_what_the_configuration_says(
     assert ("there", 5) == (server.received[0].body["model"], server.received[0].body["top_k"])
 
 
+async def test_a_server_that_lists_other_models_is_believed_to_have_the_configured_one():
+    """`transformers serve` lists the hub's folder on its disk, and serves one of any folder."""
+    server = ScriptedServer(models=Reply.json({"data": [CARD | {"id": "a"}, CARD | {"id": "b"}]}))
+    async with engine_on(server, model="/models/mine", server="transformers") as engine:
+        await read(engine.stream(make_request()))
+
+    assert "/models/mine" == server.received[0].body["model"]
+
+
+@pytest.mark.parametrize("choice", [ToolChoice("required"), ToolChoice("none"), ToolChoice("required", "f")])
+async def test_a_server_that_ignores_whether_tools_must_be_called_is_not_told_so(choice: ToolChoice):
+    """What the model may do by itself is passed on."""
+    server = ScriptedServer()
+    tools = (Tool("f"),)
+    async with engine_on(server, server="transformers", model="m") as engine:
+        with pytest.raises(InvalidRequest) as refused:
+            await read(engine.stream(make_request(tools=tools, tool_choice=choice)))
+        assert not server.received
+        await read(engine.stream(make_request(tools=tools)))
+
+    assert "tool_choice" == refused.value.details["errors"][0]["field"]
+    assert "f" == server.received[0].body["tools"][0]["function"]["name"]
+
+
 async def test_a_chat_goes_as_messages_and_a_text_to_the_route_of_texts():
     """With its variables for the template where the server takes them, and its progress where that is told."""
     server = ScriptedServer([HELLO], models=cards(owned_by="vllm"))
@@ -208,5 +233,6 @@ async def test_a_chat_goes_as_messages_and_a_text_to_the_route_of_texts():
 
 def test_every_sampling_parameter_is_a_fact_of_every_server():
     """A new one is unsupported everywhere until somebody says where it is."""
-    assert all(SERVERS["openai"].sampling <= server.sampling | {"logit_bias"} for server in SERVERS.values())
+    others = [server for server in SERVERS.values() if server.name != "transformers"]
+    assert all(SERVERS["openai"].sampling <= server.sampling | {"logit_bias"} for server in others)
     assert all(hasattr(SamplingParams(), name) for server in SERVERS.values() for name in server.sampling)

@@ -1,6 +1,7 @@
 """What becomes of the streams that servers send: odd ones are read, broken ones end in one error."""
 
 import asyncio
+import logging
 from typing import Any
 
 import pytest
@@ -273,8 +274,9 @@ async def test_a_request_that_is_refused_says_why_and_names_the_field():
     assert "messages" == refused.value.details["errors"][0]["field"]
 
 
-async def test_what_goes_wrong_names_neither_the_key_nor_the_address():
-    """Not even where the server repeats them."""
+async def test_what_goes_wrong_names_neither_the_key_nor_the_address(caplog: pytest.LogCaptureFixture):
+    """Not even where the server repeats them; the log has the address alone."""
+    caplog.set_level(logging.DEBUG)
     server = ScriptedServer()
     await server.start()
     secrets = ["sk-very-secret", "in-a-header", f"127.0.0.1:{server.port}"]
@@ -294,6 +296,8 @@ async def test_what_goes_wrong_names_neither_the_key_nor_the_address():
 
     said = " ".join([*(f"{each.message} {each.details}" for each in errors), str(status)])
     assert not [secret for secret in secrets if secret in said]
+    assert secrets[2] in caplog.text
+    assert not [secret for secret in secrets[:2] if secret in caplog.text]
     assert [f"Bearer {secrets[0]}", secrets[1]] == [
         server.received[0].headers[name] for name in ("authorization", "x-extra")
     ]
