@@ -16,9 +16,9 @@ def load(**sections: dict[str, Any]) -> Settings:
 @pytest.mark.parametrize("several", [{"app": {"workers": 2}}, {"redis": {"replicas": 2}}], ids=["workers", "replicas"])
 def test_without_redis_they_would_forget_conversations_or_grant_whole_limits(several: dict[str, Any]):
     """The application is not built; who has no sessions has to acknowledge the limits."""
-    with pytest.raises(ConfigError, match="2 processes .* other conversations and grant the whole rate limits"):
+    with pytest.raises(ConfigError, match=r"2 processes .* other conversations and grant the whole rate limits"):
         create_app(load(**several))
-    with pytest.raises(ConfigError, match="would each grant the whole rate limits: set redis.url, or"):
+    with pytest.raises(ConfigError, match=r"would each grant the whole rate limits: set redis\.url, or"):
         create_app(load(**several, chat_history={"enabled": False}))
     with pytest.raises(ConfigError, match="other conversations"):
         create_app(load(**several, rate_limit={"per_process": True}))
