@@ -159,7 +159,7 @@ async def test_no_refusal_repeats_what_stands_in_the_wrong_place(tmp_path: Path,
     stop = configure_logging(LoggingConfig(level="DEBUG", file=tmp_path / "log"))
     refused, repeated = 0, []
     try:
-        async with running(tmp_path, model={"allowed": ["none"]}) as service:
+        async with running(tmp_path, model={"allowed": ["not/any"]}) as service:
             key = await service.key(role="admin")
             async with service.client(key) as http:
                 for path, operations in service.app.openapi()["paths"].items():

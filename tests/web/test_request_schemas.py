@@ -188,7 +188,7 @@ async def client_of(path: str, folder: Path) -> AsyncIterator[httpx.AsyncClient]
             yield client
     else:
         # Nothing is loaded in earnest: no name would be allowed that a worker were started for.
-        async with running(folder, model={"allowed": ["none"]}) as service, service.client() as client:
+        async with running(folder, model={"allowed": ["not/any"]}) as service, service.client() as client:
             yield client
 
 
