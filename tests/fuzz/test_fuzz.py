@@ -23,7 +23,7 @@ LONG_SEED = int(os.environ.get("FUZZ_SEED", "1"))
 
 SETTINGS: dict[str, Any] = {
     "app": {"port": 0, "shutdown_grace_seconds": 1},
-    "model": {"engine": "echo"},
+    "model": {"engine": "echo", "allowed": ["not/any"]},  # no worker is started for a name
     "security": {"api_key": KEY, "failed_keys_per_minute": 10_000_000},
     "rate_limit": {"enabled": False},
     "logging": {"level": "WARNING"},

@@ -165,7 +165,7 @@ async def test_no_refusal_repeats_what_stands_in_the_wrong_place(
     stop = configure_logging(LoggingConfig(level="DEBUG", file=tmp_path / "log"))
     refused, repeated = 0, []
     try:
-        async with running(tmp_path) as service:
+        async with running(tmp_path, model={"allowed": ["not/any"]}) as service:
             key = await service.key(role="admin")
             async with service.client(key) as http:
                 secret = key if kind == "key" else CARD
