@@ -15,7 +15,6 @@ REFERENCE_TOKENS = 24
 """Tokens of the random prompt on which executors are compared."""
 NOISE_FACTOR = 2
 """Two roundings of the same logits may be this much farther apart than one of them is from exact ones."""
-
 MAX_EXPLAINED = 0.3
 """A difference that is never put down to rounding: with so much of it, a wrong executor could not be told apart."""
 
