@@ -123,7 +123,9 @@ def create_key(service: Service, **fields: Any) -> str:
     return key
 
 
-@pytest.mark.parametrize("kind", FLOODS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "200 clients" else pytest.param(kind, marks=pytest.mark.soak) for kind in FLOODS]
+)
 def test_another_keys_small_requests_are_served_beside_a_flood(service: Service, kind: str) -> None:
     """None is refused, and the median time is a small multiple of what it is without it."""
     load = FLOODS[kind]

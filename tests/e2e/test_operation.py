@@ -175,6 +175,7 @@ def test_sigterm_lets_a_running_stream_finish_and_then_stops(start: Start) -> No
     assert [("done", "stop")] * 2 == last
 
 
+@pytest.mark.soak
 def test_a_signal_that_comes_twice_within_a_second_counts_once(start: Start) -> None:
     """`make run` passes SIGTERM on to a process that got it too; running answers still finish."""
     service = start(MODEL__COMPILE="none")  # slow enough that the answers are not over within a tenth of a second

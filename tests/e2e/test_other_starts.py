@@ -74,6 +74,7 @@ def test_uvicorn_starts_the_whole_service_and_stops_it(tmp_path: Path):
     assert "Traceback" not in log.read_text()
 
 
+@pytest.mark.soak
 def test_uvicorn_loads_the_service_again_when_its_code_changes(tmp_path: Path):
     watched = tmp_path / "code" / "changed.py"
     watched.parent.mkdir()

@@ -115,7 +115,9 @@ async def cut_one(proxy: CuttingProxy, of: bytes) -> None:
 
 @pytest.mark.services
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("outages", [1, pytest.param(20, marks=pytest.mark.chaos)])
+@pytest.mark.parametrize(
+    "outages", [pytest.param(1, marks=pytest.mark.soak), pytest.param(20, marks=pytest.mark.chaos)]
+)
 async def test_postgres_may_go_and_come_back_under_load(
     postgres: Postgres, postgres_url: str, tmp_path: Path, outages: int
 ):
