@@ -55,6 +55,10 @@ class BatchLines:
         """
         await self._db.quickly(partial(_give_back, line=line, owner=owner, counted=counted))
 
+    async def give_back_all(self, owner: str) -> None:
+        """Do the same with all lines that a process has claimed; their attempts are not counted."""
+        await self._db.quickly(partial(_give_back_all, owner=owner))
+
     async def unanswered(self, batch_id: str, count: int) -> Sequence[tuple[int, str]]:
         """Return numbers and custom ids of lines without a result."""
         query = select(_lines.c.number, _lines.c.custom_id).order_by(_lines.c.number).limit(count)
@@ -115,6 +119,11 @@ def _give_back(connection: Connection, *, line: ClaimedLine, owner: str, counted
     if not counted:
         values["attempts"] = _lines.c.attempts - 1
     connection.execute(update(_lines).where(_claimed(line, owner)).values(**values))
+
+
+def _give_back_all(connection: Connection, *, owner: str) -> None:
+    values: dict[str, Any] = {"state": "waiting", "owner": None, "lease": None, "attempts": _lines.c.attempts - 1}
+    connection.execute(update(_lines).where(_lines.c.owner == owner, _lines.c.state == "running").values(**values))
 
 
 def _claimed(line: ClaimedLine, owner: str) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Protocol
+from typing import Protocol, TypeVar
 from uuid import uuid4
 
 import structlog
@@ -47,6 +47,8 @@ FRESH_SECONDS = 2.0
 
 _NO_FILE = BatchError("input_file_not_found", "The file of the batch was deleted before it was validated.")
 _NOT_ALLOWED = BatchError("invalid_api_key", "The API key that created the batch is revoked or has expired.")
+_T = TypeVar("_T")
+
 _log = structlog.get_logger("llm_service")
 
 
@@ -95,6 +97,9 @@ class BatchLines(Protocol):
 
     async def give_back(self, line: ClaimedLine, owner: str, *, counted: bool) -> None:
         """Let a line be claimed again, by whichever process."""
+
+    async def give_back_all(self, owner: str) -> None:
+        """Do the same with all lines that a process has claimed; their attempts are not counted."""
 
     async def unanswered(self, batch_id: str, count: int) -> Sequence[tuple[int, str]]:
         """Return numbers and custom ids of lines without a result."""
@@ -168,6 +173,14 @@ class BatchRunner:
 
     async def run(self, routes: LineRoutes) -> None:
         """Run batches until this is cancelled; lines that are being answered then go back to the store."""
+        try:
+            await self._run(routes)
+        finally:
+            # Those whose tasks were cancelled before they began, too.
+            with suppress(StoreUnavailable):
+                await self._lines.give_back_all(self._owner)
+
+    async def _run(self, routes: LineRoutes) -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._repeat(self._config.lease_seconds / 3, self._renew))
             while True:
@@ -236,7 +249,7 @@ class BatchRunner:
         while waiting and (free := self._parallel() - len(self._running)) > 0:
             batch = self._next(waiting)
             count = free if len({each.tenant for each in waiting}) == 1 else 1
-            lines = await self._lines.claim(batch.id, self._owner, count, self._lease)
+            lines = await _finished(self._lines.claim(batch.id, self._owner, count, self._lease))
             if not lines:
                 waiting.remove(batch)
             for line in lines:
@@ -339,6 +352,16 @@ class BatchRunner:
                 await asyncio.sleep(RETRY_SECONDS)
             else:
                 return
+
+
+async def _finished(work: Awaitable[_T]) -> _T:
+    """Await work to its end, also where this is cancelled: what it claims is known to be claimed."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
 
 
 def _may_succeed_later(error: AppError, line: ClaimedLine) -> bool:

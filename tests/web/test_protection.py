@@ -53,7 +53,7 @@ async def test_every_route_but_the_public_ones_needs_a_key(subtests):
                     assert 401 == reply.status_code
                     assert "Bearer" == reply.headers["www-authenticate"]
                     assert is_envelope(reply)
-    assert 49 == checked
+    assert 50 == checked
 
 
 async def test_generating_routes_are_limited_and_no_others(subtests):

@@ -158,6 +158,9 @@ class ModelMessage(TypedDict):
 async def load_model(body: LoadModel, caller: LoadModelsDep, container: ContainerDep) -> ModelMessage:
     """Load a model, for callers who may, and return once it can serve requests."""
     name = body.model_name
+    if (load := container.loader.loads.get(name)) is not None:
+        # At the start, say: it is not loaded a second time, with the device that is asked for.
+        await load.wait()
     if not _serves(name, body.device, container):
         spec = await _spec(body, container)
         name = spec.name
@@ -166,12 +169,14 @@ async def load_model(body: LoadModel, caller: LoadModelsDep, container: Containe
 
 
 def _serves(name: str, device: str | None, container: Container) -> bool:
-    """Return whether a model is loaded already, on the device that is asked for."""
+    """Return whether a model is loaded already, on the device that is asked for or on none of this machine."""
+    if name not in container.host.loaded:
+        return False  # to ask for it would load it, on the configured device
     try:
         info = container.host.find_generating(name).engine.info
     except AppError:
         return False
-    return device in (None, "auto") or (info.device or "").partition(":")[0] == device
+    return device in (None, "auto") or info.device is None or info.device.partition(":")[0] == device
 
 
 @router.post("/unload_model", response_model=ModelMessage, responses=UNLOAD_ERRORS)

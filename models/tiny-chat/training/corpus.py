@@ -36,15 +36,15 @@ def example(seed: int, index: int) -> Example:
     rng = random.Random(f"{seed}:{index}")
     phase = (index >= LATE_FROM) + (index >= LAST_FROM) + (index >= TOOLS_FROM) + (index >= STRANGE_TOOLS_FROM)
     phase += index >= RESTORING_FROM
-    if rng.random() < (0.16, 0.16, 0.24, 0.14, 0.12, 0.16)[phase]:
-        given = exchanges.odd_beginning(rng) if phase >= 2 and rng.random() < 0.5 else ""
+    if rng.random() < (0.16, 0.16, 0.24, 0.14, 0.12, 0.18)[phase]:
+        given = exchanges.odd_beginning(rng) if phase >= 2 and rng.random() < (0.65 if phase == RESTORING_PHASE else 0.5) else ""
         return Example(text=document(rng, short_lists=phase > 0, usual_names=phase >= 2, after=given), given=given)
     draw = rng.random()
     length = rng.randint(40, 200) if draw < 0.35 else rng.randint(200, 800)
-    if draw > (0.93, 0.91, 0.88, 0.92, 0.94, 0.91)[phase]:
+    if draw > (0.93, 0.91, 0.88, 0.92, 0.94, 0.85)[phase]:
         length = (
             rng.randint(800, 2600)
-            if draw < (0.985, 0.965, 0.93, 0.965, 0.975, 0.94)[phase]
+            if draw < (0.985, 0.965, 0.93, 0.965, 0.975, 0.88)[phase]
             else rng.randint(2600, 5500)
         )
     if phase == TOOLS_PHASE:
@@ -60,7 +60,7 @@ def example(seed: int, index: int) -> Example:
         return Example(turns=conversation(rng, length, phase=2 if share < 0.68 else phase))
     if phase == RESTORING_PHASE:
         share = rng.random()
-        if share < 0.45:
+        if share < 0.52:
             return tool_conversation(rng, min(length + 200, 900), phase=phase)
-        return Example(turns=conversation(rng, length, phase=2 if share < 0.72 else phase))
+        return Example(turns=conversation(rng, length, phase=2 if share < 0.76 else phase))
     return Example(turns=conversation(rng, length, phase=phase))

@@ -112,10 +112,14 @@ def random_sentence(rng: random.Random) -> str:
 
 
 def odd_beginning(rng: random.Random) -> str:
-    """The beginning of a text that leads nowhere: any words, code, strings, other scripts, at times cut within a word."""
-    text = rng.choice([phrase, phrase, random_sentence, word_lists.twister, word_lists.code, word_lists.made_up_word])(
-        rng
-    )
+    """The beginning of a text that leads nowhere: any words, code, strings, other scripts, what is said in chats, at times cut
+    within a word."""
+    if rng.random() < 0.2:
+        text = rng.choice([small_talk, remark, fixed])(rng)[0]
+    else:
+        text = rng.choice(
+            [phrase, phrase, random_sentence, word_lists.twister, word_lists.code, word_lists.made_up_word]
+        )(rng)
     text = text.capitalize() if rng.random() < 0.3 else text
     return text[: rng.randint(1, len(text))] if rng.random() < 0.5 else text
 

@@ -26,7 +26,7 @@ RECORD_REQUESTS = [
     "Parse this: ",
 ]
 SUM_AS_JSON = re.compile(r'\{"(a|result|sum|answer)": \d')
-REQUEST_SHARES = {TOOLS_PHASE: (0.5, 0.58), STRANGE_TOOLS_PHASE: (0.55, 0.72), RESTORING_PHASE: (0.42, 0.55)}
+REQUEST_SHARES = {TOOLS_PHASE: (0.5, 0.58), STRANGE_TOOLS_PHASE: (0.55, 0.72), RESTORING_PHASE: (0.47, 0.57)}
 """How often a turn asks for a tool, and how often for that or for a tool that is not offered."""
 AND = [" And ", " ", " Also, ", "\n", " and also: "]
 

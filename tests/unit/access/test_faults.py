@@ -51,4 +51,6 @@ def test_a_fault_is_known_by_the_drivers_code_however_it_is_wrapped(error: Excep
 
 
 def test_readers_go_on_where_only_writing_fails():
-    assert {Fault.FULL, Fault.LOCKED, Fault.READ_ONLY} == {fault for fault in Fault if fault.only_writes}
+    assert {Fault.FULL, Fault.LOCKED, Fault.READ_ONLY, Fault.NO_MEMORY} == {
+        fault for fault in Fault if fault.only_writes
+    }

@@ -104,6 +104,8 @@ class FakeBatches:
 
     async def claim(self, batch_id: str, owner: str, count: int, until: datetime) -> Sequence[ClaimedLine]:
         self._refuse()
+        if self.batches[batch_id].status is not BatchStatus.IN_PROGRESS:
+            return []
         claimed: list[ClaimedLine] = []
         for number, line in self.lines[batch_id].items():
             lapsed = line.state == "running" and line.lease < datetime.now(UTC)
@@ -131,6 +133,12 @@ class FakeBatches:
         self._refuse()
         found = self.lines[line.batch_id][line.number]
         found.state, found.owner, found.attempts = "waiting", None, found.attempts - (not counted)
+
+    async def give_back_all(self, owner: str) -> None:
+        self._refuse()
+        for line in (line for lines in self.lines.values() for line in lines.values()):
+            if line.state == "running" and line.owner == owner:
+                line.state, line.owner, line.attempts = "waiting", None, line.attempts - 1
 
     async def unanswered(self, batch_id: str, count: int) -> Sequence[tuple[int, str]]:
         lines = self.lines[batch_id].items()

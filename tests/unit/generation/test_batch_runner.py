@@ -1,12 +1,13 @@
 """The batch runner: every line has one result, in whatever way its attempts end."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
-from app.batches import BatchStatus
+from app.batches import BatchStatus, ClaimedLine
 from app.errors import (
     AppError,
     DeadlineExceeded,
@@ -167,6 +168,26 @@ async def test_lines_that_run_when_it_ends_go_back_to_the_store():
     runner.create("b", 6)
     await runner.until(lambda: len(runner.routes.running) == 4)
     task.cancel()
+    await asyncio.wait([task])
+    assert ["waiting"] * 6 == runner.store.states("b")
+    assert {0} == {line.attempts for line in runner.store.lines["b"].values()}
+
+
+@pytest.mark.parametrize("pause", [0, 0.02])
+async def test_lines_that_are_claimed_in_the_moment_of_the_end_go_back(pause: float, monkeypatch: pytest.MonkeyPatch):
+    """Whether the store is about to say which they are, or their tasks have not begun."""
+    runner = Runner()
+    claim = runner.store.claim
+
+    async def claim_and_end(*args: Any) -> Sequence[ClaimedLine]:
+        found = await claim(*args)
+        task.cancel()
+        await asyncio.sleep(pause)
+        return found
+
+    monkeypatch.setattr(runner.store, "claim", claim_and_end)
+    task = asyncio.create_task(runner.runner.run(runner.routes))
+    runner.create("b", 6)
     await asyncio.wait([task])
     assert ["waiting"] * 6 == runner.store.states("b")
     assert {0} == {line.attempts for line in runner.store.lines["b"].values()}

@@ -1,0 +1,44 @@
+"""A small load balancer: each connection goes to the next server, or to another one where that refuses it."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from itertools import count
+
+
+class RoundRobin:
+    """Passes connections on to the servers in turns."""
+
+    def __init__(self, ports: Sequence[int]) -> None:
+        """Args: ports: of the servers, on loopback."""
+        self._ports = ports
+        self._turns = count()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        turn = next(self._turns)
+        for port in (self._ports[(turn + step) % len(self._ports)] for step in range(len(self._ports))):
+            try:
+                from_server, to_server = await asyncio.open_connection("127.0.0.1", port)
+            except OSError:
+                continue
+            await asyncio.gather(_pass_on(reader, to_server), _pass_on(from_server, writer))
+            return
+        writer.transport.abort()
+
+
+async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with suppress(OSError):
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+    writer.close()
+
+
+@asynccontextmanager
+async def round_robin(ports: Sequence[int]) -> AsyncIterator[str]:
+    """Listen in front of the servers until the block ends; gives the address."""
+    server = await asyncio.start_server(RoundRobin(ports).serve, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
