@@ -21,6 +21,7 @@ SETTINGS = {
     "MODEL__TEMPERATURE": "0",
     "MODEL__THREADS": "1",
     "RATE_LIMIT__ENABLED": "true",
+    "RATE_LIMIT__BURST_SIZE": "20",
     "REDIS__REPLICAS": "2",
 }
 QUESTION = "What is the capital of France?"
@@ -46,7 +47,7 @@ async def test_clients_notice_nothing_but_a_retry_when_one_of_two_instances_is_k
 
         replies = await _quick_start(address, ADMIN_KEY, 4)
         await _chat(address, "My name is Tovin.")
-        limited = await _new_key(address, {"requests_per_minute": 20, "burst_size": 20})
+        limited = await _new_key(address, {"requests_per_minute": 20})
         frugal = await _new_key(address, {"monthly_tokens": 1000})
         began = time.monotonic()
         before = await _admitted(address, limited, 12)
@@ -122,7 +123,6 @@ async def _tokens(address: str, key: str, times: int) -> int:
                     model="tiny-chat",
                     messages=[{"role": "user", "content": f"{number} + 1"}],
                     max_tokens=64,
-                    extra_body={"cache": False},
                 )
             except RateLimitError as refusal:
                 if refusal.code != "insufficient_quota":
