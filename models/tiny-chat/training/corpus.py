@@ -37,7 +37,11 @@ def example(seed: int, index: int) -> Example:
     phase = (index >= LATE_FROM) + (index >= LAST_FROM) + (index >= TOOLS_FROM) + (index >= STRANGE_TOOLS_FROM)
     phase += index >= RESTORING_FROM
     if rng.random() < (0.16, 0.16, 0.24, 0.14, 0.12, 0.18)[phase]:
-        given = exchanges.odd_beginning(rng) if phase >= 2 and rng.random() < (0.65 if phase == RESTORING_PHASE else 0.5) else ""
+        given = (
+            exchanges.odd_beginning(rng)
+            if phase >= 2 and rng.random() < (0.65 if phase == RESTORING_PHASE else 0.5)
+            else ""
+        )
         return Example(text=document(rng, short_lists=phase > 0, usual_names=phase >= 2, after=given), given=given)
     draw = rng.random()
     length = rng.randint(40, 200) if draw < 0.35 else rng.randint(200, 800)
