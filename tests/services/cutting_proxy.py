@@ -4,6 +4,9 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+
+from tests.services.proxy import listening, pass_on
 
 
 @dataclass
@@ -20,7 +23,7 @@ class CuttingProxy:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, to: int) -> None:
         from_server, to_server = await asyncio.open_connection("127.0.0.1", to)
-        replying = asyncio.create_task(self._pass_on(from_server, writer))
+        replying = asyncio.create_task(pass_on(from_server, writer))
         transaction = b""
         try:
             while data := await reader.read(65536):
@@ -45,29 +48,10 @@ class CuttingProxy:
             writer.transport.abort()
             to_server.transport.abort()
 
-    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError):
-            while data := await reader.read(65536):
-                writer.write(data)
-                await writer.drain()
-            writer.close()
-
 
 @asynccontextmanager
 async def cutting_proxy(to: int) -> AsyncIterator[CuttingProxy]:
     """Listen on a free port in front of the server on port `to`."""
     proxy = CuttingProxy()
-    serving: set[asyncio.Task[None]] = set()
-
-    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        serving.add(asyncio.create_task(proxy.serve(reader, writer, to)))
-
-    server = await asyncio.start_server(accept, "127.0.0.1", 0)
-    proxy.port = server.sockets[0].getsockname()[1]
-    try:
+    async with listening(partial(proxy.serve, to=to)) as proxy.port:
         yield proxy
-    finally:
-        server.close()
-        for task in serving:
-            task.cancel()
-        await asyncio.gather(*serving, return_exceptions=True)

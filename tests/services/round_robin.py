@@ -2,8 +2,10 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from itertools import count
+
+from tests.services.proxy import listening, pass_on
 
 
 class RoundRobin:
@@ -13,22 +15,8 @@ class RoundRobin:
         """Args: ports: of the servers, on loopback."""
         self._ports = ports
         self._turns = count()
-        self._connections: set[asyncio.Task[None]] = set()
 
-    def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Begin to serve a connection."""
-        task = asyncio.create_task(self._serve(reader, writer))
-        self._connections.add(task)
-        task.add_done_callback(self._connections.discard)
-
-    async def close(self) -> None:
-        """End all connections."""
-        for task in self._connections:
-            task.cancel()
-        if self._connections:
-            await asyncio.wait(self._connections)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         turn = next(self._turns)
         for port in (self._ports[(turn + step) % len(self._ports)] for step in range(len(self._ports))):
             try:
@@ -36,7 +24,7 @@ class RoundRobin:
             except OSError:
                 continue
             try:
-                await asyncio.gather(_pass_on(reader, to_server), _pass_on(from_server, writer))
+                await asyncio.gather(pass_on(reader, to_server), pass_on(from_server, writer))
             finally:
                 to_server.transport.abort()
                 writer.transport.abort()
@@ -44,21 +32,8 @@ class RoundRobin:
         writer.transport.abort()
 
 
-async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with suppress(OSError):
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
-    writer.close()
-
-
 @asynccontextmanager
 async def round_robin(ports: Sequence[int]) -> AsyncIterator[str]:
     """Listen in front of the servers until the block ends; gives the address."""
-    balancer = RoundRobin(ports)
-    server = await asyncio.start_server(balancer.accept, "127.0.0.1", 0)
-    try:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    finally:
-        server.close()
-        await balancer.close()
+    async with listening(RoundRobin(ports).serve) as port:
+        yield f"http://127.0.0.1:{port}"

@@ -4,6 +4,9 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+
+from tests.services.proxy import listening, pass_on
 
 
 @dataclass
@@ -23,7 +26,7 @@ class SlowProxy:
         except OSError:
             writer.transport.abort()
             return
-        replying = asyncio.create_task(self._reply(from_server, writer))
+        replying = asyncio.create_task(pass_on(from_server, writer, delay=lambda: self.seconds))
         try:
             with suppress(OSError):
                 while data := await reader.read(65536):
@@ -34,30 +37,10 @@ class SlowProxy:
             writer.transport.abort()
             to_server.transport.abort()
 
-    async def _reply(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError):
-            while data := await reader.read(65536):
-                await asyncio.sleep(self.seconds)
-                writer.write(data)
-                await writer.drain()
-            writer.close()
-
 
 @asynccontextmanager
 async def slow_proxy(to: int) -> AsyncIterator[SlowProxy]:
     """Listen on a free port in front of the server on port `to`."""
     proxy = SlowProxy()
-    serving: set[asyncio.Task[None]] = set()
-
-    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        serving.add(asyncio.create_task(proxy.serve(reader, writer, to)))
-
-    server = await asyncio.start_server(accept, "127.0.0.1", 0)
-    proxy.port = server.sockets[0].getsockname()[1]
-    try:
+    async with listening(partial(proxy.serve, to=to)) as proxy.port:
         yield proxy
-    finally:
-        server.close()
-        for task in serving:
-            task.cancel()
-        await asyncio.gather(*serving, return_exceptions=True)

@@ -40,7 +40,7 @@ async def test_clients_notice_nothing_but_a_retry_when_one_of_two_instances_is_k
             folder = tmp_path / name
             folder.mkdir()
             # One after the other: the first makes the tables.
-            service = serving(postgres_url, folder, REDIS__URL=redis.url, **SETTINGS)
+            service = serving(postgres_url, folder, prepare=None, REDIS__URL=redis.url, **SETTINGS)
             instances.append(await stack.enter_async_context(service))
         ports = [int(each.address.rpartition(":")[2]) for each in instances]
         address = await stack.enter_async_context(round_robin(ports))
