@@ -1,6 +1,6 @@
 """Measure what the service costs in front of another server, beside LiteLLM's proxy in the same run.
 
-    python -m bench.remote [--rounds 3] [--vllm FOLDER] [--litellm FOLDER] [--shared]
+    python -m bench.remote [--rounds 3] [--vllm FOLDER] [--litellm FOLDER] [--shared] [--unfiltered]
 
 The upstream serves a Llama (`bench.model`); it is another instance of this service, or vLLM.  It is asked for streams
 of chats by itself, through this service with default settings (limits, filters of personal data, logs) and through
@@ -138,7 +138,7 @@ def upstream_server(setup: Setup) -> Iterator[Target]:
 
 
 @contextmanager
-def our_front(folder: Path, upstream: Target, tokenizer: str) -> Iterator[Target]:
+def our_front(folder: Path, upstream: Target, tokenizer: str, *, filtered: bool) -> Iterator[Target]:
     """Run this service in front of it."""
     port, data = free_port(), folder / "front"
     data.mkdir()
@@ -150,6 +150,7 @@ def our_front(folder: Path, upstream: Target, tokenizer: str) -> Iterator[Target
         "REMOTE__BASE_URLS": json.dumps([f"http://127.0.0.1:{upstream.server.port}/v1"]),
         "REMOTE__API_KEY": KEY,
         "REMOTE__TOKENIZER": tokenizer,
+        "PII__ENABLED": str(filtered).lower(),
     }
     environment, log = our_environment(data, settings), folder / "front.log"
     with serving(our_command(port), port, environment, "/readyz", log, READY_SECONDS) as server:
@@ -221,6 +222,7 @@ def main() -> None:
     parser.add_argument("--litellm", type=_folder, help="a virtual environment with litellm[proxy]")
     parser.add_argument("--count", choices=["here", "server"], default="here", help="where prompts are counted")
     parser.add_argument("--shared", action="store_true", help="let all share all processors")
+    parser.add_argument("--unfiltered", action="store_true", help="filter no personal data in front")
     arguments = parser.parse_args()
     stop_on_sigterm()
     cpus = sorted(os.sched_getaffinity(0))
@@ -240,9 +242,9 @@ def main() -> None:
         os.sched_setaffinity(0, half)
         targets = [stack.enter_context(upstream_server(setup))]
         os.sched_setaffinity(0, cpus if arguments.shared else cpus[len(half) :] or cpus)
-        targets.append(
-            stack.enter_context(our_front(folder, targets[0], str(model) if arguments.count == "here" else "server"))
-        )
+        tokenizer = str(model) if arguments.count == "here" else "server"
+        front = our_front(folder, targets[0], tokenizer, filtered=not arguments.unfiltered)
+        targets.append(stack.enter_context(front))
         if arguments.litellm:
             targets.append(stack.enter_context(litellm_front(folder, arguments.litellm, targets[0])))
         else:

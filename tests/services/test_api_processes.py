@@ -1,6 +1,7 @@
 """Several API processes on one socket: they share limits, one that dies is replaced, and all end together."""
 
 import asyncio
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,14 @@ def listening(service: ServiceProcess) -> set[int]:
     """Return the processes that accept connections."""
     children = psutil.Process(service.process.pid).children()
     port = int(service.address.rpartition(":")[2])
-    return {
-        child.pid
-        for child in children
-        if any(each.laddr and each.laddr.port == port for each in child.net_connections("tcp"))
-    }
+    return {child.pid for child in children if _listens(child, port)}
+
+
+def _listens(process: psutil.Process, port: int) -> bool:
+    # It may end, or be killed by a test, at any moment.
+    with suppress(psutil.NoSuchProcess):
+        return any(each.laddr and each.laddr.port == port for each in process.net_connections("tcp"))
+    return False
 
 
 async def send(service: ServiceProcess, key: str) -> int:
