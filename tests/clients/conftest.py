@@ -1,5 +1,5 @@
 """A service with the embedded model for real clients."""
 
-from tests.e2e.conftest import service, start
+from tests.e2e.conftest import compiled, service, start
 
-__all__ = ["service", "start"]
+__all__ = ["compiled", "service", "start"]

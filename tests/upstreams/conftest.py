@@ -10,10 +10,10 @@ import pytest
 
 from bench.peers import Setup, TransformersServe, Vllm
 from bench.process import Server, free_port, serving
-from tests.e2e.conftest import ROOT, Service, Start, start
+from tests.e2e.conftest import ROOT, Service, Start, compiled, start
 from tests.upstreams import environments
 
-__all__ = ["start"]
+__all__ = ["compiled", "start"]
 
 READY_SECONDS = 1200.0
 """vLLM's imports alone take minutes on a busy machine."""
