@@ -115,7 +115,7 @@ class RedisSessionStore:
         self._wall_clock = wall_clock
         self._turns = RedisTurns(connection, lease_seconds=lease_seconds)
         self._locks: WeakValueDictionary[tuple[Tenant, str], asyncio.Lock] = WeakValueDictionary()
-        self._held: dict[tuple[Tenant, str], str] = {}
+        self._fences: dict[tuple[Tenant, str], str] = {}
         """The tokens of the turns that run in this process."""
         self._tenants = connection.key("session-tenants", "all")
         self._listed: TTLCache[str, bool] = TTLCache(MAX_TENANTS, min(COUNT_SECONDS, config.ttl_seconds / 2))
@@ -169,11 +169,11 @@ class RedisSessionStore:
         # In this process asyncio's lock is fair; whoever has it stands in the line of the replicas.
         lock = self._locks.setdefault((tenant, session_id), asyncio.Lock())
         async with lock, self._turns.hold(self._base(tenant), key_part(session_id)) as token:
-            self._held[tenant, session_id] = token
+            self._fences[tenant, session_id] = token
             try:
                 yield
             finally:
-                del self._held[tenant, session_id]
+                del self._fences[tenant, session_id]
 
     def count(self) -> int:
         return self._count
@@ -204,7 +204,7 @@ class RedisSessionStore:
         return self._connection.key("sessions", key_part(str(tenant)))
 
     def _fence(self, tenant: Tenant, session_id: str) -> tuple[str, int]:
-        return self._held.get((tenant, session_id), ""), self._turns.latest
+        return self._fences.get((tenant, session_id), ""), self._turns.latest
 
     @property
     def _now(self) -> int:

@@ -255,7 +255,7 @@ class BatchingRunner:
             return ()
         wanted = live.request.params.max_tokens - live.completion_tokens - 1
         free = self._model_runner.cache.length - len(sequence.token_ids)
-        return live.drafter.propose(sequence.token_ids, min(limit, wanted, free))
+        return live.drafter.propose(sequence.token_ids, max(0, min(limit, wanted, free)))
 
     def _compute(self, planned: Schedule) -> list[TokenEvent]:
         began, tokens = self._clock(), sum(each.count + len(each.draft) for each in planned.tokens)

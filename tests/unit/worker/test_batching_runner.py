@@ -198,6 +198,14 @@ def test_speculation_changes_no_token_and_no_logprob(family: str):
     assert found[0][2] == pytest.approx(found[1][2], abs=1e-4)
 
 
+def test_a_request_for_no_token_has_no_guess(llama: Any):
+    """Also where its prompt is in the KV cache but for the last token, and repeats itself."""
+    runner = runner_for(llama, speculation=True)
+    for number in range(2):
+        submit(runner, REPETITIVE, number, max_tokens=0)
+        assert "length" == ending_of(run(runner), number)
+
+
 def test_text_that_repeats_takes_fewer_steps_with_speculation(llama: Any):
     """The greedy completion of this model comes back to what it said before."""
     runner, events, steps = runner_for(llama, speculation=True), list[TokenEvent](), 0
