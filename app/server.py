@@ -8,6 +8,7 @@ import errno
 import gc
 import math
 import multiprocessing
+import os
 import shlex
 import signal
 import socket
@@ -17,6 +18,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -26,6 +28,7 @@ from fastapi import FastAPI
 
 from app.access.bootstrap_key import KEY_FILE, bootstrap_key
 from app.config import Settings
+from app.config.variables import unread_variables
 from app.errors import AppError, ConfigError
 from app.ipc.api_processes import ApiProcesses
 from app.main import create_app, require_shared_state
@@ -134,6 +137,7 @@ def run(settings: Settings) -> int:
     listener = _bind(settings.app.host, settings.app.port)
     stop_logging = configure_logging(settings.logging)
     try:
+        warn_of_variables()
         warn_of_workers(settings)
         if settings.app.workers == 1:
             return _serve_here(settings, listener)
@@ -187,6 +191,12 @@ def _run_process(given: dict[str, Any], listener: socket.socket, number: int) ->
     finally:
         stop_logging()
     sys.exit(code)
+
+
+def warn_of_variables() -> None:
+    """Log which variables nobody reads, of those that were probably meant for the service."""
+    for variable in unread_variables(os.environ, Path(".env")):
+        log.warning(str(variable))
 
 
 def warn_of_workers(settings: Settings) -> None:
