@@ -29,8 +29,10 @@ from fastapi import FastAPI
 from app.access.bootstrap_key import KEY_FILE, bootstrap_key
 from app.config import Settings
 from app.config.variables import unread_variables
-from app.errors import AppError, ConfigError
+from app.engine.base import LoadProgress
+from app.errors import AppError, ConfigError, ModelNotFound
 from app.ipc.api_processes import ApiProcesses
+from app.loading_display import show_loading
 from app.main import create_app, require_shared_state
 from app.telemetry import configure_logging
 from app.web.http.connections import ConnectionGuard, ConnectionLimits, raise_file_limit
@@ -231,6 +233,11 @@ async def _serve(
         announcing = background.create_task(
             announce_when_ready(_default_ready(container), server, settings, port, quiet=number > 0)
         )
+        if number == 0 and settings.model.preload:
+            loading = background.create_task(
+                show_loading(settings.model, partial(_load_progress, container), sys.stderr)
+            )
+            announcing.add_done_callback(lambda _: loading.cancel())
         await server.serve([listener])
         announcing.cancel()
     return 0 if announcing.cancelled() or announcing.result() else 1
@@ -241,6 +248,14 @@ async def _drain(container: Container, grace_seconds: float) -> None:
     async with asyncio.TaskGroup() as draining:
         draining.create_task(container.host.drain(grace_seconds))
         draining.create_task(container.loader.end_loads())
+
+
+def _load_progress(container: Container) -> LoadProgress | None:
+    """Return how far the load of the default model is; None once it is over."""
+    try:
+        return container.host.default.engine.status().progress
+    except ModelNotFound:
+        return None
 
 
 def _default_ready(container: Container) -> Callable[[], Awaitable[None]]:
