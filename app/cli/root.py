@@ -22,8 +22,18 @@ cli.command("usage")(usage.usage)
 cli.command("doctor")(doctor)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 @cli.callback()
-def about() -> None:
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
     """An OpenAI-style backend for your own Hugging Face models."""
 
 

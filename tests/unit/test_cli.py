@@ -24,7 +24,8 @@ def test_a_configuration_file_that_was_asked_for_has_to_be_there():
 
 def test_the_version_is_printed():
     """The package's own."""
-    assert f"{__version__}\n" == CliRunner().invoke(cli, ["version"]).output
+    for asked in ("version", "--version"):
+        assert f"{__version__}\n" == CliRunner().invoke(cli, [asked]).output
 
 
 def run(*arguments: str, code: int = 0) -> str:
