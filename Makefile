@@ -11,6 +11,7 @@ IMAGE ?= llm-service
 TARGET ?= cpu
 
 VENV := .venv
+comma := ,
 PY := $(VENV)/bin/python
 # Twice quiet: errors only.
 QUIET := --quiet --quiet --disable-pip-version-check
@@ -152,51 +153,26 @@ $(VENV)/bin/pip:
 	@echo "Making $(VENV) ..."
 	@$(PYTHON) -m venv $(VENV)
 
+# A line for each step: what is installed, how long it took and how large the environment has become.
+define STEP
+	@echo "Installing $(1) ..."; began=$$(date +%s); $(2) && \
+		echo "  in $$(($$(date +%s) - began)) s; $(VENV) has $$(du -sm $(VENV) | cut -f1) MB"
+endef
+
 # torch first and alone, so that it alone may come from another index; --no-deps because such an index has no other library.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/pip
-	@echo "Installing $(TORCH): large, takes minutes the first time ..."
-	@$(PIP_INSTALL) --no-deps $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $(TORCH)
-	@echo "Installing the service and its libraries ..."
-	@$(PIP_INSTALL) --editable .
+	$(call STEP,$(TORCH) (large: minutes the first time),$(PIP_INSTALL) --no-deps $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $(TORCH))
+	$(call STEP,the service and its libraries,$(PIP_INSTALL) --editable .)
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	@echo "Installing the development tools ..."
-	@$(PIP_INSTALL) --editable '.[dev]'
+	$(call STEP,the development tools,$(PIP_INSTALL) --editable '.[dev]')
 	@touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed-dev
-	@echo "Installing what the benchmark compares with ..."
-	@$(PIP_INSTALL) --editable '.[dev,bench]'
+	$(call STEP,what the benchmark compares with,$(PIP_INSTALL) --editable '.[dev$(comma)bench]')
 	@touch $@
 
-# --- Locking ---
-
-POETRY := .cache/poetry/bin/poetry
-
-$(POETRY):
-	@$(NEED_PYTHON)
-	@echo "Installing poetry in .cache ..."
-	@$(PYTHON) -m venv .cache/poetry
-	@.cache/poetry/bin/pip install $(QUIET) 'poetry>=2.3,<3' poetry-plugin-export poetry-plugin-pypi-mirror
-
-# poetry does not read pip's settings: the plugin hands it the index that pip uses and keeps that address out of poetry.lock.
-lock: $(POETRY) ## Renew poetry.lock, constraints.txt and requirements.txt after a change of pyproject.toml (ARGS=--regenerate takes newer versions)
-	@index=$${PIP_INDEX_URL:-$$(.cache/poetry/bin/pip config get global.index-url 2>/dev/null \
-		|| .cache/poetry/bin/python -c 'from pip._internal.models.index import PyPI; print(PyPI.simple_url)')}; \
-	export POETRY_PYPI_MIRROR_URL=$${index%/}/ POETRY_VIRTUALENVS_CREATE=false; \
-	$(POETRY) lock --no-interaction $(ARGS) && \
-	{ echo "# Made from poetry.lock by \`make lock\`: not to be edited."; \
-	  $(POETRY) export --format constraints.txt --all-extras --without-hashes --without-urls; } > constraints.txt.new && \
-	mv constraints.txt.new constraints.txt && \
-	{ echo "# Made from poetry.lock by \`make lock\`: not to be edited.  torch asks for the CUDA libraries itself where it needs them."; \
-	  echo "-c constraints.txt"; \
-	  $(POETRY) export --format requirements.txt --without-hashes --without-urls | grep -Ev '^(nvidia-|cuda-|triton==)'; } \
-		> requirements.txt.new && \
-	mv requirements.txt.new requirements.txt
-	@.cache/poetry/bin/python scripts/check_lock.py
-
 $(VENV)/.installed-release: $(VENV)/.installed-dev
-	@echo "Installing what examines a release ..."
-	@$(PIP_INSTALL) --editable '.[dev,release]'
+	$(call STEP,what examines a release,$(PIP_INSTALL) --editable '.[dev$(comma)release]')
 	@touch $@

@@ -113,10 +113,10 @@ def _meanings() -> dict[str, str]:
     """Return what names of .env mean that lack their section, or one of the two underscores."""
     sections = _sections()
     keys = [key for keys in sections.values() for key in keys]
-    alone = {
+    without_section = {
         key.upper(): f"{section}__{key}".upper()
         for section, keys_of in sections.items()
         for key in keys_of
         if keys.count(key) == 1 or section == "app"
     }
-    return alone | _keys(joined="_")
+    return without_section | _keys(joined="_")

@@ -1,7 +1,10 @@
 """The command line."""
 
 import json
+import signal
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,8 +27,8 @@ def test_a_configuration_file_that_was_asked_for_has_to_be_there():
 
 def test_the_version_is_printed():
     """The package's own."""
-    for asked in ("version", "--version"):
-        assert f"{__version__}\n" == CliRunner().invoke(cli, [asked]).output
+    for argument in ("version", "--version"):
+        assert f"{__version__}\n" == CliRunner().invoke(cli, [argument]).output
 
 
 def run(*arguments: str, code: int = 0) -> str:
@@ -155,3 +158,16 @@ def test_the_level_of_the_log_can_be_named_at_the_start(monkeypatch: pytest.Monk
 
     assert 0 == ended.value.code
     assert ("DEBUG", 9000) == (started[0].logging.level, started[0].app.port)
+
+
+def test_an_interrupt_while_the_service_is_imported_is_quiet():
+    """No traceback: the process ends as any other program does."""
+    command = [sys.executable, "-X", "importtime", "-m", "app", "serve"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert any("pydantic" in line for line in process.stderr), "the imports were over before they began"
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+
+    assert "Traceback" not in rest
+    assert process.returncode in (-signal.SIGINT, 130)
