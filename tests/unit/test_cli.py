@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from app import __version__
 from app.access.database import head_revision
 from app.access.key_format import id_of
-from app.cli import cli, serve_only
+from app.cli import bench, cli, serve_only
 from app.config import Settings
 
 
@@ -171,3 +171,26 @@ def test_an_interrupt_while_the_service_is_imported_is_quiet():
 
     assert "Traceback" not in rest
     assert process.returncode in (-signal.SIGINT, 130)
+
+
+def test_one_measures_ones_own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The embedded one here, for programs; the lines of its load do not mix with the figures."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "SHAPES", ((1, 8), (2, 16), (1, 100_000)))
+    monkeypatch.setattr(bench, "NEW_TOKENS", 4)
+    monkeypatch.setattr(bench, "MAX_ROUNDS", 2)
+
+    ended = CliRunner().invoke(cli, ["bench", "--json"])
+
+    rows = json.loads(ended.stdout)
+    assert [(1, 8, 2), (2, 16, 2)] == [(row["requests"], row["prompt_tokens"], row["rounds"]) for row in rows]
+    assert all(row[key] > 0 for row in rows for key in ("tokens_per_second", "first_token_ms"))
+
+
+def test_a_model_that_cannot_be_measured_is_refused_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+
+    assert "empty has no config.json" in run("bench", "empty", code=1)
+    monkeypatch.setenv("MODEL__ENGINE", "echo")
+    assert "the engine is echo" in run("bench", code=2)
