@@ -176,3 +176,29 @@ $(VENV)/.installed-bench: $(VENV)/.installed-dev
 $(VENV)/.installed-release: $(VENV)/.installed-dev
 	$(call STEP,what examines a release,$(PIP_INSTALL) --editable '.[dev$(comma)release]')
 	@touch $@
+
+# --- Locking ---
+
+POETRY := .cache/poetry/bin/poetry
+
+$(POETRY):
+	@$(NEED_PYTHON)
+	@echo "Installing poetry in .cache ..."
+	@$(PYTHON) -m venv .cache/poetry
+	@.cache/poetry/bin/pip install $(QUIET) 'poetry>=2.3,<3' poetry-plugin-export poetry-plugin-pypi-mirror
+
+# poetry does not read pip's settings: the plugin hands it the index that pip uses and keeps that address out of poetry.lock.
+lock: $(POETRY) ## Renew poetry.lock, constraints.txt and requirements.txt after a change of pyproject.toml (ARGS=--regenerate takes newer versions)
+	@index=$${PIP_INDEX_URL:-$$(.cache/poetry/bin/pip config get global.index-url 2>/dev/null \
+		|| .cache/poetry/bin/python -c 'from pip._internal.models.index import PyPI; print(PyPI.simple_url)')}; \
+	export POETRY_PYPI_MIRROR_URL=$${index%/}/ POETRY_VIRTUALENVS_CREATE=false; \
+	$(POETRY) lock --no-interaction $(ARGS) && \
+	{ echo "# Made from poetry.lock by \`make lock\`: not to be edited."; \
+	  $(POETRY) export --format constraints.txt --all-extras --without-hashes --without-urls; } > constraints.txt.new && \
+	mv constraints.txt.new constraints.txt && \
+	{ echo "# Made from poetry.lock by \`make lock\`: not to be edited.  torch asks for the CUDA libraries itself where it needs them."; \
+	  echo "-c constraints.txt"; \
+	  $(POETRY) export --format requirements.txt --without-hashes --without-urls | grep -Ev '^(nvidia-|cuda-|triton==)'; } \
+		> requirements.txt.new && \
+	mv requirements.txt.new requirements.txt
+	@.cache/poetry/bin/python scripts/check_lock.py

@@ -116,6 +116,27 @@ def test_the_database_says_how_it_is(folder: Path):
     assert "data/service.db" in run("db", "check", code=1)
 
 
+def test_a_copy_of_the_database_is_whole_and_takes_its_place(folder: Path):
+    """Also while somebody writes; never in place of another file, and only for its owner."""
+    run("db", "upgrade")
+    assert "llm_" in run("keys", "create", "--owner", "anna")
+    database = folder / "data/service.db"
+    with sqlite3.connect(database, isolation_level=None) as writer:
+        writer.execute("BEGIN IMMEDIATE")
+        writer.execute("DELETE FROM api_keys")
+        assert "MB" in run("db", "backup", "copy.db")
+        writer.execute("COMMIT")
+    writer.close()
+    assert "anna" not in run("keys", "list")
+
+    assert "copy.db cannot be written: File exists" in run("db", "backup", "copy.db", code=1)
+    assert 0o600 == (folder / "copy.db").stat().st_mode & 0o777
+    for file in database.parent.glob("service.db*"):
+        file.unlink()
+    (folder / "copy.db").rename(database)
+    assert "anna" in run("keys", "list")
+
+
 @pytest.mark.parametrize(
     ("url", "code", "message"),
     [
