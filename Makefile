@@ -30,7 +30,7 @@ PYTHON_PROBLEM = $(strip $(shell \
 NEED_PYTHON = $(if $(PYTHON_PROBLEM),$(error Needs Python 3.11, 3.12 or 3.13, but $(PYTHON_PROBLEM). Name another with PYTHON=python3.12))
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-native check check-all format-check lint type-check imports lock-check format lock bench bench-overhead bench-remote bench-access soak test-long test-clients test-vllm mlflow-server chaos fuzz \
+.PHONY: help install run test test-native check check-all format-check lint type-check imports lock-check format lock bench bench-overhead bench-remote bench-access load soak test-long test-clients test-vllm mlflow-server chaos fuzz \
 	build-docker run-docker stop-docker logs audit sbom licenses wheel clean
 
 help: ## List the commands
@@ -81,6 +81,10 @@ bench: $(VENV)/.installed-bench ## Measure the service beside other servers: an 
 
 bench-overhead: $(VENV)/.installed-dev ## Measure what the service costs beside a bare route (ARGS="--profile FOLDER": where its time goes)
 	@$(PY) -m bench.overhead $(ARGS)
+
+load: $(VENV)/.installed-load ## Let 32 people use a running service for a minute (ARGS="--host http://... --users 64 --run-time 5m")
+	@$(VENV)/bin/locust --locustfile bench/locustfile.py --headless --only-summary \
+		--host http://127.0.0.1:8000 --users 32 --spawn-rate 8 --run-time 1m $(ARGS)
 
 soak: $(VENV)/.installed-dev ## Keep the service busy and see that nothing is left behind (MINUTES=30)
 	@$(PY) -m bench.soak --minutes $(MINUTES) $(ARGS)
@@ -171,6 +175,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 $(VENV)/.installed-bench: $(VENV)/.installed-dev
 	$(call STEP,what the benchmark compares with,$(PIP_INSTALL) --editable '.[dev$(comma)bench]')
+	@touch $@
+
+$(VENV)/.installed-load: $(VENV)/.installed-dev
+	$(call STEP,what makes load,$(PIP_INSTALL) --editable '.[dev$(comma)load]')
 	@touch $@
 
 $(VENV)/.installed-release: $(VENV)/.installed-dev
