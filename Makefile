@@ -7,12 +7,16 @@ MINUTES ?= 30
 # A CPU-only wheel index to take torch from, where the CUDA libraries (gigabytes on Linux) are of no use.
 TORCH_INDEX_URL ?=
 IMAGE ?= llm-service
+# cpu or cuda: the target of the Dockerfile.
+TARGET ?= cpu
 
 VENV := .venv
+comma := ,
 PY := $(VENV)/bin/python
 # Twice quiet: errors only.
 QUIET := --quiet --quiet --disable-pip-version-check
 PIP_INSTALL := $(PY) -m pip install $(QUIET) --constraint constraints.txt
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 TORCH = $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
 # Empty when $(PYTHON) can make the virtual environment, else what is wrong with it.
@@ -26,8 +30,8 @@ PYTHON_PROBLEM = $(strip $(shell \
 NEED_PYTHON = $(if $(PYTHON_PROBLEM),$(error Needs Python 3.11, 3.12 or 3.13, but $(PYTHON_PROBLEM). Name another with PYTHON=python3.12))
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-native check check-all format-check lint type-check imports lock-check format lock bench bench-overhead bench-remote bench-access soak test-long test-clients test-vllm mlflow-server chaos fuzz \
-	build-docker run-docker stop-docker logs clean
+.PHONY: help install run test test-native check check-all format-check lint type-check imports lock-check format lock bench bench-overhead bench-remote bench-access load soak test-long test-clients test-vllm mlflow-server chaos fuzz \
+	build-docker run-docker stop-docker logs audit sbom licenses wheel clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -78,6 +82,10 @@ bench: $(VENV)/.installed-bench ## Measure the service beside other servers: an 
 bench-overhead: $(VENV)/.installed-dev ## Measure what the service costs beside a bare route (ARGS="--profile FOLDER": where its time goes)
 	@$(PY) -m bench.overhead $(ARGS)
 
+load: $(VENV)/.installed-load ## Let 32 people use a running service for a minute (ARGS="--host http://... --users 64 --run-time 5m")
+	@$(VENV)/bin/locust --locustfile bench/locustfile.py --headless --only-summary \
+		--host http://127.0.0.1:8000 --users 32 --spawn-rate 8 --run-time 1m $(ARGS)
+
 soak: $(VENV)/.installed-dev ## Keep the service busy and see that nothing is left behind (MINUTES=30)
 	@$(PY) -m bench.soak --minutes $(MINUTES) $(ARGS)
 
@@ -103,17 +111,35 @@ bench-remote: $(VENV)/.installed-dev ## Measure what the service costs in front 
 bench-access: $(VENV)/.installed-dev ## Measure what keys, limits, quotas and the log cost a request
 	@$(PY) -m bench.access $(ARGS)
 
+# --- Before a release ---
+
+audit: $(VENV)/.installed-release ## Look for known faults of the pinned libraries (asks the package index)
+	@$(VENV)/bin/pip-audit --no-deps --progress-spinner off --requirement requirements.txt
+
+sbom: $(VENV)/.installed-release ## Write a bill of materials of the service, dist/sbom.json (CycloneDX)
+	@mkdir -p dist
+	@grep -v '^-c' requirements.txt | $(VENV)/bin/cyclonedx-py requirements --output-reproducible - > dist/sbom.json
+	@echo "dist/sbom.json"
+
+licenses: $(VENV)/.installed-release ## List the licences of the service's libraries
+	@$(VENV)/bin/pip-licenses --order=license --format=markdown --packages $$(sed -n 's/^\([a-z0-9.-]*\)==.*/\1/p' requirements.txt)
+
+wheel: $(VENV)/.installed-dev ## Build a wheel in dist; it serves from any folder: llm-service serve
+	@$(PY) -m hatchling build --target wheel
+
 clean: ## Remove what tools leave behind; keeps .venv and data
 	@rm -rf build dist htmlcov .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 # --- Docker ---
 
-build-docker: ## Build the image, with CPU-only torch unless TORCH_INDEX_URL says otherwise
-	@docker build --tag $(IMAGE) $(if $(TORCH_INDEX_URL),--build-arg TORCH_INDEX_URL=$(TORCH_INDEX_URL)) .
+build-docker: ## Build the image for a CPU, or with TARGET=cuda for a GPU, and print its size
+	@docker build --target $(TARGET) --tag $(IMAGE) --label org.opencontainers.image.version=$(VERSION) \
+		$(if $(TORCH_INDEX_URL),--build-arg TORCH_INDEX_URL=$(TORCH_INDEX_URL)) .
+	@docker image inspect --format '{{.Size}}' $(IMAGE) | awk '{ printf "$(IMAGE): %.0f MB\n", $$1 / 1000000 }'
 
 run-docker: ## Start the image in the background on 127.0.0.1:8000, with .env if there is one
-	@docker run --detach --rm --init --name $(IMAGE) --publish 127.0.0.1:8000:8000 \
+	@docker run --detach --rm --init $(if $(filter cuda,$(TARGET)),--gpus all) --name $(IMAGE) --publish 127.0.0.1:8000:8000 \
 		--read-only --tmpfs /tmp:exec --stop-timeout 40 --cap-drop ALL --security-opt no-new-privileges \
 		--volume $(IMAGE)-data:/app/data $(if $(wildcard .env),--env-file .env) $(IMAGE)
 
@@ -131,22 +157,32 @@ $(VENV)/bin/pip:
 	@echo "Making $(VENV) ..."
 	@$(PYTHON) -m venv $(VENV)
 
+# A line for each step: what is installed, how long it took and how large the environment has become.
+define STEP
+	@echo "Installing $(1) ..."; began=$$(date +%s); $(2) && \
+		echo "  in $$(($$(date +%s) - began)) s; $(VENV) has $$(du -sm $(VENV) | cut -f1) MB"
+endef
+
 # torch first and alone, so that it alone may come from another index; --no-deps because such an index has no other library.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/pip
-	@echo "Installing $(TORCH): large, takes minutes the first time ..."
-	@$(PIP_INSTALL) --no-deps $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $(TORCH)
-	@echo "Installing the service and its libraries ..."
-	@$(PIP_INSTALL) --editable .
+	$(call STEP,$(TORCH) (large: minutes the first time),$(PIP_INSTALL) --no-deps $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $(TORCH))
+	$(call STEP,the service and its libraries,$(PIP_INSTALL) --editable .)
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	@echo "Installing the development tools ..."
-	@$(PIP_INSTALL) --editable '.[dev]'
+	$(call STEP,the development tools,$(PIP_INSTALL) --editable '.[dev]')
 	@touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed-dev
-	@echo "Installing what the benchmark compares with ..."
-	@$(PIP_INSTALL) --editable '.[dev,bench]'
+	$(call STEP,what the benchmark compares with,$(PIP_INSTALL) --editable '.[dev$(comma)bench]')
+	@touch $@
+
+$(VENV)/.installed-load: $(VENV)/.installed-dev
+	$(call STEP,what makes load,$(PIP_INSTALL) --editable '.[dev$(comma)load]')
+	@touch $@
+
+$(VENV)/.installed-release: $(VENV)/.installed-dev
+	$(call STEP,what examines a release,$(PIP_INSTALL) --editable '.[dev$(comma)release]')
 	@touch $@
 
 # --- Locking ---

@@ -1,6 +1,7 @@
 """Builds everything that belongs to one model: the engine, its wrappers, the chain over it, and the defaults."""
 
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -273,8 +274,15 @@ def _embeds(config: ModelConfig, engine: Engine) -> TypeGuard[LocalEngine]:
 
 def _require_model(key: str, folder: str, *files: str) -> None:
     """Raises: ConfigError: none of the files is there; the worker would find out too, seconds later."""
-    if not any((Path(folder) / name).is_file() for name in files):
+    path = Path(folder)
+    if any((path / name).is_file() for name in files):
+        return
+    if path.is_dir():
         raise ConfigError(f"configuration: {key}: the folder {folder} holds no model (no {files[0]})")
+    beside = [str(each) for each in path.parent.iterdir() if each.is_dir()] if path.parent.is_dir() else []
+    meant = next(iter(get_close_matches(folder, beside, n=1)), None)
+    suggestion = f"; is it {meant}?" if meant else "; a model of the hub needs source: hub"
+    raise ConfigError(f"configuration: {key}: there is no folder {folder}{suggestion}")
 
 
 def _supervision(settings: Settings) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import errno
 import gc
 import math
 import multiprocessing
+import os
 import shlex
 import signal
 import socket
@@ -17,6 +18,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -26,8 +28,11 @@ from fastapi import FastAPI
 
 from app.access.bootstrap_key import KEY_FILE, bootstrap_key
 from app.config import Settings
-from app.errors import AppError, ConfigError
+from app.config.variables import unread_variables
+from app.engine.base import LoadProgress
+from app.errors import AppError, ConfigError, ModelNotFound
 from app.ipc.api_processes import ApiProcesses
+from app.loading_display import show_loading
 from app.main import create_app, require_shared_state
 from app.telemetry import configure_logging
 from app.web.http.connections import ConnectionGuard, ConnectionLimits, raise_file_limit
@@ -134,6 +139,7 @@ def run(settings: Settings) -> int:
     listener = _bind(settings.app.host, settings.app.port)
     stop_logging = configure_logging(settings.logging)
     try:
+        warn_of_variables()
         warn_of_workers(settings)
         if settings.app.workers == 1:
             return _serve_here(settings, listener)
@@ -189,6 +195,12 @@ def _run_process(given: dict[str, Any], listener: socket.socket, number: int) ->
     sys.exit(code)
 
 
+def warn_of_variables() -> None:
+    """Log which variables nobody reads, of those that were probably meant for the service."""
+    for variable in unread_variables(os.environ, Path(".env")):
+        log.warning(str(variable))
+
+
 def warn_of_workers(settings: Settings) -> None:
     """Log what several processes cost, and that an older configuration asked for them."""
     if settings.app.workers > 1 and settings.model.engine not in ("echo", "remote"):
@@ -221,6 +233,11 @@ async def _serve(
         announcing = background.create_task(
             announce_when_ready(_default_ready(container), server, settings, port, quiet=number > 0)
         )
+        if number == 0 and settings.model.preload:
+            loading = background.create_task(
+                show_loading(settings.model, partial(_load_progress, container), sys.stderr)
+            )
+            announcing.add_done_callback(lambda _: loading.cancel())
         await server.serve([listener])
         announcing.cancel()
     return 0 if announcing.cancelled() or announcing.result() else 1
@@ -231,6 +248,14 @@ async def _drain(container: Container, grace_seconds: float) -> None:
     async with asyncio.TaskGroup() as draining:
         draining.create_task(container.host.drain(grace_seconds))
         draining.create_task(container.loader.end_loads())
+
+
+def _load_progress(container: Container) -> LoadProgress | None:
+    """Return how far the load of the default model is; None once it is over."""
+    try:
+        return container.host.default.engine.status().progress
+    except ModelNotFound:
+        return None
 
 
 def _default_ready(container: Container) -> Callable[[], Awaitable[None]]:

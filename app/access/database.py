@@ -5,9 +5,10 @@ Decides how each is spoken to, how long to wait, and what counts as an outage.
 
 import asyncio
 import os
+import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -217,6 +218,14 @@ class Database:
             found = (await connection.execute(text(f"PRAGMA {'quick' if quick else 'integrity'}_check"))).scalars()
             return [line for line in found if line != "ok"]
 
+    async def copy_to(self, target: Path) -> None:
+        """Write a consistent copy of SQLite's file while others read and write it.
+
+        Raises: FileExistsError, OSError: the copy cannot be written; what there is of it is removed.
+        """
+        if self.path is not None:
+            await asyncio.to_thread(_copy_sqlite, self.path, target)
+
     async def _refuse_damaged(self) -> None:
         """Raises: ConfigError: a page of the file is not as SQLite wrote it; keys or quotas may be wrong."""
         if found := await self.problems(quick=True):
@@ -314,6 +323,16 @@ def _open_quick(url: URL, synchronous: str) -> Engine:
 def _work(engine: Engine, work: Callable[[Connection], T]) -> T:
     with engine.begin() as connection:
         return work(connection)
+
+
+def _copy_sqlite(path: Path, target: Path) -> None:
+    os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    try:
+        with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(target)) as copy:
+            source.backup(copy)
+    except sqlite3.Error as error:
+        target.unlink()
+        raise OSError(None, str(error)) from error
 
 
 def _revision(connection: Connection) -> str | None:

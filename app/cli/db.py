@@ -1,11 +1,14 @@
-"""`python -m app db`: the database's schema."""
+"""`python -m app db`: the database's schema and its copies."""
+
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from app.access.database import Database, head_revision
 from app.cli.terminal import CONFIG, ConfigOption, JsonOption, fail, print_json, with_database
 
-cli = typer.Typer(no_args_is_help=True, help="The database's schema.")
+cli = typer.Typer(no_args_is_help=True, help="The database: its schema, its state, copies of it.")
 
 
 @cli.command()
@@ -40,6 +43,27 @@ def check(config: ConfigOption = CONFIG, as_json: JsonOption = False) -> None:
         _print_revision(database, await database.revision(), as_json=as_json)
 
     with_database(config, work)
+
+
+@cli.command()
+def backup(
+    file: Annotated[Path, typer.Argument(help="Where the copy is written; must not exist.")],
+    config: ConfigOption = CONFIG,
+) -> None:
+    """Write a consistent copy of the SQLite database, while a service runs on it or not."""
+
+    async def work(database: Database) -> None:
+        if not database.sqlite:
+            fail(f"the database is {database.where}: use pg_dump")
+        if not database.exists():
+            fail(f"there is no database {database.name}", 1)
+        try:
+            await database.copy_to(file)
+        except OSError as error:
+            fail(f"{file} cannot be written: {error.strerror}", 1)
+        typer.echo(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
+
+    with_database(config, work, ready=False)
 
 
 def _print_revision(database: Database, revision: str | None, *, as_json: bool) -> None:

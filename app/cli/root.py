@@ -7,6 +7,7 @@ import typer
 
 from app import __version__
 from app.cli import adapters, db, keys, models, roles, usage
+from app.cli.bench import bench
 from app.cli.doctor import doctor
 from app.cli.terminal import CONFIG, ConfigOption, existing
 from app.config import load_settings
@@ -20,10 +21,21 @@ cli.add_typer(adapters.cli, name="adapters")
 cli.add_typer(db.cli, name="db")
 cli.command("usage")(usage.usage)
 cli.command("doctor")(doctor)
+cli.command("bench")(bench)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
 
 
 @cli.callback()
-def about() -> None:
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
     """An OpenAI-style backend for your own Hugging Face models."""
 
 

@@ -1,8 +1,7 @@
 """Loads the settings: config.yml < .env < environment."""
 
 import os
-from collections.abc import Mapping
-from difflib import get_close_matches
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ from pydantic_settings import SettingsConfigDict, SettingsError
 from yaml import YAMLError
 
 from app.config.sections import Settings
-from app.errors import ConfigError, is_plain_name
+from app.config.variables import NOT_SHOWN, may_be_shown, names_in, nearest_section
+from app.errors import ConfigError
 
-_NOT_SHOWN = "(a name that is not shown)"
 MAX_POSITION = 1000
 """A greater number is no position in a list, but a key that somebody wrote."""
 
@@ -34,7 +33,7 @@ def load_settings(
         model_config = SettingsConfigDict(yaml_file=config_file, env_file=env_file)
 
     _refuse_unreadable(config_file, env_file)
-    _refuse_near_misses(os.environ)
+    _refuse_near_misses([*os.environ, *names_in(Path(env_file) if env_file else None)])
     try:
         return Located(**overrides)
     except ValidationError as error:
@@ -62,25 +61,22 @@ def _refuse_unreadable(*files: Path | str | None) -> None:
             raise ConfigError(f"configuration: {path} cannot be read: {error.strerror}") from None
 
 
-def _refuse_near_misses(environment: Mapping[str, str]) -> None:
+def _refuse_near_misses(names: Iterable[str]) -> None:
     """Refuse variables whose prefix is nearly a section's name; all others belong to other software."""
-    for name in environment:
-        section, separator, key = name.lower().partition("__")
-        if separator and section not in Settings.model_fields:
-            for meant in get_close_matches(section, Settings.model_fields, n=1, cutoff=0.75):
-                shown = name if _may_be_shown(key) else f"{name.partition('__')[0]}__{_NOT_SHOWN}"
-                raise ConfigError(f"configuration: {shown}: there is no section {section}; is it {meant}?")
+    for name in names:
+        if (meant := nearest_section(name)) is not None:
+            section, _, key = name.partition("__")
+            shown = name if may_be_shown(key) else f"{section}__{NOT_SHOWN}"
+            raise ConfigError(f"configuration: {shown}: there is no section {section.lower()}; is it {meant}?")
 
 
 def _reason(item: Any) -> str:
-    key = ".".join(str(part) if _may_be_shown(part) else _NOT_SHOWN for part in item["loc"])
+    key = ".".join(str(part) if _may_be_shown(part) else NOT_SHOWN for part in item["loc"])
     if item["type"] in ("extra_forbidden", "invalid_key"):
         return f"{key}: there is no such key"
     return f"{key}: {item['msg'].removeprefix('Value error, ')}"
 
 
 def _may_be_shown(part: str | int) -> bool:
-    """Return whether a part of a key is a position in a list or words; anything else may be a secret."""
-    if isinstance(part, int):
-        return part < MAX_POSITION
-    return all(is_plain_name(word) for word in part.lower().split("__"))
+    """Return whether a part of a key is a position in a list or words."""
+    return part < MAX_POSITION if isinstance(part, int) else may_be_shown(part)

@@ -15,10 +15,12 @@ from pydantic import (
 )
 
 from app.config.embeddings import EmbeddingPooling
+from app.config.packaged import packaged
 from app.config.remote import RemoteConfig
 from app.config.section import Section
 
 ModelSource = Literal["local", "hub", "mlflow"]
+EMBEDDED_MODEL = "models/tiny-chat"
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 QuantizationName = Literal["none", "int8", "bitsandbytes-8bit", "bitsandbytes-4bit"]
@@ -44,6 +46,33 @@ ToolFormatName = Literal[
     "harmony",
 ]
 ReasoningFormatName = Literal["auto", "none", "think", "mistral", "gemma4", "harmony"]
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+
+
+def _located(data: Any) -> Any:
+    """Fill in where a model comes from, if that is not said, and find the embedded one."""
+    if not isinstance(data, dict) or not isinstance(name := data.get("name", EMBEDDED_MODEL), str):
+        return data
+    source = data.get("source") or "auto"
+    if source == "auto":
+        source = "mlflow" if name.startswith("models:/") else "hub" if _is_on_hub(name) else "local"
+    if source == "local" and (found := packaged(Path(name))) != Path(name):
+        name = str(found)
+    return data | {"name": name, "source": source}
+
+
+def _is_on_hub(name: str) -> bool:
+    """Return whether org/name is an id of the hub: where there is a folder org, it is one that is missing there."""
+    return bool(_HUB_ID.fullmatch(name)) and not _is_folder(packaged(Path(name).parent))
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # no file can have such a name
+        return False
 
 
 class ModelHosting(Section):
@@ -76,10 +105,12 @@ class ModelHosting(Section):
 class ModelConfig(ModelHosting):
     """The served model, its engine and its limits."""
 
-    name: str = "models/tiny-chat"
+    name: str = EMBEDDED_MODEL
     """A folder (source local), a Hugging Face model id (source hub) or the URI of a model in a registry (source mlflow:
     models:/name/version or models:/name@alias)."""
     source: ModelSource = "local"
+    """auto, or nothing, goes by the name: models:/... is mlflow, org/name is hub where there is no folder org, and
+    everything else is local."""
     served_name: ServedName | None = None
     """The name that clients see; unset is the model id, the name of the folder without its path, or the name in the
     registry."""
@@ -142,6 +173,8 @@ class ModelConfig(ModelHosting):
     """Keep a process whose libraries are imported for the next worker: about 260 MB, and a worker that died is replaced
     in one second instead of five."""
 
+    _fill_in_source = model_validator(mode="before")(_located)
+
     @model_validator(mode="after")
     def _loads_what_it_needs(self) -> Self:
         if self.required and not self.preload:
@@ -194,6 +227,8 @@ class ModelEntry(Section):
     reasoning_format: ReasoningFormatName | None = None
     remote: RemoteConfig | None = None
     """The servers of this model where its engine is remote; unset are those of section `remote`."""
+
+    _fill_in_source = model_validator(mode="before")(_located)
 
     @model_validator(mode="after")
     def _is_remote_where_servers_are_named(self) -> Self:

@@ -27,7 +27,7 @@ _TRUE = ("1", "true", "yes", "on")
 
 
 class OwnVariables(PydanticBaseSettingsSource):
-    """The source of .env without the older variables, which would be unknown keys there."""
+    """The source of .env without the variables of older services and other programs, which would be unknown keys."""
 
     def __init__(self, settings_cls: type[BaseSettings], dotenv: PydanticBaseSettingsSource) -> None:
         super().__init__(settings_cls)
@@ -40,8 +40,8 @@ class OwnVariables(PydanticBaseSettingsSource):
 
     def __call__(self) -> dict[str, Any]:
         data = self._dotenv()
-        self.older = {name: str(data.pop(name.lower())) for name in OLDER_VARIABLES if name.lower() in data}
-        return data
+        self.older = {name: str(data[name.lower()]) for name in OLDER_VARIABLES if name.lower() in data}
+        return {key: value for key, value in data.items() if key in self.settings_cls.model_fields}
 
 
 class OlderVariables(PydanticBaseSettingsSource):

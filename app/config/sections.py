@@ -28,6 +28,7 @@ from app.config.embeddings import EmbeddingsConfig
 from app.config.mlflow import MlflowConfig
 from app.config.model import ModelConfig, ModelEntry
 from app.config.older_names import ConfigFile, OlderVariables, OwnVariables
+from app.config.packaged import packaged
 from app.config.redis import RedisConfig
 from app.config.remote import RemoteConfig
 from app.config.section import Section
@@ -65,7 +66,7 @@ class AppConfig(Section):
     """API processes on this machine; more than one need Redis, and each loads models of its own."""
     data_dir: Path = Path("data")
     """Folder of the embedded database, the first API key and compiled kernels; created when missing."""
-    prompts_dir: Path = Path("prompts")
+    prompts_dir: Annotated[Path, AfterValidator(packaged)] = Field(default=Path("prompts"), validate_default=True)
     """Folder of prompt templates: base_system.txt is the system prompt of every chat without one."""
     shutdown_grace_seconds: NonNegativeInt = 25
     """How long running requests may take after SIGTERM before they are aborted; a second signal cuts it short."""
@@ -260,7 +261,6 @@ class Settings(BaseSettings):
         extra="forbid",
         frozen=True,
         hide_input_in_errors=True,
-        nested_model_default_partial_update=True,
     )
 
     app: AppConfig = AppConfig()

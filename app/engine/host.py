@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 
 from app.embeddings import EmbeddingRequest
 from app.engine.adapters import AdapterEntry, AdapterRegistry, PreparedAdapters
@@ -119,7 +120,7 @@ class ModelHost:
         name = self.default_name if model is None else model
         if name not in self._models or name in self._unloading:
             usable = (*self.loaded, *self.adapter_names)
-            raise ModelNotFound(_missing([each for each in usable if allowed is None or each in allowed]))
+            raise ModelNotFound(_missing(name, [each for each in usable if allowed is None or each in allowed]))
         return self._models[name]
 
     def use_of(self, name: str) -> "ModelUse":
@@ -421,9 +422,10 @@ def _generating(model: Served) -> ServedModel:
     return model
 
 
-def _missing(names: Collection[str]) -> str:
-    """Return what a client may do whose model is not loaded."""
-    loaded = ", ".join(names)
-    if not loaded:
+def _missing(wanted: str, names: Collection[str]) -> str:
+    """Return what a client may do whose model is not loaded.  Args: names: the models that it may use."""
+    if not names:
         return "This model is not loaded, and neither is any other that this key may use."
-    return f"This model is not loaded. Loaded: {loaded}. Leave `model` out to use the default."
+    meant = next(iter(get_close_matches(wanted, names, n=1)), None)
+    suggestion = f" Is it {meant}?" if meant else ""
+    return f"This model is not loaded.{suggestion} Loaded: {', '.join(names)}. Leave `model` out to use the default."

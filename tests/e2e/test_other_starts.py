@@ -95,7 +95,8 @@ def test_uvicorn_says_in_one_line_what_is_wrong_with_the_configuration(tmp_path:
         code = process.wait(30)
 
     assert code != 0
-    assert "llm-service: configuration: model.name: the folder /nowhere holds no model" in log.read_text()
+    reason = "there is no folder /nowhere; a model of the hub needs source: hub"
+    assert f"llm-service: configuration: model.name: {reason}" in log.read_text()
     assert "Traceback" not in log.read_text()
 
 

@@ -1,7 +1,10 @@
 """The command line."""
 
 import json
+import signal
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from typer.testing import CliRunner
 from app import __version__
 from app.access.database import head_revision
 from app.access.key_format import id_of
-from app.cli import cli, serve_only
+from app.cli import bench, cli, serve_only
 from app.config import Settings
 
 
@@ -24,7 +27,8 @@ def test_a_configuration_file_that_was_asked_for_has_to_be_there():
 
 def test_the_version_is_printed():
     """The package's own."""
-    assert f"{__version__}\n" == CliRunner().invoke(cli, ["version"]).output
+    for argument in ("version", "--version"):
+        assert f"{__version__}\n" == CliRunner().invoke(cli, [argument]).output
 
 
 def run(*arguments: str, code: int = 0) -> str:
@@ -112,6 +116,27 @@ def test_the_database_says_how_it_is(folder: Path):
     assert "data/service.db" in run("db", "check", code=1)
 
 
+def test_a_copy_of_the_database_is_whole_and_takes_its_place(folder: Path):
+    """Also while somebody writes; never in place of another file, and only for its owner."""
+    run("db", "upgrade")
+    assert "llm_" in run("keys", "create", "--owner", "anna")
+    database = folder / "data/service.db"
+    with sqlite3.connect(database, isolation_level=None) as writer:
+        writer.execute("BEGIN IMMEDIATE")
+        writer.execute("DELETE FROM api_keys")
+        assert "MB" in run("db", "backup", "copy.db")
+        writer.execute("COMMIT")
+    writer.close()
+    assert "anna" not in run("keys", "list")
+
+    assert "copy.db cannot be written: File exists" in run("db", "backup", "copy.db", code=1)
+    assert 0o600 == (folder / "copy.db").stat().st_mode & 0o777
+    for file in database.parent.glob("service.db*"):
+        file.unlink()
+    (folder / "copy.db").rename(database)
+    assert "anna" in run("keys", "list")
+
+
 @pytest.mark.parametrize(
     ("url", "code", "message"),
     [
@@ -154,3 +179,39 @@ def test_the_level_of_the_log_can_be_named_at_the_start(monkeypatch: pytest.Monk
 
     assert 0 == ended.value.code
     assert ("DEBUG", 9000) == (started[0].logging.level, started[0].app.port)
+
+
+def test_an_interrupt_while_the_service_is_imported_is_quiet():
+    """No traceback: the process ends as any other program does."""
+    command = [sys.executable, "-X", "importtime", "-m", "app", "serve"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert any("pydantic" in line for line in process.stderr), "the imports were over before they began"
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+
+    assert "Traceback" not in rest
+    assert process.returncode in (-signal.SIGINT, 130)
+
+
+def test_one_measures_ones_own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The embedded one here, for programs; the lines of its load do not mix with the figures."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "SHAPES", ((1, 8), (2, 16), (1, 100_000)))
+    monkeypatch.setattr(bench, "NEW_TOKENS", 4)
+    monkeypatch.setattr(bench, "MAX_ROUNDS", 2)
+
+    ended = CliRunner().invoke(cli, ["bench", "--json"])
+
+    rows = json.loads(ended.stdout)
+    assert [(1, 8, 2), (2, 16, 2)] == [(row["requests"], row["prompt_tokens"], row["rounds"]) for row in rows]
+    assert all(row[key] > 0 for row in rows for key in ("tokens_per_second", "first_token_ms"))
+
+
+def test_a_model_that_cannot_be_measured_is_refused_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+
+    assert "empty has no config.json" in run("bench", "empty", code=1)
+    monkeypatch.setenv("MODEL__ENGINE", "echo")
+    assert "the engine is echo" in run("bench", code=2)

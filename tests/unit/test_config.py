@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from app.config import Section, Settings, load_settings
+from app.config.variables import unread_variables
 from app.errors import ConfigError
 from scripts.env_example import env_example
 
@@ -111,7 +112,7 @@ def test_private_networks_may_be_proxies(files: tuple[Path, Path], proxies: list
         ("app: {port: canary}", ""),
         ("database: {url: [canary]}", ""),
         ("", "SECURITY__CANARY1=x"),
-        ("", "CANARY1=x"),
+        ("", "SECRUITY__CANARY1=x"),
         ("", "SECURITY__API_KEY=canary"),
         ("", "SECURITY={canary"),
         ("", "APP__TRUSTED_PROXIES=canary"),
@@ -141,6 +142,7 @@ def test_a_misspelt_variable_stops_the_start(files: tuple[Path, Path], monkeypat
     ("name", "value", "message"),
     [
         ("MODLE__NAME", "x", "MODLE__NAME: there is no section modle; is it model?"),
+        ("LOG__LEVEL", "DEBUG", "LOG__LEVEL: there is no section log; is it logging?"),
         ("SECURITY__CORS_ORIGINS", "https://a", 'a list is written as JSON, such as ["a", "b"]'),
     ],
 )
@@ -156,6 +158,72 @@ def test_a_variable_that_nearly_is_ours_stops_the_start(
         load_settings(*files)
 
     assert message in str(refused.value)
+
+
+def test_a_misspelt_section_of_dotenv_stops_the_start(files: tuple[Path, Path]) -> None:
+    files[1].write_text("LOG__LEVEL=DEBUG\n")
+
+    with pytest.raises(ConfigError, match="LOG__LEVEL: there is no section log; is it logging"):
+        load_settings(*files)
+
+
+def test_variables_of_other_programs_in_dotenv_are_passed_over_and_named_with_their_line(
+    files: tuple[Path, Path],
+) -> None:
+    """With what was probably meant, where they are nearly ours; never with a name that may be a secret."""
+    files[1].write_text("# mine\nNODE_ENV=x\nPORT=9000\nMODEL__MAX_TOKENS=7\nGIT__X=1\nMODEL_DEVICE=cpu\nSK_4111=x\n")
+
+    assert 7 == load_settings(*files).model.max_tokens
+
+    found = {each.name: (each.where, each.meant) for each in unread_variables({}, files[1])}
+    assert {
+        "NODE_ENV": (f"{files[1]}, line 2", None),
+        "PORT": (f"{files[1]}, line 3", "APP__PORT"),
+        "GIT__X": (f"{files[1]}, line 5", None),
+        "MODEL_DEVICE": (f"{files[1]}, line 6", "MODEL__DEVICE"),
+        "(a name that is not shown)": (f"{files[1]}, line 7", None),
+    } == found
+
+
+def test_of_the_environment_only_likely_mistakes_are_named(files: tuple[Path, Path]) -> None:
+    environment = {"PATH": "/bin", "PORT": "9000", "HF_TOKEN": "x", "DATABASE_URI": "x", "remote__headers__x": "y"}
+
+    assert [("DATABASE_URI", "DATABASE_URL"), ("PORT", "APP__PORT")] == [
+        (each.name, each.meant) for each in unread_variables(environment, files[1])
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "source"),
+    [
+        ({"name": "google/gemma-2-2b-it"}, "google/gemma-2-2b-it", "hub"),
+        ({"name": "org/folder"}, "org/folder", "local"),
+        ({"name": "org/missing"}, "org/missing", "local"),
+        ({"name": "gpt2"}, "gpt2", "local"),
+        ({"name": "models:/chat@production"}, "models:/chat@production", "mlflow"),
+        ({"name": "/models/of/mine"}, "/models/of/mine", "local"),
+        ({"name": "./org/name"}, "./org/name", "local"),
+        ({"name": "org/folder", "source": "hub"}, "org/folder", "hub"),
+        ({"name": "google/gemma-2-2b-it", "source": "local"}, "google/gemma-2-2b-it", "local"),
+        ({}, str(ROOT / "models/tiny-chat"), "local"),
+    ],
+)
+def test_where_a_model_comes_from_is_seen_from_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], name: str, source: str
+) -> None:
+    """Unless it is said; the embedded model is found from any folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org/folder").mkdir(parents=True)
+    for key, value in given.items():
+        monkeypatch.setenv(f"MODEL__{key.upper()}", value)
+
+    settings = load_settings(ROOT / "config.yml")
+
+    assert (name, source) == (settings.model.name, settings.model.source)
+    assert ROOT / "prompts" == settings.app.prompts_dir
+    if given:
+        (entry,) = load_settings(models=[given]).models
+        assert (name, source) == (entry.name, entry.source)
 
 
 def test_a_file_that_is_not_utf_8_is_named(files: tuple[Path, Path]) -> None:

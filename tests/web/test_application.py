@@ -197,9 +197,9 @@ async def test_switched_off_parts_are_off(client: Client) -> None:
     ("section", "message"),
     [
         ({"pii": {"phone_regions": ["US", "XX"]}}, "pii.phone_regions: unknown phone region 'XX'"),
-        ({"model": {"name": "/nowhere"}}, "model.name: the folder /nowhere holds no model"),
+        ({"model": {"name": "/nowhere"}}, "model.name: there is no folder /nowhere"),
         ({"app": {"prompts_dir": "/nowhere"}}, "/nowhere/base_system.txt"),
-        ({"embeddings": {"model": "/nowhere"}}, "embeddings.model: the folder /nowhere holds no model"),
+        ({"embeddings": {"model": "/nowhere"}}, "embeddings.model: there is no folder /nowhere"),
         (
             {"embeddings": {"model": "models/tiny-chat"}},
             "embeddings.model: tiny-chat is the name of the chat model, too",

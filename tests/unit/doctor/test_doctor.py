@@ -219,8 +219,8 @@ def readable(name: str) -> Callable[[Path], None]:
         (readable("log"), {"LOGGING__FILE": "log"}, "log file", "others on this machine can read log"),
         (lambda folder: (folder / "data").chmod(0o777), {}, "data folder", "others may change"),
         (row_from_the_future, {}, "clock", "ahead of this machine's clock"),
-        (lambda folder: None, {"MODEL_DEVICE": "cpu"}, "configuration", "MODEL_DEVICE is not read"),
-        (lambda folder: None, {"DATABASE_URI": "x"}, "configuration", "DATABASE_URI is not read"),
+        (lambda folder: None, {"MODEL_DEVICE": "cpu"}, "configuration", "MODEL_DEVICE in the environment is not read"),
+        (lambda folder: None, {"DATABASE_URI": "x"}, "configuration", "DATABASE_URI in the environment is not read"),
     ],
 )
 def test_what_deserves_attention_is_a_warning(
