@@ -55,13 +55,13 @@ def test_a_terminal_gets_a_link_with_the_key_and_a_log_does_not(tmp_path: Path) 
     """Only the key that the service made; never one that the operator chose, nor where the page is switched off."""
     (tmp_path / "api_key").write_text("llm_secret-of-mine\n")
     app = AppConfig(data_dir=tmp_path)
-    made = Settings(app=app, security=SecurityConfig())
+    generated = Settings(app=app, security=SecurityConfig())
     chosen = Settings(app=app, security=SecurityConfig(api_key=SecretStr("chosen-by-me")))
     without = Settings(app=app, security=SecurityConfig(page=False))
 
-    assert "http://127.0.0.1:8000/#key=llm_secret-of-mine\n" in how_to_use(made, 8000, show_key=True)
-    assert "browser" in how_to_use(made, 8000)
+    assert "http://127.0.0.1:8000/#key=llm_secret-of-mine\n" in how_to_use(generated, 8000, show_key=True)
+    assert "browser" in how_to_use(generated, 8000)
     assert "browser" not in how_to_use(without, 8000, show_key=True)
-    for shown in (how_to_use(made, 8000), how_to_use(chosen, 8000, show_key=True)):
+    for shown in (how_to_use(generated, 8000), how_to_use(chosen, 8000, show_key=True)):
         assert "secret-of-mine" not in shown
         assert "chosen-by-me" not in shown

@@ -73,9 +73,11 @@ function ofEnvelope(status, body, retryAfter) {
 async function* events(stream, signal) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
+  let ended = false;
   try {
     for (;;) {
       const { done, value } = await reader.read();
+      ended = done;
       if (done) return;
       const blocks = (rest + value).split("\n\n");
       rest = blocks.pop();
@@ -87,7 +89,7 @@ async function* events(stream, signal) {
   } catch (error) {
     throw signal?.aborted || error instanceof ApiError ? error : lost();
   } finally {
-    reader.cancel().catch(() => {});
+    if (!ended) reader.cancel().catch(() => {});
   }
 }
 

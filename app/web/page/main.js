@@ -73,13 +73,7 @@ class Page {
   }
 
   #listen() {
-    addEventListener("hashchange", () => {
-      const key = keyOfLink();
-      if (key) {
-        store.keep(key, store.kept);
-        location.reload();
-      } else this.show();
-    });
+    addEventListener("hashchange", () => this.show());
     byId("new-chat").addEventListener("click", () => {
       if (location.hash === "" || location.hash === "#/") this.conversation.clear();
     });
@@ -233,7 +227,14 @@ function showTheme() {
   byId("theme-button").textContent = `Theme: ${store.theme}`;
 }
 
+/** Take the key of a link, which may also be opened while the page is. */
+function takeLink() {
+  const key = keyOfLink();
+  if (key) store.keep(key, store.kept);
+  return key !== null;
+}
+
 showTheme();
-const given = keyOfLink();
-if (given) store.keep(given, store.kept);
+takeLink();
+addEventListener("hashchange", () => takeLink() && location.reload());
 new Page(new Api(await signedIn(store.key))).start();

@@ -27,12 +27,15 @@ const INLINE = [/^\\\(([\s\S]+?)\\\)/, /^\$(?![\s$])((?:[^$\n\\]|\\.)+?)(?<!\s)\
 const DISPLAYED = [/^\$\$([\s\S]+?)\$\$/, /^\\\[([\s\S]+?)\\\]/];
 const DISPLAYED_BLOCK = [/^\$\$([\s\S]+?)\$\$[ \t]*(?:\n|$)/, /^\\\[([\s\S]+?)\\\][ \t]*(?:\n|$)/];
 
-function mathsExtension(name, level, patterns, displayMode) {
+const BLOCK_START = /\n(?:\$\$[\s\S]+?\$\$|\\\[[\s\S]+?\\\])[ \t]*(?:\n|$)/;
+
+/** An extension of marked; `begin` finds where one may begin, which is where marked cuts the text before it. */
+function mathsExtension(name, level, begin, patterns, displayMode) {
   return {
     name,
     level,
     start(source) {
-      const place = source.search(MATHS);
+      const place = source.search(begin);
       return place < 0 ? undefined : place;
     },
     tokenizer(source) {
@@ -49,7 +52,9 @@ function mathsExtension(name, level, patterns, displayMode) {
 function formula(raw, text, displayMode) {
   if (!maths) return escaped(raw);
   try {
-    return maths.renderToString(text, { displayMode, throwOnError: true, trust: false, maxExpand: 200 });
+    const found = maths.renderToString(text, { displayMode, throwOnError: true, trust: false, maxExpand: 200 });
+    // Its texts hold no plain quotes, so these are attributes, which the policy of the page does not allow.
+    return found.replace(/ style="[^"]*"/g, "");
   } catch {
     return `<code>${escaped(raw)}</code>`;
   }
@@ -58,7 +63,6 @@ function formula(raw, text, displayMode) {
 const marked = new Marked({
   gfm: true,
   breaks: true,
-  extensions: [],
   renderer: {
     html: ({ text }) => escaped(text),
     image: ({ href, text }) => `<a href="${escaped(href)}">${escaped(text || href)}</a>`,
@@ -67,9 +71,9 @@ const marked = new Marked({
 });
 marked.use({
   extensions: [
-    mathsExtension("displayed", "block", DISPLAYED_BLOCK, true),
-    mathsExtension("displayedInline", "inline", DISPLAYED, true),
-    mathsExtension("formula", "inline", INLINE, false),
+    mathsExtension("displayed", "block", BLOCK_START, DISPLAYED_BLOCK, true),
+    mathsExtension("displayedInline", "inline", MATHS, DISPLAYED, true),
+    mathsExtension("formula", "inline", MATHS, INLINE, false),
   ],
 });
 
