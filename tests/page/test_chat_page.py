@@ -44,7 +44,7 @@ async def test_a_link_with_the_key_begins_a_conversation_that_has_a_memory(site:
 
     assert f"{site.url}/" == address
     assert "My name is Tovin.My name is Tovin.What is it?" in site.engine.prompts[-1]
-    assert re.fullmatch(r"\d+ tokens · [\d.]+ tokens/s · first after .+ · context \d+ of 8,192", figures)
+    assert re.fullmatch(r"\d+ tokens · [\d.,]+ tokens/s · first after .+ · context \d+ of 8,192", figures)
     assert ["My name is Tovin."] == listed
     assert "What is it?" in again
     assert [] == cookies + visit.problems

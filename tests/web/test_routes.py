@@ -83,6 +83,8 @@ async def test_a_stream_has_its_deltas_and_one_done_frame(client, path):
     *deltas, (last, done) = frames(reply.text)
     assert [("delta", '{"content":"Hel"}'), ("delta", '{"content":"lo"}')] == deltas
     assert "done" == last
+    fitted = {"limit": 100, "prompt_tokens": 3, "turns_kept": 1, "turns_dropped": 0}
+    context = {"context": fitted} if path == "/v1/chat" else {}
     assert {
         "finish_reason": "stop",
         "usage": USAGE,
@@ -91,6 +93,7 @@ async def test_a_stream_has_its_deltas_and_one_done_frame(client, path):
         "session_id": None,
         "request_id": reply.headers["x-request-id"],
         "model": MODEL,
+        **context,
     } == json.loads(done)
 
 

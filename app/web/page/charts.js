@@ -47,7 +47,9 @@ export function lines(title, rows) {
 /** A line through numbers, the newest at the right. */
 export function course(numbers, most) {
   const limit = most || Math.max(1, ...numbers);
-  const points = numbers.map((number, index) => `${(index / Math.max(1, numbers.length - 1)) * 100},${30 - (number / limit) * 28}`);
+  const points = numbers.map(
+    (number, index) => `${(index / Math.max(1, numbers.length - 1)) * 100},${30 - (number / limit) * 28}`,
+  );
   return svg(
     "svg",
     { viewBox: "0 0 100 30", preserveAspectRatio: "none", class: "course", "aria-hidden": "true" },
@@ -56,7 +58,9 @@ export function course(numbers, most) {
 }
 
 function readable(title, rows) {
-  const body = rows.map(([label, number]) => el("tr", {}, el("th", { scope: "row" }, label), el("td", {}, whole(number))));
+  const body = rows.map(([label, number]) =>
+    el("tr", {}, el("th", { scope: "row" }, label), el("td", {}, whole(number))),
+  );
   return el("table", { class: "hidden" }, el("caption", {}, title), el("tbody", {}, body));
 }
 

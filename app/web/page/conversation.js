@@ -80,7 +80,13 @@ export class Conversation {
 
   async answer(settings) {
     const body = this.#body(settings);
-    const message = this.#add({ role: "assistant", content: "", state: "streaming", stored: false, begun: performance.now() });
+    const message = this.#add({
+      role: "assistant",
+      content: "",
+      state: "streaming",
+      stored: false,
+      begun: performance.now(),
+    });
     const running = new AbortController();
     this.running = running;
     try {
@@ -109,7 +115,8 @@ export class Conversation {
   #extend(message, delta) {
     message.firstAfter ??= performance.now() - message.begun;
     message.content += delta.content ?? "";
-    if (delta.reasoning_content) message.reasoning_content = (message.reasoning_content ?? "") + delta.reasoning_content;
+    if (delta.reasoning_content)
+      message.reasoning_content = (message.reasoning_content ?? "") + delta.reasoning_content;
     for (const call of delta.tool_calls ?? []) addCall(message, call);
     if (delta.tokens) message.tokens = [...(message.tokens ?? []), ...delta.tokens];
     this.listener.changed(message);
@@ -160,9 +167,10 @@ export class Conversation {
 
   /** Whether a message is part of what the model reads: not a question without an answer, unless it is the last one. */
   #counts(message, index) {
-    if (message.role === "assistant" && SETTLED.has(message.state)) return Boolean(message.content || message.tool_calls);
+    if (message.role === "assistant" && SETTLED.has(message.state))
+      return Boolean(message.content || message.tool_calls);
     const answer = this.messages[index + 1];
-    return !answer || answer.role !== "assistant" || Boolean(answer.content || answer.tool_calls);
+    return answer?.role !== "assistant" || Boolean(answer.content || answer.tool_calls);
   }
 
   #add(message) {
@@ -197,5 +205,8 @@ function addCall(message, part) {
 export function shortened(text) {
   const line = text.replace(/\s+/g, " ").trim();
   if (line.length <= TITLE_CHARS) return line || "Conversation";
-  return `${[...line].slice(0, TITLE_CHARS).join("").replace(/\s\S*$/, "")}…`;
+  return `${[...line]
+    .slice(0, TITLE_CHARS)
+    .join("")
+    .replace(/\s\S*$/, "")}…`;
 }

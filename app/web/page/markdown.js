@@ -85,7 +85,8 @@ function codeBlock(text, language) {
 
 const SAFE = {
   USE_PROFILES: { html: true, mathMl: true },
-  FORBID_TAGS: "audio button dialog form iframe img link map meta picture select slot style template textarea video".split(" "),
+  FORBID_TAGS:
+    "audio button dialog form iframe img link map meta picture select slot style template textarea video".split(" "),
   FORBID_ATTR: ["style", "id", "name", "srcset", "action", "formaction", "background"],
   ALLOW_DATA_ATTR: false,
   ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i,
@@ -105,7 +106,8 @@ export function rendered(text) {
     box.disabled = true;
     box.setAttribute("aria-label", box.checked ? "done" : "to do");
   }
-  for (const table of fragment.querySelectorAll("table")) wrap(table, el("div", { class: "wide-table", tabindex: "0" }));
+  for (const table of fragment.querySelectorAll("table"))
+    wrap(table, el("div", { class: "wide-table", tabindex: "0" }));
   for (const block of fragment.querySelectorAll("pre")) frame(block);
   return fragment;
 }

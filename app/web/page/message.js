@@ -68,10 +68,12 @@ export class MessageView {
     const { message } = this;
     const text = message.content;
     const parts = [];
-    if (message.reasoning_content) parts.push(thought(message.reasoning_content, this.body.querySelector("details")?.open));
+    if (message.reasoning_content)
+      parts.push(thought(message.reasoning_content, this.body.querySelector("details")?.open));
     parts.push(rendered(text));
     for (const call of message.tool_calls ?? []) if (call) parts.push(called(call));
-    if (message.state === "streaming" && !text && !message.reasoning_content) parts.push(el("span", { class: "wait" }, "…"));
+    if (message.state === "streaming" && !text && !message.reasoning_content)
+      parts.push(el("span", { class: "wait" }, "…"));
     this.body.replaceChildren(...parts);
     prepare(text).then((loaded) => {
       // What was just loaded shows at the next change; a text that no longer changes is drawn once more.
@@ -97,7 +99,7 @@ export class MessageView {
     const buttons = [];
     if (message.content) buttons.push(copyButton("Copy", () => message.content));
     if (message.role === "user") buttons.push(iconButton("edit", "Edit and send again", () => this.#edit()));
-    if (message.role === "assistant" && this.isLast) {
+    if (message.role === "assistant" && this.isLast && message.state !== "failed") {
       buttons.push(iconButton("redo", "Generate again", () => this.actions.regenerate()));
     }
     if (message.tokens?.length) {
@@ -119,7 +121,8 @@ export class MessageView {
     const rest = finished.milliseconds - firstAfter;
     const facts = [`${whole(usage.completion_tokens)} tokens`];
     if (usage.completion_tokens > 1 && rest > 0 && !finished.cached) {
-      facts.push(`${((1000 * (usage.completion_tokens - 1)) / rest).toFixed(1)} tokens/s`);
+      const rate = (1000 * (usage.completion_tokens - 1)) / rest;
+      facts.push(`${rate < 100 ? rate.toFixed(1) : whole(rate)} tokens/s`);
     }
     if (firstAfter !== undefined) facts.push(`first after ${seconds(firstAfter)}`);
     if (finished.cached) facts.push("from the cache");
@@ -157,7 +160,12 @@ export class MessageView {
       this.foot.hidden = false;
     };
     const cancel = el("button", { type: "button", class: "quiet", onclick: close }, "Cancel");
-    const form = el("form", { class: "edit" }, field, el("div", { class: "row end" }, cancel, el("button", {}, "Send")));
+    const form = el(
+      "form",
+      { class: "edit" },
+      field,
+      el("div", { class: "row end" }, cancel, el("button", {}, "Send")),
+    );
     form.addEventListener("submit", (event) => {
       event.preventDefault();
       const text = field.value.trim();

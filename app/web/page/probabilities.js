@@ -39,7 +39,13 @@ function alternatives(token) {
   const lines = rows.map((other) => {
     const bar = el("meter", { min: "0", max: "1", value: Math.exp(other.logprob), "aria-hidden": "true" });
     const chosen = other.text === token.text ? "chosen" : null;
-    return el("tr", { class: chosen }, el("td", {}, el("code", {}, visible(other.text))), el("td", {}, percent(other.logprob)), el("td", {}, bar));
+    return el(
+      "tr",
+      { class: chosen },
+      el("td", {}, el("code", {}, visible(other.text))),
+      el("td", {}, percent(other.logprob)),
+      el("td", {}, bar),
+    );
   });
   return [el("table", {}, el("caption", {}, "In its place"), el("tbody", {}, lines))];
 }

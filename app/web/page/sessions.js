@@ -20,7 +20,8 @@ export class SessionList {
     } catch (error) {
       this.sessions = [];
       this.#draw();
-      byId("sessions-note").textContent = error.status === 404 ? "This service remembers no conversations." : inOneLine(error);
+      byId("sessions-note").textContent =
+        error.status === 404 ? "This service remembers no conversations." : inOneLine(error);
       return error.status !== 404;
     }
     this.#draw();
@@ -56,7 +57,13 @@ export class SessionList {
   }
 
   async #rename(session) {
-    const field = el("input", { value: nameOf(session), maxlength: "200", required: true, dir: "auto", autofocus: true });
+    const field = el("input", {
+      value: nameOf(session),
+      maxlength: "200",
+      required: true,
+      dir: "auto",
+      autofocus: true,
+    });
     const content = el("label", {}, "Title", field);
     const buttons = [cancelButton(), el("button", { value: "rename" }, "Rename")];
     if ((await dialog("Rename the conversation", content, buttons)) !== "rename" || !field.value.trim()) return;

@@ -5,14 +5,50 @@ import { store } from "./store.js";
 
 /** [name, label, meaning, default in words, attributes of the field] */
 const NUMBERS = [
-  ["temperature", "Temperature", "How freely tokens are drawn: 0 always takes the likeliest, above 1 gets wild.", null, { min: 0, max: 2, step: "any" }],
-  ["max_tokens", "Longest answer", "New tokens at most; the context window may leave fewer.", null, { min: 1, step: 1 }],
+  [
+    "temperature",
+    "Temperature",
+    "How freely tokens are drawn: 0 always takes the likeliest, above 1 gets wild.",
+    null,
+    { min: 0, max: 2, step: "any" },
+  ],
+  [
+    "max_tokens",
+    "Longest answer",
+    "New tokens at most; the context window may leave fewer.",
+    null,
+    { min: 1, step: 1 },
+  ],
   ["top_p", "Top p", "Only the likeliest tokens that make up this share.", "1, all", { min: 0, max: 1, step: "any" }],
   ["top_k", "Top k", "Only so many of the likeliest tokens.", "0, all", { min: 0, step: 1 }],
-  ["min_p", "Min p", "Only tokens at least this share as likely as the likeliest.", "0, all", { min: 0, max: 1, step: "any" }],
-  ["repetition_penalty", "Repetition penalty", "Above 1 avoids what was said before, in the prompt too.", "1, off", { min: 0.01, max: 10, step: "any" }],
-  ["presence_penalty", "Presence penalty", "Above 0 avoids each token that the answer holds already.", "0, off", { min: -2, max: 2, step: "any" }],
-  ["frequency_penalty", "Frequency penalty", "The same, more with each time.", "0, off", { min: -2, max: 2, step: "any" }],
+  [
+    "min_p",
+    "Min p",
+    "Only tokens at least this share as likely as the likeliest.",
+    "0, all",
+    { min: 0, max: 1, step: "any" },
+  ],
+  [
+    "repetition_penalty",
+    "Repetition penalty",
+    "Above 1 avoids what was said before, in the prompt too.",
+    "1, off",
+    { min: 0.01, max: 10, step: "any" },
+  ],
+  [
+    "presence_penalty",
+    "Presence penalty",
+    "Above 0 avoids each token that the answer holds already.",
+    "0, off",
+    { min: -2, max: 2, step: "any" },
+  ],
+  [
+    "frequency_penalty",
+    "Frequency penalty",
+    "The same, more with each time.",
+    "0, off",
+    { min: -2, max: 2, step: "any" },
+  ],
   ["seed", "Seed", "The same seed and conversation give the same answer.", "random", { min: 0, step: 1 }],
 ];
 const FORMATS = [
@@ -56,7 +92,13 @@ export async function changeSettings(model) {
   const reset = el("button", { type: "button", class: "quiet", onclick: () => clear(content) }, "Reset all");
   const buttons = [reset, cancelButton(), el("button", { value: "save" }, "Save")];
   if ((await dialog("Settings of the answers", content, buttons, { class: "wide" })) !== "save") return;
-  const changed = { system: system.value, stop: stop.value, format: format.value, schema: schema.value, logprobs: logprobs.checked };
+  const changed = {
+    system: system.value,
+    stop: stop.value,
+    format: format.value,
+    schema: schema.value,
+    logprobs: logprobs.checked,
+  };
   for (const [name, field] of fields) if (field.value !== "") changed[name] = Number(field.value);
   store.settings = changed;
 }
@@ -77,10 +119,16 @@ function number([name, label, meaning, usual, attributes], settings, model, fiel
 }
 
 function formatFields(settings) {
-  const format = el("select", {}, FORMATS.map(([value, words]) => el("option", { value }, words)));
+  const format = el(
+    "select",
+    {},
+    FORMATS.map(([value, words]) => el("option", { value }, words)),
+  );
   format.value = settings.format ?? "text";
   const schema = el("textarea", { rows: "5", class: "mono", spellcheck: "false", dir: "ltr" });
-  schema.value = settings.schema ?? '{\n  "type": "object",\n  "properties": {"city": {"type": "string"}},\n  "required": ["city"]\n}';
+  schema.value =
+    settings.schema ??
+    '{\n  "type": "object",\n  "properties": {"city": {"type": "string"}},\n  "required": ["city"]\n}';
   const schemaPart = labelled("JSON schema", "The answer is valid by it, unless it is cut off.", schema);
   const check = () => {
     schemaPart.hidden = format.value !== "json_schema";
@@ -89,7 +137,11 @@ function formatFields(settings) {
   format.addEventListener("change", check);
   schema.addEventListener("input", check);
   check();
-  return { format, schema, parts: [labelled("Form of the answer", "Enforced while it is generated.", format), schemaPart] };
+  return {
+    format,
+    schema,
+    parts: [labelled("Form of the answer", "Enforced while it is generated.", format), schemaPart],
+  };
 }
 
 function isObject(text) {

@@ -30,13 +30,23 @@ async function problemOf(key) {
 }
 
 async function asked(problem) {
-  const field = el("input", { type: "password", autocomplete: "off", required: true, autofocus: true, spellcheck: "false" });
+  const field = el("input", {
+    type: "password",
+    autocomplete: "off",
+    required: true,
+    autofocus: true,
+    spellcheck: "false",
+  });
   const keep = el("input", { type: "checkbox" });
   const content = el(
     "div",
     {},
     problem && el("p", { class: "problem", role: "alert" }, problem),
-    el("p", {}, "The service made a key at its first start and printed it; it stands in data/api_key. Other keys come from an administrator."),
+    el(
+      "p",
+      {},
+      "The service made a key at its first start and printed it; it stands in data/api_key. Other keys come from an administrator.",
+    ),
     labelled("API key", "", field),
     labelled("Keep it in this browser", "Else it is forgotten when this tab is closed.", keep, "check"),
   );

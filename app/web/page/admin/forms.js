@@ -21,8 +21,15 @@ export function limitFields(limits, otherwise) {
     return [name, words, field];
   });
   const shown = el("fieldset", {}, el("legend", {}, "Limits (0 is no limit)"));
-  shown.append(el("div", { class: "settings narrow" }, fields.map(([, words, field]) => labelled(words, "", field))));
-  const read = () => Object.fromEntries(fields.map(([name, , field]) => [name, field.value === "" ? null : Number(field.value)]));
+  shown.append(
+    el(
+      "div",
+      { class: "settings narrow" },
+      fields.map(([, words, field]) => labelled(words, "", field)),
+    ),
+  );
+  const read = () =>
+    Object.fromEntries(fields.map(([name, , field]) => [name, field.value === "" ? null : Number(field.value)]));
   return { shown, read };
 }
 
@@ -37,7 +44,9 @@ export async function attempted(work, draw) {
   try {
     await work();
   } catch (error) {
-    await dialog("That did not work", el("p", { role: "alert" }, inOneLine(error)), [el("button", { value: "ok" }, "Close")]);
+    await dialog("That did not work", el("p", { role: "alert" }, inOneLine(error)), [
+      el("button", { value: "ok" }, "Close"),
+    ]);
   }
   await draw();
 }
@@ -49,7 +58,12 @@ export async function showSecret(title, key) {
     "div",
     {},
     el("p", {}, "It is shown now and never again: the service stores only its digest."),
-    el("div", { class: "row" }, shown, copyButton("Copy the key", () => key)),
+    el(
+      "div",
+      { class: "row" },
+      shown,
+      copyButton("Copy the key", () => key),
+    ),
   );
   await dialog(title, content, [el("button", { value: "ok" }, "Done")]);
 }

@@ -24,7 +24,11 @@ export async function showKeys(api, content) {
   const show = () => {
     const rows = keys.map((key) => row(api, key, draw));
     const names = ["Key", "State", "Role", "Owner", "Limits", "Last used", ""];
-    const head = el("tr", {}, names.map((name) => (name ? el("th", { scope: "col" }, name) : el("td", {}))));
+    const head = el(
+      "tr",
+      {},
+      names.map((name) => (name ? el("th", { scope: "col" }, name) : el("td", {}))),
+    );
     const create = el("button", { type: "button", onclick: () => attempted(() => createKey(api), draw) }, "New key");
     const table = el("table", { class: "list" }, el("thead", {}, head), el("tbody", {}, rows));
     const further = next && el("button", { type: "button", class: "quiet", onclick: more }, "Show more");
@@ -39,10 +43,17 @@ export async function showKeys(api, content) {
 
 function row(api, key, draw) {
   const button = (words, work, kind = "small") =>
-    el("button", { type: "button", class: kind, "aria-label": `${words} key ${key.id}`, onclick: () => attempted(work, draw) }, words);
+    el(
+      "button",
+      { type: "button", class: kind, "aria-label": `${words} key ${key.id}`, onclick: () => attempted(work, draw) },
+      words,
+    );
   const buttons = [button("Edit", () => editKey(api, key))];
   if (key.state === "active") {
-    buttons.push(button("Rotate", () => rotateKey(api, key)), button("Revoke", () => revokeKey(api, key)));
+    buttons.push(
+      button("Rotate", () => rotateKey(api, key)),
+      button("Revoke", () => revokeKey(api, key)),
+    );
   }
   return el(
     "tr",
@@ -59,7 +70,11 @@ function row(api, key, draw) {
 
 async function roleField(api, chosen) {
   const { roles } = await api.get("v1/roles");
-  const field = el("select", {}, roles.map((role) => el("option", { value: role.name }, role.name)));
+  const field = el(
+    "select",
+    {},
+    roles.map((role) => el("option", { value: role.name }, role.name)),
+  );
   field.value = chosen;
   return field;
 }
@@ -77,7 +92,8 @@ async function createKey(api) {
     labelled("Expires after days", "", days),
     limits.shown,
   );
-  if ((await dialog("New key", content, [cancelButton(), el("button", { value: "create" }, "Create")])) !== "create") return;
+  if ((await dialog("New key", content, [cancelButton(), el("button", { value: "create" }, "Create")])) !== "create")
+    return;
   const body = { role: role.value, owner: owner.value.trim() || null, limits: limits.read() };
   if (days.value) body.expires_in_seconds = Number(days.value) * DAY_SECONDS;
   await showSecret("The new key", (await api.send("POST", "v1/keys", body)).key);
@@ -87,7 +103,8 @@ async function editKey(api, key) {
   const role = await roleField(api, key.role);
   const limits = limitFields(key.limits, "the role's");
   const content = el("div", {}, labelled("Role", "", role), limits.shown);
-  if ((await dialog(`Key ${key.id}`, content, [cancelButton(), el("button", { value: "save" }, "Save")])) !== "save") return;
+  if ((await dialog(`Key ${key.id}`, content, [cancelButton(), el("button", { value: "save" }, "Save")])) !== "save")
+    return;
   await api.send("PATCH", `v1/keys/${key.id}`, { role: role.value, limits: limits.read() });
 }
 

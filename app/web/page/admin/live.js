@@ -12,7 +12,11 @@ export async function showLive(api, content) {
   const models = el("tbody", {});
   const problem = el("p", { class: "note", role: "status" });
   const names = ["Model", "State", "Device", "Memory", "Running", "Waiting", "Requests"];
-  const head = el("tr", {}, names.map((name) => el("th", { scope: "col" }, name)));
+  const head = el(
+    "tr",
+    {},
+    names.map((name) => el("th", { scope: "col" }, name)),
+  );
   const table = el("table", { class: "list" }, el("thead", {}, head), models);
   const frame = el("div", { class: "wide-table", tabindex: "0", role: "region", "aria-label": "Models" }, table);
   content.replaceChildren(el("h2", {}, "Live"), tiles, frame, problem);
@@ -22,7 +26,11 @@ export async function showLive(api, content) {
   let left = false;
   const draw = async () => {
     try {
-      const now = { status: await api.get("status"), figures: samples(await api.text("metrics")), at: performance.now() };
+      const now = {
+        status: await api.get("status"),
+        figures: samples(await api.text("metrics")),
+        at: performance.now(),
+      };
       tiles.replaceChildren(...facts(now, before).map((fact) => tile(fact, past)));
       models.replaceChildren(...now.status.models.map(modelRow));
       problem.textContent = "";
@@ -70,8 +78,20 @@ function tile([name, number, words], past) {
 }
 
 function modelRow(model) {
-  const cells = [model.state, model.device ?? "", bytes(model.memory_bytes), model.running, model.waiting, model.requests];
-  return el("tr", {}, el("th", { scope: "row" }, model.name), cells.map((cell) => el("td", {}, String(cell))));
+  const cells = [
+    model.state,
+    model.device ?? "",
+    bytes(model.memory_bytes),
+    model.running,
+    model.waiting,
+    model.requests,
+  ];
+  return el(
+    "tr",
+    {},
+    el("th", { scope: "row" }, model.name),
+    cells.map((cell) => el("td", {}, String(cell))),
+  );
 }
 
 /** The sum of each metric over its labels. */

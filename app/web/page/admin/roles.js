@@ -15,10 +15,18 @@ const RIGHTS = [
 export async function showRoles(api, content) {
   const draw = async () => {
     const { roles } = await api.get("v1/roles");
-    const create = el("button", { type: "button", onclick: () => attempted(() => editRole(api, null), draw) }, "New role");
+    const create = el(
+      "button",
+      { type: "button", onclick: () => attempted(() => editRole(api, null), draw) },
+      "New role",
+    );
     content.replaceChildren(
       el("div", { class: "row between" }, el("h2", {}, "Roles"), create),
-      el("div", { class: "cards" }, roles.map((role) => card(api, role, draw))),
+      el(
+        "div",
+        { class: "cards" },
+        roles.map((role) => card(api, role, draw)),
+      ),
     );
   };
   await draw();
@@ -27,7 +35,16 @@ export async function showRoles(api, content) {
 function card(api, role, draw) {
   const rights = RIGHTS.filter(([name]) => role.rights[name]).map(([, words]) => words);
   const button = (words, work) =>
-    el("button", { type: "button", class: "small", "aria-label": `${words} role ${role.name}`, onclick: () => attempted(work, draw) }, words);
+    el(
+      "button",
+      {
+        type: "button",
+        class: "small",
+        "aria-label": `${words} role ${role.name}`,
+        onclick: () => attempted(work, draw),
+      },
+      words,
+    );
   return el(
     "section",
     { class: "card", "aria-label": role.name },
@@ -35,12 +52,22 @@ function card(api, role, draw) {
     el("p", {}, rights.join(", ") || "May only generate"),
     el("p", { class: "note" }, role.rights.models ? `Models: ${role.rights.models.join(", ")}` : "All models"),
     el("p", { class: "limits note" }, limitsInWords(role.limits) || "The configured limits"),
-    el("div", { class: "row" }, button("Edit", () => editRole(api, role)), button("Delete", () => deleteRole(api, role))),
+    el(
+      "div",
+      { class: "row" },
+      button("Edit", () => editRole(api, role)),
+      button("Delete", () => deleteRole(api, role)),
+    ),
   );
 }
 
 async function editRole(api, role) {
-  const name = el("input", { value: role?.name, required: true, pattern: "[A-Za-z0-9._\\-]{1,64}", disabled: role !== null });
+  const name = el("input", {
+    value: role?.name,
+    required: true,
+    pattern: "[A-Za-z0-9._\\-]{1,64}",
+    disabled: role !== null,
+  });
   const boxes = RIGHTS.map(([right, words]) => {
     const box = el("input", { type: "checkbox" });
     box.checked = role ? role.rights[right] : ["system_messages", "raw_logprobs", "control_tokens"].includes(right);
@@ -53,14 +80,22 @@ async function editRole(api, role) {
     "div",
     {},
     labelled("Name", "", name),
-    el("fieldset", {}, el("legend", {}, "Rights"), boxes.map(([, words, box]) => labelled(words, "", box, "check"))),
+    el(
+      "fieldset",
+      {},
+      el("legend", {}, "Rights"),
+      boxes.map(([, words, box]) => labelled(words, "", box, "check")),
+    ),
     labelled("Models", "One a line. Empty: all models.", models),
     limits.shown,
   );
   const title = role ? `Role ${role.name}` : "New role";
   if ((await dialog(title, content, [cancelButton(), el("button", { value: "save" }, "Save")])) !== "save") return;
   const rights = Object.fromEntries(boxes.map(([right, , box]) => [right, box.checked]));
-  const listed = models.value.split("\n").map((each) => each.trim()).filter(Boolean);
+  const listed = models.value
+    .split("\n")
+    .map((each) => each.trim())
+    .filter(Boolean);
   rights.models = listed.length ? listed : null;
   await api.send("PUT", `v1/roles/${encodeURIComponent(name.value)}`, { rights, limits: limits.read() });
 }

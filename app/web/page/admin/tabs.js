@@ -23,7 +23,12 @@ export async function showAdministration(api, name) {
     el("a", { href: `#/admin/${each}`, "aria-current": each === chosen ? "page" : null }, words),
   );
   const content = el("div", { class: "admin-content" });
-  const head = el("div", { class: "admin-head" }, el("h1", {}, "Administration"), el("a", { href: "#/" }, "Back to the chat"));
+  const head = el(
+    "div",
+    { class: "admin-head" },
+    el("h1", {}, "Administration"),
+    el("a", { href: "#/" }, "Back to the chat"),
+  );
   byId("admin").replaceChildren(head, el("nav", { class: "tabs", "aria-label": "Administration" }, links), content);
   leave();
   leave = () => {};

@@ -8,8 +8,13 @@ import { whole } from "../words.js";
 export async function showUsage(api, content) {
   const { keys } = await api.get("v1/keys?limit=200");
   const own = await api.get("v1/usage");
-  const key = el("select", {}, keys.map((each) => el("option", { value: each.id }, `${each.id} …${each.last_four} (${each.role})`)));
-  if (!keys.some((each) => each.id === own.key_id)) key.prepend(el("option", { value: own.key_id }, `${own.key_id} (this one)`));
+  const key = el(
+    "select",
+    {},
+    keys.map((each) => el("option", { value: each.id }, `${each.id} …${each.last_four} (${each.role})`)),
+  );
+  if (!keys.some((each) => each.id === own.key_id))
+    key.prepend(el("option", { value: own.key_id }, `${own.key_id} (this one)`));
   key.value = own.key_id;
   const month = el("input", { type: "month", value: own.month, max: own.month, required: true });
   const shown = el("div", {});
@@ -37,14 +42,27 @@ function parts(report) {
     ["Prompt tokens", whole(sum("prompt_tokens"))],
     ["Completion tokens", whole(sum("completion_tokens"))],
   ];
-  const tiles = el("dl", { class: "tiles" }, facts.map(([name, figure]) => el("div", {}, el("dt", {}, name), el("dd", {}, figure))));
+  const tiles = el(
+    "dl",
+    { class: "tiles" },
+    facts.map(([name, figure]) => el("div", {}, el("dt", {}, name), el("dd", {}, figure))),
+  );
   if (!report.by_day.length) return [tiles, el("p", { class: "note" }, "Nothing was used in this month.")];
   const total = (row) => row.prompt_tokens + row.completion_tokens;
-  const days = everyDay(report.month).map((day) => [String(Number(day.slice(8))), report.by_day.find((each) => each.day === day)]);
+  const days = everyDay(report.month).map((day) => [
+    String(Number(day.slice(8))),
+    report.by_day.find((each) => each.day === day),
+  ]);
   return [
     tiles,
-    bars(`Tokens by day of ${report.month}, UTC`, days.map(([label, row]) => [label, row ? total(row) : 0])),
-    lines("Tokens by model", report.by_model.map((row) => [row.model ?? "no model", total(row)])),
+    bars(
+      `Tokens by day of ${report.month}, UTC`,
+      days.map(([label, row]) => [label, row ? total(row) : 0]),
+    ),
+    lines(
+      "Tokens by model",
+      report.by_model.map((row) => [row.model ?? "no model", total(row)]),
+    ),
   ];
 }
 
