@@ -4,16 +4,20 @@ import asyncio
 import shutil
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
+from msgspec import structs
 from playwright.async_api import Browser, Locator, Page, async_playwright, expect
 
+from app.engine.adapter_source import AdapterFiles
+from app.engine.base import Capabilities, EngineInfo
 from app.engine.echo import EchoEngine
 from app.errors import AppError
 from app.events import Delta, Event, Started, finish
+from app.ipc.messages import AdapterLoaded
 from app.requests import GenerationRequest
 from app.types import FinishReason, Usage
 from tests.web.access import ADMIN_KEY, Running, running
@@ -41,9 +45,23 @@ class ToldEngine(EchoEngine):
         """A text to send, an error to end with, or an event to wait for."""
         self.prompts: list[str] = []
         self.requests: list[GenerationRequest] = []
+        self.adapters: list[str | None] = []
+        """That of each request; any can be loaded, and changes nothing."""
+
+    @property
+    def info(self) -> EngineInfo:
+        return replace(super().info, capabilities=Capabilities(unsupported=("grammar",), adapters=True))
+
+    async def load_adapter(self, files: AdapterFiles, max_rank: int) -> AdapterLoaded:
+        return AdapterLoaded(1, files.folder, 4, 1000, "someone/base")
+
+    def unload_adapter(self, digest: str) -> None:
+        return
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         self.requests.append(request)
+        self.adapters.append(request.adapter)
+        request = structs.replace(request, adapter=None)
         self.prompts.append(self.tokenizer.decode(request.prompt_ids or ()))
         if self.says and isinstance(self.says[0], AppError):
             raise self.says[0]

@@ -4,8 +4,11 @@ import asyncio
 import os
 import re
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import pytest_asyncio
 from axe_playwright_python.async_playwright import Axe
@@ -13,6 +16,9 @@ from playwright.async_api import Dialog, expect
 
 from app.errors import EngineFailed, RateLimited
 from tests.page.chat_page import CHROMIUM, PHONE, Site, Visit, served
+from tests.unit.engine.test_adapter_source import make_adapter
+from tests.web.access import ADMIN_KEY, running
+from tests.web.harness import ScriptedService, Web
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
@@ -24,7 +30,9 @@ pytestmark = [
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def site(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
-    async with served(tmp_path_factory.mktemp("page")) as site:
+    folder = tmp_path_factory.mktemp("page")
+    make_adapter(folder / "adapters" / "pirate")
+    async with served(folder, adapters={"roots": [str(folder / "adapters")]}) as site:
         yield site
 
 
@@ -332,6 +340,43 @@ async def test_settings_reach_the_request_and_probabilities_are_shown(site: Site
     assert (0.25, 5) == (sampling.temperature, sampling.logprobs)
     assert "Be brief." in site.engine.prompts[-1]
     assert [] == visit.problems
+
+
+async def test_an_adapter_stands_below_its_model_and_is_used_where_it_is_chosen(site: Site):
+    async with httpx.AsyncClient(base_url=site.url, headers={"X-API-Key": ADMIN_KEY}) as http:
+        loaded = await http.post("/v1/adapters/load", json={"adapter_name": "pirate", "source": "pirate"})
+        assert 200 == loaded.status_code, loaded.text
+    async with site.visit() as visit:
+        await visit.open()
+        choice = visit.page.get_by_label("Model", exact=True)
+        names = await choice.locator("option").all_inner_texts()
+        await choice.select_option("pirate")
+        await visit.chat("Ahoy")
+
+    assert ["echo", "+ pirate"] == names
+    assert "pirate" == site.engine.adapters[-1]
+    assert [] == visit.problems
+
+
+async def test_a_model_that_is_not_loaded_is_loaded_from_the_page(site: Site, tmp_path: Path):
+    """By those who may load models; others are told that they may not."""
+    models = [{"name": "unused", "served_name": "second", "engine": "echo"}]
+    async with running(tmp_path, models=models) as app, Web(app.app, ScriptedService()).listening() as port:
+        other = replace(site, running=app, url=f"http://127.0.0.1:{port}")
+        async with other.visit() as visit:
+            await visit.open(await app.key())
+            await visit.page.get_by_label("Model", exact=True).select_option("second")
+            await visit.page.get_by_role("button", name="Load", exact=True).click()
+            await expect(visit.page.locator(".model-state")).to_contain_text("This key may not do that")
+        async with other.visit() as visit:
+            await visit.open()
+            await visit.page.get_by_label("Model", exact=True).select_option("second")
+            await visit.page.get_by_role("button", name="Load", exact=True).click()
+            await expect(visit.page.get_by_role("button", name="Load", exact=True)).to_have_count(0)
+            await visit.chat("hello second")
+            model = await visit.answers.locator(".figures").get_attribute("title")
+
+    assert "second" == model
 
 
 async def test_an_administrator_makes_a_key_limits_rotates_and_revokes_it(site: Site):
