@@ -1,5 +1,6 @@
 """The chat page in Chromium on a real service: the embedded model, and its process killed in an answer."""
 
+import json
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -35,6 +36,23 @@ async def test_the_embedded_model_remembers_a_name_in_a_conversation(service: Se
         await visit.chat("My name is Tovin.")
         await visit.chat("What is my name?")
         await expect(visit.answers.last).to_contain_text("Tovin")
+
+
+async def test_an_answer_has_the_form_of_a_schema(service: Service):
+    """Set in the page, enforced by the service."""
+    async with visiting(service) as visit:
+        await visit.page.get_by_role("button", name="Settings of the answers").click()
+        await visit.page.get_by_label("Form of the answer").select_option("json_schema")
+        schema = visit.page.get_by_label("JSON schema")
+        await schema.fill("{not json")
+        await visit.page.get_by_role("button", name="Save").click()
+        await expect(visit.page.get_by_role("dialog")).to_be_visible()
+        await schema.fill('{"type": "object", "properties": {"n": {"enum": [7, 8]}}, "required": ["n"]}')
+        await visit.page.get_by_role("button", name="Save").click()
+        await visit.chat("A number, please.")
+        text = await visit.answers.locator(".body").inner_text()
+
+    assert json.loads(text)["n"] in (7, 8)
 
 
 async def test_a_killed_worker_is_said_and_the_next_try_is_answered(start: Start):

@@ -34,6 +34,8 @@ OPTIONS = (
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 )
 PHONE = {"width": 390, "height": 780}
+# As long as a busy machine may need.
+expect.set_options(timeout=20_000)
 
 
 class ToldEngine(EchoEngine):
@@ -153,7 +155,7 @@ class Site:
                 visit.problems.append(line.text) if line.type == "error" and not line.text.startswith(refusal) else None
             ),
         )
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(20_000)
         try:
             yield visit
         finally:

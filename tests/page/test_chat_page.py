@@ -227,9 +227,9 @@ async def test_markup_from_the_models_mouth_and_from_a_title_is_text(site: Site)
 async def test_markdown_code_and_maths_are_shown_as_such(site: Site):
     """Code has its language and a button to copy it; maths is MathML; links open elsewhere."""
     site.engine.says = [
-        "# Title\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n```python\ndef f(x):\n    return x\n```\n\n"
+        "# Title\n\n| a | b |\n|---|--:|\n| 1 | 2 |\n\n```python\ndef f(x):\n    return x\n```\n\n"
         "Euler: $e^{i\\pi} + 1 = 0$, and\n\n$$\\int_0^1 x^2\\,dx = \\frac13$$\n\n"
-        "[a link](https://example.org) costs $5 or $6"
+        "[a link](https://example.org) and [none](v1/keys) costs $5 or $6"
     ]
     async with site.visit(permissions=["clipboard-read", "clipboard-write"]) as visit:
         await visit.open(await site.key())
@@ -237,11 +237,13 @@ async def test_markdown_code_and_maths_are_shown_as_such(site: Site):
         answer = visit.answers
         await expect(answer.locator("math")).to_have_count(2)
         await expect(answer.locator(".hljs-keyword").first).to_have_text("def")
-        await expect(answer.locator("table td").first).to_have_text("1")
+        await expect(answer.locator("table td").last).to_have_css("text-align", "right")
+        await expect(answer.locator("math[display=block]")).to_have_count(1)
         await answer.get_by_role("button", name="Copy the code").click()
         copied = await visit.page.evaluate("navigator.clipboard.readText()")
         link = answer.get_by_role("link", name="a link")
         attributes = [await link.get_attribute(name) for name in ("target", "rel", "href")]
+        await expect(answer.get_by_role("link")).to_have_count(1)
         text = await answer.inner_text()
 
     assert "def f(x):\n    return x" == copied

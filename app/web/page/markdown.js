@@ -89,9 +89,9 @@ const SAFE = {
     "audio button dialog form iframe img link map meta picture select slot style template textarea video".split(" "),
   FORBID_ATTR: ["style", "id", "name", "srcset", "action", "formaction", "background"],
   ALLOW_DATA_ATTR: false,
-  ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i,
   RETURN_DOM_FRAGMENT: true,
 };
+const ELSEWHERE = /^(?:https?|mailto):/i;
 const BLOCKS = "p, li, h1, h2, h3, h4, h5, h6, blockquote, td, th";
 
 /** The elements of a text. */
@@ -99,6 +99,8 @@ export function rendered(text) {
   const fragment = DOMPurify.sanitize(marked.parse(text), SAFE);
   for (const each of fragment.querySelectorAll(BLOCKS)) each.dir = "auto";
   for (const link of fragment.querySelectorAll("a[href]")) {
+    // One without a scheme would lead into the service itself.
+    if (!ELSEWHERE.test(link.getAttribute("href"))) link.removeAttribute("href");
     link.target = "_blank";
     link.rel = "noopener noreferrer";
   }
