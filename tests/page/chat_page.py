@@ -38,7 +38,7 @@ PHONE = {"width": 390, "height": 780}
 expect.set_options(timeout=20_000)
 
 
-class ToldEngine(EchoEngine):
+class ScriptedEngine(EchoEngine):
     """Says what it is told, step by step, and echoes where it is told nothing."""
 
     def __init__(self) -> None:
@@ -136,7 +136,7 @@ class Site:
     """A service that listens, and a browser to visit it with."""
 
     running: Running
-    engine: ToldEngine
+    engine: ScriptedEngine
     url: str
     browser: Browser
 
@@ -176,7 +176,7 @@ class Site:
 @asynccontextmanager
 async def served(folder: Path, **sections: Any) -> AsyncIterator[Site]:
     """Serve the page, and start a browser."""
-    engine = ToldEngine()
+    engine = ScriptedEngine()
     sections = {"cache": {"enabled": False}, **sections}
     async with (
         running(folder, engine=engine, **sections) as service,

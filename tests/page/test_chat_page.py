@@ -85,8 +85,8 @@ async def test_a_wrong_key_is_refused_and_a_right_one_is_kept_only_on_request(si
 async def where_the_key_is(visit: Visit) -> tuple[Any, Any]:
     """Return what the browser keeps, and what only the tab does."""
     name = "'llm-service-key'"
-    kept: list[Any] = await visit.page.evaluate(f"[localStorage.getItem({name}), sessionStorage.getItem({name})]")
-    return kept[0], kept[1]
+    found: list[Any] = await visit.page.evaluate(f"[localStorage.getItem({name}), sessionStorage.getItem({name})]")
+    return found[0], found[1]
 
 
 async def test_a_stopped_answer_stays_and_the_next_one_knows_it(site: Site):
@@ -177,6 +177,24 @@ async def test_refusals_of_the_service_are_said_in_words(site: Site):
             await visit.open(await site.key())
             await visit.send("Question")
             await expect(visit.page.get_by_role("alert")).to_contain_text(words)
+
+
+async def test_a_key_that_ends_is_asked_for_again_in_place(site: Site):
+    """The conversation stays on the page, and the refused message is sent with the new key."""
+    old, new = await site.key(owner="page-owner"), await site.key(owner="page-owner")
+    async with site.visit() as visit:
+        await visit.open(old)
+        await visit.chat("first")
+        await site.running.access.keys.revoke(old.split("_")[1])
+        await visit.send("second")
+        await visit.page.get_by_label("API key").fill(new)
+        await visit.page.get_by_role("button", name="Start").click()
+        await visit.page.get_by_role("button", name="Try again").click()
+        await expect(visit.answers.last).to_contain_text("second")
+        await visit.ended()
+        stored = await site.stored(new)
+
+    assert [2] == [session["turns"] for session in stored]
 
 
 EVIL = """<script>window.evil = 1</script><img src=x onerror="window.evil = 1"><svg onload="window.evil = 1"></svg>
