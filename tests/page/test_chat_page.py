@@ -371,6 +371,8 @@ async def test_an_adapter_stands_below_its_model_and_is_used_where_it_is_chosen(
         choice = visit.page.get_by_label("Model", exact=True)
         names = await choice.locator("option").all_inner_texts()
         await choice.select_option("pirate")
+        await visit.page.reload()
+        await expect(choice).to_have_value("pirate")
         await visit.chat("Ahoy")
 
     assert ["echo", "+ pirate"] == names

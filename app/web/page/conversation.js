@@ -34,7 +34,10 @@ export class Conversation {
 
   /** Show a stored session. */
   async open(id, title) {
+    this.opening = id;
     const session = await this.api.get(`v1/sessions/${id}`);
+    // Another one may have been chosen by now.
+    if (this.opening !== id) return;
     this.#leave();
     this.id = id;
     this.title = title;
@@ -51,6 +54,7 @@ export class Conversation {
   #leave() {
     this.stop();
     this.running = null;
+    this.opening = null;
   }
 
   /** Send a message, and return once its answer has ended, however. */

@@ -137,7 +137,8 @@ class Page {
     }
     const last = conversation.messages.at(-1);
     const failed = last?.state === "failed";
-    store.draft = failed && !last.content ? (conversation.messages.at(-2)?.content ?? "") : byId("draft").value;
+    const question = last?.state === "done" ? "" : (conversation.messages.at(-2)?.content ?? "");
+    store.draft = byId("draft").value || question;
     say(failed ? "The answer failed" : "The answer is complete");
     if (failed) this.models.refresh();
   }

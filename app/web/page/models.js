@@ -1,13 +1,14 @@
 /** The choice of a model or an adapter, and how far one that is being loaded has come. */
 
 import { byId, el, say } from "./dom.js";
+import { store } from "./store.js";
 import { bytes, inOneLine } from "./words.js";
 
 export class ModelPicker {
   constructor(api) {
     this.api = api;
     this.cards = [];
-    this.select = el("select", { id: "model", "aria-label": "Model", onchange: () => this.#draw() });
+    this.select = el("select", { id: "model", "aria-label": "Model", onchange: () => this.#choose() });
     this.beside = el("span", { class: "model-state" });
     byId("models").replaceChildren(this.select, this.beside);
   }
@@ -24,7 +25,7 @@ export class ModelPicker {
     return card?.max_model_len ?? base?.max_model_len ?? null;
   }
 
-  async refresh(chosen = this.select.value) {
+  async refresh() {
     try {
       this.cards = (await this.api.get("v1/models")).data;
     } catch (error) {
@@ -37,7 +38,12 @@ export class ModelPicker {
       ...this.cards.filter((card) => card.parent === model.id).map((card) => option(card, "+ ")),
     ]);
     this.select.replaceChildren(...options);
-    if (this.cards.some((card) => card.id === chosen)) this.select.value = chosen;
+    if (this.cards.some((card) => card.id === store.model)) this.select.value = store.model;
+    this.#draw();
+  }
+
+  #choose() {
+    store.model = this.select.value;
     this.#draw();
   }
 

@@ -4,6 +4,7 @@ const KEY = "llm-service-key";
 const SETTINGS = "llm-service-settings";
 const THEME = "llm-service-theme";
 const DRAFT = "llm-service-draft";
+const MODEL = "llm-service-model";
 
 const isKept = () => localStorage.getItem(KEY) !== null;
 const place = () => (isKept() ? localStorage : sessionStorage);
@@ -51,6 +52,15 @@ export const store = {
 
   set theme(value) {
     localStorage.setItem(THEME, value);
+  },
+
+  /** The model that was chosen in this tab; empty: the default one. */
+  get model() {
+    return sessionStorage.getItem(MODEL) ?? "";
+  },
+
+  set model(name) {
+    sessionStorage.setItem(MODEL, name);
   },
 
   /** What is typed and has no answer yet survives a reload of this tab. */

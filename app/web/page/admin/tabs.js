@@ -15,6 +15,7 @@ const TABS = {
 };
 
 let leave = () => {};
+let shown = 0;
 
 /** Show one of them; `name` is from the address. */
 export async function showAdministration(api, name) {
@@ -30,10 +31,13 @@ export async function showAdministration(api, name) {
     el("a", { href: "#/" }, "Back to the chat"),
   );
   byId("admin").replaceChildren(head, el("nav", { class: "tabs", "aria-label": "Administration" }, links), content);
-  leave();
-  leave = () => {};
+  leaveAdministration();
+  const turn = shown;
   try {
-    leave = (await TABS[chosen][1](api, content)) ?? leave;
+    const ended = await TABS[chosen][1](api, content);
+    // Another tab may be shown by now.
+    if (turn === shown) leave = ended ?? leave;
+    else ended?.();
   } catch (error) {
     content.replaceChildren(el("p", { class: "problem", role: "alert" }, inOneLine(error)));
   }
@@ -41,6 +45,7 @@ export async function showAdministration(api, name) {
 
 /** End what a tab does by itself; called when the chat is shown again. */
 export function leaveAdministration() {
+  shown += 1;
   leave();
   leave = () => {};
 }
