@@ -289,7 +289,7 @@ def how_to_use(settings: Settings, port: int, *, show_key: bool = False) -> str:
     else:
         where, key = f"in {key_file}", f'"X-API-Key: $(cat {shlex.quote(str(key_file))})"'
     page = []
-    if settings.security.page and show_key and not settings.security.api_key:
+    if settings.security.page and show_key and not settings.security.api_key and key_file.exists():
         page = ["Talk to it in a browser, with this link that holds the key:", "", f"  {_link(url, key_file)}", ""]
     elif settings.security.page:
         page = ["Talk to it in a browser: open that address, and enter the key."]

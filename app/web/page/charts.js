@@ -37,16 +37,24 @@ export function lines(title, rows) {
       "div",
       { class: "line" },
       el("span", { dir: "auto" }, label),
-      el("meter", { min: "0", max: most, value: number, "aria-label": `${label}: ${whole(number)}` }),
+      share(number / most),
       el("span", { class: "number" }, whole(number)),
     ),
   );
   return el("figure", {}, el("figcaption", {}, title), items);
 }
 
+/** One bar of which a share, 0 to 1, is filled; the figure itself stands beside it. */
+export function share(part) {
+  const ground = svg("rect", { width: 100, height: 6, class: "ground" });
+  const filled = svg("rect", { width: 100 * part, height: 6, class: "bar" });
+  const attributes = { viewBox: "0 0 100 6", preserveAspectRatio: "none", class: "share", "aria-hidden": "true" };
+  return svg("svg", attributes, ground, filled);
+}
+
 /** A line through numbers, the newest at the right. */
-export function course(numbers, most) {
-  const limit = most || Math.max(1, ...numbers);
+export function course(numbers) {
+  const limit = Math.max(1, ...numbers);
   const points = numbers.map(
     (number, index) => `${(index / Math.max(1, numbers.length - 1)) * 100},${30 - (number / limit) * 28}`,
   );

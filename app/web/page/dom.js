@@ -23,7 +23,6 @@ function filled(node, properties, children) {
 }
 
 const PATHS = {
-  check: "M5 12.5l4.5 4.5L19 7.5",
   close: "M6 6l12 12M18 6L6 18",
   copy: "M9 9h10v11H9zM15 9V4H5v11h4",
   edit: "M4 20l1-4L16.5 4.5l3 3L8 19zM14 7l3 3",

@@ -1,5 +1,6 @@
 /** Shows how likely the model found each token: a colour for each, and its alternatives for whoever points at it. */
 
+import { share } from "./charts.js";
 import { el } from "./dom.js";
 
 const LEVELS = [0.9, 0.6, 0.3, 0.1];
@@ -37,7 +38,7 @@ export function tokenView(tokens) {
 function alternatives(token) {
   const rows = token.top.some((other) => other.text === token.text) ? token.top : [token, ...token.top];
   const lines = rows.map((other) => {
-    const bar = el("meter", { min: "0", max: "1", value: Math.exp(other.logprob), "aria-hidden": "true" });
+    const bar = share(Math.exp(other.logprob));
     const chosen = other.text === token.text ? "chosen" : null;
     return el(
       "tr",
