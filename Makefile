@@ -9,6 +9,8 @@ TORCH_INDEX_URL ?=
 IMAGE ?= llm-service
 # cpu or cuda: the target of the Dockerfile.
 TARGET ?= cpu
+# What formats and checks the chat page's JavaScript; a new version formats differently.
+BIOME := @biomejs/biome@2.6.8
 
 VENV := .venv
 comma := ,
@@ -30,7 +32,7 @@ PYTHON_PROBLEM = $(strip $(shell \
 NEED_PYTHON = $(if $(PYTHON_PROBLEM),$(error Needs Python 3.11, 3.12 or 3.13, but $(PYTHON_PROBLEM). Name another with PYTHON=python3.12))
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-native check check-all format-check lint type-check imports lock-check format lock bench bench-overhead bench-remote bench-access load soak test-long test-clients test-vllm mlflow-server chaos fuzz \
+.PHONY: help install run test test-native check check-all format-check lint lint-page vendor-page type-check imports lock-check format lock bench bench-overhead bench-remote bench-access load soak test-long test-clients test-vllm mlflow-server chaos fuzz \
 	build-docker run-docker stop-docker logs audit sbom licenses wheel clean
 
 help: ## List the commands
@@ -52,7 +54,7 @@ test-native: $(VENV)/.installed-dev ## Run the C++ tests of the kernels under sa
 	@$(PY) -m tests.native.run
 
 # In the order of cost.
-check: lock-check format-check lint imports type-check ## Run every check that is not a test
+check: lock-check format-check lint lint-page imports type-check ## Run every check that is not a test
 
 check-all: check test ## Run every check, and the tests
 
@@ -66,15 +68,23 @@ lint: $(VENV)/.installed-dev ## Look for mistakes with ruff, and for words that 
 	@$(PY) -m ruff check .
 	@$(PY) scripts/check_words.py
 
+lint-page: ## Is the chat page's JavaScript formatted, and free of mistakes that biome knows? (without npm it is not checked)
+	@if command -v npm >/dev/null; then npx --yes $(BIOME) ci --error-on-warnings app/web/page; \
+	else echo "There is no npm: the chat page's JavaScript is not checked." >&2; fi
+
 imports: $(VENV)/.installed-dev ## Do imports follow the layers?
 	@$(VENV)/bin/lint-imports --no-logo
 
 type-check: $(VENV)/.installed-dev ## Check the types with mypy
 	@$(PY) -m mypy
 
-format: $(VENV)/.installed-dev ## Format the code and fix what ruff can fix
+format: $(VENV)/.installed-dev ## Format the code and fix what ruff, and where npm is biome, can fix
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
+	@if command -v npm >/dev/null; then npx --yes $(BIOME) check --write app/web/page; fi
+
+vendor-page: $(VENV)/.installed ## Fetch the JavaScript libraries of the chat page, in the versions of scripts/vendor_page.py (needs npm)
+	@$(PY) -m scripts.vendor_page
 
 bench: $(VENV)/.installed-bench ## Measure the service beside other servers: an hour, or minutes with ARGS=--quick
 	@$(PY) -m bench.serve $(ARGS)

@@ -21,6 +21,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from urllib.parse import quote
 
 import structlog
 import uvicorn
@@ -294,12 +295,15 @@ async def announce_when_ready(
     gc.collect()
     gc.freeze()
     if not quiet:
-        print(how_to_use(settings, port), flush=True)
+        print(how_to_use(settings, port, show_key=sys.stdout.isatty()), flush=True)
     return True
 
 
-def how_to_use(settings: Settings, port: int) -> str:
-    """Return the lines printed at the start, with a curl command that works as printed."""
+def how_to_use(settings: Settings, port: int, *, show_key: bool = False) -> str:
+    """Return the lines printed at the start, with a curl command that works as printed.
+
+    Args: show_key: whether a link to the page may hold the key that the service made: on a terminal, and in no log.
+    """
     host = settings.app.host
     shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host  # noqa: S104
     url = f"http://{shown}:{port}"
@@ -308,10 +312,16 @@ def how_to_use(settings: Settings, port: int) -> str:
         where, key = "the one you set as SECURITY__API_KEY or API_KEY", "'X-API-Key: YOUR-KEY'"
     else:
         where, key = f"in {key_file}", f'"X-API-Key: $(cat {shlex.quote(str(key_file))})"'
+    page = []
+    if settings.security.page and show_key and not settings.security.api_key and key_file.exists():
+        page = ["Talk to it in a browser, with this link that holds the key:", "", f"  {_link(url, key_file)}", ""]
+    elif settings.security.page:
+        page = ["Talk to it in a browser: open that address, and enter the key."]
     return "\n".join(
         [
             "",
             f"{settings.app.name} is ready: {url}  (model {settings.model.public_name})",
+            *page,
             f"API key: {where}",
             "Try it in another terminal:",
             "",
@@ -320,6 +330,11 @@ def how_to_use(settings: Settings, port: int) -> str:
             "",
         ]
     )
+
+
+def _link(url: str, key_file: Path) -> str:
+    """Return a link to the page with the key in its fragment, which a browser sends to nobody."""
+    return f"{url}/#key={quote(key_file.read_text(encoding='ascii').strip(), safe='')}"
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -147,6 +147,8 @@ class SecurityConfig(Section):
     docs: bool | None = None
     """Serve /docs, /redoc and /openapi.json without a key; unset: only where `app.host` is this machine's own address,
     such as 127.0.0.1."""
+    page: bool = True
+    """Serve the chat page at / to browsers; who uses it needs a key all the same."""
     metrics_public: bool = True
     """Serve /metrics without a key."""
     status_public: bool = True

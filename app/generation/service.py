@@ -80,7 +80,7 @@ class GenerationService:
         return {
             "status": "draining" if self.host.draining else state.value if state else "unloaded",
             "uptime_seconds": round(time.monotonic() - self._started, 1),
-            "model": model.engine.info.as_dict()
+            "model": model.engine.info.as_dict() | {"defaults": asdict(model.defaults)}
             if model and state is EngineState.READY
             else {"model": self.host.default_name},
             "engine": asdict(model.engine.status()) if model else None,

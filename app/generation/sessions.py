@@ -47,6 +47,8 @@ class Session:
     """When the last turn was stored, UTC."""
     expires_in_seconds: float
     """Until it is forgotten, unless another turn is stored."""
+    title: str | None = None
+    """None until it is given one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ class SessionSummary:
     turns: int
     text_bytes: int
     updated: datetime
+    title: str | None = None
 
 
 class SessionStore(Protocol):
@@ -80,6 +83,9 @@ class SessionStore(Protocol):
         Raises: SessionTakenOver: another replica has begun a turn in the session since this one's began.
         """
 
+    async def rename(self, tenant: Tenant, session_id: str, title: str) -> bool:
+        """Give the session a title, which changes nothing else of it; return whether there is one."""
+
     async def delete(self, tenant: Tenant, session_id: str) -> bool:
         """Forget the session; return whether there was one."""
 
@@ -93,13 +99,14 @@ class SessionStore(Protocol):
         """Return how many sessions of all tenants are stored, as far as is known; never blocks."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _StoredSession:
     turns: tuple[Turn, ...]
     text_bytes: int
     created: datetime
     updated: datetime
     expires: float
+    title: str | None
 
 
 def _now() -> datetime:
@@ -148,6 +155,7 @@ class MemorySessionStore:
             created=stored.created,
             updated=stored.updated,
             expires_in_seconds=max(0.0, stored.expires - self._clock()),
+            title=stored.title,
         )
 
     async def append(self, tenant: Tenant, session_id: str, *turns: Turn) -> None:
@@ -163,8 +171,17 @@ class MemorySessionStore:
                 created=before.created if before else now,
                 updated=now,
                 expires=self._clock() + self._config.ttl_seconds,
+                title=before.title if before else None,
             ),
         )
+
+    async def rename(self, tenant: Tenant, session_id: str, title: str) -> bool:
+        stored = self._sessions.get(tenant, session_id)
+        if stored is None:
+            return False
+        # In place: to put it anew would begin its time to live again.
+        stored.title = title
+        return True
 
     async def delete(self, tenant: Tenant, session_id: str) -> bool:
         return self._sessions.delete(tenant, session_id)
@@ -172,7 +189,11 @@ class MemorySessionStore:
     async def list(self, tenant: Tenant) -> Sequence[SessionSummary]:
         return [
             SessionSummary(
-                session_id=session_id, turns=len(each.turns), text_bytes=each.text_bytes, updated=each.updated
+                session_id=session_id,
+                turns=len(each.turns),
+                text_bytes=each.text_bytes,
+                updated=each.updated,
+                title=each.title,
             )
             for session_id, each in self._sessions.items(tenant)
         ]

@@ -70,18 +70,24 @@ return 1
 _READ = """
 if not is_live(id) then return nil end
 use(id)
-local dates = redis.call('HMGET', at('info', id), 'created', 'updated', 'expires')
+local info = redis.call('HMGET', at('info', id), 'created', 'updated', 'expires', 'title')
 local turns, total = redis.call('LRANGE', at('turns', id), 0, -1), 0
 for _, turn in ipairs(turns) do total = total + #turn end
 if total > tonumber(ARGV[3]) then turns = {} end
-return {dates[1] or '', dates[2] or '', dates[3] - now, turns}
+return {info[1] or '', info[2] or '', info[3] - now, info[4], turns}
+"""
+_RENAME = """
+if not is_live(id) then return 0 end
+use(id)
+redis.call('HSET', at('info', id), 'title', ARGV[3])
+return 1
 """
 _LIST = """
 drop_expired()
 local found = {}
 for _, record in ipairs(redis.call('ZREVRANGE', base .. ':changed', 0, -1)) do
   if is_live(record) then
-    local info = redis.call('HMGET', at('info', record), 'name', 'turns', 'bytes', 'updated')
+    local info = redis.call('HMGET', at('info', record), 'name', 'turns', 'bytes', 'updated', 'title')
     table.insert(info, 1, record)
     found[#found + 1] = info
   end
@@ -90,6 +96,7 @@ return found
 """
 _APPEND_SCRIPT, _DELETE_SCRIPT = Script(PRELUDE + _FENCE + _APPEND), Script(PRELUDE + _FENCE + DELETE)
 _READ_SCRIPT, _LIST_SCRIPT, _COUNT_SCRIPT = (Script(PRELUDE + body) for body in (_READ, _LIST, COUNT))
+_RENAME_SCRIPT = Script(PRELUDE + _RENAME)
 _ENCODER, _DECODER = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(Turn)
 
 
@@ -128,15 +135,16 @@ class RedisSessionStore:
         )
         if found is None:
             return None
-        created, updated, left, stored = found
+        created, updated, left, title, stored = found
         try:
             turns = [self._decoded(each, tenant, session) for each in stored]
             dates = date_of(int(created)), date_of(int(updated))
+            shown = self._title(title, tenant, session)
         except (UnreadableValue, ValueError, OverflowError):
             raise SessionUnreadable() from None
         if not turns:
             raise SessionUnreadable()
-        return Session(session_id, whole_turns(turns) or tuple(turns[-1:]), *dates, left / 1e6)
+        return Session(session_id, whole_turns(turns) or tuple(turns[-1:]), *dates, left / 1e6, shown)
 
     async def append(self, tenant: Tenant, session_id: str, *turns: Turn) -> None:
         session = key_part(session_id)
@@ -151,6 +159,12 @@ class RedisSessionStore:
         if done < 0:
             raise SessionTakenOver()
         await self._list_tenant(self._base(tenant))
+
+    async def rename(self, tenant: Tenant, session_id: str, title: str) -> bool:
+        session = key_part(session_id)
+        stored = self._encryption.encrypt(title.encode("utf-8", "surrogatepass"), _place("title", tenant, session))
+        arguments = (session, self._now, stored)
+        return bool(await self._connection.evaluate(_RENAME_SCRIPT, [self._base(tenant)], arguments))
 
     async def delete(self, tenant: Tenant, session_id: str) -> bool:
         arguments = (key_part(session_id), self._now, *self._fence(tenant, session_id))
@@ -224,8 +238,21 @@ class RedisSessionStore:
             raise UnreadableValue("has no messages")
         return turn
 
+    def _title(self, stored: bytes | None, tenant: Tenant, session: str) -> str | None:
+        """Raises: ValueError: it is no title of this session."""
+        if stored is None:
+            return None
+        return self._encryption.decrypt(stored, _place("title", tenant, session)).decode("utf-8", "surrogatepass")
+
     def _summary(
-        self, tenant: Tenant, session: bytes, name: bytes, turns: bytes, text_bytes: bytes, updated: bytes
+        self,
+        tenant: Tenant,
+        session: bytes,
+        name: bytes,
+        turns: bytes,
+        text_bytes: bytes,
+        updated: bytes,
+        title: bytes | None,
     ) -> SessionSummary | None:
         """Return a session of the list; None where what is stored cannot be read."""
         try:
@@ -234,6 +261,7 @@ class RedisSessionStore:
                 turns=int(turns),
                 text_bytes=int(text_bytes),
                 updated=date_of(int(updated)),
+                title=self._title(title, tenant, session.decode()),
             )
         except (ValueError, TypeError, OverflowError):
             return None

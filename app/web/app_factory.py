@@ -26,6 +26,7 @@ from app.web.openai import files as openai_files
 from app.web.openai import models as openai_models
 from app.web.openai import tokenize as openai_tokenize
 from app.web.openai.responses import routes as openai_responses
+from app.web.page import routes as page
 
 UPLOAD_PATHS = ("/v1/files", "/v1/batches")
 FORM_BYTES = 16 * 1024
@@ -49,7 +50,9 @@ def build_app(container: Container, *, lifespan: Lifespan[FastAPI] | None = None
     openai = [module.router for module in dialect]
     openai += [openai_responses.stored_router, openai_files.upload_router, openai_batches.creating_router]
     compat = COMPAT_ROUTERS if container.settings.compat.enabled else ()
-    routers = (*native, *openai, *compat, health.router, *([documentation.router] if docs else []))
+    # The page's `/` is for browsers only, and stands before that of programs.
+    pages = [*([page.router] if container.settings.security.page else []), *([documentation.router] if docs else [])]
+    routers = (*native, *openai, *compat, *pages, health.router)
     app = DocumentedApp(
         title=container.settings.app.name,
         version=__version__,
@@ -114,7 +117,8 @@ def public_paths(container: Container) -> frozenset[str]:
     security = container.settings.security
     metrics = {"/metrics"} if security.metrics_public else set()
     docs = documentation.PUBLIC_PATHS if container.settings.serves_docs else frozenset()
-    return health.PUBLIC_PATHS | metrics | docs
+    pages = page.public_paths() if security.page else frozenset()
+    return health.PUBLIC_PATHS | metrics | docs | pages
 
 
 def optional_paths(container: Container) -> frozenset[str]:

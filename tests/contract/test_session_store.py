@@ -280,6 +280,33 @@ async def test_a_deleted_session_is_gone(factory: Factory, clock: Clock):
     assert 0 == await count(store)
 
 
+async def test_a_title_stays_with_its_session_and_prolongs_nothing(factory: Factory, clock: Clock):
+    """It is read and listed, survives the next turn, belongs to one tenant, and ends with the session."""
+    store = factory(LIMITS, clock)
+    await store.append(ANN, "s", turn("one"))
+    clock.seconds += 60
+
+    renamed = [await store.rename(tenant, "s", "Kürzer 🦦") for tenant in (ANN, BOB)]
+    await store.append(ANN, "other", turn("one"))
+    listed = {summary.session_id: summary.title for summary in await store.list(ANN)}
+    session = await store.read(ANN, "s")
+    clock.seconds += 41
+    gone = await store.read(ANN, "s")
+    await store.append(ANN, "s", turn("two"))
+    anew = await store.read(ANN, "s")
+
+    assert [True, False] == renamed
+    assert {"s": "Kürzer 🦦", "other": None} == listed
+    assert session is not None
+    assert ("Kürzer 🦦", 40) == (session.title, round(session.expires_in_seconds))
+    assert gone is None
+    assert anew is not None
+    assert anew.title is None
+    assert await store.rename(ANN, "s", "Again")
+    await store.append(ANN, "s", turn("three"))
+    assert ["Again"] == [each.title for each in await store.list(ANN) if each.session_id == "s"]
+
+
 async def test_ten_thousand_sessions_stay_bounded(factory: Factory, clock: Clock):
     """One tenant cannot fill the memory, and its newest sessions are the ones that stay."""
     store = factory(ChatHistoryConfig(max_sessions=100), clock)

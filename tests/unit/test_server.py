@@ -2,13 +2,16 @@
 
 import asyncio
 import gc
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from app.config import Settings
-from app.server import announce_when_ready
+from app.config.sections import AppConfig, SecurityConfig
+from app.server import announce_when_ready, how_to_use
 
 
 async def test_objects_alive_when_the_model_is_ready_are_frozen_for_the_garbage_collector(
@@ -46,3 +49,19 @@ async def test_how_to_use_it_is_printed_only_once_connections_are_accepted(capsy
     finally:
         gc.unfreeze()
     assert ("", True) == (before, "is ready" in capsys.readouterr().out)
+
+
+def test_a_terminal_gets_a_link_with_the_key_and_a_log_does_not(tmp_path: Path) -> None:
+    """Only the key that the service made; never one that the operator chose, nor where the page is switched off."""
+    (tmp_path / "api_key").write_text("llm_secret-of-mine\n")
+    app = AppConfig(data_dir=tmp_path)
+    generated = Settings(app=app, security=SecurityConfig())
+    chosen = Settings(app=app, security=SecurityConfig(api_key=SecretStr("chosen-by-me")))
+    without = Settings(app=app, security=SecurityConfig(page=False))
+
+    assert "http://127.0.0.1:8000/#key=llm_secret-of-mine\n" in how_to_use(generated, 8000, show_key=True)
+    assert "browser" in how_to_use(generated, 8000)
+    assert "browser" not in how_to_use(without, 8000, show_key=True)
+    for shown in (how_to_use(generated, 8000), how_to_use(chosen, 8000, show_key=True)):
+        assert "secret-of-mine" not in shown
+        assert "chosen-by-me" not in shown

@@ -358,7 +358,7 @@ async def test_wrong_session_ids_are_refused(client, method, path):
         ("GET", f"/{CANARY}", 404, "not_found"),
         ("POST", "/v1/generate/", 404, "not_found"),
         ("GET", "/v1/generate", 405, "method_not_allowed"),
-        ("PATCH", "/v1/sessions/a", 405, "method_not_allowed"),
+        ("PUT", "/v1/sessions/a", 405, "method_not_allowed"),
         ("BREW", "/v1/chat", 405, "method_not_allowed"),
     ],
 )

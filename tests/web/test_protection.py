@@ -53,7 +53,7 @@ async def test_every_route_but_the_public_ones_needs_a_key(subtests):
                     assert 401 == reply.status_code
                     assert "Bearer" == reply.headers["www-authenticate"]
                     assert is_envelope(reply)
-    assert 50 == checked
+    assert 51 == checked
 
 
 async def test_generating_routes_are_limited_and_no_others(subtests):
@@ -264,7 +264,7 @@ async def test_the_host_header_opens_nothing(web, host):
 
 
 async def test_public_paths_follow_the_settings():
-    web = await make_web(security={"docs": False, "metrics_public": False})
+    web = await make_web(security={"docs": False, "metrics_public": False, "page": False})
     documented = await make_web(security={"docs": True})
 
     assert {"/", "/health", "/readyz", "/info"} == public_paths(web.container)

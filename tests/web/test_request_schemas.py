@@ -32,6 +32,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "/v1/keys/{key_id}": {},
     "/v1/keys/{key_id}/rotate": {},
     "/v1/roles/{name}": {},
+    "/v1/sessions/{session_id}": {"title": "a"},
     "/generate": {"prompt": "a"},
     "/predict": {"prompt": "a"},
     "/predict/batch": {"prompts": ["a"]},
@@ -45,7 +46,9 @@ RIGHT: dict[str, dict[str, Any]] = {
 }
 """Every path that takes a body, with the least that it takes."""
 GENERATING = [
-    path for path in RIGHT if path.startswith("/v1/") and not re.search("key|role|batches|adapter|/models/", path)
+    path
+    for path in RIGHT
+    if path.startswith("/v1/") and not re.search("key|role|session|batches|adapter|/models/", path)
 ]
 GENERATING += ["/generate", "/predict", "/predict/batch"]
 QUICK = {

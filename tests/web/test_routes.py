@@ -7,6 +7,7 @@ import re
 import httpx
 import pytest
 
+from app.engine.echo import EchoEngine
 from app.errors import ContextLengthExceeded, EngineBusy, InternalError
 from app.generation.sessions import Turn
 from app.types import Message, Role, SamplingParams, Tenant
@@ -82,6 +83,8 @@ async def test_a_stream_has_its_deltas_and_one_done_frame(client, path):
     *deltas, (last, done) = frames(reply.text)
     assert [("delta", '{"content":"Hel"}'), ("delta", '{"content":"lo"}')] == deltas
     assert "done" == last
+    fitted = {"limit": 100, "prompt_tokens": 3, "turns_kept": 1, "turns_dropped": 0}
+    context = {"context": fitted} if path == "/v1/chat" else {}
     assert {
         "finish_reason": "stop",
         "usage": USAGE,
@@ -90,6 +93,7 @@ async def test_a_stream_has_its_deltas_and_one_done_frame(client, path):
         "session_id": None,
         "request_id": reply.headers["x-request-id"],
         "model": MODEL,
+        **context,
     } == json.loads(done)
 
 
@@ -285,6 +289,25 @@ async def test_sessions_are_listed_read_and_forgotten(web, client):
     assert [] == (await client.get("/v1/sessions")).json()["sessions"]
 
 
+async def test_a_title_is_masked_as_messages_are_and_listed():
+    """No title is null; only white space, or more than 200 characters, is refused."""
+    web = await make_web(engines={MODEL: EchoEngine(model=MODEL)})
+    async with web.client() as client:
+        await client.post("/v1/chat", json={**CHAT, "session_id": "mine"})
+        before = (await client.get("/v1/sessions")).json()["sessions"][0]["title"]
+        named = await client.patch("/v1/sessions/mine", json={"title": "  Mail of jane.doe@example.com "})
+        refused = [
+            (await client.patch("/v1/sessions/mine", json={"title": each})).status_code for each in (" ", "x" * 201)
+        ]
+        listed = (await client.get("/v1/sessions")).json()["sessions"][0]["title"]
+        read = (await client.get("/v1/sessions/mine")).json()["title"]
+
+    assert before is None
+    assert {"session_id": "mine", "title": "Mail of [EMAIL]"} == named.json()
+    assert [400, 400] == refused
+    assert ("Mail of [EMAIL]", "Mail of [EMAIL]") == (listed, read)
+
+
 async def test_deleting_a_session_waits_for_its_turn_no_longer_than_the_deadline():
     """504, and the session stays; once the turn has ended it is deleted."""
     web = await make_web(deadlines={"waiting_seconds": 0.05})
@@ -301,12 +324,13 @@ async def test_deleting_a_session_waits_for_its_turn_no_longer_than_the_deadline
     assert [200, 204] == [read.status_code, deleted.status_code]
 
 
-@pytest.mark.parametrize("method", ["GET", "DELETE"])
+@pytest.mark.parametrize("method", ["GET", "PATCH", "DELETE"])
 async def test_another_tenants_session_is_as_unknown_as_one_that_never_was(web, client, method):
     turn = Turn((Message(Role.USER, "hi"), Message(Role.ASSISTANT, "ho")))
     await web.sessions.append(Tenant.owner("other"), "theirs", turn)
 
-    replies = [(await client.request(method, f"/v1/sessions/{name}")) for name in ("theirs", "never")]
+    body = {"title": "Mine now"} if method == "PATCH" else None
+    replies = [(await client.request(method, f"/v1/sessions/{name}", json=body)) for name in ("theirs", "never")]
 
     assert [404, 404] == [reply.status_code for reply in replies]
     assert replies[0].json()["message"] == replies[1].json()["message"]

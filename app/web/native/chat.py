@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field, StringConstraints, model_validator
 from starlette.responses import Response as HttpResponse
 from typing_extensions import TypedDict
 
-from app.events import ContextUsage, Response
+from app.events import Response
 from app.requests import GenerationRequest
 from app.types import FinishReason, Message, Role
 from app.web.http.dependencies import RequestContext, RequestContextDep
@@ -22,9 +22,11 @@ from app.web.native.request_model import SamplingFields
 from app.web.native.schemas import (
     EVENTS,
     CompletionChoice,
+    ContextFields,
     Logprobs,
     TokenUsage,
     completion_choices,
+    context_fields,
     finished_usage,
     respond,
 )
@@ -116,17 +118,6 @@ class ChatChoice(CompletionChoice):
     reasoning_content: NotRequired[str]
 
 
-class ContextFields(TypedDict):
-    """How the conversation was fitted into the context window."""
-
-    limit: int
-    prompt_tokens: int
-    turns_kept: int
-    turns_dropped: int
-    estimated: NotRequired[bool]
-    """True where `prompt_tokens` is an estimate, since the model's tokenizer is not known here."""
-
-
 class ChatResponse(TypedDict):
     """The completions of one conversation."""
 
@@ -154,7 +145,7 @@ def _response(response: Response, request: GenerationRequest, request_id: str, l
         "session_id": finished.session_id,
         "finish_reason": finished.finish_reason,
         "usage": finished_usage(finished),
-        "context": _context(finished.context) if finished.context else None,
+        "context": context_fields(finished.context) if finished.context else None,
         "request_id": request_id,
     }
     if request.n > 1 or logprobs is not None:
@@ -163,16 +154,6 @@ def _response(response: Response, request: GenerationRequest, request_id: str, l
             {**choice, **reasoned_fields(each)} for choice, each in zip(choices, response.completions, strict=True)
         ]
     return fields
-
-
-def _context(context: ContextUsage) -> ContextFields:
-    fields: ContextFields = {
-        "limit": context.limit,
-        "prompt_tokens": context.prompt_tokens,
-        "turns_kept": context.turns_kept,
-        "turns_dropped": context.turns_dropped,
-    }
-    return {**fields, "estimated": True} if context.is_estimate else fields
 
 
 @router.post("/chat", response_model=ChatResponse, responses=error_responses(*GENERATION_ERRORS) | streamed(*EVENTS))

@@ -8,7 +8,7 @@ from starlette.responses import Response as HttpResponse
 from typing_extensions import TypedDict
 
 from app.errors import AppError
-from app.events import Completion, Delta, DetokenizedLogprob, Event, Finished, Response
+from app.events import Completion, ContextUsage, Delta, DetokenizedLogprob, Event, Finished, Response
 from app.requests import GenerationRequest
 from app.types import FinishReason, Usage
 from app.web.http.dependencies import RequestContext
@@ -82,6 +82,17 @@ class CompletionEnd(TypedDict):
     tokens_generated: int
 
 
+class ContextFields(TypedDict):
+    """How the conversation was fitted into the context window."""
+
+    limit: int
+    prompt_tokens: int
+    turns_kept: int
+    turns_dropped: int
+    estimated: NotRequired[bool]
+    """True where `prompt_tokens` is an estimate, since the model's tokenizer is not known here."""
+
+
 class DoneFrame(TypedDict):
     """The last frame of a stream."""
 
@@ -92,6 +103,8 @@ class DoneFrame(TypedDict):
     session_id: str | None
     request_id: str
     model: str
+    context: NotRequired[ContextFields]
+    """Of a chat."""
     completions: NotRequired[list[CompletionEnd]]
     """Left out unless there are several."""
 
@@ -111,6 +124,17 @@ def finished_usage(finished: Finished) -> TokenUsage:
     if reasoning_tokens := sum(each.reasoning_tokens for each in finished.samples):
         usage["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
     return usage
+
+
+def context_fields(context: ContextUsage) -> ContextFields:
+    """Return how a conversation was fitted into the context window."""
+    fields: ContextFields = {
+        "limit": context.limit,
+        "prompt_tokens": context.prompt_tokens,
+        "turns_kept": context.turns_kept,
+        "turns_dropped": context.turns_dropped,
+    }
+    return {**fields, "estimated": True} if context.is_estimate else fields
 
 
 class TokensEncoder(LogprobsEncoder):
@@ -232,6 +256,8 @@ class NativeStreamEncoder:
             "request_id": self._request_id,
             "model": finished.model,
         }
+        if finished.context:
+            done["context"] = context_fields(finished.context)
         if len(finished.samples) > 1:
             done["completions"] = [
                 {"index": index, "finish_reason": each.finish_reason, "tokens_generated": each.completion_tokens}

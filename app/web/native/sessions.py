@@ -1,4 +1,4 @@
-"""GET and DELETE /v1/sessions: the caller's own sessions.
+"""GET, PATCH and DELETE /v1/sessions: the caller's own sessions.
 
 Another tenant's session gives the same 404 as one that does not exist, so ids cannot be probed.
 """
@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Annotated, NotRequired
 
 from fastapi import APIRouter, Path, Response
-from pydantic import BaseModel
+from pydantic import BaseModel, StringConstraints
 
 from app.errors import (
     DeadlineExceeded,
@@ -23,7 +23,7 @@ from app.generation.sessions import Session, SessionSummary, turn_within
 from app.types import Message, Role
 from app.web.http.dependencies import CallerDep, ContainerDep, SessionsDep
 from app.web.http.errors import error_responses
-from app.web.http.json_body import StrictRoute
+from app.web.http.json_body import StrictModel, StrictRoute
 from app.web.http.sampling_params import SessionId
 from app.web.http.tool_calls import ReasonedFields, tool_call_objects
 
@@ -40,6 +40,7 @@ class SessionSummaryResponse(BaseModel):
     """One session in the list."""
 
     session_id: str
+    title: str | None
     turns: int
     text_bytes: int
     updated: datetime
@@ -48,6 +49,7 @@ class SessionSummaryResponse(BaseModel):
     def of(cls, summary: SessionSummary) -> "SessionSummaryResponse":
         return cls(
             session_id=summary.session_id,
+            title=summary.title,
             turns=summary.turns,
             text_bytes=summary.text_bytes,
             updated=summary.updated,
@@ -86,6 +88,7 @@ class SessionResponse(BaseModel):
     """A session with its stored messages."""
 
     session_id: str
+    title: str | None
     messages: list[StoredMessage]
     created: datetime
     updated: datetime
@@ -95,11 +98,25 @@ class SessionResponse(BaseModel):
     def of(cls, session: Session) -> "SessionResponse":
         return cls(
             session_id=session.session_id,
+            title=session.title,
             messages=[_stored(message) for turn in session.turns for message in turn.messages],
             created=session.created,
             updated=session.updated,
             expires_in_seconds=session.expires_in_seconds,
         )
+
+
+class RenameSession(StrictModel):
+    """What a session is called."""
+
+    title: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
+
+
+class SessionTitleResponse(BaseModel):
+    """A session's title as it is stored: personal data is masked in it as in messages."""
+
+    session_id: str
+    title: str
 
 
 @router.get("", response_model=SessionListResponse, responses=_ERRORS)
@@ -117,6 +134,17 @@ async def read_session(session_id: SessionPath, caller: CallerDep, sessions: Ses
     if session is None:
         raise _session_not_found()
     return SessionResponse.of(session)
+
+
+@router.patch("/{session_id}", response_model=SessionTitleResponse, responses=_ERRORS)
+async def rename_session(
+    session_id: SessionPath, body: RenameSession, caller: CallerDep, sessions: SessionsDep, container: ContainerDep
+) -> SessionTitleResponse:
+    """Give a session a title; it lives no longer for that."""
+    (stored,) = await container.service.storable(caller.tenant, [Message(Role.USER, body.title)])
+    if not await sessions.rename(caller.tenant, session_id, stored.content):
+        raise _session_not_found()
+    return SessionTitleResponse(session_id=session_id, title=stored.content)
 
 
 @router.delete("/{session_id}", status_code=204, responses={**_ERRORS, **error_responses(DeadlineExceeded)})
