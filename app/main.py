@@ -8,6 +8,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
+from itertools import chain
 
 import anyio
 import structlog
@@ -23,6 +24,7 @@ from app.engine.base import EncoderEngine, Engine
 from app.engine.host import ModelHost
 from app.engine.model_loader import ModelLoader
 from app.engine.model_source import FetchModel, LoadSpec, no_registry
+from app.engine.model_states import model_figures, upstream_figures
 from app.engine.registered_models import RegisteredModels
 from app.engine.served_model import Served
 from app.engine.trial import Trial
@@ -101,7 +103,7 @@ def create_app(
     host = ModelHost(build, default=names[0], adapters=_adapters(settings, names[0], known_names))
     loader = _loader(settings, host, builder, names, specs, on_name=known_names.add)
     limits = redis.admission if redis else MemoryAdmissionStore()
-    admission = AdmissionControl(limits, access.quotas, on_refusal=metrics.rate_limited)
+    admission = AdmissionControl(limits, access.quotas, on_refusal=metrics.limit_reached)
     usage = _usage_recorder(settings, access)
     generation: Service = service or GenerationService(
         host=host,
@@ -121,7 +123,7 @@ def create_app(
         usage=usage,
         waiting_seconds=settings.deadlines.waiting_seconds,
     )
-    _watch(metrics, host, history.sessions)
+    _watch(metrics, host, history.sessions, max_adapters=settings.adapters.max_loaded)
     if redis is not None:
         metrics.watch_redis(away=lambda: redis.connection.fault is not None)
     container = Container(
@@ -139,7 +141,7 @@ def create_app(
         admission=admission,
         failed_keys=FailedKeyLimiter(
             settings.security.failed_keys_per_minute,
-            on_refusal=metrics.rate_limited,
+            on_refusal=metrics.limit_reached,
             shared=redis.failed_keys if redis else None,
             processes=settings.processes,
         ),
@@ -346,25 +348,14 @@ def _redactor(settings: Settings) -> Redactor:
         raise ConfigError(f"configuration: pii.phone_regions: {error}") from None
 
 
-def _watch(metrics: Metrics, host: ModelHost, sessions: SessionStore | None) -> None:
-    def total(figure: Callable[[Served], int]) -> Callable[[], float]:
-        return lambda: sum(map(figure, host.models))
-
+def _watch(metrics: Metrics, host: ModelHost, sessions: SessionStore | None, *, max_adapters: int) -> None:
     metrics.watch(
-        requests_running=total(lambda model: model.engine.status().running),
-        requests_waiting=total(lambda model: model.engine.status().waiting),
+        models=lambda: map(model_figures, host.models),
         sessions=lambda: sessions.count() if sessions else 0,
         model_loaded=lambda: host.can_serve,
-        engine_restarts=total(lambda model: model.engine.status().restarts),
-        gpu_memory_bytes=total(lambda model: model.engine.status().device_bytes or 0),
+        max_adapters=max_adapters,
     )
-    metrics.watch_upstreams(
-        lambda: [
-            (model.name, each.number, each.ready, each.running, each.failures)
-            for model in host.models
-            for each in model.engine.status().upstreams
-        ]
-    )
+    metrics.watch_upstreams(lambda: chain.from_iterable(map(upstream_figures, host.models)))
 
 
 def __getattr__(name: str) -> FastAPI:

@@ -7,8 +7,8 @@ occupy of this process, and what refusing it may cost, is counted in this proces
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import lru_cache
@@ -133,7 +133,7 @@ class LimitState:
 class _Occupied:
     """The places of this process that one request occupies."""
 
-    def __init__(self, places: FairPlaces, tenant: Tenant, on_refusal: Callable[[], None]) -> None:
+    def __init__(self, places: FairPlaces, tenant: Tenant, on_refusal: Callable[[str], None]) -> None:
         self._places = places
         self._tenant = tenant
         self._on_refusal = on_refusal
@@ -149,7 +149,7 @@ class _Occupied:
             return
         if not self._places.take(self._tenant, more):
             if self._places.held(self._tenant) > self._count:
-                self._on_refusal()
+                self._on_refusal("places")
                 message = "This caller has as many requests, answers and bodies in work as it may; wait and try again."
                 raise RateLimited(message, retry_after=PARALLEL_RETRY_SECONDS)
             raise ServiceUnavailable("The service has as many requests in work as it can take. Try again later.")
@@ -227,12 +227,12 @@ class AdmissionControl:
         store: AdmissionStore,
         quotas: Quotas,
         *,
-        on_refusal: Callable[[], None],
+        on_refusal: Callable[[str], None],
         refusals: RefusalBudget | None = None,
         places: int = PLACES,
     ) -> None:
         """Args:
-        on_refusal: is called for every request that a rate limit refuses for now.
+        on_refusal: is called for every request that a limit refuses for now, with the limit's name.
         refusals: what refused requests may cost.
         places: that a tenant may hold in this process while no other holds any.
         """
@@ -288,7 +288,8 @@ class AdmissionControl:
             raise self._refusal(decision.refused, rates, decision.levels)
         try:
             try:
-                await self._quotas.check(principal)
+                with self._counting_quota():
+                    await self._quotas.check(principal)
             except QuotaExceeded:
                 self._refusals.charge(principal.key_id, RefusalCost.EARLY)
                 raise
@@ -302,7 +303,8 @@ class AdmissionControl:
 
         Raises: QuotaExceeded: so many are not left of the month.
         """
-        await self._quotas.check(principal, tokens)
+        with self._counting_quota():
+            await self._quotas.check(principal, tokens)
 
     @asynccontextmanager
     async def reserve(self, principal: Principal, tokens: int) -> AsyncIterator[Reservation]:
@@ -320,7 +322,8 @@ class AdmissionControl:
         reservation = Reservation(counted=False)
         quota: QuotaReservation | None = None
         try:
-            quota = await self._quotas.reserve(principal, tokens)
+            with self._counting_quota():
+                quota = await self._quotas.reserve(principal, tokens)
             reservation.counted = quota is not None
             yield reservation
         finally:
@@ -350,10 +353,19 @@ class AdmissionControl:
             raise self._too_many("tokens", taken.retry_in)
         return taken
 
+    @contextmanager
+    def _counting_quota(self) -> Iterator[None]:
+        """Count what a quota refuses in the block."""
+        try:
+            yield
+        except QuotaExceeded:
+            self._on_refusal("quota")
+            raise
+
     def _refusal(self, refused: Refusal, rates: Rates, levels: Levels) -> RateLimited:
         next_request = _until_one(levels.requests)
         if refused is Refusal.PARALLEL:
-            self._on_refusal()
+            self._on_refusal("parallel")
             message = f"This API key has {rates.parallel_requests} requests running, as many as it may."
             return RateLimited(message, retry_after=max(PARALLEL_RETRY_SECONDS, next_request))
         if refused is Refusal.TOKENS:
@@ -361,7 +373,7 @@ class AdmissionControl:
         return self._too_many("requests", next_request)
 
     def _too_many(self, kind: str, retry_after: float) -> RateLimited:
-        self._on_refusal()
+        self._on_refusal(kind)
         return RateLimited(f"Too many {kind} with this API key; wait and try again.", retry_after=retry_after)
 
 

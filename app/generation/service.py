@@ -2,8 +2,15 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, aclosing, asynccontextmanager, nullcontext
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    aclosing,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+)
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import takewhile
@@ -35,7 +42,7 @@ from app.generation.template_options import resolve_template_options
 from app.privacy.filters import InputFilter
 from app.privacy.message_texts import map_texts
 from app.requests import GenerationRequest
-from app.telemetry import Metrics
+from app.telemetry import Metrics, ModelMetrics
 from app.types import EngineState, Message, Principal, Role, Tenant
 
 
@@ -104,7 +111,8 @@ class GenerationService:
             async with self._turn(request) as history:
                 async with self._deadline("The prompt took too long to prepare."):
                     fitted = await self._fit(request, model, budget, history)
-                run = _Run(fitted, model, self._metrics)
+                metrics = self._metrics.model(model.name)
+                run = _Run(fitted, model, metrics)
                 record.begin(model.engine.info, fitted)
                 async with self._admission.reserve(principal, run.most_tokens) as reservation:
                     with record.charge(run.stats, reservation):
@@ -157,10 +165,12 @@ class GenerationService:
             return await model.engine.prepare(model.chain.render(request))
 
         if not request.is_chat:
-            request = await self._clean_text(request, model, budget)
+            with self._filtering(model):
+                request = await self._clean_text(request, model, budget)
             fitted = await fit_text(request, prepare, budget)
             return fitted if request.prompt_ids is not None else await _hide_own_words(fitted, model)
-        request = await self._cleaned_chat(request)
+        with self._filtering(model):
+            request = await self._cleaned_chat(request)
         # A session stores masked texts, so a conversation that a client sends again is recognised by its masked form.
         messages = list(request.messages)
         masked = await self._storable(request, messages) if request.session_id else messages
@@ -171,6 +181,14 @@ class GenerationService:
         turns, new = trimmable(request, history, spoken)
         fitted = await fit_chat(structs.replace(request, messages=before), turns, new, prepare, budget)
         return await _hide_own_words(replace(fitted, new=stored), model)
+
+    @contextmanager
+    def _filtering(self, model: ServedModel) -> Iterator[None]:
+        """Measure the block, in which the input filter works, if there is one."""
+        began = time.perf_counter()
+        yield
+        if self._input_filter is not None:
+            self._metrics.model(model.name).input_filtered(time.perf_counter() - began)
 
     async def _cleaned_chat(self, request: GenerationRequest) -> GenerationRequest:
         """Return a chat whose messages and tools have passed the input filter."""
@@ -247,6 +265,7 @@ class GenerationService:
         # conversation, which is masked too before it is compared, be recognised.
         (stored,) = await self.storable(request.tenant, [completion])
         await self.sessions.append(request.tenant, request.session_id, *as_turns([*new, stored]))
+        self._metrics.turn_stored()
 
 
 def _system_text(request: GenerationRequest) -> str | None:
@@ -290,7 +309,7 @@ async def _hide_own_words(fitted: FittedPrompt, model: ServedModel) -> FittedPro
 class _Run:
     """A prepared request while it runs."""
 
-    def __init__(self, fitted: FittedPrompt, model: ServedModel, metrics: Metrics) -> None:
+    def __init__(self, fitted: FittedPrompt, model: ServedModel, metrics: ModelMetrics) -> None:
         """Raises: InvalidRequest: the model cannot honour a parameter."""
         info = model.engine.info
         request = resolve_params(fitted.request, info, model.defaults, max_tokens=fitted.max_tokens)
@@ -301,7 +320,7 @@ class _Run:
         self._name = request.adapter or model.name
         self._keeps_reasoning = info.renders_reasoning
         self._samples = request.samples()
-        self.stats = RequestStats(model.name, metrics, self._samples)
+        self.stats = RequestStats(metrics, self._samples)
         self.most_tokens = fitted.prompt_tokens + fitted.max_tokens * request.n
         """Upper bound of the tokens that the request is charged with."""
         self._deltas: list[Delta] = []
@@ -338,6 +357,7 @@ class _Run:
                 prompt = None if self._request.is_chat else event.prompt or self._request.text
                 return structs.replace(event, model=self._name, prompt=prompt)
             case Finished():
+                self.stats.observe(event)
                 self._finished = event
         return None
 
