@@ -19,7 +19,7 @@ class Family:
     """A metric with all its series."""
 
     name: str
-    """As a query names it: a counter's ends with _total, a histogram's goes on with _bucket, _sum or _count."""
+    """As a query names it: a counter's ends with _total, a histogram's has _bucket, _sum or _count behind it."""
     kind: Literal["counter", "gauge", "histogram"]
     text: str
     labels: tuple[str, ...] = ()

@@ -44,8 +44,8 @@ async def test_the_stages_of_a_request_are_measured_for_each_model() -> None:
     """Wait, prompt, tokens and filters, under vLLM's names where it has one."""
     web = await make_web(engines={"echo": EchoEngine(model="echo"), "second": EchoEngine(model="second")})
     async with web.client() as http:
-        asked = said("hello") | {"model": "second", "max_tokens": 3, "n": 1, "cache": True}
-        answers = [await http.post("/v1/chat", json=asked) for _ in range(2)]
+        body = said("hello") | {"model": "second", "max_tokens": 3, "n": 1, "cache": True}
+        answers = [await http.post("/v1/chat", json=body) for _ in range(2)]
         figures = await scrape(http)
 
     assert [200, 200] == [each.status_code for each in answers]
