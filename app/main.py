@@ -41,6 +41,7 @@ from app.stores.history import History
 from app.stores.memory_admission import MemoryAdmissionStore
 from app.stores.redis_stores import RedisStores
 from app.telemetry import Metrics, configure_logging, disable_foreign_tracing
+from app.telemetry.tracing import NO_TRACER, Tracer
 from app.types import EngineState
 from app.web.app_factory import build_app
 from app.web.http.authentication import Keys
@@ -84,6 +85,7 @@ def create_app(
     names = _model_names(settings, specs, engines, encoders)
     known_names = {*names, *specs}
     metrics = Metrics(known_names)
+    tracer = _tracer(settings)
     redactor = _redactor(settings)
     pool = RedactionPool(redactor, REDACTION_PROCESSES)
     filters = Filters(settings, redactor, pool, metrics)
@@ -98,12 +100,13 @@ def create_app(
         access,
         registered.fetch if registered else fetch,
         shared_cache=history.cache,
+        tracer=tracer,
     )
     build = partial(builder.configured, specs=specs, engines=engines, encoders=encoders)
     host = ModelHost(build, default=names[0], adapters=_adapters(settings, names[0], known_names))
     loader = _loader(settings, host, builder, names, specs, on_name=known_names.add)
     limits = redis.admission if redis else MemoryAdmissionStore()
-    admission = AdmissionControl(limits, access.quotas, on_refusal=metrics.limit_reached)
+    admission = AdmissionControl(limits, access.quotas, on_refusal=metrics.limit_reached, tracer=tracer)
     usage = _usage_recorder(settings, access)
     generation: Service = service or GenerationService(
         host=host,
@@ -114,6 +117,7 @@ def create_app(
         admission=admission,
         usage=usage,
         waiting_seconds=settings.deadlines.waiting_seconds,
+        tracer=tracer,
     )
     embeddings = EmbeddingService(
         host=host,
@@ -147,6 +151,7 @@ def create_app(
         ),
         redis=redis.connection if redis else None,
         metrics=metrics,
+        tracer=tracer,
     )
     follower = None if registered is None else _follower(settings, registered, loader, host)
     return build_app(container, lifespan=partial(_lifespan, pool=pool, follower=follower, redis=redis, history=history))
@@ -284,6 +289,7 @@ async def _lifespan(
                 await pool.close()
                 if redis is not None:
                     await redis.close()
+                await asyncio.to_thread(container.tracer.close)
             background.cancel_scope.cancel()
 
 
@@ -327,6 +333,20 @@ def _batch_runner(settings: Settings, access: AccessControl, host: ModelHost, me
     )
     metrics.watch_batches(lambda: runner.counts.batches, lambda: runner.counts.lines)
     return runner
+
+
+def _tracer(settings: Settings) -> Tracer:
+    """Raises: ConfigError: traces are wanted, and what sends them is not installed."""
+    if not settings.otel_exporter_otlp_endpoint:
+        return NO_TRACER
+    try:
+        from app.telemetry.otlp import OtlpTracer
+    except ImportError:
+        raise ConfigError(
+            "configuration: OTEL_EXPORTER_OTLP_ENDPOINT: sending traces needs the extra tracing: "
+            "pip install --constraint constraints.txt --editable '.[tracing]'"
+        ) from None
+    return OtlpTracer(settings.otel_exporter_otlp_endpoint, wants_texts=settings.tracing.store_text)
 
 
 def _usage_recorder(settings: Settings, access: AccessControl) -> UsageRecorder:

@@ -34,6 +34,7 @@ from app.registry.model_uri import parse_model_uri
 from app.stores.redis_response_cache import RedisResponseCache
 from app.telemetry import Metrics, ModelMetrics
 from app.telemetry.metrics import Direction
+from app.telemetry.tracing import NO_TRACER, Tracer
 
 DEADLINE_MARGIN_SECONDS = 30.0
 """A worker has so much longer for a first token than the deadline, before it counts as stuck."""
@@ -81,14 +82,16 @@ class ModelBuilder:
         fetch: FetchModel,
         *,
         shared_cache: RedisResponseCache | None = None,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
-        """Args: shared_cache: takes the place of the database's."""
+        """Args: shared_cache: takes the place of the database's.  tracer: of requests to other servers."""
         self._settings = settings
         self._filters = filters
         self._metrics = metrics
         self._access = access
         self._fetch = fetch
         self._shared_cache = shared_cache
+        self._tracer = tracer
         self._interpreters = SpareInterpreters(
             cache=settings.app.data_dir.absolute() / "compiled", enabled=settings.model.spare_worker
         )
@@ -150,6 +153,7 @@ class ModelBuilder:
             name=spec.name,
             max_model_len=spec.config.max_model_len,
             hub_token=_supervision(self._settings)["hub_token"],
+            tracer=self._tracer,
         )
 
     def _around(self, engine: Engine, name: str, config: ModelConfig) -> ServedModel:

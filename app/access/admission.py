@@ -8,7 +8,7 @@ occupy of this process, and what refusing it may cost, is counted in this proces
 import asyncio
 import math
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import lru_cache
@@ -20,6 +20,7 @@ from app.access.rights import check_rights
 from app.access.token_bucket import Bucket, BucketState
 from app.errors import AppError, EngineBusy, QuotaExceeded, RateLimited, ServiceUnavailable
 from app.fair_share import FairPlaces
+from app.telemetry.tracing import NO_TRACER, Tracer
 from app.types import Limits, Principal, Tenant
 
 PLACES = 1024
@@ -230,10 +231,12 @@ class AdmissionControl:
         on_refusal: Callable[[str], None],
         refusals: RefusalBudget | None = None,
         places: int = PLACES,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         """Args:
         on_refusal: is called for every request that a limit refuses for now, with the limit's name.
         refusals: what refused requests may cost.
+        tracer: measures how long a request waits here.
         places: that a tenant may hold in this process while no other holds any.
         """
         self._store = store
@@ -241,6 +244,7 @@ class AdmissionControl:
         self._on_refusal = on_refusal
         self._refusals = refusals or RefusalBudget()
         self._places = FairPlaces(places)
+        self._tracer = tracer
 
     # The plain function, so that whoever is handed this object needs no import of this package.
     check_rights = staticmethod(check_rights)
@@ -260,19 +264,26 @@ class AdmissionControl:
             StoreUnavailable: Redis does not answer, and the policy is to refuse then.
         """
         occupied = _Occupied(self._places, principal.tenant, self._on_refusal)
+        async with AsyncExitStack() as held:
+            held.callback(occupied.release)
+            with self._tracer.span("admission"):
+                await self._occupy(occupied, principal, max(1, math.ceil(body_bytes / PLACE_BYTES)))
+                requests = await held.enter_async_context(self._parallel_place(principal))
+            rates = _rates_of(principal.limits)
+            yield Admitted(self._store, principal.key_id, rates, requests, occupied, self._refusals)
+
+    async def _occupy(self, occupied: _Occupied, principal: Principal, places: int) -> None:
+        """Occupy places, once the caller's refused requests are paid for.
+
+        Raises: RateLimited, ServiceUnavailable: there are not so many.
+        """
         try:
-            occupied.extend(max(1, math.ceil(body_bytes / PLACE_BYTES)))
+            occupied.extend(places)
         except AppError:
             self._refusals.charge(principal.key_id, RefusalCost.EARLY)
             await self._wait_for_budget(principal)
             raise
-        try:
-            await self._wait_for_budget(principal)
-            async with self._parallel_place(principal) as requests:
-                rates = _rates_of(principal.limits)
-                yield Admitted(self._store, principal.key_id, rates, requests, occupied, self._refusals)
-        finally:
-            occupied.release()
+        await self._wait_for_budget(principal)
 
     async def _wait_for_budget(self, principal: Principal) -> None:
         if wait := self._refusals.seconds_to_wait(principal.key_id):

@@ -27,7 +27,7 @@ class RequestStats:
         self._last_token = [self._began] * len(samples)
         self._seen = [0] * len(samples)
         self._received = [0] * len(samples)
-        self._reasons: tuple[FinishReason, ...] = (FinishReason.ABORT,) * len(samples)
+        self.reasons: tuple[FinishReason, ...] = (FinishReason.ABORT,) * len(samples)
         self.received_prompt = False
         """Whether log-probabilities of the prompt were received."""
 
@@ -51,7 +51,7 @@ class RequestStats:
     def observe(self, event: Event) -> None:
         """Record an event: the first token of all is timed once, and each sample has its inter-token latencies."""
         if isinstance(event, Finished):
-            self._reasons = tuple(each.finish_reason for each in event.samples)
+            self.reasons = tuple(each.finish_reason for each in event.samples)
         if not isinstance(event, Delta):
             return
         self.received_prompt |= bool(event.prompt_logprobs)
@@ -88,7 +88,7 @@ class RequestStats:
         self._count_samples(prompt_tokens)
 
     def _count_samples(self, prompt_tokens: int) -> None:
-        own = [each for each in zip(self._samples, self._reasons, strict=True) if _is_own(each[0])]
+        own = [each for each in zip(self._samples, self.reasons, strict=True) if _is_own(each[0])]
         if not own:
             return
         self._metrics.request_done(time.monotonic() - self._began)

@@ -35,6 +35,7 @@ from app.errors import (
 )
 from app.telemetry import Metrics
 from app.telemetry.metrics import METHODS, OTHER, UNMATCHED
+from app.telemetry.tracing import NO_TRACER, Tracer
 from app.types import Principal
 from app.web.http.errors import ERROR_CODE, ErrorRenderer, as_app_error
 from app.web.http.private_api import route_path
@@ -43,17 +44,25 @@ from app.web.http.security_headers import security_headers
 from app.web.http.validation import ignored_fields_header
 
 _CLIENT_GONE = 499
+_TRACE_PARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
+"""Source: W3C Trace Context, level 1."""
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
 
 class RequestLog:
     """Gives each request an id, and writes its log line and metrics once it has ended."""
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, served: Mapping[str, Collection[str]]) -> None:
-        """Args: served: path template -> methods; a path without parameters names a request refused before routing."""
+    def __init__(
+        self, app: ASGIApp, *, metrics: Metrics, served: Mapping[str, Collection[str]], tracer: Tracer = NO_TRACER
+    ) -> None:
+        """Args:
+        served: path template -> methods; a path without parameters names a request refused before routing.
+        tracer: knows the trace that a request belongs to.
+        """
         self.app = app
         self.metrics = metrics
         self.served = dict(served)
+        self.tracer = tracer
         # Bound once: a lazy logger is put together again for each line.
         self._log = structlog.get_logger("llm_service").bind()
 
@@ -81,12 +90,14 @@ class RequestLog:
                 ]
             await send(message)
 
-        structlog.contextvars.bind_contextvars(request_id=request_id)
+        trace_id = self.tracer.trace_id() or _trace_id(scope)
+        named = {"request_id": request_id} if trace_id is None else {"request_id": request_id, "trace_id": trace_id}
+        structlog.contextvars.bind_contextvars(**named)
         try:
             await self.app(scope, receive, send_named)
         finally:
             self._report(scope, status, time.perf_counter() - began)
-            structlog.contextvars.unbind_contextvars("request_id")
+            structlog.contextvars.unbind_contextvars(*named)
 
     def _report(self, scope: Scope, status: int, seconds: float) -> None:
         method = scope["method"] if scope["method"] in METHODS else OTHER
@@ -118,6 +129,13 @@ def _request_id(scope: Scope) -> str:
     if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]) and not _holds_key(given[0], scope):
         return str(given[0], "ascii")
     return str(uuid4())
+
+
+def _trace_id(scope: Scope) -> str | None:
+    """Return the trace that a request says it belongs to, for the log of a service that sends no traces itself."""
+    given = [value for name, value in scope["headers"] if name == b"traceparent"]
+    found = _TRACE_PARENT.fullmatch(given[0]) if len(given) == 1 else None
+    return str(found[1], "ascii") if found else None
 
 
 def _holds_key(request_id: bytes, scope: Scope) -> bool:

@@ -1,0 +1,217 @@
+"""Sends spans to a collector by OTLP over HTTP, with the names of OpenTelemetry's conventions for GenAI.
+
+The SDK reads its own variables: OTEL_TRACES_SAMPLER, OTEL_EXPORTER_OTLP_HEADERS, OTEL_RESOURCE_ATTRIBUTES, OTEL_BSP_...
+Spans of the service's own are written whole when they end, which takes a third of the time of those that the SDK begins
+and ends; whether they are recorded is decided by the span of the request around them.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import TracebackType
+from typing import Any
+
+import httpx
+from opentelemetry import propagate, trace
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.instrumentation.httpx import HTTPXClientInstrumentor
+from opentelemetry.instrumentation.utils import suppress_instrumentation
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+from opentelemetry.trace import INVALID_SPAN_CONTEXT, SpanContext, Status, StatusCode
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from app import __version__
+from app.errors import AppError
+from app.requests import GenerationRequest, Times
+from app.telemetry.tracing import GenerationOutcome
+
+CLOSE_SECONDS = 3.0
+"""How long a stop waits for the last spans to be sent."""
+_SCOPE = InstrumentationScope("llm_service", __version__)
+_HIDDEN = {"url.path": "(see http.route)", "url.query": "REDACTED"}
+"""Attributes of a request that hold what clients wrote, and what stands in their place."""
+_OK, _ERROR = Status(StatusCode.UNSET), Status(StatusCode.ERROR)
+_NOTHING = nullcontext()
+
+
+class _HidesUrls(SpanProcessor):
+    """Takes out of the span of a request what its route does not say already: ids, and whatever a query holds."""
+
+    def on_start(self, span: Span, parent_context: Any = None) -> None:
+        for name, shown in _HIDDEN.items():
+            if span.attributes and name in span.attributes:
+                span.set_attribute(name, shown)
+
+
+class OtlpTracer:
+    """Makes spans and sends them in the background; lives as long as the application."""
+
+    def __init__(self, endpoint: str, *, wants_texts: bool = False) -> None:
+        """Args: endpoint: of the collector, without the path of traces."""
+        named = OTELResourceDetector().detect().attributes
+        self._resource = Resource.create({"service.name": "llm-service", "service.version": __version__, **named})
+        self._processor = BatchSpanProcessor(OTLPSpanExporter(endpoint=f"{endpoint.rstrip('/')}/v1/traces"))
+        self._ids = RandomIdGenerator()
+        self.provider = TracerProvider(resource=self._resource, shutdown_on_exit=False)
+        self.provider.add_span_processor(_HidesUrls())
+        self.provider.add_span_processor(self._processor)
+        self.wants_texts = wants_texts
+        if "OTEL_PROPAGATORS" not in os.environ:
+            # Not the baggage: whatever a client puts into it would go to the servers behind the service.
+            propagate.set_global_textmap(TraceContextTextMapPropagator())
+
+    def span(self, name: str, /) -> AbstractContextManager[None]:
+        parent = _current()
+        return _NOTHING if parent is None else _Measured(self, name, parent)
+
+    @contextmanager
+    def generation(
+        self, name: str, samples: Sequence[GenerationRequest], end: Callable[[], GenerationOutcome]
+    ) -> Iterator[None]:
+        parent = _current()
+        if parent is None:
+            yield
+            return
+        began = time.time_ns()
+        error: BaseException | None = None
+        try:
+            yield
+        except BaseException as failure:
+            error = failure
+            raise
+        finally:
+            attributes = _asked(name, samples) | _ended(end())
+            operation = attributes["gen_ai.operation.name"]
+            span = self.write(f"{operation} {name}", parent, began, time.time_ns(), attributes, error)
+            self._write_stages(span, samples)
+
+    def write(
+        self,
+        name: str,
+        parent: SpanContext,
+        began: int,
+        ended: int,
+        attributes: Mapping[str, Any] | None = None,
+        error: BaseException | None = None,
+    ) -> SpanContext:
+        """Record a span that has ended, and return what its own children refer to.
+
+        Args: began, ended: nanoseconds of the Unix time.
+        """
+        context = SpanContext(
+            parent.trace_id, self._ids.generate_span_id(), False, parent.trace_flags, parent.trace_state
+        )
+        status = _OK
+        # A client that hangs up is no error of the service, and no GeneratorExit one of anybody.
+        if isinstance(error, Exception):
+            kind = error.code if isinstance(error, AppError) else type(error).__name__
+            attributes, status = {**(attributes or {}), "error.type": kind}, _ERROR
+        self._processor.on_end(
+            ReadableSpan(
+                name,
+                context=context,
+                parent=parent,
+                resource=self._resource,
+                attributes=attributes,
+                status=status,
+                start_time=began,
+                end_time=ended,
+                instrumentation_scope=_SCOPE,
+            )
+        )
+        return context
+
+    def trace_id(self) -> str | None:
+        context = trace.get_current_span().get_span_context()
+        return f"{context.trace_id:032x}" if context.is_valid else None
+
+    def instrument(self, client: httpx.AsyncClient) -> None:
+        HTTPXClientInstrumentor.instrument_client(client, tracer_provider=self.provider)
+
+    def silence(self) -> AbstractContextManager[None]:
+        return suppress_instrumentation()
+
+    def close(self) -> None:
+        # The SDK tries again and again where the collector is away, and a stop must not wait for that.
+        closing = threading.Thread(target=self.provider.shutdown, name="tracing-close", daemon=True)
+        closing.start()
+        closing.join(CLOSE_SECONDS)
+
+    def _write_stages(self, parent: SpanContext, samples: Sequence[GenerationRequest]) -> None:
+        since_boot = time.time_ns() - time.monotonic_ns()
+        for sample in samples:
+            times = sample.progress.times
+            attributes = {"llm_service.sample": sample.sampling.sample} if len(samples) > 1 else {}
+            for name, began, ended, more in _stages(times):
+                if began is not None and ended is not None:
+                    first, last = (since_boot + round(1e9 * moment) for moment in (began, ended))
+                    self.write(name, parent, first, last, attributes | more)
+
+
+class _Measured:
+    """A block that becomes a span when it ends."""
+
+    __slots__ = ("_began", "_name", "_parent", "_tracer")
+
+    def __init__(self, tracer: OtlpTracer, name: str, parent: SpanContext) -> None:
+        self._tracer, self._name, self._parent = tracer, name, parent
+        self._began = 0
+
+    def __enter__(self) -> None:
+        self._began = time.time_ns()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._tracer.write(self._name, self._parent, self._began, time.time_ns(), error=error)
+
+
+def _current() -> SpanContext | None:
+    """Return the span of the request that runs; None where it is not recorded."""
+    context = trace.get_current_span().get_span_context()
+    return context if context is not INVALID_SPAN_CONTEXT and context.trace_flags.sampled else None
+
+
+def _stages(times: Times) -> Iterator[tuple[str, float | None, float | None, dict[str, float]]]:
+    yield "queue", times.accepted, times.began, {}
+    yield "prefill", times.began, times.first_token, {}
+    yield "decode", times.first_token, times.ended, {}
+    if times.filter_seconds:
+        # It works on each piece of the text as it comes.
+        yield "pii out", times.first_token, times.ended, {"llm_service.pii.seconds": times.filter_seconds}
+
+
+def _asked(name: str, samples: Sequence[GenerationRequest]) -> dict[str, Any]:
+    """Return what the conventions have for a request."""
+    request = samples[0]
+    params = request.sampling
+    return {
+        "gen_ai.operation.name": "chat" if request.is_chat else "text_completion",
+        "gen_ai.provider.name": "llm_service",
+        "gen_ai.request.model": name,
+        "gen_ai.response.model": name,
+        "gen_ai.response.id": request.id,
+        "gen_ai.request.max_tokens": params.max_tokens,
+        "gen_ai.request.temperature": float(params.temperature),
+        "gen_ai.request.top_p": float(params.top_p),
+        "gen_ai.request.stream": request.stream,
+        **({"gen_ai.request.choice.count": len(samples)} if len(samples) > 1 else {}),
+        **({} if params.seed is None else {"gen_ai.request.seed": params.seed}),
+    }
+
+
+def _ended(outcome: GenerationOutcome) -> dict[str, Any]:
+    """Return what the conventions have for the end of a request."""
+    texts = {"gen_ai.input.messages": outcome.input, "gen_ai.output.messages": outcome.output}
+    return {
+        "gen_ai.usage.input_tokens": outcome.prompt_tokens,
+        "gen_ai.usage.output_tokens": outcome.completion_tokens,
+        "gen_ai.response.finish_reasons": [reason.value for reason in outcome.reasons],
+        **{name: text for name, text in texts.items() if text is not None},
+    }
