@@ -346,7 +346,10 @@ def _tracer(settings: Settings) -> Tracer:
             "configuration: OTEL_EXPORTER_OTLP_ENDPOINT: sending traces needs the extra tracing: "
             "pip install --constraint constraints.txt --editable '.[tracing]'"
         ) from None
-    return OtlpTracer(settings.otel_exporter_otlp_endpoint, wants_texts=settings.tracing.store_text)
+    tracing = settings.tracing
+    return OtlpTracer(
+        settings.otel_exporter_otlp_endpoint, wants_texts=tracing.store_text, per_second=tracing.max_per_second
+    )
 
 
 def _usage_recorder(settings: Settings, access: AccessControl) -> UsageRecorder:

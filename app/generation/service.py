@@ -144,8 +144,8 @@ class GenerationService:
 
     async def _show_texts(self, run: "_Run") -> None:
         """Let the span of a generation hold its prompt and its completion, as a session may store them."""
-        asked = run.fitted.new or [Message(Role.USER, run.fitted.request.text or "")]
-        *before, answer = await self.storable(run.fitted.request.tenant, [*asked, run.message])
+        prompt = run.fitted.new or [Message(Role.USER, run.fitted.request.text or "")]
+        *before, answer = await self.storable(run.fitted.request.tenant, [*prompt, run.message])
         run.shown_texts = (_as_messages(before), _as_messages([answer]))
 
     def _lease(self, request: GenerationRequest, principal: Principal) -> AbstractContextManager[ServedModel]:

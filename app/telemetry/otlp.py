@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 from opentelemetry import propagate, trace
+from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.instrumentation.httpx import HTTPXClientInstrumentor
 from opentelemetry.instrumentation.utils import suppress_instrumentation
@@ -22,9 +23,11 @@ from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+from opentelemetry.sdk.trace.sampling import Decision, ParentBased, Sampler, SamplingResult
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-from opentelemetry.trace import INVALID_SPAN_CONTEXT, SpanContext, Status, StatusCode
+from opentelemetry.trace import INVALID_SPAN_CONTEXT, Link, SpanContext, SpanKind, Status, StatusCode, TraceState
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.util.types import Attributes
 
 from app import __version__
 from app.errors import AppError
@@ -49,16 +52,51 @@ class _HidesUrls(SpanProcessor):
                 span.set_attribute(name, shown)
 
 
+class AtMost(Sampler):
+    """Begins so many traces a second, so that what a trace costs is bounded, whatever comes."""
+
+    def __init__(self, per_second: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._per_second = per_second
+        self._clock = clock
+        self._left, self._at = float(per_second), clock()
+
+    def should_sample(
+        self,
+        parent_context: Context | None,
+        trace_id: int,
+        name: str,
+        kind: SpanKind | None = None,
+        attributes: Attributes = None,
+        links: Sequence[Link] | None = None,
+        trace_state: TraceState | None = None,
+    ) -> SamplingResult:
+        now = self._clock()
+        self._left = min(self._per_second, self._left + (now - self._at) * self._per_second)
+        self._at = now
+        if self._left < 1:
+            return SamplingResult(Decision.DROP)
+        self._left -= 1
+        return SamplingResult(Decision.RECORD_AND_SAMPLE, attributes)
+
+    def get_description(self) -> str:
+        return f"AtMost({self._per_second} per second)"
+
+
 class OtlpTracer:
     """Makes spans and sends them in the background; lives as long as the application."""
 
-    def __init__(self, endpoint: str, *, wants_texts: bool = False) -> None:
-        """Args: endpoint: of the collector, without the path of traces."""
+    def __init__(self, endpoint: str, *, wants_texts: bool = False, per_second: int = 50) -> None:
+        """Args:
+        endpoint: of the collector, without the path of traces.
+        per_second: traces that may begin here, where OTEL_TRACES_SAMPLER does not say which.
+        """
         named = OTELResourceDetector().detect().attributes
         self._resource = Resource.create({"service.name": "llm-service", "service.version": __version__, **named})
         self._processor = BatchSpanProcessor(OTLPSpanExporter(endpoint=f"{endpoint.rstrip('/')}/v1/traces"))
         self._ids = RandomIdGenerator()
-        self.provider = TracerProvider(resource=self._resource, shutdown_on_exit=False)
+        # None reads OTEL_TRACES_SAMPLER.  What the caller's trace says of its own sampling holds in both cases.
+        sampler = None if "OTEL_TRACES_SAMPLER" in os.environ else ParentBased(AtMost(per_second))
+        self.provider = TracerProvider(sampler, resource=self._resource, shutdown_on_exit=False)
         self.provider.add_span_processor(_HidesUrls())
         self.provider.add_span_processor(self._processor)
         self.wants_texts = wants_texts
@@ -86,7 +124,7 @@ class OtlpTracer:
             error = failure
             raise
         finally:
-            attributes = _asked(name, samples) | _ended(end())
+            attributes = _requested(name, samples) | _ended(end())
             operation = attributes["gen_ai.operation.name"]
             span = self.write(f"{operation} {name}", parent, began, time.time_ns(), attributes, error)
             self._write_stages(span, samples)
@@ -187,7 +225,7 @@ def _stages(times: Times) -> Iterator[tuple[str, float | None, float | None, dic
         yield "pii out", times.first_token, times.ended, {"llm_service.pii.seconds": times.filter_seconds}
 
 
-def _asked(name: str, samples: Sequence[GenerationRequest]) -> dict[str, Any]:
+def _requested(name: str, samples: Sequence[GenerationRequest]) -> dict[str, Any]:
     """Return what the conventions have for a request."""
     request = samples[0]
     params = request.sampling
