@@ -10,46 +10,47 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import httpx
 from opentelemetry import propagate, trace
-from opentelemetry.context import Context
+from opentelemetry.context import Context, attach, detach
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.instrumentation.httpx import HTTPXClientInstrumentor
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
-from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
-from opentelemetry.sdk.trace.sampling import Decision, ParentBased, Sampler, SamplingResult
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, Decision, ParentBased, Sampler, SamplingResult
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-from opentelemetry.trace import INVALID_SPAN_CONTEXT, Link, SpanContext, SpanKind, Status, StatusCode, TraceState
+from opentelemetry.trace import (
+    INVALID_SPAN_CONTEXT,
+    Link,
+    NonRecordingSpan,
+    SpanContext,
+    SpanKind,
+    Status,
+    StatusCode,
+    TraceFlags,
+    TraceState,
+)
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import Attributes
 
 from app import __version__
 from app.errors import AppError
 from app.requests import GenerationRequest, Times
-from app.telemetry.tracing import GenerationOutcome
+from app.telemetry.tracing import TRACE_PARENT, GenerationOutcome, Headers, RequestSpan
 
 CLOSE_SECONDS = 3.0
 """How long a stop waits for the last spans to be sent."""
 _SCOPE = InstrumentationScope("llm_service", __version__)
-_HIDDEN = {"url.path": "(see http.route)", "url.query": "REDACTED"}
-"""Attributes of a request that hold what clients wrote, and what stands in their place."""
 _OK, _ERROR = Status(StatusCode.UNSET), Status(StatusCode.ERROR)
 _NOTHING = nullcontext()
-
-
-class _HidesUrls(SpanProcessor):
-    """Takes out of the span of a request what its route does not say already: ids, and whatever a query holds."""
-
-    def on_start(self, span: Span, parent_context: Any = None) -> None:
-        for name, shown in _HIDDEN.items():
-            if span.attributes and name in span.attributes:
-                span.set_attribute(name, shown)
+_FIRST_FAULT = 500
+"""The first status that is the service's fault."""
 
 
 class AtMost(Sampler):
@@ -96,13 +97,24 @@ class OtlpTracer:
         self._ids = RandomIdGenerator()
         # None reads OTEL_TRACES_SAMPLER.  What the caller's trace says of its own sampling holds in both cases.
         sampler = None if "OTEL_TRACES_SAMPLER" in os.environ else ParentBased(AtMost(per_second))
+        if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+            sampler = ALWAYS_OFF
         self.provider = TracerProvider(sampler, resource=self._resource, shutdown_on_exit=False)
-        self.provider.add_span_processor(_HidesUrls())
         self.provider.add_span_processor(self._processor)
         self.wants_texts = wants_texts
         if "OTEL_PROPAGATORS" not in os.environ:
             # Not the baggage: whatever a client puts into it would go to the servers behind the service.
             propagate.set_global_textmap(TraceContextTextMapPropagator())
+
+    def begin(self, headers: Headers) -> RequestSpan:
+        parent = _parent(headers)
+        trace_id = parent.trace_id if parent else self._ids.generate_trace_id()
+        above = Context() if parent is None else trace.set_span_in_context(NonRecordingSpan(parent), Context())
+        result = self.provider.sampler.should_sample(above, trace_id, "request", SpanKind.SERVER)
+        sampled = result.decision is Decision.RECORD_AND_SAMPLE
+        state = parent.trace_state if parent else None
+        own = SpanContext(trace_id, self._ids.generate_span_id(), False, TraceFlags(int(sampled)), state)
+        return _Request(self, own, parent)
 
     def span(self, name: str, /) -> AbstractContextManager[None]:
         parent = _current()
@@ -135,21 +147,34 @@ class OtlpTracer:
         parent: SpanContext,
         began: int,
         ended: int,
-        attributes: Mapping[str, Any] | None = None,
+        attributes: Mapping[str, Any] = MappingProxyType({}),
         error: BaseException | None = None,
     ) -> SpanContext:
-        """Record a span that has ended, and return what its own children refer to.
+        """Record a span below another one, and return what its own children refer to.
 
         Args: began, ended: nanoseconds of the Unix time.
         """
         context = SpanContext(
             parent.trace_id, self._ids.generate_span_id(), False, parent.trace_flags, parent.trace_state
         )
-        status = _OK
         # A client that hangs up is no error of the service, and no GeneratorExit one of anybody.
         if isinstance(error, Exception):
             kind = error.code if isinstance(error, AppError) else type(error).__name__
-            attributes, status = {**(attributes or {}), "error.type": kind}, _ERROR
+            attributes = {**attributes, "error.type": kind}
+        self.write_as(context, name, parent, began, ended, attributes)
+        return context
+
+    def write_as(
+        self,
+        context: SpanContext,
+        name: str,
+        parent: SpanContext | None,
+        began: int,
+        ended: int,
+        attributes: Mapping[str, Any],
+        kind: SpanKind = SpanKind.INTERNAL,
+    ) -> None:
+        """Record a span under its own ids."""
         self._processor.on_end(
             ReadableSpan(
                 name,
@@ -157,17 +182,13 @@ class OtlpTracer:
                 parent=parent,
                 resource=self._resource,
                 attributes=attributes,
-                status=status,
+                kind=kind,
+                status=_ERROR if "error.type" in attributes else _OK,
                 start_time=began,
                 end_time=ended,
                 instrumentation_scope=_SCOPE,
             )
         )
-        return context
-
-    def trace_id(self) -> str | None:
-        context = trace.get_current_span().get_span_context()
-        return f"{context.trace_id:032x}" if context.is_valid else None
 
     def instrument(self, client: httpx.AsyncClient) -> None:
         HTTPXClientInstrumentor.instrument_client(client, tracer_provider=self.provider)
@@ -192,6 +213,35 @@ class OtlpTracer:
                     self.write(name, parent, first, last, attributes | more)
 
 
+class _Request:
+    """A request while it runs: what is measured of it, and sent on, belongs to its span."""
+
+    def __init__(self, tracer: OtlpTracer, context: SpanContext, parent: SpanContext | None) -> None:
+        self._tracer, self._context, self._parent = tracer, context, parent
+        self._began = time.time_ns()
+        self._token = attach(trace.set_span_in_context(NonRecordingSpan(context)))
+
+    @property
+    def trace_id(self) -> str:
+        return f"{self._context.trace_id:032x}"
+
+    def end(self, method: str, route: str | None, status: int | None) -> None:
+        detach(self._token)
+        if not self._context.trace_flags.sampled:
+            return
+        attributes: dict[str, Any] = {"http.request.method": method, "url.scheme": "http"}
+        if route is not None:
+            attributes["http.route"] = route
+        if status is not None:
+            attributes["http.response.status_code"] = status
+            if status >= _FIRST_FAULT:
+                attributes["error.type"] = str(status)
+        name = method if route is None else f"{method} {route}"
+        self._tracer.write_as(
+            self._context, name, self._parent, self._began, time.time_ns(), attributes, SpanKind.SERVER
+        )
+
+
 class _Measured:
     """A block that becomes a span when it ends."""
 
@@ -208,6 +258,23 @@ class _Measured:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._tracer.write(self._name, self._parent, self._began, time.time_ns(), error=error)
+
+
+def _parent(headers: Headers) -> SpanContext | None:
+    """Return the span of the caller that a request belongs to."""
+    given = [value for name, value in headers if name == b"traceparent"]
+    found = TRACE_PARENT.fullmatch(given[0]) if len(given) == 1 else None
+    if found is None:
+        return None
+    states = [value.decode("ascii", "replace") for name, value in headers if name == b"tracestate"]
+    context = SpanContext(
+        int(found[1], 16),
+        int(found[2], 16),
+        is_remote=True,
+        trace_flags=TraceFlags(int(found[3], 16) & TraceFlags.SAMPLED),
+        trace_state=TraceState.from_header(states) if states else None,
+    )
+    return context if context.is_valid else None
 
 
 def _current() -> SpanContext | None:

@@ -3,7 +3,8 @@
 `otlp.py` sends the spans to a collector; it alone imports OpenTelemetry's SDK, which is an extra.
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -13,7 +14,6 @@ from app.types import FinishReason
 
 if TYPE_CHECKING:
     import httpx
-    from opentelemetry.trace import TracerProvider
 
 
 @dataclass(slots=True)
@@ -29,16 +29,35 @@ class GenerationOutcome:
     """The texts as JSON, of GenAI's conventions; None where they are not wanted."""
 
 
+TRACE_PARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?")
+"""The header of the trace that a request belongs to: trace, span, flags.  Source: W3C Trace Context, level 1."""
+Headers = Collection[tuple[bytes, bytes]]
+"""As ASGI has them: names in lower case."""
+
+
+class RequestSpan(Protocol):
+    """The span of a request while it runs; `end` has to be called in the task that began it."""
+
+    @property
+    def trace_id(self) -> str:
+        """The trace that it belongs to, as a header has it."""
+
+    def end(self, method: str, route: str | None, status: int | None) -> None:
+        """Args:
+        route: the path's template; None where no route matched.
+        status: None where no response began.
+        """
+
+
 class Tracer(Protocol):
     """Measures parts of the request that runs, as spans of one trace."""
 
     @property
-    def provider(self) -> "TracerProvider | None":
-        """What the web framework makes the span of the whole request with; None: it makes none."""
-
-    @property
     def wants_texts(self) -> bool:
         """Whether spans may hold prompts and completions."""
+
+    def begin(self, headers: Headers) -> "RequestSpan | None":
+        """Begin the span of a request, which continues the trace that its headers name; None where none is made."""
 
     def span(self, name: str, /) -> AbstractContextManager[None]:
         """Measure a block of the request that runs."""
@@ -53,9 +72,6 @@ class Tracer(Protocol):
             samples: the requests that the engine gets.
             end: is called once it has ended.
         """
-
-    def trace_id(self) -> str | None:
-        """Return the trace of the request that runs, as its header has it."""
 
     def instrument(self, client: "httpx.AsyncClient") -> None:
         """Let a client's requests be spans, and tell its server of the trace."""
@@ -73,8 +89,10 @@ _NOTHING = nullcontext()
 class NoTracer:
     """Measures nothing."""
 
-    provider = None
     wants_texts = False
+
+    def begin(self, headers: Headers) -> RequestSpan | None:
+        return None
 
     def span(self, name: str, /) -> AbstractContextManager[None]:
         return _NOTHING
@@ -83,9 +101,6 @@ class NoTracer:
         self, name: str, samples: Sequence[GenerationRequest], end: Callable[[], GenerationOutcome]
     ) -> AbstractContextManager[None]:
         return _NOTHING
-
-    def trace_id(self) -> str | None:
-        return None
 
     def instrument(self, client: "httpx.AsyncClient") -> None:
         return

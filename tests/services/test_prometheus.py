@@ -69,15 +69,16 @@ def send(http: httpx.Client, number: int) -> None:
 async def test_every_panel_of_the_board_shows_something(tmp_path: Path) -> None:
     """Each query of each panel returns a figure after a few seconds of traffic."""
     prometheus = needed("prometheus")
-    settings = {
-        "MODEL__ENGINE": "auto",
-        "MODEL__NAME": str(ROOT / "models" / "tiny-chat"),
-        "MODEL__THREADS": "1",
-        "MODEL__COMPILE": "none",
-        "MODEL__SPARE_WORKER": "false",
-        "SECURITY__FAILED_KEYS_PER_MINUTE": "1",
-    }
-    async with serving(None, tmp_path, **settings) as service:
+    async with serving(
+        None,
+        tmp_path,
+        MODEL__ENGINE="auto",
+        MODEL__NAME=str(ROOT / "models" / "tiny-chat"),
+        MODEL__THREADS="1",
+        MODEL__COMPILE="none",
+        MODEL__SPARE_WORKER="false",
+        SECURITY__FAILED_KEYS_PER_MINUTE="1",
+    ) as service:
         target = service.address.removeprefix("http://")
         with (
             prometheus_server.running(prometheus, target) as server,

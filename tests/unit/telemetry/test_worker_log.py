@@ -51,7 +51,11 @@ def test_a_traceback_is_a_field_of_its_line() -> None:
 
 
 def test_other_text_is_a_warning_and_nothing_is_nothing() -> None:
-    lines = fields(lambda: [log_line(each, 7) for each in (b"terminate called", b"  \r", b'\x1e["cut', b"\xff")])
+    def act() -> None:
+        for each in (b"terminate called", b"  \r", b'\x1e["cut', b"\xff"):
+            log_line(each, 7)
+
+    lines = fields(act)
 
     assert [("WARNING", "app.worker")] * 3 == [(line["level"], line["logger"]) for line in lines]
     assert ["terminate called", '\x1e["cut', "\ufffd"] == [line["message"] for line in lines]
