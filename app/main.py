@@ -8,6 +8,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
+from itertools import chain
 
 import anyio
 import structlog
@@ -23,6 +24,7 @@ from app.engine.base import EncoderEngine, Engine
 from app.engine.host import ModelHost
 from app.engine.model_loader import ModelLoader
 from app.engine.model_source import FetchModel, LoadSpec, no_registry
+from app.engine.model_states import model_figures, upstream_figures
 from app.engine.registered_models import RegisteredModels
 from app.engine.served_model import Served
 from app.engine.trial import Trial
@@ -39,6 +41,7 @@ from app.stores.history import History
 from app.stores.memory_admission import MemoryAdmissionStore
 from app.stores.redis_stores import RedisStores
 from app.telemetry import Metrics, configure_logging, disable_foreign_tracing
+from app.telemetry.tracing import NO_TRACER, Tracer
 from app.types import EngineState
 from app.web.app_factory import build_app
 from app.web.http.authentication import Keys
@@ -82,6 +85,7 @@ def create_app(
     names = _model_names(settings, specs, engines, encoders)
     known_names = {*names, *specs}
     metrics = Metrics(known_names)
+    tracer = _tracer(settings)
     redactor = _redactor(settings)
     pool = RedactionPool(redactor, REDACTION_PROCESSES)
     filters = Filters(settings, redactor, pool, metrics)
@@ -96,12 +100,13 @@ def create_app(
         access,
         registered.fetch if registered else fetch,
         shared_cache=history.cache,
+        tracer=tracer,
     )
     build = partial(builder.configured, specs=specs, engines=engines, encoders=encoders)
     host = ModelHost(build, default=names[0], adapters=_adapters(settings, names[0], known_names))
     loader = _loader(settings, host, builder, names, specs, on_name=known_names.add)
     limits = redis.admission if redis else MemoryAdmissionStore()
-    admission = AdmissionControl(limits, access.quotas, on_refusal=metrics.rate_limited)
+    admission = AdmissionControl(limits, access.quotas, on_refusal=metrics.limit_reached, tracer=tracer)
     usage = _usage_recorder(settings, access)
     generation: Service = service or GenerationService(
         host=host,
@@ -112,6 +117,7 @@ def create_app(
         admission=admission,
         usage=usage,
         waiting_seconds=settings.deadlines.waiting_seconds,
+        tracer=tracer,
     )
     embeddings = EmbeddingService(
         host=host,
@@ -121,7 +127,7 @@ def create_app(
         usage=usage,
         waiting_seconds=settings.deadlines.waiting_seconds,
     )
-    _watch(metrics, host, history.sessions)
+    _watch(metrics, host, history.sessions, max_adapters=settings.adapters.max_loaded)
     if redis is not None:
         metrics.watch_redis(away=lambda: redis.connection.fault is not None)
     container = Container(
@@ -139,12 +145,13 @@ def create_app(
         admission=admission,
         failed_keys=FailedKeyLimiter(
             settings.security.failed_keys_per_minute,
-            on_refusal=metrics.rate_limited,
+            on_refusal=metrics.limit_reached,
             shared=redis.failed_keys if redis else None,
             processes=settings.processes,
         ),
         redis=redis.connection if redis else None,
         metrics=metrics,
+        tracer=tracer,
     )
     follower = None if registered is None else _follower(settings, registered, loader, host)
     return build_app(container, lifespan=partial(_lifespan, pool=pool, follower=follower, redis=redis, history=history))
@@ -282,6 +289,7 @@ async def _lifespan(
                 await pool.close()
                 if redis is not None:
                     await redis.close()
+                await asyncio.to_thread(container.tracer.close)
             background.cancel_scope.cancel()
 
 
@@ -327,6 +335,23 @@ def _batch_runner(settings: Settings, access: AccessControl, host: ModelHost, me
     return runner
 
 
+def _tracer(settings: Settings) -> Tracer:
+    """Raises: ConfigError: traces are wanted, and what sends them is not installed."""
+    if not settings.otel_exporter_otlp_endpoint:
+        return NO_TRACER
+    try:
+        from app.telemetry.otlp import OtlpTracer
+    except ImportError:
+        raise ConfigError(
+            "configuration: OTEL_EXPORTER_OTLP_ENDPOINT: sending traces needs the extra tracing: "
+            "pip install --constraint constraints.txt --editable '.[tracing]'"
+        ) from None
+    tracing = settings.tracing
+    return OtlpTracer(
+        settings.otel_exporter_otlp_endpoint, wants_texts=tracing.store_text, per_second=tracing.max_per_second
+    )
+
+
 def _usage_recorder(settings: Settings, access: AccessControl) -> UsageRecorder:
     return UsageRecorder(
         log=access.log,
@@ -346,25 +371,14 @@ def _redactor(settings: Settings) -> Redactor:
         raise ConfigError(f"configuration: pii.phone_regions: {error}") from None
 
 
-def _watch(metrics: Metrics, host: ModelHost, sessions: SessionStore | None) -> None:
-    def total(figure: Callable[[Served], int]) -> Callable[[], float]:
-        return lambda: sum(map(figure, host.models))
-
+def _watch(metrics: Metrics, host: ModelHost, sessions: SessionStore | None, *, max_adapters: int) -> None:
     metrics.watch(
-        requests_running=total(lambda model: model.engine.status().running),
-        requests_waiting=total(lambda model: model.engine.status().waiting),
+        models=lambda: map(model_figures, host.models),
         sessions=lambda: sessions.count() if sessions else 0,
         model_loaded=lambda: host.can_serve,
-        engine_restarts=total(lambda model: model.engine.status().restarts),
-        gpu_memory_bytes=total(lambda model: model.engine.status().device_bytes or 0),
+        max_adapters=max_adapters,
     )
-    metrics.watch_upstreams(
-        lambda: [
-            (model.name, each.number, each.ready, each.running, each.failures)
-            for model in host.models
-            for each in model.engine.status().upstreams
-        ]
-    )
+    metrics.watch_upstreams(lambda: chain.from_iterable(map(upstream_figures, host.models)))
 
 
 def __getattr__(name: str) -> FastAPI:

@@ -33,8 +33,9 @@ from app.registry.downloader import Downloader
 from app.registry.model_store import ModelStore
 from app.registry.model_uri import parse_model_uri
 from app.stores.redis_response_cache import RedisResponseCache
-from app.telemetry import Metrics
+from app.telemetry import Metrics, ModelMetrics
 from app.telemetry.metrics import Direction
+from app.telemetry.tracing import NO_TRACER, Tracer
 
 DEADLINE_MARGIN_SECONDS = 30.0
 """A worker has so much longer for a first token than the deadline, before it counts as stuck."""
@@ -82,14 +83,16 @@ class ModelBuilder:
         fetch: FetchModel,
         *,
         shared_cache: RedisResponseCache | None = None,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
-        """Args: shared_cache: takes the place of the database's."""
+        """Args: shared_cache: takes the place of the database's.  tracer: of requests to other servers."""
         self._settings = settings
         self._filters = filters
         self._metrics = metrics
         self._access = access
         self._fetch = fetch
         self._shared_cache = shared_cache
+        self._tracer = tracer
         self._interpreters = SpareInterpreters(
             cache=settings.app.data_dir.absolute() / "compiled", enabled=settings.model.spare_worker
         )
@@ -134,6 +137,7 @@ class ModelBuilder:
             load_token=spec.hub_token,
             fetch=self._fetch,
             interpreters=self._interpreters,
+            metrics=self._metrics.model(spec.name),
             **_supervision(self._settings),
         )
         return self._around(engine, spec.name, config)
@@ -150,12 +154,13 @@ class ModelBuilder:
             name=spec.name,
             max_model_len=spec.config.max_model_len,
             hub_token=_supervision(self._settings)["hub_token"],
+            tracer=self._tracer,
         )
 
     def _around(self, engine: Engine, name: str, config: ModelConfig) -> ServedModel:
         embeddings = EngineEmbeddings(embedder=engine, model=name) if _embeds(config, engine) else None
         adapters = engine if isinstance(engine, AdapterEngine) else None
-        engine, cache = self._wrap(engine)
+        engine, cache = self._wrap(engine, self._metrics.model(name))
         read = partial(read_template, self._settings.app.prompts_dir, model=name)
         return ServedModel(
             name=name,
@@ -176,7 +181,7 @@ class ModelBuilder:
             ),
         )
 
-    def _wrap(self, engine: Engine) -> tuple[Engine, CachedEngine | None]:
+    def _wrap(self, engine: Engine, metrics: ModelMetrics) -> tuple[Engine, CachedEngine | None]:
         """Put the parser around the engine, the output filter around both, and the caches around all.
 
         So the filter sees messages and not the model's marks, and nothing unfiltered is stored.  Another server parses
@@ -197,7 +202,7 @@ class ModelBuilder:
                 mask=self._filters.of_storage().mask if unmasked else None,
                 on_unreadable=self._metrics.cache_unreadable,
             )
-        cache = CachedEngine(engine, settings.cache, scope=scope, metrics=self._metrics)
+        cache = CachedEngine(engine, settings.cache, scope=scope, metrics=metrics)
         return cache, cache
 
     def _encoder(self) -> EncoderEngine:

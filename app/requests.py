@@ -32,15 +32,33 @@ class Origin:
     """Whether the sender tries it again while the engine is full: an attempt that is refused so leaves no row."""
 
 
+class Times:
+    """When a generation reached each of its stages, in seconds of the monotonic clock; None before."""
+
+    __slots__ = ("accepted", "began", "ended", "filter_seconds", "first_token")
+
+    def __init__(self) -> None:
+        self.accepted: float | None = None
+        """The engine took the request; it waits for the model."""
+        self.began: float | None = None
+        """The model, or the server that has it, began on the prompt."""
+        self.first_token: float | None = None
+        self.ended: float | None = None
+        self.filter_seconds = 0.0
+        """How long the filter of the completion took so far."""
+
+
 class Progress:
     """How far an engine has come with a request; written by the engine, read at any moment, even after a hang-up.
 
     It is what the request is charged by: requests that share one generation divide its tokens among themselves.
     """
 
-    __slots__ = ("cached", "generated", "read_prompt", "shares_prompt")
+    __slots__ = ("cached", "generated", "read_prompt", "shares_prompt", "times")
 
     def __init__(self) -> None:
+        self.times = Times()
+        """Of the generation that this request began; one that joins another's has none."""
         self.generated = 0
         """Tokens generated for this request so far, with the end token."""
         self.cached = 0

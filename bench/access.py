@@ -37,9 +37,9 @@ class Request:
 
     def __init__(self, access: AccessControl, key: bytes) -> None:
         self._access, self._key = access, key
-        self._metrics = Metrics(["echo"])
+        self._metrics = Metrics(["echo"]).model("echo")
         self._info = EchoEngine().info
-        self._admission = AdmissionControl(MemoryAdmissionStore(), access.quotas, on_refusal=lambda: None)
+        self._admission = AdmissionControl(MemoryAdmissionStore(), access.quotas, on_refusal=lambda limit: None)
         self._usage = UsageRecorder(log=access.log, cached_prompt=0, cached_completion=0, store_text=False)
 
     async def run(self, number: int) -> float:
@@ -53,7 +53,7 @@ class Request:
             with self._usage.record(request, caller) as record:
                 record.begin(self._info, FittedPrompt(request=request, prompt_tokens=100, max_tokens=100))
                 async with self._admission.reserve(caller, 200) as reservation:
-                    with record.charge(RequestStats("echo", self._metrics, (request,)), reservation):
+                    with record.charge(RequestStats(self._metrics, (request,)), reservation):
                         await admitted.limits()
         return time.perf_counter() - began
 

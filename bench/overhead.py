@@ -1,12 +1,14 @@
 """Measure what the service itself costs, without a model, as ratios to a bare FastAPI route in the same run.
 
-    python -m bench.overhead [--rounds 5] [--seconds 3] [--only "whole, 32"] [--profile FOLDER]
+    python -m bench.overhead [--rounds 5] [--seconds 3] [--only "whole, 32"] [--tracing] [--profile FOLDER]
 
 Both run as their own process and are asked over loopback by one client process: whole responses of 32 characters,
 streams of 32 chunks, and (ours only) responses from the cache.  Ours runs the echo engine with default settings, rate
 limits, PII filters, usage log and request log included; the limits are only too high to refuse anything.  The two
 take turns, one asleep while the other is measured, and each ratio is the median over the rounds: only ratios say
 something about another machine.
+
+--tracing compares our service that sends a trace of each request with the same one that sends none.
 
 --profile measures nothing: it writes a page for each load to FOLDER that says where the API process' time goes, by
 package, module and function (`bench.profiling`).
@@ -20,10 +22,11 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import get_args
 
 from bench import machine, profiling
@@ -160,12 +163,34 @@ async def measure(server: Server, load: Load, seconds: float) -> Figures:
 
 
 @contextmanager
-def our_service(folder: Path, tool: profiling.Tool | None = None) -> Iterator[Server]:
-    """Run our service until the block ends, prepared for a profiler if one is named."""
+def our_service(
+    folder: Path, tool: profiling.Tool | None = None, settings: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[Server]:
+    """Run our service until the block ends, prepared for a profiler if one is named.
+
+    Args: settings: more of them.
+    """
     port = free_port()
     command = profiling.command(tool, our_command(port), folder) if tool else our_command(port)
-    with serving(command, port, our_environment(folder, SETTINGS), "/readyz", folder / "ours.log") as server:
+    environment = our_environment(folder, {**SETTINGS, **settings})
+    with serving(command, port, environment, "/readyz", folder / f"ours-{port}.log") as server:
         yield server
+
+
+@asynccontextmanager
+async def collector() -> AsyncIterator[str]:
+    """Take traces and throw them away; give the address."""
+
+    async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError):
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).lower()
+                await reader.readexactly(int(head.split(b"content-length:")[1].split(b"\r\n")[0]))
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+    server = await asyncio.start_server(take, "127.0.0.1", 0, limit=1 << 20)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
 @contextmanager
@@ -178,35 +203,55 @@ def bare_service(folder: Path) -> Iterator[Server]:
 
 
 async def compare(loads: Sequence[Load], folder: Path, rounds: int, seconds: float) -> Mapping[Load, list[Round]]:
+    """Measure every load on our service and on the bare one."""
+    with our_service(folder) as ours, bare_service(folder) as bare:
+        return await take_turns(ours, bare, loads, rounds, seconds)
+
+
+async def compare_traced(
+    loads: Sequence[Load], folder: Path, rounds: int, seconds: float
+) -> Mapping[Load, list[Round]]:
+    """Measure every load on our service that sends traces, and in the place of the bare one on the same without."""
+    (folder / "traced").mkdir()
+    (folder / "untraced").mkdir()
+    async with collector() as url:
+        settings = {"OTEL_EXPORTER_OTLP_ENDPOINT": url}
+        with our_service(folder / "traced", settings=settings) as traced, our_service(folder / "untraced") as untraced:
+            return await take_turns(traced, untraced, loads, rounds, seconds)
+
+
+async def take_turns(
+    ours: Server, bare: Server, loads: Sequence[Load], rounds: int, seconds: float
+) -> Mapping[Load, list[Round]]:
     """Measure every load on both servers, round by round, each server first in every other round."""
     found: dict[Load, list[Round]] = {load: [] for load in loads}
-    with our_service(folder) as ours, bare_service(folder) as bare:
 
-        async def awake(server: Server, load: Load, seconds: float) -> Figures:
-            server.resume()
-            try:
-                return await measure(server, load, seconds)
-            finally:
-                server.pause()
+    async def awake(server: Server, load: Load, seconds: float) -> Figures:
+        server.resume()
+        try:
+            return await measure(server, load, seconds)
+        finally:
+            server.pause()
 
-        ours.pause()
-        bare.pause()
+    ours.pause()
+    bare.pause()
+    for load in loads:
+        for server in (ours, bare):
+            await awake(server, load, WARM_UP_SECONDS)
+    for number in range(rounds):
+        print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
         for load in loads:
-            for server in (ours, bare):
-                await awake(server, load, WARM_UP_SECONDS)
-        for number in range(rounds):
-            print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
-            for load in loads:
-                order = (ours, bare) if number % 2 == 0 else (bare, ours)
-                figures = {server.port: await awake(server, load, seconds) for server in order}
-                found[load].append(Round(figures[ours.port], figures[bare.port]))
+            order = (ours, bare) if number % 2 == 0 else (bare, ours)
+            figures = {server.port: await awake(server, load, seconds) for server in order}
+            found[load].append(Round(figures[ours.port], figures[bare.port]))
     return found
 
 
-def as_markdown(found: Mapping[Load, list[Round]]) -> str:
+def as_markdown(found: Mapping[Load, list[Round]], ours_name: str = "ours", bare_name: str = "bare") -> str:
     """Return the table of medians: both servers, the ratio of their rates, its range over the rounds, the target."""
+    names = f"{ours_name} /s | p50 ms | CPU ms | {bare_name} /s | p50 ms | CPU ms | {ours_name} / {bare_name}"
     lines = [
-        "| load | ours /s | p50 ms | CPU ms | bare /s | p50 ms | CPU ms | ours / bare | range | target |",
+        f"| load | {names} | range | target |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for load, rounds in found.items():
@@ -240,6 +285,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3, help="of each measurement")
     parser.add_argument("--only", default="", help="only loads whose name has this in it")
+    parser.add_argument("--tracing", action="store_true", help="compare our service that sends traces with itself")
     parser.add_argument("--profile", type=Path, metavar="FOLDER", help="write profiles there instead of measuring")
     parser.add_argument("--tool", choices=get_args(profiling.Tool), default=profiling.installed_tool())
     arguments = parser.parse_args()
@@ -254,8 +300,15 @@ def main() -> None:
         return
     crossed = crossed_generators()
     print(f"A token crosses {len(crossed)} async generators of ours: {', '.join(crossed)}.\n", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        print(as_markdown(asyncio.run(compare(loads, Path(folder), arguments.rounds, arguments.seconds))))
+    with tempfile.TemporaryDirectory() as name:
+        folder, rounds, seconds = Path(name), arguments.rounds, arguments.seconds
+        if arguments.tracing:
+            # The targets are those of the comparison with a bare route.
+            loads = [replace(load, target=None) for load in loads]
+            found = asyncio.run(compare_traced(loads, folder, rounds, seconds))
+            print(as_markdown(found, "traced", "not traced"))
+        else:
+            print(as_markdown(asyncio.run(compare(loads, folder, rounds, seconds))))
 
 
 if __name__ == "__main__":

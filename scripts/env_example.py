@@ -22,6 +22,10 @@ HEADER = """\
 # MLFLOW_TRACKING_USERNAME=
 # MLFLOW_TRACKING_PASSWORD=
 # MLFLOW_TRACKING_TOKEN=
+
+# The collector that traces go to, such as http://localhost:4318; the only protocol is http/protobuf.
+# OTEL_EXPORTER_OTLP_ENDPOINT=
+# OTEL_EXPORTER_OTLP_PROTOCOL=
 """
 
 

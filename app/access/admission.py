@@ -7,8 +7,8 @@ occupy of this process, and what refusing it may cost, is counted in this proces
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import lru_cache
@@ -20,6 +20,7 @@ from app.access.rights import check_rights
 from app.access.token_bucket import Bucket, BucketState
 from app.errors import AppError, EngineBusy, QuotaExceeded, RateLimited, ServiceUnavailable
 from app.fair_share import FairPlaces
+from app.telemetry.tracing import NO_TRACER, Tracer
 from app.types import Limits, Principal, Tenant
 
 PLACES = 1024
@@ -133,7 +134,7 @@ class LimitState:
 class _Occupied:
     """The places of this process that one request occupies."""
 
-    def __init__(self, places: FairPlaces, tenant: Tenant, on_refusal: Callable[[], None]) -> None:
+    def __init__(self, places: FairPlaces, tenant: Tenant, on_refusal: Callable[[str], None]) -> None:
         self._places = places
         self._tenant = tenant
         self._on_refusal = on_refusal
@@ -149,7 +150,7 @@ class _Occupied:
             return
         if not self._places.take(self._tenant, more):
             if self._places.held(self._tenant) > self._count:
-                self._on_refusal()
+                self._on_refusal("places")
                 message = "This caller has as many requests, answers and bodies in work as it may; wait and try again."
                 raise RateLimited(message, retry_after=PARALLEL_RETRY_SECONDS)
             raise ServiceUnavailable("The service has as many requests in work as it can take. Try again later.")
@@ -227,13 +228,15 @@ class AdmissionControl:
         store: AdmissionStore,
         quotas: Quotas,
         *,
-        on_refusal: Callable[[], None],
+        on_refusal: Callable[[str], None],
         refusals: RefusalBudget | None = None,
         places: int = PLACES,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         """Args:
-        on_refusal: is called for every request that a rate limit refuses for now.
+        on_refusal: is called for every request that a limit refuses for now, with the limit's name.
         refusals: what refused requests may cost.
+        tracer: measures how long a request waits here.
         places: that a tenant may hold in this process while no other holds any.
         """
         self._store = store
@@ -241,6 +244,7 @@ class AdmissionControl:
         self._on_refusal = on_refusal
         self._refusals = refusals or RefusalBudget()
         self._places = FairPlaces(places)
+        self._tracer = tracer
 
     # The plain function, so that whoever is handed this object needs no import of this package.
     check_rights = staticmethod(check_rights)
@@ -260,19 +264,26 @@ class AdmissionControl:
             StoreUnavailable: Redis does not answer, and the policy is to refuse then.
         """
         occupied = _Occupied(self._places, principal.tenant, self._on_refusal)
+        async with AsyncExitStack() as held:
+            held.callback(occupied.release)
+            with self._tracer.span("admission"):
+                await self._occupy(occupied, principal, max(1, math.ceil(body_bytes / PLACE_BYTES)))
+                requests = await held.enter_async_context(self._parallel_place(principal))
+            rates = _rates_of(principal.limits)
+            yield Admitted(self._store, principal.key_id, rates, requests, occupied, self._refusals)
+
+    async def _occupy(self, occupied: _Occupied, principal: Principal, places: int) -> None:
+        """Occupy places, once the caller's refused requests are paid for.
+
+        Raises: RateLimited, ServiceUnavailable: there are not so many.
+        """
         try:
-            occupied.extend(max(1, math.ceil(body_bytes / PLACE_BYTES)))
+            occupied.extend(places)
         except AppError:
             self._refusals.charge(principal.key_id, RefusalCost.EARLY)
             await self._wait_for_budget(principal)
             raise
-        try:
-            await self._wait_for_budget(principal)
-            async with self._parallel_place(principal) as requests:
-                rates = _rates_of(principal.limits)
-                yield Admitted(self._store, principal.key_id, rates, requests, occupied, self._refusals)
-        finally:
-            occupied.release()
+        await self._wait_for_budget(principal)
 
     async def _wait_for_budget(self, principal: Principal) -> None:
         if wait := self._refusals.seconds_to_wait(principal.key_id):
@@ -288,7 +299,8 @@ class AdmissionControl:
             raise self._refusal(decision.refused, rates, decision.levels)
         try:
             try:
-                await self._quotas.check(principal)
+                with self._counting_quota():
+                    await self._quotas.check(principal)
             except QuotaExceeded:
                 self._refusals.charge(principal.key_id, RefusalCost.EARLY)
                 raise
@@ -302,7 +314,8 @@ class AdmissionControl:
 
         Raises: QuotaExceeded: so many are not left of the month.
         """
-        await self._quotas.check(principal, tokens)
+        with self._counting_quota():
+            await self._quotas.check(principal, tokens)
 
     @asynccontextmanager
     async def reserve(self, principal: Principal, tokens: int) -> AsyncIterator[Reservation]:
@@ -320,7 +333,8 @@ class AdmissionControl:
         reservation = Reservation(counted=False)
         quota: QuotaReservation | None = None
         try:
-            quota = await self._quotas.reserve(principal, tokens)
+            with self._counting_quota():
+                quota = await self._quotas.reserve(principal, tokens)
             reservation.counted = quota is not None
             yield reservation
         finally:
@@ -350,10 +364,19 @@ class AdmissionControl:
             raise self._too_many("tokens", taken.retry_in)
         return taken
 
+    @contextmanager
+    def _counting_quota(self) -> Iterator[None]:
+        """Count what a quota refuses in the block."""
+        try:
+            yield
+        except QuotaExceeded:
+            self._on_refusal("quota")
+            raise
+
     def _refusal(self, refused: Refusal, rates: Rates, levels: Levels) -> RateLimited:
         next_request = _until_one(levels.requests)
         if refused is Refusal.PARALLEL:
-            self._on_refusal()
+            self._on_refusal("parallel")
             message = f"This API key has {rates.parallel_requests} requests running, as many as it may."
             return RateLimited(message, retry_after=max(PARALLEL_RETRY_SECONDS, next_request))
         if refused is Refusal.TOKENS:
@@ -361,7 +384,7 @@ class AdmissionControl:
         return self._too_many("requests", next_request)
 
     def _too_many(self, kind: str, retry_after: float) -> RateLimited:
-        self._on_refusal()
+        self._on_refusal(kind)
         return RateLimited(f"Too many {kind} with this API key; wait and try again.", retry_after=retry_after)
 
 

@@ -15,11 +15,11 @@ from app.config.sections import (
     CacheConfig,
     ChatHistoryConfig,
     DeadlineConfig,
-    LoggingConfig,
     PiiConfig,
     SecurityConfig,
     Settings,
 )
+from app.config.telemetry import LoggingConfig
 
 __all__ = [
     "AdaptersConfig",

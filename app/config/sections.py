@@ -32,6 +32,7 @@ from app.config.packaged import packaged
 from app.config.redis import RedisConfig
 from app.config.remote import RemoteConfig
 from app.config.section import Section
+from app.config.telemetry import LoggingConfig, TracingConfig, checked_endpoint, checked_protocol
 
 KNOWN_DEFAULT_KEYS = frozenset(
     """change-me changeme change-me-in-env your-api-key-here your-secure-api-key-here your-secret-api-key your_key
@@ -235,20 +236,6 @@ class OpenAIConfig(Section):
     and names them in the header X-Ignored-Fields."""
 
 
-class LoggingConfig(Section):
-    """One line per event on standard error, and in a file if configured."""
-
-    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    format: Literal["json", "console"] = "json"
-    file: Path | None = None
-    max_bytes: PositiveInt = 10_485_760
-    """Size at which the log file is rotated."""
-    backups: NonNegativeInt = 3
-    """Number of rotated log files."""
-    store_text: bool = False
-    """Store prompts and completions, with personal data masked, in the inference log."""
-
-
 def _blank_is_unset(value: SecretStr | None) -> SecretStr | None:
     return value if value is not None and value.get_secret_value() else None
 
@@ -286,6 +273,7 @@ class Settings(BaseSettings):
     compat: CompatConfig = CompatConfig()
     mlflow: MlflowConfig = MlflowConfig()
     logging: LoggingConfig = LoggingConfig()
+    tracing: TracingConfig = TracingConfig()
     huggingface_token: Annotated[SecretStr | None, AfterValidator(_blank_is_unset)] = None
     """For gated models; also read from HF_TOKEN."""
     hf_token: Annotated[SecretStr | None, AfterValidator(_blank_is_unset)] = None
@@ -297,6 +285,9 @@ class Settings(BaseSettings):
     mlflow_tracking_password: Annotated[SecretStr | None, AfterValidator(_blank_is_unset)] = None
     mlflow_tracking_token: Annotated[SecretStr | None, AfterValidator(_blank_is_unset)] = None
     """Instead of a name and a password."""
+    otel_exporter_otlp_endpoint: Annotated[str, AfterValidator(checked_endpoint)] = ""
+    """The collector that the spans of requests go to; empty: none are made."""
+    otel_exporter_otlp_protocol: Annotated[str, AfterValidator(checked_protocol)] = ""
     langsmith: bool = False
     """Allow LangSmith tracing, which sends prompts and completions to its service if its own variables enable it."""
 

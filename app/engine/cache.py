@@ -40,7 +40,7 @@ EVENTS_PER_TURN = 16
 
 
 class CacheMetrics(Protocol):
-    """Counts hits and misses."""
+    """Counts the hits and misses of one model."""
 
     def cache_hit(self) -> None: ...
 
@@ -143,6 +143,8 @@ class _Flight:
         most = generated if tokens is None else min(tokens, generated)
         if not progress.generated and not progress.read_prompt:
             progress.shares_prompt = self.charged > 0 or self.prompt_charged
+        if not progress.shares_prompt:
+            progress.cached = self.progress.cached
         if self.progress.read_prompt and not self.prompt_charged:
             self.prompt_charged = progress.read_prompt = True
         if most > self.charged:
@@ -303,6 +305,7 @@ class CachedEngine(EngineWrapper):
         flight = _Flight(key, [], streams=request.stream)
         # An id and a progress of its own: the request that began it may leave while others still read.
         flight.request_id = uuid4().hex
+        flight.progress.times = request.progress.times
         request = structs.replace(request, id=flight.request_id, progress=flight.progress)
         flight.task = asyncio.create_task(self._fly(flight, request))
         flight.task.add_done_callback(partial(self._land, flight))

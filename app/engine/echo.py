@@ -5,6 +5,7 @@ log-probability is 0.  It fulfils the contract of `Engine`; `bench/` uses it to 
 """
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from itertools import accumulate, cycle, islice
@@ -151,6 +152,8 @@ class EchoEngine:
         self._info.capabilities.check(request)
         aborted = self._aborts[request.id] = asyncio.Event()
         self._tenants[request.tenant] += 1
+        times = request.progress.times
+        times.accepted = times.began = time.monotonic()
         try:
             yield Started(prompt_tokens=request.prompt_tokens)
             params = request.sampling
@@ -164,9 +167,11 @@ class EchoEngine:
                     await asyncio.sleep(self._delay)
                 ready = 1 if self._delay or request.stream or not plan.sent else _TOKENS_PER_TURN
                 if (delta := plan.advance(ready, aborted.is_set())) is not None:
+                    times.first_token = times.first_token or time.monotonic()
                     yield delta
             yield plan.finish(aborted.is_set())
         finally:
+            times.ended = time.monotonic()
             del self._aborts[request.id]
             self._tenants -= Counter([request.tenant])
 

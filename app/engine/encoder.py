@@ -138,6 +138,9 @@ class LocalEncoder:
         """Note that a request has begun or ended."""
         self._queue.on_event(event)
 
+    def on_steps(self, seconds: Sequence[float], preempted: int) -> None:
+        """Ignore them: an encoder makes none."""
+
     def on_embedded(self, embedded: Embedded) -> None:
         """Route vectors to their request."""
         self._queue.on_embedded(embedded)

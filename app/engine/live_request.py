@@ -4,6 +4,7 @@ Decides what text the tokens become, where a stop string cuts it, and when a dea
 """
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 
 from app.config import DeadlineConfig
@@ -49,6 +50,8 @@ class LiveRequest:
         self.started_at: float | None = None
         """Loop time at which the model began on it, in seconds; None while it waits."""
         self._progress = request.progress
+        self._times = request.progress.times
+        self._times.accepted = time.monotonic()
         self._loop = asyncio.get_running_loop()
         self._tokenizer = tokenizer
         self._decoder = completion_decoder(tokenizer, request)
@@ -88,6 +91,7 @@ class LiveRequest:
             return
         if self.started_at is None:
             self.started_at = self._loop.time()
+            self._times.began = time.monotonic()
             self._progress.cached = event.cached_tokens
             self._arm(self._deadlines.first_token_seconds, "The model took too long to its first token.")
         if event.prompt_logprobs:
@@ -180,6 +184,7 @@ class LiveRequest:
         """Append a token and return whether generation continues after it."""
         self._progress.generated += 1
         if self._progress.generated == 1:
+            self._times.first_token = time.monotonic()
             self._arm(self._deadlines.total_seconds, "The answer took too long.")
         text = self._decoder.feed((token_id,))
         self._alignment.add(text, logprob)
@@ -201,6 +206,7 @@ class LiveRequest:
 
     def _finish(self, outcome: FinishReason | AppError) -> None:
         self._disarm()
+        self._times.ended = time.monotonic()
         self._outcome = outcome
         self._news.set()
         self._on_outcome(self)

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import count
+from typing import Protocol
 
 from app.config import DeadlineConfig, ModelConfig
 from app.embeddings import EmbeddingRequest, Embeddings, EncodedInputs
@@ -64,6 +65,16 @@ class CompletionRate:
         return (self._moments[-1] - self._moments[0]) / (len(self._moments) - 1)
 
 
+class StepMetrics(Protocol):
+    """Counts the steps of one model."""
+
+    def step(self, seconds: float, /) -> None:
+        """Count a step that took so long."""
+
+    def preempted(self, count: int, /) -> None:
+        """Count requests that lost their row of the KV cache, to go on later."""
+
+
 class LocalEngine:
     """One model in one worker process, which is started again whenever it dies."""
 
@@ -80,6 +91,7 @@ class LocalEngine:
         stall_seconds: float = 120.0,
         backoff_seconds: float = 1.0,
         launch: Launch | None = None,
+        metrics: StepMetrics | None = None,
     ) -> None:
         """Prepare; `start` begins.
 
@@ -94,9 +106,11 @@ class LocalEngine:
             stall_seconds: the same for one that lives, has work and makes no progress.
             backoff_seconds: before the second new start in a row; doubles with each failure, up to 30.
             launch: starts a worker; by default a process.
+            metrics: counts what the model does; None counts nothing.
         """
         self._config = config
         self._deadlines = deadlines
+        self._metrics = metrics
         self._interpreters = interpreters or SpareInterpreters(enabled=False)
         self._started = False
         self._launcher = WorkerLauncher(
@@ -232,6 +246,13 @@ class LocalEngine:
         """
         return await self._adapters.load(files, max_rank)
 
+    def adapters_in_use(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the names of the adapters of running requests, and of waiting ones."""
+        named = [(live.request.adapter, live.started_at is not None) for live in self._live.values()]
+        running = {name for name, runs in named if name is not None and runs}
+        waiting = {name for name, runs in named if name is not None and not runs}
+        return tuple(sorted(running)), tuple(sorted(waiting))
+
     def unload_adapter(self, digest: str) -> None:
         """Let go of an adapter that was loaded once."""
         self._adapters.unload(digest)
@@ -305,6 +326,15 @@ class LocalEngine:
             # Without its message, which could hold the text.
             log.error("a completion could not be decoded: %s", type(error).__name__)
             live.fail(EngineFailed("The model's answer could not be decoded."))
+
+    def on_steps(self, seconds: Sequence[float], preempted: int) -> None:
+        """Count the steps of the model."""
+        if self._metrics is None:
+            return
+        for each in seconds:
+            self._metrics.step(each)
+        if preempted:
+            self._metrics.preempted(preempted)
 
     def on_embedded(self, embedded: Embedded) -> None:
         """Route vectors to their request."""

@@ -7,8 +7,9 @@ from typing import Any, Literal
 from app.engine.base import EngineInfo, EngineStatus, LoadProgress
 from app.engine.host import ModelHost
 from app.engine.model_loader import ModelLoader
-from app.engine.served_model import Served, ServedEncoder
+from app.engine.served_model import Served, ServedEncoder, ServedModel
 from app.errors import AppError
+from app.telemetry.model_figures import ModelFigures, UpstreamFigures
 from app.types import EngineState
 
 State = Literal["unloaded", "loading", "ready", "unresponsive", "restarting", "failed", "unloading"]
@@ -108,3 +109,30 @@ def _info(model: Served) -> EngineInfo | None:
         return model.engine.info
     except AppError:
         return None
+
+
+def model_figures(model: Served) -> ModelFigures:
+    """Return what a scrape of the metrics shows of a model."""
+    status = model.engine.status()
+    adapters = model.adapters if isinstance(model, ServedModel) else None
+    running, waiting = adapters.adapters_in_use() if adapters is not None else ((), ())
+    return ModelFigures(
+        model=model.name,
+        ready=status.state is EngineState.READY,
+        running=status.running,
+        waiting=status.waiting,
+        restarts=status.restarts,
+        rows=status.slots,
+        worker_bytes=status.worker_rss_bytes,
+        device_bytes=status.device_bytes or 0,
+        adapters_running=running,
+        adapters_waiting=waiting,
+    )
+
+
+def upstream_figures(model: Served) -> Iterator[UpstreamFigures]:
+    """Yield what a scrape shows of the servers that a model's requests are sent to."""
+    for each in model.engine.status().upstreams:
+        yield UpstreamFigures(
+            model=model.name, number=each.number, ready=each.ready, running=each.running, failures=each.failures
+        )

@@ -39,6 +39,9 @@ class AdapterEngine(Protocol):
     def unload_adapter(self, digest: str) -> None:
         """Let go of an adapter that was loaded once."""
 
+    def adapters_in_use(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the names of the adapters of running requests, and of waiting ones."""
+
 
 class EmbeddingChain(Protocol):
     """Runs the model on texts, as LangChain's embeddings do."""

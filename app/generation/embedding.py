@@ -71,7 +71,7 @@ class EmbeddingService:
                     if self._host.over:
                         raise ShuttingDown()
                     embeddings = await chain.run(structs.replace(request, encoded=encoded))
-            self._metrics.embedded(model.name, encoded.tokens, len(encoded.token_ids))
+            self._metrics.model(model.name).embedded(encoded.tokens, len(encoded.token_ids))
             return structs.replace(embeddings, model=model.name)
 
     async def _clean(self, request: EmbeddingRequest, chain: EmbeddingChain) -> EmbeddingRequest:

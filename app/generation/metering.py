@@ -151,6 +151,9 @@ class UsageRecord:
         self._stats, self._counted = stats, reservation.counted
         try:
             yield
+        except AppError as error:
+            stats.fail(error)
+            raise
         finally:
             stats.close(self._prompt_tokens)
             self._charged = self._cost(stats)

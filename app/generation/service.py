@@ -1,9 +1,18 @@
 """GenerationService: the one path that every route takes from a request to its events."""
 
 import asyncio
+import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, aclosing, asynccontextmanager, nullcontext
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    AsyncExitStack,
+    aclosing,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+)
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import takewhile
@@ -35,7 +44,8 @@ from app.generation.template_options import resolve_template_options
 from app.privacy.filters import InputFilter
 from app.privacy.message_texts import map_texts
 from app.requests import GenerationRequest
-from app.telemetry import Metrics
+from app.telemetry import Metrics, ModelMetrics
+from app.telemetry.tracing import NO_TRACER, GenerationOutcome, Tracer
 from app.types import EngineState, Message, Principal, Role, Tenant
 
 
@@ -53,6 +63,7 @@ class GenerationService:
         admission: Admission,
         usage: UsageRecorder,
         waiting_seconds: float = 30,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         """Args:
         input_filter: None lets every text through.
@@ -62,6 +73,7 @@ class GenerationService:
         usage: charges each request to its caller and logs it.
         waiting_seconds: how long a request may wait for the turn before it in its session, for its preparation, and to
             store its own turn.
+        tracer: measures the stages of a request.
         """
         self.host = host
         self.sessions = sessions
@@ -71,6 +83,7 @@ class GenerationService:
         self._admission = admission
         self._usage = usage
         self._waiting_seconds = waiting_seconds
+        self._tracer = tracer
         self._started = time.monotonic()
 
     def status(self) -> dict[str, Any]:
@@ -104,10 +117,11 @@ class GenerationService:
             async with self._turn(request) as history:
                 async with self._deadline("The prompt took too long to prepare."):
                     fitted = await self._fit(request, model, budget, history)
-                run = _Run(fitted, model, self._metrics)
+                metrics = self._metrics.model(model.name)
+                run = _Run(fitted, model, metrics, keeps_text=self._tracer.wants_texts)
                 record.begin(model.engine.info, fitted)
                 async with self._admission.reserve(principal, run.most_tokens) as reservation:
-                    with record.charge(run.stats, reservation):
+                    with record.charge(run.stats, reservation), self._traced(run):
                         async with aclosing(run.events()) as events:
                             async for event in events:
                                 record.observe(event)
@@ -116,12 +130,23 @@ class GenerationService:
                                     raise ShuttingDown()
                                 if (visible := run.observe(event)) is not None:
                                     yield visible
+                        if self._tracer.wants_texts:
+                            await self._show_texts(run)
                 finished = run.finished()
                 if finished.finish_reason.is_complete:
                     async with self._deadline("The turn took too long to store."):
                         await self._store_turn(request, fitted.new, run.message)
             record.finish(finished)
             yield finished
+
+    def _traced(self, run: "_Run") -> AbstractContextManager[None]:
+        return self._tracer.generation(run.name, run.samples, run.outcome)
+
+    async def _show_texts(self, run: "_Run") -> None:
+        """Let the span of a generation hold its prompt and its completion, as a session may store them."""
+        prompt = run.fitted.new or [Message(Role.USER, run.fitted.request.text or "")]
+        *before, answer = await self.storable(run.fitted.request.tenant, [*prompt, run.message])
+        run.shown_texts = (_as_messages(before), _as_messages([answer]))
 
     def _lease(self, request: GenerationRequest, principal: Principal) -> AbstractContextManager[ServedModel]:
         return self.host.lease(request, allowed=principal.rights.models)
@@ -154,13 +179,16 @@ class GenerationService:
         """Clean a prompt and encode as much of it as fits."""
 
         async def prepare(request: GenerationRequest) -> PreparedPrompt:
-            return await model.engine.prepare(model.chain.render(request))
+            with self._tracer.span("template"):
+                return await model.engine.prepare(model.chain.render(request))
 
         if not request.is_chat:
-            request = await self._clean_text(request, model, budget)
+            with self._filtering(model):
+                request = await self._clean_text(request, model, budget)
             fitted = await fit_text(request, prepare, budget)
             return fitted if request.prompt_ids is not None else await _hide_own_words(fitted, model)
-        request = await self._cleaned_chat(request)
+        with self._filtering(model):
+            request = await self._cleaned_chat(request)
         # A session stores masked texts, so a conversation that a client sends again is recognised by its masked form.
         messages = list(request.messages)
         masked = await self._storable(request, messages) if request.session_id else messages
@@ -171,6 +199,17 @@ class GenerationService:
         turns, new = trimmable(request, history, spoken)
         fitted = await fit_chat(structs.replace(request, messages=before), turns, new, prepare, budget)
         return await _hide_own_words(replace(fitted, new=stored), model)
+
+    @contextmanager
+    def _filtering(self, model: ServedModel) -> Iterator[None]:
+        """Measure the block, in which the input filter works, if there is one."""
+        if self._input_filter is None:
+            yield
+            return
+        began = time.perf_counter()
+        with self._tracer.span("pii in"):
+            yield
+        self._metrics.model(model.name).input_filtered(time.perf_counter() - began)
 
     async def _cleaned_chat(self, request: GenerationRequest) -> GenerationRequest:
         """Return a chat whose messages and tools have passed the input filter."""
@@ -234,19 +273,31 @@ class GenerationService:
             raise InvalidRequest.of_field("messages", "must end with the user's or a tool's in a session")
         if self.sessions is None:
             raise InvalidRequest("Session memory is switched off on this service; leave session_id out.")
-        async with turn_within(self._waiting_seconds, self.sessions, request.tenant, session_id):
-            if self.host.draining:
-                raise ShuttingDown()
-            session = await self.sessions.read(request.tenant, session_id)
+        async with AsyncExitStack() as held:
+            with self._tracer.span("session"):
+                turn = turn_within(self._waiting_seconds, self.sessions, request.tenant, session_id)
+                await held.enter_async_context(turn)
+                if self.host.draining:
+                    raise ShuttingDown()
+                session = await self.sessions.read(request.tenant, session_id)
             yield whole_turns(session.turns) if session else ()
 
     async def _store_turn(self, request: GenerationRequest, new: Sequence[Message], completion: Message) -> None:
         if request.session_id is None or self.sessions is None:
             return
-        # Where output is not filtered this still prevents personal data from being stored, and lets a client's resent
-        # conversation, which is masked too before it is compared, be recognised.
-        (stored,) = await self.storable(request.tenant, [completion])
-        await self.sessions.append(request.tenant, request.session_id, *as_turns([*new, stored]))
+        with self._tracer.span("session"):
+            # Where output is not filtered this still prevents personal data from being stored, and lets a client's
+            # resent conversation, which is masked too before it is compared, be recognised.
+            (stored,) = await self.storable(request.tenant, [completion])
+            await self.sessions.append(request.tenant, request.session_id, *as_turns([*new, stored]))
+        self._metrics.turn_stored()
+
+
+def _as_messages(messages: Sequence[Message]) -> str:
+    """Return messages as the conventions for GenAI write them into spans."""
+    return json.dumps(
+        [{"role": each.role.value, "parts": [{"type": "text", "content": each.all_text}]} for each in messages]
+    )
 
 
 def _system_text(request: GenerationRequest) -> str | None:
@@ -290,22 +341,28 @@ async def _hide_own_words(fitted: FittedPrompt, model: ServedModel) -> FittedPro
 class _Run:
     """A prepared request while it runs."""
 
-    def __init__(self, fitted: FittedPrompt, model: ServedModel, metrics: Metrics) -> None:
-        """Raises: InvalidRequest: the model cannot honour a parameter."""
+    def __init__(self, fitted: FittedPrompt, model: ServedModel, metrics: ModelMetrics, *, keeps_text: bool) -> None:
+        """Args: keeps_text: whether `message` is wanted where no session stores it.
+        Raises: InvalidRequest: the model cannot honour a parameter.
+        """
         info = model.engine.info
         request = resolve_params(fitted.request, info, model.defaults, max_tokens=fitted.max_tokens)
         info.capabilities.check(request)
         self._request = request
-        self._fitted = fitted
+        self.fitted = fitted
         self._model = model
-        self._name = request.adapter or model.name
+        self.name = request.adapter or model.name
+        """That of the adapter where there is one."""
+        self._keeps_text = keeps_text or request.session_id is not None
         self._keeps_reasoning = info.renders_reasoning
-        self._samples = request.samples()
-        self.stats = RequestStats(model.name, metrics, self._samples)
+        self.samples = request.samples()
+        self.shown_texts: tuple[str | None, str | None] = (None, None)
+        """Prompt and completion, for the span of the generation."""
+        self.stats = RequestStats(metrics, self.samples)
         self.most_tokens = fitted.prompt_tokens + fitted.max_tokens * request.n
         """Upper bound of the tokens that the request is charged with."""
         self._deltas: list[Delta] = []
-        self._withheld_tokens = [0] * len(self._samples)
+        self._withheld_tokens = [0] * len(self.samples)
         """Tokens of each sample whose deltas were left out since the last one that was not."""
         self._finished: Finished | None = None
 
@@ -321,14 +378,14 @@ class _Run:
         )
 
     def events(self) -> AsyncGenerator[Event, None]:
-        return merge_samples([self._model.chain.stream(sample) for sample in self._samples])
+        return merge_samples([self._model.chain.stream(sample) for sample in self.samples])
 
     def observe(self, event: Event) -> Event | None:
         """Count an event, and return it as the caller sees it; None for one without text and for the last."""
         match event:
             case Delta():
                 self.stats.observe(event)
-                if self._request.session_id is not None:
+                if self._keeps_text:
                     self._deltas.append(event)
                 if event.is_visible and not self._withheld_tokens[event.index]:
                     return event
@@ -336,8 +393,9 @@ class _Run:
             case Started():
                 # The output filter has set one that it changed.
                 prompt = None if self._request.is_chat else event.prompt or self._request.text
-                return structs.replace(event, model=self._name, prompt=prompt)
+                return structs.replace(event, model=self.name, prompt=prompt)
             case Finished():
+                self.stats.observe(event)
                 self._finished = event
         return None
 
@@ -349,6 +407,17 @@ class _Run:
             return None
         return delta if tokens == delta.tokens else structs.replace(delta, tokens=tokens)
 
+    def outcome(self) -> GenerationOutcome:
+        """Return what the span of the generation says of its end."""
+        shown, said = self.shown_texts
+        return GenerationOutcome(
+            prompt_tokens=self.fitted.prompt_tokens,
+            completion_tokens=self.stats.generated + self.stats.replayed,
+            reasons=self.stats.reasons,
+            input=shown,
+            output=said,
+        )
+
     def finished(self) -> Finished:
         """Return the last event, with all that is known of the request.
 
@@ -358,7 +427,7 @@ class _Run:
             raise RuntimeError("the engine ended without its last event")
         return structs.replace(
             self._finished,
-            model=self._name,
+            model=self.name,
             session_id=self._request.session_id,
-            context=self._fitted.context,
+            context=self.fitted.context,
         )

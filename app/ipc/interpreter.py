@@ -17,11 +17,14 @@ from typing import Self
 
 from app.ipc.liveness import HEARTBEAT_SECONDS, Pulse
 from app.ipc.private_folder import PrivateFolder
+from app.ipc.worker_log import relay_lines
 
 SPARE = "--spare"
 """Argument of an interpreter that imports at low priority, since no model waits for it."""
 PULSE_BYTES = 8
 """A heartbeat on the standard output: the progress so far, big-endian."""
+_LAST_LINES_SECONDS = 0.5
+"""How long the last lines of a process may take to arrive; what it started may hold its standard error open."""
 CODE_FOLDERS = "LLM_SERVICE_CODE_FOLDERS"
 """Variable that lists the folders in which compiled code may be kept, best first, as JSON."""
 
@@ -38,6 +41,7 @@ class Interpreter:
         self._heard_at = _now()
         self._listening = asyncio.create_task(self._listen(), name="worker heartbeat")
         self._ending = asyncio.create_task(process.wait(), name="worker exit")
+        self._relaying = asyncio.create_task(self._relay(), name="worker log")
 
     @classmethod
     async def spawn(cls, environment: Mapping[str, str], *, cache: Path | None = None, spare: bool = False) -> Self:
@@ -57,6 +61,7 @@ class Interpreter:
                 *([SPARE] if spare else []),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
                 env={**environment, CODE_FOLDERS: json.dumps(_code_folders(cache, folder.path))},
                 start_new_session=True,  # Ctrl-C in the terminal is for the service, which then stops the worker
             )
@@ -110,8 +115,14 @@ class Interpreter:
                 self._process.stdin.close()
             try:
                 await asyncio.wait([self._ending, self._listening])
+                await asyncio.wait([self._relaying], timeout=_LAST_LINES_SECONDS)
             finally:
+                self._relaying.cancel()
                 self._folder.remove()
+
+    async def _relay(self) -> None:
+        if self._process.stderr is not None:
+            await relay_lines(self._process.stderr, self.pid)
 
     async def _listen(self) -> None:
         while self._process.stdout is not None and (beats := await self._process.stdout.read(512 * PULSE_BYTES)):

@@ -228,6 +228,10 @@ class Step(msgspec.Struct, tag=True, frozen=True, array_like=True):
     """The events of one step of the model, for all requests in it."""
 
     events: list[TokenEvent]
+    seconds: tuple[float, ...] = ()
+    """How long this step took, and before it those since the last message, which had no events."""
+    preempted: int = 0
+    """Requests that lost their row of the KV cache in these steps, to go on later."""
 
 
 class Embedded(msgspec.Struct, tag=True, frozen=True, array_like=True):

@@ -6,7 +6,7 @@ the ids of the requests in flight and forwards the worker's messages to a listen
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NoReturn, Protocol
 
 from app.errors import AppError, EngineFailed
@@ -56,6 +56,9 @@ class Listener(Protocol):
 
     def on_event(self, event: TokenEvent) -> None:
         """A request has made progress or ended."""
+
+    def on_steps(self, seconds: Sequence[float], preempted: int) -> None:
+        """The model has made steps, of which each took so long."""
 
     def on_embedded(self, embedded: Embedded) -> None:
         """Some texts of a request have been embedded."""
@@ -259,6 +262,7 @@ class Supervisor:
     async def _handle(self, message: FromWorker) -> None:
         match message:
             case Step(events=events):
+                self._listener.on_steps(message.seconds, message.preempted)
                 for event in events:
                     if event.finish is not None or event.error is not None:
                         self._in_flight.discard(event.id)

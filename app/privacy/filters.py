@@ -5,6 +5,7 @@ The output filter is an Engine around an Engine, so it stands between the model 
 completion ends with FinishReason.CONTENT_FILTER without the text that was being looked at.
 """
 
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Hashable, Mapping, Sequence
 from contextlib import aclosing
@@ -252,6 +253,7 @@ class FilteredEngine(EngineWrapper):
             hidden = hidden_stops(request.sampling, self._inner) if request.sampling.stop else {}
             async with aclosing(self._inner.stream(_without_stops(request, hidden))) as events:
                 async for event in events:
+                    began = time.perf_counter()
                     try:
                         released = await _filtered(_with_stop_string(event, request, hidden), output)
                     except Exception:  # noqa: BLE001  # whatever it is, the text must not pass
@@ -261,6 +263,7 @@ class FilteredEngine(EngineWrapper):
                             raise ServiceUnavailable(_FAILED) from None
                         yield finish(FinishReason.CONTENT_FILTER, _usage(request))
                         return
+                    request.progress.times.filter_seconds += time.perf_counter() - began
                     for each in released:
                         yield each
                     if output.stopped is not None:

@@ -2,5 +2,6 @@
 
 from app.telemetry.logs import configure_logging, disable_foreign_tracing
 from app.telemetry.metrics import Metrics
+from app.telemetry.model_metrics import ModelMetrics
 
-__all__ = ["Metrics", "configure_logging", "disable_foreign_tracing"]
+__all__ = ["Metrics", "ModelMetrics", "configure_logging", "disable_foreign_tracing"]

@@ -24,6 +24,7 @@ from structlog.stdlib import ProcessorFormatter
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 from app.config import LoggingConfig
+from app.config.telemetry import OWN_LOGGERS
 from app.errors import ConfigError
 
 QUEUE_LINES = 10_000
@@ -33,8 +34,6 @@ WRITE_SECONDS = 0.05
 STOP_SECONDS = 2.0
 """How long a stop waits for a sink to write the queued lines."""
 
-OUR_LOGGERS = ("app", "llm_service")
-"""The service's own loggers and, by their names, all below them; they alone write lines of level DEBUG."""
 UVICORN_LOGGERS = ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi")
 QUIET_LOGGERS = [
     *("alembic", "httpcore", "httpx", "huggingface_hub", "langchain", "langchain_core"),
@@ -71,7 +70,7 @@ class _QueueSink(_Lossy, QueueHandler):
 
         Drivers print statements with their values there, and clients the bodies that they send.
         """
-        if record.levelno < logging.INFO and record.name.partition(".")[0] not in OUR_LOGGERS:
+        if record.levelno < logging.INFO and record.name.partition(".")[0] not in OWN_LOGGERS:
             return False
         return bool(super().filter(record))
 
@@ -156,12 +155,12 @@ def configure_logging(config: LoggingConfig, stream: TextIO | None = None) -> Ca
     handler.setFormatter(_formatter(config))
     root = logging.getLogger()
     level_before = root.level
-    _install(root, handler, config.level)
+    _install(root, handler, config)
 
     def stop() -> None:
         root.removeHandler(handler)
         root.setLevel(level_before)
-        for name in OUR_LOGGERS:
+        for name in (*OWN_LOGGERS, *config.levels):
             logging.getLogger(name).setLevel(logging.NOTSET)
         stopping.set()
         writer.join(STOP_SECONDS)
@@ -204,11 +203,12 @@ def _formatter(config: LoggingConfig) -> ProcessorFormatter:
     )
 
 
-def _install(root: logging.Logger, handler: _QueueSink, level: str) -> None:
+def _install(root: logging.Logger, handler: _QueueSink, config: LoggingConfig) -> None:
+    level = config.level
     for former in [each for each in root.handlers if isinstance(each, _QueueSink)]:
         root.removeHandler(former)
     root.addHandler(handler)
-    for name in OUR_LOGGERS:
+    for name in OWN_LOGGERS:
         logging.getLogger(name).setLevel(level)
     # A library asks for its level before it builds a line; none is built that the sink would refuse.
     root.setLevel(max(logging.getLevelNamesMapping()[level], logging.INFO))
@@ -216,6 +216,8 @@ def _install(root: logging.Logger, handler: _QueueSink, level: str) -> None:
     # No line shows them, and finding them out takes a third of the time of a line.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     _tame_libraries(root.level)
+    for name, own in config.levels.items():
+        logging.getLogger(name).setLevel(own)
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,

@@ -1,25 +1,25 @@
 """Defines the Prometheus metrics, and bounds the cardinality of their labels whatever clients send.
 
-Callers report what happened through the methods of `Metrics`; gauges of other objects are read by a function at a
-scrape.
+Callers report what happened through the methods of `Metrics`; figures of other objects are read by a function at a
+scrape.  `scripts/metrics_page.py` makes their page from what is defined here.
 """
 
 import asyncio
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cache
 from http import HTTPStatus
 from typing import Literal
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client import CONTENT_TYPE_LATEST, Counter, ProcessCollector
+from prometheus_client.core import Metric
 
 from app.telemetry.logs import dropped_lines
+from app.telemetry.model_figures import TOTALS, ModelFigures, UpstreamFigures, watch_models, watch_upstreams
+from app.telemetry.model_metrics import REQUEST_SECONDS, ModelFamilies, ModelMetrics
 from app.telemetry.recent_rate import RecentRate
+from app.telemetry.registry import Family, Read, Registry
 
 Direction = Literal["input", "output"]
-Read = Callable[[], float]
-"""Returns a figure at each scrape; must not block."""
 ReadEach = Callable[[], Mapping[str, float]]
 """Returns a figure for each value of a label; must not block."""
 
@@ -30,57 +30,19 @@ MAX_ENDPOINTS = 128
 UNMATCHED = "unmatched"
 OTHER = "OTHER"
 
-# vLLM's buckets for tokens and for whole requests; those below 0.3 s are for requests that need no model.
-_TOKEN_SECONDS = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10]
-_TOKEN_SECONDS += [20, 40, 80, 160, 640, 2560]
-_REQUEST_SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60]
-_REQUEST_SECONDS += [120, 240, 480, 960, 1920, 7680]
+HTTP, ACCESS, TEXTS, STORES, PROCESS = "HTTP", "Keys and limits", "Texts and sessions", "Stores and batches", "Process"
+
+# vLLM's buckets for whole requests; those below 0.3 s are for requests that need no model.
+_HTTP_SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, *REQUEST_SECONDS]
 _LAG_SECONDS = [0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 5]
-
-
-class _CounterFunction(Collector):
-    """A counter whose value is read at each scrape, as `Gauge.set_function` does for gauges."""
-
-    def __init__(self, name: str, text: str, read: Read) -> None:
-        self._name, self._text, self._read = name, text, read
-
-    def collect(self) -> Iterator[CounterMetricFamily]:
-        yield CounterMetricFamily(self._name, self._text, value=self._read())
-
-
-class _GaugeFunction(Collector):
-    """A gauge with one label, whose series are read at each scrape."""
-
-    def __init__(self, name: str, text: str, label: str, read: ReadEach) -> None:
-        self._name, self._text, self._label, self._read = name, text, label, read
-
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        gauge = GaugeMetricFamily(self._name, self._text, labels=[self._label])
-        for value, figure in self._read().items():
-            gauge.add_metric([value], figure)
-        yield gauge
-
-
-Upstream = tuple[str, int, bool, int, int]
-"""The model, the number of one of its servers, whether that gets requests, how many it has, and how many it failed."""
-
-
-class _Upstreams(Collector):
-    """The servers that engines send requests to, read at each scrape."""
-
-    def __init__(self, read: Callable[[], Iterable[Upstream]]) -> None:
-        self._read = read
-
-    def collect(self) -> Iterator[Metric]:
-        labels = ["model", "upstream"]
-        ready = GaugeMetricFamily("upstream_ready", "1 when a model's server gets requests", labels=labels)
-        running = GaugeMetricFamily("upstream_requests_running", "Requests at a model's server now", labels=labels)
-        failures = CounterMetricFamily("upstream_failures", "Requests that a model's server failed", labels=labels)
-        for model, number, is_ready, requests, failed in self._read():
-            ready.add_metric([model, str(number)], float(is_ready))
-            running.add_metric([model, str(number)], requests)
-            failures.add_metric([model, str(number)], failed)
-        yield from (ready, running, failures)
+_PROCESS_FAMILIES = (
+    Family("process_cpu_seconds_total", "counter", "Processor time of the API process"),
+    Family("process_resident_memory_bytes", "gauge", "Memory of the API process"),
+    Family("process_virtual_memory_bytes", "gauge", "Virtual memory of the API process"),
+    Family("process_start_time_seconds", "gauge", "When the API process was started, as a Unix time"),
+    Family("process_open_fds", "gauge", "Open files and connections of the API process"),
+    Family("process_max_fds", "gauge", "How many of them it may have"),
+)
 
 
 def _value(counter: Counter) -> float:
@@ -96,99 +58,108 @@ class Metrics:
         """Args: models: names that may become a label, looked up at each call; any other is counted as OTHER."""
         self._models = models
         self._endpoints: set[tuple[str, str]] = set()
-        self._registry = registry = CollectorRegistry()
-        registry.register(dropped_lines)
-
-        # Looking up the child of a label set costs more than counting on it, and there are few sets.
-        def counter(name: str, text: str, *labels: str) -> Callable[..., Counter]:
-            return cache(Counter(name, text, labels, registry=registry).labels)
-
-        def histogram(name: str, text: str, buckets: list[float], *labels: str) -> Callable[..., Histogram]:
-            return cache(Histogram(name, text, labels, registry=registry, buckets=buckets).labels)
-
-        def total(name: str, text: str) -> Counter:
-            return Counter(name, text, registry=registry)
-
-        self._http = counter("http_requests_total", "Requests answered", "method", "endpoint", "status")
-        self._http_seconds = histogram(
-            "http_request_duration_seconds", "Time to the last byte", _REQUEST_SECONDS, "method", "endpoint"
-        )
-        self._errors = counter("errors_total", "Requests answered with an error, by its code", "error")
-        self._watch_totals()
-        self._generated = counter("tokens_generated_total", "Tokens generated", "model")
-        self._prompts = counter("prompt_tokens_total", "Tokens of prompts read", "model")
-        self._cached = counter("prompt_tokens_cached_total", "Those of them that were in the KV cache already", "model")
-        self._texts = counter("texts_embedded_total", "Texts embedded", "model")
-        self._first = histogram("time_to_first_token_seconds", "Wait for the first token", _TOKEN_SECONDS, "model")
-        self._gap = histogram("inter_token_latency_seconds", "Time between tokens", _TOKEN_SECONDS, "model")
-        self._hits = total("cache_hits_total", "Answers from the response cache")
-        self._misses = total("cache_misses_total", "Answers that the cache did not have")
-        self._unreadable = total("cache_unreadable_total", "Stored answers that could not be read")
-        self._pii = counter("pii_matches_total", "Personal data found", "kind", "direction")
-        self._rate_limited = total("rate_limited_total", "Requests refused with 429")
-        self._auth_failures = total("auth_failures_total", "Requests with a wrong or no API key")
-        self._connections_open = Gauge("connections_open", "Connections that have a place", registry=registry)
-        self._connections_closed = counter(
-            "connections_closed_total", "Connections closed before their client was done", "reason"
-        )
-        self._rows_lost = total("usage_log_dropped_total", "Rows of the inference log lost to a slow database")
-        self._lag = Histogram(
-            "event_loop_lag_seconds",
-            "How late the event loop runs its timers",
-            registry=registry,
-            buckets=_LAG_SECONDS,
-        )
-
-    def _watch_totals(self) -> None:
-        """Export what dashboards of older services plot: figures of all requests together."""
-        self._requests = Counter("api_requests_total", "Requests answered, all together", registry=self._registry)
-        self._request_seconds = Counter("request_seconds", "Time of all requests together", registry=None)
+        self._registry = Registry()
         self._rate = RecentRate()
-        mean = Gauge("api_request_duration_seconds", "Mean time of a request", registry=self._registry)
-        mean.set_function(lambda: _value(self._request_seconds) / max(1.0, _value(self._requests)))
-        rate = Gauge("tokens_per_second", "Tokens generated per second in the last minute", registry=self._registry)
-        rate.set_function(self._rate.per_second)
+        self._add_http(self._registry)
+        self._families = ModelFamilies(self._registry, self._rate)
+        self._add_access(self._registry)
+        self._add_texts(self._registry)
+        self._add_process(self._registry)
+
+    @property
+    def sections(self) -> Mapping[str, Collection[Family]]:
+        """Return all metrics, by the sections of their page."""
+        return self._registry.sections
+
+    def _add_http(self, registry: Registry) -> None:
+        requests = registry.counter(HTTP, "http_requests_total", "Requests answered", *("method", "endpoint", "status"))
+        seconds = registry.histogram(
+            HTTP, "http_request_duration_seconds", "Time to the last byte", _HTTP_SECONDS, "method", "endpoint"
+        )
+        errors = registry.counter(HTTP, "errors_total", "Requests answered with an error, by its code", "error")
+        # Looking up the child of a label set costs more than counting on it, and there are few sets.
+        self._http, self._http_seconds = cache(requests.labels), cache(seconds.labels)
+        self._errors = cache(errors.labels)
+        # What no route matches is counted here, and is there from the beginning.
+        self._http_seconds(OTHER, UNMATCHED)
+        self._connections_open = registry.gauge(HTTP, "connections_open", "Connections that have a place")
+        closed = registry.counter(
+            HTTP, "connections_closed_total", "Connections closed before their client was done", "reason"
+        )
+        self._connections_closed = cache(closed.labels)
+        # What dashboards of older services plot: figures of all requests together.
+        self._requests = registry.counter(HTTP, "api_requests_total", "Requests answered, all together")
+        self._request_seconds = Counter("request_seconds", "Time of all requests together", registry=None)
+        registry.read(
+            HTTP,
+            "api_request_duration_seconds",
+            "Mean time of a request",
+            lambda: _value(self._request_seconds) / max(1.0, _value(self._requests)),
+        )
+
+    def _add_access(self, registry: Registry) -> None:
+        self._rate_limited = registry.counter(ACCESS, "rate_limited_total", "Requests refused for a rate limit")
+        refusals = registry.counter(ACCESS, "limit_refusals_total", "Requests refused, by the limit reached", "limit")
+        self._refusals = cache(refusals.labels)
+        self._auth_failures = registry.counter(ACCESS, "auth_failures_total", "Requests with a wrong or no API key")
+        self._rows_lost = registry.counter(
+            ACCESS, "usage_log_dropped_total", "Rows of the inference log lost to a slow database"
+        )
+
+    def _add_texts(self, registry: Registry) -> None:
+        found = registry.counter(TEXTS, "pii_matches_total", "Personal data found", "kind", "direction")
+        self._pii = cache(found.labels)
+        self._turns = registry.counter(TEXTS, "session_turns_total", "Turns stored in sessions")
+        self._unreadable = registry.counter(TEXTS, "cache_unreadable_total", "Stored answers that could not be read")
+
+    def _add_process(self, registry: Registry) -> None:
+        self._lag = registry.histogram(
+            PROCESS, "event_loop_lag_seconds", "How late the event loop runs its timers", _LAG_SECONDS
+        )
+        lost = Family("log_lines_dropped_total", "counter", "Log lines lost to a full queue or a failing sink")
+        registry.register(PROCESS, dropped_lines, lost)
+        registry.register(PROCESS, ProcessCollector(registry=None), *_PROCESS_FAMILIES)
+
+    def model(self, name: str) -> ModelMetrics:
+        """Return what counts for one model; whoever counts often holds it."""
+        return self._families.of(name if name in self._models else OTHER)
 
     def watch(
         self,
         *,
-        requests_running: Read,
-        requests_waiting: Read,
+        models: Callable[[], Iterable[ModelFigures]],
         sessions: Read,
         model_loaded: Read,
-        engine_restarts: Read,
-        gpu_memory_bytes: Read = lambda: 0,
+        max_adapters: int = 0,
     ) -> None:
         """Export figures that other objects count; call it once."""
-        for name, text, read in (
-            ("requests_running", "Requests in the model now", requests_running),
-            ("requests_waiting", "Requests waiting for the model", requests_waiting),
-            ("sessions", "Chat sessions stored", sessions),
-            ("model_loaded", "1 when the model can answer", model_loaded),
-            ("gpu_memory_usage_bytes", "Memory that models took on a GPU when they were loaded", gpu_memory_bytes),
-        ):
-            Gauge(name, text, registry=self._registry).set_function(read)
-        self._registry.register(
-            _CounterFunction("engine_restarts", "Times a model's worker was replaced", engine_restarts)
-        )
+        registry = self._registry
+        watch_models(registry, models, max_adapters=max_adapters)
+        rate = "Tokens generated per second in the last minute"
+        registry.read(TOTALS, "tokens_per_second", rate, self._rate.per_second)
+        registry.read(TOTALS, "model_loaded", "1 when the default model can answer", model_loaded)
+        registry.read(TEXTS, "sessions", "Chat sessions stored", sessions)
 
-    def watch_upstreams(self, read: Callable[[], Iterable[Upstream]]) -> None:
+    def watch_upstreams(self, read: Callable[[], Iterable[UpstreamFigures]]) -> None:
         """Export the state of the servers that engines send requests to; call it once."""
-        self._registry.register(_Upstreams(read))
+        watch_upstreams(self._registry, read)
 
     def watch_redis(self, *, away: Read) -> None:
         """Export whether Redis, and with it what all processes share, cannot be reached; call it once."""
         text = "1 while each process enforces its share of the rate limits alone, because Redis is away"
-        Gauge("ratelimit_degraded", text, registry=self._registry).set_function(away)
-        Gauge("redis_up", "1 while Redis answers", registry=self._registry).set_function(lambda: 1 - away())
+        self._registry.read(STORES, "ratelimit_degraded", text, away)
+        self._registry.read(STORES, "redis_up", "1 while Redis answers", lambda: 1 - away())
 
     def watch_batches(self, batches: ReadEach, lines: ReadEach) -> None:
         """Export how many batches and lines there are, by their state; call it once."""
-        for name, text, label, read in (
-            ("batches", "Batches that the database holds, by status; the same in all replicas", "status", batches),
-            ("batch_lines", "Lines of these batches, by state; the same in all replicas", "state", lines),
-        ):
-            self._registry.register(_GaugeFunction(name, text, label, read))
+        of_batches = Family("batches", "gauge", "Batches of the database; the same in all replicas", ("status",))
+        of_lines = Family("batch_lines", "gauge", "Lines of these batches; the same in all replicas", ("state",))
+
+        def collect() -> Iterable[Metric]:
+            for family, read in ((of_batches, batches), (of_lines, lines)):
+                yield family.with_figures(((value,), figure) for value, figure in read().items())
+
+        self._registry.read_all(STORES, [of_batches, of_lines], collect)
 
     def watch_connections(self, open_connections: Read) -> None:
         """Export the number of open connections of a server."""
@@ -213,39 +184,21 @@ class Metrics:
         if error is not None:
             self._errors(error).inc()
 
-    def first_token(self, model: str, seconds: float) -> None:
-        self._first(self._known_model(model)).observe(seconds)
-
-    def token_gap(self, model: str, seconds: float) -> None:
-        self._gap(self._known_model(model)).observe(seconds)
-
-    def generated(self, model: str, prompt_tokens: int, completion_tokens: int, *, cached_tokens: int = 0) -> None:
-        """Args: cached_tokens: those of the prompt that did not have to be computed."""
-        self._prompts(self._known_model(model)).inc(prompt_tokens)
-        self._cached(self._known_model(model)).inc(cached_tokens)
-        self._generated(self._known_model(model)).inc(completion_tokens)
-        self._rate.add(completion_tokens)
-
-    def embedded(self, model: str, tokens: int, texts: int) -> None:
-        """Args: tokens: of all texts."""
-        self._prompts(self._known_model(model)).inc(tokens)
-        self._texts(self._known_model(model)).inc(texts)
-
     def pii(self, kind: str, direction: Direction, count: int = 1) -> None:
         """Args: kind: one of the filter's own names, never what was found."""
         self._pii(kind, direction).inc(count)
 
-    def cache_hit(self) -> None:
-        self._hits.inc()
-
-    def cache_miss(self) -> None:
-        self._misses.inc()
+    def turn_stored(self) -> None:
+        self._turns.inc()
 
     def cache_unreadable(self) -> None:
         self._unreadable.inc()
 
-    def rate_limited(self) -> None:
-        self._rate_limited.inc()
+    def limit_reached(self, limit: str) -> None:
+        """Count a refused request.  Args: limit: the one that was reached, in the service's own words."""
+        self._refusals(limit).inc()
+        if limit != "quota":
+            self._rate_limited.inc()
 
     def auth_failed(self) -> None:
         self._auth_failures.inc()
@@ -263,10 +216,7 @@ class Metrics:
 
     def render(self) -> tuple[bytes, str]:
         """Return the body and the content type of a scrape."""
-        return generate_latest(self._registry), CONTENT_TYPE_LATEST
-
-    def _known_model(self, model: str) -> str:
-        return model if model in self._models else OTHER
+        return self._registry.render(), CONTENT_TYPE_LATEST
 
     def _known_endpoint(self, method: str, template: str | None) -> tuple[str, str]:
         if template is None or method not in METHODS:

@@ -19,6 +19,7 @@ import msgspec
 
 from app.ipc.interpreter import SPARE
 from app.ipc.messages import Start
+from app.ipc.worker_log import RecordFormatter
 from app.worker.code_folders import choose_inductor_folder
 from app.worker.heartbeat import beat
 
@@ -74,7 +75,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _continue_when_parent_dies()
-    logging.basicConfig(level=logging.WARNING, format="worker %(levelname)s %(name)s: %(message)s")
+    lines = logging.StreamHandler()
+    lines.setFormatter(RecordFormatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[lines])
     folder = sys.argv[1]
     pipe = _take_standard_output()
     threading.Thread(target=beat, args=[pipe], name="heartbeat", daemon=True).start()

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, NoReturn, Protocol
 
@@ -70,6 +71,10 @@ class Runner(DescribedRunner, Protocol):
     def busy(self) -> bool:
         """Whether `step` has anything to do."""
 
+    @property
+    def preemptions(self) -> int:
+        """How often a request has lost its row of the KV cache so far, to go on later."""
+
     def submit(self, request: Submit) -> None:
         """Take a request; one that cannot run gets an error event in the next step."""
 
@@ -107,6 +112,11 @@ class Worker:
         self._embedder = embedder
         self._stopping = False
         self._live: set[int] = set()
+        self._step_began = 0.0
+        self._step_seconds: list[float] = []
+        """Of the steps that no message has told of."""
+        self._preemptions = 0
+        """Those that a message has told of."""
 
     def run(self) -> None:
         """Serve until Shutdown; a fatal error of the runner is raised."""
@@ -117,6 +127,7 @@ class Worker:
                 self._socket.poll(LOOK_MILLISECONDS if reads else None)
             self._receive()
             if self._runner is not None and self._runner.busy:
+                self._step_began = time.perf_counter()
                 self._runner.step(self._exchange)
             else:
                 self._embed()
@@ -128,10 +139,12 @@ class Worker:
     def _exchange(self, events: list[TokenEvent]) -> None:
         # A long prompt produces no event for many steps, which all are progress.
         PROGRESS.tick()
+        self._step_seconds.append(time.perf_counter() - self._step_began)
         self._send(events)
         # Here and not between the runner's steps, of which one may be a whole completion.
         self._embed()
         self._receive()
+        self._step_began = time.perf_counter()
 
     def _embed(self) -> None:
         """Compute one pass over texts, if there are any."""
@@ -146,8 +159,15 @@ class Worker:
 
     def _send(self, events: list[TokenEvent]) -> None:
         if events:
-            self._socket.send(encode(Step(events)))
+            self._socket.send(encode(Step(events, *self._steps())))
             self._live.difference_update(event.id for event in events if event.finish or event.error)
+
+    def _steps(self) -> tuple[tuple[float, ...], int]:
+        """Return how long each step since the last message took, and how many requests lost their row in them."""
+        seconds, self._step_seconds = tuple(self._step_seconds), []
+        before = self._preemptions
+        self._preemptions = 0 if self._runner is None else self._runner.preemptions
+        return seconds, self._preemptions - before
 
     def _receive(self) -> None:
         if self._adapters is not None and self._adapters.busy:

@@ -56,6 +56,9 @@ class AdaptedEngine(RecordingEngine):
     def unload_adapter(self, digest: str) -> None:
         self.unloaded.append(digest)
 
+    def adapters_in_use(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return (), ()
+
 
 @pytest.fixture
 def engine() -> AdaptedEngine:

@@ -23,6 +23,7 @@ from app.errors import AppError, EngineBusy, EngineFailed, EngineNotReady, Inval
 from app.events import Event, Finished
 from app.fair_share import fits_share
 from app.requests import GenerationRequest
+from app.telemetry.tracing import NO_TRACER, Tracer
 from app.types import EngineState
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class RemoteEngine:
         name: str,
         max_model_len: int | None = None,
         hub_token: str | None = None,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         """Prepare; `start` begins to look for the servers.
 
@@ -49,13 +51,14 @@ class RemoteEngine:
             name: the model's, as clients see it.
             max_model_len: of prompt and completion together, in tokens; by default what the servers say.
             hub_token: for a tokenizer of a gated model.
+            tracer: tells the servers of the traces that their requests belong to.
         """
         self._config = config
         self._deadlines = deadlines
         self._name = name
         self._max_model_len = max_model_len
         self._hub_token = hub_token
-        self._pool = UpstreamPool(config, name)
+        self._pool = UpstreamPool(config, name, tracer)
         self._counter: PromptCounter | None = None
         self._info: EngineInfo | None = None
         self._error: str | None = None

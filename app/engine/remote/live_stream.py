@@ -5,6 +5,7 @@ Decides which time limit holds, and what a response that is no stream of OpenAI'
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from contextlib import aclosing
 from typing import Any
@@ -100,6 +101,8 @@ class LiveStream:
         self._reported = False
         """Whether the server has ended it with an error in its own words."""
         self._upstream: Upstream | None = None
+        self._times = request.progress.times
+        self._times.accepted = time.monotonic()
         self._task = asyncio.create_task(self._run())
 
     async def next(self) -> Event:
@@ -118,7 +121,9 @@ class LiveStream:
 
     async def close(self) -> None:
         """Hang up if it is not over, and wait until the connection is free."""
-        self._over = True
+        if not self._over:
+            self._over = True
+            self._times.ended = time.monotonic()
         self._task.cancel()
         await asyncio.wait([self._task])
 
@@ -183,6 +188,8 @@ class LiveStream:
                     raise self._pool.errors.of_stream(chunk.error)
                 delta = self._completion.feed(chunk)
                 self._merger.add(delta)
+                if self._times.first_token is None and (delta.is_visible or delta.tokens):
+                    self._times.first_token = time.monotonic()
                 if self._completion.matched:
                     return True
                 if self._completion.has_reason:
@@ -197,6 +204,7 @@ class LiveStream:
     def _begin(self) -> None:
         if not self.started and not self._over:
             self.started = True
+            self._times.began = time.monotonic()
             self._queue.put_nowait(Started(prompt_tokens=self.request.prompt_tokens))
 
     def _finish(self, finished: Finished) -> None:
@@ -207,6 +215,7 @@ class LiveStream:
     def _end(self, outcome: Finished | AppError) -> None:
         if not self._over:
             self._over = True
+            self._times.ended = time.monotonic()
             self._queue.put_nowait(outcome)
 
 

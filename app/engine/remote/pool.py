@@ -17,6 +17,7 @@ from app.engine.remote.failures import BUSY_STATUSES, GATEWAY_STATUSES, ErrorRea
 from app.engine.remote.upstream import Upstream, read_body
 from app.errors import AppError, EngineNotReady
 from app.requests import GenerationRequest
+from app.telemetry.tracing import NO_TRACER, Tracer
 
 MAX_IMBALANCE = 8
 """A session leaves its server where that has so many more requests than the least loaded one."""
@@ -29,9 +30,9 @@ _LOST_STATUSES = frozenset([401, 403, 404])
 class UpstreamPool:
     """The servers of one engine."""
 
-    def __init__(self, config: RemoteConfig, name: str) -> None:
+    def __init__(self, config: RemoteConfig, name: str, tracer: Tracer = NO_TRACER) -> None:
         """Args: name: the model's."""
-        self.upstreams = tuple(Upstream(number, url, config) for number, url in enumerate(config.base_urls, 1))
+        self.upstreams = tuple(Upstream(number, url, config, tracer) for number, url in enumerate(config.base_urls, 1))
         secrets = [value.get_secret_value() for value in config.headers.values()]
         secrets += [config.api_key.get_secret_value()] if config.api_key else []
         secrets += [each for upstream in self.upstreams for each in (upstream.root, upstream.address)]

@@ -16,6 +16,7 @@ from app.engine.base import UpstreamStatus
 from app.engine.remote.breaker import UpstreamBreaker
 from app.engine.remote.failures import UpstreamError
 from app.engine.remote.servers import SERVERS, Server, detect_server
+from app.telemetry.tracing import NO_TRACER, Tracer
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class _Cards(msgspec.Struct):
 class Upstream:
     """Holds the connections to one server, and so belongs to one event loop."""
 
-    def __init__(self, number: int, base_url: str, config: RemoteConfig) -> None:
+    def __init__(self, number: int, base_url: str, config: RemoteConfig, tracer: Tracer = NO_TRACER) -> None:
         """Args: number: its place among the configured ones, from 1: its name wherever its address is not shown."""
         self.number = number
         self.root = base_url.rstrip("/").removesuffix("/v1")
@@ -92,6 +93,7 @@ class Upstream:
         self.error: str | None = None
         """What the last failure was; None since it serves."""
         self._config = config
+        self._tracer = tracer
         self._client: httpx.AsyncClient | None = None
 
     @property
@@ -127,7 +129,9 @@ class Upstream:
             headers["Authorization"] = f"Bearer {config.api_key.get_secret_value()}"
         limits = httpx.Limits(max_connections=config.max_connections, max_keepalive_connections=config.max_connections)
         timeout = httpx.Timeout(None, connect=config.connect_seconds)
-        return httpx.AsyncClient(base_url=self.root, headers=headers, timeout=timeout, limits=limits)
+        client = httpx.AsyncClient(base_url=self.root, headers=headers, timeout=timeout, limits=limits)
+        self._tracer.instrument(client)
+        return client
 
     async def close(self) -> None:
         if self._client is not None:
@@ -177,7 +181,8 @@ class Upstream:
         """
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_SECONDS):
-                self.facts = await self._facts(name)
+                with self._tracer.silence():
+                    self.facts = await self._facts(name)
         except TimeoutError:
             # One that has requests may be too busy with them to answer.
             if not self.running:

@@ -28,6 +28,7 @@ from app.generation.sessions import SessionStore
 from app.requests import GenerationRequest, Origin
 from app.stores.redis_connection import RedisConnection
 from app.telemetry import Metrics
+from app.telemetry.tracing import NO_TRACER, Tracer
 from app.types import Message, Principal, Tenant
 from app.web.http.authentication import Keys
 from app.web.http.grammar_field import check_tools, named_by_field
@@ -89,6 +90,7 @@ class Container:
     redis: RedisConnection | None
     """None if no Redis is configured."""
     metrics: Metrics
+    tracer: Tracer = NO_TRACER
 
 
 async def _container(request: Request) -> Container:

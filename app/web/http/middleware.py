@@ -35,6 +35,7 @@ from app.errors import (
 )
 from app.telemetry import Metrics
 from app.telemetry.metrics import METHODS, OTHER, UNMATCHED
+from app.telemetry.tracing import NO_TRACER, TRACE_PARENT, RequestSpan, Tracer
 from app.types import Principal
 from app.web.http.errors import ERROR_CODE, ErrorRenderer, as_app_error
 from app.web.http.private_api import route_path
@@ -49,11 +50,25 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 class RequestLog:
     """Gives each request an id, and writes its log line and metrics once it has ended."""
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, served: Mapping[str, Collection[str]]) -> None:
-        """Args: served: path template -> methods; a path without parameters names a request refused before routing."""
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        metrics: Metrics,
+        served: Mapping[str, Collection[str]],
+        tracer: Tracer = NO_TRACER,
+        untraced: Collection[str] = (),
+    ) -> None:
+        """Args:
+        served: path template -> methods; a path without parameters names a request refused before routing.
+        tracer: makes the span that all others of a request belong to.
+        untraced: exact paths for which it makes none.
+        """
         self.app = app
         self.metrics = metrics
         self.served = dict(served)
+        self.tracer = tracer
+        self.untraced = frozenset(untraced)
         # Bound once: a lazy logger is put together again for each line.
         self._log = structlog.get_logger("llm_service").bind()
 
@@ -81,14 +96,17 @@ class RequestLog:
                 ]
             await send(message)
 
-        structlog.contextvars.bind_contextvars(request_id=request_id)
+        span = None if scope["path"] in self.untraced else self.tracer.begin(scope["headers"])
+        trace_id = _trace_id(scope) if span is None else span.trace_id
+        named = {"request_id": request_id} if trace_id is None else {"request_id": request_id, "trace_id": trace_id}
+        structlog.contextvars.bind_contextvars(**named)
         try:
             await self.app(scope, receive, send_named)
         finally:
-            self._report(scope, status, time.perf_counter() - began)
-            structlog.contextvars.unbind_contextvars("request_id")
+            self._report(scope, status, time.perf_counter() - began, span)
+            structlog.contextvars.unbind_contextvars(*named)
 
-    def _report(self, scope: Scope, status: int, seconds: float) -> None:
+    def _report(self, scope: Scope, status: int, seconds: float, span: RequestSpan | None) -> None:
         method = scope["method"] if scope["method"] in METHODS else OTHER
         route = self._template(scope)
         principal: Principal | None = scope["state"].get("principal")
@@ -96,6 +114,8 @@ class RequestLog:
         served = method in self.served.get(route, ())
         error: str | None = scope["state"].get(ERROR_CODE)
         self.metrics.http_done(method, route if served else None, status, seconds, error)
+        if span is not None:
+            span.end(method, route if served else None, None if status == _CLIENT_GONE else status)
         self._log.info(
             f"{method} {route} - {status}",
             method=method,
@@ -118,6 +138,13 @@ def _request_id(scope: Scope) -> str:
     if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]) and not _holds_key(given[0], scope):
         return str(given[0], "ascii")
     return str(uuid4())
+
+
+def _trace_id(scope: Scope) -> str | None:
+    """Return the trace that a request says it belongs to, for the log of a service that sends no traces itself."""
+    given = [value for name, value in scope["headers"] if name == b"traceparent"]
+    found = TRACE_PARENT.fullmatch(given[0]) if len(given) == 1 else None
+    return str(found[1], "ascii") if found else None
 
 
 def _holds_key(request_id: bytes, scope: Scope) -> bool:

@@ -74,13 +74,13 @@ class FailedKeyLimiter:
         self,
         failed_keys_per_minute: int,
         *,
-        on_refusal: Callable[[], None],
+        on_refusal: Callable[[str], None],
         shared: AddressBuckets | None = None,
         processes: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Args:
-        on_refusal: is called for every request refused for its rate.
+        on_refusal: is called for every request refused for its rate, with the limit's name.
         shared: counts for all processes; None: each counts for itself.
         processes: that share the limit.
         clock: seconds that never go back.
@@ -113,7 +113,7 @@ class FailedKeyLimiter:
             return (shown,)
 
         scope["state"][LIMIT_STATES] = states
-        self._on_refusal()
+        self._on_refusal("failed_keys")
         raise RateLimited("Too many attempts without a valid API key.", retry_after=state.retry_in)
 
     async def _take(self, address: str) -> BucketState:

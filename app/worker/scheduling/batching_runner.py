@@ -124,6 +124,11 @@ class BatchingRunner:
         """Whether a request is live, or an event has not been sent."""
         return bool(self._live or self._pending_events)
 
+    @property
+    def preemptions(self) -> int:
+        """How often a request has lost its row of the KV cache so far, to go on later."""
+        return self._scheduler.preemptions
+
     def submit(self, request: Submit) -> None:
         """Take a request; one that the model cannot run gets an error event in the next step."""
         try:

@@ -54,6 +54,8 @@ class Scheduler:
         self._virtual_time: dict[str, float] = {}
         """The entries of tenants that have sequences now."""
         self._step = 0
+        self.preemptions = 0
+        """How often a sequence has lost its slot so far, to go on later."""
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -281,6 +283,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's slot away; it is the first of its tenant and priority to get one again."""
         self._slots.release(sequence, step=self._step)
+        self.preemptions += 1
         sequence.computed_tokens = 0
         queue = self._waiting.setdefault(sequence.tenant, deque())
         queue.insert(sum(other.priority < sequence.priority for other in queue), sequence)

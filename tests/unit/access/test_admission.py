@@ -41,14 +41,15 @@ class Service:
 
     def __init__(self, quotas: Quotas) -> None:
         self.quotas = quotas
-        self.refusals = 0
+        self.limits: list[str] = []
+        """Those that refused a request."""
         self.control = self.make()
 
     def make(self, **options: Any) -> AdmissionControl:
         return AdmissionControl(MemoryAdmissionStore(clock=Clock()), self.quotas, on_refusal=self._refused, **options)
 
-    def _refused(self) -> None:
-        self.refusals += 1
+    def _refused(self, limit: str) -> None:
+        self.limits.append(limit)
 
     async def minute(self) -> tuple[int, int]:
         """Return the requests and the tokens left."""
@@ -90,7 +91,7 @@ async def test_a_request_takes_a_place_until_the_context_is_left(service: Servic
 
     assert 1.0 == refused.value.retry_after
     assert (1, 1000) == await service.minute()
-    assert 1 == service.refusals
+    assert ["parallel"] == service.limits
 
 
 async def test_a_failure_frees_the_place_and_keeps_the_request_spent(service: Service):
@@ -107,7 +108,7 @@ async def test_who_is_refused_for_its_tokens_learns_when_it_has_a_request_again(
     limits = Limits(requests_per_minute=6, burst=1, tokens_per_minute=6000)
     caller = Principal("k", Tenant.owner("t"), limits=limits)
     clock = Clock()
-    control = AdmissionControl(MemoryAdmissionStore(clock=clock), service.quotas, on_refusal=lambda: None)
+    control = AdmissionControl(MemoryAdmissionStore(clock=clock), service.quotas, on_refusal=lambda limit: None)
     async with control.admit(caller) as admitted, control.reserve(caller, 6000) as reservation:
         reservation.commit(6000)
     clock.now += 10
@@ -185,7 +186,7 @@ async def test_more_than_a_minute_ever_has_is_refused_for_good(service: Service)
             pass
 
     assert refused.value.retry_after is None
-    assert 0 == service.refusals
+    assert [] == service.limits
 
 
 async def test_a_month_that_is_used_up_is_refused_on_arrival_and_costs_a_request(service: Service):
@@ -199,6 +200,7 @@ async def test_a_month_that_is_used_up_is_refused_on_arrival_and_costs_a_request
 
     assert (100, 99) == (refused.value.details["limit"], refused.value.details["used"])
     assert "requested" not in refused.value.details
+    assert ["quota"] == service.limits
     assert 4 == (await service.minute())[0]
     raised = Principal("k", Tenant.owner("t"), limits=Limits(monthly_tokens=200))
     async with service.control.admit(raised):
@@ -341,11 +343,11 @@ async def test_a_tenant_that_keeps_sending_while_it_has_no_place_is_slowed_down(
         with pytest.raises(RateLimited):
             async with control.admit(Principal("k2", Tenant.owner("t"))):
                 pass
-        refusals = service.refusals
+        refusals = service.limits.count("places")
         with pytest.raises(ServiceUnavailable):
             admitted.expect(2)
 
-    assert (9, 9) == (refusals, service.refusals)
+    assert (9, 9) == (refusals, len(service.limits))
     assert took[-1] >= 0.09  # nine units at a hundred a second
     assert budget.seconds_to_wait("k") > 0
     assert 0 == budget.seconds_to_wait("k2")

@@ -44,6 +44,9 @@ class AdaptedEngine(LoadingEngine):
     def unload_adapter(self, digest: str) -> None:
         self.held.remove(digest)
 
+    def adapters_in_use(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return (), ()
+
 
 class Workshop:
     """Builds engines that take adapters, and remembers them."""

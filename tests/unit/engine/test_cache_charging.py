@@ -270,3 +270,20 @@ async def test_an_aborted_request_is_charged_when_it_has_ended():
     inner.may_clean_up.set()
 
     assert 2 == request.progress.generated
+
+
+async def test_who_pays_for_a_prompt_is_told_how_much_of_it_was_in_the_kv_cache():
+    """And when its generation began; who joins is told neither, for it computed nothing."""
+    cached = Cached()
+    starter, joiner = await cached.join(0), await cached.join(0)
+    generation = cached.inner.requests[0].progress
+    generation.cached, generation.times.accepted = 2, 5.0
+    await cached.generate(0, 1)
+    await cached.generate(0, FinishReason.STOP)
+    for reader in (starter, joiner):
+        await reader.advance()
+        await reader.advance()
+
+    told = [reader.request.progress for reader in (starter, joiner)]
+    assert [(2, 5.0), (0, None)] == [(each.cached, each.times.accepted) for each in told]
+    await cached.end()

@@ -432,3 +432,65 @@ async def test_a_single_request_of_several_samples_may_wait_however_long_its_pro
     await engine.close()
 
     assert [8, 0] == [len(first), len(second)]
+
+
+async def test_the_stages_of_a_request_are_timed(folder: Path):
+    """When the engine took it, the worker began on it, its first token came, and it ended."""
+    workers = FakeWorkers(folder)
+    request = make_request()
+    times = request.progress.times
+    async with engine_on(workers) as engine:
+        reading = asyncio.create_task(read_into([], engine.stream(request)))
+        await until(lambda: times.accepted is not None)
+        assert (None, None, None) == (times.began, times.first_token, times.ended)
+        workers.newest.event(1)
+        await until(lambda: times.began is not None)
+        workers.newest.event(1, *tokens("hello"))
+        await until(lambda: times.first_token is not None)
+        assert times.ended is None
+        workers.newest.event(1, finish="stop")
+        await reading
+
+    moments = [each for each in (times.accepted, times.began, times.first_token, times.ended) if each is not None]
+    assert 4 == len(moments)
+    assert sorted(moments) == moments
+
+
+class CountedSteps:
+    """Remembers the steps of a model."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.lost = 0
+
+    def step(self, seconds: float, /) -> None:
+        self.seconds.append(seconds)
+
+    def preempted(self, count: int, /) -> None:
+        self.lost += count
+
+
+async def test_the_worker_s_steps_are_counted(folder: Path):
+    workers, steps = FakeWorkers(folder), CountedSteps()
+    async with engine_on(workers, metrics=steps):
+        workers.newest.say(Step([], (0.01, 0.02), 1))
+        workers.newest.say(Step([], (0.03,)))
+        await until(lambda: len(steps.seconds) == 3)
+
+    assert ([0.01, 0.02, 0.03], 1) == (steps.seconds, steps.lost)
+
+
+async def test_the_adapters_of_running_and_waiting_requests_are_named(folder: Path):
+    workers = FakeWorkers(folder)
+    async with engine_on(workers) as engine:
+        reading = await begun(engine, workers.newest, structs.replace(make_request("a"), adapter="first"))
+        waiting = asyncio.create_task(
+            read_into([], engine.stream(structs.replace(make_request("b"), adapter="second")))
+        )
+        await until(lambda: engine.status().waiting == 1)
+        named = engine.adapters_in_use()
+        await engine.abort("a")
+        await engine.abort("b")
+        await asyncio.gather(reading, waiting)
+
+    assert (("first",), ("second",)) == named

@@ -88,6 +88,7 @@ class CountingRunner:
     unsupported: tuple[str, ...] = ()
     compiled = None
     context_length = 100
+    preemptions = 2
 
     def __init__(self) -> None:
         self.waiting: list[Submit] = []
@@ -201,13 +202,18 @@ def test_a_request_completes_event_by_event(loop: Loop):
 
 
 def test_a_step_without_events_is_progress_and_no_message(loop: Loop):
-    """The steps of a long prompt have no events; only the number of steps shows that it goes on."""
+    """The steps of a long prompt have no events; the next message says how long they took."""
     before = PROGRESS.count
 
     loop.send(Submit(1, (5,) * 4, SamplingParams(max_tokens=1)))
 
-    assert [Step([TokenEvent(1, (0,))]), Step([TokenEvent(1, finish="length")])] == [loop.receive(), loop.receive()]
+    first, second = loop.receive(), loop.receive()
+    assert isinstance(first, Step)
+    assert isinstance(second, Step)
+    assert [[TokenEvent(1, (0,))], [TokenEvent(1, finish="length")]] == [first.events, second.events]
     assert 5 == PROGRESS.count - before
+    assert ((4, 2), (1, 0)) == ((len(first.seconds), first.preempted), (len(second.seconds), second.preempted))
+    assert all(each >= 0 for each in first.seconds)
 
 
 def test_a_cancel_is_read_between_two_tokens(loop: Loop):

@@ -186,3 +186,24 @@ def test_what_uvicorn_installs_of_its_own_is_removed() -> None:
     assert 1 == len(lines)
     assert "" == stream.getvalue()
     assert not logging.getLogger("uvicorn.access").hasHandlers()
+
+
+def test_single_loggers_have_levels_of_their_own() -> None:
+    """Those below them too, and both kinds of logger."""
+
+    def act() -> None:
+        structlog.get_logger("app.engine.local").debug("ours")
+        logging.getLogger("app.web").info("too low")
+        logging.getLogger("httpx").info("theirs")
+        logging.getLogger("alembic.runtime").warning("silenced")
+
+    levels = {"app.engine": "DEBUG", "httpx": "INFO", "alembic": "ERROR"}
+    lines = logged(act, level="WARNING", levels=levels)
+
+    assert ["ours", "theirs"] == [json.loads(line)["message"] for line in lines]
+
+
+def test_what_libraries_say_at_debug_can_not_be_asked_for() -> None:
+    """They print statements with their values there, and bodies."""
+    with pytest.raises(ValueError, match="what libraries say there holds prompts"):
+        LoggingConfig(levels={"sqlalchemy.engine": "DEBUG"})

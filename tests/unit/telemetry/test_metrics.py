@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from app.telemetry import Metrics
 from app.telemetry.metrics import MAX_ENDPOINTS, METHODS, STATUSES
+from app.telemetry.model_figures import ModelFigures
 from tests.examples import examples
 
 
@@ -26,21 +27,26 @@ def test_every_method_changes_its_own_series() -> None:
     metrics = Metrics(["m"])
 
     metrics.http_done("POST", "/v1/generate", 200, 0.02)
-    metrics.first_token("m", 0.05)
-    metrics.token_gap("m", 0.01)
-    metrics.generated("m", prompt_tokens=7, completion_tokens=3)
+    model = metrics.model("m")
+    model.first_token(0.05)
+    model.token_gap(0.01)
+    model.step(0.02)
+    model.generated(prompt_tokens=7, completion_tokens=3, cached_tokens=2)
+    model.cache_hit()
+    model.cache_miss()
     metrics.pii("email", "input", 2)
-    metrics.cache_hit()
-    metrics.cache_miss()
-    metrics.rate_limited()
+    metrics.turn_stored()
+    metrics.limit_reached("requests")
+    metrics.limit_reached("quota")
     metrics.auth_failed()
     metrics.watch(
-        requests_running=lambda: 4,
-        requests_waiting=lambda: 5,
+        models=lambda: [
+            ModelFigures(
+                model="m", ready=True, running=4, waiting=5, restarts=2, rows=8, device_bytes=8, worker_bytes=9
+            )
+        ],
         sessions=lambda: 6,
         model_loaded=lambda: 1,
-        engine_restarts=lambda: 2,
-        gpu_memory_bytes=lambda: 8,
     )
     metrics.http_done("GET", "/status", 401, 0.04, "unauthorized")
     scraped = figures(metrics)
@@ -55,15 +61,23 @@ def test_every_method_changes_its_own_series() -> None:
         'prompt_tokens_total{model="m"}': 7,
         'tokens_generated_total{model="m"}': 3,
         'pii_matches_total{direction="input",kind="email"}': 2,
-        "cache_hits_total": 1,
-        "cache_misses_total": 1,
+        'model_step_seconds_count{model="m"}': 1,
+        'cache_hits_total{model="m"}': 1,
+        'cache_misses_total{model="m"}': 1,
+        'limit_refusals_total{limit="requests"}': 1,
+        'limit_refusals_total{limit="quota"}': 1,
+        "session_turns_total": 1,
         "rate_limited_total": 1,
         "auth_failures_total": 1,
         "requests_running": 4,
         "requests_waiting": 5,
         "sessions": 6,
         "model_loaded": 1,
-        "engine_restarts_total": 2,
+        'engine_restarts_total{model="m"}': 2,
+        'kv_rows{model="m"}': 8,
+        'kv_rows_used{model="m"}': 4,
+        'model_ready{model="m"}': 1,
+        'worker_memory_bytes{model="m"}': 9,
         "gpu_memory_usage_bytes": 8,
         "api_requests_total": 2,
         "api_request_duration_seconds": 0.03,
@@ -74,25 +88,23 @@ def test_every_method_changes_its_own_series() -> None:
 
 def test_watched_figures_are_read_at_each_scrape() -> None:
     """They are never stale."""
-    metrics, running = Metrics([]), iter([1, 2])
+    metrics, sessions = Metrics([]), iter([1, 2])
     metrics.watch(
-        requests_running=lambda: next(running),
-        requests_waiting=float,
-        sessions=float,
+        models=lambda: (),
+        sessions=lambda: next(sessions),
         model_loaded=float,
-        engine_restarts=float,
     )
 
-    assert [1, 2] == [figures(metrics)["requests_running"] for _ in range(2)]
+    assert [1, 2] == [figures(metrics)["sessions"] for _ in range(2)]
 
 
 def test_two_applications_do_not_share_their_metrics() -> None:
     """Each has a registry of its own."""
     first, second = Metrics([]), Metrics([])
 
-    first.cache_hit()
+    first.turn_stored()
 
-    assert 0 == figures(second)["cache_hits_total"]
+    assert (1, 0) == (figures(first)["session_turns_total"], figures(second)["session_turns_total"])
 
 
 @given(st.integers(0, 1000), st.text(), st.text())
@@ -113,24 +125,22 @@ def test_no_method_path_or_status_can_make_more_series_than_their_bound(seed: in
 
 @pytest.mark.parametrize("raw_paths", [False, True], ids=["unmatched routes", "raw paths given by mistake"])
 def test_random_requests_do_not_create_series_without_bound(raw_paths: bool) -> None:
-    """10,000 methods, paths and models: a handful of series, or as many templates as there may be."""
+    """10,000 methods, paths and models: one series, or as many templates as there may be."""
     metrics, draw = Metrics(["m"]), random.Random(1)
     metrics.http_done("GET", "/health", 200, 0.001)
-    metrics.generated("m", 1, 1)
+    metrics.model("other").generated(1, 1)
     before = len(figures(metrics))
 
     for _ in range(10_000):
         word = "".join(draw.choices(string.ascii_letters, k=8))
         metrics.http_done(word, f"/{word}" if raw_paths else None, 404, 0.001)
-        metrics.generated(word, 1, 1)
-        metrics.first_token(word, 0.1)
-        metrics.token_gap(word, 0.1)
+        metrics.model(word).generated(1, 1)
+        metrics.model(word).first_token(0.1)
+        metrics.model(word).token_gap(0.1)
     scraped = figures(metrics)
-    requests = [name for name in scraped if name.startswith("http_requests_total")]
 
-    assert len(requests) <= 2
-    assert raw_paths or len(scraped) - before < 120
-    assert 10_000 == scraped['tokens_generated_total{model="OTHER"}']
+    assert 1 == len(scraped) - before
+    assert 10_001 == scraped['tokens_generated_total{model="OTHER"}']
 
 
 def test_a_scrape_has_the_content_type_of_prometheus() -> None:

@@ -155,6 +155,6 @@ def test_settings_are_not_read_from_the_working_directory(tmp_path, monkeypatch)
     (tmp_path / ".env").write_text("RATELIMIT_ENABLED=false\nSECURITY__API_KEY=canary-in-the-file\n")
     monkeypatch.chdir(tmp_path)
 
-    limits = FailedKeyLimiter(20, on_refusal=lambda: None)
+    limits = FailedKeyLimiter(20, on_refusal=lambda limit: None)
 
     assert {} == limits.limiter.app_config.file_values

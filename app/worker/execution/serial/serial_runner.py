@@ -56,6 +56,7 @@ class SerialRunner:
     name = "serial"
     slots = 1
     compiled = None
+    preemptions = 0
 
     def __init__(self, loaded: LoadedModel) -> None:
         self._model = loaded
