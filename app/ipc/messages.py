@@ -12,7 +12,7 @@ import msgspec
 from app.embeddings import EmbeddingInfo
 from app.types import SamplingParams, TokenLogprob
 
-Compiled = Literal["attention", "layers"]
+Compiled = Literal["attention", "graphs", "layers"]
 Compile = Literal["auto", "none", "layers"]
 
 
