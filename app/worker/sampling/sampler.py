@@ -117,9 +117,7 @@ class SequenceSampler:
 
         A completion whose grammar allows nothing but its end may end.
         """
-        must_end = self.grammar is not None and self.grammar.must_end
-        early = self._sampled_tokens < self.params.min_tokens and not must_end
-        ends = self.end_ids if early else self.end_ids[:0]
+        ends = self.end_ids if self._is_early else self.end_ids[:0]
         return ends if self._rules is None else torch.cat([ends, _ids(self._rules.masked(), self._device)])
 
     @property
@@ -139,8 +137,15 @@ class SequenceSampler:
             or self._rules is not None
             or len(self._bias) > 0
             or self.grammar is not None
-            or self.masked_ids.numel() > 0
+            or self._is_early
         )
+
+    @property
+    def _is_early(self) -> bool:
+        """Whether the completion may not end yet: before `min_tokens`, unless its grammar allows nothing else."""
+        if self._sampled_tokens >= self.params.min_tokens:
+            return False
+        return len(self.end_ids) > 0 and not (self.grammar is not None and self.grammar.must_end)
 
     def accept(self, token: int, *, ends: bool = False) -> None:
         """Record that this token was appended; one that ends the completion is no part of its grammar."""

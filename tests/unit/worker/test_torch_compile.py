@@ -153,7 +153,7 @@ def test_layers_are_not_left_uncompiled_in_silence(folder: Path, monkeypatch: py
     def refuse(*model: Any, **sizes: Any) -> ModelRunner:
         raise UnsupportedModelError("it is strange")
 
-    monkeypatch.setattr(process, "kv_cache_bytes", lambda device: 10**9)
+    monkeypatch.setattr(process, "kv_cache_bytes", lambda device, *, step_bytes: 10**9)
     monkeypatch.setattr(process, "create_torch_runner", refuse)
 
     with pytest.raises(LoadError, match="layers needs batching"):

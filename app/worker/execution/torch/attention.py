@@ -147,24 +147,28 @@ def _decode_groups(decodes: Sequence[Segment], positions: Tensor) -> list[Decode
 
     Dynamic programming over the last group's first token.
     """
+    lengths = [segment.end for segment in decodes]
+    # The first of the tokens up to the last whose slots have no gap between them.
+    neighbours = 0
     costs, cuts = [0], [0]
-    for end in range(1, len(decodes) + 1):
-        longest, best, cut = 0, None, end - 1
-        for begin in range(end - 1, -1, -1):
-            if begin < end - 1 and decodes[begin].slot + 1 != decodes[begin + 1].slot:
-                break
-            longest = max(longest, decodes[begin].end)
-            cost = costs[begin] + CALL_COST + (end - begin) * longest
-            if best is None or cost < best:
+    for last, length in enumerate(lengths):
+        if last and decodes[last - 1].slot + 1 != decodes[last].slot:
+            neighbours = last
+        longest, best, cut = length, costs[last] + length, last
+        for begin in range(last - 1, neighbours - 1, -1):
+            if lengths[begin] > longest:
+                longest = lengths[begin]
+            cost = costs[begin] + (last + 1 - begin) * longest
+            if cost < best:
                 best, cut = cost, begin
-        costs.append(best or 0)
+        costs.append(best + CALL_COST)
         cuts.append(cut)
     groups: list[DecodeGroup] = []
     end = len(decodes)
     while end:
         begin = cuts[end]
         slots = slice(decodes[begin].slot, decodes[end - 1].slot + 1)
-        ends = tuple(segment.end for segment in decodes[begin:end])
+        ends = tuple(lengths[begin:end])
         groups.append(DecodeGroup(slice(begin, end), slots, ends, positions[begin:end]))
         end = begin
     return groups
