@@ -14,7 +14,7 @@ from app.ipc.messages import Compile
 from app.worker.execution import private_api
 from app.worker.execution.base import ExecutorUnavailableError, OptionalExecutor
 from app.worker.execution.graphs.cuda_graphs import CudaGraphs
-from app.worker.execution.graphs.graph_executor import GraphExecutor
+from app.worker.execution.graphs.graph_executor import GraphExecutor, Record
 from app.worker.execution.model_runner import ModelRunner
 from app.worker.execution.native.native_executors import (
     NativeAttentionExecutor,
@@ -48,7 +48,7 @@ def select_executor(runner: ModelRunner, setting: Compile, *, keep_layers: bool 
     if setting == "layers":
         _required(lambda: _install_compiled_layers(runner))
     if setting != "none" and runner.model.device.type == "cuda":
-        _optional("decoding is", lambda: _install_graphs(runner))
+        _optional("decoding is", lambda: install_graphs(runner, CudaGraphs().record))
 
 
 def _install_compiled_layers(runner: ModelRunner) -> None:
@@ -59,13 +59,17 @@ def _install_compiled_layers(runner: ModelRunner) -> None:
     install_verified(runner, executor, COMPILED_TOLERANCE.get(runner.model.dtype, 0))
 
 
-def _install_graphs(runner: ModelRunner) -> None:
+def install_graphs(runner: ModelRunner, record: Record) -> None:
+    """Let a runner decode in recorded passes.
+
+    Raises: ExecutorUnavailableError: their logits differ, or there is no memory for them.  Whatever `record` raises.
+    """
     tolerance = GRAPH_TOLERANCE.get(runner.model.dtype, 0)
     weight_bytes = sum(weight.numel() * weight.element_size() for weight in runner.model.parameters())
     executor = GraphExecutor(
         runner.executor,
         runner.cache,
-        CudaGraphs().record,
+        record,
         lambda found, expected: runner.verify_logits(found, expected, tolerance),
         # A pass reads all weights once.
         pass_keys=weight_bytes // max(1, runner.cache.bytes_per_token),
