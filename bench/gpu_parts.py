@@ -227,17 +227,17 @@ def answers(
     """Let requests that come at once be answered, twice, and return the faster round's figures."""
     rounds = []
     for number in range(2):
-        began, first, made = time.perf_counter(), dict[int, float](), 0
+        began, first, tokens = time.perf_counter(), dict[int, float](), 0
         for row in range(rows):
             driven.submit(words(f"{number}/{row}/{prompt}", prompt), max_tokens=new or bench.new)
         while driven.runner.busy:
             for event in driven.step():
-                made += len(event.token_ids)
+                tokens += len(event.token_ids)
                 if event.token_ids:
                     first.setdefault(event.id, time.perf_counter() - began)
         wall = time.perf_counter() - began
         rounds.append(
-            {"tokens_s": round(made / wall, 1), "wall_s": round(wall, 4), "first_s": round(max(first.values()), 4)}
+            {"tokens_s": round(tokens / wall, 1), "wall_s": round(wall, 4), "first_s": round(max(first.values()), 4)}
         )
     return min(rounds, key=lambda each: each["wall_s"])
 
@@ -295,20 +295,19 @@ def measure_equality(bench: Bench) -> None:
         whole = model.generate(ids, max_new_tokens=bench.new, do_sample=False, pad_token_id=0)
         expected.append(whole[0, len(prompt) :].tolist())
     driven = Driven(bench, model, "auto")
-    made: dict[int, list[int]] = {}
-    for several in ([prompt] for prompt in prompts), [prompts]:
-        for together in several:
-            made |= {driven.submit(prompt, max_tokens=bench.new): [] for prompt in together}
-            while driven.runner.busy:
-                for event in driven.step():
-                    made[event.id] += event.token_ids
-    found, count = list(made.values()), len(prompts)
-    alone, batched = found[:count], found[count:]
+    generated: dict[int, list[int]] = {}
+    for batch in (*([prompt] for prompt in prompts), prompts):
+        generated |= {driven.submit(prompt, max_tokens=bench.new): [] for prompt in batch}
+        while driven.runner.busy:
+            for event in driven.step():
+                generated[event.id] += event.token_ids
+    found, count = list(generated.values()), len(prompts)
+    single, batched = found[:count], found[count:]
     bench.note(
         "equality",
         compiled=driven.runner.compiled,
         prompts=count,
-        alone=sum(one == other for one, other in zip(alone, expected, strict=True)),
+        single=sum(one == other for one, other in zip(single, expected, strict=True)),
         batched=sum(one == other for one, other in zip(batched, expected, strict=True)),
     )
 

@@ -95,8 +95,8 @@ class ModelConfig(ModelHosting):
     """Operators compiled for this machine when the model is loaded.  On a CPU, with a C++ compiler (two seconds at the
     first start): auto compiles all layers of model families with a native decoder, linear layers and attention of
     others, and nothing without a compiler; layers refuses a model without a native decoder.  In bfloat16 on a processor
-    with AMX, auto leaves linear layers to oneDNN.  On a CUDA GPU, auto captures decoding as CUDA
-    graphs if it can, and layers compiles with torch.compile besides (a slower start)."""
+    with AMX, auto leaves linear layers to oneDNN.  On a CUDA GPU, auto captures decoding as CUDA graphs if it can, and
+    layers compiles with torch.compile besides (a slower start)."""
     revision: str | None = None
     """Commit or tag of the model on the hub."""
     engine: EngineName = "auto"

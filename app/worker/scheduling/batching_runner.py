@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 MIN_DECODE_WIDTH = 3
 """Decode tokens that a step may hold however many tenants there are; so few take little longer than one."""
-MIN_PREFILL_PIECE = 16
+MIN_MEMORY_CHUNK = 16
 """Tokens of a prompt that there must be memory for; more are computed in halves."""
 
 
@@ -277,7 +277,7 @@ class BatchingRunner:
         if len(tokens) > 1:
             middle = len(tokens) // 2
             parts = [tokens[:middle], tokens[middle:]]
-        elif no_memory and tokens[0].count > MIN_PREFILL_PIECE:
+        elif no_memory and tokens[0].count > MIN_MEMORY_CHUNK:
             parts = [[replace(tokens[0], count=tokens[0].count // 2, draft=())]]
         else:
             return [self._fail(tokens[0].sequence.request_id, SamplingFailure(failure_reason(error)))]

@@ -21,7 +21,7 @@ def test_every_part_runs_dry(part: str, what: str, tmp_path: Path, monkeypatch: 
     assert [] == [line for line in found if line["what"] == "failed"]
     assert what in {line["what"] for line in found}
     assert {"graphs"} == {line["compiled"] for line in found if "compiled" in line} or part == "memory"
-    assert all(line["alone"] == line["prompts"] == line["batched"] for line in found if line["what"] == "equality")
+    assert all(line["single"] == line["prompts"] == line["batched"] for line in found if line["what"] == "equality")
 
 
 def test_the_table_has_steps_beside_answers() -> None:

@@ -148,10 +148,10 @@ class GraphExecutor:
         for shorter in sorted(set(keys.values()), reverse=True)[1:]:
             longer = [index for index in left if keys[index] > shorter]
             others = [index for index in left if keys[index] <= shorter]
-            together, *apart = (
+            one_pass, *passes = (
                 _at_least(self._rows, len(part)) * max(keys[index] for index in part) for part in (left, longer, others)
             )
-            if together > sum(apart) + self._pass_keys:
+            if one_pass > sum(passes) + self._pass_keys:
                 groups.append(longer)
                 left = others
         return [*groups, left]
