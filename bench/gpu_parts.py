@@ -96,7 +96,8 @@ class Bench:
         torch.set_default_dtype(dtype)
         try:
             with torch.device(self.device):
-                return LlamaForCausalLM(config).eval()
+                model: Any = LlamaForCausalLM(config)
+                return model.eval()
         finally:
             torch.set_default_dtype(before)
 
@@ -168,7 +169,7 @@ class Driven:
 
 def words(seed: str, count: int = PROMPT) -> list[int]:
     """Return a prompt."""
-    return token_ids(random.Random(seed), count)
+    return list(token_ids(random.Random(seed), count))
 
 
 def median_ms(call: Callable[[], object], times: int) -> float:
@@ -189,7 +190,8 @@ def busy_ms(bench: Bench, call: Callable[[], object], times: int = 6) -> float |
         for _ in range(times):
             call()
         bench.synchronize()
-    return round(sum(each.self_device_time_total for each in found.key_averages()) / 1000 / times, 3)
+    kernels: float = sum(each.self_device_time_total for each in found.key_averages())
+    return round(kernels / 1000 / times, 3)
 
 
 def measure_steps(bench: Bench, setting: Compile) -> None:

@@ -255,10 +255,11 @@ class BatchingRunner:
         scored = sum(len(each.scored) for each in planned.tokens)
         try:
             events = self._forward_and_sample(planned.tokens)
-        except torch.AcceleratorError:
-            raise
         except Exception as error:
-            if is_out_of_memory(error):
+            no_memory = is_out_of_memory(error)
+            if isinstance(error, torch.AcceleratorError) and not no_memory:
+                raise
+            if no_memory:
                 log.warning("there is no memory for a step of %d requests and %d tokens", len(planned.tokens), tokens)
             else:
                 log.exception("a step of %d requests failed", len(planned.tokens))

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from transformers import AutoModelForCausalLM
 
-from app.ipc.messages import Compile, Submit, TokenEvent
+from app.ipc.messages import Compile, Compiled, Submit, TokenEvent
 from app.types import BACKGROUND_PRIORITY, SamplingParams
-from app.worker.execution.base import UnsupportedModelError
+from app.worker.execution.base import Executor, UnsupportedModelError
 from app.worker.execution.executor_selection import select_executor
 from app.worker.execution.model_runner import ModelRunner
 from app.worker.execution.packed_batch import PackedBatch, Segment
@@ -357,9 +357,10 @@ def test_a_step_that_fails_ends_only_what_fails_alone(llama: Any, monkeypatch: p
 class Scarce:
     """An executor with memory for few tokens at once."""
 
-    compiled = None
+    compiled: Compiled | None = None
 
-    def __init__(self, inner: Any, tokens: int, error: Exception) -> None:
+    def __init__(self, inner: Executor, tokens: int, error: Exception) -> None:
+        self.forget_adapter = inner.forget_adapter
         self._inner = inner
         self._tokens = tokens
         self._error = error
@@ -367,17 +368,17 @@ class Scarce:
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         if batch.size > self._tokens:
             raise self._error
-        logits: torch.Tensor = self._inner.forward(batch)
-        return logits
+        return self._inner.forward(batch)
 
 
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    torch.AcceleratorError("CUDA error: out of memory"),
 ]
 
 
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["torch", "a library"])
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["torch", "a library", "the driver"])
 def test_a_step_that_there_is_no_memory_for_is_computed_in_smaller_ones(llama: Any, error: Exception):
     """Prompts in pieces, and fewer sequences at once; nobody's completion changes."""
     expected = [complete(runner_for(llama), prompt) for prompt in PROMPTS]

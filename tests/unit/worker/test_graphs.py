@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from app.ipc.messages import TokenEvent
 from app.worker.execution import executor_selection
 from app.worker.execution.base import ExecutorUnavailableError
 from app.worker.execution.executor_selection import install_verified, select_executor
@@ -61,7 +62,7 @@ def test_greedy_completions_are_those_of_generate(family: str) -> None:
     model = make(FAMILIES[family])
     expected = [generate(model, prompt) for prompt in PROMPTS]
     model_runner = with_graphs(torch_runner(model, slots=3, length=CONTEXT))
-    runner, events = BatchingRunner(loaded(model), model_runner), []
+    runner, events = BatchingRunner(loaded(model), model_runner), list[TokenEvent]()
 
     for number, prompt in enumerate(PROMPTS):
         submit(runner, prompt, number)
@@ -115,7 +116,11 @@ def test_short_sequences_do_not_read_as_many_keys_as_a_long_one(pass_keys: int, 
     computed: list[Pass] = []
 
     def record(compute: Pass) -> Pass:
-        return lambda: (computed.append(compute), compute())[1]
+        def counted() -> None:
+            computed.append(compute)
+            compute()
+
+        return counted
 
     _, graphs = runners("llama", record=record, pass_keys=pass_keys)
     computed.clear()
