@@ -27,7 +27,7 @@ from app.worker.execution.torch.torch_executor import create_torch_runner
 from app.worker.loaded_model import LoadedModel
 from app.worker.loading.kv_memory import kv_cache_bytes, trial_step_bytes
 from app.worker.scheduling.batching_runner import BatchingRunner
-from app.worker.scheduling.step_time import AcceleratorStepTime
+from app.worker.scheduling.step_time import GpuStepTime
 from bench.model import Shape
 from bench.static_batch import generate as static_generate
 from bench.words import VOCABULARY, token_ids
@@ -107,7 +107,7 @@ class Driven:
 
     def __init__(self, bench: Bench, model: Any, setting: Compile) -> None:
         slots = bench.sizes[-1]
-        step = trial_step_bytes(model, min(CONTEXT, AcceleratorStepTime.MAX_PREFILL_TOKENS))
+        step = trial_step_bytes(model, min(CONTEXT, GpuStepTime.MAX_PREFILL_TOKENS))
         free = min(kv_cache_bytes(bench.device, step_bytes=step), 10**9 if bench.dry else 1 << 62)
         model_runner = create_torch_runner(model, length=CONTEXT, slots=slots, free_bytes=free)
         if bench.dry and setting == "auto":

@@ -59,7 +59,7 @@ from app.worker.loading.loader import load
 from app.worker.loading.model_files import LoadError
 from app.worker.ready import DescribedRunner, encoder_ready, model_ready
 from app.worker.scheduling.batching_runner import BatchingRunner
-from app.worker.scheduling.step_time import AcceleratorStepTime
+from app.worker.scheduling.step_time import GpuStepTime
 
 log = logging.getLogger(__name__)
 
@@ -277,7 +277,7 @@ def make_runner(loaded: LoadedModel, spec: ModelSpec) -> Runner:
         raise LoadError("model.compile: layers leaves no hidden states to read, and model.embeddings needs them")
     if spec.engine == "serial":
         return _serial_runner(loaded, spec)
-    step_tokens = min(loaded.context_length, AcceleratorStepTime.MAX_PREFILL_TOKENS)
+    step_tokens = min(loaded.context_length, GpuStepTime.MAX_PREFILL_TOKENS)
     free = kv_cache_bytes(loaded.device, step_bytes=trial_step_bytes(loaded.pipeline.model, step_tokens))
     try:
         model_runner = create_torch_runner(

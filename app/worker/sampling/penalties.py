@@ -47,8 +47,8 @@ def _to_tensor(numbers: "array[int]") -> Tensor:
 
 def apply_logit_bias(logits: Tensor, ids: Sequence[Tensor], bias: Sequence[Tensor]) -> None:
     """Add each row's float32 `bias` to the logits of its tokens, which are distinct."""
-    rows, tokens = _coordinates(ids, logits.device)
-    if len(rows):
+    if any(map(len, ids)):
+        rows, tokens = _coordinates(ids, logits.device)
         logits[rows, tokens] += torch.cat(list(bias)).to(logits.device, non_blocking=True)
 
 
@@ -60,9 +60,9 @@ def apply_repetition_penalty(logits: Tensor, seen_sets: Sequence[Sequence[Tensor
         penalties: one for each row.
     Source: Keskar et al. 2019, arXiv:1909.05858, section 4.1; negative logits as transformers does it.
     """
-    coordinates = [_coordinates(ids, logits.device) for ids in seen_sets]
-    rows, tokens = (torch.cat(each) for each in zip(*coordinates, strict=True))
-    if len(rows):
+    coordinates = [_coordinates(ids, logits.device) for ids in seen_sets if any(map(len, ids))]
+    if coordinates:
+        rows, tokens = (torch.cat(each) for each in zip(*coordinates, strict=True))
         penalty = to_device(penalties, torch.float32, logits.device)[rows]
         # All logits are read before one is written: that is why a token may be there twice.
         seen = logits[rows, tokens]
@@ -73,8 +73,9 @@ def apply_presence_and_frequency(
     logits: Tensor, sampled: Sequence[TokenCounts | None], penalties: Sequence[tuple[float, float]]
 ) -> None:
     """Subtract presence + count * frequency from each sampled token's logit; `penalties` has that pair for each row."""
-    rows, tokens = _coordinates([NO_TOKENS if each is None else each.tokens() for each in sampled], logits.device)
-    if len(rows):
+    ids = [NO_TOKENS if each is None else each.tokens() for each in sampled]
+    if any(map(len, ids)):
+        rows, tokens = _coordinates(ids, logits.device)
         counts = torch.cat([each.counts() for each in sampled if each is not None]).to(logits.device, non_blocking=True)
         presence, frequency = to_device(penalties, torch.float32, logits.device)[rows].unbind(dim=1)
         logits[rows, tokens] -= presence + counts * frequency
@@ -82,8 +83,8 @@ def apply_presence_and_frequency(
 
 def mask_tokens(logits: Tensor, ids: Sequence[Tensor]) -> None:
     """Set the logits of each row's tokens to -inf."""
-    rows, tokens = _coordinates(ids, logits.device)
-    if len(rows):
+    if any(map(len, ids)):
+        rows, tokens = _coordinates(ids, logits.device)
         logits[rows, tokens] = -torch.inf
 
 

@@ -248,20 +248,25 @@ def _result(token: int) -> Sampled | SamplingFailure | None:
 
 
 def logprob_report(logits: Tensor, tokens: Tensor, with_top: bool) -> Tensor:
-    """Return (rows, 1 + 2 * n) float64: the token's log-probability, the n highest ones, and their tokens."""
+    """Return (rows, 1 + 2 * n) float64: the token's log-probability, the n highest ones, and their tokens.
+
+    Of equals the lowest token comes first.
+    """
     logprobs = logits.float().log_softmax(dim=-1)
     own = logprobs.gather(1, tokens.clamp_min(0)[:, None])
     # A fixed number for any request: among equals at the edge, the number decides which ones are found.
     top = logprobs.topk(min(REPORTED_TOKENS, logprobs.shape[1]) if with_top else 0)
-    return torch.cat([own.double(), top.values.double(), top.indices.double()], dim=1)
+    tokens, order = top.indices.sort(dim=1)
+    values, order = top.values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return torch.cat([own.double(), values.double(), tokens.gather(1, order).double()], dim=1)
 
 
 def token_logprob(token: int, report: Sequence[float], count: int) -> TokenLogprob:
     """Return a row of `logprob_report` as the record of a token.  Args: count: how many of the most likely it lists."""
     top_count = len(report) // 2
-    pairs = zip(map(int, report[1 + top_count :]), report[1 : 1 + top_count], strict=True)
-    top = sorted((pair for pair in pairs if pair[1] > -torch.inf), key=lambda pair: (-pair[1], pair[0]))
-    return TokenLogprob(token, report[0], tuple(top[:count]))
+    values, tokens = report[1 : 1 + min(count, top_count)], report[1 + top_count :]
+    top = tuple((int(each), value) for value, each in zip(values, tokens, strict=False) if value > -torch.inf)
+    return TokenLogprob(token, report[0], top)
 
 
 def _choose(logits: Tensor, samplers: Sequence[SequenceSampler], width: int) -> Tensor:

@@ -37,7 +37,7 @@ from app.worker.scheduling.schedule import (
 )
 from app.worker.scheduling.scheduler import Scheduler
 from app.worker.scheduling.speculation import MIN_DRAFT, STEP_DRAFTS, NgramDrafter
-from app.worker.scheduling.step_time import AcceleratorStepTime, PrefillBudget, StepTimeModel
+from app.worker.scheduling.step_time import GpuStepTime, PrefillBudget, StepTimeModel
 from app.worker.validation import check_request, end_ids, failure_reason, is_out_of_memory
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class BatchingRunner:
         self._model_runner = model_runner
         blocks = model_runner.cache.add_prefix_cache(prefix_cache_bytes if prefix_reuse else 0, BLOCK_TOKENS)
         self._scheduler = Scheduler(self.slots, prefix_reuse=prefix_reuse, prefix_blocks=blocks)
-        self._step_time: PrefillBudget = StepTimeModel() if loaded.device == "cpu" else AcceleratorStepTime()
+        self._step_time: PrefillBudget = GpuStepTime() if loaded.device == "cuda" else StepTimeModel()
         self._max_scored = max_scored_tokens(model_runner.vocab_size, loaded.device)
         self._decode_width = MIN_DECODE_WIDTH if loaded.device == "cpu" else max(MIN_DECODE_WIDTH, self.slots // 2)
         self._speculation = speculation

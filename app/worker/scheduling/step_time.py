@@ -5,6 +5,9 @@ Pure: no torch and no clock; the runner measures.
 
 from typing import Protocol
 
+MIN_SECONDS = 1e-6
+"""Of a step, as far as division goes."""
+
 
 class PrefillBudget(Protocol):
     """Learns from steps how many prompt tokens the next one should hold."""
@@ -116,7 +119,7 @@ class StepTimeModel:
             self._fit.add(tokens, seconds)
 
 
-class AcceleratorStepTime:
+class GpuStepTime:
     """The model of a GPU, where a chunk of a prompt costs a time of its own, however few tokens it has.
 
     Launching its kernels takes so long, or reading the weights once more.  So a chunk beside decoding sequences is at
@@ -127,6 +130,8 @@ class AcceleratorStepTime:
     MIN_PREFILL_TOKENS = 64
     INITIAL_PREFILL_TOKENS = 512
     """The budget while nothing has been measured."""
+    MAX_SECONDS = 1.0
+    """No chunk should take longer, on the slowest GPU."""
 
     scored_token_cost = 1.0
     """Logits are one more product among hundreds."""
@@ -139,17 +144,17 @@ class AcceleratorStepTime:
     def prefill_token_budget(self, decodes: int, waiting_prompts: int = 0) -> int:
         """Return so many tokens as make a step four fifths longer, more where several prompts wait, or as many as take
         the time that a chunk costs by itself; all that a step may hold where more tokens take no longer."""
-        if not decodes:
-            return self.MAX_PREFILL_TOKENS
         if not self._prefill.steps:
             return self.INITIAL_PREFILL_TOKENS
+        mean_seconds = max(self._prefill.mean_seconds, MIN_SECONDS)
+        most = min(self.MAX_PREFILL_TOKENS, int(self.MAX_SECONDS * self._prefill.mean_tokens / mean_seconds))
         per_token, fixed = self._prefill.per_token, max(0.0, self._prefill.seconds(0))
-        if per_token is None:
-            return self.MAX_PREFILL_TOKENS
+        if not decodes or per_token is None:
+            return max(most, self.MIN_PREFILL_TOKENS)
         factor = min(max(1, waiting_prompts), StepTimeModel.MAX_WAITING_FACTOR)
         bearable = factor * StepTimeModel.MAX_SLOWDOWN * self._decode.seconds(decodes)
         budget = int(max(bearable - fixed, fixed) / per_token)
-        return min(max(budget, self.MIN_PREFILL_TOKENS), self.MAX_PREFILL_TOKENS)
+        return max(min(budget, most), self.MIN_PREFILL_TOKENS)
 
     def observe(self, tokens: int, seconds: float, *, prefill: int = 0, scored: int = 0) -> None:
         """Add a step to the fit of steps without prompts, or what it takes beyond those to that of prompts."""

@@ -100,18 +100,19 @@ class GraphExecutor:
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Compute a batch and return the logits of the wanted tokens, (wanted, vocab)."""
-        parts = [
-            [index for index, segment in enumerate(batch.segments) if not _is_plain_decode(segment)],
-            *self._groups([index for index, segment in enumerate(batch.segments) if _is_plain_decode(segment)], batch),
-        ]
-        ordered = [part for part in parts if part]
-        if len(ordered) == 1:
-            return self._inner.forward(batch) if parts[0] else self._decode(batch)
+        others, plain = list[int](), list[int]()
+        for index, segment in enumerate(batch.segments):
+            (plain if len(segment.token_ids) == 1 and segment.adapter is None else others).append(index)
+        groups = self._groups(plain, batch) if plain else []
+        if not groups:
+            return self._inner.forward(batch)
+        if not others and len(groups) == 1:
+            return self._decode(batch)
         logits = []
-        for part in ordered:
+        for part in [others, *groups] if others else groups:
             own = self._cache.pack([batch.segments[index] for index in part], [batch.wanted[index] for index in part])
-            logits.append(self._inner.forward(own) if part is parts[0] else self._decode(own))
-        return _in_order(torch.cat(logits), [index for part in ordered for index in part], batch.wanted)
+            logits.append(self._inner.forward(own) if part is others else self._decode(own))
+        return _in_order(torch.cat(logits), [*others, *(index for group in groups for index in group)], batch.wanted)
 
     def forget_adapter(self, adapter: LoraAdapter) -> None:
         """Let go of an adapter's weights."""
@@ -179,10 +180,6 @@ class GraphExecutor:
                 worst = float(((found - expected).norm(dim=1) / expected.norm(dim=1)).max())
                 if not worst <= MAX_ROW_ERROR:
                     raise ExecutorUnavailableError(f"its logits of one row differ by {worst:.0%}")
-
-
-def _is_plain_decode(segment: Segment) -> bool:
-    return len(segment.token_ids) == 1 and segment.adapter is None
 
 
 def _in_order(logits: Tensor, order: Sequence[int], wanted: Sequence[int]) -> Tensor:
