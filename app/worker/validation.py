@@ -8,7 +8,7 @@ from app.ipc.messages import Submit
 from app.types import SamplingParams
 from app.worker.loaded_model import LoadedModel
 
-NO_MEMORY = ("out of memory", "ALLOC_FAILED")
+NO_MEMORY = ("out of memory", "ALLOC_FAILED", "allocate memory")
 
 
 def check_request(request: Submit, model: LoadedModel, adapters: Container[str] = ()) -> None:

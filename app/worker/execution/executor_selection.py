@@ -29,9 +29,7 @@ log = logging.getLogger(__name__)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """How far native logits may be from torch's in any case, as a share of their norm; more where rounding explains it."""
 COMPILED_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""The same for logits of layers that torch has compiled."""
-GRAPH_TOLERANCE = COMPILED_TOLERANCE
-"""The same for logits of recorded passes, whose sums are those of other shapes."""
+"""The same for logits of layers that torch has compiled, and of recorded passes."""
 
 
 def select_executor(runner: ModelRunner, setting: Compile, *, keep_layers: bool = False) -> None:
@@ -64,7 +62,7 @@ def install_graphs(runner: ModelRunner, record: Record) -> None:
 
     Raises: ExecutorUnavailableError: their logits differ, or there is no memory for them.  Whatever `record` raises.
     """
-    tolerance = GRAPH_TOLERANCE.get(runner.model.dtype, 0)
+    tolerance = COMPILED_TOLERANCE.get(runner.model.dtype, 0)
     weight_bytes = sum(weight.numel() * weight.element_size() for weight in runner.model.parameters())
     executor = GraphExecutor(
         runner.executor,

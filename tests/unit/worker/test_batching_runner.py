@@ -375,10 +375,11 @@ OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     torch.AcceleratorError("CUDA error: out of memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
 ]
 
 
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["torch", "a library", "the driver"])
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["torch", "a library", "the driver", "the host"])
 def test_a_step_that_there_is_no_memory_for_is_computed_in_smaller_ones(llama: Any, error: Exception):
     """Prompts in pieces, and fewer sequences at once; nobody's completion changes."""
     expected = [complete(runner_for(llama), prompt) for prompt in PROMPTS]

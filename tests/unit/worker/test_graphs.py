@@ -197,14 +197,61 @@ def test_without_cuda_graphs_decoding_is_left_to_torch(caplog: pytest.LogCapture
     assert torch.equal(before, runner.reference_logits())
 
 
-def test_none_records_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> ModelRunner:
+    """A runner whose model says that it is on a GPU, where whatever is asked of the driver goes well."""
+    for name in ("graph_pool_handle", "Stream", "synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
     runner = torch_runner(make(FAMILIES["llama"]), slots=2, length=CONTEXT)
     runner.model.__class__ = type("OnGpu", (type(runner.model),), {"device": torch.device("cuda")})
+    return runner
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing"),
+    ],
+    ids=["no memory", "not allowed in a graph"],
+)
+def test_a_pass_that_cannot_be_captured_leaves_decoding_to_torch(
+    error: Exception, on_a_gpu: ModelRunner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As long as the device answers: a forbidden call ends the capture, and nothing else."""
+
+    def refuse(self: CudaGraphs, compute: Pass) -> None:
+        raise error
+
+    before = on_a_gpu.reference_logits()
+    monkeypatch.setattr(CudaGraphs, "_capture", refuse)
+
+    with caplog.at_level(logging.WARNING, executor_selection.__name__):
+        select_executor(on_a_gpu, "auto")
+
+    assert f"decoding is left to torch: a pass cannot be captured: {type(error).__name__}: {error}" in caplog.text
+    assert torch.equal(before, on_a_gpu.reference_logits())
+
+
+def test_a_device_that_is_lost_while_capturing_ends_the_load(
+    on_a_gpu: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(*args: Any) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(CudaGraphs, "_capture", lose)
+    monkeypatch.setattr(torch.cuda, "synchronize", lose)
+
+    with pytest.raises(torch.AcceleratorError):
+        select_executor(on_a_gpu, "auto")
+
+
+def test_none_records_nothing(on_a_gpu: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executor_selection, "CudaGraphs", None)
 
-    select_executor(runner, "none")
+    select_executor(on_a_gpu, "none")
 
-    assert runner.compiled is None
+    assert on_a_gpu.compiled is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="it needs a GPU")
