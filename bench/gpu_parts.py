@@ -23,6 +23,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig
 from app.ipc.messages import Compile, Submit, TokenEvent
 from app.types import SamplingParams
 from app.worker.execution.executor_selection import install_graphs, select_executor
+from app.worker.execution.private_api import attention_implementation
 from app.worker.execution.torch.torch_executor import create_torch_runner
 from app.worker.loaded_model import LoadedModel
 from app.worker.loading.kv_memory import kv_cache_bytes, trial_step_bytes
@@ -211,10 +212,11 @@ def measure_steps(bench: Bench, setting: Compile) -> None:
     with bench.attempt("long prompt"):
         first = [answers(bench, driven, 1, prompt=bench.long_prompt + number, new=1)["wall_s"] for number in range(3)]
         ids = torch.tensor([words("one", bench.long_prompt)], device=bench.device)
+        before = attention_implementation(model)
         model.set_attn_implementation("sdpa")
         with torch.inference_mode():
             one = median_ms(lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1).logits.argmax().item(), 3)
-        model.set_attn_implementation("kv cache slots")
+        model.set_attn_implementation(before)
         bench.note("long prompt", tokens=bench.long_prompt, ms=round(1000 * min(first), 1), one_pass_ms=one)
     for name, params in SETTINGS.items():
         with bench.attempt(name):
