@@ -1,5 +1,8 @@
 """Attention of one token in each of some slots, in operators whose shapes do not depend on the tokens' positions."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -20,8 +23,11 @@ class DecodeAttention:
         self._whole = whole
         self._masks: dict[int | None, Tensor] = {}
 
-    def begin(self) -> None:
-        """Forget the masks of the last pass."""
+    @contextmanager
+    def one_pass(self) -> Iterator[None]:
+        """Keep the masks of the pass within for all of its layers, and no longer: graphs share their memory."""
+        self._masks.clear()
+        yield
         self._masks.clear()
 
     def write(self, states: Tensor, storage: Tensor, batch: PackedBatch) -> None:

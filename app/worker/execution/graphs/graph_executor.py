@@ -122,8 +122,7 @@ class GraphExecutor:
         attention = DecodeAttention(keys, whole=COPY_COST * batch.size >= self._cache.slots)
 
         def compute() -> None:
-            attention.begin()
-            with self._cache.reading(batch, attention):
+            with self._cache.reading(batch, attention), attention.one_pass():
                 self._logits[: batch.size].copy_(self._inner.forward(batch))
 
         return compute
