@@ -126,8 +126,8 @@ class ModelConfig(ModelHosting):
     """Operators compiled for this machine when the model is loaded.  On a CPU, with a C++ compiler (two seconds at the
     first start): auto compiles all layers of model families with a native decoder, linear layers and attention of
     others, and nothing without a compiler; layers refuses a model without a native decoder.  In bfloat16 on a processor
-    with AMX, auto leaves linear layers to oneDNN.  On a GPU, layers compiles with torch.compile (a slower start); auto
-    compiles nothing."""
+    with AMX, auto leaves linear layers to oneDNN.  On a CUDA GPU, auto captures decoding as CUDA graphs if it can, and
+    layers compiles with torch.compile besides (a slower start)."""
     revision: str | None = None
     """Commit or tag of the model on the hub."""
     engine: EngineName = "auto"
@@ -140,7 +140,7 @@ class ModelConfig(ModelHosting):
     max_model_len: PositiveInt | None = None
     """Context window in tokens; unset is the model's own, which is also the maximum."""
     max_batch_size: PositiveInt | None = None
-    """Sequences decoded in one batch; unset takes what fits in memory, 32 at most."""
+    """Sequences decoded in one batch; unset takes what fits in memory, 32 at most, on a CUDA GPU 128."""
     prefix_reuse: bool = True
     """Prefix caching: reuse KV cache of the same tenant, as for the next turn of a conversation."""
     prefix_cache_bytes: NonNegativeInt = 1024**3

@@ -85,8 +85,8 @@ class EngineInfo:
     """Variables of the chat template that a request may set, sorted; None where another service knows them."""
     renders_reasoning: bool = False
     """Whether the chat template shows what the assistant thought in earlier turns."""
-    compiled: Literal["attention", "layers"] | None = None
-    """Operators compiled for this machine at load; None: torch computes everything with its own."""
+    compiled: Literal["attention", "graphs", "layers"] | None = None
+    """What is compiled for this machine at load, or recorded as graphs of a GPU; None: torch computes everything."""
     chat_format: ChatFormat = ChatFormat()
     embedding: EmbeddingInfo | None = None
     """How it embeds texts; None: not at all."""

@@ -12,7 +12,7 @@ import msgspec
 from app.embeddings import EmbeddingInfo
 from app.types import SamplingParams, TokenLogprob
 
-Compiled = Literal["attention", "layers"]
+Compiled = Literal["attention", "graphs", "layers"]
 Compile = Literal["auto", "none", "layers"]
 
 
@@ -29,7 +29,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int | None
     engine: Literal["auto", "batching", "serial"] = "auto"
     max_batch_size: int | None = None
-    """Sequences in the KV cache at once; None takes as many as fit into memory, 32 at most."""
+    """Sequences in the KV cache at once; None takes as many as fit into memory, 32 at most, on a GPU 128."""
     prefix_reuse: bool = True
     """Whether the KV cache of one request may serve another of the same tenant."""
     prefix_cache_bytes: int = 0

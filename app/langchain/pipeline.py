@@ -115,7 +115,7 @@ class EnginePipeline(ClosesEngine, HuggingFacePipeline):
             device: auto, cpu, cuda or mps.
             model_kwargs: settings as in `arguments`.
             pipeline_kwargs: sampling parameters of every call.
-            batch_size: most sequences decoded together; by default what fits in memory, 32 at most.
+            batch_size: most sequences decoded together; by default what fits in memory, 32 at most, on a GPU 128.
             filters: whether personal data is masked in prompts and completions; it is not by default.
             token: for gated models of the hub; by default HF_TOKEN.
             arguments: sampling parameters of every call, and settings of the section `model` of the configuration.

@@ -52,7 +52,7 @@ from app.worker.execution.torch.torch_executor import create_torch_runner
 from app.worker.heartbeat import PROGRESS
 from app.worker.loaded_model import LoadedModel
 from app.worker.loading.adapter_files import AdapterTarget
-from app.worker.loading.kv_memory import kv_cache_bytes
+from app.worker.loading.kv_memory import kv_cache_bytes, trial_step_bytes
 from app.worker.loading.load_failure import is_explained, load_failure
 from app.worker.loading.load_log import LoadLog
 from app.worker.loading.load_progress import ProgressReporter
@@ -60,6 +60,7 @@ from app.worker.loading.loader import load
 from app.worker.loading.model_files import LoadError
 from app.worker.ready import DescribedRunner, encoder_ready, model_ready
 from app.worker.scheduling.batching_runner import BatchingRunner
+from app.worker.scheduling.step_time import GpuStepTime
 
 log = logging.getLogger(__name__)
 
@@ -296,7 +297,8 @@ def make_runner(loaded: LoadedModel, spec: ModelSpec) -> Runner:
         raise LoadError("model.compile: layers leaves no hidden states to read, and model.embeddings needs them")
     if spec.engine == "serial":
         return _serial_runner(loaded, spec)
-    free = kv_cache_bytes(loaded.device)
+    step_tokens = min(loaded.context_length, GpuStepTime.MAX_PREFILL_TOKENS)
+    free = kv_cache_bytes(loaded.device, step_bytes=trial_step_bytes(loaded.pipeline.model, step_tokens))
     try:
         model_runner = create_torch_runner(
             loaded.pipeline.model, length=loaded.context_length, slots=spec.max_batch_size, free_bytes=free

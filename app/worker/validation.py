@@ -8,6 +8,8 @@ from app.ipc.messages import Submit
 from app.types import SamplingParams
 from app.worker.loaded_model import LoadedModel
 
+NO_MEMORY = ("out of memory", "ALLOC_FAILED", "allocate memory")
+
 
 def check_request(request: Submit, model: LoadedModel, adapters: Container[str] = ()) -> None:
     """Repeat the checks of the API process: a bad token id would end every request in its batch.
@@ -31,8 +33,15 @@ def end_ids(params: SamplingParams, model: LoadedModel) -> frozenset[int]:
     return frozenset(params.stop_token_ids).union(() if params.ignore_eos else model.end_ids)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether there was no memory for what failed; libraries below torch say it in words only."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+
+
 def failure_reason(error: Exception) -> str:
     """Return the client's message for an error; it never contains the request's own words."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if is_out_of_memory(error):
         return "The model ran out of memory on this request. Try a shorter prompt."
     return f"The model failed on this request ({type(error).__name__})."

@@ -13,6 +13,8 @@ import torch
 from app.ipc.messages import Compile
 from app.worker.execution import private_api
 from app.worker.execution.base import ExecutorUnavailableError, OptionalExecutor
+from app.worker.execution.graphs.cuda_graphs import CudaGraphs
+from app.worker.execution.graphs.graph_executor import GraphExecutor, Record
 from app.worker.execution.model_runner import ModelRunner
 from app.worker.execution.native.native_executors import (
     NativeAttentionExecutor,
@@ -27,7 +29,7 @@ log = logging.getLogger(__name__)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """How far native logits may be from torch's in any case, as a share of their norm; more where rounding explains it."""
 COMPILED_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""The same for logits of layers that torch has compiled."""
+"""The same for logits of layers that torch has compiled, and of recorded passes."""
 
 
 def select_executor(runner: ModelRunner, setting: Compile, *, keep_layers: bool = False) -> None:
@@ -40,8 +42,11 @@ def select_executor(runner: ModelRunner, setting: Compile, *, keep_layers: bool 
     """
     if runner.model.device.type == "cpu":
         _select_on_cpu(runner, setting, keep_layers)
-    elif setting == "layers":
+        return
+    if setting == "layers":
         _required(lambda: _install_compiled_layers(runner))
+    if setting != "none" and runner.model.device.type == "cuda":
+        _optional("decoding is", lambda: install_graphs(runner, CudaGraphs().record))
 
 
 def _install_compiled_layers(runner: ModelRunner) -> None:
@@ -50,6 +55,28 @@ def _install_compiled_layers(runner: ModelRunner) -> None:
 
     executor = TorchCompileExecutor(runner.executor, runner.model, runner.cache)
     install_verified(runner, executor, COMPILED_TOLERANCE.get(runner.model.dtype, 0))
+
+
+def install_graphs(runner: ModelRunner, record: Record) -> None:
+    """Let a runner decode in recorded passes.
+
+    Raises: ExecutorUnavailableError: their logits differ, or there is no memory for them.  Whatever `record` raises.
+    """
+    tolerance = COMPILED_TOLERANCE.get(runner.model.dtype, 0)
+    weight_bytes = sum(weight.numel() * weight.element_size() for weight in runner.model.parameters())
+    executor = GraphExecutor(
+        runner.executor,
+        runner.cache,
+        record,
+        lambda found, expected: runner.verify_logits(found, expected, tolerance),
+        # A pass reads all weights once.
+        pass_keys=weight_bytes // max(1, runner.cache.bytes_per_token),
+    )
+    try:
+        install_verified(runner, executor, tolerance)
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        raise ExecutorUnavailableError("there is no memory for its graphs") from error
 
 
 def _select_on_cpu(runner: ModelRunner, setting: Compile, keep_layers: bool) -> None:

@@ -7,7 +7,8 @@ each query attend to its own slot only.
 
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,6 +68,16 @@ class KVCache(Cache):
             raise IndexError("a segment lies outside of the KV cache slots")
         self._batch = PackedBatch(segments, wanted, self._device)
         return self._batch
+
+    @contextmanager
+    def reading(self, batch: PackedBatch, attention: AttentionBackend) -> Iterator[None]:
+        """Let the forward passes within be of this batch, and attend by this backend."""
+        before = self._batch, self.attention
+        self._batch, self.attention = batch, attention
+        try:
+            yield
+        finally:
+            self._batch, self.attention = before
 
     @torch.inference_mode()
     def copy_prefix(self, source: int, target: int, count: int) -> None:

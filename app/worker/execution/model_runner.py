@@ -56,6 +56,11 @@ class ModelRunner:
         """
         return self.executor.forward(self.cache.pack(segments, wanted))
 
+    def release_memory(self) -> None:
+        """Give memory that is kept for later passes back to the device, so that it can be had in other pieces."""
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def reference_logits(self) -> Tensor:
         """Return the logits of a random prompt in prefill, decode and a mixed batch; overwrites the first slots."""
         generator = torch.Generator().manual_seed(0)
@@ -67,17 +72,17 @@ class ModelRunner:
             passes.append([Segment(0, count - 1, ids[-1:]), Segment(1, 0, ids[: count // 2])])
         return torch.cat([self.forward(segments, [True] * len(segments)) for segments in passes]).float()
 
-    def max_relative_error(self, reference: Tensor) -> float:
-        """Return the distance of today's logits from `reference_logits` of before, as a share of their norm, or NaN."""
-        return relative_error(self.reference_logits(), reference)
-
     def verify_equivalence(self, reference: Tensor, tolerance: float) -> None:
         """Compare the logits with those of another executor.
 
         Raises: ExecutorUnavailableError: they differ by more than `tolerance`, as a share of their norm, and more than
             rounding explains.
         """
-        error = self.max_relative_error(reference)
+        self.verify_logits(self.reference_logits(), reference, tolerance)
+
+    def verify_logits(self, found: Tensor, expected: Tensor, tolerance: float) -> None:
+        """Compare logits of one batch that two executors computed; raises as `verify_equivalence`."""
+        error = relative_error(found, expected)
         if not error <= max(tolerance, min(allowed_error(tolerance, self.noise), MAX_EXPLAINED)):
             raise ExecutorUnavailableError(f"its logits differ by {error:.2%}")
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -34,22 +35,13 @@ class PackedBatch:
         segments: decode tokens first, by slot; then prefill chunks; every slot at most once.
         wanted: for each segment, after how many of its last tokens the logits are needed; one where it is True.
         """
-        flat = [
-            [token for segment in segments for token in segment.token_ids],
-            [position for segment in segments for position in range(segment.start, segment.end)],
-            [segment.slot for segment in segments for _ in segment.token_ids],
-        ]
-        pinned = torch.tensor(flat, dtype=torch.long, pin_memory=device.type == "cuda")
-        on_device = pinned.to(device, non_blocking=True)
         self.segments = segments
-        self.token_ids, self.positions = on_device[:1], on_device[1:2]
-        """(1, tokens) each."""
-        self.slots = on_device[2]
-        """(tokens,)"""
+        self.wanted = wanted
+        self._device = device
         ends = list(accumulate(len(segment.token_ids) for segment in segments))
-        indices = [index for end, count in zip(ends, wanted, strict=True) for index in range(end - count, end)]
-        self.logit_indices = torch.tensor(indices, dtype=torch.long).to(device)
-        """(wanted,) the tokens whose logits are needed, ascending."""
+        self._logit_indices = [
+            index for end, count in zip(ends, wanted, strict=True) for index in range(end - count, end)
+        ]
         self.adapters = [
             AdapterSpan(end - len(segment.token_ids), end, segment.adapter)
             for end, segment in zip(ends, segments, strict=True)
@@ -58,10 +50,40 @@ class PackedBatch:
         """The tokens that have one, ascending."""
         self._key_ranges: dict[int | None, tuple[Tensor, Tensor]] = {}
 
+    @cached_property
+    def inputs(self) -> Tensor:
+        """(3, tokens) on the device: token ids, positions and slots."""
+        flat = [
+            [token for segment in self.segments for token in segment.token_ids],
+            [position for segment in self.segments for position in range(segment.start, segment.end)],
+            [segment.slot for segment in self.segments for _ in segment.token_ids],
+        ]
+        return _pinned(flat, self._device).to(self._device, non_blocking=True)
+
+    @property
+    def token_ids(self) -> Tensor:
+        """(1, tokens)"""
+        return self.inputs[:1]
+
+    @property
+    def positions(self) -> Tensor:
+        """(1, tokens)"""
+        return self.inputs[1:2]
+
+    @property
+    def slots(self) -> Tensor:
+        """(tokens,)"""
+        return self.inputs[2]
+
+    @cached_property
+    def logit_indices(self) -> Tensor:
+        """(wanted,) the tokens whose logits are needed, ascending."""
+        return _pinned(self._logit_indices, self._device).to(self._device, non_blocking=True)
+
     @property
     def size(self) -> int:
         """Tokens in the batch."""
-        return self.token_ids.shape[1]
+        return self.inputs.shape[1]
 
     def key_range(self, window: int | None) -> tuple[Tensor, Tensor]:
         """Return the first key that each token sees and the one after its last, computed once for all layers."""
@@ -70,3 +92,23 @@ class PackedBatch:
             first = torch.zeros_like(end) if window is None else (end - window).clamp_(min=0)
             self._key_ranges[window] = first, end
         return self._key_ranges[window]
+
+
+class StaticBatch(PackedBatch):
+    """One token of each of so many slots, in tensors that stay where they are while other tokens come into them."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        super().__init__([], [], device)
+        self.inputs = torch.zeros((3, rows), dtype=torch.long, device=device)
+        self.logit_indices = torch.arange(rows, device=device)
+
+    def load(self, segments: Sequence[Segment]) -> None:
+        """Take the tokens of segments of one token each; the last one stands in the rows that are left, too."""
+        columns = [(segment.token_ids[0], segment.start, segment.slot) for segment in segments]
+        columns += columns[-1:] * (self.size - len(columns))
+        self.inputs.copy_(_pinned(list(zip(*columns, strict=True)), self.inputs.device), non_blocking=True)
+
+
+def _pinned(values: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Return numbers on the host, from where a copy to the device waits for nothing."""
+    return torch.tensor(values, dtype=torch.long, pin_memory=device.type == "cuda")

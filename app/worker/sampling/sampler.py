@@ -117,9 +117,7 @@ class SequenceSampler:
 
         A completion whose grammar allows nothing but its end may end.
         """
-        must_end = self.grammar is not None and self.grammar.must_end
-        early = self._sampled_tokens < self.params.min_tokens and not must_end
-        ends = self.end_ids if early else self.end_ids[:0]
+        ends = self.end_ids if self._is_early else self.end_ids[:0]
         return ends if self._rules is None else torch.cat([ends, _ids(self._rules.masked(), self._device)])
 
     @property
@@ -139,8 +137,15 @@ class SequenceSampler:
             or self._rules is not None
             or len(self._bias) > 0
             or self.grammar is not None
-            or self.masked_ids.numel() > 0
+            or self._is_early
         )
+
+    @property
+    def _is_early(self) -> bool:
+        """Whether the completion may not end yet: before `min_tokens`, unless its grammar allows nothing else."""
+        if self._sampled_tokens >= self.params.min_tokens:
+            return False
+        return len(self.end_ids) > 0 and not (self.grammar is not None and self.grammar.must_end)
 
     def accept(self, token: int, *, ends: bool = False) -> None:
         """Record that this token was appended; one that ends the completion is no part of its grammar."""
@@ -243,20 +248,25 @@ def _result(token: int) -> Sampled | SamplingFailure | None:
 
 
 def logprob_report(logits: Tensor, tokens: Tensor, with_top: bool) -> Tensor:
-    """Return (rows, 1 + 2 * n) float64: the token's log-probability, the n highest ones, and their tokens."""
+    """Return (rows, 1 + 2 * n) float64: the token's log-probability, the n highest ones, and their tokens.
+
+    Of equals the lowest token comes first.
+    """
     logprobs = logits.float().log_softmax(dim=-1)
     own = logprobs.gather(1, tokens.clamp_min(0)[:, None])
     # A fixed number for any request: among equals at the edge, the number decides which ones are found.
     top = logprobs.topk(min(REPORTED_TOKENS, logprobs.shape[1]) if with_top else 0)
-    return torch.cat([own.double(), top.values.double(), top.indices.double()], dim=1)
+    tokens, order = top.indices.sort(dim=1)
+    values, order = top.values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return torch.cat([own.double(), values.double(), tokens.gather(1, order).double()], dim=1)
 
 
 def token_logprob(token: int, report: Sequence[float], count: int) -> TokenLogprob:
     """Return a row of `logprob_report` as the record of a token.  Args: count: how many of the most likely it lists."""
     top_count = len(report) // 2
-    pairs = zip(map(int, report[1 + top_count :]), report[1 : 1 + top_count], strict=True)
-    top = sorted((pair for pair in pairs if pair[1] > -torch.inf), key=lambda pair: (-pair[1], pair[0]))
-    return TokenLogprob(token, report[0], tuple(top[:count]))
+    values, tokens = report[1 : 1 + min(count, top_count)], report[1 + top_count :]
+    top = tuple((int(each), value) for value, each in zip(values, tokens, strict=False) if value > -torch.inf)
+    return TokenLogprob(token, report[0], top)
 
 
 def _choose(logits: Tensor, samplers: Sequence[SequenceSampler], width: int) -> Tensor:

@@ -104,8 +104,9 @@ def sample_sorted(logits: Tensor, draws: Sequence[SamplingDraw], width: int) -> 
 
 def _columns(draws: Sequence[SamplingDraw], device: torch.device) -> tuple[Tensor, ...]:
     """Return one (rows, 1) float64 tensor for each field."""
-    floored = [draw._replace(temperature=max(draw.temperature, MIN_TEMPERATURE)) for draw in draws]
-    return to_device(floored, torch.float64, device).unsqueeze(-1).unbind(dim=1)
+    columns = to_device(draws, torch.float64, device)
+    columns[:, 0].clamp_(min=MIN_TEMPERATURE)
+    return columns.unsqueeze(-1).unbind(dim=1)
 
 
 def _blocked_weights(logits: Tensor, peak: Tensor, temperature: Tensor) -> Tensor:

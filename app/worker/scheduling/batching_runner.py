@@ -19,11 +19,12 @@ from app.worker.execution.lora import LoraAdapter
 from app.worker.execution.model_runner import ModelRunner
 from app.worker.execution.packed_batch import Segment
 from app.worker.loaded_model import LoadedModel
-from app.worker.sampling.grammar import Compilation, Grammars, RowGrammar
+from app.worker.sampling.grammar import Grammars, RowGrammar
 from app.worker.sampling.prompt_scoring import max_scored_tokens, score_tokens
 from app.worker.sampling.sampler import Sampled, SamplingFailure, SequenceSampler, sample
 from app.worker.sampling.sampling_ops import gather_rows
 from app.worker.scheduling import schedule
+from app.worker.scheduling.grammar_requests import GrammarRequests
 from app.worker.scheduling.prefix_tree import BLOCK_TOKENS
 from app.worker.scheduling.schedule import (
     KVMove,
@@ -36,17 +37,15 @@ from app.worker.scheduling.schedule import (
 )
 from app.worker.scheduling.scheduler import Scheduler
 from app.worker.scheduling.speculation import MIN_DRAFT, STEP_DRAFTS, NgramDrafter
-from app.worker.scheduling.step_time import StepTimeModel
-from app.worker.validation import check_request, end_ids, failure_reason
+from app.worker.scheduling.step_time import GpuStepTime, PrefillBudget, StepTimeModel
+from app.worker.validation import check_request, end_ids, failure_reason, is_out_of_memory
 
 log = logging.getLogger(__name__)
 
 MIN_DECODE_WIDTH = 3
 """Decode tokens that a step may hold however many tenants there are; so few take little longer than one."""
-LATE_SECONDS, ALL_LATE_SECONDS = 0.005, 0.1
-"""How long a step waits for the masks of grammars, with rows that need none of them and without."""
-COMPILING_SECONDS = 0.01
-"""How long a step without any other work waits for a grammar to be compiled."""
+MIN_MEMORY_CHUNK = 16
+"""Tokens of a prompt that there must be memory for; more are computed in halves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,16 +96,17 @@ class BatchingRunner:
         self._model_runner = model_runner
         blocks = model_runner.cache.add_prefix_cache(prefix_cache_bytes if prefix_reuse else 0, BLOCK_TOKENS)
         self._scheduler = Scheduler(self.slots, prefix_reuse=prefix_reuse, prefix_blocks=blocks)
-        self._step_time = StepTimeModel()
+        self._step_time: PrefillBudget = GpuStepTime() if loaded.device == "cuda" else StepTimeModel()
         self._max_scored = max_scored_tokens(model_runner.vocab_size, loaded.device)
         self._decode_width = MIN_DECODE_WIDTH if loaded.device == "cpu" else max(MIN_DECODE_WIDTH, self.slots // 2)
         self._speculation = speculation
         self._clock = clock
         self._live: dict[int, _LiveRequest] = {}
         self._adapters: dict[str, LoraAdapter] = {}
-        self._grammars = None if loaded.vocabulary is None else Grammars(loaded.vocabulary, loaded.end_ids)
-        self._compiling: dict[int, Compilation] = {}
-        """The live requests that the scheduler has not got yet."""
+        self._grammars: GrammarRequests | None = None
+        """The scheduler does not know requests that wait for their grammar."""
+        if loaded.vocabulary is not None:
+            self._grammars = GrammarRequests(Grammars(loaded.vocabulary, loaded.end_ids))
         self._pending_events: list[TokenEvent] = []
 
     @property
@@ -158,7 +158,7 @@ class BatchingRunner:
         drafter = NgramDrafter() if self._speculation and request.params.grammar is None else None
         self._live[request.id] = _LiveRequest(sequence, request, sampler, ends, drafter)
         if request.params.grammar is not None and self._grammars is not None:
-            self._compiling[request.id] = self._grammars.compile(request.params.grammar)
+            self._grammars.compile(request.id, request.params.grammar, ends)
         else:
             self._scheduler.add(sequence)
 
@@ -178,7 +178,8 @@ class BatchingRunner:
         """End a request before the next step."""
         if self._live.pop(request_id, None) is not None:
             self._scheduler.remove(request_id)
-            self._compiling.pop(request_id, None)
+            if self._grammars is not None:
+                self._grammars.forget(request_id)
             self._pending_events.append(TokenEvent(request_id, finish="abort"))
 
     def step(self, exchange: Exchange) -> None:
@@ -186,8 +187,8 @@ class BatchingRunner:
 
         Raises: torch.AcceleratorError: the device is in an unknown state, and with it this process.
         """
-        if self._compiling:
-            self._take_compiled()
+        if self._grammars:
+            self._take_compiled(self._grammars)
         events, self._pending_events = self._pending_events, []
         planned = self._scheduler.schedule(
             prefill_tokens=self._prefill_budget(),
@@ -212,24 +213,15 @@ class BatchingRunner:
             case PrefixRestore(blocks, slot):
                 cache.restore_prefix(blocks, slot)
 
-    def _take_compiled(self) -> None:
-        """Hand the requests whose grammar is compiled to the scheduler; wait a moment if there is nothing else."""
-        if self._grammars is None:
-            return
-        self._grammars.wait(
-            self._compiling.values(), 0 if len(self._live) > len(self._compiling) else COMPILING_SECONDS
-        )
-        for request_id, compilation in tuple(self._compiling.items()):
-            if not compilation.done():
-                continue
-            del self._compiling[request_id]
+    def _take_compiled(self, grammars: GrammarRequests) -> None:
+        """Hand the requests whose grammar is compiled to the scheduler."""
+        for request_id, grammar in grammars.take_compiled(idle=len(self._live) == len(grammars)):
             live = self._live[request_id]
-            try:
-                live.sampler.grammar = self._grammars.row(compilation, live.end_ids)
-            except ValueError as error:
+            if isinstance(grammar, str):
                 del self._live[request_id]
-                self._pending_events.append(TokenEvent(request_id, error=f"The grammar {error}.", invalid=True))
+                self._pending_events.append(TokenEvent(request_id, error=grammar, invalid=True))
             else:
+                live.sampler.grammar = grammar
                 self._scheduler.add(live.sequence)
 
     def _background_budget(self) -> int:
@@ -264,33 +256,51 @@ class BatchingRunner:
 
     def _compute(self, planned: Schedule) -> list[TokenEvent]:
         began, tokens = self._clock(), sum(each.count + len(each.draft) for each in planned.tokens)
+        prefill = sum(each.count for each in planned.tokens if each.count > 1)
         scored = sum(len(each.scored) for each in planned.tokens)
         try:
             events = self._forward_and_sample(planned.tokens)
-        except torch.AcceleratorError:
-            raise
         except Exception as error:
-            log.exception("a step of %d requests failed", len(planned.tokens))
+            no_memory = is_out_of_memory(error)
+            if isinstance(error, torch.AcceleratorError) and not no_memory:
+                raise
+            if no_memory:
+                log.warning("there is no memory for a step of %d requests and %d tokens", len(planned.tokens), tokens)
+            else:
+                log.exception("a step of %d requests failed", len(planned.tokens))
             return self._isolate_failure(planned.tokens, error)
-        self._step_time.observe(tokens, self._clock() - began, scored=scored)
+        self._step_time.observe(tokens, self._clock() - began, prefill=prefill, scored=scored)
         return events
 
     def _isolate_failure(self, tokens: Sequence[ScheduledTokens], error: Exception) -> list[TokenEvent]:
-        """Compute each sequence of a failed step by itself: one that fails again ends with its error."""
-        if len(tokens) == 1:
+        """Compute the halves of a failed step by themselves: a sequence that fails alone ends with its error.
+
+        A prompt that there is no memory for is computed in smaller pieces.
+        """
+        no_memory = is_out_of_memory(error)
+        if no_memory:
+            self._model_runner.release_memory()
+        if len(tokens) > 1:
+            middle = len(tokens) // 2
+            parts = [tokens[:middle], tokens[middle:]]
+        elif no_memory and tokens[0].count > MIN_MEMORY_CHUNK:
+            parts = [[replace(tokens[0], count=tokens[0].count // 2, draft=())]]
+        else:
             return [self._fail(tokens[0].sequence.request_id, SamplingFailure(failure_reason(error)))]
-        return [event for each in tokens for event in self._compute(Schedule([each], [], []))]
+        return [event for part in parts for event in self._compute(Schedule(list(part), [], []))]
 
     def _forward_and_sample(self, tokens: Sequence[ScheduledTokens]) -> list[TokenEvent]:
         wanted = [each.wanted_logits for each in tokens]
         live = [self._live[each.sequence.request_id] for each in tokens if each.completes]
-        constrained = [each.sampler.grammar for each in live if each.sampler.grammar is not None]
+        constrained = {each.request.id: each.sampler.grammar for each in live if each.sampler.grammar is not None}
         if constrained and self._grammars is not None:
-            self._grammars.begin_masks(constrained)
+            self._grammars.begin_masks(constrained.values())
         logits = self._model_runner.forward([self._segment(each) for each in tokens], wanted)
         ends = list(accumulate(wanted))
         rows = [end - 1 - len(each.draft) for each, end in zip(tokens, ends, strict=True) if each.completes]
-        late = self._late(live) if constrained else ()
+        late: Collection[int] = ()
+        if constrained and self._grammars is not None:
+            late = self._grammars.late(constrained, others=len(constrained) < len(live))
         rows = [row for row, each in zip(rows, live, strict=True) if each.request.id not in late]
         live = [each for each in live if each.request.id not in late]
         sampled = self._sample(logits, rows, live)
@@ -349,20 +359,6 @@ class BatchingRunner:
         adapter = None if sequence.adapter is None else self._adapters[sequence.adapter]
         token_ids = [*sequence.token_ids[start : start + scheduled.count], *scheduled.draft]
         return Segment(sequence.slot, start, token_ids, adapter)
-
-    def _late(self, live: Sequence[_LiveRequest]) -> Collection[int]:
-        """Return the requests whose masks are not known, and that nobody else should have to wait for."""
-        if self._grammars is None:
-            return ()
-        waiting = [each.sampler.grammar for each in live if each.sampler.grammar and not each.sampler.grammar.is_ready]
-        seconds = LATE_SECONDS if len(waiting) < len(live) else ALL_LATE_SECONDS
-        # A row that is known to be slow is waited for only where there is no other.
-        quick = [each for each in waiting if not each.slow]
-        if quick or len(waiting) == len(live):
-            self._grammars.wait_for_masks(quick or waiting, seconds)
-        return {
-            each.request.id for each in live if each.sampler.grammar is not None and not each.sampler.grammar.is_ready
-        }
 
     def _sample(
         self, logits: Tensor, rows: Sequence[int], live: Sequence[_LiveRequest]

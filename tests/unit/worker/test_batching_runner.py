@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from transformers import AutoModelForCausalLM
 
-from app.ipc.messages import Compile, Submit, TokenEvent
+from app.ipc.messages import Compile, Compiled, Submit, TokenEvent
 from app.types import BACKGROUND_PRIORITY, SamplingParams
-from app.worker.execution.base import UnsupportedModelError
+from app.worker.execution.base import Executor, UnsupportedModelError
 from app.worker.execution.executor_selection import select_executor
 from app.worker.execution.model_runner import ModelRunner
-from app.worker.execution.packed_batch import Segment
+from app.worker.execution.packed_batch import PackedBatch, Segment
 from app.worker.execution.torch.torch_executor import create_torch_runner
 from app.worker.scheduling.batching_runner import BatchingRunner
 from app.worker.scheduling.prefix_tree import BLOCK_TOKENS
@@ -352,6 +352,66 @@ def test_a_step_that_fails_ends_only_what_fails_alone(llama: Any, monkeypatch: p
     events = run(runner)
     assert "out of memory" in (ending_of(events, 2) or "")
     assert expected == completion_of(events, 1)
+
+
+class Scarce:
+    """An executor with memory for few tokens at once."""
+
+    compiled: Compiled | None = None
+
+    def __init__(self, inner: Executor, tokens: int, error: Exception) -> None:
+        self.forget_adapter = inner.forget_adapter
+        self._inner = inner
+        self._tokens = tokens
+        self._error = error
+
+    def forward(self, batch: PackedBatch) -> torch.Tensor:
+        if batch.size > self._tokens:
+            raise self._error
+        return self._inner.forward(batch)
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    torch.AcceleratorError("CUDA error: out of memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["torch", "a library", "the driver", "the host"])
+def test_a_step_that_there_is_no_memory_for_is_computed_in_smaller_ones(llama: Any, error: Exception):
+    """Prompts in pieces, and fewer sequences at once; nobody's completion changes."""
+    expected = [complete(runner_for(llama), prompt) for prompt in PROMPTS]
+    model_runner = create_torch_runner(llama, length=CONTEXT, slots=4, free_bytes=10**9)
+    model_runner.executor = Scarce(model_runner.executor, 16, error)
+    runner = BatchingRunner(loaded(llama), model_runner)
+
+    for number, prompt in enumerate([*PROMPTS, PROMPTS[3][::-1]]):
+        submit(runner, prompt, number)
+    events = run(runner)
+
+    assert expected == [completion_of(events, number) for number in range(4)]
+    assert ["length"] * 5 == [ending_of(events, number) for number in range(5)]
+
+
+def test_a_prompt_that_there_is_no_memory_for_ends_alone(llama: Any):
+    """Its error says why; those that decode beside it go on, and the next ones are served."""
+    expected = complete(runner_for(llama), PROMPTS[1])
+    model_runner = create_torch_runner(llama, length=CONTEXT, slots=4, free_bytes=10**9)
+    model_runner.executor = Scarce(model_runner.executor, 6, OUT_OF_MEMORY[0])
+    runner = BatchingRunner(loaded(llama), model_runner)
+
+    submit(runner, PROMPTS[1], 1)
+    runner.step(lambda events: None)
+    submit(runner, PROMPTS[3], 2)
+    events = run(runner)
+    submit(runner, PROMPTS[1], 3)
+    events += run(runner)
+
+    assert "out of memory" in (ending_of(events, 2) or "")
+    assert "length" == ending_of(events, 1)
+    assert expected == completion_of(events, 3)
 
 
 def test_a_failing_device_is_not_survived(llama: Any, monkeypatch: pytest.MonkeyPatch):

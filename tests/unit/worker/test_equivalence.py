@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from app.worker.execution.base import ExecutorUnavailableError, UnsupportedModelError
+from app.worker.execution.dot_product import scaled_dot_product
 from app.worker.execution.float32_mode import Float32Mode
 from app.worker.execution.model_runner import MAX_EXPLAINED, relative_error
 from app.worker.execution.quantization import quantize_linears
@@ -85,10 +86,10 @@ def attend(change: Callable[[Tensor, dict[str, Any]], Tensor]) -> Callable[[Any,
 
 
 def without_masks(model: Any, patch: pytest.MonkeyPatch) -> None:
-    own = attention._scaled_dot_product
+    own = scaled_dot_product
     patch.setattr(
         attention,
-        "_scaled_dot_product",
+        "scaled_dot_product",
         lambda q, k, v, mask, scale, softcap, *, causal: own(q, k, v, None, scale, softcap, causal=False),
     )
 

@@ -9,6 +9,7 @@ import torch
 from app.worker.execution.kv_cache import KVCache
 from app.worker.execution.packed_batch import Segment
 from app.worker.execution.torch.attention import TorchAttention
+from app.worker.loading import kv_memory
 from app.worker.loading.kv_memory import cgroup_bytes, kv_cache_bytes
 
 MB = 2**20
@@ -31,6 +32,13 @@ def test_a_containers_limit_bounds_the_kv_cache(tmp_path: Path, limit: str | Non
 def test_the_kv_cache_may_take_a_share_of_what_is_free() -> None:
     """Not all of it, and something."""
     assert 0 < kv_cache_bytes("cpu") < psutil.virtual_memory().total
+
+
+def test_what_a_step_takes_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is left for the KV cache where a step takes it all."""
+    monkeypatch.setattr(kv_memory, "free_bytes", lambda device: 1000)
+
+    assert [800, 480, 0] == [kv_cache_bytes("cuda", step_bytes=each) for each in (0, 400, 2000)]
 
 
 def test_slots_take_memory_only_as_they_are_written() -> None:

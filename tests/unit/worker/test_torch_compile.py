@@ -25,6 +25,7 @@ from app.worker.scheduling.batching_runner import BatchingRunner
 from tests.unit.tiny_models import save_tiny_llama
 from tests.unit.worker.families import CONTEXT, FAMILIES, VOCABULARY, loaded, make
 from tests.unit.worker.test_batching_runner import PROMPTS, complete, completion_of, generate, run, submit
+from tests.unit.worker.test_graphs import with_graphs
 
 TRACED = "eager"
 """torch traces the layers into graphs, but generates no machine code: many seconds less for each test."""
@@ -76,6 +77,22 @@ def test_a_model_is_a_few_graphs_however_many_layers_it_has(family: str, graphs:
     found = [runner.forward(segments, [True] * len(segments)) for segments in passes]
     assert all((one - other).norm() <= 1e-4 * other.norm() for one, other in zip(found, expected, strict=True))
     assert (graphs, {}) == (counters["stats"]["unique_graphs"], dict(counters["graph_break"]))
+
+
+@pytest.mark.soak
+def test_decoding_through_compiled_layers_can_be_recorded() -> None:
+    """The operator that attends calls whichever backend a pass has."""
+    model = make(FAMILIES["llama"])
+    expected = [generate(model, prompt) for prompt in PROMPTS]
+    recorded = with_graphs(compile_layers(torch_runner(model, slots=3, length=CONTEXT), TRACED))
+    runner = BatchingRunner(loaded(model), recorded)
+
+    for number, prompt in enumerate(PROMPTS):
+        submit(runner, prompt, number)
+    events = run(runner)
+
+    assert "layers" == runner.compiled
+    assert expected == [completion_of(events, number) for number in range(len(PROMPTS))]
 
 
 @pytest.mark.soak
@@ -153,7 +170,7 @@ def test_layers_are_not_left_uncompiled_in_silence(folder: Path, monkeypatch: py
     def refuse(*model: Any, **sizes: Any) -> ModelRunner:
         raise UnsupportedModelError("it is strange")
 
-    monkeypatch.setattr(process, "kv_cache_bytes", lambda device: 10**9)
+    monkeypatch.setattr(process, "kv_cache_bytes", lambda device, *, step_bytes: 10**9)
     monkeypatch.setattr(process, "create_torch_runner", refuse)
 
     with pytest.raises(LoadError, match="layers needs batching"):

@@ -10,9 +10,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from app.worker.execution.base import AttentionSpec
+from app.worker.execution.dot_product import additive_mask, scaled_dot_product
 from app.worker.execution.packed_batch import PackedBatch, Segment
 
 CALL_COST = 1500
@@ -147,24 +147,28 @@ def _decode_groups(decodes: Sequence[Segment], positions: Tensor) -> list[Decode
 
     Dynamic programming over the last group's first token.
     """
+    lengths = [segment.end for segment in decodes]
+    # The first of the tokens up to the last whose slots have no gap between them.
+    neighbours = 0
     costs, cuts = [0], [0]
-    for end in range(1, len(decodes) + 1):
-        longest, best, cut = 0, None, end - 1
-        for begin in range(end - 1, -1, -1):
-            if begin < end - 1 and decodes[begin].slot + 1 != decodes[begin + 1].slot:
-                break
-            longest = max(longest, decodes[begin].end)
-            cost = costs[begin] + CALL_COST + (end - begin) * longest
-            if best is None or cost < best:
+    for last, length in enumerate(lengths):
+        if last and decodes[last - 1].slot + 1 != decodes[last].slot:
+            neighbours = last
+        longest, best, cut = length, costs[last] + length, last
+        for begin in range(last - 1, neighbours - 1, -1):
+            if lengths[begin] > longest:
+                longest = lengths[begin]
+            cost = costs[begin] + (last + 1 - begin) * longest
+            if cost < best:
                 best, cut = cost, begin
-        costs.append(best or 0)
+        costs.append(best + CALL_COST)
         cuts.append(cut)
     groups: list[DecodeGroup] = []
     end = len(decodes)
     while end:
         begin = cuts[end]
         slots = slice(decodes[begin].slot, decodes[end - 1].slot + 1)
-        ends = tuple(segment.end for segment in decodes[begin:end])
+        ends = tuple(lengths[begin:end])
         groups.append(DecodeGroup(slice(begin, end), slots, ends, positions[begin:end]))
         end = begin
     return groups
@@ -186,12 +190,7 @@ def _window_mask(positions: Tensor, first: int, end: int, window: int | None, li
     visible = keys <= last
     if window is not None:
         visible &= keys > last - window
-    return _additive(visible, like)
-
-
-def _additive(visible: Tensor, like: Tensor) -> Tensor:
-    """Turn booleans into an additive mask."""
-    return torch.zeros(visible.shape, dtype=like.dtype, device=like.device).masked_fill_(~visible, float("-inf"))
+    return additive_mask(visible, like)
 
 
 def _attend_group(
@@ -203,24 +202,8 @@ def _attend_group(
     folded = q.view(tokens, heads // query_groups, query_groups, size)
     if isinstance(group, DecodeGroup):
         # The query heads of one KV head are computed as one block, as if they were so many queries.
-        return _scaled_dot_product(folded, k, v, mask, scale, softcap, causal=False).flatten(1, 2)
+        return scaled_dot_product(folded, k, v, mask, scale, softcap, causal=False).flatten(1, 2)
     # The query heads of one KV head as so many batches over the same keys.
     shared_k, shared_v = k.expand(query_groups, -1, -1, -1), v.expand(query_groups, -1, -1, -1)
-    out = _scaled_dot_product(folded.permute(2, 1, 0, 3), shared_k, shared_v, mask, scale, softcap, causal=True)
+    out = scaled_dot_product(folded.permute(2, 1, 0, 3), shared_k, shared_v, mask, scale, softcap, causal=True)
     return out.permute(2, 1, 0, 3).flatten(1, 2)
-
-
-def _scaled_dot_product(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None, *, causal: bool
-) -> Tensor:
-    """Attend (batch, heads, queries, size) to (batch, heads, keys, size)."""
-    if softcap is None:
-        return functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=scale
-        )
-    scores = torch.tanh((q @ k.mT) * scale / softcap) * softcap
-    if mask is not None:
-        scores = scores + mask
-    elif causal:
-        scores = scores + _additive(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(), q)
-    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype) @ v

@@ -15,7 +15,8 @@ from app.worker.execution.torch.equivalence import torch_runner, verify_packed_b
 
 BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 """Rotary embeddings that depend on the longest sequence in the batch, so that one sequence would change another's."""
-MAX_SLOTS = 32
+MAX_SLOTS, MAX_CUDA_SLOTS = 32, 128
+"""On a GPU many sequences at once take little longer than one."""
 MIN_LENGTH = 2048
 """Tokens that a slot has in any case, if the model's context window does."""
 
@@ -25,7 +26,7 @@ def create_torch_runner(model: Any, *, length: int, slots: int | None, free_byte
 
     Args:
         length: tokens that fit a slot, or fewer where the memory is too small for one of this length.
-        slots: sequences at once; None takes 32, or fewer where they do not fit.
+        slots: sequences at once; None takes 32, on a GPU 128, or fewer where they do not fit.
         free_bytes: memory that the KV cache may take.
 
     Raises:
@@ -47,7 +48,8 @@ def create_torch_runner(model: Any, *, length: int, slots: int | None, free_byte
         raise UnsupportedModelError(f"its forward pass fails over KV cache slots ({type(error).__name__})") from error
     length = min(length, max(MIN_LENGTH, free_bytes // max(1, proof.bytes_per_token)))
     fitting = max(1, free_bytes // max(1, proof.bytes_per_token * length))
-    runner = torch_runner(model, slots=min(slots or MAX_SLOTS, fitting), length=length, noise=proof.noise)
+    most = slots or (MAX_CUDA_SLOTS if model.device.type == "cuda" else MAX_SLOTS)
+    runner = torch_runner(model, slots=min(most, fitting), length=length, noise=proof.noise)
     # A layer's keys and values get their memory in its first pass.
     runner.reference_logits()
     return runner
