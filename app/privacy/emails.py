@@ -183,10 +183,16 @@ def open_email(recent: str) -> int:
 
     Args: recent: the last `EMAIL_REACH` characters of the text, or more.
     """
-    length = _open_chain(recent)
+    length = _open_local_part(recent)
     # What may become a sign, as "[a" may, keeps the address before it open.
     if partial := _PARTIAL_SIGN.search(recent, max(0, len(recent) - 16)):
-        length = max(length, _open_chain(recent[: partial.start()]) + len(partial[0]))
+        length = max(length, _open_local_part(recent[: partial.start()]) + len(partial[0]))
+    return length
+
+
+def _open_local_part(recent: str) -> int:
+    """Return how many characters at the end of a text may be an address, or a local part in quotes."""
+    length = _open_chain(recent)
     if '"' in recent and (quote := _OPEN_QUOTE.search(recent, max(0, len(recent) - _QUOTED_LOCAL_PART - 2))):
         length = max(length, len(recent) - quote.start())
     return length

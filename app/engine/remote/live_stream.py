@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 TAIL_SECONDS = 2.0
 """How long the usage may take after the end of the text; a server that has none may leave the stream open."""
+LENIENCY = 0.05
+"""How much longer than allowed a server may be silent, as a share of that, for the sake of fewer timers."""
 
 BodyOf = Callable[[Upstream], Mapping[str, Any]]
 
@@ -39,6 +41,8 @@ class _Clock:
         self._idle_seconds = idle_seconds
         self._loop = asyncio.get_running_loop()
         self._last_moment = self._loop.time() + deadlines.total_seconds
+        self._moment = 0.0
+        """When the time is over, as far as is known."""
         self._follows = False
         self.error: AppError = DeadlineExceeded("The model took too long to its first token.")
         """What it is called when the time is over."""
@@ -49,11 +53,14 @@ class _Clock:
 
     def heard(self) -> None:
         """Note that bytes have come."""
-        if self._follows:
-            self._set(self._idle_seconds)
+        # A timer for every token would cost as much as reading it.
+        if self._follows and self._loop.time() + self._idle_seconds > self._moment:
+            self._set(self._idle_seconds * (1 + LENIENCY))
 
     def generates(self) -> None:
-        """Note that the first token has come."""
+        """Note that a token has come."""
+        if self._follows:
+            return
         self._follows = True
         self.error = EngineFailed("The model's server fell silent in the middle of its answer. Try again.")
         self._set(self._idle_seconds)
@@ -67,6 +74,7 @@ class _Clock:
         moment = self._loop.time() + seconds
         if moment >= self._last_moment:
             moment, self.error = self._last_moment, DeadlineExceeded("The answer took too long.")
+        self._moment = moment
         self.limit.reschedule(moment)
 
 

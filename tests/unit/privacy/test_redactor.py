@@ -137,6 +137,17 @@ def test_a_stream_takes_signs_in_a_row_as_the_whole_does(text: str) -> None:
     assert "[EMAIL]" == REDACTOR.redact("pat at example dot com").text
 
 
+@pytest.mark.parametrize("sign", [" [at] ", "[at]", " at ", "\n@", "&#64;"])
+def test_a_name_in_quotes_waits_for_its_sign_however_that_is_written(sign: str) -> None:
+    """No part of it is sent before it is known whether an address goes on."""
+    domain = "example dot com" if sign == " at " else "example.com"
+    text = f'so "john doe"{sign}{domain} is it'
+    expected = REDACTOR.redact(text).text
+
+    assert "john" not in expected
+    assert {expected} == {"".join(streamed(REDACTOR, chunks_of(text, [size]))[0]) for size in range(1, len(text))}
+
+
 KEY_BODY = "-----BEGIN PRIVATE KEY-----\nMIIEvQIBADANBgkq"
 
 

@@ -34,8 +34,10 @@ class KeepingServer:
         with suppress(ConnectionError, asyncio.IncompleteReadError):
             while True:
                 await self._answer(reader, writer)
-        self.open -= 1
         writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
+        self.open -= 1
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().strip().split("\r\n")
@@ -65,6 +67,7 @@ async def keeping(server: KeepingServer) -> AsyncIterator[KeepingServer]:
         yield server
     finally:
         listener.close()
+        await until(lambda: server.open == 0)
 
 
 async def ask(url: str, times: int = 1, pause: float = 0.0) -> list[str]:
