@@ -40,7 +40,7 @@ class UpstreamResponse:
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """Return the headers, whose names may be asked for in lower case."""
+        """Return the headers, whose names are the same in lower case."""
         return self._response.headers
 
     async def read(self) -> bytes:

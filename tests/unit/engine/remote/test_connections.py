@@ -2,9 +2,12 @@
 
 import asyncio
 import json
+import ssl
+import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -59,10 +62,10 @@ class KeepingServer:
 
 
 @asynccontextmanager
-async def keeping(server: KeepingServer) -> AsyncIterator[KeepingServer]:
-    listener = await asyncio.start_server(server.serve, "127.0.0.1", 0)
+async def keeping(server: KeepingServer, tls: ssl.SSLContext | None = None) -> AsyncIterator[KeepingServer]:
+    listener = await asyncio.start_server(server.serve, "127.0.0.1", 0, ssl=tls)
     port = listener.sockets[0].getsockname()[1]
-    server.url = f"http://127.0.0.1:{port}/v1"
+    server.url = f"http{'s' if tls else ''}://127.0.0.1:{port}/v1"
     try:
         yield server
     finally:
@@ -70,7 +73,7 @@ async def keeping(server: KeepingServer) -> AsyncIterator[KeepingServer]:
         await until(lambda: server.open == 0)
 
 
-async def ask(url: str, times: int = 1, pause: float = 0.0) -> list[str]:
+async def answers_of(url: str, times: int = 1, pause: float = 0.0) -> list[str]:
     """Return the answers of a server to some requests, one after the other."""
     engine = make_engine(deadlines=QUICK, base_urls=[url])
     await engine.start()
@@ -88,7 +91,7 @@ async def ask(url: str, times: int = 1, pause: float = 0.0) -> list[str]:
 async def test_one_connection_serves_one_request_after_the_other() -> None:
     """Although the last bytes of a response come only after the server has said that it is over."""
     async with keeping(KeepingServer()) as server:
-        answers = await ask(server.url, times=4, pause=0.1)
+        answers = await answers_of(server.url, times=4, pause=0.1)
 
     assert ["Hello"] * 4 == answers
     assert 1 == server.connections
@@ -114,9 +117,39 @@ async def test_the_proxy_of_the_environment_is_asked_unless_the_server_is_except
     async with keeping(KeepingServer()) as proxy, keeping(KeepingServer()) as server:
         monkeypatch.setenv("http_proxy", proxy.url.removesuffix("/v1"))
         monkeypatch.setenv("no_proxy", "localhost")
-        await ask("http://model.example/v1")
+        await answers_of("http://model.example/v1")
         monkeypatch.setenv("no_proxy", "127.0.0.1")
-        await ask(server.url)
+        await answers_of(server.url)
 
     assert ["http://model.example/v1/chat/completions"] == proxy.targets
     assert ["/v1/chat/completions"] == server.targets
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """A certificate of 127.0.0.1 and its key."""
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", *names]
+    public, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    command = ["/usr/bin/env", "openssl", "req", "-x509", *kind, "-keyout", str(key), "-out", str(public)]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    return public, key
+
+
+async def test_a_server_with_tls_is_believed_by_its_certificate_alone(
+    certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SSL_CERT_FILE names the authorities, as everywhere else in the service."""
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(*certificate)
+    async with keeping(KeepingServer(), tls) as server:
+        stranger = make_engine(deadlines=QUICK, base_urls=[server.url])
+        await stranger.start()
+        await until(lambda: stranger.status().error is not None)
+        error = stranger.status().error
+        await stranger.close()
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+        answers = await answers_of(server.url)
+
+    assert "upstream 1: it cannot be reached" == error
+    assert ["Hello"] == answers
