@@ -198,11 +198,18 @@ def _open_local_part(recent: str) -> int:
     return length
 
 
+def _has_sign(text: str) -> bool:
+    """Return whether `_SIGN` is somewhere in a text."""
+    return "@" in text or SPOKEN_AT in text or " at " in text.lower()
+
+
 def _open_chain(recent: str) -> int:
     """Return how many characters at the end of a text may be an address, if its sign is complete."""
-    if not _SIGN.search(recent):
+    if not _has_sign(recent):
         before = recent[: -LOCAL_PART - 1 : -1]
-        return max(run.end() for run in (_WORD_REVERSED.match(before), _OTHER_REVERSED.match(before)) if run)
+        # Of ASCII the second pattern takes nothing that the first does not.
+        patterns = (_WORD_REVERSED,) if before.isascii() else (_WORD_REVERSED, _OTHER_REVERSED)
+        return max(run.end() for pattern in patterns if (run := pattern.match(before)))
     before = recent
     chain = _CHAIN_REVERSED.match(before[::-1])
     size = chain.end() if chain else 0
