@@ -2,10 +2,11 @@
 
     python -m bench.remote [--rounds 3] [--vllm FOLDER] [--litellm FOLDER] [--shared] [--unfiltered]
 
-The upstream serves a Llama (`bench.model`); it is another instance of this service, or vLLM.  It is asked for streams
-of chats by itself, through this service with default settings (limits, filters of personal data, logs) and through
-LiteLLM, in turns, one asleep while the other is measured.  Each ratio is the median over the rounds.  Prompts are
-counted by the model's tokenizer here or, with --count server, by the upstream's route /tokenize.
+The upstream serves a Llama (`bench.model`); it is another instance of this service, without its filters, or vLLM.  It
+is asked for streams of chats by itself, through this service with default settings (limits, filters of personal data,
+logs), with --unfiltered through one without filters, too, and through LiteLLM, in turns, one asleep while the other is
+measured.  Each ratio is the median over the rounds.  Prompts are counted by the model's tokenizer here or, with --count
+server, by the upstream's route /tokenize.
 
 The upstream has the first half of the processors for itself, and the clients share the other half with whatever stands
 in front, as they do where the upstream is another machine.  With --shared all share all processors: what stands in
@@ -72,7 +73,9 @@ class Figures:
 
     tokens_per_second: float
     first_ms: float
-    """Median time to the first token of one client alone."""
+    """Median time to the first text of one client alone, if only a blank."""
+    word_ms: float
+    """Median time to its first word: a filter keeps a word until it knows what follows, which the next token shows."""
     cpu_ms: float
     """Processor time of what stands in front, or of the upstream itself, for each token with all clients."""
 
@@ -86,7 +89,8 @@ async def measure(target: Target, clients: int, tokens: int, seed: str) -> Figur
     lasted, busy = time.perf_counter() - began, target.server.cpu_seconds() - busy
     generated = sum(each.completion_tokens for each in answers)
     first = statistics.median(each.first_token for each in single)
-    return Figures(generated / lasted, 1000 * first, 1000 * busy / generated)
+    word = statistics.median(each.first_word for each in single)
+    return Figures(generated / lasted, 1000 * first, 1000 * word, 1000 * busy / generated)
 
 
 async def send_chat(target: Target, draw: random.Random, tokens: int) -> TimedResponse:
@@ -125,7 +129,8 @@ def upstream_server(setup: Setup) -> Iterator[Target]:
     """Run the server that has the model."""
     peer: Peer = Vllm() if setup.vllm else Ours()
     port, log = free_port(), setup.folder / "upstream.log"
-    command, environment = peer.command(setup, port), peer.environment(setup)
+    # It filters nothing, as most servers do: what that costs is to be seen in front.
+    command, environment = peer.command(setup, port), {**peer.environment(setup), "PII__ENABLED": "false"}
     if setup.vllm:
         command += ["--max-model-len", "1024", "--api-key", KEY]
     with serving(command, port, environment, peer.ready, log, READY_SECONDS) as server:
@@ -140,7 +145,8 @@ def upstream_server(setup: Setup) -> Iterator[Target]:
 @contextmanager
 def our_front(folder: Path, upstream: Target, tokenizer: str, *, filtered: bool) -> Iterator[Target]:
     """Run this service in front of it."""
-    port, data = free_port(), folder / "front"
+    name = "front" if filtered else "unfiltered"
+    port, data = free_port(), folder / name
     data.mkdir()
     settings = {
         **overhead.SETTINGS,
@@ -152,9 +158,9 @@ def our_front(folder: Path, upstream: Target, tokenizer: str, *, filtered: bool)
         "REMOTE__TOKENIZER": tokenizer,
         "PII__ENABLED": str(filtered).lower(),
     }
-    environment, log = our_environment(data, settings), folder / "front.log"
+    environment, log = our_environment(data, settings), folder / f"{name}.log"
     with serving(our_command(port), port, environment, "/readyz", log, READY_SECONDS) as server:
-        yield Target("through this service", server, NAME, Vllm())
+        yield Target(f"through this service{'' if filtered else ', unfiltered'}", server, NAME, Vllm())
 
 
 @contextmanager
@@ -186,20 +192,24 @@ def litellm_front(folder: Path, installation: Path, upstream: Target) -> Iterato
 def as_markdown(found: Mapping[Target, list[Figures]]) -> str:
     """Return the table of medians: rates, their ratios to the upstream's, and what is added to the first token."""
     lines = [
-        "| asked | tokens/s | of the upstream's own | range | first token ms | added | CPU ms a token |",
-        "|---|---|---|---|---|---|---|",
+        "| asked | tokens/s | of the upstream's own | range | first text ms | added | first word ms | added "
+        "| CPU ms a token |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     own = next(iter(found.values()))
     for target, rounds in found.items():
         ratios = [each.tokens_per_second / its.tokens_per_second for each, its in zip(rounds, own, strict=True)]
-        added = statistics.median(each.first_ms - its.first_ms for each, its in zip(rounds, own, strict=True))
+        firsts = [each.first_ms - its.first_ms for each, its in zip(rounds, own, strict=True)]
+        words = [each.word_ms - its.word_ms for each, its in zip(rounds, own, strict=True)]
         cells = [
             target.title,
             f"{statistics.median(each.tokens_per_second for each in rounds):.0f}",
             f"**{statistics.median(ratios):.2f}**",
             f"{min(ratios):.2f} to {max(ratios):.2f}",
             f"{statistics.median(each.first_ms for each in rounds):.1f}",
-            f"{added:+.1f}",
+            f"{statistics.median(firsts):+.1f}",
+            f"{statistics.median(each.word_ms for each in rounds):.1f}",
+            f"{statistics.median(words):+.1f}",
             f"{statistics.median(each.cpu_ms for each in rounds):.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -222,7 +232,7 @@ def main() -> None:
     parser.add_argument("--litellm", type=_folder, help="a virtual environment with litellm[proxy]")
     parser.add_argument("--count", choices=["here", "server"], default="here", help="where prompts are counted")
     parser.add_argument("--shared", action="store_true", help="let all share all processors")
-    parser.add_argument("--unfiltered", action="store_true", help="filter no personal data in front")
+    parser.add_argument("--unfiltered", action="store_true", help="measure the service without filters, too")
     arguments = parser.parse_args()
     stop_on_sigterm()
     cpus = sorted(os.sched_getaffinity(0))
@@ -243,8 +253,8 @@ def main() -> None:
         targets = [stack.enter_context(upstream_server(setup))]
         os.sched_setaffinity(0, cpus if arguments.shared else cpus[len(half) :] or cpus)
         tokenizer = str(model) if arguments.count == "here" else "server"
-        front = our_front(folder, targets[0], tokenizer, filtered=not arguments.unfiltered)
-        targets.append(stack.enter_context(front))
+        for filtered in (True, False) if arguments.unfiltered else (True,):
+            targets.append(stack.enter_context(our_front(folder, targets[0], tokenizer, filtered=filtered)))
         if arguments.litellm:
             targets.append(stack.enter_context(litellm_front(folder, arguments.litellm, targets[0])))
         else:

@@ -56,8 +56,14 @@ class TimedResponse:
     arrivals: list[float] = field(default_factory=list)
     """When each event with text arrived."""
     text: str = ""
+    worded: float = 0.0
+    """When the first event came that has more than blanks."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
+
+    @property
+    def first_word(self) -> float:
+        return self.worded - self.began
 
     @property
     def first_token(self) -> float:
@@ -124,6 +130,8 @@ def _add(response: TimedResponse, event: StreamEvent, now: float) -> None:
     if event.text:
         response.arrivals.append(now)
         response.text += event.text
+        if not response.worded and event.text.strip():
+            response.worded = now
     if event.usage is not None:
         response.prompt_tokens, response.completion_tokens = event.usage
 

@@ -66,6 +66,8 @@ class StopBuffer:
 
     def feed(self, text: str) -> str:
         """Take the next segment and return what is safe to show; empty once a stop string matched."""
+        if not self._stops:
+            return text
         if self.matched is not None:
             return ""
         held = self._held + text

@@ -183,20 +183,33 @@ def open_email(recent: str) -> int:
 
     Args: recent: the last `EMAIL_REACH` characters of the text, or more.
     """
-    length = _open_chain(recent)
+    length = _open_local_part(recent)
     # What may become a sign, as "[a" may, keeps the address before it open.
     if partial := _PARTIAL_SIGN.search(recent, max(0, len(recent) - 16)):
-        length = max(length, _open_chain(recent[: partial.start()]) + len(partial[0]))
+        length = max(length, _open_local_part(recent[: partial.start()]) + len(partial[0]))
+    return length
+
+
+def _open_local_part(recent: str) -> int:
+    """Return how many characters at the end of a text may be an address, or a local part in quotes."""
+    length = _open_chain(recent)
     if '"' in recent and (quote := _OPEN_QUOTE.search(recent, max(0, len(recent) - _QUOTED_LOCAL_PART - 2))):
         length = max(length, len(recent) - quote.start())
     return length
 
 
+def _has_sign(text: str) -> bool:
+    """Return whether `_SIGN` is somewhere in a text."""
+    return "@" in text or SPOKEN_AT in text or " at " in text.lower()
+
+
 def _open_chain(recent: str) -> int:
     """Return how many characters at the end of a text may be an address, if its sign is complete."""
-    if not _SIGN.search(recent):
+    if not _has_sign(recent):
         before = recent[: -LOCAL_PART - 1 : -1]
-        return max(run.end() for run in (_WORD_REVERSED.match(before), _OTHER_REVERSED.match(before)) if run)
+        # Of ASCII the second pattern takes nothing that the first does not.
+        patterns = (_WORD_REVERSED,) if before.isascii() else (_WORD_REVERSED, _OTHER_REVERSED)
+        return max(run.end() for pattern in patterns if (run := pattern.match(before)))
     before = recent
     chain = _CHAIN_REVERSED.match(before[::-1])
     size = chain.end() if chain else 0

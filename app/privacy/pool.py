@@ -99,11 +99,8 @@ class RedactionPool:
         Raises: RedactionFailedError: no process could do it; the stream is of no use any more.
         """
         if len(delta) <= INLINE_CHARS:
-            before = stream.state
-            try:
+            with contextlib.suppress(TooMuchWorkError):
                 return stream.feed(delta, max_attempts=INLINE_ATTEMPTS)
-            except TooMuchWorkError:
-                stream.state = before
         return await self._advance(tenant, stream, delta, final=False)
 
     async def close(self) -> None:

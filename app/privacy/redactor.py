@@ -283,12 +283,17 @@ class StreamRedactor:
 
         Raises:
             ValueError: the stream was already finished.
-            TooMuchWorkError: more than `max_attempts` places would have to be examined; restore the state before.
+            TooMuchWorkError: more than `max_attempts` places would have to be examined; nothing was consumed.
         """
         if self._finished:
             raise ValueError("the stream is finished; another text needs a StreamRedactor of its own")
+        before = self._buffer, self._invisible_before, self._open_key, self._foreign
         self._buffer += delta
-        return self._release(final=False, max_attempts=max_attempts)
+        try:
+            return self._release(final=False, max_attempts=max_attempts)
+        except TooMuchWorkError:
+            self._buffer, self._invisible_before, self._open_key, self._foreign = before
+            raise
 
     def finish(self, *, cut: bool = False) -> str:
         """End the stream and return the buffered rest; a second call returns an empty text.

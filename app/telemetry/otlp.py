@@ -10,15 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType, SimpleNamespace, TracebackType
 from typing import Any
 
-import httpx
+import aiohttp
 from opentelemetry import propagate, trace
-from opentelemetry.context import Context, attach, detach
+from opentelemetry.context import Context, attach, create_key, detach, get_value, set_value
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-from opentelemetry.instrumentation.httpx import HTTPXClientInstrumentor
-from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -49,8 +47,14 @@ CLOSE_SECONDS = 3.0
 _SCOPE = InstrumentationScope("llm_service", __version__)
 _OK, _ERROR = Status(StatusCode.UNSET), Status(StatusCode.ERROR)
 _NOTHING = nullcontext()
+_SILENT = create_key("no spans of requests to other servers")
+_FIRST_REFUSAL = 400
+"""The first status with which another server does not do what it is asked."""
 _FIRST_FAULT = 500
 """The first status that is the service's fault."""
+
+
+_Sent = aiohttp.TraceRequestEndParams | aiohttp.TraceRequestExceptionParams
 
 
 class AtMost(Sampler):
@@ -96,7 +100,7 @@ class OtlpTracer:
         self._processor = BatchSpanProcessor(OTLPSpanExporter(endpoint=f"{endpoint.rstrip('/')}/v1/traces"))
         self._ids = RandomIdGenerator()
         # None reads OTEL_TRACES_SAMPLER.  What the caller's trace says of its own sampling holds in both cases.
-        sampler = None if "OTEL_TRACES_SAMPLER" in os.environ else ParentBased(AtMost(per_second))
+        sampler: Sampler | None = None if "OTEL_TRACES_SAMPLER" in os.environ else ParentBased(AtMost(per_second))
         if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
             sampler = ALWAYS_OFF
         self.provider = TracerProvider(sampler, resource=self._resource, shutdown_on_exit=False)
@@ -154,9 +158,7 @@ class OtlpTracer:
 
         Args: began, ended: nanoseconds of the Unix time.
         """
-        context = SpanContext(
-            parent.trace_id, self._ids.generate_span_id(), False, parent.trace_flags, parent.trace_state
-        )
+        context = self.child_of(parent)
         # A client that hangs up is no error of the service, and no GeneratorExit one of anybody.
         if isinstance(error, Exception):
             kind = error.code if isinstance(error, AppError) else type(error).__name__
@@ -190,17 +192,26 @@ class OtlpTracer:
             )
         )
 
-    def instrument(self, client: httpx.AsyncClient) -> None:
-        HTTPXClientInstrumentor.instrument_client(client, tracer_provider=self.provider)
+    def trace_configs(self) -> list[aiohttp.TraceConfig]:
+        return [_client_spans(self)]
 
-    def silence(self) -> AbstractContextManager[None]:
-        return suppress_instrumentation()
+    @contextmanager
+    def silence(self) -> Iterator[None]:
+        token = attach(set_value(_SILENT, True))
+        try:
+            yield
+        finally:
+            detach(token)
 
     def close(self) -> None:
         # The SDK tries again and again where the collector is away, and a stop must not wait for that.
         closing = threading.Thread(target=self.provider.shutdown, name="tracing-close", daemon=True)
         closing.start()
         closing.join(CLOSE_SECONDS)
+
+    def child_of(self, parent: SpanContext) -> SpanContext:
+        """Return the ids of a new span below another one."""
+        return SpanContext(parent.trace_id, self._ids.generate_span_id(), False, parent.trace_flags, parent.trace_state)
 
     def _write_stages(self, parent: SpanContext, samples: Sequence[GenerationRequest]) -> None:
         since_boot = time.time_ns() - time.monotonic_ns()
@@ -211,6 +222,38 @@ class OtlpTracer:
                 if began is not None and ended is not None:
                     first, last = (since_boot + round(1e9 * moment) for moment in (began, ended))
                     self.write(name, parent, first, last, attributes | more)
+
+
+def _client_spans(tracer: OtlpTracer) -> aiohttp.TraceConfig:
+    """Return what makes a span of each request to another server, until its headers come, and tells it of the trace."""
+
+    async def begin(session: Any, state: SimpleNamespace, sent: aiohttp.TraceRequestStartParams) -> None:
+        state.parent = None if get_value(_SILENT) else _current()
+        if state.parent is not None:
+            state.span, state.began = tracer.child_of(state.parent), time.time_ns()
+            propagate.inject(sent.headers, trace.set_span_in_context(NonRecordingSpan(state.span)))
+
+    def write(state: SimpleNamespace, sent: _Sent, more: Mapping[str, Any]) -> None:
+        if state.parent is None:
+            return
+        address = {"server.address": sent.url.host or "", "server.port": sent.url.port or 0}
+        attributes = {"http.request.method": sent.method, **address, **more}
+        now = time.time_ns()
+        tracer.write_as(state.span, sent.method, state.parent, state.began, now, attributes, SpanKind.CLIENT)
+
+    async def end(session: Any, state: SimpleNamespace, sent: aiohttp.TraceRequestEndParams) -> None:
+        status = sent.response.status
+        failed = {"error.type": str(status)} if status >= _FIRST_REFUSAL else {}
+        write(state, sent, {"http.response.status_code": status, **failed})
+
+    async def fail(session: Any, state: SimpleNamespace, sent: aiohttp.TraceRequestExceptionParams) -> None:
+        write(state, sent, {"error.type": type(sent.exception).__name__})
+
+    config = aiohttp.TraceConfig()
+    config.on_request_start.append(begin)
+    config.on_request_end.append(end)
+    config.on_request_exception.append(fail)
+    return config
 
 
 class _Request:

@@ -13,7 +13,7 @@ from app.requests import GenerationRequest
 from app.types import FinishReason
 
 if TYPE_CHECKING:
-    import httpx
+    import aiohttp
 
 
 @dataclass(slots=True)
@@ -73,8 +73,8 @@ class Tracer(Protocol):
             end: is called once it has ended.
         """
 
-    def instrument(self, client: "httpx.AsyncClient") -> None:
-        """Let a client's requests be spans, and tell its server of the trace."""
+    def trace_configs(self) -> "list[aiohttp.TraceConfig]":
+        """Return what a client session is made with whose requests are spans, and tell its server of the trace."""
 
     def silence(self) -> AbstractContextManager[None]:
         """Make no spans of such requests in the block."""
@@ -102,8 +102,8 @@ class NoTracer:
     ) -> AbstractContextManager[None]:
         return _NOTHING
 
-    def instrument(self, client: "httpx.AsyncClient") -> None:
-        return
+    def trace_configs(self) -> "list[aiohttp.TraceConfig]":
+        return []
 
     def silence(self) -> AbstractContextManager[None]:
         return _NOTHING

@@ -1,5 +1,9 @@
-"""A Redis of the tests' own, from the machine's program: a folder and a port of its own, gone at the end."""
+"""A Redis of the tests' own, from the machine's program: a folder and a port of its own, gone at the end.
 
+REDIS_SERVER names another program to run in its place, such as Valkey's.
+"""
+
+import os
 import shutil
 import signal
 import socket
@@ -14,14 +18,26 @@ PROGRAMS = {"redis": "redis-server", "valkey": "valkey-server"}
 
 
 def program(kind: str = "redis") -> str | None:
-    """Return the path of a server's program; None where the machine has none."""
-    return shutil.which(PROGRAMS[kind])
+    """Return the path of a server's program; None where the machine has none.
+
+    Raises: FileNotFoundError: REDIS_SERVER names none.
+    """
+    named = os.environ.get("REDIS_SERVER")
+    if not named or (kind != "redis" and Path(named).name != PROGRAMS[kind]):
+        return shutil.which(PROGRAMS[kind])
+    if (found := shutil.which(named)) is None:
+        raise FileNotFoundError(f"REDIS_SERVER is {named}, which is no program")
+    return found
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port that a member of a cluster may have: it takes the one 10,000 above it, too."""
+    port = 0
+    while not 0 < port < 55_536:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+    return port
 
 
 class RedisServer:

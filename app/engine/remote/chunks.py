@@ -143,19 +143,27 @@ class SseLines:
 
         Raises: UnreadableStreamError: a line is longer than any chunk.
         """
-        self._rest += part
-        *lines, rest = self._rest.split(b"\n")
-        self._rest = rest
-        if len(rest) > MAX_LINE_BYTES or any(len(line) > MAX_LINE_BYTES for line in lines):
-            raise UnreadableStreamError(f"a line of more than {MAX_LINE_BYTES} bytes")
-        for line in lines:
-            if line.startswith(b"data:") and (data := bytes(line[5:].strip())):
+        end = part.rfind(b"\n") + 1
+        whole = bytes(self._rest) + part[:end] if end else b""
+        if end:
+            self._rest = bytearray()
+        self._rest += part[end:]
+        for line in whole.split(b"\n"):
+            _check_length(line)
+            if line.startswith(b"data:") and (data := line[5:].strip()):
                 yield data
+        _check_length(self._rest)
 
     def finish(self) -> bytes:
         """Return the data of a last line that no line break ends; empty for none."""
         line, self._rest = bytes(self._rest), bytearray()
         return line[5:].strip() if line.startswith(b"data:") else b""
+
+
+def _check_length(line: bytes | bytearray) -> None:
+    """Raises: UnreadableStreamError: it is longer than any chunk."""
+    if len(line) > MAX_LINE_BYTES:
+        raise UnreadableStreamError(f"a line of more than {MAX_LINE_BYTES} bytes")
 
 
 def logprobs_of(given: Logprobs | None, alternatives: int) -> tuple[DetokenizedLogprob, ...]:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from typing import Final
 from uuid import uuid4
 
+from msgspec import structs
+
 from app.engine.logprob_alignment import LogprobAlignment
 from app.engine.remote.chunks import CallPart, Choice, Chunk, UsagePart, argument_text, logprobs_of
 from app.engine.stop_strings import StopBuffer
@@ -28,6 +30,7 @@ _REASONS: Final[Mapping[str, FinishReason]] = {
 }
 """All others are ends that the model came to by itself: stop, eos, eos_token, stop_sequence."""
 _FAILURES: Final = frozenset(["abort", "cancelled", "error"])
+_NOTHING: Final = Delta()
 
 
 class RemoteCompletion:
@@ -65,13 +68,10 @@ class RemoteCompletion:
 
         Raises: EngineFailed: the server says that it has failed.
         """
-        delta = Delta()
-        for choice in chunk.choices or ():
-            delta = self._read(choice)
-            break  # one completion is asked for
         if chunk.usage is not None:
             self._usage = chunk.usage
-        return self._counted(delta)
+        # One completion is asked for.
+        return self._counted(self._read(chunk.choices[0]) if chunk.choices else _NOTHING)
 
     def _read(self, choice: Choice) -> Delta:
         if choice.finish_reason:
@@ -81,7 +81,7 @@ class RemoteCompletion:
         part, tokens = choice.part, logprobs_of(choice.logprobs, self._request.sampling.logprobs or 0)
         self._scored += len(tokens)
         given, reasoning = part.content or "", part.reasoning_content or part.reasoning or ""
-        calls = self._calls.read(part.tool_calls or [])
+        calls = self._calls.read(part.tool_calls) if part.tool_calls else ()
         text = self._stops.feed(given)
         if calls:
             # No stop string reaches from the answer into a call.
@@ -98,14 +98,7 @@ class RemoteCompletion:
         progress.generated = max(progress.generated, self._usage.completion_tokens or self._scored or self._chunks)
         progress.cached = self._usage.cached_tokens
         tokens, self._reported = progress.generated - self._reported, progress.generated
-        return Delta(
-            text=delta.text,
-            reasoning=delta.reasoning,
-            tool_calls=delta.tool_calls,
-            tokens=tokens,
-            logprobs=delta.logprobs,
-            token_ends=delta.token_ends,
-        )
+        return structs.replace(delta, tokens=tokens) if tokens else delta
 
     def finish(self, *, done: bool) -> tuple[Delta, Finished]:
         """Return what is left, and the last event.

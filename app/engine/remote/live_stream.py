@@ -6,19 +6,17 @@ Decides which time limit holds, and what a response that is no stream of OpenAI'
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
-from contextlib import aclosing
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
-
-import httpx
 
 from app.config import DeadlineConfig
 from app.engine.remote.chunks import DONE, Chunk, SseLines, UnreadableStreamError, read_chunk
 from app.engine.remote.completion import RemoteCompletion
+from app.engine.remote.connections import UpstreamResponse
 from app.engine.remote.failures import UpstreamError
 from app.engine.remote.merging import DeltaMerger
 from app.engine.remote.pool import UpstreamPool
-from app.engine.remote.upstream import Upstream, read_body
+from app.engine.remote.upstream import Upstream
 from app.engine.remote.wire import request_path
 from app.errors import AppError, DeadlineExceeded, EngineFailed
 from app.events import Event, Finished, Started
@@ -29,6 +27,8 @@ log = logging.getLogger(__name__)
 
 TAIL_SECONDS = 2.0
 """How long the usage may take after the end of the text; a server that has none may leave the stream open."""
+LENIENCY = 0.05
+"""How much longer than allowed a server may be silent, as a share of that, for the sake of fewer timers."""
 
 BodyOf = Callable[[Upstream], Mapping[str, Any]]
 
@@ -42,6 +42,8 @@ class _Clock:
         self._idle_seconds = idle_seconds
         self._loop = asyncio.get_running_loop()
         self._last_moment = self._loop.time() + deadlines.total_seconds
+        self._moment = 0.0
+        """When the time is over, as far as is known."""
         self._follows = False
         self.error: AppError = DeadlineExceeded("The model took too long to its first token.")
         """What it is called when the time is over."""
@@ -52,11 +54,14 @@ class _Clock:
 
     def heard(self) -> None:
         """Note that bytes have come."""
-        if self._follows:
-            self._set(self._idle_seconds)
+        # A timer for every token would cost as much as reading it.
+        if self._follows and self._loop.time() + self._idle_seconds > self._moment:
+            self._set(self._idle_seconds * (1 + LENIENCY))
 
     def generates(self) -> None:
-        """Note that the first token has come."""
+        """Note that a token has come."""
+        if self._follows:
+            return
         self._follows = True
         self.error = EngineFailed("The model's server fell silent in the middle of its answer. Try again.")
         self._set(self._idle_seconds)
@@ -70,6 +75,7 @@ class _Clock:
         moment = self._loop.time() + seconds
         if moment >= self._last_moment:
             moment, self.error = self._last_moment, DeadlineExceeded("The answer took too long.")
+        self._moment = moment
         self.limit.reschedule(moment)
 
 
@@ -165,19 +171,21 @@ class LiveStream:
         async with self._pool.stream(self.request, path, self._body) as (upstream, response):
             self._upstream = upstream
             self._begin()
-            chunks = _Chunks(response, clock.heard)
             try:
-                async with aclosing(chunks.read()) as parts:
-                    async for part in parts:
-                        if self._take(part, clock):
-                            return True
+                chunks = _Chunks(response)
+                while (arrived := await chunks.read()) is not None:
+                    clock.heard()
+                    if self._take(arrived, clock):
+                        break
             except UnreadableStreamError as error:
                 raise EngineFailed(f"The model's server sent {error} in place of an answer.") from None
-            except (httpx.HTTPError, UpstreamError) as error:
+            except UpstreamError as error:
                 if self._completion.has_reason:
                     return True
                 raise EngineFailed("The connection to the model's server broke in the middle of the answer.") from error
-            return chunks.done
+            if chunks.done:
+                response.end()
+            return chunks.done or self._completion.matched
 
     def _take(self, chunks: Iterable[Chunk], clock: _Clock) -> bool:
         """Pass on what has arrived together, and return whether nothing more is wanted."""
@@ -222,33 +230,32 @@ class LiveStream:
 class _Chunks:
     """The objects of one response, whether it is a stream or, from a server that does not stream, a whole one."""
 
-    def __init__(self, response: httpx.Response, on_bytes: Callable[[], None]) -> None:
-        """Args: on_bytes: called whenever something arrives, if only a comment that keeps the connection open."""
+    def __init__(self, response: UpstreamResponse) -> None:
+        """Raises: UnreadableStreamError: it is something else."""
         self._response = response
-        self._on_bytes = on_bytes
+        self._lines = SseLines()
         self.done = False
         """Whether the server said that nothing more comes."""
-
-    async def read(self) -> AsyncGenerator[Iterable[Chunk], None]:
-        """Yield the objects that arrive together.
-
-        Raises: UnreadableStreamError: it is something else.  What httpx raises.
-        """
-        kind = self._response.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind == "application/json":
-            yield [read_chunk(await read_body(self._response))]
-            self.done = True
-            return
-        if kind not in ("", "text/event-stream"):
+        kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+        self._is_whole = kind == "application/json"
+        if kind not in ("", "application/json", "text/event-stream"):
             raise UnreadableStreamError(f"{kind if kind.replace('/', '').isalpha() else 'something'}")
-        lines = SseLines()
-        async for part in self._response.aiter_raw():
-            self._on_bytes()
-            yield self._objects(lines.feed(part))
-            if self.done:
-                return
-        if rest := lines.finish():
-            yield self._objects([rest])
+
+    async def read(self) -> Iterable[Chunk] | None:
+        """Return the objects that arrive together, none for a comment that keeps the connection open; None at the end.
+
+        Raises: UnreadableStreamError: they are something else, also while they are taken.  UpstreamError.
+        """
+        if self.done:
+            return None
+        if self._is_whole:
+            chunk = read_chunk(await self._response.body())
+            self.done = True
+            return [chunk]
+        if part := await self._response.read():
+            return self._objects(self._lines.feed(part))
+        rest = self._lines.finish()
+        return self._objects([rest]) if rest else None
 
     def _objects(self, lines: Iterable[bytes]) -> Iterator[Chunk]:
         for data in lines:

@@ -10,11 +10,10 @@ from contextlib import asynccontextmanager
 from hashlib import sha256
 from typing import Any
 
-import httpx
-
 from app.config.remote import RemoteConfig
+from app.engine.remote.connections import UpstreamResponse
 from app.engine.remote.failures import BUSY_STATUSES, GATEWAY_STATUSES, ErrorReader, UpstreamError, is_fault
-from app.engine.remote.upstream import Upstream, read_body
+from app.engine.remote.upstream import Upstream
 from app.errors import AppError, EngineNotReady
 from app.requests import GenerationRequest
 from app.telemetry.tracing import NO_TRACER, Tracer
@@ -88,7 +87,7 @@ class UpstreamPool:
     @asynccontextmanager
     async def stream(
         self, request: GenerationRequest, path: str, body: Callable[[Upstream], Mapping[str, Any]]
-    ) -> AsyncIterator[tuple[Upstream, httpx.Response]]:
+    ) -> AsyncIterator[tuple[Upstream, UpstreamResponse]]:
         """Send a request, and give the server and its response, of which no byte has been read.
 
         Args: body: what is sent to this server.
@@ -107,14 +106,14 @@ class UpstreamPool:
                     tried[upstream] += not failure.may_have_moved
                     continue
                 try:
-                    if response.status_code == 200:
+                    if response.status == 200:
                         yield upstream, response
                         return
                     error = await self._refusal(upstream, response)
                 finally:
-                    await response.aclose()
+                    response.close()
             tried[upstream] += 1
-            if response.status_code not in BUSY_STATUSES | GATEWAY_STATUSES | _LOST_STATUSES:
+            if response.status not in BUSY_STATUSES | GATEWAY_STATUSES | _LOST_STATUSES:
                 break
         raise error or self.not_ready()
 
@@ -127,7 +126,7 @@ class UpstreamPool:
         """
         async with self.stream(request, path, body) as (upstream, response):
             try:
-                return await read_body(response)
+                return await response.body()
             except UpstreamError as failure:
                 raise self._unreachable(upstream, failure) from None
 
@@ -139,14 +138,14 @@ class UpstreamPool:
         self.failed(upstream, failure.reason, for_certain=failure.for_certain)
         return self.not_ready()
 
-    async def _refusal(self, upstream: Upstream, response: httpx.Response) -> AppError:
-        status = response.status_code
+    async def _refusal(self, upstream: Upstream, response: UpstreamResponse) -> AppError:
+        status = response.status
         if status in _LOST_STATUSES:
             self.failed(upstream, f"it answered with status {status}", for_certain=True)
         elif is_fault(status):
             self.failed(upstream, f"it answered with status {status}")
         try:
-            content = await read_body(response)
+            content = await response.body()
         except UpstreamError:
             content = b""
         return self.errors.of_response(status, content, response.headers)

@@ -1,4 +1,4 @@
-"""One server: its connections, what a probe learns of it, and whether it gets requests."""
+"""One server: what a probe learns of it, and whether it gets requests."""
 
 import asyncio
 import logging
@@ -8,20 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
 import msgspec
 
 from app.config.remote import RemoteConfig
 from app.engine.base import UpstreamStatus
 from app.engine.remote.breaker import UpstreamBreaker
+from app.engine.remote.connections import Connections, UpstreamResponse
 from app.engine.remote.failures import UpstreamError
 from app.engine.remote.servers import SERVERS, Server, detect_server
 from app.telemetry.tracing import NO_TRACER, Tracer
 
 log = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 4_194_304
-"""Of a response that is no stream; more is not read."""
 PROBE_TIMEOUT_SECONDS = 5.0
 _LISTLESS_STATUSES = frozenset([404, 405, 500, 501])
 """Of a server that has no list of models, or cannot make one: it is taken at its configured word."""
@@ -94,7 +92,7 @@ class Upstream:
         """What the last failure was; None since it serves."""
         self._config = config
         self._tracer = tracer
-        self._client: httpx.AsyncClient | None = None
+        self._connections = Connections(self.root, config, tracer)
 
     @property
     def is_ready(self) -> bool:
@@ -115,27 +113,11 @@ class Upstream:
         )
 
     async def open(self) -> None:
-        """Make the connection pool; nothing is connected yet."""
-        if self._client is None:
-            # Importing certificates takes tens of milliseconds, which must not hold up the event loop.
-            self._client = await asyncio.to_thread(self._make_client)
-
-    def _make_client(self) -> httpx.AsyncClient:
-        config = self._config
-        # An answer that was packed would be unpacked whatever its size.
-        headers = {"Accept-Encoding": "identity"}
-        headers |= {name: value.get_secret_value() for name, value in config.headers.items()}
-        if config.api_key is not None:
-            headers["Authorization"] = f"Bearer {config.api_key.get_secret_value()}"
-        limits = httpx.Limits(max_connections=config.max_connections, max_keepalive_connections=config.max_connections)
-        timeout = httpx.Timeout(None, connect=config.connect_seconds)
-        client = httpx.AsyncClient(base_url=self.root, headers=headers, timeout=timeout, limits=limits)
-        self._tracer.instrument(client)
-        return client
+        """Prepare to connect; nothing is connected yet."""
+        await self._connections.open()
 
     async def close(self) -> None:
-        if self._client is not None:
-            await self._client.aclose()
+        await self._connections.close()
 
     @contextmanager
     def busy(self) -> Iterator[None]:
@@ -146,22 +128,12 @@ class Upstream:
         finally:
             self.running -= 1
 
-    async def send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
+    async def send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> UpstreamResponse:
         """Send a request and return the response as soon as its headers are there; it has to be closed.
 
         Raises: UpstreamError: it cannot be reached, or hangs up before it answers.
         """
-        if self._client is None:
-            raise UpstreamError("it is not open")
-        request = self._client.build_request(method, path, json=body)
-        try:
-            return await self._client.send(request, stream=True)
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise UpstreamError("it cannot be reached", for_certain=True) from error
-        except (httpx.RemoteProtocolError, httpx.NetworkError) as error:
-            raise UpstreamError("it hung up before it answered", may_have_moved=True) from error
-        except httpx.HTTPError as error:
-            raise UpstreamError(f"it cannot be asked ({type(error).__name__})") from error
+        return await self._connections.send(method, path, body)
 
     async def fetch(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, bytes]:
         """Return the status and the body of a response.
@@ -170,9 +142,9 @@ class Upstream:
         """
         response = await self.send(method, path, body)
         try:
-            return response.status_code, await read_body(response)
+            return response.status, await response.body()
         finally:
-            await response.aclose()
+            response.close()
 
     async def probe(self, name: str) -> None:
         """Learn what the server is and whether it serves, and let requests through if it does.
@@ -282,19 +254,3 @@ class _Defaults(msgspec.Struct):
 
 class _Props(msgspec.Struct):
     default_generation_settings: _Defaults
-
-
-async def read_body(response: httpx.Response) -> bytes:
-    """Return the body of a response that is no stream.
-
-    Raises: UpstreamError: it is too long, or breaks off.
-    """
-    body = bytearray()
-    try:
-        async for part in response.aiter_raw():
-            body += part
-            if len(body) > MAX_BODY_BYTES:
-                raise UpstreamError("its answer is too long")
-    except httpx.HTTPError as error:
-        raise UpstreamError("its answer broke off") from error
-    return bytes(body)

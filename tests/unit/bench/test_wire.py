@@ -66,6 +66,15 @@ async def test_a_response_records_when_each_event_arrived_and_how_many_tokens_it
     assert 0.01 < answer.gaps[0] < answer.ended - answer.began
 
 
+async def test_the_first_word_is_later_than_a_blank_before_it():
+    """A filter may send the blank at once and keep the word until it knows where that ends."""
+    blank = b"9\r\ndata:  \n\n\r\n"
+    async with answering(HEAD + blank, FIRST, LAST) as port:
+        answer = await send(port, POST, read)
+
+    assert 0.01 < answer.first_word - answer.first_token < 1
+
+
 @pytest.mark.parametrize(
     ("portions", "reason"),
     [

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from app.privacy.redactor import PiiKind, PiiMatch, Redactor, StreamRedactor
+from app.privacy.redactor import PiiKind, PiiMatch, Redactor, StreamRedactor, TooMuchWorkError
 from tests.examples import examples
 
 REDACTOR = Redactor()
@@ -135,6 +135,32 @@ def test_a_stream_takes_signs_in_a_row_as_the_whole_does(text: str) -> None:
 
     assert {expected} == {"".join(streamed(REDACTOR, chunks_of(text, [size]))[0]) for size in range(1, len(text))}
     assert "[EMAIL]" == REDACTOR.redact("pat at example dot com").text
+
+
+@pytest.mark.parametrize("sign", [" [at] ", "[at]", " at ", "\n@", "&#64;"])
+def test_a_name_in_quotes_waits_for_its_sign_however_that_is_written(sign: str) -> None:
+    """No part of it is sent before it is known whether an address goes on."""
+    domain = "example dot com" if sign == " at " else "example.com"
+    text = f'so "john doe"{sign}{domain} is it'
+    expected = REDACTOR.redact(text).text
+
+    assert "john" not in expected
+    assert {expected} == {"".join(streamed(REDACTOR, chunks_of(text, [size]))[0]) for size in range(1, len(text))}
+
+
+@pytest.mark.parametrize("before", ["call ", "sk-Abcdefgh0123456789AB", "a \u200b"])
+def test_a_stream_that_refuses_work_has_taken_nothing(before: str) -> None:
+    """So that the same text can be tried elsewhere."""
+    rest = "c.d " + "1234567 " * 20 + "jane@example.com."
+    stream = StreamRedactor(REDACTOR)
+    sent = stream.feed(before)
+    state = stream.state
+
+    with pytest.raises(TooMuchWorkError):
+        stream.feed(rest, max_attempts=3)
+
+    assert state == stream.state
+    assert REDACTOR.redact(before + rest).text == sent + stream.feed(rest) + stream.finish()
 
 
 KEY_BODY = "-----BEGIN PRIVATE KEY-----\nMIIEvQIBADANBgkq"
