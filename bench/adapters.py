@@ -1,6 +1,7 @@
 """What LoRA adapters cost a decoding step of 8 rows: none, one, four for half of the rows and four for all, in turns.
 
-    python -m bench.adapters [--shape 135m|tiny] [--dtype float32|bfloat16] [--compile auto|none|layers] [--rank 16]
+    python -m bench.adapters [--shape 135m|tiny] [--dtype float32|bfloat16] [--stored bfloat16|float16|float32]
+                             [--compile auto|none|layers] [--rank 16]
 
 Prints a table for docs/performance.md.  Model and adapters have random weights, the adapters in every linear layer.
 """
@@ -117,9 +118,8 @@ def main() -> None:
     clock = time.process_time if given.processor_time else time.perf_counter
     found = measure(runner, shares(adapters), given.rounds, clock, lambda line: print(line, file=sys.stderr))
     print(f"{describe()}, {torch.get_num_threads()} threads")
-    print(
-        f"{given.dtype}, adapters in {given.stored}, rank {given.rank}, compiled: {runner.compiled or 'nothing'}\n\n{table(found)}"
-    )
+    compiled = runner.compiled or "nothing"
+    print(f"{given.dtype}, adapters in {given.stored}, rank {given.rank}, compiled: {compiled}\n\n{table(found)}")
 
 
 if __name__ == "__main__":

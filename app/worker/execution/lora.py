@@ -35,7 +35,7 @@ class LoraWeights(NamedTuple):
 
 @dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
 class LoraAdapter:
-    """The weights of one adapter, on the model's device, in its compute type or in one of 16 bits that loses nothing."""
+    """The weights of one adapter on the model's device, in its compute type or losslessly in 16 bits."""
 
     digest: str
     """Of everything that decides what it computes; the same weights under two names have one digest."""

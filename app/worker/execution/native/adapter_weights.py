@@ -48,7 +48,8 @@ class AdapterWeights:
 
     def __init__(self, adapter: LoraAdapter, num_layers: int) -> None:
         """Args: num_layers: of the decoder."""
-        self.rank = adapter.rank
+        self.rank = adapter.rank + adapter.rank % 2
+        """The highest rank of its layers, or one more."""
         self._layers = (LoraLayerStruct * num_layers)()
         halves = [half for index in range(num_layers) for half in self._halves(adapter, index)]
         self._buffer = torch.cat([content for *_, content in halves])
@@ -73,13 +74,24 @@ class AdapterWeights:
                 target: LoraWeightsStruct = getattr(self._layers[index], name)
                 target.rank, target.type, target.scale = len(down), LORA_TYPES[down.dtype], weights.scale
                 yield target, "down", _bytes_of(down)
-                ups.append((target, "up", _bytes_of(up.view(len(up), -1, LANES).transpose(0, 1))))
+                ups.append((target, "up", _bytes_of(_packed(up))))
             yield from ups
 
 
 def _readable(half: Tensor) -> Tensor:
-    """Return weights in a type that the kernels read: float16 only where the processor converts it."""
+    """Return weights in a type that the kernels read: float16 only where the processor converts it.
+
+    In bfloat16 the ranks are multiplied in pairs; the last one may be zeros.
+    """
+    if half.dtype == torch.bfloat16:
+        return functional.pad(half, (0, 0, 0, len(half) % 2))
     return half.float() if half.dtype == torch.float16 and not gemm_kernels().has_float16 else half
+
+
+def _packed(up: Tensor) -> Tensor:
+    """Reorder (rank, outputs) to (outputs / LANES, rank, LANES), in bfloat16 with two ranks side by side."""
+    pair = 2 if up.dtype == torch.bfloat16 else 1
+    return up.view(len(up) // pair, pair, -1, LANES).permute(2, 0, 3, 1)
 
 
 def _bytes_of(half: Tensor) -> Tensor:

@@ -198,7 +198,7 @@ class ForwardPass {
 
     int64_t reduced_stride() const { return MAX_SHARED_INPUT * batch_.adapter_rank; }
 
-    float* reduced(int64_t token, int64_t place) {
+    activation_t* reduced(int64_t token, int64_t place) {
         return reduced_.data() + token * reduced_stride() + place * batch_.adapter_rank;
     }
 
@@ -382,7 +382,7 @@ class ForwardPass {
     std::vector<const LoraLayer*> adapters_;
     std::vector<LoraGroup> groups_;
     // (tokens, MAX_SHARED_INPUT, adapter_rank) inputs of the `up` weights.
-    std::vector<float> reduced_;
+    std::vector<activation_t> reduced_;
 };
 
 }  // namespace
