@@ -97,8 +97,11 @@ inline void reduce_kernel(const bfloat16* x, const bfloat16* rows, int64_t depth
         }
     }
     for (int token = 0; token < TOKENS; token++)
-        for (int rank = 0; rank < RANKS; rank++)
-            set(reduced[token * stride + rank], _mm512_reduce_add_ps(sums[token][rank]) * scale);
+        for (int rank = 0; rank < RANKS; rank++) {
+            f32x8 halves[2];
+            std::memcpy(halves, &sums[token][rank], sizeof halves);
+            set(reduced[token * stride + rank], reduce_sum(halves[0] + halves[1]) * scale);
+        }
 }
 #endif
 
