@@ -201,7 +201,7 @@ def _check_shapes(
 
 def _in_one_buffer(layers: Mapping[str, LoraWeights], target: AdapterTarget) -> dict[str, LoraWeights]:
     """Copy all weights into one piece of memory, which goes back to the system as a whole."""
-    dtypes = {path: _kept_dtype(weights, target) for path, weights in layers.items()}
+    dtypes = {path: _stored_dtype(weights, target) for path, weights in layers.items()}
     sizes = [-(-half.numel() * dtypes[path].itemsize // ALIGNMENT) * ALIGNMENT for path, half in _halves(layers)]
     parts = iter(torch.split(torch.empty(sum(sizes), dtype=torch.uint8, device=target.device), sizes))
 
@@ -220,7 +220,7 @@ def _halves(layers: Mapping[str, LoraWeights]) -> Iterator[tuple[str, Tensor]]:
         yield path, up
 
 
-def _kept_dtype(weights: LoraWeights, target: AdapterTarget) -> torch.dtype:
+def _stored_dtype(weights: LoraWeights, target: AdapterTarget) -> torch.dtype:
     """Return one of 16 bits that holds every number of a layer, else the model's.
 
     On a GPU it is always the model's: products there are of one type.

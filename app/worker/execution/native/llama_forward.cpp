@@ -144,7 +144,11 @@ class ForwardPass {
             norm_tokens(layer.attention_norm, count);
             reduce(index, normed_, model_.hidden_size, {&LoraLayer::q, &LoraLayer::k, &LoraLayer::v});
             linear<false>(normed_, layer.qkv, model_.hidden_size, QKV_SIZE, count, qkv_, model_.num_threads,
-                          LoraEpilogue{this, index, {{&LoraLayer::q, 0, QUERY_SIZE}, {&LoraLayer::k, 1, KEY_SIZE}, {&LoraLayer::v, 2, KEY_SIZE}}});
+                          LoraEpilogue{this,
+                                       index,
+                                       {{&LoraLayer::q, 0, QUERY_SIZE},
+                                        {&LoraLayer::k, 1, KEY_SIZE},
+                                        {&LoraLayer::v, 2, KEY_SIZE}}});
             rotate_and_write_kv(layer);
             const bool last = index + 1 == model_.num_layers;
             if (last && batch_.num_logits == 0) return;
@@ -218,7 +222,7 @@ class ForwardPass {
     // Linear layers that read the same input, and whose outputs lie side by side.
     typedef std::initializer_list<LoraTarget> LoraTargets;
 
-    // Call `body(group, target, first output, outputs)` for all that adapters add to a tile of linear layers.
+    // Call `body(group, target, first output, outputs, sums)` for all that adapters add to a tile of linear layers.
     template <class Body>
     void for_lora_of(const LinearTile& tile, LoraTargets targets, Body body) {
         if (adapters_.empty()) return;
@@ -229,21 +233,24 @@ class ForwardPass {
             for (const LoraTarget& target : targets) {
                 const int64_t first = std::max(tile.first_output, begin);
                 const int64_t end = std::min(tile.first_output + tile.outputs, begin + target.outputs);
-                if (first < end) body(*group, target, first - begin, end - first, tile.sums + first - tile.first_output);
+                if (first < end)
+                    body(*group, target, first - begin, end - first, tile.sums + first - tile.first_output);
                 begin += target.outputs;
             }
         }
     }
 
+    // Prefetch the `up` weights that `expand` will read.
     void prefetch(int64_t layer, const LinearTile& tile, LoraTargets targets) {
-        for_lora_of(tile, targets, [&](const LoraGroup& group, const LoraTarget& target, int64_t first, int64_t outputs, float*) {
+        for_lora_of(tile, targets, [&](const LoraGroup& group, LoraTarget target, int64_t first, int64_t outputs, float*) {
             prefetch_up(group.layers[layer].*target.member, first, outputs);
         });
     }
 
     // Add the products with the `up` weights to a tile of linear layers.
     void expand(int64_t layer, const LinearTile& tile, LoraTargets targets) {
-        for_lora_of(tile, targets, [&](const LoraGroup& group, const LoraTarget& target, int64_t first, int64_t outputs, float* sums) {
+        for_lora_of(tile, targets,
+                    [&](const LoraGroup& group, LoraTarget target, int64_t first, int64_t outputs, float* sums) {
             const int64_t begin = std::max(tile.first_token, group.begin);
             const int64_t end = std::min(tile.first_token + tile.tokens, group.end);
             expand_ranks(reduced(begin, target.place), reduced_stride(), group.layers[layer].*target.member, first,
