@@ -221,8 +221,8 @@ struct NoEpilogue {
 };
 
 // A linear layer: out (tokens, outputs) = x (tokens, depth) W^T + bias, or out += that with ACCUMULATE.  `epilogue` may
-// change the results of a tile before they are stored or added, and is told before they are computed.  Must be called by every thread of a parallel region and ends with a
-// barrier.
+// change the results of a tile before they are stored or added, and is told of the tile before it is computed.  Must be
+// called by every thread of a parallel region and ends with a barrier.
 template <bool ACCUMULATE, class Weight, class Output, class Epilogue = NoEpilogue>
 void linear(const typename WeightTraits<Weight>::activation* x, PackedWeights<Weight> weights, int64_t depth,
             int64_t outputs, int64_t tokens, Output* out, int threads, Epilogue epilogue = {}) {

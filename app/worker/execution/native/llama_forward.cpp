@@ -242,9 +242,10 @@ class ForwardPass {
 
     // Prefetch the `up` weights that `expand` will read.
     void prefetch(int64_t layer, const LinearTile& tile, LoraTargets targets) {
-        for_lora_of(tile, targets, [&](const LoraGroup& group, LoraTarget target, int64_t first, int64_t outputs, float*) {
-            prefetch_up(group.layers[layer].*target.member, first, outputs);
-        });
+        for_lora_of(tile, targets,
+                    [&](const LoraGroup& group, LoraTarget target, int64_t first, int64_t outputs, float*) {
+                        prefetch_up(group.layers[layer].*target.member, first, outputs);
+                    });
     }
 
     // Add the products with the `up` weights to a tile of linear layers.

@@ -68,7 +68,8 @@ inline void reduce_kernel(const Input* x, const Weight* rows, int64_t depth, flo
         }
         for (int token = 0; token < TOKENS; token++) {
             const f32x8 vector = load(x + token * depth + at);
-            for (int rank = 0; rank < RANKS; rank++) sums[token][rank] = multiply_add(vector, weights[rank], sums[token][rank]);
+            for (int rank = 0; rank < RANKS; rank++)
+                sums[token][rank] = multiply_add(vector, weights[rank], sums[token][rank]);
         }
     }
     for (int token = 0; token < TOKENS; token++)
