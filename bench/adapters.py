@@ -1,6 +1,7 @@
 """What LoRA adapters cost a decoding step of 8 rows: none, one, four for half of the rows and four for all, in turns.
 
-    python -m bench.adapters [--shape 135m|tiny] [--dtype float32|bfloat16] [--compile auto|none|layers] [--rank 16]
+    python -m bench.adapters [--shape 135m|tiny] [--dtype float32|bfloat16] [--stored bfloat16|float16|float32]
+                             [--compile auto|none|layers] [--rank 16]
 
 Prints a table for docs/performance.md.  Model and adapters have random weights, the adapters in every linear layer.
 """
@@ -95,6 +96,9 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--shape", choices=SHAPES, default="135m")
     arguments.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    arguments.add_argument(
+        "--stored", choices=["float32", "float16", "bfloat16"], default="bfloat16", help="type of the adapters"
+    )
     arguments.add_argument("--compile", choices=["auto", "none", "layers"], default="auto")
     arguments.add_argument("--rank", type=int, default=16)
     arguments.add_argument("--rounds", type=int, default=5)
@@ -105,7 +109,8 @@ def main() -> None:
         torch.set_num_threads(given.threads)
     dtype = getattr(torch, given.dtype)
     model = make_model(SHAPES[given.shape]).to(dtype).eval()
-    adapters = [random_adapter(linear_shapes(model), given.rank, dtype, seed) for seed in range(4)]
+    stored = getattr(torch, given.stored)
+    adapters = [random_adapter(linear_shapes(model), given.rank, stored, seed) for seed in range(4)]
     runner = create_torch_runner(model, length=2 * KEYS, slots=ROWS, free_bytes=2**31)
     select_executor(runner, given.compile)
     for row in range(ROWS):
@@ -113,7 +118,8 @@ def main() -> None:
     clock = time.process_time if given.processor_time else time.perf_counter
     found = measure(runner, shares(adapters), given.rounds, clock, lambda line: print(line, file=sys.stderr))
     print(f"{describe()}, {torch.get_num_threads()} threads")
-    print(f"{given.dtype}, rank {given.rank}, compiled: {runner.compiled or 'nothing'}\n\n{table(found)}")
+    compiled = runner.compiled or "nothing"
+    print(f"{given.dtype}, adapters in {given.stored}, rank {given.rank}, compiled: {compiled}\n\n{table(found)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The engine alone, without HTTP, beside a hand-written static batch loop of the same size in the same run.
+"""The engine alone, without HTTP, beside a hand-written static batch loop and OpenVINO GenAI in the same run.
 
-`bench.serve` calls `compare`; both run as their own process, and one waits while the other works.
+`bench.serve` calls `compare`; all run as their own process, and the others wait while one works.
 """
 
 import asyncio
@@ -9,15 +9,15 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
 
 from app.config import DeadlineConfig, ModelConfig
 from app.engine.local import LocalEngine
 from app.requests import GenerationRequest
 from app.types import SamplingParams, Tenant
-from bench.peers import Setup
+from bench.peers import Setup, openvino_command, openvino_environment
 from bench.process import ROOT
 from bench.words import token_ids
 
@@ -28,47 +28,55 @@ PATIENCE = DeadlineConfig(waiting_seconds=3600, first_token_seconds=3600, total_
 
 @dataclass(frozen=True)
 class Compared:
-    """Tokens per second of both for one batch size, by round."""
+    """Tokens per second of each for one batch size, by round."""
 
     batch: int
     runner: str
     """Which runner of the engine was active: batching or serial."""
     engine: Sequence[float]
     loop: Sequence[float]
+    openvino: Sequence[float] = ()
+    """Empty where there is no OpenVINO GenAI."""
 
     @property
     def ratio(self) -> float:
-        """Return the median of the rounds' own ratios: what slows a round down slows both."""
-        return statistics.median(ours / theirs for ours, theirs in zip(self.engine, self.loop, strict=True))
+        """Return the ratio to the loop."""
+        return self._ratio(self.loop)
 
     def as_json(self) -> dict[str, object]:
-        return {**asdict(self), "ratio": self.ratio}
+        ratio = {"openvino_ratio": self._ratio(self.openvino)} if self.openvino else {}
+        return {**asdict(self), "ratio": self.ratio, **ratio}
+
+    def _ratio(self, other: Sequence[float]) -> float:
+        """Return the median of the rounds' own ratios: what slows a round down slows both."""
+        return statistics.median(ours / theirs for ours, theirs in zip(self.engine, other, strict=True))
 
 
-class StaticLoop:
-    """The process of `bench.static_batch`."""
+class JobProcess:
+    """A process that takes batches on standard input and prints how long each takes, as `bench.static_batch` does."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
 
     @classmethod
     @asynccontextmanager
-    async def running(cls, setup: Setup) -> AsyncIterator["StaticLoop"]:
+    async def running(
+        cls, command: Sequence[str], environment: Mapping[str, str] | None = None
+    ) -> AsyncIterator["JobProcess"]:
         """Start it, and end it with the block."""
-        command = ("-m", "bench.static_batch", str(setup.model), setup.dtype, str(setup.threads))
         pipe = asyncio.subprocess.PIPE
-        process = await asyncio.create_subprocess_exec(sys.executable, *command, cwd=ROOT, stdin=pipe, stdout=pipe)
-        loop = cls(process)
+        process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe)
+        jobs = cls(process)
         try:
-            await loop._line()
-            yield loop
+            await jobs._line()
+            yield jobs
         finally:
             if process.returncode is None:
                 process.kill()
             await process.wait()
 
     async def seconds(self, batch: int, seed: int) -> float:
-        """Return how long the loop takes for one batch."""
+        """Return how long one batch takes."""
         job = {"batch": batch, "prompt": PROMPT, "new": NEW, "seed": seed}
         if self._process.stdin is not None:
             self._process.stdin.write(json.dumps(job).encode() + b"\n")
@@ -77,7 +85,7 @@ class StaticLoop:
     async def _line(self) -> str:
         line = await self._process.stdout.readline() if self._process.stdout is not None else b""
         if not line:
-            raise RuntimeError("the static batch loop ended early")
+            raise RuntimeError("a process that the engine is compared with ended early")
         return line.decode().strip()
 
 
@@ -108,27 +116,38 @@ async def engine_seconds(engine: LocalEngine, batch: int, seed: int) -> float:
 async def compare(
     setup: Setup, rounds: int, report_progress: Callable[[str], None], batches: Sequence[int] = BATCHES
 ) -> list[Compared]:
-    """Measure both in turns, after one round that does not count."""
+    """Measure all in turns, after one round that does not count."""
     config = ModelConfig(name=str(setup.model), source="local", dtype=setup.dtype, threads=setup.threads)
     engine = LocalEngine(config, PATIENCE)
     await engine.start()
     try:
         await engine.wait_ready()
-        async with StaticLoop.running(setup) as loop:
-            return [await _compare_batch(engine, loop, batch, rounds, report_progress) for batch in batches]
+        async with AsyncExitStack() as stack:
+            command = (sys.executable, "-m", "bench.static_batch", str(setup.model), setup.dtype, str(setup.threads))
+            others = {"loop": await stack.enter_async_context(JobProcess.running(command))}
+            if setup.openvino is not None:
+                openvino = JobProcess.running(openvino_command(setup), openvino_environment(setup))
+                others["openvino"] = await stack.enter_async_context(openvino)
+            return [await _compare_batch(engine, others, batch, rounds, report_progress) for batch in batches]
     finally:
         await engine.close()
 
 
 async def _compare_batch(
-    engine: LocalEngine, loop: StaticLoop, batch: int, rounds: int, report_progress: Callable[[str], None]
+    engine: LocalEngine,
+    others: Mapping[str, JobProcess],
+    batch: int,
+    rounds: int,
+    report_progress: Callable[[str], None],
 ) -> Compared:
-    ours, theirs = [], []
+    found: dict[str, list[float]] = {name: [] for name in ("engine", *others)}
     for number in range(rounds + 1):
-        # Other prompts in each round, so that the engine finds nothing that it computed before.
-        mine = await engine_seconds(engine, batch, seed=1000 * batch + number)
-        other = await loop.seconds(batch, seed=1000 * batch + number)
-        report_progress(f"engine alone, batch {batch}, round {number}: {mine:.2f} s, loop {other:.2f} s")
-        ours.append(batch * NEW / mine)
-        theirs.append(batch * NEW / other)
-    return Compared(batch, engine.info.engine, ours[1:], theirs[1:])
+        # Other prompts in each round, so that nobody finds what it computed before.
+        seed = 1000 * batch + number
+        seconds = {"engine": await engine_seconds(engine, batch, seed)}
+        seconds |= {name: await other.seconds(batch, seed) for name, other in others.items()}
+        shown = ", ".join(f"{name} {taken:.2f} s" for name, taken in seconds.items())
+        report_progress(f"without HTTP, batch {batch}, round {number}: {shown}")
+        for name, taken in seconds.items():
+            found[name].append(batch * NEW / taken)
+    return Compared(batch, engine.info.engine, **{name: each[1:] for name, each in found.items()})

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bench.process import KEY, our_command, our_environment
+from bench.process import KEY, ROOT, our_command, our_environment
 from bench.wire import Post, StreamEvent
 
 Message = Mapping[str, str]
@@ -40,6 +40,8 @@ class Setup:
     """The system prompt of the conversation."""
     vllm: Path | None = None
     """A virtual environment that has vLLM, or its `vllm` program."""
+    openvino: Path | None = None
+    """A virtual environment that has OpenVINO GenAI."""
 
 
 class Peer(ABC):
@@ -195,19 +197,55 @@ class Vllm(OpenAiPeer):
         return [program, "serve", str(setup.model), "--port", str(port), "--host", "127.0.0.1", "--dtype", setup.dtype]
 
     def environment(self, setup: Setup) -> dict[str, str]:
-        # Its own interpreter must not find our libraries.  GiB of KV cache are more than these loads need.  By itself
+        # GiB of KV cache are more than these loads need.  By itself
         # vLLM leaves one core to its front end, with which it is half as fast on two.
-        inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[: setup.threads]))
         own = {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_CPU_OMP_THREADS_BIND": cores}
         # Its installation brings the OpenMP that it asks for.
         openmp = _vllm_program(setup.vllm or Path()).parent.parent / "lib" / "libiomp5.so"
         if openmp.is_file():
             own["LD_PRELOAD"] = str(openmp)
-        return {**own, **inherited, **_thread_settings(setup)}
+        return {**own, **_without_our_libraries(), **_thread_settings(setup)}
 
 
-PEERS: tuple[Peer, ...] = (Ours(), TransformersServe(), ContinuousServe(), Vllm())
+class OpenVino(OpenAiPeer):
+    """OpenVINO GenAI's continuous batching, from an environment of its own, behind a few lines of HTTP."""
+
+    name, title = "openvino", "OpenVINO GenAI"
+
+    def missing(self, setup: Setup) -> str | None:
+        if setup.openvino is None:
+            return "no installation given (--openvino)"
+        return None if _python(setup.openvino).is_file() else f"there is no {_python(setup.openvino)}"
+
+    def command(self, setup: Setup, port: int) -> list[str]:
+        return [*openvino_command(setup), "--port", str(port)]
+
+    def environment(self, setup: Setup) -> dict[str, str]:
+        return openvino_environment(setup)
+
+
+PEERS: tuple[Peer, ...] = (Ours(), TransformersServe(), ContinuousServe(), Vllm(), OpenVino())
+
+
+def openvino_command(setup: Setup) -> list[str]:
+    """Return what runs OpenVINO GenAI alone."""
+    options = ["--dtype", setup.dtype, "--threads", str(setup.threads)]
+    return [str(_python(setup.openvino or Path())), "-m", "bench.openvino_server", str(setup.model), *options]
+
+
+def openvino_environment(setup: Setup) -> dict[str, str]:
+    """Return the environment that it is started in: it reads our benchmark, and none of our libraries."""
+    return {**_without_our_libraries(), **_thread_settings(setup), "PYTHONPATH": str(ROOT)}
+
+
+def _python(environment: Path) -> Path:
+    return environment / "bin" / "python"
+
+
+def _without_our_libraries() -> dict[str, str]:
+    """Return this machine's environment, in which another interpreter does not find our libraries."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
 def _vllm_program(installation: Path) -> Path:

@@ -17,7 +17,7 @@ from typing import Any
 from bench.engine import Compared
 from bench.figures import Measured
 from bench.load import LOADS
-from bench.machine import processor
+from bench.machine import instruction_sets, processor
 from bench.peers import PEERS, Setup
 
 Result = dict[str, Any]
@@ -41,7 +41,9 @@ script, whose every word is one token, so all prompts have exactly the stated le
 
 Every server runs with its defaults but for two: `--continuous-batching` gets a KV cache of 128 blocks of 256 tokens and
 1024 tokens a step, without which it is many times slower on a CPU, and vLLM (its CPU build, if it is there) all cores,
-where by itself it keeps one free, and the OpenMP library that it asks for.
+where by itself it keeps one free, and the OpenMP library that it asks for. OpenVINO GenAI has no server for a processor
+alone in Python: its continuous batching stands behind a few lines of HTTP (`bench/openvino_server.py`), with weights,
+arithmetic and KV cache in the type of all others.
 
 {machine}
 
@@ -67,7 +69,12 @@ def result(
         "rounds": rounds,
         "dtype": setup.dtype,
         "threads": setup.threads,
-        "machine": {"cpu": processor(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "machine": {
+            "cpu": processor(),
+            "features": instruction_sets(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+        },
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "parameters": parameters,
         "weights_bytes": parameters * item,
@@ -81,7 +88,14 @@ def result(
 
 def tables(result: Result) -> str:
     """Return all tables that there are figures for, in Markdown."""
-    parts = [_load_table(result), _turn_table(result), _engine_table(result), _memory(result), _client(result)]
+    parts = [
+        _machine(result),
+        _load_table(result),
+        _turn_table(result),
+        _engine_table(result),
+        _memory(result),
+        _client(result),
+    ]
     return "\n".join(part for part in parts if part)
 
 
@@ -167,14 +181,30 @@ def _turn_table(result: Result) -> str:
     return _table(head, rows) if rows else ""
 
 
+def _machine(result: Result) -> str:
+    """Name the processor and what it can: a table of another one says nothing about this one."""
+    machine = result["machine"]
+    features = " ".join(machine.get("features") or ["features unknown"])
+    return (
+        f"{machine['cores']} cores of {machine['cpu']} ({features}), {result['threads']} threads, {result['dtype']}\n"
+    )
+
+
 def _engine_table(result: Result) -> str:
-    head = ("engine alone, sequences at once", "engine, tokens/s", "static batch loop, tokens/s", "engine ÷ loop")
+    head = ["engine alone, sequences at once", "engine, tokens/s", "static batch loop, tokens/s", "engine ÷ loop"]
+    if any(one.get("openvino") for one in result["engine"]):
+        head += ["OpenVINO GenAI, tokens/s", "engine ÷ it"]
     rows = [
         (
             f"{one['batch']} ({one['runner']})",
             f"{statistics.median(one['engine']):.1f}",
             f"{statistics.median(one['loop']):.1f}",
             f"{one['ratio']:.2f}",
+            *(
+                [f"{statistics.median(one['openvino']):.1f}", f"{one['openvino_ratio']:.2f}"]
+                if one.get("openvino")
+                else []
+            ),
         )
         for one in result["engine"]
     ]

@@ -50,25 +50,56 @@ struct TestLayer {
 // What an adapter adds to one linear layer; with rank 0 nothing.
 struct TestLora {
     int64_t inputs, outputs, rank;
+    LoraType type;
     std::vector<float> down = random_floats(rank * inputs), up = random_floats(rank * outputs);
-    std::vector<activation_t> narrow_down = narrow_all<activation_t>(down), packed_up;
+    std::vector<char> stored_down, stored_up;
+    static constexpr float SCALE = 0.75f;
 
-    TestLora(int64_t inputs, int64_t outputs, int64_t rank) : inputs(inputs), outputs(outputs), rank(rank) {
-        for (int64_t first = 0; first < outputs; first += LANES)
-            for (int64_t row = 0; row < rank; row++)
-                for (int64_t lane = 0; lane < LANES; lane++)
-                    packed_up.push_back(narrow<activation_t>(up[row * outputs + first + lane]));
+    TestLora(int64_t inputs, int64_t outputs, int64_t rank, LoraType type)
+        : inputs(inputs), outputs(outputs), rank(rank), type(type) {
+#if defined(LLMK_HAVE_FLOAT16)
+        if (type == LORA_FLOAT16) {
+            pack<float16>(1);
+            return;
+        }
+#endif
+        if (type == LORA_BFLOAT16) {
+            pack<bfloat16>(2);
+            return;
+        }
+        this->type = LORA_FLOAT32;
+        pack<float>(1);
     }
 
-    LoraWeights<activation_t> weights() const {
-        return {rank ? narrow_down.data() : nullptr, rank ? packed_up.data() : nullptr, rank};
+    // Ranks that are packed in pairs are filled up with zeros.
+    template <class Weight>
+    void pack(int64_t pair) {
+        const int64_t packed_rank = (rank + pair - 1) / pair * pair;
+        for (int64_t row = 0; row < packed_rank; row++)
+            for (int64_t at = 0; at < inputs; at++) append<Weight>(stored_down, row < rank ? down[row * inputs + at] : 0);
+        for (int64_t first = 0; first < outputs; first += LANES)
+            for (int64_t row = 0; row < packed_rank; row += pair)
+                for (int64_t lane = 0; lane < LANES; lane++)
+                    for (int64_t each = row; each < row + pair; each++)
+                        append<Weight>(stored_up, each < rank ? up[each * outputs + first + lane] : 0);
+    }
+
+    template <class Weight>
+    static void append(std::vector<char>& to, float value) {
+        const Weight number = narrow<Weight>(value);
+        to.insert(to.end(), (const char*)&number, (const char*)(&number + 1));
+    }
+
+    LoraWeights weights() const {
+        const int64_t packed_rank = type == LORA_BFLOAT16 ? rank + rank % 2 : rank;
+        return {rank ? stored_down.data() : nullptr, rank ? stored_up.data() : nullptr, packed_rank, type, SCALE};
     }
 
     void add(const Vector& x, double* out) const {
         for (int64_t row = 0; row < rank; row++) {
             double reduced = 0;
             for (int64_t at = 0; at < inputs; at++) reduced += x[at] * down[row * inputs + at];
-            for (int64_t at = 0; at < outputs; at++) out[at] += reduced * up[row * outputs + at];
+            for (int64_t at = 0; at < outputs; at++) out[at] += SCALE * reduced * up[row * outputs + at];
         }
     }
 };
@@ -77,14 +108,14 @@ struct TestLoraLayer {
     TestLora q, k, v, o, gate, up, down;
 
     // Only queries, outputs of attention and `up` where it is not complete.
-    TestLoraLayer(int64_t rank, bool complete)
-        : q(HIDDEN, QUERY_SIZE, rank),
-          k(HIDDEN, KEY_SIZE, complete ? rank + 1 : 0),
-          v(HIDDEN, KEY_SIZE, complete ? rank : 0),
-          o(QUERY_SIZE, HIDDEN, rank),
-          gate(HIDDEN, INNER, complete ? rank : 0),
-          up(HIDDEN, INNER, rank),
-          down(INNER, HIDDEN, complete ? rank + 2 : 0) {}
+    TestLoraLayer(int64_t rank, bool complete, LoraType type, LoraType other)
+        : q(HIDDEN, QUERY_SIZE, rank, type),
+          k(HIDDEN, KEY_SIZE, complete ? rank + 1 : 0, other),
+          v(HIDDEN, KEY_SIZE, complete ? rank : 0, type),
+          o(QUERY_SIZE, HIDDEN, rank, type),
+          gate(HIDDEN, INNER, complete ? rank : 0, other),
+          up(HIDDEN, INNER, rank, type),
+          down(INNER, HIDDEN, complete ? rank + 2 : 0, other) {}
 
     LoraLayer layer() const {
         return {q.weights(), k.weights(), v.weights(), o.weights(), gate.weights(), up.weights(), down.weights()};
@@ -97,14 +128,14 @@ struct TestAdapter {
     std::vector<TestLoraLayer> tests;
     std::vector<LoraLayer> layers;
 
-    TestAdapter(int64_t rank, bool complete) {
-        for (int64_t index = 0; index < LAYERS; index++) tests.emplace_back(rank, complete);
+    TestAdapter(int64_t rank, bool complete, LoraType type, LoraType other) {
+        for (int64_t index = 0; index < LAYERS; index++) tests.emplace_back(rank, complete, type, other);
         for (const TestLoraLayer& layer : tests) layers.push_back(layer.layer());
     }
 };
 
 struct TestModel {
-    TestAdapter first{3, true}, second{8, false};
+    TestAdapter first{3, true, LORA_BFLOAT16, LORA_FLOAT32}, second{8, false, LORA_FLOAT16, LORA_FLOAT16};
     std::vector<TestLayer> layers;
     TestLinear<LLMK_LM_HEAD_TYPE> lm_head{HIDDEN, VOCABULARY, false};
     std::vector<float> final_norm = random_norm(HIDDEN);

@@ -15,6 +15,13 @@ VLLM = Client(
 LITELLM = Client("litellm", ("litellm[proxy]==1.108.7",))
 """A gateway to compare with; the newest version whose proxy can be installed."""
 
+OPENVINO = Client(
+    "openvino",
+    (TORCH, "openvino-genai==2026.4.1.0", "fastapi==0.165.0", "uvicorn==0.54.0", "optimum-intel==2.2.0"),
+    without=("torchvision",),
+)
+"""Its continuous batching, and what exports a model for it; PyPI's torchvision is for another torch."""
+
 
 def vllm() -> Path:
     """Return the folder of vLLM's environment, after installing it if need be."""
@@ -28,6 +35,11 @@ def litellm() -> Path:
     return installed(LITELLM)
 
 
+def openvino() -> Path:
+    """Return the folder of OpenVINO GenAI's environment, after installing it if need be."""
+    return installed(OPENVINO)
+
+
 def _name_it_vllm(folder: Path) -> None:
     """Let the package of the CPU build be found under the name by which vLLM asks for its own version."""
     packages = next((folder / "lib").glob("python*/site-packages"))
@@ -37,4 +49,4 @@ def _name_it_vllm(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    print({"vllm": vllm, "litellm": litellm}[sys.argv[1]]())  # noqa: T201
+    print({"vllm": vllm, "litellm": litellm, "openvino": openvino}[sys.argv[1]]())  # noqa: T201

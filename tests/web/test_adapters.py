@@ -202,6 +202,8 @@ async def test_a_role_for_some_models_uses_an_adapter_only_if_it_names_it(web: W
     [
         ({"source": "../team/a"}, 400, "must not hold"),
         ({"source": "/etc"}, 400, "below adapters.roots"),
+        ({"source": "https://example.com/adapter"}, 400, "below adapters.roots"),
+        ({"trust_remote_code": True}, 400, "trust_remote_code"),
         ({"model": "plain"}, 400, "takes no adapters"),
         ({"model": "absent"}, 404, "not loaded"),
         ({"adapter_name": "plain"}, 409, "has this name"),

@@ -51,6 +51,11 @@ async def test_models_are_loaded_listed_and_unloaded(run: Run):
     assert ("other", "ready") == (again["name"], again["state"])
 
 
+@pytest.mark.parametrize("name", ["/etc", "../secret", "third/../../secret", "file:///etc", "https://example.com/a"])
+async def test_what_leads_elsewhere_is_not_loaded(run: Run, name: str):
+    assert "model_name" in await run("load", name, "--source", "local", code=1)
+
+
 async def test_what_the_service_refuses_ends_the_command_with_its_words(run: Run):
     assert "model.roots" in await run("load", "/etc", "--source", "local", code=1)
     assert "not loaded" in await run("unload", "stranger", code=1)

@@ -28,12 +28,14 @@ class LoraWeights(NamedTuple):
     down: Tensor
     """(rank, inputs)"""
     up: Tensor
-    """(rank, outputs), scaled"""
+    """(rank, outputs)"""
+    scale: float = 1.0
+    """Factor of the product."""
 
 
 @dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
 class LoraAdapter:
-    """The weights of one adapter, in the model's compute type and on its device."""
+    """The weights of one adapter on the model's device, in its compute type or losslessly in 16 bits."""
 
     digest: str
     """Of everything that decides what it computes; the same weights under two names have one digest."""
@@ -215,7 +217,7 @@ class LoraStack:
             for number, weights in enumerate(layer):
                 if weights is not None:
                     part[number, : len(weights.down)] = weights.down
-                    up[number, : len(weights.up)] = weights.up
+                    up[number, : len(weights.up)] = weights.up.float() * weights.scale
         return _StackedLayers(paths, ranks, down, ups)
 
 

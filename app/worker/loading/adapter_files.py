@@ -35,8 +35,9 @@ IGNORED = frozenset(
 PLAIN_INITIALIZATIONS = frozenset(["gaussian", "orthogonal", "eva"])
 """Ways to begin a training that leave the model's own weights alone; the others are relative to changed ones."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-ALIGNMENT = 32
-"""Numbers; where each tensor begins in the adapter's memory."""
+NARROW_DTYPES = (torch.bfloat16, torch.float16)
+ALIGNMENT = 64
+"""Bytes; where each tensor begins in the adapter's memory."""
 MAX_NAME_CHARS = 120
 """Of a name from a file in a message."""
 _TENSOR = re.compile(r"base_model\.model\.(?P<path>[\w.]+)\.lora_(?P<half>[AB])\.weight")
@@ -92,9 +93,9 @@ def read_adapter(
     pairs = _pairs(tensors)
     for path, (down, up) in pairs.items():
         _check_shapes(path, down, up, target.linears, config, max_rank)
-    scaled = {path: (down, up.float().T * config.scale(path, len(down))) for path, (down, up) in pairs.items()}
-    adapter = LoraAdapter(digest.hexdigest(), _in_one_buffer(scaled, target))
-    _check_finite(adapter)
+    layers = {path: LoraWeights(down, up.T, config.scale(path, len(down))) for path, (down, up) in pairs.items()}
+    adapter = LoraAdapter(digest.hexdigest(), _in_one_buffer(layers, target))
+    _check_finite(adapter, target.dtype)
     return adapter, content.get("base_model_name_or_path")
 
 
@@ -198,23 +199,46 @@ def _check_shapes(
         raise LoadError(f"{WEIGHTS}: {path} has rank {rank}; at most {max_rank} is allowed (adapters.max_rank)")
 
 
-def _in_one_buffer(pairs: Mapping[str, tuple[Tensor, Tensor]], target: AdapterTarget) -> dict[str, LoraWeights]:
+def _in_one_buffer(layers: Mapping[str, LoraWeights], target: AdapterTarget) -> dict[str, LoraWeights]:
     """Copy all weights into one piece of memory, which goes back to the system as a whole."""
-    tensors = [tensor for pair in pairs.values() for tensor in pair]
-    sizes = [-(-tensor.numel() // ALIGNMENT) * ALIGNMENT for tensor in tensors]
-    buffer = torch.empty(sum(sizes), dtype=target.dtype, device=target.device)
+    dtypes = {path: _stored_dtype(weights, target) for path, weights in layers.items()}
+    sizes = [-(-half.numel() * dtypes[path].itemsize // ALIGNMENT) * ALIGNMENT for path, half in _halves(layers)]
+    parts = iter(torch.split(torch.empty(sum(sizes), dtype=torch.uint8, device=target.device), sizes))
 
-    def copies() -> Iterator[Tensor]:
-        for tensor, part in zip(tensors, torch.split(buffer, sizes), strict=True):
-            yield part[: tensor.numel()].view(tensor.shape).copy_(tensor)
+    def copied(half: Tensor, dtype: torch.dtype) -> Tensor:
+        return next(parts)[: half.numel() * dtype.itemsize].view(dtype).view(half.shape).copy_(half)
 
-    each = copies()
-    return {path: LoraWeights(next(each), next(each)) for path in pairs}
+    return {
+        path: LoraWeights(copied(down, dtypes[path]), copied(up, dtypes[path]), scale)
+        for path, (down, up, scale) in layers.items()
+    }
 
 
-def _check_finite(adapter: LoraAdapter) -> None:
-    for path, weights in adapter.layers.items():
-        if not all(bool(part.isfinite().all()) for part in weights):
+def _halves(layers: Mapping[str, LoraWeights]) -> Iterator[tuple[str, Tensor]]:
+    for path, (down, up, _) in layers.items():
+        yield path, down
+        yield path, up
+
+
+def _stored_dtype(weights: LoraWeights, target: AdapterTarget) -> torch.dtype:
+    """Return one of 16 bits that holds every number of a layer, else the model's.
+
+    On a GPU it is always the model's: products there are of one type.
+    """
+    if target.device != "cpu":
+        return target.dtype
+    halves = weights.down, weights.up
+    return next((dtype for dtype in NARROW_DTYPES if all(_holds(dtype, half) for half in halves)), target.dtype)
+
+
+def _holds(dtype: torch.dtype, tensor: Tensor) -> bool:
+    return tensor.dtype == dtype or torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)
+
+
+def _check_finite(adapter: LoraAdapter, dtype: torch.dtype) -> None:
+    """Raises: LoadError: a number is none, or has none in the model's type once it is scaled."""
+    for path, (down, up, scale) in adapter.layers.items():
+        if not (down.isfinite().all() and (up.float() * scale).to(dtype).isfinite().all()):
             raise LoadError(f"{WEIGHTS}: {path} holds a number that is not finite")
 
 

@@ -33,6 +33,6 @@ def test_it_runs_from_end_to_end(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     main()
 
     printed = capsys.readouterr().out
-    assert "float32, rank 4, compiled: nothing" in printed
+    assert "float32, adapters in bfloat16, rank 4, compiled: nothing" in printed
     assert "| none | " in printed
     assert "| 4 adapters, 8 rows | " in printed

@@ -53,6 +53,26 @@ def test_the_engine_is_held_against_the_loop_of_the_same_round(measured):
     assert "| 8 (batching) | 95.0 | 100.0 | 0.96 |\n" in tables(measured)
 
 
+def test_openvino_stands_beside_the_engine_where_it_was_there(measured):
+    """With its own ratio, of the same rounds."""
+    assert "OpenVINO" not in tables(measured)
+    measured["engine"] = [
+        Compared(8, "batching", [90.0, 50.0, 96.0], [100.0, 50.0, 100.0], [60.0, 40.0, 64.0]).as_json()
+    ]
+
+    assert "| engine ÷ loop | OpenVINO GenAI, tokens/s | engine ÷ it |\n" in tables(measured)
+    assert "| 8 (batching) | 90.0 | 100.0 | 0.96 | 60.0 | 1.50 |\n" in tables(measured)
+
+
+def test_the_table_says_what_the_processor_can(measured):
+    """Also that of data which an older version wrote, as far as that says it."""
+    measured["machine"] |= {"cpu": "A processor", "cores": 2, "features": ["avx2", "amx_bf16"]}
+    assert tables(measured).startswith("2 cores of A processor (avx2 amx_bf16), 2 threads, float32\n")
+
+    del measured["machine"]["features"]
+    assert "A processor (features unknown)" in tables(measured)
+
+
 def test_the_workers_memory_is_held_against_what_it_may_take(measured):
     """A million weights and 32 rows of 2,048 tokens, in float32, and 600 MB: 4 + 67 + 600 MB is less than 700 MB."""
     assert "holds 700 MB: 4 MB of weights and 696 MB" in tables(measured)

@@ -40,7 +40,13 @@ def test_a_path_that_goes_up_is_refused(tmp_path: Path, source: str) -> None:
     assert refusal(source, tmp_path / "root") == "source must not hold '..'"
 
 
-@pytest.mark.parametrize("source", ["/etc", "missing", "a" * 5000, "inside/adapter_config.json", "~", "//etc", "a\0b"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        *("/etc", "missing", "a" * 5000, "inside/adapter_config.json", "~", "//etc", "a\0b"),
+        *("https://example.com/adapter", "file:///etc", "hf://owner/adapter", "owner/adapter@main"),
+    ],
+)
 def test_what_is_not_below_a_root_looks_like_what_is_not_there(tmp_path: Path, source: str) -> None:
     make_adapter(tmp_path / "root" / "inside")
 

@@ -179,7 +179,8 @@ def test_ranks_and_alphas_of_single_layers_are_those_of_peft(tmp_path: Path) -> 
     assert adapter.rank == 7
     for name, module in tuned.items():
         delta = module.get_delta_weight("default")
-        assert torch.allclose(adapter.layers[name].up.T @ adapter.layers[name].down, delta, atol=1e-6)
+        down, up, scale = adapter.layers[name]
+        assert torch.allclose(scale * up.T @ down, delta, atol=1e-6)
 
 
 def test_the_digest_covers_weights_and_settings(folder: Path, model: Any) -> None:

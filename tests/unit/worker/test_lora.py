@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from app.ipc.messages import Compile, Submit, TokenEvent
 from app.types import SamplingParams
 from app.worker.execution.compiled.torch_compile import TorchCompileExecutor
 from app.worker.execution.executor_selection import install_verified, select_executor
-from app.worker.execution.lora import LoraAdapter
+from app.worker.execution.lora import LoraAdapter, LoraWeights
 from app.worker.execution.model_runner import ModelRunner
 from app.worker.execution.native.native_executors import NativeDecoderExecutor
 from app.worker.execution.packed_batch import Segment
@@ -95,16 +96,21 @@ def test_a_batchs_rows_have_the_scores_of_pefts_merged_models(family: str, compi
         assert (logits - expected).norm() <= 1e-5 * expected.norm()
 
 
+@pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_native_layers_give_a_token_the_same_bits_beside_any_others(kind: str, tmp_path: Path) -> None:
-    """A row's logits alone are its logits in a batch, with an adapter and without."""
-    build = KINDS[kind]
-    adapters = [
-        adapted(build, tmp_path / str(rank), seed=rank, r=rank, target_modules=[*ATTENTION, *MLP])[0] for rank in (3, 8)
-    ]
-    runner = model_runner(make(build), "layers")
+def test_native_layers_give_a_token_the_same_bits_beside_any_others(
+    kind: str, model_dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """A row's logits alone are its logits in a batch, with an adapter in any type and without."""
+    build, model = KINDS[kind], make(KINDS[kind]).to(model_dtype)
+    adapters = list[LoraAdapter]()
+    for rank, dtype in ((3, torch.bfloat16), (8, torch.float16), (5, torch.float32)):
+        folder = tmp_path / str(rank)
+        save_adapter(make(build), folder, seed=rank, r=rank, dtype=dtype, target_modules=[*ATTENTION, *MLP])
+        adapters.append(read(folder, model))
+    runner = model_runner(model, "layers")
     assert isinstance(runner.executor, NativeDecoderExecutor)
-    who = [adapters[0], None, adapters[1], adapters[0], adapters[0], None]
+    who = [adapters[0], None, adapters[1], adapters[0], adapters[0], adapters[2]]
     batched = {(row, length): logits for row, length, logits in mixed_passes(runner, who)}
     single = {(row, length): logits for own in range(6) for row, length, logits in mixed_passes(runner, who, [own])}
 
@@ -127,6 +133,32 @@ def test_native_layers_in_bfloat16_are_as_near_to_exact_scores_as_torch(tmp_path
 
     assert exact.digest == halved.digest
     assert errors["layers"] <= max(errors["none"], 0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_an_adapter_of_16_bits_takes_them_and_computes_what_it_does_in_float32(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Bit for bit in native layers; also where a file stores such numbers as float32, as PEFT does after a training."""
+    build = KINDS["norms of heads"]
+    save_adapter(make(build), tmp_path, r=3, lora_alpha=4, dtype=dtype, target_modules=[*ATTENTION, *MLP])
+    narrow = read(tmp_path, make(build))
+    weights = tmp_path / "adapter_model.safetensors"
+    save_file({name: tensor.float() for name, tensor in load_file(weights).items()}, weights)
+    stored_wide = read(tmp_path, make(build))
+    wide = LoraAdapter(
+        "wide", {path: LoraWeights(d.float(), u.float(), s) for path, (d, u, s) in narrow.layers.items()}
+    )
+    runner = model_runner(make(build), "layers")
+
+    found, same, expected = (mixed_passes(runner, [each] * 6) for each in (narrow, stored_wide, wide))
+
+    assert {dtype} == {
+        half.dtype for each in (narrow, stored_wide) for d, u, _ in each.layers.values() for half in (d, u)
+    }
+    for (*_, left), (*_, middle), (*_, right) in zip(found, same, expected, strict=True):
+        assert torch.equal(left, right)
+        assert torch.equal(middle, right)
 
 
 def test_int8_layers_have_adapters_in_floats_beside_them(tmp_path: Path) -> None:

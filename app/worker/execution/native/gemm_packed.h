@@ -207,22 +207,42 @@ struct PackedWeights {
     }
 };
 
-// A linear layer: out (tokens, outputs) = x (tokens, depth) W^T + bias, or out += that with ACCUMULATE.  Must be called
-// by every thread of a parallel region and ends with a barrier.
-template <bool ACCUMULATE, class Weight, class Output>
+// Some results of a linear layer before they are stored: (tokens, outputs), rows of which are `stride` apart.
+struct LinearTile {
+    int64_t first_token, tokens, first_output, outputs;
+    float* sums;
+    int64_t stride;
+};
+
+// What else is done to the results of a linear layer: nothing.
+struct NoEpilogue {
+    void prefetch(const LinearTile&) const {}
+    void apply(const LinearTile&) const {}
+};
+
+// A linear layer: out (tokens, outputs) = x (tokens, depth) W^T + bias, or out += that with ACCUMULATE.  `epilogue` may
+// change the results of a tile before they are stored or added, and is told of the tile before it is computed.  Must be
+// called by every thread of a parallel region and ends with a barrier.
+template <bool ACCUMULATE, class Weight, class Output, class Epilogue = NoEpilogue>
 void linear(const typename WeightTraits<Weight>::activation* x, PackedWeights<Weight> weights, int64_t depth,
-            int64_t outputs, int64_t tokens, Output* out, int threads) {
+            int64_t outputs, int64_t tokens, Output* out, int threads, Epilogue epilogue = {}) {
     static_assert(!ACCUMULATE || std::is_same_v<Output, float>, "residual sums stay in float32");
     constexpr int64_t PAIR = 2 * NR, MAX_TOKENS = WeightTraits<Weight>::max_tokens;
     parallel_for_tiles((outputs + PAIR - 1) / PAIR, tokens, threads, [&](int64_t pair, int64_t begin, int64_t end) {
         const int64_t first = pair * PAIR, width = std::min(PAIR, outputs - first);
         for_token_groups<MAX_TOKENS>(begin, end, [&](int64_t token, int64_t count) {
             alignas(64) float sums[MAX_TOKENS * PAIR];
+            const LinearTile tile{token, count, first, width, sums, PAIR};
+            epilogue.prefetch(tile);
             multiply_panels(x + token * depth, weights.panels + first * depth, NR * depth, depth, count, sums);
+            for (int64_t row = 0; row < count; row++)
+                for (int64_t lane = 0; lane < width; lane++)
+                    sums[row * PAIR + lane] = weights.apply_scale_and_bias(sums[row * PAIR + lane], first + lane);
+            epilogue.apply(tile);
             for (int64_t row = 0; row < count; row++) {
                 Output* to = out + (token + row) * outputs + first;
                 for (int64_t lane = 0; lane < width; lane++) {
-                    const float result = weights.apply_scale_and_bias(sums[row * PAIR + lane], first + lane);
+                    const float result = sums[row * PAIR + lane];
                     if constexpr (std::is_same_v<Output, bfloat16>)
                         to[lane] = to_bfloat16(result);
                     else

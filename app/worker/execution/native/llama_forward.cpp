@@ -46,7 +46,7 @@ struct DecoderModel {
 
 // An adapter's weights for one layer.
 struct LoraLayer {
-    LoraWeights<activation_t> q, k, v, o, gate, up, down;
+    LoraWeights q, k, v, o, gate, up, down;
 };
 
 struct ForwardBatch {
@@ -143,9 +143,12 @@ class ForwardPass {
             const DecoderLayer& layer = model_.layers[index];
             norm_tokens(layer.attention_norm, count);
             reduce(index, normed_, model_.hidden_size, {&LoraLayer::q, &LoraLayer::k, &LoraLayer::v});
-            linear<false>(normed_, layer.qkv, model_.hidden_size, QKV_SIZE, count, qkv_, model_.num_threads);
-            expand(index, qkv_, QKV_SIZE,
-                   {{&LoraLayer::q, QUERY_SIZE}, {&LoraLayer::k, KEY_SIZE}, {&LoraLayer::v, KEY_SIZE}});
+            linear<false>(normed_, layer.qkv, model_.hidden_size, QKV_SIZE, count, qkv_, model_.num_threads,
+                          LoraEpilogue{this,
+                                       index,
+                                       {{&LoraLayer::q, 0, QUERY_SIZE},
+                                        {&LoraLayer::k, 1, KEY_SIZE},
+                                        {&LoraLayer::v, 2, KEY_SIZE}}});
             rotate_and_write_kv(layer);
             const bool last = index + 1 == model_.num_layers;
             if (last && batch_.num_logits == 0) return;
@@ -155,15 +158,11 @@ class ForwardPass {
                 compact_tokens();
                 count = batch_.num_logits;
             }
-            reduce(index, attended_, QUERY_SIZE, {&LoraLayer::o});
-            add_linear(attended_, layer.o, QUERY_SIZE, count);
-            expand(index, batch_.hidden_states, model_.hidden_size, {{&LoraLayer::o, model_.hidden_size}});
+            add_linear(index, attended_, layer.o, QUERY_SIZE, count, &LoraLayer::o);
             norm_tokens(layer.mlp_norm, count);
             reduce(index, normed_, model_.hidden_size, {&LoraLayer::gate, &LoraLayer::up});
             swiglu(index, count);
-            reduce(index, gated_, model_.intermediate_size, {&LoraLayer::down});
-            add_linear(gated_, layer.down, model_.intermediate_size, count);
-            expand(index, batch_.hidden_states, model_.hidden_size, {{&LoraLayer::down, model_.hidden_size}});
+            add_linear(index, gated_, layer.down, model_.intermediate_size, count, &LoraLayer::down);
         }
         norm_tokens(model_.final_norm, count);
         linear<false>(normed_, model_.lm_head, model_.hidden_size, model_.vocab_size, count, batch_.logits,
@@ -174,12 +173,13 @@ class ForwardPass {
     // Linear layers that read the same input: queries, keys and values.
     static constexpr int64_t MAX_SHARED_INPUT = 3;
 
-    typedef LoraWeights<activation_t> LoraLayer::*LoraMember;
+    typedef LoraWeights LoraLayer::*LoraMember;
 
-    // A linear layer, and how many of the outputs that lie side by side are its own.
+    // A linear layer, its place among those that read the same input, and how many of the outputs that lie side by side
+    // are its own.
     struct LoraTarget {
         LoraMember member;
-        int64_t outputs;
+        int64_t place, outputs;
     };
 
     // Consecutive tokens, up to LORA_TOKENS, that have one adapter.
@@ -202,7 +202,7 @@ class ForwardPass {
 
     int64_t reduced_stride() const { return MAX_SHARED_INPUT * batch_.adapter_rank; }
 
-    float* reduced(int64_t token, int64_t place) {
+    activation_t* reduced(int64_t token, int64_t place) {
         return reduced_.data() + token * reduced_stride() + place * batch_.adapter_rank;
     }
 
@@ -219,23 +219,55 @@ class ForwardPass {
         }
     }
 
-    // Add the products with the `up` weights to outputs that lie side by side; ends with a barrier.
-    void expand(int64_t layer, float* out, int64_t stride, std::initializer_list<LoraTarget> targets) {
+    // Linear layers that read the same input, and whose outputs lie side by side.
+    typedef std::initializer_list<LoraTarget> LoraTargets;
+
+    // Call `body(group, target, first output, outputs, sums)` for all that adapters add to a tile of linear layers.
+    template <class Body>
+    void for_lora_of(const LinearTile& tile, LoraTargets targets, Body body) {
         if (adapters_.empty()) return;
-        const int64_t tasks = groups_.size();
-#pragma omp for
-        for (int64_t task = 0; task < tasks; task++) {
-            const LoraGroup group = groups_[task];
-            float* to = out + group.begin * stride;
-            int64_t place = 0;
+        auto group = std::lower_bound(groups_.begin(), groups_.end(), tile.first_token,
+                                      [](const LoraGroup& each, int64_t token) { return each.end <= token; });
+        for (; group != groups_.end() && group->begin < tile.first_token + tile.tokens; group++) {
+            int64_t begin = 0;
             for (const LoraTarget& target : targets) {
-                expand_ranks(reduced(group.begin, place), reduced_stride(), group.layers[layer].*target.member,
-                             0, target.outputs, group.end - group.begin, {to, stride});
-                to += target.outputs;
-                place++;
+                const int64_t first = std::max(tile.first_output, begin);
+                const int64_t end = std::min(tile.first_output + tile.outputs, begin + target.outputs);
+                if (first < end)
+                    body(*group, target, first - begin, end - first, tile.sums + first - tile.first_output);
+                begin += target.outputs;
             }
         }
     }
+
+    // Prefetch the `up` weights that `expand` will read.
+    void prefetch(int64_t layer, const LinearTile& tile, LoraTargets targets) {
+        for_lora_of(tile, targets,
+                    [&](const LoraGroup& group, LoraTarget target, int64_t first, int64_t outputs, float*) {
+                        prefetch_up(group.layers[layer].*target.member, first, outputs);
+                    });
+    }
+
+    // Add the products with the `up` weights to a tile of linear layers.
+    void expand(int64_t layer, const LinearTile& tile, LoraTargets targets) {
+        for_lora_of(tile, targets,
+                    [&](const LoraGroup& group, LoraTarget target, int64_t first, int64_t outputs, float* sums) {
+            const int64_t begin = std::max(tile.first_token, group.begin);
+            const int64_t end = std::min(tile.first_token + tile.tokens, group.end);
+            expand_ranks(reduced(begin, target.place), reduced_stride(), group.layers[layer].*target.member, first,
+                         outputs, end - begin, {sums + (begin - tile.first_token) * tile.stride, tile.stride});
+        });
+    }
+
+    // The epilogue of a linear layer.
+    struct LoraEpilogue {
+        ForwardPass* pass;
+        int64_t layer;
+        LoraTargets targets;
+
+        void prefetch(const LinearTile& tile) const { pass->prefetch(layer, tile, targets); }
+        void apply(const LinearTile& tile) const { pass->expand(layer, tile, targets); }
+    };
 
     void norm_tokens(const float* weight, int64_t count) {
 #pragma omp for
@@ -309,9 +341,12 @@ class ForwardPass {
         }
     }
 
-    // hidden_states += a linear layer of x
-    void add_linear(const activation_t* x, PackedWeights<weight_t> weights, int64_t depth, int64_t count) {
-        linear<true>(x, weights, depth, model_.hidden_size, count, batch_.hidden_states, model_.num_threads);
+    // hidden_states += a linear layer of x, with its adapters
+    void add_linear(int64_t index, const activation_t* x, PackedWeights<weight_t> weights, int64_t depth, int64_t count,
+                    LoraMember member) {
+        reduce(index, x, depth, {member});
+        linear<true>(x, weights, depth, model_.hidden_size, count, batch_.hidden_states, model_.num_threads,
+                     LoraEpilogue{this, index, {{member, 0, model_.hidden_size}}});
     }
 
     // gated = silu(gate) * up.  The panels of up follow those of gate; intermediate_size is a multiple of NR, so that a
@@ -324,6 +359,8 @@ class ForwardPass {
             const int64_t first = panel * NR;
             for_token_groups<MAX_GROUP>(begin, end, [&](int64_t token, int64_t tokens) {
                 alignas(64) float sums[MAX_GROUP * 2 * NR];
+                prefetch(index, {token, tokens, first, NR, sums, 2 * NR}, {{&LoraLayer::gate, 0, inner}});
+                prefetch(index, {token, tokens, first, NR, sums, 2 * NR}, {{&LoraLayer::up, 0, inner}});
                 multiply_panels(normed_ + token * depth, layer.gate_up.panels + first * depth, inner * depth, depth,
                                 tokens, sums);
                 for (int64_t row = 0; row < tokens; row++)
@@ -332,7 +369,8 @@ class ForwardPass {
                         store(gate, layer.gate_up.apply_scale_and_bias(load(gate), first + lane));
                         store(gate + NR, layer.gate_up.apply_scale_and_bias(load(gate + NR), inner + first + lane));
                     }
-                if (!adapters_.empty()) expand_gate_up(index, token, tokens, first, sums);
+                expand(index, {token, tokens, first, NR, sums, 2 * NR}, {{&LoraLayer::gate, 0, inner}});
+                expand(index, {token, tokens, first, NR, sums + NR, 2 * NR}, {{&LoraLayer::up, 1, inner}});
                 for (int64_t row = 0; row < tokens; row++)
                     for (int64_t lane = 0; lane < NR; lane += LANES) {
                         const float* gate = sums + 2 * row * NR + lane;
@@ -340,20 +378,6 @@ class ForwardPass {
                     }
             });
         });
-    }
-
-    // Add what adapters do to sums (tokens, 2, NR) of gate and up, the outputs from `first` on.
-    void expand_gate_up(int64_t layer, int64_t begin, int64_t tokens, int64_t first, float* sums) {
-        auto group = std::lower_bound(groups_.begin(), groups_.end(), begin,
-                                      [](const LoraGroup& each, int64_t token) { return each.end <= token; });
-        for (; group != groups_.end() && group->begin < begin + tokens; group++) {
-            const int64_t from = std::max(begin, group->begin), to = std::min(begin + tokens, group->end);
-            float* out = sums + 2 * (from - begin) * NR;
-            const LoraLayer& adapter = group->layers[layer];
-            expand_ranks(reduced(from, 0), reduced_stride(), adapter.gate, first, NR, to - from, {out, 2 * NR});
-            expand_ranks(reduced(from, 1), reduced_stride(), adapter.up, first, NR, to - from,
-                         {out + NR, 2 * NR});
-        }
     }
 
     const DecoderModel& model_;
@@ -366,7 +390,7 @@ class ForwardPass {
     std::vector<const LoraLayer*> adapters_;
     std::vector<LoraGroup> groups_;
     // (tokens, MAX_SHARED_INPUT, adapter_rank) inputs of the `up` weights.
-    std::vector<float> reduced_;
+    std::vector<activation_t> reduced_;
 };
 
 }  // namespace
@@ -408,8 +432,9 @@ extern "C" const int64_t* llmk_layout_decoder_model() {
 }
 
 extern "C" const int64_t* llmk_layout_lora_weights() {
-    typedef LoraWeights<activation_t> T;
-    static const int64_t layout[] = {3, sizeof(T), LLMK_FIELD(T, down), LLMK_FIELD(T, up), LLMK_FIELD(T, rank)};
+    typedef LoraWeights T;
+    static const int64_t layout[] = {5, sizeof(T), LLMK_FIELD(T, down), LLMK_FIELD(T, up), LLMK_FIELD(T, rank),
+                                     LLMK_FIELD(T, type), LLMK_FIELD(T, scale)};
     return layout;
 }
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from app.worker.execution.kv_cache import KVCache
 from app.worker.execution.lora import LoraAdapter
+from app.worker.execution.native.adapter_weights import LINEARS, AdapterWeights, LoraLayerStruct, LoraWeightsStruct
 from app.worker.execution.native.attention import KV_CACHE_TYPES, LANES, common_shape
 from app.worker.execution.native.decoder_weights import DecoderWeights, LayerWeights
 from app.worker.execution.native.native_build import CompileError, build_kernel_library
@@ -22,11 +23,6 @@ FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Supported `model_type`s: the same layers, with or without biases, norms of heads and sliding windows."""
 ACTIVATIONS = frozenset({"silu", "swish"})
 """Two names of the same function."""
-LINEARS = (
-    *(f"self_attn.{name}_proj" for name in "qkvo"),
-    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
-)
-"""The linear layers of a decoder layer, in the order of `LoraLayer`."""
 WEIGHT_TYPES = {torch.int8: "int8_t", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float"}
 """Types of packed weights, and what the C++ sources call them."""
 
@@ -73,18 +69,6 @@ class _DecoderModel(ctypes.Structure):
     ]
 
 
-class _LoraWeights(ctypes.Structure):
-    """Mirrors `LoraWeights` (lora.h)."""
-
-    _fields_ = [("down", ctypes.c_void_p), ("up", ctypes.c_void_p), ("rank", ctypes.c_int64)]
-
-
-class _LoraLayer(ctypes.Structure):
-    """Mirrors `LoraLayer`."""
-
-    _fields_ = [(name, _LoraWeights) for name in ("q", "k", "v", "o", "gate", "up", "down")]
-
-
 class _ForwardBatch(ctypes.Structure):
     """Mirrors `ForwardBatch`."""
 
@@ -108,8 +92,8 @@ STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "packed_weights": _PackedWeights,
     "decoder_layer": _DecoderLayer,
     "decoder_model": _DecoderModel,
-    "lora_weights": _LoraWeights,
-    "lora_layer": _LoraLayer,
+    "lora_weights": LoraWeightsStruct,
+    "lora_layer": LoraLayerStruct,
     "forward_batch": _ForwardBatch,
 }
 """The structures of the bindings, by the name under which the library exports the layout of its own."""
@@ -176,8 +160,8 @@ class NativeDecoder:
         self._workspace_size: int = self._library.llmk_workspace_size(ctypes.byref(self._model))
         """Floats for each token."""
         self._workspace = torch.empty(0)
-        self._adapters: dict[LoraAdapter, tuple[ctypes.Array[_LoraLayer], list[Tensor]]] = {}
-        """Of the adapters that a batch has had: the layers, and the weights that they point to."""
+        self._adapters: dict[LoraAdapter, AdapterWeights] = {}
+        """Those that a batch has had."""
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Compute a forward pass and return the logits of the wanted tokens, (wanted, vocabulary) float32."""
@@ -198,12 +182,14 @@ class NativeDecoder:
             num_logits=len(logits_indices),
             logits=logits.data_ptr(),
             workspace=self._workspace.data_ptr(),
-            adapter_rank=max((span.adapter.rank for span in batch.adapters), default=0),
         )
         if batch.adapters:
-            # An array and not its address, so that it lives as long as the call.
-            pointers = self._adapter_pointers(batch)
+            adapters = [self._adapter(span.adapter) for span in batch.adapters]
+            pointers = (ctypes.c_void_p * count)()
+            for (begin, end, _), adapter in zip(batch.adapters, adapters, strict=True):
+                pointers[begin:end] = [adapter.address] * (end - begin)
             arguments.adapters = ctypes.addressof(pointers)
+            arguments.adapter_rank = max(adapter.rank for adapter in adapters)
         self._library.llmk_forward(ctypes.byref(self._model), ctypes.byref(arguments))
         return logits
 
@@ -211,27 +197,10 @@ class NativeDecoder:
         """Let go of an adapter's weights."""
         self._adapters.pop(adapter, None)
 
-    def _adapter_pointers(self, batch: PackedBatch) -> "ctypes.Array[ctypes.c_void_p]":
-        """Return for each token where the layers of its adapter are; null for a token without one."""
-        pointers = (ctypes.c_void_p * batch.size)()
-        for begin, end, adapter in batch.adapters:
-            if adapter not in self._adapters:
-                self._adapters[adapter] = self._adapter_layers(adapter)
-            layers, _ = self._adapters[adapter]
-            pointers[begin:end] = [ctypes.addressof(layers)] * (end - begin)
-        return pointers
-
-    def _adapter_layers(self, adapter: LoraAdapter) -> "tuple[ctypes.Array[_LoraLayer], list[Tensor]]":
-        packed: list[Tensor] = []
-        layers = (_LoraLayer * len(self._body.layers))()
-        for index, layer in enumerate(layers):
-            for (field, *_), name in zip(_LoraLayer._fields_, LINEARS, strict=True):
-                if (weights := adapter.layers.get(f"model.layers.{index}.{name}")) is not None:
-                    rank = len(weights.down)
-                    up = weights.up.view(rank, -1, LANES).transpose(0, 1).contiguous()
-                    packed.append(up)
-                    setattr(layer, field, _LoraWeights(weights.down.data_ptr(), up.data_ptr(), rank))
-        return layers, packed
+    def _adapter(self, adapter: LoraAdapter) -> AdapterWeights:
+        if adapter not in self._adapters:
+            self._adapters[adapter] = AdapterWeights(adapter, len(self._body.layers))
+        return self._adapters[adapter]
 
     def _layer(self, index: int, weights: LayerWeights, cache: KVCache) -> _DecoderLayer:
         layer = self._body.layers[index]
@@ -266,4 +235,4 @@ class NativeDecoder:
 
 
 def _linears(layer: Any) -> list[nn.Module]:
-    return [layer.get_submodule(name) for name in LINEARS]
+    return [layer.get_submodule(name) for name in LINEARS.values()]
