@@ -7,9 +7,9 @@ namespace {
 
 template <class Weight, class Activation>
 void parallel_linear(const Activation* x, PackedWeights<Weight> weights, Activation* out, int64_t tokens, int64_t depth,
-                     int64_t outputs, int threads) {
+                     int64_t outputs, int threads, bool tiles = false) {
 #pragma omp parallel num_threads(threads)
-    linear<false>(x, weights, depth, outputs, tokens, out, threads);
+    linear<false>(x, weights, depth, outputs, tokens, out, {threads, tiles});
 }
 
 }  // namespace

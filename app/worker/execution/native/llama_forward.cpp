@@ -42,6 +42,8 @@ struct DecoderModel {
     PackedWeights<LLMK_LM_HEAD_TYPE> lm_head;
     float rms_norm_eps, softmax_scale;
     int32_t num_threads;
+    // Whether products are computed in tiles (amx_tiles.h).
+    int32_t tiles;
 };
 
 // An adapter's weights for one layer.
@@ -113,7 +115,7 @@ inline f32x8 silu(f32x8 x) {
 
 class ForwardPass {
   public:
-    ForwardPass(const DecoderModel& model, const ForwardBatch& batch) : model_(model), batch_(batch) {
+    ForwardPass(const DecoderModel& model, const ForwardBatch& batch) : model_(model), batch_(batch), execution_{model.num_threads, model.tiles != 0} {
         const int64_t count = batch.num_tokens;
         qkv_ = batch.workspace;
         queries_ = qkv_ + count * QKV_SIZE;
@@ -143,7 +145,7 @@ class ForwardPass {
             const DecoderLayer& layer = model_.layers[index];
             norm_tokens(layer.attention_norm, count);
             reduce(index, normed_, model_.hidden_size, {&LoraLayer::q, &LoraLayer::k, &LoraLayer::v});
-            linear<false>(normed_, layer.qkv, model_.hidden_size, QKV_SIZE, count, qkv_, model_.num_threads);
+            linear<false>(normed_, layer.qkv, model_.hidden_size, QKV_SIZE, count, qkv_, execution_);
             expand(index, qkv_, QKV_SIZE,
                    {{&LoraLayer::q, QUERY_SIZE}, {&LoraLayer::k, KEY_SIZE}, {&LoraLayer::v, KEY_SIZE}});
             rotate_and_write_kv(layer);
@@ -167,7 +169,7 @@ class ForwardPass {
         }
         norm_tokens(model_.final_norm, count);
         linear<false>(normed_, model_.lm_head, model_.hidden_size, model_.vocab_size, count, batch_.logits,
-                      model_.num_threads);
+                      execution_);
     }
 
   private:
@@ -311,7 +313,7 @@ class ForwardPass {
 
     // hidden_states += a linear layer of x
     void add_linear(const activation_t* x, PackedWeights<weight_t> weights, int64_t depth, int64_t count) {
-        linear<true>(x, weights, depth, model_.hidden_size, count, batch_.hidden_states, model_.num_threads);
+        linear<true>(x, weights, depth, model_.hidden_size, count, batch_.hidden_states, execution_);
     }
 
     // gated = silu(gate) * up.  The panels of up follow those of gate; intermediate_size is a multiple of NR, so that a
@@ -319,26 +321,25 @@ class ForwardPass {
     void swiglu(int64_t index, int64_t count) {
         const DecoderLayer& layer = model_.layers[index];
         const int64_t depth = model_.hidden_size, inner = model_.intermediate_size;
-        constexpr int64_t MAX_GROUP = WeightTraits<weight_t>::max_tokens;
-        parallel_for_tiles(inner / NR, count, model_.num_threads, [&](int64_t panel, int64_t begin, int64_t end) {
+        parallel_for_groups<weight_t>(inner / NR, count, execution_, [&](int64_t panel, int64_t next, TokenGroup group) {
             const int64_t first = panel * NR;
-            for_token_groups<MAX_GROUP>(begin, end, [&](int64_t token, int64_t tokens) {
-                alignas(64) float sums[MAX_GROUP * 2 * NR];
-                multiply_panels(normed_ + token * depth, layer.gate_up.panels + first * depth, inner * depth, depth,
-                                tokens, sums);
-                for (int64_t row = 0; row < tokens; row++)
-                    for (int64_t lane = 0; lane < NR; lane += LANES) {
-                        float* gate = sums + 2 * row * NR + lane;
-                        store(gate, layer.gate_up.apply_scale_and_bias(load(gate), first + lane));
-                        store(gate + NR, layer.gate_up.apply_scale_and_bias(load(gate + NR), inner + first + lane));
-                    }
-                if (!adapters_.empty()) expand_gate_up(index, token, tokens, first, sums);
-                for (int64_t row = 0; row < tokens; row++)
-                    for (int64_t lane = 0; lane < NR; lane += LANES) {
-                        const float* gate = sums + 2 * row * NR + lane;
-                        store(gated_ + (token + row) * inner + first + lane, silu(load(gate)) * load(gate + NR));
-                    }
-            });
+            alignas(64) float sums[MAX_GROUP * 2 * NR];
+            const weight_t* panels = layer.gate_up.panels;
+            multiply<weight_t>(normed_ + group.begin * depth,
+                               {panels + first * depth, panels + next * NR * depth, inner * depth}, depth, group, sums,
+                               execution_);
+            for (int64_t row = 0; row < group.count; row++)
+                for (int64_t lane = 0; lane < NR; lane += LANES) {
+                    float* gate = sums + 2 * row * NR + lane;
+                    store(gate, layer.gate_up.apply_scale_and_bias(load(gate), first + lane));
+                    store(gate + NR, layer.gate_up.apply_scale_and_bias(load(gate + NR), inner + first + lane));
+                }
+            if (!adapters_.empty()) expand_gate_up(index, group.begin, group.count, first, sums);
+            for (int64_t row = 0; row < group.count; row++)
+                for (int64_t lane = 0; lane < NR; lane += LANES) {
+                    const float* gate = sums + 2 * row * NR + lane;
+                    store(gated_ + (group.begin + row) * inner + first + lane, silu(load(gate)) * load(gate + NR));
+                }
         });
     }
 
@@ -358,6 +359,7 @@ class ForwardPass {
 
     const DecoderModel& model_;
     const ForwardBatch& batch_;
+    const Execution execution_;
     std::vector<int64_t> begin_key_, end_key_;
     std::vector<TokenSegment> segments_;
     float *qkv_, *queries_;
@@ -399,11 +401,11 @@ extern "C" const int64_t* llmk_layout_decoder_layer() {
 
 extern "C" const int64_t* llmk_layout_decoder_model() {
     typedef DecoderModel T;
-    static const int64_t layout[] = {11, sizeof(T), LLMK_FIELD(T, layers), LLMK_FIELD(T, num_layers),
+    static const int64_t layout[] = {12, sizeof(T), LLMK_FIELD(T, layers), LLMK_FIELD(T, num_layers),
                                      LLMK_FIELD(T, hidden_size), LLMK_FIELD(T, intermediate_size),
                                      LLMK_FIELD(T, vocab_size), LLMK_FIELD(T, length), LLMK_FIELD(T, final_norm),
                                      LLMK_FIELD(T, lm_head), LLMK_FIELD(T, rms_norm_eps), LLMK_FIELD(T, softmax_scale),
-                                     LLMK_FIELD(T, num_threads)};
+                                     LLMK_FIELD(T, num_threads), LLMK_FIELD(T, tiles)};
     return layout;
 }
 

@@ -70,6 +70,7 @@ class _DecoderModel(ctypes.Structure):
         ("rms_norm_eps", ctypes.c_float),
         ("softmax_scale", ctypes.c_float),
         ("num_threads", ctypes.c_int32),
+        ("tiles", ctypes.c_int32),
     ]
 
 
