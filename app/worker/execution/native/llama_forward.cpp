@@ -379,7 +379,12 @@ extern "C" int64_t llmk_workspace_size(const DecoderModel* model) { return Forwa
 extern "C" void llmk_forward(const DecoderModel* model, const ForwardBatch* batch) {
     ForwardPass pass(*model, *batch);
 #pragma omp parallel num_threads(model->num_threads)
-    pass.run();
+    {
+        pass.run();
+#ifdef LLMK_HAVE_TILES
+        if (model->tiles) Tiles::release();
+#endif
+    }
 }
 
 // The layout tables, see abi.h.
