@@ -318,8 +318,8 @@ def test_in_tiles_a_token_has_the_same_bits_in_any_batch() -> None:
     whole = runner.forward([Segment(0, 0, ids)], [len(ids)])
 
     for at, token in enumerate(ids):
-        alone, last = runner.forward([Segment(1, at, [token]), Segment(2, 0, ids[: at + 1])], [1, 1])
-        assert torch.equal(whole[at], alone)
+        single, last = runner.forward([Segment(1, at, [token]), Segment(2, 0, ids[: at + 1])], [1, 1])
+        assert torch.equal(whole[at], single)
         assert torch.equal(whole[at], last)
 
 

@@ -1,8 +1,8 @@
 // Products in tiles (AMX): sixteen tokens by sixteen outputs of a whole panel in one instruction.
 //
-// The packed layout is that of gemm_packed.h: sixteen lines of a panel of pairs, 64 bytes each, are one tile of weights,
-// and sixteen tokens by 32 inputs one of activations.  So panels and tiles share the weights, and a model can be computed by
-// either.
+// The packed layout is that of gemm_packed.h: sixteen lines of a panel of pairs, 64 bytes each, are one tile of
+// weights, and sixteen tokens by 32 inputs one of activations.  So panels and tiles share the weights, and a model can
+// be computed by either.
 //
 // A tile sums 32 inputs before it adds them to the accumulator, so that its bits are not those of panels.  Among
 // themselves tiles are batch-invariant: rows do not see each other, and any number of tokens goes through the same
@@ -16,8 +16,9 @@
 #include "bf16.h"
 #include "simd.h"
 
-// Where the processor and the compiler know the instructions; tests define LLMK_EMULATE_TILES to have them anywhere.
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__)
+// Where the processor and the compiler know the instructions (older versions of Clang spell the macros in another way);
+// tests define LLMK_EMULATE_TILES to have tiles anywhere.
+#if (defined(__AMX_TILE__) && defined(__AMX_BF16__)) || (defined(__AMXTILE__) && defined(__AMXBF16__))
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -67,8 +68,9 @@ class EmulatedTiles {
 };
 
 #if defined(LLMK_HAVE_AMX)
-// The tile registers of this thread: 0 to 3 are the sums of two tiles of tokens by two panels, 4 and 5 activations, 6 and 7
-// weights.
+// The tile registers of this thread: 0 to 3 are the sums of two tiles of tokens by two panels, 4 and 5 activations, 6
+// and 7 weights.  GCC does not know that loads of tiles read memory: an empty `asm` before them makes sure that what was
+// written is there.
 class AmxTiles {
   public:
     // Linux has a process ask before it uses them; true where it may.
@@ -94,6 +96,7 @@ class AmxTiles {
     }
 
     void multiply(const bfloat16* x, int64_t stride, const bfloat16* left, const bfloat16* right) {
+        asm volatile("" ::"r"(x), "r"(left), "r"(right) : "memory");
         constexpr int64_t LINE = 2 * NR * sizeof(bfloat16);
         _tile_loadd(6, left, LINE);
         _tile_loadd(7, right, LINE);
@@ -133,6 +136,7 @@ class AmxTiles {
             configuration.rows[tile] = rows[tile];
             configuration.row_bytes[tile] = rows[tile] ? 64 : 0;
         }
+        asm volatile("" ::"r"(&configuration) : "memory");
         _tile_loadconfig(&configuration);
         configured_ = tokens;
     }

@@ -57,7 +57,7 @@ extern "C" int llmk_tiles_work() {
     for (int64_t token = 0; token < TOKENS; token++)
         multiply_panels(x.data() + token * DEPTH, panels.data(), NR * DEPTH, DEPTH, 1,
                         expected.data() + token * 2 * NR, ahead);
-    const auto close = [](float left, float right) { return std::abs(left - right) <= 1e-3f * (1.0f + std::abs(right)); };
+    const auto close = [](float left, float right) { return std::abs(left - right) <= 1e-3f * (1 + std::abs(right)); };
     return std::equal(sums.begin(), sums.end(), expected.begin(), close);
 }
 #endif

@@ -92,7 +92,8 @@ constexpr int PANEL_VECTORS = sizeof(f32x16) / sizeof(accumulator_t);
 template <class Weight>
 inline accumulator_t load_weights(const Weight* from) {
 #if defined(__AVX512F__)
-    if constexpr (std::is_same_v<Weight, float16>) return (f32x16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+    if constexpr (std::is_same_v<Weight, float16>)
+        return (f32x16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
     if constexpr (std::is_same_v<Weight, int8_t>)
         return (f32x16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
     if constexpr (std::is_same_v<Weight, float>) return load_f32x16(from);
@@ -149,10 +150,11 @@ using activation_of = typename WeightTraits<Weight>::activation;
 
 // Some panels for TOKENS tokens.
 template <int TOKENS, int PANELS, class Weight>
-inline void multiply_group(const activation_of<Weight>* x, const Weight* panels, int64_t panel_stride, int64_t depth,
+inline void multiply_some(const activation_of<Weight>* x, const Weight* panels, int64_t panel_stride, int64_t depth,
                            float* sums, Ahead<Weight> ahead) {
     if constexpr (std::is_same_v<Weight, bfloat16>)
-        gemm_microkernel<TOKENS, PANELS, false>(x, depth, 2, panels, 2 * NR, panel_stride, sums, 2 * NR, NR, depth / 2, ahead);
+        gemm_microkernel<TOKENS, PANELS, false>(x, depth, 2, panels, 2 * NR, panel_stride, sums, 2 * NR, NR, depth / 2,
+                                                ahead);
     else
         gemm_microkernel<TOKENS, PANELS>(x, panels, panel_stride, depth, sums, ahead);
 }
@@ -167,14 +169,14 @@ inline void dispatch_tokens(const activation_of<Weight>* x, const Weight* panels
             return dispatch_tokens<MAX_TOKENS - 1>(x, panels, panel_stride, depth, tokens, sums, ahead);
     }
     if constexpr (2 * MAX_TOKENS <= WeightTraits<Weight>::max_accumulators) {
-        multiply_group<MAX_TOKENS, 2>(x, panels, panel_stride, depth, sums, ahead);
+        multiply_some<MAX_TOKENS, 2>(x, panels, panel_stride, depth, sums, ahead);
     } else {
-        multiply_group<MAX_TOKENS, 1>(x, panels, 0, depth, sums, ahead);
-        multiply_group<MAX_TOKENS, 1>(x, panels + panel_stride, 0, depth, sums + NR, {ahead.panel[1], nullptr});
+        multiply_some<MAX_TOKENS, 1>(x, panels, 0, depth, sums, ahead);
+        multiply_some<MAX_TOKENS, 1>(x, panels + panel_stride, 0, depth, sums + NR, {ahead.panel[1], nullptr});
     }
 }
 
-// sums (tokens, 2 * NR) of two panels for up to max_tokens tokens.  Not inlined: one copy of each microkernel is enough.
+// sums (tokens, 2 * NR) of two panels for up to max_tokens tokens.  Not inlined: one copy of each microkernel will do.
 template <class Weight>
 __attribute__((noinline)) void multiply_panels(const activation_of<Weight>* x, const Weight* panels,
                                                int64_t panel_stride, int64_t depth, int64_t tokens, float* sums,
@@ -210,8 +212,8 @@ struct PanelPair {
     const Weight *panels, *next;
     int64_t stride;
 
-    // What a group of tokens prefetches.  Where only one reads these panels, they are what it waits for, else the first two
-    // read a panel each of the next pair, so that memory works while the processor computes.
+    // What a group of tokens prefetches.  Where only one reads these panels, they are what it waits for, else the first
+    // two read a panel each of the next pair, so that memory works while the processor computes.
     Ahead<Weight> ahead(TokenGroup group) const {
         Ahead<Weight> own = {{panels + PREFETCH_DISTANCE, panels + stride + PREFETCH_DISTANCE}};
         if (group.groups > 1 && group.index < 2) own.panel[group.index] = next + group.index * stride;
@@ -232,13 +234,14 @@ void multiply(const activation_of<Weight>* x, PanelPair<Weight> pair, int64_t de
     multiply_panels(x, pair.panels, pair.stride, depth, group.count, sums, pair.ahead(group));
 }
 
-// Parallel loop over (token block, panel pair) tiles of the output, which calls `body(pair, next pair, group)` for groups
-// of nearly equal size of its tokens; must be called by every thread of the parallel region and ends with a barrier.
-// Few tokens are bound by memory: each thread gets long stretches of weights.  Many are bound by arithmetic: tiles are
-// handed out one by one, so that no thread waits long.
+// Parallel loop over blocks of tokens and pairs of panels, which calls `body(pair, next pair, group)` for groups of
+// nearly equal size of the block's tokens; must be called by every thread of the parallel region and ends with a
+// barrier.  Few tokens are bound by memory: each thread gets long stretches of weights.  Many are bound by arithmetic:
+// pairs are handed out one by one, so that no thread waits long.
 template <class Weight, class Body>
 void parallel_for_groups(int64_t pairs, int64_t tokens, Execution execution, Body body) {
-    const int64_t max_tokens = execution.max_tokens<Weight>(), stretch = pairs / (CHUNKS_PER_THREAD * execution.threads);
+    const int64_t max_tokens = execution.max_tokens<Weight>();
+    const int64_t stretch = pairs / (CHUNKS_PER_THREAD * execution.threads);
     const int64_t chunk = tokens > std::max<int64_t>(max_tokens, 2 * MR) ? 1 : std::max<int64_t>(1, stretch);
     const int64_t blocks = (tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK;
 #pragma omp for schedule(dynamic, chunk)
@@ -303,8 +306,8 @@ void linear(const activation_of<Weight>* x, PackedWeights<Weight> weights, int64
         const int64_t first = pair * PAIR, width = std::min(PAIR, outputs - first);
         alignas(64) float sums[MAX_GROUP * PAIR];
         multiply<Weight>(x + group.begin * depth,
-                         {weights.panels + first * depth, weights.panels + next * PAIR * depth, NR * depth}, depth, group,
-                         sums, execution);
+                         {weights.panels + first * depth, weights.panels + next * PAIR * depth, NR * depth}, depth,
+                         group, sums, execution);
         for (int64_t row = 0; row < group.count; row++)
             store_outputs<ACCUMULATE>(sums + row * PAIR, weights, first, width,
                                       out + (group.begin + row) * outputs + first);

@@ -321,7 +321,7 @@ class ForwardPass {
     void swiglu(int64_t index, int64_t count) {
         const DecoderLayer& layer = model_.layers[index];
         const int64_t depth = model_.hidden_size, inner = model_.intermediate_size;
-        parallel_for_groups<weight_t>(inner / NR, count, execution_, [&](int64_t panel, int64_t next, TokenGroup group) {
+        const auto compute = [&](int64_t panel, int64_t next, TokenGroup group) {
             const int64_t first = panel * NR;
             alignas(64) float sums[MAX_GROUP * 2 * NR];
             const weight_t* panels = layer.gate_up.panels;
@@ -340,7 +340,8 @@ class ForwardPass {
                     const float* gate = sums + 2 * row * NR + lane;
                     store(gated_ + (group.begin + row) * inner + first + lane, silu(load(gate)) * load(gate + NR));
                 }
-        });
+        };
+        parallel_for_groups<weight_t>(inner / NR, count, execution_, compute);
     }
 
     // Add what adapters do to sums (tokens, 2, NR) of gate and up, the outputs from `first` on.

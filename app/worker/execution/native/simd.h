@@ -12,8 +12,8 @@ namespace {
 
 constexpr int LANES = 8;
 
-// Register tile of the microkernels, named as in BLIS: MR rows x NR columns.  Its accumulators fill 12 of AVX2's 16 vector
-// registers, which leaves room for two vectors of one operand and a broadcast of the other.
+// Register tile of the microkernels, named as in BLIS: MR rows x NR columns.  Its accumulators fill 12 of AVX2's 16
+// vector registers, which leaves room for two vectors of one operand and a broadcast of the other.
 constexpr int NR = 2 * LANES;
 constexpr int MR = 6;
 
@@ -37,13 +37,17 @@ inline f32x8 broadcast(float value) { return value - f32x8{}; }
 inline f32x8 maximum(f32x8 left, f32x8 right) { return left > right ? left : right; }
 
 // The place in each of up to 12 rows of a matrix that a microkernel reads next.  A pointer for each would be more than
-// there are registers for addresses; every third serves its two neighbours, as far as the compiler does not know better.
+// there are registers for addresses, so every third serves its two neighbours; the empty `asm` keeps the compiler from
+// making twelve of them again.
 template <int ROWS, class Number>
 class RowCursor {
   public:
     RowCursor(const Number* matrix, int64_t stride)
-        : first_(matrix), second_(matrix + (ROWS > 3 ? 3 * stride : 0)),
-          third_(matrix + (ROWS > 6 ? 6 * stride : 0)), fourth_(matrix + (ROWS > 9 ? 9 * stride : 0)), stride_(stride) {}
+        : first_(matrix),
+          second_(matrix + (ROWS > 3 ? 3 * stride : 0)),
+          third_(matrix + (ROWS > 6 ? 6 * stride : 0)),
+          fourth_(matrix + (ROWS > 9 ? 9 * stride : 0)),
+          stride_(stride) {}
 
     const Number* operator[](int row) const {
         const Number* from = row < 3 ? first_ : row < 6 ? second_ : row < 9 ? third_ : fourth_;
