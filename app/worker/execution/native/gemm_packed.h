@@ -213,10 +213,12 @@ struct PanelPair {
     int64_t stride;
 
     // What a group of tokens prefetches.  Where only one reads these panels, they are what it waits for, else the first
-    // two read a panel each of the next pair, so that memory works while the processor computes.
+    // two read a panel each of the next pair, so that memory works while the processor computes.  Where the panels of
+    // a pair are multiplied one after the other that was slower.
     Ahead<Weight> ahead(TokenGroup group) const {
         Ahead<Weight> own = {{panels + PREFETCH_DISTANCE, panels + stride + PREFETCH_DISTANCE}};
-        if (group.groups > 1 && group.index < 2) own.panel[group.index] = next + group.index * stride;
+        constexpr bool both_at_a_time = 2 * WeightTraits<Weight>::max_tokens <= WeightTraits<Weight>::max_accumulators;
+        if (both_at_a_time && group.groups > 1 && group.index < 2) own.panel[group.index] = next + group.index * stride;
         return own;
     }
 };
