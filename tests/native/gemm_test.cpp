@@ -1,4 +1,4 @@
-// Packed linear layers against a naive product, in every type of weights.
+// Packed linear layers against a naive product, in every type of weights, and in tiles.
 
 #include "gemm_packed.cpp"
 #include "reference.h"
@@ -53,13 +53,51 @@ void check_type(Function<Weight, Activation> function, std::initializer_list<int
         for (int64_t out : {1, 16, 31, 33, 70}) check_layer<Weight, Activation>(function, in, out, out % 2);
 }
 
+#ifdef LLMK_HAVE_TILES
+// As llmk_linear_bf16, in tiles.
+void linear_in_tiles(const bfloat16* x, const bfloat16* panels, const float* scales, const float* bias, bfloat16* out,
+                     int64_t tokens, int64_t depth, int64_t outputs, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        linear<false>(x, PackedWeights<bfloat16>{panels, scales, bias}, depth, outputs, tokens, out, {threads, true});
+        Tiles::release();
+    }
+}
+#endif
+
+// A tile sums even and odd inputs by themselves and rounds only there, before it adds them to what it has.
+void check_emulated_tiles() {
+    const std::vector<bfloat16> x = narrow_all<bfloat16>(random_floats(3 * 40));
+    const std::vector<bfloat16> left = narrow_all<bfloat16>(random_floats(TILE_INPUTS * NR)), right(left.size());
+    EmulatedTiles tiles(3);
+    float sums[3][2 * NR];
+    for (int64_t times = 1; times <= 2; times++) {
+        tiles.multiply(x.data(), 40, left.data(), right.data());
+        tiles.store(sums[0]);
+        for (int64_t token = 0; token < 3; token++)
+            for (int64_t output = 0; output < NR; output++) {
+                double expected = 0;
+                for (int64_t input = 0; input < TILE_INPUTS; input++)
+                    expected += times * widen(x[token * 40 + input]) *
+                                widen(left[input / 2 * 2 * NR + 2 * output + input % 2]);
+                CHECK(expected == sums[token][output] && 0.0f == sums[token][NR + output],
+                      "token %d output %d is %g instead of %g", int(token), int(output), sums[token][output], expected);
+            }
+    }
+}
+
 }  // namespace
 
 int main() {
+    check_emulated_tiles();
     check_type<float, float>(llmk_linear_f32, {1, 7, 51});
     check_type<int8_t, float>(llmk_linear_i8, {1, 7, 51});
 #ifdef LLMK_HAVE_FLOAT16
     check_type<float16, float>(llmk_linear_f16, {1, 7, 51});
 #endif
     check_type<bfloat16, bfloat16>(llmk_linear_bf16, {2, 14, 70});
+#ifdef LLMK_HAVE_TILES
+    CHECK(llmk_tiles_work(), "tiles and panels differ");
+    check_type<bfloat16, bfloat16>(linear_in_tiles, {2, 64, 70});
+#endif
 }

@@ -223,7 +223,7 @@ void reference_layer(TestLayer& layer, const TestLoraLayer* adapter, const Token
     if (adapter) adapter->down.add(gated, x.data());
 }
 
-void check_pass(TestModel& model, const std::vector<Token>& tokens, int threads, bool adapted) {
+void check_pass(TestModel& model, const std::vector<Token>& tokens, int threads, bool adapted, bool tiles) {
     std::vector<DecoderLayer> layers;
     for (TestLayer& layer : model.layers) layers.push_back(layer.layer());
     const DecoderModel decoder{layers.data(),
@@ -236,7 +236,8 @@ void check_pass(TestModel& model, const std::vector<Token>& tokens, int threads,
                                model.lm_head.weights(),
                                EPS,
                                SCALE,
-                               threads};
+                               threads,
+                               tiles};
     const int64_t count = tokens.size();
     std::vector<float> hidden = random_floats(count * HIDDEN), cos, sin;
     std::vector<int64_t> slots, positions, indices;
@@ -292,18 +293,24 @@ std::vector<Token> operator+(std::vector<Token> left, const std::vector<Token>& 
     return left;
 }
 
+void check_model(int threads, bool adapted, bool tiles) {
+    TestModel model;
+    const auto check = [&](const std::vector<Token>& tokens) { check_pass(model, tokens, threads, adapted, tiles); };
+    // Without logits only keys and values are computed.
+    check(segment(0, 0, 9, false));
+    check(segment(0, 9, 10, true) + segment(2, 0, 140, true));
+    check(segment(0, 10, 11, true) + segment(2, 140, 141, false) + segment(1, 0, 5, true));
+    check(segment(0, 11, 12, true) + segment(1, 5, 6, true) + segment(2, 141, 142, true));
+}
+
 }  // namespace
 
 int main() {
     for (int threads : {1, 3})
         for (bool adapted : {false, true}) {
-            TestModel model;
-            // Without logits only keys and values are computed.
-            check_pass(model, segment(0, 0, 9, false), threads, adapted);
-            check_pass(model, segment(0, 9, 10, true) + segment(2, 0, 140, true), threads, adapted);
-            check_pass(model, segment(0, 10, 11, true) + segment(2, 140, 141, false) + segment(1, 0, 5, true), threads,
-                       adapted);
-            check_pass(model, segment(0, 11, 12, true) + segment(1, 5, 6, true) + segment(2, 141, 142, true), threads,
-                       adapted);
+            check_model(threads, adapted, false);
+#ifdef LLMK_HAVE_TILES
+            if (std::is_same_v<weight_t, bfloat16>) check_model(threads, adapted, true);
+#endif
         }
 }

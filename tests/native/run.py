@@ -1,8 +1,9 @@
 """Build the C++ tests of the kernels and run them under sanitizers: `make test-native`.
 
 Each test is built with AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer, and once more for the
-instruction sets of older processors.  ThreadSanitizer does not see how GCC's libgomp synchronises and would report a
-race at every barrier, so that build is Clang's, whose OpenMP runtime describes its barriers to it (Archer).
+instruction sets of older processors; products in tiles (AMX) are computed by emulated ones.  ThreadSanitizer does not
+see how GCC's libgomp synchronises and would report a race at every barrier, so that build is Clang's, whose OpenMP
+runtime describes its barriers to it (Archer).
 """
 
 import os
@@ -27,6 +28,7 @@ WARNINGS = (
     *("-Wall", "-Wextra", "-Werror"),
     *("-Wno-unknown-warning-option", "-Wno-maybe-uninitialized", "-Wno-subobject-linkage"),
 )
+EMULATED_TILES = "-DLLMK_EMULATE_TILES=1"
 PACKAGES = "g++ clang libomp-dev libclang-rt-dev"
 SECONDS = 120
 """For each compilation and each test."""
@@ -55,6 +57,8 @@ def tests(build: Build) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield each source with the macros that it is compiled with in a build."""
     yield "simd", ()
     yield "gemm", ()
+    # In tiles, which few processors have.
+    yield "gemm", (EMULATED_TILES,)
     for kv_heads, queries, size, kv in (
         (1, 1, 8, "float"),
         (2, 3, 64, "float"),
@@ -69,7 +73,9 @@ def tests(build: Build) -> Iterator[tuple[str, tuple[str, ...]]]:
         if weight == "float16" and build.name == "sse2":
             continue
         types = (f"-DLLMK_WEIGHT_TYPE={weight}", f"-DLLMK_LM_HEAD_TYPE={head}")
-        yield "llama_forward", (*heads(2, 2, 32, "bfloat16" if weight == "bfloat16" else "float"), *types)
+        bf16 = weight == "bfloat16"
+        tiles = (EMULATED_TILES,) if bf16 else ()
+        yield "llama_forward", (*heads(2, 2, 32, "bfloat16" if bf16 else "float"), *types, *tiles)
 
 
 def heads(kv_heads: int, queries: int, size: int, kv: str) -> tuple[str, ...]:

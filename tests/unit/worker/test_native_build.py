@@ -4,6 +4,7 @@ import ctypes
 import itertools
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -57,6 +58,18 @@ def test_every_source_compiles_without_a_warning(name: str, macros: dict[str, st
     command = [compiler, *FLAGS, *WARNINGS, *definitions, str(SOURCE_DIR / f"{name}.cpp"), "-o", "/dev/null"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (0, "") == (done.returncode, done.stderr)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="only x86 has these tiles")
+def test_a_processor_with_tiles_gets_their_instructions(compiler: str) -> None:
+    """Whatever this one has: only the compiler has to know them."""
+    options = (*FLAGS, "-O1", "-march=sapphirerapids", "-S")
+    command = [compiler, *options, str(SOURCE_DIR / "gemm_packed.cpp"), "-o", "-"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert (0, "") == (done.returncode, done.stderr)
+    instructions = {"ldtilecfg", "tilezero", "tileloadd", "tdpbf16ps", "tilestored", "tilerelease"}
+    assert instructions == instructions & set(re.findall(r"^\s+(\w+)", done.stdout, re.MULTILINE))
 
 
 def test_every_macro_has_the_prefix() -> None:

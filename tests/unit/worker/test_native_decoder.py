@@ -18,7 +18,7 @@ from app.worker.execution.model_runner import ModelRunner
 from app.worker.execution.native import native_build
 from app.worker.execution.native.native_build import CompileError
 from app.worker.execution.native.native_executors import NativeDecoderExecutor
-from app.worker.execution.native.packed_linear import NativeLinear
+from app.worker.execution.native.packed_linear import NativeLinear, gemm_kernels
 from app.worker.execution.packed_batch import Segment
 from app.worker.execution.quantization import quantize_linears, round_to_int8
 from app.worker.execution.torch.equivalence import torch_runner
@@ -67,6 +67,12 @@ def source_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(native_build, "SOURCE_DIR", shutil.copytree(native_build.SOURCE_DIR, tmp_path / "native"))
     monkeypatch.setattr(native_build, "FLAGS", (*native_build.FLAGS, "-O0"))  # compiled in half of the time
     return tmp_path / "native"
+
+
+@pytest.fixture
+def emulated_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with tiles, which this one may not be."""
+    monkeypatch.setattr(native_build, "FLAGS", (*native_build.FLAGS, "-O1", "-DLLMK_EMULATE_TILES=1"))
 
 
 def accelerated(model: Any, setting: Compile = "layers", slots: int = 4) -> ModelRunner:
@@ -283,3 +289,51 @@ def test_on_a_processor_with_amx_bfloat16_layers_are_torchs(
     assert not any(isinstance(each, NativeLinear) for each in automatic.model.modules())
     assert "layers" == accelerated(make(KINDS["llama"]).bfloat16(), "layers").compiled
     assert "layers" == accelerated(make(KINDS["llama"]), "auto").compiled
+
+
+def in_tiles(model: Any) -> ModelRunner:
+    runner = create_torch_runner(model, length=CONTEXT, slots=4, free_bytes=10**9)
+    executor = NativeDecoderExecutor(model, runner.cache, kernel="tiles")
+    executor_selection.install_verified(runner, executor, executor_selection.TOLERANCE[torch.bfloat16])
+    return runner
+
+
+@pytest.mark.usefixtures("emulated_tiles")
+def test_tiles_compute_what_panels_do_but_for_rounding() -> None:
+    torch.manual_seed(1)
+    model = KINDS["biases"]().to(torch.bfloat16)
+    segments = [Segment(0, 0, list(range(40))), Segment(1, 0, list(range(7)))]
+
+    panels = accelerated(copy.deepcopy(model)).forward(segments, [40, 7])
+    tiles = in_tiles(model).forward(segments, [40, 7])
+
+    assert not torch.equal(panels, tiles)
+    assert (tiles - panels).norm() <= 2e-2 * panels.norm()
+
+
+@pytest.mark.usefixtures("emulated_tiles")
+def test_in_tiles_a_token_has_the_same_bits_in_any_batch() -> None:
+    torch.manual_seed(1)
+    runner, ids = in_tiles(KINDS["llama"]().to(torch.bfloat16)), list(range(3, 40))
+    whole = runner.forward([Segment(0, 0, ids)], [len(ids)])
+
+    for at, token in enumerate(ids):
+        single, last = runner.forward([Segment(1, at, [token]), Segment(2, 0, ids[: at + 1])], [1, 1])
+        assert torch.equal(whole[at], single)
+        assert torch.equal(whole[at], last)
+
+
+@pytest.mark.usefixtures("emulated_tiles")
+def test_tiles_that_compute_something_else_are_not_used(source_dir: Path) -> None:
+    tiles = source_dir / "amx_tiles.h"
+    tiles.write_text(tiles.read_text().replace("sum += even + odd", "sum += even"))
+
+    assert gemm_kernels().kernels == ("panels",)
+    with pytest.raises(CompileError, match="no tiles"):
+        in_tiles(KINDS["llama"]().to(torch.bfloat16))
+
+
+@pytest.mark.usefixtures("emulated_tiles")
+def test_tiles_have_bfloat16_only() -> None:
+    with pytest.raises(CompileError, match="no tiles"):
+        in_tiles(KINDS["llama"]())

@@ -16,8 +16,7 @@ struct bfloat16 {
     uint16_t bits;
 };
 
-// NR accumulators, and NR pairs of bfloat16.
-typedef float f32x16 __attribute__((vector_size(NR * sizeof(float))));
+// NR pairs of bfloat16.
 typedef uint32_t bf16_pairs __attribute__((vector_size(NR * sizeof(uint32_t))));
 
 #if defined(__AVX512BF16__) && defined(__AVX512VL__) && defined(__AVX512BW__)
@@ -145,26 +144,34 @@ inline void accumulate_dot(f32x16& accumulators, const bf16_pairs& pairs, uint32
 #endif
 }
 
+// Where two panels begin that are prefetched line by line, while others are multiplied.
+template <class Weight>
+struct Ahead {
+    const Weight* panel[2];
+};
+
 // Microkernel: c = a b, or c += a b with ACCUMULATE, of c (ROWS, PANELS * NR), a (ROWS, depth, 2) and
-// b (depth, PANELS * NR, 2).  Strides are in elements; those of the last two dimensions of b are 2 and 1.  b is
-// prefetched `prefetch` elements ahead; 0 disables that.
+// b (depth, PANELS * NR, 2).  Strides are in elements; those of the last two dimensions of b are 2 and 1.  `ahead` is
+// prefetched, unless it is null.
 template <int ROWS, int PANELS, bool ACCUMULATE>
 inline void gemm_microkernel(const bfloat16* a, int64_t a_row_stride, int64_t a_depth_stride, const bfloat16* b,
                              int64_t b_depth_stride, int64_t b_panel_stride, float* c, int64_t c_row_stride,
-                             int64_t c_panel_stride, int64_t depth, int64_t prefetch = 0) {
+                             int64_t c_panel_stride, int64_t depth,
+                             Ahead<bfloat16> ahead = {}) {
+    const bool prefetch = ahead.panel[0] != nullptr;
     f32x16 accumulators[ROWS][PANELS] = {};
     for (int row = 0; ACCUMULATE && row < ROWS; row++)
         for (int panel = 0; panel < PANELS; panel++)
             accumulators[row][panel] = load_f32x16(c + row * c_row_stride + panel * c_panel_stride);
-    for (int64_t k = 0; k < depth; k++) {
+    RowCursor<ROWS, bfloat16> rows(a, a_row_stride);
+    for (int64_t k = 0; k < depth; k++, rows.advance(a_depth_stride)) {
         bf16_pairs pairs[PANELS];
         for (int panel = 0; panel < PANELS; panel++) {
-            const bfloat16* from = b + k * b_depth_stride + panel * b_panel_stride;
-            if (prefetch) __builtin_prefetch(from + prefetch);
-            pairs[panel] = load_pairs(from);
+            if (prefetch) __builtin_prefetch(ahead.panel[panel % 2] + k * 2 * NR);
+            pairs[panel] = load_pairs(b + k * b_depth_stride + panel * b_panel_stride);
         }
         for (int row = 0; row < ROWS; row++) {
-            const uint32_t factor = load_pair(a + row * a_row_stride + k * a_depth_stride);
+            const uint32_t factor = load_pair(rows[row]);
             for (int panel = 0; panel < PANELS; panel++) accumulate_dot(accumulators[row][panel], pairs[panel], factor);
         }
     }

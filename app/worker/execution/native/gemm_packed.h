@@ -33,6 +33,7 @@
 #include <immintrin.h>
 #endif
 
+#include "amx_tiles.h"
 #include "bf16.h"
 #include "simd.h"
 
@@ -77,115 +78,185 @@ inline f32x8 load(const float16* from) {
 }
 #endif
 
-// Microkernel: sums (TOKENS, PANELS * NR) = x (TOKENS, depth) times some panels, `panel_stride` elements apart.
+// Accumulators of the float32 microkernel, which fill all registers but those of the operands, and vectors of a panel.
+#if defined(__AVX512F__)
+typedef f32x16 accumulator_t;
+constexpr int MAX_VECTORS = 24;
+#else
+typedef f32x8 accumulator_t;
+constexpr int MAX_VECTORS = 12;
+#endif
+constexpr int PANEL_VECTORS = sizeof(f32x16) / sizeof(accumulator_t);
+
+// One vector of weights as floats.
+template <class Weight>
+inline accumulator_t load_weights(const Weight* from) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<Weight, float16>)
+        return (f32x16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+    if constexpr (std::is_same_v<Weight, int8_t>)
+        return (f32x16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+    if constexpr (std::is_same_v<Weight, float>) return load_f32x16(from);
+#else
+    return load(from);
+#endif
+}
+
+// Microkernel: sums (TOKENS, PANELS * NR), rows of which are 2 * NR apart, = x (TOKENS, depth) times some panels, which
+// are `panel_stride` elements apart; `ahead` is prefetched.
 //
 // Every sum is accumulated in the order of the inputs, so that the bits of a token's result do not depend on the batch.
 // Few tokens take two panels at a time: one has too few accumulators to hide the latency of multiply-add.
 template <int TOKENS, int PANELS, class Weight>
-inline void gemm_microkernel(const float* x, const Weight* panels, int64_t panel_stride, int64_t depth, float* sums) {
-    f32x8 accumulators[TOKENS][PANELS][2] = {};
-    for (int64_t k = 0; k < depth; k++)
+inline void gemm_microkernel(const float* x, const Weight* panels, int64_t panel_stride, int64_t depth, float* sums,
+                             Ahead<Weight> ahead) {
+    constexpr int VECTORS = PANELS * PANEL_VECTORS, WIDTH = NR / PANEL_VECTORS;
+    accumulator_t accumulators[TOKENS][VECTORS] = {};
+    RowCursor<TOKENS, float> rows(x, depth);
+    for (int64_t k = 0; k < depth; k++, rows.advance(1)) {
+        accumulator_t weights[VECTORS];
         for (int panel = 0; panel < PANELS; panel++) {
-            const Weight* weights = panels + panel * panel_stride + k * NR;
-            __builtin_prefetch(weights + PREFETCH_DISTANCE);
-            const f32x8 left = load(weights), right = load(weights + LANES);
-            for (int token = 0; token < TOKENS; token++) {
-                const float factor = x[token * depth + k];
-                accumulators[token][panel][0] += left * factor;
-                accumulators[token][panel][1] += right * factor;
-            }
+            __builtin_prefetch(ahead.panel[panel] + k * NR);
+            for (int at = 0; at < PANEL_VECTORS; at++)
+                weights[panel * PANEL_VECTORS + at] = load_weights(panels + panel * panel_stride + k * NR + at * WIDTH);
         }
-    std::memcpy(sums, accumulators, sizeof accumulators);
-}
-
-// sums (tokens, 2 * NR) of two panels for up to MR tokens.  Not inlined: one copy of each microkernel is enough.
-template <class Weight>
-__attribute__((noinline)) void multiply_panels(const float* x, const Weight* panels, int64_t panel_stride,
-                                               int64_t depth, int64_t tokens, float* sums) {
-    switch (tokens) {
-        case 1: return gemm_microkernel<1, 2>(x, panels, panel_stride, depth, sums);
-        case 2: return gemm_microkernel<2, 2>(x, panels, panel_stride, depth, sums);
-        case 3: return gemm_microkernel<3, 2>(x, panels, panel_stride, depth, sums);
-    }
-    for (int panel = 0; panel < 2; panel++) {
-        alignas(64) float half[MR * NR];
-        const Weight* from = panels + panel * panel_stride;
-        switch (tokens) {
-            case 4: gemm_microkernel<4, 1>(x, from, panel_stride, depth, half); break;
-            case 5: gemm_microkernel<5, 1>(x, from, panel_stride, depth, half); break;
-            default: gemm_microkernel<MR, 1>(x, from, panel_stride, depth, half);
+        for (int token = 0; token < TOKENS; token++) {
+            const float factor = *rows[token];
+            for (int at = 0; at < VECTORS; at++) accumulators[token][at] += weights[at] * factor;
         }
-        for (int64_t token = 0; token < tokens; token++)
-            std::memcpy(sums + (2 * token + panel) * NR, half + token * NR, sizeof half / MR);
     }
+    for (int token = 0; token < TOKENS; token++)
+        std::memcpy(sums + token * 2 * NR, accumulators[token], sizeof accumulators[token]);
 }
 
-// Both panels at a time where the accumulators fit the registers.
-template <int TOKENS>
-inline void multiply_panels_of(const bfloat16* x, const bfloat16* panels, int64_t panel_stride, int64_t depth,
-                               float* sums) {
-    constexpr int64_t PAIR = 2 * NR;
-    if constexpr (2 * TOKENS <= MAX_ACCUMULATORS) {
-        gemm_microkernel<TOKENS, 2, false>(x, depth, 2, panels, PAIR, panel_stride, sums, PAIR, NR, depth / 2,
-                                           PREFETCH_DISTANCE);
-    } else {
-        gemm_microkernel<TOKENS, 1, false>(x, depth, 2, panels, PAIR, 0, sums, PAIR, 0, depth / 2, PREFETCH_DISTANCE);
-        gemm_microkernel<TOKENS, 1, false>(x, depth, 2, panels + panel_stride, PAIR, 0, sums + NR, PAIR, 0, depth / 2,
-                                           PREFETCH_DISTANCE);
-    }
-}
-
-// Turn the run-time number of tokens, up to MAX_TOKENS, into a template argument.
-template <int MAX_TOKENS>
-void dispatch_tokens(const bfloat16* x, const bfloat16* panels, int64_t panel_stride, int64_t depth, int64_t tokens,
-                     float* sums) {
-    if constexpr (MAX_TOKENS > 1) {
-        if (tokens < MAX_TOKENS)
-            return dispatch_tokens<MAX_TOKENS - 1>(x, panels, panel_stride, depth, tokens, sums);
-    }
-    multiply_panels_of<MAX_TOKENS>(x, panels, panel_stride, depth, sums);
-}
-
-// The activation type that goes with a type of weights, and the tokens of one call of the microkernel.
+// The activation type that goes with a type of weights, the tokens of one call of the microkernel, and how many panels
+// times tokens have their accumulators in registers.
 template <class Weight>
 struct WeightTraits {
     typedef float activation;
-    static constexpr int64_t max_tokens = MR;
+    static constexpr int max_accumulators = MAX_VECTORS / PANEL_VECTORS;
+    static constexpr int max_tokens = std::min(12, max_accumulators);
 };
 
 template <>
 struct WeightTraits<bfloat16> {
     typedef bfloat16 activation;
-    static constexpr int64_t max_tokens = MAX_ACCUMULATORS >= 24 ? 12 : MR;
+    static constexpr int max_accumulators = MAX_ACCUMULATORS;
+    static constexpr int max_tokens = std::min(12, max_accumulators);
 };
 
-__attribute__((noinline)) inline void multiply_panels(const bfloat16* x, const bfloat16* panels, int64_t panel_stride,
-                                                      int64_t depth, int64_t tokens, float* sums) {
-    dispatch_tokens<WeightTraits<bfloat16>::max_tokens>(x, panels, panel_stride, depth, tokens, sums);
+template <class Weight>
+using activation_of = typename WeightTraits<Weight>::activation;
+
+// Some panels for TOKENS tokens.
+template <int TOKENS, int PANELS, class Weight>
+inline void multiply_some(const activation_of<Weight>* x, const Weight* panels, int64_t panel_stride, int64_t depth,
+                           float* sums, Ahead<Weight> ahead) {
+    if constexpr (std::is_same_v<Weight, bfloat16>)
+        gemm_microkernel<TOKENS, PANELS, false>(x, depth, 2, panels, 2 * NR, panel_stride, sums, 2 * NR, NR, depth / 2,
+                                                ahead);
+    else
+        gemm_microkernel<TOKENS, PANELS>(x, panels, panel_stride, depth, sums, ahead);
 }
 
-// Call `body(token, count)` for groups of nearly equal size, up to MAX_TOKENS, of the tokens from `begin` to `end`.
-template <int64_t MAX_TOKENS, class Body>
-void for_token_groups(int64_t begin, int64_t end, Body body) {
-    for (int64_t groups = (end - begin + MAX_TOKENS - 1) / MAX_TOKENS; groups > 0; groups--) {
-        const int64_t count = (end - begin + groups - 1) / groups;
-        body(begin, count);
-        begin += count;
+// sums (tokens, 2 * NR) of two panels for 1 to MAX_TOKENS tokens: turns their number into a template argument.  Both
+// panels are multiplied at a time where the accumulators fit the registers.
+template <int MAX_TOKENS, class Weight>
+inline void dispatch_tokens(const activation_of<Weight>* x, const Weight* panels, int64_t panel_stride, int64_t depth,
+                            int64_t tokens, float* sums, Ahead<Weight> ahead) {
+    if constexpr (MAX_TOKENS > 1) {
+        if (tokens < MAX_TOKENS)
+            return dispatch_tokens<MAX_TOKENS - 1>(x, panels, panel_stride, depth, tokens, sums, ahead);
+    }
+    if constexpr (2 * MAX_TOKENS <= WeightTraits<Weight>::max_accumulators) {
+        multiply_some<MAX_TOKENS, 2>(x, panels, panel_stride, depth, sums, ahead);
+    } else {
+        multiply_some<MAX_TOKENS, 1>(x, panels, 0, depth, sums, ahead);
+        multiply_some<MAX_TOKENS, 1>(x, panels + panel_stride, 0, depth, sums + NR, {ahead.panel[1], nullptr});
     }
 }
 
-// Parallel loop over (token block, panel pair) tiles, which calls `body(pair, first token, end token)`; must be called
-// by every thread of the parallel region and ends with a barrier.  Few tokens are bound by memory: each thread gets
-// long stretches of weights.  Many are bound by arithmetic: tiles are handed out one by one, so that no thread waits
-// long.
-template <class Body>
-void parallel_for_tiles(int64_t pairs, int64_t tokens, int threads, Body body) {
-    const int64_t chunk = tokens > 2 * MR ? 1 : std::max<int64_t>(1, pairs / (CHUNKS_PER_THREAD * threads));
+// sums (tokens, 2 * NR) of two panels for up to max_tokens tokens.  Not inlined: one copy of each microkernel will do.
+template <class Weight>
+__attribute__((noinline)) void multiply_panels(const activation_of<Weight>* x, const Weight* panels,
+                                               int64_t panel_stride, int64_t depth, int64_t tokens, float* sums,
+                                               Ahead<Weight> ahead) {
+    dispatch_tokens<WeightTraits<Weight>::max_tokens>(x, panels, panel_stride, depth, tokens, sums, ahead);
+}
+
+// How products are computed.
+struct Execution {
+    int threads;
+    // In tiles, which only bfloat16 has, where the processor has them (amx_tiles.h).
+    bool tiles;
+
+    // Tokens of one call of a microkernel.
+    template <class Weight>
+    int64_t max_tokens() const {
+        return tiles ? TILE_TOKENS : WeightTraits<Weight>::max_tokens;
+    }
+};
+
+// One call of a microkernel: some tokens of a tile of the output.
+struct TokenGroup {
+    int64_t begin, count;
+    // Which one of how many that multiply the same panels one after the other.
+    int64_t index, groups;
+};
+
+constexpr int64_t MAX_GROUP = std::max<int64_t>(TILE_TOKENS, 12);
+
+// Two panels that are multiplied, and those that this thread presumably multiplies next.
+template <class Weight>
+struct PanelPair {
+    const Weight *panels, *next;
+    int64_t stride;
+
+    // What a group of tokens prefetches.  Where only one reads these panels, they are what it waits for, else the first
+    // two read a panel each of the next pair, so that memory works while the processor computes.  Where the panels of
+    // a pair are multiplied one after the other that was slower.
+    Ahead<Weight> ahead(TokenGroup group) const {
+        Ahead<Weight> own = {{panels + PREFETCH_DISTANCE, panels + stride + PREFETCH_DISTANCE}};
+        constexpr bool both_at_a_time = 2 * WeightTraits<Weight>::max_tokens <= WeightTraits<Weight>::max_accumulators;
+        if (both_at_a_time && group.groups > 1 && group.index < 2) own.panel[group.index] = next + group.index * stride;
+        return own;
+    }
+};
+
+// sums (tokens, 2 * NR) of a pair of panels for a group of tokens, whose x (tokens, depth) is.
+template <class Weight>
+void multiply(const activation_of<Weight>* x, PanelPair<Weight> pair, int64_t depth, TokenGroup group, float* sums,
+              Execution execution) {
+#if defined(LLMK_HAVE_TILES)
+    if constexpr (std::is_same_v<Weight, bfloat16>)
+        if (execution.tiles)
+            return multiply_tiles<Tiles>(x, pair.panels, pair.stride, depth, group.count, sums, pair.ahead(group));
+#endif
+    (void)execution;
+    multiply_panels(x, pair.panels, pair.stride, depth, group.count, sums, pair.ahead(group));
+}
+
+// Parallel loop over blocks of tokens and pairs of panels, which calls `body(pair, next pair, group)` for groups of
+// nearly equal size of the block's tokens; must be called by every thread of the parallel region and ends with a
+// barrier.  Few tokens are bound by memory: each thread gets long stretches of weights.  Many are bound by arithmetic:
+// pairs are handed out one by one, so that no thread waits long.
+template <class Weight, class Body>
+void parallel_for_groups(int64_t pairs, int64_t tokens, Execution execution, Body body) {
+    const int64_t max_tokens = execution.max_tokens<Weight>();
+    const int64_t stretch = pairs / (CHUNKS_PER_THREAD * execution.threads);
+    const int64_t chunk = tokens > std::max<int64_t>(max_tokens, 2 * MR) ? 1 : std::max<int64_t>(1, stretch);
     const int64_t blocks = (tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK;
 #pragma omp for schedule(dynamic, chunk)
     for (int64_t tile = 0; tile < blocks * pairs; tile++) {
-        const int64_t block = tile / pairs;
-        body(tile % pairs, block * tokens / blocks, (block + 1) * tokens / blocks);
+        const int64_t block = tile / pairs, pair = tile % pairs;
+        const int64_t next = std::min(pair + (chunk == 1 ? execution.threads : 1), pairs - 1);
+        int64_t begin = block * tokens / blocks;
+        const int64_t end = (block + 1) * tokens / blocks, groups = (end - begin + max_tokens - 1) / max_tokens;
+        for (int64_t index = 0; index < groups; index++) {
+            const int64_t count = (end - begin + groups - index - 1) / (groups - index);
+            body(pair, next, TokenGroup{begin, count, index, groups});
+            begin += count;
+        }
     }
 }
 
@@ -220,36 +291,53 @@ struct NoEpilogue {
     void apply(const LinearTile&) const {}
 };
 
+// sums (width,) of some outputs from `first` on become results.
+template <class Weight>
+inline void scale_and_bias(float* sums, PackedWeights<Weight> weights, int64_t first, int64_t width) {
+    int64_t lane = 0;
+    for (; lane + LANES <= width; lane += LANES)
+        store(sums + lane, weights.apply_scale_and_bias(load(sums + lane), first + lane));
+    for (; lane < width; lane++) sums[lane] = weights.apply_scale_and_bias(sums[lane], first + lane);
+}
+
+// to (width,) = results, or += results with ACCUMULATE.
+template <bool ACCUMULATE, class Output>
+inline void store_results(const float* results, int64_t width, Output* to) {
+    int64_t lane = 0;
+    for (; lane + LANES <= width; lane += LANES) {
+        f32x8 result = load(results + lane);
+        if constexpr (ACCUMULATE) result += load(to + lane);
+        store(to + lane, result);
+    }
+    for (; lane < width; lane++) {
+        if constexpr (std::is_same_v<Output, bfloat16>)
+            to[lane] = to_bfloat16(results[lane]);
+        else
+            to[lane] = (ACCUMULATE ? to[lane] : 0.0f) + results[lane];
+    }
+}
+
 // A linear layer: out (tokens, outputs) = x (tokens, depth) W^T + bias, or out += that with ACCUMULATE.  `epilogue` may
 // change the results of a tile before they are stored or added, and is told of the tile before it is computed.  Must be
 // called by every thread of a parallel region and ends with a barrier.
 template <bool ACCUMULATE, class Weight, class Output, class Epilogue = NoEpilogue>
-void linear(const typename WeightTraits<Weight>::activation* x, PackedWeights<Weight> weights, int64_t depth,
-            int64_t outputs, int64_t tokens, Output* out, int threads, Epilogue epilogue = {}) {
+void linear(const activation_of<Weight>* x, PackedWeights<Weight> weights, int64_t depth, int64_t outputs,
+            int64_t tokens, Output* out, Execution execution, Epilogue epilogue = {}) {
     static_assert(!ACCUMULATE || std::is_same_v<Output, float>, "residual sums stay in float32");
-    constexpr int64_t PAIR = 2 * NR, MAX_TOKENS = WeightTraits<Weight>::max_tokens;
-    parallel_for_tiles((outputs + PAIR - 1) / PAIR, tokens, threads, [&](int64_t pair, int64_t begin, int64_t end) {
+    constexpr int64_t PAIR = 2 * NR;
+    const int64_t pairs = (outputs + PAIR - 1) / PAIR;
+    parallel_for_groups<Weight>(pairs, tokens, execution, [&](int64_t pair, int64_t next, TokenGroup group) {
         const int64_t first = pair * PAIR, width = std::min(PAIR, outputs - first);
-        for_token_groups<MAX_TOKENS>(begin, end, [&](int64_t token, int64_t count) {
-            alignas(64) float sums[MAX_TOKENS * PAIR];
-            const LinearTile tile{token, count, first, width, sums, PAIR};
-            epilogue.prefetch(tile);
-            multiply_panels(x + token * depth, weights.panels + first * depth, NR * depth, depth, count, sums);
-            for (int64_t row = 0; row < count; row++)
-                for (int64_t lane = 0; lane < width; lane++)
-                    sums[row * PAIR + lane] = weights.apply_scale_and_bias(sums[row * PAIR + lane], first + lane);
-            epilogue.apply(tile);
-            for (int64_t row = 0; row < count; row++) {
-                Output* to = out + (token + row) * outputs + first;
-                for (int64_t lane = 0; lane < width; lane++) {
-                    const float result = sums[row * PAIR + lane];
-                    if constexpr (std::is_same_v<Output, bfloat16>)
-                        to[lane] = to_bfloat16(result);
-                    else
-                        to[lane] = (ACCUMULATE ? to[lane] : 0.0f) + result;
-                }
-            }
-        });
+        alignas(64) float sums[MAX_GROUP * PAIR];
+        const LinearTile tile{group.begin, group.count, first, width, sums, PAIR};
+        epilogue.prefetch(tile);
+        multiply<Weight>(x + group.begin * depth,
+                         {weights.panels + first * depth, weights.panels + next * PAIR * depth, NR * depth}, depth,
+                         group, sums, execution);
+        for (int64_t row = 0; row < group.count; row++) scale_and_bias(sums + row * PAIR, weights, first, width);
+        epilogue.apply(tile);
+        for (int64_t row = 0; row < group.count; row++)
+            store_results<ACCUMULATE>(sums + row * PAIR, width, out + (group.begin + row) * outputs + first);
     });
 }
 

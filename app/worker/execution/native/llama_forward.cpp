@@ -42,6 +42,8 @@ struct DecoderModel {
     PackedWeights<LLMK_LM_HEAD_TYPE> lm_head;
     float rms_norm_eps, softmax_scale;
     int32_t num_threads;
+    // Whether products are computed in tiles (amx_tiles.h).
+    int32_t tiles;
 };
 
 // An adapter's weights for one layer.
@@ -113,7 +115,7 @@ inline f32x8 silu(f32x8 x) {
 
 class ForwardPass {
   public:
-    ForwardPass(const DecoderModel& model, const ForwardBatch& batch) : model_(model), batch_(batch) {
+    ForwardPass(const DecoderModel& model, const ForwardBatch& batch) : model_(model), batch_(batch), execution_{model.num_threads, model.tiles != 0} {
         const int64_t count = batch.num_tokens;
         qkv_ = batch.workspace;
         queries_ = qkv_ + count * QKV_SIZE;
@@ -143,7 +145,7 @@ class ForwardPass {
             const DecoderLayer& layer = model_.layers[index];
             norm_tokens(layer.attention_norm, count);
             reduce(index, normed_, model_.hidden_size, {&LoraLayer::q, &LoraLayer::k, &LoraLayer::v});
-            linear<false>(normed_, layer.qkv, model_.hidden_size, QKV_SIZE, count, qkv_, model_.num_threads,
+            linear<false>(normed_, layer.qkv, model_.hidden_size, QKV_SIZE, count, qkv_, execution_,
                           LoraEpilogue{this,
                                        index,
                                        {{&LoraLayer::q, 0, QUERY_SIZE},
@@ -166,7 +168,7 @@ class ForwardPass {
         }
         norm_tokens(model_.final_norm, count);
         linear<false>(normed_, model_.lm_head, model_.hidden_size, model_.vocab_size, count, batch_.logits,
-                      model_.num_threads);
+                      execution_);
     }
 
   private:
@@ -345,7 +347,7 @@ class ForwardPass {
     void add_linear(int64_t index, const activation_t* x, PackedWeights<weight_t> weights, int64_t depth, int64_t count,
                     LoraMember member) {
         reduce(index, x, depth, {member});
-        linear<true>(x, weights, depth, model_.hidden_size, count, batch_.hidden_states, model_.num_threads,
+        linear<true>(x, weights, depth, model_.hidden_size, count, batch_.hidden_states, execution_,
                      LoraEpilogue{this, index, {{member, 0, model_.hidden_size}}});
     }
 
@@ -354,34 +356,37 @@ class ForwardPass {
     void swiglu(int64_t index, int64_t count) {
         const DecoderLayer& layer = model_.layers[index];
         const int64_t depth = model_.hidden_size, inner = model_.intermediate_size;
-        constexpr int64_t MAX_GROUP = WeightTraits<weight_t>::max_tokens;
-        parallel_for_tiles(inner / NR, count, model_.num_threads, [&](int64_t panel, int64_t begin, int64_t end) {
+        const auto compute = [&](int64_t panel, int64_t next, TokenGroup group) {
             const int64_t first = panel * NR;
-            for_token_groups<MAX_GROUP>(begin, end, [&](int64_t token, int64_t tokens) {
-                alignas(64) float sums[MAX_GROUP * 2 * NR];
-                prefetch(index, {token, tokens, first, NR, sums, 2 * NR}, {{&LoraLayer::gate, 0, inner}});
-                prefetch(index, {token, tokens, first, NR, sums, 2 * NR}, {{&LoraLayer::up, 0, inner}});
-                multiply_panels(normed_ + token * depth, layer.gate_up.panels + first * depth, inner * depth, depth,
-                                tokens, sums);
-                for (int64_t row = 0; row < tokens; row++)
-                    for (int64_t lane = 0; lane < NR; lane += LANES) {
-                        float* gate = sums + 2 * row * NR + lane;
-                        store(gate, layer.gate_up.apply_scale_and_bias(load(gate), first + lane));
-                        store(gate + NR, layer.gate_up.apply_scale_and_bias(load(gate + NR), inner + first + lane));
-                    }
-                expand(index, {token, tokens, first, NR, sums, 2 * NR}, {{&LoraLayer::gate, 0, inner}});
-                expand(index, {token, tokens, first, NR, sums + NR, 2 * NR}, {{&LoraLayer::up, 1, inner}});
-                for (int64_t row = 0; row < tokens; row++)
-                    for (int64_t lane = 0; lane < NR; lane += LANES) {
-                        const float* gate = sums + 2 * row * NR + lane;
-                        store(gated_ + (token + row) * inner + first + lane, silu(load(gate)) * load(gate + NR));
-                    }
-            });
-        });
+            alignas(64) float sums[MAX_GROUP * 2 * NR];
+            const weight_t* panels = layer.gate_up.panels;
+            const LinearTile gates{group.begin, group.count, first, NR, sums, 2 * NR};
+            const LinearTile ups{group.begin, group.count, first, NR, sums + NR, 2 * NR};
+            prefetch(index, gates, {{&LoraLayer::gate, 0, inner}});
+            prefetch(index, ups, {{&LoraLayer::up, 0, inner}});
+            multiply<weight_t>(normed_ + group.begin * depth,
+                               {panels + first * depth, panels + next * NR * depth, inner * depth}, depth, group, sums,
+                               execution_);
+            for (int64_t row = 0; row < group.count; row++)
+                for (int64_t lane = 0; lane < NR; lane += LANES) {
+                    float* gate = sums + 2 * row * NR + lane;
+                    store(gate, layer.gate_up.apply_scale_and_bias(load(gate), first + lane));
+                    store(gate + NR, layer.gate_up.apply_scale_and_bias(load(gate + NR), inner + first + lane));
+                }
+            expand(index, gates, {{&LoraLayer::gate, 0, inner}});
+            expand(index, ups, {{&LoraLayer::up, 1, inner}});
+            for (int64_t row = 0; row < group.count; row++)
+                for (int64_t lane = 0; lane < NR; lane += LANES) {
+                    const float* gate = sums + 2 * row * NR + lane;
+                    store(gated_ + (group.begin + row) * inner + first + lane, silu(load(gate)) * load(gate + NR));
+                }
+        };
+        parallel_for_groups<weight_t>(inner / NR, count, execution_, compute);
     }
 
     const DecoderModel& model_;
     const ForwardBatch& batch_;
+    const Execution execution_;
     std::vector<int64_t> begin_key_, end_key_;
     std::vector<TokenSegment> segments_;
     float *qkv_, *queries_;
@@ -401,7 +406,12 @@ extern "C" int64_t llmk_workspace_size(const DecoderModel* model) { return Forwa
 extern "C" void llmk_forward(const DecoderModel* model, const ForwardBatch* batch) {
     ForwardPass pass(*model, *batch);
 #pragma omp parallel num_threads(model->num_threads)
-    pass.run();
+    {
+        pass.run();
+#ifdef LLMK_HAVE_TILES
+        if (model->tiles) Tiles::release();
+#endif
+    }
 }
 
 // The layout tables, see abi.h.
@@ -423,11 +433,11 @@ extern "C" const int64_t* llmk_layout_decoder_layer() {
 
 extern "C" const int64_t* llmk_layout_decoder_model() {
     typedef DecoderModel T;
-    static const int64_t layout[] = {11, sizeof(T), LLMK_FIELD(T, layers), LLMK_FIELD(T, num_layers),
+    static const int64_t layout[] = {12, sizeof(T), LLMK_FIELD(T, layers), LLMK_FIELD(T, num_layers),
                                      LLMK_FIELD(T, hidden_size), LLMK_FIELD(T, intermediate_size),
                                      LLMK_FIELD(T, vocab_size), LLMK_FIELD(T, length), LLMK_FIELD(T, final_norm),
                                      LLMK_FIELD(T, lm_head), LLMK_FIELD(T, rms_norm_eps), LLMK_FIELD(T, softmax_scale),
-                                     LLMK_FIELD(T, num_threads)};
+                                     LLMK_FIELD(T, num_threads), LLMK_FIELD(T, tiles)};
     return layout;
 }
 

@@ -16,7 +16,7 @@ from app.worker.execution.native.adapter_weights import LINEARS, AdapterWeights,
 from app.worker.execution.native.attention import KV_CACHE_TYPES, LANES, common_shape
 from app.worker.execution.native.decoder_weights import DecoderWeights, LayerWeights
 from app.worker.execution.native.native_build import CompileError, build_kernel_library
-from app.worker.execution.native.packed_linear import NR, NativeLinear
+from app.worker.execution.native.packed_linear import NR, GemmKernel, NativeLinear, gemm_kernels
 from app.worker.execution.packed_batch import PackedBatch
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -66,6 +66,7 @@ class _DecoderModel(ctypes.Structure):
         ("rms_norm_eps", ctypes.c_float),
         ("softmax_scale", ctypes.c_float),
         ("num_threads", ctypes.c_int32),
+        ("tiles", ctypes.c_int32),
     ]
 
 
@@ -118,15 +119,16 @@ def check_supported(model: Any) -> None:
 class NativeDecoder:
     """Computes all decoder layers of one model over one KV cache."""
 
-    def __init__(self, model: Any, cache: KVCache, weights: DecoderWeights) -> None:
+    def __init__(self, model: Any, cache: KVCache, weights: DecoderWeights, *, kernel: GemmKernel = "panels") -> None:
         """Build the library and collect the addresses of all weights.
 
         Args:
             model: has passed `check_supported`; computes embeddings and rotary positions.
             cache: has been written by a forward pass of the model.
             weights: of the model's linear layers.
+            kernel: computes their products; tiles have bfloat16 only.
 
-        Raises: CompileError: its weights are of two types, or the library cannot be built.
+        Raises: CompileError: its weights are of two types, the library cannot be built, or there is no such kernel.
         """
         self._body, head = model.model, weights.lm_head
         shape = common_shape(cache)
@@ -137,6 +139,8 @@ class NativeDecoder:
         kinds = {linear.packed_weight.dtype for layer in weights.layers for linear in layer}
         if len(kinds) > 1:
             raise CompileError("its weights are not all of one type")
+        if kernel not in gemm_kernels().kernels or (kernel == "tiles" and kinds != {torch.bfloat16}):
+            raise CompileError(f"there are no {kernel} on this machine for its type of weights")
         types = {
             "LLMK_WEIGHT_TYPE": WEIGHT_TYPES[kinds.pop()],
             "LLMK_LM_HEAD_TYPE": WEIGHT_TYPES[head.packed_weight.dtype],
@@ -156,6 +160,7 @@ class NativeDecoder:
             rms_norm_eps=norm.variance_epsilon,
             softmax_scale=attention.scaling,
             num_threads=torch.get_num_threads(),
+            tiles=kernel == "tiles",
         )
         self._workspace_size: int = self._library.llmk_workspace_size(ctypes.byref(self._model))
         """Floats for each token."""

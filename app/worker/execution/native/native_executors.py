@@ -13,7 +13,7 @@ from app.worker.execution.lora import LoraAdapter
 from app.worker.execution.native.attention import NativeAttentionBackend, common_shape
 from app.worker.execution.native.decoder_weights import DecoderWeights
 from app.worker.execution.native.native_decoder import NativeDecoder, check_supported
-from app.worker.execution.native.packed_linear import NativeLinear, gemm_kernels
+from app.worker.execution.native.packed_linear import GemmKernel, NativeLinear, gemm_kernels
 from app.worker.execution.packed_batch import PackedBatch
 
 
@@ -22,10 +22,14 @@ class NativeDecoderExecutor:
 
     compiled: Compiled | None = "layers"
 
-    def __init__(self, model: Any, cache: KVCache) -> None:
-        """Args: cache: has been written by a forward pass of the model."""
+    def __init__(self, model: Any, cache: KVCache, *, kernel: GemmKernel = "panels") -> None:
+        """Args:
+        cache: has been written by a forward pass of the model.
+        kernel: computes the products of the linear layers.
+        """
         self._model = model
         self._cache = cache
+        self._kernel: GemmKernel = kernel
         self._weights = DecoderWeights(model)
         self._decoder: NativeDecoder | None = None
 
@@ -43,7 +47,7 @@ class NativeDecoderExecutor:
         check_supported(self._model)
         gemm_kernels()
         self._weights.pack()
-        self._decoder = NativeDecoder(self._model, self._cache, self._weights)
+        self._decoder = NativeDecoder(self._model, self._cache, self._weights, kernel=self._kernel)
 
     def uninstall(self) -> None:
         """Give the model its weights back."""

@@ -8,7 +8,7 @@ replaced.
 
 import ctypes
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from torch.nn import functional
 from app.worker.execution.native.native_build import CompileError, Toolchain, build_kernel_library, toolchain
 from app.worker.execution.quantization import fits_float16, fits_int8, quantize_int8
 
+GemmKernel = Literal["panels", "tiles"]
+"""How products of bfloat16 are computed: in vectors, or in tiles where the processor has them (amx_tiles.h).  Both read
+the same packed weights; their results differ by rounding."""
 NR = 16
 """Outputs of one panel (gemm_packed.h); panels come in pairs."""
 
@@ -89,6 +92,8 @@ class GemmKernels:
         }
         if self.has_float16:
             self._by_weight_type[torch.float16] = library.llmk_linear_f16
+        self.kernels: tuple[GemmKernel, ...] = ("panels", "tiles") if _tiles_work(library) else ("panels",)
+        """Those that work on this machine."""
         for function in self._by_weight_type.values():
             function.argtypes = [*[pointer] * 5, *[number] * 3, ctypes.c_int]
             function.restype = None
@@ -106,6 +111,11 @@ class GemmKernels:
             layer.out_features,
             torch.get_num_threads(),
         )
+
+
+def _tiles_work(library: ctypes.CDLL) -> bool:
+    """Ask for the processor's tiles and try them out."""
+    return hasattr(library, "llmk_tiles_work") and library.llmk_tiles_work() == 1
 
 
 def gemm_kernels() -> GemmKernels:

@@ -12,14 +12,16 @@ namespace {
 
 constexpr int LANES = 8;
 
-// Register tile of the GEMM microkernels, named as in BLIS: MR tokens x NR outputs.  Its accumulators fill 12 of
-// AVX2's 16 vector registers, which leaves room for two vectors of one operand and a broadcast of the other.
+// Register tile of the microkernels, named as in BLIS: MR rows x NR columns.  Its accumulators fill 12 of AVX2's 16
+// vector registers, which leaves room for two vectors of one operand and a broadcast of the other.
 constexpr int NR = 2 * LANES;
 constexpr int MR = 6;
 
 typedef float f32x8 __attribute__((vector_size(LANES * sizeof(float))));
 typedef int32_t i32x8 __attribute__((vector_size(LANES * sizeof(int32_t))));
 typedef uint32_t u32x8 __attribute__((vector_size(LANES * sizeof(uint32_t))));
+// NR accumulators.
+typedef float f32x16 __attribute__((vector_size(NR * sizeof(float))));
 
 inline f32x8 load(const float* from) {
     f32x8 vector;
@@ -33,6 +35,37 @@ inline f32x8 broadcast(float value) { return value - f32x8{}; }
 
 // Elementwise maximum; the right operand where the left one is NaN.
 inline f32x8 maximum(f32x8 left, f32x8 right) { return left > right ? left : right; }
+
+// The place in each of up to 12 rows of a matrix that a microkernel reads next.  A pointer for each would be more than
+// there are registers for addresses, so every third serves its two neighbours; the empty `asm` keeps the compiler from
+// making twelve of them again.
+template <int ROWS, class Number>
+class RowCursor {
+  public:
+    RowCursor(const Number* matrix, int64_t stride)
+        : first_(matrix),
+          second_(matrix + (ROWS > 3 ? 3 * stride : 0)),
+          third_(matrix + (ROWS > 6 ? 6 * stride : 0)),
+          fourth_(matrix + (ROWS > 9 ? 9 * stride : 0)),
+          stride_(stride) {}
+
+    const Number* operator[](int row) const {
+        const Number* from = row < 3 ? first_ : row < 6 ? second_ : row < 9 ? third_ : fourth_;
+        return from + row % 3 * stride_;
+    }
+
+    void advance(int64_t step) {
+        first_ += step;
+        if constexpr (ROWS > 3) second_ += step;
+        if constexpr (ROWS > 6) third_ += step;
+        if constexpr (ROWS > 9) fourth_ += step;
+        asm("" : "+r"(first_), "+r"(second_), "+r"(third_), "+r"(fourth_));
+    }
+
+  private:
+    const Number *first_, *second_, *third_, *fourth_;
+    int64_t stride_;
+};
 
 // Horizontal sum, always added in this order.
 inline float reduce_sum(f32x8 vector) {

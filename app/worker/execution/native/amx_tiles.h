@@ -1,0 +1,181 @@
+// Products in tiles (AMX): sixteen tokens by sixteen outputs of a whole panel in one instruction.
+//
+// The packed layout is that of gemm_packed.h: sixteen lines of a panel of pairs, 64 bytes each, are one tile of
+// weights, and sixteen tokens by 32 inputs one of activations.  So panels and tiles share the weights, and a model can
+// be computed by either.
+//
+// A tile sums 32 inputs before it adds them to the accumulator, so that its bits are not those of panels.  Among
+// themselves tiles are batch-invariant: rows do not see each other, and any number of tokens goes through the same
+// instructions.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "bf16.h"
+#include "simd.h"
+
+// Where the processor and the compiler know the instructions (older versions of Clang spell the macros in another way);
+// tests define LLMK_EMULATE_TILES to have tiles anywhere.
+#if (defined(__AMX_TILE__) && defined(__AMX_BF16__)) || (defined(__AMXTILE__) && defined(__AMXBF16__))
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#define LLMK_HAVE_AMX 1
+#endif
+
+namespace {
+
+// Rows of a tile, and inputs of one tile of activations or weights.
+constexpr int64_t TILE_ROWS = 16, TILE_INPUTS = 32;
+// Tokens of one call: two tiles, which share the loads of two tiles of weights.
+constexpr int64_t TILE_TOKENS = 2 * TILE_ROWS;
+static_assert(TILE_ROWS == NR, "a tile of weights is as wide as a panel");
+
+// What the instruction computes, as Intel's manual describes it, but for denormal numbers.
+class EmulatedTiles {
+  public:
+    static bool permitted() { return true; }
+    static void release() {}
+
+    explicit EmulatedTiles(int64_t tokens) : tokens_(tokens) {}
+
+    // Accumulate TILE_INPUTS inputs of x (tokens, stride) with as many of two panels.
+    void multiply(const bfloat16* x, int64_t stride, const bfloat16* left, const bfloat16* right) {
+        for (int64_t token = 0; token < tokens_; token++)
+            for (int64_t output = 0; output < NR; output++) {
+                accumulate(x + token * stride, left + 2 * output, sums_[token][output]);
+                accumulate(x + token * stride, right + 2 * output, sums_[token][NR + output]);
+            }
+    }
+
+    // sums: (tokens, 2 * NR)
+    void store(float* sums) const { std::memcpy(sums, sums_, tokens_ * sizeof sums_[0]); }
+
+  private:
+    static void accumulate(const bfloat16* x, const bfloat16* weights, float& sum) {
+        float even = 0.0f, odd = 0.0f;
+        for (int64_t pair = 0; pair < TILE_ROWS; pair++) {
+            even = std::fma(to_float(x[2 * pair]), to_float(weights[pair * 2 * NR]), even);
+            odd = std::fma(to_float(x[2 * pair + 1]), to_float(weights[pair * 2 * NR + 1]), odd);
+        }
+        sum += even + odd;
+    }
+
+    int64_t tokens_;
+    float sums_[TILE_TOKENS][2 * NR] = {};
+};
+
+#if defined(LLMK_HAVE_AMX)
+// The tile registers of this thread: 0 to 3 are the sums of two tiles of tokens by two panels, 4 and 5 activations, 6
+// and 7 weights.  GCC does not know that loads of tiles read memory: an empty `asm` before them makes sure that what was
+// written is there.
+class AmxTiles {
+  public:
+    // Linux has a process ask before it uses them; true where it may.
+    static bool permitted() {
+        constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+        return 0 == syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
+    }
+
+    // Give up the registers, which every switch to another thread would save.
+    static void release() {
+        if (configured_ != 0) _tile_release();
+        configured_ = 0;
+    }
+
+    explicit AmxTiles(int64_t tokens) : second_(tokens > TILE_ROWS) {
+        if (tokens != configured_) configure(tokens);
+        _tile_zero(0);
+        _tile_zero(1);
+        if (second_) {
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+    }
+
+    void multiply(const bfloat16* x, int64_t stride, const bfloat16* left, const bfloat16* right) {
+        asm volatile("" ::"r"(x), "r"(left), "r"(right) : "memory");
+        constexpr int64_t LINE = 2 * NR * sizeof(bfloat16);
+        _tile_loadd(6, left, LINE);
+        _tile_loadd(7, right, LINE);
+        _tile_loadd(4, x, stride * sizeof(bfloat16));
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (second_) {
+            _tile_loadd(5, x + TILE_ROWS * stride, stride * sizeof(bfloat16));
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+
+    void store(float* sums) const {
+        constexpr int64_t ROW = 2 * NR * sizeof(float);
+        _tile_stored(0, sums, ROW);
+        _tile_stored(1, sums + NR, ROW);
+        if (second_) {
+            _tile_stored(2, sums + TILE_ROWS * 2 * NR, ROW);
+            _tile_stored(3, sums + TILE_ROWS * 2 * NR + NR, ROW);
+        }
+    }
+
+  private:
+    struct alignas(64) Configuration {
+        uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        uint16_t row_bytes[16] = {};
+        uint8_t rows[16] = {};
+    };
+
+    // Tiles have as many rows as there are tokens, so that none beyond the last is read.
+    static void configure(int64_t tokens) {
+        const uint8_t first = std::min(tokens, TILE_ROWS), second = tokens - first;
+        const uint8_t rows[8] = {first, first, second, second, first, second, TILE_ROWS, TILE_ROWS};
+        Configuration configuration;
+        for (int tile = 0; tile < 8; tile++) {
+            configuration.rows[tile] = rows[tile];
+            configuration.row_bytes[tile] = rows[tile] ? 64 : 0;
+        }
+        asm volatile("" ::"r"(&configuration) : "memory");
+        _tile_loadconfig(&configuration);
+        configured_ = tokens;
+    }
+
+    static inline thread_local int64_t configured_ = 0;
+    bool second_;
+};
+#endif
+
+#if defined(LLMK_EMULATE_TILES)
+#define LLMK_HAVE_TILES 1
+typedef EmulatedTiles Tiles;
+#elif defined(LLMK_HAVE_AMX)
+#define LLMK_HAVE_TILES 1
+typedef AmxTiles Tiles;
+#endif
+
+// sums (tokens, 2 * NR) of two panels for up to TILE_TOKENS tokens; `ahead` is prefetched.
+template <class AnyTiles>
+void multiply_tiles(const bfloat16* x, const bfloat16* panels, int64_t panel_stride, int64_t depth, int64_t tokens,
+                    float* sums, Ahead<bfloat16> ahead) {
+    AnyTiles tiles(tokens);
+    const bfloat16 *left = panels, *right = panels + panel_stride;
+    int64_t k = 0;
+    for (; k + TILE_INPUTS <= depth; k += TILE_INPUTS) {
+        for (int64_t at = k * NR; at < (k + TILE_INPUTS) * NR; at += 2 * NR)
+            for (const bfloat16* panel : ahead.panel) __builtin_prefetch(panel + at);
+        tiles.multiply(x + k, depth, left + k * NR, right + k * NR);
+    }
+    if (const int64_t rest = depth - k; rest > 0) {
+        // Filled up with zeros.
+        alignas(64) bfloat16 inputs[TILE_TOKENS * TILE_INPUTS] = {}, weights[2][TILE_INPUTS * NR] = {};
+        for (int64_t token = 0; token < tokens; token++)
+            std::copy_n(x + token * depth + k, rest, inputs + token * TILE_INPUTS);
+        std::copy_n(left + k * NR, rest * NR, weights[0]);
+        std::copy_n(right + k * NR, rest * NR, weights[1]);
+        tiles.multiply(inputs, TILE_INPUTS, weights[0], weights[1]);
+    }
+    tiles.store(sums);
+}
+
+}  // namespace
