@@ -242,7 +242,7 @@ def test_unsupported_attention_is_left_to_torch(family: str, caplog: pytest.LogC
         runner = selected(model)
 
     assert runner.compiled is None
-    assert "attention is left to torch: its attention is not of one kind" in caplog.text
+    assert "native attention: its attention is not of one kind" in caplog.text
 
 
 @pytest.mark.parametrize(
