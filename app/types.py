@@ -196,6 +196,11 @@ class StepTimes:
     milliseconds: dict[str, float]
     """By way."""
 
+    def __str__(self) -> str:
+        """Describe it in one line, the way that is used first."""
+        others = [f"{way} {taken:g} ms" for way, taken in self.milliseconds.items() if way != self.way]
+        return f"{self.kind} {self.tokens}: " + "; ".join([f"{self.way} {self.milliseconds[self.way]:g} ms", *others])
+
 
 @dataclass(frozen=True, slots=True)
 class Usage:

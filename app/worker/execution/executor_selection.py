@@ -46,7 +46,7 @@ def select_executor(runner: ModelRunner, setting: Compile, *, keep_layers: bool 
         torch.OutOfMemoryError, MemoryError: there is no memory left for the model.
     """
     if runner.model.device.type == "cpu":
-        WaySelection(runner, _cpu_layouts(setting, keep_layers)).select(copies, required=setting == "layers")
+        WaySelection(runner, cpu_layouts(setting, keep_layers)).select(copies, required=setting == "layers")
     elif setting == "layers":
         _required(lambda: _install_compiled_layers(runner))
 
@@ -59,7 +59,7 @@ def _install_compiled_layers(runner: ModelRunner) -> None:
     install_verified(runner, executor, COMPILED_TOLERANCE.get(runner.model.dtype, 0))
 
 
-def _cpu_layouts(setting: Compile, keep_layers: bool) -> list[Layout]:
+def cpu_layouts(setting: Compile, keep_layers: bool) -> list[Layout]:
     """Return the forms of the weights to choose from, the one first that is taken where nothing can be measured."""
     if setting == "none":
         return [Layout("prepacked", _torch_ways)]

@@ -5,7 +5,7 @@ memory, also of a large model.  Those of small steps are so many that no cache o
 in a step of the whole model.
 """
 
-import statistics
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -28,11 +28,12 @@ SMALL_STEP_WEIGHTS = 32_000_000
 """Weights of the layers that steps of few tokens are measured on: in 8 bits as much as the last cache usually holds."""
 LARGE_STEP_TOKENS = 64
 """Steps of so many tokens compute for so long that fewer layers show it."""
-LARGE_STEP_WEIGHTS = 10_000_000
+LARGE_STEP_WEIGHTS = 20_000_000
 BUDGET_SECONDS = 1.0
-"""For all ways together; what takes longer is measured once."""
-MAX_RUNS = 4
-"""Of a step; the first is not counted if there is another."""
+"""For all ways together; a round over all steps is finished."""
+MAX_ROUNDS = 4
+CONTENDER = 1.5
+"""A way that takes so many times as long as the best, whatever the step, is not measured again."""
 MAX_STEP_SECONDS = 0.5
 """Prompts that would take longer are left out: shorter ones show what a token costs."""
 
@@ -66,7 +67,7 @@ class WayTimer:
         self._small = [shape for shape in shapes if shape.tokens < LARGE_STEP_TOKENS]
         self._large = [shape for shape in shapes if shape.tokens >= LARGE_STEP_TOKENS]
         ways = sum(len(layout.ways(runner.model, runner.cache)) for layout in layouts)
-        self._seconds_each = BUDGET_SECONDS / (ways * len(shapes))
+        self._limit = BUDGET_SECONDS / (2 * ways)
         self._seconds: dict[str, dict[Shape, float]] = {}
         self._failures: dict[str, Exception] = {}
 
@@ -82,8 +83,8 @@ class WayTimer:
             self._measure(layout, SMALL_STEP_WEIGHTS, self._small, _install)
         usable = {name: times for name, times in self._seconds.items() if name not in self._failures}
         shapes = set.intersection(*map(set, usable.values())) if usable else set()
-        table = TimeTable({name: {shape: times[shape] for shape in shapes} for name, times in usable.items()})
-        return Measurement(table, self._failures)
+        table = {name: _plausible({shape: times[shape] for shape in shapes}) for name, times in usable.items()}
+        return Measurement(TimeTable(table), self._failures)
 
     def _measure(self, layout: Layout, weights: int, shapes: Sequence[Shape], install: Verify) -> None:
         """Time steps of some shapes on layers with so many weights."""
@@ -95,36 +96,61 @@ class WayTimer:
                 continue
             try:
                 install(sample, way)
-                times = dict(self._times(sample, way, shapes))
+                times = self._times(sample, way, shapes, scale)
             except (torch.OutOfMemoryError, MemoryError, torch.AcceleratorError):
                 raise
             except Exception as error:  # noqa: BLE001  # compilers and private operators fail in any way
                 self._failures[name] = error
             else:
-                self._seconds.setdefault(name, {}).update((shape, scale * each) for shape, each in times.items())
+                self._seconds.setdefault(name, {}).update(times)
 
-    def _times(self, sample: ModelRunner, way: Executor, shapes: Sequence[Shape]) -> Iterator[tuple[Shape, float]]:
-        """Measure ever larger steps, but none that will take too long."""
-        token_seconds = 0.0
-        for shape in shapes:
-            if token_seconds * shape.tokens > MAX_STEP_SECONDS:
-                return
-            seconds = self._median_seconds(sample, way, shape)
-            yield shape, seconds
-            token_seconds = seconds / shape.tokens if shape.tokens >= LARGE_STEP_TOKENS else 0
+    def _times(self, sample: ModelRunner, way: Executor, shapes: Sequence[Shape], scale: float) -> dict[Shape, float]:
+        """Measure steps in rounds, so that what disturbs one run of a step spares another; return the least of each.
 
-    def _median_seconds(self, sample: ModelRunner, way: Executor, shape: Shape) -> float:
-        runs = [_step_seconds(sample, way, shape)]
-        while len(runs) < MAX_RUNS and sum(runs) < self._seconds_each:
-            runs.append(_step_seconds(sample, way, shape))
-        return statistics.median(runs[1:] or runs)
+        Whatever else goes on only adds to a time.
+        """
+        began = time.perf_counter()
+        best = {shape: scale * seconds for shape, seconds in _round(sample, way, shapes)}
+        for _ in range(MAX_ROUNDS - 1):
+            if not self._is_contender(best):
+                break
+            best |= {shape: min(best[shape], scale * seconds) for shape, seconds in _round(sample, way, [*best])}
+            if time.perf_counter() - began > self._limit:
+                break
+        return best
+
+    def _is_contender(self, times: Mapping[Shape, float]) -> bool:
+        return any(
+            seconds
+            < CONTENDER * min((known.get(shape, math.inf) for known in self._seconds.values()), default=math.inf)
+            for shape, seconds in times.items()
+        )
+
+
+def _round(sample: ModelRunner, way: Executor, shapes: Sequence[Shape]) -> Iterator[tuple[Shape, float]]:
+    """Measure ever larger steps, but none that will take too long."""
+    token_seconds = 0.0
+    for shape in shapes:
+        if token_seconds * shape.tokens > MAX_STEP_SECONDS:
+            return
+        seconds = step_seconds(sample, way, shape)
+        yield shape, seconds
+        token_seconds = seconds / shape.tokens if shape.tokens >= LARGE_STEP_TOKENS else 0
+
+
+def _plausible(times: Mapping[Shape, float]) -> dict[Shape, float]:
+    """Return times of which none is above that of a larger step: such a one was disturbed."""
+    return {
+        shape: min(times[other] for other in times if other.kind == shape.kind and other.tokens >= shape.tokens)
+        for shape in times
+    }
 
 
 def _install(_sample: ModelRunner, way: OptionalExecutor) -> None:
     way.install()
 
 
-def _step_seconds(sample: ModelRunner, way: Executor, shape: Shape) -> float:
+def step_seconds(sample: ModelRunner, way: Executor, shape: Shape) -> float:
     """Compute one step and return how long it took, on the device as well."""
     cache, vocab_size = sample.cache, sample.model.get_input_embeddings().num_embeddings
     ids = [token % vocab_size for token in range(shape.tokens)]

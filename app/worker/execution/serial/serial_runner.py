@@ -56,6 +56,7 @@ class SerialRunner:
     name = "serial"
     slots = 1
     compiled = None
+    step_times = ()
 
     def __init__(self, loaded: LoadedModel) -> None:
         self._model = loaded
