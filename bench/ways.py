@@ -62,12 +62,12 @@ def install_all(runner: ModelRunner) -> dict[str, OptionalExecutor]:
 
 
 @torch.inference_mode()
-def measure(runner: ModelRunner, ways: Mapping[str, Executor], rounds: int) -> dict[str, dict[Shape, float]]:
+def measure(ways: Mapping[str, tuple[ModelRunner, Executor]], rounds: int) -> dict[str, dict[Shape, float]]:
     """Return the median seconds of each step by way, after a round that does not count."""
     found: dict[str, dict[Shape, list[float]]] = {name: {shape: [] for shape in STEPS} for name in ways}
     for number in range(rounds + 1):
         for shape in STEPS:
-            for name, way in ways.items():
+            for name, (runner, way) in ways.items():
                 seconds = step_seconds(runner, way, shape)
                 if number:
                     found[name][shape].append(seconds)
@@ -112,8 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for times in chosen.step_times[:1]
         for way in times.milliseconds
     }
-    found = measure(plain, install_all(plain), given.rounds)
-    found |= measure(chosen, {CHOSEN: chosen.executor}, given.rounds)
+    ways: dict[str, tuple[ModelRunner, Executor]] = {CHOSEN: (chosen, chosen.executor)}
+    ways |= {name: (plain, way) for name, way in install_all(plain).items()}
+    found = measure(ways, given.rounds)
     print(f"{describe()}, {torch.get_num_threads()} threads, {plain.model.dtype}, quantization {given.quantization}")
     print("chosen: " + ", ".join(f"{each.kind} {each.tokens} by {each.way}" for each in chosen.step_times))
     print(f"\n{table(found, expected)}")
