@@ -15,6 +15,7 @@ from app.worker.execution.executor_selection import install_verified, native_lin
 from app.worker.execution.model_runner import ModelRunner
 from app.worker.execution.native.native_executors import NativeAttentionExecutor, NativeDecoderExecutor
 from app.worker.execution.torch.torch_executor import create_torch_runner
+from app.worker.execution.transformers_forward import TransformersForward
 from tests.unit.worker.families import CONTEXT, FAMILIES, make
 
 
@@ -148,7 +149,8 @@ def test_numbers_that_a_rejected_executor_wrote_are_cleared(monkeypatch: pytest.
         raise RuntimeError("it fails after that")
 
     monkeypatch.setattr(NativeAttentionExecutor, "install", write_nan)
+    executor = NativeAttentionExecutor(TransformersForward(runner.model, runner.cache), runner.cache)
     with pytest.raises(RuntimeError):
-        install_verified(runner, NativeAttentionExecutor(runner.executor, runner.cache), 1e-4)
+        install_verified(runner, executor, 1e-4)
 
     assert torch.equal(before, runner.reference_logits())

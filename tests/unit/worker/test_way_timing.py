@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from app.ipc.interpreter import CODE_FOLDERS
+from app.ipc.messages import Ready, decode_from_worker, encode
 from app.worker.execution import way_timing
 from app.worker.execution.base import ExecutorUnavailableError
 from app.worker.execution.executor_selection import WaySelection, cpu_layouts, install_verified
@@ -24,7 +25,9 @@ from app.worker.execution.torch.torch_executor import create_torch_runner
 from app.worker.execution.transformers_forward import TransformersForward
 from app.worker.execution.way_timing import Measurement, WayTimer, shapes_of
 from app.worker.execution.ways import Layout, MeasuredExecutor, Shape, TimeTable
-from tests.unit.worker.families import CONTEXT, FAMILIES, VOCABULARY, make
+from app.worker.ready import model_ready
+from app.worker.scheduling.batching_runner import BatchingRunner
+from tests.unit.worker.families import CONTEXT, FAMILIES, VOCABULARY, loaded, make
 from tests.unit.worker.lora_adapters import adapted
 from tests.unit.worker.test_lora import mixed_passes, scores
 
@@ -296,6 +299,19 @@ def test_a_model_whose_passes_somebody_replaced_is_not_copied(caplog: pytest.Log
     assert "cannot be measured" in caplog.text
     assert () == runner.step_times
     assert isinstance(runner.executor, Delayed)
+
+
+def test_the_parent_process_is_told_the_table() -> None:
+    """As it is, in the message that the model is ready."""
+    runner = runner_of()
+    select(runner, delayed("a", never), delayed("b", always))
+    batching = BatchingRunner(loaded(runner.model), runner)
+
+    sent = decode_from_worker(encode(model_ready("folder", loaded(runner.model), batching)))
+
+    assert isinstance(sent, Ready)
+    assert runner.step_times == sent.step_times
+    assert 6 == len(sent.step_times)
 
 
 @pytest.mark.usefixtures("compiler")

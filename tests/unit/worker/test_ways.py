@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import pytest
 import torch
 
+from app.ipc.messages import Compiled
 from app.worker.execution.lora import LoraAdapter
 from app.worker.execution.packed_batch import PackedBatch, Segment
 from app.worker.execution.ways import MeasuredExecutor, Shape, TimeTable
@@ -18,8 +19,8 @@ TABLE = TimeTable({"panels": PANELS, "tiles": TILES})
 class Recorder:
     """An executor that notes the sizes of its batches and the adapters that it is to forget."""
 
-    def __init__(self, compiled: str | None = None) -> None:
-        self.compiled = compiled
+    def __init__(self, compiled: Compiled | None = None) -> None:
+        self.compiled: Compiled | None = compiled
         self.sizes: list[int] = []
         self.forgotten: list[LoraAdapter] = []
 
