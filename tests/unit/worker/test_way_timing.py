@@ -311,7 +311,7 @@ def test_the_parent_process_is_told_the_table() -> None:
 
     assert isinstance(sent, Ready)
     assert runner.step_times == sent.step_times
-    assert 6 == len(sent.step_times)
+    assert 5 == len(sent.step_times)
 
 
 @pytest.mark.usefixtures("compiler")
