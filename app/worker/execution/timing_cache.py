@@ -56,8 +56,9 @@ class TimingCache:
             return None
 
     def write(self, measured: Measurement) -> None:
-        """Keep a measurement, unless a way failed for a reason that may be gone the next time."""
-        if not all(isinstance(error, ExecutorUnavailableError) for error in measured.failures.values()):
+        """Keep a measurement, unless there is none, or a way failed for a reason that may be gone the next time."""
+        lasting = all(isinstance(error, ExecutorUnavailableError) for error in measured.failures.values())
+        if not measured.table.shapes or not lasting:
             return
         seconds = {
             way: [(shape.kind, shape.tokens, each) for shape, each in times.items()]

@@ -8,6 +8,8 @@ in a step of the whole model.
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -34,6 +36,8 @@ BUDGET_SECONDS = 1.0
 MAX_ROUNDS = 4
 CONTENDER = 1.5
 """A way that takes so many times as long as the best, whatever the step, is not measured again."""
+MAX_WAITED = 0.2
+"""Share of the time that threads may have waited for a processor; of a busier machine the times say nothing."""
 MAX_STEP_SECONDS = 0.5
 """Prompts that would take longer are left out: shorter ones show what a token costs."""
 
@@ -45,6 +49,7 @@ class Measurement(NamedTuple):
     """What the ways of some layouts take, and why the others of them cannot be used."""
 
     table: TimeTable
+    """Without times where the machine was too busy."""
     failures: Mapping[str, Exception]
 
 
@@ -77,12 +82,14 @@ class WayTimer:
 
         Raises: ValueError: the model cannot be copied.
         """
+        began, waited = time.perf_counter(), waited_seconds()
         for layout in self._layouts:
             # Few layers prove what a way computes as well as many do.
             self._measure(layout, LARGE_STEP_WEIGHTS, self._large, self._verify)
             self._measure(layout, SMALL_STEP_WEIGHTS, self._small, _install)
         usable = {name: times for name, times in self._seconds.items() if name not in self._failures}
-        shapes = set.intersection(*map(set, usable.values())) if usable else set()
+        busy = waited_seconds() - waited > MAX_WAITED * (time.perf_counter() - began)
+        shapes = set.intersection(*map(set, usable.values())) if usable and not busy else set()
         table = {name: _plausible({shape: times[shape] for shape in shapes}) for name, times in usable.items()}
         return Measurement(TimeTable(table), self._failures)
 
@@ -165,6 +172,16 @@ def step_seconds(sample: ModelRunner, way: Executor, shape: Shape) -> float:
     way.forward(batch)
     _synchronize(cache.device)
     return time.perf_counter() - began
+
+
+def waited_seconds() -> float:
+    """Return how long the threads of this process have waited for a processor; 0 where the system does not say."""
+    waited = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        # A thread may have ended meanwhile.
+        with suppress(OSError):
+            waited += int(path.read_text().split()[1])
+    return waited / 1e9
 
 
 def _synchronize(device: torch.device) -> None:
