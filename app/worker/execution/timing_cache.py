@@ -41,7 +41,6 @@ class TimingCache:
     def __init__(self, model: Any, ways: Collection[str], shapes: Sequence[Shape]) -> None:
         """Args: model: with its weights as they were loaded."""
         self._ways = ways
-        self._shapes = shapes
         facts = [FORMAT, version("torch"), version("transformers"), kernels_digest(), sorted(ways), shapes]
         described = json.dumps([facts, _machine(model), _identity(model)], sort_keys=True, default=str)
         self._name = f"step-times-{hashlib.sha256(described.encode()).hexdigest()[:32]}.json"

@@ -75,6 +75,8 @@ class WayTimer:
         self._limit = BUDGET_SECONDS / (2 * ways)
         self._seconds: dict[str, dict[Shape, float]] = {}
         self._failures: dict[str, Exception] = {}
+        self._measured = self._waited = 0.0
+        """Seconds of all rounds, and for how long threads waited in them."""
 
     @torch.inference_mode()
     def measure(self) -> Measurement:
@@ -82,13 +84,12 @@ class WayTimer:
 
         Raises: ValueError: the model cannot be copied.
         """
-        began, waited = time.perf_counter(), waited_seconds()
         for layout in self._layouts:
             # Few layers prove what a way computes as well as many do.
             self._measure(layout, LARGE_STEP_WEIGHTS, self._large, self._verify)
             self._measure(layout, SMALL_STEP_WEIGHTS, self._small, _install)
         usable = {name: times for name, times in self._seconds.items() if name not in self._failures}
-        busy = waited_seconds() - waited > MAX_WAITED * (time.perf_counter() - began)
+        busy = self._waited > MAX_WAITED * self._measured
         shapes = set.intersection(*map(set, usable.values())) if usable and not busy else set()
         table = {name: _plausible({shape: times[shape] for shape in shapes}) for name, times in usable.items()}
         return Measurement(TimeTable(table), self._failures)
@@ -116,7 +117,7 @@ class WayTimer:
 
         Whatever else goes on only adds to a time.
         """
-        began = time.perf_counter()
+        began, waited = time.perf_counter(), waited_seconds()
         best = {shape: scale * seconds for shape, seconds in _round(sample, way, shapes)}
         for _ in range(MAX_ROUNDS - 1):
             if not self._is_contender(best):
@@ -124,6 +125,8 @@ class WayTimer:
             best |= {shape: min(best[shape], scale * seconds) for shape, seconds in _round(sample, way, [*best])}
             if time.perf_counter() - began > self._limit:
                 break
+        self._measured += time.perf_counter() - began
+        self._waited += waited_seconds() - waited
         return best
 
     def _is_contender(self, times: Mapping[Shape, float]) -> bool:

@@ -1,5 +1,6 @@
 """Ways of execution are timed on some layers of a real model, and installed as the times say."""
 
+import itertools
 import json
 import logging
 import os
@@ -168,7 +169,7 @@ def test_times_of_a_busy_machine_decide_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The first way that works is taken, and the next load measures again."""
-    waited = iter([0, 100])
+    waited = itertools.count(step=100)
     monkeypatch.setattr(way_timing, "waited_seconds", lambda: next(waited))
     runner = runner_of()
 
