@@ -184,6 +184,24 @@ class TokenLogprob:
     """How many tokens are at least as likely, 1 for the likeliest; 0 where it is not computed: in completions."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTimes:
+    """How long a step of the model takes on this machine in each way of execution, as measured when it was loaded."""
+
+    kind: Literal["decode", "prompt"]
+    """decode: one token of each of several sequences; prompt: several tokens of one, or both kinds together."""
+    tokens: int
+    way: str
+    """The way that computes such steps."""
+    milliseconds: dict[str, float]
+    """By way."""
+
+    def __str__(self) -> str:
+        """Describe it in one line, the way that is used first."""
+        others = [f"{way} {taken:g} ms" for way, taken in self.milliseconds.items() if way != self.way]
+        return f"{self.kind} {self.tokens}: " + "; ".join([f"{self.way} {self.milliseconds[self.way]:g} ms", *others])
+
+
 @dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens of one request, counted with the model's own tokenizer."""

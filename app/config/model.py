@@ -123,11 +123,15 @@ class ModelConfig(ModelHosting):
     single requests, but log-probabilities change; /v1/models reports by how much.  On CUDA the two of bitsandbytes do,
     with its package installed.  A checkpoint that is quantized already needs none of them."""
     compile: CompileName = "auto"
-    """Operators compiled for this machine when the model is loaded.  On a CPU, with a C++ compiler (two seconds at the
-    first start): auto compiles all layers of model families with a native decoder, linear layers and attention of
-    others, and nothing without a compiler; layers refuses a model without a native decoder.  In bfloat16 on a processor
-    with AMX, auto leaves linear layers to oneDNN.  On a CUDA GPU, auto captures decoding as CUDA graphs if it can, and
-    layers compiles with torch.compile besides (a slower start)."""
+    """How the model's layers are computed.  On a CPU, auto times every way at the first load (a few seconds, with a C++
+    compiler) and takes the fastest for each step: all layers as one compiled operator, for model families that have
+    one, or compiled linear layers and attention, or torch's; none takes torch's alone; layers the first alone, and
+    refuses a model that has none.  On a CUDA GPU, auto captures decoding as CUDA graphs if it can, and layers compiles
+    with torch.compile besides (a slower start)."""
+    max_weight_copies: PositiveInt = 1
+    """Forms of the weights that may be in memory at once, on a CPU with compile: auto.  With 2, a second one is kept
+    where it makes steps of some sizes clearly faster, as prompts beside single tokens; each takes the memory of the
+    whole model."""
     revision: str | None = None
     """Commit or tag of the model on the hub."""
     engine: EngineName = "auto"

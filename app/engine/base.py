@@ -5,14 +5,14 @@ of them to the same promises.
 """
 
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Protocol
 
 from app.embeddings import EmbeddingInfo, EmbeddingRequest, Embeddings, EncodedInputs
 from app.errors import InvalidRequest
 from app.events import Event
 from app.requests import GenerationRequest, TemplateValue
-from app.types import EngineState, Message, SamplingParams, Tenant, Tool
+from app.types import EngineState, Message, SamplingParams, StepTimes, Tenant, Tool
 
 _NEUTRAL = SamplingParams()
 
@@ -87,6 +87,10 @@ class EngineInfo:
     """Whether the chat template shows what the assistant thought in earlier turns."""
     compiled: Literal["attention", "graphs", "layers"] | None = None
     """What is compiled for this machine at load, or recorded as graphs of a GPU; None: torch computes everything."""
+    ways: tuple[str, ...] = ()
+    """The ways of execution that compute its steps, where several were measured at load."""
+    step_times: tuple[StepTimes, ...] = field(default=(), repr=False, compare=False)
+    """What steps took in each way.  Another load measures others, and changes no response."""
     chat_format: ChatFormat = ChatFormat()
     embedding: EmbeddingInfo | None = None
     """How it embeds texts; None: not at all."""
@@ -109,6 +113,8 @@ class EngineInfo:
                 facts |= {"tool_format": self.chat_format.tools, "reasoning_format": self.chat_format.reasoning}
             elif each.name == "origin":
                 continue
+            elif each.name == "step_times":
+                facts["step_times"] = [asdict(times) for times in self.step_times]
             elif each.name == "embedding":
                 facts["embedding"] = None if self.embedding is None else asdict(self.embedding)
             else:

@@ -308,9 +308,13 @@ class LocalEngine:
             renders_reasoning=tokenizer.renders_reasoning,
             logprob_shift=ready.logprob_shift,
             compiled=ready.compiled,
+            ways=tuple(dict.fromkeys(each.way for each in ready.step_times)),
+            step_times=ready.step_times,
             chat_format=detect_format(tokenizer.traits, self._config),
             origin=self._launcher.origin,
         )
+        for times in ready.step_times:
+            log.info("%s: %s", self._config.public_name, times)
         self._adapters.on_ready()
         await self._interpreters.prepare()
 

@@ -176,6 +176,7 @@ def model_spec(config: ModelConfig) -> ModelSpec:
         dtype=config.dtype,
         quantization=config.quantization,
         compile=config.compile,
+        max_weight_copies=config.max_weight_copies,
         revision=config.revision,
         max_model_len=config.max_model_len,
         threads=config.threads,

@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 
 from app.embeddings import EmbeddingInfo
-from app.types import SamplingParams, TokenLogprob
+from app.types import SamplingParams, StepTimes, TokenLogprob
 
 Compiled = Literal["attention", "graphs", "layers"]
 Compile = Literal["auto", "none", "layers"]
@@ -25,6 +25,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     quantization: Literal["none", "int8", "bitsandbytes-8bit", "bitsandbytes-4bit"] = "none"
     compile: Compile = "auto"
+    max_weight_copies: int = 1
+    """Forms of the weights that may be in memory at once, for steps that are faster in one or the other."""
     revision: str | None
     max_model_len: int | None
     engine: Literal["auto", "batching", "serial"] = "auto"
@@ -156,6 +158,8 @@ class Ready(msgspec.Struct, tag=True, frozen=True, array_like=True):
     """By how much quantization changes log-probabilities, on average; None where there is none."""
     compiled: Compiled | None = None
     """Operators compiled for this machine."""
+    step_times: tuple[StepTimes, ...] = ()
+    """What steps of the model take in each way of execution; empty where nothing was measured."""
     folder: str | None = None
     """Where its files are."""
     device_bytes: int | None = None

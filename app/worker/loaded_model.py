@@ -35,6 +35,8 @@ class LoadedModel:
     """Texts that end a completion, with them in it."""
     logprob_shift: float | None = None
     """By how much quantization changed log-probabilities, on average; None where there is none."""
+    weight_copies: int = 1
+    """Forms of the weights that may be in memory at once."""
     linears: Mapping[str, LinearShape] = field(default_factory=dict)
     """The linear layers that an adapter may be for, by their paths, as the model was loaded."""
     vocabulary: Vocabulary | None = None

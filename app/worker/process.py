@@ -52,7 +52,7 @@ from app.worker.execution.torch.torch_executor import create_torch_runner
 from app.worker.heartbeat import PROGRESS
 from app.worker.loaded_model import LoadedModel
 from app.worker.loading.adapter_files import AdapterTarget
-from app.worker.loading.kv_memory import kv_cache_bytes, trial_step_bytes
+from app.worker.loading.kv_memory import SHARE, kv_cache_bytes, trial_step_bytes
 from app.worker.loading.load_failure import is_explained, load_failure
 from app.worker.loading.load_log import LoadLog
 from app.worker.loading.load_progress import ProgressReporter
@@ -299,6 +299,9 @@ def make_runner(loaded: LoadedModel, spec: ModelSpec) -> Runner:
         return _serial_runner(loaded, spec)
     step_tokens = min(loaded.context_length, GpuStepTime.MAX_PREFILL_TOKENS)
     free = kv_cache_bytes(loaded.device, step_bytes=trial_step_bytes(loaded.pipeline.model, step_tokens))
+    # Further forms of the weights are made after the KV cache, which leaves them their memory.
+    further = (loaded.weight_copies - 1) * sum(weight.nbytes for weight in loaded.pipeline.model.parameters())
+    free = max(0, free - int(SHARE[loaded.device] * further))
     try:
         model_runner = create_torch_runner(
             loaded.pipeline.model, length=loaded.context_length, slots=spec.max_batch_size, free_bytes=free
@@ -309,7 +312,7 @@ def make_runner(loaded: LoadedModel, spec: ModelSpec) -> Runner:
         log.warning("the model is served one request at a time: %s", error)
         return _serial_runner(loaded, spec)
     try:
-        select_executor(model_runner, spec.compile, keep_layers=spec.embeddings != "none")
+        select_executor(model_runner, spec.compile, keep_layers=spec.embeddings != "none", copies=loaded.weight_copies)
     except ExecutorUnavailableError as error:
         raise LoadError(f"its layers cannot be compiled: {error}") from error
     if model_runner.cache.length < loaded.context_length:

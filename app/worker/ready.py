@@ -5,6 +5,7 @@ from typing import Protocol
 import torch
 
 from app.ipc.messages import Compiled, Ready
+from app.types import StepTimes
 from app.worker.embedding.encoder import LoadedEncoder
 from app.worker.loaded_model import LoadedModel
 
@@ -32,6 +33,10 @@ class DescribedRunner(Protocol):
     def compiled(self) -> Compiled | None:
         """Operators compiled for this machine."""
 
+    @property
+    def step_times(self) -> tuple[StepTimes, ...]:
+        """What steps take in each way of execution, where that was measured."""
+
 
 def model_ready(tokenizer_folder: str, loaded: LoadedModel, runner: DescribedRunner) -> Ready:
     """Return the description of a model that generates."""
@@ -51,6 +56,7 @@ def model_ready(tokenizer_folder: str, loaded: LoadedModel, runner: DescribedRun
         rules=loaded.rules.digest,
         logprob_shift=loaded.logprob_shift,
         compiled=runner.compiled,
+        step_times=runner.step_times,
         folder=None if loaded.folder is None else str(loaded.folder),
         device_bytes=torch.cuda.memory_reserved() if loaded.device == "cuda" else None,
         device_total_bytes=torch.cuda.mem_get_info()[1] if loaded.device == "cuda" else None,

@@ -146,7 +146,10 @@ class TextCompletion(TypedDict):
 @lru_cache(maxsize=64)
 def fingerprint(info: EngineInfo) -> str:
     """Return the system fingerprint; if it changes, the same seed may give another completion."""
-    return "fp_" + hashlib.sha256(repr((__version__, info.as_dict())).encode()).hexdigest()[:10]
+    facts = info.as_dict()
+    # Measured anew at each load.
+    del facts["step_times"]
+    return "fp_" + hashlib.sha256(repr((__version__, facts)).encode()).hexdigest()[:10]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

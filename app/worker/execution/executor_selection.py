@@ -1,28 +1,34 @@
 """Choose how a model is executed on the device at hand, as `model.compile` says.
 
-The torch way is always there.  Every other way is optional: it is installed, its logits are compared with torch's on
-this very model, and on any error or difference the model is restored and torch computes instead.
+The torch way is always there.  Every other way is optional: its logits are compared with torch's on this very model, it
+is timed, and the fastest is installed; on any error or difference the model is restored and another way computes it.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from app.ipc.messages import Compile
-from app.worker.execution import private_api
 from app.worker.execution.base import ExecutorUnavailableError, OptionalExecutor
 from app.worker.execution.graphs.cuda_graphs import CudaGraphs
 from app.worker.execution.graphs.graph_executor import GraphExecutor, Record
+from app.worker.execution.kv_cache import KVCache
 from app.worker.execution.model_runner import ModelRunner
+from app.worker.execution.model_sample import shared_copy
+from app.worker.execution.native.decoder_weights import DecoderWeights
 from app.worker.execution.native.native_executors import (
     NativeAttentionExecutor,
     NativeDecoderExecutor,
     pack_native_linears,
 )
 from app.worker.execution.native.packed_linear import gemm_kernels
+from app.worker.execution.timing_cache import TimingCache
 from app.worker.execution.torch.prepacked_linear import prepack_linears
+from app.worker.execution.transformers_forward import TransformersForward
+from app.worker.execution.way_timing import Measurement, WayTimer, shapes_of
+from app.worker.execution.ways import Layout, MeasuredExecutor, TimeTable
 
 log = logging.getLogger(__name__)
 
@@ -32,16 +38,18 @@ COMPILED_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 
 """The same for logits of layers that torch has compiled, and of recorded passes."""
 
 
-def select_executor(runner: ModelRunner, setting: Compile, *, keep_layers: bool = False) -> None:
+def select_executor(runner: ModelRunner, setting: Compile, *, keep_layers: bool = False, copies: int = 1) -> None:
     """Replace a runner's executor by the fastest that computes the same; its KV cache must be empty, and is used.
 
-    Args: keep_layers: whether the model's own forward pass must go on to work, beside the executor.
+    Args:
+        keep_layers: whether the model's own forward pass must go on to work, beside the executor.
+        copies: forms of the weights that may be in memory at once.
     Raises:
         ExecutorUnavailableError: `layers` is required and not available.
         torch.OutOfMemoryError, MemoryError: there is no memory left for the model.
     """
     if runner.model.device.type == "cpu":
-        _select_on_cpu(runner, setting, keep_layers)
+        WaySelection(runner, cpu_layouts(setting, keep_layers)).select(copies, required=setting == "layers")
         return
     if setting == "layers":
         _required(lambda: _install_compiled_layers(runner))
@@ -79,29 +87,163 @@ def install_graphs(runner: ModelRunner, record: Record) -> None:
         raise ExecutorUnavailableError("there is no memory for its graphs") from error
 
 
-def _select_on_cpu(runner: ModelRunner, setting: Compile, keep_layers: bool) -> None:
+def cpu_layouts(setting: Compile, keep_layers: bool) -> list[Layout]:
+    """Return the forms of the weights to choose from, the one first that is taken where nothing can be measured."""
+    if setting == "none":
+        return [Layout("prepacked", _torch_ways)]
+    layers = Layout("panels of layers", _decoder_ways, takes_weights=True)
     if setting == "layers":
-        _required(lambda: _install_decoder(runner))
-        return
-    # oneDNN multiplies bfloat16 in AMX tiles, which the native kernels do not use.
-    native = setting == "auto" and not (runner.model.dtype == torch.bfloat16 and _has_amx())
-    if native and not keep_layers and _optional("layers are", lambda: _install_decoder(runner)):
-        return
-    if setting == "auto":
-        _optional("attention is", lambda: _install_attention(runner))
-    if native:
-        _optional("linear layers are", lambda: pack_native_linears(runner.model))
-    _optional("weights are not packed, linear layers are", lambda: prepack_linears(runner.model))
+        return [layers]
+    others = [Layout("panels", _native_linear_ways), Layout("prepacked", _prepacked_ways)]
+    return others if keep_layers else [layers, *others]
 
 
-def _install_decoder(runner: ModelRunner) -> None:
-    executor = NativeDecoderExecutor(runner.model, runner.cache)
-    install_verified(runner, executor, TOLERANCE.get(runner.model.dtype, 0))
+def _decoder_ways(model: Any, cache: KVCache) -> dict[str, OptionalExecutor]:
+    weights = DecoderWeights(model)
+    ways: dict[str, OptionalExecutor] = {"native layers": NativeDecoderExecutor(model, cache, weights)}
+    if model.dtype == torch.bfloat16 and native_linears_unavailable() is None and "tiles" in gemm_kernels().kernels:
+        ways["native layers, tiles"] = NativeDecoderExecutor(model, cache, weights, kernel="tiles")
+    return ways
 
 
-def _install_attention(runner: ModelRunner) -> None:
-    executor = NativeAttentionExecutor(runner.executor, runner.cache)
-    install_verified(runner, executor, TOLERANCE.get(runner.model.dtype, 0))
+def _native_linear_ways(model: Any, cache: KVCache) -> dict[str, OptionalExecutor]:
+    forward = TransformersForward(model, cache, _pack_native)
+    return {
+        "native linears, native attention": NativeAttentionExecutor(forward, cache),
+        "native linears, torch attention": forward,
+    }
+
+
+def _prepacked_ways(model: Any, cache: KVCache) -> dict[str, OptionalExecutor]:
+    forward = TransformersForward(model, cache, prepack_linears)
+    return {
+        "torch linears, native attention": NativeAttentionExecutor(forward, cache),
+        "torch linears, torch attention": forward,
+    }
+
+
+def _torch_ways(model: Any, cache: KVCache) -> dict[str, OptionalExecutor]:
+    return {"torch linears, torch attention": TransformersForward(model, cache, prepack_linears)}
+
+
+def _pack_native(model: Any) -> None:
+    """Pack the linear layers that the native kernels support, and others as torch can.
+
+    Raises: CompileError: there are no kernels.
+    """
+    gemm_kernels()
+    pack_native_linears(model)
+    prepack_linears(model)
+
+
+class WaySelection:
+    """Measures the ways of some layouts, and gives a runner those that are the fastest."""
+
+    def __init__(self, runner: ModelRunner, layouts: Sequence[Layout]) -> None:
+        """Args: layouts: the one first that is taken where nothing can be measured."""
+        self._runner = runner
+        self._layouts = layouts
+        self._names = [[*layout.ways(runner.model, runner.cache)] for layout in layouts]
+        self._torch = runner.executor
+        self._tolerance = TOLERANCE.get(runner.model.dtype, 0)
+
+    def select(self, copies: int, *, required: bool = False) -> None:
+        """Install the fastest way, or several where each is the fastest for some steps; if all fail, torch's remains.
+
+        Args:
+            copies: layouts that may be in memory at once.
+            required: whether one has to succeed.
+        Raises: ExecutorUnavailableError: one is required, and all fail.
+        """
+        table, failures = self._measure()
+        failures, ways = dict(failures), dict[str, OptionalExecutor]()
+        while table.seconds and not ways:
+            try:
+                ways = self._install(table, copies)
+            except _WayFailedError as failed:
+                failures[failed.way] = failed.error
+                table = table.without(failed.way)
+        if required and not ways:
+            raise _unavailable(next(iter(failures.values())))
+        _log_failures(failures)
+        if ways:
+            self._runner.executor = MeasuredExecutor(ways, table) if len(ways) > 1 else next(iter(ways.values()))
+            self._runner.step_times = table.describe(ways)
+
+    def _measure(self) -> Measurement:
+        """Return what steps take in each way; nothing is measured where that decides nothing, or cannot be done."""
+        runner, names = self._runner, [name for names in self._names for name in names]
+        unmeasured = Measurement(TimeTable({name: {} for name in names}), {})
+        if len(names) == 1:
+            return unmeasured
+        timings = TimingCache(runner.model, names, shapes_of(runner.cache))
+        if (known := timings.read()) is not None:
+            return known
+        try:
+            measured = WayTimer(runner, self._layouts, self._verify).measure()
+        except ValueError as error:
+            log.warning("the ways of execution cannot be measured, and the first that works is taken: %s", error)
+            return unmeasured
+        if measured.table.seconds and not measured.table.shapes:
+            log.warning("this machine is too busy to measure ways of execution: the first that works is taken")
+        timings.write(measured)
+        return measured
+
+    def _verify(self, sample: ModelRunner, way: OptionalExecutor) -> None:
+        install_verified(sample, way, self._tolerance)
+
+    def _install(self, table: TimeTable, copies: int) -> dict[str, OptionalExecutor]:
+        """Install the ways that are the fastest, the one that is used most first, or leave the model as it was.
+
+        Raises: _WayFailedError: one of them fails.
+        """
+        offered = [[name for name in names if name in table.seconds] for names in self._names]
+        chosen = table.choose(offered, copies)
+        used = table.used([name for index in chosen for name in offered[index]])
+        layouts = [self._layouts[index] for index in chosen if not set(used).isdisjoint(offered[index])]
+        # The last takes the place of the model's own weights; the others are made beside them.
+        layouts.sort(key=lambda layout: not layout.takes_weights)
+        installed: dict[str, OptionalExecutor] = {}
+        for layout in layouts:
+            model = self._runner.model if layout is layouts[-1] else shared_copy(self._runner.model)
+            for name, way in layout.ways(model, self._runner.cache).items():
+                if name in used:
+                    self._install_one(name, way, installed)
+        return {name: installed[name] for name in used}
+
+    def _install_one(self, name: str, way: OptionalExecutor, installed: dict[str, OptionalExecutor]) -> None:
+        """Add one way to those that are installed, or uninstall them all.
+
+        Raises: _WayFailedError: it fails.
+        """
+        try:
+            install_verified(self._runner, way, self._tolerance)
+        except (torch.OutOfMemoryError, MemoryError, torch.AcceleratorError):
+            raise
+        except Exception as error:  # compilers, private operators and renamed attributes fail in any way
+            for each in reversed(installed.values()):
+                each.uninstall()
+            self._runner.executor = self._torch
+            raise _WayFailedError(name, error) from error
+        installed[name] = way
+
+
+class _WayFailedError(Exception):
+    """A way could not be installed, or its logits differ."""
+
+    def __init__(self, way: str, error: Exception) -> None:
+        super().__init__(way)
+        self.way = way
+        self.error = error
+
+
+def _log_failures(failures: Mapping[str, Exception]) -> None:
+    """Log which ways cannot be used, those with the same reason in one line."""
+    reasons: dict[str, list[str]] = {}
+    for way, error in failures.items():
+        reasons.setdefault(_reason(error), []).append(way)
+    for reason, ways in reasons.items():
+        log.warning("not computed by %s: %s", " or by ".join(ways), reason)
 
 
 def install_verified(runner: ModelRunner, executor: OptionalExecutor, tolerance: float) -> None:
@@ -120,14 +262,6 @@ def install_verified(runner: ModelRunner, executor: OptionalExecutor, tolerance:
         executor.uninstall()
         runner.clear_reference_slots()
         raise
-
-
-def _has_amx() -> bool:
-    try:
-        return private_api.cpu_has_amx()
-    except Exception as error:  # noqa: BLE001  # see `_optional`
-        log.warning("whether this processor has AMX is not known: %s", _reason(error))
-        return False
 
 
 def _optional(what: str, install: Callable[[], object]) -> bool:
@@ -149,10 +283,14 @@ def _required(install: Callable[[], object]) -> None:
     """
     try:
         install()
-    except (torch.OutOfMemoryError, MemoryError, torch.AcceleratorError, ExecutorUnavailableError):
+    except (torch.OutOfMemoryError, MemoryError, torch.AcceleratorError):
         raise
     except Exception as error:
-        raise ExecutorUnavailableError(_reason(error)) from error
+        raise _unavailable(error) from error
+
+
+def _unavailable(error: Exception) -> ExecutorUnavailableError:
+    return error if isinstance(error, ExecutorUnavailableError) else ExecutorUnavailableError(_reason(error))
 
 
 def _reason(error: Exception) -> str:

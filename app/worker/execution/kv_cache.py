@@ -38,7 +38,7 @@ class KVCache(Cache):
         """Attention parameters by layer; complete after the first pass."""
         self.write_in_attention = False
         """Whether the attention function itself calls `write`, and `update` returns its arguments."""
-        self._device = torch.device(device)
+        self.device = torch.device(device)
         self._storage: dict[int, tuple[Tensor, Tensor]] = {}
         self._blocks: list[tuple[Tensor, Tensor]] = []
         """The slots' keys or values, and the prefix cache's: (blocks, KV heads, tokens of a block, head size)."""
@@ -66,7 +66,7 @@ class KVCache(Cache):
         # The native kernels write wherever the batch says.
         if any(not 0 <= each.slot < self.slots or each.start < 0 or each.end > self.length for each in segments):
             raise IndexError("a segment lies outside of the KV cache slots")
-        self._batch = PackedBatch(segments, wanted, self._device)
+        self._batch = PackedBatch(segments, wanted, self.device)
         return self._batch
 
     @contextmanager
@@ -100,14 +100,14 @@ class KVCache(Cache):
     @torch.inference_mode()
     def save_prefix(self, slot: int, start: int, blocks: Sequence[int]) -> None:
         """Copy the keys and values of a slot, from the token `start` on, to blocks of the prefix cache."""
-        index = torch.tensor(blocks, device=self._device)
+        index = torch.tensor(blocks, device=self.device)
         for storage, stored in self._blocks:
             stored.index_copy_(0, index, _in_blocks(storage[slot, :, start:], len(blocks), stored.shape[2]))
 
     @torch.inference_mode()
     def restore_prefix(self, blocks: Sequence[int], slot: int) -> None:
         """Copy blocks of the prefix cache to the beginning of a slot."""
-        index = torch.tensor(blocks, device=self._device)
+        index = torch.tensor(blocks, device=self.device)
         for storage, stored in self._blocks:
             torch.index_select(stored, 0, index, out=_in_blocks(storage[slot], len(blocks), stored.shape[2]))
 

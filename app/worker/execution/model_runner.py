@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from app.ipc.messages import Compiled
+from app.types import StepTimes
 from app.worker.execution.base import Executor, ExecutorUnavailableError
 from app.worker.execution.kv_cache import KVCache
 from app.worker.execution.packed_batch import Segment
@@ -38,6 +39,8 @@ class ModelRunner:
         self.cache = cache
         self.executor = executor
         self.noise = noise
+        self.step_times: tuple[StepTimes, ...] = ()
+        """What steps take in each way of execution, where that was measured."""
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         """Tokens that it computes logits for."""
 

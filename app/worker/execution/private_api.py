@@ -17,11 +17,6 @@ LinearKernel = Callable[[Tensor], Tensor]
 """(..., inputs) to (..., outputs)"""
 
 
-def cpu_has_amx() -> bool:
-    """Return whether the processor has AMX tile instructions (and oneDNN uses them for bfloat16 and int8)."""
-    return torch.cpu._is_amx_tile_supported()
-
-
 def cpu_has_bfloat16() -> bool:
     """Return whether the processor has instructions for bfloat16 matrix products."""
     if torch.backends.cpu.get_cpu_capability().startswith("SVE"):

@@ -4,6 +4,7 @@ Works for every model that hands its attention to transformers' `AttentionInterf
 `position_ids`.  Linear layers and the attention backend may be replaced by other ways of execution beneath it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -26,12 +27,25 @@ class TransformersForward:
 
     compiled: Compiled | None = None
 
-    def __init__(self, model: Any, cache: KVCache) -> None:
-        """Switch the model's attention to the KV cache."""
+    def __init__(self, model: Any, cache: KVCache, pack: Callable[[Any], object] | None = None) -> None:
+        """Switch the model's attention to the KV cache.
+
+        Args: pack: replaces linear layers of the model by others, each of which was verified; None leaves them.
+        """
         self.model = model
         self.cache = cache
         self._lora = LoraLayers(model)
+        self._pack = pack
         model.set_attn_implementation(ATTENTION)
+
+    def install(self) -> None:
+        """Replace the linear layers; may raise anything, and those that were replaced by then stay."""
+        if self._pack is not None:
+            self._pack(self.model)
+            self._pack = None
+
+    def uninstall(self) -> None:
+        """Do nothing: layers that were replaced compute the same."""
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Compute a batch and return the logits of the wanted tokens, (wanted, vocab)."""

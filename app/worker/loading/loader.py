@@ -81,7 +81,17 @@ def load(
     on_stage("weights")
     context_length = derive_context_length(config, spec.max_model_len)
     dtype = choose_dtype(spec, device, config)
-    check_memory(folder, dtype, device, spec.quantization, config=config, context_length=context_length)
+    copies = check_memory(
+        folder,
+        dtype,
+        device,
+        spec.quantization,
+        config=config,
+        context_length=context_length,
+        copies=_wanted_copies(spec, device),
+    )
+    if copies < _wanted_copies(spec, device):
+        log.warning("model.max_weight_copies: memory has room for %d", copies)
     bits = bitsandbytes_config(spec.quantization, dtype)
     quantized: dict[str, Any] = {"quantization_config": bits} if bits is not None else {}
     model = load_weights(AutoModelForCausalLM, folder, config, dtype, on_bytes=on_bytes, **quantized)
@@ -112,9 +122,15 @@ def load(
         rules=settings.rules,
         stop_strings=settings.stop_strings,
         logprob_shift=logprob_shift,
+        weight_copies=copies,
         linears=linears,
         vocabulary=_vocabulary(tokenizer_folder, vocab_size),
     )
+
+
+def _wanted_copies(spec: ModelSpec, device: str) -> int:
+    """Return how many forms of the weights may be made; elsewhere there is one."""
+    return spec.max_weight_copies if device == "cpu" and spec.compile == "auto" and spec.engine != "serial" else 1
 
 
 def _config(folder: Path) -> Any:

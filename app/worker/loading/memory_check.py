@@ -29,7 +29,8 @@ def check_memory(
     *,
     config: Any = None,
     context_length: int = 0,
-) -> None:
+    copies: int = 1,
+) -> int:
     """Compare what a model takes at least with what is free: its weights, one slot of its KV cache, and a margin.
 
     Args:
@@ -37,7 +38,9 @@ def check_memory(
         quantization: `model.quantization`; what bitsandbytes leaves as it is does not count.
         config: of a model that generates.
         context_length: its tokens at most.
-    Raises: NoMemoryError: it does not fit.
+        copies: forms of its weights that may be in memory at once.
+    Returns: how many of these fit.
+    Raises: NoMemoryError: not even one does.
     """
     weights, free = weights_bytes(folder, dtype) * BITSANDBYTES.get(quantization, 16) // 16, free_bytes(device)
     cache = kv_bytes_per_token(config, dtype) * min(context_length, SLOT_TOKENS)
@@ -45,6 +48,7 @@ def check_memory(
     needed = int(weights * (1 + MARGIN) + cache / SHARE[device])
     if needed > free:
         raise NoMemoryError(needed_bytes=needed, free_bytes=free, weights_bytes=weights, device=device)
+    return min(copies, 1 + (free - needed) // max(1, weights))
 
 
 def kv_bytes_per_token(config: Any, dtype: torch.dtype | str) -> int:

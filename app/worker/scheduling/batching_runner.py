@@ -92,6 +92,7 @@ class BatchingRunner:
         """
         self.slots = model_runner.cache.slots
         self.compiled = model_runner.compiled
+        self.step_times = model_runner.step_times
         self._loaded = loaded
         self._model_runner = model_runner
         blocks = model_runner.cache.add_prefix_cache(prefix_cache_bytes if prefix_reuse else 0, BLOCK_TOKENS)

@@ -2,7 +2,7 @@
 
 import asyncio
 from contextlib import aclosing
-from dataclasses import dataclass, fields, make_dataclass, replace
+from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from typing import Annotated, Any
 
 import msgspec
@@ -18,7 +18,8 @@ from app.engine.cache import CachedEngine, CacheStats, cache_key
 from app.engine.echo import EchoEngine
 from app.events import CacheStatus, Delta, Event
 from app.requests import HARMLESS, GenerationRequest, Origin, Progress, keyed_fields
-from app.types import FinishReason, Grammar, Message, Role, SamplingParams, Tenant, Tool, ToolChoice, Usage
+from app.types import FinishReason, Grammar, Message, Role, SamplingParams, StepTimes, Tenant, Tool, ToolChoice, Usage
+from app.web.openai.response_objects import fingerprint
 from tests.examples import examples
 from tests.unit.engine.scripted import REQUEST, ScriptedEngine, make_request
 from tests.unit.event_streams import finished_of, logprobs_of, read, started_of, text_of
@@ -275,7 +276,17 @@ def test_a_sampling_parameter_or_a_fact_that_is_added_is_in_the_key_by_itself():
     assert key(REQUEST, info) != key(REQUEST, replace(info, layers=2))
 
 
-@pytest.mark.parametrize("name", [each.name for each in fields(EngineInfo)])
+def test_times_that_every_load_measures_anew_are_not_in_the_key():
+    """A restart would find nothing of what was kept before it."""
+    times = StepTimes(kind="decode", tokens=1, way="torch", milliseconds={"torch": 9.5})
+    measured = replace(INFO, step_times=(times,))
+
+    assert key(REQUEST, measured) == key(REQUEST)
+    assert fingerprint(measured) == fingerprint(INFO)
+    assert [asdict(times)] == measured.as_dict()["step_times"]
+
+
+@pytest.mark.parametrize("name", [each.name for each in fields(EngineInfo) if each.name != "step_times"])
 def test_every_fact_of_the_model_is_in_the_key(name: str):
     """Another model, revision, engine or type: another key."""
     value = getattr(INFO, name)

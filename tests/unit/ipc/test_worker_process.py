@@ -87,6 +87,7 @@ class CountingRunner:
     slots = 1
     unsupported: tuple[str, ...] = ()
     compiled = None
+    step_times = ()
     context_length = 100
     preemptions = 2
 

@@ -1,10 +1,11 @@
-"""The compiler that tests of native kernels need."""
+"""The compiler that tests of native kernels need, and how long ways of execution are measured."""
 
 import os
 import shutil
 
 import pytest
 
+from app.worker.execution import way_timing
 from app.worker.execution.native.native_build import COMPILERS
 
 
@@ -18,3 +19,9 @@ def compiler() -> str:
             pytest.fail(reason)
         pytest.skip(reason)
     return found
+
+
+@pytest.fixture(autouse=True)
+def _short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure no more rounds than have to be: which way is the fastest for a tiny model is no matter."""
+    monkeypatch.setattr(way_timing, "BUDGET_SECONDS", 0)

@@ -23,6 +23,7 @@ from app.worker.execution.native.native_executors import NativeAttentionExecutor
 from app.worker.execution.packed_batch import Segment
 from app.worker.execution.torch.equivalence import torch_runner
 from app.worker.execution.torch.torch_executor import create_torch_runner
+from app.worker.execution.transformers_forward import TransformersForward
 from tests.unit.worker.families import CONTEXT, FAMILIES, VOCABULARY, make
 
 LENGTH = 200
@@ -45,7 +46,8 @@ def selected(model: Any) -> ModelRunner:
 def with_native_attention(model: Any, slots: int = 2) -> ModelRunner:
     """A runner whose model is torch's but for attention."""
     runner = create_torch_runner(model, length=CONTEXT, slots=slots, free_bytes=10**9)
-    install_verified(runner, NativeAttentionExecutor(runner.executor, runner.cache), tolerance=1e-4)
+    forward = TransformersForward(model, runner.cache)
+    install_verified(runner, NativeAttentionExecutor(forward, runner.cache), tolerance=1e-4)
     return runner
 
 
@@ -242,7 +244,7 @@ def test_unsupported_attention_is_left_to_torch(family: str, caplog: pytest.LogC
         runner = selected(model)
 
     assert runner.compiled is None
-    assert "attention is left to torch: its attention is not of one kind" in caplog.text
+    assert "native attention: its attention is not of one kind" in caplog.text
 
 
 @pytest.mark.parametrize(

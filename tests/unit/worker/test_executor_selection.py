@@ -15,6 +15,7 @@ from app.worker.execution.executor_selection import install_verified, native_lin
 from app.worker.execution.model_runner import ModelRunner
 from app.worker.execution.native.native_executors import NativeAttentionExecutor, NativeDecoderExecutor
 from app.worker.execution.torch.torch_executor import create_torch_runner
+from app.worker.execution.transformers_forward import TransformersForward
 from tests.unit.worker.families import CONTEXT, FAMILIES, make
 
 
@@ -31,12 +32,12 @@ def no_memory(*args: Any, **settings: Any) -> Any:
 
 
 OPTIONAL = [
-    (NativeDecoderExecutor, "install", "layers are left to torch"),
-    (NativeDecoderExecutor, "forward", "layers are left to torch"),
-    (NativeAttentionExecutor, "install", "attention is left to torch"),
-    (NativeAttentionExecutor, "forward", "attention is left to torch"),
-    (executor_selection, "pack_native_linears", "linear layers are left to torch"),
-    (executor_selection, "prepack_linears", "linear layers are left to torch"),
+    (NativeDecoderExecutor, "install", "native layers"),
+    (NativeDecoderExecutor, "forward", "native layers"),
+    (NativeAttentionExecutor, "install", "native linears, native attention or by torch linears, native attention"),
+    (NativeAttentionExecutor, "forward", "native linears, native attention or by torch linears, native attention"),
+    (executor_selection, "pack_native_linears", "native linears, native attention or by native linears"),
+    (executor_selection, "prepack_linears", "native linears, native attention or by native linears"),
 ]
 
 
@@ -65,21 +66,10 @@ def test_any_error_of_an_optional_way_leaves_the_model_to_torch(
     with caplog.at_level(logging.WARNING, executor_selection.__name__):
         select_executor(runner, "auto")
 
-    assert f"{message}: AttributeError: 'Model' object has no attribute 'layers'" in caplog.text
+    assert f"not computed by {message}" in caplog.text
+    assert "AttributeError: 'Model' object has no attribute 'layers'" in caplog.text
     assert not isinstance(runner.executor, owner if isinstance(owner, type) else ())
     assert (runner.reference_logits() - before).norm() <= 1e-4 * before.norm()
-
-
-def test_a_processor_that_torch_no_longer_describes_is_one_without_amx(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(private_api, "cpu_has_amx", renamed)
-    runner = runner_of(dtype=torch.bfloat16)
-
-    with caplog.at_level(logging.WARNING, executor_selection.__name__):
-        select_executor(runner, "auto")
-
-    assert "AttributeError" in caplog.text
 
 
 def test_kernels_that_fail_in_any_way_are_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +149,8 @@ def test_numbers_that_a_rejected_executor_wrote_are_cleared(monkeypatch: pytest.
         raise RuntimeError("it fails after that")
 
     monkeypatch.setattr(NativeAttentionExecutor, "install", write_nan)
+    executor = NativeAttentionExecutor(TransformersForward(runner.model, runner.cache), runner.cache)
     with pytest.raises(RuntimeError):
-        install_verified(runner, NativeAttentionExecutor(runner.executor, runner.cache), 1e-4)
+        install_verified(runner, executor, 1e-4)
 
     assert torch.equal(before, runner.reference_logits())

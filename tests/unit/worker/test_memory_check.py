@@ -92,3 +92,15 @@ def test_weights_are_counted_as_they_will_be_in_memory(
 )
 def test_every_failure_has_its_reason_in_a_word(error: Exception, reason: str):
     assert reason == load_failure(error).reason
+
+
+@pytest.mark.parametrize(
+    ("free", "wanted", "fitting"), [(10**6, 1, 1), (10**6, 3, 3), (4200, 2, 1), (8199, 2, 1), (8200, 2, 2)]
+)
+def test_further_forms_of_the_weights_need_their_memory_too(
+    free: int, wanted: int, fitting: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As many as fit beside the first and what a request needs."""
+    monkeypatch.setattr(memory_check, "free_bytes", lambda device: free)
+
+    assert fitting == check_memory(save_weights(tmp_path, "F32", 1000, 4), "auto", "cpu", copies=wanted)

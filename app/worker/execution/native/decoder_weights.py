@@ -27,11 +27,15 @@ class DecoderWeights:
         """Args: model: a Llama-like model whose linear layers are ordinary ones."""
         self._model = model
         self._packed: list[tuple[NativeLinear, list[nn.Linear]]] = []
+        self._users = 0
         self.layers: list[LayerWeights] = []
 
     @torch.inference_mode()
     def pack(self) -> None:
-        """Pack all layers; may raise anything, and `restore` undoes what was done by then."""
+        """Pack all layers, once for all executors that share them; may raise anything, to be followed by `restore`."""
+        self._users += 1
+        if self._packed:
+            return
         for layer in self._model.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
             self.layers.append(
@@ -46,7 +50,10 @@ class DecoderWeights:
 
     @torch.inference_mode()
     def restore(self) -> None:
-        """Give the model its weights back, bit for bit unless float16 stored them."""
+        """Give the model its weights back after the last `pack`, bit for bit unless float16 stored them."""
+        self._users -= 1
+        if self._users > 0:
+            return
         while self._packed:
             packed, linears = self._packed.pop()
             weights = torch.split(packed.unpacked_weight(), [linear.out_features for linear in linears])

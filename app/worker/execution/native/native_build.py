@@ -31,8 +31,8 @@ of the speed of float32 rests on.  It is GCC's default and not Clang's; stated h
 kernels add every sum in one order for any batch size, so the bits of a token's result do not depend on its batch; the
 tests check that bit for bit, with this flag."""
 COMPILE_SECONDS = 60
-_COMPILING = "llm-kernels-"
-"""Begins the name of a folder in which a library is being compiled."""
+UNFINISHED = "llm-kernels-"
+"""Begins the name of a folder in which a file is being made; one that is left behind is removed."""
 ABI_VERSION = 1
 """Version of the functions that the bindings call; LLMK_ABI_VERSION of abi.h."""
 
@@ -109,7 +109,7 @@ def _load_or_compile(command: Sequence[str], file_name: str, folder: Path) -> ct
         return ctypes.CDLL(str(folder / file_name))
     require_free_space(folder)
     _remove_leftovers(folder)
-    with tempfile.TemporaryDirectory(prefix=_COMPILING, dir=folder) as private:
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder) as private:
         output = Path(private) / file_name
         # The compiler's own temporary files too: the usual place for them may be full.
         environment = os.environ | {"TMPDIR": private}
@@ -125,7 +125,7 @@ def _load_or_compile(command: Sequence[str], file_name: str, folder: Path) -> ct
 
 def _remove_leftovers(folder: Path) -> None:
     """Remove what processes that were killed while they compiled have left."""
-    for leftover in folder.glob(f"{_COMPILING}*"):
+    for leftover in folder.glob(f"{UNFINISHED}*"):
         with suppress(OSError):
             if time.time() - leftover.stat().st_mtime > 2 * COMPILE_SECONDS:
                 shutil.rmtree(leftover)
@@ -133,20 +133,38 @@ def _remove_leftovers(folder: Path) -> None:
 
 def _digest(command: Sequence[str]) -> str:
     """Hash everything that changes the machine code: sources, command, compiler and processor."""
-    digest = hashlib.sha256(repr((command, Path(command[0]).stat().st_mtime_ns, _processor())).encode())
-    folder = Path(command[-2]).parent
+    processor = _processor("model name|flags|Features")
+    digest = hashlib.sha256(repr((command, Path(command[0]).stat().st_mtime_ns, processor)).encode())
+    return _with_sources(digest, Path(command[-2]).parent)
+
+
+def kernels_digest() -> str | None:
+    """Hash everything that the speed of kernels depends on besides the processor; None where there is no compiler."""
+    tools = toolchain()
+    if tools.compiler is None:
+        return None
+    digest = hashlib.sha256(repr((tools.compiler, Path(tools.compiler).stat().st_mtime_ns, tools.flags)).encode())
+    return _with_sources(digest, tools.source_dir)
+
+
+def processor_features() -> str:
+    """Return the processor's instruction sets."""
+    return _processor("flags|Features")
+
+
+def _with_sources(digest: "hashlib._Hash", folder: Path) -> str:
     for source in sorted([*folder.glob("*.h"), *folder.glob("*.cpp")]):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:32]
 
 
-def _processor() -> str:
-    """Return the processor's name and instruction sets, which `-march=native` depends on."""
+def _processor(fields: str) -> str:
+    """Return fields of the processor's description; `-march=native` depends on its name and instruction sets."""
     try:
         cpuinfo = Path("/proc/cpuinfo").read_text()
     except OSError:
         return platform.processor()
-    return "\n".join(sorted(set(re.findall(r"^(?:model name|flags|Features)\s*:.*", cpuinfo, re.MULTILINE))))
+    return "\n".join(sorted(set(re.findall(rf"^(?:{fields})\s*:.*", cpuinfo, re.MULTILINE))))
 
 
 def _last_line(text: bytes) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from app.ipc.messages import Compiled
-from app.worker.execution.base import AttentionBackend, Executor
+from app.worker.execution.base import AttentionBackend, OptionalExecutor
 from app.worker.execution.kv_cache import KVCache
 from app.worker.execution.linear_modules import replace_linears
 from app.worker.execution.lora import LoraAdapter
@@ -22,15 +22,19 @@ class NativeDecoderExecutor:
 
     compiled: Compiled | None = "layers"
 
-    def __init__(self, model: Any, cache: KVCache, *, kernel: GemmKernel = "panels") -> None:
+    def __init__(
+        self, model: Any, cache: KVCache, weights: DecoderWeights | None = None, *, kernel: GemmKernel = "panels"
+    ) -> None:
         """Args:
         cache: has been written by a forward pass of the model.
+        weights: of the model, if executors share them.
         kernel: computes the products of the linear layers.
         """
         self._model = model
         self._cache = cache
         self._kernel: GemmKernel = kernel
-        self._weights = DecoderWeights(model)
+        self._weights = weights or DecoderWeights(model)
+        self._packed = False
         self._decoder: NativeDecoder | None = None
 
     @property
@@ -46,13 +50,16 @@ class NativeDecoderExecutor:
         """
         check_supported(self._model)
         gemm_kernels()
+        self._packed = True
         self._weights.pack()
         self._decoder = NativeDecoder(self._model, self._cache, self._weights, kernel=self._kernel)
 
     def uninstall(self) -> None:
-        """Give the model its weights back."""
+        """Give the model its weights back, if no other executor has them."""
         self._decoder = None
-        self._weights.restore()
+        if self._packed:
+            self._packed = False
+            self._weights.restore()
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Compute a batch and return the logits of the wanted tokens, (wanted, vocab)."""
@@ -71,26 +78,33 @@ class NativeAttentionExecutor:
 
     compiled: Compiled | None = "attention"
 
-    def __init__(self, inner: Executor, cache: KVCache) -> None:
+    def __init__(self, inner: OptionalExecutor, cache: KVCache) -> None:
         """Args: cache: has been written by a forward pass of the model."""
         self._inner = inner
         self._cache = cache
-        self._replaced: AttentionBackend = cache.attention
+        self._attention: AttentionBackend | None = None
 
     def install(self) -> None:
-        """Build the kernels for the model's heads.
+        """Install the other executor, and build the kernels for the model's heads.
 
-        Raises: CompileError: there are none for such heads, or they cannot be built.
+        Raises: CompileError: there are none for such heads, or they cannot be built.  Whatever the other one raises.
         """
-        self._cache.attention = NativeAttentionBackend(common_shape(self._cache))
+        self._inner.install()
+        self._attention = NativeAttentionBackend(common_shape(self._cache))
 
     def uninstall(self) -> None:
-        """Attend by the backend of before."""
-        self._cache.attention = self._replaced
+        """Let go of the kernels; the other executor remains."""
+        self._attention = None
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Compute a batch and return the logits of the wanted tokens, (wanted, vocab)."""
-        return self._inner.forward(batch)
+        if self._attention is None:
+            raise RuntimeError("native attention is not installed")
+        replaced, self._cache.attention = self._cache.attention, self._attention
+        try:
+            return self._inner.forward(batch)
+        finally:
+            self._cache.attention = replaced
 
     def forget_adapter(self, adapter: LoraAdapter) -> None:
         """Let go of an adapter's weights."""

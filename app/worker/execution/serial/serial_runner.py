@@ -57,6 +57,7 @@ class SerialRunner:
     slots = 1
     compiled = None
     preemptions = 0
+    step_times = ()
 
     def __init__(self, loaded: LoadedModel) -> None:
         self._model = loaded
