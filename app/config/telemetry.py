@@ -19,7 +19,8 @@ class LoggingConfig(Section):
     level: LogLevel = "INFO"
     levels: dict[str, LogLevel] = Field(default_factory=dict)
     """Levels of single loggers and of those below them, such as `app.engine: DEBUG`."""
-    format: Literal["json", "console"] = "json"
+    format: Literal["auto", "json", "console"] = "auto"
+    """auto is console, lines for people, on a terminal without a log file, and json everywhere else."""
     file: Path | None = None
     max_bytes: PositiveInt = 10_485_760
     """Size at which the log file is rotated."""

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from io import BufferedWriter, FileIO, TextIOWrapper
 from logging.handlers import QueueHandler, RotatingFileHandler
 from pathlib import Path
-from typing import TextIO
+from typing import Literal, TextIO
 
 import structlog
 from prometheus_client import Counter
@@ -146,13 +146,18 @@ def configure_logging(config: LoggingConfig, stream: TextIO | None = None) -> Ca
     Raises: ConfigError: the file cannot be written.
     """
     file = _open_file(config)
-    sinks = [_StreamSink(stream or sys.stderr), *([file] if file else [])]
+    stream = stream or sys.stderr
+    sinks = [_StreamSink(stream), *([file] if file else [])]
     lines, stopping = _Lines(), threading.Event()
     # Not logging's QueueListener, whose stop() waits for a stalled sink for ever.
     writer = threading.Thread(target=_write_lines, args=(lines, stopping, sinks), name="log-writer", daemon=True)
     writer.start()
     handler = _QueueSink(lines)  # type: ignore[arg-type]  # of a queue only put_nowait is called
-    handler.setFormatter(_formatter(config))
+    # A file is read by programs, and both sinks write the same lines.
+    for_people = stream.isatty() and file is None
+    handler.setFormatter(
+        _formatter(("console" if for_people else "json") if config.format == "auto" else config.format)
+    )
     root = logging.getLogger()
     level_before = root.level
     _install(root, handler, config)
@@ -182,7 +187,7 @@ def _open_file(config: LoggingConfig) -> _FileSink | None:
         raise ConfigError(f"configuration: logging.file: {config.file} cannot be written: {error.strerror}") from None
 
 
-def _formatter(config: LoggingConfig) -> ProcessorFormatter:
+def _formatter(line_format: Literal["json", "console"]) -> ProcessorFormatter:
     # json escapes all but printable ASCII by default.
     as_json: list[Processor] = [structlog.processors.JSONRenderer(default=repr, skipkeys=True)]
     as_text = [
@@ -198,7 +203,7 @@ def _formatter(config: LoggingConfig) -> ProcessorFormatter:
             structlog.processors.EventRenamer("message"),
             _header_first,
             ProcessorFormatter.remove_processors_meta,
-            *(as_json if config.format == "json" else as_text),
+            *(as_json if line_format == "json" else as_text),
         ],
     )
 

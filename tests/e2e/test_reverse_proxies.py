@@ -27,7 +27,7 @@ class SlowStream(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.go_on, self.hung_up = threading.Event(), threading.Event()
+        self.proceed, self.hung_up = threading.Event(), threading.Event()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -46,7 +46,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         self._send("data: 1\n\n")
-        self.server.go_on.wait(10)
+        self.server.proceed.wait(10)
         self._send("data: 2\n\n")
         self.close_connection = True
         self.connection.settimeout(10)
@@ -153,7 +153,7 @@ def test_a_reverse_proxy_hands_on_each_event_at_once_and_a_hang_up_too(tmp_path:
             with client.stream("POST", "/v1/chat", json={}) as stream:
                 events = (line for line in stream.iter_lines() if line)
                 assert "data: 1" == next(events)
-                upstream.go_on.set()
+                upstream.proceed.set()
                 assert "data: 2" == next(events)
             assert upstream.hung_up.wait(5)
         upstream.shutdown()

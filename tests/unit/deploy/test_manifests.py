@@ -61,7 +61,7 @@ def settings_of_deployments() -> Iterator[tuple[str, str]]:
         for name in re.findall(r"(?:^ *|name: )([A-Z]+(?:__[A-Z_]+)+)\b", file.read_text(), re.MULTILINE):
             yield name, str(file.relative_to(ROOT))
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
-    for service in ("service", "service-vllm"):
+    for service in ("llm-service", "llm-service-vllm"):
         for name in compose["services"][service]["environment"]:
             yield name, f"docker-compose.yml, {service}"
     for file in (CHART / "values.yaml", *(CHART / "templates").iterdir()):
@@ -115,7 +115,8 @@ def test_no_container_of_ours_runs_as_root_or_writes_to_its_root():
     pod = deployment["spec"]["template"]["spec"]
 
     assert all(
-        compose[name]["read_only"] and compose[name]["cap_drop"] == ["ALL"] for name in ("service", "service-vllm")
+        compose[name]["read_only"] and compose[name]["cap_drop"] == ["ALL"]
+        for name in ("llm-service", "llm-service-vllm")
     )
     assert pod["securityContext"]["runAsNonRoot"]
     assert pod["containers"][0]["securityContext"]["readOnlyRootFilesystem"]

@@ -284,6 +284,6 @@ async def test_who_pays_for_a_prompt_is_told_how_much_of_it_was_in_the_kv_cache(
         await reader.advance()
         await reader.advance()
 
-    told = [reader.request.progress for reader in (starter, joiner)]
-    assert [(2, 5.0), (0, None)] == [(each.cached, each.times.accepted) for each in told]
+    noted = [reader.request.progress for reader in (starter, joiner)]
+    assert [(2, 5.0), (0, None)] == [(each.cached, each.times.accepted) for each in noted]
     await cached.end()

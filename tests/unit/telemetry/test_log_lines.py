@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import structlog
@@ -207,3 +208,34 @@ def test_what_libraries_say_at_debug_can_not_be_asked_for() -> None:
     """They print statements with their values there, and bodies."""
     with pytest.raises(ValueError, match="what libraries say there holds prompts"):
         LoggingConfig(levels={"sqlalchemy.engine": "DEBUG"})
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "config", "as_json"),
+    [
+        (Terminal, {}, False),
+        (io.StringIO, {}, True),
+        (Terminal, {"format": "json"}, True),
+        (io.StringIO, {"format": "console"}, False),
+        (Terminal, {"file": "log"}, True),
+    ],
+)
+def test_a_terminal_gets_lines_for_people_and_everything_else_json(
+    tmp_path: Path, stream: type[io.StringIO], config: dict[str, str], as_json: bool
+):
+    """A log file is for programs, and has the same lines."""
+    if "file" in config:
+        config = config | {"file": str(tmp_path / config["file"])}
+    output = stream()
+
+    stop = configure_logging(LoggingConfig.model_validate(config), output)
+    structlog.get_logger("app").info("hello")
+    stop()
+
+    assert as_json == output.getvalue().startswith("{")
+    assert "hello" in output.getvalue()
