@@ -25,7 +25,7 @@ STAGES = {
     "files": "finding its files",
     "tokenizer": "reading its tokenizer",
     "weights": "reading its weights",
-    "layers": "compiling its layers for this machine",
+    "layers": "compiling and measuring its layers for this machine",
     "first token": "computing a first token",
 }
 """Stage -> what is done in it; others are shown by their names."""

@@ -268,6 +268,7 @@ def _load(
                 return encoder_ready(folder, encoder), None, EmbeddingRunner(encoder, spec.max_batch_tokens), None
             loaded = load(spec, folder, on_stage=begin, hub_token=start.hub_token, on_bytes=progress.show)
             attention = private_api.attention_implementation(loaded.pipeline.model)
+            begin("layers")
             runner = make_runner(loaded, spec)
             begin("first token")
             _verify_first_token(runner)
