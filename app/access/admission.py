@@ -264,11 +264,11 @@ class AdmissionControl:
             StoreUnavailable: Redis does not answer, and the policy is to refuse then.
         """
         occupied = _Occupied(self._places, principal.tenant, self._on_refusal)
-        async with AsyncExitStack() as held:
-            held.callback(occupied.release)
+        async with AsyncExitStack() as stack:
+            stack.callback(occupied.release)
             with self._tracer.span("admission"):
                 await self._occupy(occupied, principal, max(1, math.ceil(body_bytes / PLACE_BYTES)))
-                requests = await held.enter_async_context(self._parallel_place(principal))
+                requests = await stack.enter_async_context(self._parallel_place(principal))
             rates = _rates_of(principal.limits)
             yield Admitted(self._store, principal.key_id, rates, requests, occupied, self._refusals)
 

@@ -273,10 +273,10 @@ class GenerationService:
             raise InvalidRequest.of_field("messages", "must end with the user's or a tool's in a session")
         if self.sessions is None:
             raise InvalidRequest("Session memory is switched off on this service; leave session_id out.")
-        async with AsyncExitStack() as held:
+        async with AsyncExitStack() as stack:
             with self._tracer.span("session"):
                 turn = turn_within(self._waiting_seconds, self.sessions, request.tenant, session_id)
-                await held.enter_async_context(turn)
+                await stack.enter_async_context(turn)
                 if self.host.draining:
                     raise ShuttingDown()
                 session = await self.sessions.read(request.tenant, session_id)
