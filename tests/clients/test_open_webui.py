@@ -1,4 +1,4 @@
-"""Open WebUI with the README's settings, in Chromium: a typed question is answered."""
+"""Open WebUI with the documentation's settings, in Chromium: a typed question is answered."""
 
 import os
 import shlex
@@ -16,10 +16,10 @@ from tests.e2e.conftest import KEY, ROOT, Service, Start, free_port, wait_for
 
 pytestmark = [pytest.mark.clients, pytest.mark.timeout(1800)]
 
-README = (ROOT / "README.md").read_text()
-COMMAND = README[: README.index(" open-webui serve")].rpartition("```sh")[2]
+DOCS = (ROOT / "docs/openai.md").read_text()
+COMMAND = DOCS[: DOCS.index(" open-webui serve")].rpartition("```sh")[2]
 SETTINGS = dict(each.split("=", 1) for each in shlex.split(COMMAND) if "=" in each)
-"""Those of the README; the address and the key are the test's own."""
+"""Those of the documentation; the address and the key are the test's own."""
 QUIET = {"OFFLINE_MODE": "true", "HF_HUB_OFFLINE": "1", "ANONYMIZED_TELEMETRY": "false", "WEBUI_SECRET_KEY": "a-test"}
 """Keeps it off the network."""
 

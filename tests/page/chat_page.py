@@ -60,6 +60,9 @@ class ScriptedEngine(EchoEngine):
     def unload_adapter(self, digest: str) -> None:
         return
 
+    def adapters_in_use(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return (), ()
+
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         self.requests.append(request)
         self.adapters.append(request.adapter)

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from app.worker.execution import way_timing
+from app.worker.execution import timing_cache, way_timing
 from app.worker.execution.native.native_build import COMPILERS
 
 
@@ -23,5 +23,9 @@ def compiler() -> str:
 
 @pytest.fixture(autouse=True)
 def _short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure no more rounds than have to be: which way is the fastest for a tiny model is no matter."""
+    """Measure no more rounds than have to be: which way is the fastest for a tiny model is no matter.
+
+    And keep nothing: a test that breaks a way would find what another measured of it.
+    """
     monkeypatch.setattr(way_timing, "BUDGET_SECONDS", 0)
+    monkeypatch.setattr(timing_cache, "in_code_folder", lambda use: None)
