@@ -7,7 +7,8 @@ from typing import TextIO
 
 import structlog
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.filesize import decimal
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from app.config import ModelConfig
 from app.engine.base import LoadProgress
@@ -48,13 +49,25 @@ async def show_loading(model: ModelConfig, progress: Callable[[], LoadProgress |
 
 
 async def _show_bar(model: str, progress: Callable[[], LoadProgress | None], console: Console) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(f"loading {model}", total=None)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[size]}"), TimeElapsedColumn())
+    # What others print meanwhile stays as it is, where rich would break its lines.
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:
+        stages: dict[str, TaskID] = {}
         while (now := progress()) is not None:
-            what = f"loading {model}: {STAGES.get(now.stage, now.stage)}"
-            bar.update(task, description=what, completed=now.bytes_done or 0, total=now.bytes_total)
+            if now.stage not in stages:
+                for before in stages.values():
+                    bar.update(before, visible=False)
+                what = f"loading {model}: {STAGES.get(now.stage, now.stage)}"
+                stages[now.stage] = bar.add_task(what, total=None, size="")
+            bar.update(stages[now.stage], completed=now.bytes_done or 0, total=now.bytes_total, size=_size(now))
             await asyncio.sleep(POLL_SECONDS)
+
+
+def _size(progress: LoadProgress) -> str:
+    if progress.bytes_done is None:
+        return ""
+    total = "" if progress.bytes_total is None else f" of {decimal(progress.bytes_total)}"
+    return f"{decimal(progress.bytes_done)}{total}"
 
 
 async def _log_stages(model: str, progress: Callable[[], LoadProgress | None]) -> None:

@@ -231,14 +231,12 @@ async def _serve(
     if (parent := multiprocessing.parent_process()) is not None:
         asyncio.get_running_loop().add_reader(parent.sentinel, server.end, parent.sentinel)
     async with asyncio.TaskGroup() as background:
-        announcing = background.create_task(
-            announce_when_ready(_default_ready(container), server, settings, port, quiet=number > 0)
-        )
+        wait_ready = _default_ready(container)
         if number == 0 and settings.model.preload:
-            loading = background.create_task(
-                show_loading(settings.model, partial(_load_progress, container), sys.stderr)
-            )
-            announcing.add_done_callback(lambda _: loading.cancel())
+            progress = partial(_load_progress, container)
+            loading = background.create_task(show_loading(settings.model, progress, sys.stderr))
+            wait_ready = partial(_show_until_ready, loading, wait_ready)
+        announcing = background.create_task(announce_when_ready(wait_ready, server, settings, port, quiet=number > 0))
         await server.serve([listener])
         announcing.cancel()
     return 0 if announcing.cancelled() or announcing.result() else 1
@@ -249,6 +247,15 @@ async def _drain(container: Container, grace_seconds: float) -> None:
     async with asyncio.TaskGroup() as draining:
         draining.create_task(container.host.drain(grace_seconds))
         draining.create_task(container.loader.end_loads())
+
+
+async def _show_until_ready(loading: asyncio.Task[None], wait_ready: Callable[[], Awaitable[None]]) -> None:
+    """Wait for the model, and let what is shown of its load be gone before anything else is printed."""
+    try:
+        await wait_ready()
+    finally:
+        loading.cancel()
+        await asyncio.wait([loading])
 
 
 def _load_progress(container: Container) -> LoadProgress | None:

@@ -1,6 +1,7 @@
 """What a start shows of a load that takes its time."""
 
 import asyncio
+import sys
 from io import StringIO
 
 import pytest
@@ -48,7 +49,22 @@ def test_a_terminal_gets_a_bar_with_what_is_done_and_its_bytes():
 
     assert "tiny-chat: starting a process for it" in terminal.getvalue()
     assert "tiny-chat: reading its weights" in terminal.getvalue()
-    assert "250.0/500.0 MB" in terminal.getvalue()
+    assert "250.0 MB of 500.0 MB" in terminal.getvalue()
+    *_, last = terminal.getvalue().split("computing a first token")
+    assert "MB" not in last
+
+
+def test_what_others_print_beside_the_bar_keeps_its_lines(capsys: pytest.CaptureFixture[str]):
+    line = "word " * 60
+    states = iter([LoadProgress("weights"), LoadProgress("weights"), None])
+
+    def progress() -> LoadProgress | None:
+        sys.stdout.write(f"{line}\n")
+        return next(states)
+
+    asyncio.run(show_loading(ModelConfig(), progress, Terminal()))
+
+    assert [line] * 3 == capsys.readouterr().out.splitlines()
 
 
 def test_a_pipe_gets_a_line_of_the_log_for_each_stage():
