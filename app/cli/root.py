@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from app import __version__
-from app.cli import adapters, db, keys, models, roles, usage
+from app.cli import adapters, db, keys, models, roles, sessions, usage
 from app.cli.bench import bench
 from app.cli.doctor import doctor
 from app.cli.terminal import CONFIG, ConfigOption, existing
@@ -18,6 +18,7 @@ cli.add_typer(keys.cli, name="keys")
 cli.add_typer(roles.cli, name="roles")
 cli.add_typer(models.cli, name="models")
 cli.add_typer(adapters.cli, name="adapters")
+cli.add_typer(sessions.cli, name="sessions")
 cli.add_typer(db.cli, name="db")
 cli.command("usage")(usage.usage)
 cli.command("doctor")(doctor)
