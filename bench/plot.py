@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from bench.load import LOADS
 from bench.peers import PEERS
 
-COLOURS = dict(zip((peer.name for peer in PEERS), ("#1b6ca8", "#b8b8b8", "#7a7a7a", "#d98e32"), strict=True))
+_BARS = ("#1b6ca8", "#b8b8b8", "#7a7a7a", "#d98e32", "#3a8f5c")
+COLOURS = dict(zip((peer.name for peer in PEERS), _BARS, strict=True))
 PANELS = (
     ("tokens_per_second", "tokens per second (more is better)"),
     ("first_token_p50_ms", "median time to first token, ms (less is better)"),
