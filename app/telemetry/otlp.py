@@ -225,7 +225,7 @@ class OtlpTracer:
 
 
 def _client_spans(tracer: OtlpTracer) -> aiohttp.TraceConfig:
-    """Return what makes a span of each request to another server, until its headers come, and tells it of the trace."""
+    """Return what makes a span of each request to another server, until its headers come, and sends the trace on."""
 
     async def begin(session: Any, state: SimpleNamespace, sent: aiohttp.TraceRequestStartParams) -> None:
         state.parent = None if get_value(_SILENT) else _current()

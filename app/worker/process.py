@@ -115,9 +115,9 @@ class Worker:
         self._live: set[int] = set()
         self._step_began = 0.0
         self._step_seconds: list[float] = []
-        """Of the steps that no message has told of."""
+        """Of the steps that no message has reported."""
         self._preemptions = 0
-        """Those that a message has told of."""
+        """Those that a message has reported."""
 
     def run(self) -> None:
         """Serve until Shutdown; a fatal error of the runner is raised."""

@@ -21,7 +21,7 @@ from app.telemetry.tracing import NO_TRACER, Tracer
 MAX_BODY_BYTES = 4_194_304
 """Of a response that is no stream; more is not read."""
 KEEP_ALIVE_SECONDS = 4.0
-"""How long a connection without a request is kept; uvicorn closes one after 5 seconds."""
+"""How long a connection stays open without a request; uvicorn closes one after 5 seconds."""
 LINGER_SECONDS = 1.0
 """How long the last bytes of a response may take after those that say that it is over."""
 
@@ -67,7 +67,7 @@ class UpstreamResponse:
         return bytes(body)
 
     def end(self) -> None:
-        """Note that nothing more is wanted, and that the response ends by itself: its connection may then be kept."""
+        """Note that nothing more is wanted, and that the response ends by itself: its connection may then be reused."""
         self._is_over = True
 
     def close(self) -> None:

@@ -318,7 +318,7 @@ inline void store_results(const float* results, int64_t width, Output* to) {
 }
 
 // A linear layer: out (tokens, outputs) = x (tokens, depth) W^T + bias, or out += that with ACCUMULATE.  `epilogue` may
-// change the results of a tile before they are stored or added, and is told of the tile before it is computed.  Must be
+// change the results of a tile before they are stored or added; `prefetch` is called before they are computed.  Must be
 // called by every thread of a parallel region and ends with a barrier.
 template <bool ACCUMULATE, class Weight, class Output, class Epilogue = NoEpilogue>
 void linear(const activation_of<Weight>* x, PackedWeights<Weight> weights, int64_t depth, int64_t outputs,
