@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from app.config import ModelConfig
 from bench.engine import Compared
 from bench.figures import Measured
 from bench.load import LOADS
@@ -222,11 +223,12 @@ def _memory(result: Result) -> str:
         round(each / MEGABYTE)
         for each in (max(result["memory"]["ours"]), result["weights_bytes"], result["rows_bytes"])
     )
-    rest = worker - weights
-    verdict = "within" if rest <= kv + ALLOWED_MEGABYTES else "ABOVE"
+    rest, prefixes = worker - weights, round(ModelConfig().prefix_cache_bytes / MEGABYTE)
+    verdict = "within" if rest <= kv + prefixes + ALLOWED_MEGABYTES else "ABOVE"
     return (
         f"{table}\nThe worker of this service holds {worker} MB: {weights} MB of weights and {rest} MB of KV cache and "
-        f"all else, {verdict} the {kv} MB of {MOST_SLOTS} full slots and {ALLOWED_MEGABYTES} MB allowed.\n"
+        f"all else, {verdict} the {kv} MB of {MOST_SLOTS} full slots, {prefixes} MB of prefixes and "
+        f"{ALLOWED_MEGABYTES} MB allowed.\n"
     )
 
 
