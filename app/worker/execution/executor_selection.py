@@ -185,7 +185,8 @@ class WaySelection:
             log.warning("the ways of execution cannot be measured, and the first that works is taken: %s", error)
             return unmeasured
         if measured.table.seconds and not measured.table.shapes:
-            log.warning("this machine is too busy to measure ways of execution: the first that works is taken")
+            # No warning: nothing is wrong, the next load measures, and a program that reads a model prints warnings.
+            log.info("this machine is too busy to measure ways of execution: the first that works is taken")
         timings.write(measured)
         return measured
 
