@@ -28,11 +28,15 @@ from app.worker.sampling.sampling_ops import (
     NEEDS_WIDER_TOPK,
     NO_VALID_TOKEN,
     RULED_OUT,
+    DrawColumns,
+    RowSet,
     SamplingDraw,
     argmax_tokens,
     gather_rows,
+    name_failures,
     sample_sorted,
     sample_unsorted,
+    uniform_number,
 )
 
 TOPK_WIDTHS = (256, 4096)
@@ -108,8 +112,10 @@ class SequenceSampler:
         self._rules = RuleState(rules, prompt_ids) if rules else None
         self.prompt_ids = _ids(seen, sampling_device)
         self.end_ids = _ids(ends if params.min_tokens else (), sampling_device)
-        self._sampled_tokens = 0
-        self._random_key = _random_key(params)
+        self.sampled_tokens = 0
+        self.sorted_width = 0
+        """How many of its most likely tokens are to be sorted, where it is known that fewer do not do."""
+        self.random_key = _random_key(params)
 
     @property
     def masked_ids(self) -> Tensor:
@@ -129,41 +135,47 @@ class SequenceSampler:
         return self._as_tensors(summed)
 
     @property
+    def has_penalty(self) -> bool:
+        """Whether tokens that it has lower the logits of the next one."""
+        return self.has_count_penalty or self.has_repetition_penalty
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the request itself biases tokens."""
+        return len(self._bias) > 0
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether the model has rules of its own."""
+        return self._rules is not None
+
+    @property
     def changes_logits(self) -> bool:
         """Whether the next token is not chosen from the model's own logits."""
-        return (
-            self.has_count_penalty
-            or self.has_repetition_penalty
-            or self._rules is not None
-            or len(self._bias) > 0
-            or self.grammar is not None
-            or self._is_early
-        )
+        return self.has_penalty or self.has_rules or self.has_bias or self.grammar is not None or self._is_early
 
     @property
     def _is_early(self) -> bool:
         """Whether the completion may not end yet: before `min_tokens`, unless its grammar allows nothing else."""
-        if self._sampled_tokens >= self.params.min_tokens:
+        if self.sampled_tokens >= self.params.min_tokens:
             return False
         return len(self.end_ids) > 0 and not (self.grammar is not None and self.grammar.must_end)
 
     def accept(self, token: int, *, ends: bool = False) -> None:
         """Record that this token was appended; one that ends the completion is no part of its grammar."""
-        self._sampled_tokens += 1
+        self.sampled_tokens += 1
         if self._rules is not None:
             self._rules.accept(token)
         if self.grammar is not None and not ends:
             self.grammar.accept(token)
-        if self.has_count_penalty or self.has_repetition_penalty:
+        if self.has_penalty:
             self.counts.add(token)
 
     def draw(self) -> SamplingDraw:
         """Return the parameters and the random number of the next token; the same until `accept`."""
         params = self.params
-        # A counter hashed with the seed, not a generator's state: calling it again does not use up a number.
-        counter = self._sampled_tokens.to_bytes(8, "little")
-        digest = hashlib.blake2b(counter, key=self._random_key, digest_size=8).digest()
-        uniform = (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+        # Of a counter, not of a generator's state: calling it again does not use up a number.
+        uniform = uniform_number(self.random_key, self.sampled_tokens)
         return SamplingDraw(params.temperature, self.top_k, params.top_p, params.min_p, uniform)
 
     def _as_tensors(self, bias: Mapping[int, float]) -> tuple[Tensor, Tensor]:
@@ -186,11 +198,13 @@ def _sampling_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def _random_key(params: SamplingParams) -> bytes:
-    """Return the key of a request's random numbers."""
+def _random_key(params: SamplingParams) -> int:
+    """Return the key of a request's random numbers, a signed number of 64 bits."""
     if params.seed is None:
-        return secrets.token_bytes(32)
-    return hashlib.blake2b(f"{params.seed}/{params.sample}".encode(), digest_size=32).digest()
+        key = secrets.token_bytes(8)
+    else:
+        key = hashlib.blake2b(f"{params.seed}/{params.sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(key, "little", signed=True)
 
 
 @torch.inference_mode()
@@ -223,18 +237,40 @@ def _sample_within(
 ) -> list[Sampled | SamplingFailure | None]:
     """Sample with one transfer to the host; None for a row that may take more than its `width` most likely tokens."""
     tokens = _choose(logits, samplers, width)
-    requested = {row: s.params.logprobs for row, s in enumerate(samplers) if s.params.logprobs is not None}
-    if not requested:
-        return [_result(token) for token in tokens.tolist()]
-    rows = list(requested)
-    report = logprob_report(gather_rows(logits, rows), gather_rows(tokens, rows), any(requested.values()))
-    # One list brings all: float64 holds every token id and every float32.
-    host = torch.cat([tokens.double(), report.flatten()]).tolist()
-    results = [_result(int(token)) for token in host[: len(samplers)]]
-    for index, (row, count) in enumerate(requested.items()):
-        result, start = results[row], len(samplers) + index * report.shape[1]
+    rows = reported_rows(samplers)
+    return read_sampled(pack_sampled(logits, tokens, RowSet.of(rows, len(samplers), logits.device), samplers), samplers)
+
+
+def reported_rows(samplers: Sequence[SequenceSampler]) -> list[int]:
+    """Return the rows whose requests want log-probabilities."""
+    return [row for row, sampler in enumerate(samplers) if sampler.params.logprobs is not None]
+
+
+def pack_sampled(logits: Tensor, tokens: Tensor, reported: RowSet, samplers: Sequence[SequenceSampler]) -> Tensor:
+    """Return one tensor that brings everything about the sampled tokens to the host.
+
+    Args:
+        tokens: (rows,) int64.
+        reported: the rows whose log-probabilities are wanted.
+    Returns: (rows,) int64, or (numbers,) float64, which holds every token id and every float32, with reports behind.
+    """
+    if not reported.count:
+        return tokens
+    with_top = any(sampler.params.logprobs for sampler in samplers)
+    report = logprob_report(reported.gather(logits), reported.gather(tokens), with_top)
+    return torch.cat([tokens.double(), report.flatten()])
+
+
+def read_sampled(packed: Tensor, samplers: Sequence[SequenceSampler]) -> list[Sampled | SamplingFailure | None]:
+    """Return what `pack_sampled` has packed; None for a row that may take more than its most likely tokens."""
+    numbers = packed.tolist()
+    results = [_result(int(token)) for token in numbers[: len(samplers)]]
+    rows = reported_rows(samplers)
+    width = (len(numbers) - len(samplers)) // len(rows) if rows else 0
+    for index, row in enumerate(rows):
+        result, start = results[row], len(samplers) + index * width
         if isinstance(result, Sampled):
-            logprob = token_logprob(result.token, host[start : start + report.shape[1]], count)
+            logprob = token_logprob(result.token, numbers[start : start + width], samplers[row].params.logprobs or 0)
             results[row] = Sampled(result.token, logprob)
     return results
 
@@ -302,11 +338,9 @@ def _choose_by(method: str, logits: Tensor, samplers: Sequence[SequenceSampler],
     if method == "changed greedy":
         tokens = argmax_tokens(changed)
     else:
-        draws = [sampler.draw() for sampler in samplers]
+        draws = DrawColumns.of([sampler.draw() for sampler in samplers], logits.device)
         tokens = sample_unsorted(changed, draws) if method == "unsorted" else sample_sorted(changed, draws, width)
-    # NaN or +inf may have been where no token is allowed, but would be in the log-probabilities.
-    tokens = tokens.where(tokens != NO_VALID_TOKEN, RULED_OUT)
-    return tokens.where(logits.amax(dim=-1).isfinite(), NO_VALID_TOKEN)
+    return name_failures(tokens, logits)
 
 
 def _changed_logits(logits: Tensor, samplers: Sequence[SequenceSampler]) -> Tensor:
