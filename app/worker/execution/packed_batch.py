@@ -12,6 +12,15 @@ from app.worker.execution.lora import AdapterSpan, LoraAdapter
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceToken:
+    """A token that was sampled on the device, and that the host has not read."""
+
+    tokens: Tensor
+    """(rows,) int64, those of one step."""
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
 class Segment:
     """Consecutive tokens of one sequence: one token when it decodes, a chunk of the prompt in prefill."""
 
@@ -20,6 +29,8 @@ class Segment:
     """Position of the first token."""
     token_ids: Sequence[int]
     adapter: LoraAdapter | None = None
+    device_token: DeviceToken | None = None
+    """Its only token, in place of the one in `token_ids`."""
 
     @property
     def end(self) -> int:
@@ -58,7 +69,9 @@ class PackedBatch:
             [position for segment in self.segments for position in range(segment.start, segment.end)],
             [segment.slot for segment in self.segments for _ in segment.token_ids],
         ]
-        return _pinned(flat, self._device).to(self._device, non_blocking=True)
+        inputs = _pinned(flat, self._device).to(self._device, non_blocking=True)
+        _fill_in(inputs[0], self.segments)
+        return inputs
 
     @property
     def token_ids(self) -> Tensor:
@@ -107,6 +120,21 @@ class StaticBatch(PackedBatch):
         columns = [(segment.token_ids[0], segment.start, segment.slot) for segment in segments]
         columns += columns[-1:] * (self.size - len(columns))
         self.inputs.copy_(_pinned(list(zip(*columns, strict=True)), self.inputs.device), non_blocking=True)
+        _fill_in(self.inputs[0], [*segments, *[segments[-1]] * (self.size - len(segments))])
+
+
+def _fill_in(token_ids: Tensor, segments: Sequence[Segment]) -> None:
+    """Write the tokens that only the device knows into (tokens,) ids."""
+    starts = [0, *accumulate(len(segment.token_ids) for segment in segments)]
+    known = [(place, each.device_token) for place, each in zip(starts, segments, strict=False) if each.device_token]
+    if not known:
+        return
+    places, rows, tokens = [place for place, _ in known], [token.row for _, token in known], known[0][1].tokens
+    if places == rows == list(range(len(rows))):
+        token_ids[: len(rows)] = tokens[: len(rows)]
+        return
+    index = _pinned([places, rows], token_ids.device).to(token_ids.device, non_blocking=True)
+    token_ids.index_copy_(0, index[0], tokens.index_select(0, index[1]))
 
 
 def _pinned(values: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ sequences, the model runner computes logits, the sampler chooses tokens.
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -19,12 +19,15 @@ from app.worker.execution.lora import LoraAdapter
 from app.worker.execution.model_runner import ModelRunner
 from app.worker.execution.packed_batch import Segment
 from app.worker.loaded_model import LoadedModel
-from app.worker.sampling.grammar import Grammars, RowGrammar
+from app.worker.sampling.device_sampler import DeviceSampler
+from app.worker.sampling.grammar import Grammars
 from app.worker.sampling.prompt_scoring import max_scored_tokens, score_tokens
 from app.worker.sampling.sampler import Sampled, SamplingFailure, SequenceSampler, sample
 from app.worker.sampling.sampling_ops import gather_rows
 from app.worker.scheduling import schedule
 from app.worker.scheduling.grammar_requests import GrammarRequests
+from app.worker.scheduling.in_flight import InFlight, launch, launchable
+from app.worker.scheduling.live_request import Ended, LiveRequest, known_outcome
 from app.worker.scheduling.prefix_tree import BLOCK_TOKENS
 from app.worker.scheduling.schedule import (
     KVMove,
@@ -48,27 +51,6 @@ MIN_MEMORY_CHUNK = 16
 """Tokens of a prompt that there must be memory for; more are computed in halves."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Ended:
-    """The grammar of a completion allows nothing more, and the model has no end token to say so."""
-
-
-@dataclass(slots=True)
-class _LiveRequest:
-    """A request that has not ended."""
-
-    sequence: schedule.Sequence
-    request: Submit
-    sampler: SequenceSampler
-    end_ids: frozenset[int]
-    drafter: NgramDrafter | None = None
-    """Guesses its next tokens, where that is asked for."""
-
-    @property
-    def completion_tokens(self) -> int:
-        return len(self.sequence.token_ids) - self.sequence.prompt_tokens
-
-
 class BatchingRunner:
     """Continuous batching: requests join and leave between steps."""
 
@@ -82,12 +64,14 @@ class BatchingRunner:
         prefix_reuse: bool = True,
         prefix_cache_bytes: int = 0,
         speculation: bool = False,
+        asynchronous: bool | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Args:
         prefix_reuse: whether the KV cache of one request may serve another of the same tenant.
         prefix_cache_bytes: memory for what slots would lose that are needed again.
         speculation: whether next tokens are guessed from a sequence's own text.
+        asynchronous: whether a step is launched before the tokens of the last one are read; None: on a GPU.
         clock: seconds; measures steps.
         """
         self.slots = model_runner.cache.slots
@@ -102,13 +86,18 @@ class BatchingRunner:
         self._decode_width = MIN_DECODE_WIDTH if loaded.device == "cpu" else max(MIN_DECODE_WIDTH, self.slots // 2)
         self._speculation = speculation
         self._clock = clock
-        self._live: dict[int, _LiveRequest] = {}
+        self._live: dict[int, LiveRequest] = {}
         self._adapters: dict[str, LoraAdapter] = {}
         self._grammars: GrammarRequests | None = None
         """The scheduler does not know requests that wait for their grammar."""
         if loaded.vocabulary is not None:
             self._grammars = GrammarRequests(Grammars(loaded.vocabulary, loaded.end_ids))
         self._pending_events: list[TokenEvent] = []
+        self._device_sampler: DeviceSampler | None = None
+        # Guesses are of tokens that the host has to know.
+        if not speculation and (loaded.device == "cuda" if asynchronous is None else asynchronous):
+            self._device_sampler = DeviceSampler(self.slots, model_runner.vocab_size, loaded.device)
+        self._in_flight: InFlight | None = None
 
     @property
     def unsupported(self) -> tuple[str, ...]:
@@ -157,7 +146,7 @@ class BatchingRunner:
         )
         # A grammar's mask is known for one token at a time.
         drafter = NgramDrafter() if self._speculation and request.params.grammar is None else None
-        self._live[request.id] = _LiveRequest(sequence, request, sampler, ends, drafter)
+        self._live[request.id] = LiveRequest(sequence, request, sampler, ends, drafter)
         if request.params.grammar is not None and self._grammars is not None:
             self._grammars.compile(request.id, request.params.grammar, ends)
         else:
@@ -177,8 +166,8 @@ class BatchingRunner:
 
     def cancel(self, request_id: int) -> None:
         """End a request before the next step."""
-        if self._live.pop(request_id, None) is not None:
-            self._scheduler.remove(request_id)
+        if request_id in self._live:
+            self._end(request_id)
             if self._grammars is not None:
                 self._grammars.forget(request_id)
             self._pending_events.append(TokenEvent(request_id, finish="abort"))
@@ -200,8 +189,7 @@ class BatchingRunner:
         events += [TokenEvent(each.request_id, cached_tokens=each.cached_tokens) for each in planned.started]
         for move in planned.moves:
             self._move(move)
-        if planned.tokens:
-            events += self._compute(self._with_drafts(planned) if self._speculation else planned)
+        events += self._advance(self._with_drafts(planned) if self._speculation else planned)
         exchange(events)
 
     def _move(self, move: KVMove) -> None:
@@ -219,7 +207,7 @@ class BatchingRunner:
         for request_id, grammar in grammars.take_compiled(idle=len(self._live) == len(grammars)):
             live = self._live[request_id]
             if isinstance(grammar, str):
-                del self._live[request_id]
+                self._end(request_id)
                 self._pending_events.append(TokenEvent(request_id, error=grammar, invalid=True))
             else:
                 live.sampler.grammar = grammar
@@ -255,23 +243,75 @@ class BatchingRunner:
         free = self._model_runner.cache.length - len(sequence.token_ids)
         return live.drafter.propose(sequence.token_ids, max(0, min(limit, wanted, free)))
 
-    def _compute(self, planned: Schedule) -> list[TokenEvent]:
-        began, tokens = self._clock(), sum(each.count + len(each.draft) for each in planned.tokens)
-        prefill = sum(each.count for each in planned.tokens if each.count > 1)
-        scored = sum(len(each.scored) for each in planned.tokens)
+    def _advance(self, planned: Schedule) -> list[TokenEvent]:
+        """Compute a step and return its events, or launch it and return those of the one before."""
+        sampler = self._device_sampler
+        tokens = launchable(planned.tokens, self._live) if sampler is not None else None
+        if sampler is None or tokens is None:
+            events = self._land()
+            return events + self._compute(self._still_live(planned.tokens))
+        if not tokens:
+            return self._land()
+        began, segments = self._clock(), [self._segment(each) for each in tokens]
         try:
-            events = self._forward_and_sample(planned.tokens)
-        except Exception as error:
-            no_memory = is_out_of_memory(error)
-            if isinstance(error, torch.AcceleratorError) and not no_memory:
-                raise
-            if no_memory:
-                log.warning("there is no memory for a step of %d requests and %d tokens", len(planned.tokens), tokens)
-            else:
-                log.exception("a step of %d requests failed", len(planned.tokens))
-            return self._isolate_failure(planned.tokens, error)
-        self._step_time.observe(tokens, self._clock() - began, prefill=prefill, scored=scored)
+            launched = launch(self._model_runner, sampler, tokens, segments, self._live, now=began)
+        except Exception as error:  # noqa: BLE001  # `_recover` raises what cannot be recovered from
+            events = self._land()
+            return events + self._recover(self._still_live(tokens), error)
+        self._scheduler.mark_computed(tokens)
+        return self._land(launched)
+
+    def _still_live(self, tokens: Sequence[ScheduledTokens]) -> list[ScheduledTokens]:
+        return [each for each in tokens if each.sequence.request_id in self._live]
+
+    def _land(self, launched: InFlight | None = None) -> list[TokenEvent]:
+        """Wait for the step in flight and append its tokens; another one may have been launched behind it."""
+        landing, self._in_flight = self._in_flight, launched
+        if landing is None:
+            return []
+        results, events = landing.sampled.read(), list[TokenEvent]()
+        # What was launched behind it begins now.
+        ended = self._clock()
+        self._step_time.observe(landing.tokens, ended - landing.began, prefill=landing.prefill)
+        if launched is not None:
+            launched.began = ended
+        for request_id, row in landing.rows.items():
+            if (result := results[row]) is not None:
+                events.append(self._append(self._live[request_id], result))
+                continue
+            self._live[request_id].sequence.take_back()
+            if launched is not None:
+                launched.rows.pop(request_id, None)
         return events
+
+    def _compute(self, tokens: Sequence[ScheduledTokens]) -> list[TokenEvent]:
+        """Compute a step to its end and return its events."""
+        if not tokens:
+            return []
+        began, count = self._clock(), sum(each.count + len(each.draft) for each in tokens)
+        prefill = sum(each.count for each in tokens if each.count > 1)
+        scored = sum(len(each.scored) for each in tokens)
+        try:
+            events = self._forward_and_sample(tokens)
+        except Exception as error:  # noqa: BLE001  # `_recover` raises what cannot be recovered from
+            return self._recover(tokens, error)
+        self._step_time.observe(count, self._clock() - began, prefill=prefill, scored=scored)
+        return events
+
+    def _recover(self, tokens: Sequence[ScheduledTokens], error: Exception) -> list[TokenEvent]:
+        """Compute in parts what failed in one step; to be called while the error is handled.
+
+        Raises: torch.AcceleratorError: the device is in an unknown state.
+        """
+        no_memory = is_out_of_memory(error)
+        if isinstance(error, torch.AcceleratorError) and not no_memory:
+            raise error
+        if no_memory:
+            count = sum(each.count + len(each.draft) for each in tokens)
+            log.warning("there is no memory for a step of %d requests and %d tokens", len(tokens), count)
+        else:
+            log.exception("a step of %d requests failed", len(tokens))
+        return self._isolate_failure(tokens, error) if tokens else []
 
     def _isolate_failure(self, tokens: Sequence[ScheduledTokens], error: Exception) -> list[TokenEvent]:
         """Compute the halves of a failed step by themselves: a sequence that fails alone ends with its error.
@@ -288,7 +328,7 @@ class BatchingRunner:
             parts = [[replace(tokens[0], count=tokens[0].count // 2, draft=())]]
         else:
             return [self._fail(tokens[0].sequence.request_id, SamplingFailure(failure_reason(error)))]
-        return [event for part in parts for event in self._compute(Schedule(list(part), [], []))]
+        return [event for part in parts for event in self._compute(part)]
 
     def _forward_and_sample(self, tokens: Sequence[ScheduledTokens]) -> list[TokenEvent]:
         wanted = [each.wanted_logits for each in tokens]
@@ -324,7 +364,7 @@ class BatchingRunner:
         return events + self._accept_drafts(logits, rows, live, drafts) if drafts else events
 
     def _accept_drafts(
-        self, logits: Tensor, rows: Sequence[int], live: Sequence[_LiveRequest], drafts: Mapping[int, tuple[int, ...]]
+        self, logits: Tensor, rows: Sequence[int], live: Sequence[LiveRequest], drafts: Mapping[int, tuple[int, ...]]
     ) -> list[TokenEvent]:
         """Sample behind the guessed tokens for as long as each is the one that was sampled.
 
@@ -358,16 +398,16 @@ class BatchingRunner:
         assert sequence.slot is not None  # noqa: S101  # the schedule gave it one
         start = sequence.computed_tokens
         adapter = None if sequence.adapter is None else self._adapters[sequence.adapter]
+        if sequence.in_flight and self._in_flight is not None:
+            return Segment(sequence.slot, start, (0,), adapter, self._in_flight.token_of(sequence.request_id))
         token_ids = [*sequence.token_ids[start : start + scheduled.count], *scheduled.draft]
         return Segment(sequence.slot, start, token_ids, adapter)
 
     def _sample(
-        self, logits: Tensor, rows: Sequence[int], live: Sequence[_LiveRequest]
-    ) -> Sequence[Sampled | SamplingFailure | _Ended | None]:
+        self, logits: Tensor, rows: Sequence[int], live: Sequence[LiveRequest]
+    ) -> Sequence[Sampled | SamplingFailure | Ended | None]:
         """Sample the next token of each request that completes its prompt; None for one that wants no token."""
-        results: list[Sampled | SamplingFailure | _Ended | None] = [
-            _known_outcome(each.sampler.grammar) for each in live
-        ]
+        results: list[Sampled | SamplingFailure | Ended | None] = [known_outcome(each.sampler.grammar) for each in live]
         wanting = [
             index for index, each in enumerate(live) if each.request.params.max_tokens and results[index] is None
         ]
@@ -391,50 +431,47 @@ class BatchingRunner:
         sequence.scored_tokens = (sequence.scored_tokens or 0) + len(scored)
         return TokenEvent(request_id, prompt_logprobs=tuple(scored))
 
-    def _append(self, live: _LiveRequest, sampled: Sampled | SamplingFailure | _Ended | None) -> TokenEvent:
+    def _append(self, live: LiveRequest, sampled: Sampled | SamplingFailure | Ended | None) -> TokenEvent:
         """Append a token to its sequence and return the event that reports it."""
         request_id = live.request.id
         if sampled is None:
-            self._finish(request_id)
+            self._end(request_id)
             return TokenEvent(request_id, finish="length")
         if isinstance(sampled, SamplingFailure):
             return self._fail(request_id, sampled)
-        if isinstance(sampled, _Ended):
-            self._finish(request_id)
+        if isinstance(sampled, Ended):
+            self._end(request_id)
             return TokenEvent(request_id, finish="stop")
         ends = sampled.token in live.end_ids
-        live.sequence.token_ids.append(sampled.token)
+        live.sequence.append(sampled.token)
         live.sampler.accept(sampled.token, ends=ends)
         logprobs = () if sampled.logprob is None else (sampled.logprob,)
         if ends:
-            self._finish(request_id)
+            self._end(request_id)
             scored = live.request.params.prompt_logprobs is not None
             return TokenEvent(request_id, finish="stop", end_token=sampled.token, logprobs=logprobs if scored else ())
         if live.sampler.grammar is not None and live.sampler.grammar.is_over:
-            self._finish(request_id)
+            self._end(request_id)
             return TokenEvent(request_id, (sampled.token,), finish="stop", logprobs=logprobs)
         if live.completion_tokens == live.request.params.max_tokens:
-            self._finish(request_id)
+            self._end(request_id)
             return TokenEvent(request_id, (sampled.token,), finish="length", logprobs=logprobs)
         return TokenEvent(request_id, (sampled.token,), logprobs=logprobs)
 
-    def _finish(self, request_id: int) -> None:
+    def _end(self, request_id: int, *, discard: bool = False) -> None:
+        """Forget a request.  Args: discard: whether what it computed must not be reused."""
         del self._live[request_id]
-        self._scheduler.remove(request_id)
+        self._scheduler.remove(request_id, discard=discard)
+        if self._in_flight is not None:
+            self._in_flight.rows.pop(request_id, None)
+        if not self._live:
+            # Nobody waits for it.
+            self._in_flight = None
 
     def _fail(self, request_id: int, failure: SamplingFailure) -> TokenEvent:
         """End a request whose numbers cannot be trusted, and clear them from the KV cache."""
-        slot = self._live.pop(request_id).sequence.slot
-        self._scheduler.remove(request_id, discard=True)
+        slot = self._live[request_id].sequence.slot
+        self._end(request_id, discard=True)
         if slot is not None:
             self._model_runner.cache.clear_slot(slot)
         return TokenEvent(request_id, error=failure.reason, invalid=failure.invalid)
-
-
-def _known_outcome(grammar: RowGrammar | None) -> SamplingFailure | _Ended | None:
-    """Return what becomes of a completion whatever the model says; None where a token has to be sampled."""
-    if grammar is None:
-        return None
-    if grammar.failure is not None:
-        return SamplingFailure(grammar.failure, invalid=True)
-    return _Ended() if grammar.is_over else None

@@ -18,6 +18,8 @@ class Sequence:
     """The KV cache slot that holds its keys and values; None while it waits."""
     computed_tokens: int = 0
     """Tokens, from the first, whose keys and values are in the slot."""
+    in_flight: int = 0
+    """Tokens behind `token_ids` that are being sampled: the device may know them, and goes on with them."""
     cached_tokens: int = 0
     """Tokens that were in the KV cache already when the sequence first got a slot."""
     started: bool = False
@@ -54,7 +56,18 @@ class Sequence:
     @property
     def uncomputed_tokens(self) -> int:
         """Tokens to compute before the next one can be sampled; 1 while decoding."""
-        return len(self.token_ids) - self.computed_tokens
+        return len(self.token_ids) + self.in_flight - self.computed_tokens
+
+    def append(self, token: int) -> None:
+        """Append a sampled token, the oldest in flight if any are."""
+        self.token_ids.append(token)
+        self.in_flight = max(0, self.in_flight - 1)
+
+    def take_back(self) -> None:
+        """Forget the tokens in flight: the last known one is computed again."""
+        if self.slot is not None:
+            self.computed_tokens -= self.in_flight
+        self.in_flight = 0
 
 
 @dataclass(frozen=True, slots=True)

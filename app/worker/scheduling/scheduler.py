@@ -219,7 +219,8 @@ class Scheduler:
                 skipped.add(tenant)
                 continue
             prefix = self._slots.longest_prefix(sequence)
-            if self._should_wait(sequence, prefix.count):
+            # One that has lost its slot while a token was in flight goes on when that is known.
+            if sequence.in_flight or self._should_wait(sequence, prefix.count):
                 skipped.add(tenant)
                 continue
             if victim is not None:

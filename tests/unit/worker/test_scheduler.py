@@ -9,7 +9,15 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from app.types import BACKGROUND_PRIORITY
 from app.worker.scheduling import slots as slots_module
 from app.worker.scheduling.prefix_tree import BLOCK_TOKENS, PrefixTree
-from app.worker.scheduling.schedule import KVMove, PrefixCopy, PrefixRestore, PrefixSave, Schedule, Sequence
+from app.worker.scheduling.schedule import (
+    KVMove,
+    PrefixCopy,
+    PrefixRestore,
+    PrefixSave,
+    Schedule,
+    ScheduledTokens,
+    Sequence,
+)
 from app.worker.scheduling.scheduler import (
     BACKGROUND_INTERVAL,
     BACKGROUND_PREFILL_TOKENS,
@@ -487,6 +495,27 @@ def test_a_live_request_gets_the_slot_of_one_of_the_background_at_once():
         machine.remove(each.request_id)
     machine.step(prefill_tokens=1000)
     assert 2 == sum(each.slot is not None for each in (*background, waiting))
+
+
+def test_who_loses_its_slot_while_its_token_is_sampled_waits_for_it():
+    """Also where another of the background would give up a slot to it in the same step."""
+    machine = Machine(slots=4)
+    many = [machine.add(range(n, n + 9), "a", priority=BACKGROUND_PRIORITY) for n in range(3)]
+    loser = machine.add(range(30, 39), "b", priority=BACKGROUND_PRIORITY)
+    machine.step(prefill_tokens=1000)
+    for each in (*many, loser):
+        machine.scheduler.mark_computed([ScheduledTokens(each, 1)])
+        each.in_flight = 1
+
+    machine.add(range(50, 59), "c")
+    scheduled = machine.scheduler.schedule(prefill_tokens=1000).tokens
+
+    assert loser.slot is None
+    assert loser.request_id not in [each.sequence.request_id for each in scheduled]
+    for each in (*many, loser):
+        each.append(1)
+    machine.scheduler.schedule(prefill_tokens=1000)
+    assert loser.slot is not None
 
 
 def test_prompts_of_the_background_are_computed_beside_others_too():
