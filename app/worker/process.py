@@ -61,6 +61,7 @@ from app.worker.loading.model_files import LoadError
 from app.worker.ready import DescribedRunner, encoder_ready, model_ready
 from app.worker.scheduling.batching_runner import BatchingRunner
 from app.worker.scheduling.step_time import GpuStepTime
+from app.worker.scheduling.trial_step import compute_largest_step
 
 log = logging.getLogger(__name__)
 
@@ -312,8 +313,15 @@ def make_runner(loaded: LoadedModel, spec: ModelSpec) -> Runner:
             raise LoadError(f"it cannot be batched: {error}") from None
         log.warning("the model is served one request at a time: %s", error)
         return _serial_runner(loaded, spec)
+    slots = model_runner.cache.slots
     try:
-        select_executor(model_runner, spec.compile, keep_layers=spec.embeddings != "none", copies=loaded.weight_copies)
+        select_executor(
+            model_runner,
+            spec.compile,
+            keep_layers=spec.embeddings != "none",
+            copies=loaded.weight_copies,
+            largest_step=lambda runner: compute_largest_step(runner, step_tokens),
+        )
     except ExecutorUnavailableError as error:
         raise LoadError(f"its layers cannot be compiled: {error}") from error
     if model_runner.cache.length < loaded.context_length:
@@ -326,7 +334,8 @@ def make_runner(loaded: LoadedModel, spec: ModelSpec) -> Runner:
     if spec.embeddings != "none":
         # A step is short, but a pass over long texts is not.
         _watch_progress(loaded.pipeline.model)
-    left = max(0, free - model_runner.cache.total_bytes)
+    # What fewer slots have left is for steps.
+    left = max(0, free - model_runner.cache.total_bytes) if model_runner.cache.slots == slots else 0
     return BatchingRunner(
         loaded,
         model_runner,

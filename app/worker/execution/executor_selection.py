@@ -38,12 +38,26 @@ COMPILED_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 
 """The same for logits of layers that torch has compiled, and of recorded passes."""
 
 
-def select_executor(runner: ModelRunner, setting: Compile, *, keep_layers: bool = False, copies: int = 1) -> None:
+SHRINK = 7 / 8
+"""Share of the slots that are left where all of them do not fit."""
+Trial = Callable[[ModelRunner], None]
+"""Computes the largest step, and raises what that raises."""
+
+
+def select_executor(
+    runner: ModelRunner,
+    setting: Compile,
+    *,
+    keep_layers: bool = False,
+    copies: int = 1,
+    largest_step: Trial = lambda runner: None,
+) -> None:
     """Replace a runner's executor by the fastest that computes the same; its KV cache must be empty, and is used.
 
     Args:
         keep_layers: whether the model's own forward pass must go on to work, beside the executor.
         copies: forms of the weights that may be in memory at once.
+        largest_step: is tried on a GPU, with the graphs in memory; where it does not fit, there are fewer slots.
     Raises:
         ExecutorUnavailableError: `layers` is required and not available.
         torch.OutOfMemoryError, MemoryError: there is no memory left for the model.
@@ -53,8 +67,37 @@ def select_executor(runner: ModelRunner, setting: Compile, *, keep_layers: bool 
         return
     if setting == "layers":
         _required(lambda: _install_compiled_layers(runner))
-    if setting != "none" and runner.model.device.type == "cuda":
-        _optional("decoding is", lambda: install_graphs(runner, CudaGraphs().record))
+    if runner.model.device.type == "cuda":
+        fit_slots(runner, largest_step, graphs=setting != "none")
+
+
+def fit_slots(runner: ModelRunner, largest_step: Trial, *, graphs: bool) -> None:
+    """Record the passes that decode, if `graphs`, and keep as many slots as leave memory for the largest step."""
+    others, slots = runner.executor, runner.cache.slots
+    while not (fits := _fits(runner, largest_step, graphs=graphs)) and runner.cache.slots > 1:
+        if isinstance(runner.executor, GraphExecutor):
+            runner.executor.uninstall()
+            runner.executor = others
+        runner.cache.shrink(max(1, int(SHRINK * runner.cache.slots)))
+    if runner.cache.slots < slots:
+        log.warning("memory has room for %d sequences at once, not for %d", runner.cache.slots, slots)
+    if not fits:
+        log.warning("memory has no room for graphs and the longest chunk of a prompt: it is computed in pieces")
+
+
+def _fits(runner: ModelRunner, largest_step: Trial, *, graphs: bool) -> bool:
+    """Return whether there is memory for graphs and the largest step."""
+    try:
+        if graphs:
+            _optional("decoding is", lambda: install_graphs(runner, CudaGraphs().record))
+        largest_step(runner)
+    except torch.OutOfMemoryError:
+        return False
+    except torch.AcceleratorError:
+        raise
+    except Exception as error:  # noqa: BLE001  # requests fail by themselves, and say why
+        log.warning("the largest step cannot be tried: %s", _reason(error))
+    return True
 
 
 def _install_compiled_layers(runner: ModelRunner) -> None:
@@ -68,7 +111,7 @@ def _install_compiled_layers(runner: ModelRunner) -> None:
 def install_graphs(runner: ModelRunner, record: Record) -> None:
     """Let a runner decode in recorded passes.
 
-    Raises: ExecutorUnavailableError: their logits differ, or there is no memory for them.  Whatever `record` raises.
+    Raises: ExecutorUnavailableError: their logits differ.  Whatever `record` raises.
     """
     tolerance = COMPILED_TOLERANCE.get(runner.model.dtype, 0)
     weight_bytes = sum(weight.numel() * weight.element_size() for weight in runner.model.parameters())
@@ -80,11 +123,7 @@ def install_graphs(runner: ModelRunner, record: Record) -> None:
         # A pass reads all weights once.
         pass_keys=weight_bytes // max(1, runner.cache.bytes_per_token),
     )
-    try:
-        install_verified(runner, executor, tolerance)
-    except torch.OutOfMemoryError as error:
-        torch.cuda.empty_cache()
-        raise ExecutorUnavailableError("there is no memory for its graphs") from error
+    install_verified(runner, executor, tolerance)
 
 
 def cpu_layouts(setting: Compile, keep_layers: bool) -> list[Layout]:

@@ -86,6 +86,20 @@ class KVCache(Cache):
             for tensor in pair:
                 tensor[target, :, :count] = tensor[source, :, :count]
 
+    def shrink(self, slots: int) -> None:
+        """Keep fewer slots, all of them empty, and give the memory of the others back; before there is a prefix cache.
+
+        Whoever reads the tensors of `layer` has to ask for them again.
+        """
+        self.slots = slots
+        for layer in self._storage:
+            shapes = [(like.shape, like.new_empty(0)) for like in self._storage[layer]]
+            # The old ones go before the new ones come: there may be no memory for both.
+            self._storage[layer] = shapes[0][1], shapes[1][1]
+            self.release_memory()
+            keys, values = (self._zeros((slots, *shape[1:]), like) for shape, like in shapes)
+            self._storage[layer] = keys, values
+
     def add_prefix_cache(self, max_bytes: int, block_tokens: int) -> int:
         """Allocate the blocks of the prefix cache; every layer must have computed something.
 
@@ -110,6 +124,11 @@ class KVCache(Cache):
         index = torch.tensor(blocks, device=self.device)
         for storage, stored in self._blocks:
             torch.index_select(stored, 0, index, out=_in_blocks(storage[slot], len(blocks), stored.shape[2]))
+
+    def release_memory(self) -> None:
+        """Give memory that is kept for later passes back to the device, so that it can be had in other pieces."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def clear_slot(self, slot: int) -> None:
@@ -181,7 +200,10 @@ class KVCache(Cache):
 
     def _allocate(self, like: Tensor) -> Tensor:
         _, heads, _, size = like.shape
-        storage = _zeros((self.slots, heads, self.length, size), like)
+        return self._zeros((self.slots, heads, self.length, size), like)
+
+    def _zeros(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        storage = _zeros(shape, like)
         # Attention functions get no cache from transformers; this leads back to it from the keys.
         storage.kv_cache = self  # type: ignore[attr-defined]
         return storage

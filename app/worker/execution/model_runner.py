@@ -59,11 +59,6 @@ class ModelRunner:
         """
         return self.executor.forward(self.cache.pack(segments, wanted))
 
-    def release_memory(self) -> None:
-        """Give memory that is kept for later passes back to the device, so that it can be had in other pieces."""
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
-
     def reference_logits(self) -> Tensor:
         """Return the logits of a random prompt in prefill, decode and a mixed batch; overwrites the first slots."""
         generator = torch.Generator().manual_seed(0)

@@ -8,7 +8,7 @@ import torch
 
 log = logging.getLogger(__name__)
 
-SHARE = {"cuda": 0.8, "cpu": 0.4, "mps": 0.4}
+SHARE = {"cuda": 0.9, "cpu": 0.4, "mps": 0.4}
 """Share of the free memory: on a GPU the rest is for graphs and sampling, elsewhere for other programs, too."""
 MIN_TRIAL_TOKENS = 16
 """Fewer tokens of a trial step say nothing."""

@@ -249,7 +249,7 @@ class BatchingRunner:
         tokens = launchable(planned.tokens, self._live) if sampler is not None else None
         if sampler is None or tokens is None:
             events = self._land()
-            return events + self._compute(self._still_live(planned.tokens))
+            return events + self._compute(self._still_live(planned.tokens) if events else planned.tokens)
         if not tokens:
             return self._land()
         began, segments = self._clock(), [self._segment(each) for each in tokens]
@@ -320,7 +320,7 @@ class BatchingRunner:
         """
         no_memory = is_out_of_memory(error)
         if no_memory:
-            self._model_runner.release_memory()
+            self._model_runner.cache.release_memory()
         if len(tokens) > 1:
             middle = len(tokens) // 2
             parts = [tokens[:middle], tokens[middle:]]

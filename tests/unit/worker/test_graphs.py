@@ -22,6 +22,7 @@ from app.worker.execution.model_runner import ModelRunner
 from app.worker.execution.packed_batch import Segment
 from app.worker.execution.torch.equivalence import torch_runner
 from app.worker.scheduling.batching_runner import BatchingRunner
+from app.worker.scheduling.trial_step import compute_largest_step
 from tests.unit.worker.families import CONTEXT, FAMILIES, VOCABULARY, loaded, make
 from tests.unit.worker.lora_adapters import read, save_adapter
 from tests.unit.worker.test_batching_runner import PROMPTS, completion_of, generate, run, submit
@@ -202,26 +203,18 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> ModelRunner:
     """A runner whose model says that it is on a GPU, where whatever is asked of the driver goes well."""
     for name in ("graph_pool_handle", "Stream", "synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
-    runner = torch_runner(make(FAMILIES["llama"]), slots=2, length=CONTEXT)
+    runner = torch_runner(make(FAMILIES["llama"]), slots=SLOTS, length=CONTEXT)
     runner.model.__class__ = type("OnGpu", (type(runner.model),), {"device": torch.device("cuda")})
     return runner
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory"),
-        torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing"),
-    ],
-    ids=["no memory", "not allowed in a graph"],
-)
 def test_a_pass_that_cannot_be_captured_leaves_decoding_to_torch(
-    error: Exception, on_a_gpu: ModelRunner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    on_a_gpu: ModelRunner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As long as the device answers: a forbidden call ends the capture, and nothing else."""
 
     def refuse(self: CudaGraphs, compute: Pass) -> None:
-        raise error
+        raise torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing")
 
     before = on_a_gpu.reference_logits()
     monkeypatch.setattr(CudaGraphs, "_capture", refuse)
@@ -229,8 +222,58 @@ def test_a_pass_that_cannot_be_captured_leaves_decoding_to_torch(
     with caplog.at_level(logging.WARNING, executor_selection.__name__):
         select_executor(on_a_gpu, "auto")
 
-    assert f"decoding is left to torch: a pass cannot be captured: {type(error).__name__}: {error}" in caplog.text
+    assert (
+        "decoding is left to torch: a pass cannot be captured: AcceleratorError: CUDA error: operation" in caplog.text
+    )
     assert torch.equal(before, on_a_gpu.reference_logits())
+
+
+@pytest.mark.parametrize(("most", "slots"), [(SLOTS, SLOTS), (3, 3), (1, 1)])
+@pytest.mark.parametrize("scarce", ["graphs", "the largest step"])
+def test_there_are_as_many_slots_as_leave_memory(
+    scarce: str, most: int, slots: int, on_a_gpu: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the graphs, and with them in memory for the largest step; what is then decoded is right."""
+
+    def capture(self: CudaGraphs, compute: Pass) -> Any:
+        if scarce == "graphs" and on_a_gpu.cache.slots > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return type("Graph", (), {"replay": staticmethod(compute)})
+
+    def largest_step(runner: ModelRunner) -> None:
+        if scarce == "the largest step" and runner.cache.slots > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        compute_largest_step(runner, 20)
+
+    monkeypatch.setattr(CudaGraphs, "_capture", capture)
+    select_executor(on_a_gpu, "auto", largest_step=largest_step)
+
+    assert slots == on_a_gpu.cache.slots == len(on_a_gpu.cache.layer(0)[0])
+    assert "graphs" == on_a_gpu.compiled
+    on_a_gpu.model.__class__ = type(on_a_gpu.model).__mro__[1]
+    runner = BatchingRunner(loaded(on_a_gpu.model), on_a_gpu)
+    for number, prompt in enumerate(PROMPTS):
+        submit(runner, prompt, number)
+    events = run(runner)
+    expected = [generate(on_a_gpu.model, prompt) for prompt in PROMPTS]
+    assert expected == [completion_of(events, number) for number in range(len(PROMPTS))]
+
+
+def test_where_one_slot_is_too_many_prompts_are_computed_in_pieces(
+    on_a_gpu: ModelRunner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said, and the model serves."""
+
+    def refuse(self: CudaGraphs, compute: Pass) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(CudaGraphs, "_capture", refuse)
+    with caplog.at_level(logging.WARNING, executor_selection.__name__):
+        select_executor(on_a_gpu, "auto")
+
+    assert (1, None) == (on_a_gpu.cache.slots, on_a_gpu.compiled)
+    assert "memory has no room for graphs" in caplog.text
+    assert bool(on_a_gpu.reference_logits().isfinite().all())
 
 
 def test_a_device_that_is_lost_while_capturing_ends_the_load(

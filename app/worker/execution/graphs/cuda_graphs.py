@@ -20,7 +20,8 @@ class CudaGraphs:
         """Capture a pass.
 
         Raises:
-            ExecutorUnavailableError: it does something that a graph cannot hold, or there is no memory for it.
+            ExecutorUnavailableError: it does something that a graph cannot hold.
+            torch.OutOfMemoryError: there is no memory for it.
             torch.AcceleratorError: the device is in an unknown state.
         """
         try:
@@ -29,6 +30,8 @@ class CudaGraphs:
             # What a graph cannot hold is an error of the device, too; one that is lost for good fails here again.
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
             reason = next(iter(str(error).strip().splitlines()), "")
             raise ExecutorUnavailableError(f"a pass cannot be captured: {type(error).__name__}: {reason}") from error
         return graph.replay

@@ -160,14 +160,17 @@ class GraphExecutor:
         """Let each pass decode a token in all of its rows but one."""
         slots, most = range(self._cache.slots), self._cache.length - 1
         prompts = [
-            Segment(slot, 0, [(5 * slot + 3 * place) % TRIAL_IDS for place in range(min(1 + slot % 7, most))])
+            Segment(slot, 0, [(5 * slot + 3 * place + 1) % TRIAL_IDS for place in range(min(2 + slot % 7, most))])
             for slot in slots
         ]
         for begin in range(0, len(prompts), TRIAL_SLOTS):
             some = prompts[begin : begin + TRIAL_SLOTS]
             self._inner.forward(self._cache.pack(some, [False] * len(some)))
         for rows in self._rows:
-            decodes = [Segment(each.slot, each.end, [each.slot % TRIAL_IDS]) for each in prompts[-max(1, rows - 1) :]]
+            # Other tokens than before them: that of padding alone may have no logits.
+            decodes = [
+                Segment(each.slot, each.end, [(each.slot + 7) % TRIAL_IDS]) for each in prompts[-max(1, rows - 1) :]
+            ]
             batch = self._cache.pack(decodes, [True] * len(decodes))
             expected = self._inner.forward(batch).float()
             for keys in self._keys:
