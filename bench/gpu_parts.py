@@ -29,6 +29,7 @@ from app.worker.loaded_model import LoadedModel
 from app.worker.loading.kv_memory import kv_cache_bytes, trial_step_bytes
 from app.worker.scheduling.batching_runner import BatchingRunner
 from app.worker.scheduling.step_time import GpuStepTime
+from app.worker.scheduling.trial_step import compute_largest_step
 from bench.model import Shape
 from bench.static_batch import generate as static_generate
 from bench.words import VOCABULARY, token_ids
@@ -106,16 +107,17 @@ class Bench:
 class Driven:
     """A runner that is stepped by hand."""
 
-    def __init__(self, bench: Bench, model: Any, setting: Compile) -> None:
-        slots = bench.sizes[-1]
-        step = trial_step_bytes(model, min(CONTEXT, GpuStepTime.MAX_PREFILL_TOKENS))
+    def __init__(self, bench: Bench, model: Any, setting: Compile, *, asynchronous: bool = True) -> None:
+        """Args: asynchronous: whether a step is launched before the tokens of the last one are read."""
+        slots, chunk = bench.sizes[-1], min(CONTEXT, GpuStepTime.MAX_PREFILL_TOKENS)
+        step = trial_step_bytes(model, chunk)
         free = min(kv_cache_bytes(bench.device, step_bytes=step), 10**9 if bench.dry else 1 << 62)
         model_runner = create_torch_runner(model, length=CONTEXT, slots=slots, free_bytes=free)
         if bench.dry and setting == "auto":
             # The passes that a GPU captures, called.
             install_graphs(model_runner, lambda compute: compute)
         else:
-            select_executor(model_runner, setting)
+            select_executor(model_runner, setting, largest_step=lambda runner: compute_largest_step(runner, chunk))
         pipeline: Any = None
         loaded = LoadedModel(
             pipeline=pipeline,
@@ -128,7 +130,7 @@ class Driven:
             end_ids=(),
             pad_id=0,
         )
-        self.runner = BatchingRunner(loaded, model_runner, prefix_reuse=False)
+        self.runner = BatchingRunner(loaded, model_runner, prefix_reuse=False, asynchronous=asynchronous)
         self._last = 0
 
     def submit(self, prompt: Sequence[int], **params: Any) -> int:
@@ -204,9 +206,7 @@ def measure_steps(bench: Bench, setting: Compile) -> None:
     taken = round(torch.cuda.memory_reserved() / 1e9, 2) if bench.device == "cuda" else None
     bench.note("load", seconds=seconds, compiled=driven.runner.compiled, slots=driven.runner.slots, reserved_gb=taken)
     for rows in bench.sizes:
-        with bench.attempt(f"{rows} rows"), driven.decoding(rows):
-            step, busy = median_ms(driven.step, bench.steps), busy_ms(bench, driven.step)
-            bench.note("step", rows=rows, ms=step, busy_ms=busy, over_busy=busy and round(step / busy, 2))
+        note_step(bench, driven, rows)
         with bench.attempt(f"answers of {rows} rows"):
             bench.note("answers", rows=rows, **answers(bench, driven, rows))
     with bench.attempt("long prompt"):
@@ -223,6 +223,20 @@ def measure_steps(bench: Bench, setting: Compile) -> None:
             for rows in bench.sizes[1::2]:
                 with driven.decoding(rows, **params):
                     bench.note("sampling", setting=name, rows=rows, ms=median_ms(driven.step, bench.steps))
+
+
+def note_step(bench: Bench, driven: Driven, rows: int) -> None:
+    """Measure a decoding step of so many rows."""
+    with bench.attempt(f"{rows} rows"), driven.decoding(rows):
+        step, busy = median_ms(driven.step, bench.steps), busy_ms(bench, driven.step)
+        bench.note("step", rows=rows, ms=step, busy_ms=busy, over_busy=busy and round(step / busy, 2))
+
+
+def measure_synchronous(bench: Bench) -> None:
+    """Decoding steps each of which is read before the next is launched: what the host takes between them."""
+    driven = Driven(bench, bench.model(torch.float32 if bench.dry else torch.bfloat16), "auto", asynchronous=False)
+    for rows in bench.sizes:
+        note_step(bench, driven, rows)
 
 
 def answers(
@@ -343,6 +357,7 @@ def measure_memory(bench: Bench) -> None:
 
 PARTS: dict[str, Callable[[Bench], None]] = {
     "steps": lambda bench: measure_steps(bench, "auto"),
+    "synchronous": measure_synchronous,
     "uncaptured": lambda bench: measure_steps(bench, "none"),
     "compiled": lambda bench: measure_steps(bench, "none" if bench.dry else "layers"),
     "peers": measure_peers,
