@@ -70,7 +70,7 @@ class PackedBatch:
             [segment.slot for segment in self.segments for _ in segment.token_ids],
         ]
         inputs = _pinned(flat, self._device).to(self._device, non_blocking=True)
-        _fill_in(inputs[0], self.segments)
+        _fill_in(inputs, self.segments)
         return inputs
 
     @property
@@ -120,15 +120,16 @@ class StaticBatch(PackedBatch):
         columns = [(segment.token_ids[0], segment.start, segment.slot) for segment in segments]
         columns += columns[-1:] * (self.size - len(columns))
         self.inputs.copy_(_pinned(list(zip(*columns, strict=True)), self.inputs.device), non_blocking=True)
-        _fill_in(self.inputs[0], [*segments, *[segments[-1]] * (self.size - len(segments))])
+        _fill_in(self.inputs, [*segments, *[segments[-1]] * (self.size - len(segments))])
 
 
-def _fill_in(token_ids: Tensor, segments: Sequence[Segment]) -> None:
-    """Write the tokens that only the device knows into (tokens,) ids."""
+def _fill_in(inputs: Tensor, segments: Sequence[Segment]) -> None:
+    """Write the tokens that only the device knows into the first row of `inputs`."""
+    if all(segment.device_token is None for segment in segments):
+        return
     starts = [0, *accumulate(len(segment.token_ids) for segment in segments)]
     known = [(place, each.device_token) for place, each in zip(starts, segments, strict=False) if each.device_token]
-    if not known:
-        return
+    token_ids = inputs[0]
     places, rows, tokens = [place for place, _ in known], [token.row for _, token in known], known[0][1].tokens
     if places == rows == list(range(len(rows))):
         token_ids[: len(rows)] = tokens[: len(rows)]

@@ -158,10 +158,11 @@ class DeviceSampler:
             rows: each of another slot.
         """
         samplers = [row.sampler for row in rows]
-        self._take_over([row for row in rows if self._known[row.slot] != (row.sampler, row.sampled)])
-        layout = self._layout_of(rows)
+        unknown = [row for row in rows if self._known[row.slot] != (row.sampler, row.sampled)]
         for row in rows:
             self._known[row.slot] = None  # unless all goes well
+        self._take_over(unknown)
+        layout = self._layout_of(rows)
         parts = [self._choose(group.rows.gather(logits), group) for group in layout.groups]
         tokens = torch.cat(parts) if parts else layout.slots
         tokens = layout.place.gather(tokens)

@@ -265,8 +265,10 @@ def read_sampled(packed: Tensor, samplers: Sequence[SequenceSampler]) -> list[Sa
     """Return what `pack_sampled` has packed; None for a row that may take more than its most likely tokens."""
     numbers = packed.tolist()
     results = [_result(int(token)) for token in numbers[: len(samplers)]]
+    if len(numbers) == len(samplers):
+        return results
     rows = reported_rows(samplers)
-    width = (len(numbers) - len(samplers)) // len(rows) if rows else 0
+    width = (len(numbers) - len(samplers)) // len(rows)
     for index, row in enumerate(rows):
         result, start = results[row], len(samplers) + index * width
         if isinstance(result, Sampled):

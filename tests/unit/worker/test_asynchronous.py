@@ -194,7 +194,7 @@ def test_a_step_for_the_host_leaves_out_what_has_just_ended(at: int) -> None:
 @pytest.mark.parametrize("graphs", [False, True], ids=["torch", "graphs"])
 def test_a_token_that_needs_more_of_the_vocabulary_is_sampled_again(graphs: bool) -> None:
     """What was launched with a token in its place is forgotten; its neighbours go on."""
-    flat = {"temperature": 5.0, "top_p": 0.95, "seed": 3}
+    flat: dict[str, Any] = {"temperature": 5.0, "top_p": 0.95, "seed": 3}
     expected = [completion_of(run_one(runner_for(asynchronous=False), each), 1) for each in (flat, {})]
     runner = runner_for(asynchronous=True, graphs=graphs)
     submit(runner, PROMPTS[2], 0, **flat)
