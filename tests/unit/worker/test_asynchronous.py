@@ -5,6 +5,7 @@ Without a GPU a step is computed while it is launched; what the runner knows of 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from app.worker.sampling.generation_rules import GenerationRules
 from app.worker.scheduling.batching_runner import BatchingRunner
 from tests.examples import examples
 from tests.unit.worker.families import CONTEXT, FAMILIES, loaded, make
+from tests.unit.worker.lora_adapters import read, save_adapter
 from tests.unit.worker.test_batching_runner import (
     NEW,
     OUT_OF_MEMORY,
@@ -236,6 +238,29 @@ def test_a_sequence_that_loses_its_slot_while_a_token_is_in_flight_goes_on() -> 
     assert runner.preemptions == 1
     assert completion_of(whole, 1) == completion_of(events, 1)
     assert 3 == len(completion_of(events, 2))
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["torch", "graphs"])
+def test_requests_with_an_adapter_are_launched_like_others(graphs: bool, tmp_path: Path) -> None:
+    """Beside some without; one whose adapter is removed while its token is in flight ends, and no other."""
+    adapter = read(save_adapter(make(FAMILIES["llama"]), tmp_path), make(FAMILIES["llama"]))
+    found = list[list[TokenEvent]]()
+    for asynchronous in (False, True):
+        runner, events = runner_for(asynchronous=asynchronous, graphs=graphs, end_ids=()), list[TokenEvent]()
+        runner.add_adapter(adapter)
+        for number in range(3):
+            digest = adapter.digest if number else None
+            params = SamplingParams(max_tokens=NEW if number < 2 else 4)
+            runner.submit(Submit(number, tuple(PROMPTS[2]), params, adapter=digest))
+        while not any(event.id == 2 and event.finish for event in events):
+            runner.step(events.extend)
+        runner.remove_adapter(adapter.digest)
+        found.append(events + run(runner))
+
+    expected, events = found
+    assert [completion_of(expected, number) for number in (0, 2)] == [completion_of(events, each) for each in (0, 2)]
+    assert completion_of(events, 0)[:4] != completion_of(events, 2)
+    assert ["length", "abort", "length"] == [ending_of(events, number) for number in range(3)]
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY[:1] + OUT_OF_MEMORY[2:3], ids=["torch", "the driver"])
