@@ -19,7 +19,7 @@ class Sequence:
     computed_tokens: int = 0
     """Tokens, from the first, whose keys and values are in the slot."""
     in_flight: int = 0
-    """Tokens behind `token_ids` that are being sampled: the device may know them, and goes on with them."""
+    """Tokens behind `token_ids` that are being sampled: the next step may read them on the device."""
     cached_tokens: int = 0
     """Tokens that were in the KV cache already when the sequence first got a slot."""
     started: bool = False
