@@ -1,4 +1,4 @@
-"""Pages that the site has beside those of docs/: the list of decisions, and the files of the repository that pages link.
+"""Pages that the site has beside those of docs/: the list of decisions, and the linked files of the repository.
 
 mkdocs calls the `on_` functions (`hooks` of mkdocs.yml).  A link from docs/ to a file outside of it, such as
 `../config.yml`, is right where the repository is read; in the site it leads to a page that shows that file.
@@ -45,7 +45,11 @@ def _decisions() -> list[str]:
 def on_files(files: Files, config: MkDocsConfig) -> None:
     """Add the list of decisions, and a page for each linked file; such a page may link others."""
     files.append(File.generated(config, "decisions/index.md", content=decisions_page()))
-    waiting = [(each.src_uri, Path(each.abs_src_path or "").read_text()) for each in files.documentation_pages() if each.abs_src_path]
+    waiting = [
+        (each.src_uri, Path(each.abs_src_path or "").read_text())
+        for each in files.documentation_pages()
+        if each.abs_src_path
+    ]
     while waiting:
         uri, text = waiting.pop()
         for linked in _outside(uri, text):
@@ -78,8 +82,8 @@ def decisions_page() -> str:
         number, _, title = (ROOT / DOCS / uri).read_text().splitlines()[0].removeprefix("# ").partition(". ")
         rows.append(f"| {number} | [{title}]({PurePosixPath(uri).name}) |\n")
     return (
-        "# Decisions\n\nWhy the service is as it is: each page says what was decided, what follows from it, and what else "
-        f"there was to choose from.\n\n| | |\n|---|---|\n{''.join(rows)}"
+        "# Decisions\n\nWhy the service is as it is: each page says what was decided, what follows from it, and what "
+        f"else there was to choose from.\n\n| | |\n|---|---|\n{''.join(rows)}"
     )
 
 

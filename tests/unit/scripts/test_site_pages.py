@@ -39,7 +39,9 @@ def test_every_page_is_built_and_every_decision_is_listed(site: Path):
     listed = (site / "decisions" / "index.html").read_text()
 
     assert [] == [page.as_posix() for page in pages if not (site / page).is_file()]
-    assert [] == [page.name for page in pages if page.match("decisions/0*.html") and f'href="{page.name}"' not in listed]
+    assert [] == [
+        page.name for page in pages if page.match("decisions/0*.html") and f'href="{page.name}"' not in listed
+    ]
 
 
 def test_a_file_outside_of_docs_that_a_page_links_is_in_the_site(site: Path):
