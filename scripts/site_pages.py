@@ -18,6 +18,8 @@ DOCS = "docs"
 SHOWN = "files"
 """Folder of the site with the files that lie outside docs/."""
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#|/)([^)#\s]+)(?=[)#])")
+NOT_RUN = re.compile(r"<!-- not run here: (.+) -->")
+"""What stands before a code block that no test runs; the site shows it."""
 LANGUAGES = {".py": "python", ".mjs": "javascript", ".yml": "yaml", ".yaml": "yaml", ".conf": "nginx", ".sh": "sh"}
 
 
@@ -61,7 +63,7 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn links that leave docs/ to the pages of those files."""
+    """Turn links that leave docs/ to the pages of those files, and show which code blocks no test runs."""
     uri = page.file.src_uri
 
     def turned(link: re.Match[str]) -> str:
@@ -72,7 +74,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         inside = target.removeprefix(f"{DOCS}/") if target.startswith(f"{DOCS}/") else shown_as(target)
         return os.path.relpath(f"{DOCS}/{inside}", PurePosixPath(here).parent)
 
-    return LINK.sub(turned, markdown)
+    return NOT_RUN.sub(r"<small>Not run by the tests: \1.</small>", LINK.sub(turned, markdown))
 
 
 def decisions_page() -> str:
