@@ -38,12 +38,12 @@ class Reader:
     Each reader has a key of their own in data/api_key, as after a first start: limits, sessions and cache are new.
     """
 
-    def __init__(self, service: Service, first_key: str, folder: Path) -> None:
+    def __init__(self, service: Service, bootstrap_key: str, folder: Path) -> None:
         self.service, self.folder, self.state = service, service.log.parent, folder / "state"
         own = {"APP__PORT": service.url.rpartition(":")[2], "BASH_ENV": str(self.state), "TMPDIR": str(folder)}
         self.environment = {**environment(self.folder / "data"), **own}
         self.state.touch()
-        created = service.client.post("/v1/keys", headers={"X-API-Key": first_key}, json={"role": "admin"})
+        created = service.client.post("/v1/keys", headers={"X-API-Key": bootstrap_key}, json={"role": "admin"})
         (self.folder / "data" / "api_key").write_text(f"{created.json()['key']}\n")
 
     def run(self, block: CodeBlock) -> str | None:
@@ -63,8 +63,8 @@ class Reader:
 
     def _shell(self, code: str) -> subprocess.CompletedProcess[str]:
         """What the block sets is there for the next one, as in the reader's terminal."""
-        kept = f"{{ declare -p | grep -E '^declare -[-x]+ [A-Z]' | grep -v ' BASH'; declare -f; }} > {self.state}.new"
-        script = f"set -o pipefail\n{code}\nended=$?\n{kept}\nmv {self.state}.new {self.state}\nexit $ended"
+        stored = f"{{ declare -p | grep -E '^declare -[-x]+ [A-Z]' | grep -v ' BASH'; declare -f; }} > {self.state}.new"
+        script = f"set -o pipefail\n{code}\nended=$?\n{stored}\nmv {self.state}.new {self.state}\nexit $ended"
         return self._run(["bash", "-c", script])
 
     def _python(self, code: str) -> subprocess.CompletedProcess[str]:
@@ -79,7 +79,7 @@ class Reader:
 @pytest.fixture(scope="module")
 def documented(start: Start) -> tuple[Service, str]:
     """The service that pages talk to, as it comes but for chance in its answers; and its first key."""
-    service = start(SECURITY__API_KEY="", RATE_LIMIT__ENABLED="true", MODEL__TEMPERATURE="0")
+    service = start(SECURITY__API_KEY="", RATE_LIMIT__ENABLED="true", MODEL__TEMPERATURE="0", MODEL__COMPILE="none")
     folder = service.log.parent
     for name in ("models", "prompts"):
         (folder / name).symlink_to(ROOT / name)
