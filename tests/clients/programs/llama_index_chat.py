@@ -29,16 +29,16 @@ llm = OpenAILike(
     context_window=2048,
     temperature=0,
 )
-question = [ChatMessage(role="user", content=s.CHAT)]
-s.check("chat", s.CHAT_ANSWER, llm.chat(question).message.content)
-s.check("stream", s.CHAT_ANSWER, "".join(each.delta or "" for each in llm.stream_chat(question)))
+chat = [ChatMessage(role="user", content=s.CHAT)]
+s.check("chat", s.CHAT_ANSWER, llm.chat(chat).message.content)
+s.check("stream", s.CHAT_ANSWER, "".join(each.delta or "" for each in llm.stream_chat(chat)))
 tool = FunctionTool.from_defaults(get_weather)
-asked = ChatMessage(role="user", content=s.TOOL_QUESTION)
-reply = llm.chat_with_tools([tool], chat_history=[asked])
+question = ChatMessage(role="user", content=s.TOOL_QUESTION)
+reply = llm.chat_with_tools([tool], chat_history=[question])
 calls = llm.get_tool_calls_from_response(reply)
 s.check("tool call", {"city": "London"}, calls[0].tool_kwargs)
 result = ChatMessage(role="tool", content=s.TOOL_RESULT, additional_kwargs={"tool_call_id": calls[0].tool_id})
-after = llm.chat_with_tools([tool], chat_history=[asked, reply.message, result])
+after = llm.chat_with_tools([tool], chat_history=[question, reply.message, result])
 s.check("answer from the tool", s.TOOL_RESULT, after.message.content)
 record = llm.as_structured_llm(Record).chat([ChatMessage(role="user", content=s.RECORD_QUESTION)]).raw
 assert isinstance(record, Record)
