@@ -132,14 +132,14 @@ async def test_a_stopped_answer_stays_and_the_next_one_knows_it(site: Site):
 
 async def test_too_many_requests_count_down_and_lose_nothing(site: Site):
     """The question stays, and the same button sends it again."""
-    key = await site.key(limits={"requests_per_minute": 60, "burst": 1})
+    key = await site.key(limits={"requests_per_minute": 12, "burst": 1})
     async with site.visit() as visit:
         await visit.open(key)
         await visit.chat("first")
         await visit.send("second")
         problem = visit.page.get_by_role("alert")
         await expect(problem).to_contain_text("Too many requests with this key.")
-        await expect(problem).to_contain_text("Possible again in 1 s.")
+        await expect(problem).to_contain_text(re.compile(r"Possible again in [1-5] s\."))
         again = problem.get_by_role("button", name="Try again")
         disabled = await again.is_disabled()
         await again.click()
