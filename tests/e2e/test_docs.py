@@ -15,7 +15,7 @@ from app.config import load_settings
 from tests.code_blocks import PAGES, RUN, CodeBlock, blocks, matches
 from tests.e2e.conftest import ROOT, Service, Start, environment
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 ADDRESS = "http://127.0.0.1:8000"
 """What pages call the service."""
@@ -72,7 +72,7 @@ class Reader:
 
     def _run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=110, check=False
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=250, check=False
         )
 
 
