@@ -140,7 +140,7 @@ wheel: $(VENV)/.installed-dev ## Build a wheel in dist; it serves from any folde
 
 docs: $(VENV)/.installed-docs ## Build the documentation as a site in site/; a dead link or anchor is an error
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
-	@echo "site/index.html"
+	@echo "To read it: python3 -m http.server --directory site"
 
 clean: ## Remove what tools leave behind; keeps .venv and data
 	@rm -rf build dist site htmlcov .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

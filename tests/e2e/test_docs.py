@@ -13,7 +13,7 @@ import pytest
 
 from app.config import load_settings
 from tests.code_blocks import PAGES, RUN, CodeBlock, blocks, matches
-from tests.e2e.conftest import ROOT, Service, Start, environment
+from tests.e2e.conftest import ROOT, Service, Start, environment, ready, wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -79,7 +79,10 @@ class Reader:
 @pytest.fixture(scope="module")
 def documented(start: Start) -> tuple[Service, str]:
     """The service that pages talk to, as it comes but for chance in its answers; and its first key."""
-    service = start(SECURITY__API_KEY="", RATE_LIMIT__ENABLED="true", MODEL__TEMPERATURE="0", MODEL__COMPILE="none")
+    service = start(
+        wait=False, SECURITY__API_KEY="", RATE_LIMIT__ENABLED="true", MODEL__TEMPERATURE="0", MODEL__COMPILE="none"
+    )
+    wait_for(lambda: ready(service), 180)
     folder = service.log.parent
     for name in ("models", "prompts"):
         (folder / name).symlink_to(ROOT / name)
