@@ -33,7 +33,7 @@ NEED_PYTHON = $(if $(PYTHON_PROBLEM),$(error Needs Python 3.11, 3.12 or 3.13, bu
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test test-native check check-all format-check lint lint-page vendor-page type-check imports lock-check format lock bench bench-overhead bench-remote bench-access load soak test-long test-clients test-vllm mlflow-server chaos fuzz \
-	build-docker run-docker stop-docker logs audit sbom licenses wheel clean
+	build-docker run-docker stop-docker logs audit sbom licenses wheel docs clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -138,8 +138,12 @@ licenses: $(VENV)/.installed-release ## List the licences of the service's libra
 wheel: $(VENV)/.installed-dev ## Build a wheel in dist; it serves from any folder: llm-service serve
 	@$(PY) -m hatchling build --target wheel
 
+docs: $(VENV)/.installed-docs ## Build the documentation as a site in site/; a dead link or anchor is an error
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
+	@echo "To read it: python3 -m http.server --directory site"
+
 clean: ## Remove what tools leave behind; keeps .venv and data
-	@rm -rf build dist htmlcov .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	@rm -rf build dist site htmlcov .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 # --- Docker ---
@@ -190,6 +194,10 @@ $(VENV)/.installed-bench: $(VENV)/.installed-dev
 
 $(VENV)/.installed-load: $(VENV)/.installed-dev
 	$(call STEP,what makes load,$(PIP_INSTALL) --editable '.[dev$(comma)load]')
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed-dev
+	$(call STEP,what builds the documentation,$(PIP_INSTALL) --editable '.[dev$(comma)docs]')
 	@touch $@
 
 $(VENV)/.installed-release: $(VENV)/.installed-dev

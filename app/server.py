@@ -21,13 +21,13 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from types import FrameType
 from typing import Any
-from urllib.parse import quote
 
 import structlog
 import uvicorn
 from fastapi import FastAPI
 
 from app.access.bootstrap_key import KEY_FILE, bootstrap_key
+from app.access.page_link import GOOD_SECONDS, new_code
 from app.config import Settings
 from app.config.variables import unread_variables
 from app.engine.base import LoadProgress
@@ -302,14 +302,27 @@ async def announce_when_ready(
     gc.collect()
     gc.freeze()
     if not quiet:
-        print(how_to_use(settings, port, show_key=sys.stdout.isatty()), flush=True)
+        code = page_code(settings) if sys.stdout.isatty() else None
+        print(how_to_use(settings, port, code=code), flush=True)
     return True
 
 
-def how_to_use(settings: Settings, port: int, *, show_key: bool = False) -> str:
+def page_code(settings: Settings) -> str | None:
+    """Return a code that signs a browser in once, with the key that the service made; None if there is no such key."""
+    key_file = settings.app.data_dir / KEY_FILE
+    if not settings.security.page or settings.security.api_key or not key_file.exists():
+        return None
+    try:
+        return new_code(settings.app.data_dir, time.time())
+    except OSError as error:
+        log.warning("there is no link for a browser: the data folder cannot be written", error=error.strerror)
+        return None
+
+
+def how_to_use(settings: Settings, port: int, *, code: str | None = None) -> str:
     """Return the lines printed at the start, with a curl command that works as printed.
 
-    Args: show_key: whether a link to the page may hold the key that the service made: on a terminal, and in no log.
+    Args: code: signs a browser in; for a terminal, and in no log.
     """
     host = settings.app.host
     shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host  # noqa: S104
@@ -320,8 +333,9 @@ def how_to_use(settings: Settings, port: int, *, show_key: bool = False) -> str:
     else:
         where, key = f"in {key_file}", f'"X-API-Key: $(cat {shlex.quote(str(key_file))})"'
     page = []
-    if settings.security.page and show_key and not settings.security.api_key and key_file.exists():
-        page = ["Talk to it in a browser, with this link that holds the key:", "", f"  {_link(url, key_file)}", ""]
+    if code:
+        good = f"works once, for {GOOD_SECONDS // 60} minutes"
+        page = [f"Talk to it in a browser, with this link that {good}:", "", f"  {url}/#key={code}", ""]
     elif settings.security.page:
         page = ["Talk to it in a browser: open that address, and enter the key."]
     return "\n".join(
@@ -337,11 +351,6 @@ def how_to_use(settings: Settings, port: int, *, show_key: bool = False) -> str:
             "",
         ]
     )
-
-
-def _link(url: str, key_file: Path) -> str:
-    """Return a link to the page with the key in its fragment, which a browser sends to nobody."""
-    return f"{url}/#key={quote(key_file.read_text(encoding='ascii').strip(), safe='')}"
 
 
 def _bind(host: str, port: int) -> socket.socket:

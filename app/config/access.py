@@ -14,9 +14,9 @@ class RateLimitConfig(Section):
 
     enabled: bool = True
     """False disables these defaults; the limits that a role or a key sets itself stay in force."""
-    requests_per_minute: NonNegativeInt = 10
+    requests_per_minute: NonNegativeInt = 60
     """Refill rate of the token bucket, in requests."""
-    burst_size: NonNegativeInt = 10
+    burst_size: NonNegativeInt = 60
     """Capacity of the token bucket in requests; 0 is the refill of one minute."""
     tokens_per_minute: NonNegativeInt = 100_000
     """Prompt and completion tokens: both the refill of a minute and the capacity of the bucket."""

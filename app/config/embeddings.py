@@ -17,7 +17,9 @@ class EmbeddingsConfig(Section):
     """A folder (source local) or a Hugging Face model id (source hub) of an encoder, best in the layout of
     sentence-transformers; empty: none is loaded."""
     source: Literal["local", "hub"] = "local"
+    """local (a folder) or hub."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto is a CUDA or Apple GPU where there is one, else the CPU."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Compute type, as for `model.dtype`; the vectors are float32."""
     revision: str | None = None

@@ -115,6 +115,7 @@ class ModelConfig(ModelHosting):
     """The name that clients see; unset is the model id, the name of the folder without its path, or the name in the
     registry."""
     device: DeviceName = "auto"
+    """auto is a CUDA or Apple GPU where there is one, else the CPU."""
     dtype: DtypeName = "auto"
     """Compute type.  auto: the checkpoint's type on a GPU; on a CPU bfloat16 if both the checkpoint and the CPU use it,
     otherwise float32 (always float32 with int8)."""

@@ -59,6 +59,7 @@ class AppConfig(Section):
     """The address of the service, and the folders of its files."""
 
     name: str = "LLM service"
+    """The name that the service gives itself at / and in /health."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 makes the service reachable from other machines."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
@@ -178,9 +179,11 @@ class CacheConfig(Section):
     """The response cache: an identical request of the same tenant gets the stored completion."""
 
     enabled: bool = True
+    """False neither stores nor finds completions."""
     size: PositiveInt = 100
     """Stored completions; the least recently used is evicted first."""
     ttl_seconds: PositiveFloat = 3600
+    """How long a stored completion is used."""
     persistent: Literal["auto", "off", "database", "redis"] = "auto"
     """Also store completions in the database or in Redis: they survive a restart and are shared by replicas.  With
     Redis, one replica generates what several are asked for.  auto is Redis where `redis.url` is set."""
@@ -198,6 +201,7 @@ class ChatHistoryConfig(Section):
     """Session memory: the history stored for a `session_id`."""
 
     enabled: bool = True
+    """False refuses requests with a `session_id`."""
     ttl_seconds: PositiveFloat = 7200
     """Lifetime of a session after its last turn."""
     max_turns: PositiveInt = 50
@@ -215,10 +219,13 @@ class PiiConfig(Section):
     """Filters for personal data in prompts and completions."""
 
     enabled: bool = True
+    """False looks for nothing, neither in texts nor in what is stored."""
     input: Literal["mask", "block", "off"] = "mask"
     """mask replaces it by placeholders such as [EMAIL], block refuses the request with 400."""
     output: Literal["mask", "off"] = "mask"
+    """mask replaces it in completions, off sends them as they are."""
     entities: tuple[PiiName, ...] = ("email", "phone", "card", "iban", "ssn", "ip", "api_key")
+    """The kinds that are looked for."""
     phone_regions: tuple[Annotated[str, Field(pattern=r"^[A-Z]{2}$")], ...] = (
         *("US", "GB", "IE", "DE", "AT", "CH", "FR", "BE", "NL", "ES", "PT", "IT", "SE", "PL", "UA", "RU", "TR", "IL"),
         *("SA", "AE", "EG", "ZA", "IN", "PK", "ID", "CN", "JP", "KR", "AU", "BR", "MX", "AR"),
@@ -277,17 +284,21 @@ class Settings(BaseSettings):
     huggingface_token: Annotated[SecretStr | None, AfterValidator(_blank_is_unset)] = None
     """For gated models; also read from HF_TOKEN."""
     hf_token: Annotated[SecretStr | None, AfterValidator(_blank_is_unset)] = None
+    """The same; `huggingface_token` takes precedence."""
     database_url: Annotated[SecretStr | None, AfterValidator(_blank_is_unset)] = None
     """Alias of `database.url`, with precedence over it."""
     mlflow_tracking_uri: str = ""
     """The variable of MLflow's own client; `mlflow.tracking_uri` takes precedence."""
     mlflow_tracking_username: Annotated[SecretStr | None, AfterValidator(_blank_is_unset)] = None
+    """Who the service is for the MLflow server, with the password."""
     mlflow_tracking_password: Annotated[SecretStr | None, AfterValidator(_blank_is_unset)] = None
+    """Of that user."""
     mlflow_tracking_token: Annotated[SecretStr | None, AfterValidator(_blank_is_unset)] = None
     """Instead of a name and a password."""
     otel_exporter_otlp_endpoint: Annotated[str, AfterValidator(checked_endpoint)] = ""
     """The collector that the spans of requests go to; empty: none are made."""
     otel_exporter_otlp_protocol: Annotated[str, AfterValidator(checked_protocol)] = ""
+    """http/protobuf, the only one, or empty."""
     langsmith: bool = False
     """Allow LangSmith tracing, which sends prompts and completions to its service if its own variables enable it."""
 

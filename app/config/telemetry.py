@@ -17,11 +17,13 @@ class LoggingConfig(Section):
     """One line per event on standard error, and in a file if configured."""
 
     level: LogLevel = "INFO"
+    """The least severe lines that are written."""
     levels: dict[str, LogLevel] = Field(default_factory=dict)
     """Levels of single loggers and of those below them, such as `app.engine: DEBUG`."""
     format: Literal["auto", "json", "console"] = "auto"
     """auto is console, lines for people, on a terminal without a log file, and json everywhere else."""
     file: Path | None = None
+    """Also write lines to this file, rotated, readable by its owner only."""
     max_bytes: PositiveInt = 10_485_760
     """Size at which the log file is rotated."""
     backups: NonNegativeInt = 3

@@ -38,6 +38,7 @@ CLIENTS = (
     Client("openai_chat.py", ("openai==3.57.0",)),
     Client("openai_responses.py", ("openai==3.57.0",)),
     Client("langchain_openai_chat.py", ("langchain-openai==1.7.4", "langgraph==1.2.24", "langchain==1.5.2")),
+    Client("llama_index_chat.py", ("llama-index-llms-openai-like==0.8.1",)),
     Client("litellm_completion.py", ("litellm==1.110.2",)),
     Client("instructor_record.py", ("instructor==1.17.0",)),
     Client("pydantic_ai_agent.py", ("pydantic-ai-slim[openai]==2.68.0",)),

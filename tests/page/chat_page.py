@@ -114,8 +114,10 @@ class Visit:
         return self.page.locator("#sessions a")
 
     async def open(self, key: str = ADMIN_KEY) -> None:
-        """Open the page by a link with the key."""
-        await self.page.goto(f"{self.url}/#key={key}")
+        """Open the page in a tab that has the key."""
+        await self.page.goto(f"{self.url}/page/icon.svg")
+        await self.page.evaluate("key => sessionStorage.setItem('llm-service-key', key)", key)
+        await self.page.goto(self.url)
         await expect(self.draft).to_be_visible()
 
     async def send(self, text: str) -> None:

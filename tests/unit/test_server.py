@@ -11,7 +11,7 @@ from pydantic import SecretStr
 
 from app.config import Settings
 from app.config.sections import AppConfig, SecurityConfig
-from app.server import announce_when_ready, how_to_use
+from app.server import announce_when_ready, how_to_use, page_code
 
 
 async def test_objects_alive_when_the_model_is_ready_are_frozen_for_the_garbage_collector(
@@ -51,17 +51,20 @@ async def test_how_to_use_it_is_printed_only_once_connections_are_accepted(capsy
     assert ("", True) == (before, "is ready" in capsys.readouterr().out)
 
 
-def test_a_terminal_gets_a_link_with_the_key_and_a_log_does_not(tmp_path: Path) -> None:
-    """Only the key that the service made; never one that the operator chose, nor where the page is switched off."""
+def test_a_terminal_gets_a_link_that_works_once_and_a_log_does_not(tmp_path: Path) -> None:
+    """Only for the key that the service made; not for one that the operator chose, nor where there is no page."""
     (tmp_path / "api_key").write_text("llm_secret-of-mine\n")
     app = AppConfig(data_dir=tmp_path)
     generated = Settings(app=app, security=SecurityConfig())
     chosen = Settings(app=app, security=SecurityConfig(api_key=SecretStr("chosen-by-me")))
     without = Settings(app=app, security=SecurityConfig(page=False))
 
-    assert "http://127.0.0.1:8000/#key=llm_secret-of-mine\n" in how_to_use(generated, 8000, show_key=True)
+    code = page_code(generated)
+    assert code is not None
+    assert f"http://127.0.0.1:8000/#key={code}\n" in how_to_use(generated, 8000, code=code)
+    assert [None, None] == [page_code(chosen), page_code(without)]
     assert "browser" in how_to_use(generated, 8000)
-    assert "browser" not in how_to_use(without, 8000, show_key=True)
-    for shown in (how_to_use(generated, 8000), how_to_use(chosen, 8000, show_key=True)):
+    assert "browser" not in how_to_use(without, 8000)
+    for shown in (how_to_use(generated, 8000, code=code), how_to_use(chosen, 8000)):
         assert "secret-of-mine" not in shown
         assert "chosen-by-me" not in shown

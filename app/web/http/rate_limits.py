@@ -33,7 +33,12 @@ LimitStates = Callable[[], Awaitable[Sequence[LimitState]]]
 
 
 def show_limits(scope: Scope, control: AdmissionControl) -> None:
-    """Let the response say what is left of the caller's limits, if nothing else does yet; counts nothing."""
+    """Let the response say what is left of the caller's limits, if nothing else does yet; counts nothing.
+
+    A caller that is not known, on a path that needs no key, has none.
+    """
+    if "principal" not in scope["state"]:
+        return
     scope["state"].setdefault(LIMIT_STATES, partial(control.limits, scope["state"]["principal"]))
 
 

@@ -7,7 +7,7 @@ import { ModelPicker } from "./models.js";
 import { SessionList } from "./sessions.js";
 import { changeSettings, requestFields } from "./settings.js";
 import { changeKey, signedIn } from "./signin.js";
-import { keyOfLink, store } from "./store.js";
+import { codeOfLink, store } from "./store.js";
 import { Thread } from "./thread.js";
 import { inOneLine } from "./words.js";
 
@@ -228,14 +228,21 @@ function showTheme() {
   byId("theme-button").textContent = `Theme: ${store.theme}`;
 }
 
-/** Take the key of a link, which may also be opened while the page is. */
-function takeLink() {
-  const key = keyOfLink();
-  if (key) store.keep(key, store.kept);
-  return key !== null;
+/** Exchange the code of a link, which may also be opened while the page is, for the key; returns what stood in the way. */
+async function takeLink() {
+  const code = codeOfLink();
+  if (code === null) return null;
+  try {
+    store.keep((await new Api("").send("POST", "page/key", { code })).key, store.kept);
+    return "";
+  } catch (error) {
+    return error.message;
+  }
 }
 
 showTheme();
-takeLink();
-addEventListener("hashchange", () => takeLink() && location.reload());
-new Page(new Api(await signedIn(store.key))).start();
+const problem = await takeLink();
+addEventListener("hashchange", async () => {
+  if ((await takeLink()) === "") location.reload();
+});
+new Page(new Api(await signedIn(store.key, problem ?? ""))).start();

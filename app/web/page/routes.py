@@ -4,19 +4,26 @@ The page works without a network.  Its policy allows no script and no style but 
 to another host; markup that a script makes has to come from the sanitizer (trusted types).
 """
 
+import time
 from functools import cache
 from hashlib import sha256
 from importlib.resources import files
 from importlib.resources.abc import Traversable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+from anyio.to_thread import run_sync
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
+from pydantic import StringConstraints
 from starlette.datastructures import Headers
 from starlette.routing import Match
 from starlette.types import Scope
 
-from app.errors import NotFound
+from app.access.bootstrap_key import bootstrap_key
+from app.access.page_link import MAX_CODE_CHARS, use_code
+from app.errors import NotFound, Unauthorized
+from app.web.http.dependencies import ContainerDep
+from app.web.http.json_body import StrictModel, StrictRoute
 
 _POLICY = "; ".join(
     [
@@ -42,6 +49,7 @@ _TYPES = {
 }
 """Media types of the files that are served, by the ends of their names; no other file is."""
 _FOLDERS = ("admin", "vendor")
+_KEY_PATH = "/page/key"
 
 
 class PageFile(NamedTuple):
@@ -87,11 +95,36 @@ def _read(file: Traversable) -> PageFile:
 
 def public_paths() -> frozenset[str]:
     """Return the exact paths that need no key; the page itself is at /, which needs none anyway."""
-    return frozenset(f"/page/{name}" for name in page_files())
+    return frozenset([_KEY_PATH, *(f"/page/{name}" for name in page_files())])
 
 
 router = APIRouter(include_in_schema=False)
 _document_router = APIRouter(include_in_schema=False, route_class=BrowserRoute)
+_key_router = APIRouter(include_in_schema=False, route_class=StrictRoute)
+
+
+class CodeOfLink(StrictModel):
+    """What a link to the page holds."""
+
+    code: Annotated[str, StringConstraints(min_length=1, max_length=MAX_CODE_CHARS)]
+
+
+class FirstKey(StrictModel):
+    """What the page gets for it."""
+
+    key: str
+
+
+@_key_router.post(_KEY_PATH)
+async def key_for_code(body: CodeOfLink, request: Request, container: ContainerDep) -> FirstKey:
+    """Exchange the code of a one-time link for the key that the service made; a wrong one counts as a wrong key."""
+    folder = container.settings.app.data_dir
+    generated = container.settings.security.api_key is None
+    if not generated or not await run_sync(use_code, folder, body.code, time.time()):
+        container.metrics.auth_failed()
+        await container.failed_keys.take_failure(request.scope)
+        raise Unauthorized("This link was used already, or is too old. Enter the key, or start the service again.")
+    return FirstKey(key=await run_sync(bootstrap_key, folder))
 
 
 @_document_router.get("/")
@@ -108,7 +141,7 @@ async def page_file(name: str, request: Request) -> Response:
     return _reply(file, request, {})
 
 
-router.routes[:0] = _document_router.routes
+router.routes[:0] = [*_document_router.routes, *_key_router.routes]
 
 
 def _reply(file: PageFile, request: Request, headers: dict[str, Any]) -> Response:

@@ -73,8 +73,8 @@ export const store = {
   },
 };
 
-/** The key of a link such as /#key=..., which is taken out of the address at once; null where there is none. */
-export function keyOfLink() {
+/** The code of a link such as /#key=..., which is taken out of the address at once; null where there is none. */
+export function codeOfLink() {
   const found = /^#key=(.+)$/.exec(location.hash);
   if (!found) return null;
   history.replaceState(null, "", location.pathname + location.search);

@@ -36,7 +36,7 @@ def test_a_lower_rate_brings_no_larger_burst_along():
 def test_without_any_word_the_configuration_holds():
     found = resolve(configured(RateLimitConfig(), QuotaConfig(monthly_tokens=9)))
 
-    assert (9, 10, 10) == (found.monthly_tokens, found.requests_per_minute, found.burst)
+    assert (9, 60, 60) == (found.monthly_tokens, found.requests_per_minute, found.burst)
 
 
 def test_every_mention_of_the_limits_agrees_with_their_description(subtests):
