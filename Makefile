@@ -86,9 +86,12 @@ format: $(VENV)/.installed-dev ## Format the code and fix what ruff, and where n
 vendor-page: $(VENV)/.installed ## Fetch the JavaScript libraries of the chat page, in the versions of scripts/vendor_page.py (needs npm)
 	@$(PY) -m scripts.vendor_page
 
-bench: $(VENV)/.installed-bench ## Measure the service beside other servers, OpenVINO GenAI among them (installed in .cache, 2 GB): an hour, or minutes with ARGS=--quick
-	@openvino=$$($(PY) -m tests.upstreams.environments openvino) || echo "OpenVINO GenAI cannot be installed here." >&2; \
-	$(PY) -m bench.serve $${openvino:+--openvino "$$openvino"} $(ARGS)
+bench: $(VENV)/.installed-bench ## Measure the service beside vLLM, OpenVINO GenAI, llama.cpp (installed in .cache, 6 GB) and transformers: hours, or minutes with ARGS=--quick
+	@peers=; for peer in vllm openvino llama-cpp; do \
+		if folder=$$($(PY) -m tests.upstreams.environments $$peer); then peers="$$peers --$$peer $$folder"; \
+		else echo "$$peer cannot be installed here, and is left out." >&2; fi; \
+	done; \
+	$(PY) -m bench.serve $$peers $(ARGS)
 
 bench-overhead: $(VENV)/.installed-dev ## Measure what the service costs beside a bare route (ARGS="--profile FOLDER": where its time goes)
 	@$(PY) -m bench.overhead $(ARGS)

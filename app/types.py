@@ -194,12 +194,13 @@ class StepTimes:
     way: str
     """The way that computes such steps."""
     milliseconds: dict[str, float]
-    """By way."""
+    """By way, of those that were measured: slow ones are not with long prompts."""
 
     def __str__(self) -> str:
         """Describe it in one line, the way that is used first."""
-        others = [f"{way} {taken:g} ms" for way, taken in self.milliseconds.items() if way != self.way]
-        return f"{self.kind} {self.tokens}: " + "; ".join([f"{self.way} {self.milliseconds[self.way]:g} ms", *others])
+        taken = {self.way: self.milliseconds.get(self.way), **self.milliseconds}
+        ways = [way if each is None else f"{way} {each:g} ms" for way, each in taken.items()]
+        return f"{self.kind} {self.tokens}: " + "; ".join(ways)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,12 +24,8 @@ from typing import Any
 
 import openvino
 import openvino_genai
-import uvicorn
-from fastapi import FastAPI
-from fastapi.responses import StreamingResponse
-from tokenizers.decoders import DecodeStream
-from transformers import AutoTokenizer
 
+from bench.token_server import serve
 from bench.words import token_ids
 
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
@@ -122,39 +118,6 @@ def _push(pushed: Sequence[Pushed]) -> None:
         portions.put_nowait(found)
 
 
-def create_app(batcher: Batcher, tokenizer: Any) -> FastAPI:
-    """Return the application: OpenAI's two routes, which stream only."""
-    app = FastAPI()
-
-    async def frames(ids: Sequence[int], max_tokens: int, *, chat: bool) -> AsyncIterator[str]:
-        stream, completion_tokens = DecodeStream(skip_special_tokens=True), 0
-        async for portion in batcher.tokens(ids, max_tokens):
-            completion_tokens += len(portion)
-            text = "".join(stream.step(tokenizer.backend_tokenizer, token) or "" for token in portion)
-            choice = {"index": 0, **({"delta": {"content": text}} if chat else {"text": text})}
-            yield _frame({"choices": [choice]})
-        yield _frame({"choices": [], "usage": {"prompt_tokens": len(ids), "completion_tokens": completion_tokens}})
-        yield "data: [DONE]\n\n"
-
-    def streamed(ids: Sequence[int], body: dict[str, Any], *, chat: bool) -> StreamingResponse:
-        return StreamingResponse(frames(ids, body["max_tokens"], chat=chat), media_type="text/event-stream")
-
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
-
-    @app.post("/v1/completions")
-    async def completions(body: dict[str, Any]) -> StreamingResponse:
-        return streamed(tokenizer(body["prompt"])["input_ids"], body, chat=False)
-
-    @app.post("/v1/chat/completions")
-    async def chat_completions(body: dict[str, Any]) -> StreamingResponse:
-        text = tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, tokenize=False)
-        return streamed(tokenizer(text, add_special_tokens=False)["input_ids"], body, chat=True)
-
-    return app
-
-
 def answer_jobs(pipeline: Any) -> None:
     """Print "ready", and for each line of standard input the seconds that its batch takes."""
     print("ready", flush=True)
@@ -173,10 +136,6 @@ def answer_jobs(pipeline: Any) -> None:
             raise RuntimeError(f"{job['new']} tokens were wanted, and {found} came")
 
 
-def _frame(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content)}\n\n"
-
-
 def main() -> None:
     """Export and load the model, and serve it or take jobs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -189,8 +148,7 @@ def main() -> None:
     if arguments.port is None:
         answer_jobs(pipeline)
     else:
-        app = create_app(Batcher(pipeline), AutoTokenizer.from_pretrained(arguments.model))
-        uvicorn.run(app, host="127.0.0.1", port=arguments.port, log_level="warning")
+        serve(Batcher(pipeline), arguments.model, arguments.port)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ class Setup:
     """A virtual environment that has vLLM, or its `vllm` program."""
     openvino: Path | None = None
     """A virtual environment that has OpenVINO GenAI."""
+    llama_cpp: Path | None = None
+    """A virtual environment that has llama-cpp-python."""
 
 
 class Peer(ABC):
@@ -225,7 +227,25 @@ class OpenVino(OpenAiPeer):
         return openvino_environment(setup)
 
 
-PEERS: tuple[Peer, ...] = (Ours(), TransformersServe(), ContinuousServe(), Vllm(), OpenVino())
+class LlamaCpp(OpenAiPeer):
+    """llama.cpp by its Python package, from an environment of its own; one request at a time, as the package serves."""
+
+    name, title = "llama-cpp", "llama-cpp-python"
+
+    def missing(self, setup: Setup) -> str | None:
+        if setup.llama_cpp is None:
+            return "no installation given (--llama-cpp)"
+        return None if _python(setup.llama_cpp).is_file() else f"there is no {_python(setup.llama_cpp)}"
+
+    def command(self, setup: Setup, port: int) -> list[str]:
+        options = ["--dtype", setup.dtype, "--threads", str(setup.threads), "--port", str(port)]
+        return [str(_python(setup.llama_cpp or Path())), "-m", "bench.llama_cpp_server", str(setup.model), *options]
+
+    def environment(self, setup: Setup) -> dict[str, str]:
+        return _foreign_environment(setup)
+
+
+PEERS: tuple[Peer, ...] = (Ours(), TransformersServe(), ContinuousServe(), Vllm(), OpenVino(), LlamaCpp())
 
 
 def openvino_command(setup: Setup) -> list[str]:
@@ -235,7 +255,12 @@ def openvino_command(setup: Setup) -> list[str]:
 
 
 def openvino_environment(setup: Setup) -> dict[str, str]:
-    """Return the environment that it is started in: it reads our benchmark, and none of our libraries."""
+    """Return the environment that it is started in."""
+    return _foreign_environment(setup)
+
+
+def _foreign_environment(setup: Setup) -> dict[str, str]:
+    """Return the environment of a program that reads our benchmark, and none of our libraries."""
     return {**_without_our_libraries(), **_thread_settings(setup), "PYTHONPATH": str(ROOT)}
 
 

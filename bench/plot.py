@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from bench.load import LOADS
 from bench.peers import PEERS
 
-_BARS = ("#1b6ca8", "#b8b8b8", "#7a7a7a", "#d98e32", "#3a8f5c")
+_BARS = ("#1b6ca8", "#b8b8b8", "#7a7a7a", "#d98e32", "#3a8f5c", "#8c564b")
 COLOURS = dict(zip((peer.name for peer in PEERS), _BARS, strict=True))
 PANELS = (
     ("tokens_per_second", "tokens per second (more is better)"),

@@ -44,7 +44,8 @@ Every server runs with its defaults but for two: `--continuous-batching` gets a 
 1024 tokens a step, without which it is many times slower on a CPU, and vLLM (its CPU build, if it is there) all cores,
 where by itself it keeps one free, and the OpenMP library that it asks for. OpenVINO GenAI has no server for a processor
 alone in Python: its continuous batching stands behind a few lines of HTTP (`bench/openvino_server.py`), with weights,
-arithmetic and KV cache in the type of all others.
+arithmetic and KV cache in the type of all others. So does llama.cpp by its Python package, which computes one request
+at a time (`bench/llama_cpp_server.py`).
 
 {machine}
 

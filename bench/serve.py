@@ -1,6 +1,7 @@
 """Measure this service beside other servers of the same model, in one run, over HTTP.
 
-    python -m bench.serve [--quick] [--only ours,serve] [--loads c8,chat] [--vllm PATH] [--openvino PATH] [--write]
+    python -m bench.serve [--quick] [--only ours,serve] [--loads c8,chat] [--vllm PATH] [--openvino PATH]
+                          [--llama-cpp PATH] [--write]
 
 The servers get a generated model (`bench.model`), the same type and threads, and the same loads (`bench.load`).  All
 are started, but only one is awake at a time, and they take turns within each round: what slows the machine down hits
@@ -197,6 +198,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="by default all cores")
     parser.add_argument("--vllm", type=Path, help="virtual environment with vLLM, or its vllm program")
     parser.add_argument("--openvino", type=Path, help="virtual environment with OpenVINO GenAI")
+    parser.add_argument("--llama-cpp", type=Path, help="virtual environment with llama-cpp-python")
     parser.add_argument("--shape", choices=("135m", "tiny"), default="135m", help="tiny only tries the program out")
     parser.add_argument("--quick", action="store_true", help="a minute or two; writes nothing unless --out says where")
     parser.add_argument("--out", type=Path, help="folder for serve.json and serve.png (docs/benchmarks)")
@@ -228,7 +230,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         system = text(random.Random(0), SYSTEM_WORDS).strip()
         dtype: Dtype = "bfloat16" if (arguments.dtype or fastest) == "bfloat16" else "float32"
-        setup = Setup(model, dtype, arguments.threads, Path(folder), system, arguments.vllm, arguments.openvino)
+        peers = {"vllm": arguments.vllm, "openvino": arguments.openvino, "llama_cpp": arguments.llama_cpp}
+        setup = Setup(model, dtype, arguments.threads, Path(folder), system, **peers)
         run = run_all(arguments, setup)
     result = report.result(run.measured, run.engine, run.memory, run.missing, setup, arguments.rounds)
     print(report.tables(result))

@@ -40,8 +40,28 @@ struct Cache {
     }
 };
 
+// Whether the checks are made in tiles.
+bool in_tiles = false;
+
+// As llmk_attend, in tiles.
+void attend_in_tiles(const Cache& cache, const std::vector<kv_t>& q, const Batch& batch, float scale, kv_t* out) {
+    Attention attention(true);
+    const AttentionMetadata metadata{batch.slots.data(), batch.begin_key.data(), batch.end_key.data()};
+    for (TokenSegment segment : split_segments(metadata.slots, metadata.end_key, batch.tokens()))
+        for (int64_t head = 0; head < NUM_KV_HEADS; head++)
+            attention.attend(q.data(), cache.keys.data(), cache.values.data(), out, metadata, segment, head, LENGTH,
+                             scale);
+#ifdef LLMK_HAVE_TILES
+    Tiles::release();
+#endif
+}
+
 std::vector<kv_t> attend(const Cache& cache, const std::vector<kv_t>& q, const Batch& batch, float scale, int threads) {
     std::vector<kv_t> out(q.size(), narrow<kv_t>(NAN));
+    if (in_tiles) {
+        attend_in_tiles(cache, q, batch, scale, out.data());
+        return out;
+    }
     llmk_attend(q.data(), cache.keys.data(), cache.values.data(), out.data(), batch.slots.data(),
                 batch.begin_key.data(), batch.end_key.data(), batch.tokens(), LENGTH, scale, threads);
     return out;
@@ -169,11 +189,21 @@ void check_write_kv() {
 
 }  // namespace
 
-int main() {
+void check_all() {
     const Cache cache;
     check_shapes(cache);
     check_batch_invariance(cache);
     check_extreme_scores();
     check_isolation();
+}
+
+int main() {
+    check_all();
     check_write_kv();
+#ifdef LLMK_HAVE_TILES
+    if (BF16) {
+        in_tiles = true;
+        check_all();
+    }
+#endif
 }

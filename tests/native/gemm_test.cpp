@@ -72,7 +72,7 @@ void check_emulated_tiles() {
     EmulatedTiles tiles(3);
     float sums[3][2 * NR];
     for (int64_t times = 1; times <= 2; times++) {
-        tiles.multiply(x.data(), 40, left.data(), right.data());
+        tiles.multiply(x.data(), 40, left.data(), right.data(), 2 * NR);
         tiles.store(sums[0]);
         for (int64_t token = 0; token < 3; token++)
             for (int64_t output = 0; output < NR; output++) {

@@ -67,7 +67,8 @@ def tests(build: Build) -> Iterator[tuple[str, tuple[str, ...]]]:
         (2, 3, 64, "bfloat16"),
         (1, 7, 80, "bfloat16"),
     ):
-        yield "attention", heads(kv_heads, queries, size, kv)
+        tiles = (EMULATED_TILES,) if kv == "bfloat16" else ()
+        yield "attention", (*heads(kv_heads, queries, size, kv), *tiles)
     for weight, head in (("float", "int8_t"), ("int8_t", "float"), ("float16", "float16"), ("bfloat16", "bfloat16")):
         # With SSE2 alone the processor does not convert float16, and the service stores no weights in it.
         if weight == "float16" and build.name == "sse2":

@@ -21,6 +21,11 @@ OPENVINO = Client(
     without=("torchvision",),
 )
 """Its continuous batching, and what exports a model for it; PyPI's torchvision is for another torch."""
+LLAMA_CPP = Client(
+    "llama_cpp",
+    ("llama-cpp-python==0.3.36", "gguf==0.19.0", "transformers==5.23.0", "fastapi==0.165.0", "uvicorn==0.54.0"),
+)
+"""Compiled here, for this processor: minutes."""
 
 
 def vllm() -> Path:
@@ -40,6 +45,11 @@ def openvino() -> Path:
     return installed(OPENVINO)
 
 
+def llama_cpp() -> Path:
+    """Return the folder of llama-cpp-python's environment, after compiling and installing it if need be."""
+    return installed(LLAMA_CPP)
+
+
 def _name_it_vllm(folder: Path) -> None:
     """Let the package of the CPU build be found under the name by which vLLM asks for its own version."""
     packages = next((folder / "lib").glob("python*/site-packages"))
@@ -49,4 +59,4 @@ def _name_it_vllm(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    print({"vllm": vllm, "litellm": litellm, "openvino": openvino}[sys.argv[1]]())  # noqa: T201
+    print({"vllm": vllm, "litellm": litellm, "openvino": openvino, "llama-cpp": llama_cpp}[sys.argv[1]]())  # noqa: T201

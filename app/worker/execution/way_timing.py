@@ -7,8 +7,9 @@ in a step of the whole model.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,12 +33,14 @@ LARGE_STEP_TOKENS = 64
 """Steps of so many tokens compute for so long that fewer layers show it."""
 LARGE_STEP_WEIGHTS = 20_000_000
 BUDGET_SECONDS = 1.0
-"""For all ways together; a round over all steps is finished."""
+"""For all ways together; each step is measured once whatever it takes."""
 MAX_ROUNDS = 4
 CONTENDER = 1.5
-"""A way that takes so many times as long as the best, whatever the step, is not measured again."""
+"""A way that takes so many times as long as the best is not measured again, and not with longer prompts."""
 MAX_WAITED = 0.2
 """Share of the time that threads may have waited for a processor; of a busier machine the times say nothing."""
+MIN_OBSERVED_SECONDS = 0.1
+"""For how long a machine is observed before it is called busy."""
 MAX_STEP_SECONDS = 0.5
 """Prompts that would take longer are left out: shorter ones show what a token costs."""
 
@@ -51,6 +54,10 @@ class Measurement(NamedTuple):
     table: TimeTable
     """Without times where the machine was too busy."""
     failures: Mapping[str, Exception]
+
+
+class _BusyMachineError(Exception):
+    """Other programs use the processors."""
 
 
 def shapes_of(cache: KVCache) -> list[Shape]:
@@ -71,12 +78,12 @@ class WayTimer:
         shapes = shapes_of(runner.cache)
         self._small = [shape for shape in shapes if shape.tokens < LARGE_STEP_TOKENS]
         self._large = [shape for shape in shapes if shape.tokens >= LARGE_STEP_TOKENS]
-        ways = sum(len(layout.ways(runner.model, runner.cache)) for layout in layouts)
-        self._limit = BUDGET_SECONDS / (2 * ways)
+        self._names = [name for layout in layouts for name in layout.ways(runner.model, runner.cache)]
+        self._limit = BUDGET_SECONDS / (2 * len(self._names))
         self._seconds: dict[str, dict[Shape, float]] = {}
         self._failures: dict[str, Exception] = {}
-        self._measured = self._waited = 0.0
-        """Seconds of all rounds, and for how long threads waited in them."""
+        self._observed = self._waited = 0.0
+        """Seconds of all measurements, and for how long threads waited in them."""
 
     @torch.inference_mode()
     def measure(self) -> Measurement:
@@ -84,18 +91,22 @@ class WayTimer:
 
         Raises: ValueError: the model cannot be copied.
         """
-        for layout in self._layouts:
-            # Few layers prove what a way computes as well as many do.
-            self._measure(layout, LARGE_STEP_WEIGHTS, self._large, self._verify)
-            self._measure(layout, SMALL_STEP_WEIGHTS, self._small, _install)
-        usable = {name: times for name, times in self._seconds.items() if name not in self._failures}
-        busy = self._waited > MAX_WAITED * self._measured
-        shapes = set.intersection(*map(set, usable.values())) if usable and not busy else set()
-        table = {name: _plausible({shape: times[shape] for shape in shapes}) for name, times in usable.items()}
+        with suppress(_BusyMachineError):
+            for layout in self._layouts:
+                # Few layers prove what a way computes as well as many do.
+                self._measure(layout, LARGE_STEP_WEIGHTS, self._large, self._verify)
+                self._measure(layout, SMALL_STEP_WEIGHTS, self._small, _install)
+        if self._is_busy():
+            self._seconds.clear()
+        usable = [name for name in self._names if name not in self._failures]
+        table = {name: _plausible(self._seconds.get(name, {})) for name in usable}
         return Measurement(TimeTable(table), self._failures)
 
     def _measure(self, layout: Layout, weights: int, shapes: Sequence[Shape], install: Verify) -> None:
-        """Time steps of some shapes on layers with so many weights."""
+        """Time steps of some shapes on layers with so many weights.
+
+        Raises: _BusyMachineError.
+        """
         model, scale = sample_model(self._runner.model, weights if layout.packs else None)
         cache = self._runner.cache
         sample = ModelRunner(model, cache, TransformersForward(model, cache), noise=self._runner.noise)
@@ -104,48 +115,66 @@ class WayTimer:
                 continue
             try:
                 install(sample, way)
-                times = self._times(sample, way, shapes, scale)
-            except (torch.OutOfMemoryError, MemoryError, torch.AcceleratorError):
+                self._time(name, shapes, partial(self._run, sample, way, scale))
+            except (torch.OutOfMemoryError, MemoryError, torch.AcceleratorError, _BusyMachineError):
                 raise
             except Exception as error:  # noqa: BLE001  # compilers and private operators fail in any way
                 self._failures[name] = error
-            else:
-                self._seconds.setdefault(name, {}).update(times)
+                self._seconds.pop(name, None)
 
-    def _times(self, sample: ModelRunner, way: Executor, shapes: Sequence[Shape], scale: float) -> dict[Shape, float]:
-        """Measure steps in rounds, so that what disturbs one run of a step spares another; return the least of each.
+    def _time(self, name: str, shapes: Sequence[Shape], run: Callable[[Shape], float]) -> None:
+        """Measure steps in rounds, so that what disturbs one run of a step spares another; the least of each counts.
 
         Whatever else goes on only adds to a time.
+
+        Raises: _BusyMachineError.
+        """
+        began, best = time.perf_counter(), self._seconds.setdefault(name, {})
+        for shape in shapes:
+            if self._is_worth_measuring(name, shape):
+                best[shape] = run(shape)
+        again = [shape for shape in shapes if shape in best]
+        for shape in again * (MAX_ROUNDS - 1):
+            if time.perf_counter() - began > self._limit or not self._is_contender(name, again):
+                return
+            best[shape] = min(best[shape], run(shape))
+
+    def _run(self, sample: ModelRunner, way: Executor, scale: float, shape: Shape) -> float:
+        """Return the seconds that a step would take on the whole model.
+
+        Raises: _BusyMachineError: threads have waited for a processor, in this step or those before it.
         """
         began, waited = time.perf_counter(), waited_seconds()
-        best = {shape: scale * seconds for shape, seconds in _round(sample, way, shapes)}
-        for _ in range(MAX_ROUNDS - 1):
-            if not self._is_contender(best):
-                break
-            best |= {shape: min(best[shape], scale * seconds) for shape, seconds in _round(sample, way, [*best])}
-            if time.perf_counter() - began > self._limit:
-                break
-        self._measured += time.perf_counter() - began
-        self._waited += waited_seconds() - waited
-        return best
-
-    def _is_contender(self, times: Mapping[Shape, float]) -> bool:
-        return any(
-            seconds
-            < CONTENDER * min((known.get(shape, math.inf) for known in self._seconds.values()), default=math.inf)
-            for shape, seconds in times.items()
-        )
-
-
-def _round(sample: ModelRunner, way: Executor, shapes: Sequence[Shape]) -> Iterator[tuple[Shape, float]]:
-    """Measure ever larger steps, but none that will take too long."""
-    token_seconds = 0.0
-    for shape in shapes:
-        if token_seconds * shape.tokens > MAX_STEP_SECONDS:
-            return
         seconds = step_seconds(sample, way, shape)
-        yield shape, seconds
-        token_seconds = seconds / shape.tokens if shape.tokens >= LARGE_STEP_TOKENS else 0
+        self._observed += time.perf_counter() - began
+        self._waited += waited_seconds() - waited
+        if self._observed > MIN_OBSERVED_SECONDS and self._is_busy():
+            raise _BusyMachineError
+        return scale * seconds
+
+    def _is_busy(self) -> bool:
+        return self._waited > MAX_WAITED * self._observed
+
+    def _is_worth_measuring(self, name: str, shape: Shape) -> bool:
+        """Return whether a step neither takes too long, nor surely longer than in another way, as shorter ones show."""
+        known = [(each.tokens, seconds) for each, seconds in self._seconds[name].items() if each.kind == "prompt"]
+        shorter = sorted(each for each in known if each[0] < shape.tokens)[-2:]
+        if shape.kind == "decode" or not shorter:
+            return True
+        tokens, seconds = shorter[-1]
+        if seconds / tokens * shape.tokens > MAX_STEP_SECONDS:
+            return False
+        if len(shorter) < 2:
+            return True
+        # Beyond two known prompts on the line through them: short ones alone say little about a token of a long one.
+        token_seconds = (seconds - shorter[0][1]) / (tokens - shorter[0][0])
+        return seconds + token_seconds * (shape.tokens - tokens) < CONTENDER * self._best(shape)
+
+    def _is_contender(self, name: str, shapes: Sequence[Shape]) -> bool:
+        return any(self._seconds[name][shape] < CONTENDER * self._best(shape) for shape in shapes)
+
+    def _best(self, shape: Shape) -> float:
+        return min((times.get(shape, math.inf) for times in self._seconds.values()), default=math.inf)
 
 
 def _plausible(times: Mapping[Shape, float]) -> dict[Shape, float]:

@@ -50,9 +50,9 @@ class TimeTable:
     """What steps of some shapes took in each way, in seconds; steps of other sizes lie between them."""
 
     def __init__(self, seconds: Mapping[str, Mapping[Shape, float]]) -> None:
-        """Args: seconds: by way, the usual one first; all have the same shapes, or none where nothing was measured."""
+        """Args: seconds: by way, the usual one first; slow ways may lack long prompts, and all lack all if unmeasured."""
         self.seconds = seconds
-        self.shapes: Sequence[Shape] = sorted(next(iter(seconds.values()), {}))
+        self.shapes: Sequence[Shape] = sorted({shape for times in seconds.values() for shape in times})
 
     def without(self, way: str) -> "TimeTable":
         """Return the table of the other ways."""
@@ -121,7 +121,7 @@ class TimeTable:
         return below[1] + max(0, share) * (above[1] - below[1])
 
     def _sorted(self, way: str) -> Iterator[tuple[Shape, float]]:
-        return ((shape, self.seconds[way][shape]) for shape in self.shapes)
+        return ((shape, self.seconds[way][shape]) for shape in self.shapes if shape in self.seconds[way])
 
     def describe(self, ways: Collection[str]) -> tuple[StepTimes, ...]:
         """Return the table with the way that is taken for each shape, for people."""
@@ -130,7 +130,9 @@ class TimeTable:
                 kind=shape.kind,
                 tokens=shape.tokens,
                 way=self.fastest(ways, shape),
-                milliseconds={name: round(1000 * times[shape], 3) for name, times in self.seconds.items()},
+                milliseconds={
+                    name: round(1000 * times[shape], 3) for name, times in self.seconds.items() if shape in times
+                },
             )
             for shape in self.shapes
         )

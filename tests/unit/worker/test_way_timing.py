@@ -17,7 +17,7 @@ from torch import Tensor
 from app.ipc.interpreter import CODE_FOLDERS
 from app.ipc.messages import Ready, decode_from_worker, encode
 from app.worker.execution import way_timing
-from app.worker.execution.base import ExecutorUnavailableError
+from app.worker.execution.base import ExecutorUnavailableError, OptionalExecutor
 from app.worker.execution.executor_selection import WaySelection, cpu_layouts, install_verified
 from app.worker.execution.kv_cache import KVCache
 from app.worker.execution.model_runner import ModelRunner
@@ -42,7 +42,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where tables are kept: no other test's are found."""
     monkeypatch.setattr("app.worker.execution.timing_cache.in_code_folder", lambda use: use(tmp_path))
     monkeypatch.setattr(way_timing, "waited_seconds", lambda: 0)  # however busy the machine of the tests is
+    monkeypatch.setattr(way_timing, "time", Clock)
     return tmp_path
+
+
+class Clock:
+    """The real one and what ways delay: so much that nothing else on the machine takes as long."""
+
+    delays = 0.0
+
+    @classmethod
+    def perf_counter(cls) -> float:
+        return time.perf_counter() + cls.delays
 
 
 def runner_of(family: str = "llama", dtype: torch.dtype = torch.float32, slots: int = 8) -> ModelRunner:
@@ -64,7 +75,7 @@ class Delayed(TransformersForward):
     def forward(self, batch: PackedBatch) -> Tensor:
         self.sizes.append(batch.size)
         if self.delays(batch):
-            time.sleep(0.02)
+            Clock.delays += 5
         return super().forward(batch)
 
 
@@ -131,28 +142,58 @@ def test_steps_are_measured_as_far_as_the_kv_cache_has_room() -> None:
 
 
 def test_a_measurement_ends_with_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each step once at least; long prompts that would take too long are left out for all ways."""
+    """Each step once; long prompts that would take too long are left out."""
     monkeypatch.setattr(way_timing, "BUDGET_SECONDS", 0)
     monkeypatch.setattr(way_timing, "LARGE_STEP_TOKENS", 16)
-    monkeypatch.setattr(way_timing, "MAX_STEP_SECONDS", 0.15)
+    monkeypatch.setattr(way_timing, "MAX_STEP_SECONDS", 1500)
     runner, seen = runner_of(slots=1), list[int]()
 
     class Counted(TransformersForward):
         def forward(self, batch: PackedBatch) -> Tensor:
             seen.append(batch.size)
-            time.sleep(0.004 * batch.size if batch.size in {16, 64} else 0)
+            Clock.delays += 40 * batch.size if batch.size in {16, 64} else 0
             return super().forward(batch)
 
     layouts = [Layout("counted", lambda model, cache: {"counted": Counted(model, cache)}), delayed("other", never)]
     table, _ = WayTimer(runner, layouts, lambda _sample, way: way.install()).measure()
 
-    assert [("decode", 1), ("prompt", 16)] == list(table.shapes)
-    assert {"counted", "other"} == set(table.seconds)
-    assert [16, 16, 1, 1] == seen
+    assert {("decode", 1), ("prompt", 16)} == set(table.seconds["counted"])
+    assert {("decode", 1), ("prompt", 16), ("prompt", 64)} == set(table.seconds["other"])
+    assert [16, 1] == seen
+
+
+def test_a_way_that_is_slow_for_every_prompt_is_not_measured_with_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As two shorter ones show; one whose tokens become cheaper is."""
+    monkeypatch.setattr(way_timing, "PROMPTS", (8, 16, 64))
+    monkeypatch.setattr(way_timing, "LARGE_STEP_TOKENS", 8)
+    times = {"fast": (1, 2, 8), "slow": (2, 4, 16), "soon as fast": (2, 2.1, 3)}
+
+    def seconds(_sample: ModelRunner, way: Any, shape: Shape) -> float:
+        return 0.001 * (1 if shape.kind == "decode" else times[way.name][(8, 16, 64).index(shape.tokens)])
+
+    class Named(TransformersForward):
+        name = ""
+
+    def layout(name: str) -> Layout:
+        return Layout(name, lambda model, cache: {name: type(name, (Named,), {"name": name})(model, cache)})
+
+    monkeypatch.setattr(way_timing, "step_seconds", seconds)
+    runner = runner_of(slots=1)
+    table, _ = WayTimer(runner, [*map(layout, times)], install_without_proof).measure()
+
+    assert {"fast": True, "slow": False, "soon as fast": True} == {
+        name: Shape("prompt", 64) in known for name, known in table.seconds.items()
+    }
+    assert "soon as fast" == table.fastest([*times], Shape("prompt", 64))
+    described = {str(each).partition(":")[0]: str(each) for each in table.describe([*times])}
+    assert "slow 4 ms" in described["prompt 16"]
+    assert "slow" not in described["prompt 64"]
 
 
 def test_a_disturbed_run_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """The least of the runs does, and no step takes longer than a larger one."""
+    monkeypatch.setattr(way_timing, "BUDGET_SECONDS", 10)
+    monkeypatch.setattr(way_timing, "MAX_STEP_SECONDS", 10_000)
     runner, runs = runner_of(slots=4), list[Shape]()
 
     def disturbed(sample: ModelRunner, way: Any, shape: Shape) -> float:
@@ -181,6 +222,24 @@ def test_times_of_a_busy_machine_decide_nothing(
     assert "too busy" in caplog.text
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
     assert ((), []) == (runner.step_times, list(folder.iterdir()))
+
+
+def test_a_busy_machine_is_noticed_after_the_first_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There they take a hundred times as long, and a load would take minutes."""
+    monkeypatch.setattr(way_timing, "MIN_OBSERVED_SECONDS", 12)
+    waited = itertools.count(step=5)
+    monkeypatch.setattr(way_timing, "waited_seconds", lambda: next(waited))
+    runner, ways = runner_of(), list[Delayed]()
+
+    def layout(model: Any, cache: KVCache) -> dict[str, OptionalExecutor]:
+        ways.append(Delayed(model, cache, always))
+        return {"slow": ways[-1]}
+
+    layouts = [Layout("slow", layout), delayed("other", never)]
+    table, _ = WayTimer(runner, layouts, install_without_proof).measure()
+
+    assert {"slow": {}, "other": {}} == table.seconds
+    assert 3 == sum(len(way.sizes) for way in ways)
 
 
 def test_a_thread_that_gets_no_processor_waits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,6 +344,7 @@ def test_the_second_load_of_a_model_measures_nothing(folder: Path, monkeypatch: 
         b"\xff{",
         b"[]",
         b'{"seconds": {"a": [["decode", 1, -1.0]]}, "failures": {}}',
+        b'{"seconds": {"a": [["decode", 1, 1.0]], "b": []}, "failures": {}}',
         b'{"seconds": {}, "failures": {}}',
     ],
 )

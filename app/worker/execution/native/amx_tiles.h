@@ -41,12 +41,12 @@ class EmulatedTiles {
 
     explicit EmulatedTiles(int64_t tokens) : tokens_(tokens) {}
 
-    // Accumulate TILE_INPUTS inputs of x (tokens, stride) with as many of two panels.
-    void multiply(const bfloat16* x, int64_t stride, const bfloat16* left, const bfloat16* right) {
+    // Accumulate TILE_INPUTS inputs of x (tokens, stride) with as many of two panels, whose lines are `line` apart.
+    void multiply(const bfloat16* x, int64_t stride, const bfloat16* left, const bfloat16* right, int64_t line) {
         for (int64_t token = 0; token < tokens_; token++)
             for (int64_t output = 0; output < NR; output++) {
-                accumulate(x + token * stride, left + 2 * output, sums_[token][output]);
-                accumulate(x + token * stride, right + 2 * output, sums_[token][NR + output]);
+                accumulate(x + token * stride, left + 2 * output, line, sums_[token][output]);
+                accumulate(x + token * stride, right + 2 * output, line, sums_[token][NR + output]);
             }
     }
 
@@ -54,11 +54,11 @@ class EmulatedTiles {
     void store(float* sums) const { std::memcpy(sums, sums_, tokens_ * sizeof sums_[0]); }
 
   private:
-    static void accumulate(const bfloat16* x, const bfloat16* weights, float& sum) {
+    static void accumulate(const bfloat16* x, const bfloat16* weights, int64_t line, float& sum) {
         float even = 0.0f, odd = 0.0f;
         for (int64_t pair = 0; pair < TILE_ROWS; pair++) {
-            even = std::fma(to_float(x[2 * pair]), to_float(weights[pair * 2 * NR]), even);
-            odd = std::fma(to_float(x[2 * pair + 1]), to_float(weights[pair * 2 * NR + 1]), odd);
+            even = std::fma(to_float(x[2 * pair]), to_float(weights[pair * line]), even);
+            odd = std::fma(to_float(x[2 * pair + 1]), to_float(weights[pair * line + 1]), odd);
         }
         sum += even + odd;
     }
@@ -95,11 +95,10 @@ class AmxTiles {
         }
     }
 
-    void multiply(const bfloat16* x, int64_t stride, const bfloat16* left, const bfloat16* right) {
+    void multiply(const bfloat16* x, int64_t stride, const bfloat16* left, const bfloat16* right, int64_t line) {
         asm volatile("" ::"r"(x), "r"(left), "r"(right) : "memory");
-        constexpr int64_t LINE = 2 * NR * sizeof(bfloat16);
-        _tile_loadd(6, left, LINE);
-        _tile_loadd(7, right, LINE);
+        _tile_loadd(6, left, line * sizeof(bfloat16));
+        _tile_loadd(7, right, line * sizeof(bfloat16));
         _tile_loadd(4, x, stride * sizeof(bfloat16));
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
@@ -154,28 +153,49 @@ typedef EmulatedTiles Tiles;
 typedef AmxTiles Tiles;
 #endif
 
-// sums (tokens, 2 * NR) of two panels for up to TILE_TOKENS tokens; `ahead` is prefetched.
+// Inputs and weights in pairs, as tiles read them: strides of tokens, of panels and of a panel's lines, in elements.
+struct TileOperands {
+    const bfloat16* x;
+    int64_t x_stride;
+    const bfloat16* panels;
+    int64_t panel_stride, line_stride;
+};
+
+// sums (tokens, 2 * NR) of two panels for up to TILE_TOKENS tokens; the depth is even; `ahead` is prefetched, unless it
+// is null.
 template <class AnyTiles>
-void multiply_tiles(const bfloat16* x, const bfloat16* panels, int64_t panel_stride, int64_t depth, int64_t tokens,
-                    float* sums, Ahead<bfloat16> ahead) {
+void multiply_tiles(const TileOperands& operands, int64_t depth, int64_t tokens, float* sums,
+                    Ahead<bfloat16> ahead = {}) {
     AnyTiles tiles(tokens);
+    const auto [x, x_stride, panels, panel_stride, line_stride] = operands;
     const bfloat16 *left = panels, *right = panels + panel_stride;
     int64_t k = 0;
     for (; k + TILE_INPUTS <= depth; k += TILE_INPUTS) {
-        for (int64_t at = k * NR; at < (k + TILE_INPUTS) * NR; at += 2 * NR)
+        for (int64_t at = k * NR; ahead.panel[0] != nullptr && at < (k + TILE_INPUTS) * NR; at += 2 * NR)
             for (const bfloat16* panel : ahead.panel) __builtin_prefetch(panel + at);
-        tiles.multiply(x + k, depth, left + k * NR, right + k * NR);
+        const int64_t line = k / 2 * line_stride;
+        tiles.multiply(x + k, x_stride, left + line, right + line, line_stride);
     }
     if (const int64_t rest = depth - k; rest > 0) {
         // Filled up with zeros.
         alignas(64) bfloat16 inputs[TILE_TOKENS * TILE_INPUTS] = {}, weights[2][TILE_INPUTS * NR] = {};
         for (int64_t token = 0; token < tokens; token++)
-            std::copy_n(x + token * depth + k, rest, inputs + token * TILE_INPUTS);
-        std::copy_n(left + k * NR, rest * NR, weights[0]);
-        std::copy_n(right + k * NR, rest * NR, weights[1]);
-        tiles.multiply(inputs, TILE_INPUTS, weights[0], weights[1]);
+            std::copy_n(x + token * x_stride + k, rest, inputs + token * TILE_INPUTS);
+        for (int64_t pair = 0; pair < rest / 2; pair++) {
+            const int64_t line = (k / 2 + pair) * line_stride;
+            std::copy_n(left + line, 2 * NR, weights[0] + pair * 2 * NR);
+            std::copy_n(right + line, 2 * NR, weights[1] + pair * 2 * NR);
+        }
+        tiles.multiply(inputs, TILE_INPUTS, weights[0], weights[1], 2 * NR);
     }
     tiles.store(sums);
+}
+
+// The same for panels of packed weights (gemm_packed.h).
+template <class AnyTiles>
+void multiply_packed_tiles(const bfloat16* x, const bfloat16* panels, int64_t panel_stride, int64_t depth,
+                           int64_t tokens, float* sums, Ahead<bfloat16> ahead) {
+    multiply_tiles<AnyTiles>({x, depth, panels, panel_stride, 2 * NR}, depth, tokens, sums, ahead);
 }
 
 }  // namespace

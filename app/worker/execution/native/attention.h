@@ -1,7 +1,8 @@
 // Attention of the tokens of a packed batch, each over its own slot of the KV cache.
 //
 // A single token is bound by the reading of its keys (attention_decode.h); neighbouring tokens of one slot share that
-// reading (attention_prefill.h).
+// reading (attention_prefill.h).  In tiles all tokens go the second way, since a token's bits must not depend on its
+// neighbours.
 
 #pragma once
 
@@ -42,6 +43,9 @@ std::vector<TokenSegment> split_segments(const int64_t* slots, const int64_t* en
 // The workspace of one thread.
 class Attention {
   public:
+    // tiles: whether products are computed in tiles (amx_tiles.h), where the shape allows it.
+    explicit Attention(bool tiles = false) : tiles_(tiles && PrefillAttention::HAS_TILES), prefill_(tiles_) {}
+
     // Compute one segment for one KV head.
     // q, out: (tokens, NUM_KV_HEADS * QUERIES_PER_KV, HEAD_SIZE), contiguous; keys, values: one layer's
     // (slots, NUM_KV_HEADS, length, HEAD_SIZE).
@@ -51,7 +55,7 @@ class Attention {
         const int64_t token = segment.begin, count = segment.end - segment.begin;
         const int64_t cache_offset = (metadata.slots[token] * NUM_KV_HEADS + kv_head) * length * HEAD_SIZE;
         const int64_t query_offset = (token * NUM_KV_HEADS + kv_head) * QUERIES_PER_KV * HEAD_SIZE;
-        if (count > 1) {
+        if (count > 1 || tiles_) {
             prefill_.attend(q + query_offset, keys + cache_offset, values + cache_offset, out + query_offset,
                             metadata.begin_key + token, metadata.end_key + token, count, scale);
             return;
@@ -61,6 +65,7 @@ class Attention {
     }
 
   private:
+    bool tiles_;
     DecodeAttention<kv_t> decode_;
     PrefillAttention prefill_;
 };

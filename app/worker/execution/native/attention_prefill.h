@@ -9,6 +9,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "amx_tiles.h"
 #include "bf16.h"
 #include "simd.h"
 
@@ -54,6 +55,8 @@ class QkPv;
 template <>
 class QkPv<float> {
   public:
+    explicit QkPv(bool) {}
+
     // Pack one element of a query: queries are the columns of panels, (panels, HEAD_SIZE, NR).
     void set_query(int64_t query, int element, float value) {
         panels_[query / NR * NR * HEAD_SIZE + element * NR + query % NR] = value;
@@ -87,16 +90,21 @@ class QkPv<float> {
     alignas(64) float panels_[MAX_QUERIES * HEAD_SIZE];
 };
 
-// The same in pairs: of neighbouring elements of a key, and of the values of neighbouring keys.
+// The same in pairs, of neighbouring elements of a key and of the values of neighbouring keys; in vectors or in tiles.
 template <>
 class QkPv<bfloat16> {
   public:
+    explicit QkPv(bool tiles) : tiles_(tiles) {}
+
     // (panels, HEAD_SIZE / 2, NR, 2)
     void set_query(int64_t query, int element, float value) {
         panels_[query / NR * NR * HEAD_SIZE + (element / 2 * NR + query % NR) * 2 + element % 2] = to_bfloat16(value);
     }
 
     void compute_scores(const bfloat16* keys, int64_t count, float* scores, int64_t stride) {
+#if defined(LLMK_HAVE_TILES)
+        if (tiles_) return compute_scores_in_tiles(keys, count, scores, stride);
+#endif
         for (int64_t panel = 0; panel < stride;) {
             const int64_t left = (stride - panel) / NR;
             if (left >= 3 && MAX_ACCUMULATORS >= 24) {
@@ -122,6 +130,9 @@ class QkPv<bfloat16> {
                                                      : 1;
         constexpr int ROWS = std::min(MAX_ACCUMULATORS / PANELS, 12);
         pack_probabilities_and_values(values, count, probabilities, stride);
+#if defined(LLMK_HAVE_TILES)
+        if (tiles_) return accumulate_values_in_tiles((count + 1) / 2 * 2, out, queries);
+#endif
         for (int element = 0; element < HEAD_SIZE; element += PANELS * NR)
             for (int64_t query = 0; query < queries; query += ROWS)
                 gemm_microkernel<ROWS, PANELS, true>(probabilities_ + 2 * query, 2, 2 * MAX_QUERIES,
@@ -145,6 +156,55 @@ class QkPv<bfloat16> {
         }
     }
 
+#if defined(LLMK_HAVE_TILES)
+    // Keys are the rows of tiles, and queries the columns.
+    void compute_scores_in_tiles(const bfloat16* keys, int64_t count, float* scores, int64_t stride) {
+        alignas(64) float sums[TILE_TOKENS * 2 * NR];
+        for (int64_t panel = 0; panel < stride; panel += 2 * NR) {
+            // A last panel without a neighbour is multiplied twice.
+            const int64_t width = std::min<int64_t>(2 * NR, stride - panel), panel_stride = (width - NR) * HEAD_SIZE;
+            for (int64_t key = 0; key < count; key += TILE_TOKENS) {
+                const int64_t rows = std::min(TILE_TOKENS, count - key);
+                multiply_tiles<Tiles>(
+                    {keys + key * HEAD_SIZE, HEAD_SIZE, panels_ + panel * HEAD_SIZE, panel_stride, 2 * NR}, HEAD_SIZE,
+                    rows, sums);
+                for (int64_t row = 0; row < rows; row++)
+                    std::copy_n(sums + row * 2 * NR, width, scores + (key + row) * stride + panel);
+            }
+        }
+    }
+
+    // Queries are the rows, and elements of the values the columns.
+    void accumulate_values_in_tiles(int64_t keys, float* out, int64_t queries) {
+        transpose_probabilities(keys, queries);
+        alignas(64) float sums[TILE_TOKENS * 2 * NR];
+        for (int element = 0; element < HEAD_SIZE; element += 2 * NR) {
+            const int width = std::min(2 * NR, HEAD_SIZE - element);
+            for (int64_t query = 0; query < queries; query += TILE_TOKENS) {
+                const int64_t rows = std::min(TILE_TOKENS, queries - query);
+                multiply_tiles<Tiles>({query_probabilities_ + query * KEY_BLOCK, KEY_BLOCK, values_ + 2 * element,
+                                       2 * (width - NR), 2 * HEAD_SIZE},
+                                      keys, rows, sums);
+                for (int64_t row = 0; row < rows; row++) {
+                    float* to = out + (query + row) * HEAD_SIZE + element;
+                    for (int lane = 0; lane < width; lane += LANES)
+                        store(to + lane, load(to + lane) + load(sums + row * 2 * NR + lane));
+                }
+            }
+        }
+    }
+
+    // (keys / 2, MAX_QUERIES, 2) to (queries, KEY_BLOCK)
+    void transpose_probabilities(int64_t keys, int64_t queries) {
+        for (int64_t query = 0; query < queries; query++)
+            for (int64_t key = 0; key < keys; key += 2)
+                std::copy_n(probabilities_ + key * MAX_QUERIES + 2 * query, 2,
+                            query_probabilities_ + query * KEY_BLOCK + key);
+    }
+
+    alignas(64) bfloat16 query_probabilities_[MAX_QUERIES * KEY_BLOCK];
+#endif
+
     // Probabilities (keys / 2, MAX_QUERIES, 2) and values (keys / 2, HEAD_SIZE, 2); an odd last key is paired with 0.
     void pack_probabilities_and_values(const bfloat16* values, int64_t count, const float* probabilities,
                                        int64_t stride) {
@@ -167,6 +227,7 @@ class QkPv<bfloat16> {
         std::memcpy(to, &pairs, sizeof pairs);
     }
 
+    [[maybe_unused]] bool tiles_;
     alignas(64) bfloat16 panels_[MAX_QUERIES * HEAD_SIZE];
     alignas(64) bfloat16 probabilities_[KEY_BLOCK * MAX_QUERIES], values_[KEY_BLOCK * HEAD_SIZE];
 };
@@ -175,6 +236,11 @@ class QkPv<bfloat16> {
 // scores never leave the first-level cache, with an online softmax (FlashAttention, Dao and others 2022).
 class PrefillAttention {
   public:
+    // Whether the keys of this shape can be computed in tiles, if the processor has them.
+    static constexpr bool HAS_TILES = std::is_same_v<kv_t, bfloat16> && HEAD_SIZE % NR == 0;
+
+    explicit PrefillAttention(bool tiles) : qk_pv_(tiles) {}
+
     // q and out: of the first token; begin_key and end_key: (tokens,); keys and values: the slot's, from its start.
     template <class Query>
     void attend(const Query* q, const kv_t* keys, const kv_t* values, kv_t* out, const int64_t* begin_key,

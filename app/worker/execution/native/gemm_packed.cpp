@@ -52,7 +52,7 @@ extern "C" int llmk_tiles_work() {
     for (size_t at = 0; at < panels.size(); at++) panels[at] = to_bfloat16(at % 11 - 4.5f);
     std::vector<float> sums(SUMS), expected(SUMS);
     const Ahead<bfloat16> ahead = {{panels.data(), panels.data()}};
-    multiply_tiles<Tiles>(x.data(), panels.data(), NR * DEPTH, DEPTH, TOKENS, sums.data(), ahead);
+    multiply_packed_tiles<Tiles>(x.data(), panels.data(), NR * DEPTH, DEPTH, TOKENS, sums.data(), ahead);
     Tiles::release();
     for (int64_t token = 0; token < TOKENS; token++)
         multiply_panels(x.data() + token * DEPTH, panels.data(), NR * DEPTH, DEPTH, 1,

@@ -230,7 +230,7 @@ void multiply(const activation_of<Weight>* x, PanelPair<Weight> pair, int64_t de
 #if defined(LLMK_HAVE_TILES)
     if constexpr (std::is_same_v<Weight, bfloat16>)
         if (execution.tiles)
-            return multiply_tiles<Tiles>(x, pair.panels, pair.stride, depth, group.count, sums, pair.ahead(group));
+            return multiply_packed_tiles<Tiles>(x, pair.panels, pair.stride, depth, group.count, sums, pair.ahead(group));
 #endif
     (void)execution;
     multiply_panels(x, pair.panels, pair.stride, depth, group.count, sums, pair.ahead(group));

@@ -139,7 +139,7 @@ class ForwardPass {
 
     // Must be called by every thread of the parallel region.
     void run() {
-        Attention attention;
+        Attention attention(model_.tiles != 0);
         int64_t count = batch_.num_tokens;
         for (int64_t index = 0; index < model_.num_layers; index++) {
             const DecoderLayer& layer = model_.layers[index];
