@@ -24,7 +24,7 @@ async def examine_database(settings: Settings) -> list[Finding]:
     try:
         database = Database(settings.where_database)
     except ConfigError as error:
-        return [problem(SUBJECT, str(error), "docs/operation.md shows both forms")]
+        return [problem(SUBJECT, str(error), "docs/operations.md shows both forms")]
     try:
         if not database.exists():
             return [ok(SUBJECT, f"the first start creates {database.where}")]

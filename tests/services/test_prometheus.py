@@ -125,8 +125,8 @@ def test_board_and_alerts_name_only_metrics_that_exist() -> None:
 
 
 def test_each_alert_is_explained() -> None:
-    """docs/operation.md says what each of them means and what to do."""
-    text = (ROOT / "docs" / "operation.md").read_text()
+    """docs/operations.md says what each of them means and what to do."""
+    text = (ROOT / "docs" / "operations.md").read_text()
 
     assert [] == [name for name in alerts() if f"`{name}`" not in text]
 
