@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import helm_python
 import jsonschema_rs
 import kubernetes_validate
 import pytest
@@ -93,6 +94,50 @@ def test_the_charts_values_satisfy_its_schema_and_a_misspelt_one_does_not():
     assert jsonschema_rs.is_valid(schema, values)
     assert not jsonschema_rs.is_valid(schema, values | {"replicaCount": 2})
     assert set(values) == set(schema["properties"]) - {"global"}
+
+
+EVERYTHING = {
+    "autoscaling": {"enabled": True},
+    "persistence": {"enabled": True, "storageClass": "fast"},
+    "nodeSelector": {"kubernetes.io/arch": "amd64"},
+    "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+    "affinity": {"nodeAffinity": {}},
+    "resources": {"limits": {"nvidia.com/gpu": 1}},
+    "settings": {"MODEL__NAME": "org/name"},
+}
+NOTHING = {
+    "podDisruptionBudget": {"enabled": False},
+    "networkPolicy": {"enabled": False},
+}
+
+
+def test_helm_finds_nothing_wrong_with_the_chart():
+    found = helm_python.lint(CHART)
+
+    assert ([], ["icon is recommended"]) == (found["errors"], [each["error"] for each in found["messages"]])
+
+
+@pytest.mark.parametrize(
+    ("values", "optional"),
+    [
+        pytest.param({}, {"PodDisruptionBudget", "NetworkPolicy"}, id="as it comes"),
+        pytest.param(
+            EVERYTHING,
+            {"HorizontalPodAutoscaler", "PersistentVolumeClaim", "PodDisruptionBudget", "NetworkPolicy"},
+            id="everything",
+        ),
+        pytest.param(NOTHING, set[str](), id="as little as goes"),
+    ],
+)
+def test_what_helm_makes_of_the_chart_is_valid(values: dict[str, Any], optional: set[str]):
+    with helm_python.Chart.load(CHART) as chart:
+        chart.validate_schema(values)
+        rendered = chart.render(values, name="demo", namespace="llm")
+    found = [each for name, text in rendered.items() if name.endswith(".yaml") for each in documents(text)]
+
+    for document in found:
+        kubernetes_validate.validate(document, KUBERNETES, strict=True)
+    assert {"Deployment", "Service", "ConfigMap"} | optional == {document["kind"] for document in found}
 
 
 def test_the_charts_templates_use_every_value_and_no_other():
