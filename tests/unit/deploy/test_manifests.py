@@ -13,6 +13,7 @@ import jsonschema_rs
 import kubernetes_validate
 import pytest
 import yaml
+from compose_spec import PyCompose
 
 from app import __version__
 from app.config.variables import own_variables
@@ -54,6 +55,24 @@ def test_an_overlay_is_built_and_valid(overlay: str):
         document["kind"] for document in found
     }
     assert {"llm-service"} == {document["metadata"].get("namespace", "llm-service") for document in found}
+
+
+def test_the_file_of_compose_is_what_its_specification_allows():
+    """Misspelt keys and values are refused, and so is a volume that is nowhere declared."""
+    text = (ROOT / "docker-compose.yml").read_text()
+
+    found = compose(text)
+    found.validate()
+    found.validate_volumes()
+
+    assert {"llm-service", "postgres", "redis", "prometheus", "grafana", "vllm"} <= set(found.service_names())
+    with pytest.raises(ValueError, match="healthchek"):
+        compose(text.replace("healthcheck:", "healthchek:", 1))
+
+
+def compose(text: str) -> PyCompose:
+    """Return a file of Compose without its anchors, which are YAML's affair."""
+    return PyCompose.from_json(json.dumps(yaml.safe_load(text)))
 
 
 def settings_of_deployments() -> Iterator[tuple[str, str]]:
