@@ -83,7 +83,7 @@ class AtMost:
 class OtlpTracer:
     """Makes spans and sends them in the background; lives as long as the application."""
 
-    def __init__(self, endpoint: str, *, wants_texts: bool = False, per_second: int = 50) -> None:
+    def __init__(self, endpoint: str, *, wants_texts: bool = False, per_second: int = 20) -> None:
         """Args:
         endpoint: of the collector, without the path of traces.
         per_second: traces that may begin here, where OTEL_TRACES_SAMPLER does not say which.
