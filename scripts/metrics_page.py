@@ -9,7 +9,7 @@ HEADER = """\
 # Metrics
 
 What `GET /metrics` shows, in the format of Prometheus. Made from the code by `python -m scripts.metrics_page`, and not
-to be edited. The board and the alerts over these figures stand in [operations.md](operations.md#prometheus-and-grafana).
+to be edited. Board and alerts over these figures stand in [operations.md](operations.md#prometheus-and-grafana).
 
 No label holds a key, a caller, a raw path or a text: `endpoint` is a route's template or `unmatched`, `method` one of
 HTTP's, `model` the name of a model that is loaded or configured (`OTHER` for any other), and the rest are words of the
