@@ -77,7 +77,9 @@ class Postgres:
         for process in processes:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(processes, 10)
+        psutil.wait_procs(processes[1:], 10)
+        if self._process is not None:
+            self._process.wait(10)
 
     @contextmanager
     def stalled(self) -> Iterator[None]:
