@@ -259,7 +259,10 @@ class Load:
 @asynccontextmanager
 async def staged(redis: RedisServer, database: Postgres, url: str, folder: Path) -> AsyncIterator[Stage]:
     """Run the service until the block ends.  Args: url: of an empty database of that Postgres."""
-    async with serving(url, folder, REDIS__URL=redis.url, **SETTINGS) as service, service.client() as http:
+    async with (
+        serving(url, folder, prepare=None, REDIS__URL=redis.url, **SETTINGS) as service,
+        service.client() as http,
+    ):
         created = await http.post("/v1/keys", json={"limits": {"monthly_tokens": 10**9}})
         yield Stage(service, redis, database, created.json()["key"])
 
