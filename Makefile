@@ -4,6 +4,8 @@ PYTHON ?= python3
 ARGS ?=
 # How long `make soak` lasts.
 MINUTES ?= 30
+# How often `make chaos` plays each fault of its table.
+ROUNDS ?= 3
 # A CPU-only wheel index to take torch from, where the CUDA libraries (gigabytes on Linux) are of no use.
 TORCH_INDEX_URL ?=
 IMAGE ?= llm-service
@@ -106,7 +108,8 @@ soak: $(VENV)/.installed-dev ## Keep the service busy and see that nothing is le
 test-long: $(VENV)/.installed-dev ## The tests that take minutes: whole sweeps, kills and races at full length, MLflow, many examples
 	@$(PY) -m pytest --no-cov --hypothesis-profile=thorough -m "soak or hypothesis" $(ARGS)
 
-chaos: $(VENV)/.installed-dev ## Kill, suspend, fill and lock what the service depends on, at random moments, for minutes
+chaos: $(VENV)/.installed-dev ## Kill, suspend, fill and lock what the service depends on, for minutes, and print what clients saw (ROUNDS=3)
+	@$(PY) -m tests.services.fault_report --rounds $(ROUNDS)
 	@$(PY) -m pytest --no-cov -m chaos $(ARGS)
 
 fuzz: $(VENV)/.installed-dev ## Send the service thousands of requests, made of its OpenAPI document (FUZZ_SEED=2 makes others) or hostile

@@ -39,7 +39,7 @@ async def show_loading(model: ModelConfig, progress: Callable[[], LoadProgress |
         progress: how far the load is; None once it is over.
         terminal: where the bar is shown, if it is a terminal.
     """
-    if model.source == "hub":
+    if model.source == "hub" and model.engine not in ("echo", "remote"):  # which take no model from anywhere
         log.info("the model is taken from the Hugging Face hub", model=model.name, folder="none of this name here")
     await asyncio.sleep(PATIENCE_SECONDS)
     if terminal.isatty():

@@ -126,6 +126,7 @@ def create_app(
         admission=admission,
         usage=usage,
         waiting_seconds=settings.deadlines.waiting_seconds,
+        tracer=tracer,
     )
     _watch(metrics, host, history.sessions, max_adapters=settings.adapters.max_loaded)
     if redis is not None:
@@ -139,7 +140,7 @@ def create_app(
         registered=registered,
         sessions=history.sessions,
         responses=history.responses,
-        batches=_batch_runner(settings, access, host, metrics) if settings.batches.enabled else None,
+        batches=_batch_runner(settings, access, host, metrics, tracer) if settings.batches.enabled else None,
         keys=keys or access.authenticator,
         access=access,
         admission=admission,
@@ -313,7 +314,9 @@ def _access(settings: Settings, filters: Filters, metrics: Metrics) -> AccessCon
     )
 
 
-def _batch_runner(settings: Settings, access: AccessControl, host: ModelHost, metrics: Metrics) -> BatchRunner:
+def _batch_runner(
+    settings: Settings, access: AccessControl, host: ModelHost, metrics: Metrics, tracer: Tracer
+) -> BatchRunner:
     def ready() -> list[Served]:
         return [model for model in host.models if model.engine.status().state is EngineState.READY]
 
@@ -330,6 +333,7 @@ def _batch_runner(settings: Settings, access: AccessControl, host: ModelHost, me
         parallel=parallel,
         can_run=lambda: not host.draining and bool(ready()),
         config=settings.batches,
+        tracer=tracer,
     )
     metrics.watch_batches(lambda: runner.counts.batches, lambda: runner.counts.lines)
     return runner

@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 from app.access.access import AccessControl
 from app.config import ModelConfig, Settings
 from app.config.mlflow import tracking_uri_problem
+from app.config.packaged import packaged
 from app.engine.base import EncoderEngine, Engine
 from app.engine.cache import CachedEngine
 from app.engine.echo import EchoEngine
@@ -284,7 +285,9 @@ def _require_model(key: str, folder: str, *files: str) -> None:
         return
     if path.is_dir():
         raise ConfigError(f"configuration: {key}: the folder {folder} holds no model (no {files[0]})")
-    beside = [str(each) for each in path.parent.iterdir() if each.is_dir()] if path.parent.is_dir() else []
+    # What comes with the package has the same relative name, whatever folder the service is started in.
+    folders = [folder for folder in {path.parent, packaged(path.parent)} if folder.is_dir()]
+    beside = [str(path.parent / each.name) for folder in folders for each in folder.iterdir() if each.is_dir()]
     meant = next(iter(get_close_matches(folder, beside, n=1)), None)
     suggestion = f"; is it {meant}?" if meant else "; a model of the hub needs source: hub"
     raise ConfigError(f"configuration: {key}: there is no folder {folder}{suggestion}")

@@ -43,7 +43,7 @@ class LoggingConfig(Section):
 class TracingConfig(Section):
     """Spans of requests, which OTEL_EXPORTER_OTLP_ENDPOINT switches on."""
 
-    max_per_second: PositiveInt = 50
+    max_per_second: PositiveInt = 20
     """Traces that begin here in a second, so that many small requests do not all pay for one; OTEL_TRACES_SAMPLER
     takes its place, and the trace of a caller is continued as the caller says."""
     store_text: bool = False

@@ -30,6 +30,7 @@ from app.errors import (
     StoreUnavailable,
 )
 from app.generation.batch_input import BatchInput, InvalidBatch
+from app.telemetry.tracing import NO_TRACER, Tracer
 from app.types import Principal
 
 POLL_SECONDS = 2.0
@@ -143,12 +144,14 @@ class BatchRunner:
         parallel: Callable[[], int],
         can_run: Callable[[], bool],
         config: BatchesConfig,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         """Args:
         content: the content of a batch's file; raises NotFound where it has been deleted.
         principal_of: who has the key of this id; None where it is good no more.
         parallel: how many lines may run at once.
         can_run: whether there is a model to answer lines, and new work is taken.
+        tracer: makes a trace of each line.
         """
         self._batches = batches
         self._lines = lines
@@ -157,6 +160,7 @@ class BatchRunner:
         self._parallel = parallel
         self._can_run = can_run
         self._config = config
+        self._tracer = tracer
         self._owner = uuid4().hex
         self._running: dict[asyncio.Task[None], ClaimedLine] = {}
         self._paused_until: dict[str, float] = {}
@@ -269,24 +273,31 @@ class BatchRunner:
 
     async def _has_lines(self, routes: LineRoutes, batch: Batch) -> bool:
         """Return whether lines of a batch are to be answered; move it on where none are."""
-        expires = datetime.now(UTC) + self._output_lifetime(batch)
         if batch.status is BatchStatus.CANCELLING:
             own = [task for task, line in self._running.items() if line.batch_id == batch.id]
             for task in own:
                 task.cancel()
             if not own:
-                await self._batches.end(batch, BatchStatus.CANCELLED, file_expires=expires)
+                await self._end(batch, BatchStatus.CANCELLED)
         elif batch.status is BatchStatus.FINALIZING:
             await self._give_up(routes, batch)
-            await self._batches.end(batch, BatchStatus.EXPIRED, file_expires=expires)
+            await self._end(batch, BatchStatus.EXPIRED)
         elif batch.completed + batch.failed >= batch.total:
-            await self._batches.end(batch, BatchStatus.COMPLETED, file_expires=expires)
+            await self._end(batch, BatchStatus.COMPLETED)
         elif batch.expires <= datetime.now(UTC):
             await self._batches.expire(batch.id)
             self.wake()
         else:
             return True
         return False
+
+    async def _end(self, batch: Batch, status: BatchStatus) -> None:
+        expires = datetime.now(UTC) + self._output_lifetime(batch)
+        if await self._batches.end(batch, status, file_expires=expires):
+            figures = {"completed": batch.completed, "failed": batch.failed, "total": batch.total}
+            lines = {f"llm_service.batch.lines.{name}": number for name, number in figures.items()}
+            described = {"llm_service.batch.status": status.value, **lines}
+            self._tracer.batch_ended(batch.id, batch.created.timestamp(), described)
 
     def _output_lifetime(self, batch: Batch) -> timedelta:
         retention = timedelta(days=self._config.retention_days)
@@ -327,7 +338,10 @@ class BatchRunner:
             principal = await self._principal(batch.key_id)
         except StoreUnavailable as error:
             return routes.refused(batch, line, error)
-        return None if principal is None else await routes.answer(batch, line, principal)
+        if principal is None:
+            return None
+        with self._tracer.batch_line(batch.id):
+            return await routes.answer(batch, line, principal)
 
     async def _principal(self, key_id: str) -> Principal | None:
         now = asyncio.get_running_loop().time()

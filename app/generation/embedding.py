@@ -6,7 +6,7 @@ from typing import Any
 
 from msgspec import structs
 
-from app.embeddings import EmbeddingInfo, EmbeddingRequest, Embeddings
+from app.embeddings import EmbeddingInfo, EmbeddingRequest, Embeddings, EncodedInputs
 from app.engine.base import EngineInfo
 from app.engine.deadline import deadline
 from app.engine.host import ModelHost
@@ -15,6 +15,7 @@ from app.errors import EngineNotReady, ShuttingDown
 from app.generation.metering import Admission, UsageRecorder
 from app.privacy.filters import InputFilter
 from app.telemetry import Metrics
+from app.telemetry.tracing import NO_TRACER, Tracer
 from app.types import Principal
 
 
@@ -30,12 +31,14 @@ class EmbeddingService:
         admission: Admission,
         usage: UsageRecorder,
         waiting_seconds: float = 30,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         """Args:
         input_filter: None lets every text through.
         admission: says what a caller may do, and takes tokens out of their limits.
         usage: charges each request to its caller and logs it.
         waiting_seconds: how long a request may wait for its preparation.
+        tracer: measures the stages of a request.
         """
         self._host = host
         self._input_filter = input_filter
@@ -43,6 +46,7 @@ class EmbeddingService:
         self._admission = admission
         self._usage = usage
         self._waiting_seconds = waiting_seconds
+        self._tracer = tracer
 
     def status(self) -> dict[str, Any]:
         """Return figures for people: each model that only embeds, by its name."""
@@ -63,14 +67,16 @@ class EmbeddingService:
             await self._admission.check_tokens(principal, len(request.inputs))
             async with deadline(self._waiting_seconds, "The texts took too long to prepare."):
                 request = await self._clean(request, chain)
-                encoded = await chain.prepare(request)
+                with self._tracer.span("template"):
+                    encoded = await chain.prepare(request)
             encoded.check(embedding, info.vocab_size)
             record.begin_texts(info, encoded.tokens, [each for each in request.inputs if isinstance(each, str)])
             async with self._admission.reserve(principal, encoded.tokens) as reservation:
                 with record.charge_texts(request, reservation):
                     if self._host.over:
                         raise ShuttingDown()
-                    embeddings = await chain.run(structs.replace(request, encoded=encoded))
+                    with self._tracer.span(f"embeddings {model.name}", _described(model.name, encoded)):
+                        embeddings = await chain.run(structs.replace(request, encoded=encoded))
             self._metrics.model(model.name).embedded(encoded.tokens, len(encoded.token_ids))
             return structs.replace(embeddings, model=model.name)
 
@@ -79,7 +85,8 @@ class EmbeddingService:
         if self._input_filter is None:
             return request
         texts = [each if isinstance(each, str) else await chain.detokenize(each) for each in request.inputs]
-        clean = await self._input_filter.clean(request.tenant, texts)
+        with self._tracer.span("pii in"):
+            clean = await self._input_filter.clean(request.tenant, texts)
         return structs.replace(request, inputs=_replaced(request.inputs, texts, clean))
 
 
@@ -93,6 +100,17 @@ def _checked(info: EngineInfo, request: EmbeddingRequest) -> tuple[EngineInfo, E
     info.embedding.check_dimensions(request.dimensions)
     info.embedding.prompt(request.prompt_name, request.input_type)
     return info, info.embedding
+
+
+def _described(name: str, encoded: EncodedInputs) -> dict[str, Any]:
+    """Return what OpenTelemetry's conventions for GenAI have for a request for vectors."""
+    return {
+        "gen_ai.operation.name": "embeddings",
+        "gen_ai.provider.name": "llm_service",
+        "gen_ai.request.model": name,
+        "gen_ai.response.model": name,
+        "gen_ai.usage.input_tokens": encoded.tokens,
+    }
 
 
 def _replaced(

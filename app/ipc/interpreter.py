@@ -84,6 +84,11 @@ class Interpreter:
         """Whether it runs, and has shown so of late."""
         return not self._ending.done() and _now() - self._heard_at < 3 * HEARTBEAT_SECONDS
 
+    @property
+    def has_imported(self) -> bool:
+        """Whether its imports are done, as far as its last heartbeat says."""
+        return self._progress > 0
+
     def pulse(self) -> Pulse:
         """Return the signs of life so far."""
         return Pulse(self._beats, _cpu_seconds(self.pid), self._progress)

@@ -52,11 +52,18 @@ class SpareInterpreters:
         """
         key = frozenset(environment.items())
         self._wanted[key] = environment
-        if (spare := self._spares.pop(key, None)) is not None:
-            if spare.is_usable:
-                return spare
-            await spare.stop(0)
+        spare = self._spares.get(key)
+        if spare is not None and not spare.is_usable:
+            await self._spares.pop(key).stop(0)
+        elif spare is not None and spare.has_imported:
+            return self._spares.pop(key)
+        # One that still imports does so at the lowest priority: where others use the processor, that takes minutes.
         return await Interpreter.spawn(environment, cache=self._cache)
+
+    @property
+    def ready(self) -> int:
+        """How many wait with their imports done."""
+        return sum(spare.is_usable and spare.has_imported for spare in self._spares.values())
 
     async def prepare(self) -> None:
         """Start the spares that are missing; a failure is logged, since nobody needs them yet."""

@@ -1,8 +1,9 @@
-"""Sends spans to a collector by OTLP over HTTP, with the names of OpenTelemetry's conventions for GenAI.
+"""Sends spans to a collector by OTLP over HTTP.
 
 The SDK reads its own variables: OTEL_TRACES_SAMPLER, OTEL_EXPORTER_OTLP_HEADERS, OTEL_RESOURCE_ATTRIBUTES, OTEL_BSP_...
 Spans of the service's own are written whole when they end, which takes a third of the time of those that the SDK begins
-and ends; whether they are recorded is decided by the span of the request around them.
+and ends; whether they are recorded is decided once, for the request around them.  A request that is not recorded costs
+one question to the sampler, and each of its spans a look at a context variable.
 """
 
 import os
@@ -10,21 +11,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from hashlib import sha256
 from types import MappingProxyType, SimpleNamespace, TracebackType
 from typing import Any
 
 import aiohttp
 from opentelemetry import propagate, trace
-from opentelemetry.context import Context, attach, create_key, detach, get_value, set_value
+from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
-from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, Decision, ParentBased, Sampler, SamplingResult
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, Decision
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import (
-    INVALID_SPAN_CONTEXT,
     Link,
     NonRecordingSpan,
     SpanContext,
@@ -35,11 +37,11 @@ from opentelemetry.trace import (
     TraceState,
 )
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-from opentelemetry.util.types import Attributes
 
 from app import __version__
 from app.errors import AppError
-from app.requests import GenerationRequest, Times
+from app.requests import GenerationRequest
+from app.telemetry.generation_attributes import ended, requested, stages
 from app.telemetry.tracing import TRACE_PARENT, GenerationOutcome, Headers, RequestSpan
 
 CLOSE_SECONDS = 3.0
@@ -47,7 +49,9 @@ CLOSE_SECONDS = 3.0
 _SCOPE = InstrumentationScope("llm_service", __version__)
 _OK, _ERROR = Status(StatusCode.UNSET), Status(StatusCode.ERROR)
 _NOTHING = nullcontext()
-_SILENT = create_key("no spans of requests to other servers")
+_SAMPLED = TraceFlags(TraceFlags.SAMPLED)
+_CURRENT: ContextVar[SpanContext | None] = ContextVar("span_of_the_request", default=None)
+"""The span of the request that runs, or its caller's where the trace is not recorded; None where there is no trace."""
 _FIRST_REFUSAL = 400
 """The first status with which another server does not do what it is asked."""
 _FIRST_FAULT = 500
@@ -57,40 +61,29 @@ _FIRST_FAULT = 500
 _Sent = aiohttp.TraceRequestEndParams | aiohttp.TraceRequestExceptionParams
 
 
-class AtMost(Sampler):
-    """Begins so many traces a second, so that what a trace costs is bounded, whatever comes."""
+class AtMost:
+    """Lets so many traces begin in a second, so that what they cost is bounded, whatever comes."""
 
     def __init__(self, per_second: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._per_second = per_second
         self._clock = clock
         self._left, self._at = float(per_second), clock()
 
-    def should_sample(
-        self,
-        parent_context: Context | None,
-        trace_id: int,
-        name: str,
-        kind: SpanKind | None = None,
-        attributes: Attributes = None,
-        links: Sequence[Link] | None = None,
-        trace_state: TraceState | None = None,
-    ) -> SamplingResult:
+    def take(self) -> bool:
+        """Return whether one more may begin now."""
         now = self._clock()
         self._left = min(self._per_second, self._left + (now - self._at) * self._per_second)
         self._at = now
         if self._left < 1:
-            return SamplingResult(Decision.DROP)
+            return False
         self._left -= 1
-        return SamplingResult(Decision.RECORD_AND_SAMPLE, attributes)
-
-    def get_description(self) -> str:
-        return f"AtMost({self._per_second} per second)"
+        return True
 
 
 class OtlpTracer:
     """Makes spans and sends them in the background; lives as long as the application."""
 
-    def __init__(self, endpoint: str, *, wants_texts: bool = False, per_second: int = 50) -> None:
+    def __init__(self, endpoint: str, *, wants_texts: bool = False, per_second: int = 20) -> None:
         """Args:
         endpoint: of the collector, without the path of traces.
         per_second: traces that may begin here, where OTEL_TRACES_SAMPLER does not say which.
@@ -99,30 +92,51 @@ class OtlpTracer:
         self._resource = Resource.create({"service.name": "llm-service", "service.version": __version__, **named})
         self._processor = BatchSpanProcessor(OTLPSpanExporter(endpoint=f"{endpoint.rstrip('/')}/v1/traces"))
         self._ids = RandomIdGenerator()
-        # None reads OTEL_TRACES_SAMPLER.  What the caller's trace says of its own sampling holds in both cases.
-        sampler: Sampler | None = None if "OTEL_TRACES_SAMPLER" in os.environ else ParentBased(AtMost(per_second))
-        if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
-            sampler = ALWAYS_OFF
+        disabled = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
+        # Without a sampler the provider reads OTEL_TRACES_SAMPLER.
+        sampler = ALWAYS_OFF if disabled else None
         self.provider = TracerProvider(sampler, resource=self._resource, shutdown_on_exit=False)
+        # What the caller's trace says of its own sampling holds in both cases.
+        self._at_most = None if disabled or "OTEL_TRACES_SAMPLER" in os.environ else AtMost(per_second)
         self.provider.add_span_processor(self._processor)
         self.wants_texts = wants_texts
         if "OTEL_PROPAGATORS" not in os.environ:
             # Not the baggage: whatever a client puts into it would go to the servers behind the service.
             propagate.set_global_textmap(TraceContextTextMapPropagator())
 
-    def begin(self, headers: Headers) -> RequestSpan:
+    def begin(self, headers: Headers) -> RequestSpan | None:
         parent = _parent(headers)
-        trace_id = parent.trace_id if parent else self._ids.generate_trace_id()
-        above = Context() if parent is None else trace.set_span_in_context(NonRecordingSpan(parent), Context())
-        result = self.provider.sampler.should_sample(above, trace_id, "request", SpanKind.SERVER)
-        sampled = result.decision is Decision.RECORD_AND_SAMPLE
-        state = parent.trace_state if parent else None
-        own = SpanContext(trace_id, self._ids.generate_span_id(), False, TraceFlags(int(sampled)), state)
-        return _Request(self, own, parent)
+        trace_id = self._sampled(parent)
+        if trace_id is None:
+            # The servers behind the service still learn of the caller's trace.
+            return None if parent is None else _Request(self, parent, parent)
+        return _Request(self, self._own(trace_id, parent.trace_state if parent else None), parent)
 
-    def span(self, name: str, /) -> AbstractContextManager[None]:
+    def span(self, name: str, /, attributes: Mapping[str, Any] = MappingProxyType({})) -> AbstractContextManager[None]:
         parent = _current()
-        return _NOTHING if parent is None else _Measured(self, name, parent)
+        return _NOTHING if parent is None else _Measured(self, name, parent, attributes)
+
+    @contextmanager
+    def batch_line(self, batch_id: str) -> Iterator[None]:
+        trace_id = self._sampled(None)
+        if trace_id is None:
+            yield
+            return
+        own, began = self._own(trace_id), time.time_ns()
+        token = _CURRENT.set(own)
+        try:
+            yield
+        finally:
+            _CURRENT.reset(token)
+            links = [Link(_batch_context(batch_id))]
+            attributes = {"llm_service.batch.id": batch_id}
+            self.write_as(own, "batch line", None, began, time.time_ns(), attributes, links=links)
+
+    def batch_ended(self, batch_id: str, created: float, attributes: Mapping[str, Any]) -> None:
+        if self._sampled(None) is not None:
+            described = {"llm_service.batch.id": batch_id, **attributes}
+            began = round(1e9 * created)
+            self.write_as(_batch_context(batch_id), "batch", None, began, time.time_ns(), described)
 
     @contextmanager
     def generation(
@@ -140,7 +154,7 @@ class OtlpTracer:
             error = failure
             raise
         finally:
-            attributes = _requested(name, samples) | _ended(end())
+            attributes = requested(name, samples) | ended(end())
             operation = attributes["gen_ai.operation.name"]
             span = self.write(f"{operation} {name}", parent, began, time.time_ns(), attributes, error)
             self._write_stages(span, samples)
@@ -175,6 +189,7 @@ class OtlpTracer:
         ended: int,
         attributes: Mapping[str, Any],
         kind: SpanKind = SpanKind.INTERNAL,
+        links: Sequence[Link] = (),
     ) -> None:
         """Record a span under its own ids."""
         self._processor.on_end(
@@ -184,6 +199,7 @@ class OtlpTracer:
                 parent=parent,
                 resource=self._resource,
                 attributes=attributes,
+                links=links,
                 kind=kind,
                 status=_ERROR if "error.type" in attributes else _OK,
                 start_time=began,
@@ -197,11 +213,11 @@ class OtlpTracer:
 
     @contextmanager
     def silence(self) -> Iterator[None]:
-        token = attach(set_value(_SILENT, True))
+        token = _CURRENT.set(None)
         try:
             yield
         finally:
-            detach(token)
+            _CURRENT.reset(token)
 
     def close(self) -> None:
         # The SDK tries again and again where the collector is away, and a stop must not wait for that.
@@ -213,14 +229,28 @@ class OtlpTracer:
         """Return the ids of a new span below another one."""
         return SpanContext(parent.trace_id, self._ids.generate_span_id(), False, parent.trace_flags, parent.trace_state)
 
+    def _sampled(self, parent: SpanContext | None) -> int | None:
+        """Return the id of the trace that a request belongs to; None where it is not recorded."""
+        if self._at_most is not None:
+            if parent is not None:
+                return parent.trace_id if parent.trace_flags.sampled else None
+            return self._ids.generate_trace_id() if self._at_most.take() else None
+        trace_id = parent.trace_id if parent else self._ids.generate_trace_id()
+        above = Context() if parent is None else trace.set_span_in_context(NonRecordingSpan(parent), Context())
+        result = self.provider.sampler.should_sample(above, trace_id, "request", SpanKind.SERVER)
+        return trace_id if result.decision is Decision.RECORD_AND_SAMPLE else None
+
+    def _own(self, trace_id: int, state: TraceState | None = None) -> SpanContext:
+        return SpanContext(trace_id, self._ids.generate_span_id(), False, _SAMPLED, state)
+
     def _write_stages(self, parent: SpanContext, samples: Sequence[GenerationRequest]) -> None:
         since_boot = time.time_ns() - time.monotonic_ns()
         for sample in samples:
             times = sample.progress.times
             attributes = {"llm_service.sample": sample.sampling.sample} if len(samples) > 1 else {}
-            for name, began, ended, more in _stages(times):
-                if began is not None and ended is not None:
-                    first, last = (since_boot + round(1e9 * moment) for moment in (began, ended))
+            for name, began, over, more in stages(times):
+                if began is not None and over is not None:
+                    first, last = (since_boot + round(1e9 * moment) for moment in (began, over))
                     self.write(name, parent, first, last, attributes | more)
 
 
@@ -228,9 +258,9 @@ def _client_spans(tracer: OtlpTracer) -> aiohttp.TraceConfig:
     """Return what makes a span of each request to another server, until its headers come, and sends the trace on."""
 
     async def begin(session: Any, state: SimpleNamespace, sent: aiohttp.TraceRequestStartParams) -> None:
-        state.parent = None if get_value(_SILENT) else _current()
-        if state.parent is not None:
-            state.span, state.began = tracer.child_of(state.parent), time.time_ns()
+        above, state.parent = _CURRENT.get(), _current()
+        if above is not None:
+            state.span, state.began = above if state.parent is None else tracer.child_of(above), time.time_ns()
             propagate.inject(sent.headers, trace.set_span_in_context(NonRecordingSpan(state.span)))
 
     def write(state: SimpleNamespace, sent: _Sent, more: Mapping[str, Any]) -> None:
@@ -260,16 +290,17 @@ class _Request:
     """A request while it runs: what is measured of it, and sent on, belongs to its span."""
 
     def __init__(self, tracer: OtlpTracer, context: SpanContext, parent: SpanContext | None) -> None:
+        """Args: context: its own span, or its caller's where nothing is recorded."""
         self._tracer, self._context, self._parent = tracer, context, parent
         self._began = time.time_ns()
-        self._token = attach(trace.set_span_in_context(NonRecordingSpan(context)))
+        self._token = _CURRENT.set(context)
 
     @property
     def trace_id(self) -> str:
         return f"{self._context.trace_id:032x}"
 
     def end(self, method: str, route: str | None, status: int | None) -> None:
-        detach(self._token)
+        _CURRENT.reset(self._token)
         if not self._context.trace_flags.sampled:
             return
         attributes: dict[str, Any] = {"http.request.method": method, "url.scheme": "http"}
@@ -288,10 +319,10 @@ class _Request:
 class _Measured:
     """A block that becomes a span when it ends."""
 
-    __slots__ = ("_began", "_name", "_parent", "_tracer")
+    __slots__ = ("_attributes", "_began", "_name", "_parent", "_tracer")
 
-    def __init__(self, tracer: OtlpTracer, name: str, parent: SpanContext) -> None:
-        self._tracer, self._name, self._parent = tracer, name, parent
+    def __init__(self, tracer: OtlpTracer, name: str, parent: SpanContext, attributes: Mapping[str, Any]) -> None:
+        self._tracer, self._name, self._parent, self._attributes = tracer, name, parent, attributes
         self._began = 0
 
     def __enter__(self) -> None:
@@ -300,7 +331,7 @@ class _Measured:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._tracer.write(self._name, self._parent, self._began, time.time_ns(), error=error)
+        self._tracer.write(self._name, self._parent, self._began, time.time_ns(), self._attributes, error)
 
 
 def _parent(headers: Headers) -> SpanContext | None:
@@ -322,44 +353,11 @@ def _parent(headers: Headers) -> SpanContext | None:
 
 def _current() -> SpanContext | None:
     """Return the span of the request that runs; None where it is not recorded."""
-    context = trace.get_current_span().get_span_context()
-    return context if context is not INVALID_SPAN_CONTEXT and context.trace_flags.sampled else None
+    context = _CURRENT.get()
+    return context if context is not None and context.trace_flags.sampled else None
 
 
-def _stages(times: Times) -> Iterator[tuple[str, float | None, float | None, dict[str, float]]]:
-    yield "queue", times.accepted, times.began, {}
-    yield "prefill", times.began, times.first_token, {}
-    yield "decode", times.first_token, times.ended, {}
-    if times.filter_seconds:
-        # It works on each piece of the text as it comes.
-        yield "pii out", times.first_token, times.ended, {"llm_service.pii.seconds": times.filter_seconds}
-
-
-def _requested(name: str, samples: Sequence[GenerationRequest]) -> dict[str, Any]:
-    """Return what the conventions have for a request."""
-    request = samples[0]
-    params = request.sampling
-    return {
-        "gen_ai.operation.name": "chat" if request.is_chat else "text_completion",
-        "gen_ai.provider.name": "llm_service",
-        "gen_ai.request.model": name,
-        "gen_ai.response.model": name,
-        "gen_ai.response.id": request.id,
-        "gen_ai.request.max_tokens": params.max_tokens,
-        "gen_ai.request.temperature": float(params.temperature),
-        "gen_ai.request.top_p": float(params.top_p),
-        "gen_ai.request.stream": request.stream,
-        **({"gen_ai.request.choice.count": len(samples)} if len(samples) > 1 else {}),
-        **({} if params.seed is None else {"gen_ai.request.seed": params.seed}),
-    }
-
-
-def _ended(outcome: GenerationOutcome) -> dict[str, Any]:
-    """Return what the conventions have for the end of a request."""
-    texts = {"gen_ai.input.messages": outcome.input, "gen_ai.output.messages": outcome.output}
-    return {
-        "gen_ai.usage.input_tokens": outcome.prompt_tokens,
-        "gen_ai.usage.output_tokens": outcome.completion_tokens,
-        "gen_ai.response.finish_reasons": [reason.value for reason in outcome.reasons],
-        **{name: text for name, text in texts.items() if text is not None},
-    }
+def _batch_context(batch_id: str) -> SpanContext:
+    """Return the span of a batch: made of its id, so that every process that answers its lines refers to the same."""
+    digest = sha256(batch_id.encode()).digest()
+    return SpanContext(int.from_bytes(digest[:16]), int.from_bytes(digest[16:24]), False, _SAMPLED)

@@ -4,10 +4,11 @@
 """
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol
 
 from app.requests import GenerationRequest
 from app.types import FinishReason
@@ -35,6 +36,9 @@ Headers = Collection[tuple[bytes, bytes]]
 """As ASGI has them: names in lower case."""
 
 
+_NO_ATTRIBUTES: Mapping[str, Any] = MappingProxyType({})
+
+
 class RequestSpan(Protocol):
     """The span of a request while it runs; `end` has to be called in the task that began it."""
 
@@ -57,10 +61,16 @@ class Tracer(Protocol):
         """Whether spans may hold prompts and completions."""
 
     def begin(self, headers: Headers) -> "RequestSpan | None":
-        """Begin the span of a request, which continues the trace that its headers name; None where none is made."""
+        """Begin the span of a request, which continues the trace that its headers name; None where there is none."""
 
-    def span(self, name: str, /) -> AbstractContextManager[None]:
+    def span(self, name: str, /, attributes: Mapping[str, Any] = _NO_ATTRIBUTES) -> AbstractContextManager[None]:
         """Measure a block of the request that runs."""
+
+    def batch_line(self, batch_id: str) -> AbstractContextManager[None]:
+        """Begin a trace of its own for a line of a batch, which refers to the span of the batch."""
+
+    def batch_ended(self, batch_id: str, created: float, attributes: Mapping[str, Any]) -> None:
+        """Make the span of a batch.  Args: created: seconds of the Unix time."""
 
     def generation(
         self, name: str, samples: Sequence[GenerationRequest], end: Callable[[], GenerationOutcome]
@@ -94,8 +104,14 @@ class NoTracer:
     def begin(self, headers: Headers) -> RequestSpan | None:
         return None
 
-    def span(self, name: str, /) -> AbstractContextManager[None]:
+    def span(self, name: str, /, attributes: Mapping[str, Any] = _NO_ATTRIBUTES) -> AbstractContextManager[None]:
         return _NOTHING
+
+    def batch_line(self, batch_id: str) -> AbstractContextManager[None]:
+        return _NOTHING
+
+    def batch_ended(self, batch_id: str, created: float, attributes: Mapping[str, Any]) -> None:
+        return
 
     def generation(
         self, name: str, samples: Sequence[GenerationRequest], end: Callable[[], GenerationOutcome]

@@ -21,7 +21,7 @@ from app.ipc.interpreter import SPARE
 from app.ipc.messages import Start
 from app.ipc.worker_log import RecordFormatter
 from app.worker.code_folders import choose_inductor_folder
-from app.worker.heartbeat import beat
+from app.worker.heartbeat import PROGRESS, beat
 
 _PR_SET_PDEATHSIG = 1
 _LOWEST_PRIORITY = 19
@@ -67,6 +67,8 @@ def _import_worker(spare: bool) -> None:
         # Of this thread alone; a process without privileges could not raise its priority again.
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
     import app.worker.process  # noqa: F401
+
+    PROGRESS.tick()
 
 
 def main() -> None:

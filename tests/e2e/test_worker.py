@@ -27,6 +27,7 @@ from app.requests import GenerationRequest
 from app.types import EngineState, FinishReason, Message, Role, SamplingParams, Tenant
 from tests.unit.event_streams import deltas_of, finished_of, text_of
 from tests.unit.event_streams import read as read_stream
+from tests.unit.ipc.priorities import hurry
 from tests.unit.tiny_models import save_tiny_llama
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
@@ -318,6 +319,10 @@ async def test_a_spare_replaces_a_killed_worker_and_ends_with_the_engine(folder:
     async with serving(engine):
         for restarts in (1, 2):
             (spare,) = set(await interpreters_of(os.getpid(), 2)) - {engine.status().worker_pid}
+            async with asyncio.timeout(START_SECONDS):
+                while not interpreters.ready:  # another process' work
+                    hurry(spare)
+                    await asyncio.sleep(0.05)
             os.kill(engine.status().worker_pid or 0, signal.SIGKILL)
             await until(partial(lambda number: engine.status().restarts == number, restarts))
             async with asyncio.timeout(START_SECONDS):

@@ -71,12 +71,20 @@ class Postgres:
                 self._process.send_signal(3)  # SIGQUIT: "immediate shutdown"
                 self._process.wait(10)
 
+    def kill(self) -> None:
+        """Kill it with all that serves its connections, as the kernel does where memory is short."""
+        processes = self._processes()
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(processes[1:], 10)
+        if self._process is not None:
+            self._process.wait(10)
+
     @contextmanager
     def stalled(self) -> Iterator[None]:
         """Let it accept connections and answer nothing while the block runs."""
-        assert self._process is not None
-        server = psutil.Process(self._process.pid)
-        processes = [server, *server.children(recursive=True)]
+        processes = self._processes()
         # The server of a connection that was closed just now may end meanwhile.
         for process in processes:
             with suppress(psutil.NoSuchProcess):
@@ -87,6 +95,11 @@ class Postgres:
             for process in processes:
                 with suppress(psutil.NoSuchProcess):
                     process.resume()
+
+    def _processes(self) -> list[psutil.Process]:
+        assert self._process is not None
+        server = psutil.Process(self._process.pid)
+        return [server, *server.children(recursive=True)]
 
     def database(self, name: str) -> str:
         """Make an empty database and return its URL."""

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,11 +36,11 @@ class ServiceProcess:
         async with asyncio.timeout(seconds), self.client() as http:
             while True:
                 assert self.process.poll() is None, self.output.read_text()
-                try:
+                with suppress(httpx.TransportError):
                     if (await http.get("/readyz")).status_code == 200:
                         return
-                except httpx.TransportError:
-                    await asyncio.sleep(0.05)
+                # Not at once again, or it takes the processor from the model that loads.
+                await asyncio.sleep(0.05)
 
     def stop(self, seconds: float = 20) -> int:
         """Send SIGTERM and return the exit code."""

@@ -3,6 +3,7 @@
 import asyncio
 import sys
 from io import StringIO
+from typing import Literal
 
 import pytest
 from structlog.testing import capture_logs
@@ -78,6 +79,13 @@ def test_a_pipe_gets_a_line_of_the_log_for_each_stage():
         ("loading the model", "reading its weights", 250_000_000),
         ("loading the model", "computing a first token", None),
     ] == lines
+
+
+@pytest.mark.parametrize("engine", ["echo", "remote"])
+def test_an_engine_that_loads_nothing_is_not_said_to_take_a_model_from_the_hub(engine: Literal["echo", "remote"]):
+    lines = show(ModelConfig(name="org/name", engine=engine), StringIO())
+
+    assert not any("hub" in str(line[0]) for line in lines)
 
 
 def test_a_name_that_was_taken_for_a_model_of_the_hub_is_said():

@@ -197,6 +197,17 @@ async def test_switched_off_parts_are_off(client: Client) -> None:
     assert 400 == refused.status_code
 
 
+def test_a_misspelt_folder_of_a_model_is_answered_with_the_one_that_comes_with_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the service is started in a folder that has no models of its own."""
+    monkeypatch.chdir(tmp_path)
+    given = {"app": {"data_dir": tmp_path}, "security": {"api_key": KEY}, "model": {"name": "models/tiny-caht"}}
+
+    with pytest.raises(ConfigError, match=r"there is no folder models/tiny-caht; is it models/tiny-chat\?"):
+        create_app(load_settings(tmp_path / "none.yml", None, **given))
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [

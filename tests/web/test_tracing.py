@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -18,9 +19,13 @@ from app.errors import ConfigError
 from app.main import create_app
 from app.telemetry.tracing import NO_TRACER
 from tests.unit.engine.remote.scripted_server import ScriptedServer, serving
+from tests.web.access import running
 from tests.web.harness import AUTH, CHAT, KEY, ScriptedService, Web, make_web, started
+from tests.web.test_batches import chat, create, ended, lines_of
 from tests.web.trace_collector import Collector, collecting
+from tests.web.word_encoder import WordEncoder
 
+ROOT = Path(__file__).parents[2]
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 TRACEPARENT = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
 GEN_AI = [
@@ -139,6 +144,78 @@ async def test_the_trace_goes_on_at_a_remote_engine(collector: Collector, tmp_pa
     assert span in {each.span_id for each in collector.spans if each.name == "POST"}
     assert "baggage" not in received.headers
     assert {TRACE} == {each.trace_id for each in collector.spans}
+
+
+async def test_the_trace_of_a_caller_who_does_not_record_it_still_reaches_a_remote_engine(
+    collector: Collector, tmp_path: Path
+) -> None:
+    """As it came, so that the server behind may find its requests by it."""
+    server, given = ScriptedServer(), f"00-{TRACE}-{PARENT}-00"
+    async with serving(server):
+        web = remote_web(server, tmp_path)
+        async with started(web.app):
+            await web.host.default.engine.wait_ready()
+            async with web.client(**AUTH, traceparent=given) as client:
+                assert 200 == (await client.post("/v1/chat", json=CHAT)).status_code
+    (received,) = server.received
+
+    assert given == received.headers["traceparent"]
+    assert [] == collector.spans
+
+
+async def test_a_request_for_vectors_has_its_stages_and_what_the_model_did(collector: Collector) -> None:
+    web = await make_web(engines={"echo": EchoEngine(model="echo")}, encoders={"words": WordEncoder("words")})
+    async with traced(web) as client:
+        answer = await client.post("/v1/embeddings", json={"model": "words", "input": f"{CANARY} one two"})
+    request, vectors = collector.named("POST /v1/embeddings"), collector.named("embeddings words")
+
+    assert 200 == answer.status_code
+    for name in ("admission", "pii in", "template", "embeddings words"):
+        assert request.span_id == collector.named(name).parent_id
+    assert ("embeddings", "words", answer.json()["usage"]["prompt_tokens"]) == (
+        vectors.attributes["gen_ai.operation.name"],
+        vectors.attributes["gen_ai.request.model"],
+        vectors.attributes["gen_ai.usage.input_tokens"],
+    )
+    assert not any(CANARY.encode() in body for body in collector.bodies)
+
+
+async def test_each_line_of_a_batch_is_a_trace_that_refers_to_the_span_of_the_batch(
+    collector: Collector, tmp_path: Path
+) -> None:
+    async with running(tmp_path) as app, app.client() as http:
+        batch = await create(http, lines_of([chat(f"{CANARY} {number}") for number in range(2)]))
+        assert "completed" == (await ended(http, batch["id"]))["status"]
+    whole = collector.named("batch")
+    lines = [span for span in collector.spans if span.name == "batch line"]
+
+    assert 2 == len(lines) == len({line.trace_id for line in lines})
+    assert [[whole.span_id]] * 2 == [line.links for line in lines]
+    assert {batch["id"]} == {span.attributes["llm_service.batch.id"] for span in [whole, *lines]}
+    assert ("completed", 2) == (
+        whole.attributes["llm_service.batch.status"],
+        whole.attributes["llm_service.batch.lines.completed"],
+    )
+    generations = [span for span in collector.spans if span.name.startswith("chat ")]
+    assert {line.span_id for line in lines} == {span.parent_id for span in generations}
+    assert not any(CANARY.encode() in body for body in collector.bodies)
+
+
+def test_without_a_collector_nothing_that_makes_or_sends_spans_is_there() -> None:
+    """Neither the module nor a provider nor its thread; that LangSmith's client imports the SDK is its own affair."""
+    code = """
+import sys, threading
+from opentelemetry import trace
+from app.config import load_settings
+from app.main import create_app
+create_app(load_settings("absent.yml", None, security={"api_key": "a-key-of-16-letters"}, model={"engine": "echo"}))
+assert "app.telemetry.otlp" not in sys.modules
+assert type(trace.get_tracer_provider()) is trace.ProxyTracerProvider
+assert not any(thread.name.startswith("Otel") for thread in threading.enumerate())
+"""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert 0 == ended.returncode, ended.stderr
 
 
 def remote_web(server: ScriptedServer, folder: Path) -> Web:

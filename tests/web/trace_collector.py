@@ -24,6 +24,8 @@ class CollectedSpan:
     ended: int
     attributes: dict[str, Any]
     failed: bool
+    links: list[str]
+    """The spans that it refers to, by their ids."""
 
 
 @dataclass
@@ -51,6 +53,7 @@ class Collector:
                 ended=span.end_time_unix_nano,
                 attributes=_plain(span.attributes),
                 failed=span.status.code == 2,
+                links=[link.span_id.hex() for link in span.links],
             )
             for body in self._decoded()
             for resource in body.resource_spans

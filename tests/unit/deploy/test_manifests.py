@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import helm_python
 import jsonschema_rs
 import kubernetes_validate
 import pytest
 import yaml
+from compose_spec import PyCompose
 
 from app import __version__
 from app.config.variables import own_variables
@@ -55,6 +57,24 @@ def test_an_overlay_is_built_and_valid(overlay: str):
     assert {"llm-service"} == {document["metadata"].get("namespace", "llm-service") for document in found}
 
 
+def test_the_file_of_compose_is_what_its_specification_allows():
+    """Misspelt keys and values are refused, and so is a volume that is nowhere declared."""
+    text = (ROOT / "docker-compose.yml").read_text()
+
+    found = compose(text)
+    found.validate()
+    found.validate_volumes()
+
+    assert {"llm-service", "postgres", "redis", "prometheus", "grafana", "vllm"} <= set(found.service_names())
+    with pytest.raises(ValueError, match="healthchek"):
+        compose(text.replace("healthcheck:", "healthchek:", 1))
+
+
+def compose(text: str) -> PyCompose:
+    """Return a file of Compose without its anchors, which are YAML's affair."""
+    return PyCompose.from_json(json.dumps(yaml.safe_load(text)))
+
+
 def settings_of_deployments() -> Iterator[tuple[str, str]]:
     """Yield each variable that a deployment sets for the service, and where."""
     for file in K8S.rglob("*.yaml"):
@@ -93,6 +113,50 @@ def test_the_charts_values_satisfy_its_schema_and_a_misspelt_one_does_not():
     assert jsonschema_rs.is_valid(schema, values)
     assert not jsonschema_rs.is_valid(schema, values | {"replicaCount": 2})
     assert set(values) == set(schema["properties"]) - {"global"}
+
+
+EVERYTHING = {
+    "autoscaling": {"enabled": True},
+    "persistence": {"enabled": True, "storageClass": "fast"},
+    "nodeSelector": {"kubernetes.io/arch": "amd64"},
+    "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+    "affinity": {"nodeAffinity": {}},
+    "resources": {"limits": {"nvidia.com/gpu": 1}},
+    "settings": {"MODEL__NAME": "org/name"},
+}
+NOTHING = {
+    "podDisruptionBudget": {"enabled": False},
+    "networkPolicy": {"enabled": False},
+}
+
+
+def test_helm_finds_nothing_wrong_with_the_chart():
+    found = helm_python.lint(CHART)
+
+    assert ([], ["icon is recommended"]) == (found["errors"], [each["error"] for each in found["messages"]])
+
+
+@pytest.mark.parametrize(
+    ("values", "optional"),
+    [
+        pytest.param({}, {"PodDisruptionBudget", "NetworkPolicy"}, id="as it comes"),
+        pytest.param(
+            EVERYTHING,
+            {"HorizontalPodAutoscaler", "PersistentVolumeClaim", "PodDisruptionBudget", "NetworkPolicy"},
+            id="everything",
+        ),
+        pytest.param(NOTHING, set[str](), id="as little as goes"),
+    ],
+)
+def test_what_helm_makes_of_the_chart_is_valid(values: dict[str, Any], optional: set[str]):
+    with helm_python.Chart.load(CHART) as chart:
+        chart.validate_schema(values)
+        rendered = chart.render(values, name="demo", namespace="llm")
+    found = [each for name, text in rendered.items() if name.endswith(".yaml") for each in documents(text)]
+
+    for document in found:
+        kubernetes_validate.validate(document, KUBERNETES, strict=True)
+    assert {"Deployment", "Service", "ConfigMap"} | optional == {document["kind"] for document in found}
 
 
 def test_the_charts_templates_use_every_value_and_no_other():

@@ -14,6 +14,8 @@ import pytest_asyncio
 from app.ipc.interpreter import Interpreter
 from app.ipc.liveness import HEARTBEAT_SECONDS
 from app.ipc.spare_interpreters import SpareInterpreters
+from tests.unit.ipc.priorities import hurry
+from tests.web.harness import until
 
 ROOT = Path(__file__).parents[3]
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]}
@@ -42,6 +44,16 @@ async def take(spares: SpareInterpreters, taken: list[Interpreter], **more: str)
     return taken[-1].pid
 
 
+async def imported(spares: SpareInterpreters, spare: int) -> None:
+    """Wait until a spare is ready."""
+
+    def is_ready() -> bool:
+        hurry(spare)
+        return spares.ready == 1
+
+    await until(is_ready, seconds=100)
+
+
 def folders_in(temporary: Path) -> list[Path]:
     return list(temporary.glob("llm-worker-*"))
 
@@ -62,11 +74,27 @@ async def test_a_spare_serves_the_environment_that_it_was_made_for(taken: list[I
     first = await take(spares, taken)
     await spares.prepare()
     (spare,) = children() - {first}
+    await imported(spares, spare)
 
     other = await take(spares, taken, HF_TOKEN="t")
     again = await take(spares, taken)
 
     assert (spare, True) == (again, other not in (first, spare))
+    await spares.close()
+
+
+async def test_a_spare_that_still_imports_is_left_to_it(taken: list[Interpreter]):
+    """It does so at the lowest priority, and on a busy machine a worker that is waited for would wait for minutes."""
+    spares = SpareInterpreters()
+    await spares.open()
+    first = await take(spares, taken)
+    await spares.prepare()
+    (spare,) = children() - {first}
+
+    other = await take(spares, taken)
+    await imported(spares, spare)
+
+    assert (other not in (first, spare), spare) == (True, await take(spares, taken))
     await spares.close()
 
 
