@@ -7,8 +7,12 @@ Decides what can be asked of them and refuses the rest by name; `pool.py` choose
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
+
+from msgspec import structs
 
 from app.config import DeadlineConfig
 from app.config.remote import RemoteConfig
@@ -118,13 +122,20 @@ class RemoteEngine:
             await self._probed.wait()
 
     async def prepare(self, request: GenerationRequest) -> PreparedPrompt:
-        """Count the prompt; its tokens are handed on only where they are what the servers get."""
+        """Count the prompt; its tokens are handed on only where they are what the servers get.
+
+        Where the length of a chat may become known later, and its server tells it with each chunk, it is only bounded.
+        """
         counter = self._ready_counter()
         takes_tokens = all(server.takes_tokens for server in self._servers)
         if request.prompt_ids is not None:
             if not takes_tokens:
                 raise InvalidRequest.of_field("prompt", "must be text: this model's server takes no token ids")
             return PreparedPrompt(prompt_tokens=len(request.prompt_ids), prompt_ids=request.prompt_ids)
+        if request.uncounted_tokens and request.is_chat and all(server.counts_on for server in self._servers):
+            most = counter.most_tokens(request)
+            if most is not None and most <= request.uncounted_tokens:
+                return PreparedPrompt(prompt_tokens=most, prompt_ids=None, is_upper_bound=True)
         prepared = await counter.prepare(request)
         if takes_tokens or prepared.prompt_ids is None:
             return prepared
@@ -167,12 +178,21 @@ class RemoteEngine:
         try:
             while True:
                 event = await live.next()
+                if isinstance(event, Finished) and not event.usage.prompt_tokens:
+                    event = await self._counted(event, request)
                 yield event
                 if isinstance(event, Finished):
                     return
         finally:
             del self._live[request.id]
             await live.close()
+
+    async def _counted(self, event: Finished, request: GenerationRequest) -> Finished:
+        """Return the last event with the length of a prompt that the server, against its kind, has not told."""
+        with suppress(AppError):
+            prepared = await self._ready_counter().prepare(request)
+            request.progress.prompt = prepared.prompt_tokens
+        return structs.replace(event, usage=replace(event.usage, prompt_tokens=request.progress.prompt))
 
     async def abort(self, request_id: str) -> None:
         """End a request now: its stream closes with FinishReason.ABORT.  Unknown ids are ignored."""
