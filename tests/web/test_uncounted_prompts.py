@@ -92,12 +92,21 @@ async def test_whoever_is_told_the_length_in_the_first_chunk_is_told_the_exact_o
     assert 1 == server.requests["/tokenize"]
 
 
-async def test_a_prompt_whose_length_the_server_does_not_tell_is_counted_in_the_end():
-    server = make_server(Reply([chunk("Hello"), chunk(finish_reason="stop"), DONE]))
+async def test_a_prompt_whose_length_the_server_does_not_tell_is_counted_with_its_first_token():
+    """So that whoever hangs up later pays for it."""
+    whole = Reply([chunk("Hello"), chunk(finish_reason="stop"), DONE])
+    server = make_server(whole, Reply([chunk("Hello "), FOREVER]))
     async with web_on(server) as web, web.client() as client:
         reply = (await client.post(CHATS, json=CHAT)).json()
+        waiting = asyncio.create_task(client.post(CHATS, json=CHAT))
+        await until(lambda: server.requests["/tokenize"] == 2)
+        await asyncio.sleep(0.1)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        metrics = (await client.get("/metrics")).text
 
-    assert (COUNT, 1) == (reply["usage"]["prompt_tokens"], server.requests["/tokenize"])
+    assert COUNT == reply["usage"]["prompt_tokens"]
+    assert f'prompt_tokens_total{{model="m"}} {2 * COUNT}.0' in metrics
 
 
 async def test_a_repeated_response_has_the_length_of_its_prompt():

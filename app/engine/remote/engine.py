@@ -24,7 +24,7 @@ from app.engine.remote.servers import Server
 from app.engine.remote.upstream import Facts, Upstream
 from app.engine.remote.wire import request_body
 from app.errors import AppError, EngineBusy, EngineFailed, EngineNotReady, InvalidRequest
-from app.events import Event, Finished
+from app.events import Event, Finished, Started
 from app.fair_share import fits_share
 from app.requests import GenerationRequest
 from app.telemetry.tracing import NO_TRACER, Tracer
@@ -34,6 +34,9 @@ log = logging.getLogger(__name__)
 
 UNKNOWN_CONTEXT_LENGTH: Final = 4096
 """Of a server that does not say, where the configuration does not either: what Ollama takes by default."""
+
+COUNT_SECONDS = 2.0
+"""How long a prompt may take to be counted while its completion waits."""
 
 
 class RemoteEngine:
@@ -175,11 +178,15 @@ class RemoteEngine:
             EngineFailed, DeadlineExceeded: in place of Finished.
         """
         live = self._live[request.id] = self._admit(request)
+        told = bool(request.prompt_tokens)
         try:
             while True:
                 event = await live.next()
+                if not told and not isinstance(event, Started):
+                    told = True
+                    await self._count_untold(request)
                 if isinstance(event, Finished) and not event.usage.prompt_tokens:
-                    event = await self._counted(event, request)
+                    event = structs.replace(event, usage=replace(event.usage, prompt_tokens=request.prompt_tokens))
                 yield event
                 if isinstance(event, Finished):
                     return
@@ -187,12 +194,14 @@ class RemoteEngine:
             del self._live[request.id]
             await live.close()
 
-    async def _counted(self, event: Finished, request: GenerationRequest) -> Finished:
-        """Return the last event with the length of a prompt that the server, against its kind, has not told."""
-        with suppress(AppError):
-            prepared = await self._ready_counter().prepare(request)
+    async def _count_untold(self, request: GenerationRequest) -> None:
+        """Count a prompt whose length the server, against its kind, has not told with the first token."""
+        if request.progress.prompt:
+            return
+        with suppress(AppError, TimeoutError):
+            async with asyncio.timeout(COUNT_SECONDS):
+                prepared = await self._ready_counter().prepare(structs.replace(request, uncounted_tokens=0))
             request.progress.prompt = prepared.prompt_tokens
-        return structs.replace(event, usage=replace(event.usage, prompt_tokens=request.progress.prompt))
 
     async def abort(self, request_id: str) -> None:
         """End a request now: its stream closes with FinishReason.ABORT.  Unknown ids are ignored."""
