@@ -54,7 +54,7 @@ class Progress:
     It is what the request is charged by: requests that share one generation divide its tokens among themselves.
     """
 
-    __slots__ = ("cached", "generated", "read_prompt", "shares_prompt", "times")
+    __slots__ = ("cached", "generated", "prompt", "read_prompt", "shares_prompt", "times")
 
     def __init__(self) -> None:
         self.times = Times()
@@ -63,6 +63,8 @@ class Progress:
         """Tokens generated for this request so far, with the end token."""
         self.cached = 0
         """Prompt tokens that did not have to be computed again; known once the model has begun."""
+        self.prompt = 0
+        """Tokens of the prompt, where the engine counts them itself; 0 before it has said how many."""
         self.read_prompt = False
         """Whether the model computed the prompt for its own sake: for its log-probabilities, or without any token to
         follow."""
@@ -91,6 +93,11 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     prompt_ids: tuple[int, ...] | None = None
     counted_tokens: Annotated[int, HARMLESS] = 0
     """Length of a prompt that is encoded elsewhere, so that `prompt_ids` stays unset."""
+    uncounted_tokens: Annotated[int, HARMLESS] = 0
+    """A prompt that surely has no more tokens need not be counted before the engine gets it: nothing depends on its
+    length until the engine says how long it is (`Progress.prompt`)."""
+    counts_prompt: Annotated[bool, HARMLESS] = False
+    """Whether the caller is told the length of the prompt before the completion begins."""
     continue_final_message: bool = False
     """Continue the last message, which is the assistant's, where it breaks off."""
     tools: tuple[Tool, ...] = ()
@@ -148,8 +155,10 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def prompt_tokens(self) -> int:
-        """Return the length of the encoded prompt; 0 before it is encoded."""
-        return self.counted_tokens if self.prompt_ids is None else len(self.prompt_ids)
+        """Return the length of the encoded prompt; 0 before it is encoded, or counted by the engine."""
+        if self.prompt_ids is not None:
+            return len(self.prompt_ids)
+        return self.counted_tokens or self.progress.prompt
 
     @property
     def max_tokens(self) -> int | None:

@@ -40,8 +40,8 @@ MODEL = ROOT / ".cache" / "bench" / "llama-135m"
 NAME = "model"
 """What clients call the model in front."""
 PROMPT_WORDS = 105
-SINGLE_REQUESTS, SINGLE_TOKENS = 8, 8
-"""One after the other, for the time to the first token."""
+SINGLE_GROUPS, SINGLE_REQUESTS, SINGLE_TOKENS = 3, 4, 8
+"""One after the other, for the time to the first token: so many times so many requests of each target, in turns."""
 READY_SECONDS = 900.0
 
 
@@ -80,17 +80,46 @@ class Figures:
     """Processor time of what stands in front, or of the upstream itself, for each token with all clients."""
 
 
-async def measure(target: Target, clients: int, tokens: int, seed: str) -> Figures:
-    """Ask for one answer after the other, then for many at once; no two prompts of a run are alike."""
-    draw = random.Random(f"{target.title} {seed}")
-    single = [await send_chat(target, draw, SINGLE_TOKENS) for _ in range(SINGLE_REQUESTS)]
-    began, busy = time.perf_counter(), target.server.cpu_seconds()
-    answers = await asyncio.gather(*(send_chat(target, draw, tokens) for _ in range(clients)))
-    lasted, busy = time.perf_counter() - began, target.server.cpu_seconds() - busy
-    generated = sum(each.completion_tokens for each in answers)
-    first = statistics.median(each.first_token for each in single)
-    word = statistics.median(each.first_word for each in single)
-    return Figures(generated / lasted, 1000 * first, 1000 * word, 1000 * busy / generated)
+async def measure(
+    targets: Sequence[Target], upstream: Target, clients: int, tokens: int, seed: str
+) -> Mapping[Target, Figures]:
+    """Ask each target for one answer after the other, then for many at once; no two prompts of a run are alike."""
+    draws = {target: random.Random(f"{target.title} {seed}") for target in targets}
+    single: dict[Target, list[TimedResponse]] = {target: [] for target in targets}
+    for _ in range(SINGLE_GROUPS):
+        for target in targets:
+            with awake(target, upstream):
+                single[target] += [
+                    await send_chat(target, draws[target], SINGLE_TOKENS) for _ in range(SINGLE_REQUESTS)
+                ]
+    found = {}
+    for target in targets:
+        with awake(target, upstream):
+            began, busy = time.perf_counter(), target.server.cpu_seconds()
+            answers = await asyncio.gather(*(send_chat(target, draws[target], tokens) for _ in range(clients)))
+            lasted, busy = time.perf_counter() - began, target.server.cpu_seconds() - busy
+        generated = sum(each.completion_tokens for each in answers)
+        found[target] = Figures(
+            generated / lasted,
+            1000 * statistics.median(each.first_token for each in single[target]),
+            1000 * statistics.median(each.first_word for each in single[target]),
+            1000 * busy / generated,
+        )
+        print(f"{target.title}: {found[target]}", file=sys.stderr, flush=True)
+    return found
+
+
+@contextmanager
+def awake(target: Target, upstream: Target) -> Iterator[None]:
+    """Let what stands in front run while the block does; the upstream always does."""
+    if target is upstream:
+        yield
+        return
+    target.server.resume()
+    try:
+        yield
+    finally:
+        target.server.pause()
 
 
 async def send_chat(target: Target, draw: random.Random, tokens: int) -> TimedResponse:
@@ -107,20 +136,16 @@ async def compare(targets: Sequence[Target], clients: int, tokens: int, rounds: 
     upstream, *fronts = targets
     found: dict[Target, list[Figures]] = {target: [] for target in targets}
     for target in targets:
-        await measure(target, 2, SINGLE_TOKENS, "warm-up")
+        draw = random.Random(f"{target.title} warm-up")
+        await asyncio.gather(*(send_chat(target, draw, SINGLE_TOKENS) for _ in range(clients)))
     for front in fronts:
         front.server.pause()
     for number in range(rounds):
         print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
         turn = number % len(targets)
-        for target in [*targets[turn:], *targets[:turn]]:
-            if target is not upstream:
-                target.server.resume()
-            figures = await measure(target, clients, tokens, str(number))
-            print(f"{target.title}: {figures}", file=sys.stderr, flush=True)
-            found[target].append(figures)
-            if target is not upstream:
-                target.server.pause()
+        figures = await measure([*targets[turn:], *targets[:turn]], upstream, clients, tokens, str(number))
+        for target in targets:
+            found[target].append(figures[target])
     return found
 
 
@@ -132,7 +157,7 @@ def upstream_server(setup: Setup) -> Iterator[Target]:
     # It filters nothing, as most servers do: what that costs is to be seen in front.
     command, environment = peer.command(setup, port), {**peer.environment(setup), "PII__ENABLED": "false"}
     if setup.vllm:
-        command += ["--max-model-len", "1024", "--api-key", KEY]
+        command += ["--api-key", KEY]
     with serving(command, port, environment, peer.ready, log, READY_SECONDS) as server:
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}/v1/models", headers={"Authorization": f"Bearer {KEY}"}

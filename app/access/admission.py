@@ -7,11 +7,11 @@ occupy of this process, and what refusing it may cost, is counted in this proces
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from enum import Enum, auto
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Protocol
 
 from app.access.quotas import QuotaReservation, Quotas
@@ -210,10 +210,19 @@ class Admitted:
 class Reservation:
     """Tokens set aside for one generation."""
 
-    def __init__(self, *, counted: bool) -> None:
-        """Args: counted: whether the quota counts the tokens that are committed."""
-        self.counted = counted
+    def __init__(self, tokens: int, put_back: Callable[[int], Awaitable[None]] | None) -> None:
+        """Args: put_back: returns some of the tokens at once; None where no limit a minute has given them."""
+        self.counted = False
+        """Whether the quota counts the tokens that are committed."""
         self.used = 0
+        self._tokens = tokens
+        self._put_back = put_back
+
+    async def lower(self, tokens: int) -> None:
+        """Put back what is set aside beyond so many: the request cannot take more."""
+        over, self._tokens = self._tokens - tokens, min(tokens, self._tokens)
+        if over > 0 and self._put_back is not None:
+            await self._put_back(over)
 
     def commit(self, tokens: int) -> None:
         """Note what was really used; it is written down when the context is left."""
@@ -318,19 +327,30 @@ class AdmissionControl:
             await self._quotas.check(principal, tokens)
 
     @asynccontextmanager
-    async def reserve(self, principal: Principal, tokens: int) -> AsyncIterator[Reservation]:
+    async def reserve(
+        self, principal: Principal, tokens: int, count: Callable[[], Awaitable[int]] | None = None
+    ) -> AsyncIterator[Reservation]:
         """Set aside minute tokens, then tokens of the month, and put back what was not used when the context is left.
 
         Without `Reservation.commit` nothing counts as used.
 
+        Args:
+            count: tells how many are needed at most where `tokens` may be too many.  It is asked where that matters:
+                for a key with a quota, which is reserved in the database, and before a limit refuses the request.
         Raises: on entering, and then nothing is taken:
             RateLimited: so many tokens a minute are not left, or never will be.
             QuotaExceeded: so many tokens of the month are not left.
             StoreUnavailable: the database, or Redis, does not answer, and the policy is to refuse then.
         """
-        bucket = _rates_of(principal.limits).tokens
-        taken = await self._take_tokens(principal.key_id, bucket, tokens) if bucket else None
-        reservation = Reservation(counted=False)
+        if count is not None and principal.limits.monthly_tokens:
+            tokens, count = await count(), None
+        key_id, bucket = principal.key_id, _rates_of(principal.limits).tokens
+        taken: BucketState | None = None
+        put_back = None
+        if bucket:
+            tokens, taken = await self._take_tokens(key_id, bucket, tokens, count)
+            put_back = partial(self._store.return_tokens, key_id, bucket, local=taken.local)
+        reservation = Reservation(tokens, put_back)
         quota: QuotaReservation | None = None
         try:
             with self._counting_quota():
@@ -340,9 +360,7 @@ class AdmissionControl:
         finally:
             # Neither step can be cut off by a cancellation: the store promises that, and the commit is queued at once.
             try:
-                if bucket and taken and tokens > reservation.used:
-                    unused = tokens - reservation.used
-                    await self._store.return_tokens(principal.key_id, bucket, unused, local=taken.local)
+                await reservation.lower(reservation.used)
             finally:
                 if quota is not None:
                     await self._quotas.commit(quota, reservation.used)
@@ -352,7 +370,16 @@ class AdmissionControl:
         rates = _rates_of(principal.limits)
         return () if rates == NO_RATES else _limit_states(rates, await self._store.peek(principal.key_id, rates))
 
-    async def _take_tokens(self, key_id: str, bucket: Bucket, tokens: int) -> BucketState:
+    async def _take_tokens(
+        self, key_id: str, bucket: Bucket, tokens: int, count: Callable[[], Awaitable[int]] | None
+    ) -> tuple[int, BucketState]:
+        """Take so many tokens, or those that are really needed where so many are not there; return how many it took."""
+        if count is not None:
+            if tokens <= bucket.capacity:
+                taken = await self._store.take_tokens(key_id, bucket, tokens)
+                if taken.granted:
+                    return tokens, taken
+            tokens = await count()
         if tokens > bucket.capacity:
             raise RateLimited(
                 f"The request could take {tokens} tokens, and this API key has {bucket.capacity} a minute. "
@@ -362,7 +389,7 @@ class AdmissionControl:
         taken = await self._store.take_tokens(key_id, bucket, tokens)
         if not taken.granted:
             raise self._too_many("tokens", taken.retry_in)
-        return taken
+        return tokens, taken
 
     @contextmanager
     def _counting_quota(self) -> Iterator[None]:

@@ -179,6 +179,8 @@ class PreparedPrompt:
     """Whether the prompt has `prompt_tokens` or more, too many in any case, and was not encoded."""
     is_estimate: bool = False
     """Whether `prompt_tokens` is a guess that is rather too high, since the tokenizer is not known here."""
+    is_upper_bound: bool = False
+    """Whether the prompt has `prompt_tokens` or fewer, few enough for `GenerationRequest.uncounted_tokens`."""
 
 
 class TextDecoder(Protocol):

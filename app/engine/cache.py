@@ -84,6 +84,11 @@ def _is_large(request: GenerationRequest) -> bool:
     return own + prompt > MAX_LOGPROBS
 
 
+def _prompt_tokens(events: tuple[Event, ...]) -> int:
+    """Return the length of the prompt of a complete response."""
+    return events[-1].usage.prompt_tokens if isinstance(events[-1], Finished) else 0
+
+
 def _weight(events: tuple[Event, ...]) -> int:
     """Return roughly how many bytes a stored response takes."""
     deltas = [event for event in events if isinstance(event, Delta)]
@@ -140,6 +145,7 @@ class _Flight:
         Nothing is charged for a response that the inner engine replays itself.
         """
         generated, progress = self.progress.generated, reader.progress
+        progress.prompt = self.progress.prompt
         most = generated if tokens is None else min(tokens, generated)
         if not progress.generated and not progress.read_prompt:
             progress.shares_prompt = self.charged > 0 or self.prompt_charged
@@ -201,7 +207,8 @@ class _Reader:
         task = self.flight.task
         if not self.aborted and task is not None and not task.cancelled():
             task.result()  # raises what broke the generation
-        usage = Usage(prompt_tokens=self._prompt_tokens, completion_tokens=self._tokens)
+        prompt = self._prompt_tokens or self.flight.progress.prompt
+        usage = Usage(prompt_tokens=prompt, completion_tokens=self._tokens)
         return finish(FinishReason.ABORT, usage)
 
 
@@ -287,6 +294,7 @@ class CachedEngine(EngineWrapper):
             flight = None
         if flight is None and (stored := self._responses.get(key)) is not None:
             flight = _Flight(key, list(stored))
+            flight.progress.prompt = _prompt_tokens(stored)
         hit = flight is not None
         if flight is None:
             flight = self._flights[key] = self._take_off(key, request)

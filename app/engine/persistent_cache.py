@@ -162,6 +162,8 @@ class PersistentCacheEngine(EngineWrapper):
 
     async def _replay(self, request: GenerationRequest, stored: tuple[Event, ...]) -> AsyncGenerator[Event, None]:
         tokens = 0
+        if isinstance(stored[-1], Finished):
+            request.progress.prompt = stored[-1].usage.prompt_tokens
         for number, event in enumerate(stored):
             if number % EVENTS_PER_TURN == EVENTS_PER_TURN - 1:
                 await asyncio.sleep(0)

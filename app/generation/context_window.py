@@ -46,6 +46,12 @@ class TokenBudget:
         most = self.limit - self.reserved
         return max(1, min(requested, most) if requested else most)
 
+    def uncounted_tokens(self, request: GenerationRequest) -> int:
+        """Return the length up to which that of the prompt decides nothing about a request; 0 where it always does."""
+        if request.counts_prompt or request.truncate_prompt is not None or request.n > 1:
+            return 0
+        return max(0, self.limit - (self.default if self.requested is None else self.requested))
+
     def least_tokens(self, samples: int) -> int:
         """Return the fewest tokens that a request of so many samples can take; 0 where it never fits."""
         if self.requested is not None:
@@ -75,10 +81,13 @@ class FittedPrompt:
     request: GenerationRequest
     """The request, with its prompt encoded where the engine takes tokens."""
     prompt_tokens: int
+    """Its length, or more than that where `is_upper_bound`."""
     max_tokens: int
     new: tuple[Message, ...] = ()
     """The messages of a chat that its session has not stored yet."""
     context: ContextUsage | None = None
+    is_upper_bound: bool = False
+    """Whether the prompt has `prompt_tokens` or fewer; the engine says how many."""
 
 
 async def fit_text(request: GenerationRequest, prepare: Prepare, budget: TokenBudget) -> FittedPrompt:
@@ -166,10 +175,13 @@ async def fit_chat(
         InvalidRequest: they are longer than the caller lets the prompt be.
     """
     prepared: dict[int, PreparedPrompt] = {}
+    uncounted = budget.uncounted_tokens(request)
 
     def with_history(turns: int) -> GenerationRequest:
         earlier = [message for turn in history[len(history) - turns :] for message in turn.messages]
-        return structs.replace(request, messages=(*request.messages, *earlier, *new))
+        # How much history fits is not to be decided by a bound.
+        most = uncounted if turns == len(history) else 0
+        return structs.replace(request, messages=(*request.messages, *earlier, *new), uncounted_tokens=most)
 
     async def measure(turns: int) -> int:
         if turns not in prepared:
@@ -182,10 +194,9 @@ async def fit_chat(
     if request.truncate_prompt and request.truncate_prompt < prompt_tokens <= budget.limit:
         reason = f"is less than the {prompt_tokens} tokens of the last turn, which is never cut"
         raise InvalidRequest.of_field("truncate_prompt_tokens", reason)
+    counted = 0 if prepared[turns].is_upper_bound else prompt_tokens
     return FittedPrompt(
-        request=structs.replace(
-            with_history(turns), prompt_ids=prepared[turns].prompt_ids, counted_tokens=prompt_tokens
-        ),
+        request=structs.replace(with_history(turns), prompt_ids=prepared[turns].prompt_ids, counted_tokens=counted),
         prompt_tokens=prompt_tokens,
         max_tokens=budget.max_tokens(prompt_tokens, is_lower_bound=prepared[turns].is_lower_bound),
         new=tuple(new),
@@ -196,6 +207,7 @@ async def fit_chat(
             turns_dropped=len(history) - turns,
             is_estimate=prepared[turns].is_estimate,
         ),
+        is_upper_bound=prepared[turns].is_upper_bound,
     )
 
 

@@ -3,7 +3,7 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from datetime import UTC, datetime
 from typing import Protocol
@@ -27,6 +27,9 @@ class Reservation(Protocol):
     def counted(self) -> bool:
         """Return whether the quota has counted them."""
 
+    async def lower(self, tokens: int) -> None:
+        """Put back what is set aside beyond so many: the request cannot take more."""
+
     def commit(self, tokens: int) -> None:
         """Note what was really used; the rest is released when the reservation ends."""
 
@@ -45,9 +48,12 @@ class Admission(Protocol):
         Raises: QuotaExceeded: so many are not left, as far as is known without taking them.
         """
 
-    def reserve(self, principal: Principal, tokens: int) -> AbstractAsyncContextManager[Reservation]:
+    def reserve(
+        self, principal: Principal, tokens: int, count: Callable[[], Awaitable[int]] | None = None
+    ) -> AbstractAsyncContextManager[Reservation]:
         """Set tokens aside while the context lasts.
 
+        Args: count: tells how many are needed at most where `tokens` may be too many; None: it is not.
         Raises: RateLimited, QuotaExceeded: so many are not left; then nothing is taken.
         """
 
@@ -123,7 +129,7 @@ class UsageRecord:
 
     def begin(self, info: EngineInfo, fitted: FittedPrompt) -> None:
         """Note the model and the prompt as it was fitted: filtered, and without the history of its session."""
-        self._info, self._prompt_tokens = info, fitted.prompt_tokens
+        self._info, self._prompt_tokens = info, 0 if fitted.is_upper_bound else fitted.prompt_tokens
         self._adapter = fitted.request.adapter
         if self._recorder.store_text:
             texts = [message.all_text for message in fitted.new] or [fitted.request.text or ""]
@@ -155,6 +161,8 @@ class UsageRecord:
             stats.fail(error)
             raise
         finally:
+            # Of a request that ends early the engine may have told what nobody had counted.
+            self._prompt_tokens = self._prompt_tokens or stats.prompt_tokens
             stats.close(self._prompt_tokens)
             self._charged = self._cost(stats)
             reservation.commit(self._charged)

@@ -32,6 +32,11 @@ class RequestStats:
         """Whether log-probabilities of the prompt were received."""
 
     @property
+    def prompt_tokens(self) -> int:
+        """Return the length of the prompt as the engine has counted it; 0 where it has not."""
+        return max(sample.progress.prompt for sample in self._samples)
+
+    @property
     def generated(self) -> int:
         """Return the tokens that the engine has generated for this request, whether they were read or not."""
         return sum(sample.progress.generated for sample in self._samples)

@@ -120,11 +120,14 @@ class GenerationService:
                 metrics = self._metrics.model(model.name)
                 run = _Run(fitted, model, metrics, keeps_text=self._tracer.wants_texts)
                 record.begin(model.engine.info, fitted)
-                async with self._admission.reserve(principal, run.most_tokens) as reservation:
+                count = partial(self._count, run) if fitted.is_upper_bound else None
+                async with self._admission.reserve(principal, run.most_tokens, count) as reservation:
                     with record.charge(run.stats, reservation), self._traced(run):
                         async with aclosing(run.events()) as events:
                             async for event in events:
                                 record.observe(event)
+                                if run.knows_more:
+                                    await reservation.lower(run.most_tokens)
                                 if isinstance(event, Started) and self.host.over:
                                     # It reached its engine after all live requests had been aborted.
                                     raise ShuttingDown()
@@ -138,6 +141,13 @@ class GenerationService:
                         await self._store_turn(request, fitted.new, run.message)
             record.finish(finished)
             yield finished
+
+    async def _count(self, run: "_Run") -> int:
+        """Return the most tokens that a request can take whose prompt has not been counted yet, by counting it."""
+        request = structs.replace(run.fitted.request, uncounted_tokens=0)
+        async with self._deadline("The prompt took too long to prepare."):
+            prepared = await run.model.engine.prepare(run.model.chain.render(request))
+        return prepared.prompt_tokens + run.fitted.max_tokens
 
     def _traced(self, run: "_Run") -> AbstractContextManager[None]:
         return self._tracer.generation(run.name, run.samples, run.outcome)
@@ -350,7 +360,7 @@ class _Run:
         info.capabilities.check(request)
         self._request = request
         self.fitted = fitted
-        self._model = model
+        self.model = model
         self.name = request.adapter or model.name
         """That of the adapter where there is one."""
         self._keeps_text = keeps_text or request.session_id is not None
@@ -359,12 +369,24 @@ class _Run:
         self.shown_texts: tuple[str | None, str | None] = (None, None)
         """Prompt and completion, for the span of the generation."""
         self.stats = RequestStats(metrics, self.samples)
-        self.most_tokens = fitted.prompt_tokens + fitted.max_tokens * request.n
-        """Upper bound of the tokens that the request is charged with."""
+        self._bound = fitted.prompt_tokens
+        """Upper bound of the prompt's tokens."""
         self._deltas: list[Delta] = []
         self._withheld_tokens = [0] * len(self.samples)
         """Tokens of each sample whose deltas were left out since the last one that was not."""
         self._finished: Finished | None = None
+
+    @property
+    def most_tokens(self) -> int:
+        """Return an upper bound of the tokens that the request is charged with."""
+        return self._bound + self.fitted.max_tokens * len(self.samples)
+
+    @property
+    def knows_more(self) -> bool:
+        """Return, once, whether the engine has counted the prompt that had an upper bound only."""
+        told = self.stats.prompt_tokens if self.fitted.is_upper_bound else 0
+        news, self._bound = 0 < told < self._bound, told or self._bound
+        return news
 
     @property
     def message(self) -> Message:
@@ -378,7 +400,7 @@ class _Run:
         )
 
     def events(self) -> AsyncGenerator[Event, None]:
-        return merge_samples([self._model.chain.stream(sample) for sample in self.samples])
+        return merge_samples([self.model.chain.stream(sample) for sample in self.samples])
 
     def observe(self, event: Event) -> Event | None:
         """Count an event, and return it as the caller sees it; None for one without text and for the last."""
@@ -411,7 +433,7 @@ class _Run:
         """Return what the span of the generation says of its end."""
         shown, said = self.shown_texts
         return GenerationOutcome(
-            prompt_tokens=self.fitted.prompt_tokens,
+            prompt_tokens=self.stats.prompt_tokens if self.fitted.is_upper_bound else self.fitted.prompt_tokens,
             completion_tokens=self.stats.generated + self.stats.replayed,
             reasons=self.stats.reasons,
             input=shown,
@@ -425,9 +447,12 @@ class _Run:
         """
         if self._finished is None:
             raise RuntimeError("the engine ended without its last event")
+        context = self.fitted.context
+        if context is not None and self.fitted.is_upper_bound:
+            context = structs.replace(context, prompt_tokens=self._finished.usage.prompt_tokens)
         return structs.replace(
             self._finished,
             model=self.name,
             session_id=self._request.session_id,
-            context=self.fitted.context,
+            context=context,
         )

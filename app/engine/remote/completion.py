@@ -97,6 +97,7 @@ class RemoteCompletion:
         progress = self._request.progress
         progress.generated = max(progress.generated, self._usage.completion_tokens or self._scored or self._chunks)
         progress.cached = self._usage.cached_tokens
+        progress.prompt = self._usage.prompt_tokens or progress.prompt
         tokens, self._reported = progress.generated - self._reported, progress.generated
         return structs.replace(delta, tokens=tokens) if tokens else delta
 

@@ -7,8 +7,12 @@ Decides what can be asked of them and refuses the rest by name; `pool.py` choose
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
+
+from msgspec import structs
 
 from app.config import DeadlineConfig
 from app.config.remote import RemoteConfig
@@ -20,7 +24,7 @@ from app.engine.remote.servers import Server
 from app.engine.remote.upstream import Facts, Upstream
 from app.engine.remote.wire import request_body
 from app.errors import AppError, EngineBusy, EngineFailed, EngineNotReady, InvalidRequest
-from app.events import Event, Finished
+from app.events import Event, Finished, Started
 from app.fair_share import fits_share
 from app.requests import GenerationRequest
 from app.telemetry.tracing import NO_TRACER, Tracer
@@ -30,6 +34,9 @@ log = logging.getLogger(__name__)
 
 UNKNOWN_CONTEXT_LENGTH: Final = 4096
 """Of a server that does not say, where the configuration does not either: what Ollama takes by default."""
+
+COUNT_SECONDS = 2.0
+"""How long a prompt may take to be counted while its completion waits."""
 
 
 class RemoteEngine:
@@ -118,13 +125,20 @@ class RemoteEngine:
             await self._probed.wait()
 
     async def prepare(self, request: GenerationRequest) -> PreparedPrompt:
-        """Count the prompt; its tokens are handed on only where they are what the servers get."""
+        """Count the prompt; its tokens are handed on only where they are what the servers get.
+
+        Where the length of a chat may become known later, and its server tells it with each chunk, it is only bounded.
+        """
         counter = self._ready_counter()
         takes_tokens = all(server.takes_tokens for server in self._servers)
         if request.prompt_ids is not None:
             if not takes_tokens:
                 raise InvalidRequest.of_field("prompt", "must be text: this model's server takes no token ids")
             return PreparedPrompt(prompt_tokens=len(request.prompt_ids), prompt_ids=request.prompt_ids)
+        if request.uncounted_tokens and request.is_chat and all(server.counts_on for server in self._servers):
+            most = counter.most_tokens(request)
+            if most is not None and most <= request.uncounted_tokens:
+                return PreparedPrompt(prompt_tokens=most, prompt_ids=None, is_upper_bound=True)
         prepared = await counter.prepare(request)
         if takes_tokens or prepared.prompt_ids is None:
             return prepared
@@ -164,15 +178,30 @@ class RemoteEngine:
             EngineFailed, DeadlineExceeded: in place of Finished.
         """
         live = self._live[request.id] = self._admit(request)
+        told = bool(request.prompt_tokens)
         try:
             while True:
                 event = await live.next()
+                if not told and not isinstance(event, Started):
+                    told = True
+                    await self._count_untold(request)
+                if isinstance(event, Finished) and not event.usage.prompt_tokens:
+                    event = structs.replace(event, usage=replace(event.usage, prompt_tokens=request.prompt_tokens))
                 yield event
                 if isinstance(event, Finished):
                     return
         finally:
             del self._live[request.id]
             await live.close()
+
+    async def _count_untold(self, request: GenerationRequest) -> None:
+        """Count a prompt whose length the server, against its kind, has not told with the first token."""
+        if request.progress.prompt:
+            return
+        with suppress(AppError, TimeoutError):
+            async with asyncio.timeout(COUNT_SECONDS):
+                prepared = await self._ready_counter().prepare(structs.replace(request, uncounted_tokens=0))
+            request.progress.prompt = prepared.prompt_tokens
 
     async def abort(self, request_id: str) -> None:
         """End a request now: its stream closes with FinishReason.ABORT.  Unknown ids are ignored."""

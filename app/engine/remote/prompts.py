@@ -28,6 +28,12 @@ TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 Decoded = TypeVar("Decoded")
 TURN_TOKENS = 8
 """Tokens that a chat template writes around a message, or a tokenizer around a text."""
+MOST_TURN_TOKENS = 64
+"""More than any template writes around a message, a call, a tool or a variable, with the name of a speaker."""
+TEMPLATE_TOKENS = 2048
+"""More than a chat template that is not known here writes by itself, such as a system message of its own."""
+_NORMALIZED_FACTOR = 3
+"""By how much a normalizer can lengthen a text that is not ASCII: NFC's most over all of Unicode, in bytes."""
 
 
 class PromptCounter(Protocol):
@@ -36,6 +42,9 @@ class PromptCounter(Protocol):
     @property
     def tokenizer(self) -> ModelTokenizer | None:
         """Return None where it is elsewhere, or nowhere."""
+
+    def most_tokens(self, request: GenerationRequest) -> int | None:
+        """Return more tokens than a chat has, without reading it; None where that costs as much as to count them."""
 
     async def prepare(self, request: GenerationRequest) -> PreparedPrompt:
         """Count the prompt of a request.  Raises: InvalidRequest: it cannot be encoded."""
@@ -57,6 +66,11 @@ class LocalCounter:
         self.tokenizer = tokenizer
         # How many of its tokens the model has is not known here; its server refuses one that it has not.
         self._encoder = PromptEncoder(tokenizer, vocab_size=sys.maxsize, seconds=deadlines.waiting_seconds)
+
+    def most_tokens(self, request: GenerationRequest) -> int | None:
+        if not self.tokenizer.length.is_bounded:
+            return None
+        return self.tokenizer.template_bytes + _most_tokens(request)
 
     async def prepare(self, request: GenerationRequest) -> PreparedPrompt:
         prepared = await self._encoder.encode(request)
@@ -118,6 +132,9 @@ class ServerCounter:
 
     def __init__(self, pool: UpstreamPool) -> None:
         self._pool = pool
+
+    def most_tokens(self, request: GenerationRequest) -> int | None:
+        return TEMPLATE_TOKENS + _most_tokens(request)
 
     async def prepare(self, request: GenerationRequest) -> PreparedPrompt:
         body = partial(_tokenize_body, request)
@@ -182,6 +199,9 @@ class ByteCounter:
     def __init__(self, bytes_per_token: float) -> None:
         self._bytes_per_token = bytes_per_token
 
+    def most_tokens(self, request: GenerationRequest) -> int | None:
+        return None
+
     async def prepare(self, request: GenerationRequest) -> PreparedPrompt:
         if request.is_chat:
             texts = [message.all_text for message in request.messages]
@@ -202,6 +222,19 @@ class ByteCounter:
 
     def close(self) -> None:
         return
+
+
+def _most_tokens(request: GenerationRequest) -> int:
+    """Return more tokens than messages and tools of a chat have, for tokenizers whose tokens are a byte or longer."""
+    texts = [message.all_text for message in request.messages]
+    texts += [call.name + call.id for message in request.messages for call in message.tool_calls]
+    texts += [tool.name + (tool.description or "") + tool.parameters for tool in request.tools]
+    texts += [str(value) for _, value in request.template_kwargs]
+    return MOST_TURN_TOKENS * (len(texts) + 1) + sum(map(_most_bytes, texts))
+
+
+def _most_bytes(text: str) -> int:
+    return len(text) if text.isascii() else _NORMALIZED_FACTOR * len(text.encode("utf-8", "surrogatepass"))
 
 
 def _without_ids(prepared: PreparedPrompt) -> PreparedPrompt:

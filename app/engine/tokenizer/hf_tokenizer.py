@@ -74,6 +74,7 @@ class HfTokenizer:
         self.traits = read_traits(self._chat)
         default, with_tools = _template_of(self._chat, None), _template_of(self._chat, [])
         source = f"{default or ''}\0{with_tools or ''}"
+        self.template_bytes = max(len((each or "").encode()) for each in (default, with_tools))
         control = _control_ids(self._chat, source)
         special = self._chat.special_tokens_map
         written = " ".join([source, *map(str, special.values())])

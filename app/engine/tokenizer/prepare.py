@@ -88,6 +88,10 @@ class ModelTokenizer(PromptTokenizer, Protocol):
         """What the files say about chats."""
 
     @property
+    def template_bytes(self) -> int:
+        """Length of the chat template, whose every text of its own is written once, or around each message."""
+
+    @property
     def template_variables(self) -> tuple[str, ...]:
         """Names of the variables that a request may set in the chat template, sorted."""
 

@@ -37,6 +37,11 @@ class TokenLength:
         self._bytes_per_token = (longest_token_bytes or 0) + _MARK_BYTES
         self._most_tokens = (context_length or 0) if known else None
 
+    @property
+    def is_bounded(self) -> bool:
+        """Return whether the tokenizer loses nothing of a text, so that no token stands for less than a byte of it."""
+        return self._most_tokens is not None
+
     def check(self, text: str) -> None:
         """Raises: TooManyTokensError: it is."""
         most = self._most_tokens

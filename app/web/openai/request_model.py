@@ -182,6 +182,7 @@ class OpenAIFields(NeutralFields, GuidedFields):
             cache=context.may_cache,
             cache_random=False,
             stream=bool(self.stream),
+            counts_prompt=self.stream_usage is StreamUsage.CONTINUOUS,
             priority=self.priority or 0,
             truncate_prompt=self.truncate_prompt,
             **prompt,

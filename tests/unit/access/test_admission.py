@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -402,3 +402,45 @@ def test_whoever_may_send_no_system_message_may_send_no_control_token(service: S
         service.control.check_rights(principal, **uses, control_tokens=True)
 
     assert "prompt" == refused.value.details["errors"][0]["field"]
+
+
+async def test_a_bound_is_set_aside_where_it_is_left_and_the_count_where_it_is_not(service: Service):
+    """The prompt is counted only in the latter case; what is lowered is free again while the request runs."""
+    caller = Principal("k", Tenant.owner("t"), limits=Limits(tokens_per_minute=1000, requests_per_minute=9))
+    counted = 0
+
+    async def count() -> int:
+        nonlocal counted
+        counted += 1
+        return 300
+
+    async def left() -> int:
+        return remaining(await service.control.limits(caller))[1]
+
+    async with service.control.reserve(caller, 800, count) as first:
+        async with service.control.reserve(caller, 800, count_of(150)):
+            assert 50 == await left()
+        await first.lower(300)
+        assert 700 == await left()
+        async with service.control.reserve(caller, 800, count):
+            assert (1, 400) == (counted, await left())
+        first.commit(250)
+    assert 750 == await left()
+    with pytest.raises(RateLimited):
+        async with service.control.reserve(caller, 2000, count_of(751)):
+            pass
+    assert (750, ["tokens"]) == (await left(), service.limits)
+
+
+async def test_a_quota_reserves_what_was_counted(service: Service):
+    """Its reservations are rows of the database, which stay as they are until the request has ended."""
+    async with service.control.reserve(PRINCIPAL, 900, count_of(60)):
+        assert (0, 60) == await service.month()
+        assert (5, 940) == await service.minute()
+
+
+def count_of(tokens: int) -> Callable[[], Awaitable[int]]:
+    async def count() -> int:
+        return tokens
+
+    return count

@@ -184,6 +184,8 @@ CHANGED: dict[str, Any] = {
     "text": "Hi",
     "prompt_ids": (1, 2, 4),
     "counted_tokens": 5,
+    "uncounted_tokens": 900,
+    "counts_prompt": True,
     "continue_final_message": True,
     "echo": True,
     "hidden_tokens": 2,

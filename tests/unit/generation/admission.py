@@ -1,6 +1,6 @@
 """An admission that allows everything, and an inference log that is a list: parts of a service that costs nothing."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -19,6 +19,12 @@ class FakeReservation:
     """What was really used; None until it is known."""
     released: bool = False
     """Whether the request is over."""
+
+    lowered: int | None = None
+    """What it was lowered to; None where it was not."""
+
+    async def lower(self, tokens: int) -> None:
+        self.lowered = tokens
 
     def commit(self, tokens: int) -> None:
         assert not self.released, "a reservation that has been released can commit nothing"
@@ -48,7 +54,9 @@ class FakeAdmission:
         self.least_tokens.append(tokens)
 
     @asynccontextmanager
-    async def reserve(self, principal: Principal, tokens: int) -> AsyncIterator[FakeReservation]:
+    async def reserve(
+        self, principal: Principal, tokens: int, count: Callable[[], Awaitable[int]] | None = None
+    ) -> AsyncIterator[FakeReservation]:
         if self.exhausted is not None:
             raise self.exhausted
         reservation = FakeReservation(tokens)

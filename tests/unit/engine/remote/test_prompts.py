@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 from transformers import PreTrainedTokenizerFast
 
 from app.engine.base import PreparedPrompt
@@ -19,6 +20,7 @@ TOKENIZE = {
     "/tokenize": Reply.json({"count": 3, "max_model_len": 99, "tokens": [5, 6, 7]}),
     "/detokenize": Reply.json({"prompt": "text"}),
 }
+HELLO = (Message(Role.USER, "Hello"),)
 TEXTS = ("a", "hello world, the end", "Ünïcödé ☃ 漢字", "x" * 1000, '{"a": [1, 2]}', "  \n\t ")
 
 
@@ -85,6 +87,27 @@ async def test_an_estimate_that_is_to_be_safe_is_never_too_low(make: Callable[[]
             prepared = await engine.prepare(make_request(messages=(), text=text))
             assert (None, True) == (prepared.prompt_ids, prepared.is_estimate)
             assert prepared.prompt_tokens >= len(tokenizer.encode(text))
+
+
+@pytest.mark.parametrize("make", [chatml_tokenizer, llama_tokenizer, gemma_tokenizer])
+async def test_a_bound_is_never_too_low_and_only_given_where_it_suffices(
+    make: Callable[[], PreTrainedTokenizerFast], tmp_path: Path
+):
+    """Of chats, for a server that counts them itself, and a tokenizer here that loses nothing of a text."""
+    tokenizer = make()
+    tokenizer.chat_template = tokenizer.chat_template or chatml_tokenizer().chat_template
+    folder = str(save(tokenizer, tmp_path))
+    async with engine_on(ScriptedServer(models=VLLM), tokenizer=folder) as engine:
+        for text in TEXTS:
+            request = make_request(messages=(Message(Role.USER, text), Message(Role.ASSISTANT, ""), *HELLO))
+            exact = await engine.prepare(request)
+            bound = await engine.prepare(structs.replace(request, uncounted_tokens=10_000))
+            too_long = await engine.prepare(structs.replace(request, uncounted_tokens=bound.prompt_tokens - 1))
+            assert exact == too_long
+            assert (False, True) == (exact.is_upper_bound, bound.is_upper_bound)
+            assert exact.prompt_tokens <= bound.prompt_tokens
+    async with engine_on(ScriptedServer(), tokenizer=folder) as engine:
+        assert not (await engine.prepare(make_request(uncounted_tokens=10_000))).is_upper_bound
 
 
 async def test_an_estimate_counts_everything_that_a_chat_has():
