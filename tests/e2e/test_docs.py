@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import KEY, ROOT, Service
+from tests.waiting import START_SECONDS
 
 pytestmark = pytest.mark.e2e
 
@@ -71,7 +72,7 @@ def test_a_block_prints_what_stands_below_it(page: str, code: str, output: str, 
         env=environment,
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=START_SECONDS,
         check=False,
     )
 

@@ -12,6 +12,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from app.generation import batch_runner
+from tests.waiting import HANG_SECONDS
 from tests.web.access import ADMIN_KEY, Running, running
 from tests.web.harness import RecordingEngine, ScriptedService, Web
 
@@ -74,7 +75,7 @@ async def ended(http: httpx.AsyncClient, batch_id: str, seconds: float = 30) -> 
 
 async def progress(http: httpx.AsyncClient, batch_id: str) -> None:
     """Wait until a line of a batch is answered."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(HANG_SECONDS):
         while True:
             if (await http.get(f"/v1/batches/{batch_id}")).json()["request_counts"]["completed"]:
                 return

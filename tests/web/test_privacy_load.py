@@ -28,15 +28,20 @@ async def test_costly_prompts_of_one_key_do_not_hold_up_another(tmp_path: Path) 
         loud, quiet = await service.key(limits={"parallel_requests": 100}), await service.key()
         # Once each: what is only done the first time is no part of it.
         assert 200 == (await service.generate(loud, prompt=HOSTILE)).status_code
-        undisturbed = median([await latency(service, quiet) for _ in range(30)])
 
-        costly = [asyncio.create_task(service.generate(loud, prompt=HOSTILE)) for _ in range(64)]
-        await asyncio.sleep(0.3)
-        beside = list[float]()
-        while not all(task.done() for task in costly) and len(beside) < 60:
-            beside.append(await latency(service, quiet))
-        replies = await asyncio.gather(*costly)
+        async def ratio() -> float:
+            """Return how many times as long the small requests take beside the costly ones."""
+            undisturbed = median([await latency(service, quiet) for _ in range(30)])
+            costly = [asyncio.create_task(service.generate(loud, prompt=HOSTILE)) for _ in range(64)]
+            await asyncio.sleep(0.3)
+            beside = list[float]()
+            while not all(task.done() for task in costly) and len(beside) < 60:
+                beside.append(await latency(service, quiet))
+            assert {200} == {reply.status_code for reply in await asyncio.gather(*costly)}
+            assert len(beside) > 10
+            return median(beside) / (undisturbed + 0.0025)
 
-    assert {200} == {reply.status_code for reply in replies}
-    assert len(beside) > 10
-    assert median(beside) < 2 * undisturbed + 0.005
+        for _ in range(3):  # what else the machine does shows in some, a filter that holds up the loop in each
+            if (found := await ratio()) < 2:
+                break
+        assert found < 2

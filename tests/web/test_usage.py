@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.waiting import HANG_SECONDS
 from tests.web.access import Running, running
 
 REFUSED: list[tuple[str, dict[str, Any], int]] = [
@@ -22,7 +23,7 @@ REFUSED: list[tuple[str, dict[str, Any], int]] = [
 
 
 async def rows_written(service: Running) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(HANG_SECONDS):
         while service.access.log.waiting:  # noqa: ASYNC110  # written by another task
             await asyncio.sleep(0.01)
     await asyncio.sleep(0.1)
