@@ -76,13 +76,13 @@ def test_the_time_of_encoding_says_nothing_of_anothers_conversation(long: bool) 
     def sending(tenant: Tenant) -> Send:
         return lambda text: tokenizer.encode_chat([Message(Role.USER, text)], tenant=tenant)
 
-    def tells_own_only() -> bool:
+    def shows_own_only() -> bool:
         # Of this thread, which encodes: what the machine does beside it takes none.
         seconds = measure(rounds, 300, sending(VICTIM), sending(PROBER), time.thread_time)
         own, others = longer(seconds["fresh"], seconds["own"]), longer(seconds["fresh"], seconds["another's"])
         return own > 0.8 and abs(others - 0.5) < chance(rounds)
 
-    assert happens(tells_own_only, times=3)
+    assert happens(shows_own_only, times=3)
 
 
 @contextmanager
@@ -106,9 +106,9 @@ def test_the_time_of_an_answer_says_nothing_of_anothers_prompt(service: Service,
     rounds = 50 if long else 16
     with key_of(service, "victim", max_tokens) as victim, key_of(service, "prober", max_tokens) as prober:
 
-        def tells_own_only() -> bool:
+        def shows_own_only() -> bool:
             seconds = measure(rounds, 100, victim, prober)
             own, others = longer(seconds["fresh"], seconds["own"]), longer(seconds["fresh"], seconds["another's"])
             return (max_tokens > 1 or own > 0.8) and abs(others - 0.5) < chance(rounds)
 
-        assert happens(tells_own_only, times=3)
+        assert happens(shows_own_only, times=3)

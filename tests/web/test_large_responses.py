@@ -117,10 +117,11 @@ async def test_a_large_response_is_encoded_and_sent_without_holding_up_the_other
             await client.read_to_end()
         return client, probe.longest / at_once
 
-    for _ in range(5):  # what the machine does beside it shows once; a response that holds up the loop does each time
-        client, share = await held_up()
+    client, share = await held_up()
+    for _ in range(4):  # what the machine does beside it shows once; a response that holds up the loop does each time
         if share < 0.1:
             break
+        client, share = await held_up()
 
     head, _, answer = client.answer.partition(b"\r\n\r\n")
     assert (200,) == statuses(head)

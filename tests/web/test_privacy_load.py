@@ -23,7 +23,10 @@ async def latency(service: Running, key: str) -> float:
 
 async def test_costly_prompts_of_one_key_do_not_hold_up_another(tmp_path: Path) -> None:
     """Beside 64 prompts of 4,000 pairs of digits a small request takes about as long as by itself."""
-    limits = {"security": {"api_key": ADMIN_KEY, "max_prompt_chars": 20_000}}
+    limits = {
+        "security": {"api_key": ADMIN_KEY, "max_prompt_chars": 20_000},
+        "deadlines": {"waiting_seconds": 600, "total_seconds": 600},
+    }
     async with running(tmp_path, engine=EchoEngine(context_length=16_000), **limits) as service:
         loud, quiet = await service.key(limits={"parallel_requests": 100}), await service.key()
         # Once each: what is only done the first time is no part of it.
@@ -41,7 +44,5 @@ async def test_costly_prompts_of_one_key_do_not_hold_up_another(tmp_path: Path) 
             assert len(beside) > 10
             return median(beside) / (undisturbed + 0.0025)
 
-        for _ in range(3):  # what else the machine does shows in some, a filter that holds up the loop in each
-            if (found := await ratio()) < 2:
-                break
-        assert found < 2
+        # What else the machine does shows in some of them, a filter that holds up the loop in each.
+        assert await ratio() < 2 or await ratio() < 2 or await ratio() < 2

@@ -93,15 +93,17 @@ class Chain:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def chain() -> AsyncIterator[Chain]:
-    model = LocalEngine(ModelConfig(name=str(Path("models") / NAME)), DeadlineConfig())
+    # One way of computing, and sums that are the same to the last digits that matter, whatever runs beside them.
+    config = ModelConfig(name=str(Path("models") / NAME), compile="none", dtype="float32")
+    model = LocalEngine(config, DeadlineConfig())
     sections: dict[str, Any] = {"rate_limit": {"enabled": False}, "cache": {"enabled": False}}
     async with AsyncExitStack() as stack:
         back = await make_web(engines={NAME: model}, **sections)
         stack.push_async_callback(model.close)
         await model.wait_ready()
         port = await stack.enter_async_context(back.listening())
-        config = RemoteConfig.model_validate({"base_urls": [f"http://127.0.0.1:{port}/v1"], "api_key": KEY})
-        remote = RemoteEngine(config, DeadlineConfig(), name=NAME)
+        upstream = RemoteConfig.model_validate({"base_urls": [f"http://127.0.0.1:{port}/v1"], "api_key": KEY})
+        remote = RemoteEngine(upstream, DeadlineConfig(), name=NAME)
         front = await make_web(engines={NAME: remote}, **sections)
         stack.push_async_callback(remote.close)
         await remote.wait_ready()
