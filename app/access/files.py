@@ -40,10 +40,13 @@ class FileStore:
         self._most_of_file = max_file_bytes
         self._most = max_stored_bytes
 
-    async def write(self, tenant: Tenant, content: AsyncIterator[bytes], describe: Callable[[], NewFile]) -> StoredFile:
+    async def write(
+        self, tenant: Tenant, content: AsyncIterator[bytes], describe: Callable[[datetime], NewFile]
+    ) -> StoredFile:
         """Store a file while it is received; one that does not arrive whole leaves nothing.
 
-        Args: describe: is called once all of the content has come, and may raise what is wrong with it.
+        Args: describe: is called with the file's time of creation once all of the content has come; may raise what
+            is wrong with it.
         Raises: PayloadTooLarge, StorageExceeded: it, or the tenant's files in sum, would take more than they may.
             StoreUnavailable.
         """
@@ -54,7 +57,7 @@ class FileStore:
             await connection.execute(insert(_files).values(**values, expires=created + UPLOAD_TIME))
         try:
             size = await self._write_chunks(file_id, content)
-            described = asdict(describe())
+            described = asdict(describe(created))
             async with self._db.begin() as connection:
                 await self._refuse_excess(connection, tenant, size)
                 await connection.execute(update(_files).where(_files.c.id == file_id).values(size=size, **described))

@@ -84,7 +84,8 @@ class QueuedWriter(Generic[Item]):
                 await self._arrived.wait()
             if self._flush_seconds:
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._closing.wait(), self._flush_seconds)
+                    async with asyncio.timeout(self._flush_seconds):
+                        await self._closing.wait()
             while self._waiting:
                 if not await self._write_batch():
                     await asyncio.sleep(RETRY_SECONDS)

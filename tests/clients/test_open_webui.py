@@ -12,7 +12,9 @@ import httpx
 import pytest
 
 from tests.clients.environments import OPEN_WEBUI, PLAYWRIGHT, command, installed
-from tests.e2e.conftest import KEY, ROOT, Service, Start, free_port, wait_for
+from tests.e2e.conftest import KEY, ROOT, Service, Start
+from tests.ports import free_port
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.clients, pytest.mark.timeout(1800)]
 

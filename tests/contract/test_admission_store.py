@@ -9,11 +9,13 @@ import pytest
 
 from app.access.admission import AdmissionStore, Rates, Refusal
 from app.access.token_bucket import Bucket
-from app.config import RedisConfig
 from app.stores.memory_admission import MemoryAdmissionStore
 from app.stores.redis_admission import AdmissionStoreWithFallback, RedisAdmissionStore
 from app.stores.redis_connection import RedisConnection
-from tests.services.redis_server import RedisServer, free_port
+from tests.ports import free_port
+from tests.services.redis_race import patient
+from tests.services.redis_server import RedisServer
+from tests.waiting import HANG_SECONDS
 
 STORES = [
     "memory",
@@ -86,7 +88,7 @@ async def store(kind: str, server: RedisServer | None, clock: Clock) -> AsyncIte
         yield memory
         return
     url = server.url if server else f"redis://127.0.0.1:{free_port()}"
-    connection = RedisConnection(RedisConfig.model_validate({"url": url, "timeout_seconds": 0.25}))
+    connection = RedisConnection(patient(url))
     shared = RedisAdmissionStore(connection, lease_seconds=20)
     yield shared if kind == "redis" else AdmissionStoreWithFallback(shared, memory, processes=1)
     await connection.close()
@@ -223,7 +225,7 @@ async def test_giving_back_survives_a_cancellation(store: AdmissionStore, what: 
         finishing.cancel()
     with suppress(asyncio.CancelledError):
         await finishing
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(HANG_SECONDS):
         while not await _came_back(store, what):  # noqa: ASYNC110  # a store's own task has no event
             await asyncio.sleep(0.01)
 

@@ -20,6 +20,7 @@ from app.errors import EngineNotReady, InputTooLong, InvalidRequest
 from app.types import EngineState, Tenant
 from tests.unit.tiny_encoders import save_tiny_encoder
 from tests.unit.tiny_models import save_tiny_llama
+from tests.waiting import START_SECONDS
 from tests.web.word_encoder import WordEncoder
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -50,7 +51,7 @@ async def unclosed(
     with pytest.raises(EngineNotReady):
         await embedder.prepare_embedding(request_for("early"))
     await embedder.start()
-    async with asyncio.timeout(110):
+    async with asyncio.timeout(START_SECONDS):
         await embedder.wait_ready()
     yield embedder
     await embedder.close()

@@ -28,6 +28,7 @@ from tests.unit.engine.stores import DictStore
 from tests.unit.event_streams import deltas_of, finished_of, logprobs_of, prompt_logprobs_of, started_of, text_of
 from tests.unit.event_streams import read as read_stream
 from tests.unit.tiny_models import save_tiny_llama
+from tests.waiting import START_SECONDS
 from tests.web.chained import ChainedEngine
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -57,7 +58,7 @@ async def unclosed(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
     with pytest.raises(EngineNotReady):
         await anext(engine.stream(GenerationRequest(id="early", tenant=Tenant.owner("t"), prompt_ids=(1,))))
     await engine.start()
-    async with asyncio.timeout(110):
+    async with asyncio.timeout(START_SECONDS):
         await engine.wait_ready()
     yield engine
     await engine.close()

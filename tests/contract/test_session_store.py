@@ -15,6 +15,7 @@ from app.stores.redis_sessions import RedisSessionStore
 from app.types import Message, Role, Tenant, ToolCall
 from tests.examples import examples
 from tests.services.redis_connections import RedisConnections
+from tests.waiting import HANG_SECONDS
 
 Factory = Callable[[ChatHistoryConfig, "Clock"], SessionStore]
 ANN, BOB = Tenant.owner("ann"), Tenant.owner("bob")
@@ -343,7 +344,7 @@ async def test_sessions_do_not_wait_for_one_another(factory: Factory, clock: Clo
     store = factory(LIMITS, clock)
 
     async with (
-        asyncio.timeout(1),
+        asyncio.timeout(HANG_SECONDS),
         store.turn(ANN, "s"),
         store.turn(ANN, "t"),
         store.turn(BOB, "s"),
@@ -369,7 +370,7 @@ async def test_a_cancelled_waiter_does_not_break_the_lock(factory: Factory, cloc
         first.cancel()
         await asyncio.wait([first])
         inside = list(entered)
-    await asyncio.wait_for(second, 1)
+    await asyncio.wait_for(second, HANG_SECONDS)
 
     assert first.cancelled()
     assert [] == inside
@@ -384,7 +385,7 @@ async def test_a_failed_turn_frees_the_session(factory: Factory, clock: Clock):
         async with store.turn(ANN, "s"):
             raise ValueError("mine")
 
-    async with asyncio.timeout(1), store.turn(ANN, "s"):
+    async with asyncio.timeout(HANG_SECONDS), store.turn(ANN, "s"):
         await store.append(ANN, "s", turn("one"))
     assert 1 == await count(store)
 

@@ -3,11 +3,10 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,11 @@ import httpx
 import psutil
 import pytest
 
+from tests.ports import free_port
+from tests.waiting import HANG_SECONDS, START_SECONDS, wait_for
+
 ROOT = Path(__file__).parents[2]
 KEY = "e2e-key-0123456789"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass
@@ -55,24 +51,16 @@ class Service:
 
     def logged(self, text: str) -> int:
         """Return how often the log says this; waits for the first time, since a thread writes the lines later."""
-        wait_for(lambda: text in self.log.read_text(), 5)
+        wait_for(lambda: text in self.log.read_text())
         return self.log.read_text().count(text)
 
-    def stop(self, seconds: float = 20) -> int:
+    def stop(self, seconds: float = 60) -> int:
         """Send SIGTERM and return the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(seconds)
 
 
 Start = Callable[..., Service]
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
-    """Poll until true; fails the test when it takes too long."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
 
 
 def ready(service: Service) -> bool:
@@ -125,9 +113,9 @@ def take_over(libraries: Path, folder: Path) -> None:
             part.replace(folder / library.name)
 
 
-@pytest.fixture(scope="session")
-def start(tmp_path_factory: pytest.TempPathFactory, compiled: Path) -> Iterator[Start]:
-    """Start a service with settings given as SECTION__KEY; all are stopped at the end."""
+@contextmanager
+def starting(tmp_path_factory: pytest.TempPathFactory, compiled: Path) -> Iterator[Start]:
+    """Lend a function that starts a service with settings given as SECTION__KEY; all are stopped at the end."""
     services: list[Service] = []
 
     def start(*, wait: bool = True, command: Sequence[str] = (), **settings: str) -> Service:
@@ -149,23 +137,33 @@ def start(tmp_path_factory: pytest.TempPathFactory, compiled: Path) -> Iterator[
                 text=True,
             )
         url = f"http://127.0.0.1:{port}"
-        client = httpx.Client(base_url=url, headers={"X-API-Key": given["SECURITY__API_KEY"]}, timeout=60)
+        client = httpx.Client(base_url=url, headers={"X-API-Key": given["SECURITY__API_KEY"]}, timeout=START_SECONDS)
         service = Service(process, url, client, log)
         services.append(service)
         if wait:
-            wait_for(lambda: ready(service), 60)
+            wait_for(lambda: ready(service), START_SECONDS)
             take_over(own, compiled)
         return service
 
-    yield start
-    for service in services:
-        service.client.close()
-        if service.process.poll() is None:
-            service.process.kill()
-            service.process.wait(10)
+    try:
+        yield start
+    finally:
+        for service in services:
+            service.client.close()
+            if service.process.poll() is None:
+                service.process.kill()
+                service.process.wait(HANG_SECONDS)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory, compiled: Path) -> Iterator[Start]:
+    """Start services of a module's own: idle ones would take memory, and time of the processor, until the end."""
+    with starting(tmp_path_factory, compiled) as start:
+        yield start
 
 
 @pytest.fixture(scope="session")
-def service(start: Start) -> Service:
+def service(tmp_path_factory: pytest.TempPathFactory, compiled: Path) -> Iterator[Service]:
     """The embedded model, shared by the tests that leave it as they found it."""
-    return start()
+    with starting(tmp_path_factory, compiled) as start:
+        yield start()

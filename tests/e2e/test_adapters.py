@@ -8,8 +8,9 @@ import httpx
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests.e2e.conftest import ROOT, Service, Start, wait_for
+from tests.e2e.conftest import ROOT, Service, Start
 from tests.unit.worker.lora_adapters import save_adapter
+from tests.waiting import START_SECONDS, wait_for
 
 PROMPT = "Once upon a time"
 
@@ -52,7 +53,7 @@ def test_requests_at_the_same_time_each_get_their_adapters_text(adapted: Service
 def test_a_worker_that_died_has_its_adapters_again(adapted: Service) -> None:
     before = [complete(adapted, model) for model in ("one", "two")]
     adapted.worker().kill()
-    wait_for(lambda: adapted.engine()["restarts"] > 0 and adapted.engine()["state"] == "ready", 60)
+    wait_for(lambda: adapted.engine()["restarts"] > 0 and adapted.engine()["state"] == "ready", START_SECONDS)
 
     assert before == [complete(adapted, model) for model in ("one", "two")]
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import Service, Start, wait_for
+from tests.e2e.conftest import Service, Start
 from tests.e2e.test_conversation import events
+from tests.waiting import HANG_SECONDS, wait_for
 
 pytestmark = pytest.mark.e2e
 
@@ -77,8 +78,8 @@ def test_a_client_that_leaves_takes_nothing_from_the_others(service: Service) ->
         reader.start()
     wait_for(lambda: len(leaver.moments) > 2)
     leaver.leaving.set()
-    leaver.join(10)
-    wait_for(lambda: service.engine()["running"] <= len(stayers), 3)
+    leaver.join(HANG_SECONDS)
+    wait_for(lambda: service.engine()["running"] <= len(stayers))
     for reader in stayers:
         reader.join(60)
 
@@ -95,7 +96,7 @@ def test_a_long_prompt_does_not_stall_a_stream(service: Service) -> None:
     long = service.client.post("/v1/generate", json=body(0, tokens=1, prompt=words)).json()
     after = time.monotonic()
     stream.leaving.set()
-    stream.join(10)
+    stream.join(HANG_SECONDS)
 
     assert 1400 < long["usage"]["prompt_tokens"] < 2000
     # In pieces of at most 512 tokens it takes three steps; alone in one step there would be none.

@@ -18,12 +18,13 @@ import httpx
 import psutil
 import pytest
 
-from tests.e2e.conftest import Service, Start, ready, wait_for
+from tests.e2e.conftest import Service, Start, ready
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.e2e
 
 CLIENTS = 6
-HANG_SECONDS = 5
+KILL_SECONDS = 5
 END_SECONDS = 25
 """Within which each request has to end, whatever happens: the limit of a suspended worker, and a busy machine."""
 RECOVERY_SECONDS = 90
@@ -112,11 +113,11 @@ class Chaos:
             self._check(kind, outcomes)
         wait_for(lambda: ready(self.service), RECOVERY_SECONDS)
         assert self.service.chat("What is the capital of France?", max_tokens=5, cache=False)["message"]["content"]
-        wait_for(lambda: self._engine("running") == self._engine("waiting") == 0, 10)
+        wait_for(lambda: self._engine("running") == self._engine("waiting") == 0)
 
     def nothing_is_left(self) -> None:
         """No reservation of tokens, and no process besides the worker and its spare."""
-        wait_for(lambda: self._rows("SELECT count(*) FROM reservations WHERE tokens > 0") == 0, 10)
+        wait_for(lambda: self._rows("SELECT count(*) FROM reservations WHERE tokens > 0") == 0)
         assert 0 == self._rows("SELECT coalesce(sum(reserved), 0) FROM usage_counters")
         workers = [each for each in self._process().children() if "app.worker" in each.cmdline()]
         assert len(workers) <= 2
@@ -141,11 +142,11 @@ class Chaos:
                 worker.resume()
             case "suspend":
                 worker.suspend()
-                wait_for(lambda: self.service.get("/readyz").json()["status"] == "unresponsive", 5)
+                wait_for(lambda: self.service.get("/readyz").json()["status"] == "unresponsive")
                 worker.resume()
             case "hang":
                 worker.suspend()
-                wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, HANG_SECONDS + 5)
+                wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
 
     def _check(self, kind: str, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
@@ -180,7 +181,7 @@ def test_whatever_happens_to_the_worker_each_request_ends_once_and_nothing_stays
 ) -> None:
     """Terminal events, refusals with a time to come back, reservations, processes, open files and memory."""
     # Slow enough that most answers are not over before it happens.
-    service = start(MODEL__COMPILE="none", MODEL__HANG_SECONDS=str(HANG_SECONDS), MODEL__SPARE_WORKER="true")
+    service = start(MODEL__COMPILE="none", MODEL__HANG_SECONDS=str(KILL_SECONDS), MODEL__SPARE_WORKER="true")
     chaos = Chaos(service, seed)
     chaos.round("kill")
     chaos.nothing_is_left()
@@ -207,7 +208,7 @@ def test_a_suspended_worker_turns_readiness_off_within_seconds(start: Start) -> 
     worker = service.worker()
     worker.send_signal(signal.SIGSTOP)
     try:
-        wait_for(lambda: service.get("/readyz").status_code == 503, 5)
+        wait_for(lambda: service.get("/readyz").status_code == 503)
         assert {"status": "unresponsive"} == service.get("/readyz").json()
         assert 200 == service.get("/health").status_code
         refused = service.client.post("/v1/chat", json=STORY)
@@ -216,7 +217,7 @@ def test_a_suspended_worker_turns_readiness_off_within_seconds(start: Start) -> 
     finally:
         worker.send_signal(signal.SIGCONT)
 
-    wait_for(lambda: ready(service), 5)
+    wait_for(lambda: ready(service))
     assert "Paris" in service.chat("What is the capital of France?")["message"]["content"]
     assert (0, worker.pid) == (service.engine()["restarts"], service.engine()["worker_pid"])
     assert (1, 1) == (service.logged("gives no sign of life"), service.logged("lives and serves again"))

@@ -13,6 +13,7 @@ import pytest
 
 from tests.compat.examples import CALLS, JAVASCRIPT, LIFE_CYCLE, PYTHON, Example
 from tests.e2e.conftest import KEY, ROOT, Service, Start
+from tests.waiting import START_SECONDS
 
 pytestmark = pytest.mark.e2e
 
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.e2e
 def run(command: list[str], service: Service) -> str:
     """Run a program as the reader of a document does; return what it prints."""
     environment = {**os.environ, "URL": service.url, "KEY": KEY}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=START_SECONDS, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

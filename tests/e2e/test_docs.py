@@ -13,7 +13,8 @@ import pytest
 
 from app.config import load_settings
 from tests.code_blocks import PAGES, RUN, CodeBlock, blocks, matches
-from tests.e2e.conftest import ROOT, Service, Start, environment, ready, wait_for
+from tests.e2e.conftest import ROOT, Service, Start, environment, ready
+from tests.waiting import START_SECONDS, wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -82,7 +83,7 @@ def documented(start: Start) -> tuple[Service, str]:
     service = start(
         wait=False, SECURITY__API_KEY="", RATE_LIMIT__ENABLED="true", MODEL__TEMPERATURE="0", MODEL__COMPILE="none"
     )
-    wait_for(lambda: ready(service), 180)
+    wait_for(lambda: ready(service), START_SECONDS)
     folder = service.log.parent
     for name in ("models", "prompts"):
         (folder / name).symlink_to(ROOT / name)

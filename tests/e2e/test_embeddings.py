@@ -19,8 +19,9 @@ from langchain_openai import OpenAIEmbeddings
 from pydantic import SecretStr
 from transformers import AutoModel, AutoTokenizer
 
-from tests.e2e.conftest import KEY, Service, Start, wait_for
+from tests.e2e.conftest import KEY, Service, Start
 from tests.unit.tiny_encoders import SIZE, save_tiny_encoder
+from tests.waiting import START_SECONDS, wait_for
 
 pytestmark = pytest.mark.e2e
 
@@ -42,7 +43,7 @@ def embedding(start: Start, folder: Path) -> Service:
         MODEL__EMBEDDINGS="mean",
         EMBEDDINGS__MAX_BATCH_TOKENS="64",
     )
-    wait_for(lambda: state(service) == "ready", 60)
+    wait_for(lambda: state(service) == "ready", START_SECONDS)
     return service
 
 
@@ -182,7 +183,7 @@ def test_a_client_that_hangs_up_frees_the_encoder_within_a_pass(embedding: Servi
             await asyncio.gather(sending, return_exceptions=True)
 
     asyncio.run(hang_up())
-    wait_for(lambda: not figures(embedding)["running"], 5)
+    wait_for(lambda: not figures(embedding)["running"])
 
 
 def test_many_texts_have_one_vector_each(embedding: Service):
@@ -197,14 +198,14 @@ def test_many_texts_have_one_vector_each(embedding: Service):
 def test_the_use_is_counted(embedding: Service):
     before = json.loads(embedding.get("/v1/usage").text)
     embedding.client.post("/v1/embeddings", json={"input": "the cat sat"})
-    wait_for(lambda: json.loads(embedding.get("/v1/usage").text) != before, 10)
+    wait_for(lambda: json.loads(embedding.get("/v1/usage").text) != before)
 
 
 def test_a_worker_that_dies_is_replaced_and_takes_the_chat_model_not_along(embedding: Service):
     """The last of this file: the encoder is another process afterwards."""
     chat, pid = embedding.engine()["worker_pid"], figures(embedding)["worker_pid"]
     psutil.Process(pid).kill()
-    wait_for(lambda: state(embedding) == "ready" and figures(embedding)["restarts"] == 1, 60)
+    wait_for(lambda: state(embedding) == "ready" and figures(embedding)["restarts"] == 1, START_SECONDS)
 
     assert chat == embedding.engine()["worker_pid"]
     assert 200 == embedding.client.post("/v1/embeddings", json={"input": "the cat sat"}).status_code

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.e2e.conftest import Service
+from tests.waiting import happens
 
 pytestmark = pytest.mark.e2e
 
@@ -143,8 +144,10 @@ def test_another_keys_small_requests_are_served_beside_a_flood(service: Service,
         client.close()
         return statuses, beside, without
 
-    statuses, beside, without = asyncio.run(measure())
+    def is_served() -> bool:
+        statuses, beside, without = asyncio.run(measure())
+        assert [200] * PROBES == statuses
+        # Two on a quiet machine; tests share this one with others.
+        return beside < 8 * without + 0.05
 
-    assert [200] * PROBES == statuses
-    # Two on a quiet machine; tests share this one with others.
-    assert beside < 8 * without + 0.05
+    assert happens(is_served, times=3)

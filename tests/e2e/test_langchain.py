@@ -3,7 +3,6 @@
 import asyncio
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,9 @@ from app.errors import (
     Unauthorized,
 )
 from app.langchain.models import EngineChat, EnginePipeline
-from tests.e2e.conftest import KEY, ROOT, Service, free_port
+from tests.e2e.conftest import KEY, ROOT, Service
+from tests.ports import free_port
+from tests.waiting import START_SECONDS, wait_for
 
 pytestmark = pytest.mark.e2e
 
@@ -241,10 +242,7 @@ def test_a_request_to_the_service_that_is_left_early_ends_there(service: Service
         next(stream), next(stream)
         stream.close()
 
-        deadline = time.monotonic() + 10
-        while service.engine()["running"]:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for(lambda: not service.engine()["running"])
 
 
 SCRIPT = """
@@ -261,7 +259,7 @@ def test_a_script_of_three_lines_works_and_ends_with_all_that_it_started():
     """Without closing anything, without a warning, and without a process that stays."""
     command = [sys.executable, "-W", "error", "-c", SCRIPT, str(MODEL)]
 
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=START_SECONDS, check=False)
 
     *answers, worker = done.stdout.splitlines()
     assert (0, [PARIS, PARIS], "") == (done.returncode, answers, done.stderr)

@@ -9,13 +9,13 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.conftest import Service, Start, environment, serve, wait_for
+from tests.e2e.conftest import Service, Start, environment, serve
 from tests.unit.lying_models import Damage, change_json, drop_weights, lying_llama, save_overflowing_gpt2, write
 from tests.unit.tiny_models import CHATML, chatml_tokenizer
+from tests.waiting import START_SECONDS, wait_for
 
 pytestmark = pytest.mark.e2e
 
-START_SECONDS = 110
 FOREVER = "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}"
 REFUSED: dict[str, tuple[Damage, str]] = {
     "weights": (drop_weights("lm_head"), "The model cannot be loaded: the weights lack lm_head.weight."),
@@ -86,7 +86,7 @@ ROUTES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def send(service: Service, path: str, text: str, fields: dict[str, Any]) -> httpx.Response:
     body = {"messages": [{"role": "user", "content": text}], "max_tokens": 2, **fields}
-    return httpx.post(f"{service.url}{path}", json=body, headers=service.client.headers, timeout=60)
+    return httpx.post(f"{service.url}{path}", json=body, headers=service.client.headers, timeout=START_SECONDS)
 
 
 @pytest.mark.parametrize(("path", "fields"), ROUTES.values(), ids=ROUTES)

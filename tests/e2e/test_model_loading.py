@@ -16,6 +16,7 @@ from app.engine import partial_downloads
 from tests.e2e.fake_hub import COMMIT, FakeHub, serving
 from tests.unit.tiny_encoders import SIZE, save_tiny_bert, save_tiny_encoder
 from tests.unit.tiny_models import save_tiny_llama
+from tests.waiting import START_SECONDS
 from tests.web.access import Running, running
 from tests.web.harness import frames
 
@@ -107,7 +108,7 @@ async def test_ten_loads_of_one_model_are_one_process_and_delay_nobody(client: h
     assert 200 == (await generate(client, "one")).status_code
     # The other one, if there is one, is the spare that waits for a worker to die.
     assert 1 <= len(workers() - before) <= 2
-    assert slowest < 1
+    assert slowest < 5
 
 
 async def test_a_model_is_replaced_without_a_failed_request(client: httpx.AsyncClient):
@@ -167,7 +168,7 @@ async def test_a_load_that_is_ended_in_its_download_leaves_nothing(
     assert await asyncio.to_thread(hub.halted.wait, 100)
     while not (part := list((folder / "cache").rglob("*.incomplete"))):  # noqa: ASYNC110  # it has no event
         await asyncio.sleep(0.02)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(START_SECONDS):
         while (progress := (await state(client, "org/slow"))["progress"])["bytes_total"] is None:  # noqa: ASYNC110  # as above
             await asyncio.sleep(0.02)
     ended = await client.post(UNLOAD, json={"model_name": "org/slow"})

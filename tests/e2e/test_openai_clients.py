@@ -19,7 +19,8 @@ from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
 from pydantic import BaseModel, Field
 
 from app.engine.tokenizer.hf_tokenizer import HfTokenizer
-from tests.e2e.conftest import KEY, ROOT, Service, wait_for
+from tests.e2e.conftest import KEY, ROOT, Service
+from tests.waiting import START_SECONDS, wait_for
 
 pytestmark = pytest.mark.e2e
 
@@ -309,7 +310,7 @@ def test_curl_streams_to_the_end(base_url: str) -> None:
         [*command, "-H", f"Authorization: Bearer {KEY}", "-d", body],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=START_SECONDS,
         check=True,
         env=dict(os.environ),
     )

@@ -12,7 +12,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.conftest import KEY, ROOT, environment, free_port, wait_for
+from tests.e2e.conftest import KEY, ROOT, environment
+from tests.ports import free_port
+from tests.waiting import HANG_SECONDS, START_SECONDS, wait_for
 
 pytestmark = pytest.mark.e2e
 
@@ -45,7 +47,7 @@ def started(
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait(10)
+        process.wait(HANG_SECONDS)
 
 
 def answers(url: str, path: str = "/readyz") -> bool:
@@ -58,7 +60,7 @@ def answers(url: str, path: str = "/readyz") -> bool:
 def test_uvicorn_starts_the_whole_service_and_stops_it(tmp_path: Path):
     """A request that runs when the signal comes is answered."""
     with uvicorn(tmp_path, "--host", "127.0.0.1", MODEL__COMPILE="none") as (url, log, process):
-        wait_for(lambda: answers(url), 60)
+        wait_for(lambda: answers(url), START_SECONDS)
         reply = httpx.post(
             f"{url}/v1/generate",
             json={"prompt": "Hello, world!", "max_new_tokens": 8},
@@ -66,7 +68,7 @@ def test_uvicorn_starts_the_whole_service_and_stops_it(tmp_path: Path):
             timeout=30,
         )
         process.send_signal(signal.SIGTERM)
-        code = process.wait(30)
+        code = process.wait(HANG_SECONDS)
 
     assert (200, True) == (reply.status_code, reply.json()["tokens_generated"] > 0), log.read_text()
     # uvicorn raises the signal again once it has shut down.
@@ -81,18 +83,18 @@ def test_uvicorn_loads_the_service_again_when_its_code_changes(tmp_path: Path):
     watched.write_text("")
     settings = {"MODEL__ENGINE": "echo"}
     with uvicorn(tmp_path, "--reload", "--reload-dir", str(watched.parent), **settings) as (url, log, process):
-        wait_for(lambda: answers(url), 60)
+        wait_for(lambda: answers(url), START_SECONDS)
         time.sleep(1)  # until its present state is known
         watched.write_text("changed = True")
-        wait_for(lambda: "Reloading" in log.read_text(), 30)
-        wait_for(lambda: log.read_text().count("Started server process") == 2 and answers(url), 60)
+        wait_for(lambda: "Reloading" in log.read_text())
+        wait_for(lambda: log.read_text().count("Started server process") == 2 and answers(url), START_SECONDS)
         process.send_signal(signal.SIGTERM)
-        process.wait(30)
+        process.wait(HANG_SECONDS)
 
 
 def test_uvicorn_says_in_one_line_what_is_wrong_with_the_configuration(tmp_path: Path):
     with uvicorn(tmp_path, MODEL__NAME="/nowhere") as (_, log, process):
-        code = process.wait(30)
+        code = process.wait(HANG_SECONDS)
 
     assert code != 0
     reason = "there is no folder /nowhere; a model of the hub needs source: hub"
@@ -112,10 +114,10 @@ def test_uvicorn_says_in_one_line_what_is_wrong_with_the_configuration(tmp_path:
 def test_the_commands_of_an_older_service_start_this_one(arguments: list[str], folder: Path | None, tmp_path: Path):
     """With the key of its variable; a signal ends it."""
     with started(tmp_path, arguments, folder, MODEL__ENGINE="echo") as (url, log, process):
-        wait_for(lambda: answers(url), 60)
+        wait_for(lambda: answers(url), START_SECONDS)
         reply = httpx.post(f"{url}/predict", json={"prompt": "Hello"}, headers={"Authorization": f"Bearer {KEY}"})
         process.send_signal(signal.SIGTERM)
-        code = process.wait(30)
+        code = process.wait(HANG_SECONDS)
 
     assert (200, "Hello") == (reply.status_code, reply.json()["generated_text"]), log.read_text()
     assert code in (0, -signal.SIGTERM)

@@ -14,7 +14,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.conftest import Service, free_port, wait_for
+from tests.e2e.conftest import Service
+from tests.ports import free_port
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.e2e
 
@@ -136,7 +138,7 @@ def running(command: list[str], folder: Path, port: int) -> Iterator[httpx.Clien
                     except httpx.TransportError:
                         return False
 
-                wait_for(answers, 20)
+                wait_for(answers)
                 yield client
         finally:
             process.terminate()

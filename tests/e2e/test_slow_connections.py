@@ -14,6 +14,7 @@ from http.client import HTTPConnection
 import pytest
 
 from tests.e2e.conftest import KEY, ROOT, Service, Start
+from tests.waiting import HANG_SECONDS, happens
 from tests.web.raw_requests import CASES
 from tests.web.raw_sockets import exchange, statuses
 
@@ -84,17 +85,18 @@ def test_slow_clients_lock_nobody_out(start: Start, count: int, seconds: int) ->
     with few_files(1024):
         service = start(MODEL__ENGINE="echo")
     request(service, 20)
-    calm = request(service, REQUESTS)
-    with slow_clients(service, count):
-        until = time.monotonic() + seconds
-        crowded = request(service, REQUESTS)
-        while time.monotonic() < until:
-            crowded += request(service, REQUESTS)
-        metrics = service.get("/metrics").text
 
-    assert statistics.median(crowded) < 3 * statistics.median(calm)
-    assert p95(crowded) < 4 * p95(calm)
-    assert 'connections_closed_total{reason="evicted"}' in metrics
+    def is_as_fast() -> bool:
+        calm = request(service, REQUESTS)
+        with slow_clients(service, count):
+            until = time.monotonic() + seconds
+            crowded = request(service, REQUESTS)
+            while time.monotonic() < until:
+                crowded += request(service, REQUESTS)
+        return statistics.median(crowded) < 3 * statistics.median(calm) and p95(crowded) < 4 * p95(calm)
+
+    assert happens(is_as_fast, times=3)
+    assert 'connections_closed_total{reason="evicted"}' in service.get("/metrics").text
     assert 0 == service.stop()
 
 
@@ -124,7 +126,7 @@ def test_the_real_server_treats_every_shape_of_request_as_the_tests_do(start: St
     async def run() -> None:
         for case in CASES:
             with subtests.test(case.name):
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(HANG_SECONDS):
                     client, usable = await exchange(port, [case.sent], len(case.statuses), closes=case.closes)
                 assert (case.statuses, case.closes) == (statuses(client.answer), not usable)
                 assert case.may_reset or not client.reset

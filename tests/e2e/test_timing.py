@@ -19,6 +19,7 @@ import pytest
 from app.engine.tokenizer.hf_tokenizer import HfTokenizer
 from app.types import Message, Role, Tenant
 from tests.e2e.conftest import ROOT, Service
+from tests.waiting import happens
 
 pytestmark = pytest.mark.e2e
 
@@ -31,7 +32,9 @@ LONG = pytest.param(True, marks=[pytest.mark.soak, pytest.mark.timeout(900)])
 both_lengths = pytest.mark.parametrize("long", [False, LONG], ids=["short", "long"])
 
 
-def measure(rounds: int, words: int, victim: Send, prober: Send) -> dict[str, list[float]]:
+def measure(
+    rounds: int, words: int, victim: Send, prober: Send, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Return how many seconds the prober's request took whose prompt the prober, the victim or nobody had sent."""
     rng = random.Random(7)
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
@@ -45,10 +48,10 @@ def measure(rounds: int, words: int, victim: Send, prober: Send) -> dict[str, li
             victim(prompt if kind == "another's" else other)
             prober(prompt if kind == "own" else other[::-1])
             victim(text())
-            began = time.perf_counter()
+            began = clock()
             prober("".join(prompt))
             if number:  # the first round warms up
-                seconds[kind].append(time.perf_counter() - began)
+                seconds[kind].append(clock() - began)
     return seconds
 
 
@@ -73,10 +76,13 @@ def test_the_time_of_encoding_says_nothing_of_anothers_conversation(long: bool) 
     def sending(tenant: Tenant) -> Send:
         return lambda text: tokenizer.encode_chat([Message(Role.USER, text)], tenant=tenant)
 
-    seconds = measure(rounds, 300, sending(VICTIM), sending(PROBER))
+    def shows_own_only() -> bool:
+        # Of this thread, which encodes: what the machine does beside it takes none.
+        seconds = measure(rounds, 300, sending(VICTIM), sending(PROBER), time.thread_time)
+        own, others = longer(seconds["fresh"], seconds["own"]), longer(seconds["fresh"], seconds["another's"])
+        return own > 0.8 and abs(others - 0.5) < chance(rounds)
 
-    assert longer(seconds["fresh"], seconds["own"]) > 0.8
-    assert abs(longer(seconds["fresh"], seconds["another's"]) - 0.5) < chance(rounds)
+    assert happens(shows_own_only, times=3)
 
 
 @contextmanager
@@ -99,8 +105,10 @@ def test_the_time_of_an_answer_says_nothing_of_anothers_prompt(service: Service,
     """Neither of one that the model computes nor of one that is refused once its prompt has been encoded."""
     rounds = 50 if long else 16
     with key_of(service, "victim", max_tokens) as victim, key_of(service, "prober", max_tokens) as prober:
-        seconds = measure(rounds, 100, victim, prober)
 
-    if max_tokens == 1:
-        assert longer(seconds["fresh"], seconds["own"]) > 0.8
-    assert abs(longer(seconds["fresh"], seconds["another's"]) - 0.5) < chance(rounds)
+        def shows_own_only() -> bool:
+            seconds = measure(rounds, 100, victim, prober)
+            own, others = longer(seconds["fresh"], seconds["own"]), longer(seconds["fresh"], seconds["another's"])
+            return (max_tokens > 1 or own > 0.8) and abs(others - 0.5) < chance(rounds)
+
+        assert happens(shows_own_only, times=3)

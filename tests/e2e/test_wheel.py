@@ -10,7 +10,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.conftest import ROOT, free_port, wait_for
+from tests.e2e.conftest import ROOT
+from tests.ports import free_port
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.e2e
 

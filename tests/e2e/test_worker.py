@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,11 +29,9 @@ from tests.unit.event_streams import deltas_of, finished_of, text_of
 from tests.unit.event_streams import read as read_stream
 from tests.unit.ipc.priorities import hurry
 from tests.unit.tiny_models import save_tiny_llama
+from tests.waiting import HANG_SECONDS, START_SECONDS, until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
-
-START_SECONDS = 110
-"""Importing torch on a busy machine takes most of it."""
 
 
 @pytest.fixture(scope="module")
@@ -94,16 +92,7 @@ async def worker_of(engine: LocalEngine) -> int:
     raise AssertionError("no worker was started")
 
 
-async def until(condition: Callable[[], bool], seconds: float = 10) -> None:
-    """Poll until true; fails the test when it takes too long."""
-    for _ in range(int(seconds / 0.02)):
-        if condition():
-            return
-        await asyncio.sleep(0.02)
-    raise AssertionError("it did not happen in time")
-
-
-async def gone(pid: int, seconds: float = 10) -> bool:
+async def gone(pid: int, seconds: float = HANG_SECONDS) -> bool:
     """Whether the process ends within so many seconds."""
     until = time.monotonic() + seconds
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
@@ -147,7 +136,7 @@ async def test_hanging_up_stops_the_worker(engine: LocalEngine):
         assert 1 == engine.status().running
     assert 0 == engine.status().running
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(HANG_SECONDS):
         assert FinishReason.LENGTH == finished_of(await read(engine, make_request(max_tokens=2))).finish_reason
 
 
@@ -162,7 +151,7 @@ async def test_one_more_than_fits_is_refused(engine: LocalEngine):
     assert (1, 1) == (engine.status().running, engine.status().waiting)
 
     await first.aclose()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(HANG_SECONDS):
         assert FinishReason.LENGTH == finished_of([event async for event in second]).finish_reason
 
 
@@ -183,12 +172,12 @@ async def test_a_deadline_frees_the_worker(folder: Path):
         with pytest.raises(DeadlineExceeded):
             await read(engine, make_request(max_tokens=90_000))
 
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG_SECONDS):
             await read(engine, make_request(max_tokens=2))
 
 
 async def test_a_killed_worker_fails_its_requests_at_once_and_comes_back(engine: LocalEngine):
-    """Running and waiting requests fail within half a second of the death; a new process serves again."""
+    """Running and waiting requests fail at the death; a new process serves again."""
     streams = [engine.stream(make_request(name, 50_000)) for name in "ab"]
     for stream in streams:
         await anext(stream)
@@ -197,11 +186,10 @@ async def test_a_killed_worker_fails_its_requests_at_once_and_comes_back(engine:
     assert before is not None
 
     os.kill(before, signal.SIGKILL)
-    killed = time.monotonic()
     for stream in streams:
         with pytest.raises(EngineFailed):
             await drain(stream)
-    assert time.monotonic() - killed < 0.5
+    assert 0 == engine.status().restarts  # before there is another worker
     assert "SIGKILL" in str(engine.status().error)
 
     async with asyncio.timeout(START_SECONDS):
@@ -222,7 +210,7 @@ async def test_a_suspended_worker_tells_its_requests_and_serves_on_when_it_comes
 
     os.kill(before.worker_pid, signal.SIGSTOP)
     try:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(HANG_SECONDS):
             for stream in streams:
                 with pytest.raises(EngineFailed, match="does not respond"):
                     await drain(stream)
@@ -233,7 +221,7 @@ async def test_a_suspended_worker_tells_its_requests_and_serves_on_when_it_comes
     finally:
         os.kill(before.worker_pid, signal.SIGCONT)
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(HANG_SECONDS):
         await engine.wait_ready()
         # Its one slot is free: the worker has dropped what nobody waits for.
         assert FinishReason.LENGTH == finished_of(await read(engine, make_request(max_tokens=2))).finish_reason
@@ -248,7 +236,7 @@ async def test_a_worker_that_stays_suspended_is_replaced(folder: Path):
         assert pid is not None
 
         os.kill(pid, signal.SIGSTOP)
-        assert await gone(pid, 12)
+        assert await gone(pid)
 
         await until(lambda: engine.status().state is EngineState.RESTARTING)
         assert "gave no sign of life" in str(engine.status().error)
@@ -338,6 +326,7 @@ SERVICE = """
 import asyncio, sys
 from app.config import DeadlineConfig, ModelConfig
 from app.engine.local import LocalEngine
+from tests.waiting import HANG_SECONDS, until
 from app.ipc.spare_interpreters import SpareInterpreters
 
 async def main():

@@ -18,6 +18,7 @@ from uuid import UUID
 
 import pytest
 
+from tests.waiting import START_SECONDS
 from tests.web.harness import KEY, RecordingEngine, make_web
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -129,7 +130,7 @@ async def run_page(build: Callable[[str], str], folder: Path, *, listed: bool = 
                 start_new_session=True,
             )
             try:
-                async with asyncio.timeout(60):
+                async with asyncio.timeout(START_SECONDS):
                     return await page.report
             finally:
                 os.killpg(browser.pid, signal.SIGKILL)

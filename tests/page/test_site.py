@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from playwright.async_api import async_playwright, expect
 
-from tests.e2e.conftest import free_port
 from tests.page.chat_page import CHROMIUM, OPTIONS
+from tests.ports import free_port
 from tests.unit.scripts.test_site_pages import build
 
 ROOT = Path(__file__).parents[2]

@@ -9,14 +9,11 @@ import pytest
 
 from app.access.background import BackgroundGroup
 from app.access.database import Database
-from app.config import RedisConfig
-from app.stores import redis_stores, redis_turns
-from app.stores.redis_connection import RedisConnection
 from tests.services.disks import Disk, LimitedWrites, small_disk
 from tests.services.mlflow_server import MlflowServer, has_server
 from tests.services.mlflow_server import running as mlflow_running
 from tests.services.postgres import Postgres, binaries, running
-from tests.services.redis_connections import PATIENCE_SECONDS, RedisConnections
+from tests.services.redis_connections import RedisConnections, wait_longer
 from tests.services.redis_server import RedisServer, program
 from tests.services.redis_server import running as redis_running
 
@@ -71,12 +68,7 @@ def redis(redis_server: RedisServer) -> RedisServer:
 @pytest.fixture
 def patient_redis(redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> RedisServer:
     """The same for services that wait longer for it than they may: a busy machine is no outage."""
-
-    def connection(config: RedisConfig) -> RedisConnection:
-        return RedisConnection(config.model_copy(update={"timeout_seconds": PATIENCE_SECONDS}))
-
-    monkeypatch.setattr(redis_stores, "RedisConnection", connection)
-    monkeypatch.setattr(redis_turns, "LATE_SECONDS", PATIENCE_SECONDS)
+    wait_longer(monkeypatch)
     return redis
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sysconfig
 import tempfile
@@ -19,10 +18,11 @@ from typing import Any
 import httpx
 
 from tests.clients.environments import Client, installed, is_installed
+from tests.ports import free_port
+from tests.waiting import START_SECONDS
 
 ROOT = Path(__file__).parents[2]
 MLFLOW = Client("log_models.py", ("mlflow==3.17.2",))
-START_SECONDS = 90
 _numbers = count(1)
 
 
@@ -45,7 +45,7 @@ class MlflowServer:
         python = installed(MLFLOW) / "bin" / "python"
         packages = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
         command = [str(python), str(program), self.address, str(ROOT / "models" / "tiny-chat"), *packages]
-        output = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=110)
+        output = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=START_SECONDS)
         assert output.returncode == 0, output.stderr
         found: Mapping[str, str] = json.loads(output.stdout.splitlines()[-1])
         return found
@@ -94,7 +94,7 @@ class MlflowServer:
         self.process.wait(20)
 
     def wait(self) -> None:
-        for _ in range(10 * START_SECONDS):
+        for _ in range(int(10 * START_SECONDS)):
             assert self.process.poll() is None, (self.folder / "log").read_text()
             try:
                 if httpx.get(f"{self.address}/health", timeout=5).status_code == 200:
@@ -107,9 +107,7 @@ class MlflowServer:
 @contextmanager
 def running() -> Iterator[MlflowServer]:
     """Start a new server with an empty database and throw it away at the end."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory(prefix="llm-mlflow-") as name, (Path(name) / "log").open("wb") as log:
         folder = Path(name)
         process = subprocess.Popen(

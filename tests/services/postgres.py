@@ -3,7 +3,6 @@
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -13,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from tests.ports import free_port
+from tests.waiting import START_SECONDS
 
 USERS = ("postgres", "nobody")
 """Postgres refuses to run as root; then it runs as the first of these that there is."""
@@ -33,14 +35,16 @@ class Postgres:
     def __init__(self, programs: Path, folder: Path) -> None:
         self._programs, self._folder = programs, folder
         self._process: subprocess.Popen[bytes] | None = None
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
+        self.port = free_port()
 
     def make(self) -> None:
         command = [str(self._programs / "initdb"), "-D", str(self._folder / "db"), "-U", "tests", "-A", "trust"]
         subprocess.run(
-            [*command, "--no-sync", "-E", "UTF8"], check=True, capture_output=True, timeout=60, **self._other_user()
+            [*command, "--no-sync", "-E", "UTF8"],
+            check=True,
+            capture_output=True,
+            timeout=START_SECONDS,
+            **self._other_user(),
         )
 
     def start(self) -> None:

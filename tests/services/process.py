@@ -4,7 +4,6 @@ import asyncio
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -14,6 +13,8 @@ from pathlib import Path
 
 import httpx
 
+from tests.ports import free_port
+from tests.waiting import START_SECONDS
 from tests.web.access import ADMIN_KEY
 
 ROOT = Path(__file__).parents[2]
@@ -29,9 +30,9 @@ class ServiceProcess:
     output: Path
 
     def client(self, key: str = ADMIN_KEY) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self.address, headers={"X-API-Key": key}, timeout=20)
+        return httpx.AsyncClient(base_url=self.address, headers={"X-API-Key": key}, timeout=START_SECONDS)
 
-    async def ready(self, seconds: float = 110) -> None:
+    async def ready(self, seconds: float = START_SECONDS) -> None:
         """Wait until it says so; fails where the process ends instead."""
         async with asyncio.timeout(seconds), self.client() as http:
             while True:
@@ -42,7 +43,7 @@ class ServiceProcess:
                 # Not at once again, or it takes the processor from the model that loads.
                 await asyncio.sleep(0.05)
 
-    def stop(self, seconds: float = 20) -> int:
+    def stop(self, seconds: float = 60) -> int:
         """Send SIGTERM and return the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(seconds)
@@ -73,9 +74,7 @@ def start(
 
     Args: prepare: runs in the new process before the service does.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     output = folder / "output"
     with output.open("ab") as log:
         process = subprocess.Popen(
@@ -110,7 +109,7 @@ def refused_start(url: str | None, folder: Path, *, prepare: Callable[[], None] 
         env=environment(url, **settings),
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=START_SECONDS,
         preexec_fn=prepare,
     )
     said = ended.stdout + ended.stderr

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from tests.services.redis_server import free_port
+from tests.ports import free_port
 
 SCRAPE_SECONDS = 0.25
 

@@ -2,14 +2,26 @@
 
 from itertools import count
 
+import pytest
 from pydantic import SecretStr
 
 from app.config import RedisConfig
+from app.stores import redis_stores, redis_turns
 from app.stores.redis_connection import RedisConnection
 
 PATIENCE_SECONDS = 5.0
 """Longer than a service may wait: a busy machine is no outage."""
 _numbers = count()
+
+
+def wait_longer(monkeypatch: pytest.MonkeyPatch, seconds: float = PATIENCE_SECONDS) -> None:
+    """Let the services of this test wait so long for a reply of Redis, which is more than a configuration may say."""
+
+    def connection(config: RedisConfig) -> RedisConnection:
+        return RedisConnection(config.model_copy(update={"timeout_seconds": seconds}))
+
+    monkeypatch.setattr(redis_stores, "RedisConnection", connection)
+    monkeypatch.setattr(redis_turns, "LATE_SECONDS", seconds)
 
 
 class RedisConnections:

@@ -5,6 +5,7 @@ Waits for a line on standard input, sends N requests at once and prints how many
 
 import asyncio
 import sys
+from typing import Any
 
 from app.access.admission import Rates
 from app.access.token_bucket import Bucket
@@ -16,9 +17,9 @@ LIMIT = 300
 RATES = Rates(requests=Bucket(LIMIT, 1e-6), tokens=Bucket(10**9, 1), parallel_requests=10_000)
 
 
-def patient(url: str) -> RedisConfig:
+def patient(url: str, **settings: Any) -> RedisConfig:
     """Return a configuration that waits longer than one may: the machine of the tests may be busy."""
-    return RedisConfig.model_validate({"url": url}).model_copy(update={"timeout_seconds": 20.0})
+    return RedisConfig.model_validate({"url": url, **settings}).model_copy(update={"timeout_seconds": 20.0})
 
 
 def say(what: object) -> None:

@@ -7,15 +7,14 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from pydantic import SecretStr
-
-from app.config import ChatHistoryConfig, RedisConfig
+from app.config import ChatHistoryConfig
 from app.errors import SessionTakenOver
 from app.generation.sessions import Turn
 from app.stores.encryption import Encryption
 from app.stores.redis_connection import RedisConnection
 from app.stores.redis_sessions import RedisSessionStore
 from app.types import Message, Role, Tenant
+from tests.services.redis_race import patient
 
 ANN = Tenant.owner("ann")
 LEASE_SECONDS = 0.5
@@ -35,7 +34,7 @@ def take_turns(url: str, pipe: Connection, first: int) -> None:
     """Take one turn after another, and say so after each; runs until it is killed."""
 
     async def run() -> None:
-        store = store_of(RedisConnection(RedisConfig(url=SecretStr(url), key_prefix=PREFIX, timeout_seconds=0.25)))
+        store = store_of(RedisConnection(patient(url, key_prefix=PREFIX)))
         for number in itertools.count(first):
             async with store.turn(ANN, "s"):
                 await store.read(ANN, "s")
@@ -50,7 +49,7 @@ def take_one_turn(url: str, pipe: Connection) -> None:
     """Begin a turn, wait until told to go on, and say what became of it."""
 
     async def run() -> None:
-        store = store_of(RedisConnection(RedisConfig(url=SecretStr(url), key_prefix=PREFIX, timeout_seconds=0.25)))
+        store = store_of(RedisConnection(patient(url, key_prefix=PREFIX)))
         try:
             async with store.turn(ANN, "s"):
                 pipe.send("begun")

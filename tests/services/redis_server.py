@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.ports import free_port
+
 PROGRAMS = {"redis": "redis-server", "valkey": "valkey-server"}
 
 
@@ -28,16 +30,6 @@ def program(kind: str = "redis") -> str | None:
     if (found := shutil.which(named)) is None:
         raise FileNotFoundError(f"REDIS_SERVER is {named}, which is no program")
     return found
-
-
-def free_port() -> int:
-    """Return a port that a member of a cluster may have: it takes the one 10,000 above it, too."""
-    port = 0
-    while not 0 < port < 55_536:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-    return port
 
 
 class RedisServer:

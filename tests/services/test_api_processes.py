@@ -10,7 +10,7 @@ import pytest
 
 from tests.services.process import ServiceProcess, refused_start, serving
 from tests.services.redis_server import RedisServer
-from tests.web.harness import until
+from tests.waiting import START_SECONDS, until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.services]
 
@@ -40,7 +40,7 @@ async def send(service: ServiceProcess, key: str) -> int:
 async def test_processes_share_limits_and_one_that_dies_is_replaced(redis: RedisServer, tmp_path: Path):
     """While one is gone the other serves, limits are what they were, and SIGTERM ends all of them cleanly."""
     async with serving(None, tmp_path, REDIS__URL=redis.url, REDIS__TIMEOUT_SECONDS="0.25", **WORKERS) as service:
-        await until(lambda: len(listening(service)) == 2, 60)
+        await until(lambda: len(listening(service)) == 2, START_SECONDS)
         async with service.client() as http:
             created = await http.post("/v1/keys", json={"limits": {"requests_per_minute": 5}})
         key = created.json()["key"]
@@ -49,7 +49,7 @@ async def test_processes_share_limits_and_one_that_dies_is_replaced(redis: Redis
         psutil.Process(victim).kill()
         await until(lambda: victim not in listening(service))
         during = await send(service, key)
-        await until(lambda: len(listening(service)) == 2, 60)
+        await until(lambda: len(listening(service)) == 2, START_SECONDS)
         again = listening(service)
         code = await asyncio.to_thread(service.stop)
 
@@ -66,10 +66,10 @@ async def test_processes_share_limits_and_one_that_dies_is_replaced(redis: Redis
 async def test_processes_end_with_the_one_that_started_them(redis: RedisServer, tmp_path: Path):
     """Killed, it cannot tell them."""
     async with serving(None, tmp_path, REDIS__URL=redis.url, **WORKERS) as service:
-        await until(lambda: len(listening(service)) == 2, 60)
+        await until(lambda: len(listening(service)) == 2, START_SECONDS)
         processes = listening(service)
         service.kill()
-        await until(lambda: not any(psutil.pid_exists(pid) for pid in processes), 30)
+        await until(lambda: not any(psutil.pid_exists(pid) for pid in processes))
 
 
 def test_several_processes_without_redis_are_refused(tmp_path: Path):
@@ -80,4 +80,4 @@ def test_several_processes_without_redis_are_refused(tmp_path: Path):
 async def test_without_sessions_processes_that_limit_alone_can_be_asked_for(tmp_path: Path):
     given: dict[str, Any] = {"CHAT_HISTORY__ENABLED": "false", "RATE_LIMIT__PER_PROCESS": "true", **WORKERS}
     async with serving(None, tmp_path, **given) as service:
-        await until(lambda: len(listening(service)) == 2, 60)
+        await until(lambda: len(listening(service)) == 2, START_SECONDS)

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from tests.services.process import ServiceProcess, serving
+from tests.waiting import START_SECONDS
 
 SETTINGS: dict[str, Any] = {"BATCHES__LEASE_SECONDS": "1", "CACHE__ENABLED": "false"}
 CHAT = "/v1/chat/completions"
@@ -37,7 +38,9 @@ async def counts(http: httpx.AsyncClient, batch_id: str) -> dict[str, Any]:
     return {"status": batch["status"], **batch["request_counts"], "output": batch["output_file_id"]}
 
 
-async def answered(service: ServiceProcess, batch_id: str, least: int, seconds: float = 100) -> dict[str, Any]:
+async def answered(
+    service: ServiceProcess, batch_id: str, least: int, seconds: float = START_SECONDS
+) -> dict[str, Any]:
     """Wait until a batch has so many responses, or has ended."""
     async with asyncio.timeout(seconds), service.client() as http:
         while True:

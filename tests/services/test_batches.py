@@ -42,7 +42,7 @@ async def portions(*parts: bytes) -> AsyncIterator[bytes]:
 
 async def upload(database: Database, *parts: bytes, tenant: Tenant = ANNA, expires: datetime = LATER) -> StoredFile:
     described = NewFile(filename="in.jsonl", purpose="batch", expires=expires)
-    return await store_of(database).write(tenant, portions(*parts), lambda: described)
+    return await store_of(database).write(tenant, portions(*parts), lambda created: described)
 
 
 def store_of(database: Database, *, most: int = 10**7) -> FileStore:
@@ -100,7 +100,7 @@ async def test_a_file_that_does_not_arrive_whole_leaves_nothing(database: Databa
         raise InvalidRequest("no form")
 
     with pytest.raises(InvalidRequest):
-        await store_of(database).write(ANNA, broken(), lambda: NewFile(filename="", purpose="", expires=LATER))
+        await store_of(database).write(ANNA, broken(), lambda created: NewFile(filename="", purpose="", expires=LATER))
     assert (0, 0) == (await rows(database, tables.file_chunks), await rows(database, tables.files))
 
 
@@ -135,13 +135,13 @@ async def test_lists_are_read_page_by_page_in_both_orders(database: Database):
 async def test_a_tenants_uploads_have_a_limit_in_sum(database: Database):
     store = store_of(database, most=10)
     described = NewFile(filename="a", purpose="batch", expires=LATER)
-    await store.write(ANNA, portions(b"12345678"), lambda: described)
+    await store.write(ANNA, portions(b"12345678"), lambda created: described)
     with pytest.raises(StorageExceeded):
-        await store.write(ANNA, portions(b"123"), lambda: described)
-    await store.write(BERT, portions(b"123"), lambda: described)
-    await store.write(ANNA, portions(b"12"), lambda: described)
+        await store.write(ANNA, portions(b"123"), lambda created: described)
+    await store.write(BERT, portions(b"123"), lambda created: described)
+    await store.write(ANNA, portions(b"12"), lambda created: described)
     with pytest.raises(StorageExceeded):
-        await store.write(ANNA, portions(b""), lambda: described)
+        await store.write(ANNA, portions(b""), lambda created: described)
 
 
 async def test_what_has_expired_is_not_there_and_is_deleted(database: Database):

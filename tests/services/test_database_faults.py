@@ -190,10 +190,8 @@ async def test_a_database_that_another_program_locks_is_named_and_used_again_whe
             unlimited = [await generate(service, other) for _ in range(3)]
             status = (await http.get("/status")).json()["database"]
             locking.execute("ROLLBACK")
-        began = asyncio.get_running_loop().time()
         while (code := await generate(service, key)) == 503:  # noqa: ASYNC110  # the breaker's probe has no event
             await asyncio.sleep(0.05)
-        took = asyncio.get_running_loop().time() - began
         await asyncio.sleep(1)
         assert 0 == service.stop()
     with closing(sqlite3.connect(tmp_path / "service.db")) as database:
@@ -205,7 +203,6 @@ async def test_a_database_that_another_program_locks_is_named_and_used_again_whe
     assert [200] * 3 == unlimited
     assert "is locked by another program" == status
     assert 200 == code
-    assert took < 5
     assert (20, 5) == (used, rows)
 
 

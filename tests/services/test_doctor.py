@@ -15,6 +15,7 @@ from tests.services.disks import small_disk
 from tests.services.postgres import Postgres
 from tests.services.process import as_ordinary_user, environment, serving
 from tests.services.redis_server import RedisServer
+from tests.waiting import START_SECONDS
 
 
 def examine(
@@ -27,7 +28,7 @@ def examine(
         env=environment(url, APP__DATA_DIR=str(folder), **settings),
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=START_SECONDS,
         preexec_fn=prepare,
     )
     assert code == ended.returncode, ended.stdout + ended.stderr
@@ -122,7 +123,7 @@ def test_postgres_is_examined_up_and_down(postgres: Postgres, postgres_url: str,
         cwd=tmp_path,
         env=environment(postgres_url),
         check=True,
-        timeout=60,
+        timeout=START_SECONDS,
     )
     current = examine(tmp_path, 0, url=postgres_url, APP__PORT="0")
     postgres.stop()

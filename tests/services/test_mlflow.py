@@ -12,6 +12,7 @@ import pytest
 
 from tests.services.mlflow_server import MlflowServer
 from tests.services.process import ROOT, ServiceProcess, serving
+from tests.waiting import START_SECONDS
 
 # The server's first start and the logging of five models take most of it.
 pytestmark = [pytest.mark.services, pytest.mark.soak, pytest.mark.timeout(400)]
@@ -46,7 +47,7 @@ async def model_info(http: httpx.AsyncClient) -> dict[str, Any]:
 
 async def until(http: httpx.AsyncClient, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
     """Wait until /info says so of the model, and return what it says."""
-    async with asyncio.timeout(100):
+    async with asyncio.timeout(START_SECONDS):
         while not wanted(found := await model_info(http)):  # noqa: ASYNC110  # another process' work
             await asyncio.sleep(0.2)
     return found
@@ -131,7 +132,7 @@ async def test_an_alias_is_followed_without_a_failed_request_and_a_broken_versio
             assert "The model cannot be loaded" in reported["last_error"]
             assert after == await chat(http)
 
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(START_SECONDS):
                 while len(workers(service)) > 1:  # noqa: ASYNC110  # another process' work
                     await asyncio.sleep(0.2)
 

@@ -16,8 +16,8 @@ from app.access.tables import inference_log, usage_counters
 from tests.services.cutting_proxy import CuttingProxy, cutting_proxy
 from tests.services.postgres import Postgres
 from tests.services.process import ServiceProcess, serving
+from tests.waiting import until
 from tests.web.access import ADMIN_KEY
-from tests.web.harness import until
 
 BODY = {"prompt": "hello", "max_tokens": 9, "cache": False}
 
@@ -110,7 +110,7 @@ async def test_a_commit_whose_reply_is_lost_counts_once(
 async def cut_one(proxy: CuttingProxy, of: bytes) -> None:
     wanted = proxy.cut + 1
     proxy.of, proxy.cuts = of, 1
-    await until(lambda: proxy.cut == wanted, seconds=30)
+    await until(lambda: proxy.cut == wanted)
 
 
 @pytest.mark.services

@@ -19,6 +19,7 @@ from app.access.tables import reservations
 from app.config import QuotaConfig
 from app.errors import QuotaExceeded
 from app.types import Limits, Principal, Tenant
+from tests.waiting import HANG_SECONDS
 
 CALLER = Principal("key", Tenant.owner("tenant"), limits=Limits(monthly_tokens=1000))
 REPLICAS, WORKERS = 4, 64
@@ -211,7 +212,7 @@ async def test_a_lost_commit_frees_what_was_reserved(
     with monkeypatch.context() as patch:
         patch.setattr(ledger, "commit", fail)
         await quotas.commit(held, 10)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(HANG_SECONDS):
         while await stands(database) != (0, 0):  # noqa: ASYNC110  # leases have no event
             await asyncio.sleep(0.05)
     await quotas.close()
@@ -230,7 +231,7 @@ async def test_a_defect_in_renewing_leases_ends_nothing_else(
 
     monkeypatch.setattr(ledger, "renew", fail)
     quotas.start(background)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(HANG_SECONDS):
         while len(turns) < 2:  # noqa: ASYNC110  # turns have no event
             await asyncio.sleep(0.01)
     held = await quotas.reserve(CALLER, 900)
@@ -253,7 +254,7 @@ async def test_who_leaves_while_tokens_are_reserved_holds_none(database: Databas
             held = await leaving
             assert held is not None
             await quotas.commit(held, 0)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(HANG_SECONDS):
         while await stands(database) != (0, 0):  # noqa: ASYNC110  # the writer's work has no event
             await asyncio.sleep(0.01)
     await quotas.close()

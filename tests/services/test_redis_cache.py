@@ -25,8 +25,8 @@ from app.types import FinishReason, SamplingParams, Tenant, Usage
 from tests.services.redis_connections import PATIENCE_SECONDS, RedisConnections
 from tests.services.redis_server import RedisServer
 from tests.unit.event_streams import finished_of, read, text_of
+from tests.waiting import HANG_SECONDS, until
 from tests.web.access import ADMIN_KEY, running
-from tests.web.harness import until
 
 pytestmark = pytest.mark.services
 
@@ -164,7 +164,7 @@ async def test_another_generates_soon_after_a_replica_died(redis: RedisServer, r
     with Redis(port=redis.port) as client:
         client.set(f"{name_of(redis)}:claim", "token of the dead", px=int(LEASE_SECONDS * 1000))
     async with replicas(redis_connections, 1) as (alive,):
-        async with asyncio.timeout(LEASE_SECONDS + 2):
+        async with asyncio.timeout(HANG_SECONDS):
             answer = await alive.send()
         again = await alive.send()
 
@@ -207,7 +207,7 @@ async def test_redis_away_is_a_miss_also_for_those_that_wait(redis: RedisServer,
         following = asyncio.create_task(other.send())
         await asyncio.sleep(0.05)
         with redis.stalled():
-            await until(lambda: other.engine.calls == 1, 5)
+            await until(lambda: other.engine.calls == 1)
             answers = await asyncio.gather(leading, following)
 
     assert [False, False] == [finished_of(answer).cached for answer in answers]
@@ -252,12 +252,12 @@ async def test_events_that_are_no_whole_answer_are_a_miss(events: list[Event], r
 async def test_a_request_that_waits_can_be_aborted(redis: RedisServer, redis_connections: RedisConnections):
     """It ends at once, and nothing is generated."""
     with Redis(port=redis.port) as client:
-        client.set(f"{name_of(redis)}:claim", "token of another", px=10_000)
+        client.set(f"{name_of(redis)}:claim", "token of another", px=300_000)
     async with replicas(redis_connections, 1) as (replica,):
         waiting = asyncio.create_task(read(replica.below.stream(REQUEST)))
         await asyncio.sleep(0.05)
         await replica.below.abort(REQUEST.id)
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(HANG_SECONDS):
             (last,) = await waiting
 
     assert FinishReason.ABORT is finished_of([last]).finish_reason

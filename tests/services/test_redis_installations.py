@@ -16,7 +16,9 @@ from app.access.token_bucket import Bucket
 from app.config import RedisConfig
 from app.stores.redis_admission import RedisAdmissionStore
 from app.stores.redis_connection import RedisConnection
-from tests.services.redis_server import RedisServer, free_port, program, running
+from tests.ports import free_port
+from tests.services.redis_server import RedisServer, program, running
+from tests.waiting import HANG_SECONDS, START_SECONDS
 
 pytestmark = pytest.mark.services
 
@@ -62,7 +64,9 @@ def certificate(folder: Path) -> tuple[Path, Path]:
     public, key = folder / "certificate.pem", folder / "key.pem"
     names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
     command = ["/usr/bin/env", "openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *names]
-    subprocess.run([*command, "-keyout", str(key), "-out", str(public)], check=True, capture_output=True, timeout=60)
+    subprocess.run(
+        [*command, "-keyout", str(key), "-out", str(public)], check=True, capture_output=True, timeout=START_SECONDS
+    )
     return public, key
 
 
@@ -123,7 +127,7 @@ async def test_a_cluster_has_all_keys_of_an_owner_on_one_server(path: str):
     """Every script names keys of one owner only, or it would be refused there."""
     with running(path, "--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf") as server:
         server.command("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG_SECONDS):
             while b"cluster_state:ok" not in server.command("CLUSTER", "INFO"):  # noqa: ASYNC110  # no event
                 await asyncio.sleep(0.05)
         assert WORKS == await admitted(f"redis+cluster://127.0.0.1:{server.port}")

@@ -5,7 +5,6 @@ import base64
 import os
 import random
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,7 +20,7 @@ from app.stores.redis_sessions import RedisSessionStore
 from app.stores.tenant_scripts import key_part
 from app.types import Tenant
 from tests.services.process import serving
-from tests.services.redis_connections import RedisConnections
+from tests.services.redis_connections import RedisConnections, wait_longer
 from tests.services.redis_replicas import (
     ANN,
     LEASE_SECONDS,
@@ -34,8 +33,8 @@ from tests.services.redis_replicas import (
 )
 from tests.services.redis_server import RedisServer
 from tests.services.slow_proxy import slow_proxy
+from tests.waiting import HANG_SECONDS, until
 from tests.web.access import ADMIN_KEY, Running, running
-from tests.web.harness import until
 
 pytestmark = pytest.mark.services
 
@@ -164,7 +163,7 @@ async def test_a_replica_killed_in_a_turn_leaves_neither_half_a_turn_nor_a_lock(
         with suppress(EOFError):
             while True:
                 confirmed = pipe.recv()
-        async with asyncio.timeout(LEASE_SECONDS + 2), store.turn(ANN, "s"):
+        async with asyncio.timeout(HANG_SECONDS), store.turn(ANN, "s"):
             session = await store.read(ANN, "s")
         assert session is not None
         words = [each.messages[0].content for each in session.turns]
@@ -182,7 +181,7 @@ async def test_a_replica_that_stood_still_cannot_store_what_is_too_late(
     await asyncio.to_thread(pipe.recv)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGSTOP)
-    async with asyncio.timeout(LEASE_SECONDS + 2):
+    async with asyncio.timeout(HANG_SECONDS):
         await _append_in_turn(store, "in time")
     os.kill(process.pid, signal.SIGCONT)
     pipe.send("go on")
@@ -234,22 +233,20 @@ async def test_a_conversation_outlives_services_that_are_killed_in_its_turns(red
 # --- A Redis that goes away ---
 
 
-@pytest.mark.parametrize(("seconds", "status"), [(0.05, 200), (0.4, 503)])
+@pytest.mark.parametrize(("seconds", "status"), [(0.05, 200), (HANG_SECONDS, 503)])
 async def test_a_slow_redis_is_waited_for_within_bounds(
-    seconds: float, status: int, redis: RedisServer, tmp_path: Path
+    seconds: float, status: int, redis: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """A reply that comes too late is none, and the request is refused soon."""
+    """A reply that comes too late is none, and the request is refused long before it."""
+    wait_longer(monkeypatch, 1)
     async with slow_proxy(redis.port) as proxy:
         url = f"redis://127.0.0.1:{proxy.port}/0"
-        async with running(tmp_path, redis={"url": url, "timeout_seconds": 0.25}) as service:
+        async with running(tmp_path, redis={"url": url}) as service:
             proxy.seconds = seconds
-            began = time.monotonic()
             reply = await chat(service, "one")
-            took = time.monotonic() - began
             proxy.seconds = 0
 
     assert status == reply.status_code
-    assert took < 1.5
 
 
 async def test_without_redis_a_session_is_refused_and_everything_else_goes_on(redis: RedisServer, tmp_path: Path):
@@ -266,7 +263,7 @@ async def test_without_redis_a_session_is_refused_and_everything_else_goes_on(re
                 await http.delete("/v1/sessions/s"),
             ]
         redis.start()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(HANG_SECONDS):
             while (reply := await chat(service, "three")).status_code != 200:  # noqa: ASYNC110  # Redis' start
                 await asyncio.sleep(0.05)
         words = await said(service)
@@ -279,27 +276,27 @@ async def test_without_redis_a_session_is_refused_and_everything_else_goes_on(re
     assert (200, ["three"]) == (reply.status_code, words)
 
 
-async def test_a_stalled_redis_keeps_nobody_waiting_and_stores_nothing_too_late(redis: RedisServer, tmp_path: Path):
+async def test_a_stalled_redis_keeps_nobody_waiting_and_stores_nothing_too_late(
+    redis: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """The turn that was told 503 is not stored when Redis goes on, so that sending it again does not double it."""
-    engine = EchoEngine(token_delay_seconds=0.02)
+    wait_longer(monkeypatch, 1)
+    engine = EchoEngine(token_delay_seconds=0.1)
     async with running(tmp_path, engine=engine, redis={"url": redis.url, "probe_seconds": 0.1}) as service:
         assert 200 == (await chat(service, "first")).status_code
         generating = asyncio.create_task(chat(service, "second word"))
-        await asyncio.sleep(0.1)
+        await until(lambda: engine.status().running == 1)
         with redis.stalled():
             cut = await generating
-            began = time.monotonic()
             replies = [await chat(service, "third"), await chat(service, "x", None)]
-            took = time.monotonic() - began
             await asyncio.sleep(1.2)
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(HANG_SECONDS):
             while (reply := await chat(service, "second word")).status_code != 200:  # noqa: ASYNC110  # no event
                 await asyncio.sleep(0.05)
         words = await said(service)
 
     assert 503 == cut.status_code
     assert [503, 200] == [each.status_code for each in replies]
-    assert took < 1
     assert 200 == reply.status_code
     assert ["first", "second word"] == words
 

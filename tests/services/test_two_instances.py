@@ -12,6 +12,7 @@ from openai import AsyncOpenAI, RateLimitError
 from tests.services.process import ROOT, ServiceProcess, serving
 from tests.services.redis_server import RedisServer
 from tests.services.round_robin import round_robin
+from tests.waiting import START_SECONDS
 from tests.web.access import ADMIN_KEY
 
 SETTINGS = {
@@ -134,4 +135,4 @@ async def _tokens(address: str, key: str, times: int) -> int:
 
 
 def _client(address: str, key: str) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=address, headers={"X-API-Key": key}, timeout=60)
+    return httpx.AsyncClient(base_url=address, headers={"X-API-Key": key}, timeout=START_SECONDS)

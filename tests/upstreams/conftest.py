@@ -43,7 +43,7 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def before_vllm(vllm: Server, start: Start) -> Service:
     """The service in front of vLLM."""
     return in_front(start, vllm.port, REMOTE__API_KEY=UPSTREAM_KEY)
@@ -59,7 +59,7 @@ def transformers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def before_transformers(transformers: Server, start: Start) -> Service:
     """The service in front of `transformers serve`."""
     remote = {"REMOTE__SERVER": "transformers", "REMOTE__MODEL": str(TINY), "REMOTE__TOKENIZER": str(TINY)}

@@ -14,8 +14,9 @@ import httpx
 import pytest
 
 from bench.process import Server
-from tests.e2e.conftest import Service, wait_for
+from tests.e2e.conftest import Service
 from tests.upstreams.conftest import Count
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.upstreams, pytest.mark.timeout(1800)]
 

@@ -11,7 +11,8 @@ from app.engine.base import Engine
 from app.engine.remote.engine import RemoteEngine
 from app.engine.wrapper import EngineWrapper
 from app.server import server_config
-from tests.web.harness import KEY, SignalFreeServer, make_web, until
+from tests.waiting import until
+from tests.web.harness import KEY, SignalFreeServer, make_web
 
 UPSTREAM: dict[str, Any] = {
     "rate_limit": {"enabled": False},

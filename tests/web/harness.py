@@ -3,7 +3,7 @@
 import asyncio
 import math
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,6 +27,7 @@ from app.server import server_config
 from app.telemetry import Metrics
 from app.types import FinishReason, Message, Principal, Rights, Tenant, Usage
 from app.web.http.dependencies import Container
+from tests.waiting import until
 
 KEY = "web-tests-key-0123456789"
 AUTH = {"X-API-Key": KEY}
@@ -58,8 +59,8 @@ LOADING_PATHS = ("/v1/models/load", "/v1/models/unload")
 """Below a path of OpenAI's, in the service's own words."""
 MODEL = "scripted"
 
-Step = str | Delta | float | BaseException
-"""A text or a whole delta to send, for each sample, seconds to wait, or an error to end with."""
+Step = str | Delta | float | asyncio.Event | BaseException
+"""A text or a whole delta to send, for each sample, seconds or an event to wait for, or an error to end with."""
 
 
 @dataclass
@@ -103,6 +104,8 @@ class ScriptedService:
                             yield structs.replace(step, index=index)
                     case BaseException():
                         raise step
+                    case asyncio.Event():
+                        await step.wait()
                     case _:
                         await asyncio.sleep(step)
             if self.ends:
@@ -330,10 +333,3 @@ def frames(text: str) -> list[tuple[str, str]]:
         if lines:
             found.append((lines["event"], lines["data"]))
     return found
-
-
-async def until(condition: Callable[[], bool], seconds: float = 2) -> None:
-    """Wait for something that another task does."""
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110  # what is waited for has no event
-            await asyncio.sleep(0.005)

@@ -7,7 +7,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
-from tests.web.harness import ScriptedService, Web, make_web, until
+from tests.waiting import HANG_SECONDS, until
+from tests.web.harness import ScriptedService, Web, make_web
 from tests.web.raw_requests import BODY, INNER, post
 from tests.web.raw_sockets import RawClient, exchange, statuses
 
@@ -49,7 +50,7 @@ async def test_however_many_are_slow_every_other_client_is_served(kind):
                 client, usable = await exchange(port, [REQUEST], 1, closes=False)
                 assert ((200,), True) == (statuses(client.answer), usable)
             await known.send([REQUEST])
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(HANG_SECONDS):
                 await known.read_responses(2)
             assert await metric(web, port, "connections_open") <= 20
             assert await metric(web, port, 'connections_closed_total{reason="evicted"}') >= 40
@@ -64,7 +65,7 @@ async def test_when_all_are_being_served_a_new_one_is_told_when_to_come_back(lim
     web = await make_web(ScriptedService(steps=["a", 60.0]), security=limits)
     async with web.listening() as port, opened(port, 3, REQUEST):
         await until(lambda: web.service.running == 3)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(HANG_SECONDS):
             client, _ = await exchange(port, [REQUEST], 1, closes=True)
         running = web.service.running
 
@@ -107,8 +108,8 @@ async def test_a_client_that_does_not_read_is_cut_off_and_frees_what_it_holds(st
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
         writer.write(post(f"Content-Length: {len(body)}", body=body))
         await until(lambda: bool(service.requests))
-        await until(lambda: service.running == 0, 10)
-        async with asyncio.timeout(10):
+        await until(lambda: service.running == 0)
+        async with asyncio.timeout(HANG_SECONDS):
             while await metric(web, port, "connections_open") > 1:  # noqa: ASYNC110  # what is waited for has no event
                 await asyncio.sleep(0.1)
         assert 1 == await metric(web, port, 'connections_closed_total{reason="slow_reader"}')

@@ -9,9 +9,11 @@ import pytest
 
 from app.generation.batch import MAX_PARALLEL
 from app.types import FinishReason
-from tests.web.harness import BODIES, CHAT, KEY, ScriptedService, make_web, until
+from tests.waiting import HANG_SECONDS, until
+from tests.web.harness import BODIES, CHAT, KEY, ScriptedService, make_web
 
-CANCEL_SECONDS = 0.2
+CANCEL_SECONDS = 10
+"""Far less than the minute for which the engine says nothing, on a busy machine too."""
 """A hang-up must reach the generator in this time."""
 
 
@@ -28,7 +30,7 @@ def post(path: str, fields: dict[str, Any], *headers: str) -> bytes:
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + content
 
 
-async def talk(port: int, sent: bytes, seconds: float = 5) -> bytes:
+async def talk(port: int, sent: bytes, seconds: float = HANG_SECONDS) -> bytes:
     """Send bytes and read until the server closes."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(sent)
@@ -46,7 +48,7 @@ def status_of(answer: bytes) -> int:
 @pytest.mark.parametrize("steps", [["a", 60.0], [60.0]], ids=["mid-answer", "before the first token"])
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 async def test_a_client_that_hangs_up_cancels_its_answer_at_once(path, steps, stream, log_lines):
-    """The generator is closed within 200 ms of the hang-up, and an answer never begun is logged as 499."""
+    """The generator does not wait for its next token, and an answer never begun is logged as 499."""
     web = await make_web(ScriptedService(steps=steps))
     async with web.listening() as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -115,19 +117,20 @@ async def test_many_hang_ups_leave_nothing_behind():
 
 
 async def test_a_stream_begins_before_the_first_token_and_sends_each_delta_at_once():
-    web = await make_web(ScriptedService(steps=[0.3, "a", 0.3, "b"]))
-    async with web.listening() as port:
+    first, second = asyncio.Event(), asyncio.Event()
+    web = await make_web(ScriptedService(steps=[first, "a", second, "b"]))
+    async with web.listening() as port, asyncio.timeout(HANG_SECONDS):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(post("/v1/generate", {"prompt": "x", "stream": True}, "Connection: close"))
-        moments = []
-        for end in (b": keep-alive\n\n", b'"a"}\n\n', b'"b"}\n\n'):
-            await reader.readuntil(end)
-            moments.append(asyncio.get_running_loop().time())
+        begin = await reader.readuntil(b": keep-alive\n\n")
+        first.set()
+        await reader.readuntil(b'"a"}\n\n')
+        second.set()
+        await reader.readuntil(b'"b"}\n\n')
         rest = await reader.read()
         writer.close()
 
-    assert moments[1] - moments[0] > 0.2
-    assert moments[2] - moments[1] > 0.2
+    assert b'"a"}' not in begin
     assert b"event: done" in rest
 
 
@@ -174,13 +177,13 @@ async def test_a_body_that_comes_too_slowly_is_given_up():
                 await asyncio.sleep(0.02)
 
         dripping = asyncio.create_task(drip())
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(HANG_SECONDS):
             answer = await reader.read()
         dripping.cancel()
         writer.close()
 
     assert (408, "deadline_exceeded") == (status_of(answer), json.loads(answer.split(b"\r\n\r\n")[1])["error"])
-    assert 0.25 < time.monotonic() - began < 2.5
+    assert time.monotonic() - began > 0.25
     assert b"connection: close" in answer.lower()
     assert [] == web.service.requests
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from app.web.admin import documentation
+from tests.waiting import START_SECONDS
 from tests.web.harness import Web, make_web
 
 PAGES = ("/docs", "/redoc")
@@ -91,7 +92,7 @@ async def render(web: Web, path: str, folder: Path) -> tuple[str, list[str], set
             stderr=asyncio.subprocess.PIPE,
         )
         try:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(START_SECONDS):
                 document, errors = await browser.communicate()
         finally:
             if browser.returncode is None:

@@ -14,7 +14,8 @@ import pytest
 from app.engine.echo import EchoEngine
 from app.web.http.json_encoding import JsonArray
 from app.web.openai.embeddings import encode_vectors
-from tests.web.harness import AUTH, MODEL, Web, is_envelope, make_web, until
+from tests.waiting import until
+from tests.web.harness import AUTH, MODEL, Web, is_envelope, make_web
 from tests.web.word_encoder import LETTERS, WordEncoder
 
 PATH = "/v1/embeddings"

@@ -19,8 +19,9 @@ import pytest
 from app.config import load_settings
 from app.engine.echo import EchoEngine
 from app.main import create_app
+from tests.waiting import HANG_SECONDS, until
 from tests.web.access import running
-from tests.web.harness import MODEL, Web, is_envelope, make_web, until
+from tests.web.harness import MODEL, Web, is_envelope, make_web
 from tests.web.test_connections import post
 
 # What it runs again and again is measured by other tests.
@@ -205,7 +206,7 @@ async def test_a_request_beyond_the_months_quota_is_refused_and_what_was_generat
         async def post(key: str) -> httpx.Response:
             async with service.client(key) as http:
                 reply = await http.post(route.path, json=route.body(max_tokens=4, stream=stream))
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(HANG_SECONDS):
                 while (await service.usage(key))["reserved"]:  # noqa: ASYNC110  # committed by another task
                     await asyncio.sleep(0.01)
             return reply
@@ -280,5 +281,5 @@ async def test_a_client_that_hangs_up_frees_its_place_at_once(route, stream, log
         await until(lambda: web.service.running == 0)
         await until(lambda: bool(log_lines))
 
-    assert web.service.closed_at - hung_up < 0.2
+    assert web.service.closed_at - hung_up < 10  # and not the minute that the engine waits
     assert [(route.path, 200 if stream else 499)] == [(line["route"], line["status_code"]) for line in log_lines]

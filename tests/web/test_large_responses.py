@@ -18,7 +18,8 @@ from app.types import FinishReason, Principal, Usage
 from app.web.http.json_encoding import encode_json, encode_logprobs, encode_segments
 from app.web.openai.prompt_logprobs import ChatSampleLogprobs
 from app.web.openai.response_objects import chat_logprobs
-from tests.web.harness import AUTH, KEY, ScriptedService, make_web, until
+from tests.waiting import HANG_SECONDS, until
+from tests.web.harness import AUTH, KEY, ScriptedService, make_web
 from tests.web.raw_requests import post
 from tests.web.raw_sockets import RawClient, statuses
 
@@ -103,22 +104,31 @@ async def test_a_large_response_is_encoded_and_sent_without_holding_up_the_other
     web = await make_web(service)
     content = json.dumps(body(path)).encode()
     request = post(f"Content-Length: {len(content)}", "Connection: close", target=path, body=content)
-    tokens = [token(number) for number in range(4 * service.tokens)]
-    began = time.thread_time()
-    encode_json(chat_logprobs(tokens))
-    at_once = time.thread_time() - began
-    del tokens
 
-    async with web.listening() as port, RawClient(port) as client, LoopProbe() as probe:
-        await client.send([request])
-        await client.read_to_end()
+    async def held_up() -> tuple[RawClient, float]:
+        """Return the client, and the longest time for which the loop was held as a share of that of the whole JSON."""
+        tokens = [token(number) for number in range(4 * service.tokens)]
+        began = time.thread_time()
+        encode_json(chat_logprobs(tokens))
+        at_once = time.thread_time() - began
+        del tokens
+        async with web.listening() as port, RawClient(port) as client, LoopProbe() as probe:
+            await client.send([request])
+            await client.read_to_end()
+        return client, probe.longest / at_once
+
+    client, share = await held_up()
+    for _ in range(4):  # what the machine does beside it shows once; a response that holds up the loop does each time
+        if share < 0.1:
+            break
+        client, share = await held_up()
 
     head, _, answer = client.answer.partition(b"\r\n\r\n")
     assert (200,) == statuses(head)
     assert f"content-length: {len(answer)}".encode() in head
     assert len(answer) > 1_000_000
     assert json.loads(answer)
-    assert probe.longest < at_once / 10
+    assert share < 0.1
 
 
 async def test_its_objects_are_freed_while_it_is_generated():
@@ -172,7 +182,7 @@ async def test_a_client_that_reads_a_large_response_too_slowly_is_cut_off(monkey
         writer.write(post(f"Content-Length: {len(content)}", body=content))
         head = await reader.readuntil(b"\r\n\r\n")
         with suppress(ConnectionError):
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(HANG_SECONDS):
                 for _ in range(50):
                     received += len(await reader.read(2048))
                     await asyncio.sleep(0.02)

@@ -12,8 +12,9 @@ import pytest
 
 from app.config import ModelConfig, beside
 from tests.unit.tiny_encoders import write
+from tests.waiting import until
 from tests.web.access import Running, running
-from tests.web.harness import frames, is_envelope, until
+from tests.web.harness import frames, is_envelope
 
 LOAD, UNLOAD = "/v1/models/load", "/v1/models/unload"
 SECOND = {"name": "unused", "served_name": "second", "engine": "echo"}

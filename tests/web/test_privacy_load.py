@@ -23,20 +23,26 @@ async def latency(service: Running, key: str) -> float:
 
 async def test_costly_prompts_of_one_key_do_not_hold_up_another(tmp_path: Path) -> None:
     """Beside 64 prompts of 4,000 pairs of digits a small request takes about as long as by itself."""
-    limits = {"security": {"api_key": ADMIN_KEY, "max_prompt_chars": 20_000}}
+    limits = {
+        "security": {"api_key": ADMIN_KEY, "max_prompt_chars": 20_000},
+        "deadlines": {"waiting_seconds": 600, "total_seconds": 600},
+    }
     async with running(tmp_path, engine=EchoEngine(context_length=16_000), **limits) as service:
         loud, quiet = await service.key(limits={"parallel_requests": 100}), await service.key()
         # Once each: what is only done the first time is no part of it.
         assert 200 == (await service.generate(loud, prompt=HOSTILE)).status_code
-        undisturbed = median([await latency(service, quiet) for _ in range(30)])
 
-        costly = [asyncio.create_task(service.generate(loud, prompt=HOSTILE)) for _ in range(64)]
-        await asyncio.sleep(0.3)
-        beside = list[float]()
-        while not all(task.done() for task in costly) and len(beside) < 60:
-            beside.append(await latency(service, quiet))
-        replies = await asyncio.gather(*costly)
+        async def ratio() -> float:
+            """Return how many times as long the small requests take beside the costly ones."""
+            undisturbed = median([await latency(service, quiet) for _ in range(30)])
+            costly = [asyncio.create_task(service.generate(loud, prompt=HOSTILE)) for _ in range(64)]
+            await asyncio.sleep(0.3)
+            beside = list[float]()
+            while not all(task.done() for task in costly) and len(beside) < 60:
+                beside.append(await latency(service, quiet))
+            assert {200} == {reply.status_code for reply in await asyncio.gather(*costly)}
+            assert len(beside) > 10
+            return median(beside) / (undisturbed + 0.0025)
 
-    assert {200} == {reply.status_code for reply in replies}
-    assert len(beside) > 10
-    assert median(beside) < 2 * undisturbed + 0.005
+        # What else the machine does shows in some of them, a filter that holds up the loop in each.
+        assert await ratio() < 2 or await ratio() < 2 or await ratio() < 2

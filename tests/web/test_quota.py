@@ -3,8 +3,9 @@
 import asyncio
 import math
 import sqlite3
+import time
 from collections.abc import AsyncIterator
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from app.engine.echo import EchoEngine
 from app.events import Delta
 from app.requests import GenerationRequest
 from app.types import EngineState
+from tests.waiting import until
 from tests.web.access import ADMIN_KEY, Running, running
-from tests.web.harness import frames, until
+from tests.web.harness import frames
 
 BODY = {"prompt": "hello", "max_tokens": 5, "cache": False}
 """Ten tokens: the echo engine's are characters."""
@@ -355,36 +357,36 @@ async def test_a_key_that_keeps_sending_while_it_is_refused_is_slowed_down(
                     attempts += 1
 
         clients = [asyncio.create_task(keep_sending()) for _ in range(16)]
-        await until(lambda: attempts >= 16, 30)
+        await until(lambda: attempts >= 16)
         await asyncio.sleep(0.2)
-        before, prepared = attempts, engine.prepared
+        before, prepared, began = attempts, engine.prepared, time.monotonic()
         await asyncio.sleep(1)
         others = [(await service.generate(other)).status_code for _ in range(10)]
+        seconds = time.monotonic() - began
         for client in clients:
             client.cancel()
         await asyncio.gather(*clients, return_exceptions=True)
 
     assert [200] * 10 == others
-    assert attempts - before < 20
-    assert engine.prepared - prepared - 10 < 200  # as many as 10 requests of several prompts
+    assert attempts - before < 20 * seconds
+    assert engine.prepared - prepared - 10 < 200 * seconds  # as many as 10 requests of several prompts
 
 
 async def test_a_refusal_in_a_stream_that_has_begun_costs_as_one_before_it(tmp_path: Path):
     """The first prompt has a place in the month and the others have none: few of them are prepared."""
-    engine, attempts = PreparingEngine(), 0
+    engine, seconds = PreparingEngine(), list[float]()
     body = {"prompt": ["a", *["far too long " * 5] * 15], "max_tokens": 1, "stream": True}
     async with running(tmp_path, engine=engine) as service:
         key = await service.key(limits={"monthly_tokens": 50})
         async with service.client(key) as http:
             assert 200 == (await http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1})).status_code
-            with suppress(TimeoutError):
-                async with asyncio.timeout(2):
-                    while attempts < 40:
-                        reply = await http.post("/v1/completions", json=body)
-                        assert "quota" in reply.text
-                        attempts += 1
+            for _ in range(12):
+                began = time.monotonic()
+                reply = await http.post("/v1/completions", json=body)
+                assert "quota" in reply.text
+                seconds.append(time.monotonic() - began)
 
-    assert 8 <= attempts < 20  # eight are free, and one every 0.64 s
+    assert sum(seconds) > 1.5  # eight are free, and one every 0.64 s
 
 
 async def test_parallel_requests_are_limited_and_free_their_places(tmp_path: Path):
@@ -483,7 +485,7 @@ async def test_a_stalled_database_slows_no_request_down_and_lost_rows_are_counte
         blocker.close()
         metrics = service.container.metrics.render()[0].decode()
 
-    assert sorted(took)[20] < 0.1
+    assert sorted(took)[20] < 1  # who waits for it waits for two
     dropped = float(metrics.split("\nusage_log_dropped_total ")[1].split("\n")[0])
     assert dropped >= 1
 
@@ -514,19 +516,21 @@ async def test_without_a_database_quotas_refuse_or_let_pass_as_configured(tmp_pa
         blocker.execute("BEGIN EXCLUSIVE")
         loop = asyncio.get_running_loop()
         first = await service.generate(key)
-        began = loop.time()
-        second = await service.generate(key)
-        took = loop.time() - began
+        took, later = [], []
+        for _ in range(5):
+            began = loop.time()
+            later.append(await service.generate(key))
+            took.append(loop.time() - began)
         blocker.execute("ROLLBACK")
         blocker.close()
-        await until(lambda: not service.access.database.breaker.open, seconds=5)
+        await until(lambda: not service.access.database.breaker.open)
         recovered = await service.generate(key)
 
-    assert [status, status] == [first.status_code, second.status_code]
+    assert [status] * 6 == [each.status_code for each in (first, *later)]
     if status == 503:
-        assert "service_unavailable" == second.json()["error"]
-        assert "retry-after" in second.headers
-    assert took < 0.5
+        assert "service_unavailable" == later[0].json()["error"]
+        assert "retry-after" in later[0].headers
+    assert min(took) < 1  # each that waits for it waits for two
     assert 200 == recovered.status_code
 
 

@@ -22,7 +22,8 @@ from tests.unit.engine.remote.scripted_server import (
     serving,
     usage,
 )
-from tests.web.harness import AUTH, CHAT, KEY, Web, make_web, started, until
+from tests.waiting import HANG_SECONDS, until
+from tests.web.harness import AUTH, CHAT, KEY, Web, make_web, started
 
 CHATS = "/v1/chat/completions"
 
@@ -46,7 +47,7 @@ async def test_the_configuration_makes_a_service_of_a_server(tmp_path: Path):
             remote={"base_urls": [server.url]},
         )
         app = create_app(settings)
-        async with started(app), asyncio.timeout(10):
+        async with started(app), asyncio.timeout(HANG_SECONDS):
             await app.state.container.host.default.engine.wait_ready()
             transport = httpx.ASGITransport(app)
             async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=AUTH) as client:

@@ -11,6 +11,7 @@ from app.engine.echo import EchoEngine
 from app.errors import ContextLengthExceeded, EngineBusy, InternalError
 from app.generation.sessions import Turn
 from app.types import Message, Role, SamplingParams, Tenant
+from tests.waiting import HANG_SECONDS
 from tests.web.harness import (
     AUTH,
     BODIES,
@@ -315,7 +316,7 @@ async def test_deleting_a_session_waits_for_its_turn_no_longer_than_the_deadline
     await web.sessions.append(Tenant.configured(), "mine", turn)
     async with web.client() as client:
         async with web.sessions.turn(Tenant.configured(), "mine"):
-            late = await asyncio.wait_for(client.delete("/v1/sessions/mine"), 5)
+            late = await asyncio.wait_for(client.delete("/v1/sessions/mine"), HANG_SECONDS)
         read = await client.get("/v1/sessions/mine")
         deleted = await client.delete("/v1/sessions/mine")
 

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from app.engine.echo import EchoEngine
+from tests.waiting import until
 from tests.web.harness import (
     BATCH,
     BODIES,
@@ -16,7 +17,6 @@ from tests.web.harness import (
     Web,
     is_envelope,
     make_web,
-    until,
 )
 
 RIGHT = {**BODIES, "/v1/generate/batch": BATCH, **OPENAI_BODIES}

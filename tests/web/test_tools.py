@@ -12,7 +12,7 @@ from openai import AsyncOpenAI
 
 from app.events import Delta, ToolCallDelta
 from app.types import FinishReason, Message, Role, Tool, ToolCall, ToolChoice
-from tests.web.harness import CHAT, KEY, MODEL, RecordingEngine, ScriptedService, Web, frames, make_web
+from tests.web.harness import CHAT, KEY, MODEL, RecordingEngine, ScriptedService, Step, Web, frames, make_web
 
 CHATS, NATIVE = "/v1/chat/completions", "/v1/chat"
 PATHS = (CHATS, NATIVE)
@@ -20,7 +20,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required"
 ADD = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": SCHEMA}}
 NOW = {"type": "function", "function": {"name": "now"}}
 TOOLS = (Tool("add", "Adds.", json.dumps(SCHEMA)), Tool("now", None, '{"type": "object", "properties": {}}'))
-CALLS: list[str | Delta | float | BaseException] = [
+CALLS: list[Step] = [
     Delta(reasoning="Hm.", tokens=1),
     Delta(tool_calls=(ToolCallDelta(id="call_1", name="add", arguments='{"a"'),), tokens=1),
     Delta(tool_calls=(ToolCallDelta(arguments=": 1}"),), tokens=1),

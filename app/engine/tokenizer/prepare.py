@@ -123,7 +123,9 @@ class EncodingThreads:
             self._threads.append(thread)
             thread.start()
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(job), self._seconds)
+            # Not `wait_for`, which before Python 3.12 forgets a cancellation that comes with the result.
+            async with asyncio.timeout(self._seconds):
+                return await asyncio.wrap_future(job)
         except TimeoutError:
             raise DeadlineExceeded("The prompt took too long to encode.") from None
 

@@ -31,7 +31,6 @@ from app.web.openai.files import (
     UPLOAD_ERRORS,
     JsonLines,
     connected,
-    expiry,
 )
 from app.web.openai.validators import Metadata
 
@@ -289,9 +288,11 @@ async def _from_lines(body: AsyncIterator[bytes], caller: Principal, container: 
         async for part in body:
             yield part
 
-    expires = expiry(container.settings.batches.retention_days * 24 * 3600)
-    described = NewFile(filename="batch.jsonl", purpose=PURPOSE, expires=expires)
-    file = await container.access.files.write(caller.tenant, content(), lambda: described)
+    def described(created: datetime) -> NewFile:
+        expires = created + timedelta(days=container.settings.batches.retention_days)
+        return NewFile(filename="batch.jsonl", purpose=PURPOSE, expires=expires)
+
+    file = await container.access.files.write(caller.tenant, content(), described)
     return BatchRequest(input_file_id=file.id, endpoint=endpoint, completion_window="24h")
 
 

@@ -5,7 +5,7 @@ Another tenant's file gives the same 404 as one that does not exist, so ids cann
 
 import re
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request
@@ -132,7 +132,7 @@ async def upload_file(request: Request, caller: CallerDep, files: FilesDep, cont
     """Upload a file of requests, as multipart/form-data."""
     form = UploadForm(request.headers.get("content-type", ""), connected(received(request)), fields=_FIELDS)
     days = container.settings.batches.retention_days
-    return _object(await files.write(caller.tenant, form.content(), lambda: _described(form, days)))
+    return _object(await files.write(caller.tenant, form.content(), lambda created: _described(form, days, created)))
 
 
 async def connected(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -147,7 +147,7 @@ async def connected(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         raise ClientDisconnected("The client hung up while it sent its body.") from None
 
 
-def _described(form: UploadForm, retention_days: int) -> NewFile:
+def _described(form: UploadForm, retention_days: int, created: datetime) -> NewFile:
     """Raises: InvalidRequest: a field is wrong."""
     fields = form.fields
     if fields.get("purpose") != PURPOSE:
@@ -155,12 +155,7 @@ def _described(form: UploadForm, retention_days: int) -> NewFile:
     seconds = retention_days * 24 * 3600
     if _ANCHOR in fields or _SECONDS in fields:
         seconds = min(seconds, _lifetime(fields.get(_ANCHOR), fields.get(_SECONDS, "")))
-    return NewFile(filename=_shown(form.filename), purpose=PURPOSE, expires=expiry(seconds))
-
-
-def expiry(seconds: int) -> datetime:
-    """Return the moment at which a file that is stored now expires."""
-    return datetime.now(UTC) + timedelta(seconds=seconds)
+    return NewFile(filename=_shown(form.filename), purpose=PURPOSE, expires=created + timedelta(seconds=seconds))
 
 
 def _lifetime(anchor: str | None, seconds: str) -> int:

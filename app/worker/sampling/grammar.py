@@ -254,9 +254,9 @@ class Grammars:
                 row.renew(self._begin(row.compilation.grammar).result())
             except BaseException as error:  # noqa: BLE001  # a panic of the Rust library is no Exception
                 row.fail(str(_unenforceable(error)))
+            row.must_renew = False
         if row.failure is None:
             self._compute([row], executor)
-        row.must_renew = False
 
     def _compute(self, rows: Sequence[RowGrammar], executor: LLExecutor) -> None:
         began = time.perf_counter()

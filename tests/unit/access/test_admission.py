@@ -21,6 +21,7 @@ from app.config import QuotaConfig
 from app.errors import AppError, EngineBusy, EngineFailed, Forbidden, QuotaExceeded, RateLimited, ServiceUnavailable
 from app.stores.memory_admission import MemoryAdmissionStore
 from app.types import Limits, Principal, Rights, Tenant
+from tests.waiting import HANG_SECONDS
 
 PRINCIPAL = Principal(
     "k",
@@ -164,7 +165,7 @@ async def test_a_cancelled_generation_commits_what_it_used(service: Service):
 
     assert generating.cancelled()
     assert (5, 990) == await service.minute()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(HANG_SECONDS):
         while await service.month() != (10, 0):  # noqa: ASYNC110  # another task's work has no event
             await asyncio.sleep(0.01)
 

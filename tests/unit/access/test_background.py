@@ -8,6 +8,7 @@ import structlog
 
 from app.access.background import BackgroundGroup, periodic
 from app.errors import StoreUnavailable
+from tests.waiting import HANG_SECONDS
 
 
 async def test_a_failure_skips_a_turn_and_only_a_defect_is_told_of():
@@ -24,7 +25,7 @@ async def test_a_failure_skips_a_turn_and_only_a_defect_is_told_of():
 
     with structlog.testing.capture_logs() as lines:
         task = asyncio.create_task(periodic(0.001, work))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(HANG_SECONDS):
             await done.wait()
         task.cancel()
         with suppress(asyncio.CancelledError):

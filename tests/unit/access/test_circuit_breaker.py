@@ -12,7 +12,7 @@ from app.access.circuit_breaker import CircuitBreaker
 from app.access.database import Database
 from app.access.faults import Fault
 from app.errors import StoreUnavailable
-from tests.web.harness import until
+from tests.waiting import until
 
 
 class Probe:

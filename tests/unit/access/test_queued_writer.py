@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from app.access import queued_writer as module
 from app.access.background import BackgroundGroup
 from app.access.queued_writer import QueuedWriter
-from tests.web.harness import until
+from tests.waiting import until
 
 
 class Table:

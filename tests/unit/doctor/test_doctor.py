@@ -20,6 +20,7 @@ from app.access.diagnosis import Diagnosis
 from app.access.faults import Fault
 from app.cli import cli
 from app.doctor import machine, network, storage
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[3]
 
@@ -40,12 +41,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ended = CliRunner().invoke(cli, ["db", "upgrade"])
     assert 0 == ended.exit_code, ended.output
     return tmp_path
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def examine(code: int, *options: str) -> str:

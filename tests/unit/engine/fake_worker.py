@@ -1,7 +1,7 @@
 """A worker without a process: the test scripts what it sends, and reads what it receives.  And engines on it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from app.requests import GenerationRequest
 from app.types import SamplingParams, Tenant, TokenLogprob
 from tests.unit import event_streams
 from tests.unit.tiny_models import chatml_tokenizer
+from tests.waiting import until
 
 TOKENIZER = chatml_tokenizer()
 
@@ -138,14 +139,6 @@ def make_request(
 
 def tokens(text: str) -> list[int]:
     return list(TOKENIZER.encode(text, add_special_tokens=False))
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    for _ in range(5000):
-        if condition():
-            return
-        await asyncio.sleep(0.001)
-    raise AssertionError("it never happened")
 
 
 async def read(engine: LocalEngine, request: GenerationRequest) -> list[Event]:

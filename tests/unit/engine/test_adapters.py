@@ -29,11 +29,12 @@ from app.events import Event
 from app.ipc.messages import AdapterFailed, AdapterLoaded, LoadAdapter, Submit, ToWorker, UnloadAdapter
 from app.requests import GenerationRequest
 from app.types import FinishReason
-from tests.unit.engine.fake_worker import TOKENIZER, FakeLink, FakeWorkers, engine_on, make_request, until
+from tests.unit.engine.fake_worker import TOKENIZER, FakeLink, FakeWorkers, engine_on, make_request
 from tests.unit.engine.served import serve
 from tests.unit.engine.test_adapter_source import make_adapter
 from tests.unit.event_streams import finished_of
 from tests.unit.tiny_models import save
+from tests.waiting import until
 
 
 class AdapterLink(FakeLink):

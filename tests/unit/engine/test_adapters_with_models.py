@@ -22,7 +22,8 @@ from app.ipc.messages import AdapterLoaded
 from tests.unit.engine.served import serve
 from tests.unit.engine.test_adapter_source import make_adapter
 from tests.unit.engine.test_host import hello
-from tests.unit.engine.test_model_loader import LoadingEngine, spec, until
+from tests.unit.engine.test_model_loader import LoadingEngine, spec
+from tests.waiting import until
 
 
 class AdaptedEngine(LoadingEngine):

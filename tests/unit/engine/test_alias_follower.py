@@ -23,6 +23,7 @@ from app.registry.model_store import ModelStore
 from tests.unit.engine.served import serve
 from tests.unit.registry.fetching_engine import FetchingEngine
 from tests.unit.registry.stub import Registry, serving
+from tests.waiting import HANG_SECONDS
 
 PRODUCTION = "models:/chat@production"
 POLL_SECONDS = 0.05
@@ -62,7 +63,7 @@ class Hosted:
         return self.models.facts(self.host.find("chat").engine.info.revision)
 
     async def until(self, wanted: Callable[[Any], bool]) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG_SECONDS):
             while not wanted(self.facts):  # noqa: ASYNC110  # another task's work
                 await asyncio.sleep(0.02)
 
@@ -106,7 +107,7 @@ async def test_a_new_version_takes_over_and_the_files_of_the_old_one_are_removed
         assert ({"team": "search"}, "production", None) == tuple(
             model.facts[name] for name in ("tags", "alias", "refused_version")
         )
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG_SECONDS):
             while folders(tmp_path) != {"2"}:  # noqa: ASYNC110  # another task's work
                 await asyncio.sleep(0.02)
         assert 2 == len(model.engines)
@@ -188,7 +189,7 @@ async def test_a_registry_that_is_down_ends_nothing_and_is_logged_once(
         registry.add("2")
         registry.aliases["production"] = "2"
         registry.replies = {"/model.safetensors": lambda params: (503, {}, b"")}
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG_SECONDS):
             while "chat" not in model.loader.failures:  # noqa: ASYNC110  # another task's work
                 await asyncio.sleep(0.02)
         registry.replies = {}

@@ -15,6 +15,7 @@ from app.events import CacheStatus, Delta, Event, Finished, Started, finish
 from app.types import FinishReason, SamplingParams, Tenant, Usage
 from tests.unit.engine.scripted import ScriptedEngine, make_request
 from tests.unit.event_streams import deltas_of, finished_of, read, started_of, text_of
+from tests.waiting import HANG_SECONDS
 
 ABORTED = finish(FinishReason.ABORT, Usage(3, 1))
 """The end of a request for which one token had come."""
@@ -38,7 +39,7 @@ async def test_a_follower_reads_along_live():
     inner = ScriptedEngine("a", "b", "c")
     engine = CachedEngine(inner, CacheConfig())
     leader, follower = engine.stream(make_request("1")), engine.stream(make_request("2"))
-    async with aclosing(leader), aclosing(follower), asyncio.timeout(5):
+    async with aclosing(leader), aclosing(follower), asyncio.timeout(HANG_SECONDS):
         await anext(leader)
         inner.step(2)
         leads = [await anext(leader) for _ in range(2)]
@@ -66,7 +67,7 @@ async def test_the_generation_outlives_the_client_that_began_it():
 
     await leader.aclose()
     inner.step(2)
-    response = await asyncio.wait_for(follower, 5)
+    response = await asyncio.wait_for(follower, HANG_SECONDS)
     replay = await read(engine.stream(make_request("3")))
 
     assert "ab" == text_of(response) == text_of(replay)
@@ -123,7 +124,7 @@ async def test_who_comes_while_the_last_reader_leaves_gets_a_generation_of_its_o
     await asyncio.sleep(0)
     inner.step()
     inner.may_clean_up.set()
-    response = await asyncio.wait_for(coming, 5)
+    response = await asyncio.wait_for(coming, HANG_SECONDS)
     await leaving
 
     assert FinishReason.STOP is finished_of(response).finish_reason
@@ -144,7 +145,7 @@ async def test_who_comes_while_a_cut_short_response_ends_gets_a_new_one():
     coming = asyncio.create_task(read(engine.stream(make_request("2"))))
     await asyncio.sleep(0)
     inner.may_clean_up.set()
-    response = await asyncio.wait_for(coming, 5)
+    response = await asyncio.wait_for(coming, HANG_SECONDS)
     await first.aclose()
 
     assert FinishReason.STOP is finished_of(response).finish_reason
@@ -213,7 +214,7 @@ async def test_a_waiting_reader_learns_of_its_abort_at_once():
     await inner.waiting.wait()
 
     await engine.abort("1")
-    events = await asyncio.wait_for(reading, 1)
+    events = await asyncio.wait_for(reading, HANG_SECONDS)
 
     assert FinishReason.ABORT is finished_of(events).finish_reason
 
@@ -285,7 +286,7 @@ async def test_closing_ends_live_streams_and_leaves_no_task():
     await inner.waiting.wait()
 
     await engine.close()
-    events = await asyncio.wait_for(reading, 1)
+    events = await asyncio.wait_for(reading, HANG_SECONDS)
 
     assert FinishReason.ABORT is finished_of(events).finish_reason
     assert 0 == engine.stats().entries

@@ -104,7 +104,7 @@ def test_a_process_that_does_not_read_is_given_up_at_the_deadline(
 
     thread = threading.Thread(target=render, daemon=True)
     thread.start()
-    thread.join(10)
+    thread.join(60)
     with suppress(psutil.NoSuchProcess):
         process.kill()
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from app.errors import DeadlineExceeded, EngineNotReady, InvalidRequest
 from app.grammars.compiler import MAX_GRAMMAR_CHARS
 from app.types import Grammar, Tenant
 from tests.unit.tiny_models import chatml_tokenizer, save
+from tests.waiting import HANG_SECONDS
 
 TENANT = Tenant.owner("anna")
 
@@ -126,9 +126,7 @@ async def test_a_grammar_that_takes_too_long_is_refused_and_remembered(
     assert "takes too long to compile" == await reason(checker, hard)
     monkeypatch.undo()
 
-    began = time.perf_counter()
-    assert "takes too long to compile" == await reason(checker, hard)
-    assert time.perf_counter() - began < 0.1
+    assert "takes too long to compile" == await reason(checker, hard)  # for which there would now be time
     assert await reason(checker, Grammar("regex", "b")) is None
 
 
@@ -136,9 +134,9 @@ async def test_a_known_grammar_needs_no_process(checker: GrammarChecker):
     await checker.check(Grammar("regex", "a"), TENANT)
     await checker.close()
 
-    began = time.perf_counter()
-    await asyncio.gather(*(checker.check(Grammar("regex", "a"), TENANT) for _ in range(50)))
-    assert time.perf_counter() - began < 0.1
+    await checker.check(Grammar("regex", "a"), TENANT)
+    with pytest.raises(EngineNotReady):
+        await checker.check(Grammar("regex", "b"), TENANT)
 
 
 async def test_whoever_hangs_up_leaves_no_answer_behind_for_the_next(checker: GrammarChecker):
@@ -181,7 +179,7 @@ async def test_a_check_that_is_under_way_when_the_model_goes_is_the_services_fau
 
     await checker.close()
 
-    outcomes = await asyncio.wait_for(asyncio.gather(*under_way, return_exceptions=True), 5)
+    outcomes = await asyncio.wait_for(asyncio.gather(*under_way, return_exceptions=True), HANG_SECONDS)
     assert {EngineNotReady} == {type(each) for each in outcomes}
     with pytest.raises(EngineNotReady):
         await checker.check(Grammar("regex", "b"), TENANT)

@@ -18,9 +18,10 @@ from app.types import EngineState, FinishReason, Tenant
 from tests.unit.engine.scripted import make_request
 from tests.unit.engine.served import serve
 from tests.unit.event_streams import finished_of, read, text_of
+from tests.waiting import HANG_SECONDS
 from tests.web.word_encoder import WordEncoder
 
-SOON = 5.0
+SOON = HANG_SECONDS
 """Seconds in which something that has nothing to wait for has happened, on a busy machine too."""
 
 

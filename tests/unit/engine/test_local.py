@@ -23,17 +23,10 @@ from app.events import Delta, Event, Finished, Started, finish
 from app.ipc.messages import Step, Submit, TokenEvent
 from app.requests import GenerationRequest
 from app.types import EngineState, FinishReason, Message, Role, Tenant, TokenLogprob, Usage
-from tests.unit.engine.fake_worker import (
-    TOKENIZER,
-    FakeWorkers,
-    begun,
-    engine_on,
-    make_request,
-    tokens,
-    until,
-)
+from tests.unit.engine.fake_worker import TOKENIZER, FakeWorkers, begun, engine_on, make_request, tokens
 from tests.unit.event_streams import deltas_of, finished_of, logprobs_of, read_into, text_of
 from tests.unit.tiny_models import save, token_id
+from tests.waiting import HANG_SECONDS, until
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +203,7 @@ async def test_a_prompt_that_comes_after_the_end_is_refused_at_once(folder: Path
         ]
         await asyncio.gather(*map(engine.prepare, texts))
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(HANG_SECONDS):
         with pytest.raises(EngineNotReady, match="closed"):
             await engine.prepare(texts[0])
 

@@ -25,9 +25,10 @@ from app.errors import (
 )
 from app.ipc.messages import Embed, Embedded
 from app.types import EngineState, Tenant
-from tests.unit.engine.fake_worker import FakeWorkers, until
+from tests.unit.engine.fake_worker import FakeWorkers
 from tests.unit.tiny_encoders import wordpiece_tokenizer
 from tests.unit.tiny_models import save
+from tests.waiting import until
 
 TOKENIZER = wordpiece_tokenizer()
 INFO = EmbeddingInfo(

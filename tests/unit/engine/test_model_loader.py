@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -28,8 +28,9 @@ from app.errors import (
 )
 from app.types import EngineState
 from tests.unit.engine.served import serve
-from tests.unit.engine.test_host import SOON, CountingEngine, generate, hello
+from tests.unit.engine.test_host import CountingEngine, generate, hello
 from tests.unit.event_streams import finished_of
+from tests.waiting import START_SECONDS, until
 
 
 class LoadingEngine(CountingEngine):
@@ -92,12 +93,6 @@ async def service(*names: str, **rules: Any) -> AsyncIterator[tuple[ModelLoader,
         await loader.close()
         await host.close()
     assert [] == workshop.open
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(SOON):
-        while not condition():  # noqa: ASYNC110  # what is waited for has no event
-            await asyncio.sleep(0.005)
 
 
 async def test_ten_requests_for_a_model_share_one_load():
@@ -450,7 +445,7 @@ async def test_whatever_comes_together_every_request_has_a_model_that_lives(seed
         walk = Walk(loader, host, workshop, chance)
         watching = asyncio.create_task(loader.watch_idle())
         running = [asyncio.create_task(walk.step(number)) for number in range(60)]
-        await asyncio.wait_for(asyncio.gather(*running), 60)
+        await asyncio.wait_for(asyncio.gather(*running), START_SECONDS)
         watching.cancel()
         while loader.loads or set(host.names) != set(host.loaded):  # noqa: ASYNC110  # it has no event
             await asyncio.sleep(0.01)

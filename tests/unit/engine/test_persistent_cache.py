@@ -17,6 +17,7 @@ from app.requests import GenerationRequest
 from app.types import FinishReason, SamplingParams, Tenant
 from tests.unit.engine.stores import DictStore
 from tests.unit.event_streams import deltas_of, finished_of, read, started_of
+from tests.waiting import HANG_SECONDS
 
 HELLO = tuple(map(ord, "hello"))
 SAMPLING = SamplingParams(max_tokens=9, logprobs=1)
@@ -158,7 +159,7 @@ async def test_a_response_ends_without_being_stored_where_masking_takes_too_long
 
     monkeypatch.setattr(persistent_cache, "MASK_SECONDS", 0.01)
     engine = await start(store, mask=mask)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(HANG_SECONDS):
         events = await read(engine.stream(hello()))
 
     assert FinishReason.STOP == finished_of(events).finish_reason

@@ -120,8 +120,10 @@ def test_a_prompt_without_a_visible_token_leaves_the_completion_first(llama: Kin
 def test_the_end_of_a_long_prompt_suffices(chatml: Kind):
     """A prompt of a whole context window is not decoded for every completion: that would take 50 ms."""
     prompt = chatml.backend.encode("hello world " * 50_000).ids
-    started = time.thread_time()
 
-    chatml.loaded.decoder(prompt)
+    def seconds() -> float:
+        started = time.thread_time()
+        chatml.loaded.decoder(prompt)
+        return time.thread_time() - started
 
-    assert time.thread_time() - started < 0.005
+    assert min(seconds() for _ in range(5)) < 0.005

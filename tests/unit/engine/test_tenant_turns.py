@@ -7,6 +7,7 @@ import pytest
 from app.engine.tenant_turns import TenantTurns
 from app.errors import EngineBusy
 from app.types import Tenant
+from tests.waiting import HANG_SECONDS
 
 ANNA, BERT = Tenant.owner("anna"), Tenant.owner("bert")
 
@@ -70,8 +71,8 @@ async def test_whoever_gives_up_neither_keeps_the_turn_nor_takes_anothers(at_onc
             await asyncio.sleep(0)
     second.cancel()
 
-    await asyncio.wait_for(third, 1)
-    await asyncio.wait_for(shop.request(BERT, "b0"), 1)
+    await asyncio.wait_for(third, HANG_SECONDS)
+    await asyncio.wait_for(shop.request(BERT, "b0"), HANG_SECONDS)
 
     assert ["a2", "b0"] == shop.served
     assert second.cancelled()

@@ -13,6 +13,7 @@ from app.requests import GenerationRequest
 from app.types import FinishReason, Usage
 from tests.unit.event_streams import read
 from tests.unit.generation.services import complete
+from tests.waiting import HANG_SECONDS
 
 
 class LimitedService:
@@ -92,7 +93,9 @@ async def test_a_full_engine_gets_a_request_again_when_one_of_the_batch_has_ende
 
 async def test_an_engine_that_others_fill_refuses_each():
     """Nothing of this request runs that could make room, so it does not wait for ever."""
-    outcomes = await asyncio.wait_for(generate_each(LimitedService(0).generate, requests(*"abcdefgh" * 4)), 5)
+    outcomes = await asyncio.wait_for(
+        generate_each(LimitedService(0).generate, requests(*"abcdefgh" * 4)), HANG_SECONDS
+    )
 
     assert ["EngineBusy"] * 32 == texts_of(outcomes)
     assert all(isinstance(outcome, AppError) for outcome in outcomes)
@@ -120,12 +123,12 @@ async def test_a_batch_that_has_begun_waits_for_a_place_a_while(monkeypatch: pyt
         service.places = 1
 
     taking = asyncio.create_task(take_place())
-    outcomes = await asyncio.wait_for(generate_each(service.generate, requests(*"abcdef")), 5)
+    outcomes = await asyncio.wait_for(generate_each(service.generate, requests(*"abcdef")), HANG_SECONDS)
     await taking
     monkeypatch.setattr(batch, "WAIT_SECONDS", 0.03)
     service.begun, service.places = 0, 1
     closing = asyncio.create_task(take_place())
-    late = await asyncio.wait_for(generate_each(service.generate, requests(*"abcdef")), 5)
+    late = await asyncio.wait_for(generate_each(service.generate, requests(*"abcdef")), HANG_SECONDS)
     await closing
 
     assert list("abcdef") == texts_of(outcomes)
@@ -137,7 +140,7 @@ async def test_being_cancelled_cancels_all():
     service = LimitedService()
     service.go.clear()
     batch = asyncio.create_task(generate_each(service.generate, requests(*"abcdefgh" * 4)))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(HANG_SECONDS):
         while service.taken < MAX_PARALLEL:  # noqa: ASYNC110  # what is waited for has no event
             await asyncio.sleep(0.001)
 
@@ -189,7 +192,9 @@ async def test_as_one_response_they_have_one_outcome(prompt: str, kind: type[Exc
 async def test_as_one_response_an_engine_that_others_fill_refuses_them():
     """It does not wait for what will not come."""
     with pytest.raises(EngineBusy):
-        await asyncio.wait_for(collect(generate_as_one(LimitedService(0).generate, requests(*"abcdefgh" * 4))), 5)
+        await asyncio.wait_for(
+            collect(generate_as_one(LimitedService(0).generate, requests(*"abcdefgh" * 4))), HANG_SECONDS
+        )
 
 
 async def test_leaving_one_stream_of_several_prompts_closes_all():

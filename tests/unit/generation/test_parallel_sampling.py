@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -17,8 +17,9 @@ from app.requests import GenerationRequest
 from app.types import FinishReason, Usage
 from tests.unit.event_streams import deltas_of, finished_of, started_of
 from tests.unit.generation.services import ANNA, chat, complete, serving
+from tests.waiting import until
 
-LONG, SOON = 60.0, 5.0
+LONG, SOON = 300.0, 60.0
 """Seconds that a completion takes if nobody ends it, and that ending it may take on a busy machine."""
 
 
@@ -62,12 +63,6 @@ class SamplesEngine(EchoEngine):
 
     async def abort(self, request_id: str) -> None:
         self.aborted.add(request_id)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(SOON):
-        while not condition():  # noqa: ASYNC110  # what is waited for has no event
-            await asyncio.sleep(0.001)
 
 
 def assert_idle(engine: SamplesEngine) -> None:

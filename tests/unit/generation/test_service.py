@@ -33,6 +33,7 @@ from app.types import FinishReason, Message, Role, Tenant
 from tests.unit.engine.scripted import ScriptedEngine
 from tests.unit.event_streams import deltas_of, finished_of, read_into, started_of, text_of
 from tests.unit.generation.services import ANNA, BERT, Service, chat, complete, serving
+from tests.waiting import HANG_SECONDS
 
 EMAIL = "jane.doe@example.com"
 
@@ -382,7 +383,7 @@ async def test_a_hang_up_in_a_response_that_is_not_streamed_is_charged_for_all_t
         request = complete("a long text that takes a while " * 3, stream=False)
         seen: list[Event] = []
         reading = asyncio.create_task(read_into(seen, service.generate(request)))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(HANG_SECONDS):
             while request.progress.generated < 10:  # noqa: ASYNC110  # what is waited for has no event
                 await asyncio.sleep(0.001)
 
@@ -570,7 +571,7 @@ async def test_leaving_a_stream_frees_everything_at_once(request_: GenerationReq
         assert 0 == service.sessions.locks
         assert (1 if events else 0) == len(service.log.records)
         # Nobody holds a lease: an unload with all the time in the world has nothing to wait for.
-        await asyncio.wait_for(service.host.unload("echo", grace_seconds=600), 5)
+        await asyncio.wait_for(service.host.unload("echo", grace_seconds=600), HANG_SECONDS)
 
 
 @pytest.mark.parametrize("request_", [complete("hello"), chat("hello", session_id="s"), complete("hello", n=3)])
@@ -579,7 +580,7 @@ async def test_being_cancelled_frees_everything_at_once(request_: GenerationRequ
     engine = ScriptedEngine("never")
     async with serving(engine) as service:
         reading = asyncio.create_task(service.read(structs.replace(request_, id=f"{request_.id}.cancelled")))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(HANG_SECONDS):
             while len(engine.live) < request_.n:  # noqa: ASYNC110  # what is waited for has no event
                 await asyncio.sleep(0)
 
@@ -591,7 +592,7 @@ async def test_being_cancelled_frees_everything_at_once(request_: GenerationRequ
         assert service.sessions is not None
         assert 0 == service.sessions.locks
         assert [499] == [record.status for record in service.log.records]
-        await asyncio.wait_for(service.host.unload("echo", grace_seconds=600), 5)
+        await asyncio.wait_for(service.host.unload("echo", grace_seconds=600), HANG_SECONDS)
 
 
 class StuckEngine(EchoEngine):
@@ -607,7 +608,7 @@ async def test_a_prompt_that_takes_too_long_to_prepare_is_refused() -> None:
     async with serving(StuckEngine(), waiting_seconds=0.02) as service:
         for _ in range(2):
             with pytest.raises(DeadlineExceeded):
-                await asyncio.wait_for(service.read(chat("one", session_id="s")), 5)
+                await asyncio.wait_for(service.read(chat("one", session_id="s")), HANG_SECONDS)
 
         assert [] == service.admission.reservations
         assert [504, 504] == [record.status for record in service.log.records]

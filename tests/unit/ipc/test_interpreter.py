@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import pytest
 from app.ipc.interpreter import Interpreter
 from app.ipc.liveness import Liveness
 from app.ipc.private_folder import PrivateFolder
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[3]
 BEAT = """
@@ -28,14 +29,6 @@ WAIT_IN_ONE_CALL = "ctypes.PyDLL(None).sleep(60)"
 """The same without any use of the processor, as for a lock that nobody frees."""
 WORK = "while True: time.sleep(0.01); PROGRESS.tick()"
 REST = "time.sleep(60)"
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0.02)
-    raise AssertionError("it never happened")
 
 
 @asynccontextmanager
@@ -134,6 +127,7 @@ async def test_what_a_process_prints_is_not_taken_for_its_heartbeat(tmp_path: Pa
 
 SERVICE = """
 import asyncio, os
+from tests.waiting import until
 from app.ipc.interpreter import Interpreter
 
 async def main():

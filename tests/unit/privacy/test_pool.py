@@ -15,6 +15,7 @@ from app.privacy.fair_queue import FairQueue
 from app.privacy.filters import InputFilter
 from app.privacy.pool import INLINE_CHARS, SEGMENT_CHARS, RedactionFailedError, RedactionPool
 from app.privacy.redactor import PiiKind, Redactor, StreamRedactor
+from tests.waiting import HANG_SECONDS
 
 CANARY = "jane.doe@example.com"
 DIGITS = "12 34 " * (2 * SEGMENT_CHARS // 6)
@@ -133,7 +134,7 @@ async def test_a_process_ends_with_the_service_that_started_it() -> None:
     assert process.stdin is not None
     process.stdin.close()
 
-    assert 0 == await asyncio.wait_for(process.wait(), 20)
+    assert 0 == await asyncio.wait_for(process.wait(), HANG_SECONDS)
 
 
 async def test_a_text_given_up_leaves_the_pool_of_use(pool: RedactionPool) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from app.privacy.redactor import PiiKind, PiiMatch, Redactor, StreamRedactor, TooMuchWorkError
 from tests.examples import examples
+from tests.waiting import happens
 
 REDACTOR = Redactor()
 GERMAN = Redactor(phone_regions=["DE"])
@@ -433,11 +434,6 @@ def seconds_of(work: Callable[[], object]) -> float:
     before = time.thread_time()
     work()
     return time.thread_time() - before
-
-
-def happens(measure: Callable[[], bool], times: int = 6) -> bool:
-    """Return whether any of several measurements holds: noise passes, quadratic time shows in each of them."""
-    return any(measure() for _ in range(times))
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=ascii)

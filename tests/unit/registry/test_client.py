@@ -131,7 +131,7 @@ async def test_a_registry_that_sends_its_answer_in_drops_is_not_waited_for():
         started = time.monotonic()
         with pytest.raises(RegistryUnavailable, match="took too long"):
             await describe(RegistryServer(tracking_uri=f"http://127.0.0.1:{port}", timeout_seconds=0.3))
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 20  # all of its bytes take 50
         await ended.wait()
 
 

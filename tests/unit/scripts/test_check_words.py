@@ -101,6 +101,6 @@ def test_every_folder_exists_and_all_are_read_in_seconds():
 
     main()
 
-    assert time.process_time() - began < 2
+    assert time.process_time() - began < 10
     assert all((ROOT / folder).exists() for folder in FOLDERS)
     assert Path(__file__) in set(sources([ROOT / "tests"]))

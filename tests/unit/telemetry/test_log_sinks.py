@@ -7,7 +7,7 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,8 +18,9 @@ from app.config import LoggingConfig
 from app.errors import ConfigError
 from app.telemetry import configure_logging, logs
 from tests.unit.telemetry.logged import dropped, logged
+from tests.waiting import wait_for
 
-WAIT_SECONDS = 5
+WAIT_SECONDS = 20
 
 
 def test_a_file_is_rotated_and_its_backups_are_limited(tmp_path: Path) -> None:
@@ -118,8 +119,8 @@ def test_a_stalled_sink_costs_lines_and_never_a_request(monkeypatch: pytest.Monk
     stream.go.set()
 
     assert 90 == dropped() - before
-    assert logged_in < 1
-    assert stopped_in < 1
+    assert logged_in < WAIT_SECONDS / 2
+    assert stopped_in < WAIT_SECONDS / 2
 
 
 class FullStream(io.StringIO):
@@ -148,10 +149,10 @@ def test_a_file_that_had_no_room_continues_with_whole_lines(tmp_path: Path) -> N
     before = dropped()
     stop = configure_logging(LoggingConfig(file=path), io.StringIO())
     log.info("one")
-    wait_until(lambda: '"one"' in path.read_text())
+    wait_for(lambda: '"one"' in path.read_text())
     with files_end_at(path.stat().st_size + 10):
         log.info("lost")
-        wait_until(lambda: dropped() - before == 1)
+        wait_for(lambda: dropped() - before == 1)
     log.info("two")
     stop()
 
@@ -171,13 +172,6 @@ def files_end_at(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 class Unprintable:

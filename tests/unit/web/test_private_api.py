@@ -23,6 +23,7 @@ from app.web.http.private_api import (
     served_methods,
     takes_body,
 )
+from tests.waiting import HANG_SECONDS
 
 
 class Item(BaseModel):
@@ -70,7 +71,7 @@ async def test_sse_starlette_waits_for_a_shutdown_in_the_method_that_is_overridd
         yield b"data: 1\n\n"
         await asyncio.sleep(0.01)
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(HANG_SECONDS):
         await Watched(frames())({"type": "http", "method": "GET"}, receive, send)
 
     assert called.is_set()
@@ -94,7 +95,7 @@ async def test_sse_starlette_sends_through_the_method_that_is_overridden():
     async def frames():
         yield b"data: 1\n\n"
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(HANG_SECONDS):
         await Watched(frames())({"type": "http", "method": "GET"}, receive, send)
 
     assert "http.response.body" in sent
@@ -112,7 +113,7 @@ async def test_sse_starlette_raises_its_send_timeout_when_a_client_does_not_read
         yield b"data: 1\n\n"
 
     with pytest.raises(SendTimeoutError):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(HANG_SECONDS):
             await SseResponse(frames(), send_timeout=0.01)({"type": "http", "method": "GET"}, receive, send)
 
 

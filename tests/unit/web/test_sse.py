@@ -24,6 +24,7 @@ from app.web.http.sse import (
     frame,
     wait_for_start,
 )
+from tests.waiting import HANG_SECONDS
 
 SAMPLE = FinishedSample(finish_reason=FinishReason.STOP, completion_tokens=1)
 FINISHED = Finished(model="m", samples=(SAMPLE,), usage=Usage(1, 1))
@@ -119,7 +120,7 @@ async def serve(
     generation: Generation, client: Client, *, encoder: StreamEncoder | None = None, **options: Any
 ) -> None:
     stream = EventStream(Started(model="m"), generation.events, encoder or PlainEncoder(), **options)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(HANG_SECONDS):
         await stream({"type": "http", "method": "POST"}, client.receive, client.send)
 
 

@@ -92,8 +92,16 @@ def generate(model: Any, prompt: Sequence[int]) -> list[int]:
     return [int(token) for token in whole[0, len(prompt) :]]
 
 
-@pytest.mark.parametrize("compiled", [None, "auto"], ids=["torch", "auto"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "compiled"),
+    [
+        *(pytest.param(family, "auto", id=f"{family}-auto") for family in FAMILIES),
+        *(
+            pytest.param(family, None, id=f"{family}-torch", marks=[] if family == "llama" else pytest.mark.soak)
+            for family in FAMILIES
+        ),
+    ],
+)
 def test_greedy_completions_are_those_of_generate(family: str, compiled: Compile | None):
     """Token for token in float32, one by one and in a full batch whose requests start at different times."""
     build = FAMILIES[family]

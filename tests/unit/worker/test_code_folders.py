@@ -58,7 +58,11 @@ def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("block", BLOCKED, ids=lambda block: block.__name__.strip("_"))
+@pytest.mark.parametrize(
+    "block",
+    [*BLOCKED[:2], *(pytest.param(each, marks=pytest.mark.soak) for each in BLOCKED[2:])],
+    ids=lambda block: block.__name__.strip("_"),
+)
 def test_a_folder_that_cannot_be_used_is_passed_over_with_one_warning(
     block: Callable[[Path], None], folders: tuple[Path, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -137,7 +141,11 @@ def mounts() -> None:
 @pytest.mark.usefixtures("compiler", "mounts")
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [("noexec", "noexec"), ("ro", "read-only"), ("size=64k", "no space")],
+    [
+        ("noexec", "noexec"),
+        pytest.param("ro", "read-only", marks=pytest.mark.soak),
+        pytest.param("size=64k", "no space", marks=pytest.mark.soak),
+    ],
     ids=["noexec", "read-only", "full"],
 )
 def test_a_file_system_that_cannot_hold_code_is_passed_over(

@@ -2,6 +2,7 @@
 
 import json
 import random
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,6 +28,7 @@ from app.worker.scheduling.batching_runner import BatchingRunner
 from tests.unit.tiny_models import chatml_tokenizer, gemma_tokenizer, llama_tokenizer, save, token_id
 from tests.unit.worker.families import loaded, make
 from tests.unit.worker.json_schemas import all_schemas
+from tests.waiting import HANG_SECONDS
 
 TOKENIZER = chatml_tokenizer()
 END = token_id(TOKENIZER, "<|im_end|>")
@@ -279,10 +281,10 @@ def test_a_request_whose_grammar_is_being_compiled_can_be_cancelled(
     runner: BatchingRunner, monkeypatch: pytest.MonkeyPatch
 ):
     """Nobody waits for the compiler: another request is served while it works."""
-    slow = create_matcher
+    slow, may_end = create_matcher, threading.Event()
 
     def create(*given: Any) -> Any:
-        time.sleep(0.5)
+        may_end.wait(HANG_SECONDS)
         return slow(*given)
 
     monkeypatch.setattr(grammar_module, "create_matcher", create)
@@ -292,6 +294,7 @@ def test_a_request_whose_grammar_is_being_compiled_can_be_cancelled(
     while not any(event.finish for event in events):
         runner.step(events.extend)
     runner.cancel(1)
+    may_end.set()
     events += run(runner)
 
     assert [(2, "length"), (1, "abort")] == [(event.id, event.finish) for event in events if event.finish]
@@ -306,20 +309,23 @@ def test_a_mask_that_takes_long_holds_up_no_other_row(
     quick = runner_for(model, vocabulary)
     submit(quick, grammar, 1)
     expected = text_of(run(quick))
-    compute = grammar_module.Grammars._compute
+    compute, may_end = grammar_module.Grammars._compute, threading.Event()
 
     def slowly(*given: Any) -> None:
-        time.sleep(0.2)
+        may_end.wait(HANG_SECONDS)
         compute(*given)
 
     monkeypatch.setattr(grammar_module.Grammars, "_compute", slowly)
     submit(runner, grammar, 1)
     submit(runner, None, 2, max_tokens=12, ignore_eos=True)
 
-    events = run(runner)
+    events: list[TokenEvent] = []
+    while not events or last_of(events, 2).finish is None:
+        runner.step(events.extend)
+    assert not any(event.token_ids for event in events if event.id == 1)
+    may_end.set()
+    events += run(runner)
 
-    first = next(at for at, event in enumerate(events) if event.id == 1 and event.token_ids)
-    assert sum(event.id == 2 for event in events[:first]) > 3
     assert expected == text_of(events)
 
 
@@ -395,8 +401,12 @@ def letters(seed: int, count: int = 20) -> list[int]:
 
 
 @pytest.mark.usefixtures("few_states")
-def test_completions_do_not_use_up_a_grammar_for_those_that_follow(vocabulary: Vocabulary):
+@pytest.mark.parametrize("slow_seconds", [0, 60], ids=["slow masks", "fast masks"])
+def test_completions_do_not_use_up_a_grammar_for_those_that_follow(
+    slow_seconds: float, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+):
     """Nor for those beside them; each goes on where it was, with a matcher of its own."""
+    monkeypatch.setattr(grammar_module, "SLOW_SECONDS", slow_seconds)
     grammars = grammar_module.Grammars(vocabulary)
     rows = [grammars.row(grammars.compile(HUNGRY), (END,)) for _ in range(4)]
     for tokens in zip(*map(letters, range(4)), strict=True):
@@ -498,7 +508,7 @@ def test_a_row_that_is_known_to_be_slow_is_not_waited_for(runner: BatchingRunner
     waited_for_slow: list[bool] = []
 
     def slowly(*given: Any) -> None:
-        time.sleep(0.1)
+        time.sleep(0.02)
         compute(*given)
         for row in given[1]:
             row.slow = True

@@ -96,7 +96,9 @@ def test_a_batchs_rows_have_the_scores_of_pefts_merged_models(family: str, compi
         assert (logits - expected).norm() <= 1e-5 * expected.norm()
 
 
-@pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "model_dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.soak)], ids=["float32", "bfloat16"]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_native_layers_give_a_token_the_same_bits_beside_any_others(
     kind: str, model_dtype: torch.dtype, tmp_path: Path

@@ -49,6 +49,7 @@ from tests.unit.lying_models import (
 from tests.unit.tiny_models import chatml_tokenizer, save_tiny_llama
 from tests.unit.worker.families import FAMILIES, NOT_BATCHABLE, make
 from tests.unit.worker.test_loader import SPEC
+from tests.waiting import START_SECONDS
 
 
 def config(*removed: str, **changes: Any) -> Damage:
@@ -316,7 +317,7 @@ def test_a_lie_is_refused_in_one_line(tmp_path: Path, damage: Damage, reason: st
     message = load_failure(refusal.value).message
     assert "\n" not in message
     assert len(message) < 700
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 60
 
 
 @pytest.mark.parametrize(
@@ -493,9 +494,9 @@ def test_a_stage_that_does_not_end_is_named():
     """The load fails after the deadline, and does not wait for the stage."""
     started = time.monotonic()
     with pytest.raises(LoadError, match=r"its tokenizer could not be read within 0\.2 s"):
-        within_deadline("tokenizer", lambda: time.sleep(30), 0.2)
+        within_deadline("tokenizer", lambda: time.sleep(60), 0.2)
 
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 def test_what_a_stage_raises_and_returns_is_its_callers():
@@ -511,7 +512,7 @@ def test_a_stage_that_keeps_the_interpreters_lock_ends_the_process():
         "import re; from app.worker.loading.stage_deadline import within_deadline\n"
         "within_deadline('tokenizer', lambda: re.match(r'(a+)+$', 'a' * 60 + 'b'), 0.2)"
     )
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ, timeout=100, check=False)
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ, timeout=START_SECONDS, check=False)
 
     assert -signal.SIGVTALRM == done.returncode
 

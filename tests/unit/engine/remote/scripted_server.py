@@ -11,6 +11,7 @@ from typing import Any
 from app.config import DeadlineConfig
 from app.config.remote import RemoteConfig
 from app.engine.remote.engine import RemoteEngine
+from tests.waiting import HANG_SECONDS
 
 Step = bytes | float
 """Bytes to send, or seconds to wait for the client to hang up."""
@@ -178,7 +179,7 @@ async def engine_on(*servers: ScriptedServer, **settings: Any) -> AsyncIterator[
         engine = make_engine(*servers, **settings)
         await engine.start()
         try:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(HANG_SECONDS):
                 await engine.wait_ready()
             yield engine
         finally:

@@ -15,7 +15,7 @@ from app.engine.remote import connections
 from tests.unit.engine.remote.requests import make_request
 from tests.unit.engine.remote.scripted_server import CARD, DONE, QUICK, chunk, make_engine, usage
 from tests.unit.event_streams import read, text_of
-from tests.web.harness import until
+from tests.waiting import HANG_SECONDS, START_SECONDS, until
 
 ANSWER = (chunk("Hel"), chunk("lo"), chunk(finish_reason="stop"), usage(7, 2), DONE)
 
@@ -104,7 +104,7 @@ async def test_an_answer_does_not_wait_for_the_last_bytes_of_its_response(monkey
         engine = make_engine(deadlines=QUICK, base_urls=[server.url])
         await engine.start()
         await engine.wait_ready()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(HANG_SECONDS):
             assert "Hello" == text_of(await read(engine.stream(make_request())))
             await until(lambda: server.open == 0)
         await engine.close()
@@ -132,7 +132,7 @@ def certificate(tmp_path: Path) -> tuple[Path, Path]:
     kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", *names]
     public, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
     command = ["/usr/bin/env", "openssl", "req", "-x509", *kind, "-keyout", str(key), "-out", str(public)]
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    subprocess.run(command, check=True, capture_output=True, timeout=START_SECONDS)
     return public, key
 
 

@@ -27,7 +27,7 @@ from tests.unit.engine.remote.scripted_server import (
     serving,
 )
 from tests.unit.event_streams import read, text_of
-from tests.web.harness import until
+from tests.waiting import HANG_SECONDS, until
 
 REFUSED = Reply.json({"error": {"message": "no"}}, 500)
 FULL = Reply.json({"error": {"message": "full"}}, 503, retry_after="7")
@@ -114,7 +114,7 @@ async def test_a_server_that_takes_no_connection_is_given_up_after_the_time_to_c
         await until(lambda: all(each.ready for each in engine.status().upstreams))
         await servers[0].stop()
         with full_listener(servers[0].port):
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(HANG_SECONDS):
                 assert "Hello" == text_of(await read(engine.stream(make_request())))
 
             assert [False, True] == [each.ready for each in engine.status().upstreams]
@@ -222,7 +222,7 @@ async def test_an_engine_waits_for_its_servers():
             await read(engine.stream(make_request()))
 
         await server.start()
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(HANG_SECONDS):
             await engine.wait_ready()
         assert "Hello" == text_of(await read(engine.stream(make_request())))
         await engine.close()
@@ -271,7 +271,7 @@ async def test_a_server_that_refuses_ends_the_start_and_may_be_corrected_later(m
         engine = make_engine(server)
         await engine.start()
         with pytest.raises(EngineFailed, match=said):
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(HANG_SECONDS):
                 await engine.wait_ready()
         assert EngineState.FAILED == engine.status().state
 

@@ -22,7 +22,7 @@ from tests.unit.engine.remote.scripted_server import (
     event,
 )
 from tests.unit.event_streams import deltas_of, finished_of, logprobs_of, read, read_into, text_of
-from tests.web.harness import until
+from tests.waiting import until
 
 ROLE = event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
 END = chunk(finish_reason="stop")
@@ -156,9 +156,8 @@ async def test_whoever_hangs_up_ends_the_request_at_the_server_within_a_second(s
         reading = asyncio.create_task(read_into(events, engine.stream(make_request(stream=stream))))
         await until(lambda: bool(server.received and (events[1:] or delay)))
 
-        async with asyncio.timeout(1):
-            reading.cancel()
-            await until(lambda: server.hung_up > 0)
+        reading.cancel()
+        await until(lambda: server.hung_up > 0)
 
         assert (0, 0) == (engine.status().running, engine.status().waiting)
         assert 0 == engine.status().upstreams[0].running
@@ -194,8 +193,7 @@ async def test_a_stop_string_that_the_server_does_not_name_is_found_here():
     server = ScriptedServer([Reply([chunk("one S"), chunk("TOP two"), FOREVER])])
     async with engine_on(server) as engine:
         events = await read(engine.stream(make_request(sampling={"stop": ("STOP",)})))
-        async with asyncio.timeout(1):
-            await until(lambda: server.hung_up > 0)
+        await until(lambda: server.hung_up > 0)
 
     assert ("one ", FinishReason.STOP, "STOP") == (
         text_of(events),
