@@ -126,7 +126,7 @@ class GenerationService:
                         async with aclosing(run.events()) as events:
                             async for event in events:
                                 record.observe(event)
-                                if run.knows_more:
+                                if run.lower_bound():
                                     await reservation.lower(run.most_tokens)
                                 if isinstance(event, Started) and self.host.over:
                                     # It reached its engine after all live requests had been aborted.
@@ -381,12 +381,12 @@ class _Run:
         """Return an upper bound of the tokens that the request is charged with."""
         return self._bound + self.fitted.max_tokens * len(self.samples)
 
-    @property
-    def knows_more(self) -> bool:
-        """Return, once, whether the engine has counted the prompt that had an upper bound only."""
-        told = self.stats.prompt_tokens if self.fitted.is_upper_bound else 0
-        news, self._bound = 0 < told < self._bound, told or self._bound
-        return news
+    def lower_bound(self) -> bool:
+        """Take the engine's count of a prompt that had an upper bound only; return whether it is lower than that."""
+        counted = self.stats.prompt_tokens if self.fitted.is_upper_bound else 0
+        is_lower = 0 < counted < self._bound
+        self._bound = counted or self._bound
+        return is_lower
 
     @property
     def message(self) -> Message:

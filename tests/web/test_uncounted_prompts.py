@@ -18,7 +18,8 @@ from tests.unit.engine.remote.scripted_server import (
     engine_on,
     event,
 )
-from tests.web.harness import CHAT, Web, make_web, until
+from tests.waiting import until
+from tests.web.harness import CHAT, Web, make_web
 
 CHATS = "/v1/chat/completions"
 COUNT = 11

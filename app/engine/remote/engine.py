@@ -178,13 +178,13 @@ class RemoteEngine:
             EngineFailed, DeadlineExceeded: in place of Finished.
         """
         live = self._live[request.id] = self._admit(request)
-        told = bool(request.prompt_tokens)
+        is_counted = bool(request.prompt_tokens)
         try:
             while True:
                 event = await live.next()
-                if not told and not isinstance(event, Started):
-                    told = True
-                    await self._count_untold(request)
+                if not is_counted and not isinstance(event, Started):
+                    is_counted = True
+                    await self._count_unreported(request)
                 if isinstance(event, Finished) and not event.usage.prompt_tokens:
                     event = structs.replace(event, usage=replace(event.usage, prompt_tokens=request.prompt_tokens))
                 yield event
@@ -194,8 +194,8 @@ class RemoteEngine:
             del self._live[request.id]
             await live.close()
 
-    async def _count_untold(self, request: GenerationRequest) -> None:
-        """Count a prompt whose length the server, against its kind, has not told with the first token."""
+    async def _count_unreported(self, request: GenerationRequest) -> None:
+        """Count a prompt whose length the server, against its kind, has not reported with the first token."""
         if request.progress.prompt:
             return
         with suppress(AppError, TimeoutError):

@@ -50,7 +50,7 @@ class TimeTable:
     """What steps of some shapes took in each way, in seconds; steps of other sizes lie between them."""
 
     def __init__(self, seconds: Mapping[str, Mapping[Shape, float]]) -> None:
-        """Args: seconds: by way, the usual one first; slow ways may lack long prompts, and all lack all if unmeasured."""
+        """Args: seconds: by way, the usual one first; slow ways may lack long prompts, and all are empty unmeasured."""
         self.seconds = seconds
         self.shapes: Sequence[Shape] = sorted({shape for times in seconds.values() for shape in times})
 

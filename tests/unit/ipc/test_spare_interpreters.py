@@ -15,7 +15,7 @@ from app.ipc.interpreter import Interpreter
 from app.ipc.liveness import HEARTBEAT_SECONDS
 from app.ipc.spare_interpreters import SpareInterpreters
 from tests.unit.ipc.priorities import hurry
-from tests.web.harness import until
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[3]
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]}
