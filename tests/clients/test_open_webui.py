@@ -18,7 +18,7 @@ from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.clients, pytest.mark.timeout(1800)]
 
-DOCS = (ROOT / "docs/openai.md").read_text()
+DOCS = (ROOT / "docs/clients.md").read_text()
 COMMAND = DOCS[: DOCS.index(" open-webui serve")].rpartition("```sh")[2]
 SETTINGS = dict(each.split("=", 1) for each in shlex.split(COMMAND) if "=" in each)
 """Those of the documentation; the address and the key are the test's own."""

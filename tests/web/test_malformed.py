@@ -373,8 +373,8 @@ async def test_the_routers_own_errors_have_the_envelope(client, log_lines, metho
 async def test_a_wrong_method_is_answered_with_all_right_ones_in_the_dialect_of_the_path(web, client):
     """Every method that a path is not served by; the header names those of all its routes."""
     for path, methods in served_methods(web.app).items():
-        # To these, what lies below /v1/models is the name of a model.
-        elsewhere = {"GET", "HEAD"} if path in LOADING_PATHS else set()
+        # To these, what lies below /v1/models is the name of a model, and below /page that of a file.
+        elsewhere = {"GET", "HEAD"} if path in {*LOADING_PATHS, "/page/key"} else set()
         for method in {"GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD", "BREW"} - methods - elsewhere:
             reply = await client.request(method, re.sub("{.*?}", "x", path))
 
