@@ -6,6 +6,7 @@ Decides how each is spoken to, how long to wait, and what counts as an outage.
 import asyncio
 import os
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, contextmanager
@@ -25,6 +26,8 @@ from app.errors import ConfigError, StoreUnavailable
 WAIT_SECONDS = 2.0
 """How long a request waits for the database before that counts as an outage."""
 MIGRATION_SECONDS = 60.0
+LOCKED_START_SECONDS = 20.0
+"""How long a start waits for SQLite's file: another process that starts may be migrating, on a busy machine."""
 
 _MIGRATIONS = Path(__file__).with_name("migrations")
 _MIGRATION_LOCK = 0x6C6C6D73
@@ -150,10 +153,14 @@ class Database:
 
         Raises: ConfigError: the database cannot be opened, or is newer than this program.
         """
-        try:
-            await self._check_or_upgrade()
-        except StoreUnavailable as error:
-            raise ConfigError(f"the database {self.name} cannot be used: {self.reason_of(error)}") from None
+        latest = time.monotonic() + LOCKED_START_SECONDS
+        while True:
+            try:
+                return await self._check_or_upgrade()
+            except StoreUnavailable as error:
+                cause = error.__cause__
+                if cause is None or fault_of(cause) is not Fault.LOCKED or time.monotonic() > latest:
+                    raise ConfigError(f"the database {self.name} cannot be used: {self.reason_of(error)}") from None
 
     def reason_of(self, error: StoreUnavailable) -> str:
         """Return the first line of what the driver said, without secrets of its URL, and what may help."""

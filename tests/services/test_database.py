@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import sqlite3
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -13,7 +14,7 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, delete, func, select, text
 
-from app.access.database import Database, head_revision
+from app.access.database import WAIT_SECONDS, Database, head_revision
 from app.access.keys import KeyStore
 from app.access.ledger import Month, balance
 from app.access.tables import metadata, roles
@@ -35,6 +36,24 @@ async def test_of_four_processes_that_start_at_once_one_migrates(url: str):
     async with database.begin() as connection:
         assert 3 == await connection.scalar(select(func.count()).select_from(roles))
         assert [head_revision()] == list((await connection.execute(text("SELECT * FROM alembic_version"))).scalars())
+    await database.close()
+
+
+async def test_a_start_waits_for_another_one_that_migrates_for_long(tmp_path: Path):
+    """Longer than a request waits for the file: on a busy machine a migration takes seconds."""
+    path = tmp_path / "service.db"
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    database = Database(f"sqlite:///{path}", wait_seconds=0.1)
+
+    migration = asyncio.create_task(database.migrate())
+    await asyncio.sleep(1.5 * WAIT_SECONDS)
+    assert not migration.done()
+    other.execute("COMMIT")
+    other.close()
+    await migration
+
+    assert head_revision() == await database.revision()
     await database.close()
 
 
