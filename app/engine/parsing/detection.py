@@ -68,7 +68,7 @@ def detect_format(traits: ChatTraits, config: ModelConfig) -> ChatFormat:
     tools, reasoning = (None if each == "none" else each for each in (tools, reasoning))
     marks = marks_of(tools, reasoning)
     tokens = [token for token in traits.added_tokens if token.name in marks]
-    log.info("chats: calls of tools in the format %s, reasoning in the format %s", tools, reasoning)
+    log.info("format of calls of tools: %s, of reasoning: %s", tools or "none", reasoning or "none")
     return ChatFormat(
         tools=tools,
         reasoning=reasoning,
