@@ -126,7 +126,7 @@ class GenerationService:
                         async with aclosing(run.events()) as events:
                             async for event in events:
                                 record.observe(event)
-                                if run.lower_bound():
+                                if run.take_prompt_count():
                                     await reservation.lower(run.most_tokens)
                                 if isinstance(event, Started) and self.host.over:
                                     # It reached its engine after all live requests had been aborted.
@@ -381,8 +381,8 @@ class _Run:
         """Return an upper bound of the tokens that the request is charged with."""
         return self._bound + self.fitted.max_tokens * len(self.samples)
 
-    def lower_bound(self) -> bool:
-        """Take the engine's count of a prompt that had an upper bound only; return whether it is lower than that."""
+    def take_prompt_count(self) -> bool:
+        """Take the engine's count of a prompt in place of its upper bound; return whether it is lower."""
         counted = self.stats.prompt_tokens if self.fitted.is_upper_bound else 0
         is_lower = 0 < counted < self._bound
         self._bound = counted or self._bound
