@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
+from sqlalchemy.dialects import registry
+from sqlalchemy.dialects.sqlite.aiosqlite import SQLiteDialect_aiosqlite
 from sqlalchemy.engine import URL
+from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
@@ -42,6 +45,8 @@ _ADVICE_SQLITE = {
     Fault.READ_ONLY: "make the file and its folder writable for this user, and see that their disk has room",
 }
 _POOL_SIZE = 5
+_STOP_SECONDS = 2 * WAIT_SECONDS
+"""How long the end waits for statements of transactions that were cancelled."""
 _READING = "llm_service_reading"
 _WRITE_NOTHING_NEW = "UPDATE alembic_version SET version_num = version_num"
 
@@ -256,6 +261,8 @@ class Database:
         if self._quick:
             self._quick.close()
         await self.engine.dispose()
+        if stopping := getattr(self.engine.dialect, "stopping", None):
+            await asyncio.wait(stopping, timeout=_STOP_SECONDS)
 
 
 def head_revision() -> str:
@@ -275,8 +282,32 @@ def _open_postgres(url: URL) -> AsyncEngine:
     )
 
 
+class _SQLiteDialect(SQLiteDialect_aiosqlite):
+    """Gives a cancelled transaction's connection up at once; its thread rolls back and closes it.
+
+    SQLAlchemy's own closes it in a task that nobody owns.  Cancelled a second time (by a time limit that runs out while
+    the service ends), it stops the thread that this task waits for, and the task then waits for ever, cancelled or not.
+    """
+
+    supports_statement_cache = True
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.stopping: set[asyncio.Future[object]] = set()
+        """Of connections that were given up, and are not yet closed."""
+
+    def do_terminate(self, dbapi_connection: DBAPIConnection) -> None:
+        stopped = dbapi_connection.driver_connection.stop()
+        if stopped is not None:
+            self.stopping.add(stopped)
+            stopped.add_done_callback(self.stopping.discard)
+
+
+registry.register("sqlite.llm_service", __name__, _SQLiteDialect.__name__)
+
+
 def _open_sqlite(url: URL) -> AsyncEngine:
-    engine = create_async_engine(url, pool_size=_POOL_SIZE, hide_parameters=True)
+    engine = create_async_engine(url.set(drivername="sqlite+llm_service"), pool_size=_POOL_SIZE, hide_parameters=True)
     _prepare_sqlite(engine.sync_engine, "FULL")
     return engine
 

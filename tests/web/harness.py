@@ -291,6 +291,7 @@ async def started(app: FastAPI) -> AsyncIterator[None]:
     A fixture may end in another task than the one in which it began, and a lifespan must not.
     """
     begun, ended = asyncio.Event(), asyncio.Event()
+    before = asyncio.all_tasks()
 
     async def run() -> None:
         try:
@@ -308,6 +309,8 @@ async def started(app: FastAPI) -> AsyncIterator[None]:
     finally:
         ended.set()
         await running
+        left = asyncio.all_tasks() - before - {asyncio.current_task()}
+        assert not left, f"tasks run after the application has ended: {left}"
 
 
 def speaks_openai(path: str) -> bool:

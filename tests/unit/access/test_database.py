@@ -1,12 +1,15 @@
 """Which databases are understood, and what is said of them."""
 
+import asyncio
+import sqlite3
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, insert, inspect, select
+from sqlalchemy import Connection, insert, inspect, select, text
 
 from app.access import database as database_module
 from app.access.database import Database
@@ -124,3 +127,29 @@ async def test_rows_whose_model_was_never_known_become_null(tmp_path: Path):
     await database.close()
     assert [None, "m"] == models
     assert {"ix_inference_log_created", "ix_inference_log_key_id_created"} == {index["name"] for index in indexes}
+
+
+@pytest.mark.parametrize("between", [0.0, 0.05])
+async def test_a_transaction_that_is_cancelled_twice_leaves_nothing_behind(tmp_path: Path, between: float):
+    """As a time limit and the end of the service may; the loop could otherwise not be closed."""
+    database = Database(f"sqlite:///{tmp_path / 'service.db'}")
+    await database.migrate()
+    before = asyncio.all_tasks()
+
+    async def transaction() -> None:
+        async with database.begin() as connection:
+            await connection.execute(text("SELECT 1"))
+
+    with closing(sqlite3.connect(tmp_path / "service.db", isolation_level=None)) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        tasks = [asyncio.create_task(transaction()) for _ in range(3)]
+        for pause in (0.1, between):
+            await asyncio.sleep(pause)
+            for task in tasks:
+                task.cancel()
+        await asyncio.wait(tasks)
+    await transaction()
+    await database.close()
+
+    assert all(task.cancelled() for task in tasks)
+    assert before == asyncio.all_tasks()
