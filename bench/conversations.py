@@ -1,10 +1,10 @@
 """Compare the first token of a conversation's tenth turn with that of its first, with more conversations than rows.
 
-    python -m bench.conversations [--shape 135m|tiny] [--sessions 64] [--rows 32] [--turns 10]
+    python -m bench.conversations [--shape 135m|tiny] [--sessions 64] [--rows 32] [--turns 10] [--cached]
 
 The conversations take turns, so that each finds another in its place; all begin with the same system text.  Every turn
-is measured in a runner with the prefix cache and in one without, one after the other.  Prints a table for
-docs/performance.md.
+is measured in a runner with the prefix cache and, one after the other, in one without it, but with --cached only in the
+former.  Prints a table for docs/performance.md.
 """
 
 import argparse
@@ -64,15 +64,17 @@ def main() -> None:
     arguments.add_argument("--sessions", type=int, default=64)
     arguments.add_argument("--rows", type=int, default=32)
     arguments.add_argument("--turns", type=int, default=10)
+    arguments.add_argument("--cached", action="store_true", help="measure only with the prefix cache")
     given = arguments.parse_args()
+    sizes = {name: size for name, size in CACHE_BYTES.items() if size or not given.cached}
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(Path(folder), given.shape)
         runners = {
             name: load_runner(model, max_batch_size=given.rows, prefix_cache_bytes=size)
-            for name, size in CACHE_BYTES.items()
+            for name, size in sizes.items()
         }
         conversations = {name: Conversations(runner, given.sessions) for name, runner in runners.items()}
-        times: dict[str, list[float]] = {name: [] for name in CACHE_BYTES}
+        times: dict[str, list[float]] = {name: [] for name in sizes}
         for turn in range(given.turns):
             for name, each in conversations.items():
                 times[name].append(each.turn())

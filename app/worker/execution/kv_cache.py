@@ -116,14 +116,20 @@ class KVCache(Cache):
         """Copy the keys and values of a slot, from the token `start` on, to blocks of the prefix cache."""
         index = torch.tensor(blocks, device=self.device)
         for storage, stored in self._blocks:
-            stored.index_copy_(0, index, _in_blocks(storage[slot, :, start:], len(blocks), stored.shape[2]))
+            whole, rest = divmod(min(self.length - start, len(blocks) * stored.shape[2]), stored.shape[2])
+            stored.index_copy_(0, index[:whole], _in_blocks(storage[slot, :, start:], whole, stored.shape[2]))
+            if rest:  # the slot ends within the last block
+                stored[blocks[-1], :, :rest] = storage[slot, :, -rest:]
 
     @torch.inference_mode()
     def restore_prefix(self, blocks: Sequence[int], slot: int) -> None:
         """Copy blocks of the prefix cache to the beginning of a slot."""
         index = torch.tensor(blocks, device=self.device)
         for storage, stored in self._blocks:
-            torch.index_select(stored, 0, index, out=_in_blocks(storage[slot], len(blocks), stored.shape[2]))
+            whole, rest = divmod(min(self.length, len(blocks) * stored.shape[2]), stored.shape[2])
+            torch.index_select(stored, 0, index[:whole], out=_in_blocks(storage[slot], whole, stored.shape[2]))
+            if rest:
+                storage[slot, :, -rest:] = stored[blocks[-1], :, :rest]
 
     def release_memory(self) -> None:
         """Give memory that is kept for later passes back to the device, so that it can be had in other pieces."""

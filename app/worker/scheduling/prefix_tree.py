@@ -1,7 +1,8 @@
 """Where the prefix cache has which tokens: a radix tree for each owner, whose edges are blocks of tokens.
 
 Pure: blocks are numbers here, their keys and values are the KV cache's.  A shared beginning is stored once, however
-many sequences had it.  Source of a radix tree over a KV cache: Zheng et al., SGLang, 2024 (arXiv:2312.07104).
+many sequences had it; the last tokens of each, which fill no block, have one that nothing continues.  Source of a radix
+tree over a KV cache: Zheng et al., SGLang, 2024 (arXiv:2312.07104).
 """
 
 from collections import OrderedDict
@@ -29,24 +30,27 @@ class PrefixTree:
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def match(self, owner: Owner, token_ids: TokenIds[int]) -> list[int]:
-        """Return the blocks of the longest stored prefix, and mark them as used."""
+    def match(self, owner: Owner, token_ids: TokenIds[int]) -> tuple[int, list[int]]:
+        """Return how many tokens the longest stored prefix has, and its blocks; marks them as used."""
         path = list(self._walk(owner, token_ids))
         self._use(path)
-        return [self._blocks[edge] for edge in path]
+        return sum(len(tokens) for _, tokens in path), [self._blocks[edge] for edge in path]
 
     def insert(self, owner: Owner, token_ids: TokenIds[int], *, keep: Collection[int] = ()) -> tuple[int, list[int]]:
-        """Store a prefix, as far as it fills blocks and there is room.
+        """Store a prefix, as far as there is room.
 
         Args: keep: blocks that stay.
         Returns: the token that the new blocks begin with, and the blocks, to be written in this order.
         """
         path = list(self._walk(owner, token_ids))
         self._use(path)
+        if sum(len(tokens) for _, tokens in path) == len(token_ids):
+            return len(token_ids), []
+        path = [edge for edge in path if len(edge[1]) == BLOCK_TOKENS]
         start, added = len(path) * BLOCK_TOKENS, list[int]()
         pinned = {*keep, *(self._blocks[edge] for edge in path)}
         parent: Owner | int = self._blocks[path[-1]] if path else owner
-        for first in range(start, len(token_ids) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
+        for first in range(start, len(token_ids), BLOCK_TOKENS):
             block = self._take_block(pinned)
             if block is None:
                 break
@@ -61,13 +65,16 @@ class PrefixTree:
     def _walk(self, owner: Owner, token_ids: TokenIds[int]) -> Iterator[_Edge]:
         """Yield the edges of the longest stored prefix."""
         parent: Owner | int = owner
-        for first in range(0, len(token_ids) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
-            edge = (parent, tuple(token_ids[first : first + BLOCK_TOKENS]))
-            block = self._blocks.get(edge)
-            if block is None:
+        for first in range(0, len(token_ids), BLOCK_TOKENS):
+            tokens = tuple(token_ids[first : first + BLOCK_TOKENS])
+            while tokens and (parent, tokens) not in self._blocks:
+                tokens = tokens[:-1]
+            if not tokens:
                 return
-            yield edge
-            parent = block
+            yield parent, tokens
+            if len(tokens) < BLOCK_TOKENS:
+                return
+            parent = self._blocks[parent, tokens]
 
     def _use(self, path: list[_Edge]) -> None:
         # The last one first, so that each is used after all that continue it.

@@ -3,6 +3,7 @@
 Pure, like the scheduler that it serves: it names copies of keys and values, and the runner makes them.
 """
 
+import math
 from collections.abc import Iterator
 from collections.abc import Sequence as TokenIds
 from dataclasses import dataclass, field
@@ -78,10 +79,11 @@ class Slots:
                 shared = min(common_prefix_length(token_ids, sequence.token_ids), computed, sequence.reusable_tokens)
                 if shared > found.count:
                     found = CachedPrefix(shared, slot)
-        blocks = self._prefixes.match(sequence.cache_owner, sequence.token_ids[: sequence.reusable_tokens])
-        if len(blocks) * BLOCK_TOKENS <= found.count:
+        count, blocks = self._prefixes.match(sequence.cache_owner, sequence.token_ids)
+        count = min(count, sequence.reusable_tokens)
+        if count <= found.count:
             return found
-        return CachedPrefix(len(blocks) * BLOCK_TOKENS, blocks=tuple(blocks))
+        return CachedPrefix(count, blocks=tuple(blocks[: math.ceil(count / BLOCK_TOKENS)]))
 
     def start(self, sequence: Sequence, prefix: CachedPrefix) -> Iterator[KVMove]:
         """Give a sequence a free slot with its cached prefix; yield the copies to be made first."""

@@ -54,3 +54,30 @@ def test_slots_take_memory_only_as_they_are_written() -> None:
     assert 512 * MB == 2 * keys.nbytes
     assert psutil.Process().memory_info().rss - before < 32 * MB
     assert [0.0, 1.0, 0.0] == keys[3, 0, 4:7, 0].tolist()
+
+
+@pytest.mark.parametrize("length", [16, 20, 23])
+@pytest.mark.parametrize("start", [0, 8])
+def test_blocks_hold_what_they_were_given_up_to_the_end_of_a_slot(length: int, start: int) -> None:
+    """Also where a slot has no room for the whole last block; other slots and blocks stay as they are."""
+    cache = KVCache(3, length, "cpu", TorchAttention())
+    cache.pack([Segment(0, 0, [1])], [True])
+    cache.update(torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4), 0)
+    assert cache.add_prefix_cache(10**5, 8) >= 9
+    storage = cache.layer(0)
+    for each in storage:
+        each.copy_(torch.randn_like(each))
+    expected = [each.clone() for each in storage]
+    first, others = [5, 2, 7], [6, 1]
+
+    cache.save_prefix(0, 0, first)
+    cache.save_prefix(1, start, others)
+    for each in storage:
+        each[0], each[2] = 0, 0
+    cache.restore_prefix(first, 0)
+    cache.restore_prefix([*first[: start // 8], *others][:3], 2)
+
+    for found, wanted in zip(storage, expected, strict=True):
+        assert found[:2].equal(wanted[:2])
+        assert found[2, :, start : start + 16].equal(wanted[1, :, start : start + 16])
+        assert found[2, :, :start].equal(wanted[0, :, :start])
