@@ -70,8 +70,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(Path(folder), given.shape)
         runners = {
-            name: load_runner(model, max_batch_size=given.rows, prefix_cache_bytes=size)
-            for name, size in sizes.items()
+            name: load_runner(model, max_batch_size=given.rows, prefix_cache_bytes=size) for name, size in sizes.items()
         }
         conversations = {name: Conversations(runner, given.sessions) for name, runner in runners.items()}
         times: dict[str, list[float]] = {name: [] for name in sizes}
