@@ -21,11 +21,14 @@ async def until(condition: Callable[[], bool], seconds: float = HANG_SECONDS) ->
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = HANG_SECONDS) -> None:
-    """Wait for something that another thread or process does; fails the test where it does not happen."""
+    """Wait for something that another thread or process does; fails the test where it does not happen.
+
+    What may take long is looked for less often: whoever asks a service for it takes time from what it waits for.
+    """
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
+        time.sleep(seconds / 1000)
 
 
 def happens(measure: Callable[[], bool], times: int = 6) -> bool:

@@ -12,6 +12,7 @@ from app.cli.doctor import doctor
 from app.cli.terminal import CONFIG, ConfigOption, existing
 from app.config import load_settings
 from app.errors import ConfigError
+from app.garbage import imports_uncollected
 
 cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 cli.add_typer(keys.cli, name="keys")
@@ -56,13 +57,14 @@ def serve(
     ] = None,
 ) -> None:
     """Serve the configured model over HTTP until Ctrl-C."""
-    # Imported late: --help must not import the whole service.
-    from app import server
-
     listen: dict[str, Any] = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
     logging = {} if log_level is None else {"level": log_level.upper()}
     try:
         settings = load_settings(existing(config), app=listen, logging=logging)
+        # Imported late: neither --help nor a mistake in the configuration waits for the whole service.
+        with imports_uncollected():
+            from app import server
+
         code = server.run(settings)
     except ConfigError as error:
         typer.echo(f"llm-service: {error}", err=True)

@@ -17,6 +17,7 @@ from typing import NoReturn
 
 import msgspec
 
+from app.garbage import imports_uncollected
 from app.ipc.interpreter import SPARE
 from app.ipc.messages import Start
 from app.ipc.worker_log import RecordFormatter
@@ -66,7 +67,8 @@ def _import_worker(spare: bool) -> None:
     if spare and sys.platform == "linux":
         # Of this thread alone; a process without privileges could not raise its priority again.
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
-    import app.worker.process  # noqa: F401
+    with imports_uncollected():
+        import app.worker.process  # noqa: F401
 
     PROGRESS.tick()
 

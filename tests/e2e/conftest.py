@@ -15,6 +15,7 @@ import httpx
 import psutil
 import pytest
 
+from app.worker.execution.native.native_build import kernels_digest
 from tests.ports import free_port
 from tests.waiting import HANG_SECONDS, START_SECONDS, wait_for
 
@@ -96,12 +97,14 @@ def serve(port: int) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where services find the kernels that others of them compiled, in whichever process of the tests."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where services find the kernels that others of them compiled, in this run or an earlier one.
+
+    A library is named for its source, compiler and flags; a folder for the sources, so that it holds no older ones.
+    """
+    if (cache := getattr(request.config, "cache", None)) is not None:
+        return Path(cache.mkdir(f"compiled-{kernels_digest()}"))
+    return tmp_path_factory.mktemp("compiled")
 
 
 def take_over(libraries: Path, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The code blocks of README and docs: they run as the reader runs them, and print what stands below."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 from app.config import load_settings
 from tests.code_blocks import PAGES, RUN, CodeBlock, blocks, matches
-from tests.e2e.conftest import ROOT, Service, Start, environment, ready
+from tests.e2e.conftest import ROOT, Service, Start, environment, ready, take_over
 from tests.waiting import START_SECONDS, wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
@@ -99,9 +100,14 @@ def documented(start: Start) -> tuple[Service, str]:
 
 
 @pytest.fixture
-def reader(documented: tuple[Service, str]) -> Iterator[Reader]:
+def reader(documented: tuple[Service, str], compiled: Path) -> Iterator[Reader]:
     with TemporaryDirectory(prefix="docs-") as folder:  # a short name: sockets of workers stand in it
+        # Where a program that loads a model looks for compiled kernels.
+        own = Path(folder) / f"llm-service-{os.geteuid()}"
+        own.mkdir(mode=0o700)
+        take_over(compiled, own)
         yield Reader(*documented, Path(folder))
+        take_over(own, compiled)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if to_run(page)])

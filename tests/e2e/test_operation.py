@@ -183,15 +183,15 @@ def test_sigterm_ends_every_stream_with_a_last_event_and_leaves_no_process(start
 
 def test_sigterm_lets_a_running_stream_finish_and_then_stops(start: Start) -> None:
     """Within the grace period the answer comes to its own end, and the service does not wait longer than that."""
-    # Uncompiled, so that the streams are not done before anybody has seen them run.
-    service = start(MODEL__COMPILE="none")
-    threads, last = stream_in_threads(service, [COUNT] * 2)
+    service = start(MODEL__ENGINE="echo", MODEL__MAX_MODEL_LEN="1000000")
+    # Long enough that they are not done before anybody has seen them run.
+    threads, last = stream_in_threads(service, [{**endless(str(number)), "max_tokens": 10_000} for number in range(2)])
 
     assert 0 == service.stop(15)
 
     for thread in threads:
         thread.join(HANG_SECONDS)
-    assert [("done", "stop")] * 2 == last
+    assert [("done", "length")] * 2 == last
 
 
 @pytest.mark.soak

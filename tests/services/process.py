@@ -41,7 +41,7 @@ class ServiceProcess:
                     if (await http.get("/readyz")).status_code == 200:
                         return
                 # Not at once again, or it takes the processor from the model that loads.
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.2)
 
     def stop(self, seconds: float = 60) -> int:
         """Send SIGTERM and return the exit code."""

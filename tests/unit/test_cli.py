@@ -1,6 +1,7 @@
 """The command line."""
 
 import json
+import os
 import signal
 import sqlite3
 import subprocess
@@ -179,6 +180,16 @@ def test_the_level_of_the_log_can_be_named_at_the_start(monkeypatch: pytest.Monk
 
     assert 0 == ended.value.code
     assert ("DEBUG", 9000) == (started[0].logging.level, started[0].app.port)
+
+
+def test_a_mistake_in_the_configuration_does_not_wait_for_the_imports_of_the_service():
+    """They take seconds."""
+    command = [sys.executable, "-X", "importtime", "-m", "app", "serve"]
+    done = subprocess.run(command, env={**os.environ, "MODEL__NMAE": "x"}, capture_output=True, text=True, check=False)
+
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "model.nmae: there is no such key" in done.stderr
+    assert (True, False) == ("app.config" in imported, "app.server" in imported)
 
 
 def test_an_interrupt_while_the_service_is_imported_is_quiet():

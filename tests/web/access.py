@@ -4,13 +4,15 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
 from fastapi import FastAPI
 
 from app.access.access import AccessControl
-from app.config import load_settings
+from app.access.database import Database
+from app.config import Settings, load_settings
 from app.engine.base import Engine
 from app.main import create_app
 from app.web.http.dependencies import Container
@@ -60,6 +62,25 @@ class Running:
         return report
 
 
+_migrated = b""
+
+
+async def provide_database(settings: Settings) -> None:
+    """Copy the file that a first start makes, where there is none: making its tables is most of a start."""
+    global _migrated
+    file = settings.app.data_dir / "service.db"
+    if settings.where_database != f"sqlite:///{file}" or not file.parent.is_dir() or file.exists():
+        return
+    if not _migrated:
+        with TemporaryDirectory() as folder:
+            database = Database(f"sqlite:///{folder}/service.db")
+            await database.migrate()
+            await database.close()
+            _migrated = (Path(folder) / "service.db").read_bytes()
+    file.touch(mode=0o600)
+    file.write_bytes(_migrated)
+
+
 @asynccontextmanager
 async def running(folder: Path, *, engine: Engine | None = None, **sections: Any) -> AsyncIterator[Running]:
     """Run the application with the echo engine until the block ends."""
@@ -74,6 +95,8 @@ async def running(folder: Path, *, engine: Engine | None = None, **sections: Any
         name: given.get(name, {}) | section if isinstance(section, dict) else section
         for name, section in sections.items()
     }
-    app = create_app(load_settings(folder / "none.yml", None, **given), engines={"echo": engine} if engine else None)
+    settings = load_settings(folder / "none.yml", None, **given)
+    await provide_database(settings)
+    app = create_app(settings, engines={"echo": engine} if engine else None)
     async with started(app):
         yield Running(app)
