@@ -23,7 +23,7 @@ std::vector<Activation> call(Function<Weight, Activation> function, const TestLi
 template <class Weight, class Activation>
 void check_layer(Function<Weight, Activation> function, int64_t inputs, int64_t outputs, bool bias) {
     const TestLinear<Weight> layer(inputs, outputs, bias);
-    const std::vector<float> x = random_floats(130 * inputs);
+    const std::vector<float> x = random_floats(130 * inputs, random_bits<Activation>);
     const std::vector<Activation> narrowed = narrow_all<Activation>(x);
     const std::vector<double> exact(x.begin(), x.end());
     const double half_ulp = std::is_same_v<Activation, bfloat16> ? 1.0 / 256 : 0.0;
@@ -54,14 +54,44 @@ void check_type(Function<Weight, Activation> function, std::initializer_list<int
 }
 
 #ifdef LLMK_HAVE_TILES
-// As llmk_linear_bf16, in tiles.
-void linear_in_tiles(const bfloat16* x, const bfloat16* panels, const float* scales, const float* bias, bfloat16* out,
+// As llmk_linear_*, in tiles.
+template <class Weight, class Activation>
+void linear_in_tiles(const Activation* x, const Weight* panels, const float* scales, const float* bias, Activation* out,
                      int64_t tokens, int64_t depth, int64_t outputs, int threads) {
+    std::vector<bfloat16> split(tokens * split_size(depth), to_bfloat16(NAN));
 #pragma omp parallel num_threads(threads)
     {
-        linear<false>(x, PackedWeights<bfloat16>{panels, scales, bias}, depth, outputs, tokens, out, {threads, true});
+        linear<false>(x, PackedWeights<Weight>{panels, scales, bias}, depth, outputs, tokens, out,
+                      {threads, true, split.data()});
         Tiles::release();
     }
+}
+
+// Odd inputs, and more than are widened at a time.
+template <class Weight>
+void check_split() {
+    check_type<Weight, float>(linear_in_tiles<Weight, float>, {1, 7, 51});
+    check_layer<Weight, float>(linear_in_tiles<Weight, float>, WIDENED_INPUTS<Weight> + 45, 33, true);
+}
+
+// |found - exact| / |exact| of all results of a layer.
+template <class Weight>
+double error_of(Function<Weight, float> function, const TestLinear<Weight>& layer, const std::vector<float>& x) {
+    const std::vector<float> found = call(function, layer, x, 1);
+    std::vector<double> exact;
+    for (size_t first = 0; first < x.size(); first += layer.inputs)
+        for (int64_t output = 0; output < layer.outputs; output++)
+            exact.push_back(layer.reference(std::vector<double>(&x[first], &x[first] + layer.inputs).data(), output));
+    return relative_error(found.data(), exact);
+}
+
+// Splitting loses less than the sums of panels do.
+template <class Weight>
+void check_error(Function<Weight, float> panels) {
+    const TestLinear<Weight> layer(600, 33, false);
+    const std::vector<float> x = random_floats(40 * layer.inputs, random_bits<float>);
+    const double allowed = error_of(panels, layer, x), error = error_of(linear_in_tiles<Weight, float>, layer, x);
+    CHECK(error <= allowed, "tiles are wrong by %g, panels by %g", error, allowed);
 }
 #endif
 
@@ -72,7 +102,8 @@ void check_emulated_tiles() {
     EmulatedTiles tiles(3);
     float sums[3][2 * NR];
     for (int64_t times = 1; times <= 2; times++) {
-        tiles.multiply(x.data(), 40, left.data(), right.data(), 2 * NR);
+        tiles.load_weights(left.data(), right.data(), 2 * NR);
+        tiles.multiply(x.data(), 40);
         tiles.store(sums[0]);
         for (int64_t token = 0; token < 3; token++)
             for (int64_t output = 0; output < NR; output++) {
@@ -98,6 +129,14 @@ int main() {
     check_type<bfloat16, bfloat16>(llmk_linear_bf16, {2, 14, 70});
 #ifdef LLMK_HAVE_TILES
     CHECK(llmk_tiles_work(), "tiles and panels differ");
-    check_type<bfloat16, bfloat16>(linear_in_tiles, {2, 64, 70});
+    check_type<bfloat16, bfloat16>(linear_in_tiles<bfloat16, bfloat16>, {2, 64, 70});
+    check_split<float>();
+    check_split<int8_t>();
+    check_error<float>(llmk_linear_f32);
+    check_error<int8_t>(llmk_linear_i8);
+#ifdef LLMK_HAVE_FLOAT16
+    check_split<float16>();
+    check_error<float16>(llmk_linear_f16);
+#endif
 #endif
 }

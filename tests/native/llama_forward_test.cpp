@@ -310,7 +310,7 @@ int main() {
         for (bool adapted : {false, true}) {
             check_model(threads, adapted, false);
 #ifdef LLMK_HAVE_TILES
-            if (std::is_same_v<weight_t, bfloat16>) check_model(threads, adapted, true);
+            check_model(threads, adapted, true);
 #endif
         }
 }

@@ -21,18 +21,23 @@
         }                                                                     \
     } while (0)
 
-// Multiples of 1/64 in [-1, 1), which float32, float16 and bfloat16 hold exactly.
-inline float random_float() {
+// Numbers in [-1, 1) of so many bits with their sign: seven are held by int8 and every type of floats, exactly.
+inline float random_float(int bits) {
     static uint32_t state = 1;
     state = state * 1664525u + 1013904223u;
-    return (static_cast<int>(state >> 25) - 64) / 64.0f;
+    const int half = 1 << (bits - 1);
+    return (static_cast<int>(state >> (32 - bits)) - half) / static_cast<float>(half);
 }
 
-inline std::vector<float> random_floats(int64_t count) {
+inline std::vector<float> random_floats(int64_t count, int bits = 7) {
     std::vector<float> numbers(count);
-    for (float& each : numbers) each = random_float();
+    for (float& each : numbers) each = random_float(bits);
     return numbers;
 }
+
+// Bits of random numbers that a type holds exactly.
+template <class Number>
+constexpr int random_bits = sizeof(Number) == 4 ? 24 : sizeof(Number) == 1 || std::is_same_v<Number, bfloat16> ? 7 : 11;
 
 inline float widen(float value) { return value; }
 inline float widen(bfloat16 value) { return to_float(value); }
@@ -70,7 +75,7 @@ struct TestLinear {
     std::vector<Weight> packed;
 
     TestLinear(int64_t inputs, int64_t outputs, bool bias)
-        : inputs(inputs), outputs(outputs), dense(random_floats(inputs * outputs)) {
+        : inputs(inputs), outputs(outputs), dense(random_floats(inputs * outputs, random_bits<Weight>)) {
         constexpr int64_t PAIR = std::is_same_v<Weight, bfloat16> ? 2 : 1;
         packed.resize((outputs + 31) / 32 * 32 * inputs);
         for (int64_t output = 0; output < outputs; output++)

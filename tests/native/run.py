@@ -74,9 +74,8 @@ def tests(build: Build) -> Iterator[tuple[str, tuple[str, ...]]]:
         if weight == "float16" and build.name == "sse2":
             continue
         types = (f"-DLLMK_WEIGHT_TYPE={weight}", f"-DLLMK_LM_HEAD_TYPE={head}")
-        bf16 = weight == "bfloat16"
-        tiles = (EMULATED_TILES,) if bf16 else ()
-        yield "llama_forward", (*heads(2, 2, 32, "bfloat16" if bf16 else "float"), *types, *tiles)
+        kv = "bfloat16" if weight == "bfloat16" else "float"
+        yield "llama_forward", (*heads(2, 2, 32, kv), *types, EMULATED_TILES)
 
 
 def heads(kv_heads: int, queries: int, size: int, kv: str) -> tuple[str, ...]:

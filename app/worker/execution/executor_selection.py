@@ -140,7 +140,7 @@ def cpu_layouts(setting: Compile, keep_layers: bool) -> list[Layout]:
 def _decoder_ways(model: Any, cache: KVCache) -> dict[str, OptionalExecutor]:
     weights = DecoderWeights(model)
     ways: dict[str, OptionalExecutor] = {"native layers": NativeDecoderExecutor(model, cache, weights)}
-    if model.dtype == torch.bfloat16 and native_linears_unavailable() is None and "tiles" in gemm_kernels().kernels:
+    if native_linears_unavailable() is None and "tiles" in gemm_kernels().kernels:
         ways["native layers, tiles"] = NativeDecoderExecutor(model, cache, weights, kernel="tiles")
     return ways
 

@@ -61,10 +61,15 @@ def test_every_source_compiles_without_a_warning(name: str, macros: dict[str, st
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="only x86 has these tiles")
-def test_a_processor_with_tiles_gets_their_instructions(compiler: str) -> None:
-    """Whatever this one has: only the compiler has to know them."""
-    options = (*FLAGS, "-O1", "-march=sapphirerapids", "-S")
-    command = [compiler, *options, str(SOURCE_DIR / "gemm_packed.cpp"), "-o", "-"]
+@pytest.mark.parametrize("weights", ["bfloat16", "int8_t", "float16", "float"])
+def test_a_processor_with_tiles_gets_their_instructions(weights: str, compiler: str) -> None:
+    """Whatever this one has: only the compiler has to know them.  There is one type of weights in each library, so that
+    the instructions are those of its products."""
+    kv = "bfloat16" if weights == "bfloat16" else "float"
+    types = {"LLMK_KV_TYPE": kv, "LLMK_WEIGHT_TYPE": weights, "LLMK_LM_HEAD_TYPE": weights}
+    definitions = [f"-D{macro}={value}" for macro, value in {**SHAPE, **types}.items()]
+    options = (*FLAGS, "-O1", "-march=sapphirerapids", "-S", *definitions)
+    command = [compiler, *options, str(SOURCE_DIR / "llama_forward.cpp"), "-o", "-"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
 
     assert (0, "") == (done.returncode, done.stderr)

@@ -14,16 +14,18 @@ import transformers as hf
 
 from app.ipc.messages import Compile
 from app.worker.execution import executor_selection
-from app.worker.execution.executor_selection import select_executor
+from app.worker.execution.base import ExecutorUnavailableError
+from app.worker.execution.executor_selection import cpu_layouts, select_executor
 from app.worker.execution.model_runner import ModelRunner
 from app.worker.execution.native import native_build
 from app.worker.execution.native.native_build import CompileError
 from app.worker.execution.native.native_executors import NativeDecoderExecutor
-from app.worker.execution.native.packed_linear import gemm_kernels
+from app.worker.execution.native.packed_linear import GemmKernel, gemm_kernels
 from app.worker.execution.packed_batch import Segment
 from app.worker.execution.quantization import quantize_linears, round_to_int8
 from app.worker.execution.torch.equivalence import torch_runner
 from app.worker.execution.torch.torch_executor import create_torch_runner
+from app.worker.execution.ways import MeasuredExecutor
 from tests.unit.worker.families import CONTEXT, FAMILIES, VOCABULARY, make
 
 pytestmark = pytest.mark.usefixtures("compiler")
@@ -76,6 +78,12 @@ def emulated_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_build, "FLAGS", (*native_build.FLAGS, "-O1", "-DLLMK_EMULATE_TILES=1"))
 
 
+def change(source: Path, right: str, wrong: str) -> None:
+    text = source.read_text()
+    assert text.count(right) == 1
+    source.write_text(text.replace(right, wrong))
+
+
 def accelerated(model: Any, setting: Compile = "layers", slots: int = 4) -> ModelRunner:
     runner = create_torch_runner(model, length=CONTEXT, slots=slots, free_bytes=10**9)
     select_executor(runner, setting)
@@ -83,13 +91,21 @@ def accelerated(model: Any, setting: Compile = "layers", slots: int = 4) -> Mode
 
 
 def weight_types(runner: ModelRunner) -> list[torch.dtype]:
-    assert isinstance(runner.executor, NativeDecoderExecutor)
-    return runner.executor.weight_types
+    # Where the processor has tiles, there may be two of one layout.
+    ways = runner.executor.ways.values() if isinstance(runner.executor, MeasuredExecutor) else [runner.executor]
+    types = [way.weight_types for way in ways if isinstance(way, NativeDecoderExecutor)]
+    assert types
+    return types[0]
 
 
 def halved(model: Any) -> Any:
     """Its weights rounded to bfloat16, as in most checkpoints, so that they are packed in 16 bits."""
     return model.to(torch.bfloat16).float()
+
+
+def quantized(model: Any) -> Any:
+    quantize_linears(model, torch.tensor([[5, 6, 7, 8]]), round_to_int8)
+    return model
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -189,8 +205,7 @@ def test_weights_of_32_bits_keep_them_all() -> None:
 @pytest.mark.parametrize("kind", ["llama", "biases"])
 def test_int8_weights_compute_the_logits_of_the_same_weights_in_torch(kind: str) -> None:
     """With an output projection of another type, with and without biases."""
-    model = make(KINDS[kind])
-    quantize_linears(model, torch.tensor([[5, 6, 7, 8]]), round_to_int8)
+    model = quantized(make(KINDS[kind]))
     plain = torch_runner(copy.deepcopy(model), slots=4, length=CONTEXT)
     runner = accelerated(model)
     segments = [Segment(0, 0, [5]), Segment(1, 0, [(7 * place) % VOCABULARY for place in range(40)])]
@@ -266,10 +281,7 @@ def test_other_layers_are_left_to_torch(
 def test_a_wrong_kernel_is_not_used(source: str, right: str, wrong: str, dtype: torch.dtype, source_dir: Path) -> None:
     """A compiler may be wrong about the machine; the logits are compared at load, and a model whose logits differ is
     served by torch, whatever the kernel wrote to the KV cache."""
-    path = source_dir / source
-    text = path.read_text()
-    assert text.count(right) == 1
-    path.write_text(text.replace(right, wrong))
+    change(source_dir / source, right, wrong)
     expected = torch_runner(make(KINDS["llama"]).to(dtype), slots=4, length=CONTEXT).reference_logits()
 
     runner = accelerated(make(KINDS["llama"]).to(dtype), "auto")
@@ -278,30 +290,46 @@ def test_a_wrong_kernel_is_not_used(source: str, right: str, wrong: str, dtype: 
     assert (runner.reference_logits() - expected).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * expected.norm()
 
 
-def in_tiles(model: Any) -> ModelRunner:
+WEIGHTS: dict[str, tuple[Callable[[Any], Any], torch.dtype, float]] = {
+    "bfloat16": (lambda model: model.to(torch.bfloat16), torch.bfloat16, 2e-2),
+    "int8": (quantized, torch.int8, 2e-6),
+    "float16": (halved, torch.float16, 2e-6),
+    "float32": (lambda model: model, torch.float32, 2e-6),
+}
+"""Types of packed weights: a model gets them, and how far tiles may be from panels, as a share of the logits' norm."""
+
+
+def weighted(kind: str, weights: str) -> Any:
+    return WEIGHTS[weights][0](make(KINDS[kind]))
+
+
+def with_kernel(model: Any, kernel: GemmKernel) -> ModelRunner:
     runner = create_torch_runner(model, length=CONTEXT, slots=4, free_bytes=10**9)
-    executor = NativeDecoderExecutor(model, runner.cache, kernel="tiles")
-    executor_selection.install_verified(runner, executor, executor_selection.TOLERANCE[torch.bfloat16])
+    executor = NativeDecoderExecutor(model, runner.cache, kernel=kernel)
+    executor_selection.install_verified(runner, executor, executor_selection.TOLERANCE[model.dtype])
     return runner
 
 
+@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.usefixtures("emulated_tiles")
-def test_tiles_compute_what_panels_do_but_for_rounding() -> None:
-    torch.manual_seed(1)
-    model = KINDS["biases"]().to(torch.bfloat16)
+def test_tiles_compute_what_panels_do_but_for_rounding(weights: str) -> None:
+    """Also where inputs and outputs fill no tile, as 112 and 97 do not: in float32 to float32's own rounding, for
+    activations are split without loss."""
     segments = [Segment(0, 0, list(range(40))), Segment(1, 0, list(range(7)))]
+    (panels, expected), (tiles, found) = (
+        (runner, runner.forward(segments, [40, 7]))
+        for runner in (with_kernel(weighted("biases", weights), kernel) for kernel in ("panels", "tiles"))
+    )
 
-    panels = accelerated(copy.deepcopy(model)).forward(segments, [40, 7])
-    tiles = in_tiles(model).forward(segments, [40, 7])
-
-    assert not torch.equal(panels, tiles)
-    assert (tiles - panels).norm() <= 2e-2 * panels.norm()
+    assert {WEIGHTS[weights][1]} == set(weight_types(panels)[:-1]) == set(weight_types(tiles)[:-1])
+    assert not torch.equal(expected, found)
+    assert (found - expected).norm() <= WEIGHTS[weights][2] * expected.norm()
 
 
+@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.usefixtures("emulated_tiles")
-def test_in_tiles_a_token_has_the_same_bits_in_any_batch() -> None:
-    torch.manual_seed(1)
-    runner, ids = in_tiles(KINDS["llama"]().to(torch.bfloat16)), list(range(3, 40))
+def test_in_tiles_a_token_has_the_same_bits_in_any_batch(weights: str) -> None:
+    runner, ids = with_kernel(weighted("llama", weights), "tiles"), list(range(3, 40))
     whole = runner.forward([Segment(0, 0, ids)], [len(ids)])
 
     for at, token in enumerate(ids):
@@ -310,17 +338,38 @@ def test_in_tiles_a_token_has_the_same_bits_in_any_batch() -> None:
         assert torch.equal(whole[at], last)
 
 
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.usefixtures("emulated_tiles")
+def test_tiles_are_offered_for_every_type_of_weights(weights: str) -> None:
+    model = weighted("llama", weights)
+    runner = create_torch_runner(model, length=CONTEXT, slots=4, free_bytes=10**9)
+
+    ways = {
+        name: way
+        for layout in cpu_layouts("layers", keep_layers=False)
+        for name, way in layout.ways(model, runner.cache).items()
+    }
+
+    executor_selection.install_verified(runner, ways["native layers, tiles"], executor_selection.TOLERANCE[model.dtype])
+    assert "layers" == runner.compiled
+
+
 @pytest.mark.usefixtures("emulated_tiles")
 def test_tiles_that_compute_something_else_are_not_used(source_dir: Path) -> None:
-    tiles = source_dir / "amx_tiles.h"
-    tiles.write_text(tiles.read_text().replace("sum += even + odd", "sum += even"))
+    change(source_dir / "amx_tiles.h", "sum += even + odd", "sum += even")
 
     assert gemm_kernels().kernels == ("panels",)
     with pytest.raises(CompileError, match="no tiles"):
-        in_tiles(KINDS["llama"]().to(torch.bfloat16))
+        with_kernel(weighted("llama", "bfloat16"), "tiles")
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong"), [("low >> 16 | high", "low >> 16"), ("SPLIT_TERMS = 3", "SPLIT_TERMS = 1")]
+)
 @pytest.mark.usefixtures("emulated_tiles")
-def test_tiles_have_bfloat16_only() -> None:
-    with pytest.raises(CompileError, match="no tiles"):
-        in_tiles(KINDS["llama"]())
+def test_split_activations_that_lose_something_are_not_used(right: str, wrong: str, source_dir: Path) -> None:
+    """Rounding activations to bfloat16 is a loss, too."""
+    change(source_dir / "split_tiles.h", right, wrong)
+
+    with pytest.raises(ExecutorUnavailableError, match="its logits differ"):
+        with_kernel(weighted("llama", "int8"), "tiles")

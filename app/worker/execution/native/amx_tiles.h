@@ -39,31 +39,41 @@ class EmulatedTiles {
     static bool permitted() { return true; }
     static void release() {}
 
-    explicit EmulatedTiles(int64_t tokens) : tokens_(tokens) {}
+    // Begins with sums (tokens, 2 * NR), or with zeros.
+    explicit EmulatedTiles(int64_t tokens, const float* sums = nullptr) : tokens_(tokens) {
+        if (sums != nullptr) std::memcpy(sums_, sums, tokens * sizeof sums_[0]);
+    }
 
-    // Accumulate TILE_INPUTS inputs of x (tokens, stride) with as many of two panels, whose lines are `line` apart.
-    void multiply(const bfloat16* x, int64_t stride, const bfloat16* left, const bfloat16* right, int64_t line) {
+    // Take TILE_INPUTS inputs of two panels, whose lines are `line` apart.
+    void load_weights(const bfloat16* left, const bfloat16* right, int64_t line) {
+        for (int64_t pair = 0; pair < TILE_ROWS; pair++) {
+            std::copy_n(left + pair * line, 2 * NR, weights_[pair]);
+            std::copy_n(right + pair * line, 2 * NR, weights_[pair] + 2 * NR);
+        }
+    }
+
+    // Accumulate as many inputs of x (tokens, stride) with them.
+    void multiply(const bfloat16* x, int64_t stride) {
         for (int64_t token = 0; token < tokens_; token++)
-            for (int64_t output = 0; output < NR; output++) {
-                accumulate(x + token * stride, left + 2 * output, line, sums_[token][output]);
-                accumulate(x + token * stride, right + 2 * output, line, sums_[token][NR + output]);
-            }
+            for (int64_t output = 0; output < 2 * NR; output++)
+                accumulate(x + token * stride, 2 * output, sums_[token][output]);
     }
 
     // sums: (tokens, 2 * NR)
     void store(float* sums) const { std::memcpy(sums, sums_, tokens_ * sizeof sums_[0]); }
 
   private:
-    static void accumulate(const bfloat16* x, const bfloat16* weights, int64_t line, float& sum) {
+    void accumulate(const bfloat16* x, int64_t column, float& sum) const {
         float even = 0.0f, odd = 0.0f;
         for (int64_t pair = 0; pair < TILE_ROWS; pair++) {
-            even = std::fma(to_float(x[2 * pair]), to_float(weights[pair * line]), even);
-            odd = std::fma(to_float(x[2 * pair + 1]), to_float(weights[pair * line + 1]), odd);
+            even = std::fma(to_float(x[2 * pair]), to_float(weights_[pair][column]), even);
+            odd = std::fma(to_float(x[2 * pair + 1]), to_float(weights_[pair][column + 1]), odd);
         }
         sum += even + odd;
     }
 
     int64_t tokens_;
+    bfloat16 weights_[TILE_ROWS][4 * NR] = {};
     float sums_[TILE_TOKENS][2 * NR] = {};
 };
 
@@ -85,20 +95,22 @@ class AmxTiles {
         configured_ = 0;
     }
 
-    explicit AmxTiles(int64_t tokens) : second_(tokens > TILE_ROWS) {
+    explicit AmxTiles(int64_t tokens, const float* sums = nullptr) : second_(tokens > TILE_ROWS) {
         if (tokens != configured_) configure(tokens);
-        _tile_zero(0);
-        _tile_zero(1);
-        if (second_) {
-            _tile_zero(2);
-            _tile_zero(3);
-        }
+        if (sums != nullptr)
+            load(sums);
+        else
+            clear();
     }
 
-    void multiply(const bfloat16* x, int64_t stride, const bfloat16* left, const bfloat16* right, int64_t line) {
-        asm volatile("" ::"r"(x), "r"(left), "r"(right) : "memory");
+    void load_weights(const bfloat16* left, const bfloat16* right, int64_t line) {
+        asm volatile("" ::"r"(left), "r"(right) : "memory");
         _tile_loadd(6, left, line * sizeof(bfloat16));
         _tile_loadd(7, right, line * sizeof(bfloat16));
+    }
+
+    void multiply(const bfloat16* x, int64_t stride) {
+        asm volatile("" ::"r"(x) : "memory");
         _tile_loadd(4, x, stride * sizeof(bfloat16));
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
@@ -110,7 +122,6 @@ class AmxTiles {
     }
 
     void store(float* sums) const {
-        constexpr int64_t ROW = 2 * NR * sizeof(float);
         _tile_stored(0, sums, ROW);
         _tile_stored(1, sums + NR, ROW);
         if (second_) {
@@ -120,6 +131,28 @@ class AmxTiles {
     }
 
   private:
+    // Bytes of a row of sums.
+    static constexpr int64_t ROW = 2 * NR * sizeof(float);
+
+    void clear() {
+        _tile_zero(0);
+        _tile_zero(1);
+        if (second_) {
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+    }
+
+    void load(const float* sums) {
+        asm volatile("" ::"r"(sums) : "memory");
+        _tile_loadd(0, sums, ROW);
+        _tile_loadd(1, sums + NR, ROW);
+        if (second_) {
+            _tile_loadd(2, sums + TILE_ROWS * 2 * NR, ROW);
+            _tile_loadd(3, sums + TILE_ROWS * 2 * NR + NR, ROW);
+        }
+    }
+
     struct alignas(64) Configuration {
         uint8_t palette = 1, start_row = 0, reserved[14] = {};
         uint16_t row_bytes[16] = {};
@@ -174,7 +207,8 @@ void multiply_tiles(const TileOperands& operands, int64_t depth, int64_t tokens,
         for (int64_t at = k * NR; ahead.panel[0] != nullptr && at < (k + TILE_INPUTS) * NR; at += 2 * NR)
             for (const bfloat16* panel : ahead.panel) __builtin_prefetch(panel + at);
         const int64_t line = k / 2 * line_stride;
-        tiles.multiply(x + k, x_stride, left + line, right + line, line_stride);
+        tiles.load_weights(left + line, right + line, line_stride);
+        tiles.multiply(x + k, x_stride);
     }
     if (const int64_t rest = depth - k; rest > 0) {
         // Filled up with zeros.
@@ -186,7 +220,8 @@ void multiply_tiles(const TileOperands& operands, int64_t depth, int64_t tokens,
             std::copy_n(left + line, 2 * NR, weights[0] + pair * 2 * NR);
             std::copy_n(right + line, 2 * NR, weights[1] + pair * 2 * NR);
         }
-        tiles.multiply(inputs, TILE_INPUTS, weights[0], weights[1], 2 * NR);
+        tiles.load_weights(weights[0], weights[1], 2 * NR);
+        tiles.multiply(inputs, TILE_INPUTS);
     }
     tiles.store(sums);
 }

@@ -29,13 +29,12 @@
 
 #include <algorithm>
 #include <type_traits>
-#if defined(__AVX2__) || defined(__F16C__)
-#include <immintrin.h>
-#endif
 
 #include "amx_tiles.h"
 #include "bf16.h"
 #include "simd.h"
+#include "split_tiles.h"
+#include "weight_types.h"
 
 namespace {
 
@@ -46,61 +45,6 @@ constexpr int64_t PREFETCH_DISTANCE = 64 * NR;
 // Chunks that each thread's share of the panels is divided into for few tokens, so that a thread which another process
 // delays leaves the rest to others.
 constexpr int64_t CHUNKS_PER_THREAD = 6;
-
-inline f32x8 load(const int8_t* from) {
-#if defined(__AVX2__)
-    // GCC 12 compiles the portable way to one conversion for each element.
-    return (f32x8)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
-#else
-    typedef int8_t i8x8 __attribute__((vector_size(LANES)));
-    i8x8 bytes;
-    std::memcpy(&bytes, from, sizeof bytes);
-    return __builtin_convertvector(__builtin_convertvector(bytes, i32x8), f32x8);
-#endif
-}
-
-#if defined(__F16C__) || defined(__aarch64__)
-#define LLMK_HAVE_FLOAT16 1
-// A storage type of weights; the arithmetic is float32.
-struct float16 {
-    uint16_t bits;
-};
-
-inline f32x8 load(const float16* from) {
-#if defined(__F16C__)
-    return (f32x8)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
-#else
-    typedef __fp16 f16x8 __attribute__((vector_size(LANES * sizeof(__fp16))));
-    f16x8 halves;
-    std::memcpy(&halves, from, sizeof halves);
-    return __builtin_convertvector(halves, f32x8);
-#endif
-}
-#endif
-
-// Accumulators of the float32 microkernel, which fill all registers but those of the operands, and vectors of a panel.
-#if defined(__AVX512F__)
-typedef f32x16 accumulator_t;
-constexpr int MAX_VECTORS = 24;
-#else
-typedef f32x8 accumulator_t;
-constexpr int MAX_VECTORS = 12;
-#endif
-constexpr int PANEL_VECTORS = sizeof(f32x16) / sizeof(accumulator_t);
-
-// One vector of weights as floats.
-template <class Weight>
-inline accumulator_t load_weights(const Weight* from) {
-#if defined(__AVX512F__)
-    if constexpr (std::is_same_v<Weight, float16>)
-        return (f32x16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
-    if constexpr (std::is_same_v<Weight, int8_t>)
-        return (f32x16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
-    if constexpr (std::is_same_v<Weight, float>) return load_f32x16(from);
-#else
-    return load(from);
-#endif
-}
 
 // Microkernel: sums (TOKENS, PANELS * NR), rows of which are 2 * NR apart, = x (TOKENS, depth) times some panels, which
 // are `panel_stride` elements apart; `ahead` is prefetched.
@@ -148,6 +92,10 @@ struct WeightTraits<bfloat16> {
 template <class Weight>
 using activation_of = typename WeightTraits<Weight>::activation;
 
+// Whether tiles multiply sums of bfloat16 numbers in place of the activations and weights.
+template <class Weight>
+constexpr bool is_split = !std::is_same_v<Weight, bfloat16>;
+
 // Some panels for TOKENS tokens.
 template <int TOKENS, int PANELS, class Weight>
 inline void multiply_some(const activation_of<Weight>* x, const Weight* panels, int64_t panel_stride, int64_t depth,
@@ -187,13 +135,15 @@ __attribute__((noinline)) void multiply_panels(const activation_of<Weight>* x, c
 // How products are computed.
 struct Execution {
     int threads;
-    // In tiles, which only bfloat16 has, where the processor has them (amx_tiles.h).
+    // In tiles, where the processor has them (amx_tiles.h).
     bool tiles;
+    // split_size() elements for each token of a pass, where activations are split for tiles (split_tiles.h).
+    bfloat16* split = nullptr;
 
     // Tokens of one call of a microkernel.
     template <class Weight>
     int64_t max_tokens() const {
-        return tiles ? TILE_TOKENS : WeightTraits<Weight>::max_tokens;
+        return !tiles ? WeightTraits<Weight>::max_tokens : is_split<Weight> ? TOKEN_BLOCK : TILE_TOKENS;
     }
 };
 
@@ -204,7 +154,23 @@ struct TokenGroup {
     int64_t index, groups;
 };
 
-constexpr int64_t MAX_GROUP = std::max<int64_t>(TILE_TOKENS, 12);
+// Tokens of the largest one.
+template <class Weight>
+constexpr int64_t MAX_GROUP = is_split<Weight> ? TOKEN_BLOCK : std::max<int64_t>(TILE_TOKENS, 12);
+
+// The activations of a linear layer, (tokens, depth).
+template <class Weight>
+struct Inputs {
+    const activation_of<Weight>* x;
+    int64_t tokens, depth;
+
+    // Split them where tiles multiply them so.  Must be called by every thread of a parallel region, and may end with a
+    // barrier.
+    void split(Execution execution) const {
+        if constexpr (is_split<Weight>)
+            if (execution.tiles) split_activations(x, depth, tokens, execution.split);
+    }
+};
 
 // Two panels that are multiplied, and those that this thread presumably multiplies next.
 template <class Weight>
@@ -223,14 +189,20 @@ struct PanelPair {
     }
 };
 
-// sums (tokens, 2 * NR) of a pair of panels for a group of tokens, whose x (tokens, depth) is.
+// sums (tokens, 2 * NR) of a pair of panels for a group of tokens.
 template <class Weight>
-void multiply(const activation_of<Weight>* x, PanelPair<Weight> pair, int64_t depth, TokenGroup group, float* sums,
-              Execution execution) {
+void multiply(Inputs<Weight> inputs, PanelPair<Weight> pair, TokenGroup group, float* sums, Execution execution) {
+    const int64_t depth = inputs.depth;
+    const activation_of<Weight>* x = inputs.x + group.begin * depth;
 #if defined(LLMK_HAVE_TILES)
-    if constexpr (std::is_same_v<Weight, bfloat16>)
-        if (execution.tiles)
-            return multiply_packed_tiles<Tiles>(x, pair.panels, pair.stride, depth, group.count, sums, pair.ahead(group));
+    if (execution.tiles) {
+        if constexpr (is_split<Weight>)
+            multiply_split<Tiles, Weight>(execution.split + group.begin * SPLIT_TERMS * TILE_INPUTS, inputs.tokens,
+                                          {pair.panels, pair.next, pair.stride, depth}, group.count, sums);
+        else
+            multiply_packed_tiles<Tiles>(x, pair.panels, pair.stride, depth, group.count, sums, pair.ahead(group));
+        return;
+    }
 #endif
     (void)execution;
     multiply_panels(x, pair.panels, pair.stride, depth, group.count, sums, pair.ahead(group));
@@ -244,7 +216,8 @@ template <class Weight, class Body>
 void parallel_for_groups(int64_t pairs, int64_t tokens, Execution execution, Body body) {
     const int64_t max_tokens = execution.max_tokens<Weight>();
     const int64_t stretch = pairs / (CHUNKS_PER_THREAD * execution.threads);
-    const int64_t chunk = tokens > std::max<int64_t>(max_tokens, 2 * MR) ? 1 : std::max<int64_t>(1, stretch);
+    const int64_t few = std::clamp<int64_t>(max_tokens, 2 * MR, TILE_TOKENS);
+    const int64_t chunk = tokens > few ? 1 : std::max<int64_t>(1, stretch);
     const int64_t blocks = (tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK;
 #pragma omp for schedule(dynamic, chunk)
     for (int64_t tile = 0; tile < blocks * pairs; tile++) {
@@ -326,13 +299,14 @@ void linear(const activation_of<Weight>* x, PackedWeights<Weight> weights, int64
     static_assert(!ACCUMULATE || std::is_same_v<Output, float>, "residual sums stay in float32");
     constexpr int64_t PAIR = 2 * NR;
     const int64_t pairs = (outputs + PAIR - 1) / PAIR;
+    const Inputs<Weight> inputs{x, tokens, depth};
+    inputs.split(execution);
     parallel_for_groups<Weight>(pairs, tokens, execution, [&](int64_t pair, int64_t next, TokenGroup group) {
         const int64_t first = pair * PAIR, width = std::min(PAIR, outputs - first);
-        alignas(64) float sums[MAX_GROUP * PAIR];
+        alignas(64) float sums[MAX_GROUP<Weight> * PAIR];
         const LinearTile tile{group.begin, group.count, first, width, sums, PAIR};
         epilogue.prefetch(tile);
-        multiply<Weight>(x + group.begin * depth,
-                         {weights.panels + first * depth, weights.panels + next * PAIR * depth, NR * depth}, depth,
+        multiply<Weight>(inputs, {weights.panels + first * depth, weights.panels + next * PAIR * depth, NR * depth},
                          group, sums, execution);
         for (int64_t row = 0; row < group.count; row++) scale_and_bias(sums + row * PAIR, weights, first, width);
         epilogue.apply(tile);

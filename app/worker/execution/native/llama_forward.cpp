@@ -115,7 +115,8 @@ inline f32x8 silu(f32x8 x) {
 
 class ForwardPass {
   public:
-    ForwardPass(const DecoderModel& model, const ForwardBatch& batch) : model_(model), batch_(batch), execution_{model.num_threads, model.tiles != 0} {
+    ForwardPass(const DecoderModel& model, const ForwardBatch& batch)
+        : model_(model), batch_(batch), execution_{model.num_threads, model.tiles != 0} {
         const int64_t count = batch.num_tokens;
         qkv_ = batch.workspace;
         queries_ = qkv_ + count * QKV_SIZE;
@@ -123,6 +124,7 @@ class ForwardPass {
         normed_ = (activation_t*)(queries_ + count * QUERY_SIZE);
         attended_ = normed_ + count * model.hidden_size;
         gated_ = attended_ + count * QUERY_SIZE;
+        execution_.split = split_activations_of(gated_ + count * model.intermediate_size);
         for (int64_t token = 0; token < count; token++) end_key_.push_back(batch.positions[token] + 1);
         begin_key_.resize(count);
         segments_ = split_segments(batch.slots, end_key_.data(), count);
@@ -134,7 +136,10 @@ class ForwardPass {
     }
 
     static int64_t workspace_size(const DecoderModel& model) {
-        return QKV_SIZE + QUERY_SIZE + model.hidden_size + QUERY_SIZE + model.intermediate_size;
+        const int64_t size = QKV_SIZE + QUERY_SIZE + model.hidden_size + QUERY_SIZE + model.intermediate_size;
+        if (!model.tiles || !is_split<weight_t>) return size;
+        const int64_t depth = std::max({model.hidden_size, QUERY_SIZE, model.intermediate_size});
+        return size + (split_size(depth) * sizeof(bfloat16) + CACHE_LINE) / sizeof(float);
     }
 
     // Must be called by every thread of the parallel region.
@@ -172,6 +177,13 @@ class ForwardPass {
     }
 
   private:
+    static constexpr int64_t CACHE_LINE = 64;
+
+    // The first whole cache line of the rest of the workspace.
+    static bfloat16* split_activations_of(activation_t* rest) {
+        return (bfloat16*)(((uintptr_t)rest + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE);
+    }
+
     // Linear layers that read the same input: queries, keys and values.
     static constexpr int64_t MAX_SHARED_INPUT = 3;
 
@@ -356,17 +368,18 @@ class ForwardPass {
     void swiglu(int64_t index, int64_t count) {
         const DecoderLayer& layer = model_.layers[index];
         const int64_t depth = model_.hidden_size, inner = model_.intermediate_size;
+        const Inputs<weight_t> inputs{normed_, count, depth};
+        inputs.split(execution_);
         const auto compute = [&](int64_t panel, int64_t next, TokenGroup group) {
             const int64_t first = panel * NR;
-            alignas(64) float sums[MAX_GROUP * 2 * NR];
+            alignas(64) float sums[MAX_GROUP<weight_t> * 2 * NR];
             const weight_t* panels = layer.gate_up.panels;
             const LinearTile gates{group.begin, group.count, first, NR, sums, 2 * NR};
             const LinearTile ups{group.begin, group.count, first, NR, sums + NR, 2 * NR};
             prefetch(index, gates, {{&LoraLayer::gate, 0, inner}});
             prefetch(index, ups, {{&LoraLayer::up, 0, inner}});
-            multiply<weight_t>(normed_ + group.begin * depth,
-                               {panels + first * depth, panels + next * NR * depth, inner * depth}, depth, group, sums,
-                               execution_);
+            multiply<weight_t>(inputs, {panels + first * depth, panels + next * NR * depth, inner * depth}, group,
+                               sums, execution_);
             for (int64_t row = 0; row < group.count; row++)
                 for (int64_t lane = 0; lane < NR; lane += LANES) {
                     float* gate = sums + 2 * row * NR + lane;
@@ -386,7 +399,7 @@ class ForwardPass {
 
     const DecoderModel& model_;
     const ForwardBatch& batch_;
-    const Execution execution_;
+    Execution execution_;
     std::vector<int64_t> begin_key_, end_key_;
     std::vector<TokenSegment> segments_;
     float *qkv_, *queries_;

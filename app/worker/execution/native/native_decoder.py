@@ -126,7 +126,7 @@ class NativeDecoder:
             model: has passed `check_supported`; computes embeddings and rotary positions.
             cache: has been written by a forward pass of the model.
             weights: of the model's linear layers.
-            kernel: computes their products; tiles have bfloat16 only.
+            kernel: computes their products.
 
         Raises: CompileError: its weights are of two types, the library cannot be built, or there is no such kernel.
         """
@@ -139,8 +139,8 @@ class NativeDecoder:
         kinds = {linear.packed_weight.dtype for layer in weights.layers for linear in layer}
         if len(kinds) > 1:
             raise CompileError("its weights are not all of one type")
-        if kernel not in gemm_kernels().kernels or (kernel == "tiles" and kinds != {torch.bfloat16}):
-            raise CompileError(f"there are no {kernel} on this machine for its type of weights")
+        if kernel not in gemm_kernels().kernels:
+            raise CompileError(f"there are no {kernel} on this machine")
         types = {
             "LLMK_WEIGHT_TYPE": WEIGHT_TYPES[kinds.pop()],
             "LLMK_LM_HEAD_TYPE": WEIGHT_TYPES[head.packed_weight.dtype],

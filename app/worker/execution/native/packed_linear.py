@@ -18,8 +18,8 @@ from app.worker.execution.native.native_build import CompileError, Toolchain, bu
 from app.worker.execution.quantization import fits_float16, fits_int8, quantize_int8
 
 GemmKernel = Literal["panels", "tiles"]
-"""How products of bfloat16 are computed: in vectors, or in tiles where the processor has them (amx_tiles.h).  Both read
-the same packed weights; their results differ by rounding."""
+"""How products are computed: in vectors, or in tiles where the processor has them (amx_tiles.h), float32 activations as
+sums of bfloat16 (split_tiles.h).  Both read the same packed weights; their results differ by rounding."""
 NR = 16
 """Outputs of one panel (gemm_packed.h); panels come in pairs."""
 
