@@ -59,6 +59,7 @@ from app.worker.loading.load_progress import ProgressReporter
 from app.worker.loading.loader import load
 from app.worker.loading.model_files import LoadError
 from app.worker.ready import DescribedRunner, encoder_ready, model_ready
+from app.worker.sampling.device_sampler import DeviceSampler
 from app.worker.scheduling.batching_runner import BatchingRunner
 from app.worker.scheduling.step_time import GpuStepTime
 from app.worker.scheduling.trial_step import compute_largest_step
@@ -313,14 +314,14 @@ def make_runner(loaded: LoadedModel, spec: ModelSpec) -> Runner:
             raise LoadError(f"it cannot be batched: {error}") from None
         log.warning("the model is served one request at a time: %s", error)
         return _serial_runner(loaded, spec)
-    slots = model_runner.cache.slots
+    slots, sampler = model_runner.cache.slots, list[DeviceSampler]()
     try:
         select_executor(
             model_runner,
             spec.compile,
             keep_layers=spec.embeddings != "none",
             copies=loaded.weight_copies,
-            largest_step=lambda runner: compute_largest_step(runner, step_tokens),
+            largest_step=lambda runner: sampler.append(compute_largest_step(runner, step_tokens)),
         )
     except ExecutorUnavailableError as error:
         raise LoadError(f"its layers cannot be compiled: {error}") from error
@@ -342,6 +343,7 @@ def make_runner(loaded: LoadedModel, spec: ModelSpec) -> Runner:
         prefix_reuse=spec.prefix_reuse,
         prefix_cache_bytes=min(spec.prefix_cache_bytes, left),
         speculation=spec.speculation == "ngram",
+        device_sampler=next(iter(sampler), None),
     )
 
 

@@ -1,7 +1,7 @@
 """The seams of execution: what turns a packed batch into logits, and what computes attention over the KV cache."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -31,6 +31,19 @@ class Executor(Protocol):
 
     def forget_adapter(self, adapter: LoraAdapter) -> None:
         """Let go of the weights of an adapter that no batch will have any more."""
+
+
+@runtime_checkable
+class DecodingExecutor(Protocol):
+    """An executor that can go on with the sequences of the last batch, without being told where they are."""
+
+    def forward_next(self, tokens: Tensor) -> Tensor | None:
+        """Compute one more token of each of these sequences.
+
+        Args: tokens: (rows,) int64 on the device, what was sampled from the last batch's logits.
+        Returns: the logits, (rows, vocab), until the next pass; None where that batch was not one token of each, or
+            these ones need another kind of pass.
+        """
 
 
 class OptionalExecutor(Executor, Protocol):

@@ -40,7 +40,7 @@ COMPILED_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 
 
 SHRINK = 7 / 8
 """Share of the slots that are left where all of them do not fit."""
-Trial = Callable[[ModelRunner], None]
+Trial = Callable[[ModelRunner], object]
 """Computes the largest step, and raises what that raises."""
 
 
@@ -109,10 +109,11 @@ def _install_compiled_layers(runner: ModelRunner) -> None:
 
 
 def install_graphs(runner: ModelRunner, record: Record) -> None:
-    """Let a runner decode in recorded passes.
+    """Let a runner decode in recorded passes; what samples may be recorded, too.
 
     Raises: ExecutorUnavailableError: their logits differ.  Whatever `record` raises.
     """
+    runner.record = record
     tolerance = COMPILED_TOLERANCE.get(runner.model.dtype, 0)
     weight_bytes = sum(weight.numel() * weight.element_size() for weight in runner.model.parameters())
     executor = GraphExecutor(

@@ -1,6 +1,6 @@
 """The model runner: segments of sequences in, logits out, through whichever executor was selected."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from app.ipc.messages import Compiled
 from app.types import StepTimes
-from app.worker.execution.base import Executor, ExecutorUnavailableError
+from app.worker.execution.base import DecodingExecutor, Executor, ExecutorUnavailableError
 from app.worker.execution.kv_cache import KVCache
 from app.worker.execution.packed_batch import Segment
 
@@ -39,6 +39,8 @@ class ModelRunner:
         self.cache = cache
         self.executor = executor
         self.noise = noise
+        self.record: Callable[[Callable[[], None]], Callable[[], None]] | None = None
+        """What makes of launches that are always the same one that is faster, where the device has that."""
         self.step_times: tuple[StepTimes, ...] = ()
         """What steps take in each way of execution, where that was measured."""
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
@@ -58,6 +60,11 @@ class ModelRunner:
             wanted: for each segment, after how many of its last tokens the logits are needed; one where it is True.
         """
         return self.executor.forward(self.cache.pack(segments, wanted))
+
+    @torch.inference_mode()
+    def forward_next(self, tokens: Tensor) -> Tensor | None:
+        """Compute one more token of each segment of the last `forward`, if the executor can; see there."""
+        return self.executor.forward_next(tokens) if isinstance(self.executor, DecodingExecutor) else None
 
     def reference_logits(self) -> Tensor:
         """Return the logits of a random prompt in prefill, decode and a mixed batch; overwrites the first slots."""

@@ -114,6 +114,9 @@ class StaticBatch(PackedBatch):
         super().__init__([], [], device)
         self.inputs = torch.zeros((3, rows), dtype=torch.long, device=device)
         self.logit_indices = torch.arange(rows, device=device)
+        self._segments = rows
+        self._sources = torch.arange(rows, device=device)
+        """(rows,) which segment each row is of."""
 
     def load(self, segments: Sequence[Segment]) -> None:
         """Take the tokens of segments of one token each; the last one stands in the rows that are left, too."""
@@ -121,6 +124,14 @@ class StaticBatch(PackedBatch):
         columns += columns[-1:] * (self.size - len(columns))
         self.inputs.copy_(_pinned(list(zip(*columns, strict=True)), self.inputs.device), non_blocking=True)
         _fill_in(self.inputs, [*segments, *[segments[-1]] * (self.size - len(segments))])
+        if self._segments != len(segments):
+            self._segments = len(segments)
+            torch.arange(self.size, out=self._sources).clamp_(max=self._segments - 1)
+
+    def advance(self, tokens: Tensor) -> None:
+        """Take the next token of each segment, (segments,) int64, in place of the one that it has."""
+        self.inputs[1] += 1
+        torch.index_select(tokens, 0, self._sources, out=self.inputs[0])
 
 
 def _fill_in(inputs: Tensor, segments: Sequence[Segment]) -> None:

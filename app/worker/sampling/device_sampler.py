@@ -7,9 +7,8 @@ is copied there when rows come or go.  The same arithmetic as `sampler.py`, so a
 The runner calls `sample` after it has launched a forward pass, and reads the result when it has launched the next.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,26 +22,9 @@ from app.worker.sampling.sampler import (
     read_sampled,
     reported_rows,
 )
-from app.worker.sampling.sampling_ops import (
-    DrawColumns,
-    RowSet,
-    argmax_tokens,
-    name_failures,
-    sample_sorted,
-    sample_unsorted,
-    to_device,
-    uniform_numbers,
-)
-
-
-class SampledRow(NamedTuple):
-    """A row of logits, and whose it is."""
-
-    slot: int
-    """The request's KV cache slot: its state on the device is found by it."""
-    sampler: SequenceSampler
-    sampled: int
-    """Tokens sampled for it so far, those that the host has not read included."""
+from app.worker.sampling.sampling_graphs import Record, SamplingGraphs
+from app.worker.sampling.sampling_ops import RowSet
+from app.worker.sampling.sampling_step import Method, RowSettings, SampledRow, SlotStates, sample_step
 
 
 class DeviceTokens:
@@ -75,54 +57,36 @@ class DeviceTokens:
         return results
 
 
-class _Penalties(NamedTuple):
-    """What the tokens of a row do to its logits."""
+@dataclass(frozen=True, slots=True)
+class _CalledStep:
+    """A step of sampling whose operators are launched one by one."""
 
-    rows: Tensor
-    """(penalised,) in their group."""
-    slots: Tensor
-    repetition: Tensor
-    """This and the next ones are (penalised, 1) float32."""
-    presence: Tensor
-    frequency: Tensor
+    settings: RowSettings
+    states: SlotStates
+    method: Method
 
-
-class _Changes(NamedTuple):
-    """How the logits of a group are changed."""
-
-    bias: tuple[Tensor, Tensor, Tensor] | None
-    """Rows, tokens, and what is added to their logits."""
-    penalties: _Penalties | None
-    ends: tuple[Tensor, Tensor, Tensor, Tensor] | None
-    """Rows, their slots, tokens that would end them, and how many tokens they must have before."""
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Sample from (rows, vocab) logits of any float type, which are not modified; return (rows,) int64."""
+        return sample_step(logits.to(torch.float32, copy=True), self.settings, self.states, self.method)
 
 
 @dataclass(frozen=True, slots=True)
 class _Group:
     """Rows that are sampled together."""
 
-    method: str
-    width: int
     rows: RowSet
-    slots: Tensor
-    changes: _Changes | None
-    columns: DrawColumns | None
-    """All but the random numbers; None for greedy rows."""
-    keys: Tensor
+    step: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
     """What is known of a batch as long as its rows stay the same."""
 
-    slots: Tensor
+    samplers: Sequence[SequenceSampler]
     groups: list[_Group]
     place: RowSet
     """Where each row is among those of all groups."""
     reported: RowSet
-    penalised: RowSet
-    """Rows whose tokens are counted."""
-    penalised_slots: Tensor
     widths: list[int]
     """How many tokens are sorted for each row."""
 
@@ -131,23 +95,33 @@ class DeviceSampler:
     """The sampling state of all slots on one device."""
 
     def __init__(self, slots: int, vocab_size: int, device: torch.device | str) -> None:
-        self._shape = slots, vocab_size
+        self._vocab_size = vocab_size
         self._device = torch.device(device)
         self._widths = [*(width for width in TOPK_WIDTHS if width < vocab_size), vocab_size]
+        self._states = SlotStates(slots, vocab_size, self._device)
+        self._graphs: SamplingGraphs | None = None
         self._known: list[tuple[SequenceSampler, int] | None] = [None] * slots
-        """Whose state a slot has, and after how many tokens."""
-        self._sampled = torch.zeros(slots, dtype=torch.long, device=self._device)
-        """(slots,) tokens of each row."""
-        self._counts: Tensor | None = None
-        """(slots, vocab) int32, how often each token was sampled; there is none while nobody has penalties."""
-        self._prompts: Tensor | None = None
-        """(slots, vocab) bool, whether a token is in a prompt that has a repetition penalty."""
+        """Whose state a slot has, and after how many tokens; that of `_rows` is not in it."""
+        self._rows: Sequence[SampledRow] = ()
+        """Those of the last call, as they were when they were first sampled together."""
+        self._steps = 0
+        """How many tokens of each of them have been sampled since."""
         self._layout: tuple[list[tuple[int, SequenceSampler, int]], _Layout] | None = None
 
     @staticmethod
     def supports(sampler: SequenceSampler) -> bool:
         """Return whether a row's tokens can be sampled without the host: grammars and a model's rules cannot."""
         return sampler.grammar is None and not sampler.has_rules
+
+    @torch.inference_mode()
+    def record(self, record: Record) -> None:
+        """Replay recorded steps from now on, where rows have usual settings; before any row is sampled.
+
+        Raises: ExecutorUnavailableError: they sample other tokens.  Whatever `record` raises.
+        """
+        graphs = SamplingGraphs(self._states, self._vocab_size, self._widths[0])
+        graphs.record(record)
+        self._graphs = graphs
 
     @torch.inference_mode()
     def sample(self, logits: Tensor, rows: Sequence[SampledRow]) -> DeviceTokens:
@@ -157,42 +131,33 @@ class DeviceSampler:
             logits: (rows, vocab), any float type; not modified.
             rows: each of another slot.
         """
-        samplers = [row.sampler for row in rows]
+        for slot, sampler, sampled in self._rows:
+            self._known[slot] = sampler, sampled + self._steps
+        self._rows, self._steps = (), 0
         unknown = [row for row in rows if self._known[row.slot] != (row.sampler, row.sampled)]
         for row in rows:
-            self._known[row.slot] = None  # unless all goes well
-        self._take_over(unknown)
-        layout = self._layout_of(rows)
-        parts = [self._choose(group.rows.gather(logits), group) for group in layout.groups]
-        tokens = torch.cat(parts) if parts else layout.slots
-        tokens = layout.place.gather(tokens)
-        packed, known = pack_sampled(logits, tokens, layout.reported, samplers), tokens.clamp_min(0)
-        self._sampled.index_add_(0, layout.slots, torch.ones_like(layout.slots))
-        if layout.penalised.count and self._counts is not None:
-            one = torch.ones((), dtype=self._counts.dtype, device=self._device)
-            at = layout.penalised_slots, layout.penalised.gather(known)
-            self._counts.index_put_(at, one, accumulate=True)
-        for row in rows:
-            self._known[row.slot] = row.sampler, row.sampled + 1
-        return DeviceTokens(known, packed, samplers, layout.widths)
+            self._known[row.slot] = None
+        self._states.take_over(unknown)
+        return self._sample(logits, rows, self._layout_of(rows))
 
-    def _take_over(self, rows: Sequence[SampledRow]) -> None:
-        """Copy the state of rows to the device; the host must know all of their tokens."""
-        if not rows:
-            return
-        slots = to_device([row.slot for row in rows], torch.long, self._device)
-        self._sampled.index_copy_(0, slots, to_device([row.sampled for row in rows], torch.long, self._device))
-        for slot, sampler, _ in rows:
-            if not sampler.has_penalty:
-                continue
-            if self._counts is None or self._prompts is None:
-                self._counts = torch.zeros(self._shape, dtype=torch.int32, device=self._device)
-                self._prompts = torch.zeros(self._shape, dtype=torch.bool, device=self._device)
-            self._counts[slot] = 0
-            self._prompts[slot] = False
-            self._prompts[slot].index_fill_(0, sampler.prompt_ids.to(self._device), True)
-            tokens, counts = (each.to(self._device) for each in (sampler.counts.tokens(), sampler.counts.counts()))
-            self._counts[slot].index_copy_(0, tokens, counts.int())
+    @torch.inference_mode()
+    def sample_next(self, logits: Tensor) -> DeviceTokens:
+        """Sample one more token of each row of the last call, in the same order; that call must have succeeded.
+
+        Nothing here is done row by row.
+        """
+        assert self._layout is not None  # noqa: S101  # the last call has made it
+        rows, self._rows = self._rows, ()
+        return self._sample(logits, rows, self._layout[1])
+
+    def _sample(self, logits: Tensor, rows: Sequence[SampledRow], layout: _Layout) -> DeviceTokens:
+        parts = [group.step(group.rows.gather(logits)) for group in layout.groups]
+        none = torch.zeros(0, dtype=torch.long, device=self._device)
+        tokens = layout.place.gather(parts[0] if len(parts) == 1 else torch.cat([none, *parts]))
+        packed = pack_sampled(logits, tokens, layout.reported, layout.samplers)
+        # Where anything fails, the state of the rows is unknown.
+        self._rows, self._steps = rows, self._steps + 1
+        return DeviceTokens(tokens.clamp_min(0), packed, layout.samplers, layout.widths)
 
     def _layout_of(self, rows: Sequence[SampledRow]) -> _Layout:
         """Return the layout of a batch, the last one if its rows are the same."""
@@ -202,121 +167,33 @@ class DeviceSampler:
         return self._layout[1]
 
     def _make_layout(self, rows: Sequence[SampledRow]) -> _Layout:
-        groups: dict[tuple[str, int, bool], list[int]] = {}
+        groups: dict[Method, list[int]] = {}
         for index, row in enumerate(rows):
             groups.setdefault(self._method(row.sampler), []).append(index)
         order = [index for indices in groups.values() for index in indices]
-        penalised = [index for index, row in enumerate(rows) if row.sampler.has_penalty]
-        reported = reported_rows([row.sampler for row in rows])
+        samplers = [row.sampler for row in rows]
         return _Layout(
-            slots=self._indices([row.slot for row in rows]),
-            groups=[self._group(rows, indices, *method) for method, indices in groups.items()],
+            samplers=samplers,
+            groups=[self._group(rows, indices, method) for method, indices in groups.items()],
             place=RowSet.of(sorted(range(len(rows)), key=order.__getitem__), len(rows), self._device),
-            reported=RowSet.of(reported, len(rows), self._device),
-            penalised=RowSet.of(penalised, len(rows), self._device),
-            penalised_slots=self._indices([rows[index].slot for index in penalised]),
-            widths=[self._width(row.sampler) for row in rows],
+            reported=RowSet.of(reported_rows(samplers), len(rows), self._device),
+            widths=[self._width(sampler) for sampler in samplers],
         )
 
-    def _method(self, sampler: SequenceSampler) -> tuple[str, int, bool]:
-        changes = sampler.has_penalty or sampler.has_bias or len(sampler.end_ids) > 0
+    def _method(self, sampler: SequenceSampler) -> Method:
         if sampler.params.temperature == 0:
-            return "greedy", 0, changes
+            return Method("greedy", 0, sampler.has_penalty)
         if sampler.params.top_p == 1 and not sampler.top_k:
-            return "unsorted", 0, changes
-        return "sorted", self._width(sampler), changes
+            return Method("unsorted", 0, sampler.has_penalty)
+        return Method("sorted", self._width(sampler), sampler.has_penalty)
 
     def _width(self, sampler: SequenceSampler) -> int:
         """Return how many of a row's most likely tokens are sorted: as many as it may take, or has needed before."""
         least = min(max(sampler.sorted_width, sampler.top_k + 1), self._widths[-1])
         return next(width for width in self._widths if width >= least)
 
-    def _group(
-        self, rows: Sequence[SampledRow], indices: Sequence[int], method: str, width: int, changes: bool
-    ) -> _Group:
-        own = [rows[index] for index in indices]
-        return _Group(
-            method=method,
-            width=width,
-            rows=RowSet.of(indices, len(rows), self._device),
-            slots=self._indices([row.slot for row in own]),
-            changes=self._changes(own) if changes else None,
-            columns=None if method == "greedy" else self._columns([row.sampler for row in own]),
-            keys=self._indices([row.sampler.random_key for row in own]),
-        )
-
-    def _columns(self, samplers: Sequence[SequenceSampler]) -> DrawColumns:
-        return DrawColumns.of([sampler.draw() for sampler in samplers], self._device)
-
-    def _changes(self, rows: Sequence[SampledRow]) -> _Changes:
-        return _Changes(self._bias(rows), self._penalties(rows), self._ends(rows))
-
-    def _bias(self, rows: Sequence[SampledRow]) -> tuple[Tensor, Tensor, Tensor] | None:
-        biases = [row.sampler.bias for row in rows]
-        if not any(len(tokens) for tokens, _ in biases):
-            return None
-        of = [index for index, (tokens, _) in enumerate(biases) for _ in range(len(tokens))]
-        tokens, values = (torch.cat(each).to(self._device) for each in zip(*biases, strict=True))
-        return self._indices(of), tokens, values
-
-    def _penalties(self, rows: Sequence[SampledRow]) -> _Penalties | None:
-        own = [index for index, row in enumerate(rows) if row.sampler.has_penalty]
-        if not own:
-            return None
-        params = [rows[index].sampler.params for index in own]
-        values = [(each.repetition_penalty, each.presence_penalty, each.frequency_penalty) for each in params]
-        columns = to_device(values, torch.float32, self._device).unsqueeze(-1).unbind(dim=1)
-        return _Penalties(self._indices(own), self._indices([rows[index].slot for index in own]), *columns)
-
-    def _ends(self, rows: Sequence[SampledRow]) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        ends = [row.sampler.end_ids for row in rows]
-        if not any(map(len, ends)):
-            return None
-        columns = [
-            (index, row.slot, row.sampler.params.min_tokens)
-            for index, (row, tokens) in enumerate(zip(rows, ends, strict=True))
-            for _ in range(len(tokens))
-        ]
-        of, slots, least = (self._indices(each) for each in zip(*columns, strict=True))
-        return of, slots, torch.cat(ends).to(self._device), least
-
-    def _indices(self, numbers: Sequence[int]) -> Tensor:
-        return to_device(numbers, torch.long, self._device)
-
-    def _choose(self, logits: Tensor, group: _Group) -> Tensor:
-        """Return (rows,) int64: each row's token, or what stands for none."""
-        if group.columns is None and group.changes is None:
-            return argmax_tokens(logits)
-        changed = logits.float() if group.changes is None else self._changed(logits, group.changes)
-        if group.columns is None:
-            return name_failures(argmax_tokens(changed), logits)
-        uniform = uniform_numbers(group.keys, self._sampled.index_select(0, group.slots))
-        draws = group.columns.with_numbers(uniform)
-        if group.method == "unsorted":
-            return name_failures(sample_unsorted(changed, draws), logits)
-        return name_failures(sample_sorted(changed, draws, group.width), logits)
-
-    def _changed(self, logits: Tensor, changes: _Changes) -> Tensor:
-        """Return (rows, vocab) float32 logits after bias, penalties and min_tokens."""
-        changed = logits.to(torch.float32, copy=True)
-        if changes.bias is not None:
-            rows, tokens, values = changes.bias
-            changed[rows, tokens] += values
-        if changes.penalties is not None:
-            changed.index_copy_(0, changes.penalties.rows, self._penalised(changed, changes.penalties))
-        if changes.ends is not None:
-            rows, slots, tokens, least = changes.ends
-            early = self._sampled.index_select(0, slots) < least
-            changed[rows, tokens] = changed[rows, tokens].masked_fill(early, -torch.inf)
-        return changed
-
-    def _penalised(self, logits: Tensor, penalties: _Penalties) -> Tensor:
-        """Return the logits of the rows that have penalties, in the order of `penalties`."""
-        assert self._counts is not None  # noqa: S101  # `_take_over` has made them
-        assert self._prompts is not None  # noqa: S101
-        own, counts = logits.index_select(0, penalties.rows), self._counts.index_select(0, penalties.slots)
-        sampled = counts > 0
-        seen = self._prompts.index_select(0, penalties.slots) | sampled
-        divided = torch.where(own > 0, own / penalties.repetition, own * penalties.repetition)
-        own = torch.where(seen, divided, own)
-        return torch.where(sampled, own - (penalties.presence + counts * penalties.frequency), own)
+    def _group(self, rows: Sequence[SampledRow], indices: Sequence[int], method: Method) -> _Group:
+        settings = RowSettings.of([rows[index] for index in indices], self._vocab_size)
+        recorded = None if self._graphs is None else self._graphs.step(method, settings)
+        step = recorded or _CalledStep(settings.to(self._device), self._states, method)
+        return _Group(RowSet.of(indices, len(rows), self._device), step)

@@ -107,11 +107,14 @@ class SequenceSampler:
         self.has_repetition_penalty = params.repetition_penalty != 1
         self.counts = TokenCounts()
         self._device = sampling_device
-        self._bias = bias
+        self.logit_bias = bias
+        """What the request itself adds to logits, by token."""
         self._bias_tensors = self._as_tensors(bias)
         self._rules = RuleState(rules, prompt_ids) if rules else None
         self.prompt_ids = _ids(seen, sampling_device)
-        self.end_ids = _ids(ends if params.min_tokens else (), sampling_device)
+        self.early_end_ids = tuple(ends) if params.min_tokens else ()
+        """The tokens that would end the completion, where it may not end before `min_tokens`."""
+        self.end_ids = _ids(self.early_end_ids, sampling_device)
         self.sampled_tokens = 0
         self.sorted_width = 0
         """How many of its most likely tokens are to be sorted, where it is known that fewer do not do."""
@@ -131,18 +134,13 @@ class SequenceSampler:
         """The tokens with a bias, each once, and (tokens,) float32 what is added to their logits."""
         if self._rules is None or not (biases := self._rules.biases()):
             return self._bias_tensors
-        summed = {each: self._bias.get(each, 0.0) + biases.get(each, 0.0) for each in self._bias | biases}
+        summed = {each: self.logit_bias.get(each, 0.0) + biases.get(each, 0.0) for each in self.logit_bias | biases}
         return self._as_tensors(summed)
 
     @property
     def has_penalty(self) -> bool:
         """Whether tokens that it has lower the logits of the next one."""
         return self.has_count_penalty or self.has_repetition_penalty
-
-    @property
-    def has_bias(self) -> bool:
-        """Whether the request itself biases tokens."""
-        return len(self._bias) > 0
 
     @property
     def has_rules(self) -> bool:
@@ -152,14 +150,14 @@ class SequenceSampler:
     @property
     def changes_logits(self) -> bool:
         """Whether the next token is not chosen from the model's own logits."""
-        return self.has_penalty or self.has_rules or self.has_bias or self.grammar is not None or self._is_early
+        return self.has_penalty or self.has_rules or bool(self.logit_bias) or self.grammar is not None or self._is_early
 
     @property
     def _is_early(self) -> bool:
         """Whether the completion may not end yet: before `min_tokens`, unless its grammar allows nothing else."""
         if self.sampled_tokens >= self.params.min_tokens:
             return False
-        return len(self.end_ids) > 0 and not (self.grammar is not None and self.grammar.must_end)
+        return bool(self.early_end_ids) and not (self.grammar is not None and self.grammar.must_end)
 
     def accept(self, token: int, *, ends: bool = False) -> None:
         """Record that this token was appended; one that ends the completion is no part of its grammar."""
@@ -342,7 +340,7 @@ def _choose_by(method: str, logits: Tensor, samplers: Sequence[SequenceSampler],
     else:
         draws = DrawColumns.of([sampler.draw() for sampler in samplers], logits.device)
         tokens = sample_unsorted(changed, draws) if method == "unsorted" else sample_sorted(changed, draws, width)
-    return name_failures(tokens, logits)
+    return name_failures(tokens, logits.amax(dim=-1).isfinite())
 
 
 def _changed_logits(logits: Tensor, samplers: Sequence[SequenceSampler]) -> Tensor:

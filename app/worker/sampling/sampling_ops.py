@@ -5,7 +5,7 @@ row's token does not depend on its neighbours.  Called by `sampler.py`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -73,10 +73,10 @@ class DrawColumns:
     top_p: Tensor
     min_p: Tensor
     uniform: Tensor
-    unlimited: RowSet
-    """The rows without top_k."""
+    unlimited: RowSet | None
+    """The rows without top_k; None where only the device knows which ones these are."""
     has_min_p: bool
-    """Whether any row has one."""
+    """Whether any row may have one."""
 
     @classmethod
     def of(cls, draws: Sequence[SamplingDraw], device: torch.device) -> "DrawColumns":
@@ -87,10 +87,6 @@ class DrawColumns:
         temperature, top_k, top_p, min_p, uniform = columns.unsqueeze(-1).unbind(dim=1)
         has_min_p = any(draw.min_p for draw in draws)
         return cls(temperature, top_k, top_p, min_p, uniform, unlimited, has_min_p)
-
-    def with_numbers(self, uniform: Tensor) -> "DrawColumns":
-        """Return the same parameters with other random numbers, (rows,) float64."""
-        return replace(self, uniform=uniform[:, None])
 
 
 WEYL, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -132,16 +128,16 @@ def argmax_tokens(logits: Tensor) -> Tensor:
     return tokens.where(peak.isfinite(), NO_VALID_TOKEN)
 
 
-def name_failures(tokens: Tensor, logits: Tensor) -> Tensor:
+def name_failures(tokens: Tensor, usable: Tensor) -> Tensor:
     """Say of rows without a token why they have none.
 
     Args:
-        tokens: (rows,) sampled from what bias, penalties and masks made of `logits`.
-        logits: the model's own.
+        tokens: (rows,) sampled from what bias, penalties and masks made of the model's logits.
+        usable: (rows,) bool, whether the highest of those is finite.
     """
     # NaN or +inf may have been where no token is allowed, but would be in the log-probabilities.
     tokens = tokens.where(tokens != NO_VALID_TOKEN, RULED_OUT)
-    return tokens.where(logits.amax(dim=-1).isfinite(), NO_VALID_TOKEN)
+    return tokens.where(usable, NO_VALID_TOKEN)
 
 
 def sample_unsorted(logits: Tensor, draws: DrawColumns) -> Tensor:
@@ -179,7 +175,9 @@ def sample_sorted(logits: Tensor, draws: DrawColumns, width: int) -> Tensor:
     top_k = draws.top_k.long().where(draws.top_k > 0, width)
     total = cumulative.gather(1, top_k - 1)
     unlimited = draws.unlimited
-    if unlimited.count and not all_tokens:
+    if unlimited is None and not all_tokens:
+        total = _mass(logits, peak, draws.temperature).where(draws.top_k == 0, total)
+    elif unlimited is not None and unlimited.count and not all_tokens:
         mass = _mass(*(unlimited.gather(each) for each in (logits, peak, draws.temperature)))
         total = mass if unlimited.index is None else total.index_copy_(0, unlimited.index, mass)
 

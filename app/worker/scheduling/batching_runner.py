@@ -14,20 +14,20 @@ import torch
 from torch import Tensor
 
 from app.ipc.messages import Exchange, Submit, TokenEvent
-from app.types import TokenLogprob
 from app.worker.execution.lora import LoraAdapter
 from app.worker.execution.model_runner import ModelRunner
 from app.worker.execution.packed_batch import Segment
 from app.worker.loaded_model import LoadedModel
 from app.worker.sampling.device_sampler import DeviceSampler
 from app.worker.sampling.grammar import Grammars
-from app.worker.sampling.prompt_scoring import max_scored_tokens, score_tokens
-from app.worker.sampling.sampler import Sampled, SamplingFailure, SequenceSampler, sample
-from app.worker.sampling.sampling_ops import gather_rows
+from app.worker.sampling.prompt_scoring import max_scored_tokens
+from app.worker.sampling.sampler import SamplingFailure, SequenceSampler
 from app.worker.scheduling import schedule
+from app.worker.scheduling.drafting import with_drafts
 from app.worker.scheduling.grammar_requests import GrammarRequests
-from app.worker.scheduling.in_flight import InFlight, launch, launchable
-from app.worker.scheduling.live_request import Ended, LiveRequest, known_outcome
+from app.worker.scheduling.in_flight import InFlight, launch, launch_next, launchable
+from app.worker.scheduling.live_request import LiveRequest
+from app.worker.scheduling.live_requests import LiveRequests, sample_rows
 from app.worker.scheduling.prefix_tree import BLOCK_TOKENS
 from app.worker.scheduling.schedule import (
     KVMove,
@@ -39,7 +39,7 @@ from app.worker.scheduling.schedule import (
     ScoringBudget,
 )
 from app.worker.scheduling.scheduler import Scheduler
-from app.worker.scheduling.speculation import MIN_DRAFT, STEP_DRAFTS, NgramDrafter
+from app.worker.scheduling.speculation import NgramDrafter
 from app.worker.scheduling.step_time import GpuStepTime, PrefillBudget, StepTimeModel
 from app.worker.validation import check_request, end_ids, failure_reason, is_out_of_memory
 
@@ -65,6 +65,7 @@ class BatchingRunner:
         prefix_cache_bytes: int = 0,
         speculation: bool = False,
         asynchronous: bool | None = None,
+        device_sampler: DeviceSampler | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Args:
@@ -72,6 +73,7 @@ class BatchingRunner:
         prefix_cache_bytes: memory for what slots would lose that are needed again.
         speculation: whether next tokens are guessed from a sequence's own text.
         asynchronous: whether a step is launched before the tokens of the last one are read; None: on a GPU.
+        device_sampler: what samples then, with what it has recorded; None: a new one.
         clock: seconds; measures steps.
         """
         self.slots = model_runner.cache.slots
@@ -86,7 +88,7 @@ class BatchingRunner:
         self._decode_width = MIN_DECODE_WIDTH if loaded.device == "cpu" else max(MIN_DECODE_WIDTH, self.slots // 2)
         self._speculation = speculation
         self._clock = clock
-        self._live: dict[int, LiveRequest] = {}
+        self._live = LiveRequests(self._scheduler, model_runner.cache)
         self._adapters: dict[str, LoraAdapter] = {}
         self._grammars: GrammarRequests | None = None
         """The scheduler does not know requests that wait for their grammar."""
@@ -96,8 +98,7 @@ class BatchingRunner:
         self._device_sampler: DeviceSampler | None = None
         # Guesses are of tokens that the host has to know.
         if not speculation and (loaded.device == "cuda" if asynchronous is None else asynchronous):
-            self._device_sampler = DeviceSampler(self.slots, model_runner.vocab_size, loaded.device)
-        self._in_flight: InFlight | None = None
+            self._device_sampler = device_sampler or DeviceSampler(self.slots, model_runner.vocab_size, loaded.device)
 
     @property
     def unsupported(self) -> tuple[str, ...]:
@@ -167,7 +168,7 @@ class BatchingRunner:
     def cancel(self, request_id: int) -> None:
         """End a request before the next step."""
         if request_id in self._live:
-            self._end(request_id)
+            self._live.end(request_id)
             if self._grammars is not None:
                 self._grammars.forget(request_id)
             self._pending_events.append(TokenEvent(request_id, finish="abort"))
@@ -180,16 +181,19 @@ class BatchingRunner:
         if self._grammars:
             self._take_compiled(self._grammars)
         events, self._pending_events = self._pending_events, []
+        prefill_tokens, background_tokens = self._budgets()
         planned = self._scheduler.schedule(
-            prefill_tokens=self._prefill_budget(),
+            prefill_tokens=prefill_tokens,
             decode_width=self._decode_width,
             scoring=ScoringBudget(self._max_scored, self._step_time.scored_token_cost),
-            background_tokens=self._background_budget(),
+            background_tokens=background_tokens,
         )
         events += [TokenEvent(each.request_id, cached_tokens=each.cached_tokens) for each in planned.started]
         for move in planned.moves:
             self._move(move)
-        events += self._advance(self._with_drafts(planned) if self._speculation else planned)
+        if self._speculation:
+            planned = with_drafts(planned, self._live, self._model_runner.cache.length)
+        events += self._advance(planned)
         exchange(events)
 
     def _move(self, move: KVMove) -> None:
@@ -207,66 +211,55 @@ class BatchingRunner:
         for request_id, grammar in grammars.take_compiled(idle=len(self._live) == len(grammars)):
             live = self._live[request_id]
             if isinstance(grammar, str):
-                self._end(request_id)
+                self._live.end(request_id)
                 self._pending_events.append(TokenEvent(request_id, error=grammar, invalid=True))
             else:
                 live.sampler.grammar = grammar
                 self._scheduler.add(live.sequence)
 
-    def _background_budget(self) -> int:
-        """Return how many tokens of the background a step with others may hold."""
-        return self._step_time.prefill_token_budget(min(self._scheduler.decoding, self._decode_width))
-
-    def _prefill_budget(self) -> int:
+    def _budgets(self) -> tuple[int, int]:
+        """Return how many tokens of prompts a step may hold, and how many of the background beside others."""
         decodes = self._scheduler.decoding
+        shared = self._step_time.prefill_token_budget(min(decodes, self._decode_width))
         if self._scheduler.tenants > 1:
             # One tenant's many prompts must not slow down the streams of the others.
-            return self._step_time.prefill_token_budget(min(decodes, self._decode_width))
-        return self._step_time.prefill_token_budget(decodes, self._scheduler.pending_prefills)
-
-    def _with_drafts(self, planned: Schedule) -> Schedule:
-        """Add guesses to the sequences that decode, as many as a step may hold."""
-        decodes = [each for each in planned.tokens if each.sequence.uncomputed_tokens == 1]
-        share = STEP_DRAFTS // max(1, len(decodes))
-        if share < MIN_DRAFT:
-            return planned
-        drafted = [replace(each, draft=self._draft(each.sequence, share)) for each in decodes]
-        others = [each for each in planned.tokens if each.sequence.uncomputed_tokens > 1]
-        # One token each first, then several, as the KV cache takes them.
-        return replace(planned, tokens=[*sorted(drafted, key=lambda each: bool(each.draft)), *others])
-
-    def _draft(self, sequence: schedule.Sequence, limit: int) -> tuple[int, ...]:
-        live = self._live[sequence.request_id]
-        if live.drafter is None or sequence.is_background:
-            return ()
-        wanted = live.request.params.max_tokens - live.completion_tokens - 1
-        free = self._model_runner.cache.length - len(sequence.token_ids)
-        return live.drafter.propose(sequence.token_ids, max(0, min(limit, wanted, free)))
+            return shared, shared
+        return self._step_time.prefill_token_budget(decodes, self._scheduler.pending_prefills), shared
 
     def _advance(self, planned: Schedule) -> list[TokenEvent]:
         """Compute a step and return its events, or launch it and return those of the one before."""
-        sampler = self._device_sampler
-        tokens = launchable(planned.tokens, self._live) if sampler is not None else None
-        if sampler is None or tokens is None:
+        sampler, in_flight = self._device_sampler, self._live.in_flight
+        if sampler is None:
+            return self._compute(planned.tokens)
+        continues = in_flight is not None and in_flight.is_continued_by(planned.tokens)
+        tokens = planned.tokens if continues else launchable(planned.tokens, self._live)
+        if tokens is None:
             events = self._land()
             return events + self._compute(self._still_live(planned.tokens) if events else planned.tokens)
         if not tokens:
             return self._land()
-        began, segments = self._clock(), [self._segment(each) for each in tokens]
         try:
-            launched = launch(self._model_runner, sampler, tokens, segments, self._live, now=began)
+            launched = self._launch(sampler, tokens, in_flight if continues else None)
         except Exception as error:  # noqa: BLE001  # `_recover` raises what cannot be recovered from
             events = self._land()
             return events + self._recover(self._still_live(tokens), error)
         self._scheduler.mark_computed(tokens)
         return self._land(launched)
 
+    def _launch(self, sampler: DeviceSampler, tokens: Sequence[ScheduledTokens], last: InFlight | None) -> InFlight:
+        """Start a step.  Args: last: the one before, if this one is the next token of each of its sequences."""
+        began = self._clock()
+        if last is not None and (launched := launch_next(self._model_runner, sampler, last, now=began)) is not None:
+            return launched
+        segments = [self._segment(each) for each in tokens]
+        return launch(self._model_runner, sampler, tokens, segments, self._live, now=began)
+
     def _still_live(self, tokens: Sequence[ScheduledTokens]) -> list[ScheduledTokens]:
         return [each for each in tokens if each.sequence.request_id in self._live]
 
     def _land(self, launched: InFlight | None = None) -> list[TokenEvent]:
         """Wait for the step in flight and append its tokens; another one may have been launched behind it."""
-        landing, self._in_flight = self._in_flight, launched
+        landing, self._live.in_flight = self._live.in_flight, launched
         if landing is None:
             return []
         results, events = landing.sampled.read(), list[TokenEvent]()
@@ -277,7 +270,7 @@ class BatchingRunner:
             launched.began = ended
         for request_id, row in landing.rows.items():
             if (result := results[row]) is not None:
-                events.append(self._append(self._live[request_id], result))
+                events.append(self._live.append(self._live[request_id], result))
                 continue
             self._live[request_id].sequence.take_back()
             if launched is not None:
@@ -327,7 +320,7 @@ class BatchingRunner:
         elif no_memory and tokens[0].count > MIN_MEMORY_CHUNK:
             parts = [[replace(tokens[0], count=tokens[0].count // 2, draft=())]]
         else:
-            return [self._fail(tokens[0].sequence.request_id, SamplingFailure(failure_reason(error)))]
+            return [self._live.fail(tokens[0].sequence.request_id, SamplingFailure(failure_reason(error)))]
         return [event for part in parts for event in self._compute(part)]
 
     def _forward_and_sample(self, tokens: Sequence[ScheduledTokens]) -> list[TokenEvent]:
@@ -344,9 +337,9 @@ class BatchingRunner:
             late = self._grammars.late(constrained, others=len(constrained) < len(live))
         rows = [row for row, each in zip(rows, live, strict=True) if each.request.id not in late]
         live = [each for each in live if each.request.id not in late]
-        sampled = self._sample(logits, rows, live)
+        sampled = sample_rows(logits, rows, live)
         scored = {
-            each.sequence.request_id: self._score(each, logits[end - count :])
+            each.sequence.request_id: self._live.score(each, logits[end - count :])
             for each, end, count in zip(tokens, ends, wanted, strict=True)
             if each.scored
         }
@@ -354,9 +347,9 @@ class BatchingRunner:
             # Their last tokens are computed once more when their masks are known.
             tokens = [replace(each, count=each.count - (each.sequence.request_id in late)) for each in tokens]
         self._scheduler.mark_computed(tokens)
-        events = [self._report_scores(request_id, found) for request_id, found in scored.items()]
+        events = [self._live.append_scores(request_id, found) for request_id, found in scored.items()]
         events += [
-            self._append(each, token)
+            self._live.append(each, token)
             for each, token in zip(live, sampled, strict=True)
             if each.request.id in self._live
         ]
@@ -383,8 +376,8 @@ class BatchingRunner:
         ]:
             accepted += 1
             self._scheduler.mark_computed([ScheduledTokens(each.sequence, 1) for each, _ in agreeing])
-            sampled = self._sample(logits, [row + accepted for _, row in agreeing], [each for each, _ in agreeing])
-            events += [self._append(each, token) for (each, _), token in zip(agreeing, sampled, strict=True)]
+            sampled = sample_rows(logits, [row + accepted for _, row in agreeing], [each for each, _ in agreeing])
+            events += [self._live.append(each, token) for (each, _), token in zip(agreeing, sampled, strict=True)]
             right |= {each.request.id: accepted for each, _ in agreeing}
         for each in drafted:
             if each.drafter is not None:
@@ -398,80 +391,7 @@ class BatchingRunner:
         assert sequence.slot is not None  # noqa: S101  # the schedule gave it one
         start = sequence.computed_tokens
         adapter = None if sequence.adapter is None else self._adapters[sequence.adapter]
-        if sequence.in_flight and self._in_flight is not None:
-            return Segment(sequence.slot, start, (0,), adapter, self._in_flight.token_of(sequence.request_id))
+        if sequence.in_flight and self._live.in_flight is not None:
+            return Segment(sequence.slot, start, (0,), adapter, self._live.in_flight.token_of(sequence.request_id))
         token_ids = [*sequence.token_ids[start : start + scheduled.count], *scheduled.draft]
         return Segment(sequence.slot, start, token_ids, adapter)
-
-    def _sample(
-        self, logits: Tensor, rows: Sequence[int], live: Sequence[LiveRequest]
-    ) -> Sequence[Sampled | SamplingFailure | Ended | None]:
-        """Sample the next token of each request that completes its prompt; None for one that wants no token."""
-        results: list[Sampled | SamplingFailure | Ended | None] = [known_outcome(each.sampler.grammar) for each in live]
-        wanting = [
-            index for index, each in enumerate(live) if each.request.params.max_tokens and results[index] is None
-        ]
-        if wanting:
-            chosen = gather_rows(logits, [rows[index] for index in wanting])
-            for index, found in zip(wanting, sample(chosen, [live[index].sampler for index in wanting]), strict=True):
-                results[index] = found
-        return results
-
-    def _score(self, scheduled: ScheduledTokens, logits: Tensor) -> list[TokenLogprob] | SamplingFailure:
-        """Args: logits: of the chunk's wanted tokens, and maybe of others behind them."""
-        sequence, positions = scheduled.sequence, scheduled.scored
-        following = sequence.token_ids[positions.start + 1 : positions.stop + 1]
-        alternatives = self._live[sequence.request_id].request.params.prompt_logprobs or 0
-        return score_tokens(logits[: len(following)], following, alternatives)
-
-    def _report_scores(self, request_id: int, scored: list[TokenLogprob] | SamplingFailure) -> TokenEvent:
-        if isinstance(scored, SamplingFailure):
-            return self._fail(request_id, scored)
-        sequence = self._live[request_id].sequence
-        sequence.scored_tokens = (sequence.scored_tokens or 0) + len(scored)
-        return TokenEvent(request_id, prompt_logprobs=tuple(scored))
-
-    def _append(self, live: LiveRequest, sampled: Sampled | SamplingFailure | Ended | None) -> TokenEvent:
-        """Append a token to its sequence and return the event that reports it."""
-        request_id = live.request.id
-        if sampled is None:
-            self._end(request_id)
-            return TokenEvent(request_id, finish="length")
-        if isinstance(sampled, SamplingFailure):
-            return self._fail(request_id, sampled)
-        if isinstance(sampled, Ended):
-            self._end(request_id)
-            return TokenEvent(request_id, finish="stop")
-        ends = sampled.token in live.end_ids
-        live.sequence.append(sampled.token)
-        live.sampler.accept(sampled.token, ends=ends)
-        logprobs = () if sampled.logprob is None else (sampled.logprob,)
-        if ends:
-            self._end(request_id)
-            scored = live.request.params.prompt_logprobs is not None
-            return TokenEvent(request_id, finish="stop", end_token=sampled.token, logprobs=logprobs if scored else ())
-        if live.sampler.grammar is not None and live.sampler.grammar.is_over:
-            self._end(request_id)
-            return TokenEvent(request_id, (sampled.token,), finish="stop", logprobs=logprobs)
-        if live.completion_tokens == live.request.params.max_tokens:
-            self._end(request_id)
-            return TokenEvent(request_id, (sampled.token,), finish="length", logprobs=logprobs)
-        return TokenEvent(request_id, (sampled.token,), logprobs=logprobs)
-
-    def _end(self, request_id: int, *, discard: bool = False) -> None:
-        """Forget a request.  Args: discard: whether what it computed must not be reused."""
-        del self._live[request_id]
-        self._scheduler.remove(request_id, discard=discard)
-        if self._in_flight is not None:
-            self._in_flight.rows.pop(request_id, None)
-        if not self._live:
-            # Nobody waits for it.
-            self._in_flight = None
-
-    def _fail(self, request_id: int, failure: SamplingFailure) -> TokenEvent:
-        """End a request whose numbers cannot be trusted, and clear them from the KV cache."""
-        slot = self._live[request_id].sequence.slot
-        self._end(request_id, discard=True)
-        if slot is not None:
-            self._model_runner.cache.clear_slot(slot)
-        return TokenEvent(request_id, error=failure.reason, invalid=failure.invalid)

@@ -30,6 +30,11 @@ class LiveRequest:
         """Tokens that were sampled and read."""
         return len(self.sequence.token_ids) - self.sequence.prompt_tokens
 
+    @property
+    def tokens_left(self) -> int:
+        """Tokens that it may still have, those in flight apart."""
+        return self.request.params.max_tokens - self.completion_tokens - self.sequence.in_flight
+
 
 def known_outcome(grammar: RowGrammar | None) -> SamplingFailure | Ended | None:
     """Return what becomes of a completion whatever the model says; None where a token has to be sampled."""

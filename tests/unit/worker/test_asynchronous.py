@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from app.ipc.messages import Submit, TokenEvent
 from app.types import BACKGROUND_PRIORITY, SamplingParams
+from app.worker.execution.graphs.graph_executor import GraphExecutor
 from app.worker.execution.model_runner import ModelRunner
-from app.worker.execution.packed_batch import Segment
+from app.worker.execution.packed_batch import Segment, StaticBatch
 from app.worker.execution.torch.torch_executor import create_torch_runner
 from app.worker.sampling import device_sampler, sampler
-from app.worker.sampling.device_sampler import DeviceTokens
+from app.worker.sampling.device_sampler import DeviceSampler, DeviceTokens
 from app.worker.sampling.generation_rules import GenerationRules
 from app.worker.scheduling.batching_runner import BatchingRunner
 from tests.examples import examples
@@ -35,7 +36,7 @@ from tests.unit.worker.test_batching_runner import (
     run,
     submit,
 )
-from tests.unit.worker.test_graphs import with_graphs
+from tests.unit.worker.test_graphs import called, with_graphs
 
 MODEL = make(FAMILIES["llama"])
 END = 3
@@ -57,6 +58,7 @@ REQUEST = st.fixed_dictionaries(
         "settings": st.integers(0, len(SETTINGS) - 1),
         "tokens": st.integers(1, 20),
         "tenant": st.sampled_from("ab"),
+        "priority": st.sampled_from([0, 0, 0, BACKGROUND_PRIORITY]),
         "wait": st.integers(0, 4),
         "cancel_after": st.sampled_from([None, None, None, 0, 3, 6]),
     }
@@ -73,11 +75,16 @@ def few_sorted() -> Iterator[None]:
 
 
 def runner_for(*, asynchronous: bool, slots: int = 3, graphs: bool = False, **facts: Any) -> BatchingRunner:
+    """Args: graphs: whether passes, and steps of sampling, are those that a GPU captures."""
     model_runner = create_torch_runner(MODEL, length=CONTEXT, slots=slots, free_bytes=10**9)
+    device_sampler = DeviceSampler(model_runner.cache.slots, model_runner.vocab_size, "cpu")
     if graphs:
-        with_graphs(model_runner)
+        with_graphs(model_runner, pass_keys=100)
+        device_sampler.record(called)
     facts = {"end_ids": (END,)} | facts
-    return BatchingRunner(replace(loaded(MODEL), **facts), model_runner, asynchronous=asynchronous)
+    return BatchingRunner(
+        replace(loaded(MODEL), **facts), model_runner, asynchronous=asynchronous, device_sampler=device_sampler
+    )
 
 
 def serve(runner: BatchingRunner, requests: Sequence[dict[str, Any]]) -> list[TokenEvent]:
@@ -97,7 +104,9 @@ def serve(runner: BatchingRunner, requests: Sequence[dict[str, Any]]) -> list[To
         for _ in range(request["wait"]):
             advance()
         settings = {"max_tokens": request["tokens"], **SETTINGS[request["settings"]]}
-        submit(runner, PROMPTS[request["prompt"]], number, request["tenant"], **settings)
+        params = SamplingParams(**{"max_tokens": NEW, "temperature": 0.0} | settings)
+        priority, tenant = request["priority"], request["tenant"]
+        runner.submit(Submit(number, tuple(PROMPTS[request["prompt"]]), params, tenant, priority=priority))
         if request["cancel_after"] is not None:
             cancels.append((step + request["cancel_after"], number))
     while runner.busy:
@@ -203,6 +212,61 @@ def test_a_token_that_needs_more_of_the_vocabulary_is_sampled_again(graphs: bool
     submit(runner, PROMPTS[2], 1)
     events = run(runner)
 
+    assert expected == [completion_of(events, number) for number in range(2)]
+
+
+class Steps:
+    """How the steps of a runner are launched; where it says so, one that continues the last fails."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, fail_at: int | None = None, error: Exception | None = None) -> None:
+        self.laid_out, self.continued = 0, 0
+        load, forward_next = StaticBatch.load, GraphExecutor.forward_next
+
+        def counted_load(batch: StaticBatch, segments: Sequence[Segment]) -> None:
+            self.laid_out += 1
+            load(batch, segments)
+
+        def counted_next(executor: GraphExecutor, tokens: torch.Tensor) -> torch.Tensor | None:
+            logits = forward_next(executor, tokens)
+            self.continued += logits is not None
+            if error is not None and self.continued == fail_at:
+                raise error
+            return logits
+
+        patch.setattr(StaticBatch, "load", counted_load)
+        patch.setattr(GraphExecutor, "forward_next", counted_next)
+
+
+def test_steps_of_the_same_rows_are_laid_out_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are listed only when they come or go, or when one needs a pass that reads more keys."""
+    settings: list[dict[str, Any]] = [{}, {"temperature": 1.0, "seed": 4}, {"temperature": 1.0, "seed": 4, "top_k": 3}]
+    expected, found = (runner_for(asynchronous=each, graphs=each, end_ids=()) for each in (False, True))
+    steps, completions = Steps(monkeypatch), list[list[list[int]]]()
+    for runner in (expected, found):
+        for number, each in enumerate(settings):
+            submit(runner, PROMPTS[2], number, str(number), max_tokens=24, **each)
+        events = run(runner)
+        completions.append([completion_of(events, number) for number in range(len(settings))])
+
+    assert completions[0] == completions[1]
+    assert 23 == steps.laid_out + steps.continued
+    assert 4 >= steps.laid_out
+
+
+@pytest.mark.parametrize("fail_at", [1, 2, 5])
+@pytest.mark.parametrize("error", [OUT_OF_MEMORY[0], ValueError("a fault")], ids=["memory", "a fault"])
+def test_a_step_that_fails_while_it_continues_the_last_is_computed_in_parts(
+    error: Exception, fail_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tokens are fed to it by the host then; nobody's completion changes."""
+    settings: list[dict[str, Any]] = [{}, {"temperature": 1.0, "seed": 4, "presence_penalty": 0.7}]
+    expected = [completion_of(run_one(runner_for(asynchronous=False), each), 1) for each in settings]
+    runner, steps = runner_for(asynchronous=True, graphs=True), Steps(monkeypatch, fail_at, error)
+    for number, each in enumerate(settings):
+        submit(runner, PROMPTS[2], number, **each)
+    events = run(runner)
+
+    assert fail_at <= steps.continued
     assert expected == [completion_of(events, number) for number in range(2)]
 
 

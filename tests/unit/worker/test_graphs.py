@@ -111,6 +111,49 @@ def test_a_result_stays_when_the_next_pass_is_computed() -> None:
     assert torch.equal(before, first)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 5])
+@pytest.mark.parametrize("pass_keys", [0, 10**9], ids=["passes apart", "one pass"])
+def test_the_next_token_of_each_row_needs_no_layout(rows: int, pass_keys: int) -> None:
+    """Until one of them needs more keys than its pass reads: then the step has to be laid out."""
+    torch_way, graphs = runners("llama", pass_keys=pass_keys)
+    lengths = [12, 5, 3, 9, 7][:rows]
+    for runner in (torch_way, graphs):
+        runner.forward([Segment(row, 0, IDS[row][:end]) for row, end in enumerate(lengths)], [0] * rows)
+    continued = list[bool]()
+    for step in range(10):
+        segments = [Segment(row, end + step, IDS[row][end + step : end + step + 1]) for row, end in enumerate(lengths)]
+        # A token more than there are rows: only the first ones are read.
+        found = graphs.forward_next(torch.tensor([*(each.token_ids[0] for each in segments), 99]))
+        continued.append(found is not None)
+        if found is None:
+            found = graphs.forward(segments, [1] * rows)
+        assert close(found, torch_way.forward(segments, [1] * rows))
+
+    # With 16 keys to a pass, the first row's fifth token is the first that needs more.
+    assert [False, True, True, True, False] == continued[:5]
+    if rows == 1 or pass_keys:
+        assert all(continued[5 : 7 if rows > 3 else 10])
+
+
+def test_what_was_not_one_pass_of_all_rows_has_to_be_laid_out() -> None:
+    """After a prompt, after tokens without logits, after passes apart, and where there are no passes."""
+    torch_way, graphs = runners("llama")
+    decodes, tokens = [Segment(row, 20 + row, [row]) for row in range(2)], torch.tensor([1, 2])
+    batches = [
+        ([decodes[0], Segment(1, 0, [5, 6])], [1, 1]),
+        (decodes, [1, 0]),
+        ([decodes[0], Segment(1, 60, [5])], [1, 1]),
+    ]
+
+    for segments, wanted in batches:
+        graphs.forward(segments, wanted)
+        assert graphs.forward_next(tokens) is None
+    torch_way.forward(decodes, [1, 1])
+    assert torch_way.forward_next(tokens) is None
+    graphs.forward(decodes, [1, 1])
+    assert graphs.forward_next(tokens) is not None
+
+
 @pytest.mark.parametrize(("pass_keys", "passes"), [(0, 2), (10**9, 1)])
 def test_short_sequences_do_not_read_as_many_keys_as_a_long_one(pass_keys: int, passes: int) -> None:
     """They have a pass of their own, unless a second pass takes longer than those keys."""

@@ -8,7 +8,9 @@ token without an adapter (prompts, guesses, adapters) is left to another executo
 
 import logging
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -42,6 +44,17 @@ Verify = Callable[[Tensor, Tensor], None]
 """Compares logits with the expected ones; raises ExecutorUnavailableError where they differ."""
 
 
+@dataclass(slots=True)
+class _Decoding:
+    """Sequences that were decoded in one pass, and may be again."""
+
+    batch: StaticBatch
+    compute: Pass
+    rows: int
+    left: int
+    """Tokens that each can be advanced by before one of them needs more keys than it has."""
+
+
 class GraphExecutor:
     """Computes tokens that are decoded by recorded passes, and everything else by another executor."""
 
@@ -69,6 +82,8 @@ class GraphExecutor:
         self._passes: dict[tuple[int, int], tuple[StaticBatch, Pass]] = {}
         self._logits = torch.empty(0)
         """(slots, vocab) of the last pass."""
+        self._decoding: _Decoding | None = None
+        """Those of the last batch, if there was nothing else in it."""
 
     @property
     def compiled(self) -> Compiled | None:
@@ -93,6 +108,7 @@ class GraphExecutor:
 
     def uninstall(self) -> None:
         """Drop the passes, and whatever they wrote to the KV cache."""
+        self._decoding = None
         self._passes.clear()
         self._logits = torch.empty(0)
         for slot in range(self._cache.slots):
@@ -100,6 +116,7 @@ class GraphExecutor:
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Compute a batch and return the logits of the wanted tokens, (wanted, vocab)."""
+        self._decoding = None
         others, plain = list[int](), list[int]()
         for index, segment in enumerate(batch.segments):
             (plain if len(segment.token_ids) == 1 and segment.adapter is None else others).append(index)
@@ -107,12 +124,29 @@ class GraphExecutor:
         if not groups:
             return self._inner.forward(batch)
         if not others and len(groups) == 1:
-            return self._decode(batch)
-        logits = []
+            logits = self._decode(batch)
+            self._decoding = self._continued(batch)
+            return logits
+        parts = []
         for part in [others, *groups] if others else groups:
             own = self._cache.pack([batch.segments[index] for index in part], [batch.wanted[index] for index in part])
-            logits.append(self._inner.forward(own) if part is others else self._decode(own))
-        return _in_order(torch.cat(logits), [*others, *(index for group in groups for index in group)], batch.wanted)
+            parts.append(self._inner.forward(own) if part is others else self._decode(own))
+        return _in_order(torch.cat(parts), [*others, *(index for group in groups for index in group)], batch.wanted)
+
+    def forward_next(self, tokens: Tensor) -> Tensor | None:
+        """Compute one more token of each sequence of the last batch, if one pass has decoded them all and does again.
+
+        Args: tokens: (rows,) int64 on the device.
+        Returns: their logits, (rows, vocab), until the next pass.
+        """
+        decoding, self._decoding = self._decoding, None
+        if decoding is None or not decoding.left:
+            return None
+        decoding.batch.advance(tokens)
+        decoding.compute()
+        decoding.left -= 1
+        self._decoding = decoding
+        return self._logits[: decoding.rows]
 
     def forget_adapter(self, adapter: LoraAdapter) -> None:
         """Let go of an adapter's weights."""
@@ -127,10 +161,21 @@ class GraphExecutor:
 
         return compute
 
+    def _pass_of(self, batch: PackedBatch) -> tuple[StaticBatch, Pass]:
+        rows = _at_least(self._rows, len(batch.segments))
+        return self._passes[rows, _at_least(self._keys, max(segment.end for segment in batch.segments))]
+
+    def _continued(self, batch: PackedBatch) -> _Decoding | None:
+        """Return a batch that one pass has decoded as what can go on; None where not all of its logits are known."""
+        if not all(batch.wanted):
+            return None
+        ends = [segment.end for segment in batch.segments]
+        left = min(_at_least(self._keys, end) - end for end in ends)
+        return _Decoding(*self._pass_of(batch), len(ends), left)
+
     def _decode(self, batch: PackedBatch) -> Tensor:
         """Compute one token of each segment."""
-        rows = _at_least(self._rows, len(batch.segments))
-        static, compute = self._passes[rows, _at_least(self._keys, max(segment.end for segment in batch.segments))]
+        static, compute = self._pass_of(batch)
         static.load(batch.segments)
         compute()
         # A copy: the next pass writes its logits to the same memory.
@@ -203,4 +248,4 @@ def _powers_of_two(first: int, last: int) -> list[int]:
 
 
 def _at_least(numbers: Sequence[int], needed: int) -> int:
-    return next(number for number in numbers if number >= needed)
+    return numbers[bisect_left(numbers, needed)]
