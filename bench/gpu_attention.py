@@ -6,9 +6,9 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from app.worker.execution.graphs.attention_choice import faster_by_length, pass_seconds, programs_at_once
+from app.worker.execution.graphs.attention_choice import faster_by_length, pass_seconds, split_kv_attention
 from app.worker.execution.graphs.cuda_graphs import CudaGraphs
-from app.worker.execution.graphs.decode_attention import DecodeAttention, PassAttention, masked_attention
+from app.worker.execution.graphs.decode_attention import DecodeAttention, masked_attention
 from app.worker.execution.graphs.graph_executor import Record
 from app.worker.execution.kv_cache import KVCache
 from app.worker.execution.packed_batch import Segment
@@ -38,12 +38,8 @@ def measure_attention(
     keys, length = (KEYS, LENGTH) if gpu else ((20, 60), 64)
     cache = _cache(shape, sizes[-1], length, device, torch.bfloat16 if gpu else torch.float32)
     record: Record = CudaGraphs().record if gpu else lambda compute: compute
-    kernel: PassAttention | None = None
     # Of a processor only masked attention is measured, unless Triton's interpreter is there.
-    if gpu or importlib.util.find_spec("triton") is not None:
-        from app.worker.execution.graphs.split_kv_attention import SplitKVAttention
-
-        kernel = SplitKVAttention(programs_at_once(cache.device))
+    kernel = split_kv_attention(cache.device) if gpu or importlib.util.find_spec("triton") is not None else None
     for rows in sizes:
         for name, ends in _lengths(rows, keys):
             with attempt(f"attention of {rows} rows, {name} keys"):

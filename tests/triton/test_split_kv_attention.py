@@ -240,7 +240,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gemma3", "phi3", "gpt neox"])
 def test_passes_compute_the_logits_of_torch(family: str) -> None:
     """Sequences of very different lengths share a pass, with prompts and guesses beside them."""
     ids = [[(7 * row + 3 * place + 1) % VOCABULARY for place in range(CONTEXT)] for row in range(SLOTS)]
@@ -258,7 +258,6 @@ def test_passes_compute_the_logits_of_torch(family: str) -> None:
         assert float((found - expected).norm()) <= 1e-4 * float(expected.norm())
 
 
-@pytest.mark.usefixtures("small_blocks")
 def test_greedy_completions_are_those_of_generate() -> None:
     """Of keys that the passes themselves wrote, in layers with a window and without."""
     model = make(FAMILIES["gemma3"])

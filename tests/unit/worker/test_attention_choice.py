@@ -39,9 +39,6 @@ class ByLength:
         self._unseen = unseen
         self._misread = misread
 
-    def __call__(self, programs: int) -> "ByLength":
-        return self
-
     @contextmanager
     def one_pass(self) -> Iterator[None]:
         yield

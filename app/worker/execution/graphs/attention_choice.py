@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,30 +26,23 @@ TIMED_KEYS = (256, 2048, 8192)
 """The lengths of slots in passes that are timed: the rows of a pass have between half as many keys and all of them."""
 ROUNDS = 5
 """How often a pass is timed; the least counts, since whatever else goes on only adds to it."""
-PROGRAMS_PER_PROCESSOR = 4
-"""Programs of a kernel that one of a GPU's processors may run at once."""
 
 
 def faster_by_length(
-    cache: KVCache, record: Record, attention: Callable[[int], PassAttention] | None = None
+    cache: KVCache, record: Record, attention: PassAttention | None = None
 ) -> Mapping[int, PassAttention]:
     """Return attention by the lengths of sequences for the numbers of rows for which it is faster than masked.
 
     Overwrites the KV cache, which has been written by a forward pass of the model.
 
     Args:
-        attention: is given how many programs the device runs at once; without it, our Triton kernel.
+        attention: what is tried; without it, our Triton kernel.
     Raises:
         ImportError: there is no Triton.
         ExecutorUnavailableError: it does not compute the same, or not these types.
         Whatever compiling it, or `record`, raises.
     """
-    if attention is None:
-        # It comes with torch's CUDA wheels, and nowhere else.
-        from app.worker.execution.graphs.split_kv_attention import SplitKVAttention
-
-        attention = SplitKVAttention
-    by_length = attention(programs_at_once(cache.device))
+    by_length = attention or split_kv_attention(cache.device)
     try:
         for layer in {spec: layer for layer, spec in cache.specs.items()}.values():
             _verify(cache, layer, record, by_length)
@@ -66,11 +59,15 @@ def faster_by_length(
     return faster
 
 
-def programs_at_once(device: torch.device) -> int:
-    """Return how many programs of a kernel a device runs at once."""
+def split_kv_attention(device: torch.device) -> PassAttention:
+    """Return our Triton kernel.  Raises: ImportError: there is no Triton."""
+    # It comes with torch's CUDA wheels, and nowhere else.
+    from app.worker.execution.graphs.split_kv_attention import SHARED_BYTES, SplitKVAttention
+
     if device.type != "cuda":
-        return 1
-    return PROGRAMS_PER_PROCESSOR * int(torch.cuda.get_device_properties(device).multi_processor_count)
+        return SplitKVAttention(1)
+    gpu = torch.cuda.get_device_properties(device)
+    return SplitKVAttention(gpu.multi_processor_count * max(1, gpu.shared_memory_per_multiprocessor // SHARED_BYTES))
 
 
 @torch.inference_mode()

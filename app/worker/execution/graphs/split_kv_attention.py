@@ -22,7 +22,9 @@ MIN_BLOCK = 16
 """The least numbers of rows, columns and products that matrix instructions take; less is filled up with zeros."""
 MAX_BLOCK_KEYS = 64
 BLOCK_BYTES = 32 << 10
-"""Of keys and values that a program reads at once; twice as much is in shared memory, of which GPUs have 99 KB."""
+"""Of keys and values that a program reads at once."""
+SHARED_BYTES = 75 << 10
+"""Of shared memory, that a program takes at most: the next keys are on their way while it computes."""
 MIN_PARTS = 8
 """Programs that share the keys of a row and KV head also where there are many rows: one of them may be much longer."""
 MAX_PARTS = 64
@@ -33,7 +35,7 @@ class SplitKVAttention:
     """The attention backend of a captured pass in which every token reads what it sees, wherever it is."""
 
     def __init__(self, programs: int) -> None:
-        """Args: programs: that are launched at least, if the rows can be divided so far; a GPU runs some at once."""
+        """Args: programs: that the device runs at once; rows are divided into as many, where there are fewer."""
         self._programs = programs
 
     @contextmanager
@@ -78,9 +80,9 @@ class SplitKVAttention:
         )
         if parts > 1:
             combine_parts[rows, heads](
-                *(found, sums, positions, out),
+                *(found, sums, positions, out, parts),
                 WINDOW=window,
-                PARTS=parts,
+                PARTS_BLOCK=_power_of_2(parts),
                 VALUE_SIZE=value_size,
                 VALUE_BLOCK=_block(value_size),
                 BLOCK_KEYS=block_keys,
@@ -88,9 +90,8 @@ class SplitKVAttention:
         return out
 
     def _parts(self, rows: int, blocks: int) -> int:
-        """Return among how many programs the keys of a row and KV head are divided: a power of two."""
-        wanted = max(MIN_PARTS, math.ceil(self._programs / rows))
-        return _power_of_2(min(wanted, MAX_PARTS, blocks))
+        """Return among how many programs the keys of a row and KV head are divided."""
+        return min(max(MIN_PARTS, self._programs // rows), MAX_PARTS, blocks)
 
 
 def _require_supported(query: Tensor, keys: Tensor, values: Tensor) -> None:

@@ -118,8 +118,9 @@ def combine_parts(
     sums,
     positions,
     out,
+    parts,
     WINDOW: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS_BLOCK: tl.constexpr,
     VALUE_SIZE: tl.constexpr,
     VALUE_BLOCK: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
@@ -128,14 +129,14 @@ def combine_parts(
     row = tl.program_id(0)
     at = row * tl.num_programs(1) + tl.program_id(1)
     first, end = _visible(positions, row, WINDOW)
-    part, dim = tl.arange(0, PARTS), tl.arange(0, VALUE_BLOCK)
-    used = part * _keys_of_part(first, end, PARTS, BLOCK_KEYS) < end - first
-    logarithms = tl.load(sums + at * PARTS + part, mask=used, other=float("-inf"))
+    part, dim = tl.arange(0, PARTS_BLOCK), tl.arange(0, VALUE_BLOCK)
+    used = part * _keys_of_part(first, end, parts, BLOCK_KEYS) < end - first
+    logarithms = tl.load(sums + at * parts + part, mask=used, other=float("-inf"))
     weights = tl.exp(logarithms - tl.max(logarithms, 0))
-    parts = tl.load(
-        found + (at * PARTS + part)[:, None] * VALUE_SIZE + dim[None, :],
+    each = tl.load(
+        found + (at * parts + part)[:, None] * VALUE_SIZE + dim[None, :],
         mask=used[:, None] & (dim < VALUE_SIZE)[None, :],
         other=0.0,
     )
-    mean = tl.sum(parts * weights[:, None], 0) / tl.sum(weights, 0)
+    mean = tl.sum(each * weights[:, None], 0) / tl.sum(weights, 0)
     tl.store(out + at * VALUE_SIZE + dim, mean, mask=dim < VALUE_SIZE)
