@@ -37,7 +37,7 @@ PYTHON_PROBLEM = $(strip $(shell \
 NEED_PYTHON = $(if $(PYTHON_PROBLEM),$(error Needs Python 3.11, 3.12 or 3.13, but $(PYTHON_PROBLEM). Name another with PYTHON=python3.12))
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test coverage test-native check check-all format-check lint lint-page vendor-page type-check imports lock-check format lock bench bench-overhead bench-remote bench-access load soak test-long test-clients test-vllm mlflow-server chaos fuzz \
+.PHONY: help install run test coverage test-native test-triton check check-all format-check lint lint-page vendor-page type-check imports lock-check format lock bench bench-overhead bench-remote bench-access load soak test-long test-clients test-vllm mlflow-server chaos fuzz \
 	build-docker run-docker stop-docker logs audit sbom licenses wheel docs clean
 
 help: ## List the commands
@@ -63,6 +63,9 @@ mlflow-server: $(VENV)/.installed-dev ## Install the MLflow server that some tes
 
 test-native: $(VENV)/.installed-dev ## Run the C++ tests of the kernels under sanitizers (needs g++, clang, libomp)
 	@$(PY) -m tests.native.run
+
+test-triton: $(VENV)/.installed-dev ## Run the GPU's Triton kernels interpreted, and compile them for GPUs (Triton is installed in .cache, 700 MB; no GPU needed)
+	@$(PY) -m tests.triton.run $(ARGS)
 
 # In the order of cost.
 check: lock-check format-check lint lint-page imports type-check ## Run every check that is not a test

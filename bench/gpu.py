@@ -3,10 +3,10 @@
     python -m bench.gpu [PART ...] [--shape 1b|8b] [--budget SECONDS] [--out FOLDER] [--dry]
 
 Parts: steps (as the service would choose), synchronous (each step is read before the next is launched), uncaptured
-(`compile: none`), compiled (`compile: layers`), peers, equality, memory; without any, all of them in this order.  Each
-is a process of its own, which ends at the budget's end: a part that loses the device takes no other with it.  Results
-are appended to FOLDER/gpu.jsonl as they come, and printed as a table at the end.  `--dry` tries it all on a processor
-with a tiny model.
+(`compile: none`), compiled (`compile: layers`), peers, equality, memory, attention; without any, all of them in this
+order.  Each is a process of its own, which ends at the budget's end: a part that loses the device takes no other with
+it.  Results are appended to FOLDER/gpu.jsonl as they come, and printed as a table at the end.  `--dry` tries it all on
+a processor with a tiny model.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any
 
 from bench.process import ROOT
 
-PARTS = ("steps", "synchronous", "uncaptured", "compiled", "peers", "equality", "memory")
+PARTS = ("steps", "synchronous", "uncaptured", "compiled", "peers", "equality", "memory", "attention")
 LEAST_SECONDS = 10
 """A part is not begun with less left."""
 

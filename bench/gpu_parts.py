@@ -30,6 +30,7 @@ from app.worker.loading.kv_memory import kv_cache_bytes, trial_step_bytes
 from app.worker.scheduling.batching_runner import BatchingRunner
 from app.worker.scheduling.step_time import GpuStepTime
 from app.worker.scheduling.trial_step import compute_largest_step
+from bench.gpu_attention import measure_attention
 from bench.model import Shape
 from bench.static_batch import generate as static_generate
 from bench.words import VOCABULARY, token_ids
@@ -363,6 +364,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "peers": measure_peers,
     "equality": measure_equality,
     "memory": measure_memory,
+    "attention": lambda bench: measure_attention(bench.note, bench.attempt, bench.shape, bench.device, bench.sizes),
 }
 
 

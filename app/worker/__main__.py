@@ -21,7 +21,7 @@ from app.garbage import imports_uncollected
 from app.ipc.interpreter import SPARE
 from app.ipc.messages import Start
 from app.ipc.worker_log import RecordFormatter
-from app.worker.code_folders import choose_inductor_folder
+from app.worker.code_folders import choose_compiler_folders
 from app.worker.heartbeat import PROGRESS, beat
 
 _PR_SET_PDEATHSIG = 1
@@ -85,7 +85,7 @@ def main() -> None:
     folder = sys.argv[1]
     pipe = _take_standard_output()
     threading.Thread(target=beat, args=[pipe], name="heartbeat", daemon=True).start()
-    choose_inductor_folder()
+    choose_compiler_folders()
     importing = threading.Thread(target=_import_worker, args=[SPARE in sys.argv], name="import", daemon=True)
     importing.start()
     line = sys.stdin.buffer.readline()

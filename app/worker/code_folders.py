@@ -21,8 +21,11 @@ from app.ipc.interpreter import CODE_FOLDERS
 
 log = logging.getLogger(__name__)
 
-_INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
-"""torch's variable for the folder of what torch.compile makes; torch creates it when it is imported."""
+_COMPILERS = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+"""The variables of torch.compile and of Triton for the folder of what they make, and its name in ours.
+
+torch creates the first when it is imported.
+"""
 
 _NEEDED_BYTES = 16 * 1024**2
 """Of free space, for a library and what the compiler makes on its way there."""
@@ -65,22 +68,24 @@ def require_free_space(folder: Path) -> None:
         raise OSError(errno.ENOSPC, "no space is left")
 
 
-def choose_inductor_folder() -> None:
-    """Name torch.compile a folder, unless the operator has: by default it is one that anybody can block by its name.
+def choose_compiler_folders() -> None:
+    """Name torch.compile and Triton a folder each, unless the operator has.
 
-    Call it before torch is imported, which fails otherwise.
+    By default torch's is one that anybody can block by its name, and Triton's is in a home that may be read-only.  Call
+    it before torch is imported, which fails otherwise.
     """
-    if _INDUCTOR not in os.environ:
-        # Without any usable folder, torch may still find one.
-        with suppress(OSError):
-            os.environ[_INDUCTOR] = str(in_code_folder(_make_inductor_folder))
+    for variable, name in _COMPILERS.items():
+        if variable not in os.environ:
+            # Without any usable folder, the compiler may still find one.
+            with suppress(OSError):
+                os.environ[variable] = str(in_code_folder(functools.partial(_make_compiler_folder, name)))
 
 
-def _make_inductor_folder(folder: Path) -> Path:
+def _make_compiler_folder(name: str, folder: Path) -> Path:
     require_free_space(folder)
-    inductor = folder / "inductor"
-    inductor.mkdir(mode=0o700, exist_ok=True)
-    return inductor
+    inside = folder / name
+    inside.mkdir(mode=0o700, exist_ok=True)
+    return inside
 
 
 def _candidates() -> list[Path]:

@@ -12,7 +12,9 @@ import torch
 
 from app.ipc.messages import Compile
 from app.worker.execution.base import ExecutorUnavailableError, OptionalExecutor
+from app.worker.execution.graphs.attention_choice import faster_by_length
 from app.worker.execution.graphs.cuda_graphs import CudaGraphs
+from app.worker.execution.graphs.decode_attention import PassAttention
 from app.worker.execution.graphs.graph_executor import GraphExecutor, Record
 from app.worker.execution.kv_cache import KVCache
 from app.worker.execution.model_runner import ModelRunner
@@ -114,6 +116,13 @@ def install_graphs(runner: ModelRunner, record: Record) -> None:
     Raises: ExecutorUnavailableError: their logits differ.  Whatever `record` raises.
     """
     runner.record = record
+    by_length: dict[int, PassAttention] = {}
+    _optional("attention of decoding is", lambda: by_length.update(faster_by_length(runner.cache, record)))
+    if not by_length or not _optional("attention of decoding is", lambda: _install_graphs(runner, record, by_length)):
+        _install_graphs(runner, record, {})
+
+
+def _install_graphs(runner: ModelRunner, record: Record, by_length: Mapping[int, PassAttention]) -> None:
     tolerance = COMPILED_TOLERANCE.get(runner.model.dtype, 0)
     weight_bytes = sum(weight.numel() * weight.element_size() for weight in runner.model.parameters())
     executor = GraphExecutor(
@@ -123,6 +132,7 @@ def install_graphs(runner: ModelRunner, record: Record) -> None:
         lambda found, expected: runner.verify_logits(found, expected, tolerance),
         # A pass reads all weights once.
         pass_keys=weight_bytes // max(1, runner.cache.bytes_per_token),
+        by_length=by_length,
     )
     install_verified(runner, executor, tolerance)
 

@@ -11,7 +11,13 @@ from bench import gpu, gpu_parts
 
 @pytest.mark.parametrize(
     ("part", "what"),
-    [("steps", "step"), ("synchronous", "step"), ("equality", "equality"), ("memory", "memory back")],
+    [
+        ("steps", "step"),
+        ("synchronous", "step"),
+        ("equality", "equality"),
+        ("memory", "memory back"),
+        ("attention", "attention"),
+    ],
 )
 def test_every_part_runs_dry(part: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the passes that a GPU captures."""
@@ -23,7 +29,11 @@ def test_every_part_runs_dry(part: str, what: str, tmp_path: Path, monkeypatch: 
     found = [json.loads(line) for line in results.read_text().splitlines()]
     assert [] == [line for line in found if line["what"] == "failed"]
     assert what in {line["what"] for line in found}
-    assert {"graphs"} == {line["compiled"] for line in found if "compiled" in line} or part in {"memory", "synchronous"}
+    assert {"graphs"} == {line["compiled"] for line in found if "compiled" in line} or part in {
+        "memory",
+        "synchronous",
+        "attention",
+    }
     assert all(line["single"] == line["prompts"] == line["batched"] for line in found if line["what"] == "equality")
 
 

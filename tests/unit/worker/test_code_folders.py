@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from app.ipc.interpreter import CODE_FOLDERS
-from app.worker.code_folders import choose_inductor_folder
+from app.worker.code_folders import choose_compiler_folders
 from app.worker.execution.native import native_build
 from app.worker.execution.native.native_build import CompileError, build_kernel_library
 
@@ -103,20 +103,25 @@ def test_without_any_usable_folder_the_reason_is_that_of_the_last(folders: tuple
         build_kernel_library("gemm_packed")
 
 
-def test_torch_is_given_a_folder_that_it_can_create(
-    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("variable", "name"), [("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")]
+)
+def test_a_compiler_is_given_a_folder_that_it_can_create(
+    variable: str, name: str, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its own choice is a name in the temporary directory that anything can block; the operator's choice stays."""
+    """Its own choice is a name that anything can block or a home that is read-only; the operator's choice stays."""
     best, second = folders
     _dangling_link(best)
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/another")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/another")
+    monkeypatch.delenv(variable)
 
-    choose_inductor_folder()
-    assert str(second / "inductor") == os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    choose_compiler_folders()
+    assert str(second / name) == os.environ[variable]
 
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/theirs")
-    choose_inductor_folder()
-    assert "/theirs" == os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    monkeypatch.setenv(variable, "/theirs")
+    choose_compiler_folders()
+    assert "/theirs" == os.environ[variable]
 
 
 BUILD = """

@@ -1,14 +1,35 @@
 """Attention of one token in each of some slots, in operators whose shapes do not depend on the tokens' positions."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from app.worker.execution.base import AttentionSpec
+from app.worker.execution.base import AttentionBackend, AttentionSpec
 from app.worker.execution.dot_product import additive_mask, scaled_dot_product
 from app.worker.execution.packed_batch import PackedBatch
+
+COPY_COST = 3
+"""Reading a key of a slot that is copied first takes so many times as long as reading it where it lies."""
+
+
+class PassAttention(AttentionBackend, Protocol):
+    """An attention backend whose operators have the same shapes wherever the tokens of a batch are."""
+
+    def one_pass(self) -> AbstractContextManager[None]:
+        """Keep what the layers of one pass share while that is computed."""
+
+
+def write_tokens(states: Tensor, storage: Tensor, batch: PackedBatch) -> None:
+    """Write the new keys or values, (1, KV heads, tokens, size), to `storage`, (slots, KV heads, length, size)."""
+    storage[batch.slots, :, batch.positions[0]] = states[0].transpose(0, 1)
+
+
+def masked_attention(rows: int, keys: int, slots: int) -> "DecodeAttention":
+    """Return masked attention of so many rows to the first keys of their slots, read in the faster way."""
+    return DecodeAttention(keys, whole=COPY_COST * rows >= slots)
 
 
 class DecodeAttention:
@@ -32,7 +53,7 @@ class DecodeAttention:
 
     def write(self, states: Tensor, storage: Tensor, batch: PackedBatch) -> None:
         """Write the new keys or values, (1, KV heads, tokens, size), to `storage`, (slots, KV heads, length, size)."""
-        storage[batch.slots, :, batch.positions[0]] = states[0].transpose(0, 1)
+        write_tokens(states, storage, batch)
 
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, batch: PackedBatch, spec: AttentionSpec, scale: float

@@ -9,7 +9,7 @@ token without an adapter (prompts, guesses, adapters) is left to another executo
 import logging
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from app.ipc.messages import Compiled
 from app.worker.execution.base import Executor, ExecutorUnavailableError
-from app.worker.execution.graphs.decode_attention import DecodeAttention
+from app.worker.execution.graphs.decode_attention import PassAttention, masked_attention
 from app.worker.execution.kv_cache import KVCache
 from app.worker.execution.lora import LoraAdapter
 from app.worker.execution.packed_batch import PackedBatch, Segment, StaticBatch
@@ -27,8 +27,6 @@ log = logging.getLogger(__name__)
 
 MIN_KEYS = 256
 """Keys that every row has room for in a pass; each larger number is twice the one before."""
-COPY_COST = 3
-"""Reading a key of a slot that is copied first takes so many times as long as reading it where it lies."""
 MAX_ROW_ERROR = 0.5
 """How far the logits of one row may be off, as a share of their norm; those of another row are farther."""
 TRIAL_IDS = 16
@@ -67,18 +65,24 @@ class GraphExecutor:
         *,
         pass_keys: int = 0,
         min_keys: int = MIN_KEYS,
+        by_length: Mapping[int, PassAttention] | None = None,
     ) -> None:
         """Args:
         cache: has been written by a forward pass of the model.
         pass_keys: a pass takes as long as reading so many keys, attention apart.
+        by_length: attention that reads what each token sees and no more, for some numbers of rows: one pass for all
+            lengths.  Masked attention computes the others.
         """
         self._inner = inner
         self._cache = cache
         self._record = record
         self._verify = verify
         self._pass_keys = pass_keys
-        self._rows = _powers_of_two(1, cache.slots)
-        self._keys = _powers_of_two(min_keys, cache.length)
+        self._by_length = by_length or {}
+        self._rows = powers_of_two(1, cache.slots)
+        masked = powers_of_two(min_keys, cache.length)
+        self._keys = {rows: [cache.length] if rows in self._by_length else masked for rows in self._rows}
+        """The numbers of keys that passes of so many rows are recorded for."""
         self._passes: dict[tuple[int, int], tuple[StaticBatch, Pass]] = {}
         self._logits = torch.empty(0)
         """(slots, vocab) of the last pass."""
@@ -101,7 +105,7 @@ class GraphExecutor:
         self._logits = probe.new_empty((self._cache.slots, probe.shape[1]))
         for rows in reversed(self._rows):
             batch = StaticBatch(rows, probe.device)
-            for keys in reversed(self._keys):
+            for keys in reversed(self._keys[rows]):
                 self._passes[rows, keys] = batch, self._record(self._pass(batch, keys))
         self._verify_passes()
         log.info("%d passes were recorded in %.1f s", len(self._passes), time.perf_counter() - began)
@@ -153,7 +157,7 @@ class GraphExecutor:
         self._inner.forget_adapter(adapter)
 
     def _pass(self, batch: StaticBatch, keys: int) -> Pass:
-        attention = DecodeAttention(keys, whole=COPY_COST * batch.size >= self._cache.slots)
+        attention = self._by_length.get(batch.size) or masked_attention(batch.size, keys, self._cache.slots)
 
         def compute() -> None:
             with self._cache.reading(batch, attention), attention.one_pass():
@@ -163,15 +167,15 @@ class GraphExecutor:
 
     def _pass_of(self, batch: PackedBatch) -> tuple[StaticBatch, Pass]:
         rows = _at_least(self._rows, len(batch.segments))
-        return self._passes[rows, _at_least(self._keys, max(segment.end for segment in batch.segments))]
+        return self._passes[rows, _at_least(self._keys[rows], max(segment.end for segment in batch.segments))]
 
     def _continued(self, batch: PackedBatch) -> _Decoding | None:
         """Return a batch that one pass has decoded as what can go on; None where not all of its logits are known."""
         if not all(batch.wanted):
             return None
         ends = [segment.end for segment in batch.segments]
-        left = min(_at_least(self._keys, end) - end for end in ends)
-        return _Decoding(*self._pass_of(batch), len(ends), left)
+        keys = self._keys[_at_least(self._rows, len(ends))]
+        return _Decoding(*self._pass_of(batch), len(ends), left=min(_at_least(keys, end) - end for end in ends))
 
     def _decode(self, batch: PackedBatch) -> Tensor:
         """Compute one token of each segment."""
@@ -188,7 +192,8 @@ class GraphExecutor:
 
         Short ones have a pass of their own where reading as many keys as the longest has would take longer.
         """
-        keys = {index: _at_least(self._keys, batch.segments[index].end) for index in indices}
+        buckets = self._keys[_at_least(self._rows, len(indices))]
+        keys = {index: _at_least(buckets, batch.segments[index].end) for index in indices}
         groups, left = list[list[int]](), list(indices)
         for shorter in sorted(set(keys.values()), reverse=True)[1:]:
             longer = [index for index in left if keys[index] > shorter]
@@ -218,7 +223,7 @@ class GraphExecutor:
             ]
             batch = self._cache.pack(decodes, [True] * len(decodes))
             expected = self._inner.forward(batch).float()
-            for keys in self._keys:
+            for keys in self._keys[rows]:
                 static, compute = self._passes[rows, keys]
                 static.load(decodes)
                 compute()
@@ -238,7 +243,7 @@ def _in_order(logits: Tensor, order: Sequence[int], wanted: Sequence[int]) -> Te
     return logits.index_select(0, torch.tensor(rows).to(logits.device, non_blocking=True))
 
 
-def _powers_of_two(first: int, last: int) -> list[int]:
+def powers_of_two(first: int, last: int) -> list[int]:
     """Return `first`, twice as much and so on, and `last`."""
     numbers = []
     while first < last:
