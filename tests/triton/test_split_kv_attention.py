@@ -283,4 +283,4 @@ def test_the_trial_at_load_takes_the_kernel_for_equal(caplog: pytest.LogCaptureF
         faster = faster_by_length(runner.cache, lambda compute: compute)
 
     assert not faster
-    assert "attention of decoding by lengths is used for 0 of 3" in caplog.text
+    assert "attention by lengths is used for 0 of 3 sizes of passes" in caplog.text

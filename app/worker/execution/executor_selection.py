@@ -116,9 +116,9 @@ def install_graphs(runner: ModelRunner, record: Record) -> None:
     Raises: ExecutorUnavailableError: their logits differ.  Whatever `record` raises.
     """
     runner.record = record
-    by_length: dict[int, PassAttention] = {}
-    _optional("attention of decoding is", lambda: by_length.update(faster_by_length(runner.cache, record)))
-    if not by_length or not _optional("attention of decoding is", lambda: _install_graphs(runner, record, by_length)):
+    what, by_length = "attention in recorded passes is", dict[int, PassAttention]()
+    _optional(what, lambda: by_length.update(faster_by_length(runner.cache, record)))
+    if not by_length or not _optional(what, lambda: _install_graphs(runner, record, by_length)):
         _install_graphs(runner, record, {})
 
 

@@ -95,7 +95,7 @@ def test_it_is_used_for_the_numbers_of_rows_for_which_it_is_faster(caplog: pytes
         faster = faster_by_length(long_runner().cache, called, ByLength(slow_rows=4))
 
     assert [1, 2] == list(faster)
-    assert "attention of decoding by lengths is used for 2 of 4: 1 rows " in caplog.text
+    assert "attention by lengths is used for 2 of 4 sizes of passes: 1 rows " in caplog.text
 
 
 @pytest.mark.parametrize("wrong", [ByLength(unseen=1), ByLength(misread=True)], ids=["a key more", "another slot"])
@@ -195,7 +195,7 @@ def test_whatever_fails_leaves_masked_attention(
     with caplog.at_level(logging.WARNING, executor_selection.__name__):
         install_graphs(runner, called)
 
-    assert f"attention of decoding is left to torch: {reason}" in caplog.text
+    assert f"attention in recorded passes is left to torch: {reason}" in caplog.text
     assert "graphs" == runner.compiled
     for found, wanted in zip(decode_everywhere(runner), expected, strict=True):
         assert float((found - wanted).norm()) <= 1e-4 * float(wanted.norm())

@@ -55,7 +55,7 @@ def faster_by_length(
         if found < masked:
             faster[rows] = by_length
         lines.append(f"{rows} rows {1000 * found:.2f} ms, masked {1000 * masked:.2f}")
-    log.info("attention of decoding by lengths is used for %d of %d: %s", len(faster), len(lines), "; ".join(lines))
+    log.info("attention by lengths is used for %d of %d sizes of passes: %s", len(faster), len(lines), "; ".join(lines))
     return faster
 
 
