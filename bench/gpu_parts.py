@@ -23,10 +23,12 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig
 from app.ipc.messages import Compile, Submit, TokenEvent
 from app.types import SamplingParams
 from app.worker.execution.executor_selection import install_graphs, select_executor
+from app.worker.execution.model_runner import ModelRunner
 from app.worker.execution.private_api import attention_implementation
 from app.worker.execution.torch.torch_executor import create_torch_runner
 from app.worker.loaded_model import LoadedModel
 from app.worker.loading.kv_memory import kv_cache_bytes, trial_step_bytes
+from app.worker.sampling.device_sampler import DeviceSampler
 from app.worker.scheduling.batching_runner import BatchingRunner
 from app.worker.scheduling.step_time import GpuStepTime
 from app.worker.scheduling.trial_step import compute_largest_step
@@ -114,11 +116,17 @@ class Driven:
         step = trial_step_bytes(model, chunk)
         free = min(kv_cache_bytes(bench.device, step_bytes=step), 10**9 if bench.dry else 1 << 62)
         model_runner = create_torch_runner(model, length=CONTEXT, slots=slots, free_bytes=free)
+        samplers = list[DeviceSampler]()
+
+        def largest_step(runner: ModelRunner) -> None:
+            samplers.append(compute_largest_step(runner, chunk))
+
         if bench.dry and setting == "auto":
-            # The passes that a GPU captures, called.
+            # The passes and the sampling that a GPU captures, called.
             install_graphs(model_runner, lambda compute: compute)
+            largest_step(model_runner)
         else:
-            select_executor(model_runner, setting, largest_step=lambda runner: compute_largest_step(runner, chunk))
+            select_executor(model_runner, setting, largest_step=largest_step)
         pipeline: Any = None
         loaded = LoadedModel(
             pipeline=pipeline,
@@ -131,7 +139,13 @@ class Driven:
             end_ids=(),
             pad_id=0,
         )
-        self.runner = BatchingRunner(loaded, model_runner, prefix_reuse=False, asynchronous=asynchronous)
+        self.runner = BatchingRunner(
+            loaded,
+            model_runner,
+            prefix_reuse=False,
+            asynchronous=asynchronous,
+            device_sampler=next(iter(samplers), None),
+        )
         self._last = 0
 
     def submit(self, prompt: Sequence[int], **params: Any) -> int:

@@ -152,8 +152,9 @@ class DeviceSampler:
 
     def _sample(self, logits: Tensor, rows: Sequence[SampledRow], layout: _Layout) -> DeviceTokens:
         parts = [group.step(group.rows.gather(logits)) for group in layout.groups]
-        none = torch.zeros(0, dtype=torch.long, device=self._device)
-        tokens = layout.place.gather(parts[0] if len(parts) == 1 else torch.cat([none, *parts]))
+        if not parts:
+            parts = [torch.zeros(0, dtype=torch.long, device=self._device)]
+        tokens = layout.place.gather(parts[0] if len(parts) == 1 else torch.cat(parts))
         packed = pack_sampled(logits, tokens, layout.reported, layout.samplers)
         # Where anything fails, the state of the rows is unknown.
         self._rows, self._steps = rows, self._steps + 1

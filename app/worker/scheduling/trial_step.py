@@ -55,7 +55,7 @@ def _record(sampler: DeviceSampler, record: Record) -> None:
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:  # noqa: BLE001  # whatever cannot be captured is launched
-        log.warning("sampling is launched operator by operator: %s: %s", type(error).__name__, error)
+        log.warning("the kernels of sampling are launched one by one: %s: %s", type(error).__name__, error)
 
 
 def _segments(runner: ModelRunner, prompt_tokens: int) -> Iterator[Segment]:

@@ -172,6 +172,12 @@ def test_more_rows_than_are_recorded_are_launched(monkeypatch: pytest.MonkeyPatc
     assert 1 == counting.replays
 
 
+def test_a_step_of_prompts_alone_samples_nothing() -> None:
+    found = OnDevice(2).sampler.sample(noise(1, VOCAB)[:0], [])
+
+    assert (0, []) == (len(found.tokens), found.read())
+
+
 def test_settings_are_written_only_when_rows_come_or_go(monkeypatch: pytest.MonkeyPatch) -> None:
     device, written = OnDevice(3).sampler, list[int]()
     write = SamplingGraphs.step

@@ -21,6 +21,8 @@ from app.worker.execution.graphs.graph_executor import GraphExecutor, Pass
 from app.worker.execution.model_runner import ModelRunner
 from app.worker.execution.packed_batch import Segment
 from app.worker.execution.torch.equivalence import torch_runner
+from app.worker.sampling.device_sampler import DeviceSampler
+from app.worker.scheduling import trial_step
 from app.worker.scheduling.batching_runner import BatchingRunner
 from app.worker.scheduling.trial_step import compute_largest_step
 from tests.unit.worker.families import CONTEXT, FAMILIES, VOCABULARY, loaded, make
@@ -300,6 +302,40 @@ def test_there_are_as_many_slots_as_leave_memory(
     events = run(runner)
     expected = [generate(on_a_gpu.model, prompt) for prompt in PROMPTS]
     assert expected == [completion_of(events, number) for number in range(len(PROMPTS))]
+
+
+@pytest.mark.parametrize("fault", [None, "capture"])
+def test_sampling_is_captured_beside_the_passes(
+    fault: str | None, on_a_gpu: ModelRunner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What cannot be is launched as it was, and said; either way what is sampled is right."""
+    replayed, samplers = list[Pass](), list[DeviceSampler]()
+
+    def capture(self: CudaGraphs, compute: Pass) -> Any:
+        sampling = "SamplingGraphs" in compute.__qualname__
+        if sampling and fault is not None:
+            raise torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing")
+
+        def replay() -> None:
+            if sampling:
+                replayed.append(compute)
+            compute()
+
+        return type("Graph", (), {"replay": staticmethod(replay)})
+
+    monkeypatch.setattr(CudaGraphs, "_capture", capture)
+    with caplog.at_level(logging.WARNING, trial_step.__name__):
+        select_executor(on_a_gpu, "auto", largest_step=lambda runner: samplers.append(compute_largest_step(runner, 20)))
+    on_a_gpu.model.__class__ = type(on_a_gpu.model).__mro__[1]
+    replayed.clear()
+    runner = BatchingRunner(loaded(on_a_gpu.model), on_a_gpu, asynchronous=True, device_sampler=samplers[0])
+    submit(runner, PROMPTS[2], max_tokens=6)
+    events = run(runner)
+
+    assert "graphs" == on_a_gpu.compiled
+    assert generate(on_a_gpu.model, PROMPTS[2])[:6] == completion_of(events, 1)
+    assert (0 if fault else 6) == len(replayed)
+    assert bool(fault) == ("the kernels of sampling are launched one by one" in caplog.text)
 
 
 def test_where_one_slot_is_too_many_prompts_are_computed_in_pieces(
