@@ -49,8 +49,8 @@ install: $(VENV)/.installed ## Make .venv and install the service (TORCH_INDEX_U
 run: $(VENV)/.installed ## Start the service, after installing it if need be (ARGS="--port 9000")
 	@exec $(PY) -m app serve $(ARGS)
 
-# Three for two cores: many tests wait for a process that starts, a clock or a disk.
-PYTEST := $(PY) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+# Four for two cores: many tests wait for a process that starts, a clock or a disk.
+PYTEST := $(PY) -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.installed-dev ## Run the tests (ARGS="tests/unit -k cache")
 	@$(PYTEST) $(ARGS)

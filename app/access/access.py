@@ -74,9 +74,14 @@ class AccessControl:
         """
         if self._opened:
             return
-        await self.database.migrate()
-        if self._bootstrap_key:
-            await self.keys.create(role=ADMIN, key=self._bootstrap_key)
+        try:
+            await self.database.migrate()
+            if self._bootstrap_key:
+                await self.keys.create(role=ADMIN, key=self._bootstrap_key)
+        except BaseException:
+            # A thread of the driver that reports to a loop which is over writes a traceback behind the reason.
+            await self.database.close()
+            raise
         self._opened = True
 
     async def start(self) -> None:

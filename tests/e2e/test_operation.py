@@ -163,7 +163,8 @@ def test_sigterm_ends_every_stream_with_a_last_event_and_leaves_no_process(start
     # Uncompiled, so that the long ones are not done within the grace period.
     service = start(APP__SHUTDOWN_GRACE_SECONDS="5", MODEL__COMPILE="none")
     processes = [psutil.Process(service.process.pid), service.worker()]
-    threads, last = stream_in_threads(service, [COUNT, LONG, COUNT, LONG])
+    short = {**COUNT, "max_tokens": 60}
+    threads, last = stream_in_threads(service, [short, LONG, short, LONG])
 
     service.process.send_signal(signal.SIGTERM)
     signalled = time.monotonic()
@@ -175,7 +176,7 @@ def test_sigterm_ends_every_stream_with_a_last_event_and_leaves_no_process(start
 
     assert (503, "service_unavailable") == (refused.status_code, refused.json()["error"])
     assert "retry-after" in refused.headers
-    assert [("done", "abort")] * 2 + [("done", "stop")] * 2 == sorted(last)
+    assert [("done", "abort")] * 2 + [("done", "length")] * 2 == sorted(last)
     assert took > 4.9
     assert 0 == service.process.wait(HANG_SECONDS)
     wait_for(lambda: not any(process.is_running() for process in processes))

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from tests.e2e.conftest import KEY, ROOT, environment
-from tests.ports import free_port
+from tests.ports import NO_TLS, free_port
 from tests.waiting import HANG_SECONDS, START_SECONDS, wait_for
 
 pytestmark = pytest.mark.e2e
@@ -52,7 +52,7 @@ def started(
 
 def answers(url: str, path: str = "/readyz") -> bool:
     try:
-        return httpx.get(f"{url}{path}").status_code == 200
+        return httpx.get(f"{url}{path}", verify=NO_TLS).status_code == 200
     except httpx.TransportError:
         return False
 

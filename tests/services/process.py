@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.ports import free_port
+from tests.ports import NO_TLS, free_port
 from tests.waiting import START_SECONDS
 from tests.web.access import ADMIN_KEY
 
@@ -30,7 +30,8 @@ class ServiceProcess:
     output: Path
 
     def client(self, key: str = ADMIN_KEY) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self.address, headers={"X-API-Key": key}, timeout=START_SECONDS)
+        headers = {"X-API-Key": key}
+        return httpx.AsyncClient(base_url=self.address, headers=headers, timeout=START_SECONDS, verify=NO_TLS)
 
     async def ready(self, seconds: float = START_SECONDS) -> None:
         """Wait until it says so; fails where the process ends instead."""

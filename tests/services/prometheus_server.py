@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from tests.ports import free_port
+from tests.ports import NO_TLS, free_port
 
 SCRAPE_SECONDS = 0.25
 
@@ -31,7 +31,7 @@ class PrometheusServer:
 
     def query(self, expression: str) -> list[dict[str, Any]]:
         """Return the series of an expression now.  Raises: AssertionError: it cannot be evaluated."""
-        answer = httpx.get(f"{self.url}/api/v1/query", params={"query": expression}).json()
+        answer = httpx.get(f"{self.url}/api/v1/query", params={"query": expression}, verify=NO_TLS).json()
         assert "success" == answer["status"], (expression, answer)
         found: list[dict[str, Any]] = answer["data"]["result"]
         return found
@@ -66,7 +66,7 @@ def _wait(server: PrometheusServer, process: "subprocess.Popen[bytes]", log: Pat
         if process.poll() is not None:
             break
         try:
-            if httpx.get(f"{server.url}/-/ready").status_code == 200:
+            if httpx.get(f"{server.url}/-/ready", verify=NO_TLS).status_code == 200:
                 return
         except httpx.TransportError:
             pass

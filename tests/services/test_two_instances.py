@@ -9,6 +9,7 @@ import httpx
 import pytest
 from openai import AsyncOpenAI, RateLimitError
 
+from tests.ports import NO_TLS
 from tests.services.process import ROOT, ServiceProcess, serving
 from tests.services.redis_server import RedisServer
 from tests.services.round_robin import round_robin
@@ -135,4 +136,4 @@ async def _tokens(address: str, key: str, times: int) -> int:
 
 
 def _client(address: str, key: str) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=address, headers={"X-API-Key": key}, timeout=START_SECONDS)
+    return httpx.AsyncClient(base_url=address, headers={"X-API-Key": key}, timeout=START_SECONDS, verify=NO_TLS)

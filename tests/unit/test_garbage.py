@@ -33,7 +33,7 @@ def test_what_was_imported_is_left_out_of_later_rounds():
 
     with imports_uncollected():
         enabled = gc.isenabled()
-        imported = [[] for _ in range(1000)]
+        imported: list[list[int]] = [[] for _ in range(1000)]
 
     assert (False, True) == (enabled, gc.isenabled())
     assert gc.get_freeze_count() >= before + len(imported)

@@ -21,7 +21,8 @@ async def test_objects_alive_when_the_model_is_ready_are_frozen_for_the_garbage_
     server: Any = SimpleNamespace(stopping=False, listening=asyncio.Event())
     server.listening.set()
 
-    alive, frozen = [], []
+    alive: list[list[int]] = []
+    frozen: list[int] = []
 
     async def ready() -> None:
         alive.extend([] for _ in range(10_000))

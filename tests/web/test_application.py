@@ -1,6 +1,7 @@
 """The application as `create_app` builds it, with the echo engine: what is wired to what."""
 
 import json
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -231,3 +232,20 @@ def test_files_and_names_that_do_not_exist_end_the_start(
         create_app(load_settings(tmp_path / "none.yml", None, **given))
 
     assert message in str(refused.value)
+
+
+async def test_a_start_that_is_refused_leaves_no_thread_of_the_database(tmp_path: Path):
+    """One that outlived the loop wrote a traceback between the reason and the end."""
+    (tmp_path / "service.db").write_text("This is no database, but as long as one. " * 1000)
+    given: dict[str, Any] = {
+        "app": {"data_dir": tmp_path},
+        "model": {"engine": "echo"},
+        "security": {"api_key": "x" * 20},
+    }
+    app = create_app(load_settings(tmp_path / "none.yml", None, **given))
+    before = set(threading.enumerate())
+
+    with pytest.raises(ConfigError, match="not a database"):
+        await app.state.container.access.open()
+
+    assert before >= set(threading.enumerate())
