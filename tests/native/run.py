@@ -30,7 +30,7 @@ WARNINGS = (
 )
 EMULATED_TILES = "-DLLMK_EMULATE_TILES=1"
 PACKAGES = "g++ clang libomp-dev libclang-rt-dev"
-SECONDS = 120
+SECONDS = 300
 """For each compilation and each test."""
 
 
