@@ -398,7 +398,10 @@ async def test_no_worker_outlives_its_service(folder: Path, short_folder: Path, 
         if state == "while it is suspended":
             for each in interpreters:
                 # A process that is younger than this has not yet asked to be told of the death.
-                await until(partial(lambda process: process.cpu_times().user > 0.5, psutil.Process(each)))
+                process = psutil.Process(each)
+                await until(partial(lambda process: process.cpu_times().user > 0.5, process), START_SECONDS)
+            # All at once: a service soon kills a worker that is suspended alone.
+            for each in interpreters:
                 os.kill(each, signal.SIGSTOP)
 
         service.kill()
