@@ -35,7 +35,7 @@ class Executor(Protocol):
 
 @runtime_checkable
 class DecodingExecutor(Protocol):
-    """An executor that continues the sequences of the last batch without being told where they are."""
+    """An executor that continues the sequences of the last batch, whose slots and positions it knows."""
 
     def forward_next(self, tokens: Tensor) -> Tensor | None:
         """Compute one more token of each of these sequences.

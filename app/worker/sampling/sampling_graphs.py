@@ -14,7 +14,7 @@ from app.worker.execution.base import ExecutorUnavailableError
 from app.worker.sampling.sampling_step import Method, RowSettings, SlotStates, sample_step
 
 ENTRIES = 1024
-"""Biases, and tokens that may not come yet, that a recorded step has room for."""
+"""Biases, and tokens that may not come yet, that a recorded step can hold."""
 MAX_ROWS = 256
 """More rows are sampled by launches: they take longer than launching them does, and memory for logits."""
 

@@ -1,6 +1,6 @@
 """One step of sampling, for rows of one method, in operators that a graph can hold.
 
-What is done depends on the method and on shapes alone; everything else is in tensors: the settings of the rows, which
+What is done depends only on the method and on shapes; everything else is in tensors: the settings of the rows, which
 stay the same from step to step, and the state of the slots, which a step moves on.  Called by `device_sampler.py`.
 """
 
@@ -34,7 +34,7 @@ class SampledRow(NamedTuple):
 
 
 class Method(NamedTuple):
-    """How a row is sampled, which follows from its own settings alone."""
+    """How a row is sampled, which follows only from its own settings."""
 
     kind: str
     """`greedy`, `unsorted` or `sorted`."""
@@ -57,7 +57,7 @@ class SlotStates:
         """(slots, vocab), whether a token is in a prompt that has a repetition penalty; (0, vocab) as long."""
 
     def allocate_counts(self) -> None:
-        """Make room for what penalties need."""
+        """Allocate what penalties need."""
         if not len(self.counts):
             self.counts, self.prompts = (each.new_zeros(self._shape) for each in (self.counts, self.prompts))
 

@@ -32,7 +32,7 @@ class LiveRequest:
 
     @property
     def tokens_left(self) -> int:
-        """Tokens that it may still have, those in flight apart."""
+        """Tokens that it may still have, without those in flight."""
         return self.request.params.max_tokens - self.completion_tokens - self.sequence.in_flight
 
 

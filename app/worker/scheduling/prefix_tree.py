@@ -37,7 +37,7 @@ class PrefixTree:
         return sum(len(tokens) for _, tokens in path), [self._blocks[edge] for edge in path]
 
     def insert(self, owner: Owner, token_ids: TokenIds[int], *, keep: Collection[int] = ()) -> tuple[int, list[int]]:
-        """Store a prefix, as far as there is room.
+        """Store a prefix, as far as there are free blocks or unused ones to evict.
 
         Args: keep: blocks that stay.
         Returns: the token that the new blocks begin with, and the blocks, to be written in this order.

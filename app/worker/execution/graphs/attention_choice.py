@@ -122,7 +122,7 @@ def _seconds(cache: KVCache, rows: int, record: Record, attention: PassAttention
 def pass_seconds(cache: KVCache, keys: Sequence[int], record: Record, attention: PassAttention) -> float:
     """Return how long the attention of all layers takes: in one alone, the device's cache would hold the keys.
 
-    Args: keys: that the token in each of the first slots sees, windows apart.
+    Args: keys: that the token in each of the first slots sees, if no window hides some.
     """
     rows = len(keys)
     batch = StaticBatch(rows, cache.device)
