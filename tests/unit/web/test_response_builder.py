@@ -1,7 +1,10 @@
 """How the events of a generation become the items and the frames of a response."""
 
+import itertools
 import json
 from typing import Any
+
+import pytest
 
 from app.errors import EngineFailed
 from app.events import Delta, DetokenizedLogprob, Event, Finished, FinishedSample, Started, ToolCallDelta
@@ -72,6 +75,17 @@ def test_a_response_that_cannot_be_stored_fails_and_nothing_else():
     assert ["response.failed"] == [each["type"] for each in last]
     assert list(range(len(sent) + 1)) == [each["sequence_number"] for each in sent + last]
     assert "failed" == last[0]["response"]["status"]
+
+
+def test_a_response_was_completed_in_one_second(monkeypatch: pytest.MonkeyPatch):
+    """The same in the last frame, in the object that is sent and in the one that is stored, however late."""
+    seconds = itertools.count(1_800_000_000)
+    monkeypatch.setattr("app.web.openai.responses.builder.time.time", lambda: float(next(seconds)))
+    builder, sent = built(Started(), Delta(text="Hi"), END)
+
+    moments = [sent[-1]["response"]["completed_at"], builder.object()["completed_at"], builder.object()["completed_at"]]
+    assert [1_800_000_001] * 3 == moments
+    assert [None] * 2 == [each["response"]["completed_at"] for each in sent[:2]]
 
 
 def test_each_item_is_masked_by_itself():

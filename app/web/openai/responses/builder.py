@@ -110,6 +110,7 @@ class ResponseBuilder:
         """Of tokens without text of their own, before the first item."""
         self._ids: defaultdict[str, int] = defaultdict(int)
         self._finished: Finished | None = None
+        self._finished_at: int | None = None
         self._error: AppError | None = None
 
     def new_id(self, kind: str) -> str:
@@ -171,7 +172,7 @@ class ResponseBuilder:
             "id": self.id,
             "object": "response",
             "created_at": self._created,
-            "completed_at": int(time.time()) if status == "completed" else None,
+            "completed_at": self._finished_at if status == "completed" else None,
             "status": status,
             "error": None if self._error is None else _error_object(self._error),
             "incomplete_details": _incomplete(sample),
@@ -279,7 +280,8 @@ class ResponseBuilder:
         if not self._items:
             self._text_item(is_reasoning=False)
             self._answer(Delta())
-        self._finished = finished
+        # Once: the object that is stored must not tell another second than the one that is sent.
+        self._finished, self._finished_at = finished, int(time.time())
         self._close()
         name = "response.incomplete" if self._status() == "incomplete" else "response.completed"
         self._emit(name, response=self.object(lambda array: msgspec.Raw(b"".join(array.segments()))))
