@@ -1,6 +1,6 @@
 """Builds everything that belongs to one model: the engine, its wrappers, the chain over it, and the defaults."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,7 @@ from app.access.access import AccessControl
 from app.config import ModelConfig, Settings
 from app.config.mlflow import tracking_uri_problem
 from app.config.packaged import packaged
+from app.configured_models import ConfiguredModels
 from app.engine.base import EncoderEngine, Engine
 from app.engine.cache import CachedEngine
 from app.engine.echo import EchoEngine
@@ -98,28 +99,23 @@ class ModelBuilder:
             cache=settings.app.data_dir.absolute() / "compiled", enabled=settings.model.spare_worker
         )
 
-    def configured(
-        self,
-        name: str,
-        *,
-        specs: Mapping[str, LoadSpec],
-        engines: Mapping[str, Engine] | None,
-        encoders: Mapping[str, EncoderEngine] | None,
-    ) -> Served:
+    def configured(self, name: str, *, models: ConfiguredModels) -> Served:
         """Build a model of the configuration, or around an engine that was passed in its place.
 
         Raises: ModelNotFound: nothing of this name is configured.  ConfigError: its folder holds no model.
         """
-        if name in (encoders if encoders is not None else (self._settings.embeddings.public_name or None,)):
-            return _served_encoder(name, encoders[name] if encoders is not None else self._encoder())
-        if engines and name in engines:
-            return self._around(engines[name], name, self._settings.model)
-        if name not in specs:
+        if models.encoders is not None and name in models.encoders:
+            return _served_encoder(name, models.encoders[name])
+        if models.encoders is None and name == self._settings.embeddings.public_name:
+            return _served_encoder(name, self._encoder())
+        if name in models.engines:
+            return self._around(models.engines[name], name, self._settings.model)
+        if name not in models.specs:
             raise ModelNotFound("There is no such model.")
-        config = specs[name].config
+        config = models.specs[name].config
         if config.engine not in ("echo", "remote") and config.source == "local":
             _require_model("model.name", config.name, "config.json")
-        return self.served(specs[name])
+        return self.served(models.specs[name])
 
     def served(self, spec: LoadSpec) -> Served:
         """Build a model, whatever it is loaded for."""
