@@ -25,9 +25,9 @@ from app.engine.host import ModelHost
 from app.engine.model_loader import ModelLoader
 from app.engine.model_source import FetchModel, no_registry
 from app.engine.model_states import model_figures, upstream_figures
+from app.engine.probe import PromptProbe
 from app.engine.registered_models import RegisteredModels
 from app.engine.served_model import Served
-from app.engine.trial import Trial
 from app.errors import ConfigError
 from app.generation.batch_runner import BatchRunner
 from app.generation.embedding import EmbeddingService
@@ -257,12 +257,12 @@ async def _lifespan(
 
 
 def _follower(settings: Settings, registered: RegisteredModels, loader: ModelLoader, host: ModelHost) -> AliasFollower:
-    trial = Trial(
+    probe = PromptProbe(
         settings.mlflow.probe_prompt,
         max_tokens=settings.mlflow.probe_tokens,
         seconds=settings.deadlines.total_seconds,
     )
-    return AliasFollower(registered, loader, host, poll_seconds=settings.mlflow.poll_seconds, try_out=trial)
+    return AliasFollower(registered, loader, host, poll_seconds=settings.mlflow.poll_seconds, probe=probe)
 
 
 def _access(settings: Settings, filters: Filters, metrics: Metrics) -> AccessControl:

@@ -62,7 +62,7 @@ class Filters:
         """Return what masks stored and logged text, whatever `pii.input` and `pii.output` say."""
         return InputFilter(self._redactor, "mask", lambda kind, count: None, pool=self._pool)
 
-    def around(self, engine: Engine) -> tuple[Engine, str]:
+    def wrap_output(self, engine: Engine) -> tuple[Engine, str]:
         """Put the output filter around an engine.  Returns: the engine, the policy's name for the keys of caches."""
         if not self._pii.enabled or self._pii.output == "off":
             return engine, "unfiltered"
@@ -109,7 +109,7 @@ class ModelBuilder:
         if models.encoders is None and name == self._settings.embeddings.public_name:
             return _served_encoder(name, self._encoder())
         if name in models.engines:
-            return self._around(models.engines[name], name, self._settings.model)
+            return self._served_model(models.engines[name], name, self._settings.model)
         if name not in models.specs:
             raise ModelNotFound("There is no such model.")
         config = models.specs[name].config
@@ -123,11 +123,11 @@ class ModelBuilder:
             return _served_encoder(spec.name, self._encoder_of(spec))
         config = spec.config.model_copy(update={"served_name": spec.name})
         if config.engine == "echo":
-            return self._around(
+            return self._served_model(
                 EchoEngine(model=spec.name, context_length=config.max_model_len or 8192), spec.name, config
             )
         if config.engine == "remote":
-            return self._around(self._remote(spec), spec.name, config)
+            return self._served_model(self._remote(spec), spec.name, config)
         engine = LocalEngine(
             config,
             self._settings.deadlines,
@@ -137,7 +137,7 @@ class ModelBuilder:
             metrics=self._metrics.model(spec.name),
             **_supervision(self._settings),
         )
-        return self._around(engine, spec.name, config)
+        return self._served_model(engine, spec.name, config)
 
     def _remote(self, spec: LoadSpec) -> Engine:
         """Raises: ConfigError: no server is named."""
@@ -154,7 +154,7 @@ class ModelBuilder:
             tracer=self._tracer,
         )
 
-    def _around(self, engine: Engine, name: str, config: ModelConfig) -> ServedModel:
+    def _served_model(self, engine: Engine, name: str, config: ModelConfig) -> ServedModel:
         embeddings = EngineEmbeddings(embedder=engine, model=name) if _embeds(config, engine) else None
         adapters = engine if isinstance(engine, AdapterEngine) else None
         engine, cache = self._wrap(engine, self._metrics.model(name))
@@ -185,7 +185,7 @@ class ModelBuilder:
         its own model's marks.
         """
         settings = self._settings
-        engine, scope = self._filters.around(engine if isinstance(engine, RemoteEngine) else ParsedEngine(engine))
+        engine, scope = self._filters.wrap_output(engine if isinstance(engine, RemoteEngine) else ParsedEngine(engine))
         if not settings.cache.enabled:
             return engine, None
         if settings.cache_store != "off":

@@ -115,11 +115,11 @@ class Database:
 
     def time_out(self) -> None:
         """Note that a transaction that writes was not over in its time: on SQLite others hold the file."""
-        self.breaker.trip(Fault.LOCKED if self.sqlite else Fault.AWAY)
+        self.breaker.trip(Fault.LOCKED if self.sqlite else Fault.UNREACHABLE)
 
     def unavailable(self) -> StoreUnavailable:
         """Return the error of who does not even try while the breaker is open."""
-        return StoreUnavailable(self.breaker.fault or Fault.AWAY)
+        return StoreUnavailable(self.breaker.fault or Fault.UNREACHABLE)
 
     async def _probe(self) -> None:
         # A transaction that may write: on SQLite one that only reads succeeds under a writer that never ends.  Where
@@ -158,7 +158,7 @@ class Database:
         cause = error.__cause__
         said = str(getattr(cause, "orig", None) or cause or "").splitlines()
         reason = without_secrets(self._url, said[0]) if said else "it does not answer in time"
-        advice = sqlite.ADVICE.get(fault_of(cause) if cause else Fault.AWAY) if self.sqlite else None
+        advice = sqlite.ADVICE.get(fault_of(cause) if cause else Fault.UNREACHABLE) if self.sqlite else None
         return f"{reason}; {advice}" if advice else reason
 
     async def _check_or_upgrade(self) -> None:

@@ -53,7 +53,7 @@ async def diagnose(database: Database) -> Diagnosis:
             # Says whether somebody else holds it, it may not be written, or has no room.
             await database.write_nothing_new()
     except StoreUnavailable as error:
-        found |= {"fault": database.breaker.fault or Fault.AWAY, "reason": database.reason_of(error)}
+        found |= {"fault": database.breaker.fault or Fault.UNREACHABLE, "reason": database.reason_of(error)}
     return Diagnosis(**found)  # type: ignore[arg-type]  # by the names above
 
 

@@ -18,7 +18,7 @@ from app.errors import (
     ServiceUnavailable,
 )
 
-LOOK_SECONDS = 0.2
+POLL_SECONDS = 0.2
 """How often the progress of a load is looked at."""
 WAITING = LoadProgress("waiting")
 
@@ -67,7 +67,7 @@ class Load:
             if (now := self.progress) != last:
                 last = now
                 yield now
-            await asyncio.wait({self.task}, timeout=LOOK_SECONDS)
+            await asyncio.wait({self.task}, timeout=POLL_SECONDS)
 
     def still_loading(self) -> EngineNotReady:
         """Return what a request gets that names the model meanwhile."""

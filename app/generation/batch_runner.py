@@ -37,7 +37,7 @@ POLL_SECONDS = 2.0
 """How soon a process notices what another has changed in the store."""
 RETRY_SECONDS = 1.0
 """Pause after a refusal that says no time of its own, and between two attempts to reach the store."""
-MOST_RETRY_SECONDS = 30.0
+MAX_RETRY_SECONDS = 30.0
 COUNT_SECONDS = 10.0
 """How old the counts of batches and lines may be."""
 MAX_ATTEMPTS = 5
@@ -276,7 +276,7 @@ class BatchRunner:
         return principal
 
     def _pause(self, batch: Batch, error: AppError) -> None:
-        seconds = min(max(error.retry_after or 0.0, RETRY_SECONDS), MOST_RETRY_SECONDS)
+        seconds = min(max(error.retry_after or 0.0, RETRY_SECONDS), MAX_RETRY_SECONDS)
         self._paused_until[batch.id] = asyncio.get_running_loop().time() + seconds
 
     async def _persist(self, write: Callable[[], Awaitable[object]]) -> None:
