@@ -23,7 +23,7 @@ from app.engine.alias_follower import AliasFollower
 from app.engine.base import EncoderEngine, Engine
 from app.engine.host import ModelHost
 from app.engine.model_loader import ModelLoader
-from app.engine.model_source import FetchModel, no_registry
+from app.engine.model_source import no_registry
 from app.engine.model_states import model_figures, upstream_figures
 from app.engine.probe import PromptProbe
 from app.engine.registered_models import RegisteredModels
@@ -65,8 +65,6 @@ def create_app(
     encoders: Mapping[str, EncoderEngine] | None = None,
     service: Service | None = None,
     keys: Keys | None = None,
-    sessions: SessionStore | None = None,
-    fetch: FetchModel = no_registry,
 ) -> FastAPI:
     """Build the application; nothing runs before its lifespan starts.
 
@@ -75,8 +73,6 @@ def create_app(
         encoders: the same for models that only embed; without a name a request gets the first of them.
         service: what the routes that generate call.
         keys: knows whose an API key is.
-        sessions: where conversations are stored.
-        fetch: brings the files of models whose source is a registry.
     Raises: ConfigError: a file that the settings name is missing, or something in them cannot be used.
     """
     disable_foreign_tracing(settings.langsmith)
@@ -90,14 +86,14 @@ def create_app(
     filters = Filters(settings, redactor, pool, metrics)
     access = _access(settings, filters, metrics)
     redis = RedisStores(settings) if settings.redis.url else None
-    history = History.of(settings, redis.connection if redis else None, sessions)
+    history = History.of(settings, redis.connection if redis else None)
     registered = registered_models(settings, models.specs.values())
     builder = ModelBuilder(
         settings,
         filters,
         metrics,
         access,
-        registered.fetch if registered else fetch,
+        registered.fetch if registered else no_registry,
         shared_cache=history.cache,
         tracer=tracer,
     )
