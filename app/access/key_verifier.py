@@ -94,7 +94,7 @@ class KeyVerifier:
         return VerifiedKey(Principal(CONFIGURED_ID, Tenant.configured(), ADMIN, limits, role.rights))
 
     async def limits_of(self, key_id: str) -> Limits:
-        """Return the limits of any key, good or not.
+        """Return the limits of any key, valid or not.
 
         Raises: KeyNotFound: there is no such key.  StoreUnavailable: the database does not answer.
         """
@@ -107,7 +107,7 @@ class KeyVerifier:
 
 
 def _valid_until(found: KeyWithRole | None, digest: bytes, now: datetime) -> datetime | None:
-    """Return until when a secret is good, None if it is not.
+    """Return until when a secret is valid, None if it is not.
 
     A key that does not exist is compared too, so that it takes the same time.
     """

@@ -18,7 +18,7 @@ _PREFIX = "once_"
 
 
 def new_code(data_dir: Path, now: float) -> str:
-    """Return a new code; codes from before are good for nothing from now on.
+    """Return a new code; earlier codes are invalid from now on.
 
     Args: now: seconds since 1970.
     Raises: OSError: the folder cannot be written.

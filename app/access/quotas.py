@@ -173,7 +173,7 @@ class Quotas:
         return await ledger.balance(self._db, Month(key_id, month))
 
     async def _grant(self, order: Reserve) -> Balance:
-        """Return what came of it.
+        """Return the outcome.
 
         Raises: StoreUnavailable: the database does not answer in time; then nothing is granted, now or later.
         """
@@ -197,7 +197,7 @@ class Quotas:
             self._db.time_out()
 
     def _withdraw(self, operation: _Operation, order: Reserve) -> None:
-        """Nobody wants a reservation any more: do not make it, or release what it was granted."""
+        """Cancel a reservation: leave it out where it is still queued, or release what it was granted."""
         if not operation.done.done():
             operation.done.cancel()
         elif not operation.done.cancelled() and not operation.done.exception() and operation.done.result().granted:

@@ -128,7 +128,7 @@ class ModelHost:
         return model is not None and self._leases.is_leased(model)
 
     def _find_wanted(self, model: str | None, allowed: Collection[str] | None) -> Served:
-        """Return a model, by its own name or an adapter's, and let one be loaded that can be on its first use."""
+        """Return a model by its own name or an adapter's; a missing one that may be loaded on its first use is."""
         base = self.adapters.base_of(model)
         try:
             return self.find(base, allowed=allowed)
