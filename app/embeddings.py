@@ -1,4 +1,4 @@
-"""What is asked of a model that embeds texts, what such a model is like, and what it returns."""
+"""The types of embedding: the request, the description of a model that embeds, and its result."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -52,7 +52,7 @@ WITHHELD = PromptLogprob(token_id=None)
 
 
 class CacheStatus(StrEnum):
-    """The part of the response cache in a response."""
+    """Whether the response came from the response cache."""
 
     HIT = "hit"
     """It is replayed, and nothing is generated."""
@@ -112,7 +112,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     @property
     def is_visible(self) -> bool:
-        """Return whether it says anything beside how many tokens were generated."""
+        """Return whether it holds anything but the number of generated tokens."""
         return bool(self.text or self.reasoning or self.tool_calls or self.logprobs or self.prompt_logprobs)
 
 

@@ -5,7 +5,7 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from itertools import chain
@@ -18,16 +18,16 @@ from app.access.access import AccessControl
 from app.access.admission import AdmissionControl
 from app.access.bootstrap_key import KEY_FILE, bootstrap_key
 from app.config import Settings, load_settings
-from app.engine.adapters import AdapterRegistry
+from app.configured_models import ConfiguredModels
 from app.engine.alias_follower import AliasFollower
 from app.engine.base import EncoderEngine, Engine
 from app.engine.host import ModelHost
 from app.engine.model_loader import ModelLoader
-from app.engine.model_source import FetchModel, LoadSpec, no_registry
+from app.engine.model_source import no_registry
 from app.engine.model_states import model_figures, upstream_figures
+from app.engine.probe import PromptProbe
 from app.engine.registered_models import RegisteredModels
 from app.engine.served_model import Served
-from app.engine.trial import Trial
 from app.errors import ConfigError
 from app.generation.batch_runner import BatchRunner
 from app.generation.embedding import EmbeddingService
@@ -65,8 +65,6 @@ def create_app(
     encoders: Mapping[str, EncoderEngine] | None = None,
     service: Service | None = None,
     keys: Keys | None = None,
-    sessions: SessionStore | None = None,
-    fetch: FetchModel = no_registry,
 ) -> FastAPI:
     """Build the application; nothing runs before its lifespan starts.
 
@@ -75,65 +73,39 @@ def create_app(
         encoders: the same for models that only embed; without a name a request gets the first of them.
         service: what the routes that generate call.
         keys: knows whose an API key is.
-        sessions: where conversations are stored.
-        fetch: brings the files of models whose source is a registry.
     Raises: ConfigError: a file that the settings name is missing, or something in them cannot be used.
     """
     disable_foreign_tracing(settings.langsmith)
     require_shared_state(settings)
-    specs = {} if engines else _specs(settings)
-    names = _model_names(settings, specs, engines, encoders)
-    known_names = {*names, *specs}
+    models = ConfiguredModels.of(settings, engines=engines, encoders=encoders)
+    known_names = set(models.names)
     metrics = Metrics(known_names)
     tracer = _tracer(settings)
     redactor = _redactor(settings)
     pool = RedactionPool(redactor, REDACTION_PROCESSES)
     filters = Filters(settings, redactor, pool, metrics)
     access = _access(settings, filters, metrics)
-    registered = registered_models(settings, specs.values())
     redis = RedisStores(settings) if settings.redis.url else None
-    history = History.of(settings, redis.connection if redis else None, sessions)
+    history = History.of(settings, redis.connection if redis else None)
+    registered = registered_models(settings, models.specs.values())
     builder = ModelBuilder(
         settings,
         filters,
         metrics,
         access,
-        registered.fetch if registered else fetch,
+        registered.fetch if registered else no_registry,
         shared_cache=history.cache,
         tracer=tracer,
     )
-    build = partial(builder.configured, specs=specs, engines=engines, encoders=encoders)
-    host = ModelHost(build, default=names[0], adapters=_adapters(settings, names[0], known_names))
-    loader = _loader(settings, host, builder, names, specs, on_name=known_names.add)
+    host = _host(settings, builder, models)
+    loader = _loader(settings, host, builder, models, on_name=known_names.add)
     limits = redis.admission if redis else MemoryAdmissionStore()
     admission = AdmissionControl(limits, access.quotas, on_refusal=metrics.limit_reached, tracer=tracer)
-    usage = _usage_recorder(settings, access)
-    generation: Service = service or GenerationService(
-        host=host,
-        input_filter=filters.of_input(),
-        storage_filter=filters.of_storage() if settings.pii.enabled else None,
-        sessions=history.sessions,
-        metrics=metrics,
-        admission=admission,
-        usage=usage,
-        waiting_seconds=settings.deadlines.waiting_seconds,
-        tracer=tracer,
-    )
-    embeddings = EmbeddingService(
-        host=host,
-        input_filter=filters.of_input(),
-        metrics=metrics,
-        admission=admission,
-        usage=usage,
-        waiting_seconds=settings.deadlines.waiting_seconds,
-        tracer=tracer,
-    )
-    _watch(metrics, host, history.sessions, max_adapters=settings.adapters.max_loaded)
-    if redis is not None:
-        metrics.watch_redis(away=lambda: redis.connection.fault is not None)
+    generation, embeddings = _services(settings, host, filters, history, admission, access, metrics, tracer)
+    _watch(metrics, host, history.sessions, redis, max_adapters=settings.adapters.max_loaded)
     container = Container(
         settings=settings,
-        service=generation,
+        service=service or generation,
         embeddings=embeddings,
         host=host,
         loader=loader,
@@ -144,12 +116,7 @@ def create_app(
         keys=keys or access.authenticator,
         access=access,
         admission=admission,
-        failed_keys=FailedKeyLimiter(
-            settings.security.failed_keys_per_minute,
-            on_refusal=metrics.limit_reached,
-            shared=redis.failed_keys if redis else None,
-            processes=settings.processes,
-        ),
+        failed_keys=_failed_keys(settings, metrics, redis),
         redis=redis.connection if redis else None,
         metrics=metrics,
         tracer=tracer,
@@ -174,80 +141,71 @@ def require_shared_state(settings: Settings) -> None:
     )
 
 
-def _specs(settings: Settings) -> dict[str, LoadSpec]:
-    """Return the configured models that generate, by their names, the default one first.
-
-    Raises: ConfigError: one is the name of two.
-    """
-    configured = [(settings.model, settings.remote)]
-    configured += [(each.config(settings.model), each.remote or settings.remote) for each in settings.models]
-    specs: dict[str, LoadSpec] = {}
-    for config, remote in configured:
-        name = config.public_name
-        if name in specs:
-            raise ConfigError(f"configuration: models: two have the name {name}; set served_name")
-        specs[name] = LoadSpec(name=name, config=config, remote=remote if config.engine == "remote" else None)
-    return specs
+def _host(settings: Settings, builder: ModelBuilder, models: ConfiguredModels) -> ModelHost:
+    """Return the host, with the models that are loaded at the start."""
+    build = partial(builder.configured, models=models)
+    host = ModelHost(build, default=models.default, adapters=models.adapters(settings))
+    for name in models.preloaded:
+        host.add(name)
+    return host
 
 
 def _loader(
     settings: Settings,
     host: ModelHost,
     builder: ModelBuilder,
-    names: Collection[str],
-    specs: Mapping[str, LoadSpec],
+    models: ConfiguredModels,
     *,
     on_name: Callable[[str], None],
 ) -> ModelLoader:
-    """Add the models that are loaded at the start to the host, and return what loads the others."""
-    preloaded = [name for name in names if name not in specs or _preloads(settings, name)]
-    for name in preloaded:
-        host.add(name)
     return ModelLoader(
         host,
         builder.served,
         settings.model,
-        loaded=[spec for name, spec in specs.items() if name in preloaded],
-        configured=specs.values(),
+        loaded=[spec for name, spec in models.specs.items() if name in models.preloaded],
+        configured=models.specs.values(),
         on_name=on_name,
     )
 
 
-def _adapters(settings: Settings, default_model: str, models: Collection[str]) -> AdapterRegistry:
-    """Return the registry of adapters, with those of the configuration.
-
-    Raises: ConfigError: one has the name of a model, or is for a model that is not configured.
-    """
-    for each in settings.adapters.preload:
-        if each.name in models:
-            raise ConfigError(f"configuration: adapters.preload: {each.name} is the name of a model, too")
-        if each.model is not None and each.model not in models:
-            raise ConfigError(f"configuration: adapters.preload: no model of the name {each.model} is configured")
-    return AdapterRegistry(settings.adapters, default_model=default_model)
-
-
-def _preloads(settings: Settings, name: str) -> bool:
-    """Return whether a configured model is loaded at the start."""
-    entries = {entry.config(settings.model).public_name: entry.preload for entry in settings.models}
-    return entries.get(name, settings.model.preload)
-
-
-def _model_names(
+def _services(
     settings: Settings,
-    specs: Mapping[str, LoadSpec],
-    engines: Mapping[str, Engine] | None,
-    encoders: Mapping[str, EncoderEngine] | None,
-) -> list[str]:
-    """Return the names of all models, the default one first.
-
-    Raises: ConfigError: one is the name of two.
-    """
-    names = list(engines or specs)
-    encoder = settings.embeddings.public_name
-    names += list(encoders if encoders is not None else [encoder] if encoder else [])
-    if len(set(names)) < len(names):
-        raise ConfigError(f"configuration: embeddings.model: {encoder} is the name of the chat model, too")
-    return names
+    host: ModelHost,
+    filters: Filters,
+    history: History,
+    admission: AdmissionControl,
+    access: AccessControl,
+    metrics: Metrics,
+    tracer: Tracer,
+) -> tuple[GenerationService, EmbeddingService]:
+    """Return what the routes call that generate, and those that embed."""
+    usage = UsageRecorder(
+        log=access.log,
+        cached_prompt=settings.quota.cached_prompt,
+        cached_completion=settings.quota.cached_completion,
+        store_text=settings.logging.store_text,
+    )
+    generation = GenerationService(
+        host=host,
+        input_filter=filters.of_input(),
+        storage_filter=filters.of_storage() if settings.pii.enabled else None,
+        sessions=history.sessions,
+        metrics=metrics,
+        admission=admission,
+        usage=usage,
+        waiting_seconds=settings.deadlines.waiting_seconds,
+        tracer=tracer,
+    )
+    embeddings = EmbeddingService(
+        host=host,
+        input_filter=filters.of_input(),
+        metrics=metrics,
+        admission=admission,
+        usage=usage,
+        waiting_seconds=settings.deadlines.waiting_seconds,
+        tracer=tracer,
+    )
+    return generation, embeddings
 
 
 @asynccontextmanager
@@ -295,12 +253,12 @@ async def _lifespan(
 
 
 def _follower(settings: Settings, registered: RegisteredModels, loader: ModelLoader, host: ModelHost) -> AliasFollower:
-    trial = Trial(
+    probe = PromptProbe(
         settings.mlflow.probe_prompt,
         max_tokens=settings.mlflow.probe_tokens,
         seconds=settings.deadlines.total_seconds,
     )
-    return AliasFollower(registered, loader, host, poll_seconds=settings.mlflow.poll_seconds, try_out=trial)
+    return AliasFollower(registered, loader, host, poll_seconds=settings.mlflow.poll_seconds, probe=probe)
 
 
 def _access(settings: Settings, filters: Filters, metrics: Metrics) -> AccessControl:
@@ -356,15 +314,6 @@ def _tracer(settings: Settings) -> Tracer:
     )
 
 
-def _usage_recorder(settings: Settings, access: AccessControl) -> UsageRecorder:
-    return UsageRecorder(
-        log=access.log,
-        cached_prompt=settings.quota.cached_prompt,
-        cached_completion=settings.quota.cached_completion,
-        store_text=settings.logging.store_text,
-    )
-
-
 def _redactor(settings: Settings) -> Redactor:
     pii = settings.pii
     # Logged text is masked even with `pii.enabled: false`.
@@ -375,7 +324,19 @@ def _redactor(settings: Settings) -> Redactor:
         raise ConfigError(f"configuration: pii.phone_regions: {error}") from None
 
 
-def _watch(metrics: Metrics, host: ModelHost, sessions: SessionStore | None, *, max_adapters: int) -> None:
+def _failed_keys(settings: Settings, metrics: Metrics, redis: RedisStores | None) -> FailedKeyLimiter:
+    return FailedKeyLimiter(
+        settings.security.failed_keys_per_minute,
+        on_refusal=metrics.limit_reached,
+        shared=redis.failed_keys if redis else None,
+        processes=settings.processes,
+    )
+
+
+def _watch(
+    metrics: Metrics, host: ModelHost, sessions: SessionStore | None, redis: RedisStores | None, *, max_adapters: int
+) -> None:
+    """Let a scrape of the metrics look at what counts itself."""
     metrics.watch(
         models=lambda: map(model_figures, host.models),
         sessions=lambda: sessions.count() if sessions else 0,
@@ -383,6 +344,8 @@ def _watch(metrics: Metrics, host: ModelHost, sessions: SessionStore | None, *, 
         max_adapters=max_adapters,
     )
     metrics.watch_upstreams(lambda: chain.from_iterable(map(upstream_figures, host.models)))
+    if redis is not None:
+        metrics.watch_redis(away=lambda: redis.connection.fault is not None)
 
 
 def __getattr__(name: str) -> FastAPI:

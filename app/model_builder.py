@@ -1,6 +1,6 @@
 """Builds everything that belongs to one model: the engine, its wrappers, the chain over it, and the defaults."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,7 @@ from app.access.access import AccessControl
 from app.config import ModelConfig, Settings
 from app.config.mlflow import tracking_uri_problem
 from app.config.packaged import packaged
+from app.configured_models import ConfiguredModels
 from app.engine.base import EncoderEngine, Engine
 from app.engine.cache import CachedEngine
 from app.engine.echo import EchoEngine
@@ -61,7 +62,7 @@ class Filters:
         """Return what masks stored and logged text, whatever `pii.input` and `pii.output` say."""
         return InputFilter(self._redactor, "mask", lambda kind, count: None, pool=self._pool)
 
-    def around(self, engine: Engine) -> tuple[Engine, str]:
+    def wrap_output(self, engine: Engine) -> tuple[Engine, str]:
         """Put the output filter around an engine.  Returns: the engine, the policy's name for the keys of caches."""
         if not self._pii.enabled or self._pii.output == "off":
             return engine, "unfiltered"
@@ -98,28 +99,23 @@ class ModelBuilder:
             cache=settings.app.data_dir.absolute() / "compiled", enabled=settings.model.spare_worker
         )
 
-    def configured(
-        self,
-        name: str,
-        *,
-        specs: Mapping[str, LoadSpec],
-        engines: Mapping[str, Engine] | None,
-        encoders: Mapping[str, EncoderEngine] | None,
-    ) -> Served:
+    def configured(self, name: str, *, models: ConfiguredModels) -> Served:
         """Build a model of the configuration, or around an engine that was passed in its place.
 
         Raises: ModelNotFound: nothing of this name is configured.  ConfigError: its folder holds no model.
         """
-        if name in (encoders if encoders is not None else (self._settings.embeddings.public_name or None,)):
-            return _served_encoder(name, encoders[name] if encoders is not None else self._encoder())
-        if engines and name in engines:
-            return self._around(engines[name], name, self._settings.model)
-        if name not in specs:
+        if models.encoders is not None and name in models.encoders:
+            return _served_encoder(name, models.encoders[name])
+        if models.encoders is None and name == self._settings.embeddings.public_name:
+            return _served_encoder(name, self._encoder())
+        if name in models.engines:
+            return self._served_model(models.engines[name], name, self._settings.model)
+        if name not in models.specs:
             raise ModelNotFound("There is no such model.")
-        config = specs[name].config
+        config = models.specs[name].config
         if config.engine not in ("echo", "remote") and config.source == "local":
             _require_model("model.name", config.name, "config.json")
-        return self.served(specs[name])
+        return self.served(models.specs[name])
 
     def served(self, spec: LoadSpec) -> Served:
         """Build a model, whatever it is loaded for."""
@@ -127,11 +123,11 @@ class ModelBuilder:
             return _served_encoder(spec.name, self._encoder_of(spec))
         config = spec.config.model_copy(update={"served_name": spec.name})
         if config.engine == "echo":
-            return self._around(
+            return self._served_model(
                 EchoEngine(model=spec.name, context_length=config.max_model_len or 8192), spec.name, config
             )
         if config.engine == "remote":
-            return self._around(self._remote(spec), spec.name, config)
+            return self._served_model(self._remote(spec), spec.name, config)
         engine = LocalEngine(
             config,
             self._settings.deadlines,
@@ -141,7 +137,7 @@ class ModelBuilder:
             metrics=self._metrics.model(spec.name),
             **_supervision(self._settings),
         )
-        return self._around(engine, spec.name, config)
+        return self._served_model(engine, spec.name, config)
 
     def _remote(self, spec: LoadSpec) -> Engine:
         """Raises: ConfigError: no server is named."""
@@ -158,7 +154,7 @@ class ModelBuilder:
             tracer=self._tracer,
         )
 
-    def _around(self, engine: Engine, name: str, config: ModelConfig) -> ServedModel:
+    def _served_model(self, engine: Engine, name: str, config: ModelConfig) -> ServedModel:
         embeddings = EngineEmbeddings(embedder=engine, model=name) if _embeds(config, engine) else None
         adapters = engine if isinstance(engine, AdapterEngine) else None
         engine, cache = self._wrap(engine, self._metrics.model(name))
@@ -189,7 +185,7 @@ class ModelBuilder:
         its own model's marks.
         """
         settings = self._settings
-        engine, scope = self._filters.around(engine if isinstance(engine, RemoteEngine) else ParsedEngine(engine))
+        engine, scope = self._filters.wrap_output(engine if isinstance(engine, RemoteEngine) else ParsedEngine(engine))
         if not settings.cache.enabled:
             return engine, None
         if settings.cache_store != "off":

@@ -94,8 +94,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     counted_tokens: Annotated[int, HARMLESS] = 0
     """Length of a prompt that is encoded elsewhere, so that `prompt_ids` stays unset."""
     uncounted_tokens: Annotated[int, HARMLESS] = 0
-    """A prompt that surely has no more tokens need not be counted before the engine gets it: nothing depends on its
-    length until the engine says how long it is (`Progress.prompt`)."""
+    """A prompt that certainly has no more tokens than this need not be counted before the engine gets it; the engine
+    then says how many it has (`Progress.prompt`).  0: count it."""
     counts_prompt: Annotated[bool, HARMLESS] = False
     """Whether the caller is told the length of the prompt before the completion begins."""
     continue_final_message: bool = False
@@ -108,8 +108,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     template_kwargs: tuple[tuple[str, TemplateValue], ...] = ()
     """Additional variables of the chat template, sorted by name, such as `enable_thinking`."""
     truncate_prompt: Annotated[int | None, HARMLESS] = None
-    """Tokens that the prompt may have; what is over goes from its beginning, of a chat by whole turns.  0 allows what
-    the context window does; None refuses a prompt that is too long.  What is left of it stands in `prompt_ids`."""
+    """Tokens that the prompt is truncated to, from its beginning, a chat by whole turns.  0 is what the context window
+    takes; None refuses a prompt that is too long.  `prompt_ids` holds what is left."""
     most_prompt_tokens: Annotated[int | None, HARMLESS] = None
     """Tokens that a plain prompt may have; a longer one is refused, whatever the context window takes."""
     reasoning_effort: str | None = None

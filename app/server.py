@@ -27,7 +27,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from app.access.bootstrap_key import KEY_FILE, bootstrap_key
-from app.access.page_link import GOOD_SECONDS, new_code
+from app.access.page_link import VALID_SECONDS, new_code
 from app.config import Settings
 from app.config.variables import unread_variables
 from app.engine.base import LoadProgress
@@ -334,7 +334,7 @@ def how_to_use(settings: Settings, port: int, *, code: str | None = None) -> str
         where, key = f"in {key_file}", f'"X-API-Key: $(cat {shlex.quote(str(key_file))})"'
     page = []
     if code:
-        good = f"works once, for {GOOD_SECONDS // 60} minutes"
+        good = f"works once, for {VALID_SECONDS // 60} minutes"
         page = [f"Talk to it in a browser, with this link that {good}:", "", f"  {url}/#key={code}", ""]
     elif settings.security.page:
         page = ["Talk to it in a browser: open that address, and enter the key."]

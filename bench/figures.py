@@ -69,10 +69,6 @@ class Measured:
     def median(self) -> Figures | None:
         return Figures.median(self.rounds) if self.rounds and self.failure is None else None
 
-    def turn_ms(self, turn: int) -> float:
-        """Return the median time to the first token of a turn, counted from 0."""
-        return statistics.median(one[turn] for one in self.turns_ms)
-
     def as_json(self) -> dict[str, Any]:
         """Return all of it, and the median."""
         return {**asdict(self), "median": asdict(self.median) if self.median else None}

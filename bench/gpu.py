@@ -21,7 +21,7 @@ from typing import Any
 from bench.process import ROOT
 
 PARTS = ("steps", "synchronous", "uncaptured", "compiled", "peers", "equality", "memory", "attention")
-LEAST_SECONDS = 10
+MIN_SECONDS = 10
 """A part is not begun with less left."""
 
 
@@ -72,7 +72,7 @@ def main() -> None:
     options = ["--shape", given.shape, *(["--dry"] if given.dry else [])]
     for part in given.parts or PARTS:
         left = end - time.monotonic()
-        failure = run_part(part, results, options, left) if left > LEAST_SECONDS else "there was no time left for it"
+        failure = run_part(part, results, options, left) if left > MIN_SECONDS else "there was no time left for it"
         if failure:
             print(f"{part}: {failure}", file=sys.stderr)
     lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []

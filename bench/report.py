@@ -29,7 +29,7 @@ LOAD_TITLES = {load.name: load.title for load in LOADS}
 MEGABYTE = 1_000_000
 ALLOWED_MEGABYTES = 600
 """What the worker may take beside weights and KV cache."""
-MOST_SLOTS = 32
+MAX_SLOTS = 32
 """KV cache slots that the service allocates by default."""
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 INTRO = """# This service beside other servers
@@ -80,7 +80,7 @@ def result(
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "parameters": parameters,
         "weights_bytes": parameters * item,
-        "rows_bytes": MOST_SLOTS * config["max_position_embeddings"] * token_bytes * item,
+        "rows_bytes": MAX_SLOTS * config["max_position_embeddings"] * token_bytes * item,
         "missing": missing,
         "memory": memory,
         "loads": [each.as_json() for each in measured],
@@ -228,7 +228,7 @@ def _memory(result: Result) -> str:
     verdict = "within" if rest <= kv + prefixes + ALLOWED_MEGABYTES else "ABOVE"
     return (
         f"{table}\nThe worker of this service holds {worker} MB: {weights} MB of weights and {rest} MB of KV cache and "
-        f"all else, {verdict} the {kv} MB of {MOST_SLOTS} full slots, {prefixes} MB of prefixes and "
+        f"all else, {verdict} the {kv} MB of {MAX_SLOTS} full slots, {prefixes} MB of prefixes and "
         f"{ALLOWED_MEGABYTES} MB allowed.\n"
     )
 

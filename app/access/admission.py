@@ -10,10 +10,9 @@ import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from enum import Enum, auto
 from functools import lru_cache, partial
-from typing import Protocol
 
+from app.access.admission_store import AdmissionStore, Levels, Rates, Refusal
 from app.access.quotas import QuotaReservation, Quotas
 from app.access.refusals import RefusalBudget, RefusalCost
 from app.access.rights import check_rights
@@ -21,7 +20,7 @@ from app.access.token_bucket import Bucket, BucketState
 from app.errors import AppError, EngineBusy, QuotaExceeded, RateLimited, ServiceUnavailable
 from app.fair_share import FairPlaces
 from app.telemetry.tracing import NO_TRACER, Tracer
-from app.types import Limits, Principal, Tenant
+from app.types import Principal, Tenant
 
 PLACES = 1024
 """Places that a tenant may hold in this process while no other holds any: one for each answer, or part of a body."""
@@ -31,91 +30,8 @@ MAX_ANSWERS_CHARGED = 16
 """A refused batch has tried no more than this many answers."""
 PARALLEL_RETRY_SECONDS = 1.0
 """A guess: when one of the running requests ends is not known."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """The limits of one key that an `AdmissionStore` enforces; None and 0 are no limit."""
-
-    requests: Bucket | None = None
-    tokens: Bucket | None = None
-    parallel_requests: int = 0
-
-    @classmethod
-    def of(cls, limits: Limits) -> "Rates":
-        requests, tokens = limits.requests_per_minute, limits.tokens_per_minute
-        return cls(
-            requests=Bucket(limits.burst or requests, requests / 60) if requests else None,
-            tokens=Bucket(tokens, tokens / 60) if tokens else None,
-            parallel_requests=limits.parallel_requests,
-        )
-
-    def share(self, parts: int) -> "Rates":
-        """Return one of so many equal parts; what is limited stays so, and to one at least."""
-        return Rates(
-            requests=self.requests and self.requests.share(parts),
-            tokens=self.tokens and self.tokens.share(parts),
-            parallel_requests=self.parallel_requests and max(1, self.parallel_requests // parts),
-        )
-
-
 NO_RATES = Rates()
 _rates_of = lru_cache(maxsize=1024)(Rates.of)
-
-
-@dataclass(frozen=True, slots=True)
-class Levels:
-    """The levels of a key's two buckets; None where there is no such limit."""
-
-    requests: BucketState | None
-    tokens: BucketState | None
-
-
-class Refusal(Enum):
-    """The limit that was reached."""
-
-    REQUESTS = auto()
-    TOKENS = auto()
-    PARALLEL = auto()
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """The outcome of `AdmissionStore.admit`."""
-
-    levels: Levels
-    """As far as they were looked at: a refusal by one limit says nothing of the next."""
-    refused: Refusal | None = None
-    place: str | None = None
-    """The argument of `leave`; None: the request takes no parallel place."""
-
-
-class AdmissionStore(Protocol):
-    """Requests, minute tokens and parallel places of every key.
-
-    Each method is one atomic step.  The methods that return something (`leave`, `return_tokens`) never fail, and take
-    effect even when the task that awaits them is cancelled meanwhile.  Those that take something raise
-    `StoreUnavailable` where the store cannot be reached, and the policy is to refuse then.
-    """
-
-    async def admit(self, key_id: str, rates: Rates) -> Decision:
-        """Take one request, and a parallel place if no other limit refuses it.
-
-        The requests are looked at first, then the parallel places, then the tokens (at least one must be there).  A
-        request that the latter two refuse is spent.
-        """
-
-    async def leave(self, place: str) -> None:
-        """Free a parallel place."""
-
-    async def take_tokens(self, key_id: str, bucket: Bucket, tokens: int) -> BucketState:
-        """Take so many minute tokens, or none."""
-
-    async def return_tokens(self, key_id: str, bucket: Bucket, tokens: int, *, local: bool = False) -> None:
-        """Put minute tokens back.  Args: local: as `BucketState.local` said when they were taken."""
-
-    async def peek(self, key_id: str, rates: Rates) -> Levels:
-        """Return the levels as far as they are known, and take nothing; never fails."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +47,7 @@ class LimitState:
     """Until the bucket is full again."""
 
 
-class _Occupied:
+class _OccupiedPlaces:
     """The places of this process that one request occupies."""
 
     def __init__(self, places: FairPlaces, tenant: Tenant, on_refusal: Callable[[str], None]) -> None:
@@ -170,7 +86,7 @@ class Admitted:
         key_id: str,
         rates: Rates,
         requests: BucketState | None,
-        occupied: _Occupied,
+        occupied: _OccupiedPlaces,
         refusals: RefusalBudget,
     ) -> None:
         """Args: requests: the level after the request was taken; None without such a limit."""
@@ -272,7 +188,7 @@ class AdmissionControl:
             QuotaExceeded: this month's tokens are used up.
             StoreUnavailable: Redis does not answer, and the policy is to refuse then.
         """
-        occupied = _Occupied(self._places, principal.tenant, self._on_refusal)
+        occupied = _OccupiedPlaces(self._places, principal.tenant, self._on_refusal)
         async with AsyncExitStack() as stack:
             stack.callback(occupied.release)
             with self._tracer.span("admission"):
@@ -281,7 +197,7 @@ class AdmissionControl:
             rates = _rates_of(principal.limits)
             yield Admitted(self._store, principal.key_id, rates, requests, occupied, self._refusals)
 
-    async def _occupy(self, occupied: _Occupied, principal: Principal, places: int) -> None:
+    async def _occupy(self, occupied: _OccupiedPlaces, principal: Principal, places: int) -> None:
         """Occupy places, once the caller's refused requests are paid for.
 
         Raises: RateLimited, ServiceUnavailable: there are not so many.

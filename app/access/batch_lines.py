@@ -38,26 +38,26 @@ class BatchLines:
     async def claim(self, batch_id: str, owner: str, count: int, until: datetime) -> Sequence[ClaimedLine]:
         """Return the next lines of a batch, which nobody else gets before the lease ends."""
         work = partial(_claim, batch_id=batch_id, owner=owner, count=count, until=until)
-        return await self._db.quickly(work)
+        return await self._db.run_in_transaction(work)
 
     async def renew(self, owner: str, lines: Sequence[ClaimedLine], until: datetime) -> None:
         """Say that a process still lives that answers these lines, or validates a file."""
-        await self._db.quickly(partial(_renew, owner=owner, lines=lines, until=until))
+        await self._db.run_in_transaction(partial(_renew, owner=owner, lines=lines, until=until))
 
     async def store(self, line: ClaimedLine, owner: str, result: LineResult) -> bool:
         """Store the result of a line; return False where another process has it by now."""
-        return await self._db.quickly(partial(_store, line=line, owner=owner, result=result), durable=True)
+        return await self._db.run_in_transaction(partial(_store, line=line, owner=owner, result=result), durable=True)
 
     async def give_back(self, line: ClaimedLine, owner: str, *, counted: bool) -> None:
         """Let a line be claimed again, by whichever process.
 
         Args: counted: whether the attempt was one of the few that a line has.
         """
-        await self._db.quickly(partial(_give_back, line=line, owner=owner, counted=counted))
+        await self._db.run_in_transaction(partial(_give_back, line=line, owner=owner, counted=counted))
 
     async def give_back_all(self, owner: str) -> None:
         """Do the same with all lines that a process has claimed; their attempts are not counted."""
-        await self._db.quickly(partial(_give_back_all, owner=owner))
+        await self._db.run_in_transaction(partial(_give_back_all, owner=owner))
 
     async def unanswered(self, batch_id: str, count: int) -> Sequence[tuple[int, str]]:
         """Return numbers and custom ids of lines without a result."""

@@ -53,7 +53,7 @@ class CircuitBreaker:
         self.degraded = True
         self._trouble.set()
 
-    def trip(self, fault: Fault = Fault.AWAY) -> None:
+    def trip(self, fault: Fault = Fault.UNREACHABLE) -> None:
         """Open: the database failed, or did not answer in its time."""
         if fault is not self.fault:
             log.warning("%s %s", self._store, fault)

@@ -1,32 +1,27 @@
 """The connection to the database, SQLite or Postgres, and its schema.
 
-Decides how each is spoken to, how long to wait, and what counts as an outage.
+Decides how long to wait, and what counts as an outage; `sqlite.py` decides how SQLite is used.
 """
 
 import asyncio
-import os
-import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, closing, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
-from sqlalchemy.dialects import registry
-from sqlalchemy.dialects.sqlite.aiosqlite import SQLiteDialect_aiosqlite
+from sqlalchemy import Connection, inspect, text
 from sqlalchemy.engine import URL
-from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from app.access import sqlite
 from app.access.circuit_breaker import CircuitBreaker
 from app.access.database_url import parse_database_url, shown, without_secrets
 from app.access.faults import Fault, fault_of
 from app.errors import ConfigError, StoreUnavailable
 
-WAIT_SECONDS = 2.0
+WAIT_SECONDS = sqlite.BUSY_SECONDS
 """How long a request waits for the database before that counts as an outage."""
 MIGRATION_SECONDS = 60.0
 LOCKED_START_SECONDS = 20.0
@@ -38,16 +33,9 @@ _MIGRATION_LOCK = 0x6C6C6D73
 START_CHECK_BYTES = 256 * 1024 * 1024
 """A larger SQLite file is not looked through at the start: it would take seconds."""
 
-_ADVICE_SQLITE = {
-    Fault.DAMAGED: "restore a copy, or move the file away to begin with an empty database",
-    Fault.FULL: "make room on its disk",
-    Fault.LOCKED: "another program holds it; end that program",
-    Fault.READ_ONLY: "make the file and its folder writable for this user, and see that their disk has room",
-}
 _POOL_SIZE = 5
 _STOP_SECONDS = 2 * WAIT_SECONDS
 """How long the end waits for statements of transactions that were cancelled."""
-_READING = "llm_service_reading"
 _WRITE_NOTHING_NEW = "UPDATE alembic_version SET version_num = version_num"
 
 T = TypeVar("T")
@@ -63,9 +51,9 @@ class Database:
         self._wait_seconds = wait_seconds
         self._url = parse_database_url(url)
         self.sqlite = self._url.get_backend_name() == "sqlite"
-        self.engine = _open_sqlite(self._url) if self.sqlite else _open_postgres(self._url)
-        self._reading = self.engine.execution_options(**{_READING: True})
-        self._quick = _Quick(self._url) if self.sqlite else None
+        self.engine = sqlite.open_sqlite(self._url, _POOL_SIZE) if self.sqlite else _open_postgres(self._url)
+        self._reading = self.engine.execution_options(**{sqlite.READ_ONLY: True})
+        self._transactions = sqlite.TransactionThread(self._url) if self.sqlite else None
         self.breaker = CircuitBreaker(self._probe)
 
     @property
@@ -93,18 +81,16 @@ class Database:
             async with asyncio.timeout(seconds or self._wait_seconds), self._reading.begin() as connection:
                 yield connection
 
-    async def quickly(self, work: Callable[[Connection], T], *, durable: bool = False) -> T:
-        """Run a short transaction on the way of a request.
-
-        SQLite through asyncio is one change of threads for each statement and more; here it is one for all of them.
+    async def run_in_transaction(self, work: Callable[[Connection], T], *, durable: bool = False) -> T:
+        """Run a short transaction, which a request waits for, in the least time; on SQLite in a thread of its own.
 
         Args: durable: the commit survives a power cut, for the price of waiting for the disk; otherwise SQLite's only
             survives the death of the process until the next durable one.
         Raises: StoreUnavailable: as for `begin`.
         """
         with self._outages(None):
-            if self._quick:
-                return await self._quick.run(work, durable=durable)
+            if self._transactions:
+                return await self._transactions.run(work, durable=durable)
             async with asyncio.timeout(self._wait_seconds), self.engine.begin() as connection:
                 return await connection.run_sync(work)
 
@@ -129,11 +115,11 @@ class Database:
 
     def time_out(self) -> None:
         """Note that a transaction that writes was not over in its time: on SQLite others hold the file."""
-        self.breaker.trip(Fault.LOCKED if self.sqlite else Fault.AWAY)
+        self.breaker.trip(Fault.LOCKED if self.sqlite else Fault.UNREACHABLE)
 
     def unavailable(self) -> StoreUnavailable:
         """Return the error of who does not even try while the breaker is open."""
-        return StoreUnavailable(self.breaker.fault or Fault.AWAY)
+        return StoreUnavailable(self.breaker.fault or Fault.UNREACHABLE)
 
     async def _probe(self) -> None:
         # A transaction that may write: on SQLite one that only reads succeeds under a writer that never ends.  Where
@@ -172,12 +158,12 @@ class Database:
         cause = error.__cause__
         said = str(getattr(cause, "orig", None) or cause or "").splitlines()
         reason = without_secrets(self._url, said[0]) if said else "it does not answer in time"
-        advice = _ADVICE_SQLITE.get(fault_of(cause) if cause else Fault.AWAY) if self.sqlite else None
+        advice = sqlite.ADVICE.get(fault_of(cause) if cause else Fault.UNREACHABLE) if self.sqlite else None
         return f"{reason}; {advice}" if advice else reason
 
     async def _check_or_upgrade(self) -> None:
-        if self.sqlite:
-            self._make_file()
+        if self.path is not None:
+            sqlite.create_file(self.path)
         if await self.revision() == head_revision():
             if self.sqlite and self.size() <= START_CHECK_BYTES:
                 await self._refuse_damaged()
@@ -236,30 +222,18 @@ class Database:
         Raises: FileExistsError, OSError: the copy cannot be written; what there is of it is removed.
         """
         if self.path is not None:
-            await asyncio.to_thread(_copy_sqlite, self.path, target)
+            await asyncio.to_thread(sqlite.copy_file, self.path, target)
 
     async def _refuse_damaged(self) -> None:
         """Raises: ConfigError: a page of the file is not as SQLite wrote it; keys or quotas may be wrong."""
         if found := await self.problems(quick=True):
             raise ConfigError(
-                f"the database {self.name} is damaged ({found[0].splitlines()[0]}): {_ADVICE_SQLITE[Fault.DAMAGED]}"
+                f"the database {self.name} is damaged ({found[0].splitlines()[0]}): {sqlite.ADVICE[Fault.DAMAGED]}"
             )
 
-    def _make_file(self) -> None:
-        """Make an empty file that only its owner may read; SQLite gives its other files the same rights."""
-        path = Path(self._url.database or "")
-        try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        except OSError as error:
-            raise ConfigError(
-                f"the database {path} cannot be written: {error.strerror}; "
-                "make it and its folder writable, name another folder as APP__DATA_DIR, or set DATABASE_URL"
-            ) from None
-
     async def close(self) -> None:
-        if self._quick:
-            self._quick.close()
+        if self._transactions:
+            self._transactions.close()
         await self.engine.dispose()
         if stopping := getattr(self.engine.dialect, "stopping", None):
             await asyncio.wait(stopping, timeout=_STOP_SECONDS)
@@ -280,97 +254,6 @@ def _open_postgres(url: URL) -> AsyncEngine:
         hide_parameters=True,
         connect_args={"timeout": WAIT_SECONDS, "server_settings": {"application_name": "llm-service"}},
     )
-
-
-class _SQLiteDialect(SQLiteDialect_aiosqlite):
-    """Gives a cancelled transaction's connection up at once; its thread rolls back and closes it.
-
-    SQLAlchemy's own closes it in a task that nobody owns.  Cancelled a second time (by a time limit that runs out while
-    the service ends), it stops the thread that this task waits for, and the task then waits for ever, cancelled or not.
-    """
-
-    supports_statement_cache = True
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.stopping: set[asyncio.Future[object]] = set()
-        """Of connections that were given up, and are not yet closed."""
-
-    def do_terminate(self, dbapi_connection: DBAPIConnection) -> None:
-        stopped = dbapi_connection.driver_connection.stop()
-        if stopped is not None:
-            self.stopping.add(stopped)
-            stopped.add_done_callback(self.stopping.discard)
-
-
-registry.register("sqlite.llm_service", __name__, _SQLiteDialect.__name__)
-
-
-def _open_sqlite(url: URL) -> AsyncEngine:
-    engine = create_async_engine(url.set(drivername="sqlite+llm_service"), pool_size=_POOL_SIZE, hide_parameters=True)
-    _prepare_sqlite(engine.sync_engine, "FULL")
-    return engine
-
-
-def _prepare_sqlite(engine: Engine, synchronous: str) -> None:
-    @event.listens_for(engine, "connect")
-    def connect(connection: Any, record: object) -> None:
-        # The driver would begin transactions at a time of its own choice; we say BEGIN ourselves.
-        connection.isolation_level = None
-        cursor = connection.cursor()
-        for pragma in (
-            f"busy_timeout = {WAIT_SECONDS * 1000:.0f}",
-            "journal_mode = WAL",
-            f"synchronous = {synchronous}",
-        ):
-            cursor.execute(f"PRAGMA {pragma}")
-        cursor.close()
-
-    @event.listens_for(engine, "begin")
-    def begin(connection: Connection) -> None:
-        # A transaction that reads first and writes later fails at once where another has written in between.
-        reading = connection.get_execution_options().get(_READING)
-        connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
-
-
-class _Quick:
-    """A thread with its own connections to SQLite: one whose commits wait for the disk, and one whose do not."""
-
-    def __init__(self, url: URL) -> None:
-        self._durable, self._fast = [_open_quick(url, synchronous) for synchronous in ("FULL", "NORMAL")]
-        self._thread = ThreadPoolExecutor(1, "sqlite-quick")
-
-    async def run(self, work: Callable[[Connection], T], *, durable: bool) -> T:
-        engine = self._durable if durable else self._fast
-        return await asyncio.get_running_loop().run_in_executor(self._thread, _work, engine, work)
-
-    def close(self) -> None:
-        self._thread.shutdown(wait=True)
-        self._durable.dispose()
-        self._fast.dispose()
-
-
-def _open_quick(url: URL, synchronous: str) -> Engine:
-    engine = create_engine(
-        url.set(drivername="sqlite+pysqlite"), hide_parameters=True, connect_args={"check_same_thread": False}
-    )
-    _prepare_sqlite(engine, synchronous)
-    return engine
-
-
-def _work(engine: Engine, work: Callable[[Connection], T]) -> T:
-    with engine.begin() as connection:
-        return work(connection)
-
-
-def _copy_sqlite(path: Path, target: Path) -> None:
-    os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-    try:
-        with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(target)) as copy:
-            source.backup(copy)
-    except sqlite3.Error as error:
-        target.unlink()
-        raise OSError(None, str(error)) from error
 
 
 def _revision(connection: Connection) -> str | None:

@@ -1,4 +1,4 @@
-"""What an operator wants to know of a database, gathered without changing what it holds."""
+"""Examines a database for the operator, without changing what it holds."""
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -39,7 +39,7 @@ class Diagnosis:
 
 
 async def diagnose(database: Database) -> Diagnosis:
-    """Look at a database that exists; raises nothing that a database can be the reason of."""
+    """Examine a database that exists; whatever is wrong with it is in the result, and not raised."""
     found: dict[str, object] = {}
     try:
         found |= {"revision": await database.revision(), "readable": True}
@@ -53,7 +53,7 @@ async def diagnose(database: Database) -> Diagnosis:
             # Says whether somebody else holds it, it may not be written, or has no room.
             await database.write_nothing_new()
     except StoreUnavailable as error:
-        found |= {"fault": database.breaker.fault or Fault.AWAY, "reason": database.reason_of(error)}
+        found |= {"fault": database.breaker.fault or Fault.UNREACHABLE, "reason": database.reason_of(error)}
     return Diagnosis(**found)  # type: ignore[arg-type]  # by the names above
 
 

@@ -7,7 +7,7 @@ from enum import StrEnum
 class Fault(StrEnum):
     """A reason why transactions fail; the text continues "the database ..." for clients and operators."""
 
-    AWAY = "does not answer"
+    UNREACHABLE = "does not answer"
     LOCKED = "is locked by another program"
     FULL = "has no room left on its disk"
     READ_ONLY = "cannot be written"
@@ -59,4 +59,4 @@ def fault_of(error: BaseException) -> Fault:
         if (state := getattr(cause, "sqlstate", None)) in _POSTGRES:
             return _POSTGRES[state]
         cause = getattr(cause, "orig", None) or cause.__cause__
-    return Fault.AWAY
+    return Fault.UNREACHABLE

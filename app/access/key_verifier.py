@@ -65,7 +65,7 @@ class KeyVerifier:
         if claim.configured:
             return self._admin(await self._roles.read(ADMIN))
         found = await self._keys.find(claim.key_id)
-        expires = _good_until(found, claim.digest, datetime.now(UTC))
+        expires = _valid_until(found, claim.digest, datetime.now(UTC))
         return None if found is None or expires is None else VerifiedKey(self._principal(found), expires)
 
     async def principal_of(self, key_id: str) -> Principal | None:
@@ -76,8 +76,8 @@ class KeyVerifier:
         if key_id == CONFIGURED_ID:
             return None if self._configured is None else self._admin(await self._roles.read(ADMIN)).principal
         found = await self._keys.find(key_id)
-        good = found is not None and found.record.good_at(datetime.now(UTC))
-        return self._principal(found) if found is not None and good else None
+        valid = found is not None and found.record.valid_at(datetime.now(UTC))
+        return self._principal(found) if found is not None and valid else None
 
     def _principal(self, found: KeyWithRole) -> Principal:
         key, role = found.record, found.role
@@ -94,7 +94,7 @@ class KeyVerifier:
         return VerifiedKey(Principal(CONFIGURED_ID, Tenant.configured(), ADMIN, limits, role.rights))
 
     async def limits_of(self, key_id: str) -> Limits:
-        """Return the limits of any key, good or not.
+        """Return the limits of any key, valid or not.
 
         Raises: KeyNotFound: there is no such key.  StoreUnavailable: the database does not answer.
         """
@@ -106,14 +106,14 @@ class KeyVerifier:
         return resolve(self._defaults, (await self._roles.read(ADMIN)).limits)
 
 
-def _good_until(found: KeyWithRole | None, digest: bytes, now: datetime) -> datetime | None:
-    """Return until when a secret is good, None if it is not.
+def _valid_until(found: KeyWithRole | None, digest: bytes, now: datetime) -> datetime | None:
+    """Return until when a secret is valid, None if it is not.
 
     A key that does not exist is compared too, so that it takes the same time.
     """
     current = hmac.compare_digest(digest, found.digest if found else _NO_DIGEST)
     previous = hmac.compare_digest(digest, (found.previous_digest if found else None) or _NO_DIGEST)
-    if found is None or not found.record.good_at(now):
+    if found is None or not found.record.valid_at(now):
         return None
     expires = found.record.expires or NEVER
     if current:

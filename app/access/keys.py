@@ -46,7 +46,7 @@ class KeyRecord:
         names = "id last_four role owner created expires revoked last_used previous_expires"
         return cls(limits=LimitSettings.of(row), **{name: row[name] for name in names.split()})
 
-    def good_at(self, moment: datetime) -> bool:
+    def valid_at(self, moment: datetime) -> bool:
         """Whether the key is neither revoked nor past its time."""
         return self.revoked is None and (self.expires is None or moment < self.expires)
 

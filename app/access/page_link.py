@@ -12,13 +12,13 @@ from hashlib import sha256
 from pathlib import Path
 
 LINK_FILE = "page_link"
-GOOD_SECONDS = 900
+VALID_SECONDS = 900
 MAX_CODE_CHARS = 64
 _PREFIX = "once_"
 
 
 def new_code(data_dir: Path, now: float) -> str:
-    """Return a new code; codes from before are good for nothing from now on.
+    """Return a new code; earlier codes are invalid from now on.
 
     Args: now: seconds since 1970.
     Raises: OSError: the folder cannot be written.
@@ -28,7 +28,7 @@ def new_code(data_dir: Path, now: float) -> str:
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w", encoding="ascii") as file:
-        file.write(f"{_digest(code)} {now + GOOD_SECONDS:.0f}\n")
+        file.write(f"{_digest(code)} {now + VALID_SECONDS:.0f}\n")
     draft.replace(path)
     return code
 

@@ -173,7 +173,7 @@ class Quotas:
         return await ledger.balance(self._db, Month(key_id, month))
 
     async def _grant(self, order: Reserve) -> Balance:
-        """Return what came of it.
+        """Return the outcome.
 
         Raises: StoreUnavailable: the database does not answer in time; then nothing is granted, now or later.
         """
@@ -197,7 +197,7 @@ class Quotas:
             self._db.time_out()
 
     def _withdraw(self, operation: _Operation, order: Reserve) -> None:
-        """Nobody wants a reservation any more: do not make it, or release what it was granted."""
+        """Cancel a reservation: leave it out where it is still queued, or release what it was granted."""
         if not operation.done.done():
             operation.done.cancel()
         elif not operation.done.cancelled() and not operation.done.exception() and operation.done.result().granted:
@@ -211,7 +211,7 @@ class Quotas:
         wanted = sorted((each for each in batch if not each.done.cancelled()), key=lambda each: each.order.counter)
         try:
             charged = any(isinstance(each.order, Commit) for each in wanted)
-            outcomes = await self._db.quickly(partial(_apply, wanted), durable=charged)
+            outcomes = await self._db.run_in_transaction(partial(_apply, wanted), durable=charged)
         except (StoreUnavailable, IntegrityError):
             return [each for each in wanted if self._try_again(each)]
         for each, outcome in zip(wanted, outcomes, strict=True):
@@ -248,10 +248,10 @@ class Quotas:
         """Renew the leases of living requests, and release those that nobody renews, this process's or another's."""
         now = self._now()
         until = now + timedelta(seconds=self._config.lease_seconds)
-        await self._db.quickly(partial(ledger.renew, ids=list(self._live), until=until))
+        await self._db.run_in_transaction(partial(ledger.renew, ids=list(self._live), until=until))
         # Renewed above, no living reservation of this process expires later, however its clock was set back.
         latest = now + ledger.REMEMBERED + max(MAX_CLOCK_SKEW, 10 * (until - now))
-        if released := await self._db.quickly(partial(ledger.release_expired, now=now, latest=latest)):
+        if released := await self._db.run_in_transaction(partial(ledger.release_expired, now=now, latest=latest)):
             _log.warning("Released what a dead process had reserved", reservations=released)
 
 

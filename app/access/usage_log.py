@@ -34,7 +34,7 @@ RETENTION_BATCH = 1000
 """Rows deleted in one transaction."""
 
 _COLUMNS = tuple(field.name for field in structs.fields(InferenceRecord) if field.name not in ("counted", "cut_at"))
-_MAYBE_COMMITTED = frozenset([Fault.AWAY, Fault.LOCKED])
+_MAYBE_COMMITTED = frozenset([Fault.UNREACHABLE, Fault.LOCKED])
 """Faults that leave open whether a COMMIT has arrived; the others are a refusal."""
 _TEXT_CHARS = 20_000
 """Length limit of a stored prompt or completion; the rest is cut off."""

@@ -94,7 +94,7 @@ def rotate(
 
 
 def _row(record: KeyRecord) -> dict[str, Any]:
-    state = "active" if record.good_at(datetime.now(UTC)) else "revoked" if record.revoked else "expired"
+    state = "active" if record.valid_at(datetime.now(UTC)) else "revoked" if record.revoked else "expired"
     limits = {name: value for name, value in asdict(record.limits).items() if value is not None}
     return {
         "id": record.id,

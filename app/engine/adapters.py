@@ -6,9 +6,8 @@ Decides which adapters belong to a model: they are loaded with it, again where i
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
@@ -16,6 +15,7 @@ from msgspec import structs
 
 from app.config import AdaptersConfig
 from app.engine.adapter_source import find_adapter_files, find_configured_files
+from app.engine.leases import Leases
 from app.engine.served_model import Served, ServedEncoder, ServedModel
 from app.errors import AdapterNotFound, AppError, Conflict, EngineNotReady, InvalidRequest
 from app.ipc.messages import AdapterLoaded
@@ -86,11 +86,7 @@ class AdapterRegistry:
             for each in self.config.preload
         }
         self._loading: set[str] = set()
-        self._leases: dict[str, Adapter] = {}
-        """Request id -> adapter, of each sample of each live request."""
-        self._leases_per_adapter: Counter[Adapter] = Counter()
-        self._released = asyncio.Event()
-        """Set, and replaced, each time an adapter has lost its last lease."""
+        self._leases = Leases[Adapter]()
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:
@@ -217,8 +213,8 @@ class AdapterRegistry:
         if adapter is None or adapter.served.adapters is None:
             return entry
         try:
-            if not await self._released_within(self.config.grace_seconds, adapter):
-                for request_id in [each for each, leased in self._leases.items() if leased is adapter]:
+            if not await self._leases.wait_released(self.config.grace_seconds, adapter):
+                for request_id in self._leases.request_ids(adapter):
                     await adapter.served.engine.abort(request_id)
         finally:
             adapter.served.adapters.unload_adapter(adapter.facts.digest)
@@ -236,24 +232,9 @@ class AdapterRegistry:
             if not entry.is_configured:
                 del self._entries[entry.name]
 
-    @contextmanager
-    def lease(self, adapter: Adapter | None, ids: tuple[str, ...]) -> Iterator[None]:
+    def lease(self, adapter: Adapter | None, ids: tuple[str, ...]) -> AbstractContextManager[None]:
         """Hold an adapter, if there is one, for the samples of one request."""
-        if adapter is None:
-            yield
-            return
-        self._leases.update(dict.fromkeys(ids, adapter))
-        self._leases_per_adapter[adapter] += 1
-        try:
-            yield
-        finally:
-            for each in ids:
-                del self._leases[each]
-            self._leases_per_adapter[adapter] -= 1
-            if not self._leases_per_adapter[adapter]:
-                del self._leases_per_adapter[adapter]
-                self._released.set()
-                self._released = asyncio.Event()
+        return nullcontext() if adapter is None else self._leases.lease(adapter, ids)
 
     def _missing(self, served: Served, prepared: PreparedAdapters) -> Iterator[AdapterEntry]:
         """Yield the adapters of a model that it does not have yet, and that have not been tried."""
@@ -288,13 +269,3 @@ class AdapterRegistry:
             raise InvalidRequest("The adapter cannot be loaded: its files have changed since it was loaded.")
         entry.digest = facts.digest
         return Adapter(entry.name, files.folder, served, facts)
-
-    async def _released_within(self, seconds: float, adapter: Adapter) -> bool:
-        """Wait until an adapter has no lease left; return False when the time is over first."""
-        try:
-            async with asyncio.timeout(seconds):
-                while adapter in self._leases_per_adapter:
-                    await self._released.wait()
-        except TimeoutError:
-            return adapter not in self._leases_per_adapter
-        return True

@@ -7,7 +7,7 @@ import asyncio
 import logging
 
 from app.engine.host import ModelHost
-from app.engine.model_loader import ModelLoader, TryOut
+from app.engine.model_loader import ModelLoader, Probe
 from app.engine.model_source import LoadSpec
 from app.engine.registered_models import RegisteredModels
 from app.errors import AppError, ModelLoadFailed
@@ -27,35 +27,35 @@ class AliasFollower:
         host: ModelHost,
         *,
         poll_seconds: float,
-        try_out: TryOut,
+        probe: Probe,
     ) -> None:
         """Args:
         poll_seconds: how often each name is looked up; 0 never does.
-        try_out: what a new version has to pass.
+        probe: what a new version has to pass.
         """
         self._models = models
         self._loader = loader
         self._host = host
         self._poll_seconds = poll_seconds
-        self._try_out = try_out
+        self._probe = probe
         self._problems: dict[str, str] = {}
         """What was last logged of each model, so that it is logged once."""
-        self._looks: set[str] = set()
+        self._polled: set[str] = set()
         """Models that are being looked after now; a download takes longer than a poll."""
 
     async def watch(self) -> None:
         """Follow all aliases until cancelled."""
         if not self._poll_seconds:
             return
-        async with asyncio.TaskGroup() as looks:
+        async with asyncio.TaskGroup() as polls:
             while True:
                 await asyncio.sleep(self._poll_seconds)
                 for name, spec in tuple(self._loader.loaded.items()):
-                    if spec.config.source == "mlflow" and name not in self._looks and name not in self._loader.loads:
-                        self._looks.add(name)
-                        looks.create_task(self._look(spec))
+                    if spec.config.source == "mlflow" and name not in self._polled and name not in self._loader.loads:
+                        self._polled.add(name)
+                        polls.create_task(self._poll(spec))
 
-    async def _look(self, spec: LoadSpec) -> None:
+    async def _poll(self, spec: LoadSpec) -> None:
         try:
             uri = parse_model_uri(spec.config.name)
             serving = self._serving(spec.name)
@@ -71,7 +71,7 @@ class AliasFollower:
         except Exception:
             log.exception("%s could not be followed", spec.name)
         finally:
-            self._looks.discard(spec.name)
+            self._polled.discard(spec.name)
 
     async def _follow(self, spec: LoadSpec, uri: ModelUri, serving: ModelVersion) -> None:
         """Raises: AppError: it could not be done now."""
@@ -83,7 +83,7 @@ class AliasFollower:
             return
         log.info("%s is version %s now, in place of %s", uri, number, serving.version)
         try:
-            await self._loader.replace(spec, try_out=self._try_out).wait()
+            await self._loader.replace(spec, probe=self._probe).wait()
         except ModelLoadFailed as error:
             log.warning("version %s of %s stays out, and %s serves on", number, uri, serving.version)
             await self._models.refuse(uri, number, error.message)

@@ -137,7 +137,7 @@ class _Flight:
 
     def wake(self) -> None:
         for reader in self.readers:
-            reader.news.set()
+            reader.updated.set()
 
     def charge(self, reader: "_Reader", tokens: int | None = None) -> None:
         """Charge a reader with those of the first `tokens` that are charged to nobody yet; None: with all of them.
@@ -163,7 +163,7 @@ class _Reader:
 
     def __init__(self, flight: _Flight, request: GenerationRequest, status: CacheStatus) -> None:
         self.flight = flight
-        self.news = asyncio.Event()
+        self.updated = asyncio.Event()
         self.aborted = False
         self.progress = request.progress
         self.joined_at = flight.progress.generated
@@ -182,8 +182,8 @@ class _Reader:
         if self._position % EVENTS_PER_TURN == EVENTS_PER_TURN - 1:
             await asyncio.sleep(0)
         while not self.aborted and self._position == len(flight.events) and not flight.over:
-            self.news.clear()
-            await self.news.wait()
+            self.updated.clear()
+            await self.updated.wait()
         if self.aborted or self._position == len(flight.events):
             return self._cut_short()
         event = flight.events[self._position]
@@ -260,7 +260,7 @@ class CachedEngine(EngineWrapper):
         return self._read(request) if request.cache and not _is_large(request) else self._inner.stream(request)
 
     async def _read(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        reader = self._readers[request.id] = self._board(request)
+        reader = self._readers[request.id] = self._join(request)
         try:
             while True:
                 event = await reader.next()
@@ -277,7 +277,7 @@ class CachedEngine(EngineWrapper):
             await self._inner.abort(request_id)  # it may be one that bypassed the cache
             return
         reader.aborted = True
-        reader.news.set()
+        reader.updated.set()
         await self._leave(reader)
 
     async def close(self) -> None:
@@ -286,7 +286,7 @@ class CachedEngine(EngineWrapper):
         await self._inner.close()
         self._responses.clear()
 
-    def _board(self, request: GenerationRequest) -> _Reader:
+    def _join(self, request: GenerationRequest) -> _Reader:
         """Find the response stored or in flight, or begin to generate it; raises what `info` raises."""
         key = cache_key(request, self._inner.info, self._scope)
         flight = self._flights.get(key)
@@ -297,7 +297,7 @@ class CachedEngine(EngineWrapper):
             flight.progress.prompt = _prompt_tokens(stored)
         hit = flight is not None
         if flight is None:
-            flight = self._flights[key] = self._take_off(key, request)
+            flight = self._flights[key] = self._begin(key, request)
         self._count(hit)
         reader = _Reader(flight, request, CacheStatus.HIT if hit else CacheStatus.MISS)
         flight.readers[reader] = None
@@ -309,17 +309,17 @@ class CachedEngine(EngineWrapper):
         if self._metrics is not None:
             (self._metrics.cache_hit if hit else self._metrics.cache_miss)()
 
-    def _take_off(self, key: bytes, request: GenerationRequest) -> _Flight:
+    def _begin(self, key: bytes, request: GenerationRequest) -> _Flight:
         flight = _Flight(key, [], streams=request.stream)
         # An id and a progress of its own: the request that began it may leave while others still read.
         flight.request_id = uuid4().hex
         flight.progress.times = request.progress.times
         request = structs.replace(request, id=flight.request_id, progress=flight.progress)
-        flight.task = asyncio.create_task(self._fly(flight, request))
-        flight.task.add_done_callback(partial(self._land, flight))
+        flight.task = asyncio.create_task(self._generate(flight, request))
+        flight.task.add_done_callback(partial(self._on_end, flight))
         return flight
 
-    async def _fly(self, flight: _Flight, request: GenerationRequest) -> None:
+    async def _generate(self, flight: _Flight, request: GenerationRequest) -> None:
         async with aclosing(self._inner.stream(request)) as events:
             async for event in events:
                 flight.events.append(event)
@@ -327,7 +327,7 @@ class CachedEngine(EngineWrapper):
                     self._store(flight)
                 flight.wake()
 
-    def _land(self, flight: _Flight, task: asyncio.Task[None]) -> None:
+    def _on_end(self, flight: _Flight, task: asyncio.Task[None]) -> None:
         self._forget(flight)
         flight.wake()
         if not task.cancelled():

@@ -12,7 +12,7 @@ from pathlib import Path
 import app
 from app.engine.base import EngineInfo
 from app.engine.deadline import deadline
-from app.engine.tenant_turns import TenantTurns
+from app.engine.fair_lock import FairLock
 from app.errors import EngineFailed, EngineNotReady, InvalidRequest
 from app.grammars.compiler import MAX_GRAMMAR_CHARS
 from app.requests import GenerationRequest
@@ -46,7 +46,7 @@ class GrammarChecker:
         self._waiting_seconds = waiting_seconds
         self._outcomes: OrderedDict[bytes, str | None] = OrderedDict()
         """Why a grammar is refused, or None, by the grammar's digest."""
-        self._turns = TenantTurns(MAX_WAITING, "Too many grammars wait to be tried. Try again later.")
+        self._lock = FairLock(MAX_WAITING, "Too many grammars wait to be tried. Try again later.")
         self._process: asyncio.subprocess.Process | None = None
         """The one that is ready and has no question to answer, or that of the check that has the turn."""
         self._children: set[asyncio.subprocess.Process] = set()
@@ -76,7 +76,7 @@ class GrammarChecker:
         digest = hashlib.sha256(question).digest()
         if digest not in self._outcomes:
             limit = deadline(self._waiting_seconds, "The grammar waited too long to be tried.")
-            async with limit, self._turns.turn(tenant, digest):
+            async with limit, self._lock.hold(tenant, digest):
                 if digest not in self._outcomes:
                     self._remember(digest, await self._try(question))
         self._outcomes.move_to_end(digest)

@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from difflib import get_close_matches
 
 from app.embeddings import EmbeddingRequest
 from app.engine.adapters import AdapterEntry, AdapterRegistry, PreparedAdapters
+from app.engine.leases import Leases
 from app.engine.served_model import EmbeddingChain, Served, ServedEncoder, ServedModel
 from app.errors import AppError, Conflict, InvalidRequest, ModelNotFound, ShuttingDown
 from app.requests import GenerationRequest
@@ -48,10 +48,7 @@ class ModelHost:
         self._started: set[str] = set()
         self._unloading: dict[str, asyncio.Event] = {}
         """Model -> set once it is gone and its name is free again."""
-        self._leases: dict[str, Served] = {}
-        """Request id -> model, of each sample of each live request."""
-        self._leases_per_model: Counter[int] = Counter()
-        """By the model's identity: one may have another's name while that one is drained."""
+        self._leases = Leases[Served]()
         self._use: dict[str, ModelUse] = {}
         self._replaced: list[Served] = []
         """Models that are drained while another has their name."""
@@ -59,8 +56,6 @@ class ModelHost:
         """Is called with the name of a model that a request wants and that is not loaded; may raise EngineNotReady."""
         self.is_reserved: Callable[[str], bool] = lambda name: False
         """Whether a name is that of a model which a request may have loaded."""
-        self._released = asyncio.Event()
-        """Set, and replaced, each time a model has lost its last lease."""
         self.draining = False
         """New requests are refused; live ones may finish."""
         self.over = False
@@ -130,10 +125,10 @@ class ModelHost:
     def is_leased(self, name: str) -> bool:
         """Return whether a request holds a model now."""
         model = self._models.get(name)
-        return model is not None and id(model) in self._leases_per_model
+        return model is not None and self._leases.is_leased(model)
 
     def _find_wanted(self, model: str | None, allowed: Collection[str] | None) -> Served:
-        """Return a model, by its own name or an adapter's, and let one be loaded that can be on its first use."""
+        """Return a model by its own name or an adapter's; a missing one that may be loaded on its first use is."""
         base = self.adapters.base_of(model)
         try:
             return self.find(base, allowed=allowed)
@@ -270,7 +265,7 @@ class ModelHost:
 
     async def _drain(self, model: Served, grace_seconds: float) -> None:
         try:
-            if not await self._released_within(grace_seconds, model):
+            if not await self._leases.wait_released(grace_seconds, model):
                 await self._abort(model)
         finally:
             await model.engine.close()
@@ -362,30 +357,22 @@ class ModelHost:
     def _lease(self, model: Served, ids: tuple[str, ...]) -> Iterator[None]:
         use = self.use_of(model.name)
         use.requests += 1
-        self._leases.update(dict.fromkeys(ids, model))
-        self._leases_per_model[id(model)] += 1
-        try:
-            yield
-        finally:
-            use.last_at = time.monotonic()
-            for each in ids:
-                del self._leases[each]
-            self._leases_per_model[id(model)] -= 1
-            if not self._leases_per_model[id(model)]:
-                del self._leases_per_model[id(model)]
-                self._released.set()
-                self._released = asyncio.Event()
+        with self._leases.lease(model, ids):
+            try:
+                yield
+            finally:
+                use.last_at = time.monotonic()
 
     async def drain(self, grace_seconds: float) -> None:
         """Refuse new requests, let the live ones finish, and end what is left after the grace period."""
         self.draining = True
-        if not await self._released_within(grace_seconds):
+        if not await self._leases.wait_released(grace_seconds):
             await self.abort_all()
 
     async def abort_all(self) -> None:
         """End every live request with FinishReason.ABORT; nothing starts after it."""
         self.draining = self.over = True
-        self._released.set()
+        self._leases.end_waits()
         for model in (*self._models.values(), *self._replaced):
             await self._abort(model)
 
@@ -396,23 +383,8 @@ class ModelHost:
             await model.engine.close()
 
     async def _abort(self, model: Served) -> None:
-        for request_id, leased in tuple(self._leases.items()):
-            if leased is model:
-                await model.engine.abort(request_id)
-
-    async def _released_within(self, seconds: float, model: Served | None = None) -> bool:
-        """Wait until a model, or all of them, have no lease left; return False when the time is over first."""
-
-        def leased() -> bool:
-            return bool(self._leases_per_model) if model is None else id(model) in self._leases_per_model
-
-        try:
-            async with asyncio.timeout(seconds):
-                while leased() and not self.over:
-                    await self._released.wait()
-        except TimeoutError:
-            return False
-        return not leased()
+        for request_id in self._leases.request_ids(model):
+            await model.engine.abort(request_id)
 
 
 def _generating(model: Served) -> ServedModel:

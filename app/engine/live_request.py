@@ -76,7 +76,7 @@ class LiveRequest:
         self._reported = 0
         """Tokens of the deltas yielded so far."""
         self._outcome: FinishReason | AppError | None = None
-        self._news = asyncio.Event()
+        self._updated = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._arm(deadlines.waiting_seconds, "The request waited too long for the model.")
 
@@ -133,8 +133,8 @@ class LiveRequest:
         Raises: AppError: the outcome is an error; it comes in place of Finished.
         """
         while True:
-            await self._news.wait()
-            self._news.clear()
+            await self._updated.wait()
+            self._updated.clear()
             while self._scores is not None and (scores := self._scores.take()):
                 yield Delta(prompt_logprobs=scores)
                 await asyncio.sleep(0)
@@ -155,7 +155,7 @@ class LiveRequest:
         self._progress.read_prompt = True
         if self._scores is not None:
             self._scores.add(logprobs)
-            self._news.set()
+            self._updated.set()
 
     def _next_delta(self) -> Delta:
         text = "".join(self._text)
@@ -202,13 +202,13 @@ class LiveRequest:
             self._text.append(text)
             self._length += len(text)
             if self.request.stream or not self._begun or len(self._alignment) >= LOGPROBS_PER_DELTA:
-                self._news.set()
+                self._updated.set()
 
     def _finish(self, outcome: FinishReason | AppError) -> None:
         self._disarm()
         self._times.ended = time.monotonic()
         self._outcome = outcome
-        self._news.set()
+        self._updated.set()
         self._on_outcome(self)
 
     def _arm(self, seconds: float, message: str) -> None:

@@ -1,4 +1,4 @@
-"""One load of a model: how far it has come, how it ended, and what those get who wait for it."""
+"""One load of a model: its progress, its outcome, and the errors for those who wait for it."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
@@ -18,7 +18,7 @@ from app.errors import (
     ServiceUnavailable,
 )
 
-LOOK_SECONDS = 0.2
+POLL_SECONDS = 0.2
 """How often the progress of a load is looked at."""
 WAITING = LoadProgress("waiting")
 
@@ -42,7 +42,7 @@ class Load:
         self.engine: HostedEngine | None = None
         """Set once the load begins; other loads may come first."""
         self.end_error: AppError = Conflict("The model was unloaded before it was loaded.")
-        """What those get who wait for it, if it is ended."""
+        """Raised for those who wait for it, if it is cancelled."""
 
     @property
     def progress(self) -> LoadProgress:
@@ -67,10 +67,10 @@ class Load:
             if (now := self.progress) != last:
                 last = now
                 yield now
-            await asyncio.wait({self.task}, timeout=LOOK_SECONDS)
+            await asyncio.wait({self.task}, timeout=POLL_SECONDS)
 
     def still_loading(self) -> EngineNotReady:
-        """Return what a request gets that names the model meanwhile."""
+        """Return the error for a request that names the model meanwhile."""
         progress = self.progress
         details = {"stage": progress.stage, "bytes_done": progress.bytes_done, "bytes_total": progress.bytes_total}
         return EngineNotReady(
@@ -93,7 +93,7 @@ def finished_load(spec: LoadSpec, model: Served) -> Load:
 
 
 def load_error(error: EngineFailed) -> AppError:
-    """Return what a failed load is to its caller."""
+    """Return the error that reports a failed load, by its reason."""
     match error.details.get("reason"):
         case "no_memory":
             return InsufficientMemory(error.message, details=error.details)

@@ -38,8 +38,8 @@ BUSY_RETRY_SECONDS = 10.0
 MAX_FAILURES = 100
 """Failed loads that are remembered."""
 
-TryOut = Callable[[Served], Awaitable[None]]
-"""Tries a model that has been loaded, before any request gets it.  Raises: AppError: it is of no use."""
+Probe = Callable[[Served], Awaitable[None]]
+"""Has a loaded model show that it works, before any request gets it.  Raises: AppError: it does not."""
 
 
 class ModelLoader:
@@ -121,10 +121,10 @@ class ModelLoader:
                 return finished_load(spec, model)
         return self._begin(spec, None)
 
-    def replace(self, spec: LoadSpec, *, try_out: TryOut | None = None) -> Load:
+    def replace(self, spec: LoadSpec, *, probe: Probe | None = None) -> Load:
         """Begin to load a model beside the one of its name, which serves until the new one can, and then ends.
 
-        No request fails for it.  If the load or `try_out` fails, the old model stays.  Without an old one it is an
+        No request fails for it.  If the load or `probe` fails, the old model stays.  Without an old one it is an
         ordinary load.
 
         Raises: Conflict: a model of this name is being loaded, or the old one does something else; ShuttingDown.
@@ -133,7 +133,7 @@ class ModelLoader:
         self._refuse_other_task(spec)
         if (load := self._loads.get(spec.name)) is not None and not load.task.done():
             raise Conflict("A model of this name is being loaded; wait for it.")
-        return self._begin(spec, try_out)
+        return self._begin(spec, probe)
 
     async def unload(self, name: str, grace_seconds: float | None = None) -> None:
         """Unload a model as `ModelHost.unload` does, or end its load; it stays away until it is loaded again.
@@ -226,11 +226,11 @@ class ModelLoader:
             raise EngineNotReady(failure.message, details=failure.details, retry_after=RETRY_SECONDS)
         return self.load(self._known[name])
 
-    def _begin(self, spec: LoadSpec, try_out: TryOut | None) -> Load:
+    def _begin(self, spec: LoadSpec, probe: Probe | None) -> Load:
         load = self._loads[spec.name] = Load(spec)
         self._failures.pop(spec.name, None)
         self._on_name(spec.name)
-        load.task = asyncio.create_task(self._load(load, try_out), name="load of a model")
+        load.task = asyncio.create_task(self._load(load, probe), name="load of a model")
         load.task.add_done_callback(lambda task: self._end(load))
         return load
 
@@ -247,19 +247,19 @@ class ModelLoader:
         elif error is not None:
             log.error("%s could not be loaded", load.spec.name, exc_info=error)
 
-    async def _load(self, load: Load, try_out: TryOut | None) -> Served:
+    async def _load(self, load: Load, probe: Probe | None) -> Served:
         async with self._in_turn:
             evicted = await self._evict_idle(load.spec.name)
             try:
                 await self._host.wait_unloaded(load.spec.name)
-                return await self._start(load, try_out)
+                return await self._start(load, probe)
             except BaseException:
                 # A load that fails changes nothing.
                 for spec in evicted:
                     self._in_background(self._reload(spec))
                 raise
 
-    async def _start(self, load: Load, try_out: TryOut | None) -> Served:
+    async def _start(self, load: Load, probe: Probe | None) -> Served:
         try:
             model = self._build(load.spec)
         except ConfigError as error:
@@ -268,8 +268,8 @@ class ModelLoader:
         try:
             await model.engine.start()
             await model.engine.wait_ready()
-            if try_out is not None:
-                await try_out(model)
+            if probe is not None:
+                await probe(model)
             # No await between the two: what is loaded or unloaded meanwhile is among the prepared ones.
             adapters = await self._host.adapters.prepare(model)
             self._publish(load.spec, model, adapters)

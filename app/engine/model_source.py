@@ -1,4 +1,4 @@
-"""Where a model's files are: what a load names, how a registry hands them over, how a worker is started on them."""
+"""Where a model's files are: the spec of a load, the files of a registry, and the start of a worker on them."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""What every model of the service does now, for people and their tools."""
+"""The state of every model, loaded or not, for /status, the routes that load models, and the metrics."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -112,7 +112,7 @@ def _info(model: Served) -> EngineInfo | None:
 
 
 def model_figures(model: Served) -> ModelFigures:
-    """Return what a scrape of the metrics shows of a model."""
+    """Return the gauges of a model."""
     status = model.engine.status()
     adapters = model.adapters if isinstance(model, ServedModel) else None
     running, waiting = adapters.adapters_in_use() if adapters is not None else ((), ())
@@ -131,7 +131,7 @@ def model_figures(model: Served) -> ModelFigures:
 
 
 def upstream_figures(model: Served) -> Iterator[UpstreamFigures]:
-    """Yield what a scrape shows of the servers that a model's requests are sent to."""
+    """Yield the gauges of the upstream servers of a model."""
     for each in model.engine.status().upstreams:
         yield UpstreamFigures(
             model=model.name, number=each.number, ready=each.ready, running=each.running, failures=each.failures

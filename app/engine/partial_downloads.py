@@ -1,4 +1,4 @@
-"""What a download from the hub leaves in the cache when its process is killed: parts of files that nobody continues."""
+"""Removes the partial files that a download from the hub leaves in the cache when its process is killed."""
 
 import fcntl
 from contextlib import suppress

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from msgspec import structs
 
 from app.engine.base import Tokenizer
-from app.engine.tokenizer.detokenize import LEAST_LOGPROB
+from app.engine.tokenizer.detokenize import MIN_LOGPROB
 from app.events import WITHHELD, PromptLogprob
 from app.requests import GenerationRequest
 from app.types import TokenLogprob
@@ -54,7 +54,7 @@ class PromptScores:
             token_id=token,
             text=self._tokenizer.token_text(token),
             raw=self._tokenizer.token_bytes(token),
-            logprob=None if logprob is None else max(LEAST_LOGPROB, logprob),
+            logprob=None if logprob is None else max(MIN_LOGPROB, logprob),
             rank=rank,
             top=top,
             end=end,

@@ -1,4 +1,4 @@
-"""What an engine says of its worker process, in the words of the engine's own protocol."""
+"""Translates the state of a worker process into the status, the facts and the errors of an engine."""
 
 import os
 from pathlib import Path

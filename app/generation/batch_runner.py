@@ -9,14 +9,13 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Protocol, TypeVar
+from typing import TypeVar
 from uuid import uuid4
 
 import structlog
 
-from app.batches import Batch, BatchCounts, BatchError, BatchStatus, ClaimedLine, InputLine, LineResult
+from app.batches import Batch, BatchCounts, BatchError, BatchStatus, ClaimedLine
 from app.config import BatchesConfig
 from app.errors import (
     AppError,
@@ -30,6 +29,7 @@ from app.errors import (
     StoreUnavailable,
 )
 from app.generation.batch_input import BatchInput, InvalidBatch
+from app.generation.batch_ports import BatchLines, BatchStore, LineOutcome, LineRoutes
 from app.telemetry.tracing import NO_TRACER, Tracer
 from app.types import Principal
 
@@ -37,7 +37,7 @@ POLL_SECONDS = 2.0
 """How soon a process notices what another has changed in the store."""
 RETRY_SECONDS = 1.0
 """Pause after a refusal that says no time of its own, and between two attempts to reach the store."""
-MOST_RETRY_SECONDS = 30.0
+MAX_RETRY_SECONDS = 30.0
 COUNT_SECONDS = 10.0
 """How old the counts of batches and lines may be."""
 MAX_ATTEMPTS = 5
@@ -51,84 +51,6 @@ _NOT_ALLOWED = BatchError("invalid_api_key", "The API key that created the batch
 _T = TypeVar("_T")
 
 _log = structlog.get_logger("llm_service")
-
-
-class BatchStore(Protocol):
-    """Batches; `access.batches.BatchStore` is one."""
-
-    async def claim_validating(self, owner: str, until: datetime) -> Batch | None:
-        """Return a batch whose file this process is to validate; it has no lines then."""
-
-    async def begin(self, batch_id: str, total: int) -> bool:
-        """Let the lines of a validated batch be answered."""
-
-    async def fail(self, batch_id: str, errors: Sequence[BatchError]) -> None:
-        """End a batch whose file cannot be answered."""
-
-    async def active(self) -> Sequence[Batch]:
-        """Return the batches that have lines to answer, or are to be ended, oldest first."""
-
-    async def revoke(self, batch_id: str, error: BatchError) -> None:
-        """Begin to cancel a batch whose key is good no more."""
-
-    async def counts(self) -> BatchCounts:
-        """Return how many batches and lines there are, of all tenants."""
-
-    async def expire(self, batch_id: str) -> None:
-        """Stop answering the lines of a batch whose time is over."""
-
-    async def end(self, batch: Batch, status: BatchStatus, *, file_expires: datetime) -> bool:
-        """End a batch once no line of it is being answered, and show its results as files."""
-
-
-class BatchLines(Protocol):
-    """The lines of batches; `access.batch_lines.BatchLines` is one."""
-
-    async def add(self, batch_id: str, lines: Sequence[InputLine]) -> None:
-        """Add lines to a batch whose file is being validated."""
-
-    async def claim(self, batch_id: str, owner: str, count: int, until: datetime) -> Sequence[ClaimedLine]:
-        """Return the next lines of a batch, which nobody else gets before the lease ends."""
-
-    async def renew(self, owner: str, lines: Sequence[ClaimedLine], until: datetime) -> None:
-        """Say that a process still lives that answers these lines, or validates a file."""
-
-    async def store(self, line: ClaimedLine, owner: str, result: LineResult) -> bool:
-        """Store the result of a line; return False where another process has it by now."""
-
-    async def give_back(self, line: ClaimedLine, owner: str, *, counted: bool) -> None:
-        """Let a line be claimed again, by whichever process."""
-
-    async def give_back_all(self, owner: str) -> None:
-        """Do the same with all lines that a process has claimed; their attempts are not counted."""
-
-    async def unanswered(self, batch_id: str, count: int) -> Sequence[tuple[int, str]]:
-        """Return numbers and custom ids of lines without a result."""
-
-    async def give_up(self, batch_id: str, results: Sequence[tuple[int, LineResult]]) -> None:
-        """Store why lines were not answered, of a batch whose time is over."""
-
-
-@dataclass(frozen=True, slots=True)
-class LineOutcome:
-    """What became of one attempt to answer a line."""
-
-    result: LineResult
-    error: AppError | None = None
-    """What refused or ended it; None: it was answered."""
-
-
-class LineRoutes(Protocol):
-    """Answers lines as live requests are answered; `web.openai.batch_routes` does."""
-
-    async def answer(self, batch: Batch, line: ClaimedLine, principal: Principal) -> LineOutcome:
-        """Answer a line; cancelling this ends the request.  Errors are outcomes, and never raised."""
-
-    def refused(self, batch: Batch, line: ClaimedLine, error: AppError) -> LineOutcome:
-        """Return the outcome of a line that was not sent to its route."""
-
-    def expired(self, custom_id: str) -> LineResult:
-        """Return the result of a line whose batch is over before it was answered."""
 
 
 class BatchRunner:
@@ -354,7 +276,7 @@ class BatchRunner:
         return principal
 
     def _pause(self, batch: Batch, error: AppError) -> None:
-        seconds = min(max(error.retry_after or 0.0, RETRY_SECONDS), MOST_RETRY_SECONDS)
+        seconds = min(max(error.retry_after or 0.0, RETRY_SECONDS), MAX_RETRY_SECONDS)
         self._paused_until[batch.id] = asyncio.get_running_loop().time() + seconds
 
     async def _persist(self, write: Callable[[], Awaitable[object]]) -> None:

@@ -39,7 +39,7 @@ class TokenBudget:
         return min(self.default, self.limit // 4) if self.requested is None else self.requested
 
     def most_prompt_tokens(self, requested: int = 0) -> int:
-        """Return the tokens that a prompt may have whose beginning may go, at least one.
+        """Return the length that a prompt is truncated to, at least one token; its beginning is cut off.
 
         Args: requested: the caller's own limit; 0 is none.
         """
@@ -47,7 +47,10 @@ class TokenBudget:
         return max(1, min(requested, most) if requested else most)
 
     def uncounted_tokens(self, request: GenerationRequest) -> int:
-        """Return the length up to which that of the prompt decides nothing about a request; 0 where it always does."""
+        """Return the tokens up to which a prompt need not be counted before it is sent; 0 where it must be.
+
+        With so many or fewer it fits, whatever its exact length.
+        """
         if request.counts_prompt or request.truncate_prompt is not None or request.n > 1:
             return 0
         return max(0, self.limit - (self.default if self.requested is None else self.requested))
@@ -91,7 +94,7 @@ class FittedPrompt:
 
 
 async def fit_text(request: GenerationRequest, prepare: Prepare, budget: TokenBudget) -> FittedPrompt:
-    """Encode a plain prompt and return it with the tokens that may follow; what is to be cut off goes first.
+    """Encode a plain prompt, truncate it if the request wants that, and return it with the tokens that may follow.
 
     Raises: ContextLengthExceeded; InvalidRequest: the prompt encodes to nothing, or to more than the request allows.
     """
@@ -131,7 +134,7 @@ async def _cut(request: GenerationRequest, ids: tuple[int, ...], prepare: Prepar
 def trimmable(
     request: GenerationRequest, history: Sequence[Turn], new: Sequence[Message]
 ) -> tuple[Sequence[Turn], Sequence[Message]]:
-    """Return the turns that may give way, and the messages that must not: all new ones unless the caller allows it."""
+    """Return the turns that may be dropped, and the messages that may not: all new ones unless the caller allows it."""
     turns = [] if request.truncate_prompt is None else _turns(new)
     if not turns:
         return history, new
@@ -179,7 +182,7 @@ async def fit_chat(
 
     def with_history(turns: int) -> GenerationRequest:
         earlier = [message for turn in history[len(history) - turns :] for message in turn.messages]
-        # How much history fits is not to be decided by a bound.
+        # Only the whole history may be left uncounted: how much of it fits is decided by exact lengths.
         most = uncounted if turns == len(history) else 0
         return structs.replace(request, messages=(*request.messages, *earlier, *new), uncounted_tokens=most)
 

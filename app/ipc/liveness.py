@@ -15,7 +15,7 @@ look two hundred times a second whether it is free."""
 
 @dataclass(frozen=True, slots=True)
 class Pulse:
-    """What shows of a process from outside; every number only grows."""
+    """Signs of life of a process, as seen from outside; every number only grows."""
 
     beats: int = 0
     """Messages and heartbeats that arrived.  A thread of its own sends the latter, whatever the model computes."""

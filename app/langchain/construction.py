@@ -1,4 +1,4 @@
-"""How LangChain's classes are made and closed by those who have no engine: `from_service` and `from_model_id`.
+"""Construction and closing of LangChain's classes without an engine at hand: `from_service` and `from_model_id`.
 
 An object made so owns its engine, which closes with it; one made of an engine leaves that to whoever made the engine.
 """

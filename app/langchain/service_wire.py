@@ -24,7 +24,7 @@ from app.errors import (
 from app.events import CacheStatus, Delta, Finished, FinishedSample, ToolCallDelta
 from app.types import FinishReason, Usage
 
-MOST_ALTERNATIVES = 21
+MAX_ALTERNATIVES = 21
 """To a token, at a position of a completion: as many as can be asked for, and the token itself."""
 
 _BY_CODE: Mapping[str, type[AppError]] = {
@@ -101,7 +101,7 @@ def _delta(choice: Choice) -> Delta:
         text=part.content or "",
         reasoning=part.reasoning_content or "",
         tool_calls=tuple(map(_call_delta, part.tool_calls or ())),
-        logprobs=logprobs_of(choice.logprobs, MOST_ALTERNATIVES),
+        logprobs=logprobs_of(choice.logprobs, MAX_ALTERNATIVES),
     )
 
 

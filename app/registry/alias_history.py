@@ -1,4 +1,4 @@
-"""What became of the versions that an alias or a stage has meant: which one serves, and which one stays out.
+"""Remembers for an alias or a stage which version serves, and which one was refused.
 
 It is a small file, so that a restart neither takes a version that failed nor depends on a registry that is down.
 """

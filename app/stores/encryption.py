@@ -19,7 +19,7 @@ _HEADER_BYTES = 1 + KEY_ID_BYTES + NONCE_BYTES
 
 
 class UnreadableValue(ValueError):
-    """What is stored is no value of this place."""
+    """A stored value cannot be decrypted with the configured keys, or was stored in another place."""
 
 
 class Encryption:

@@ -26,10 +26,9 @@ class History:
     """What replicas share beside the cache in each one's memory; None for that of the database, or none."""
 
     @classmethod
-    def of(cls, settings: Settings, redis: RedisConnection | None, sessions: SessionStore | None = None) -> "History":
+    def of(cls, settings: Settings, redis: RedisConnection | None) -> "History":
         """Return the stores that are configured.
 
-        Args: sessions: takes the place of the configured store.
         Raises: ConfigError: the cache is to be in Redis, and none is configured.
         """
         config = settings.chat_history
@@ -37,15 +36,15 @@ class History:
             if settings.cache_store == "redis":
                 raise ConfigError("configuration: cache.persistent: redis needs redis.url")
             if not config.enabled:
-                return cls(sessions, None, None)
-            return cls(sessions or MemorySessionStore(config), MemoryResponseStore(config), None)
+                return cls(None, None, None)
+            return cls(MemorySessionStore(config), MemoryResponseStore(config), None)
         encryption = Encryption(settings.redis.encryption_keys)
         in_redis = settings.cache_store == "redis"
         cache = RedisResponseCache(redis, settings.cache.ttl_seconds, encryption) if in_redis else None
         if not config.enabled:
-            return cls(sessions, None, cache)
-        stored = sessions or RedisSessionStore(redis, config, encryption)
-        return cls(stored, RedisResponseStore(redis, config, encryption), cache)
+            return cls(None, None, cache)
+        sessions = RedisSessionStore(redis, config, encryption)
+        return cls(sessions, RedisResponseStore(redis, config, encryption), cache)
 
     async def watch(self) -> None:
         """Count the sessions of all replicas for ever, where they are in Redis."""

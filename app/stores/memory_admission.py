@@ -4,7 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from app.access.admission import Decision, Levels, Rates, Refusal
+from app.access.admission_store import Decision, Levels, Rates, Refusal
 from app.access.token_bucket import Bucket, BucketState
 from app.stores.memory_buckets import MemoryBuckets
 

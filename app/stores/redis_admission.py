@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import replace
 from uuid import uuid4
 
-from app.access.admission import Decision, Levels, Rates, Refusal
+from app.access.admission_store import Decision, Levels, Rates, Refusal
 from app.access.token_bucket import Bucket, BucketState
 from app.errors import StoreUnavailable
 from app.stores.memory_admission import MemoryAdmissionStore

@@ -33,11 +33,11 @@ _FAULTS: tuple[tuple[type[Exception], Fault], ...] = (
     (exceptions.NoPermissionError, Fault.REFUSED),
     (exceptions.OutOfMemoryError, Fault.NO_MEMORY),
     (exceptions.ReadOnlyError, Fault.READ_ONLY),
-    (exceptions.ConnectionError, Fault.AWAY),
-    (exceptions.TimeoutError, Fault.AWAY),
-    (exceptions.ClusterError, Fault.AWAY),
-    (exceptions.RedisClusterException, Fault.AWAY),
-    (OSError, Fault.AWAY),  # the built-in TimeoutError is one
+    (exceptions.ConnectionError, Fault.UNREACHABLE),
+    (exceptions.TimeoutError, Fault.UNREACHABLE),
+    (exceptions.ClusterError, Fault.UNREACHABLE),
+    (exceptions.RedisClusterException, Fault.UNREACHABLE),
+    (OSError, Fault.UNREACHABLE),  # the built-in TimeoutError is one
 )
 _REFUSALS = frozenset(["BUSY", "LOADING", "MISCONF", "NOREPLICAS", "TRYAGAIN"])
 """First words of errors with which a server refuses whatever is asked."""
@@ -134,7 +134,7 @@ class RedisConnection:
 
     def unavailable(self) -> StoreUnavailable:
         """Return the error of who does not even try while Redis is away."""
-        return StoreUnavailable(self.breaker.fault or Fault.AWAY, store="Redis")
+        return StoreUnavailable(self.breaker.fault or Fault.UNREACHABLE, store="Redis")
 
     async def open(self) -> None:
         """Find out whether Redis answers; that it does not is no reason not to start."""
@@ -198,7 +198,7 @@ class RedisConnection:
     def _fail(self, error: BaseException) -> NoReturn:
         """Report an error to the breaker.  Raises: StoreUnavailable."""
         word = str(error).partition(" ")[0]
-        away = Fault.AWAY if word in _REFUSALS else None
+        away = Fault.UNREACHABLE if word in _REFUSALS else None
         fault = next((fault for kind, fault in _FAULTS if isinstance(error, kind)), away)
         if fault is not None:
             self.breaker.trip(fault)

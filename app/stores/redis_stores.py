@@ -1,4 +1,4 @@
-"""What a process keeps in Redis, as one object with a beginning and an end."""
+"""All stores of a process that are in Redis, over one connection."""
 
 import asyncio
 

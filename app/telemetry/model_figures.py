@@ -1,4 +1,4 @@
-"""What a scrape shows of where each model stands: its queue, the rows of its KV cache, its worker, its servers."""
+"""Gauges of each model, read at every scrape: its queue, its KV cache slots, its worker, its upstream servers."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator

@@ -10,10 +10,11 @@ from app import __version__
 from app.web.admin import adapters, documentation, health, keys, models, roles, usage
 from app.web.compat.routers import ROUTERS as COMPAT_ROUTERS
 from app.web.http.authentication import Authentication
+from app.web.http.body_limits import BodyLimits
 from app.web.http.cors import CrossOriginAccess
 from app.web.http.dependencies import Container
 from app.web.http.errors import DEFAULT_FORMAT, ErrorRenderer
-from app.web.http.middleware import BodyLimits, DrainGate, ErrorBoundary, HeadChecks, RequestLog
+from app.web.http.middleware import DrainGate, ErrorBoundary, HeadChecks, RequestLog
 from app.web.http.openapi import DESCRIPTION, DocumentedApp
 from app.web.http.private_api import served_methods
 from app.web.native import batch, chat, generate, sessions

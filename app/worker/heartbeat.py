@@ -1,4 +1,4 @@
-"""What the worker shows of itself while it computes: that its interpreter runs, and how far its work has come."""
+"""The worker's signs of life: heartbeats from a thread of their own, and a counter of its progress."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""What the parent process is told of a model that has been loaded."""
+"""Builds the `Ready` message, by which the parent process learns what has been loaded."""
 
 from typing import Protocol
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import pytest
 
-from app.access.admission import AdmissionStore, Rates, Refusal
+from app.access.admission_store import AdmissionStore, Rates, Refusal
 from app.access.token_bucket import Bucket
 from app.stores.memory_admission import MemoryAdmissionStore
 from app.stores.redis_admission import AdmissionStoreWithFallback, RedisAdmissionStore

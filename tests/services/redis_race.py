@@ -7,7 +7,7 @@ import asyncio
 import sys
 from typing import Any
 
-from app.access.admission import Rates
+from app.access.admission_store import Rates
 from app.access.token_bucket import Bucket
 from app.config import RedisConfig
 from app.stores.redis_admission import RedisAdmissionStore

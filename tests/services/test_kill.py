@@ -94,7 +94,7 @@ async def leases_free_the_rest(url: str, key: str) -> None:
     """Two minutes on, nothing is reserved any more."""
     database = Database(url, wait_seconds=60)
     later = now() + timedelta(minutes=2)
-    await database.quickly(lambda connection: release_expired(connection, later))
+    await database.run_in_transaction(lambda connection: release_expired(connection, later))
     left = await balance(database, counter(key))
     async with database.begin() as connection:
         assert 0 == await connection.scalar(select(func.count()).where(reservations.c.tokens > 0))

@@ -71,11 +71,11 @@ async def test_a_commit_that_is_tried_again_counts_once(database: Database):
     commit = ledger.Commit(id="r", counter=counter, tokens=30)
     late = ledger.Commit(id="gone", counter=counter, tokens=7)
 
-    await database.quickly(partial(ledger.reserve, order=order))
+    await database.run_in_transaction(partial(ledger.reserve, order=order))
     reserved = await balance(database, counter)
     for again in (False, True, True):
-        await database.quickly(partial(ledger.commit, order=commit, again=again))
-    await database.quickly(partial(ledger.commit, order=late))
+        await database.run_in_transaction(partial(ledger.commit, order=commit, again=again))
+    await database.run_in_transaction(partial(ledger.commit, order=late))
 
     assert (0, 500) == (reserved.used, reserved.reserved)
     committed = await balance(database, counter)
@@ -89,11 +89,11 @@ async def test_a_commit_that_is_tried_again_after_its_lease_counts(database: Dat
     commit = ledger.Commit(id="r", counter=counter, tokens=30)
     later = now + timedelta(minutes=1)
 
-    await database.quickly(partial(ledger.reserve, order=order))
-    released = [await database.quickly(partial(ledger.release_expired, now=later)) for _ in range(2)]
+    await database.run_in_transaction(partial(ledger.reserve, order=order))
+    released = [await database.run_in_transaction(partial(ledger.release_expired, now=later)) for _ in range(2)]
     freed = await balance(database, counter)
     for _ in range(3):
-        await database.quickly(partial(ledger.commit, order=commit, again=True))
+        await database.run_in_transaction(partial(ledger.commit, order=commit, again=True))
     committed = await balance(database, counter)
 
     assert [1, 0] == released
@@ -105,11 +105,11 @@ async def test_what_the_ledger_remembers_it_forgets_in_time(database: Database):
     """Attempts, and reservations that were released: a day later nobody tries again."""
     now = datetime(2026, 11, 30, tzinfo=UTC)
     order = ledger.Reserve(id="r", counter=Month("key", "2026-11"), tokens=5, limit=1000, expires=now)
-    await database.quickly(partial(ledger.reserve, order=order))
-    await database.quickly(partial(ledger.begin_attempt, attempt_id="a", now=now))
+    await database.run_in_transaction(partial(ledger.reserve, order=order))
+    await database.run_in_transaction(partial(ledger.begin_attempt, attempt_id="a", now=now))
 
     for later in (timedelta(minutes=1), timedelta(days=1, minutes=2)):
-        await database.quickly(partial(ledger.release_expired, now=now + later))
+        await database.run_in_transaction(partial(ledger.release_expired, now=now + later))
 
     async with database.read() as connection:
         assert 0 == await connection.scalar(select(func.count()).select_from(reservations))
@@ -118,12 +118,18 @@ async def test_what_the_ledger_remembers_it_forgets_in_time(database: Database):
 async def test_whether_a_transaction_was_committed_is_known_and_stays_so(database: Database):
     """One that was not can no longer be: its own id would stand in its way."""
     now = datetime.now(UTC)
-    await database.quickly(partial(ledger.begin_attempt, attempt_id="done", now=now))
+    await database.run_in_transaction(partial(ledger.begin_attempt, attempt_id="done", now=now))
 
-    known = [await database.quickly(partial(ledger.was_applied, attempt_id=each, now=now)) for each in ("done", "not")]
+    known = [
+        await database.run_in_transaction(partial(ledger.was_applied, attempt_id=each, now=now))
+        for each in ("done", "not")
+    ]
     with pytest.raises(IntegrityError):
-        await database.quickly(partial(ledger.begin_attempt, attempt_id="not", now=now))
-    again = [await database.quickly(partial(ledger.was_applied, attempt_id=each, now=now)) for each in ("done", "not")]
+        await database.run_in_transaction(partial(ledger.begin_attempt, attempt_id="not", now=now))
+    again = [
+        await database.run_in_transaction(partial(ledger.was_applied, attempt_id=each, now=now))
+        for each in ("done", "not")
+    ]
 
     assert [True, False] == known == again
 

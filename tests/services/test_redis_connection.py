@@ -89,7 +89,7 @@ async def test_nobody_waits_for_a_server_that_is_away_and_it_is_back_without_a_r
 
     assert {False} == {answered for answered, _ in (*first, *later)}
     assert sorted(seconds for _, seconds in later)[20] < 1  # as long as each waits that tries
-    assert Fault.AWAY is fault
+    assert Fault.UNREACHABLE is fault
     assert back[0]
 
 

@@ -11,7 +11,7 @@ from socket import create_connection
 
 import pytest
 
-from app.access.admission import Rates, Refusal
+from app.access.admission_store import Rates, Refusal
 from app.access.token_bucket import Bucket
 from app.config import RedisConfig
 from app.stores.redis_admission import RedisAdmissionStore

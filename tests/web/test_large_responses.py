@@ -173,7 +173,7 @@ async def test_it_has_the_same_content_as_one_of_a_single_delta(path):
 async def test_a_client_that_reads_a_large_response_too_slowly_is_cut_off(monkeypatch):
     """A few bytes now and then would keep the response in memory for hours."""
     monkeypatch.setattr("app.web.http.json_encoding.SEND_SECONDS", 0.5)
-    monkeypatch.setattr("app.web.http.json_encoding.LEAST_BYTES_PER_SECOND", 10**9)
+    monkeypatch.setattr("app.web.http.json_encoding.MIN_BYTES_PER_SECOND", 10**9)
     web = await make_web(LargeService(tokens=4000))
     content = json.dumps(body("/v1/generate")).encode()
     received = 0

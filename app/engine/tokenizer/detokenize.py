@@ -6,7 +6,7 @@ from app.engine.base import Tokenizer
 from app.events import DetokenizedLogprob
 from app.types import TokenLogprob
 
-LEAST_LOGPROB = -9999.0
+MIN_LOGPROB = -9999.0
 """Stands for an impossible token, since JSON has no infinity; OpenAI's API uses the same number."""
 
 
@@ -24,7 +24,7 @@ def detokenize_logprobs(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer) 
             text=tokenizer.token_text(token_id),
             raw=tokenizer.token_bytes(token_id),
             # In this order a NaN counts as impossible too.
-            logprob=max(LEAST_LOGPROB, logprob),
+            logprob=max(MIN_LOGPROB, logprob),
             top=tuple(detokenized(*other) for other in top),
             token_id=token_id,
         )

@@ -119,7 +119,7 @@ class KeyResponse(BaseModel):
 
     @classmethod
     def of(cls, record: KeyRecord, **more: str) -> Self:
-        valid = record.good_at(datetime.now(UTC))
+        valid = record.valid_at(datetime.now(UTC))
         state = "active" if valid else "revoked" if record.revoked else "expired"
         return cls.model_validate({**asdict(record), "state": state, **more})
 

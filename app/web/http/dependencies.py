@@ -15,7 +15,7 @@ from fastapi import Depends, Request
 from app.access.access import AccessControl
 from app.access.admission import AdmissionControl, Admitted
 from app.config import Settings
-from app.embeddings import EmbeddingRequest, Embeddings
+from app.embeddings import EmbeddingRequest
 from app.engine.base import EngineInfo
 from app.engine.host import ModelHost
 from app.engine.model_loader import ModelLoader
@@ -23,6 +23,7 @@ from app.engine.registered_models import RegisteredModels
 from app.errors import Forbidden, NotFound
 from app.events import Event
 from app.generation.batch_runner import BatchRunner
+from app.generation.embedding import EmbeddingService
 from app.generation.responses import ResponseStore
 from app.generation.sessions import SessionStore
 from app.requests import GenerationRequest, Origin
@@ -54,16 +55,6 @@ class Service(Protocol):
 
     def status(self) -> Mapping[str, Any]:
         """Return the figures of GET /status."""
-
-
-class EmbeddingService(Protocol):
-    """The part of the embedding service that the web layer calls."""
-
-    async def embed(self, request: EmbeddingRequest, principal: Principal) -> Embeddings:
-        """Return the vectors of some texts; cancelling this ends the request."""
-
-    def status(self) -> Mapping[str, Any]:
-        """Return the figures of each model that only embeds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

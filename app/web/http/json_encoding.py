@@ -32,7 +32,7 @@ _TOO_MANY = "The prompts have too many log-probabilities for one response: ask f
 SEGMENT_BYTES = 64 * 1024
 """Size from which a segment of a response is sent; the transport buffers about as much before it waits."""
 SEND_SECONDS = 15.0
-LEAST_BYTES_PER_SECOND = 128 * 1024
+MIN_BYTES_PER_SECOND = 128 * 1024
 """How fast a large response must be read, after `SEND_SECONDS`: as long as that it occupies memory."""
 
 _log = structlog.get_logger("llm_service")
@@ -135,7 +135,7 @@ class SegmentedJsonResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        seconds = SEND_SECONDS + self._size / LEAST_BYTES_PER_SECOND
+        seconds = SEND_SECONDS + self._size / MIN_BYTES_PER_SECOND
         try:
             async with asyncio.timeout(seconds):
                 for body in self._bodies():

@@ -20,8 +20,9 @@ from app.errors import (
     Unauthorized,
     UnsupportedMediaType,
 )
+from app.web.http.body_limits import BodyTooSlow
 from app.web.http.errors import ErrorFormat, ErrorRenderer, error_responses
-from app.web.http.middleware import BodyTooSlow, HeadTooLarge, TargetTooLong, VersionNotSupported
+from app.web.http.middleware import HeadTooLarge, TargetTooLong, VersionNotSupported
 
 DESCRIPTION = """An OpenAI-style backend for Hugging Face models.
 

@@ -73,7 +73,7 @@ async def _no_app(*_: Any) -> None:
     """Stand in for the application that a middleware wraps, where only its list of proxies is wanted."""
 
 
-class _ClosingGently:
+class _LingeringTransport:
     """A transport whose `close` lets the client read the answer before the connection goes."""
 
     def __init__(self, transport: asyncio.Transport, protocol: "GuardedProtocol") -> None:
@@ -82,7 +82,7 @@ class _ClosingGently:
         self.write = transport.write
 
     def close(self) -> None:
-        self._protocol.close_gently()
+        self._protocol.close_lingering()
 
     def is_closing(self) -> bool:
         return self._protocol.closing or self._transport.is_closing()
@@ -149,7 +149,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._raw = transport
-        self.transport = _ClosingGently(transport, self)  # type: ignore[assignment]
+        self.transport = _LingeringTransport(transport, self)  # type: ignore[assignment]
         if self.client is not None:
             self.address = client_address({"client": self.client})
             self.trusted = self.client[0] in self._owner.trusted
@@ -185,7 +185,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def _end_half_closed(self, served: RequestResponseCycle) -> None:
         """Take a client that has ended what it sends for one that has hung up, if nothing has been sent to it."""
         if served is self._serving and not served.response_started:
-            self.close_gently()
+            self.close_lingering()
 
     def unsent(self) -> int:
         return self._raw.get_write_buffer_size()
@@ -199,7 +199,7 @@ class GuardedProtocol(HttpToolsProtocol):
             seconds = self._guard.limits.head_seconds
             self._refuse(HeadTooSlow(f"The head of the request did not arrive within {seconds:g} seconds."))
         else:
-            self.close_gently()
+            self.close_lingering()
 
     # --- Reading ---
 
@@ -317,9 +317,9 @@ class GuardedProtocol(HttpToolsProtocol):
         if not self.pipeline:
             self._queued_bytes = 0
         if not self.closing:
-            self._go_on()
+            self._after_response()
 
-    def _go_on(self) -> None:
+    def _after_response(self) -> None:
         """Rank the connection by what follows the response that has been sent; nothing does if that closed it."""
         if self.closing or self._raw.is_closing():
             return
@@ -328,7 +328,7 @@ class GuardedProtocol(HttpToolsProtocol):
         elif self._broken is not None:
             self._refuse(self._broken)
         elif self._half_closed:
-            self.close_gently()
+            self.close_lingering()
         else:
             self._guard.rank(self, Rank.KNOWN if self._known or self.trusted else Rank.UNKNOWN)
             if self._begun and self._in_head:
@@ -367,9 +367,9 @@ class GuardedProtocol(HttpToolsProtocol):
                 headers.append((b"retry-after", b"%d" % error.retry_after))
             lines = b"".join(b"%b: %b\r\n" % header for header in headers)
             self._raw.write(STATUS_LINE[error.status] + lines + b"\r\n" + bytes(body.body))
-        self.close_gently()
+        self.close_lingering()
 
-    def close_gently(self) -> None:
+    def close_lingering(self) -> None:
         """Send what is buffered and close.
 
         While the client is still sending, its input is discarded for a moment first: closing a socket with unread input

@@ -7,7 +7,7 @@ import msgspec
 
 from app.batches import Batch, BatchUsage, ClaimedLine, LineResult
 from app.errors import AppError, InvalidRequest, PayloadTooLarge
-from app.generation.batch_runner import LineOutcome
+from app.generation.batch_ports import LineOutcome
 from app.types import Principal
 from app.web.http.in_process import InProcessResponse, post, refused
 from app.web.http.json_encoding import encode_json

@@ -25,8 +25,8 @@ from app.web.openai.batch_routes import ENDPOINTS
 from app.web.openai.errors import ERROR_FORMAT
 from app.web.openai.files import (
     JSON_LINES,
-    LEAST_LIFETIME,
-    MOST_LIFETIME,
+    MAX_LIFETIME,
+    MIN_LIFETIME,
     PURPOSE,
     UPLOAD_ERRORS,
     JsonLines,
@@ -50,7 +50,7 @@ class OutputExpiresAfter(StrictModel):
     """When the output and error files expire."""
 
     anchor: Literal["created_at"]
-    seconds: Annotated[int, Field(ge=LEAST_LIFETIME, le=MOST_LIFETIME)]
+    seconds: Annotated[int, Field(ge=MIN_LIFETIME, le=MAX_LIFETIME)]
     """From their creation, which is the end of the batch."""
 
 

@@ -37,7 +37,7 @@ PURPOSE = "batch"
 JSON_LINES = "application/jsonl"
 MAX_LISTED = 10_000
 """OpenAI's own limit."""
-LEAST_LIFETIME, MOST_LIFETIME = 3600, 30 * 24 * 3600
+MIN_LIFETIME, MAX_LIFETIME = 3600, 30 * 24 * 3600
 """Seconds, OpenAI's own limits of `expires_after`."""
 
 upload_router = APIRouter(prefix="/v1/files", tags=["openai"], route_class=AdmittedRoute)
@@ -64,7 +64,7 @@ _FORM = {
                         "file": {"type": "string", "format": "binary", "description": "One request in each line."},
                         "purpose": {"type": "string", "const": PURPOSE},
                         _ANCHOR: {"type": "string", "const": "created_at"},
-                        _SECONDS: {"type": "integer", "minimum": LEAST_LIFETIME, "maximum": MOST_LIFETIME},
+                        _SECONDS: {"type": "integer", "minimum": MIN_LIFETIME, "maximum": MAX_LIFETIME},
                     },
                 }
             }
@@ -163,8 +163,8 @@ def _lifetime(anchor: str | None, seconds: str) -> int:
         raise InvalidRequest.of_field(_ANCHOR, "must be created_at")
     if not (seconds.isascii() and seconds.isdigit() and len(seconds) < 9):
         raise InvalidRequest.of_field(_SECONDS, "must be a number")
-    if not LEAST_LIFETIME <= int(seconds) <= MOST_LIFETIME:
-        raise InvalidRequest.of_field(_SECONDS, f"must be {LEAST_LIFETIME} to {MOST_LIFETIME}")
+    if not MIN_LIFETIME <= int(seconds) <= MAX_LIFETIME:
+        raise InvalidRequest.of_field(_SECONDS, f"must be {MIN_LIFETIME} to {MAX_LIFETIME}")
     return int(seconds)
 
 

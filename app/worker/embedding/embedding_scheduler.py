@@ -8,7 +8,7 @@ padded to the longest, and no more tokens than the budget.  Tenants take turns b
 from bisect import bisect_left
 from dataclasses import dataclass
 
-MOST_PADDING = 0.5
+MAX_PADDING = 0.5
 """A text shorter than this share of the longest one of a pass waits for another: it would be mostly padding."""
 
 
@@ -82,7 +82,7 @@ class EmbeddingScheduler:
         """Take up to so many texts of a request that are worth their padding to `longest` tokens, the longest first."""
         lengths = [-text.length for text in request.texts]
         first = bisect_left(lengths, -longest)
-        last = min(first + max(0, count), bisect_left(lengths, -MOST_PADDING * longest))
+        last = min(first + max(0, count), bisect_left(lengths, -MAX_PADDING * longest))
         taken += request.texts[first:last]
         del request.texts[first:last]
         # A text costs what its pass makes of it.

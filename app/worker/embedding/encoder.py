@@ -21,12 +21,13 @@ from app.ipc.messages import ModelSpec
 from app.worker.embedding.pooling import Head
 from app.worker.embedding.sentence_modules import SentenceModules, read_sentence_modules
 from app.worker.loading.load_progress import OnBytes
-from app.worker.loading.loader import choose_device, choose_dtype, load_tokenizer
+from app.worker.loading.loader import choose_device, choose_dtype
 from app.worker.loading.memory_check import check_memory
 from app.worker.loading.model_files import CONTEXT_FIELDS, LoadError, one_line
 from app.worker.loading.model_folder import HUB_FILES, find_folder
 from app.worker.loading.pretrained import load_config, load_weights
 from app.worker.loading.stage_deadline import within_deadline
+from app.worker.loading.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class LoraWeights(NamedTuple):
-    """What an adapter adds to one linear layer."""
+    """The low-rank matrices of an adapter for one linear layer."""
 
     down: Tensor
     """(rank, inputs)"""
@@ -120,7 +120,7 @@ class _Reduction:
 
 
 class _Addition:
-    """What a linear layer adds for one part of the batch."""
+    """The product of the low-rank matrices that a linear layer adds for one part of the batch."""
 
     def __init__(self, reduction: _Reduction, index: int, up: Tensor, part: _Part) -> None:
         """Args:
@@ -147,7 +147,7 @@ class _Addition:
 
 
 class _StackedLayers(NamedTuple):
-    """What several adapters add to layers that may read the same input; zeros where an adapter leaves one alone."""
+    """The matrices of several adapters for layers that may read the same input; zeros where an adapter has none."""
 
     paths: Sequence[str]
     ranks: list[int]

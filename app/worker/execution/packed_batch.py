@@ -108,7 +108,7 @@ class PackedBatch:
 
 
 class StaticBatch(PackedBatch):
-    """One token of each of so many slots, in tensors that stay where they are while other tokens come into them."""
+    """A decode batch of one token for each slot, in tensors at fixed addresses, as recorded graphs need them."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
         super().__init__([], [], device)

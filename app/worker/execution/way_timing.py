@@ -49,7 +49,7 @@ Verify = Callable[[ModelRunner, OptionalExecutor], None]
 
 
 class Measurement(NamedTuple):
-    """What the ways of some layouts take, and why the others of them cannot be used."""
+    """The measured step times of the ways that can be used, and the errors of those that cannot."""
 
     table: TimeTable
     """Without times where the machine was too busy."""

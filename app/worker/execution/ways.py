@@ -1,4 +1,4 @@
-"""Which way of execution computes a step: the one that took least for such steps on this machine.
+"""Choose the way of execution for each step: the one that was the fastest for such steps on this machine.
 
 Pure but for the executor at the end: `way_timing.py` measures, `executor_selection.py` installs.
 """
@@ -47,7 +47,7 @@ class Layout(NamedTuple):
 
 
 class TimeTable:
-    """What steps of some shapes took in each way, in seconds; steps of other sizes lie between them."""
+    """Measured seconds of a step in each way, for some shapes; those of other sizes are interpolated."""
 
     def __init__(self, seconds: Mapping[str, Mapping[Shape, float]]) -> None:
         """Args: seconds: by way, the usual one first; slow ways may lack long prompts, and all are empty unmeasured."""

@@ -153,23 +153,19 @@ def _unenforceable(error: BaseException) -> GrammarError:
 class Grammars:
     """Compiles grammars and computes their masks, in threads that begin when they are first needed."""
 
-    def __init__(self, vocabulary: Vocabulary, model_ends: Collection[int] = (), threads: int = 1) -> None:
-        """Args:
-        model_ends: the tokens that end the model's completions.
-        threads: how many compute the masks of one step, beside those that compute the model.
-        """
+    def __init__(self, vocabulary: Vocabulary, model_ends: Collection[int] = ()) -> None:
+        """Args: model_ends: the tokens that end the model's completions."""
         self._vocabulary = vocabulary
         # Special ones are in a mask only where the grammar names them.
         self._never = self._bit_set(
             [each for each in model_ends if each < vocabulary.end and not vocabulary.tokens.is_special_token(each)]
         )
-        self._threads = threads
         self._compiled: OrderedDict[Grammar, Compilation] = OrderedDict()
 
-    # An executor for each thread: two threads with one executor would both be as slow as the slower.
+    # An executor of one thread for each of our threads: two with one executor would both be as slow as the slower.
     @cached_property
     def _batch_executor(self) -> LLExecutor:
-        return LLExecutor(self._threads)
+        return LLExecutor(1)
 
     @cached_property
     def _single_executor(self) -> LLExecutor:

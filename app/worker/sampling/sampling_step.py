@@ -34,7 +34,7 @@ class SampledRow(NamedTuple):
 
 
 class Method(NamedTuple):
-    """How a row is sampled, which follows only from its own settings."""
+    """The operators that sample a row, which depend on its own sampling parameters alone."""
 
     kind: str
     """`greedy`, `unsorted` or `sorted`."""
@@ -45,7 +45,7 @@ class Method(NamedTuple):
 
 
 class SlotStates:
-    """What changes with every token, on the device, a row for each KV cache slot."""
+    """The sampling state that changes with every token, on the device, a row for each KV cache slot."""
 
     def __init__(self, slots: int, vocab_size: int, device: torch.device) -> None:
         self._shape = slots, vocab_size
@@ -85,7 +85,7 @@ class SlotStates:
 
 @dataclass(frozen=True, slots=True)
 class RowSettings:
-    """What the tokens of some rows follow from, beside their logits and their states."""
+    """The sampling parameters of some rows as tensors on the device."""
 
     rows: Tensor
     """(rows, 3) int64: slot, key of the random numbers, and the tokens that a step adds: 1, or 0 for padding."""

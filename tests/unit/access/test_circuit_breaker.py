@@ -56,7 +56,7 @@ def test_a_fault_of_writing_leaves_readers_alone_and_ends_with_a_write():
     breaker.slow()
     breaker.reset(wrote=False)
     assert (True, False) == state(breaker)
-    breaker.trip(Fault.AWAY)
+    breaker.trip(Fault.UNREACHABLE)
     breaker.reset(wrote=False)
     assert (False, False, None) == (*state(breaker), breaker.fault)
 

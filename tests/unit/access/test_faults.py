@@ -35,13 +35,13 @@ def caused_by(cause: Exception) -> Exception:
         (of_sqlite(sqlite3.SQLITE_BUSY_SNAPSHOT), Fault.LOCKED),
         (of_sqlite(sqlite3.SQLITE_READONLY_DBMOVED), Fault.READ_ONLY),
         (of_sqlite(sqlite3.SQLITE_IOERR_WRITE), Fault.READ_ONLY),
-        (of_sqlite(sqlite3.SQLITE_IOERR_READ), Fault.AWAY),
+        (of_sqlite(sqlite3.SQLITE_IOERR_READ), Fault.UNREACHABLE),
         (of_sqlite(sqlite3.SQLITE_CORRUPT_INDEX), Fault.DAMAGED),
         (of_sqlite(sqlite3.SQLITE_NOTADB), Fault.DAMAGED),
         (PostgresError("53100"), Fault.FULL),
         (PostgresError("25006"), Fault.READ_ONLY),
-        (PostgresError("57P01"), Fault.AWAY),
-        (TimeoutError(), Fault.AWAY),
+        (PostgresError("57P01"), Fault.UNREACHABLE),
+        (TimeoutError(), Fault.UNREACHABLE),
     ],
 )
 def test_a_fault_is_known_by_the_drivers_code_however_it_is_wrapped(error: Exception, fault: Fault):

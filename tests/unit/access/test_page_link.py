@@ -4,7 +4,7 @@ import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from app.access.page_link import GOOD_SECONDS, LINK_FILE, new_code, use_code
+from app.access.page_link import LINK_FILE, VALID_SECONDS, new_code, use_code
 
 NOW = 1_796_000_000.0
 
@@ -36,7 +36,7 @@ def test_an_old_code_and_one_before_the_latest_are_refused(tmp_path: Path) -> No
     first, second = new_code(tmp_path, NOW), new_code(tmp_path, NOW)
 
     assert not use_code(tmp_path, first, NOW)
-    assert not use_code(tmp_path, second, NOW + GOOD_SECONDS + 1)
+    assert not use_code(tmp_path, second, NOW + VALID_SECONDS + 1)
     assert not use_code(tmp_path, second, NOW)
 
 

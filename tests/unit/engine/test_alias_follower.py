@@ -13,9 +13,9 @@ from app.engine.alias_follower import AliasFollower
 from app.engine.host import ModelHost
 from app.engine.model_loader import ModelLoader
 from app.engine.model_source import LoadSpec
+from app.engine.probe import PromptProbe
 from app.engine.registered_models import RegisteredModels
 from app.engine.served_model import ServedModel
-from app.engine.trial import Trial
 from app.errors import ModelLoadFailed, ModelNotFound, ModelRefused, RegistryUnavailable
 from app.registry.client import RegistryServer
 from app.registry.downloader import Downloader
@@ -51,8 +51,8 @@ class Hosted:
         self.host = ModelHost(lambda name: self._build(self.spec), default="chat")
         self.loader = ModelLoader(self.host, self._build, ModelConfig(unload_grace_seconds=5))
         self.engines: list[FetchingEngine] = []
-        trial = Trial("Hello", max_tokens=4, seconds=5)
-        self.follower = AliasFollower(models, self.loader, self.host, poll_seconds=POLL_SECONDS, try_out=trial)
+        probe = PromptProbe("Hello", max_tokens=4, seconds=5)
+        self.follower = AliasFollower(models, self.loader, self.host, poll_seconds=POLL_SECONDS, probe=probe)
 
     def _build(self, spec: LoadSpec) -> ServedModel:
         self.engines.append(FetchingEngine(spec.name, spec.config.name, self.models.fetch))
@@ -120,7 +120,7 @@ def _refused_by_name(registry: Registry) -> None:
     registry.files["MLmodel"] = b"flavors: {sklearn: {}}"
 
 
-def _failing_the_trial(registry: Registry) -> None:
+def _failing_the_probe(registry: Registry) -> None:
     registry.files["model/config.json"] = b"fail"
 
 
@@ -128,7 +128,7 @@ def _failing_the_trial(registry: Registry) -> None:
     ("damage", "words"),
     [
         (_refused_by_name, "this model has 'sklearn'"),
-        (_failing_the_trial, "The model fails mlflow.probe_prompt: The model's logits are not finite"),
+        (_failing_the_probe, "The model fails mlflow.probe_prompt: The model's logits are not finite"),
     ],
 )
 async def test_a_version_that_fails_stays_out_and_is_tried_once(

@@ -3,7 +3,7 @@
 import pytest
 
 from app.engine.echo import EchoTokenizer
-from app.engine.tokenizer.detokenize import LEAST_LOGPROB, detokenize, detokenize_logprobs
+from app.engine.tokenizer.detokenize import MIN_LOGPROB, detokenize, detokenize_logprobs
 from app.events import DetokenizedLogprob
 from app.types import TokenLogprob
 
@@ -24,7 +24,7 @@ def test_an_impossible_token_has_a_number_that_json_can_say(odd: float):
     """Also where it stands among the alternatives."""
     (token,) = detokenize_logprobs([TokenLogprob(97, odd, ((98, odd),))], EchoTokenizer())
 
-    assert (LEAST_LOGPROB, LEAST_LOGPROB) == (token.logprob, token.top[0].logprob)
+    assert (MIN_LOGPROB, MIN_LOGPROB) == (token.logprob, token.top[0].logprob)
 
 
 def test_a_prompt_of_tokens_has_the_text_of_all_of_them():

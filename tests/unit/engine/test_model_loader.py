@@ -225,7 +225,7 @@ async def test_a_replacement_that_fails_leaves_the_old_model(fails: str):
         if fails == "load":
             workshop.errors["a"] = EngineFailed("No.", details={"reason": "bad_file"})
         with pytest.raises(ModelLoadFailed if fails == "load" else InvalidRequest):
-            await loader.replace(spec("a", revision="2"), try_out=refuse if fails == "try" else None).wait()
+            await loader.replace(spec("a", revision="2"), probe=refuse if fails == "try" else None).wait()
 
         assert old is host.find("a")
         assert ["a"] == workshop.open

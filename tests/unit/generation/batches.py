@@ -9,7 +9,8 @@ from datetime import UTC, datetime, timedelta
 from app.batches import Batch, BatchCounts, BatchError, BatchStatus, ClaimedLine, InputLine, LineResult
 from app.config import BatchesConfig
 from app.errors import AppError, StoreUnavailable
-from app.generation.batch_runner import BatchRunner, LineOutcome
+from app.generation.batch_ports import LineOutcome
+from app.generation.batch_runner import BatchRunner
 from app.types import Principal, Tenant
 
 ENDPOINT = "/v1/completions"

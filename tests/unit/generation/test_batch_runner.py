@@ -26,7 +26,7 @@ from tests.unit.generation.batches import NOW, Runner
 @pytest.fixture
 async def running(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Runner]:
     """A runner that runs, and does not wait as long as one in a service."""
-    for name in ("POLL_SECONDS", "RETRY_SECONDS", "MOST_RETRY_SECONDS", "FRESH_SECONDS"):
+    for name in ("POLL_SECONDS", "RETRY_SECONDS", "MAX_RETRY_SECONDS", "FRESH_SECONDS"):
         monkeypatch.setattr(batch_runner, name, 0.02)
     runner = Runner()
     task = asyncio.create_task(runner.runner.run(runner.routes))

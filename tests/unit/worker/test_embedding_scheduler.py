@@ -5,7 +5,7 @@ from itertools import count
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.worker.embedding.embedding_scheduler import MOST_PADDING, EmbeddingScheduler, Text
+from app.worker.embedding.embedding_scheduler import MAX_PADDING, EmbeddingScheduler, Text
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 
@@ -34,7 +34,7 @@ def test_every_text_is_embedded_once_within_the_budget(requests: list[tuple[str,
     for texts in passes:
         longest = max(text.length for text in texts)
         assert len(texts) == 1 or len(texts) * longest <= budget
-        assert all(text.length > MOST_PADDING * longest or len(texts) == 1 for text in texts)
+        assert all(text.length > MAX_PADDING * longest or len(texts) == 1 for text in texts)
 
 
 def test_texts_of_similar_length_share_a_pass():

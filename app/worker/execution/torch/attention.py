@@ -43,7 +43,7 @@ class AttentionGroup(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DecodeGroup:
-    """One token of each of some neighbouring slots; by default every token sees all keys."""
+    """Single-query attention of neighbouring slots, one token each; by default each token sees all keys."""
 
     tokens: slice
     slots: slice

@@ -30,7 +30,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
 class Proof(NamedTuple):
-    """What is known of a model whose packed batches are right."""
+    """The result of the check that a model computes packed batches as it computes one prompt at a time."""
 
     bytes_per_token: int
     """The size of one token's keys and values in all layers."""

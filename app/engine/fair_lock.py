@@ -1,4 +1,4 @@
-"""Turns at something that serves one caller at a time, shared between tenants."""
+"""A lock that goes from tenant to tenant, so that none waits for all that another one wants."""
 
 import asyncio
 import contextlib
@@ -9,55 +9,56 @@ from app.errors import EngineBusy
 from app.types import Tenant
 
 
-class TenantTurns:
-    """One caller has the turn; of those that wait, the tenant that had its last turn longest ago is next."""
+class FairLock:
+    """A mutex; of the tenants that wait, the one that had it longest ago gets it next."""
 
-    def __init__(self, most: int, message: str) -> None:
+    def __init__(self, max_waiting: int, message: str) -> None:
         """Args:
-        most: different things that a tenant may wait for.
+        max_waiting: different keys that a tenant may wait for.
         message: for a caller that is one too many.
         """
-        self._most = most
+        self._max_waiting = max_waiting
         self._message = message
-        self._taken = False
+        self._locked = False
         self._waiting: OrderedDict[Tenant, deque[tuple[bytes, asyncio.Future[None]]]] = OrderedDict()
 
     @contextlib.asynccontextmanager
-    async def turn(self, tenant: Tenant, thing: bytes) -> AsyncGenerator[None, None]:
-        """Wait for the turn and have it during the block.
+    async def hold(self, tenant: Tenant, key: bytes) -> AsyncGenerator[None, None]:
+        """Wait for the lock and have it during the block.
 
-        Args: thing: what it is for; callers that wait for the same thing count once.
-        Raises: EngineBusy: the tenant waits for too many things already.
+        Args: key: what it is for; callers that wait with the same key count once.
+        Raises: EngineBusy: the tenant waits with too many keys already.
         """
-        if self._taken:
-            await self._wait(tenant, thing)
-        self._taken = True
+        if self._locked:
+            await self._wait(tenant, key)
+        self._locked = True
         try:
             yield
         finally:
             self._pass_on()
 
-    async def _wait(self, tenant: Tenant, thing: bytes) -> None:
+    async def _wait(self, tenant: Tenant, key: bytes) -> None:
         queue = self._waiting.get(tenant, deque())
-        things = {each for each, _ in queue}
-        if thing not in things and len(things) >= self._most:
+        keys = {each for each, _ in queue}
+        if key not in keys and len(keys) >= self._max_waiting:
             raise EngineBusy(self._message)
-        place = (thing, asyncio.get_running_loop().create_future())
-        self._waiting.setdefault(tenant, queue).append(place)
+        waiter = (key, asyncio.get_running_loop().create_future())
+        self._waiting.setdefault(tenant, queue).append(waiter)
         try:
-            await place[1]
+            await waiter[1]
         except asyncio.CancelledError:
-            if place[1].cancelled():
+            if waiter[1].cancelled():
                 with contextlib.suppress(ValueError):
-                    queue.remove(place)
+                    queue.remove(waiter)
                 if not queue and self._waiting.get(tenant) is queue:
                     del self._waiting[tenant]
             else:
-                # The turn had come at the same moment.
+                # The lock had come at the same moment.
                 self._pass_on()
             raise
 
     def _pass_on(self) -> None:
+        """Give the lock to the next waiter, or free it."""
         while self._waiting:
             tenant, queue = self._waiting.popitem(last=False)
             future = next((each for _, each in queue if not each.done()), None)
@@ -69,4 +70,4 @@ class TenantTurns:
                 self._waiting[tenant] = queue
             future.set_result(None)
             return
-        self._taken = False
+        self._locked = False

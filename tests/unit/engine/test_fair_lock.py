@@ -1,10 +1,10 @@
-"""Whoever asks for much gets one turn at a time, as everybody does."""
+"""The lock goes from tenant to tenant, however much one of them asks for."""
 
 import asyncio
 
 import pytest
 
-from app.engine.tenant_turns import TenantTurns
+from app.engine.fair_lock import FairLock
 from app.errors import EngineBusy
 from app.types import Tenant
 from tests.waiting import HANG_SECONDS
@@ -16,7 +16,7 @@ class Shop:
     """Serves one at a time, and notes whom."""
 
     def __init__(self, most: int = 9) -> None:
-        self.turns = TenantTurns(most, "Too many wait.")
+        self.lock = FairLock(most, "Too many wait.")
         self.served: list[str] = []
         self.open = asyncio.Event()
 
@@ -24,7 +24,7 @@ class Shop:
         return asyncio.create_task(self._request(tenant, thing))
 
     async def _request(self, tenant: Tenant, thing: str) -> None:
-        async with self.turns.turn(tenant, thing.encode()):
+        async with self.lock.hold(tenant, thing.encode()):
             await self.open.wait()
             self.served.append(thing)
 
@@ -63,7 +63,7 @@ async def test_whoever_gives_up_neither_keeps_the_turn_nor_takes_anothers(at_onc
     """Also at the moment at which the turn comes."""
     shop = Shop()
     shop.open.set()
-    async with shop.turns.turn(ANNA, b"a0"):
+    async with shop.lock.hold(ANNA, b"a0"):
         second, third = shop.request(ANNA, "a1"), shop.request(ANNA, "a2")
         await asyncio.sleep(0)
         if not at_once:

@@ -1,11 +1,11 @@
-"""The trial of a new version: a prompt has to be completed, in time and with finite scores."""
+"""The probe of a new version: a prompt has to be completed, in time and with finite scores."""
 
 import math
 
 import pytest
 
+from app.engine.probe import PromptProbe
 from app.engine.served_model import ServedEncoder
-from app.engine.trial import Trial
 from app.errors import EngineFailed, ModelLoadFailed, ShuttingDown
 from app.events import Delta, DetokenizedLogprob
 from app.langchain.embeddings import EngineEmbeddings
@@ -14,14 +14,14 @@ from tests.unit.engine.scripted import ScriptedEngine
 from tests.unit.engine.served import serve
 from tests.web.word_encoder import WordEncoder
 
-TRIAL = Trial("Hello", max_tokens=4, seconds=5)
+PROBE = PromptProbe("Hello", max_tokens=4, seconds=5)
 
 
 async def test_a_model_that_completes_the_prompt_passes():
     """It is requested greedily, past the cache, with the log-probability of each token."""
     engine = ScriptedEngine("a", "b").run_freely()
 
-    await TRIAL(serve("chat", engine))
+    await PROBE(serve("chat", engine))
 
     [request] = engine.requests
     assert ("Hello", 4, 0.0, False) == (
@@ -36,7 +36,7 @@ async def test_a_model_that_completes_the_prompt_passes():
 async def test_an_encoder_has_nothing_to_complete():
     encoder = WordEncoder("words")
 
-    await TRIAL(ServedEncoder(name="words", engine=encoder, embeddings=EngineEmbeddings(embedder=encoder, model="w")))
+    await PROBE(ServedEncoder(name="words", engine=encoder, embeddings=EngineEmbeddings(embedder=encoder, model="w")))
 
 
 def _scored(logprob: float) -> Delta:
@@ -55,7 +55,7 @@ def _scored(logprob: float) -> Delta:
 )
 async def test_a_model_that_does_not_complete_it_fails(engine: ScriptedEngine, words: str):
     with pytest.raises(ModelLoadFailed, match=f"^The model fails mlflow.probe_prompt: {words}"):
-        await TRIAL(serve("chat", engine.run_freely()))
+        await PROBE(serve("chat", engine.run_freely()))
 
     assert [] == engine.live
 
@@ -64,7 +64,7 @@ async def test_a_model_that_takes_too_long_fails():
     engine = ScriptedEngine("a")
 
     with pytest.raises(ModelLoadFailed, match=r"it took more than 0.1 s"):
-        await Trial("Hello", max_tokens=4, seconds=0.1)(serve("chat", engine))
+        await PromptProbe("Hello", max_tokens=4, seconds=0.1)(serve("chat", engine))
 
     assert [] == engine.live
 
@@ -75,4 +75,4 @@ async def test_a_service_that_stops_proves_nothing_about_a_model():
     engine = ScriptedEngine(error=ShuttingDown()).run_freely()
 
     with pytest.raises(ShuttingDown):
-        await TRIAL(serve("chat", engine))
+        await PROBE(serve("chat", engine))

@@ -1,4 +1,4 @@
-"""Tries a model that has been loaded, before any request gets it: a prompt has to be completed with finite scores."""
+"""Probes a model that has been loaded, before any request gets it: a prompt has to be completed with finite scores."""
 
 import asyncio
 import math
@@ -14,8 +14,8 @@ from app.requests import GenerationRequest
 from app.types import FinishReason, SamplingParams, Tenant
 
 
-class Trial:
-    """Completes one prompt; a `TryOut`."""
+class PromptProbe:
+    """Has a model complete one prompt; a `Probe`."""
 
     def __init__(self, prompt: str, *, max_tokens: int, seconds: float) -> None:
         """Args: seconds: how long it may take."""
@@ -43,7 +43,7 @@ class Trial:
         """Return whether the prompt was completed to its end."""
         unsupported = model.engine.info.capabilities.unsupported
         request = GenerationRequest(
-            id=f"trial-{uuid4().hex}",
+            id=f"probe-{uuid4().hex}",
             tenant=Tenant.program(),
             text=self._prompt,
             sampling=SamplingParams(max_tokens=self._max_tokens, logprobs=None if "logprobs" in unsupported else 0),
