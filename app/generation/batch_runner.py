@@ -77,7 +77,7 @@ class BatchStore(Protocol):
     async def expire(self, batch_id: str) -> None:
         """Stop answering the lines of a batch whose time is over."""
 
-    async def end(self, batch: Batch, status: BatchStatus, *, file_expires: datetime) -> bool:
+    async def end(self, batch: Batch, status: BatchStatus, *, file_lifetime: timedelta) -> bool:
         """End a batch once no line of it is being answered, and show its results as files."""
 
 
@@ -292,8 +292,7 @@ class BatchRunner:
         return False
 
     async def _end(self, batch: Batch, status: BatchStatus) -> None:
-        expires = datetime.now(UTC) + self._output_lifetime(batch)
-        if await self._batches.end(batch, status, file_expires=expires):
+        if await self._batches.end(batch, status, file_lifetime=self._output_lifetime(batch)):
             figures = {"completed": batch.completed, "failed": batch.failed, "total": batch.total}
             lines = {f"llm_service.batch.lines.{name}": number for name, number in figures.items()}
             described = {"llm_service.batch.status": status.value, **lines}
