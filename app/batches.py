@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
@@ -117,7 +117,8 @@ class NewBatch:
     input_file_id: str
     completion_window: str
     metadata: dict[str, str] | None
-    expires: datetime
+    window: timedelta
+    """From its creation until the lines without a response are given up."""
     output_lifetime: int | None = None
 
 

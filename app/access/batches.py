@@ -5,7 +5,8 @@ A batch changes its status by one conditional UPDATE, so of several processes on
 """
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -37,7 +38,8 @@ class BatchStore:
         values = {name: getattr(new, name) for name in "key_id endpoint input_file_id completion_window".split()}
         values |= {"id": f"batch_{uuid4().hex}", "tenant": str(new.tenant), "labels": new.metadata, "errors": []}
         values |= {"output_lifetime": new.output_lifetime}
-        values |= {"status": BatchStatus.VALIDATING, "created": datetime.now(UTC), "expires": new.expires}
+        created = datetime.now(UTC)
+        values |= {"status": BatchStatus.VALIDATING, "created": created, "expires": created + new.window}
         async with self._db.begin() as connection:
             await connection.execute(insert(_batches).values(**values, total=0, completed=0, failed=0))
         return await self.read(new.tenant, values["id"])
@@ -139,29 +141,28 @@ class BatchStore:
         now = datetime.now(UTC)
         await self._move(batch_id, (BatchStatus.IN_PROGRESS,), BatchStatus.FINALIZING, finalizing=now)
 
-    async def end(self, batch: Batch, status: BatchStatus, *, file_expires: datetime) -> bool:
+    async def end(self, batch: Batch, status: BatchStatus, *, file_lifetime: timedelta) -> bool:
         """End a batch once no line of it is being answered, and show its results as files.
 
+        Args: file_lifetime: from the batch's end, when they are created, until they expire.
         Returns: whether it has ended; False while another process answers a line, or lines are left of one that is to
             be complete.
         """
+        now = datetime.now(UTC)
         async with self._db.begin() as connection:
             if status is BatchStatus.COMPLETED:
                 blocked = (_batches.c.completed + _batches.c.failed) < _batches.c.total
             else:
                 mine = (_lines.c.batch_id == batch.id) & (_lines.c.state == "running")
-                blocked = exists().where(mine, _lines.c.lease >= datetime.now(UTC))
-            now = datetime.now(UTC)
+                blocked = exists().where(mine, _lines.c.lease >= now)
             values: dict[str, Any] = {"status": status, "ended": now}
             if status is BatchStatus.COMPLETED:
                 values["finalizing"] = now
             which = (_batches.c.id == batch.id) & (_batches.c.status == batch.status) & ~blocked
             if (await connection.execute(update(_batches).where(which).values(**values))).rowcount == 0:
                 return False
-            files = {
-                "output_file_id": await _add_file(connection, batch, failed=False, expires=file_expires),
-                "error_file_id": await _add_file(connection, batch, failed=True, expires=file_expires),
-            }
+            shown = partial(_add_file, connection, batch, created=now, expires=now + file_lifetime)
+            files = {"output_file_id": await shown(failed=False), "error_file_id": await shown(failed=True)}
             await connection.execute(update(_batches).where(_batches.c.id == batch.id).values(**files))
             left = (_lines.c.batch_id == batch.id) & _lines.c.request.is_not(None)
             await connection.execute(update(_lines).where(left).values(request=None, owner=None, lease=None))
@@ -190,7 +191,9 @@ class BatchStore:
                 await connection.execute(delete(_batches).where(_batches.c.id.in_(ids)))
 
 
-async def _add_file(connection: AsyncConnection, batch: Batch, *, failed: bool, expires: datetime) -> str | None:
+async def _add_file(
+    connection: AsyncConnection, batch: Batch, *, failed: bool, created: datetime, expires: datetime
+) -> str | None:
     """Show the results of a batch that failed, or that did not, as a file; return its id, None where there are none."""
     state: ColumnElement[bool] = _lines.c.state == ("failed" if failed else "completed")
     shown = (_lines.c.batch_id == batch.id) & state & _lines.c.result.is_not(None)
@@ -200,7 +203,7 @@ async def _add_file(connection: AsyncConnection, batch: Batch, *, failed: bool, 
     kind = "error" if failed else "output"
     values = {"id": f"file-{uuid4().hex}", "tenant": batch.tenant, "purpose": "batch_output", "size": int(size)}
     values |= {"filename": f"{batch.id}_{kind}.jsonl", "batch_id": batch.id, "holds_failed": failed}
-    await connection.execute(insert(_files).values(**values, created=datetime.now(UTC), expires=expires))
+    await connection.execute(insert(_files).values(**values, created=created, expires=expires))
     return str(values["id"])
 
 

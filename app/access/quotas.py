@@ -36,6 +36,8 @@ MAX_REMEMBERED = 10_000
 """Counters whose use is remembered."""
 LEAST_TOKENS = 2
 """No request takes fewer: a token of its prompt and one of its completion."""
+RESERVED_RETRY_SECONDS = 1.0
+"""When a request that only the reservations of running ones leave no room for may come again: most give some back."""
 CHECK_SECONDS = 1.0
 """How long the balance of a month that is used up is good for refusals."""
 
@@ -283,8 +285,13 @@ def next_month(moment: datetime) -> datetime:
 def _exceeded(limit: int, balance: Balance, tokens: int | None, now: datetime) -> QuotaExceeded:
     """Args: tokens: how many the request could take; None before that is known."""
     resets = next_month(now)
+    retry_after = (resets - now).total_seconds()
     request = "" if tokens is None else f"; the request could take {tokens}"
     advice = "Wait for the next month." if tokens is None else "Lower max_tokens, or wait for the next month."
+    if balance.used + (tokens or LEAST_TOKENS) <= limit:
+        retry_after = RESERVED_RETRY_SECONDS
+        request += f", and requests that run now have reserved {balance.reserved}"
+        advice = "Wait for their end."
     return QuotaExceeded(
         f"This key may use {limit} tokens a month and {balance.used} are used{request}. {advice}",
         details={
@@ -294,5 +301,5 @@ def _exceeded(limit: int, balance: Balance, tokens: int | None, now: datetime) -
             **({} if tokens is None else {"requested": tokens}),
             "resets": resets.isoformat().replace("+00:00", "Z"),
         },
-        retry_after=(resets - now).total_seconds(),
+        retry_after=retry_after,
     )

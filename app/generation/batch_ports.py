@@ -5,7 +5,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Protocol
 
 from app.batches import Batch, BatchCounts, BatchError, BatchStatus, ClaimedLine, InputLine, LineResult
@@ -37,7 +37,7 @@ class BatchStore(Protocol):
     async def expire(self, batch_id: str) -> None:
         """Stop answering the lines of a batch whose time is over."""
 
-    async def end(self, batch: Batch, status: BatchStatus, *, file_expires: datetime) -> bool:
+    async def end(self, batch: Batch, status: BatchStatus, *, file_lifetime: timedelta) -> bool:
         """End a batch once no line of it is being answered, and show its results as files."""
 
 

@@ -214,8 +214,7 @@ class BatchRunner:
         return False
 
     async def _end(self, batch: Batch, status: BatchStatus) -> None:
-        expires = datetime.now(UTC) + self._output_lifetime(batch)
-        if await self._batches.end(batch, status, file_expires=expires):
+        if await self._batches.end(batch, status, file_lifetime=self._output_lifetime(batch)):
             figures = {"completed": batch.completed, "failed": batch.failed, "total": batch.total}
             lines = {f"llm_service.batch.lines.{name}": number for name, number in figures.items()}
             described = {"llm_service.batch.status": status.value, **lines}

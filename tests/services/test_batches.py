@@ -1,13 +1,15 @@
 """Files and batches in both databases: who sees them, who may run a line, and what is left when they end."""
 
 import asyncio
+import itertools
 from collections import Counter
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 
 import pytest
 from sqlalchemy import func, select
 
+from app.access import batches as batches_module
 from app.access import files as files_module
 from app.access import tables
 from app.access.batch_lines import BatchLines
@@ -30,8 +32,9 @@ from app.errors import BatchNotFound, Conflict, FileNotFound, InvalidRequest, St
 from app.types import Tenant
 
 ANNA, BERT = Tenant.owner("anna"), Tenant.owner("bert")
-LATER = datetime.now(UTC) + timedelta(days=1)
-SOON = timedelta(seconds=0.2)
+DAY = timedelta(days=1)
+LATER = datetime.now(UTC) + DAY
+PAST = datetime.now(UTC) - DAY
 ME, OTHER = "me", "other"
 
 
@@ -68,7 +71,7 @@ async def create(database: Database, *, tenant: Tenant = ANNA) -> Batch:
         input_file_id="file-1",
         completion_window="24h",
         metadata={"a": "ä"},
-        expires=LATER,
+        window=DAY,
     )
     return await BatchStore(database).create(new)
 
@@ -145,8 +148,7 @@ async def test_a_tenants_uploads_have_a_limit_in_sum(database: Database):
 
 
 async def test_what_has_expired_is_not_there_and_is_deleted(database: Database):
-    file = await upload(database, b"x", expires=datetime.now(UTC) + SOON)
-    await asyncio.sleep(SOON.total_seconds())
+    file = await upload(database, b"x", expires=PAST)
     with pytest.raises(FileNotFound):
         await store_of(database).read(ANNA, file.id)
     await store_of(database).delete_expired()
@@ -173,12 +175,10 @@ async def test_of_several_processes_each_line_is_claimed_by_one(database: Databa
 async def test_a_line_of_a_dead_process_is_claimed_again_and_has_one_result(database: Database):
     """The process that was only slow finds its line taken."""
     batch, lines = await begun(database, 1), BatchLines(database)
-    (first,) = await lines.claim(batch.id, ME, 9, datetime.now(UTC) + SOON)
+    (first,) = await lines.claim(batch.id, ME, 9, PAST)
+    await lines.renew(ME, [first], LATER)
     assert [] == await lines.claim(batch.id, OTHER, 9, LATER)
-    await lines.renew(ME, [first], datetime.now(UTC) + 2 * SOON)
-    await asyncio.sleep(SOON.total_seconds())
-    assert [] == await lines.claim(batch.id, OTHER, 9, LATER)
-    await asyncio.sleep(2 * SOON.total_seconds())
+    await lines.renew(ME, [first], PAST)
     (second,) = await lines.claim(batch.id, OTHER, 9, LATER)
     assert (1, 2) == (first.attempts, second.attempts)
     assert not await lines.store(first, ME, LineResult(content=b"late\n"))
@@ -217,11 +217,11 @@ async def test_the_results_are_files_once_the_batch_has_ended(database: Database
     """One of what was answered, one of what failed; with a file its results go."""
     batch, batches, lines = await begun(database, 4), BatchStore(database), BatchLines(database)
     for line in await lines.claim(batch.id, ME, 4, LATER):
-        assert not await batches.end(batch, BatchStatus.COMPLETED, file_expires=LATER)
+        assert not await batches.end(batch, BatchStatus.COMPLETED, file_lifetime=DAY)
         failed = line.number == 2
         await lines.store(line, ME, LineResult(content=f"{line.number}ä\n".encode(), failed=failed))
-    assert await batches.end(batch, BatchStatus.COMPLETED, file_expires=LATER)
-    assert not await batches.end(batch, BatchStatus.COMPLETED, file_expires=LATER)
+    assert await batches.end(batch, BatchStatus.COMPLETED, file_lifetime=DAY)
+    assert not await batches.end(batch, BatchStatus.COMPLETED, file_lifetime=DAY)
     ended = await batches.read(ANNA, batch.id)
     output, error = ended.output_file_id, ended.error_file_id
     assert (BatchStatus.COMPLETED, 3, 1) == (ended.status, ended.completed, ended.failed)
@@ -237,15 +237,39 @@ async def test_the_results_are_files_once_the_batch_has_ended(database: Database
     assert "2ä\n" == b"".join([part async for part in store_of(database).results(batch.id)]).decode()
 
 
+async def test_a_batch_and_its_files_live_to_the_second(database: Database, monkeypatch: pytest.MonkeyPatch):
+    """However many seconds begin while they are stored."""
+
+    class Clock(datetime):
+        looks = itertools.count()
+
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            return datetime.now(tz) + timedelta(seconds=next(cls.looks))
+
+    monkeypatch.setattr(batches_module, "datetime", Clock)
+    batch, batches, lines = await begun(database, 2), BatchStore(database), BatchLines(database)
+    for line in await lines.claim(batch.id, ME, 2, LATER):
+        await lines.store(line, ME, LineResult(content=b"x\n", failed=line.number == 2))
+    assert await batches.end(batch, BatchStatus.COMPLETED, file_lifetime=DAY)
+    ended = await batches.read(ANNA, batch.id)
+    monkeypatch.undo()
+    ids = [each for each in (ended.output_file_id, ended.error_file_id) if each is not None]
+    files = [await store_of(database).read(ANNA, each) for each in ids]
+
+    assert [DAY] * 3 == [each.expires - each.created for each in (ended, *files)]
+    assert [ended.ended] * 2 == [each.created for each in files]
+
+
 async def test_a_batch_is_cancelled_once_no_line_of_it_runs(database: Database):
     batch, batches, lines = await begun(database, 3), BatchStore(database), BatchLines(database)
     (line,) = await lines.claim(batch.id, ME, 1, LATER)
     cancelling = await batches.cancel(ANNA, batch.id)
     assert (BatchStatus.CANCELLING, True) == (cancelling.status, cancelling.cancelling is not None)
     assert [] == await lines.claim(batch.id, OTHER, 9, LATER)
-    assert not await batches.end(cancelling, BatchStatus.CANCELLED, file_expires=LATER)
+    assert not await batches.end(cancelling, BatchStatus.CANCELLED, file_lifetime=DAY)
     await lines.store(line, ME, LineResult(content=b"1\n"))
-    assert await batches.end(cancelling, BatchStatus.CANCELLED, file_expires=LATER)
+    assert await batches.end(cancelling, BatchStatus.CANCELLED, file_lifetime=DAY)
     cancelled = await batches.cancel(ANNA, batch.id)
     assert (BatchStatus.CANCELLED, 1, 3) == (cancelled.status, cancelled.completed, cancelled.total)
     assert cancelled.output_file_id is not None
@@ -274,16 +298,17 @@ async def test_lines_that_are_given_up_are_counted_once(database: Database):
     assert not await lines.store(line, ME, LineResult(content=b"late\n"))
     (expired,) = await batches.active()
     assert (BatchStatus.FINALIZING, 3, 0) == (expired.status, expired.failed, expired.completed)
-    assert await batches.end(expired, BatchStatus.EXPIRED, file_expires=LATER)
+    assert await batches.end(expired, BatchStatus.EXPIRED, file_lifetime=DAY)
 
 
 async def test_a_file_is_validated_by_one_process_and_by_the_next_if_that_dies(database: Database):
     """Which begins anew: what the first has stored of it is gone."""
     batch, batches, lines = await create(database), BatchStore(database), BatchLines(database)
-    claims = await asyncio.gather(*(batches.claim_validating(f"p{n}", datetime.now(UTC) + SOON) for n in range(4)))
+    claims = await asyncio.gather(*(batches.claim_validating(f"p{n}", LATER) for n in range(4)))
     assert [batch.id] == [each.id for each in claims if each is not None]
     await lines.add(batch.id, [InputLine(1, "a", b"{}")])
-    await asyncio.sleep(SOON.total_seconds())
+    for n in range(4):
+        await lines.renew(f"p{n}", [], PAST)
     again = await batches.claim_validating(OTHER, LATER)
     assert again is not None
     assert 0 == await rows(database, tables.batch_lines)
@@ -295,7 +320,7 @@ async def test_batches_that_ended_long_ago_are_deleted_with_all_of_theirs(databa
     old, batches, lines = await begun(database, 1), BatchStore(database), BatchLines(database)
     (line,) = await lines.claim(old.id, ME, 1, LATER)
     await lines.store(line, ME, LineResult(content=b"1\n"))
-    await batches.end(old, BatchStatus.COMPLETED, file_expires=LATER)
+    await batches.end(old, BatchStatus.COMPLETED, file_lifetime=DAY)
     young = await begun(database, 1)
     await batches.delete_old(datetime.now(UTC))
     assert (1, 1, 0) == tuple(

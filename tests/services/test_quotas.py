@@ -266,3 +266,22 @@ async def test_who_leaves_while_tokens_are_reserved_holds_none(database: Databas
     await quotas.close()
 
     assert (0, 0) == await stands(database)
+
+
+async def test_what_only_running_requests_hold_back_may_come_again_soon(
+    database: Database, background: BackgroundGroup
+):
+    """And what the month has not left comes with the next one."""
+    quotas = Quotas(database, QuotaConfig())
+    quotas.start(background)
+    running = await quotas.reserve(CALLER, 900)
+    assert running is not None
+
+    with pytest.raises(QuotaExceeded, match="requests that run now have reserved 900") as soon:
+        await quotas.reserve(CALLER, 200)
+    await quotas.commit(running, 900)
+    with pytest.raises(QuotaExceeded, match="wait for the next month") as next_month:
+        await quotas.reserve(CALLER, 200)
+
+    assert (1.0, 900) == (soon.value.retry_after, soon.value.details["reserved"])
+    assert (next_month.value.retry_after or 0) > 1

@@ -4,7 +4,7 @@ Another tenant's batch gives the same 404 as one that does not exist, so ids can
 """
 
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request
@@ -237,7 +237,7 @@ async def create_batch(
         input_file_id=given.input_file_id,
         completion_window=given.completion_window,
         metadata=given.metadata,
-        expires=datetime.now(UTC) + WINDOW,
+        window=WINDOW,
         output_lifetime=given.output_expires_after.seconds if given.output_expires_after else None,
     )
     batch = await store.create(new)

@@ -93,7 +93,7 @@ class FakeBatches:
     async def expire(self, batch_id: str) -> None:
         self.change(batch_id, status=BatchStatus.FINALIZING)
 
-    async def end(self, batch: Batch, status: BatchStatus, *, file_expires: datetime) -> bool:
+    async def end(self, batch: Batch, status: BatchStatus, *, file_lifetime: timedelta) -> bool:
         if any(line.state == "running" for line in self.lines[batch.id].values()):
             return False
         self.change(batch.id, status=status)
