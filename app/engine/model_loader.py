@@ -17,6 +17,7 @@ from app.engine.host import NAME_OF_ADAPTER, ModelHost
 from app.engine.model_load import FailedLoad, Load, finished_load, load_error
 from app.engine.model_source import LoadSpec
 from app.engine.served_model import Served, ServedEncoder
+from app.engine.uninterrupted import uninterrupted
 from app.errors import (
     AppError,
     ConfigError,
@@ -274,7 +275,7 @@ class ModelLoader:
             adapters = await self._host.adapters.prepare(model)
             self._publish(load.spec, model, adapters)
         except BaseException as error:
-            await model.engine.close()
+            await uninterrupted(model.engine.close())
             if isinstance(error, EngineFailed):
                 raise load_error(error) from error
             raise
