@@ -296,6 +296,20 @@ async def test_a_model_that_made_room_for_one_that_fails_comes_back():
         assert ["a", "b"] == workshop.open
 
 
+async def test_a_model_that_makes_room_for_a_load_that_is_ended_meanwhile_comes_back():
+    async with service(max_loaded=2) as (loader, host, workshop):
+        await loader.load(spec("b")).wait()
+        engine = workshop.engines[1]
+        engine.may_close.clear()
+        loader.load(spec("c"))
+        await until(lambda: engine.status().state is EngineState.CLOSED)
+        await loader.unload("c")
+        engine.may_close.set()
+        await until(lambda: "b" in host.loaded)
+
+        assert ["a", "b"] == workshop.open
+
+
 async def test_a_configured_model_is_loaded_when_a_request_names_it():
     """The request gets 503 with the progress, and one that comes later is served."""
     async with service("b") as (_loader, host, workshop):
