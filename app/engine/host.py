@@ -11,6 +11,7 @@ from app.embeddings import EmbeddingRequest
 from app.engine.adapters import AdapterEntry, AdapterRegistry, PreparedAdapters
 from app.engine.leases import Leases
 from app.engine.served_model import EmbeddingChain, Served, ServedEncoder, ServedModel
+from app.engine.uninterrupted import uninterrupted
 from app.errors import AppError, Conflict, InvalidRequest, ModelNotFound, ShuttingDown
 from app.requests import GenerationRequest
 from app.types import EngineState
@@ -202,7 +203,7 @@ class ModelHost:
                 # A model that is being unloaded is removed by that, once it has closed.
                 if self._models.get(name) is model and name not in self._unloading:
                     self._remove(name)
-                await model.engine.close()
+                await uninterrupted(model.engine.close())
                 raise
         return model
 
@@ -268,7 +269,7 @@ class ModelHost:
             if not await self._leases.wait_released(grace_seconds, model):
                 await self._abort(model)
         finally:
-            await model.engine.close()
+            await uninterrupted(model.engine.close())
 
     def _remove(self, name: str) -> None:
         self.adapters.forget_model(self._models.pop(name, None))

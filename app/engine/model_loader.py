@@ -17,6 +17,7 @@ from app.engine.host import NAME_OF_ADAPTER, ModelHost
 from app.engine.model_load import FailedLoad, Load, finished_load, load_error
 from app.engine.model_source import LoadSpec
 from app.engine.served_model import Served, ServedEncoder
+from app.engine.uninterrupted import uninterrupted
 from app.errors import (
     AppError,
     ConfigError,
@@ -249,8 +250,9 @@ class ModelLoader:
 
     async def _load(self, load: Load, probe: Probe | None) -> Served:
         async with self._in_turn:
-            evicted = await self._evict_idle(load.spec.name)
+            evicted: list[LoadSpec] = []
             try:
+                await self._evict_idle(load.spec.name, evicted)
                 await self._host.wait_unloaded(load.spec.name)
                 return await self._start(load, probe)
             except BaseException:
@@ -274,7 +276,7 @@ class ModelLoader:
             adapters = await self._host.adapters.prepare(model)
             self._publish(load.spec, model, adapters)
         except BaseException as error:
-            await model.engine.close()
+            await uninterrupted(model.engine.close())
             if isinstance(error, EngineFailed):
                 raise load_error(error) from error
             raise
@@ -291,12 +293,12 @@ class ModelLoader:
             self._host.put(model, adapters)
         self._specs[spec.name] = replace(spec, hub_token=None)
 
-    async def _evict_idle(self, name: str) -> list[LoadSpec]:
-        """Unload idle models, least recently used first, until one more may be loaded; return what they were.
+    async def _evict_idle(self, name: str, evicted: list[LoadSpec]) -> None:
+        """Unload idle models, least recently used first, until one more may be loaded.
 
+        Args: evicted: is told what they were, each before it is unloaded: this may be cancelled meanwhile.
         Raises: EngineBusy: all are in use.
         """
-        evicted: list[LoadSpec] = []
         most = self._rules.max_loaded
         while most is not None and len(self._specs.keys() - {name}) >= most:
             idle = [each for each in self._idle() if each != name]
@@ -307,7 +309,6 @@ class ModelLoader:
             log.info("a model is unloaded to make room: %s", victim)
             evicted.append(self._specs[victim])
             await self._evict(victim)
-        return evicted
 
     def _idle(self) -> list[str]:
         """Return the models that nothing keeps loaded."""

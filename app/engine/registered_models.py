@@ -49,7 +49,8 @@ class RegisteredModels:
             raise ModelNotFound(reason, details={"reason": "not_found"}) from None
         except (ModelRefused, RegistryUnavailable) as error:
             raise type(error)(f"The model cannot be loaded: {_continued(error.message)}") from None
-        revision = f"{version.version}@{version.digest}"
+        # With the name: a version that was copied to another model may have the same number, and has the same files.
+        revision = f"{version.name}/{version.version}@{version.digest}"
         # Found by a number, it may still be the one that an alias means.
         known = self._versions.get(revision)
         self._versions[revision] = replace(version, alias=version.alias or (known.alias if known else None))

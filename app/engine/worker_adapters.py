@@ -20,7 +20,9 @@ class _InUse:
     """An adapter that the worker has loaded, or will load again once it runs."""
 
     message: LoadAdapter
-    users: int = 1
+    last_load: int
+    """The id of the newest load of it that the worker has answered."""
+    users: int = 0
     """How often it was loaded: the same files may serve under several names."""
     failed: bool = False
     """Whether a worker could not load it again."""
@@ -33,7 +35,7 @@ class WorkerAdapters:
         """Args: numbers: of the messages to the worker; never the same one twice."""
         self._worker = worker
         self._numbers = numbers
-        self._pending: dict[int, asyncio.Future[AdapterLoaded]] = {}
+        self._pending: dict[int, tuple[LoadAdapter, asyncio.Future[AdapterLoaded]]] = {}
         self._in_use: dict[str, _InUse] = {}
         self._reloading: dict[int, str] = {}
 
@@ -45,17 +47,16 @@ class WorkerAdapters:
         if self._worker.state is not EngineState.READY:
             raise not_ready(self._worker)
         message = LoadAdapter(next(self._numbers), str(files.config), str(files.weights), max_rank)
-        answer = self._pending[message.id] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[AdapterLoaded] = asyncio.get_running_loop().create_future()
+        self._pending[message.id] = message, answer
         self._worker.send(message)
         try:
-            loaded: AdapterLoaded = await answer
+            return await answer
         except asyncio.CancelledError:
-            # Nobody will use it; what the worker answers is dropped, and the adapter with it.
-            self._pending[message.id] = answer = asyncio.get_running_loop().create_future()
-            answer.add_done_callback(self._drop)
+            # Nobody will use it.  Where the worker has yet to answer, that is seen when it does.
+            if not answer.cancelled() and answer.exception() is None:
+                self.unload(answer.result().digest)
             raise
-        self._add(loaded, message)
-        return loaded
 
     def unload(self, digest: str) -> None:
         """Let go of an adapter that was loaded once; the last one frees its memory."""
@@ -63,7 +64,7 @@ class WorkerAdapters:
         adapter.users -= 1
         if not adapter.users:
             del self._in_use[digest]
-            self._worker.send(UnloadAdapter(digest))
+            self._worker.send(UnloadAdapter(digest, adapter.last_load))
 
     def check(self, digest: str | None) -> None:
         """Raises: EngineFailed: the adapter could not be loaded again after the worker was replaced."""
@@ -82,37 +83,44 @@ class WorkerAdapters:
     def on_answer(self, message: AdapterLoaded | AdapterFailed) -> None:
         """Take the worker's answer to a load."""
         if (digest := self._reloading.pop(message.id, None)) is not None:
-            if isinstance(message, AdapterFailed) and digest in self._in_use:
-                self._in_use[digest].failed = True
-                log.error("an adapter could not be loaded again: %s", message.message)
+            self._on_reloaded(digest, message)
             return
-        answer = self._pending.pop(message.id, None)
-        if answer is None or answer.done():
+        if (pending := self._pending.pop(message.id, None)) is None:
             return
+        request, answer = pending
         if isinstance(message, AdapterLoaded):
-            answer.set_result(message)
-        else:
+            # At once, and not when the caller goes on: an unload of the same weights may come first.
+            self._add(message, request)
+            if answer.cancelled():
+                self.unload(message.digest)
+            else:
+                answer.set_result(message)
+        elif not answer.done():
             answer.set_exception(InvalidRequest(f"The adapter cannot be loaded: {message.message}."))
 
     def on_lost(self) -> None:
         """Fail every load that has not been answered."""
-        for answer in self._pending.values():
+        for _, answer in self._pending.values():
             if not answer.done():
                 answer.set_exception(EngineFailed("The model's worker failed while it loaded the adapter. Try again."))
         self._pending.clear()
 
-    def _add(self, loaded: AdapterLoaded, message: LoadAdapter) -> None:
-        if (adapter := self._in_use.get(loaded.digest)) is None:
-            self._in_use[loaded.digest] = _InUse(message)
-        else:
-            adapter.users += 1
-            adapter.failed = False
+    def _on_reloaded(self, digest: str, message: AdapterLoaded | AdapterFailed) -> None:
+        adapter = self._in_use.get(digest)
+        if isinstance(message, AdapterLoaded):
+            if adapter is None:
+                # It was unloaded before the worker had it.
+                self._worker.send(UnloadAdapter(digest, message.id))
+            else:
+                adapter.last_load = message.id
+        elif adapter is not None:
+            adapter.failed = True
+            log.error("an adapter could not be loaded again: %s", message.message)
 
-    def _drop(self, answer: "asyncio.Future[AdapterLoaded]") -> None:
-        if answer.cancelled() or answer.exception() is not None:
-            return
-        if (digest := answer.result().digest) not in self._in_use:
-            self._worker.send(UnloadAdapter(digest))
+    def _add(self, loaded: AdapterLoaded, message: LoadAdapter) -> None:
+        adapter = self._in_use.setdefault(loaded.digest, _InUse(message, loaded.id))
+        adapter.users += 1
+        adapter.failed, adapter.last_load = False, loaded.id
 
 
 def _files(message: LoadAdapter) -> tuple[str, str]:

@@ -102,9 +102,11 @@ class LoadAdapter(msgspec.Struct, tag=True, frozen=True, array_like=True):
 
 
 class UnloadAdapter(msgspec.Struct, tag=True, frozen=True, array_like=True):
-    """Free an adapter's weights; requests that still use them end."""
+    """Free an adapter's weights, unless they were loaded once more since; requests that still use them end."""
 
     digest: str
+    last_load: int
+    """The id of the newest `LoadAdapter` of these weights whose answer the API process had read."""
 
 
 class Cancel(msgspec.Struct, tag=True, frozen=True, array_like=True):

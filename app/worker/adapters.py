@@ -46,6 +46,8 @@ class AdapterLoader:
         self._runner = runner
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapters")
         self._reads: deque[tuple[LoadAdapter, Future[Read]]] = deque()
+        self._last_loads: dict[str, int] = {}
+        """The id of the newest load of each adapter that the runner has, by its digest."""
         self._unwanted: set[int] = set()
         """Loads whose adapter was unloaded while it was read again."""
         self._held_back: list[Submit] = []
@@ -85,9 +87,11 @@ class AdapterLoader:
             yield self._answer(message, read.result())
 
     def unload(self, message: UnloadAdapter) -> None:
-        """End what still uses an adapter, and free its memory."""
+        """End what still uses an adapter, and free its memory; a load that the sender did not know of keeps it."""
         self._unwanted.update(each.id for each, _ in self._reads if each.digest == message.digest)
-        self._runner.remove_adapter(message.digest)
+        if self._last_loads.get(message.digest, message.last_load) <= message.last_load:
+            self._last_loads.pop(message.digest, None)
+            self._runner.remove_adapter(message.digest)
 
     def _is_reading(self, digest: str | None) -> bool:
         return digest is not None and any(message.digest == digest for message, _ in self._reads)
@@ -101,7 +105,10 @@ class AdapterLoader:
         if message.id in self._unwanted:
             self._unwanted.remove(message.id)
             return AdapterFailed(message.id, "it was unloaded")
-        self._runner.add_adapter(adapter)
+        if adapter.digest not in self._last_loads:
+            # The same weights once more would be in memory twice.
+            self._runner.add_adapter(adapter)
+        self._last_loads[adapter.digest] = message.id
         return AdapterLoaded(message.id, adapter.digest, adapter.rank, adapter.parameters, base)
 
     def _read(self, message: LoadAdapter) -> Read:

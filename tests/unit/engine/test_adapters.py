@@ -11,6 +11,7 @@ import pytest
 from msgspec import structs
 
 from app.config import AdaptersConfig
+from app.engine.adapter_source import find_adapter_files
 from app.engine.adapters import AdapterRegistry
 from app.engine.cache import cache_key
 from app.engine.echo import EchoEngine
@@ -56,6 +57,10 @@ class AdapterLink(FakeLink):
 
     def received(self, kind: type[Any]) -> list[Any]:
         return [message for message in self.heard if isinstance(message, kind)]
+
+    @property
+    def unloaded(self) -> list[str]:
+        return [message.digest for message in self.received(UnloadAdapter)]
 
 
 class AdapterWorkers(FakeWorkers):
@@ -214,7 +219,7 @@ async def test_the_same_files_under_two_names_are_in_memory_until_both_are_gone(
         assert not it.workers.link.received(UnloadAdapter)
         await it.registry.unload("two")
 
-        assert [UnloadAdapter("a")] == it.workers.link.received(UnloadAdapter)
+        assert ["a"] == it.workers.link.unloaded
         with pytest.raises(AdapterNotFound):
             await it.registry.unload("two")
 
@@ -234,7 +239,7 @@ async def test_an_unload_refuses_new_requests_and_lets_the_live_ones_finish(toke
 
         assert FinishReason.LENGTH is finished_of(await task).finish_reason
         await unloading
-        assert [UnloadAdapter("a")] == it.workers.link.received(UnloadAdapter)
+        assert ["a"] == it.workers.link.unloaded
 
 
 async def test_after_the_grace_live_requests_end_with_a_final_event(tokenizer, tmp_path):
@@ -246,7 +251,7 @@ async def test_after_the_grace_live_requests_end_with_a_final_event(tokenizer, t
 
         assert FinishReason.ABORT is finished_of(await task).finish_reason
         assert not other.done()
-        assert [UnloadAdapter("a")] == it.workers.link.received(UnloadAdapter)
+        assert ["a"] == it.workers.link.unloaded
         it.workers.link.event(it.workers.link.open[-1], 1, finish="length")
         assert FinishReason.LENGTH is finished_of(await other).finish_reason
 
@@ -318,6 +323,43 @@ async def test_whoever_stops_waiting_for_a_load_leaves_nothing_behind(tokenizer,
         link.answers = True
         await it.load("mine", "a")
         assert it.host.adapter_names == ("mine",)
+
+
+async def test_a_load_that_is_tried_again_outlives_the_first_one(tokenizer, tmp_path):
+    """Both are answered before the worker hears that nobody waits for the first: it is told of no later load."""
+    async with hosted(tokenizer, tmp_path) as it:
+        link = it.workers.link
+        link.answers = False
+        first = asyncio.create_task(it.load("mine", "a"))
+        await until(lambda: bool(link.received(LoadAdapter)))
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        second = asyncio.create_task(it.load("mine", "a"))
+        await until(lambda: len(link.received(LoadAdapter)) == 2)
+        loads = [message.id for message in link.received(LoadAdapter)]
+        for number in loads:
+            link.say(AdapterLoaded(number, "a", 4, 1000, None))
+        await second
+        await until(lambda: bool(link.unloaded))
+
+        assert [UnloadAdapter("a", loads[0])] == link.received(UnloadAdapter)
+        await it.registry.unload("mine")
+        assert UnloadAdapter("a", loads[1]) == link.received(UnloadAdapter)[-1]
+
+
+async def test_a_load_that_is_cancelled_as_its_answer_comes_leaves_nothing_behind(tokenizer, tmp_path):
+    async with hosted(tokenizer, tmp_path) as it:
+        link = it.workers.link
+        files = find_adapter_files("a", (tmp_path,))
+        link.answers = False
+        loading = asyncio.create_task(it.engine.load_adapter(files, 8))
+        await until(lambda: bool(link.received(LoadAdapter)))
+        it.engine.on_adapter(AdapterLoaded(link.received(LoadAdapter)[0].id, "a", 4, 1000, None))
+        loading.cancel()
+        await asyncio.gather(loading, return_exceptions=True)
+
+        assert loading.cancelled()
+        assert ["a"] == link.unloaded
 
 
 async def test_an_adapters_name_unloads_no_model(tokenizer, tmp_path):

@@ -231,6 +231,25 @@ async def test_files_that_another_model_uses_stay_until_it_is_gone(registry: Reg
         assert {"2"} == folders(tmp_path)
 
 
+async def test_a_version_that_was_copied_to_another_model_is_not_taken_for_that_one(registry: Registry, tmp_path: Path):
+    """It has the same number and the same files; each model is reported and removed by its own name."""
+    registry.copies.add("staging")
+    models = registered(registry, tmp_path)
+    async with hosted(models, "models:/chat@production") as model:
+        copy = await models.fetch("models:/staging/1", lambda progress: None)
+        copied = models.facts(copy.revision)
+        assert copied is not None
+        assert ("chat", "staging") == (model.facts["name"], copied["name"])
+
+        registry.add("2")
+        registry.aliases["production"] = "2"
+        await model.until(lambda facts: facts["version"] == "2")
+        await model.polls(registry)
+
+        assert copy.folder.is_dir()
+        assert {"2"} == folders(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("uri", "error", "message", "reason"),
     [

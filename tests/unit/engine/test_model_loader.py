@@ -49,7 +49,7 @@ class LoadingEngine(CountingEngine):
 
     def status(self) -> EngineStatus:
         status = super().status()
-        if self.may_serve.is_set():
+        if self.may_serve.is_set() or status.state is EngineState.CLOSED:
             return status
         return EngineStatus(EngineState.LOADING, 0, 0, 0, progress=self.progress)
 
@@ -296,6 +296,20 @@ async def test_a_model_that_made_room_for_one_that_fails_comes_back():
         assert ["a", "b"] == workshop.open
 
 
+async def test_a_model_that_makes_room_for_a_load_that_is_ended_meanwhile_comes_back():
+    async with service(max_loaded=2) as (loader, host, workshop):
+        await loader.load(spec("b")).wait()
+        engine = workshop.engines[1]
+        engine.may_close.clear()
+        loader.load(spec("c"))
+        await until(lambda: engine.status().state is EngineState.CLOSED)
+        await loader.unload("c")
+        engine.may_close.set()
+        await until(lambda: "b" in host.loaded)
+
+        assert ["a", "b"] == workshop.open
+
+
 async def test_a_configured_model_is_loaded_when_a_request_names_it():
     """The request gets 503 with the progress, and one that comes later is served."""
     async with service("b") as (_loader, host, workshop):
@@ -435,6 +449,42 @@ async def test_closing_ends_every_load():
             await waiting
         assert all(load.task.cancelled() for load in loads)
         assert ["a"] == workshop.open
+
+
+async def test_an_engine_that_is_being_closed_is_closed_whole_when_the_service_ends():
+    """Its process, its files and its share of the spare processes are let go of, before the loader says it is done."""
+    async with service() as (loader, _host, workshop):
+        await loader.load(spec("b")).wait()
+        engine = workshop.engines[1]
+        engine.may_close.clear()
+        unloading = asyncio.create_task(loader.unload("b", 0))
+        await until(lambda: engine.status().state is EngineState.CLOSED)
+        closing = asyncio.create_task(loader.close())
+        await asyncio.sleep(0.01)
+        assert not closing.done()
+
+        engine.may_close.set()
+        await closing
+        await asyncio.gather(unloading, return_exceptions=True)
+        assert 1 == engine.closings
+
+
+async def test_a_load_that_is_ended_twice_is_closed_whole():
+    async with service() as (loader, _host, workshop):
+        workshop.slow.add("b")
+        load = loader.load(spec("b"))
+        await until(lambda: load.engine is not None)
+        engine = workshop.engines[1]
+        engine.may_close.clear()
+        unloads = [asyncio.create_task(loader.unload("b"))]
+        await until(lambda: engine.status().state is EngineState.CLOSED)
+        unloads.append(asyncio.create_task(loader.unload("b")))
+        await asyncio.sleep(0.01)
+        assert not any(each.done() for each in unloads)
+
+        engine.may_close.set()
+        await asyncio.gather(*unloads)
+        assert 1 == engine.closings
 
 
 @pytest.mark.parametrize("seed", range(12))

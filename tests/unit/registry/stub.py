@@ -36,6 +36,8 @@ class Registry:
 
     address: str = ""
     versions: dict[str, dict[str, Any]] = field(default_factory=dict)
+    copies: set[str] = field(default_factory=set)
+    """Other models that have the same versions."""
     aliases: dict[str, str] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=lambda: dict(FILES))
     """By their paths below the model's folder."""
@@ -74,6 +76,8 @@ class Registry:
             version = self.versions.get(self.aliases.get(params["alias"], ""))
         else:
             version = self.versions.get(params["version"])
+            if version is not None and params["name"] in self.copies:
+                version = version | {"name": params["name"]}
         return _missing() if version is None else found(model_version=version)
 
     def _list(self, folder: str) -> list[dict[str, Any]]:

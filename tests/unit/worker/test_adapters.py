@@ -86,7 +86,7 @@ def test_requests_go_on_while_an_adapter_is_read(served: Served):
 def test_a_new_worker_holds_back_only_the_requests_of_an_adapter_that_it_reads_again(served: Served):
     """One that is cancelled meanwhile ends; the others run once it has been read."""
     digest = first_load(served)
-    served.runner.adapters.clear()
+    served.loop.send(UnloadAdapter(digest, 100))
     served.loop.send(served.adapter.load(1, digest))
     for number in (2, 3):
         served.submit(number, digest)
@@ -103,7 +103,7 @@ def test_a_new_worker_holds_back_only_the_requests_of_an_adapter_that_it_reads_a
 def test_an_adapter_that_is_unloaded_while_it_is_read_again_is_not_kept(served: Served):
     digest = first_load(served)
     served.loop.send(served.adapter.load(1, digest))
-    served.loop.send(UnloadAdapter(digest))
+    served.loop.send(UnloadAdapter(digest, 100))
     served.complete(2)
     served.adapter.arrive()
 
@@ -117,3 +117,20 @@ def test_other_files_than_before_are_refused(served: Served):
     served.adapter.arrive()
 
     assert AdapterFailed(1, "its files have changed since it was loaded") == served.loop.receive()
+
+
+def test_an_unload_spares_an_adapter_that_was_loaded_once_more_meanwhile(served: Served):
+    """Whoever sent it had not read the answer to the second load, and counts on that one."""
+    digest = first_load(served)
+    served.loop.send(served.adapter.load(101))
+    served.adapter.arrive()
+    assert AdapterLoaded(101, digest, 2, 16, None) == served.loop.receive()
+    assert [digest] == served.runner.adapters
+
+    served.loop.send(UnloadAdapter(digest, 100))
+    served.complete(1)
+    assert [digest] == served.runner.adapters
+
+    served.loop.send(UnloadAdapter(digest, 101))
+    served.complete(2)
+    assert [] == served.runner.adapters
