@@ -164,6 +164,8 @@ class FakeRoutes:
     running: list[str] = field(default_factory=list)
     most_running: int = 0
     cancelled: list[str] = field(default_factory=list)
+    freed: list[str] = field(default_factory=list)
+    """Of those, the ones that had the time to give back what they held."""
     principals: list[Principal] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -178,6 +180,8 @@ class FakeRoutes:
             await asyncio.sleep(0)
         except asyncio.CancelledError:
             self.cancelled.append(line.custom_id)
+            await asyncio.sleep(0.05)
+            self.freed.append(line.custom_id)
             raise
         finally:
             self.running.remove(line.custom_id)
