@@ -28,6 +28,10 @@ class FakeLine:
     attempts: int = 0
     result: bytes = b""
 
+    def is_claimed(self, owner: str, attempts: int) -> bool:
+        """Return whether the process still has it by that attempt."""
+        return (self.state, self.owner, self.attempts) == ("running", owner, attempts)
+
 
 @dataclass
 class FakeBatches:
@@ -121,7 +125,7 @@ class FakeBatches:
     async def store(self, line: ClaimedLine, owner: str, result: LineResult) -> bool:
         self._refuse()
         found = self.lines[line.batch_id][line.number]
-        if (found.state, found.owner) != ("running", owner):
+        if not found.is_claimed(owner, line.attempts):
             return False
         found.state, found.result = "failed" if result.failed else "completed", result.content
         batch = self.batches[line.batch_id]
@@ -132,7 +136,8 @@ class FakeBatches:
     async def give_back(self, line: ClaimedLine, owner: str, *, counted: bool) -> None:
         self._refuse()
         found = self.lines[line.batch_id][line.number]
-        found.state, found.owner, found.attempts = "waiting", None, found.attempts - (not counted)
+        if found.is_claimed(owner, line.attempts):
+            found.state, found.owner, found.attempts = "waiting", None, found.attempts - (not counted)
 
     async def give_back_all(self, owner: str) -> None:
         self._refuse()
