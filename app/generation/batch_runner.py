@@ -195,15 +195,14 @@ class BatchRunner:
 
     async def _has_lines(self, routes: LineRoutes, batch: Batch) -> bool:
         """Return whether lines of a batch are to be answered; move it on where none are."""
-        if batch.status is BatchStatus.CANCELLING:
-            own = [task for task, line in self._running.items() if line.batch_id == batch.id]
-            for task in own:
-                task.cancel()
-            if not own:
+        if batch.status in (BatchStatus.CANCELLING, BatchStatus.FINALIZING):
+            if self._cancel_lines(batch):
+                return False  # the last of them wakes this
+            if batch.status is BatchStatus.CANCELLING:
                 await self._end(batch, BatchStatus.CANCELLED)
-        elif batch.status is BatchStatus.FINALIZING:
-            await self._give_up(routes, batch)
-            await self._end(batch, BatchStatus.EXPIRED)
+            else:
+                await self._give_up(routes, batch)
+                await self._end(batch, BatchStatus.EXPIRED)
         elif batch.completed + batch.failed >= batch.total:
             await self._end(batch, BatchStatus.COMPLETED)
         elif batch.expires <= datetime.now(UTC):
@@ -212,6 +211,15 @@ class BatchRunner:
         else:
             return True
         return False
+
+    def _cancel_lines(self, batch: Batch) -> bool:
+        """Cancel the lines of a batch that run here; return whether there are any yet."""
+        own = [task for task, line in self._running.items() if line.batch_id == batch.id]
+        for task in own:
+            # A second cancel would interrupt how it gives back what it holds.
+            if not task.cancelling():
+                task.cancel()
+        return bool(own)
 
     async def _end(self, batch: Batch, status: BatchStatus) -> None:
         if await self._batches.end(batch, status, file_lifetime=self._output_lifetime(batch)):

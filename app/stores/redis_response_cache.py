@@ -91,6 +91,7 @@ class RedisResponseCache:
             return Claim.NONE
         if claimed != b"granted":
             return Claim.NONE if claimed == b"none" else Claim.TAKEN
+        self._release(key)  # of an earlier claim, whose lease was lost
         self._claims[key] = token, asyncio.create_task(self._renew(key, token))
         return Claim.GRANTED
 

@@ -284,3 +284,16 @@ async def test_a_request_aborted_as_it_claims_keeps_nobody_waiting(
     assert FinishReason.ABORT is finished_of([last]).finish_reason
     assert 0 == one.engine.calls
     assert not finished_of(answer).cached
+
+
+async def test_a_claim_that_redis_has_lost_leaves_nothing_behind(
+    redis: RedisServer, redis_connections: RedisConnections
+):
+    """The same process claims the response again: one task renews that claim, and none the earlier one."""
+    before = asyncio.all_tasks()
+    async with replicas(redis_connections, 1) as (replica,):
+        assert Claim.GRANTED is await replica.store.claim(b"key")
+        redis.flush()
+        assert Claim.GRANTED is await replica.store.claim(b"key")
+    # What a close has cancelled ends in the loop's next turn.
+    await until(lambda: not any("_renew" in repr(task) for task in asyncio.all_tasks() - before))

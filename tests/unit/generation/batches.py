@@ -29,6 +29,10 @@ class FakeLine:
     attempts: int = 0
     result: bytes = b""
 
+    def is_claimed(self, owner: str, attempts: int) -> bool:
+        """Return whether the process still has it by that attempt."""
+        return (self.state, self.owner, self.attempts) == ("running", owner, attempts)
+
 
 @dataclass
 class FakeBatches:
@@ -122,7 +126,7 @@ class FakeBatches:
     async def store(self, line: ClaimedLine, owner: str, result: LineResult) -> bool:
         self._refuse()
         found = self.lines[line.batch_id][line.number]
-        if (found.state, found.owner) != ("running", owner):
+        if not found.is_claimed(owner, line.attempts):
             return False
         found.state, found.result = "failed" if result.failed else "completed", result.content
         batch = self.batches[line.batch_id]
@@ -133,7 +137,8 @@ class FakeBatches:
     async def give_back(self, line: ClaimedLine, owner: str, *, counted: bool) -> None:
         self._refuse()
         found = self.lines[line.batch_id][line.number]
-        found.state, found.owner, found.attempts = "waiting", None, found.attempts - (not counted)
+        if found.is_claimed(owner, line.attempts):
+            found.state, found.owner, found.attempts = "waiting", None, found.attempts - (not counted)
 
     async def give_back_all(self, owner: str) -> None:
         self._refuse()
@@ -165,6 +170,8 @@ class FakeRoutes:
     running: list[str] = field(default_factory=list)
     most_running: int = 0
     cancelled: list[str] = field(default_factory=list)
+    freed: list[str] = field(default_factory=list)
+    """Of those, the ones that had the time to give back what they held."""
     principals: list[Principal] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -179,6 +186,8 @@ class FakeRoutes:
             await asyncio.sleep(0)
         except asyncio.CancelledError:
             self.cancelled.append(line.custom_id)
+            await asyncio.sleep(0.05)
+            self.freed.append(line.custom_id)
             raise
         finally:
             self.running.remove(line.custom_id)

@@ -137,6 +137,19 @@ async def test_a_cancelled_batch_ends_the_lines_that_run(running: Runner):
     assert (4, ["waiting"] * 10) == (len(running.routes.cancelled), running.store.states("b"))
 
 
+@pytest.mark.parametrize("status", [BatchStatus.CANCELLING, BatchStatus.FINALIZING])
+async def test_lines_of_a_batch_that_is_over_are_cancelled_once(running: Runner, status: BatchStatus):
+    """Each gives back what it holds, however often the runner looks at the batch meanwhile."""
+    running.routes.gate.clear()
+    running.create("b", 10)
+    await running.until(lambda: len(running.routes.running) == 4)
+    running.store.change("b", status=status)
+    running.runner.wake()
+    await running.until(lambda: running.is_over("b"))
+    assert running.routes.cancelled == running.routes.freed
+    assert 4 == len(running.routes.freed)
+
+
 async def test_a_revoked_key_stops_its_batches_and_no_others(running: Runner):
     running.revoked.add("gone")
     running.create("a", 3, key="gone")
