@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from app.cli.terminal import CONFIG, ConfigOption, JsonOption, existing, print_json
+from app.cli.terminal import CONFIG, ConfigOption, JsonOption, existing, print_json, printable
 from app.doctor import Finding, Level, examine
 
 _STYLES = {Level.OK: "green", Level.WARNING: "yellow", Level.PROBLEM: "bold red"}
@@ -44,4 +44,4 @@ def _table(findings: Sequence[Finding]) -> Table:
 def _sentence(finding: Finding) -> str:
     """Return the text and the advice without signs that a terminal obeys: names in a model's files may hold any."""
     sentence = f"{finding.text}. To do: {finding.advice}." if finding.advice else f"{finding.text}."
-    return "".join(sign if sign.isprintable() else "?" for sign in sentence)
+    return printable(sentence)

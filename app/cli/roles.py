@@ -30,7 +30,9 @@ def list_roles(config: ConfigOption = CONFIG, as_json: JsonOption = False) -> No
 @with_limit_options(after="name")
 def set_role(
     name: Annotated[str, typer.Argument(help="The role; created if there is none of this name.")],
-    models: Annotated[str | None, typer.Option(help="Models that it may use, with commas between, or all.")] = None,
+    models: Annotated[
+        str | None, typer.Option(help="Models that it may use, with commas between; all, or none.")
+    ] = None,
     load_models: Annotated[bool | None, typer.Option(help="May load and unload models.")] = None,
     manage_keys: Annotated[bool | None, typer.Option(help="May manage keys and roles.")] = None,
     system_messages: Annotated[bool | None, typer.Option(help="May send system messages.")] = None,
@@ -53,9 +55,8 @@ def set_role(
     }
     rights: dict[str, Any] = {right: flag for right, flag in flags.items() if flag is not None}
     if models is not None:
-        rights["models"] = (
-            None if models == "all" else tuple(part.strip() for part in models.split(",") if part.strip())
-        )
+        listed = tuple(part.strip() for part in models.split(",") if part.strip())
+        rights["models"] = {"all": None, "none": ()}.get(models, listed)
 
     async def work(database: Database) -> None:
         store = RoleStore(database)
@@ -71,4 +72,5 @@ def set_role(
 
 
 def _row(role: Role) -> dict[str, Any]:
-    return {"name": role.name, **asdict(role.limits), **asdict(role.rights), "models": role.rights.models or "all"}
+    models = "all" if role.rights.models is None else role.rights.models or "none"
+    return {"name": role.name, **asdict(role.limits), **asdict(role.rights), "models": models}

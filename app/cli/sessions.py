@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from app.cli.running_service import KEY_VARIABLE, UrlOption, checked, connect
-from app.cli.terminal import CONFIG, ConfigOption, JsonOption, print_json, show
+from app.cli.terminal import CONFIG, ConfigOption, JsonOption, print_json, printable, show
 
 cli = typer.Typer(no_args_is_help=True, help=f"Sessions of a running service: those of the key in {KEY_VARIABLE}.")
 
@@ -42,7 +42,7 @@ def show_session(
         return
     for message in session["messages"]:
         # As text and not as markup: what models and people write may hold brackets, or steer a terminal.
-        content = "".join(sign if sign.isprintable() or sign == "\n" else "?" for sign in message["content"] or "")
+        content = printable(message["content"] or "", also="\n")
         Console(soft_wrap=True).print(Text(f"{message['role']}: ", "bold"), Text(content), sep="")
 
 

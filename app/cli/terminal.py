@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from app.access.database import Database, head_revision
 from app.config import load_settings
@@ -90,9 +91,15 @@ def show(rows: Sequence[Mapping[str, Any]], *, title: str, as_json: bool) -> Non
     for column in rows[0]:
         table.add_column(column.replace("_", " "), overflow="fold")
     for row in rows:
-        table.add_row(*(_shown(value) for value in row.values()))
+        # As text and not as markup: a title that somebody wrote may hold brackets.
+        table.add_row(*(Text(printable(_shown(value), also="\n")) for value in row.values()))
     width = None if sys.stdout.isatty() else _PLAIN_WIDTH
     Console(width=width).print(table)
+
+
+def printable(text: str, *, also: str = "") -> str:
+    """Return a text with question marks in the place of signs that a terminal obeys.  Args: also: signs that stay."""
+    return "".join(sign if sign.isprintable() or sign in also else "?" for sign in text)
 
 
 def print_json(value: Any) -> None:

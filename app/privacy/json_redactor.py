@@ -80,7 +80,7 @@ class JsonRedactor:
         """
         held, self._held = self._held, ""
         if self._mode == "string":
-            return _encoded(self._stream.finish(cut=cut))
+            return characters_in_json(self._stream.finish(cut=cut))
         if self._mode == "outside" and (_SCALAR.fullmatch(held) or (cut and _BEGUN_SCALAR.fullmatch(held))):
             return held
         if self._mode == "outside":
@@ -120,7 +120,7 @@ class JsonRedactor:
     async def _string(self, rest: str) -> tuple[str, str]:
         """Take the next part of a string.  Returns: what to write, and the rest."""
         if rest[0] == '"':
-            tail = _encoded(self._stream.finish())
+            tail = characters_in_json(self._stream.finish())
             self._mode = "outside"
             self._strings += 1
             if self._strings % STRINGS_PER_TURN == 0:
@@ -135,11 +135,11 @@ class JsonRedactor:
             characters, end = chr(int(found[0][2:], 16)), found.end()
         else:  # no escape of JSON; it is taken for what it looks like
             characters, end = rest[0], 1
-        return _encoded(await self._pool.feed(self._tenant, self._stream, characters)), rest[end:]
+        return characters_in_json(await self._pool.feed(self._tenant, self._stream, characters)), rest[end:]
 
 
-def _encoded(characters: str) -> str:
-    """Return characters as they stand in a string of JSON."""
+def characters_in_json(characters: str) -> str:
+    """Return characters as they stand in a string of JSON; half of a surrogate pair, which is no text, escaped."""
     written = json.dumps(characters, ensure_ascii=False)[1:-1]
     return _SURROGATE.sub(lambda half: f"\\u{ord(half[0]):04x}", written)
 

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from dataclasses import replace
 from typing import TypeVar
 
+from app.privacy.json_redactor import characters_in_json
 from app.types import Message, Tool
 
 T = TypeVar("T", Message, Tool)
@@ -75,7 +76,7 @@ def _with_strings(text: str, replaced: Mapping[str, str]) -> str:
 
     def string(found: re.Match[str]) -> str:
         before = json.loads(found[0])
-        return found[0] if replaced[before] == before else json.dumps(replaced[before], ensure_ascii=False)
+        return found[0] if replaced[before] == before else f'"{characters_in_json(replaced[before])}"'
 
     return _STRING.sub(string, text)
 

@@ -480,6 +480,34 @@ async def test_roles_usage_and_live_figures_are_shown_to_administrators_only(sit
     assert [] == visit.problems
 
 
+async def test_a_role_that_may_use_no_model_gets_none_by_an_edit_of_something_else(site: Site):
+    """An empty list is no model, and null all of them: a form that took one for the other would give them away."""
+    async with site.running.client() as client, site.visit() as visit:
+        await client.put("/v1/roles/locked", json={"rights": {"models": []}})
+        await visit.open()
+        await visit.page.get_by_role("link", name="Administration").click()
+        await visit.page.get_by_role("link", name="Roles").click()
+        card = visit.page.get_by_role("region", name="locked")
+        await expect(card).to_contain_text("No model")
+        await card.get_by_role("button", name="Edit").click()
+        await visit.page.get_by_label("Requests a minute").fill("7")
+        await visit.page.get_by_role("button", name="Save").click()
+        await expect(card).to_contain_text("Requests a minute: 7")
+        untouched = (await client.get("/v1/roles/locked")).json()["rights"]["models"]
+        await card.get_by_role("button", name="Edit").click()
+        await visit.page.get_by_label("Models", exact=True).fill("a\n b")
+        await visit.page.get_by_role("button", name="Save").click()
+        await expect(card).to_contain_text("Models: a, b")
+        await card.get_by_role("button", name="Edit").click()
+        await visit.page.get_by_label("All models").check()
+        await visit.page.get_by_role("button", name="Save").click()
+        await expect(card).to_contain_text("All models")
+        opened = (await client.get("/v1/roles/locked")).json()["rights"]["models"]
+
+    assert ([], None) == (untouched, opened)
+    assert [] == visit.problems
+
+
 async def test_a_phone_shows_all_of_it_without_scrolling_sideways(site: Site):
     site.engine.says = [
         "A very long word " + "x" * 300 + "\n\n```\n" + "y" * 300 + "\n```\n\n|" + "a|" * 40 + "\n|" + "-|" * 40

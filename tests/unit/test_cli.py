@@ -83,6 +83,15 @@ def test_roles_are_listed_and_changed(folder: Path):
     assert "may manage" not in run("roles", "set", "admin", "--no-manage-keys", code=1)
 
 
+def test_a_role_that_may_use_no_model_is_not_shown_as_one_that_may_use_all(folder: Path):
+    run("db", "upgrade")
+    for none in ("none", ""):
+        (role,) = json.loads(run("roles", "set", "locked", "--models", none, "--json"))
+        assert "none" == role["models"]
+        (role,) = json.loads(run("roles", "set", "locked", "--models", "all", "--json"))
+        assert "all" == role["models"]
+
+
 def test_usage_says_when_there_is_none(folder: Path):
     run("db", "upgrade")
 

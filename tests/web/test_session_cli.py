@@ -58,3 +58,10 @@ async def test_sessions_are_listed_shown_renamed_and_forgotten(run: Run):
 async def test_a_session_that_is_not_there_ends_the_command(run: Run, session_id: str):
     await run("show", session_id, code=1)
     await run("delete", session_id, code=1)
+
+
+async def test_a_title_is_listed_as_it_was_written_whatever_brackets_it_holds(run: Run):
+    """Tables of rich read markup in brackets, and end the program at one that closes nothing."""
+    await run("rename", "notes", "[/list] of [red]\x1b[31m otters")
+
+    assert "[/list] of [red]?[31m otters" in await run("list")

@@ -21,6 +21,7 @@ from app.access.admission import AdmissionControl, Admitted
 from app.config import Settings
 from app.errors import AppError, ClientDisconnected, InvalidRequest, UnsupportedMediaType
 from app.web.http.dependencies import ADMITTED, RequestContext
+from app.web.http.header_parameters import parameter
 from app.web.http.private_api import ParsedRequest, takes_body
 from app.web.http.rate_limits import LIMIT_STATES, show_limits
 from app.web.http.validation import name_ignored, validated
@@ -188,8 +189,11 @@ def require_json(request: Request) -> None:
     if types != ["application/json"]:
         message = Message()
         message["content-type"] = types[0] if len(types) == 1 else ""
-        charset = message.get_param("charset", "utf-8")
-        if message.get_content_type() != "application/json" or str(charset).lower() not in ("utf-8", "utf8"):
+        try:
+            charset = parameter(message, "charset") or "utf-8"
+        except ValueError:
+            charset = "unknown"
+        if message.get_content_type() != "application/json" or charset.lower() not in ("utf-8", "utf8"):
             raise UnsupportedMediaType("Send the body as application/json, in UTF-8.")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise UnsupportedMediaType("Send the body uncompressed.")

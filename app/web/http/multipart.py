@@ -6,10 +6,10 @@ Strict where forms leave choices: nothing before the first part, no nested or en
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from email.message import Message
-from email.utils import collapse_rfc2231_value
 from enum import Enum, auto
 
 from app.errors import InvalidRequest, UnsupportedMediaType
+from app.web.http.header_parameters import parameter
 
 MAX_BOUNDARY_BYTES = 200
 MAX_PART_HEAD_BYTES = 4096
@@ -184,8 +184,11 @@ class UploadForm:
 def _boundary(content_type: str) -> bytes:
     message = Message()
     message["content-type"] = content_type
-    boundary = message.get_param("boundary")
-    if message.get_content_type() != "multipart/form-data" or not isinstance(boundary, str) or not boundary:
+    try:
+        boundary = parameter(message, "boundary")
+    except ValueError:
+        boundary = None
+    if message.get_content_type() != "multipart/form-data" or not boundary:
         raise UnsupportedMediaType("Send the file as multipart/form-data.")
     if len(boundary) > MAX_BOUNDARY_BYTES or not boundary.isascii():
         raise _malformed("its boundary is too long, or not ASCII")
@@ -206,10 +209,13 @@ def _part(head: bytes) -> PartStarted:
         message[header] = value.strip()
     if message.get_content_disposition() != "form-data" or message.get(_ENCODING, "binary") not in _UNENCODED:
         raise _malformed("a part is none of a form, or encoded")
-    name, filename = (message.get_param(each, header=_DISPOSITION) for each in ("name", "filename"))
+    try:
+        name, filename = (parameter(message, each, header=_DISPOSITION) for each in ("name", "filename"))
+    except ValueError:
+        raise _malformed("the name of a part cannot be read") from None
     if name is None:
         raise _malformed("a part has no name")
-    return PartStarted(collapse_rfc2231_value(name), None if filename is None else collapse_rfc2231_value(filename))
+    return PartStarted(name, filename)
 
 
 def _malformed(reason: str) -> InvalidRequest:

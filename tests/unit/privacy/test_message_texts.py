@@ -95,3 +95,16 @@ async def test_json_stays_json_whatever_the_mask(value: Any, mask: str, escaped:
         return dict.fromkeys([mask], [*map(replaced, one.values())][-1]) if one else one  # equal keys: the last counts
 
     assert {mask: replaced(value)} == json.loads(result.tool_calls[0].arguments)
+
+
+async def test_half_of_a_surrogate_pair_stays_escaped_where_a_string_is_changed():
+    """JSON can hold it as an escape only; as a character it could be neither encoded, nor stored, nor sent."""
+    written = '{"a": "\\ud83d jane.doe@example.com"}'
+
+    async def masked(texts: list[str]) -> list[str]:
+        return [text.replace("jane.doe@example.com", "[EMAIL]") for text in texts]
+
+    message = Message(Role.ASSISTANT, "", tool_calls=(ToolCall("a", "f", written),))
+    (result,) = await map_texts([message], masked)
+
+    assert '{"a": "\\ud83d [EMAIL]"}' == result.tool_calls[0].arguments

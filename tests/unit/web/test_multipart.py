@@ -1,5 +1,6 @@
 """Forms of uploads: read the same however they are cut, and refused where they leave choices."""
 
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -85,6 +86,10 @@ async def test_names_of_files_come_in_the_forms_that_clients_write(disposition: 
         FILE.replace(b"text/plain", b"\xff") + END,
         FILE.replace(b"form-data; ", b"attachment; ") + END,
         FILE.replace(b'name="file"; ', b"") + END,
+        FILE.replace(b'name="file"', b"name*=file; name*0=file") + END,
+        FILE.replace(b'name="file"', b"name*=idna''file") + END,
+        FILE.replace(b'name="file"', b"name*=a\0b''file") + END,
+        FILE.replace(b'filename="a.jsonl"', b"filename*=unicode_escape''%5Cud800") + END,
     ],
 )
 async def test_what_is_no_such_form_is_refused(body: bytes):
@@ -105,9 +110,19 @@ async def test_a_field_that_is_not_utf8_is_refused():
         ("application/json", UnsupportedMediaType),
         ("multipart/form-data", UnsupportedMediaType),
         ("multipart/mixed; boundary=b0", UnsupportedMediaType),
+        ("multipart/form-data; boundary*=b0; boundary*0=b0", UnsupportedMediaType),
         (f"multipart/form-data; boundary={'b' * 300}", InvalidRequest),
     ],
 )
 async def test_a_body_of_another_type_is_refused(content_type: str, error: type[AppError]):
     with pytest.raises(error):
         await read(FILE + END, content_type=content_type)
+
+
+def test_a_content_type_takes_no_longer_than_its_length_allows():
+    """The reader of mail takes seconds for as many signs as a head may hold."""
+    quoted = 'multipart/form-data; boundary="' + ";" * 60_000
+    began = time.process_time()
+    with pytest.raises(UnsupportedMediaType):
+        UploadForm(quoted, portions(), fields=frozenset())
+    assert time.process_time() - began < 0.2

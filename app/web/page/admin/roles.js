@@ -50,7 +50,7 @@ function card(api, role, draw) {
     { class: "card", "aria-label": role.name },
     el("h3", {}, role.name),
     el("p", {}, rights.join(", ") || "May only generate"),
-    el("p", { class: "note" }, role.rights.models ? `Models: ${role.rights.models.join(", ")}` : "All models"),
+    el("p", { class: "note" }, modelsInWords(role.rights.models)),
     el("p", { class: "limits note" }, limitsInWords(role.limits) || "The configured limits"),
     el(
       "div",
@@ -59,6 +59,31 @@ function card(api, role, draw) {
       button("Delete", () => deleteRole(api, role)),
     ),
   );
+}
+
+/** null is all models, and an empty list none. */
+function modelsInWords(models) {
+  if (models === null) return "All models";
+  return models.length ? `Models: ${models.join(", ")}` : "No model";
+}
+
+/** A field for the models of a role, and a function that returns what stands in it. */
+function modelFields(listed) {
+  const all = el("input", { type: "checkbox" });
+  const names = el("textarea", { rows: "2", dir: "ltr" });
+  const part = labelled("Models", "One a line. Empty: none.", names);
+  all.checked = listed === null;
+  names.value = (listed ?? []).join("\n");
+  const show = () => {
+    part.hidden = all.checked;
+  };
+  all.addEventListener("change", show);
+  show();
+  const lines = () => names.value.split("\n").map((each) => each.trim());
+  return {
+    parts: [labelled("All models", "", all, "check"), part],
+    read: () => (all.checked ? null : lines().filter(Boolean)),
+  };
 }
 
 async function editRole(api, role) {
@@ -73,8 +98,7 @@ async function editRole(api, role) {
     box.checked = role ? role.rights[right] : ["system_messages", "raw_logprobs", "control_tokens"].includes(right);
     return [right, words, box];
   });
-  const models = el("textarea", { rows: "2", dir: "ltr" });
-  models.value = (role?.rights.models ?? []).join("\n");
+  const models = modelFields(role?.rights.models ?? null);
   const limits = limitFields(role?.limits, "as configured");
   const content = el(
     "div",
@@ -86,17 +110,13 @@ async function editRole(api, role) {
       el("legend", {}, "Rights"),
       boxes.map(([, words, box]) => labelled(words, "", box, "check")),
     ),
-    labelled("Models", "One a line. Empty: all models.", models),
+    models.parts,
     limits.shown,
   );
   const title = role ? `Role ${role.name}` : "New role";
   if ((await dialog(title, content, [cancelButton(), el("button", { value: "save" }, "Save")])) !== "save") return;
   const rights = Object.fromEntries(boxes.map(([right, , box]) => [right, box.checked]));
-  const listed = models.value
-    .split("\n")
-    .map((each) => each.trim())
-    .filter(Boolean);
-  rights.models = listed.length ? listed : null;
+  rights.models = models.read();
   await api.send("PUT", `v1/roles/${encodeURIComponent(name.value)}`, { rights, limits: limits.read() });
 }
 
