@@ -5,7 +5,7 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from itertools import chain
@@ -104,7 +104,7 @@ def create_app(
     )
     build = partial(builder.configured, specs=specs, engines=engines, encoders=encoders)
     host = ModelHost(build, default=names[0], adapters=_adapters(settings, names[0], known_names))
-    loader = _loader(settings, host, builder, names, specs, on_name=known_names.add)
+    loader = _loader(settings, host, builder, names, specs, metrics)
     limits = redis.admission if redis else MemoryAdmissionStore()
     admission = AdmissionControl(limits, access.quotas, on_refusal=metrics.limit_reached, tracer=tracer)
     usage = _usage_recorder(settings, access)
@@ -196,8 +196,7 @@ def _loader(
     builder: ModelBuilder,
     names: Collection[str],
     specs: Mapping[str, LoadSpec],
-    *,
-    on_name: Callable[[str], None],
+    metrics: Metrics,
 ) -> ModelLoader:
     """Add the models that are loaded at the start to the host, and return what loads the others."""
     preloaded = [name for name in names if name not in specs or _preloads(settings, name)]
@@ -209,7 +208,8 @@ def _loader(
         settings.model,
         loaded=[spec for name, spec in specs.items() if name in preloaded],
         configured=specs.values(),
-        on_name=on_name,
+        on_name=metrics.add_model,
+        on_name_gone=metrics.forget_model,
     )
 
 
