@@ -96,11 +96,15 @@ class ModelFamilies:
         )
         self.prompt_lengths = histogram("request_prompt_tokens", "Tokens of a prompt", _TOKENS)
         self.completion_lengths = histogram("request_generation_tokens", "Tokens generated for a request", _TOKENS)
+        self.longest = histogram(
+            "request_max_num_generation_tokens", "Tokens of the longest sample of a request", _TOKENS
+        )
         self.limits = histogram("request_params_max_tokens", "Tokens that a request allows", _TOKENS)
         self.samples = histogram("request_params_n", "Samples that a request asks for", _SAMPLES)
         copies = (
             ("prompt_tokens_total", self.prompts),
             ("generation_tokens_total", self.generated),
+            ("prompt_tokens_cached_total", self.cached),
             ("prefix_cache_queries_total", self.prompts),
             ("prefix_cache_hits_total", self.cached),
             ("time_to_first_token_seconds", self.first),
@@ -137,6 +141,7 @@ class ModelMetrics:
         self._total, self._per_token = families.total.labels(*vllm), families.per_token.labels(*vllm)
         self._prompt_lengths = families.prompt_lengths.labels(*vllm)
         self._completion_lengths = families.completion_lengths.labels(*vllm)
+        self._longest = families.longest.labels(*vllm)
         self._limits, self._samples = families.limits.labels(*vllm), families.samples.labels(*vllm)
         self._ended = cache(lambda reason: families.ended.labels(*vllm, reason))
         self._rejected = cache(lambda reason: families.rejected.labels(*vllm, reason))
@@ -159,9 +164,10 @@ class ModelMetrics:
         self._limits.observe(max_tokens)
         self._samples.observe(samples)
 
-    def request_done(self, seconds: float) -> None:
-        """Count a request of which the model generated at least a part."""
+    def request_done(self, seconds: float, longest: int) -> None:
+        """Count a request of which the model generated at least a part.  Args: longest: tokens of a sample."""
         self._total.observe(seconds)
+        self._longest.observe(longest)
 
     def sample_done(self, reason: str, tokens: int, times: Times) -> None:
         """Count a sample that the model generated.  Args: reason: one of the service's own words for how it ended."""
