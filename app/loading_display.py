@@ -1,8 +1,9 @@
-"""Shows how far the load of the default model has come: on a terminal as a bar, else as lines of the log."""
+"""Shows how far the load of a model has come: on a terminal as a bar, else as lines of the log."""
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 import structlog
@@ -48,18 +49,32 @@ async def show_loading(model: ModelConfig, progress: Callable[[], LoadProgress |
         await _log_stages(model.name, progress)
 
 
-async def _show_bar(model: str, progress: Callable[[], LoadProgress | None], console: Console) -> None:
+@contextmanager
+def load_bar(model: str, console: Console, *, disable: bool = False) -> Iterator[Callable[[LoadProgress], None]]:
+    """Draw a bar below the block, and give what moves it; each stage has its own, and the last one is shown."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[size]}"), TimeElapsedColumn())
     # What others print meanwhile stays as it is, where rich would break its lines.
-    with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:
+    with Progress(
+        *columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False, disable=disable
+    ) as bar:
         stages: dict[str, TaskID] = {}
-        while (now := progress()) is not None:
+
+        def show(now: LoadProgress) -> None:
             if now.stage not in stages:
                 for before in stages.values():
                     bar.update(before, visible=False)
                 what = f"loading {model}: {STAGES.get(now.stage, now.stage)}"
+                # A task that had a total keeps it, whatever the next stage has.
                 stages[now.stage] = bar.add_task(what, total=None, size="")
             bar.update(stages[now.stage], completed=now.bytes_done or 0, total=now.bytes_total, size=_size(now))
+
+        yield show
+
+
+async def _show_bar(model: str, progress: Callable[[], LoadProgress | None], console: Console) -> None:
+    with load_bar(model, console) as show:
+        while (now := progress()) is not None:
+            show(now)
             await asyncio.sleep(POLL_SECONDS)
 
 

@@ -5,7 +5,7 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from itertools import chain
@@ -78,8 +78,7 @@ def create_app(
     disable_foreign_tracing(settings.langsmith)
     require_shared_state(settings)
     models = ConfiguredModels.of(settings, engines=engines, encoders=encoders)
-    known_names = set(models.names)
-    metrics = Metrics(known_names)
+    metrics = Metrics(models.names)
     tracer = _tracer(settings)
     redactor = _redactor(settings)
     pool = RedactionPool(redactor, REDACTION_PROCESSES)
@@ -98,7 +97,7 @@ def create_app(
         tracer=tracer,
     )
     host = _host(settings, builder, models)
-    loader = _loader(settings, host, builder, models, on_name=known_names.add)
+    loader = _loader(settings, host, builder, models, metrics)
     limits = redis.admission if redis else MemoryAdmissionStore()
     admission = AdmissionControl(limits, access.quotas, on_refusal=metrics.limit_reached, tracer=tracer)
     generation, embeddings = _services(settings, host, filters, history, admission, access, metrics, tracer)
@@ -155,8 +154,7 @@ def _loader(
     host: ModelHost,
     builder: ModelBuilder,
     models: ConfiguredModels,
-    *,
-    on_name: Callable[[str], None],
+    metrics: Metrics,
 ) -> ModelLoader:
     return ModelLoader(
         host,
@@ -164,7 +162,8 @@ def _loader(
         settings.model,
         loaded=[spec for name, spec in models.specs.items() if name in models.preloaded],
         configured=models.specs.values(),
-        on_name=on_name,
+        on_name=metrics.add_model,
+        on_name_gone=metrics.forget_model,
     )
 
 

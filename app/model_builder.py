@@ -114,7 +114,7 @@ class ModelBuilder:
             raise ModelNotFound("There is no such model.")
         config = models.specs[name].config
         if config.engine not in ("echo", "remote") and config.source == "local":
-            _require_model("model.name", config.name, "config.json")
+            _require_model("model.name", config.name, "config.json", roots=self._settings.model.roots)
         return self.served(models.specs[name])
 
     def served(self, spec: LoadSpec) -> Served:
@@ -274,19 +274,29 @@ def _embeds(config: ModelConfig, engine: Engine) -> TypeGuard[LocalEngine]:
     return isinstance(engine, LocalEngine) and config.embeddings != "none"
 
 
-def _require_model(key: str, folder: str, *files: str) -> None:
-    """Raises: ConfigError: none of the files is there; the worker would find out too, seconds later."""
+def _require_model(key: str, folder: str, *files: str, roots: Iterable[Path] = ()) -> None:
+    """Look for a model's folder here: the worker would find out too, seconds later.
+
+    Args: roots: where models usually are; one of nearly this name is suggested.
+    Raises: ConfigError: none of the files is there.
+    """
     path = Path(folder)
     if any((path / name).is_file() for name in files):
         return
     if path.is_dir():
         raise ConfigError(f"configuration: {key}: the folder {folder} holds no model (no {files[0]})")
-    # What comes with the package has the same relative name, whatever folder the service is started in.
-    folders = [folder for folder in {path.parent, packaged(path.parent)} if folder.is_dir()]
-    beside = [str(path.parent / each.name) for folder in folders for each in folder.iterdir() if each.is_dir()]
-    meant = next(iter(get_close_matches(folder, beside, n=1)), None)
+    meant = _near_folder(path, path.parent) or next(filter(None, (_near_folder(path, root) for root in roots)), None)
     suggestion = f"; is it {meant}?" if meant else "; a model of the hub needs source: hub"
     raise ConfigError(f"configuration: {key}: there is no folder {folder}{suggestion}")
+
+
+def _near_folder(wanted: Path, root: Path) -> Path | None:
+    """Return the folder below a root whose name is nearest to that of another one; None if none is near."""
+    # What comes with the package has the same relative name, whatever folder the service is started in.
+    folders = [folder for folder in {root, packaged(root)} if folder.is_dir()]
+    names = {each.name for folder in folders for each in folder.iterdir() if each.is_dir()}
+    near = get_close_matches(wanted.name, sorted(names), n=1)
+    return root / near[0] if near else None
 
 
 def _supervision(settings: Settings) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import httpx
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
 from app.cli.running_service import UrlOption, checked, connect, refuse
 from app.cli.terminal import CONFIG, ConfigOption, JsonOption, fail, print_json, show
@@ -70,7 +69,7 @@ def load(
     with connect(config, url) as client, client.stream("POST", "/v1/models/load", json=body) as response:
         if response.status_code != httpx.codes.OK:
             response.read()
-        loaded = _follow(_events(checked(response)), quiet=as_json)
+        loaded = _follow(model, _events(checked(response)), quiet=as_json)
     if as_json:
         print_json(loaded)
     else:
@@ -111,14 +110,15 @@ def _events(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
             yield name, json.loads(value)
 
 
-def _follow(events: Iterator[tuple[str, dict[str, Any]]], *, quiet: bool) -> dict[str, Any]:
+def _follow(model: str, events: Iterator[tuple[str, dict[str, Any]]], *, quiet: bool) -> dict[str, Any]:
     """Show the progress of a load as a bar, and return the model's state at its end."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    # Late: most commands show none.
+    from app.engine.base import LoadProgress
+    from app.loading_display import load_bar
+
     name, data = "", dict[str, Any](message="the service ended before the model was loaded")
-    with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as bar:
-        task = bar.add_task("waiting", total=None)
+    with load_bar(model, Console(stderr=True), disable=quiet) as show_progress:
         for name, data in events:
             if name == "progress":
-                done, total = data["bytes_done"], data["bytes_total"]
-                bar.update(task, description=data["stage"], completed=done or 0, total=total)
+                show_progress(LoadProgress(data["stage"], data["bytes_done"], data["bytes_total"]))
     return data if name == "done" else refuse(data)

@@ -1,4 +1,4 @@
-"""Examines the machine: Python and its libraries, processor, memory, limits of the system, the clock."""
+"""Examines the machine: Python and its libraries, processor, compiler, GPU, memory, limits of the system, the clock."""
 
 import os
 import platform
@@ -16,11 +16,16 @@ ENOUGH_FILES = 4096
 ENOUGH_MEMORY = 1_000_000_000
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "bf16")
 """What native kernels and torch choose their instructions by, of x86 and ARM."""
+_COMPILERS = ("c++", "g++", "clang++")
+NVIDIA_DEVICE = Path("/dev/nvidiactl")
+NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
+"""A folder for each GPU, whose file `information` names it; a container may lack it."""
 
 
 def examine_machine() -> Iterator[Finding]:
     yield from _python()
     yield from _processor()
+    yield from _gpu()
     yield from _memory()
     yield from _files()
     yield from _clock()
@@ -46,9 +51,31 @@ def _processor() -> Iterator[Finding]:
     flags = set(_read("/proc/cpuinfo").replace("\n", " ").split())
     found = [flag for flag in _CPU_FLAGS if flag in flags]
     yield ok("processor", f"{platform.machine()}, {cores} cores{', ' + ' '.join(found) if found else ''}")
-    if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+    if compiler := next((path for name in _COMPILERS if (path := shutil.which(name))), None):
+        yield ok("compiler", f"{compiler} compiles layers for this machine")
+    else:
         advice = "apt-get install g++ lets layers be compiled for this machine"
-        yield warning("processor", "there is no C++ compiler, so models run slower", advice)
+        yield warning("compiler", "there is no C++ compiler, so models run slower", advice)
+
+
+def _gpu() -> Iterator[Finding]:
+    if not NVIDIA_DEVICE.exists():
+        yield ok("GPU", "there is none of NVIDIA's")
+        return
+    lines = [line for path in NVIDIA_GPUS.glob("*/information") for line in _read(str(path)).splitlines()]
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")]
+    found = ", ".join(sorted(names)) or "one of NVIDIA's"
+    try:
+        torch = version("torch")
+    except PackageNotFoundError:  # said above
+        return
+    if torch.endswith("+cpu"):
+        advice = "move .venv away, and run make install without TORCH_INDEX_URL"
+        yield warning("GPU", f"{found}, which torch {torch}, built for processors, cannot use", advice)
+    elif os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        yield warning("GPU", f"{found}, hidden by CUDA_VISIBLE_DEVICES", "unset it for models to run there")
+    else:
+        yield ok("GPU", found)
 
 
 def available_memory() -> int | None:

@@ -9,7 +9,7 @@ from typing import Any
 from app.config import ModelConfig, ModelEntry, Settings
 from app.config.mlflow import tracking_uri_problem
 from app.doctor.findings import Finding, megabytes, ok, problem, warning
-from app.doctor.machine import available_memory
+from app.doctor.machine import NVIDIA_DEVICE, available_memory
 from app.registry.model_uri import parse_model_uri
 
 SUBJECT = "model"
@@ -32,7 +32,7 @@ def examine_model(settings: Settings) -> Iterator[Finding]:
         yield from _folder("embeddings.model", Path(embeddings.model))
     elif embeddings.model:
         yield from _hub(settings, embeddings.model, embeddings.revision)
-    if model.device == "cuda" and not Path("/dev/nvidiactl").exists():
+    if model.device == "cuda" and not NVIDIA_DEVICE.exists():
         yield problem(SUBJECT, "there is no NVIDIA GPU here, which model.device asks for", "set model.device: auto")
 
 

@@ -55,6 +55,7 @@ class ModelLoader:
         loaded: Iterable[LoadSpec] = (),
         configured: Iterable[LoadSpec] = (),
         on_name: Callable[[str], None] = lambda name: None,
+        on_name_gone: Callable[[str], None] = lambda name: None,
     ) -> None:
         """Args:
         build: makes everything of one model, without starting it.
@@ -62,11 +63,13 @@ class ModelLoader:
         loaded: those that the host starts with.
         configured: those that are loaded when a request names them.
         on_name: is called with the name of each model that is going to be loaded.
+        on_name_gone: is called with it where the load fails, and nothing else of this name is here or may come.
         """
         self._host = host
         self._build = build
         self._rules = rules
         self._on_name = on_name
+        self._on_name_gone = on_name_gone
         self._specs = {spec.name: spec for spec in loaded}
         """What is loaded, without the models that only embed."""
         self.configured: Mapping[str, LoadSpec] = {spec.name: spec for spec in configured}
@@ -236,17 +239,20 @@ class ModelLoader:
         return load
 
     def _end(self, load: Load) -> None:
-        if self._loads.get(load.spec.name) is load:
-            del self._loads[load.spec.name]
+        name = load.spec.name
+        if self._loads.get(name) is load:
+            del self._loads[name]
+        if name not in self._host.loaded and name not in self._known and name not in self._loads:
+            self._on_name_gone(name)
         # Also retrieves it: whoever began the load may not have waited for it.
         error = None if load.task.cancelled() else load.task.exception()
         if isinstance(error, AppError):
-            self._failures[load.spec.name] = FailedLoad(time.monotonic(), error.message, error.details)
+            self._failures[name] = FailedLoad(time.monotonic(), error.message, error.details)
             if len(self._failures) > MAX_FAILURES:
                 del self._failures[next(iter(self._failures))]
-            log.warning("%s: %s", load.spec.name, error.message)
+            log.warning("%s: %s", name, error.message)
         elif error is not None:
-            log.error("%s could not be loaded", load.spec.name, exc_info=error)
+            log.error("%s could not be loaded", name, exc_info=error)
 
     async def _load(self, load: Load, probe: Probe | None) -> Served:
         async with self._in_turn:

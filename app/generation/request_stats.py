@@ -96,7 +96,8 @@ class RequestStats:
         own = [each for each in zip(self._samples, self.reasons, strict=True) if _is_own(each[0])]
         if not own:
             return
-        self._metrics.request_done(time.monotonic() - self._began)
+        longest = max(sample.progress.generated for sample, _ in own)
+        self._metrics.request_done(time.monotonic() - self._began, longest)
         max_tokens = self._samples[0].sampling.max_tokens
         self._metrics.requested(prompt_tokens, max_tokens=max_tokens, samples=len(self._samples))
         for sample, reason in own:

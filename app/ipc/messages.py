@@ -128,9 +128,11 @@ class Loading(msgspec.Struct, tag=True, frozen=True, array_like=True):
     """Of this stage, as far as it is known."""
 
 
-class Warned(msgspec.Struct, tag=True, frozen=True, array_like=True):
-    """A line for the service's log; something about the model may surprise its users."""
+class Logged(msgspec.Struct, tag=True, frozen=True, array_like=True):
+    """A line for the service's log: what a load found out about the model, or what may surprise its users."""
 
+    level: int
+    """Of Python's logging."""
     line: str
 
 
@@ -254,7 +256,7 @@ Exchange = Callable[[list[TokenEvent]], None]
 """Sends the events of a step and handles the messages that arrived; may call the runner's `submit` and `cancel`."""
 
 ToWorker = Submit | Embed | LoadAdapter | UnloadAdapter | Cancel | Shutdown
-FromWorker = Loading | Warned | Ready | LoadFailed | AdapterLoaded | AdapterFailed | Step | Embedded
+FromWorker = Loading | Logged | Ready | LoadFailed | AdapterLoaded | AdapterFailed | Step | Embedded
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_worker = msgspec.msgpack.Decoder[ToWorker](ToWorker).decode

@@ -21,6 +21,7 @@ from app.ipc.messages import (
     LoadAdapter,
     LoadFailed,
     Loading,
+    Logged,
     Ready,
     Shutdown,
     Step,
@@ -28,7 +29,6 @@ from app.ipc.messages import (
     TokenEvent,
     ToWorker,
     UnloadAdapter,
-    Warned,
 )
 from app.ipc.worker_process import WorkerLink, WorkerLostError
 from app.types import EngineState
@@ -273,8 +273,8 @@ class Supervisor:
                 self._listener.on_adapter(message)
             case Loading():
                 self.progress = message
-            case Warned(line=line):
-                log.warning("%s", line)
+            case Logged(level=level, line=line):
+                log.log(level, "%s", line)
             case LoadFailed(message=reason):
                 self.failure = message
                 raise WorkerLostError(reason)

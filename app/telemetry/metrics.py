@@ -55,8 +55,8 @@ class Metrics:
     """The application's Prometheus metrics, in a registry of their own; safe to call from any thread."""
 
     def __init__(self, models: Collection[str]) -> None:
-        """Args: models: names that may become a label, looked up at each call; any other is counted as OTHER."""
-        self._models = models
+        """Args: models: names that may become a label; any other is counted as OTHER until it is added."""
+        self._models = set(models)
         self._endpoints: set[tuple[str, str]] = set()
         self._registry = Registry()
         self._rate = RecentRate()
@@ -123,6 +123,15 @@ class Metrics:
     def model(self, name: str) -> ModelMetrics:
         """Return what counts for one model; whoever counts often holds it."""
         return self._families.of(name if name in self._models else OTHER)
+
+    def add_model(self, name: str) -> None:
+        """Give a model series of its own from now on.  Args: name: not a client's, but that of a load."""
+        self._models.add(name)
+
+    def forget_model(self, name: str) -> None:
+        """Remove the series of a model that could not be loaded: names of failed loads are without bound."""
+        self._models.discard(name)
+        self._families.forget(name)
 
     def watch(
         self,

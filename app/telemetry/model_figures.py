@@ -19,6 +19,15 @@ _RESTARTS = Family("engine_restarts_total", "counter", "Times the model's worker
 _WORKER = Family("worker_memory_bytes", "gauge", "Memory of the model's worker process", ("model",))
 _RUNNING = Family("vllm:num_requests_running", "gauge", "Requests in the model now", _LABELS)
 _WAITING = Family("vllm:num_requests_waiting", "gauge", "Requests waiting for the model", _LABELS)
+_WAITING_FOR = Family(
+    "vllm:num_requests_waiting_by_reason",
+    "gauge",
+    "The same by what they wait for, which here is always capacity: a place in the batch",
+    (*_LABELS, "reason"),
+)
+_AWAKE = Family(
+    "vllm:engine_sleep_state", "gauge", "1 for the state awake while the model can answer", (*_LABELS, "sleep_state")
+)
 _USAGE = Family("vllm:kv_cache_usage_perc", "gauge", "Share of the KV cache's rows in use, 0 to 1", _LABELS)
 _LORA = Family(
     "vllm:lora_requests_info",
@@ -86,6 +95,8 @@ def watch_models(registry: Registry, read: Callable[[], Iterable[ModelFigures]],
         figures = list(read())
         yield _RUNNING.with_figures(((one.model, ENGINE), one.running) for one in figures)
         yield _WAITING.with_figures(((one.model, ENGINE), one.waiting) for one in figures)
+        yield _WAITING_FOR.with_figures(((one.model, ENGINE, "capacity"), one.waiting) for one in figures)
+        yield _AWAKE.with_figures(((one.model, ENGINE, "awake"), one.ready) for one in figures)
         yield _USAGE.with_figures(((one.model, ENGINE), one.rows_used / one.rows) for one in figures if one.rows)
         running = sorted({name for one in figures for name in one.adapters_running})
         waiting = sorted({name for one in figures for name in one.adapters_waiting})
@@ -93,7 +104,7 @@ def watch_models(registry: Registry, read: Callable[[], Iterable[ModelFigures]],
 
     registry.read_all(TOTALS, [_ALL_RUNNING, _ALL_WAITING, _GPU], totals)
     registry.read_all(MODELS, [_READY, _ROWS, _ROWS_USED, _RESTARTS, _WORKER], each)
-    registry.read_all(VLLM, [_RUNNING, _WAITING, _USAGE, _LORA], vllm)
+    registry.read_all(VLLM, [_RUNNING, _WAITING, _WAITING_FOR, _AWAKE, _USAGE, _LORA], vllm)
 
 
 def watch_upstreams(registry: Registry, read: Callable[[], Iterable[UpstreamFigures]]) -> None:

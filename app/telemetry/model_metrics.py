@@ -5,6 +5,7 @@ Whoever counts holds a `ModelMetrics`, in which every series has been looked up 
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import TypeVar
 
 from prometheus_client import Counter, Histogram
 from prometheus_client.core import Metric
@@ -17,6 +18,7 @@ ENGINE = "0"
 """vLLM numbers the engines of one model; here each has one."""
 MODELS, VLLM = "Models", "Models, under vLLM's names"
 _LABELS = ("model_name", "engine")
+_F = TypeVar("_F", Counter, Histogram)
 
 # Source: vLLM's v1/metrics/buckets.py.  The times between tokens have finer ones, too, for what takes milliseconds.
 _FIRST_SECONDS = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10]
@@ -35,12 +37,15 @@ class ModelFamilies:
     def __init__(self, registry: Registry, rate: RecentRate) -> None:
         """Args: rate: of the tokens that all models generate."""
         self.rate = rate
+        self._families: list[tuple[Counter | Histogram, str]] = []
+        """Each with the label that a model is."""
+        self._models: dict[str, ModelMetrics] = {}
 
         def counter(name: str, text: str) -> Counter:
-            return registry.counter(MODELS, name, text, "model")
+            return self._own("model", registry.counter(MODELS, name, text, "model"))
 
-        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
-            return registry.histogram(MODELS, name, text, buckets, "model")
+        def histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+            return self._own("model", registry.histogram(MODELS, name, text, buckets, "model", *labels))
 
         self.generated = counter("tokens_generated_total", "Tokens generated")
         self.prompts = counter("prompt_tokens_total", "Tokens of prompts read")
@@ -51,23 +56,32 @@ class ModelFamilies:
         self.first = histogram("time_to_first_token_seconds", "Wait for the first token", _FIRST_SECONDS)
         self.gap = histogram("inter_token_latency_seconds", "Time between tokens", _TOKEN_SECONDS)
         self.steps = histogram("model_step_seconds", "Time of a step of the model for all its requests", _TOKEN_SECONDS)
-        self.filters = registry.histogram(
-            MODELS,
-            "pii_filter_seconds",
-            "Time that the filter took for a request",
-            _FILTER_SECONDS,
-            "model",
-            "direction",
-        )
+        filtered = "Time that the filter took for a request"
+        self.filters = histogram("pii_filter_seconds", filtered, _FILTER_SECONDS, "direction")
         self._add_vllm(registry)
-        self.of: Callable[[str], ModelMetrics] = cache(lambda model: ModelMetrics(self, model))
+
+    def of(self, model: str) -> "ModelMetrics":
+        """Return what counts for one model, always the same."""
+        if (known := self._models.get(model)) is None:
+            known = self._models[model] = ModelMetrics(self, model)
+        return known
+
+    def forget(self, model: str) -> None:
+        """Remove the series of a model; what still counts for it is in no scrape."""
+        if self._models.pop(model, None) is not None:
+            for family, label in self._families:
+                family.remove_by_labels({label: model})
+
+    def _own(self, label: str, family: _F) -> _F:
+        self._families.append((family, label))
+        return family
 
     def _add_vllm(self, registry: Registry) -> None:
         def counter(name: str, text: str, *labels: str) -> Counter:
-            return registry.counter(VLLM, f"vllm:{name}", text, *_LABELS, *labels)
+            return self._own(_LABELS[0], registry.counter(VLLM, f"vllm:{name}", text, *_LABELS, *labels))
 
         def histogram(name: str, text: str, buckets: Sequence[float] = REQUEST_SECONDS) -> Histogram:
-            return registry.histogram(VLLM, f"vllm:{name}", text, buckets, *_LABELS)
+            return self._own(_LABELS[0], registry.histogram(VLLM, f"vllm:{name}", text, buckets, *_LABELS))
 
         self.ended = counter("request_success_total", "Requests that ended, by how", "finished_reason")
         self.rejected = counter("admission_rejections_total", "Requests refused at a full queue", "reason")
@@ -82,11 +96,15 @@ class ModelFamilies:
         )
         self.prompt_lengths = histogram("request_prompt_tokens", "Tokens of a prompt", _TOKENS)
         self.completion_lengths = histogram("request_generation_tokens", "Tokens generated for a request", _TOKENS)
+        self.longest = histogram(
+            "request_max_num_generation_tokens", "Tokens of the longest sample of a request", _TOKENS
+        )
         self.limits = histogram("request_params_max_tokens", "Tokens that a request allows", _TOKENS)
         self.samples = histogram("request_params_n", "Samples that a request asks for", _SAMPLES)
         copies = (
             ("prompt_tokens_total", self.prompts),
             ("generation_tokens_total", self.generated),
+            ("prompt_tokens_cached_total", self.cached),
             ("prefix_cache_queries_total", self.prompts),
             ("prefix_cache_hits_total", self.cached),
             ("time_to_first_token_seconds", self.first),
@@ -123,6 +141,7 @@ class ModelMetrics:
         self._total, self._per_token = families.total.labels(*vllm), families.per_token.labels(*vllm)
         self._prompt_lengths = families.prompt_lengths.labels(*vllm)
         self._completion_lengths = families.completion_lengths.labels(*vllm)
+        self._longest = families.longest.labels(*vllm)
         self._limits, self._samples = families.limits.labels(*vllm), families.samples.labels(*vllm)
         self._ended = cache(lambda reason: families.ended.labels(*vllm, reason))
         self._rejected = cache(lambda reason: families.rejected.labels(*vllm, reason))
@@ -145,9 +164,10 @@ class ModelMetrics:
         self._limits.observe(max_tokens)
         self._samples.observe(samples)
 
-    def request_done(self, seconds: float) -> None:
-        """Count a request of which the model generated at least a part."""
+    def request_done(self, seconds: float, longest: int) -> None:
+        """Count a request of which the model generated at least a part.  Args: longest: tokens of a sample."""
         self._total.observe(seconds)
+        self._longest.observe(longest)
 
     def sample_done(self, reason: str, tokens: int, times: Times) -> None:
         """Count a sample that the model generated.  Args: reason: one of the service's own words for how it ended."""

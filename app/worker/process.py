@@ -33,7 +33,6 @@ from app.ipc.messages import (
     Submit,
     TokenEvent,
     UnloadAdapter,
-    Warned,
     decode_to_worker,
     encode,
 )
@@ -254,13 +253,13 @@ def serve(start: Start) -> None:
 def _load(
     start: Start, send: Callable[[FromWorker], None]
 ) -> tuple[Ready, Runner | None, EmbeddingRunner | None, AdapterLoader | None]:
-    """Load the model and let it show that it works, sending each stage and every warning."""
+    """Load the model and let it show that it works, sending each stage and what is logged."""
     spec, folder = start.model, _tokenizer_folder(start)
-    with LoadLog() as warnings:
+    with LoadLog() as lines:
         progress = ProgressReporter(send)
 
         def begin(stage: str) -> None:
-            warnings.flush_to(lambda line: send(Warned(line)))
+            lines.flush_to(send)
             progress.begin(stage)
 
         try:
@@ -282,7 +281,7 @@ def _load(
             embedder = EmbeddingRunner(causal, spec.max_batch_tokens)
             return structs.replace(ready, embedding=causal.info), runner, embedder, adapters
         finally:
-            warnings.flush_to(lambda line: send(Warned(line)))
+            lines.flush_to(send)
 
 
 def _tokenizer_folder(start: Start) -> str:

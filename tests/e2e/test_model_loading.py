@@ -148,15 +148,18 @@ async def test_an_unloaded_model_gives_its_memory_back(client: httpx.AsyncClient
 
 
 async def test_a_load_that_fails_says_why_and_leaves_no_process(client: httpx.AsyncClient, folder: Path):
+    """Nor series of its name in the metrics."""
     weights = save_tiny_llama(folder / "roots" / "pickled") / "model.safetensors"
     weights.rename(weights.with_name("pytorch_model.bin"))
     before = workers()
     failed = await client.post(LOAD, json={"model_name": "pickled", "source": "local"})
     now = await state(client, "pickled")
+    figures = (await client.get("/metrics")).text
 
     assert (424, "unsupported") == (failed.status_code, failed.json()["details"]["reason"]), failed.text
     assert "safetensors" in failed.json()["message"]
     assert workers() <= before
+    assert "pickled" not in figures
     assert ("failed", "unsupported") == (now["state"], now["error_reason"])
 
 

@@ -124,6 +124,19 @@ def test_board_and_alerts_name_only_metrics_that_exist() -> None:
     assert not {name for name in named - exported - _FUNCTIONS if "_" in name}
 
 
+def test_what_vllms_boards_plot_of_an_engine_is_exported() -> None:
+    """By its name: all of the board beside its Prometheus example, and what its newer ones add to that."""
+    board = "e2e_request_latency_seconds prompt_tokens_total generation_tokens_total inter_token_latency_seconds "
+    board += "num_requests_running num_requests_waiting time_to_first_token_seconds kv_cache_usage_perc "
+    board += "request_prompt_tokens request_generation_tokens request_success_total request_queue_time_seconds "
+    board += "request_prefill_time_seconds request_decode_time_seconds request_max_num_generation_tokens "
+    newer = "engine_sleep_state num_requests_waiting_by_reason num_preemptions_total prompt_tokens_cached_total "
+    newer += "prefix_cache_hits_total prefix_cache_queries_total"
+    exported = {family.name for families in complete().sections.values() for family in families}
+
+    assert set() == {f"vllm:{name}" for name in (board + newer).split()} - exported
+
+
 def test_each_alert_is_explained() -> None:
     """docs/operations.md says what each of them means and what to do."""
     text = (ROOT / "docs" / "operations.md").read_text()

@@ -1,6 +1,7 @@
 """The application as `create_app` builds it, with the echo engine: what is wired to what."""
 
 import json
+import re
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -198,14 +199,15 @@ async def test_switched_off_parts_are_off(client: Client) -> None:
     assert 400 == refused.status_code
 
 
+@pytest.mark.parametrize("name", ["models/tiny-caht", "tiny-caht", "elsewhere/../tiny-chat"])
 def test_a_misspelt_folder_of_a_model_is_answered_with_the_one_that_comes_with_the_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Also where the service is started in a folder that has no models of its own."""
+    """Also where the service is started in a folder that has no models of its own, and where the root is left out."""
     monkeypatch.chdir(tmp_path)
-    given = {"app": {"data_dir": tmp_path}, "security": {"api_key": KEY}, "model": {"name": "models/tiny-caht"}}
+    given = {"app": {"data_dir": tmp_path}, "security": {"api_key": KEY}, "model": {"name": name, "source": "local"}}
 
-    with pytest.raises(ConfigError, match=r"there is no folder models/tiny-caht; is it models/tiny-chat\?"):
+    with pytest.raises(ConfigError, match=rf"there is no folder {re.escape(name)}; is it models/tiny-chat\?"):
         create_app(load_settings(tmp_path / "none.yml", None, **given))
 
 

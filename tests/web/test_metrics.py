@@ -54,6 +54,9 @@ async def test_the_stages_of_a_request_are_measured_for_each_model() -> None:
         assert 1 == figures[f"vllm:request_{name}_seconds_count{{{labels}}}"], name
     assert 1 == figures[f"vllm:e2e_request_latency_seconds_count{{{labels}}}"]
     assert 3 == figures[f"vllm:request_params_max_tokens_sum{{{labels}}}"]
+    assert 3 == figures[f"vllm:request_max_num_generation_tokens_sum{{{labels}}}"]
+    assert 1 == figures[f'vllm:engine_sleep_state{{{labels},sleep_state="awake"}}']
+    assert 0 == figures[f'vllm:num_requests_waiting_by_reason{{{labels},reason="capacity"}}']
     assert 1 == figures['vllm:request_success_total{engine="0",finished_reason="length",model_name="second"}']
     assert 0 == figures['vllm:request_decode_time_seconds_count{engine="0",model_name="echo"}']
     assert 2 == figures['pii_filter_seconds_count{direction="input",model="second"}']

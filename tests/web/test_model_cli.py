@@ -2,13 +2,18 @@
 
 import asyncio
 import json
+import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import asdict
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from app.cli import cli
+from app.engine.base import LoadProgress
 from tests.web.access import ADMIN_KEY, running
 from tests.web.harness import ScriptedService, Web
 
@@ -93,3 +98,39 @@ async def test_adapters_are_listed_and_refusals_end_the_command(run: Run):
     assert [] == json.loads(await run("list", "--json", group="adapters"))
     assert "takes no adapters" in await run("load", "mine", "a", "--model", "echo", group="adapters", code=1)
     assert "not loaded" in await run("unload", "mine", group="adapters", code=1)
+
+
+class _SlowLoad(BaseHTTPRequestHandler):
+    """Answers as a service whose model has weights to read and layers to compile."""
+
+    def do_POST(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        for progress in (LoadProgress("weights", 250_000_000, 500_000_000), LoadProgress("layers")):
+            self.wfile.write(f"event: progress\ndata: {json.dumps(asdict(progress))}\n\n".encode())
+            time.sleep(0.3)  # the bar is drawn ten times a second
+        done = {"name": "mine", "device": "cpu", "dtype": "bfloat16"}
+        self.wfile.write(f"event: done\ndata: {json.dumps(done)}\n\n".encode())
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # the library's name
+        pass
+
+
+def test_a_terminal_shows_what_a_load_is_doing_and_the_bytes_of_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A stage without bytes shows none, and not those of the stage before."""
+    for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm"), ("COLUMNS", "150"), ("LLM_SERVICE_API_KEY", "k")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.chdir(tmp_path)
+    with HTTPServer(("127.0.0.1", 0), _SlowLoad) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        at = ["--url", f"http://127.0.0.1:{server.server_address[1]}"]
+        ended = CliRunner().invoke(cli, ["models", "load", "mine", *at])
+
+    weights, _, layers = ended.output.partition("mine: compiling and measuring its layers")
+    assert 0 == ended.exit_code
+    assert "mine: reading its weights" in weights
+    assert "250.0 MB of 500.0 MB" in weights
+    assert "MB" not in layers
+    assert "mine is loaded on cpu (bfloat16)." in layers

@@ -67,7 +67,7 @@ def test_an_installation_that_is_well_has_no_problem(folder: Path):
     assert {"ok", "warning"} >= {line.split()[0] for line in lines}
     subjects = {line[9:].partition(":")[0] for line in lines}
     wanted = ["configuration", "data folder", "database", "model", "network", "Python", "memory", "limits", "clock"]
-    assert set() == {*wanted, "API key", "prompts", "processor", "temporary folder"} - subjects
+    assert set() == {*wanted, "API key", "prompts", "processor", "GPU", "temporary folder"} - subjects
     assert "model (LlamaForCausalLM)" in said
     assert before == sorted(folder.rglob("*"))
 
@@ -334,12 +334,41 @@ def test_limits_of_the_machine_are_looked_at(folder: Path, monkeypatch: pytest.M
         "warning  limits: 256 files and connections may be open at once. To do: raise the hard limit to 4096",
         "warning  limits: files may not grow beyond 1 MB",
         "problem  clock: the clock says 2001-01-01 00:00 UTC",
-        "warning  processor: there is no C++ compiler",
+        "warning  compiler: there is no C++ compiler",
         "warning  temporary folder: nothing in it",
     ):
         assert text in said, text
-    assert Path("/dev/nvidiactl").exists() or "problem  model: there is no NVIDIA GPU here" in said
+    assert machine.NVIDIA_DEVICE.exists() or "problem  model: there is no NVIDIA GPU here" in said
     assert "llm-service: " in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("torch", "visible", "said"),
+    [
+        (
+            "2.13.0+cpu",
+            None,
+            "warning  GPU: NVIDIA H200, which torch 2.13.0+cpu, built for processors, cannot use. To do:",
+        ),
+        ("2.13.0", "-1", "warning  GPU: NVIDIA H200, hidden by CUDA_VISIBLE_DEVICES. To do: unset it"),
+        ("2.13.0", None, "ok       GPU: NVIDIA H200."),
+    ],
+    ids=["torch of processors", "hidden", "used"],
+)
+def test_a_gpu_that_models_cannot_use_is_a_warning(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, torch: str, visible: str | None, said: str
+):
+    (folder / "gpus/0000:01:00.0").mkdir(parents=True)
+    (folder / "gpus/0000:01:00.0/information").write_text("Model: \t\t NVIDIA H200\nIRQ:   \t\t 18\n")
+    monkeypatch.setattr(machine, "NVIDIA_DEVICE", folder)
+    monkeypatch.setattr(machine, "NVIDIA_GPUS", folder / "gpus")
+    monkeypatch.setattr(machine, "version", lambda name: torch)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+
+    assert said in examine(0)
 
 
 @pytest.fixture

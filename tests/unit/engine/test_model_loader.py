@@ -172,6 +172,33 @@ async def test_a_load_that_fails_names_the_reason_and_leaves_nothing(reason: str
         assert ("failed", reason or "failed") == (state.state, state.error_reason)
 
 
+async def test_a_name_is_gone_when_its_load_failed_and_nothing_else_has_it():
+    """Neither a model that serves under it, nor one that a request may have loaded, nor another load."""
+    workshop, told, gone = Workshop(), list[str](), list[str]()
+    host = ModelHost(lambda name: workshop(spec(name)), "a")
+    await host.load("a")
+    specs = [spec("a"), spec("known")]
+    rules = ModelConfig()
+    loader = ModelLoader(
+        *(host, workshop, rules), loaded=specs[:1], configured=specs, on_name=told.append, on_name_gone=gone.append
+    )
+    workshop.errors |= {name: EngineFailed("no") for name in ("a", "known", "b")}
+    workshop.slow.add("ended")
+    with suppress(ModelLoadFailed):
+        await loader.replace(spec("a")).wait()
+    for name in ("known", "b"):
+        with suppress(ModelLoadFailed):
+            await loader.load(spec(name)).wait()
+    await loader.load(spec("c")).wait()
+    loader.load(spec("ended"))
+    await loader.unload("ended")
+    await loader.close()
+    await host.close()
+
+    assert ["a", "known", "b", "c", "ended"] == told
+    assert ["b", "ended"] == gone
+
+
 async def test_a_bounded_number_of_failed_loads_is_remembered():
     async with service() as (loader, host, workshop):
         for number in range(MAX_FAILURES + 1):

@@ -1,6 +1,7 @@
 """The life of a worker and of those that follow it: deaths, restarts, failed loads, the end."""
 
 import asyncio
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from app.errors import (
     EngineFailed,
     EngineNotReady,
 )
-from app.ipc.messages import LoadFailed, Loading
+from app.ipc.messages import LoadFailed, Loading, Logged
 from app.types import EngineState, FinishReason
 from tests.unit.engine.fake_worker import TOKENIZER, FakeLink, FakeWorkers, begun, engine_on, make_request, read
 from tests.unit.event_streams import finished_of
@@ -153,6 +154,19 @@ async def test_before_the_model_is_loaded_the_client_is_told_to_wait(folder: Pat
         with pytest.raises(EngineNotReady) as refusal:
             await read(engine, make_request())
         assert (refusal.value.retry_after or 0) > 0
+
+
+async def test_what_a_load_says_is_logged_at_its_own_level(folder: Path, caplog: pytest.LogCaptureFixture):
+    workers = FakeWorkers(folder, ready=False)
+    with caplog.at_level(logging.INFO):
+        async with engine_on(workers):
+            await until(lambda: len(workers.links) == 1)
+            workers.newest.say(Logged(logging.INFO, "measured"))
+            workers.newest.say(Logged(logging.WARNING, "a tensor too many"))
+            await until(lambda: "a tensor too many" in caplog.messages)
+
+    said = {record.message: record.levelno for record in caplog.records}
+    assert (logging.INFO, logging.WARNING) == (said["measured"], said["a tensor too many"])
 
 
 async def test_a_tokenizer_that_cannot_be_read_is_a_failed_load(tmp_path: Path):

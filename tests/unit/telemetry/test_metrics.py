@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.requests import Times
 from app.telemetry import Metrics
 from app.telemetry.metrics import MAX_ENDPOINTS, METHODS, STATUSES
 from app.telemetry.model_figures import ModelFigures
@@ -141,6 +142,24 @@ def test_random_requests_do_not_create_series_without_bound(raw_paths: bool) -> 
 
     assert 1 == len(scraped) - before
     assert 10_001 == scraped['tokens_generated_total{model="OTHER"}']
+
+
+def test_a_model_that_could_not_be_loaded_leaves_no_series() -> None:
+    """Whatever was counted for it, in every family; the other models keep theirs."""
+    metrics = Metrics(["m"])
+    metrics.model("m").generated(1, 1)
+    before = figures(metrics)
+
+    for number in range(20):
+        metrics.add_model(f"failed-{number}")
+        metrics.model(f"failed-{number}").sample_done("stop", 3, Times())
+        metrics.model(f"failed-{number}").rejected("queue_full")
+        metrics.forget_model(f"failed-{number}")
+    after = figures(metrics)
+    metrics.model("failed-1").generated(2, 2)
+
+    assert before.keys() == after.keys()
+    assert 2 == figures(metrics)['tokens_generated_total{model="OTHER"}']
 
 
 def test_a_scrape_has_the_content_type_of_prometheus() -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tokenizers import Regex, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from app.ipc.messages import Submit, TokenEvent
+from app.ipc.messages import Logged, Submit, TokenEvent
 from app.types import SamplingParams
 from app.worker.execution.serial.serial_runner import SerialRunner
 from app.worker.loaded_model import LoadedModel
@@ -517,17 +517,26 @@ def test_a_stage_that_keeps_the_interpreters_lock_ends_the_process():
     assert -signal.SIGVTALRM == done.returncode
 
 
-def test_the_warnings_of_a_load_are_lines_of_the_parents_log():
-    """Each is one line, once, from whichever logger; afterwards they go where they went before."""
-    lines: list[str] = []
-    before = logging.getLogger().handlers[:]
+def test_what_a_load_warns_of_or_says_itself_are_lines_of_the_parents_log():
+    """Each is one line, once; of libraries only warnings.  Afterwards they go where they went before."""
+    lines: list[Logged] = []
+    before, level = logging.getLogger().handlers[:], logging.getLogger("app").level
+    noisy = logging.getLogger("noisy_library")
+    noisy.setLevel(logging.INFO)
     with LoadLog() as warnings:
         for _ in range(3):
             logging.getLogger("transformers.modeling_utils").warning("first\n  second %s", "third")
         logging.getLogger("app.worker").warning("x" * 10_000)
-        logging.getLogger("app.worker").info("never mind")
+        logging.getLogger("app.worker.execution").info("measured %d ways", 3)
+        logging.getLogger("app.worker").debug("never mind")
+        logging.getLogger("transformers").info("never mind")
+        noisy.info("a text of a user")
         warnings.flush_to(lines.append)
         warnings.flush_to(lines.append)
 
-    assert ["first second third", "x" * 500] == lines
-    assert before == logging.getLogger().handlers
+    assert lines == [
+        Logged(logging.WARNING, "first second third"),
+        Logged(logging.WARNING, "x" * 500),
+        Logged(logging.INFO, "measured 3 ways"),
+    ]
+    assert (before, level) == (logging.getLogger().handlers, logging.getLogger("app").level)
