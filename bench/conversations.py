@@ -55,6 +55,9 @@ class Conversations:
         while self._runner.busy:
             self._runner.step(events.extend)
         prompt += [token for event in events for token in event.token_ids]
+        # As a worker does before it waits for the next message.
+        while self._runner.save_ahead():
+            pass
         return first
 
 

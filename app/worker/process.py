@@ -92,6 +92,9 @@ class Runner(DescribedRunner, Protocol):
     def step(self, exchange: Exchange) -> None:
         """Generate for a while, calling `exchange` after each step; an ordinary failure ends only its own request."""
 
+    def save_ahead(self) -> bool:
+        """Do a millisecond of work that later requests would wait for, while none is live; False if there is none."""
+
 
 LOOK_MILLISECONDS = 5
 """How often a worker without requests looks whether an adapter has been read."""
@@ -124,15 +127,21 @@ class Worker:
         """Serve until Shutdown; a fatal error of the runner is raised."""
         while not self._stopping:
             if not self._is_busy(self._runner) and not self._is_busy(self._embedder):
-                # What a thread reads wakes up nobody.
-                reads = self._adapters is not None and self._adapters.busy
-                self._socket.poll(LOOK_MILLISECONDS if reads else None)
+                self._idle()
             self._receive()
             if self._runner is not None and self._runner.busy:
                 self._step_began = time.perf_counter()
                 self._runner.step(self._exchange)
             else:
                 self._embed()
+
+    def _idle(self) -> None:
+        """Wait for a message, or do a piece of what later requests would wait for."""
+        if self._runner is not None and self._runner.save_ahead():
+            return
+        # What a thread reads wakes up nobody.
+        reads = self._adapters is not None and self._adapters.busy
+        self._socket.poll(LOOK_MILLISECONDS if reads else None)
 
     @staticmethod
     def _is_busy(work: Runner | EmbeddingRunner | None) -> bool:

@@ -56,6 +56,7 @@ def builds() -> list[Build]:
 def tests(build: Build) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield each source with the macros that it is compiled with in a build."""
     yield "simd", ()
+    yield "kv_blocks", ()
     yield "gemm", ()
     # In tiles, which few processors have.
     yield "gemm", (EMULATED_TILES,)

@@ -1,5 +1,6 @@
-"""The seams of execution: what turns a packed batch into logits, and what computes attention over the KV cache."""
+"""The seams of execution: what turns a packed batch into logits, and what attends to and copies the KV cache."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -90,3 +91,13 @@ class AttentionBackend(Protocol):
 
         Returns: (tokens, heads, value size).
         """
+
+
+class BlockCopier(Protocol):
+    """Copies keys and values of all layers between KV cache slots and blocks of the prefix cache."""
+
+    def save(self, slot: int, start: int, blocks: Sequence[int]) -> None:
+        """Copy a slot, from the token `start` on, to blocks; the last one may reach behind the slot's end."""
+
+    def restore(self, blocks: Sequence[int], slot: int) -> None:
+        """Copy blocks to the beginning of a slot, as far as it goes."""

@@ -19,6 +19,7 @@ from app.worker.execution.graphs.graph_executor import GraphExecutor, Record
 from app.worker.execution.kv_cache import KVCache
 from app.worker.execution.model_runner import ModelRunner
 from app.worker.execution.model_sample import shared_copy
+from app.worker.execution.native.block_copier import NativeBlockCopier, block_copy_library
 from app.worker.execution.native.decoder_weights import DecoderWeights
 from app.worker.execution.native.native_executors import (
     NativeAttentionExecutor,
@@ -66,11 +67,22 @@ def select_executor(
     """
     if runner.model.device.type == "cpu":
         WaySelection(runner, cpu_layouts(setting, keep_layers)).select(copies, required=setting == "layers")
+        if setting != "none":
+            _optional("copies to the prefix cache are", lambda: _copy_natively(runner.cache))
         return
     if setting == "layers":
         _required(lambda: _install_compiled_layers(runner))
     if runner.model.device.type == "cuda":
         fit_slots(runner, largest_step, graphs=setting != "none")
+
+
+def _copy_natively(cache: KVCache) -> None:
+    """Let a kernel library copy to and from the prefix cache.
+
+    Raises: CompileError: it cannot be built.
+    """
+    block_copy_library()
+    cache.make_block_copier = NativeBlockCopier
 
 
 def fit_slots(runner: ModelRunner, largest_step: Trial, *, graphs: bool) -> None:

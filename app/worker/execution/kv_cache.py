@@ -7,7 +7,7 @@ each query attend to its own slot only.
 
 import math
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from app.worker.execution.base import AttentionBackend, AttentionSpec, UnsupportedModelError
+from app.worker.execution.base import AttentionBackend, AttentionSpec, BlockCopier, UnsupportedModelError
 from app.worker.execution.packed_batch import PackedBatch, Segment
 
 
@@ -40,8 +40,9 @@ class KVCache(Cache):
         """Whether the attention function itself calls `write`, and `update` returns its arguments."""
         self.device = torch.device(device)
         self._storage: dict[int, tuple[Tensor, Tensor]] = {}
-        self._blocks: list[tuple[Tensor, Tensor]] = []
-        """The slots' keys or values, and the prefix cache's: (blocks, KV heads, tokens of a block, head size)."""
+        self.make_block_copier: Callable[[Sequence[tuple[Tensor, Tensor]]], BlockCopier] = TorchBlockCopier
+        """Makes what copies to and from the prefix cache, of the slots' keys or values in a layer, and the blocks'."""
+        self._block_copier: BlockCopier = TorchBlockCopier(())
         self._batch: PackedBatch | None = None
         self._layer = 0
 
@@ -106,30 +107,22 @@ class KVCache(Cache):
         Returns: how many there are.
         """
         count = max_bytes // max(1, self.bytes_per_token * block_tokens)
-        for storage in (tensor for pair in self._storage.values() for tensor in pair) if count else ():
-            _, heads, _, size = storage.shape
-            self._blocks.append((storage, _zeros((count, heads, block_tokens, size), storage)))
+        storages = [tensor for pair in self._storage.values() for tensor in pair]
+        if count and storages:
+            shapes = [(count, storage.shape[1], block_tokens, storage.shape[3]) for storage in storages]
+            blocks = [_zeros(shape, storage) for shape, storage in zip(shapes, storages, strict=True)]
+            self._block_copier = self.make_block_copier(list(zip(storages, blocks, strict=True)))
         return count
 
     @torch.inference_mode()
     def save_prefix(self, slot: int, start: int, blocks: Sequence[int]) -> None:
         """Copy the keys and values of a slot, from the token `start` on, to blocks of the prefix cache."""
-        index = torch.tensor(blocks, device=self.device)
-        for storage, stored in self._blocks:
-            whole, rest = divmod(min(self.length - start, len(blocks) * stored.shape[2]), stored.shape[2])
-            stored.index_copy_(0, index[:whole], _in_blocks(storage[slot, :, start:], whole, stored.shape[2]))
-            if rest:  # the slot ends within the last block
-                stored[blocks[-1], :, :rest] = storage[slot, :, -rest:]
+        self._block_copier.save(slot, start, blocks)
 
     @torch.inference_mode()
     def restore_prefix(self, blocks: Sequence[int], slot: int) -> None:
         """Copy blocks of the prefix cache to the beginning of a slot."""
-        index = torch.tensor(blocks, device=self.device)
-        for storage, stored in self._blocks:
-            whole, rest = divmod(min(self.length, len(blocks) * stored.shape[2]), stored.shape[2])
-            torch.index_select(stored, 0, index[:whole], out=_in_blocks(storage[slot], whole, stored.shape[2]))
-            if rest:
-                storage[slot, :, -rest:] = stored[blocks[-1], :, :rest]
+        self._block_copier.restore(blocks, slot)
 
     def release_memory(self) -> None:
         """Give memory that is kept for later passes back to the device, so that it can be had in other pieces."""
@@ -213,6 +206,35 @@ class KVCache(Cache):
         # Attention functions get no cache from transformers; this leads back to it from the keys.
         storage.kv_cache = self  # type: ignore[attr-defined]
         return storage
+
+
+class TorchBlockCopier:
+    """Copies keys and values between slots and blocks layer by layer, on any device."""
+
+    def __init__(self, tensors: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Args:
+        tensors: of each layer the slots' keys, (slots, KV heads, length, size), and the blocks', (blocks, KV heads,
+            tokens of a block, size), and the same of its values.
+        """
+        self._tensors = tensors
+
+    def save(self, slot: int, start: int, blocks: Sequence[int]) -> None:
+        """Copy a slot, from the token `start` on, to blocks."""
+        index = torch.tensor(blocks, device=self._tensors[0][0].device)
+        for storage, stored in self._tensors:
+            whole, rest = divmod(min(storage.shape[2] - start, len(blocks) * stored.shape[2]), stored.shape[2])
+            stored.index_copy_(0, index[:whole], _in_blocks(storage[slot, :, start:], whole, stored.shape[2]))
+            if rest:  # the slot ends within the last block
+                stored[blocks[-1], :, :rest] = storage[slot, :, -rest:]
+
+    def restore(self, blocks: Sequence[int], slot: int) -> None:
+        """Copy blocks to the beginning of a slot."""
+        index = torch.tensor(blocks, device=self._tensors[0][0].device)
+        for storage, stored in self._tensors:
+            whole, rest = divmod(min(storage.shape[2], len(blocks) * stored.shape[2]), stored.shape[2])
+            torch.index_select(stored, 0, index[:whole], out=_in_blocks(storage[slot], whole, stored.shape[2]))
+            if rest:
+                storage[slot, :, -rest:] = stored[blocks[-1], :, :rest]
 
 
 def _spec(query: Tensor, keys: Tensor, values: Tensor, window: int | None, softcap: float | None) -> AttentionSpec:

@@ -49,6 +49,9 @@ MIN_DECODE_WIDTH = 3
 """Decode tokens that a step may hold however many tenants there are; so few take little longer than one."""
 MIN_MEMORY_CHUNK = 16
 """Tokens of a prompt that there must be memory for; more are computed in halves."""
+AHEAD_BYTES = 2 * 1024**2
+"""Keys and values that are copied at once while there is nothing else to do: in about a millisecond, which is what a
+request that comes meanwhile waits."""
 
 
 class BatchingRunner:
@@ -83,6 +86,7 @@ class BatchingRunner:
         self._model_runner = model_runner
         blocks = model_runner.cache.add_prefix_cache(prefix_cache_bytes if prefix_reuse else 0, BLOCK_TOKENS)
         self._scheduler = Scheduler(self.slots, prefix_reuse=prefix_reuse, prefix_blocks=blocks)
+        self._blocks_ahead = max(1, AHEAD_BYTES // max(1, model_runner.cache.bytes_per_token * BLOCK_TOKENS))
         self._step_time: PrefillBudget = GpuStepTime() if loaded.device == "cuda" else StepTimeModel()
         self._max_scored = max_scored_tokens(model_runner.vocab_size, loaded.device)
         self._decode_width = MIN_DECODE_WIDTH if loaded.device == "cpu" else max(MIN_DECODE_WIDTH, self.slots // 2)
@@ -195,6 +199,17 @@ class BatchingRunner:
             planned = with_drafts(planned, self._live, self._model_runner.cache.length)
         events += self._advance(planned)
         exchange(events)
+
+    def save_ahead(self) -> bool:
+        """Copy a piece of what the next requests will overwrite to the prefix cache, while none is live.
+
+        Returns: whether there was one.
+        """
+        move = None if self.busy else self._scheduler.save_ahead(self._blocks_ahead)
+        if move is None:
+            return False
+        self._move(move)
+        return True
 
     def _move(self, move: KVMove) -> None:
         cache = self._model_runner.cache

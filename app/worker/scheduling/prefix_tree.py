@@ -8,6 +8,7 @@ tree over a KV cache: Zheng et al., SGLang, 2024 (arXiv:2312.07104).
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from collections.abc import Sequence as TokenIds
+from itertools import islice
 
 BLOCK_TOKENS = 8
 """Tokens of a block: smaller ones take longer to find and copy, larger ones find less of a prefix."""
@@ -36,10 +37,14 @@ class PrefixTree:
         self._use(path)
         return sum(len(tokens) for _, tokens in path), [self._blocks[edge] for edge in path]
 
-    def insert(self, owner: Owner, token_ids: TokenIds[int], *, keep: Collection[int] = ()) -> tuple[int, list[int]]:
+    def insert(
+        self, owner: Owner, token_ids: TokenIds[int], *, keep: Collection[int] = (), max_blocks: int | None = None
+    ) -> tuple[int, list[int]]:
         """Store a prefix, as far as there are free blocks or unused ones to evict.
 
-        Args: keep: blocks that stay.
+        Args:
+            keep: blocks that stay.
+            max_blocks: how many are added at most; the next call goes on behind them.
         Returns: the token that the new blocks begin with, and the blocks, to be written in this order.
         """
         path = list(self._walk(owner, token_ids))
@@ -50,7 +55,7 @@ class PrefixTree:
         start, added = len(path) * BLOCK_TOKENS, list[int]()
         pinned = {*keep, *(self._blocks[edge] for edge in path)}
         parent: Owner | int = self._blocks[path[-1]] if path else owner
-        for first in range(start, len(token_ids), BLOCK_TOKENS):
+        for first in islice(range(start, len(token_ids), BLOCK_TOKENS), max_blocks):
             block = self._take_block(pinned)
             if block is None:
                 break

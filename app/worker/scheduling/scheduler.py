@@ -156,6 +156,13 @@ class Scheduler:
         tokens = [ScheduledTokens(sequence, 1) for sequence in sorted(decodes, key=_slot_of)]
         return Schedule(tokens + chunks, moves, started)
 
+    def save_ahead(self, max_blocks: int) -> KVMove | None:
+        """Return a copy that a later sequence would have to wait for, while there are none; None if there is no more.
+
+        Args: max_blocks: of the prefix cache, that it writes at most.
+        """
+        return None if self._sequences else self._slots.save_ahead(max_blocks)
+
     def mark_computed(self, computed: Iterable[ScheduledTokens]) -> None:
         """Record that these tokens of a schedule have been computed."""
         for scheduled in computed:

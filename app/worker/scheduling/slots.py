@@ -11,6 +11,10 @@ from dataclasses import dataclass, field
 from app.worker.scheduling.prefix_tree import BLOCK_TOKENS, Owner, PrefixTree
 from app.worker.scheduling.schedule import KVMove, PrefixCopy, PrefixRestore, PrefixSave, Sequence
 
+SLOTS_AHEAD = 4
+"""Slots whose tokens are in the prefix cache before they are needed: what many hold is there twice then, in place of
+what no slot holds any more."""
+
 
 @dataclass(slots=True)
 class Slot:
@@ -25,6 +29,8 @@ class Slot:
     """Tokens whose keys and values are still there after the sequence has left."""
     freed_at: int = 0
     """The step in which the sequence left; the slot that was freed first is reused first."""
+    saved_ahead: bool = False
+    """Whether the prefix cache has been given all of these tokens, or as many as it had room for."""
 
     def computed_prefix(self) -> tuple[list[int], int]:
         """Return token ids, and how many of them are computed here."""
@@ -87,10 +93,7 @@ class Slots:
 
     def start(self, sequence: Sequence, prefix: CachedPrefix) -> Iterator[KVMove]:
         """Give a sequence a free slot with its cached prefix; yield the copies to be made first."""
-        free = sorted(
-            (slot for slot in self._slots if slot.sequence is None),
-            key=lambda slot: (len(slot.cached_ids) > 0, slot.freed_at),
-        )
+        free = self._by_next_use()
         target, source = free[0], prefix.slot
         # A slot that would lose much more than it gives is copied from, as long as another can be had.
         if (
@@ -115,7 +118,33 @@ class Slots:
         slot = next(slot for slot in self._slots if slot.sequence is sequence)
         reusable = self._prefix_reuse and not discard
         slot.cached_ids = sequence.token_ids[: sequence.computed_tokens] if reusable else []
-        slot.sequence, slot.freed_at, sequence.slot = None, step, None
+        slot.sequence, slot.freed_at, slot.saved_ahead, sequence.slot = None, step, False, None
+
+    def save_ahead(self, max_blocks: int) -> PrefixSave | None:
+        """Store in the prefix cache what the slots that are needed next will lose; to be called until it returns None.
+
+        Each slot has one turn after its sequence has left: where there are too few blocks for all, they would take them
+        from each other for ever.
+
+        Args: max_blocks: how many are written at most.
+        """
+        slots = self._by_next_use()
+        # One that holds nothing is used first.
+        if not slots or not slots[0].cached_ids:
+            return None
+        for slot in slots[:SLOTS_AHEAD]:
+            if not slot.saved_ahead and slot.owner is not None and len(slot.cached_ids) >= BLOCK_TOKENS:
+                start, blocks = self._prefixes.insert(slot.owner, slot.cached_ids, max_blocks=max_blocks)
+                end = start + len(blocks) * BLOCK_TOKENS
+                slot.saved_ahead = len(blocks) < max_blocks or end >= len(slot.cached_ids)
+                if blocks:
+                    return PrefixSave(slot.index, start, tuple(blocks))
+        return None
+
+    def _by_next_use(self) -> list[Slot]:
+        """Return the free slots, those that hold nothing first, then as they were freed."""
+        free = [slot for slot in self._slots if slot.sequence is None]
+        return sorted(free, key=lambda slot: (len(slot.cached_ids) > 0, slot.freed_at))
 
     def _save(self, slot: Slot, prefix: CachedPrefix) -> Iterator[KVMove]:
         """Store in the prefix cache what a slot is about to lose."""

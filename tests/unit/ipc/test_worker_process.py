@@ -32,7 +32,7 @@ from app.worker.embedding.encoder import pad_right
 from app.worker.embedding.pooling import Head
 from app.worker.execution.lora import LoraAdapter
 from app.worker.heartbeat import PROGRESS
-from app.worker.process import Worker
+from app.worker.process import Runner, Worker
 
 LOCAL = ModelSpec(name="m", source="local", device="cpu", dtype="auto", revision=None, max_model_len=None, threads=0)
 HUB = ModelSpec(name="m", source="hub", device="cpu", dtype="auto", revision=None, max_model_len=None, threads=0)
@@ -117,6 +117,9 @@ class CountingRunner:
             exchange([TokenEvent(request.id, (token,))])
         exchange([TokenEvent(request.id, finish="length")])
 
+    def save_ahead(self) -> bool:
+        return False
+
     def add_adapter(self, adapter: LoraAdapter) -> None:
         self.adapters.append(adapter.digest)
 
@@ -144,7 +147,7 @@ class Loop:
 
     def __init__(
         self,
-        runner: CountingRunner | None = None,
+        runner: Runner | None = None,
         embedder: EmbeddingRunner | None = None,
         adapters: AdapterLoader | None = None,
     ) -> None:
@@ -175,7 +178,7 @@ class Loop:
 
 @contextmanager
 def running(
-    runner: CountingRunner | None = None,
+    runner: Runner | None = None,
     embedder: EmbeddingRunner | None = None,
     adapters: AdapterLoader | None = None,
 ) -> Iterator[Loop]:

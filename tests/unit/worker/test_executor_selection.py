@@ -12,7 +12,9 @@ from app.worker.execution import executor_selection, private_api
 from app.worker.execution.base import ExecutorUnavailableError, UnsupportedModelError
 from app.worker.execution.compiled.torch_compile import TorchCompileExecutor
 from app.worker.execution.executor_selection import install_verified, native_linears_unavailable, select_executor
+from app.worker.execution.kv_cache import TorchBlockCopier
 from app.worker.execution.model_runner import ModelRunner
+from app.worker.execution.native.block_copier import NativeBlockCopier
 from app.worker.execution.native.native_executors import NativeAttentionExecutor, NativeDecoderExecutor
 from app.worker.execution.torch.torch_executor import create_torch_runner
 from app.worker.execution.transformers_forward import TransformersForward
@@ -70,6 +72,22 @@ def test_any_error_of_an_optional_way_leaves_the_model_to_torch(
     assert "AttributeError: 'Model' object has no attribute 'layers'" in caplog.text
     assert not isinstance(runner.executor, owner if isinstance(owner, type) else ())
     assert (runner.reference_logits() - before).norm() <= 1e-4 * before.norm()
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_prefix_cache_is_copied_natively_where_that_can_be_built(
+    fails: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And by torch elsewhere, which is said."""
+    runner = runner_of()
+    if fails:
+        monkeypatch.setattr(executor_selection, "block_copy_library", renamed)
+
+    select_executor(runner, "auto")
+
+    assert (TorchBlockCopier if fails else NativeBlockCopier) is runner.cache.make_block_copier
+    assert fails == ("copies to the prefix cache are left to torch: AttributeError" in caplog.text)
 
 
 def test_kernels_that_fail_in_any_way_are_not_available(monkeypatch: pytest.MonkeyPatch) -> None:

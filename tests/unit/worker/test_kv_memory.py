@@ -6,7 +6,8 @@ import psutil
 import pytest
 import torch
 
-from app.worker.execution.kv_cache import KVCache
+from app.worker.execution.kv_cache import KVCache, TorchBlockCopier
+from app.worker.execution.native.block_copier import NativeBlockCopier
 from app.worker.execution.packed_batch import Segment
 from app.worker.execution.torch.attention import TorchAttention
 from app.worker.loading import kv_memory
@@ -56,15 +57,33 @@ def test_slots_take_memory_only_as_they_are_written() -> None:
     assert [0.0, 1.0, 0.0] == keys[3, 0, 4:7, 0].tolist()
 
 
-@pytest.mark.parametrize("length", [16, 20, 23])
-@pytest.mark.parametrize("start", [0, 8])
-def test_blocks_hold_what_they_were_given_up_to_the_end_of_a_slot(length: int, start: int) -> None:
-    """Also where a slot has no room for the whole last block; other slots and blocks stay as they are."""
+@pytest.fixture(params=["torch", "native"])
+def copier(request: pytest.FixtureRequest) -> type[TorchBlockCopier | NativeBlockCopier]:
+    if request.param == "torch":
+        return TorchBlockCopier
+    request.getfixturevalue("compiler")
+    return NativeBlockCopier
+
+
+def cache_with_blocks(copier: type[TorchBlockCopier | NativeBlockCopier], length: int) -> KVCache:
+    """Return three slots of two layers, whose heads differ in number and size and keys from values, and 9 blocks."""
     cache = KVCache(3, length, "cpu", TorchAttention())
     cache.pack([Segment(0, 0, [1])], [True])
-    cache.update(torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4), 0)
-    assert cache.add_prefix_cache(10**5, 8) >= 9
-    storage = cache.layer(0)
+    for layer, (heads, size, dtype) in enumerate([(2, 4, torch.float32), (3, 6, torch.bfloat16)]):
+        cache.update(torch.ones(1, heads, 1, size, dtype=dtype), torch.ones(1, heads, 1, size + 2, dtype=dtype), layer)
+    cache.make_block_copier = copier
+    assert cache.add_prefix_cache(9 * 8 * cache.bytes_per_token, 8) == 9
+    return cache
+
+
+@pytest.mark.parametrize("length", [16, 20, 23])
+@pytest.mark.parametrize("start", [0, 8])
+def test_blocks_hold_what_they_were_given_up_to_the_end_of_a_slot(
+    copier: type[TorchBlockCopier | NativeBlockCopier], length: int, start: int
+) -> None:
+    """Also where a slot has no room for the whole last block; other slots and blocks stay as they are."""
+    cache = cache_with_blocks(copier, length)
+    storage = [*cache.layer(0), *cache.layer(1)]
     for each in storage:
         each.copy_(torch.randn_like(each))
     expected = [each.clone() for each in storage]
@@ -81,3 +100,14 @@ def test_blocks_hold_what_they_were_given_up_to_the_end_of_a_slot(length: int, s
         assert found[:2].equal(wanted[:2])
         assert found[2, :, start : start + 16].equal(wanted[1, :, start : start + 16])
         assert found[2, :, :start].equal(wanted[0, :, :start])
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize(
+    ("slot", "start", "block"), [(3, 0, 0), (-1, 0, 0), (0, 21, 0), (0, -1, 0), (0, 0, 9), (0, 0, -1)]
+)
+def test_the_native_copier_writes_nowhere_else(slot: int, start: int, block: int) -> None:
+    """Whatever it is told: an index that is wrong would overwrite memory of the process."""
+    cache = cache_with_blocks(NativeBlockCopier, length=20)
+    with pytest.raises(IndexError, match="outside"):
+        cache.save_prefix(slot, start, [block])

@@ -24,7 +24,7 @@ from app.worker.scheduling.scheduler import (
     BACKGROUND_TOKENS,
     Scheduler,
 )
-from app.worker.scheduling.slots import common_prefix_length
+from app.worker.scheduling.slots import SLOTS_AHEAD, common_prefix_length
 from tests.examples import examples
 
 VOCABULARY = 4
@@ -60,7 +60,7 @@ class Machine:
         """Run one step as the runner would, checking that the prefixes it reuses are really there."""
         schedule = self.scheduler.schedule(prefill_tokens=prefill_tokens, decode_width=decode_width)
         for move in schedule.moves:
-            self._move(move)
+            self.move(move)
         for scheduled in schedule.tokens:
             sequence = scheduled.sequence
             slot = sequence.slot
@@ -78,7 +78,15 @@ class Machine:
             sequence.token_ids.append(sequence.request_id % VOCABULARY)
         return schedule
 
-    def _move(self, move: KVMove) -> None:
+    def save_ahead(self, max_blocks: int = 1000) -> list[KVMove]:
+        """Make the copies that the scheduler names while nothing runs, to their end."""
+        moves = list[KVMove]()
+        while (move := self.scheduler.save_ahead(max_blocks)) is not None:
+            self.move(move)
+            moves.append(move)
+        return moves
+
+    def move(self, move: KVMove) -> None:
         match move:
             case PrefixCopy(source, target, count):
                 assert len(self.slots[source]) >= count
@@ -337,6 +345,77 @@ def test_what_a_slot_loses_is_found_again():
             prompts[name] = [*sequence.token_ids, *[turn] * 19]
 
 
+def finished(machine: Machine, *prompts: Tokens[int]) -> None:
+    """Let a conversation after the other leave its tokens in a slot."""
+    for prompt in prompts:
+        machine.finish(machine.add(prompt))
+
+
+def test_what_is_saved_ahead_need_not_be_saved_when_its_slot_is_needed():
+    """In pieces, each block once; the conversation is found there afterwards."""
+    machine, long = Machine(slots=2, prefix_blocks=1000), list(range(10 * BLOCK_TOKENS))
+    finished(machine, long, [-1] * 5 * BLOCK_TOKENS)
+
+    saved = machine.save_ahead(max_blocks=3)
+
+    assert [(0, 3), (24, 3), (48, 3), (72, 1), (0, 3), (24, 2)] == [
+        (move.start, len(move.blocks)) for move in saved if isinstance(move, PrefixSave)
+    ]
+    assert [] == machine.save_ahead()
+    newcomer = machine.add([7] * 30)
+    assert [] == machine.step().moves
+    machine.finish(newcomer)
+    again = machine.add([*long, 5])
+    (move,) = machine.step().moves
+    assert isinstance(move, PrefixRestore)
+    assert len(long) == again.cached_tokens
+
+
+def test_what_is_half_saved_is_saved_and_found_whole():
+    """A sequence that arrives between two pieces has the rest saved before it takes the slot."""
+    machine, long = Machine(slots=1, prefix_blocks=1000), list(range(10 * BLOCK_TOKENS))
+    finished(machine, long)
+    half = machine.scheduler.save_ahead(4)
+    assert half is not None
+    machine.move(half)
+
+    machine.add([-1] * 5)
+    (rest,) = machine.step().moves
+
+    assert isinstance(rest, PrefixSave)
+    assert (4 * BLOCK_TOKENS, 6) == (rest.start, len(rest.blocks))
+    assert machine.scheduler.save_ahead(4) is None
+    for request_id in tuple(machine.live):
+        machine.remove(request_id)
+    again = machine.add([*long, 5])
+    machine.step()
+    assert len(long) == again.cached_tokens
+
+
+def test_nothing_is_saved_ahead_while_a_slot_holds_nothing_or_there_are_no_blocks():
+    """The next sequence would take that slot, and no other loses its tokens."""
+    empty, none = Machine(slots=2, prefix_blocks=1000), Machine(slots=1)
+    finished(empty, range(50))
+    finished(none, range(50))
+    assert [] == [*empty.save_ahead(), *none.save_ahead()]
+
+
+def test_few_slots_are_saved_ahead_those_first_that_are_needed_first():
+    """Of conversations in many slots; the next ones only when those have been taken."""
+    machine = Machine(slots=SLOTS_AHEAD + 3, prefix_blocks=1000)
+    finished(machine, *([-number] * 50 for number in range(1, SLOTS_AHEAD + 4)))
+    order = [move.slot for move in machine.save_ahead() if isinstance(move, PrefixSave)]
+    assert list(range(SLOTS_AHEAD)) == order
+    finished(machine, range(50))
+    assert [SLOTS_AHEAD] == [move.slot for move in machine.save_ahead() if isinstance(move, PrefixSave)]
+
+
+def test_slots_that_do_not_fit_the_prefix_cache_take_no_blocks_from_each_other_for_ever():
+    machine = Machine(slots=3, prefix_blocks=4)
+    finished(machine, *([-number] * 50 for number in range(1, 4)))
+    assert 6 >= len(machine.save_ahead(max_blocks=2))
+
+
 def test_a_shared_beginning_is_computed_once_though_its_slots_were_needed():
     """All conversations of a tenant with one system prompt start behind it, and it is stored once."""
     machine, system = Machine(slots=1, prefix_blocks=20), list(range(10 * BLOCK_TOKENS))
@@ -432,6 +511,15 @@ class AnyOrder(RuleBasedStateMachine):
         background = [each.count for each in schedule.tokens if each.sequence.is_background]
         assert sum(counts) - sum(background) <= budget + len(counts)
         assert sum(background) <= budget + len(counts) + BACKGROUND_TOKENS
+
+    @rule(max_blocks=st.integers(1, 3))
+    def save_a_piece_ahead(self, max_blocks: int) -> None:
+        move = self.machine.scheduler.save_ahead(max_blocks)
+        assert move is None or not self.machine.live
+        if move is not None:
+            assert isinstance(move, PrefixSave)
+            assert 0 < len(move.blocks) <= max_blocks
+            self.machine.move(move)
 
     @invariant()
     def slots_have_one_sequence_each(self) -> None:

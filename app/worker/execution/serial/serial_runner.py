@@ -141,6 +141,10 @@ class SerialRunner:
         finally:
             self._running = None
 
+    def save_ahead(self) -> bool:
+        """Return False: it reuses no keys and values."""
+        return False
+
     def _take_next(self) -> Submit:
         """Take the first request of the tenant whose turn it is."""
         request = min(self._waiting, key=lambda each: self._turns.get(each.tenant, -1))
