@@ -108,6 +108,18 @@ class Database:
             async with asyncio.timeout(self._wait_seconds), self.engine.begin() as connection:
                 return await connection.run_sync(work)
 
+    async def read_quickly(self, work: Callable[[Connection], T]) -> T:
+        """Run a short transaction that only reads on the way of a request: on SQLite one change of threads.
+
+        Raises: StoreUnavailable: as for `begin`.
+        """
+        with self._outages(None, writing=False):
+            async with asyncio.timeout(self._wait_seconds):
+                if self._quick:
+                    return await self._quick.read(work)
+                async with self._reading.begin() as connection:
+                    return await connection.run_sync(work)
+
     @contextmanager
     def _outages(self, seconds: float | None, *, writing: bool = True) -> Iterator[None]:
         """Translate what an outage raises, and report to the breaker how the transaction ended."""
@@ -334,18 +346,29 @@ def _prepare_sqlite(engine: Engine, synchronous: str) -> None:
 
 
 class _Quick:
-    """A thread with its own connections to SQLite: one whose commits wait for the disk, and one whose do not."""
+    """Threads with their own connections to SQLite.
+
+    One writes: it has a connection whose commits wait for the disk, and one whose do not.  One reads, which no writer
+    holds up.
+    """
 
     def __init__(self, url: URL) -> None:
         self._durable, self._fast = [_open_quick(url, synchronous) for synchronous in ("FULL", "NORMAL")]
+        self._read_only = _open_quick(url, "NORMAL").execution_options(**{_READING: True})
         self._thread = ThreadPoolExecutor(1, "sqlite-quick")
+        self._reader = ThreadPoolExecutor(1, "sqlite-read")
 
     async def run(self, work: Callable[[Connection], T], *, durable: bool) -> T:
         engine = self._durable if durable else self._fast
         return await asyncio.get_running_loop().run_in_executor(self._thread, _work, engine, work)
 
+    async def read(self, work: Callable[[Connection], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._reader, _work, self._read_only, work)
+
     def close(self) -> None:
         self._thread.shutdown(wait=True)
+        self._reader.shutdown(wait=True)
+        self._read_only.dispose()
         self._durable.dispose()
         self._fast.dispose()
 
