@@ -21,6 +21,8 @@ from app.types import Principal
 
 RENEW_SECONDS = 1.5
 """From this age on a cached result is verified again in the background; an outage is then noticed in time."""
+RENEW_DELAY_SECONDS = 0.2
+"""How long that waits: until the request has gone on, whose way it would be in."""
 FRESH_SECONDS = 4.0
 """From this age on a request waits for the database: a second less than a revocation may take."""
 STALE_SECONDS = 60.0
@@ -96,27 +98,33 @@ class Authenticator:
                 raise
         if age <= RENEW_SECONDS or self._breaker.degraded:
             return key
-        verification = self._verify(claim)
         if age <= FRESH_SECONDS:
+            self._verify(claim, delay=RENEW_DELAY_SECONDS)
             return key
+        verification = self._verify(claim)
         await asyncio.wait([verification], timeout=KNOWN_WAIT_SECONDS)
         if not verification.done():
             self._breaker.slow()
             return key
         return key if isinstance(verification.exception(), StoreUnavailable) else verification.result()
 
-    def _verify(self, claim: KeyClaim) -> _Verification:
-        """Ask the database, once for all requests of a key that are there at the time."""
+    def _verify(self, claim: KeyClaim, *, delay: float = 0.0) -> _Verification:
+        """Ask the database, once for all requests of a key that are there at the time.
+
+        Args: delay: seconds until then.
+        """
         verification = self._pending.get(claim.digest)
         if verification is None:
             verification = asyncio.get_running_loop().create_future()
-            self._background.spawn(self._run(claim, verification))
+            self._background.spawn(self._run(claim, verification, delay))
             self._pending[claim.digest] = verification
         return verification
 
-    async def _run(self, claim: KeyClaim, verification: _Verification) -> None:
-        began = self._clock()
+    async def _run(self, claim: KeyClaim, verification: _Verification, delay: float) -> None:
         try:
+            if delay:
+                await asyncio.sleep(delay)
+            began = self._clock()
             key = await self._verifier.verify(claim)
         except asyncio.CancelledError:
             verification.cancel()

@@ -53,7 +53,7 @@ class Database:
         self.sqlite = self._url.get_backend_name() == "sqlite"
         self.engine = sqlite.open_sqlite(self._url, _POOL_SIZE) if self.sqlite else _open_postgres(self._url)
         self._reading = self.engine.execution_options(**{sqlite.READ_ONLY: True})
-        self._transactions = sqlite.TransactionThread(self._url) if self.sqlite else None
+        self._transactions = sqlite.TransactionThreads(self._url) if self.sqlite else None
         self.breaker = CircuitBreaker(self._probe)
 
     @property
@@ -93,6 +93,18 @@ class Database:
                 return await self._transactions.run(work, durable=durable)
             async with asyncio.timeout(self._wait_seconds), self.engine.begin() as connection:
                 return await connection.run_sync(work)
+
+    async def read_quickly(self, work: Callable[[Connection], T]) -> T:
+        """Run a short transaction that only reads on the way of a request: on SQLite one change of threads.
+
+        Raises: StoreUnavailable: as for `begin`.
+        """
+        with self._outages(None, writing=False):
+            async with asyncio.timeout(self._wait_seconds):
+                if self._transactions:
+                    return await self._transactions.read(work)
+                async with self._reading.begin() as connection:
+                    return await connection.run_sync(work)
 
     @contextmanager
     def _outages(self, seconds: float | None, *, writing: bool = True) -> Iterator[None]:

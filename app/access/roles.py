@@ -52,8 +52,8 @@ class RoleStore:
 
     async def read(self, name: str) -> Role:
         """Raises: RoleNotFound: there is no such role."""
-        async with self._db.read() as connection:
-            row = (await connection.execute(select(tables.roles).where(tables.roles.c.name == name))).mappings().first()
+        query = select(tables.roles).where(tables.roles.c.name == name)
+        row = await self._db.read_quickly(lambda connection: connection.execute(query).mappings().first())
         if row is None:
             raise RoleNotFound("There is no role of this name.")
         return Role.of(row)

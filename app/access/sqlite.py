@@ -91,24 +91,33 @@ def _set_up_connections(engine: Engine, synchronous: str) -> None:
         connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
 
 
-class TransactionThread:
-    """A thread with its own connections to SQLite: one whose commits wait for the disk, and one whose do not.
+class TransactionThreads:
+    """Threads with their own connections to SQLite.
 
-    A transaction through aiosqlite changes threads for each of its statements; one that runs here does so once.
+    One writes: it has a connection whose commits wait for the disk, and one whose do not.  One reads, which no writer
+    holds up.  A transaction through aiosqlite changes threads for each of its statements; one that runs here does so once.
     """
 
     def __init__(self, url: URL) -> None:
         self._durable, self._fast = [_open_blocking(url, synchronous) for synchronous in ("FULL", "NORMAL")]
-        self._thread = ThreadPoolExecutor(1, "sqlite-transactions")
+        self._read_only = _open_blocking(url, "NORMAL").execution_options(**{READ_ONLY: True})
+        self._writer = ThreadPoolExecutor(1, "sqlite-write")
+        self._reader = ThreadPoolExecutor(1, "sqlite-read")
 
     async def run(self, work: Callable[[Connection], T], *, durable: bool) -> T:
         """Run a transaction and return what it returns.  Args: durable: its commit waits for the disk."""
         engine = self._durable if durable else self._fast
-        return await asyncio.get_running_loop().run_in_executor(self._thread, _run_transaction, engine, work)
+        return await asyncio.get_running_loop().run_in_executor(self._writer, _run_transaction, engine, work)
+
+    async def read(self, work: Callable[[Connection], T]) -> T:
+        """Run a transaction that only reads and return what it returns."""
+        return await asyncio.get_running_loop().run_in_executor(self._reader, _run_transaction, self._read_only, work)
 
     def close(self) -> None:
-        """Wait for the transaction that runs, and close the connections."""
-        self._thread.shutdown(wait=True)
+        """Wait for the transactions that run, and close the connections."""
+        self._writer.shutdown(wait=True)
+        self._reader.shutdown(wait=True)
+        self._read_only.dispose()
         self._durable.dispose()
         self._fast.dispose()
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
+from starlette.routing import BaseRoute
 from starlette.types import Lifespan
 
 from app import __version__
@@ -14,6 +15,7 @@ from app.web.http.body_limits import BodyLimits
 from app.web.http.cors import CrossOriginAccess
 from app.web.http.dependencies import Container
 from app.web.http.errors import DEFAULT_FORMAT, ErrorRenderer
+from app.web.http.json_body import GeneratingRoute
 from app.web.http.middleware import DrainGate, ErrorBoundary, HeadChecks, RequestLog
 from app.web.http.openapi import DESCRIPTION, DocumentedApp
 from app.web.http.private_api import served_methods
@@ -58,8 +60,7 @@ def build_app(container: Container, *, lifespan: Lifespan[FastAPI] | None = None
         title=container.settings.app.name,
         version=__version__,
         description=DESCRIPTION,
-        # The routes themselves: `include_router` would analyse every endpoint again, for each application.
-        routes=[route for router in routers for route in router.routes],
+        routes=_in_order_of_use(routers),
         openapi_url=documentation.OPENAPI_PATH if docs else None,
         # Its own pages load their scripts from other hosts.
         docs_url=None,
@@ -82,6 +83,15 @@ def build_app(container: Container, *, lifespan: Lifespan[FastAPI] | None = None
     app.public, app.optional = public_paths(container), optional_paths(container)
     _add_middlewares(app, container, renderer)
     return app
+
+
+def _in_order_of_use(routers: Iterable[APIRouter]) -> list[BaseRoute]:
+    """Return the routes with those first that generate, since a request tries one after the other.
+
+    The routes themselves: `include_router` would analyse every endpoint again, for each application.
+    """
+    routes = [route for router in routers for route in router.routes]
+    return sorted(routes, key=lambda route: not isinstance(route, GeneratingRoute))
 
 
 def _paths(routers: Iterable[APIRouter]) -> list[str]:

@@ -13,7 +13,7 @@ from app.web.http.dependencies import RequestContextDep
 from app.web.http.errors import GENERATION_ERRORS, envelope, error_responses
 from app.web.http.json_body import GeneratingRoute, StrictModel
 from app.web.http.sampling_params import AdapterField, StopTexts, TokenCount, TopP
-from app.web.http.sse import EventStream, frame, streamed, wait_for_start
+from app.web.http.sse import EventStream, frame, streamed
 
 _END = b"data: [DONE]\n\n"
 
@@ -82,6 +82,5 @@ async def stream(body: StreamRequest, context: RequestContextDep) -> HttpRespons
         adapter=body.adapter,
         stream=True,
     )
-    events = context.events(request)
-    started = await wait_for_start(context.request, events)
-    return EventStream(started, events, NamelessStreamEncoder(context.request_id))
+    encoder = NamelessStreamEncoder(context.request_id)
+    return EventStream(context.events(request), encoder, on_error=context.admitted.refuse)

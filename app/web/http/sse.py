@@ -4,21 +4,20 @@ What the events contain is the stream encoder's choice.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing, suppress
 from typing import Any, Protocol, TypeVar
 
-import anyio
 import structlog
-from sse_starlette import ServerSentEvent
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from app.errors import AppError, ClientDisconnected
-from app.events import Event, Finished, Response, Started, collect
+from app.events import Event, Finished, Started, collect
+from app.events import Response as WholeResponse
 from app.web.http.errors import as_app_error
 from app.web.http.json_encoding import encode_json
-from app.web.http.private_api import SendTimeoutError, SseResponse
 
 PING_SECONDS = 15.0
 """Below the idle timeouts of the common proxies, which start at 30 s."""
@@ -50,7 +49,9 @@ def streamed(*names: str) -> dict[int | str, dict[str, Any]]:
     }
 
 
-_KEEP_ALIVE = ServerSentEvent(comment="keep-alive", sep="\n")
+_KEEP_ALIVE = b": keep-alive\n\n"
+_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+"""Neither caches nor proxies may hold a stream back."""
 
 
 class StreamEncoder(Protocol):
@@ -67,124 +68,179 @@ _T = TypeVar("_T")
 _log = structlog.get_logger("llm_service")
 
 
-class EventStream(SseResponse):
-    """Streams the events of a generation, and closes the generation however the stream ends.
+class SlowReaderError(Exception):
+    """A client has left its receive buffer full for too long."""
 
-    A separate task reads the events.  The library ends a stream by cancelling a task group, which interrupts every
-    `await` of a cleanup, again and again; a separate task is cancelled once and can free what the generation holds.
+
+class SseResponse(Response):
+    """Sends server-sent events that a task of its own makes, until they end or the client hangs up.
+
+    The response begins with the first frame: a failure before it is raised, and gets an ordinary error response.  A
+    task of its own, because however the stream ends it is cancelled once, and then has time to free what it holds.
     """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, *, ping_seconds: float = PING_SECONDS, send_timeout_seconds: float = SEND_TIMEOUT_SECONDS
+    ) -> None:
+        self.status_code, self.background = 200, None
+        self.init_headers(_HEADERS)
+        self._ping_seconds = ping_seconds
+        self._send_timeout_seconds = send_timeout_seconds
+        self._buffer = list[bytes]()
+        """Frames that have not been sent."""
+        self._has_frames = asyncio.Event()
+        self._has_capacity = asyncio.Event()
+        self._opened = self._client_gone = False
+        self._pinging: asyncio.TimerHandle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Begun before anything is known of the response: what it needs is then not in the way of its first token.
+        making = asyncio.create_task(self._make())
+        watching = asyncio.create_task(self._watch(receive))
+        self._pinging = asyncio.get_running_loop().call_later(self._ping_seconds, self._ping)
+        try:
+            await self._send_frames(making, send)
+        except SlowReaderError:
+            _log.warning("A client did not read its stream and was cut off", seconds=self._send_timeout_seconds)
+        finally:
+            self._pinging.cancel()
+            watching.cancel()
+            making.cancel()
+            await asyncio.wait([making, watching], timeout=CLOSE_SECONDS)
+            # Unretrieved, the loop would log an error with its message.
+            with suppress(asyncio.CancelledError, asyncio.InvalidStateError):
+                making.exception()
+
+    async def _make(self) -> None:
+        """Put frames until the stream is complete, and close what they are made from."""
+        try:
+            await self._put_all()
+        finally:
+            self._has_frames.set()
+
+    async def _put_all(self) -> None:
+        """Put all frames.  Raises: AppError: there are none."""
+        raise NotImplementedError
+
+    async def _put(self, frames: bytes) -> None:
+        """Let frames be sent, and wait while the client is slow."""
+        self._opened = True
+        self._buffer.append(frames)
+        self._has_frames.set()
+        while len(self._buffer) >= READ_AHEAD:
+            self._has_capacity.clear()
+            await self._has_capacity.wait()
+
+    def _ping(self) -> None:
+        """Show proxies and clients that the stream lives, if nothing else is about to."""
+        self._pinging = asyncio.get_running_loop().call_later(self._ping_seconds, self._ping)
+        if self._opened and not self._buffer:
+            self._buffer.append(_KEEP_ALIVE)
+            self._has_frames.set()
+
+    async def _watch(self, receive: Receive) -> None:
+        """Note that the client has hung up; the body must have been read before."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._client_gone = True
+        self._has_frames.set()
+
+    async def _send_frames(self, making: asyncio.Task[None], send: Send) -> None:
+        """Send frames as they are put; those that are ready at the same moment leave together.
+
+        Raises: ClientDisconnected: the client hung up before the response began.  SlowReaderError.
+        """
+        begun = False
+        while not making.done() or self._buffer:
+            await self._has_frames.wait()
+            self._has_frames.clear()
+            if self._client_gone and not making.done():
+                if not begun:
+                    raise ClientDisconnected("The client hung up before its answer was ready.")
+                return
+            ready = b"".join(self._buffer)
+            self._buffer.clear()
+            self._has_capacity.set()
+            if not ready:
+                continue
+            try:
+                async with asyncio.timeout(self._send_timeout_seconds):
+                    if not begun:
+                        begun = True
+                        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                    await send({"type": "http.response.body", "body": ready, "more_body": True})
+            except TimeoutError:
+                raise SlowReaderError from None
+        await making
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class EventStream(SseResponse):
+    """Streams the events of a generation, and closes the generation however the stream ends."""
 
     def __init__(
         self,
-        started: Started,
         events: AsyncGenerator[Event, None],
         encoder: StreamEncoder,
         *,
-        headers: Mapping[str, str] | None = None,
+        headers: Callable[[Started], Mapping[str, str]] = lambda started: {},
         on_error: Callable[[AppError], None] = lambda error: None,
         ping_seconds: float = PING_SECONDS,
         send_timeout_seconds: float = SEND_TIMEOUT_SECONDS,
     ) -> None:
         """Args:
-        started: the generation's first event.
-        events: the events after it.
-        on_error: is called with the error that ends the generation midway.
+        events: Started, and what follows it.
+        headers: returns those of the response, beside its own.
+        on_error: is called with the error that refuses the generation, or ends it midway.
         """
+        super().__init__(ping_seconds=ping_seconds, send_timeout_seconds=send_timeout_seconds)
         self._events = events
         self._on_error = on_error
         self._encoder = encoder
-        self._reading: asyncio.Task[None]
-        # A comment at once shows proxies and clients that the stream lives, however long the first token takes.
-        # The opening is encoded before any later event is read, because encoders must see events in their order.
-        self._buffer = [_KEEP_ALIVE.encode() + encoder.encode(started)]
-        """Frames that have not been sent."""
-        self._has_frames = asyncio.Event()
-        self._has_frames.set()
-        self._has_capacity = asyncio.Event()
+        self._headers_of = headers
         self._finished = False
-        super().__init__(
-            self._frames(),
-            headers={"Cache-Control": "no-store", **(headers or {})},
-            ping=ping_seconds,
-            ping_message_factory=lambda: _KEEP_ALIVE,
-            send_timeout=send_timeout_seconds,
-            sep="\n",
-        )
-        # The library's is keep-alive; whether the connection is kept the server says.
-        del self.headers["Connection"]
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._reading = asyncio.create_task(self._read())
+    async def _put_all(self) -> None:
         try:
-            await super().__call__(scope, receive, send)
-        except SendTimeoutError:
-            _log.warning("A client did not read its stream and was cut off", seconds=self.send_timeout)
-        finally:
-            await self._close()
-
-    async def _read(self) -> None:
-        try:
-            async for event in self._events:
-                self._finished = isinstance(event, Finished)
-                if frames := self._encoder.encode(event):
-                    self._buffer.append(frames)
-                    self._has_frames.set()
-                while len(self._buffer) >= READ_AHEAD:
-                    self._has_capacity.clear()
-                    await self._has_capacity.wait()
-        except AppError as error:
-            self._on_error(error)
-            raise
-        finally:
-            self._has_frames.set()
-
-    async def _frames(self) -> AsyncIterator[bytes]:
-        """Yield frames; those that are ready at the same moment leave together."""
-        try:
-            while not self._reading.done() or self._buffer:
-                await self._has_frames.wait()
-                self._has_frames.clear()
-                ready = b"".join(self._buffer)
-                self._buffer.clear()
-                self._has_capacity.set()
-                if ready:
-                    yield ready
-            await self._reading
-            if not self._finished:
-                raise RuntimeError("a generation ended without its last event")
-        except Exception as error:  # noqa: BLE001  # as_app_error logs what is unexpected
+            async with aclosing(self._events):
+                await self._put_events()
+        except Exception as error:  # as_app_error logs what is unexpected
+            if isinstance(error, AppError):
+                self._on_error(error)
+            if not self._opened:
+                raise
             shown = as_app_error(error)
             if not self._finished:
-                yield self._encoder.encode_error(shown)
+                self._buffer.append(self._encoder.encode_error(shown))
 
-    async def _close(self) -> None:
-        self._reading.cancel()
-        with anyio.move_on_after(CLOSE_SECONDS, shield=True):
-            await asyncio.wait({self._reading})
-            # Unstarted or unfinished if the reader was cancelled while its buffer was full.
-            await self._events.aclose()
-        # A client that still reads has got the error; unretrieved, the loop would log it with its message.
-        with suppress(asyncio.CancelledError, asyncio.InvalidStateError):
-            self._reading.exception()
+    async def _put_events(self) -> None:
+        async for event in self._events:
+            frames = self._encoder.encode(event)
+            if isinstance(event, Started) and not self._opened:
+                self.headers.update(self._headers_of(event))
+                # A comment at once shows that the stream lives, however long the first token takes.
+                frames = _KEEP_ALIVE + frames
+            self._finished = isinstance(event, Finished)
+            if frames:
+                await self._put(frames)
+        if not self._finished:
+            raise RuntimeError("a generation ended without its last event")
 
 
 class FrameStream(SseResponse):
     """Streams frames that somebody else's work produces; the work goes on when the client hangs up."""
 
-    def __init__(self, frames: AsyncIterator[bytes], *, ping_seconds: float = PING_SECONDS) -> None:
-        super().__init__(
-            frames,
-            headers={"Cache-Control": "no-store"},
-            ping=ping_seconds,
-            ping_message_factory=lambda: _KEEP_ALIVE,
-            send_timeout=SEND_TIMEOUT_SECONDS,
-            sep="\n",
-        )
-        del self.headers["Connection"]
+    def __init__(self, frames: AsyncGenerator[bytes, None], *, ping_seconds: float = PING_SECONDS) -> None:
+        super().__init__(ping_seconds=ping_seconds)
+        self._frames = frames
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with suppress(SendTimeoutError):
-            await super().__call__(scope, receive, send)
+    async def _put_all(self) -> None:
+        await self._put(_KEEP_ALIVE)
+        async with aclosing(self._frames):
+            async for frames in self._frames:
+                await self._put(frames)
 
 
 def frame(data: Mapping[str, Any], name: str | None = None) -> bytes:
@@ -225,28 +281,13 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def wait_for_start(request: Request, events: AsyncGenerator[Event, None]) -> Started:
-    """Wait for a generation's first event, so that a refusal is still an ordinary error response.
-
-    Raises: AppError: the request is wrong or cannot be taken.
-    """
-
-    async def first() -> Started:
-        event = await anext(events)
-        if not isinstance(event, Started):
-            raise TypeError("a generation begins with Started")
-        return event
-
-    return await cancel_on_disconnect(request, first())
-
-
-async def collect_response(request: Request, events: AsyncGenerator[Event, None]) -> Response:
+async def collect_response(request: Request, events: AsyncGenerator[Event, None]) -> WholeResponse:
     """Read a generation to its end, unless the client disconnects before.
 
     Raises: AppError: what ended the generation instead.
     """
 
-    async def read() -> Response:
+    async def read() -> WholeResponse:
         async with aclosing(events):
             return await collect(events)
 

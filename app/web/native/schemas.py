@@ -21,7 +21,7 @@ from app.web.http.json_encoding import (
     encode_logprobs,
     exact_float,
 )
-from app.web.http.sse import EventStream, collect_response, frame, wait_for_start
+from app.web.http.sse import EventStream, collect_response, frame
 from app.web.http.tool_calls import tool_call_deltas
 
 EVENTS = ("delta", "done", "error")
@@ -203,12 +203,12 @@ async def respond(
 ) -> HttpResponse:
     """Generate, and return a stream, or one response that `build` returns the body of.
 
-    Raises: AppError: the generation was refused or failed before the response began.
+    Raises: AppError: the generation was refused or failed before the response began; a stream raises it as it is sent.
     """
     if request.stream:
         events = context.events(request)
-        started = await wait_for_start(context.request, events)
-        return EventStream(started, events, NativeStreamEncoder(request, context.request_id))
+        encoder = NativeStreamEncoder(request, context.request_id)
+        return EventStream(events, encoder, on_error=context.admitted.refuse)
     events, logprobs = generate_encoded(context, request)
     response = await collect_response(context.request, events)
     return json_response(build(response, request, context.request_id, logprobs), request)

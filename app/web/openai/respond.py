@@ -15,7 +15,7 @@ from app.web.http.json_encoding import (
     SegmentedJsonResponse,
     encode_logprobs,
 )
-from app.web.http.sse import EventStream, collect_response, wait_for_start
+from app.web.http.sse import EventStream, collect_response
 from app.web.openai.response_objects import ObjectMetadata, fingerprint
 from app.web.openai.stream_encoder import ChunkStreamEncoder, was_aborted
 
@@ -49,13 +49,12 @@ async def respond(
     Args:
         logprobs: encoders of the samples' log-probabilities in one response; None if none are requested.
         build: returns the response object of a finished generation, which has no log-probabilities any more.
-    Raises: AppError: the generation was refused or failed before the response began.
+    Raises: AppError: the generation was refused or failed before the response began; a stream raises it as it is sent.
     """
     if stream is not None:
-        started = await wait_for_start(context.request, events)
-        headers = _cache_header(started.cache)
-        # Of several prompts one may be refused once another has begun.
-        return EventStream(started, events, stream, headers=headers, on_error=context.admitted.refuse)
+        return EventStream(
+            events, stream, headers=lambda started: _cache_header(started.cache), on_error=context.admitted.refuse
+        )
     if logprobs is not None:
         events = encode_logprobs(events, logprobs)
     response = await collect_response(context.request, events)

@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 
 from app.access import authenticator as module
-from app.access.authenticator import FRESH_SECONDS, RENEW_SECONDS, STALE_SECONDS, Authenticator
+from app.access.authenticator import (
+    FRESH_SECONDS,
+    RENEW_DELAY_SECONDS,
+    RENEW_SECONDS,
+    STALE_SECONDS,
+    Authenticator,
+)
 from app.access.background import BackgroundGroup
 from app.access.circuit_breaker import CircuitBreaker
 from app.access.key_format import digest_of, id_of, new_key
@@ -181,6 +187,20 @@ async def test_a_revoked_key_in_use_is_found_out_behind_its_requests(
     assert await authenticator.authenticate(key.encode()) is not None
     await until(lambda: not authenticator.pending)
     assert await authenticator.authenticate(key.encode()) is None
+
+
+async def test_a_key_in_use_is_verified_again_once_its_request_has_gone_on(
+    authenticator: Authenticator, store: Store, clock: Clock, key: str
+):
+    """The threads of the database would take their time from the request that asked for it."""
+    await authenticator.authenticate(key.encode())
+    clock.now += RENEW_SECONDS + 0.1
+    began = asyncio.get_running_loop().time()
+
+    await authenticator.authenticate(key.encode())
+    await until(lambda: store.queries == 2)
+
+    assert asyncio.get_running_loop().time() - began >= RENEW_DELAY_SECONDS - 0.01
 
 
 async def lose(store: Store, authenticator: Authenticator, clock: Clock, key: str) -> None:

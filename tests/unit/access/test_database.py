@@ -129,6 +129,26 @@ async def test_rows_whose_model_was_never_known_become_null(tmp_path: Path):
     assert {"ix_inference_log_created", "ix_inference_log_key_id_created"} == {index["name"] for index in indexes}
 
 
+async def test_what_a_request_reads_waits_for_no_writer(tmp_path: Path):
+    """Neither for another process that writes, nor for a short transaction of this one."""
+    database = Database(f"sqlite:///{tmp_path / 'a.db'}", wait_seconds=0.5)
+    await database.migrate()
+
+    def name(connection: Connection) -> str | None:
+        return connection.scalar(text("SELECT name FROM roles WHERE name = 'admin'"))
+
+    try:
+        with closing(sqlite3.connect(tmp_path / "a.db", isolation_level=None)) as writer:
+            writer.execute("BEGIN IMMEDIATE")
+            waiting = asyncio.create_task(database.quickly(name))
+            assert "admin" == await database.read_quickly(name)
+            assert not waiting.done()
+            writer.execute("ROLLBACK")
+        assert "admin" == await waiting
+    finally:
+        await database.close()
+
+
 @pytest.mark.parametrize("between", [0.0, 0.05])
 async def test_a_transaction_that_is_cancelled_twice_leaves_nothing_behind(tmp_path: Path, between: float):
     """As a time limit and the end of the service may; the loop could otherwise not be closed."""

@@ -3,7 +3,7 @@
 import asyncio
 import gc
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
@@ -18,11 +18,11 @@ from app.web.http.errors import envelope
 from app.web.http.sse import (
     READ_AHEAD,
     EventStream,
+    FrameStream,
     StreamEncoder,
     cancel_on_disconnect,
     collect_response,
     frame,
-    wait_for_start,
 )
 from tests.waiting import HANG_SECONDS
 
@@ -119,13 +119,21 @@ class OrderedEncoder(PlainEncoder):
 async def serve(
     generation: Generation, client: Client, *, encoder: StreamEncoder | None = None, **options: Any
 ) -> None:
-    stream = EventStream(Started(model="m"), generation.events, encoder or PlainEncoder(), **options)
+    """Stream the events of a generation that has begun."""
+    generation.steps = (Started(model="m"), *generation.steps)
+    await send_stream(generation, client, encoder=encoder, **options)
+
+
+async def send_stream(
+    generation: Generation, client: Client, *, encoder: StreamEncoder | None = None, **options: Any
+) -> None:
+    stream = EventStream(generation.events, encoder or PlainEncoder(), **options)
     async with asyncio.timeout(HANG_SECONDS):
         await stream({"type": "http", "method": "POST"}, client.receive, client.send)
 
 
 async def test_a_whole_stream_is_sent_and_closed():
-    generation, client = Generation(Started(model="m"), Delta(text="ä\n"), FINISHED), Client()
+    generation, client = Generation(Delta(text="ä\n"), FINISHED), Client()
 
     await serve(generation, client)
 
@@ -186,12 +194,103 @@ async def test_a_hang_up_closes_the_answer():
 
 async def test_a_hang_up_before_the_first_frame_closes_the_answer():
     """The client disconnects before the next event of a generation that has begun."""
-    generation = Generation(Started(model="m"), 60, FINISHED)
-    await wait_for_start(Client().request, generation.events)
+    generation = Generation(60, FINISHED)
 
-    await serve(generation, Client(leaves_after=0))
+    await serve(generation, Client(leaves_after=0.02))
 
     assert generation.closed
+
+
+async def test_nothing_is_sent_to_a_client_that_hangs_up_before_its_answer_begins():
+    generation, client = Generation(60, Started(model="m"), FINISHED), Client(leaves_after=0.05)
+
+    with pytest.raises(ClientDisconnected):
+        await send_stream(generation, client)
+
+    assert generation.closed
+    assert [] == client.sent
+
+
+async def test_an_error_before_the_answer_is_raised_as_it_is_and_nothing_is_sent():
+    """So that it gets an ordinary response, with its own status; the caller is charged with it."""
+    error, refused = EngineFailed("x"), list[AppError]()
+    client = Client()
+
+    with pytest.raises(EngineFailed) as raised:
+        await send_stream(Generation(error), client, on_error=refused.append)
+
+    assert error is raised.value
+    assert [error] == refused
+    assert [] == client.sent
+
+
+async def test_no_comment_keeps_a_connection_open_before_the_answer_begins():
+    """It would be a response with status 200, and a refusal could not be one any more."""
+    client = Client()
+
+    with pytest.raises(EngineFailed):
+        await send_stream(Generation(0.1, EngineFailed("x")), client, ping_seconds=0.02)
+
+    assert [] == client.sent
+
+
+async def test_the_response_and_a_first_token_that_comes_with_its_start_leave_without_a_pause():
+    """Between them the loop takes no turn in which something else could hold them up."""
+    turns = list[tuple[str, int]]()
+
+    class Timed(Client):
+        async def send(self, message: Message) -> None:
+            turns.append((message["type"], turn))
+            await super().send(message)
+
+    turn = 0
+
+    async def count() -> None:
+        nonlocal turn
+        while True:
+            await asyncio.sleep(0)
+            turn += 1
+
+    counting = asyncio.create_task(count())
+    client = Timed()
+    await serve(Generation(Delta(text="a"), 0.05, FINISHED), client)
+    counting.cancel()
+
+    (start, begun), (body, sent), *_ = turns
+    assert ("http.response.start", "http.response.body") == (start, body)
+    assert begun == sent
+    assert '"content":"a"' in client.bodies[0].decode()
+
+
+async def test_frames_of_other_work_are_sent_until_it_ends():
+    async def frames() -> AsyncGenerator[bytes, None]:
+        for number in range(3):
+            yield frame({"done": number}, "progress")
+
+    client = Client()
+    async with asyncio.timeout(HANG_SECONDS):
+        await FrameStream(frames())({"type": "http", "method": "POST"}, client.receive, client.send)
+
+    assert ": keep-alive" == client.text.split("\n\n")[0]
+    assert 3 == client.text.count("event: progress")
+
+
+async def test_frames_of_other_work_end_with_their_client():
+    closed = asyncio.Event()
+
+    async def frames() -> AsyncGenerator[bytes, None]:
+        try:
+            await asyncio.sleep(60)
+            yield b""
+        finally:
+            closed.set()
+
+    client = Client(leaves_after=0.02)
+    async with asyncio.timeout(HANG_SECONDS):
+        await FrameStream(frames())({"type": "http", "method": "POST"}, client.receive, client.send)
+
+    assert closed.is_set()
+    assert 200 == client.sent[0]["status"]
 
 
 async def test_a_client_that_does_not_read_is_cut_off_without_a_traceback():
@@ -231,17 +330,11 @@ async def test_a_failure_is_the_last_frame(failure: Exception, code: str):
     assert generation.closed
 
 
-async def test_no_task_polls_for_a_shutdown():
-    """The library's watcher wakes up twice a second and outlives the stream; ours must not start it."""
+async def test_no_task_outlives_its_stream():
     before = asyncio.all_tasks()
 
-    generation, client = Generation(0.1, FINISHED), Client()
-    serving = asyncio.create_task(serve(generation, client))
-    await asyncio.sleep(0.05)
-    during = {getattr(task.get_coro(), "__name__", "") for task in asyncio.all_tasks()}
-    await serving
+    await serve(Generation(0.1, FINISHED), Client())
 
-    assert "_shutdown_watcher" not in during
     assert before == asyncio.all_tasks()
 
 
@@ -254,22 +347,20 @@ async def test_whole_answers_are_read_to_the_end_and_closed():
     assert generation.closed
 
 
-@pytest.mark.parametrize("read", [collect_response, wait_for_start])
-async def test_nobody_waits_for_an_answer_that_nobody_reads(read: Callable[..., Any]):
+async def test_nobody_waits_for_an_answer_that_nobody_reads():
     generation = Generation(60, FINISHED)
 
     with pytest.raises(ClientDisconnected):
-        await read(Client(leaves_after=0.05).request, generation.events)
+        await collect_response(Client(leaves_after=0.05).request, generation.events)
 
     assert generation.closed
 
 
-@pytest.mark.parametrize("read", [collect_response, wait_for_start])
-async def test_errors_before_the_answer_are_raised_as_they_are(read: Callable[..., Any]):
+async def test_errors_of_a_whole_answer_are_raised_as_they_are():
     error = EngineFailed("x")
 
     with pytest.raises(EngineFailed) as raised:
-        await read(Client().request, Generation(error).events)
+        await collect_response(Client().request, Generation(error).events)
 
     assert error is raised.value
 

@@ -37,7 +37,7 @@ from app.web.http.errors import GENERATION_ERRORS, error_responses
 from app.web.http.json_body import GeneratingRoute, StrictRoute
 from app.web.http.json_encoding import EncodedJsonResponse, SegmentedJsonResponse
 from app.web.http.sampling_params import check_length
-from app.web.http.sse import EventStream, collect_response, streamed, wait_for_start
+from app.web.http.sse import EventStream, collect_response, streamed
 from app.web.openai.errors import ERROR_FORMAT
 from app.web.openai.responses.builder import ResponseBuilder, ResponseStreamEncoder, masked_object
 from app.web.openai.responses.items import InputItem, Item, input_items, resolved, to_messages
@@ -125,9 +125,7 @@ async def create_response(body: ResponseRequest, context: RequestContextDep) -> 
     )
     events = _followed(context.events(request), builder, conversation, context)
     if body.stream:
-        started = await wait_for_start(context.request, events)
-        encoder = ResponseStreamEncoder(builder)
-        return EventStream(started, events, encoder, headers=_cache(started), on_error=context.admitted.refuse)
+        return EventStream(events, ResponseStreamEncoder(builder), headers=_cache, on_error=context.admitted.refuse)
     response = await collect_response(context.request, events)
     kind = EncodedJsonResponse if body.logprobs is None else SegmentedJsonResponse
     return kind(builder.object(lambda array: array), headers=_cache(response.finished))
