@@ -95,7 +95,8 @@ class TransactionThreads:
     """Threads with their own connections to SQLite.
 
     One writes: it has a connection whose commits wait for the disk, and one whose do not.  One reads, which no writer
-    holds up.  A transaction through aiosqlite changes threads for each of its statements; one that runs here does so once.
+    holds up.  A transaction through aiosqlite changes threads for each of its statements; one that runs here does so
+    once.
     """
 
     def __init__(self, url: URL) -> None:
