@@ -108,12 +108,12 @@ class RowGrammar:
         self.job, self.must_end = None, False
         self._tokens.append(token)
         if not self.matcher.consume_token(token):
-            self._stumble()
+            self._recover_matcher()
 
     def take_mask(self, bits: NDArray[np.uint8]) -> None:
         """Take the matcher's own mask, in which the grammar's end is one more token."""
         if self.matcher.is_error():
-            self._stumble()
+            self._recover_matcher()
         byte, bit = divmod(self._end, 8)
         may_end = bool(bits[byte] >> bit & 1)
         bits[byte] &= ~np.uint8(1 << bit)
@@ -127,10 +127,10 @@ class RowGrammar:
         """Take a matcher at the beginning of a completion, which shares nothing with other rows."""
         self.matcher, self._renewed = matcher, True
         if self._tokens and not matcher.consume_tokens(self._tokens):
-            self._stumble()
+            self._recover_matcher()
 
-    def _stumble(self) -> None:
-        """Get a new matcher if the old one met a limit, and fail if that is not it."""
+    def _recover_matcher(self) -> None:
+        """Have the matcher replaced once if it met a limit of its lexer; any other error fails the completion."""
         reason = reason_of(self.matcher.get_error())
         if reason == TOO_COMPLEX:
             self.compilation.is_spent = True

@@ -29,7 +29,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """How far packed logits may be from the ordinary ones in any case, as a share of their norm."""
 
 
-class Proof(NamedTuple):
+class PackedBatchCheck(NamedTuple):
     """The result of the check that a model computes packed batches as it computes one prompt at a time."""
 
     bytes_per_token: int
@@ -45,7 +45,7 @@ def torch_runner(model: Any, *, slots: int, length: int, noise: float = 0) -> Mo
 
 
 @torch.inference_mode()
-def verify_packed_batches(model: Any, length: int, free_bytes: int) -> Proof:
+def verify_packed_batches(model: Any, length: int, free_bytes: int) -> PackedBatchCheck:
     """Compare logits computed in chunks, beside a neighbour, with those of an ordinary forward pass.
 
     Args:
@@ -69,7 +69,7 @@ def verify_packed_batches(model: Any, length: int, free_bytes: int) -> Proof:
     found = _packed_logits(runner, ids, neighbour)
     _check_windows(model.config.get_text_config(decoder=True), runner.cache)
     _check(found, expected, allowed_error(TOLERANCE.get(model.dtype, 0), noise))
-    return Proof(runner.cache.bytes_per_token, noise)
+    return PackedBatchCheck(runner.cache.bytes_per_token, noise)
 
 
 def _exact_logits(model: Any, ids: list[int], free_bytes: int) -> Tensor | None:
