@@ -17,14 +17,14 @@ from pydantic import SecretStr
 
 from app.events import Event
 from app.langchain.construction import ClosesEngine
-from app.langchain.engine_loop import submit
+from app.langchain.engine_loop import drive, run
 from app.langchain.engine_thread import ThreadedEngine
 from app.langchain.messages import (
     EventMessageChunk,
     chat_generation_chunk,
     from_langchain,
 )
-from app.langchain.pipeline import EnginePipeline, drive, is_observed
+from app.langchain.pipeline import EnginePipeline, is_observed
 from app.langchain.structured_output import structured_output
 from app.langchain.tools import split_chat_arguments
 from app.requests import GenerationRequest
@@ -176,5 +176,5 @@ class EngineChat(ClosesEngine, ChatHuggingFace):
         stream: bool | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        result: ChatResult = submit(self._agenerate(messages, stop, **kwargs), self.llm.loop).result()
+        result: ChatResult = run(self._agenerate(messages, stop, **kwargs), self.llm.loop)
         return result

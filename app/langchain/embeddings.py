@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from app.embeddings import FLOAT_BYTES, EmbeddingRequest, Embeddings, EncodedInputs
 from app.engine.base import Embedder
-from app.langchain.engine_loop import submit
+from app.langchain.engine_loop import run
 from app.types import Tenant
 
 KNOWN_ARGUMENTS = frozenset(["prompt_name", "truncate_dim"])
@@ -74,12 +74,12 @@ class EngineEmbeddings(HuggingFaceEmbeddings):
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         """Return the vectors of texts; not on the engine's own event loop."""
-        vectors: list[list[float]] = submit(self.aembed_documents(texts), self.loop).result()
+        vectors: list[list[float]] = run(self.aembed_documents(texts), self.loop)
         return vectors
 
     def embed_query(self, text: str) -> list[float]:
         """Return the vector of a text that is looked for; not on the engine's own event loop."""
-        vector: list[float] = submit(self.aembed_query(text), self.loop).result()
+        vector: list[float] = run(self.aembed_query(text), self.loop)
         return vector
 
     async def _aembed(self, texts: list[str], arguments: Mapping[str, Any]) -> list[list[float]]:

@@ -114,11 +114,15 @@ class EngineThread:
             self._closing.set()
 
     def _run(self) -> None:
+        reason: BaseException = RuntimeError(CLOSED)
         try:
             asyncio.run(self._serve())
         except BaseException as error:  # noqa: BLE001  # raised where the model is created
-            if not self._ready.done():
-                self._ready.set_exception(error)
+            reason = error
+        # Whoever waits for a model that was closed while it was loaded would wait for ever.
+        for each in (self._loop, self._ready):
+            if not each.done():
+                each.set_exception(reason)
 
     async def _serve(self) -> None:
         self._closing = asyncio.Event()

@@ -11,7 +11,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, nu
 from dataclasses import replace
 from functools import reduce
 from operator import add
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.globals import get_debug, get_verbose
@@ -26,7 +26,7 @@ from pydantic import ConfigDict, Field, SecretStr
 
 from app.events import Event
 from app.langchain.construction import ClosesEngine, model_fields, service_fields
-from app.langchain.engine_loop import submit
+from app.langchain.engine_loop import drive, run
 from app.langchain.engine_thread import Generator, ThreadedEngine
 from app.langchain.loading import sampling_arguments
 from app.langchain.messages import (
@@ -35,8 +35,6 @@ from app.langchain.messages import (
 )
 from app.requests import RESOLVABLE, GenerationRequest
 from app.types import SamplingParams, Tenant
-
-T = TypeVar("T")
 
 
 def is_observed(config: RunnableConfig) -> bool:
@@ -265,22 +263,5 @@ class EnginePipeline(ClosesEngine, HuggingFacePipeline):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        result: LLMResult = submit(self._agenerate(prompts, stop, **kwargs), self.loop).result()
+        result: LLMResult = run(self._agenerate(prompts, stop, **kwargs), self.loop)
         return result
-
-
-def drive(stream: AsyncIterator[T], loop: asyncio.AbstractEventLoop | None) -> Iterator[T]:
-    """Iterate an async generator of the engine's loop from another thread; leaving early closes it."""
-    iterator: Any = stream
-    try:
-        while True:
-            try:
-                yield submit(_next(iterator), loop).result()
-            except StopAsyncIteration:
-                return
-    finally:
-        submit(iterator.aclose(), loop).result()
-
-
-async def _next(iterator: AsyncIterator[T]) -> T:
-    return await anext(iterator)

@@ -2,17 +2,21 @@
 
 import asyncio
 import gc
+import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 import pytest
 
 from app.engine.echo import EchoEngine
 from app.errors import EngineFailed, InvalidRequest
-from app.langchain.engine_thread import ThreadedEngine
+from app.events import Delta, Event, Started
+from app.langchain.engine_thread import CLOSED, EngineThread, ThreadedEngine
 from app.langchain.models import EngineChat, EnginePipeline
+from app.requests import GenerationRequest
 from tests.unit.engine.scripted import ScriptedEngine, make_request
+from tests.waiting import HANG_SECONDS
 
 
 def pipeline_of(engine: EchoEngine) -> EnginePipeline:
@@ -54,6 +58,68 @@ async def test_sync_methods_work_within_a_running_loop(pipeline: EnginePipeline)
     """As in the cell of a notebook."""
     assert "hi" == pipeline.invoke("hi")
     assert "hi" == "".join(pipeline.stream("hi"))
+
+
+class Interrupted(EchoEngine):
+    """Has this process interrupted, as by Ctrl-C, in the middle of a completion that never ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closed = threading.Event()
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        try:
+            yield Started()
+            yield Delta(text="a", tokens=1)
+            ident = threading.main_thread().ident
+            assert ident is not None
+            await asyncio.sleep(0.5)  # until the program waits for it
+            signal.pthread_kill(ident, signal.SIGINT)
+            await asyncio.Event().wait()
+        finally:
+            # A clean-up that takes its time.
+            await asyncio.sleep(0.05)
+            self.closed.set()
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_an_interrupted_call_ends_in_the_engine_too(is_chat: bool, is_streamed: bool):
+    """And the interruption itself is what the program gets to see."""
+    engine = Interrupted()
+    with pipeline_of(engine) as pipeline:
+        model: Any = EngineChat(llm=pipeline) if is_chat else pipeline
+        with pytest.raises(KeyboardInterrupt):
+            list(model.stream("hi")) if is_streamed else model.invoke("hi")
+
+        assert engine.closed.wait(HANG_SECONDS)
+
+
+def test_a_model_that_is_closed_while_it_is_loaded_keeps_nobody_waiting():
+    """As where a program ends, which closes all models, and another thread still loads one."""
+    begun = threading.Event()
+
+    class Loading(EchoEngine):
+        async def wait_ready(self) -> None:
+            begun.set()
+            await asyncio.Event().wait()
+
+    thread, errors = EngineThread(Loading(), "echo"), list[str]()
+
+    def load() -> None:
+        try:
+            thread.start()
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    loading = threading.Thread(target=load, daemon=True)
+    loading.start()
+    assert begun.wait(HANG_SECONDS)
+    thread.stop()
+    loading.join(HANG_SECONDS)
+
+    assert [CLOSED] == errors
+    assert 0 == threads()
 
 
 async def test_leaving_a_stream_early_closes_the_engines_before_it_returns():
