@@ -15,13 +15,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.access import tables
 from app.access.database import Database
-from app.access.files import paged
+from app.access.files import erase, paged
 from app.batches import Batch, BatchCounts, BatchError, BatchStatus, BatchUsage, NewBatch, Page, dumped
 from app.errors import BatchNotFound, Conflict
 from app.types import Tenant
-
-ENDED_AT_ONCE = 10
-"""Batches deleted in one transaction, with all of their lines."""
 
 _batches, _lines, _files = tables.batches, tables.batch_lines, tables.files
 _ACTIVE = (BatchStatus.IN_PROGRESS, BatchStatus.FINALIZING, BatchStatus.CANCELLING)
@@ -180,15 +177,16 @@ class BatchStore:
 
         Raises: StoreUnavailable: the database does not answer.
         """
-        count = ENDED_AT_ONCE
-        while count == ENDED_AT_ONCE:
+        old = select(_batches.c.id).where(_batches.c.ended < before).limit(1)
+        while True:
             async with self._db.begin() as connection:
-                old = select(_batches.c.id).where(_batches.c.ended < before).limit(ENDED_AT_ONCE)
-                ids = (await connection.execute(old)).scalars().all()
-                count = len(ids)
-                await connection.execute(delete(_lines).where(_lines.c.batch_id.in_(ids)))
-                await connection.execute(delete(_files).where(_files.c.batch_id.in_(ids)))
-                await connection.execute(delete(_batches).where(_batches.c.id.in_(ids)))
+                batch_id = await connection.scalar(old)
+                if batch_id is None:
+                    return
+                await connection.execute(delete(_files).where(_files.c.batch_id == batch_id))
+            await erase(self._db, _lines.c.number, _lines.c.result, _lines.c.batch_id == batch_id, delete(_lines))
+            async with self._db.begin() as connection:
+                await connection.execute(delete(_batches).where(_batches.c.id == batch_id))
 
 
 async def _add_file(

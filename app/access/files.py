@@ -7,17 +7,17 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
-from itertools import count
+from itertools import accumulate, count
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import Select, delete, func, insert, select, tuple_, update
+from sqlalchemy import Delete, Select, Update, delete, func, insert, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.access import tables
 from app.access.database import Database
 from app.batches import NewFile, Page, StoredFile
-from app.errors import FileNotFound, PayloadTooLarge, StorageExceeded, StoreUnavailable
+from app.errors import DeadlineExceeded, FileNotFound, PayloadTooLarge, StorageExceeded, StoreUnavailable
 from app.types import Tenant
 
 CHUNK_BYTES = 256 * 1024
@@ -26,7 +26,8 @@ UPLOAD_TIME = timedelta(hours=1)
 """Expiry of a file that is being uploaded: what is left of it after so long belongs to a process that is gone."""
 LINES_AT_ONCE = 16
 """Results read in one transaction; each may have megabytes."""
-EXPIRED_AT_ONCE = 100
+ERASED_ROWS, ERASED_BYTES = 500, 16 * 1024 * 1024
+"""What one transaction erases at most: with more of it no other could write in its time."""
 
 _files, _chunks, _lines = tables.files, tables.file_chunks, tables.batch_lines
 
@@ -48,7 +49,7 @@ class FileStore:
         Args: describe: is called with the file's time of creation once all of the content has come; may raise what
             is wrong with it.
         Raises: PayloadTooLarge, StorageExceeded: it, or the tenant's files in sum, would take more than they may.
-            StoreUnavailable.
+            DeadlineExceeded: it took longer than `UPLOAD_TIME`, and what had come of it is deleted.  StoreUnavailable.
         """
         file_id, created = f"file-{uuid4().hex}", datetime.now(UTC)
         values = {"id": file_id, "tenant": str(tenant), "purpose": "", "filename": "", "created": created}
@@ -60,10 +61,12 @@ class FileStore:
             described = asdict(describe(created))
             async with self._db.begin() as connection:
                 await self._refuse_excess(connection, tenant, size)
-                await connection.execute(update(_files).where(_files.c.id == file_id).values(size=size, **described))
+                change = update(_files).where(_files.c.id == file_id).values(size=size, **described)
+                if (await connection.execute(change)).rowcount == 0:
+                    raise DeadlineExceeded("The file took too long to arrive.")
         except BaseException:
             with suppress(StoreUnavailable):
-                await self._remove(file_id)
+                await self._erase(file_id)
             raise
         return StoredFile(id=file_id, size=size, created=created, **described)
 
@@ -80,6 +83,9 @@ class FileStore:
 
     async def _refuse_excess(self, connection: AsyncConnection, tenant: Tenant, more: int) -> None:
         own = (_files.c.tenant == str(tenant)) & _files.c.batch_id.is_(None)
+        # Of several uploads that end at once each counts those before it.
+        first = select(_files.c.id).where(own).order_by(_files.c.created, _files.c.id).limit(1)
+        await connection.execute(first.with_for_update())
         stored = int(await connection.scalar(select(func.sum(_files.c.size)).where(own)) or 0)
         if stored + more > self._most or stored == self._most:
             raise StorageExceeded(limit=self._most, stored=stored)
@@ -111,8 +117,9 @@ class FileStore:
         """
         async with self._db.begin() as connection:
             row = await _row(connection, tenant, file_id)
-            await _forget_results(connection, row)
-            await _delete(connection, [file_id])
+            # Nobody sees it any more, and what is left of it, should this end now, goes with the expired ones.
+            await connection.execute(update(_files).where(_files.c.id == file_id).values(expires=datetime.now(UTC)))
+        await self._erase(file_id, row)
 
     async def content(self, tenant: Tenant | str, file_id: str) -> AsyncIterator[bytes]:
         """Yield the content; a part that is deleted meanwhile ends it.
@@ -160,21 +167,46 @@ class FileStore:
 
         Raises: StoreUnavailable: the database does not answer.
         """
-        now = datetime.now(UTC)
-        over = _files.c.expires <= now
+        over = _files.c.expires <= datetime.now(UTC)
         while True:
-            async with self._db.begin() as connection:
-                query = select(_files).where(over).limit(EXPIRED_AT_ONCE)
-                rows = (await connection.execute(query)).mappings().all()
-                for row in rows:
-                    await _forget_results(connection, row)
-                await _delete(connection, [row["id"] for row in rows])
-            if len(rows) < EXPIRED_AT_ONCE:
+            async with self._db.read() as connection:
+                row = (await connection.execute(select(_files).where(over).limit(1))).mappings().first()
+            if row is None:
                 return
+            await self._erase(row["id"], row)
 
-    async def _remove(self, file_id: str) -> None:
+    async def _erase(self, file_id: str, row: Any | None = None) -> None:
+        """Delete a file, or a part of one, that nobody sees.
+
+        Args: row: its row; None: it is an upload.
+        """
+        if row is None or row["batch_id"] is None:
+            await erase(self._db, _chunks.c.number, _chunks.c.data, _chunks.c.file_id == file_id, delete(_chunks))
+        else:
+            state = "failed" if row["holds_failed"] else "completed"
+            shown = (_lines.c.batch_id == row["batch_id"]) & (_lines.c.state == state) & _lines.c.result.is_not(None)
+            await erase(self._db, _lines.c.number, _lines.c.result, shown, update(_lines).values(result=None))
         async with self._db.begin() as connection:
-            await _delete(connection, [file_id])
+            await connection.execute(delete(_files).where(_files.c.id == file_id))
+
+
+async def erase(database: Database, number: Any, content: Any, which: Any, change: Delete | Update) -> None:
+    """Delete or empty rows, however many they are, in transactions that are short enough for others to write between.
+
+    Args:
+        number, content: columns of them.
+        which: the rows.
+        change: what is done to them, after which they are none of these any more.
+    """
+    query = select(number, func.coalesce(func.length(content), 0)).where(which).order_by(number).limit(ERASED_ROWS)
+    while True:
+        async with database.begin() as connection:
+            rows = (await connection.execute(query)).all()
+            if not rows:
+                return
+            sums = accumulate(size for _, size in rows)
+            numbers = [row[0] for row, total in zip(rows, sums, strict=True) if total <= ERASED_BYTES]
+            await connection.execute(change.where(which, number.in_(numbers or [rows[0][0]])))
 
 
 async def in_chunks(content: AsyncIterator[bytes], size: int) -> AsyncIterator[bytes]:
@@ -216,15 +248,3 @@ async def _row(connection: AsyncConnection, tenant: Tenant | str, file_id: str) 
 
 def _file(row: Any) -> StoredFile:
     return StoredFile(**{name: row[name] for name in "id filename purpose size created expires".split()})
-
-
-async def _forget_results(connection: AsyncConnection, row: Any) -> None:
-    if row["batch_id"] is not None:
-        state = "failed" if row["holds_failed"] else "completed"
-        shown = (_lines.c.batch_id == row["batch_id"]) & (_lines.c.state == state)
-        await connection.execute(update(_lines).where(shown).values(result=None))
-
-
-async def _delete(connection: AsyncConnection, ids: Sequence[str]) -> None:
-    await connection.execute(delete(_chunks).where(_chunks.c.file_id.in_(ids)))
-    await connection.execute(delete(_files).where(_files.c.id.in_(ids)))

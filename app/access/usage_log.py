@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from uuid import uuid4
 
 from msgspec import structs
-from sqlalchemy import Connection, delete, insert, select
+from sqlalchemy import Connection, String, delete, insert, select
 
 from app.access import ledger, tables
 from app.access.background import BackgroundGroup
@@ -34,6 +34,8 @@ RETENTION_BATCH = 1000
 """Rows deleted in one transaction."""
 
 _COLUMNS = tuple(field.name for field in structs.fields(InferenceRecord) if field.name not in ("counted", "cut_at"))
+_LENGTHS = {each.name: each.type.length for each in tables.inference_log.c if isinstance(each.type, String)}
+"""Characters of the columns that hold text; None is no limit."""
 _MAYBE_COMMITTED = frozenset([Fault.UNREACHABLE, Fault.LOCKED])
 """Faults that leave open whether a COMMIT has arrived; the others are a refusal."""
 _TEXT_CHARS = 20_000
@@ -192,4 +194,9 @@ def _insert(connection: Connection, *, rows: Sequence[InferenceRecord], log_rows
 
 
 def _values(row: InferenceRecord) -> dict[str, Any]:
-    return {name: getattr(row, name) for name in _COLUMNS}
+    return {name: _storable(getattr(row, name), _LENGTHS.get(name)) for name in _COLUMNS}
+
+
+def _storable(value: Any, length: int | None) -> Any:
+    """Return a text as Postgres takes it: some come from other servers, and one that it refuses would hold up all."""
+    return value.replace("\x00", "")[:length] if isinstance(value, str) else value

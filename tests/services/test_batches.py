@@ -4,10 +4,12 @@ import asyncio
 import itertools
 from collections import Counter
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta, tzinfo
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.access import batches as batches_module
 from app.access import files as files_module
@@ -28,7 +30,14 @@ from app.batches import (
     Page,
     StoredFile,
 )
-from app.errors import BatchNotFound, Conflict, FileNotFound, InvalidRequest, StorageExceeded
+from app.errors import (
+    BatchNotFound,
+    Conflict,
+    DeadlineExceeded,
+    FileNotFound,
+    InvalidRequest,
+    StorageExceeded,
+)
 from app.types import Tenant
 
 ANNA, BERT = Tenant.owner("anna"), Tenant.owner("bert")
@@ -153,6 +162,75 @@ async def test_what_has_expired_is_not_there_and_is_deleted(database: Database):
         await store_of(database).read(ANNA, file.id)
     await store_of(database).delete_expired()
     assert (0, 0) == (await rows(database, tables.file_chunks), await rows(database, tables.files))
+
+
+async def test_uploads_that_end_at_once_take_no_more_than_they_may(database: Database):
+    store = store_of(database, most=10)
+    described = NewFile(filename="a", purpose="batch", expires=LATER)
+    started, go = asyncio.Semaphore(0), asyncio.Event()
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield b"1234"
+        started.release()
+        await go.wait()
+
+    uploads = [asyncio.create_task(store.write(ANNA, slow(), lambda created: described)) for _ in range(5)]
+    for _ in uploads:
+        await started.acquire()
+    go.set()
+    outcomes = await asyncio.gather(*uploads, return_exceptions=True)
+    assert {StoredFile: 2, StorageExceeded: 3} == Counter(map(type, outcomes))
+
+
+async def test_a_file_that_arrives_for_too_long_is_refused_and_leaves_nothing(database: Database):
+    """What had come of it was deleted as that of a process that is gone."""
+    store = store_of(database)
+
+    async def endless() -> AsyncIterator[bytes]:
+        yield b"x" * 300_000
+        async with database.begin() as connection:
+            await connection.execute(update(tables.files).values(expires=datetime.now(UTC)))
+        await store.delete_expired()
+        yield b"x" * 300_000
+
+    with pytest.raises(DeadlineExceeded):
+        await store.write(ANNA, endless(), lambda created: NewFile(filename="", purpose="", expires=LATER))
+    assert (0, 0) == (await rows(database, tables.file_chunks), await rows(database, tables.files))
+
+
+async def test_what_is_deleted_holds_up_no_other_writer_however_much_it_is(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+):
+    """No transaction deletes more than so many bytes: of a file, of the results of a batch, and of the batch."""
+    monkeypatch.setattr(files_module, "CHUNK_BYTES", 10)
+    monkeypatch.setattr(files_module, "ERASED_BYTES", 25, raising=False)
+    file = await upload(database, b"x" * 60)
+    batch, batches, lines = await begun(database, 6), BatchStore(database), BatchLines(database)
+    for line in await lines.claim(batch.id, ME, 6, LATER):
+        await lines.store(line, ME, LineResult(content=b"x" * 10, failed=line.number % 2 == 0))
+    await batches.end(batch, BatchStatus.COMPLETED, file_expires=LATER)
+    batch = await batches.read(ANNA, batch.id)
+    erased = list[int]()
+    begin = database.begin
+
+    async def stored(connection: AsyncConnection) -> int:
+        columns = (tables.file_chunks.c.data, tables.batch_lines.c.result)
+        return sum([await connection.scalar(select(func.count(column))) or 0 for column in columns])
+
+    @asynccontextmanager
+    async def counting(seconds: float | None = None) -> AsyncIterator[AsyncConnection]:
+        async with begin(seconds) as connection:
+            before = await stored(connection)
+            yield connection
+            erased.append(before - await stored(connection))
+
+    monkeypatch.setattr(database, "begin", counting)
+    await store_of(database).delete(ANNA, file.id)
+    await store_of(database).delete(ANNA, batch.output_file_id or "")
+    await batches.delete_old(datetime.now(UTC))
+    assert (6 + 6, 2) == (sum(erased), max(erased))
+    left = (tables.batches, tables.batch_lines, tables.files, tables.file_chunks)
+    assert [0, 0, 0, 0] == [await rows(database, table) for table in left]
 
 
 async def test_of_several_processes_each_line_is_claimed_by_one(database: Database):

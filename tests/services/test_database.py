@@ -4,8 +4,9 @@ import asyncio
 import os
 import sqlite3
 import sys
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from alembic import command
@@ -14,11 +15,16 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, delete, func, select, text
 
+from app.access import tables
+from app.access.background import BackgroundGroup
 from app.access.database import WAIT_SECONDS, Database, head_revision
 from app.access.keys import KeyStore
 from app.access.ledger import Month, balance
 from app.access.tables import metadata, roles
+from app.access.usage_log import UsageLog
+from app.config import UsageLogConfig
 from app.errors import ConfigError, StoreUnavailable
+from app.types import InferenceRecord
 from tests.services.postgres import Postgres
 
 ROOT = Path(__file__).parents[2]
@@ -198,3 +204,25 @@ def _fill(connection: Connection) -> None:
     ]
     for statement, rows in statements:
         connection.execute(text(statement), rows)
+
+
+async def test_a_name_of_another_server_holds_up_no_row_of_the_log(database: Database, background: BackgroundGroup):
+    """However long it is, and with a character that Postgres does not store."""
+
+    async def mask(text: str, *, cut: bool = False) -> str:
+        return text
+
+    lost = list[int]()
+    log = UsageLog(database, UsageLogConfig(flush_seconds=0.01), mask=mask, on_drop=lost.append)
+    log.start(background)
+    common: dict[str, Any] = {"created": datetime.now(UTC), "key_id": "key", "route": "/v1/completions", "model": "m"}
+    common |= {"prompt_tokens": 1, "completion_tokens": 1, "charged_tokens": 2, "counted": False, "cached": False}
+    common |= {"adapter": None, "finish_reason": None, "status": 200, "first_token_ms": None, "latency_ms": 1.0}
+    for request_id, revision in (("a", "long" * 100), ("b", "null\x00"), ("c", "plain")):
+        log.write(InferenceRecord(request_id=request_id, revision=revision, **common))
+    await log.close()
+    async with database.read() as connection:
+        columns = (tables.inference_log.c.request_id, tables.inference_log.c.revision)
+        found = dict((await connection.execute(select(*columns))).tuples().all())
+    assert {"a": "long" * 64, "b": "null", "c": "plain"} == found
+    assert (None, []) == (database.breaker.fault, lost)
