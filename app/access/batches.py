@@ -4,6 +4,7 @@ A batch changes its status by one conditional UPDATE, so of several processes on
 `batch_lines.py`.
 """
 
+import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -17,8 +18,11 @@ from app.access import tables
 from app.access.database import Database
 from app.access.files import erase, paged
 from app.batches import Batch, BatchCounts, BatchError, BatchStatus, BatchUsage, NewBatch, Page, dumped
-from app.errors import BatchNotFound, Conflict
+from app.errors import BatchNotFound, Conflict, RateLimited
 from app.types import Tenant
+
+RETRY_SECONDS = 60.0
+"""A guess: when one of a tenant's batches ends is not known."""
 
 _batches, _lines, _files = tables.batches, tables.batch_lines, tables.files
 _ACTIVE = (BatchStatus.IN_PROGRESS, BatchStatus.FINALIZING, BatchStatus.CANCELLING)
@@ -30,14 +34,20 @@ class BatchStore:
     def __init__(self, database: Database) -> None:
         self._db = database
 
-    async def create(self, new: NewBatch) -> Batch:
-        """Store a batch whose file is still to be validated."""
+    async def create(self, new: NewBatch, *, most: int = sys.maxsize) -> Batch:
+        """Store a batch whose file is still to be validated.
+
+        Args: most: batches of the tenant that may not have ended, this one with them.
+        Raises: RateLimited: there are so many already.
+        """
         values = {name: getattr(new, name) for name in "key_id endpoint input_file_id completion_window".split()}
         values |= {"id": f"batch_{uuid4().hex}", "tenant": str(new.tenant), "labels": new.metadata, "errors": []}
         values |= {"output_lifetime": new.output_lifetime}
         created = datetime.now(UTC)
         values |= {"status": BatchStatus.VALIDATING, "created": created, "expires": created + new.window}
         async with self._db.begin() as connection:
+            await self._wait_for_turn(connection, new.tenant)
+            await _refuse_excess(connection, new.tenant, most)
             await connection.execute(insert(_batches).values(**values, total=0, completed=0, failed=0))
         return await self.read(new.tenant, values["id"])
 
@@ -58,11 +68,23 @@ class BatchStore:
             rows = (await connection.execute(paged(query, _batches, page, last))).mappings().all()
         return [_batch(row) for row in rows[: page.limit]], len(rows) > page.limit
 
+    async def _wait_for_turn(self, connection: AsyncConnection, tenant: Tenant) -> None:
+        """Let the transactions in which a tenant's batches are counted and created follow each other.
+
+        SQLite lets only one transaction at a time write.
+        """
+        if not self._db.sqlite:
+            await connection.execute(select(func.pg_advisory_xact_lock(func.hashtext(f"batches of {tenant}"))))
+
+    async def check_place(self, tenant: Tenant, most: int) -> None:
+        """Raises: RateLimited: the tenant has so many batches that have not ended."""
+        async with self._db.read() as connection:
+            await _refuse_excess(connection, tenant, most)
+
     async def unfinished(self, tenant: Tenant) -> int:
         """Return how many of the tenant's batches have not ended."""
-        own = (_batches.c.tenant == str(tenant)) & _batches.c.status.in_((BatchStatus.VALIDATING, *_ACTIVE))
         async with self._db.read() as connection:
-            return int(await connection.scalar(select(func.count()).select_from(_batches).where(own)) or 0)
+            return await _unfinished(connection, tenant)
 
     async def counts(self) -> BatchCounts:
         """Return how many batches and lines there are, of all tenants."""
@@ -187,6 +209,18 @@ class BatchStore:
             await erase(self._db, _lines.c.number, _lines.c.result, _lines.c.batch_id == batch_id, delete(_lines))
             async with self._db.begin() as connection:
                 await connection.execute(delete(_batches).where(_batches.c.id == batch_id))
+
+
+async def _unfinished(connection: AsyncConnection, tenant: Tenant) -> int:
+    own = (_batches.c.tenant == str(tenant)) & _batches.c.status.in_((BatchStatus.VALIDATING, *_ACTIVE))
+    return int(await connection.scalar(select(func.count()).select_from(_batches).where(own)) or 0)
+
+
+async def _refuse_excess(connection: AsyncConnection, tenant: Tenant, most: int) -> None:
+    """Raises: RateLimited: the tenant has as many batches that have not ended as it may."""
+    if await _unfinished(connection, tenant) >= most:
+        message = f"You have {most} batches that have not ended (batches.max_unfinished); wait for one, or cancel it."
+        raise RateLimited(message, retry_after=RETRY_SECONDS)
 
 
 async def _add_file(

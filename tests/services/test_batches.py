@@ -36,9 +36,11 @@ from app.errors import (
     DeadlineExceeded,
     FileNotFound,
     InvalidRequest,
+    RateLimited,
     StorageExceeded,
 )
 from app.types import Tenant
+from tests.waiting import HANG_SECONDS
 
 ANNA, BERT = Tenant.owner("anna"), Tenant.owner("bert")
 DAY = timedelta(days=1)
@@ -72,7 +74,7 @@ async def begun(database: Database, count: int = 0, *, tenant: Tenant = ANNA) ->
     return await batches.read(tenant, batch.id)
 
 
-async def create(database: Database, *, tenant: Tenant = ANNA) -> Batch:
+async def create(database: Database, *, tenant: Tenant = ANNA, **limits: int) -> Batch:
     new = NewBatch(
         tenant=tenant,
         key_id="key",
@@ -82,7 +84,7 @@ async def create(database: Database, *, tenant: Tenant = ANNA) -> Batch:
         metadata={"a": "ä"},
         window=DAY,
     )
-    return await BatchStore(database).create(new)
+    return await BatchStore(database).create(new, **limits)
 
 
 async def rows(database: Database, table: object) -> int:
@@ -392,6 +394,16 @@ async def test_a_file_is_validated_by_one_process_and_by_the_next_if_that_dies(d
     assert 0 == await rows(database, tables.batch_lines)
     await lines.renew(OTHER, [], LATER)
     assert await batches.claim_validating(ME, LATER) is None
+
+
+async def test_batches_created_at_once_are_no_more_than_a_tenant_may_have(database: Database, url: str):
+    await create(database, tenant=BERT)
+    patient = Database(url, wait_seconds=HANG_SECONDS)
+    outcomes = await asyncio.gather(*(create(patient, most=2) for _ in range(5)), return_exceptions=True)
+    await patient.close()
+
+    assert {Batch: 2, RateLimited: 3} == Counter(map(type, outcomes))
+    assert 2 == await BatchStore(database).unfinished(ANNA)
 
 
 async def test_batches_that_ended_long_ago_are_deleted_with_all_of_theirs(database: Database):

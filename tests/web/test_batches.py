@@ -11,6 +11,7 @@ import httpx
 import pytest
 from openai import AsyncOpenAI
 
+from app.access.batches import BatchStore
 from app.generation import batch_runner
 from tests.waiting import HANG_SECONDS, START_SECONDS
 from tests.web.access import ADMIN_KEY, Running, running
@@ -453,6 +454,24 @@ async def test_a_tenant_has_so_many_unfinished_batches_and_no_more(tmp_path: Pat
         await http.post(f"/v1/batches/{batch['id']}/cancel")
         await ended(http, batch["id"])
         await create(http, lines_of([chat()]))
+
+
+async def test_a_batch_that_another_one_came_before_is_refused_without_leaving_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Both were let in while there was a place for one."""
+
+    async def let_in(*_: Any) -> None:
+        return
+
+    monkeypatch.setattr(BatchStore, "check_place", let_in)
+    async with running(tmp_path, batches={"max_unfinished": 1}) as app, app.client() as http:
+        await create(http, lines_of([chat(f"line {n}") for n in range(300)]))
+        refused = await http.post("/v1/batches", content=lines_of([chat()]), headers=JSON_LINES)
+        files = (await http.get("/v1/files", params={"purpose": "batch"})).json()["data"]
+
+    assert (429, True) == (refused.status_code, "max_unfinished" in refused.text)
+    assert 1 == len(files)
 
 
 async def test_what_is_switched_off_is_not_there(tmp_path: Path):

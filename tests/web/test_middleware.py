@@ -68,6 +68,13 @@ async def test_a_key_in_the_header_of_the_request_id_is_not_repeated(web, log_li
             assert given not in str(log_lines)
 
 
+@pytest.mark.parametrize("headers", [AUTH, {"Authorization": f"Bearer {AUTH['X-API-Key']}"}])
+async def test_a_short_request_id_is_given_back_though_it_stands_in_the_key_by_chance(web, headers):
+    async with web.client(**headers) as client:
+        for given in ("0", "e", "key", "1234567"):
+            assert given == (await client.get("/health", headers={"X-Request-ID": given})).headers["x-request-id"]
+
+
 async def test_two_request_ids_are_none(client):
     reply = await client.get("/health", headers=[("X-Request-ID", "a"), ("X-Request-ID", "b")])
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import time
 
 import httpx
 import pytest
@@ -362,6 +363,15 @@ async def test_status_in_full_needs_a_key(client, web):
         public.json()["status"],
         public.json()["model"],
     )
+
+
+async def test_the_uptime_does_not_follow_a_clock_that_is_set(web, monkeypatch):
+    """As on a machine whose clock is wrong until it has asked another one."""
+    later = time.time() + 86_400
+    monkeypatch.setattr(time, "time", lambda: later)
+    async with web.client(nothing="") as stranger:
+        for path in ("/health", "/status"):
+            assert 0 <= (await stranger.get(path)).json()["uptime_seconds"] < 3600
 
 
 async def test_status_can_be_kept_to_those_with_a_key():

@@ -77,7 +77,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", ""),
     ({"structured_outputs": {"json": "{"}}, "structured_outputs.json", "not valid JSON"),
     ({"structured_outputs": {"json": "[1]"}}, "structured_outputs.json", "an object"),
-    ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag", "triggers"),
+    *(({"structured_outputs": {"structural_tag": tag}}, "structured_outputs.structural_tag", "triggers")
+      for tag in ("{}", "{", "", "[" * 40)),
     ({"structured_outputs": {"whitespace_pattern": "x"}}, "structured_outputs.whitespace_pattern", "no such field"),
     ({"response_format": named({"enum": ["x" * 100_001]})}, "response_format.json_schema.schema", "longer than"),
 ]  # fmt: skip

@@ -241,7 +241,7 @@ def _device(container: Container) -> str | None:
 
 
 def _uptime(container: Container) -> float:
-    return max(0.0, round(time.time() - container.host.since, 1))
+    return round(time.monotonic() - container.began, 1)
 
 
 def _in_words(container: Container) -> str:

@@ -4,8 +4,9 @@
 thread, which costs more than the function itself.
 """
 
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Annotated, Any, Protocol
 from uuid import uuid4
@@ -82,6 +83,8 @@ class Container:
     """None if no Redis is configured."""
     metrics: Metrics
     tracer: Tracer = NO_TRACER
+    began: float = field(default_factory=time.monotonic)
+    """When it was built, in seconds of a clock that nobody sets."""
 
 
 async def _container(request: Request) -> Container:

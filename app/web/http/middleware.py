@@ -20,6 +20,7 @@ from uuid import uuid4
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.config.sections import MIN_KEY_CHARS
 from app.engine.host import ModelHost
 from app.errors import AppError, ClientDisconnected, InvalidRequest, ShuttingDown
 from app.telemetry import Metrics
@@ -138,8 +139,10 @@ def _trace_id(scope: Scope) -> str | None:
 
 def _holds_key(request_id: bytes, scope: Scope) -> bool:
     """Return whether a client's request id, which is logged, is an API key in the wrong header."""
-    return b"llm_" in request_id or any(
-        request_id in value for name, value in scope["headers"] if name in (b"x-api-key", b"authorization")
+    return b"llm_" in request_id or (
+        # A shorter one is no key, but stands in many by chance.
+        len(request_id) >= MIN_KEY_CHARS
+        and any(request_id in value for name, value in scope["headers"] if name in (b"x-api-key", b"authorization"))
     )
 
 

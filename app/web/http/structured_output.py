@@ -164,7 +164,7 @@ def _grammar(field: str, value: Any) -> Grammar:
 def _structural_tag(field: str, text: str) -> StructuralTag:
     try:
         return StructuralTag.model_validate(parse(text.encode()))
-    except ValueError:
+    except (ValueError, InvalidRequest):
         raise InvalidRequest.of_field(
             field, "must be JSON with `structures` (begin, schema, end) and `triggers`"
         ) from None

@@ -37,8 +37,6 @@ from app.web.openai.validators import Metadata
 Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"]
 WINDOW = timedelta(hours=24)
 MAX_LISTED = 100
-RETRY_SECONDS = 60.0
-"""A guess: when one of the caller's batches ends is not known."""
 
 creating_router = APIRouter(prefix="/v1/batches", tags=["openai"], route_class=AdmittedRoute)
 router = APIRouter(prefix="/v1/batches", tags=["openai"], route_class=StrictRoute)
@@ -219,12 +217,10 @@ async def create_batch(
 ) -> BatchObject:
     """Create a batch of an uploaded file, or of the JSON Lines in the body."""
     most = container.settings.batches.max_unfinished
-    if await store.unfinished(caller.tenant) >= most:
-        message = f"You have {most} batches that have not ended (batches.max_unfinished); wait for one, or cancel it."
-        raise RateLimited(message, retry_after=RETRY_SECONDS)
+    await store.check_place(caller.tenant, most)  # rather than after a file has been received
     body = connected(received(request))
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type in (JSON_LINES, "application/x-ndjson", "application/x-jsonlines"):
+    if brings_file := content_type in (JSON_LINES, "application/x-ndjson", "application/x-jsonlines"):
         given = await _from_lines(body, caller, container)
     else:
         require_json(request)
@@ -240,7 +236,13 @@ async def create_batch(
         window=WINDOW,
         output_lifetime=given.output_expires_after.seconds if given.output_expires_after else None,
     )
-    batch = await store.create(new)
+    try:
+        batch = await store.create(new, most=most)
+    except RateLimited:
+        # Another one of the caller's was created meanwhile.
+        if brings_file:
+            await container.access.files.delete(caller.tenant, given.input_file_id)
+        raise
     batches.wake()
     return _object(batch)
 

@@ -1,5 +1,6 @@
 """Items of the Responses API and the messages that they stand for."""
 
+import time
 from itertools import count
 
 import pytest
@@ -138,3 +139,15 @@ def test_a_call_may_have_any_name_that_a_tool_may_have():
     assert "n" * 128 == to_messages(ITEMS.validate_python([call]))[0].tool_calls[0].name
     with pytest.raises(ValidationError):
         ITEMS.validate_python([{**call, "name": "n" * 129}])
+
+
+def test_many_items_of_reasoning_take_no_longer_than_their_texts():
+    """A long one is not copied for each that follows it."""
+    texts = ["x" * 4_000_000, *"y" * 1000]
+    items = [{"type": "reasoning", "content": [{"type": "reasoning_text", "text": text}]} for text in texts]
+    validated = ITEMS.validate_python(items)
+    began = time.process_time()
+    (message,) = to_messages(validated)
+
+    assert time.process_time() - began < 0.2
+    assert "\n".join(texts) == message.reasoning

@@ -194,22 +194,24 @@ def to_messages(items: Sequence[Item]) -> list[Message]:
     """
     messages: list[Message] = []
     names: dict[str, str] = {}
-    reasoning: str | None = None
+    thoughts: list[str] = []
+
+    def reasoning() -> str | None:
+        """Return the reasoning that belongs to the next message, and forget it."""
+        text = "\n".join(thoughts) or None
+        thoughts.clear()
+        return text
 
     def flush() -> None:
-        nonlocal reasoning
-        if reasoning is not None:
-            messages.append(Message(Role.ASSISTANT, "", reasoning=reasoning))
-        reasoning = None
+        if thoughts:
+            messages.append(Message(Role.ASSISTANT, "", reasoning=reasoning()))
 
     for item in items:
         match item:
             case ReasoningItem():
-                reasoning = "\n".join(filter(None, (reasoning, item.text))) or None
+                thoughts += filter(None, [item.text])
             case MessageItem(role="assistant"):
-                said = Message(Role.ASSISTANT, join_parts(item.content), reasoning=reasoning)
-                messages.append(said)
-                reasoning = None
+                messages.append(Message(Role.ASSISTANT, join_parts(item.content), reasoning=reasoning()))
             case FunctionCallItem():
                 names[item.call_id] = item.name
                 call = ToolCall(item.call_id, item.name, item.arguments)
