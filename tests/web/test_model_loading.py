@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from app.config import ModelConfig, beside
+from app.engine.model_load import Load
 from app.engine.model_source import LoadSpec
 from tests.unit.tiny_encoders import write
 from tests.waiting import until
@@ -151,7 +152,12 @@ async def test_a_token_for_the_hub_is_for_the_load_of_a_configured_model_too(
     specs = list[LoadSpec]()
     async with service(roots) as (app, client):
         load = app.container.loader.load
-        monkeypatch.setattr(app.container.loader, "load", lambda spec: specs.append(spec) or load(spec))
+
+        def recorded(spec: LoadSpec) -> Load:
+            specs.append(spec)
+            return load(spec)
+
+        monkeypatch.setattr(app.container.loader, "load", recorded)
         replies = [
             await client.post(LOAD, json={"model_name": "second", "hf_token": "hf_canary"}),
             await client.post(LOAD, json={"model_name": "second", "replace": False, "dtype": None}),
