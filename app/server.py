@@ -145,13 +145,13 @@ def run(settings: Settings) -> int:
     try:
         warn_of_variables()
         warn_of_workers(settings)
-        if settings.app.workers == 1:
+        if settings.workers == 1:
             return _serve_here(settings, listener)
         require_shared_state(settings)
         with _announced_key(settings):
             if settings.security.api_key is None:
                 bootstrap_key(settings.app.data_dir)
-        return ApiProcesses(partial(_start_process, settings, listener), settings.app.workers).run()
+        return ApiProcesses(partial(_start_process, settings, listener), settings.workers).run()
     finally:
         stop_logging()
         listener.close()
@@ -207,10 +207,10 @@ def warn_of_variables() -> None:
 
 def warn_of_workers(settings: Settings) -> None:
     """Log what several processes cost, and that an older configuration asked for them."""
-    if settings.app.workers > 1 and settings.model.engine not in ("echo", "remote"):
-        log.warning("each process loads models of its own; one would batch all requests", workers=settings.app.workers)
-    if settings.compat.workers > 1:
-        log.warning("one process serves, which batches all requests; start replicas for more", workers=1)
+    if settings.workers > 1 and settings.model.engine not in ("echo", "remote"):
+        log.warning("each process loads models of its own; one would batch all requests", workers=settings.workers)
+    if settings.compat.workers > 1 and settings.workers == 1:
+        log.warning("one process serves, which batches all requests; several need redis.url", workers=1)
 
 
 def server_config(app: FastAPI, settings: Settings, **options: Any) -> ServerConfig:

@@ -94,8 +94,8 @@ class Database:
             async with asyncio.timeout(self._wait_seconds), self.engine.begin() as connection:
                 return await connection.run_sync(work)
 
-    async def read_quickly(self, work: Callable[[Connection], T]) -> T:
-        """Run a short transaction that only reads on the way of a request: on SQLite one change of threads.
+    async def read_in_transaction(self, work: Callable[[Connection], T]) -> T:
+        """Run a short transaction that only reads, which a request waits for; on SQLite in a thread of its own.
 
         Raises: StoreUnavailable: as for `begin`.
         """

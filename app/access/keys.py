@@ -177,7 +177,7 @@ class KeyStore:
         """
         columns = [*_keys.c, *(column.label(f"role_{column.name}") for column in tables.roles.c)]
         query = select(*columns).join(tables.roles, tables.roles.c.name == _keys.c.role).where(_keys.c.id == key_id)
-        row = await self._db.read_quickly(lambda connection: connection.execute(query).mappings().first())
+        row = await self._db.read_in_transaction(lambda connection: connection.execute(query).mappings().first())
         if row is None:
             return None
         return KeyWithRole(

@@ -53,7 +53,7 @@ class RoleStore:
     async def read(self, name: str) -> Role:
         """Raises: RoleNotFound: there is no such role."""
         query = select(tables.roles).where(tables.roles.c.name == name)
-        row = await self._db.read_quickly(lambda connection: connection.execute(query).mappings().first())
+        row = await self._db.read_in_transaction(lambda connection: connection.execute(query).mappings().first())
         if row is None:
             raise RoleNotFound("There is no role of this name.")
         return Role.of(row)

@@ -5,10 +5,14 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from app.cli.terminal import CONFIG, ConfigOption, JsonOption, existing, fail, show
 from app.config import DeadlineConfig, ModelConfig, load_settings
@@ -80,7 +84,7 @@ async def _measure(config: ModelConfig, deadlines: DeadlineConfig, hub_token: st
         await loading
         await _round(engine, 1, 16, seed=0)  # what only the first request of a process pays
         fitting = [shape for shape in SHAPES if shape[1] + NEW_TOKENS <= engine.info.context_length]
-        rows = [await _row(engine, requests, prompt) for requests, prompt in fitting]
+        rows = await _rows(engine, fitting)
         info = engine.info
     finally:
         loading.cancel()
@@ -89,10 +93,27 @@ async def _measure(config: ModelConfig, deadlines: DeadlineConfig, hub_token: st
     return rows, f"{what}: {NEW_TOKENS} tokens for each request"
 
 
-async def _row(engine: LocalEngine, requests: int, prompt_tokens: int) -> Row:
+async def _rows(engine: LocalEngine, shapes: Sequence[tuple[int, int]]) -> list[Row]:
+    """Time the shapes, and show on a terminal which one is being timed."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    rows = list[Row]()
+    console = Console(stderr=True)
+    # Lines of the log stay as they are, where rich would break them.
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:
+        for requests, prompt_tokens in shapes:
+            at_once = f"{requests} requests at once" if requests > 1 else "1 request"
+            task = bar.add_task(f"measuring {at_once}, {prompt_tokens} tokens each", total=MAX_ROUNDS)
+            rows.append(await _row(engine, requests, prompt_tokens, on_round=partial(bar.advance, task)))
+            bar.update(task, visible=False)
+    return rows
+
+
+async def _row(engine: LocalEngine, requests: int, prompt_tokens: int, *, on_round: Callable[[], object]) -> Row:
+    """Args: on_round: is called after each round."""
     rounds, began = list[tuple[float, list[float]]](), time.perf_counter()
     while len(rounds) < MAX_ROUNDS and (not rounds or time.perf_counter() - began < SECONDS):
         rounds.append(await _round(engine, requests, prompt_tokens, seed=1 + len(rounds)))
+        on_round()
     seconds = statistics.median(seconds for seconds, _ in rounds)
     first = statistics.median(each for _, firsts in rounds for each in firsts)
     return Row(

@@ -25,8 +25,9 @@ class CompatConfig(Section):
     """Tokens that a prompt there may have."""
     predict_top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
     """`top_p` there where a request names none."""
-    workers: PositiveInt = 1
-    """Processes that an older service was to start; this one is a single process, and more are only warned about."""
+    workers: Annotated[int, Field(ge=1, le=64)] = 1
+    """API processes of an older configuration: as `app.workers` where that is 1 and Redis is configured, else only
+    warned about."""
     health_status: Literal["healthy", "ok"] = "healthy"
     """What `status` of GET /health says."""
     health_needs_model: bool = False

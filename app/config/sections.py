@@ -316,9 +316,14 @@ class Settings(BaseSettings):
         return "redis" if self.cache.enabled and self.redis.url else "off"
 
     @property
+    def workers(self) -> int:
+        """The number of API processes here: as configured, or as an older service's, where Redis makes them as one."""
+        return self.compat.workers if self.app.workers == 1 and self.redis.url else self.app.workers
+
+    @property
     def processes(self) -> int:
         """The number of API processes of all replicas."""
-        return self.redis.replicas * self.app.workers
+        return self.redis.replicas * self.workers
 
     @property
     def where_registry(self) -> str:

@@ -15,6 +15,7 @@ import pytest_asyncio
 from axe_playwright_python.async_playwright import Axe
 from playwright.async_api import Dialog, expect
 
+from app.access.key_format import id_of
 from app.access.page_link import new_code
 from app.errors import EngineFailed, RateLimited
 from tests.page.chat_page import CHROMIUM, PHONE, Site, Visit, served
@@ -505,6 +506,17 @@ async def test_a_role_that_may_use_no_model_gets_none_by_an_edit_of_something_el
         opened = (await client.get("/v1/roles/locked")).json()["rights"]["models"]
 
     assert ([], None) == (untouched, opened)
+
+
+async def test_usage_is_shown_of_more_keys_than_a_page_of_the_list_has(tmp_path: Path):
+    async with served(tmp_path) as site:
+        newest = [await site.key() for _ in range(201)][-1]
+        async with site.visit() as visit:
+            await visit.open()
+            await visit.page.goto(f"{site.url}/#/admin/usage")
+            await visit.page.get_by_label("Key", exact=True).select_option(id_of(newest))
+            await expect(visit.page.get_by_text("Nothing was used in this month.")).to_be_visible()
+
     assert [] == visit.problems
 
 

@@ -215,8 +215,10 @@ def test_an_interrupt_while_the_service_is_imported_is_quiet():
 
 
 def test_one_measures_ones_own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The embedded one here, for programs; the lines of its load do not mix with the figures."""
+    """The embedded one here, for programs; what a terminal shows meanwhile does not mix with the figures."""
     monkeypatch.chdir(tmp_path)
+    for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm"), ("COLUMNS", "150")):
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(bench, "SHAPES", ((1, 8), (2, 16), (1, 100_000)))
     monkeypatch.setattr(bench, "NEW_TOKENS", 4)
     monkeypatch.setattr(bench, "MAX_ROUNDS", 2)
@@ -226,6 +228,8 @@ def test_one_measures_ones_own_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
     rows = json.loads(ended.stdout)
     assert [(1, 8, 2), (2, 16, 2)] == [(row["requests"], row["prompt_tokens"], row["rounds"]) for row in rows]
     assert all(row[key] > 0 for row in rows for key in ("tokens_per_second", "first_token_ms"))
+    assert "measuring 1 request, 8 tokens each" in ended.stderr
+    assert "measuring 2 requests at once, 16 tokens each" in ended.stderr
 
 
 def test_a_model_that_cannot_be_measured_is_refused_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -152,9 +152,18 @@ def test_an_unknown_key_of_such_a_file_still_stops_the_start(load: Load):
         load(yaml="api: {hots: x}")
 
 
+def test_with_redis_as_many_processes_serve_unless_our_own_name_says_how_many(load: Load):
+    redis = "redis: {url: 'redis://h'}\n"
+
+    assert 4 == load({"API_WORKERS": "4"}, yaml=redis).workers
+    assert 2 == load({"API_WORKERS": "4", "APP__WORKERS": "2"}, yaml=redis).workers
+    assert 2 == load(yaml=redis + "api: {workers: 2}").workers
+
+
 def test_more_than_one_worker_is_warned_about_and_one_is_not(load: Load):
     with structlog.testing.capture_logs() as lines:
         warn_of_workers(load())
         warn_of_workers(load({"API_WORKERS": "4"}))
 
     assert ["warning"] == [line["log_level"] for line in lines]
+    assert 1 == load({"API_WORKERS": "4"}).workers

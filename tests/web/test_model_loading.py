@@ -11,6 +11,8 @@ import httpx
 import pytest
 
 from app.config import ModelConfig, beside
+from app.engine.model_load import Load
+from app.engine.model_source import LoadSpec
 from tests.unit.tiny_encoders import write
 from tests.waiting import until
 from tests.web.access import Running, running
@@ -119,6 +121,8 @@ async def test_only_a_role_that_may_load_models_does(roots: Path, path: str):
         ({"model_name": "third\n", "source": "local"}, 400),
         ({"model_name": "absent", "source": "local"}, 424),
         ({"model_name": "stranger"}, 404),
+        ({"model_name": "second", "dtype": "float16"}, 400),
+        ({"model_name": "second", "served_name": "other"}, 400),
     ],
 )
 async def test_what_may_not_be_loaded_is_refused_before_any_work(roots: Path, body: dict[str, Any], status: int):
@@ -140,6 +144,27 @@ async def test_a_token_for_the_hub_is_in_no_response_and_no_log_line(roots: Path
 
     assert [200, 400, 200, 200] == [reply.status_code for reply in sent]
     assert "hf_canary" not in "".join(reply.text for reply in sent) + repr(log_lines)
+
+
+async def test_a_token_for_the_hub_is_for_the_load_of_a_configured_model_too(
+    roots: Path, monkeypatch: pytest.MonkeyPatch
+):
+    specs = list[LoadSpec]()
+    async with service(roots) as (app, client):
+        load = app.container.loader.load
+
+        def recorded(spec: LoadSpec) -> Load:
+            specs.append(spec)
+            return load(spec)
+
+        monkeypatch.setattr(app.container.loader, "load", recorded)
+        replies = [
+            await client.post(LOAD, json={"model_name": "second", "hf_token": "hf_canary"}),
+            await client.post(LOAD, json={"model_name": "second", "replace": False, "dtype": None}),
+        ]
+
+    assert [200, 200] == [reply.status_code for reply in replies]
+    assert ["hf_canary", None] == [spec.hub_token for spec in specs]
 
 
 @pytest.mark.parametrize("path", ["/v1/generate", "/v1/chat/completions", "/v1/responses", "/v1/chat"])

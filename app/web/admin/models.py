@@ -3,7 +3,7 @@
 import asyncio
 import re
 from collections.abc import AsyncGenerator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -30,6 +30,9 @@ MAX_GRACE_SECONDS = 3600
 MAX_NUMBER = 2**31 - 1
 GENERATES_ONLY = ("engine", "quantization", "compile", "embeddings", "max_batch_size")
 """Fields that a model which only embeds does not have."""
+
+OF_ANY_LOAD = ("model_name", "hf_token", "replace", "stream")
+"""Fields of which a load of a configured model has no others."""
 
 router = APIRouter(prefix="/v1/models", tags=["models"], route_class=StrictRoute)
 
@@ -149,9 +152,7 @@ async def unload_model(body: UnloadModel, caller: LoadModelsDep, container: Cont
 async def _spec(body: LoadModel, container: Container) -> LoadSpec:
     """Raises: Forbidden: it may not be loaded; ModelNotFound: no model of this name is configured; ModelLoadFailed."""
     if body.source is None:
-        if (known := container.loader.configured.get(body.model_name)) is None:
-            raise ModelNotFound("No model of this name is configured; say by `source` where it comes from.")
-        return known
+        return _configured_spec(body, container)
     settings = container.settings.model
     # A thread: the folder may be on a slow disk.
     config = await asyncio.to_thread(check_source, body.config(settings), settings)
@@ -159,6 +160,15 @@ async def _spec(body: LoadModel, container: Container) -> LoadSpec:
     if not re.fullmatch(SERVED_NAME, name):
         raise InvalidRequest.of_field("served_name", "is needed, since the model's own name has other signs")
     return LoadSpec(name=name, config=config, task=await _task(body, config), hub_token=revealed(body.hf_token))
+
+
+def _configured_spec(body: LoadModel, container: Container) -> LoadSpec:
+    """Raises: ModelNotFound: no model of this name is configured; InvalidRequest: it is to be loaded otherwise."""
+    if (known := container.loader.configured.get(body.model_name)) is None:
+        raise ModelNotFound("No model of this name is configured; say by `source` where it comes from.")
+    for name in body.model_dump(exclude=set(OF_ANY_LOAD), exclude_none=True):
+        raise InvalidRequest.of_field(name, "needs `source`: without it a model is loaded as it is configured")
+    return replace(known, hub_token=revealed(body.hf_token))
 
 
 async def _task(body: LoadModel, config: ModelConfig) -> Task:

@@ -55,5 +55,9 @@ def is_explained(error: Exception) -> bool:
 
 
 def first_words(error: BaseException) -> str:
-    """Return the beginning of a library's message as one line."""
-    return one_line(error, MAX_DETAIL_CHARS).rstrip(". ")
+    """Return the beginning of a library's message as one line: of a long one whole sentences, if it has any."""
+    line = one_line(error, MAX_DETAIL_CHARS + 1)
+    if len(line) > MAX_DETAIL_CHARS:
+        sentences, end, _ = line.rpartition(". ")
+        line = sentences if end else line[:MAX_DETAIL_CHARS]
+    return line.rstrip(". ")

@@ -140,8 +140,8 @@ async def test_what_a_request_reads_waits_for_no_writer(tmp_path: Path):
     try:
         with closing(sqlite3.connect(tmp_path / "a.db", isolation_level=None)) as writer:
             writer.execute("BEGIN IMMEDIATE")
-            waiting = asyncio.create_task(database.quickly(name))
-            assert "admin" == await database.read_quickly(name)
+            waiting = asyncio.create_task(database.run_in_transaction(name))
+            assert "admin" == await database.read_in_transaction(name)
             assert not waiting.done()
             writer.execute("ROLLBACK")
         assert "admin" == await waiting

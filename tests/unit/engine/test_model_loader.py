@@ -174,13 +174,13 @@ async def test_a_load_that_fails_names_the_reason_and_leaves_nothing(reason: str
 
 async def test_a_name_is_gone_when_its_load_failed_and_nothing_else_has_it():
     """Neither a model that serves under it, nor one that a request may have loaded, nor another load."""
-    workshop, told, gone = Workshop(), list[str](), list[str]()
+    workshop, named, gone = Workshop(), list[str](), list[str]()
     host = ModelHost(lambda name: workshop(spec(name)), "a")
     await host.load("a")
     specs = [spec("a"), spec("known")]
     rules = ModelConfig()
     loader = ModelLoader(
-        *(host, workshop, rules), loaded=specs[:1], configured=specs, on_name=told.append, on_name_gone=gone.append
+        *(host, workshop, rules), loaded=specs[:1], configured=specs, on_name=named.append, on_name_gone=gone.append
     )
     workshop.errors |= {name: EngineFailed("no") for name in ("a", "known", "b")}
     workshop.slow.add("ended")
@@ -195,7 +195,7 @@ async def test_a_name_is_gone_when_its_load_failed_and_nothing_else_has_it():
     await loader.close()
     await host.close()
 
-    assert ["a", "known", "b", "c", "ended"] == told
+    assert ["a", "known", "b", "c", "ended"] == named
     assert ["b", "ended"] == gone
 
 

@@ -94,6 +94,17 @@ def test_every_failure_has_its_reason_in_a_word(error: Exception, reason: str):
     assert reason == load_failure(error).reason
 
 
+def test_a_long_message_of_a_library_ends_with_a_sentence():
+    """What to do about it otherwise breaks off in the middle of a command."""
+    said = "The type `mine` is not known. Look\nat the checkpoint. " + "To update run `pip install " + "x" * 300
+
+    assert (
+        "RuntimeError: The type `mine` is not known. Look at the checkpoint."
+        in load_failure(RuntimeError(said)).message
+    )
+    assert load_failure(RuntimeError("x" * 400)).message.endswith("x" * 300 + ".")
+
+
 @pytest.mark.parametrize(
     ("free", "wanted", "fitting"), [(10**6, 1, 1), (10**6, 3, 3), (4200, 2, 1), (8199, 2, 1), (8200, 2, 2)]
 )

@@ -23,14 +23,14 @@ PARAMS = SamplingParams(max_tokens=4, temperature=0.0, logprobs=2)
 @pytest.fixture
 def saves(monkeypatch: pytest.MonkeyPatch) -> list[Save]:
     """Every copy from a slot to the prefix cache."""
-    made, save = list[Save](), KVCache.save_prefix
+    copies, save = list[Save](), KVCache.save_prefix
 
     def record(cache: KVCache, slot: int, start: int, blocks: Sequence[int]) -> None:
         save(cache, slot, start, blocks)
-        made.append((slot, start, len(blocks)))
+        copies.append((slot, start, len(blocks)))
 
     monkeypatch.setattr(KVCache, "save_prefix", record)
-    return made
+    return copies
 
 
 def runner_for(slots: int = 1, prefix_cache_bytes: int = 10**6) -> BatchingRunner:

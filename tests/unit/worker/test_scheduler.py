@@ -513,7 +513,7 @@ class AnyOrder(RuleBasedStateMachine):
         assert sum(background) <= budget + len(counts) + BACKGROUND_TOKENS
 
     @rule(max_blocks=st.integers(1, 3))
-    def save_a_piece_ahead(self, max_blocks: int) -> None:
+    def save_blocks_ahead(self, max_blocks: int) -> None:
         move = self.machine.scheduler.save_ahead(max_blocks)
         assert move is None or not self.machine.live
         if move is not None:

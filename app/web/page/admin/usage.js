@@ -5,8 +5,10 @@ import { el } from "../dom.js";
 import { labelled } from "../settings.js";
 import { whole } from "../words.js";
 
+const PAGE = 200;
+
 export async function showUsage(api, content) {
-  const { keys } = await api.get("v1/keys?limit=200");
+  const keys = await allKeys(api);
   const own = await api.get("v1/usage");
   const key = el(
     "select",
@@ -31,6 +33,17 @@ export async function showUsage(api, content) {
     shown,
   );
   await draw();
+}
+
+async function allKeys(api) {
+  const keys = [];
+  let after = "";
+  do {
+    const page = await api.get(`v1/keys?limit=${PAGE}${after}`);
+    keys.push(...page.keys);
+    after = page.next && `&after=${encodeURIComponent(page.next)}`;
+  } while (after);
+  return keys;
 }
 
 function parts(report) {
