@@ -206,12 +206,12 @@ async def test_what_is_deleted_holds_up_no_other_writer_however_much_it_is(
 ):
     """No transaction deletes more than so many bytes: of a file, of the results of a batch, and of the batch."""
     monkeypatch.setattr(files_module, "CHUNK_BYTES", 10)
-    monkeypatch.setattr(files_module, "ERASED_BYTES", 25, raising=False)
+    monkeypatch.setattr(files_module, "ERASED_BYTES", 25)
     file = await upload(database, b"x" * 60)
     batch, batches, lines = await begun(database, 6), BatchStore(database), BatchLines(database)
     for line in await lines.claim(batch.id, ME, 6, LATER):
         await lines.store(line, ME, LineResult(content=b"x" * 10, failed=line.number % 2 == 0))
-    await batches.end(batch, BatchStatus.COMPLETED, file_expires=LATER)
+    await batches.end(batch, BatchStatus.COMPLETED, file_lifetime=DAY)
     batch = await batches.read(ANNA, batch.id)
     erased = list[int]()
     begin = database.begin

@@ -135,7 +135,8 @@ async def test_what_a_request_reads_waits_for_no_writer(tmp_path: Path):
     await database.migrate()
 
     def name(connection: Connection) -> str | None:
-        return connection.scalar(text("SELECT name FROM roles WHERE name = 'admin'"))
+        found: str | None = connection.scalar(text("SELECT name FROM roles WHERE name = 'admin'"))
+        return found
 
     try:
         with closing(sqlite3.connect(tmp_path / "a.db", isolation_level=None)) as writer:
