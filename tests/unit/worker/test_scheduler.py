@@ -400,6 +400,20 @@ def test_nothing_is_saved_ahead_while_a_slot_holds_nothing_or_there_are_no_block
     assert [] == [*empty.save_ahead(), *none.save_ahead()]
 
 
+def test_nothing_is_saved_ahead_while_a_sequence_runs_or_waits():
+    """What it leaves is saved when it has gone, behind what has been waiting for that."""
+    machine = Machine(slots=2, prefix_blocks=1000)
+    finished(machine, range(50), [-1] * 50)
+    sequence = machine.add([-2] * 50)
+    assert [] == machine.save_ahead()
+    machine.step()
+    assert [] == machine.save_ahead()
+    machine.finish(sequence)
+    assert [1, 0] == [move.slot for move in machine.save_ahead() if isinstance(move, PrefixSave)]
+    finished(machine, [-3] * 50)
+    assert [1] == [move.slot for move in machine.save_ahead() if isinstance(move, PrefixSave)]
+
+
 def test_few_slots_are_saved_ahead_those_first_that_are_needed_first():
     """Of conversations in many slots; the next ones only when those have been taken."""
     machine = Machine(slots=SLOTS_AHEAD + 3, prefix_blocks=1000)
