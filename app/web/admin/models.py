@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -179,7 +179,7 @@ async def _task(body: LoadModel, config: ModelConfig) -> Task:
     return task
 
 
-async def _frames(load: Load, container: Container, request_id: str) -> AsyncIterator[bytes]:
+async def _frames(load: Load, container: Container, request_id: str) -> AsyncGenerator[bytes, None]:
     async for progress in load.updates():
         yield frame({"status": "loading", **asdict(progress)}, "progress")
     try:
