@@ -121,10 +121,11 @@ class Authenticator:
         return verification
 
     async def _run(self, claim: KeyClaim, verification: _Verification, delay: float) -> None:
-        began = self._clock() + delay
+        began = self._clock()
         try:
             if delay:
                 await asyncio.sleep(delay)
+                began = self._clock()
             key = await self._verifier.verify(claim)
         except asyncio.CancelledError:
             verification.cancel()

@@ -371,6 +371,7 @@ class _Run:
         self.stats = RequestStats(metrics, self.samples)
         self._bound = fitted.prompt_tokens
         """Upper bound of the prompt's tokens."""
+        self._is_uncounted = fitted.is_upper_bound
         self._deltas: list[Delta] = []
         self._withheld_tokens = [0] * len(self.samples)
         """Tokens of each sample whose deltas were left out since the last one that was not."""
@@ -383,7 +384,10 @@ class _Run:
 
     def take_prompt_count(self) -> bool:
         """Take the engine's count of a prompt in place of its upper bound; return whether it is lower."""
-        counted = self.stats.prompt_tokens if self.fitted.is_upper_bound else 0
+        if not self._is_uncounted:
+            return False
+        counted = self.stats.prompt_tokens
+        self._is_uncounted = not counted
         is_lower = 0 < counted < self._bound
         self._bound = counted or self._bound
         return is_lower

@@ -28,6 +28,9 @@ CLOSE_SECONDS = 5.0
 READ_AHEAD = 16
 """Events buffered for a slow client before the generation waits for it."""
 
+LENIENCY = 0.25
+"""How much longer a stream may be quiet, and a client not read, as a share of that, for the sake of fewer timers."""
+
 UNWATCHED_SECONDS = 0.02
 """How long a response may take before its connection is watched for a disconnect."""
 
@@ -68,10 +71,6 @@ _T = TypeVar("_T")
 _log = structlog.get_logger("llm_service")
 
 
-class SlowReaderError(Exception):
-    """A client has left its receive buffer full for too long."""
-
-
 class SseResponse(Response):
     """Sends server-sent events that a task of its own makes, until they end or the client hangs up.
 
@@ -93,19 +92,27 @@ class SseResponse(Response):
         self._has_frames = asyncio.Event()
         self._has_capacity = asyncio.Event()
         self._opened = self._client_gone = False
-        self._pinging: asyncio.TimerHandle
+        self._sending_since: float | None = None
+        self._last_sent = 0.0
+        self._limit = asyncio.timeout(None)
+        """Expires when a send has taken too long."""
+        self._timer: asyncio.TimerHandle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Begun before anything is known of the response: what it needs is then not in the way of its first token.
         making = asyncio.create_task(self._make())
         watching = asyncio.create_task(self._watch(receive))
-        self._pinging = asyncio.get_running_loop().call_later(self._ping_seconds, self._ping)
+        self._last_sent = asyncio.get_running_loop().time()
+        self._set_timer()
         try:
-            await self._send_frames(making, send)
-        except SlowReaderError:
+            async with self._limit:
+                await self._send_frames(making, send)
+        except TimeoutError:
+            if not self._limit.expired():
+                raise
             _log.warning("A client did not read its stream and was cut off", seconds=self._send_timeout_seconds)
         finally:
-            self._pinging.cancel()
+            self._timer.cancel()
             watching.cancel()
             making.cancel()
             await asyncio.wait([making, watching], timeout=CLOSE_SECONDS)
@@ -133,10 +140,20 @@ class SseResponse(Response):
             self._has_capacity.clear()
             await self._has_capacity.wait()
 
-    def _ping(self) -> None:
-        """Show proxies and clients that the stream lives, if nothing else is about to."""
-        self._pinging = asyncio.get_running_loop().call_later(self._ping_seconds, self._ping)
-        if self._opened and not self._buffer:
+    def _set_timer(self) -> None:
+        # One for each send would cost more than to encode its frames.
+        seconds = min(self._ping_seconds, self._send_timeout_seconds) * LENIENCY
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._look)
+
+    def _look(self) -> None:
+        """Cut off a client that does not read, and show one to whom nothing is sent that the stream lives."""
+        self._set_timer()
+        now = asyncio.get_running_loop().time()
+        if self._sending_since is not None:
+            if now - self._sending_since >= self._send_timeout_seconds:
+                self._sending_since = None
+                self._limit.reschedule(now)
+        elif self._opened and not self._buffer and now - self._last_sent >= self._ping_seconds:
             self._buffer.append(_KEEP_ALIVE)
             self._has_frames.set()
 
@@ -150,9 +167,9 @@ class SseResponse(Response):
     async def _send_frames(self, making: asyncio.Task[None], send: Send) -> None:
         """Send frames as they are put; those that are ready at the same moment leave together.
 
-        Raises: ClientDisconnected: the client hung up before the response began.  SlowReaderError.
+        Raises: ClientDisconnected: the client hung up before the response began.
         """
-        begun = False
+        begun, clock = False, asyncio.get_running_loop().time
         while not making.done() or self._buffer:
             await self._has_frames.wait()
             self._has_frames.clear()
@@ -165,14 +182,12 @@ class SseResponse(Response):
             self._has_capacity.set()
             if not ready:
                 continue
-            try:
-                async with asyncio.timeout(self._send_timeout_seconds):
-                    if not begun:
-                        begun = True
-                        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                    await send({"type": "http.response.body", "body": ready, "more_body": True})
-            except TimeoutError:
-                raise SlowReaderError from None
+            self._sending_since = clock()
+            if not begun:
+                begun = True
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": ready, "more_body": True})
+            self._last_sent, self._sending_since = self._sending_since, None
         await making
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -69,16 +69,17 @@ class ChunkStreamEncoder:
         self._n = n
         self._stream_usage = stream_usage
         self._so_far: dict[int, Usage] = {}
-        """Usage of each choice so far, prompt included."""
+        """Usage of each choice so far, prompt included; its completion is counted only where each chunk has it."""
 
     def encode(self, event: Event) -> bytes:
         match event:
             case Started():
                 return self._begin(event)
             case Delta():
-                so_far = self._so_far[event.index]
-                usage = replace(so_far, completion_tokens=so_far.completion_tokens + event.tokens)
-                self._so_far[event.index] = usage
+                usage = self._so_far[event.index]
+                if self._stream_usage is StreamUsage.CONTINUOUS:
+                    usage = replace(usage, completion_tokens=usage.completion_tokens + event.tokens)
+                    self._so_far[event.index] = usage
                 return self._chunk(self._choices.delta(event), usage)
             case Finished():
                 return self._end(event)

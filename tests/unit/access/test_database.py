@@ -134,9 +134,8 @@ async def test_what_a_request_reads_waits_for_no_writer(tmp_path: Path):
     database = Database(f"sqlite:///{tmp_path / 'a.db'}", wait_seconds=0.5)
     await database.migrate()
 
-    def name(connection: Connection) -> str | None:
-        found: str | None = connection.scalar(text("SELECT name FROM roles WHERE name = 'admin'"))
-        return found
+    def name(connection: Connection) -> str:
+        return str(connection.scalar(text("SELECT name FROM roles WHERE name = 'admin'")))
 
     try:
         with closing(sqlite3.connect(tmp_path / "a.db", isolation_level=None)) as writer:
