@@ -278,7 +278,7 @@ async def test_a_request_aborted_as_it_claims_keeps_nobody_waiting(
 
         monkeypatch.setattr(one.store, "claim", claim_and_abort)
         (last,) = await read(one.below.stream(REQUEST))
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(HANG_SECONDS / 2):  # it would wait for as long as HANG_SECONDS
             answer = await other.send()
 
     assert FinishReason.ABORT is finished_of([last]).finish_reason

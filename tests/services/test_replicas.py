@@ -10,7 +10,7 @@ from sqlalchemy import func, select, update
 
 from app.access import authenticator
 from app.access.background import BackgroundGroup
-from app.access.database import Database
+from app.access.database import WAIT_SECONDS, Database
 from app.access.ledger import Month, balance
 from app.access.quotas import Quotas
 from app.access.tables import completion_cache, inference_log
@@ -69,7 +69,7 @@ async def test_an_answer_outlives_its_process_and_is_shared(url: str, tmp_path: 
 
 async def test_what_a_dead_process_had_reserved_is_released_by_its_lease(url: str, database: Database):
     """A living one renews its own; a commit that comes too late still counts."""
-    config = QuotaConfig(lease_seconds=0.4)
+    config = QuotaConfig(lease_seconds=1.5)
     other = Database(url)
     dead, alive = Quotas(other, config), Quotas(database, config)
     groups = BackgroundGroup(), BackgroundGroup()
@@ -86,7 +86,7 @@ async def test_what_a_dead_process_had_reserved_is_released_by_its_lease(url: st
     async with asyncio.timeout(HANG_SECONDS):
         while (await balance(database, counter)).reserved != 500:  # noqa: ASYNC110  # another task's work
             await asyncio.sleep(0.05)
-    await asyncio.sleep(0.6)
+    await asyncio.sleep(1.5 * config.lease_seconds)
     freed = await balance(database, counter)
     await alive.commit(held, 20)
     await alive.commit(lost, 30)
@@ -102,7 +102,7 @@ async def test_what_a_dead_process_had_reserved_is_released_by_its_lease(url: st
 @pytest.mark.services
 async def test_quotas_survive_a_restart_of_postgres(postgres: Postgres, postgres_url: str, tmp_path: Path):
     """While it is down: 503 for a key with a quota, an answer for one without.  Then all is counted exactly once."""
-    async with running(tmp_path, database={"url": postgres_url}) as service:
+    async with running(tmp_path, patience=WAIT_SECONDS, database={"url": postgres_url}) as service:
         key = await service.key(limits={"monthly_tokens": 100_000})
         statuses = [(await service.generate(key)).status_code for _ in range(5)]
         open_request = asyncio.create_task(service.generate(key, prompt="word " * 100, max_tokens=500))
@@ -154,7 +154,7 @@ async def test_a_stalled_postgres_slows_no_request_down(
     # Longer than the database's own limit of two seconds: one that waits at all waits as long as that.
     monkeypatch.setattr(authenticator, "KNOWN_WAIT_SECONDS", 10)
     loop = asyncio.get_running_loop()
-    async with running(tmp_path, database={"url": postgres_url}) as service:
+    async with running(tmp_path, patience=WAIT_SECONDS, database={"url": postgres_url}) as service:
         keys = [ADMIN_KEY, await service.key()]
         took = []
 

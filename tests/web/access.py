@@ -3,9 +3,11 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import httpx
 from fastapi import FastAPI
@@ -16,6 +18,7 @@ from app.config import Settings, load_settings
 from app.engine.base import Engine
 from app.main import create_app
 from app.web.http.dependencies import Container
+from tests.waiting import HANG_SECONDS
 from tests.web.harness import started
 
 ADMIN_KEY = "access-tests-key-0123456789"
@@ -82,8 +85,13 @@ async def provide_database(settings: Settings) -> None:
 
 
 @asynccontextmanager
-async def running(folder: Path, *, engine: Engine | None = None, **sections: Any) -> AsyncIterator[Running]:
-    """Run the application with the echo engine until the block ends."""
+async def running(
+    folder: Path, *, engine: Engine | None = None, patience: float = HANG_SECONDS, **sections: Any
+) -> AsyncIterator[Running]:
+    """Run the application with the echo engine until the block ends.
+
+    Args: patience: seconds that a request waits for the database; a busy machine is no outage.
+    """
     given: dict[str, Any] = {
         "app": {"data_dir": folder},
         "model": {"engine": "echo", "temperature": 0},
@@ -97,6 +105,12 @@ async def running(folder: Path, *, engine: Engine | None = None, **sections: Any
     }
     settings = load_settings(folder / "none.yml", None, **given)
     await provide_database(settings)
-    app = create_app(settings, engines={"echo": engine} if engine else None)
-    async with started(app):
-        yield Running(app)
+    with (
+        patch("app.access.access.Database", partial(Database, wait_seconds=patience)),
+        patch("app.access.database.WAIT_SECONDS", patience),
+        patch("app.access.quotas.WAIT_SECONDS", patience),
+        patch("app.access.response_cache.WAIT_SECONDS", patience),
+    ):
+        app = create_app(settings, engines={"echo": engine} if engine else None)
+        async with started(app):
+            yield Running(app)

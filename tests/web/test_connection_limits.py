@@ -42,7 +42,7 @@ async def metric(web: Web, port: int, name: str) -> float:
 async def test_however_many_are_slow_every_other_client_is_served(kind):
     """Sixty that send little or nothing, with places for twenty."""
     web = await make_web(security={"max_connections": 20})
-    async with web.listening() as port, RawClient(port) as known:
+    async with web.listening(timeout_keep_alive=2 * HANG_SECONDS) as port, RawClient(port) as known:
         await known.send([REQUEST])
         await known.read_responses(1)
         async with opened(port, 60, SLOW[kind]):

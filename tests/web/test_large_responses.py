@@ -1,6 +1,7 @@
 """Responses of megabytes: log-probabilities of thousands of tokens neither hold up the service nor fill its memory."""
 
 import asyncio
+import gc
 import json
 import time
 import tracemalloc
@@ -25,6 +26,8 @@ from tests.web.raw_sockets import RawClient, statuses
 
 TOP = 20
 PER_DELTA = 64
+MOST_SHARE = 0.2
+"""Of the processor time of the whole JSON; a sample has 0.25 of it, and what is usual is 0.01 to 0.04."""
 PATHS = ("/v1/generate", "/v1/chat", "/v1/chat/completions", "/v1/completions", "/v1/generate/batch")
 
 
@@ -99,7 +102,7 @@ class LoopProbe:
 
 @pytest.mark.parametrize("path", PATHS)
 async def test_a_large_response_is_encoded_and_sent_without_holding_up_the_others(path):
-    """The event loop is never held as long as a tenth of what encoding its JSON at once takes."""
+    """The event loop is never held as long as encoding one of its four samples at once would take."""
     service = LargeService()
     web = await make_web(service)
     content = json.dumps(body(path)).encode()
@@ -112,14 +115,18 @@ async def test_a_large_response_is_encoded_and_sent_without_holding_up_the_other
         encode_json(chat_logprobs(tokens))
         at_once = time.thread_time() - began
         del tokens
-        async with web.listening() as port, RawClient(port) as client, LoopProbe() as probe:
-            await client.send([request])
-            await client.read_to_end()
+        gc.disable()  # what it looks through are the objects of all tests
+        try:
+            async with web.listening() as port, RawClient(port) as client, LoopProbe() as probe:
+                await client.send([request])
+                await client.read_to_end()
+        finally:
+            gc.enable()
         return client, probe.longest / at_once
 
     client, share = await held_up()
     for _ in range(4):  # what the machine does beside it shows once; a response that holds up the loop does each time
-        if share < 0.1:
+        if share < MOST_SHARE:
             break
         client, share = await held_up()
 
@@ -128,7 +135,7 @@ async def test_a_large_response_is_encoded_and_sent_without_holding_up_the_other
     assert f"content-length: {len(answer)}".encode() in head
     assert len(answer) > 1_000_000
     assert json.loads(answer)
-    assert share < 0.1
+    assert share < MOST_SHARE
 
 
 async def test_its_objects_are_freed_while_it_is_generated():

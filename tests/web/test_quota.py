@@ -14,12 +14,13 @@ import httpx
 import pytest
 
 from app.access import usage_log
+from app.access.database import WAIT_SECONDS
 from app.engine.base import PreparedPrompt
 from app.engine.echo import EchoEngine
 from app.events import Delta
 from app.requests import GenerationRequest
 from app.types import EngineState
-from tests.waiting import until
+from tests.waiting import HANG_SECONDS, until
 from tests.web.access import ADMIN_KEY, Running, running
 from tests.web.harness import frames
 
@@ -52,7 +53,7 @@ async def used(service: Running, key: str) -> tuple[int, int]:
 
 async def counted(service: Running, key: str, tokens: int) -> None:
     """Wait until the log has been written."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(HANG_SECONDS):
         while await used(service, key) != (tokens, 0):  # noqa: ASYNC110  # another task's work has no event
             await asyncio.sleep(0.01)
 
@@ -470,7 +471,9 @@ async def test_at_the_end_nothing_is_left_unwritten(tmp_path: Path):
 
 async def test_a_stalled_database_slows_no_request_down_and_lost_rows_are_counted(tmp_path: Path):
     """Another process holds SQLite's lock; keys without a quota never notice, and the event loop goes on."""
-    async with running(tmp_path, usage_log={"flush_seconds": 0.01, "max_waiting": 10}) as service:
+    async with running(
+        tmp_path, patience=WAIT_SECONDS, usage_log={"flush_seconds": 0.01, "max_waiting": 10}
+    ) as service:
         await service.generate(ADMIN_KEY)
         blocker = sqlite3.connect(tmp_path / "service.db", isolation_level=None)
         blocker.execute("BEGIN EXCLUSIVE")
@@ -509,7 +512,7 @@ async def test_old_rows_are_deleted_in_bounded_batches(service: Running, monkeyp
 @pytest.mark.parametrize(("policy", "status"), [("closed", 503), ("open", 200)])
 async def test_without_a_database_quotas_refuse_or_let_pass_as_configured(tmp_path: Path, policy: str, status: int):
     """Keys seen lately are still known; closed is 503 with a time to come back, open answers."""
-    async with running(tmp_path, quota={"on_outage": policy}) as service:
+    async with running(tmp_path, patience=WAIT_SECONDS, quota={"on_outage": policy}) as service:
         key = await service.key(limits={"monthly_tokens": 1000})
         assert 200 == (await service.generate(key)).status_code
         blocker = sqlite3.connect(tmp_path / "service.db", isolation_level=None)

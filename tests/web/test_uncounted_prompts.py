@@ -18,7 +18,7 @@ from tests.unit.engine.remote.scripted_server import (
     engine_on,
     event,
 )
-from tests.waiting import until
+from tests.waiting import HANG_SECONDS, until
 from tests.web.harness import CHAT, Web, make_web
 
 CHATS = "/v1/chat/completions"
@@ -123,7 +123,7 @@ async def test_who_hangs_up_pays_for_the_prompt_as_the_server_counted_it():
     """And until then holds no more of its limit a minute than its request can take."""
     server = make_server(Reply([counted(7, 0, ""), counted(7, 1, "Hello "), FOREVER]))
     limits = {"requests_per_minute": 1000, "burst_size": 1000, "tokens_per_minute": 10_000}
-    async with web_on(server, rate_limit=limits) as web, asyncio.timeout(10):
+    async with web_on(server, rate_limit=limits) as web, asyncio.timeout(HANG_SECONDS):
         async with web.client() as client:
             waiting = asyncio.create_task(client.post(CHATS, json=CHAT | {"max_tokens": 100}))
             await until(lambda: server.live > 0)

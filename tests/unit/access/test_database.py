@@ -117,7 +117,7 @@ async def test_rows_whose_model_was_never_known_become_null(tmp_path: Path):
         command.downgrade(config, "0002")
         connection.execute(insert(inference_log), [values | {"model": name} for name in ("", "m")])
 
-    async with database.begin() as connection:
+    async with database.begin(database_module.MIGRATION_SECONDS) as connection:
         await connection.run_sync(downgrade_and_write)
     await database.migrate()
 

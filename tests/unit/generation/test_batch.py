@@ -115,21 +115,21 @@ async def test_a_batch_that_has_begun_waits_for_a_place_a_while(monkeypatch: pyt
     """Others take its place in between; the rest of it is generated once there is one again."""
     service = LimitedService(1)
 
-    async def take_place() -> None:
+    async def take_place(seconds: float) -> None:
         while service.begun < 2:  # noqa: ASYNC110  # what is waited for has no event
             await asyncio.sleep(0)
         service.places = 0
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(seconds)
         service.places = 1
 
-    taking = asyncio.create_task(take_place())
+    taking = asyncio.create_task(take_place(0.05))
     outcomes = await asyncio.wait_for(generate_each(service.generate, requests(*"abcdef")), HANG_SECONDS)
     await taking
     monkeypatch.setattr(batch, "WAIT_SECONDS", 0.03)
     service.begun, service.places = 0, 1
-    closing = asyncio.create_task(take_place())
+    closing = asyncio.create_task(take_place(HANG_SECONDS))
     late = await asyncio.wait_for(generate_each(service.generate, requests(*"abcdef")), HANG_SECONDS)
-    await closing
+    closing.cancel()
 
     assert list("abcdef") == texts_of(outcomes)
     assert {"EngineBusy"} == set(texts_of(late)) - set("abcdef")

@@ -116,12 +116,12 @@ async def test_what_will_not_succeed_is_the_lines_result(running: Runner, error:
 
 
 async def test_a_line_that_ended_its_process_again_and_again_is_not_tried_any_more(running: Runner):
+    running.parallel = 0
     running.create("c", 2)
-    running.routes.gate.clear()
-    await running.until(lambda: len(running.routes.running) == 2)
+    await running.until(lambda: running.store.batches["c"].status is BatchStatus.IN_PROGRESS)
     line = running.store.lines["c"][1]
-    line.state, line.owner, line.attempts = "waiting", None, MAX_ATTEMPTS  # as a dead process leaves it
-    running.routes.gate.set()
+    line.attempts = MAX_ATTEMPTS  # as dead processes leave it
+    running.parallel = 4
     await running.until(lambda: running.is_over("c"))
     assert b"internal_server_error" == line.result
 

@@ -162,7 +162,7 @@ async def test_closing_ends_what_waits(pool: RedactionPool) -> None:
 
 
 async def test_a_long_text_waits_for_one_piece_of_another_tenant_and_not_for_all(pool: RedactionPool) -> None:
-    """Behind a hundred long texts of one tenant the first of another is done among the first."""
+    """Behind thirty long texts of one tenant the first of another is done among the first."""
     await pool.redact("quiet", DIGITS)
     done: list[str] = []
 
@@ -170,12 +170,12 @@ async def test_a_long_text_waits_for_one_piece_of_another_tenant_and_not_for_all
         await pool.redact(tenant, DIGITS)
         done.append(tenant)
 
-    loud = [asyncio.create_task(redact("loud")) for _ in range(100)]
-    await asyncio.sleep(0.05)
+    loud = [asyncio.create_task(redact("loud")) for _ in range(30)]
+    await asyncio.sleep(0)  # they wait in the queue
     await redact("quiet")
     await asyncio.gather(*loud)
 
-    assert done.index("quiet") < 50
+    assert done.index("quiet") < 15
 
 
 async def order(*items: tuple[str, float]) -> list[str]:
