@@ -379,16 +379,19 @@ class LocalEngine:
             next(self._numbers), request, self.tokenizer, deadlines, self._forget, self.info.stop_strings
         )
         self._live[live.number] = live
-        self._worker.submit(
-            Submit(
-                id=live.number,
-                prompt_ids=request.prompt_ids or (),
-                params=with_stop_tokens(request.sampling, live.hidden_stops),
-                tenant=_share_of(request),
-                adapter=request.adapter_digest,
-                priority=request.priority,
-            )
+        message = Submit(
+            id=live.number,
+            prompt_ids=request.prompt_ids or (),
+            params=with_stop_tokens(request.sampling, live.hidden_stops),
+            tenant=_share_of(request),
+            adapter=request.adapter_digest,
+            priority=request.priority,
         )
+        try:
+            self._worker.submit(message)
+        except UnicodeEncodeError:
+            live.end(FinishReason.ABORT)
+            raise InvalidRequest("A stop string or the grammar is not valid Unicode text.") from None
         return live
 
     def _refuse_too_many(self, request: GenerationRequest) -> None:
