@@ -107,16 +107,19 @@ class GenerationQueue:
         deadlines = self._deadlines.times(BACKGROUND_PATIENCE) if background else self._deadlines
         live = LiveRequest(next(self._numbers), request, tokenizer, deadlines, self._forget, info.stop_strings)
         self._live[live.number] = live
-        self._worker.submit(
-            Submit(
-                id=live.number,
-                prompt_ids=request.prompt_ids or (),
-                params=with_stop_tokens(request.sampling, live.hidden_stops),
-                tenant=_scheduled_tenant(request),
-                adapter=request.adapter_digest,
-                priority=request.priority,
-            )
+        message = Submit(
+            id=live.number,
+            prompt_ids=request.prompt_ids or (),
+            params=with_stop_tokens(request.sampling, live.hidden_stops),
+            tenant=_scheduled_tenant(request),
+            adapter=request.adapter_digest,
+            priority=request.priority,
         )
+        try:
+            self._worker.submit(message)
+        except UnicodeEncodeError:
+            live.end(FinishReason.ABORT)
+            raise InvalidRequest("A stop string or the grammar is not valid Unicode text.") from None
         return live
 
     def abort(self, request_id: str) -> None:

@@ -120,17 +120,23 @@ class RegisteredModels:
         self._uses[revision] -= 1
         if not self._uses[revision] and revision in self._discarded:
             self._discarded.discard(revision)
-            await self._store.remove(self._versions[revision])
+            await self._discard(self._versions[revision])
 
     async def _discard(self, version: ModelVersion) -> None:
-        used = [
-            revision
-            for revision, known in self._versions.items()
-            if (known.name, known.version) == (version.name, version.version) and self._uses[revision]
-        ]
-        self._discarded.update(used)
-        if not used:
-            await self._store.remove(version)
+        """Remove the files of a version, now or with their last use."""
+
+        def is_used() -> bool:
+            used = [
+                revision
+                for revision, known in self._versions.items()
+                if (known.name, known.version) == (version.name, version.version) and self._uses[revision]
+            ]
+            self._discarded.update(used)
+            return bool(used)
+
+        # Asked again then: whoever is fetching them now uses them as soon as it has them.
+        if not is_used():
+            await self._store.remove(version, is_used=is_used)
 
 
 def _means(uri: ModelUri, version: ModelVersion) -> bool:

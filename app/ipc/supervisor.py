@@ -145,9 +145,12 @@ class Supervisor:
         return {name: value for name, value in details.items() if value is not None}
 
     def submit(self, request: Submit | Embed) -> None:
-        """Send the worker a request; it is in flight until an event ends it.  Only while READY."""
-        self._in_flight.add(request.id)
+        """Send the worker a request; it is in flight until an event ends it.  Only while READY.
+
+        Raises: UnicodeEncodeError: a text of it is not valid Unicode.
+        """
         self._send(request)
+        self._in_flight.add(request.id)
 
     def send(self, message: LoadAdapter | UnloadAdapter) -> None:
         """Send a message that begins no request; it is lost where no worker runs."""

@@ -91,10 +91,14 @@ class ModelStore:
         """Store the same.  Raises: RegistryUnavailable: it cannot be written."""
         await asyncio.to_thread(write_history, self._history_path(uri), history)
 
-    async def remove(self, version: ModelVersion) -> None:
-        """Remove the files of a version, and leave their record."""
+    async def remove(self, version: ModelVersion, *, is_used: Callable[[], bool] = lambda: False) -> None:
+        """Remove the files of a version, and leave their record.
+
+        Args: is_used: is asked once no other call has to do with these files; what is used stays.
+        """
         async with self._turns.setdefault((version.name, version.version), asyncio.Lock()):
-            await asyncio.to_thread(shutil.rmtree, self._path(version), True)
+            if not is_used():
+                await asyncio.to_thread(shutil.rmtree, self._path(version), True)
 
     async def _download(
         self, version: ModelVersion, artifact_uri: str, record: Record | None, report: Callable[[Progress], None]

@@ -10,7 +10,7 @@ from app.config import DeadlineConfig, ModelConfig
 from app.engine.local import LocalEngine
 from app.events import Event
 from app.ipc.liveness import Pulse
-from app.ipc.messages import Cancel, FromWorker, Ready, Shutdown, Step, Submit, TokenEvent, ToWorker
+from app.ipc.messages import Cancel, FromWorker, Ready, Shutdown, Step, Submit, TokenEvent, ToWorker, encode
 from app.ipc.worker_process import WorkerLostError
 from app.requests import GenerationRequest
 from app.types import SamplingParams, Tenant, TokenLogprob
@@ -37,6 +37,7 @@ class FakeLink:
         self._sent: asyncio.Queue[FromWorker | WorkerLostError] = asyncio.Queue()
 
     def send(self, message: ToWorker) -> None:
+        encode(message)  # which fails for what a real one could not be sent either
         self.heard.append(message)
         if isinstance(message, Submit):
             self.open.append(message.id)

@@ -1,7 +1,8 @@
 """Models of a registry come and go with their aliases; the registry is a stub on a real socket, downloads are real."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from app.errors import ModelLoadFailed, ModelNotFound, ModelRefused, RegistryUna
 from app.registry.client import RegistryServer
 from app.registry.downloader import Downloader
 from app.registry.model_store import ModelStore
+from app.registry.model_uri import parse_model_uri
 from tests.unit.engine.served import serve
 from tests.unit.registry.fetching_engine import FetchingEngine
-from tests.unit.registry.stub import Registry, serving
-from tests.waiting import HANG_SECONDS
+from tests.unit.registry.stub import Registry, Reply, serving
+from tests.waiting import HANG_SECONDS, until
 
 PRODUCTION = "models:/chat@production"
 POLL_SECONDS = 0.05
@@ -229,6 +231,32 @@ async def test_files_that_another_model_uses_stay_until_it_is_gone(registry: Reg
 
         await pinned.release()
         assert {"2"} == folders(tmp_path)
+
+
+async def test_files_that_are_fetched_while_they_are_to_be_removed_stay_until_they_are_released(
+    registry: Registry, tmp_path: Path
+):
+    """As where an alias leaves a version that another model is being loaded from."""
+    may_go_on = threading.Event()
+
+    def slow(params: Mapping[str, str]) -> Reply:
+        may_go_on.wait(HANG_SECONDS)
+        return 200, {}, registry.files["model/model.safetensors"]
+
+    registry.replies["/model.safetensors"] = slow
+    models = registered(registry, tmp_path)
+    fetching = asyncio.create_task(models.fetch("models:/chat/1", lambda progress: None))
+    await until(lambda: any(path.endswith("/model.safetensors") for path, _ in registry.requests))
+    removing = asyncio.create_task(models.refuse(parse_model_uri(PRODUCTION), "1", "It failed."))
+    await until(lambda: bool(list(tmp_path.glob("*/chat/alias-*.json"))))
+    await asyncio.sleep(0.1)
+    may_go_on.set()
+    fetched = await fetching
+    await removing
+    assert (fetched.folder / "model.safetensors").is_file()
+
+    await fetched.release()
+    assert not fetched.folder.exists()
 
 
 async def test_a_version_that_was_copied_to_another_model_is_not_taken_for_that_one(registry: Registry, tmp_path: Path):

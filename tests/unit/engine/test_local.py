@@ -78,6 +78,19 @@ async def test_a_stop_string_that_names_a_special_token_reaches_the_worker_as_th
     assert tuple(sorted((7, token_id(TOKENIZER, "<|endoftext|>")))) == submitted.params.stop_token_ids
 
 
+async def test_a_text_that_cannot_be_sent_is_refused_and_takes_no_place(folder: Path):
+    """The worker would seem to have work without progress, and be killed for it."""
+    workers = FakeWorkers(folder)
+    async with engine_on(workers, stall_seconds=0.1) as engine:
+        with pytest.raises(InvalidRequest, match="not valid Unicode"):
+            await read_into([], engine.stream(make_request(stop=("\ud800",))))
+
+        status = engine.status()
+        assert (0, 0) == (status.running, status.waiting)
+        await asyncio.sleep(0.5)
+        assert (EngineState.READY, 1) == (engine.status().state, len(workers.links))
+
+
 async def test_what_may_be_a_stop_string_is_shown_when_the_completion_ends(folder: Path):
     """Withheld text is part of the completion once no more can come."""
     workers = FakeWorkers(folder)
