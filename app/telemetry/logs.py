@@ -40,6 +40,8 @@ QUIET_LOGGERS = [
     *("langsmith", "transformers", "urllib3"),
 ]
 """Libraries whose lines below WARNING contain prompts, completions or addresses, or are of no use to an operator."""
+SECRETIVE_LOGGERS = ("opentelemetry.trace.span", "slowapi")
+"""Libraries whose warnings print what clients send: a header that is no trace, the key that a limit is counted by."""
 
 dropped_lines = Counter("log_lines_dropped", "Log lines lost to a full queue or a failing sink", registry=None)
 """One counter for the process, as the standard library's loggers are; every `Metrics` exports it."""
@@ -244,8 +246,8 @@ def _tame_libraries(level: int) -> None:
         logger.propagate = name != "uvicorn.access"
     for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(max(level, logging.WARNING))
-    # Its warnings print the key that a limit is counted by.
-    logging.getLogger("slowapi").setLevel(logging.ERROR)
+    for name in SECRETIVE_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _header_first(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:

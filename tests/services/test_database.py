@@ -13,7 +13,7 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
-from sqlalchemy import Connection, delete, func, select, text
+from sqlalchemy import Connection, delete, event, func, select, text
 
 from app.access import tables
 from app.access.background import BackgroundGroup
@@ -226,3 +226,19 @@ async def test_a_name_of_another_server_holds_up_no_row_of_the_log(database: Dat
         found = dict((await connection.execute(select(*columns))).tuples().all())
     assert {"a": "long" * 64, "b": "null", "c": "plain"} == found
     assert (None, []) == (database.breaker.fault, lost)
+
+
+async def test_the_last_use_of_many_keys_is_written_in_a_few_statements(database: Database):
+    """One for each key would take longer than a transaction may, again and again."""
+    keys, now = KeyStore(database), datetime.now(UTC)
+    used = [(await keys.create(role="free"))[0].id for _ in range(2)]
+    statements = list[str]()
+
+    @event.listens_for(database.engine.sync_engine, "before_cursor_execute")
+    def note(connection: object, cursor: object, statement: str, *rest: object) -> None:
+        statements.append(statement)
+
+    others = {f"key{number}": now for number in range(2498)}
+    await keys.used(others | dict.fromkeys(used, now))
+    assert 3 == sum("last_used" in each for each in statements)
+    assert [now, now] == [(await keys.read(key_id)).last_used for key_id in used]

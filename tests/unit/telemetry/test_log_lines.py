@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import structlog
+from opentelemetry.trace import TraceState
 from structlog.contextvars import bind_contextvars, unbind_contextvars
 
 from app.config import LoggingConfig
@@ -155,6 +156,7 @@ def test_libraries_that_log_what_clients_send_are_silenced() -> None:
         logging.getLogger("langchain_core.tracers").info("secret")
         logging.getLogger("uvicorn.access").info("GET /?q=secret")
         logging.getLogger("slowapi").warning("ratelimit exceeded for key secret")
+        TraceState.from_header(["a secret in the header tracestate"])
         logging.getLogger("transformers.generation").warning("shown")
 
     assert ["shown"] == [json.loads(line)["message"] for line in logged(act, level="DEBUG")]
