@@ -284,11 +284,18 @@ async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, _T]) 
         return working.result()
     finally:
         # A finished task is left alone: awaiting it again would cut the traceback of its error.
-        for task in tasks:
-            if not task.done():
+        if pending := {task for task in tasks if not task.done()}:
+            for task in pending:
+                task.add_done_callback(_retrieve)
                 task.cancel()
-                with suppress(asyncio.CancelledError, Exception):
-                    await task
+            # Not each task itself: another cancellation would go on to it, and interrupt what it frees.
+            await asyncio.wait(pending)
+
+
+def _retrieve(task: asyncio.Future[Any]) -> None:
+    """Take the error of a task that nobody waits for, which the loop would log with its message."""
+    if not task.cancelled():
+        task.exception()
 
 
 async def _disconnected(request: Request) -> None:

@@ -377,6 +377,28 @@ async def test_cancelling_the_route_cancels_its_work():
     assert generation.closed
 
 
+async def test_a_second_cancellation_does_not_interrupt_what_the_work_frees():
+    begun, cleaning, freed = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def work() -> None:
+        try:
+            begun.set()
+            await asyncio.Event().wait()
+        finally:
+            cleaning.set()
+            await asyncio.sleep(0.01)
+            freed.set()
+
+    route = asyncio.create_task(cancel_on_disconnect(Client().request, work()))
+    for moment in (begun, cleaning):
+        await moment.wait()
+        route.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await route
+    async with asyncio.timeout(HANG_SECONDS):
+        await freed.wait()
+
+
 async def test_work_that_is_done_wins_over_a_hang_up_at_the_same_moment():
     async def work() -> str:
         return "done"
