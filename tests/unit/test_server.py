@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,14 @@ from pydantic import SecretStr
 from app.config import Settings
 from app.config.sections import AppConfig, SecurityConfig
 from app.server import announce_when_ready, how_to_use, page_code
+
+
+@pytest.fixture(autouse=True)
+def usual_collection() -> Iterator[None]:
+    """Give the other tests of this process Python's own thresholds back."""
+    thresholds = gc.get_threshold()
+    yield
+    gc.set_threshold(*thresholds)
 
 
 async def test_objects_alive_when_the_model_is_ready_are_frozen_for_the_garbage_collector(
@@ -31,6 +40,23 @@ async def test_objects_alive_when_the_model_is_ready_are_frozen_for_the_garbage_
     assert await announce_when_ready(ready, server, Settings(), 8000)
     assert gc.get_freeze_count() >= frozen[0] + len(alive)
     assert "is ready: http://" in capsys.readouterr().out
+
+
+async def test_what_a_burst_of_requests_has_begins_no_round_of_garbage_collection() -> None:
+    """Its objects are freed without one, and 32 requests have some 10,000 at once."""
+    server: Any = SimpleNamespace(stopping=False, listening=asyncio.Event())
+    server.listening.set()
+
+    async def ready() -> None:
+        return
+
+    assert await announce_when_ready(ready, server, Settings(), 8000, quiet=True)
+    gc.collect()
+    before = [generation["collections"] for generation in gc.get_stats()]
+    alive: list[list[int]] = [[] for _ in range(10_000)]
+
+    assert before == [generation["collections"] for generation in gc.get_stats()]
+    assert len(alive) == 10_000
 
 
 async def test_how_to_use_it_is_printed_only_once_connections_are_accepted(capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,11 +33,11 @@ class AdaptedEngine(LoadingEngine):
         super().__init__(loaded, workshop.errors.get(loaded.name))
         self.workshop = workshop
         self.held: list[str] = []
-        self.asked: list[str] = []
+        self.requested: list[str] = []
         """Folders, from the moment in which they begin to be read."""
 
     async def load_adapter(self, files: AdapterFiles, max_rank: int) -> AdapterLoaded:
-        self.asked.append(Path(files.folder).name)
+        self.requested.append(Path(files.folder).name)
         await self.workshop.may_read.wait()
         if files.folder in self.workshop.misfits:
             raise InvalidRequest("The adapter cannot be loaded: it belongs to another model.")
@@ -170,7 +170,7 @@ async def test_an_adapter_that_is_loaded_while_its_model_is_replaced_is_kept(tmp
         it.workshop.may_read.clear()
         loading = asyncio.create_task(it.host.load_adapter("other", "two", None))
         replacing = it.loader.replace(spec("a", dtype="float16"))
-        await until(lambda: len(it.workshop.engines) == 2 and it.workshop.engines[0].asked == ["one", "two"])
+        await until(lambda: len(it.workshop.engines) == 2 and it.workshop.engines[0].requested == ["one", "two"])
         it.workshop.may_read.set()
         await loading
         await replacing.wait()
