@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Select, bindparam, exists, insert, select, tuple_, update
+from sqlalchemy import Select, bindparam, insert, select, tuple_, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -208,7 +208,9 @@ async def _read(connection: AsyncConnection, key_id: str) -> KeyRecord:
 
 
 async def _require_role(connection: AsyncConnection, name: str) -> None:
-    if not await connection.scalar(select(exists().where(tables.roles.c.name == name))):
+    # Locked until the key has it: a role that is being deleted waits, and then finds the key.
+    role = select(tables.roles.c.name).where(tables.roles.c.name == name).with_for_update(read=True)
+    if await connection.scalar(role) is None:
         raise RoleNotFound("There is no role of this name.")
 
 

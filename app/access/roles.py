@@ -81,7 +81,10 @@ class RoleStore:
         """Raises: RoleNotFound: there is none.  Conflict: it is built in, or keys have it."""
         if name in BUILT_IN:
             raise Conflict("This role is built in; it can be changed but not deleted.")
+        role = select(tables.roles.c.name).where(tables.roles.c.name == name).with_for_update()
         async with self._db.begin() as connection:
+            # Locked first: whoever gives it to a key at the same moment has done so, or finds it gone.
+            await connection.execute(role)
             used = exists().where(tables.api_keys.c.role == name)
             if await connection.scalar(select(used)):
                 raise Conflict("Keys have this role; give them another one first.")

@@ -18,13 +18,15 @@ from sqlalchemy import Connection, delete, event, func, select, text
 from app.access import tables
 from app.access.background import BackgroundGroup
 from app.access.database import WAIT_SECONDS, Database, head_revision
-from app.access.keys import KeyStore
+from app.access.keys import KeyRecord, KeyStore
 from app.access.ledger import Month, balance
+from app.access.limits import NOTHING_SAID
+from app.access.roles import Role, RoleStore
 from app.access.tables import metadata, roles
 from app.access.usage_log import UsageLog
 from app.config import UsageLogConfig
-from app.errors import ConfigError, StoreUnavailable
-from app.types import InferenceRecord
+from app.errors import ConfigError, Conflict, RoleNotFound, StoreUnavailable
+from app.types import InferenceRecord, Rights
 from tests.services.postgres import Postgres
 
 ROOT = Path(__file__).parents[2]
@@ -242,3 +244,21 @@ async def test_the_last_use_of_many_keys_is_written_in_a_few_statements(database
     await keys.used(others | dict.fromkeys(used, now))
     assert 3 == sum("last_used" in each for each in statements)
     assert [now, now] == [(await keys.read(key_id)).last_used for key_id in used]
+
+
+async def test_no_key_is_left_with_a_role_that_is_deleted_at_the_same_moment(database: Database):
+    keys, store = KeyStore(database), RoleStore(database)
+    role = Role(name="guests", limits=NOTHING_SAID, rights=Rights())
+    for _ in range(20):
+        await store.put(role)
+        made, deleted = await asyncio.gather(
+            keys.create(role=role.name), store.delete(role.name), return_exceptions=True
+        )
+        match made, deleted:
+            case (KeyRecord() as key, str()), Conflict():
+                assert await keys.find(key.id) is not None
+                await keys.change(key.id, {"role": "free"})
+            case RoleNotFound(), None:
+                pass
+            case _:
+                pytest.fail(f"{made!r}, {deleted!r}")
