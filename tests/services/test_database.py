@@ -251,10 +251,10 @@ async def test_no_key_is_left_with_a_role_that_is_deleted_at_the_same_moment(dat
     role = Role(name="guests", limits=NOTHING_SAID, rights=Rights())
     for _ in range(20):
         await store.put(role)
-        made, deleted = await asyncio.gather(
+        created, deleted = await asyncio.gather(
             keys.create(role=role.name), store.delete(role.name), return_exceptions=True
         )
-        match made, deleted:
+        match created, deleted:
             case (KeyRecord() as key, str()), Conflict():
                 assert await keys.find(key.id) is not None
                 await keys.change(key.id, {"role": "free"})
