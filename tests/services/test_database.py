@@ -261,4 +261,4 @@ async def test_no_key_is_left_with_a_role_that_is_deleted_at_the_same_moment(dat
             case RoleNotFound(), None:
                 pass
             case _:
-                pytest.fail(f"{made!r}, {deleted!r}")
+                pytest.fail(f"{created!r}, {deleted!r}")
