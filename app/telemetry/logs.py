@@ -37,7 +37,7 @@ STOP_SECONDS = 2.0
 UVICORN_LOGGERS = ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi")
 QUIET_LOGGERS = [
     *("alembic", "httpcore", "httpx", "huggingface_hub", "langchain", "langchain_core"),
-    *("langsmith", "transformers", "urllib3"),
+    *("langsmith", "sse_starlette", "transformers", "urllib3"),
 ]
 """Libraries whose lines below WARNING contain prompts, completions or addresses, or are of no use to an operator."""
 SECRETIVE_LOGGERS = ("opentelemetry.trace.span", "slowapi")

@@ -1,16 +1,42 @@
-"""Everything the web layer takes from FastAPI and Starlette beyond their documented interfaces.
+"""Everything the web layer takes from FastAPI, Starlette and sse-starlette beyond their documented interfaces.
 
 An upgrade of these libraries can break only this module; `tests/unit/web/test_private_api.py` says which part of it.
 """
 
+import asyncio
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+import anyio
 from fastapi import FastAPI
 from fastapi.routing import APIRoute, iter_route_contexts
+from sse_starlette import EventSourceResponse
+from sse_starlette.sse import SendTimeoutError
 from starlette.requests import Request
-from starlette.types import Scope
+from starlette.types import Message, Scope, Send
+
+__all__ = ["ParsedRequest", "SendTimeoutError", "SseResponse", "route_path", "served_methods", "takes_body"]
+
+
+class SseResponse(EventSourceResponse):
+    """An `EventSourceResponse` that a shutdown of the server does not cut off.
+
+    The library polls for a shutdown twice a second and then cancels every stream.  Here the service drains: it lets
+    generations finish, and ends those that do not with a last event.  A send is bounded by asyncio's own timer: one of
+    anyio's cancel scopes for each costs as much as encoding ten events.
+    """
+
+    @staticmethod
+    async def _listen_for_exit_signal() -> None:
+        await anyio.sleep_forever()
+
+    async def _send_with_timeout(self, send: Send, message: Message) -> None:
+        try:
+            async with asyncio.timeout(self.send_timeout):
+                await send(message)
+        except TimeoutError:
+            raise SendTimeoutError from None
 
 
 class ParsedRequest(Request):

@@ -4,20 +4,20 @@ What the events contain is the stream encoder's choice.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import aclosing, suppress
 from typing import Any, Protocol, TypeVar
 
 import structlog
+from sse_starlette import ServerSentEvent
 from starlette.requests import Request
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from app.errors import AppError, ClientDisconnected
-from app.events import Event, Finished, Started, collect
-from app.events import Response as WholeResponse
+from app.events import Event, Finished, Response, Started, collect
 from app.web.http.errors import as_app_error
 from app.web.http.json_encoding import encode_json
+from app.web.http.private_api import SendTimeoutError, SseResponse
 
 PING_SECONDS = 15.0
 """Below the idle timeouts of the common proxies, which start at 30 s."""
@@ -27,9 +27,6 @@ CLOSE_SECONDS = 5.0
 """A generation is cancelled within one token; this bounds the wait if the engine hangs."""
 READ_AHEAD = 16
 """Events buffered for a slow client before the generation waits for it."""
-
-LENIENCY = 0.25
-"""How much longer a stream may be quiet, and a client not read, as a share of that, for the sake of fewer timers."""
 
 UNWATCHED_SECONDS = 0.02
 """How long a response may take before its connection is watched for a disconnect."""
@@ -52,9 +49,7 @@ def streamed(*names: str) -> dict[int | str, dict[str, Any]]:
     }
 
 
-_KEEP_ALIVE = b": keep-alive\n\n"
-_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-"""Neither caches nor proxies may hold a stream back."""
+_KEEP_ALIVE = ServerSentEvent(comment="keep-alive", sep="\n")
 
 
 class StreamEncoder(Protocol):
@@ -71,54 +66,71 @@ _T = TypeVar("_T")
 _log = structlog.get_logger("llm_service")
 
 
-class SseResponse(Response):
-    """Sends server-sent events that a task of its own makes, until they end or the client hangs up.
+class FrameResponse(SseResponse):
+    """Sends frames that a task of its own makes, until they end or the client hangs up.
 
     The response begins with the first frame: a failure before it is raised, and gets an ordinary error response.  A
-    task of its own, because however the stream ends it is cancelled once, and then has time to free what it holds.
+    task of its own, because the library ends a stream by cancelling a task group, which interrupts every `await` of a
+    cleanup, again and again; this one is cancelled once, and then has time to free what it holds.
     """
-
-    media_type = "text/event-stream"
 
     def __init__(
         self, *, ping_seconds: float = PING_SECONDS, send_timeout_seconds: float = SEND_TIMEOUT_SECONDS
     ) -> None:
-        self.status_code, self.background = 200, None
-        self.init_headers(_HEADERS)
-        self._ping_seconds = ping_seconds
-        self._send_timeout_seconds = send_timeout_seconds
+        super().__init__(
+            self._frames(),
+            headers={"Cache-Control": "no-store"},
+            ping=ping_seconds,
+            ping_message_factory=lambda: _KEEP_ALIVE,
+            send_timeout=send_timeout_seconds,
+            sep="\n",
+        )
+        # The library's is keep-alive; whether the connection is kept the server says.
+        del self.headers["Connection"]
         self._buffer = list[bytes]()
         """Frames that have not been sent."""
         self._has_frames = asyncio.Event()
         self._has_capacity = asyncio.Event()
-        self._opened = self._client_gone = False
-        self._sending_since: float | None = None
-        self._last_sent = 0.0
-        self._limit = asyncio.timeout(None)
-        """Expires when a send has taken too long."""
-        self._timer: asyncio.TimerHandle
+        self._opened = self._begun = False
+        """Whether there has been a frame, and whether the response has begun."""
+        self._making: asyncio.Task[None]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Begun before anything is known of the response: what it needs is then not in the way of its first token.
-        making = asyncio.create_task(self._make())
-        watching = asyncio.create_task(self._watch(receive))
-        self._last_sent = asyncio.get_running_loop().time()
-        self._set_timer()
+        self._making = asyncio.create_task(self._make())
         try:
-            async with self._limit:
-                await self._send_frames(making, send)
-        except TimeoutError:
-            if not self._limit.expired():
-                raise
-            _log.warning("A client did not read its stream and was cut off", seconds=self._send_timeout_seconds)
+            await super().__call__(scope, receive, self._from_first_frame(send))
+            if not self._begun:
+                if not self._making.done():
+                    raise ClientDisconnected("The client hung up before its answer was ready.")
+                self._making.result()
+        except SendTimeoutError:
+            _log.warning("A client did not read its stream and was cut off", seconds=self.send_timeout)
         finally:
-            self._timer.cancel()
-            watching.cancel()
-            making.cancel()
-            await asyncio.wait([making, watching], timeout=CLOSE_SECONDS)
+            self._making.cancel()
+            await asyncio.wait([self._making], timeout=CLOSE_SECONDS)
             # Unretrieved, the loop would log an error with its message.
             with suppress(asyncio.CancelledError, asyncio.InvalidStateError):
-                making.exception()
+                self._making.exception()
+
+    def _from_first_frame(self, send: Send) -> Send:
+        """Return a `send` that holds the start of the response back until there is a frame."""
+        start: Message = {}
+
+        async def send_begun(message: Message) -> None:
+            nonlocal start
+            if message["type"] == "http.response.start":
+                start = message
+                return
+            if not self._begun:
+                # A comment, or the end of a response that did not begin.
+                if not self._opened or not message["body"]:
+                    return
+                self._begun = True
+                await send({**start, "headers": self.raw_headers})
+            await send(message)
+
+        return send_begun
 
     async def _make(self) -> None:
         """Put frames until the stream is complete, and close what they are made from."""
@@ -140,59 +152,21 @@ class SseResponse(Response):
             self._has_capacity.clear()
             await self._has_capacity.wait()
 
-    def _set_timer(self) -> None:
-        # One for each send would cost more than to encode its frames.
-        seconds = min(self._ping_seconds, self._send_timeout_seconds) * LENIENCY
-        self._timer = asyncio.get_running_loop().call_later(seconds, self._look)
-
-    def _look(self) -> None:
-        """Cut off a client that does not read, and show one to whom nothing is sent that the stream lives."""
-        self._set_timer()
-        now = asyncio.get_running_loop().time()
-        if self._sending_since is not None:
-            if now - self._sending_since >= self._send_timeout_seconds:
-                self._sending_since = None
-                self._limit.reschedule(now)
-        elif self._opened and not self._buffer and now - self._last_sent >= self._ping_seconds:
-            self._buffer.append(_KEEP_ALIVE)
-            self._has_frames.set()
-
-    async def _watch(self, receive: Receive) -> None:
-        """Note that the client has hung up; the body must have been read before."""
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        self._client_gone = True
-        self._has_frames.set()
-
-    async def _send_frames(self, making: asyncio.Task[None], send: Send) -> None:
-        """Send frames as they are put; those that are ready at the same moment leave together.
-
-        Raises: ClientDisconnected: the client hung up before the response began.
-        """
-        begun, clock = False, asyncio.get_running_loop().time
-        while not making.done() or self._buffer:
+    async def _frames(self) -> AsyncIterator[bytes]:
+        """Yield frames as they are put; those that are ready at the same moment leave together."""
+        while not self._making.done() or self._buffer:
             await self._has_frames.wait()
             self._has_frames.clear()
-            if self._client_gone and not making.done():
-                if not begun:
-                    raise ClientDisconnected("The client hung up before its answer was ready.")
-                return
             ready = b"".join(self._buffer)
             self._buffer.clear()
             self._has_capacity.set()
-            if not ready:
-                continue
-            self._sending_since = clock()
-            if not begun:
-                begun = True
-                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await send({"type": "http.response.body", "body": ready, "more_body": True})
-            self._last_sent, self._sending_since = self._sending_since, None
-        await making
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            if ready:
+                yield ready
+        if self._begun:
+            await self._making
 
 
-class EventStream(SseResponse):
+class EventStream(FrameResponse):
     """Streams the events of a generation, and closes the generation however the stream ends."""
 
     def __init__(
@@ -236,7 +210,7 @@ class EventStream(SseResponse):
             if isinstance(event, Started) and not self._opened:
                 self.headers.update(self._headers_of(event))
                 # A comment at once shows that the stream lives, however long the first token takes.
-                frames = _KEEP_ALIVE + frames
+                frames = _KEEP_ALIVE.encode() + frames
             self._finished = isinstance(event, Finished)
             if frames:
                 await self._put(frames)
@@ -244,7 +218,7 @@ class EventStream(SseResponse):
             raise RuntimeError("a generation ended without its last event")
 
 
-class FrameStream(SseResponse):
+class FrameStream(FrameResponse):
     """Streams frames that somebody else's work produces; the work goes on when the client hangs up."""
 
     def __init__(self, frames: AsyncGenerator[bytes, None], *, ping_seconds: float = PING_SECONDS) -> None:
@@ -252,7 +226,7 @@ class FrameStream(SseResponse):
         self._frames = frames
 
     async def _put_all(self) -> None:
-        await self._put(_KEEP_ALIVE)
+        await self._put(_KEEP_ALIVE.encode())
         async with aclosing(self._frames):
             async for frames in self._frames:
                 await self._put(frames)
@@ -303,13 +277,13 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def collect_response(request: Request, events: AsyncGenerator[Event, None]) -> WholeResponse:
+async def collect_response(request: Request, events: AsyncGenerator[Event, None]) -> Response:
     """Read a generation to its end, unless the client disconnects before.
 
     Raises: AppError: what ended the generation instead.
     """
 
-    async def read() -> WholeResponse:
+    async def read() -> Response:
         async with aclosing(events):
             return await collect(events)
 

@@ -3,19 +3,27 @@
 A failure here names the library whose upgrade broke `app/web/http/private_api.py`.
 """
 
+import asyncio
+import inspect
+
 import httpx
+import pytest
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
+from sse_starlette import EventSourceResponse
 
 from app.errors import ClientDisconnected
 from app.web.http.errors import ErrorRenderer
 from app.web.http.private_api import (
     ParsedRequest,
+    SendTimeoutError,
+    SseResponse,
     route_path,
     served_methods,
     takes_body,
 )
+from tests.waiting import HANG_SECONDS
 
 
 class Item(BaseModel):
@@ -40,6 +48,73 @@ class PreparsingRoute(APIRoute):
 async def get(app: FastAPI, path: str, **options) -> httpx.Response:
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         return await client.request("POST" if options else "GET", path, **options)
+
+
+async def test_sse_starlette_waits_for_a_shutdown_in_the_method_that_is_overridden():
+    """Under another name the override would be dead code, and a shutdown would cut every stream."""
+    assert inspect.iscoroutinefunction(EventSourceResponse._listen_for_exit_signal)
+    called = asyncio.Event()
+
+    class Watched(SseResponse):
+        @staticmethod
+        async def _listen_for_exit_signal() -> None:
+            called.set()
+            await SseResponse._listen_for_exit_signal()
+
+    async def receive():
+        await asyncio.sleep(60)
+
+    async def send(message):
+        await asyncio.sleep(0)
+
+    async def frames():
+        yield b"data: 1\n\n"
+        await asyncio.sleep(0.01)
+
+    async with asyncio.timeout(HANG_SECONDS):
+        await Watched(frames())({"type": "http", "method": "GET"}, receive, send)
+
+    assert called.is_set()
+
+
+async def test_sse_starlette_sends_through_the_method_that_is_overridden():
+    """Under another name the override would be dead code, and each send would cost a cancel scope of anyio."""
+    sent: list[str] = []
+
+    class Watched(SseResponse):
+        async def _send_with_timeout(self, send, message):
+            sent.append(message["type"])
+            await super()._send_with_timeout(send, message)
+
+    async def receive():
+        await asyncio.sleep(60)
+
+    async def send(message):
+        await asyncio.sleep(0)
+
+    async def frames():
+        yield b"data: 1\n\n"
+
+    async with asyncio.timeout(HANG_SECONDS):
+        await Watched(frames())({"type": "http", "method": "GET"}, receive, send)
+
+    assert "http.response.body" in sent
+
+
+async def test_sse_starlette_raises_its_send_timeout_when_a_client_does_not_read():
+    async def receive():
+        await asyncio.sleep(60)
+
+    async def send(message):
+        if message["type"] == "http.response.body":
+            await asyncio.sleep(60)
+
+    async def frames():
+        yield b"data: 1\n\n"
+
+    with pytest.raises(SendTimeoutError):
+        async with asyncio.timeout(HANG_SECONDS):
+            await SseResponse(frames(), send_timeout=0.01)({"type": "http", "method": "GET"}, receive, send)
 
 
 async def test_fastapi_validates_the_body_that_json_returns():
