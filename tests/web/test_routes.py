@@ -12,6 +12,7 @@ from app.engine.echo import EchoEngine
 from app.errors import ContextLengthExceeded, EngineBusy, InternalError
 from app.generation.sessions import Turn
 from app.types import Message, Role, SamplingParams, Tenant
+from app.web.http.json_body import GeneratingRoute
 from tests.waiting import HANG_SECONDS
 from tests.web.harness import (
     AUTH,
@@ -35,6 +36,14 @@ USAGE = {
     "total_tokens": 5,
     "prompt_tokens_details": {"cached_tokens": 1},
 }
+
+
+async def test_routes_that_generate_are_tried_before_all_others():
+    """A request is compared with one route after the other, and theirs is the one that counts."""
+    generates = [isinstance(route, GeneratingRoute) for route in (await make_web()).app.routes]
+
+    assert generates[0]
+    assert sorted(generates, reverse=True) == generates
 
 
 async def test_generate_answers_with_the_documented_fields(client):
