@@ -82,11 +82,13 @@ async def test_a_rotated_key_is_good_until_the_overlap_ends(service: Running):
 
 async def test_an_expired_key_is_refused(service: Running):
     """Also by a service that has let it in a moment ago."""
-    for seconds in (1, 20):  # one is enough, unless the machine is very busy
+    seconds = 1
+    key = await service.key(expires_in_seconds=seconds)
+    before = await service.generate(key)
+    if before.status_code == 401:  # the machine is very busy
+        seconds = 20
         key = await service.key(expires_in_seconds=seconds)
         before = await service.generate(key)
-        if before.status_code == 200:
-            break
     await asyncio.sleep(seconds + 0.1)
     async with service.client() as admin:
         state = (await admin.get(f"/v1/keys/{key.split('_')[1]}")).json()["state"]
