@@ -4,6 +4,7 @@ import asyncio
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from app.engine.echo import EchoEngine
 from tests.web.access import ADMIN_KEY, Running, running
@@ -23,7 +24,7 @@ async def latency(service: Running, key: str) -> float:
 
 async def test_costly_prompts_of_one_key_do_not_hold_up_another(tmp_path: Path) -> None:
     """Beside 64 prompts of 4,000 pairs of digits a small request takes about as long as by itself."""
-    limits = {
+    limits: dict[str, Any] = {
         "security": {"api_key": ADMIN_KEY, "max_prompt_chars": 20_000},
         "deadlines": {"waiting_seconds": 600, "total_seconds": 600},
     }
