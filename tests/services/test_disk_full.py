@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +120,10 @@ async def test_a_disk_that_fills_up_costs_refusals_and_nothing_that_was_acknowle
         began = time.monotonic()
         await said_of_the_database(http, lambda text: text == "ok")
         body = {"prompt": "hello", "max_tokens": 9, "cache": False}
-        reply = await http.post("/v1/generate", json=body, headers={"X-API-Key": key})
-        assert 200 == reply.status_code, reply.text
+        post = partial(http.post, "/v1/generate", json=body, headers={"X-API-Key": key})
+        async with asyncio.timeout(HANG_SECONDS):
+            while (reply := await post()).status_code != 200:  # noqa: ASYNC110  # a machine that is too busy for it
+                await asyncio.sleep(0.02)
         load.note("quota", reply)
         recovered = time.monotonic() - began
         stop.set()

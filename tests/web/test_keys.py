@@ -85,7 +85,7 @@ async def test_an_expired_key_is_refused(service: Running):
     seconds = 1
     key = await service.key(expires_in_seconds=seconds)
     before = await service.generate(key)
-    if before.status_code != 200:  # a machine so busy that the key's second was over
+    if before.status_code == 401:  # the machine is very busy
         seconds = 20
         key = await service.key(expires_in_seconds=seconds)
         before = await service.generate(key)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from app.access import ledger
+from app.access import ledger, quotas
 from app.access.admission import PLACE_BYTES, AdmissionControl, LimitState
 from app.access.background import BackgroundGroup
 from app.access.database import Database
@@ -222,6 +222,7 @@ async def test_a_request_that_cannot_fit_the_month_is_refused_before_it_is_prepa
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ledger, "balance", counted)
+        patch.setattr(quotas, "CHECK_SECONDS", 600)
         for _ in range(49):
             with pytest.raises(QuotaExceeded):
                 await service.control.check_tokens(PRINCIPAL, 11)

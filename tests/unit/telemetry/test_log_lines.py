@@ -152,6 +152,7 @@ def test_libraries_that_log_what_clients_send_are_silenced() -> None:
     """Even at DEBUG: no answer text, no query strings, no rate-limit keys."""
 
     def act() -> None:
+        logging.getLogger("sse_starlette.sse").debug("chunk: secret")
         logging.getLogger("httpx").info("GET http://host/?q=secret")
         logging.getLogger("langchain_core.tracers").info("secret")
         logging.getLogger("uvicorn.access").info("GET /?q=secret")
