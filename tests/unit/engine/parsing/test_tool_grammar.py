@@ -422,7 +422,7 @@ def test_a_schema_that_goes_too_deep_is_refused(name: str):
         grammar_of(chat, tools=[nested(5000)], tool_choice=ToolChoice("required"))
 
 
-OTHER_KINDS = (5, -1.5, True, None, "x", [], [1], [[]], {}, {"a": 1})
+OTHER_KINDS: tuple[Any, ...] = (5, -1.5, True, None, "x", [], [1], [[]], {}, {"a": 1})
 """Values, of which at most one or two are what a keyword of JSON Schema may have."""
 KEYWORDS = ("required", "properties", "type", "enum", "const", "format", "allOf", "anyOf", "items", "$ref", "$defs")
 
