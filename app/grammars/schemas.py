@@ -5,7 +5,7 @@ nothing, as JSON Schema has it, and what would be enforced only in part is refus
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 Schema = Any
@@ -50,6 +50,19 @@ class GrammarError(ValueError):
     """A grammar cannot be enforced; the message continues the name of the field that holds it."""
 
 
+def listed(schema: Mapping[str, Any], keyword: str) -> list[Any]:
+    """Return the list of a keyword; an empty one where the schema does not have it, or null.
+
+    Raises: GrammarError: it is something else.
+    """
+    value = schema.get(keyword)
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise GrammarError(f"has a `{keyword}` that is not a list")
+    return value
+
+
 def enforceable_schema(schema: Schema) -> dict[str, Any]:
     """Return a schema without what means nothing, with all that remains to be enforced by the compiler.
 
@@ -73,7 +86,7 @@ def _rewrite(schema: Schema) -> Any:
         del written["format"]
     if isinstance(schema.get("format"), str) and schema["format"] in _NARROWER:
         narrower = [{"pattern": pattern} for pattern in _NARROWER[schema["format"]]]
-        written["allOf"] = [*schema.get("allOf", ()), *narrower]
+        written["allOf"] = [*listed(schema, "allOf"), *narrower]
     if isinstance(schema.get("pattern"), str):
         written["pattern"] = plain_white_space(schema["pattern"])
     for key, value in schema.items():
@@ -109,7 +122,8 @@ def _check(schema: dict[str, Any]) -> None:
 
 def _standard_format(schema: dict[str, Any]) -> str | None:
     name = schema.get("format")
-    return f"uses the `format` {name}, which is not supported" if name in _OTHER_STANDARD_FORMATS else None
+    known = isinstance(name, str) and name in _OTHER_STANDARD_FORMATS
+    return f"uses the `format` {name}, which is not supported" if known else None
 
 
 def _boolean_bound(schema: dict[str, Any]) -> str | None:
@@ -122,7 +136,7 @@ def _boolean_bound(schema: dict[str, Any]) -> str | None:
 def _uncounted_properties(schema: dict[str, Any]) -> str | None:
     # A name that is written twice would count twice, though a reader keeps one of the two.
     least, required = schema.get("minProperties"), schema.get("required")
-    known = len(set(required)) if isinstance(required, list) else 0
+    known = len({name for name in required if isinstance(name, str)}) if isinstance(required, list) else 0
     if isinstance(least, int) and least > max(1, known):
         return "uses `minProperties` above the number of `required` properties, which is not supported"
     return None

@@ -9,6 +9,7 @@ from app.engine.parsing.families import deepseek, gemma, hermes, mistral, phi
 from app.engine.parsing.families.schema_values import types_of
 from app.engine.parsing.gemma_grammar import gemma_arguments
 from app.engine.parsing.lark import LarkGrammar, embedded_schema, escaped, quoted
+from app.grammars.schemas import listed
 from app.types import Tool
 
 WriteCall = Callable[[LarkGrammar, Tool], str]
@@ -95,7 +96,7 @@ def _gemma(marks: gemma.GemmaMarks) -> WriteCall:
 def _qwen_xml(lark: LarkGrammar, tool: Tool) -> str:
     schema = schema_of(tool)
     properties = schema.get("properties")
-    needed = schema.get("required", ())
+    needed = listed(schema, "required")
     parameters = [
         f"({_parameter(lark, name, each, schema, lenient=not tool.strict)}){'' if name in needed else '?'}"
         for name, each in (properties if isinstance(properties, dict) else {}).items()
@@ -106,8 +107,8 @@ def _qwen_xml(lark: LarkGrammar, tool: Tool) -> str:
 
 def _parameter(lark: LarkGrammar, name: str, schema: Any, root: Mapping[str, Any], *, lenient: bool) -> str:
     begin, end = quoted(f"{hermes.PARAMETER}{name}>\n"), f"\n{hermes.PARAMETER_END}\n"
-    if types_of(schema) == {"string"} and "enum" in schema:
-        values = " | ".join(quoted(str(value)) for value in schema["enum"])
+    if types_of(schema) == {"string"} and schema.get("enum") is not None:
+        values = " | ".join(quoted(str(value)) for value in listed(schema, "enum"))
         return f"{begin} ({values}) {quoted(end)}"
     if types_of(schema) == {"string"}:
         return f"{begin} {lark.add('value', f'/(?s:.*){escaped(end)}/', options='[lazy]')}"

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from app.engine.parsing.lark import LarkGrammar, quoted
+from app.grammars.schemas import listed
 
 INTEGER = "/-?(0|[1-9][0-9]*)/"
 NUMBER = r"/-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?/"
@@ -51,8 +52,9 @@ class _Values:
             return self._any()
         if isinstance(schema.get("$ref"), str):
             return self._reference(schema["$ref"])
-        if "const" in schema or isinstance(schema.get("enum"), list):
-            return self._either([self._constant(each) for each in schema.get("enum", [schema.get("const")])])
+        if "const" in schema or schema.get("enum") is not None:
+            values = [schema["const"]] if "const" in schema else listed(schema, "enum")
+            return self._either([self._constant(each) for each in values])
         for union in ("anyOf", "oneOf"):
             if isinstance(schema.get(union), list):
                 return self._either([self.value(each) for each in schema[union]])
@@ -63,7 +65,7 @@ class _Values:
         properties = schema.get("properties")
         if not isinstance(properties, dict) or not properties:
             return self._any_object()
-        needed = schema.get("required", ())
+        needed = listed(schema, "required")
         entries = [
             (self._lark.add("entry", f"{quoted(name + ':')} {self.value(each)}"), name in needed)
             for name, each in properties.items()

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from app.engine.parsing.scanner import Write
 
@@ -24,13 +24,15 @@ def types_of(schema: Any, *, depth: int = 0) -> frozenset[str]:
     if not isinstance(schema, dict) or depth > MAX_UNIONS:
         return frozenset()
     declared = schema.get("type")
-    types = {declared} if isinstance(declared, str) else set(declared) if isinstance(declared, list) else set()
+    declared = declared if isinstance(declared, list) else [declared]
+    types = {each for each in declared if isinstance(each, str)}
     for union in ("anyOf", "oneOf"):
-        for choice in schema.get(union) or ():
+        choices = schema.get(union)
+        for choice in choices if isinstance(choices, list) else ():
             types |= types_of(choice, depth=depth + 1)
     if not types and isinstance(schema.get("enum"), list):
         types = {_TYPES[type(value)] for value in schema["enum"] if type(value) in _TYPES}
-    return frozenset(each for each in types if isinstance(each, str))
+    return frozenset(types)
 
 
 _TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null", dict: "object"}
@@ -43,7 +45,7 @@ def as_json(raw: str, types: frozenset[str]) -> str:
         return json.dumps(raw, ensure_ascii=False)
     literal = {"True": "true", "False": "false", "None": "null"}.get(text, text)
     try:
-        value = json.loads(literal)
+        value = json.loads(literal, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return json.dumps(raw, ensure_ascii=False)
     if isinstance(value, str) and not types:
@@ -51,6 +53,11 @@ def as_json(raw: str, types: frozenset[str]) -> str:
     if types and not types & _names(value):
         return json.dumps(raw, ensure_ascii=False)
     return literal
+
+
+def _refuse(constant: str) -> NoReturn:
+    """Raises: ValueError: JSON has neither NaN nor infinities."""
+    raise ValueError(constant)
 
 
 def _names(value: Any) -> set[str]:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from app.engine.parsing.completion_parser import CompletionParser
 from app.engine.parsing.formats import TOOL_FORMATS, marks_of
 from app.engine.tokenizer.shown_tokens import hide_tokens, show_token
+from app.types import Tool
 from tests.unit.engine.parsing.conversations import (
     ADD,
     GOLDEN,
@@ -232,6 +233,26 @@ def test_a_value_that_is_not_of_the_schemas_type_is_a_string():
     ((_, arguments),) = parse(chat_format("qwen_xml"), text).calls
 
     assert {"a": "many", "b": -1500.0, "c": True} == json.loads(arguments)
+
+
+@pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity"])
+def test_what_json_has_no_number_for_is_a_string(word: str):
+    """Arguments that a client reads by the standard have to be JSON."""
+    text = f"<function=add>\n<parameter=a>\n{word}\n</parameter>\n</function>"
+
+    ((_, arguments),) = parse(chat_format("qwen_xml"), text).calls
+
+    assert f'{{"a": "{word}"}}' == arguments
+
+
+@pytest.mark.parametrize("schema", ['{"type": [["number"]]}', '{"anyOf": 5}', '{"oneOf": {"a": 1}}', '{"enum": 3}'])
+def test_a_schema_that_means_nothing_breaks_no_call(schema: str):
+    text = "<function=odd>\n<parameter=a>\n1\n</parameter>\n</function>"
+    odd = Tool("odd", parameters=f'{{"properties": {{"a": {schema}}}}}')
+
+    ((_, arguments),) = parse(chat_format("qwen_xml"), text, tools=[odd]).calls
+
+    assert {"a": 1} == json.loads(arguments)
 
 
 def test_a_call_cut_before_its_arguments_has_none():

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -419,3 +420,28 @@ def test_a_schema_that_goes_too_deep_is_refused(name: str):
     assert grammar_of(chat, tools=[nested(100)], tool_choice=ToolChoice("required")) is not None
     with pytest.raises(InvalidRequest, match="tools have a schema that is nested too deeply"):
         grammar_of(chat, tools=[nested(5000)], tool_choice=ToolChoice("required"))
+
+
+OTHER_KINDS: tuple[Any, ...] = (5, -1.5, True, None, "x", [], [1], [[]], {}, {"a": 1})
+"""Values, of which at most one or two are what a keyword of JSON Schema may have."""
+KEYWORDS = ("required", "properties", "type", "enum", "const", "format", "allOf", "anyOf", "items", "$ref", "$defs")
+
+
+@formats
+def test_keywords_of_another_kind_than_they_should_be_break_nothing(name: str):
+    """Wherever they stand: a schema is refused, or what cannot be meant is not enforced."""
+    _, chat = chat_of(name, "harmony" if name == "harmony" else None, True)
+    refused = set[str]()
+    for keyword, value, strict in product(KEYWORDS, OTHER_KINDS, (False, True)):
+        inner = {"type": "string", "minProperties": 1, keyword: value}
+        for schema in (
+            {"properties": {"a": {}}, "minProperties": 1, keyword: value},
+            {"properties": {"a": inner, "b": {"format": "date", keyword: value}, "c": value}},
+        ):
+            tool = Tool("add", parameters=json.dumps(schema), strict=strict)
+            try:
+                grammar_of(chat, tools=[tool], tool_choice=ToolChoice("required"))
+            except InvalidRequest as error:
+                refused.add(str(error))
+
+    assert all("tools" in each for each in refused)
