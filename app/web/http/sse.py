@@ -78,7 +78,7 @@ class FrameResponse(SseResponse):
         self, *, ping_seconds: float = PING_SECONDS, send_timeout_seconds: float = SEND_TIMEOUT_SECONDS
     ) -> None:
         super().__init__(
-            self._frames(),
+            self._ready_frames(),
             headers={"Cache-Control": "no-store"},
             ping=ping_seconds,
             ping_message_factory=lambda: _KEEP_ALIVE,
@@ -152,7 +152,7 @@ class FrameResponse(SseResponse):
             self._has_capacity.clear()
             await self._has_capacity.wait()
 
-    async def _frames(self) -> AsyncIterator[bytes]:
+    async def _ready_frames(self) -> AsyncIterator[bytes]:
         """Yield frames as they are put; those that are ready at the same moment leave together."""
         while not self._making.done() or self._buffer:
             await self._has_frames.wait()
