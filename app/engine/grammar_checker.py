@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import json
 import os
+import signal
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -18,8 +19,10 @@ from app.grammars.compiler import MAX_GRAMMAR_CHARS
 from app.requests import GenerationRequest
 from app.types import Grammar, Tenant
 
-CHECK_SECONDS = 2.0
-"""A grammar that takes longer to compile is refused."""
+COMPILE_SECONDS = 2.0
+"""A grammar that takes more processor time to compile is refused."""
+ANSWER_SECONDS = 30.0
+"""The same by the clock, of which a busy machine has less to give: this says nothing of the grammar."""
 START_SECONDS = 60.0
 """For the process to read the vocabulary."""
 REMEMBERED = 1000
@@ -28,7 +31,8 @@ MAX_WAITING = 4
 """Grammars of one tenant that may wait to be tried."""
 
 _ENVIRONMENT = frozenset(["PATH", "LANG", "SYSTEMROOT", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH"])
-_TOO_COMPLEX = "is too complex"
+_TOO_COMPLEX, _TOO_SLOW = "is too complex", "takes too long to compile"
+_NOT_TRIED = "The grammar could not be tried; try again in a moment."
 
 
 class GrammarChecker:
@@ -72,13 +76,12 @@ class GrammarChecker:
         """
         if len(grammar.text) > MAX_GRAMMAR_CHARS:
             raise InvalidRequest.of_field("grammar", f"is longer than {MAX_GRAMMAR_CHARS} characters")
-        question = json.dumps([grammar.kind, grammar.text]).encode()
-        digest = hashlib.sha256(question).digest()
+        digest = hashlib.sha256(json.dumps([grammar.kind, grammar.text]).encode()).digest()
         if digest not in self._outcomes:
             limit = deadline(self._waiting_seconds, "The grammar waited too long to be tried.")
             async with limit, self._lock.hold(tenant, digest):
                 if digest not in self._outcomes:
-                    self._remember(digest, await self._try(question))
+                    self._remember(digest, await self._try(grammar))
         self._outcomes.move_to_end(digest)
         if (reason := self._outcomes[digest]) is not None:
             raise InvalidRequest.of_field("grammar", reason)
@@ -95,22 +98,24 @@ class GrammarChecker:
         if len(self._outcomes) > REMEMBERED:
             self._outcomes.popitem(last=False)
 
-    async def _try(self, question: bytes) -> str | None:
+    async def _try(self, grammar: Grammar) -> str | None:
         """Return why a grammar cannot be enforced; None if it can."""
         try:
             process = await self._running()
         except (OSError, EOFError, TimeoutError) as error:
             self._refuse_if_closed()
-            raise EngineFailed("The grammar could not be tried; try again in a moment.") from error
+            raise EngineFailed(_NOT_TRIED) from error
         try:
-            async with asyncio.timeout(CHECK_SECONDS):
-                return await _request(process, question)
-        except TimeoutError:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                return await _request(process, grammar)
+        except TimeoutError as error:
             await self._end(process)
-            return "takes too long to compile"
+            raise EngineFailed(_NOT_TRIED) from error
         except (OSError, EOFError):
             await self._end(process)
             self._refuse_if_closed()
+            if process.returncode == -signal.SIGPROF:
+                return _TOO_SLOW
             # It may also have been killed by somebody else, so the next request tries again.
             raise InvalidRequest.of_field("grammar", _TOO_COMPLEX) from None
         except BaseException:
@@ -167,10 +172,10 @@ class GrammarChecker:
             raise EngineNotReady("The model is being replaced or closed; try again in a moment.")
 
 
-async def _request(process: asyncio.subprocess.Process, question: bytes) -> str | None:
+async def _request(process: asyncio.subprocess.Process, grammar: Grammar) -> str | None:
     if process.stdin is None:
         raise EOFError
-    process.stdin.write(question + b"\n")
+    process.stdin.write(json.dumps([grammar.kind, grammar.text, COMPILE_SECONDS]).encode() + b"\n")
     await process.stdin.drain()
     answer: str | None = json.loads(await _line(process))
     return answer

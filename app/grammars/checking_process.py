@@ -1,4 +1,5 @@
-"""The child process that tries grammars: one goes in as a line, out comes what is wrong with it.
+"""The child process that tries grammars: one goes in as a line, with the seconds that it may take; out comes what is
+wrong with it.
 
 A grammar can be made to exhaust the stack or the memory of whoever compiles it.  Here that ends a process which serves
 nobody; its parent starts another one.  What is fine here has used a small part of what the worker gives it.
@@ -53,11 +54,15 @@ def main() -> None:
     threading.stack_size(STACK_BYTES)
     _say("ready")
     for line in sys.stdin.buffer:
-        kind, text = json.loads(line)
+        kind, text, seconds = json.loads(line)
         found: list[str | None] = []
         thread = threading.Thread(target=lambda: found.append(problem(vocabulary, Grammar(kind, text))))  # noqa: B023
+        # Its signal ends the process: nothing else interrupts the compiler.  The time of the processor and not of the
+        # clock, because how busy the machine is says nothing of a grammar.
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         thread.start()
         thread.join()
+        signal.setitimer(signal.ITIMER_PROF, 0)
         _say(found[0] if found else "cannot be enforced")
 
 

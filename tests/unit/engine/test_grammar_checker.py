@@ -10,7 +10,7 @@ import pytest
 
 from app.engine import grammar_checker
 from app.engine.grammar_checker import GrammarChecker
-from app.errors import DeadlineExceeded, EngineNotReady, InvalidRequest
+from app.errors import DeadlineExceeded, EngineFailed, EngineNotReady, InvalidRequest
 from app.grammars.compiler import MAX_GRAMMAR_CHARS
 from app.types import Grammar, Tenant
 from tests.unit.tiny_models import chatml_tokenizer, save
@@ -29,6 +29,10 @@ async def checker(tmp_path: Path) -> AsyncIterator[GrammarChecker]:
 
 def schema(value: Any) -> Grammar:
     return Grammar("json_schema", json.dumps(value))
+
+
+HARD = schema({"properties": {f"p{number}": {"type": "string"} for number in range(1500)}})
+"""Takes a quarter of a second of a processor to compile."""
 
 
 async def reason(checker: GrammarChecker, grammar: Grammar) -> str | None:
@@ -121,13 +125,25 @@ async def test_a_grammar_that_takes_too_long_is_refused_and_remembered(
 ):
     """Another one does not have to wait for longer than that."""
     assert await reason(checker, Grammar("regex", "a")) is None
-    monkeypatch.setattr(grammar_checker, "CHECK_SECONDS", 0.0)
-    hard = chain(20)
-    assert "takes too long to compile" == await reason(checker, hard)
+    monkeypatch.setattr(grammar_checker, "COMPILE_SECONDS", 0.02)
+    assert "takes too long to compile" == await reason(checker, HARD)
     monkeypatch.undo()
 
-    assert "takes too long to compile" == await reason(checker, hard)  # for which there would now be time
+    assert "takes too long to compile" == await reason(checker, HARD)  # for which there would now be time
+    assert await reason(checker, schema({"enum": [f"x{number}" for number in range(8000)]})) is None
     assert await reason(checker, Grammar("regex", "b")) is None
+
+
+async def test_a_grammar_that_only_a_busy_machine_holds_up_is_neither_refused_nor_remembered(
+    checker: GrammarChecker, monkeypatch: pytest.MonkeyPatch
+):
+    assert await reason(checker, Grammar("regex", "a")) is None
+    monkeypatch.setattr(grammar_checker, "ANSWER_SECONDS", 0.001)
+    with pytest.raises(EngineFailed, match="try again"):
+        await checker.check(HARD, TENANT)
+    monkeypatch.undo()
+
+    assert await reason(checker, HARD) is None
 
 
 async def test_a_known_grammar_needs_no_process(checker: GrammarChecker):
