@@ -25,6 +25,8 @@ ANSWER_SECONDS = 30.0
 """The same by the clock, of which a busy machine has less to give: this says nothing of the grammar."""
 START_SECONDS = 60.0
 """For the process to read the vocabulary."""
+EXIT_SECONDS = 5.0
+"""For a process that has closed its output to end."""
 REMEMBERED = 1000
 """Grammars whose outcome is known without another look."""
 MAX_WAITING = 4
@@ -112,6 +114,10 @@ class GrammarChecker:
             await self._end(process)
             raise EngineFailed(_NOT_TRIED) from error
         except (OSError, EOFError):
+            # Not killed at once: that takes a dead process's exit status away from the event loop.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(EXIT_SECONDS):
+                    await process.wait()
             await self._end(process)
             self._refuse_if_closed()
             if process.returncode == -signal.SIGPROF:

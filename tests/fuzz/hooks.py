@@ -62,7 +62,10 @@ OWN_REASONS = {
         "The body is not the form of an upload",
         "must be one file, sent with its name",
     ],
-    "/v1/models/load": ["is needed, since the model's own name has other signs"],
+    "/v1/models/load": [
+        "is needed, since the model's own name has other signs",
+        "needs `source`: without it a model is loaded as it is configured",
+    ],
     "/v1/adapters/load": ["names a model that takes no adapters"],
     "/(generate|predict)": ["must be at most [0-9]+ on this route"],
 }

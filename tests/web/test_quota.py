@@ -231,6 +231,13 @@ async def test_the_report_lists_days_and_models_and_the_table_the_same(service: 
     assert (404, 400) == (unknown.status_code, wrong.status_code)
 
 
+async def lock(path: Path) -> sqlite3.Connection:
+    """Take SQLite's lock as another process does; whoever has it now needs the event loop to end."""
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    await asyncio.to_thread(connection.execute, "BEGIN EXCLUSIVE")
+    return connection
+
+
 def remaining(reply: httpx.Response) -> tuple[str, str]:
     return reply.headers["x-ratelimit-remaining-requests"], reply.headers["x-ratelimit-remaining-tokens"]
 
@@ -475,8 +482,7 @@ async def test_a_stalled_database_slows_no_request_down_and_lost_rows_are_counte
         tmp_path, patience=WAIT_SECONDS, usage_log={"flush_seconds": 0.01, "max_waiting": 10}
     ) as service:
         await service.generate(ADMIN_KEY)
-        blocker = sqlite3.connect(tmp_path / "service.db", isolation_level=None)
-        blocker.execute("BEGIN EXCLUSIVE")
+        blocker = await lock(tmp_path / "service.db")
         loop = asyncio.get_running_loop()
         took = []
         for _ in range(40):
@@ -515,8 +521,7 @@ async def test_without_a_database_quotas_refuse_or_let_pass_as_configured(tmp_pa
     async with running(tmp_path, patience=WAIT_SECONDS, quota={"on_outage": policy}) as service:
         key = await service.key(limits={"monthly_tokens": 1000})
         assert 200 == (await service.generate(key)).status_code
-        blocker = sqlite3.connect(tmp_path / "service.db", isolation_level=None)
-        blocker.execute("BEGIN EXCLUSIVE")
+        blocker = await lock(tmp_path / "service.db")
         loop = asyncio.get_running_loop()
         first = await service.generate(key)
         took, later = [], []

@@ -189,7 +189,7 @@ async def test_a_check_that_is_under_way_when_the_model_goes_is_the_services_fau
     if started:
         await checker.check(Grammar("regex", "a"), TENANT)
     under_way = [
-        asyncio.create_task(checker.check(each, TENANT)) for each in (chain(30), schema({"type": "null"}), schema(True))
+        asyncio.create_task(checker.check(each, TENANT)) for each in (HARD, schema({"type": "null"}), schema(True))
     ]
     await asyncio.sleep(0 if started else 0.01)
 
