@@ -33,12 +33,10 @@ class AdaptedEngine(LoadingEngine):
         super().__init__(loaded, workshop.errors.get(loaded.name))
         self.workshop = workshop
         self.held: list[str] = []
-        self.requested: list[str] = []
-        """Folders, from the moment in which they begin to be read."""
+        self.may_read = workshop.may_read
 
     async def load_adapter(self, files: AdapterFiles, max_rank: int) -> AdapterLoaded:
-        self.requested.append(Path(files.folder).name)
-        await self.workshop.may_read.wait()
+        await self.may_read.wait()
         if files.folder in self.workshop.misfits:
             raise InvalidRequest("The adapter cannot be loaded: it belongs to another model.")
         digest = f"{files.folder} {self.workshop.version}"
@@ -168,11 +166,15 @@ async def test_an_adapter_that_is_loaded_while_its_model_is_replaced_is_kept(tmp
     async with service(tmp_path) as it:
         await it.host.load_adapter("mine", "one", None)
         it.workshop.may_read.clear()
+        replaced = it.newest
+        replaced.may_read = asyncio.Event()
         loading = asyncio.create_task(it.host.load_adapter("other", "two", None))
         replacing = it.loader.replace(spec("a", dtype="float16"))
-        await until(lambda: len(it.workshop.engines) == 2 and it.workshop.engines[0].requested == ["one", "two"])
-        it.workshop.may_read.set()
+        await until(lambda: len(it.workshop.engines) == 2)
+        # First: once the new model serves, what the old one has read is of no use.
+        replaced.may_read.set()
         await loading
+        it.workshop.may_read.set()
         await replacing.wait()
 
         assert it.served_by("other") is it.newest
