@@ -117,7 +117,7 @@ class FileStore:
         """
         async with self._db.begin() as connection:
             row = await _row(connection, tenant, file_id)
-            # Nobody sees it any more, and what is left of it, should this end now, goes with the expired ones.
+            # Nobody sees it any more, and what is left of it, should this end now, is deleted with the expired ones.
             await connection.execute(update(_files).where(_files.c.id == file_id).values(expires=datetime.now(UTC)))
         await self._erase(file_id, row)
 

@@ -37,7 +37,7 @@ MAX_REMEMBERED = 10_000
 LEAST_TOKENS = 2
 """No request takes fewer: a token of its prompt and one of its completion."""
 RESERVED_RETRY_SECONDS = 1.0
-"""When a request that only the reservations of running ones leave no room for may come again: most give some back."""
+"""Retry-After of a request that only the reservations of running ones refuse: most of them are larger than the use."""
 CHECK_SECONDS = 1.0
 """How long the balance of a month that is used up is good for refusals."""
 

@@ -1,4 +1,4 @@
-"""A lock that goes from tenant to tenant, so that none waits for all that another one wants."""
+"""A lock that is fair between tenants: none waits for all that another one wants."""
 
 import asyncio
 import contextlib

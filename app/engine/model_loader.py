@@ -302,7 +302,7 @@ class ModelLoader:
     async def _evict_idle(self, name: str, evicted: list[LoadSpec]) -> None:
         """Unload idle models, least recently used first, until one more may be loaded.
 
-        Args: evicted: is told what they were, each before it is unloaded: this may be cancelled meanwhile.
+        Args: evicted: gets the spec of each before it is unloaded: this may be cancelled meanwhile.
         Raises: EngineBusy: all are in use.
         """
         most = self._rules.max_loaded

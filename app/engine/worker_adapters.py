@@ -89,7 +89,7 @@ class WorkerAdapters:
             return
         request, answer = pending
         if isinstance(message, AdapterLoaded):
-            # At once, and not when the caller goes on: an unload of the same weights may come first.
+            # At once, and not when the caller resumes: an unload of the same weights may come first.
             self._add(message, request)
             if answer.cancelled():
                 self.unload(message.digest)

@@ -1,5 +1,5 @@
-"""The child process that tries grammars: one goes in as a line, with the seconds that it may take; out comes what is
-wrong with it.
+"""The child process that tries grammars.  A line of input is a grammar, with the seconds that it may take; a line of
+output is what is wrong with it.
 
 A grammar can be made to exhaust the stack or the memory of whoever compiles it.  Here that ends a process which serves
 nobody; its parent starts another one.  What is fine here has used a small part of what the worker gives it.

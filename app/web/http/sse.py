@@ -4,6 +4,7 @@ What the events contain is the stream encoder's choice.
 """
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import aclosing, suppress
 from typing import Any, Protocol, TypeVar
@@ -66,7 +67,7 @@ _T = TypeVar("_T")
 _log = structlog.get_logger("llm_service")
 
 
-class FrameResponse(SseResponse):
+class FrameResponse(SseResponse, ABC):
     """Sends frames that a task of its own makes, until they end or the client hangs up.
 
     The response begins with the first frame: a failure before it is raised, and gets an ordinary error response.  A
@@ -139,9 +140,9 @@ class FrameResponse(SseResponse):
         finally:
             self._has_frames.set()
 
+    @abstractmethod
     async def _put_all(self) -> None:
         """Put all frames.  Raises: AppError: there are none."""
-        raise NotImplementedError
 
     async def _put(self, frames: bytes) -> None:
         """Let frames be sent, and wait while the client is slow."""

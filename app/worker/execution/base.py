@@ -100,4 +100,4 @@ class BlockCopier(Protocol):
         """Copy a slot, from the token `start` on, to blocks; the last one may reach behind the slot's end."""
 
     def restore(self, blocks: Sequence[int], slot: int) -> None:
-        """Copy blocks to the beginning of a slot, as far as it goes."""
+        """Copy blocks to the beginning of a slot, up to its end."""

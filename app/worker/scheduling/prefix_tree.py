@@ -44,7 +44,7 @@ class PrefixTree:
 
         Args:
             keep: blocks that stay.
-            max_blocks: how many are added at most; the next call goes on behind them.
+            max_blocks: how many are added at most; the next call continues behind them.
         Returns: the token that the new blocks begin with, and the blocks, to be written in this order.
         """
         path = list(self._walk(owner, token_ids))

@@ -30,7 +30,7 @@ class Slot:
     freed_at: int = 0
     """The step in which the sequence left; the slot that was freed first is reused first."""
     saved_ahead: bool = False
-    """Whether the prefix cache has been given all of these tokens, or as many as it had room for."""
+    """Whether the prefix cache has been given all of these tokens, or as many as it had blocks for."""
 
     def computed_prefix(self) -> tuple[list[int], int]:
         """Return token ids, and how many of them are computed here."""

@@ -58,7 +58,7 @@ class NativeBlockCopier:
         self._call(slot, 0, blocks, restore=True)
 
     def _call(self, slot: int, start: int, blocks: Sequence[int], *, restore: bool) -> None:
-        # The library writes wherever it is told to.
+        # The library checks no address that it writes to.
         if not (0 <= slot < self._slots and 0 <= start <= self._length):
             raise IndexError("a copy lies outside of the KV cache slots")
         if blocks and not 0 <= min(blocks) <= max(blocks) < self._blocks:
